@@ -1,0 +1,261 @@
+"""The contract between a server and its clients: typed values, no code.
+
+The server proposes a `RunPlan` once and a `RoundPlan` each round; the client answers with an `Upload` or a `Refusal`.
+Everything here is a frozen value that is checked when it is made, on either side of the wire.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+PROTOCOL = 1
+"""Version of the wire protocol. Two sides with different numbers refuse each other."""
+
+STRATEGIES = ("fedavg-lora", "ffa-lora", "fed-sb", "fedsvd")
+TASKS = ("classification", "causal-lm")
+OPTIMIZERS = ("sgd", "adamw")
+
+Tensors = Mapping[str, np.ndarray]
+"""Named float32 arrays in C order; names are those of `fedlora.adapters.AdapterLayout`."""
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A base model, named and pinned by content.
+
+    Attributes:
+        name: an alias ("minilm"), a hub id with its commit ("org/model@<40 hex>"), or "local" for a folder that
+            the client must have too and names with --model PATH.
+        weights_sha256: of the safetensors file (of the sorted list of "name sha256" lines if there are several).
+        config_sha256: of config.json.
+        tokenizer_sha256: of the tokenizer's files, listed like the weights.
+    """
+
+    name: str
+    weights_sha256: str
+    config_sha256: str
+    tokenizer_sha256: str
+
+    def __post_init__(self) -> None:
+        for part in ("weights_sha256", "config_sha256", "tokenizer_sha256"):
+            digest = getattr(self, part)
+            if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+                raise ValueError(f"{part} is {digest!r}; it must be 64 lower-case hexadecimal digits")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything the server proposes for one run. It does not change while the run lasts.
+
+    Attributes:
+        run_id: 16 hexadecimal digits, fresh for each run.
+        fedlora_version: of the server.
+        strategy: one of `STRATEGIES`.
+        family: adapter family, see `fedlora.adapters.FAMILIES`: which tensors are frozen, trained and uploaded.
+        private: True if every client must train under differential privacy.
+        labels: the label set in the order of the classifier's outputs; () for causal language models.
+        max_length: tokens kept of a record.
+        rank, alpha: of the adapters; the update is scaled by alpha / rank.
+        targets: names of the adapted linear layers, each a full module name or a suffix of one; () adapts none.
+        train_head: whether the final linear layer of a classifier is trained (and uploaded) too.
+        dropout: of the adapter's input, in [0, 1).
+        rounds: how many rounds are planned.
+        max_participations: most rounds that one client may start in this run; privacy is calibrated to exactly it.
+        local_steps: optimiser steps per round.
+        expected_batch: expected number of records of a Poisson-sampled step.
+        clip_norm: L2 bound of one record's scaled gradient.
+        adapter_scale, head_scale: data-independent factors on the gradients of each group before clipping.
+        weight_by_examples: weight uploads by number of records, which discloses them. Only without privacy.
+    """
+
+    run_id: str
+    fedlora_version: str
+    strategy: str
+    family: str
+    private: bool
+    model: ModelRef
+    task: str
+    labels: tuple[str, ...]
+    max_length: int
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    train_head: bool
+    dropout: float
+    rounds: int
+    max_participations: int
+    local_steps: int
+    expected_batch: int
+    optimizer: str
+    lr: float
+    clip_norm: float
+    adapter_scale: float
+    head_scale: float
+    weight_by_examples: bool
+    protocol: int = PROTOCOL
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, remedy: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; {remedy}")
+
+        require(len(self.run_id) == 16 and not set(self.run_id) - set("0123456789abcdef"), "run_id",
+                "it must be 16 lower-case hexadecimal digits")
+        require(self.strategy in STRATEGIES, "strategy", f"choose one of {', '.join(STRATEGIES)}")
+        require(self.task in TASKS, "task", f"choose one of {', '.join(TASKS)}")
+        require(self.optimizer in OPTIMIZERS, "optimizer", f"choose one of {', '.join(OPTIMIZERS)}")
+        for name in ("max_length", "rank", "rounds", "max_participations", "local_steps", "expected_batch"):
+            require(getattr(self, name) >= 1, name, "it must be at least 1")
+        for name in ("alpha", "lr", "clip_norm", "adapter_scale", "head_scale"):
+            require(math.isfinite(getattr(self, name)) and getattr(self, name) > 0, name, "it must be positive")
+        require(0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
+        require(len(set(self.labels)) == len(self.labels), "labels", "a label is named twice")
+        require(len(set(self.targets)) == len(self.targets), "targets", "a target is named twice")
+        if self.task == "classification":
+            require(len(self.labels) >= 2, "labels", "classification needs at least two labels")
+        else:
+            require(not self.labels, "labels", "a causal language model has none")
+            require(not self.train_head, "train_head", "a causal language model has no task head to train")
+        require(not (self.private and self.weight_by_examples), "weight_by_examples",
+                "weighting by example counts discloses them; under privacy the weights are uniform")
+        require(bool(self.targets) or self.train_head, "targets", "nothing would be trained: name targets or train the head")
+
+    @property
+    def scaling(self) -> float:
+        """Factor on the low-rank update: s = alpha / rank."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """One order to train.
+
+    Attributes:
+        run: the run it belongs to.
+        round: counted from 1.
+        attempt: 0 for the round's first cohort, one more for each later draft of idle clients.
+        shared_sha256: digest (`fedlora.wire.digest`) of the tensors that are frozen during the round, which a client
+            that already holds them is not sent again.
+    """
+
+    run: RunPlan
+    round: int
+    attempt: int
+    shared_sha256: str
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """(run, round, attempt): a client never trains twice for one key."""
+        return self.run.run_id, self.round, self.attempt
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What one client sends for one round. Under privacy, everything in it has passed through the noise.
+
+    Attributes:
+        tensors: the trained tensors after the round, float32.
+        steps: optimiser steps done.
+        delta, noise_multiplier: of the client's guarantee; None without privacy.
+        num_examples, train_loss: only without privacy, else None.
+    """
+
+    run_id: str
+    round: int
+    attempt: int
+    tensors: Tensors
+    steps: int
+    delta: float | None = None
+    noise_multiplier: float | None = None
+    num_examples: int | None = None
+    train_loss: float | None = None
+
+
+REFUSALS: Mapping[str, str] = {
+    "policy": "the client's policy does not allow this",
+    "budget": "the client's privacy budget does not allow this",
+    "unavailable": "the client cannot train now",
+    "missing-tensors": "the client does not hold the frozen tensors; send them again",
+    "invalid-tensors": "the tensors received do not fit the plan",
+    "model-mismatch": "the client's base model is not the plan's",
+    "version-mismatch": "the two sides' versions do not fit each other",
+    "privacy-mismatch": "the client's --epsilon contradicts the server's --privacy",
+    "name-in-use": "another live client has this name",
+    "labels": "the client's labels are not in the plan's label set",
+}
+"""Every code with which one side declines, and its fixed meaning. None of them depends on a private row's content."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A typed no.
+
+    Attributes:
+        code: one of `REFUSALS`.
+        detail: more for the other side, never anything from private data; empty for policy, budget and unavailable.
+    """
+
+    code: str
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        if self.code not in REFUSALS:
+            raise ValueError(f"{self.code!r} is not a refusal code; the codes are {', '.join(REFUSALS)}")
+
+    def __str__(self) -> str:
+        return f"{REFUSALS[self.code]}{': ' + self.detail if self.detail else ''} [{self.code}]"
+
+
+class Refused(Exception):
+    """Raised where a refusal ends what was being done."""
+
+    def __init__(self, code: str, detail: str = "") -> None:
+        self.refusal = Refusal(code, detail)
+        super().__init__(str(self.refusal))
+
+
+def to_scalars(plan: RunPlan) -> dict[str, int | float | str | bool | list[str]]:
+    """The plan as flat typed values: nested `model` becomes `model_name`, `model_weights_sha256`, ….
+
+    Inverse of `from_scalars`. The Flower ConfigRecord and the gRPC message both have exactly these fields.
+    """
+    flat: dict[str, int | float | str | bool | list[str]] = {}
+    for f in dataclasses.fields(plan):
+        value = getattr(plan, f.name)
+        if isinstance(value, ModelRef):
+            flat |= {f"model_{k}": v for k, v in dataclasses.asdict(value).items()}
+        else:
+            flat[f.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def from_scalars(flat: Mapping[str, object]) -> RunPlan:
+    """Build a plan from `to_scalars`' values.
+
+    Raises:
+        ValueError: a field is missing, unknown, of the wrong type or out of range.
+    """
+    model_names = {f"model_{f.name}": f.name for f in dataclasses.fields(ModelRef)}
+    kinds = {f.name: f.type for f in dataclasses.fields(RunPlan) if f.name != "model"} | dict.fromkeys(model_names, "str")
+    if set(flat) != set(kinds):
+        raise ValueError(f"the plan's fields differ: missing {sorted(set(kinds) - set(flat))}, "
+                         f"unknown {sorted(set(flat) - set(kinds))}; both sides need the same FedLoRA version")
+    fields: dict[str, object] = {}
+    for name, value in flat.items():
+        kind = kinds[name]
+        if kind == "tuple[str, ...]":
+            if isinstance(value, str) or not all(isinstance(v, str) for v in value):  # type: ignore[attr-defined]
+                raise ValueError(f"{name} must be a list of strings")
+            fields[name] = tuple(value)  # type: ignore[arg-type]
+        else:
+            expected = {"str": str, "int": int, "float": (int, float), "bool": bool}[kind]
+            if not isinstance(value, expected) or (kind != "bool" and isinstance(value, bool)):
+                raise ValueError(f"{name} must be of type {kind}, not {type(value).__name__}")
+            fields[name] = float(value) if kind == "float" else value  # type: ignore[arg-type]
+    model = ModelRef(**{model_names[k]: fields.pop(k) for k in model_names})  # type: ignore[arg-type]
+    return RunPlan(model=model, **fields)  # type: ignore[arg-type]
