@@ -123,7 +123,8 @@ class RunPlan:
             require(not self.train_head, "train_head", "a causal language model has no task head to train")
         require(not (self.private and self.weight_by_examples), "weight_by_examples",
                 "weighting by example counts discloses them; under privacy the weights are uniform")
-        require(bool(self.targets) or self.train_head, "targets", "nothing would be trained: name targets or train the head")
+        require(bool(self.targets) or self.train_head, "targets",
+                "nothing would be trained: name targets or train the head")
 
     @property
     def scaling(self) -> float:
@@ -241,7 +242,8 @@ def from_scalars(flat: Mapping[str, object]) -> RunPlan:
         ValueError: a field is missing, unknown, of the wrong type or out of range.
     """
     model_names = {f"model_{f.name}": f.name for f in dataclasses.fields(ModelRef)}
-    kinds = {f.name: f.type for f in dataclasses.fields(RunPlan) if f.name != "model"} | dict.fromkeys(model_names, "str")
+    kinds = {f.name: f.type for f in dataclasses.fields(RunPlan) if f.name != "model"}
+    kinds |= dict.fromkeys(model_names, "str")
     if set(flat) != set(kinds):
         raise ValueError(f"the plan's fields differ: missing {sorted(set(kinds) - set(flat))}, "
                          f"unknown {sorted(set(flat) - set(kinds))}; both sides need the same FedLoRA version")
@@ -259,3 +261,28 @@ def from_scalars(flat: Mapping[str, object]) -> RunPlan:
             fields[name] = float(value) if kind == "float" else value  # type: ignore[arg-type]
     model = ModelRef(**{model_names[k]: fields.pop(k) for k in model_names})  # type: ignore[arg-type]
     return RunPlan(model=model, **fields)  # type: ignore[arg-type]
+
+
+def round_to_scalars(plan: RoundPlan) -> dict[str, int | float | str | bool | list[str]]:
+    """`to_scalars` of the run plus the round's own `round`, `attempt` and `shared_sha256`."""
+    return to_scalars(plan.run) | {"round": plan.round, "attempt": plan.attempt, "shared_sha256": plan.shared_sha256}
+
+
+def round_from_scalars(flat: Mapping[str, object]) -> RoundPlan:
+    """Inverse of `round_to_scalars`; raises ValueError as `from_scalars` does."""
+    own = {"round": int, "attempt": int, "shared_sha256": str}
+    for name, kind in own.items():
+        if not isinstance(flat.get(name), kind) or isinstance(flat[name], bool):
+            raise ValueError(f"{name} is missing from the round's plan or is not of type {kind.__name__}")
+    run = from_scalars({k: v for k, v in flat.items() if k not in own})
+    return RoundPlan(run=run, **{k: flat[k] for k in own})  # type: ignore[arg-type]
+
+
+UPLOAD_METRICS = ("steps", "delta", "noise_multiplier", "num_examples", "train_loss")
+"""The only scalars that may leave a client beside its tensors; those that are None are left out."""
+
+
+def upload_metrics(upload: Upload) -> dict[str, int | float]:
+    """The upload's scalars that are not None, by name, in the order of `UPLOAD_METRICS`."""
+    values = ((name, getattr(upload, name)) for name in UPLOAD_METRICS)
+    return {name: value for name, value in values if value is not None}
