@@ -1,0 +1,28 @@
+# make demo: three institutions fine-tune one model together, on this machine. make test: everything that CI checks.
+# Both install first: they find Python 3.11 or 3.12, create .venv and install what pyproject.toml names.
+
+PYTHON := $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: demo test check clean
+
+demo: .venv/installed
+	.venv/bin/python -m fedlora_simulations.demo $(ARGS)
+
+test: check
+	.venv/bin/python -m pytest $(ARGS)
+
+check: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/lint-imports
+	.venv/bin/mypy fedlora client/fedlora_client server/fedlora_server strategies/fedlora_strategies simulations/fedlora_simulations
+
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "FedLoRA needs Python 3.11 or 3.12 and found neither; install one and run make again."; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist runs *.egg-info

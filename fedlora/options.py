@@ -1,0 +1,222 @@
+"""Every flag of the three commands, declared once, and the TOML file that can stand in for them.
+
+A value comes from, in falling order: the command line, the file's table named after the command ([server], [client],
+[simulate]), the file's top level, the preset of (strategy, privacy), the default below. A key that belongs to another
+command is left to it, so that one file drives all three; a key that belongs to none is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.plan import OPTIMIZERS, STRATEGIES, TASKS
+
+SERVER, CLIENT, SIMULATE = "server", "client", "simulate"
+
+
+def _number(kind: Callable[[str], Any], low: float, high: float = math.inf, *, open_low: bool = False) -> Callable:
+    """A parser of numbers in [low, high], or (low, high] if `open_low`; its errors say what was expected."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high if open_low else low <= value <= high):
+            wanted = "whole number" if kind is int else "number"
+            bound = f"above {low:g}" if open_low else f"of at least {low:g}"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a {wanted} {bound}" + (f" and at most {high:g}" if high < math.inf else ""))
+        return value
+
+    return parse
+
+
+_count = _number(int, 1)
+_natural = _number(int, 0)
+_positive = _number(float, 0, open_low=True)
+_finite = _number(float, 0, 1e300, open_low=True)
+_names = lambda text: tuple(part.strip() for part in text.split(",") if part.strip())  # noqa: E731
+
+
+def _strategies(text: str) -> tuple[str, ...]:
+    names = _names(text)
+    for name in names:
+        if name.removesuffix(":orthonormal") not in STRATEGIES:
+            raise argparse.ArgumentTypeError(f"{name!r} is not a strategy; choose from {', '.join(STRATEGIES)}")
+    return names
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = dict(part.partition("=")[::2] for part in _names(text))
+    if not all(pairs.values()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=column, as in text=note")
+    return pairs
+
+
+@dataclass(frozen=True)
+class Option:
+    """One flag: `commands` are those that have it; a default of None means the preset's value or none at all."""
+
+    flag: str
+    commands: tuple[str, ...]
+    help: str
+    default: Any = None
+    parse: Callable[[str], Any] | None = str
+    choices: Sequence[str] | None = None
+    metavar: str | None = None
+
+    @property
+    def key(self) -> str:
+        return self.flag.removeprefix("--")
+
+
+RUN, ALL, LOCAL = (SERVER, SIMULATE), (SERVER, CLIENT, SIMULATE), (CLIENT, SIMULATE)
+
+OPTIONS: tuple[Option, ...] = (
+    Option("--config", ALL, "a TOML file with any of these options", parse=Path, metavar="FILE.toml"),
+    # what is trained
+    Option("--strategy", (SERVER,), "how uploads are combined", "fedsvd", choices=STRATEGIES),
+    Option("--strategy", (SIMULATE,), "one or more, separated by commas; ffa-lora:orthonormal is FedSVD's control",
+           ("fedsvd",), _strategies, metavar="A[,B…]"),
+    Option("--privacy", RUN, "whether clients must train under differential privacy", "required",
+           choices=("required", "off")),
+    Option("--model", RUN, "alias (minilm), folder, or hub id[@commit]", "minilm"),
+    Option("--task", RUN, "what the model learns", "classification", choices=TASKS),
+    Option("--labels", RUN, "the label set; without it clients announce their label names", None, _names,
+           metavar="A,B,…"),
+    Option("--max-length", RUN, "tokens kept of a record", 128, _count),
+    Option("--rank", RUN, "rank of the adapters [preset]", None, _count),
+    Option("--alpha", RUN, "the update is scaled by alpha / rank [preset]", None, _finite),
+    Option("--targets", RUN, "adapted linear layers: names or name endings; none adapts none [query and value]", None,
+           _names, metavar="NAME,…"),
+    Option("--init", RUN, "how the frozen factors are drawn [preset]", None,
+           choices=("kaiming", "orthonormal", "weight")),
+    Option("--head", RUN, "train a classifier's final linear layer too, or leave it as drawn [train]", None,
+           choices=("train", "freeze")),
+    Option("--dropout", RUN, "dropout on the adapters' input", 0.0, _number(float, 0, 0.99)),
+    # how it is trained
+    Option("--rounds", RUN, "rounds [preset]", None, _count),
+    Option("--local-steps", RUN, "optimiser steps of a client per round [preset]", None, _count),
+    Option("--batch-size", RUN, "expected records of a Poisson-sampled step [preset]", None, _count),
+    Option("--lr", RUN, "learning rate [preset]", None, _finite),
+    Option("--optimizer", RUN, "a fresh one each round [preset]", None, choices=OPTIMIZERS),
+    Option("--clip-norm", RUN, "L2 bound of one record's gradient [preset]", None, _finite),
+    Option("--head-scale", RUN, "factor on the head's gradient before clipping [preset]", None, _finite),
+    # who takes part
+    Option("--min-clients", (SERVER,), "clients to wait for before round 1", 2, _count),
+    Option("--clients-per-round", RUN, "size of a round's cohort [all]", None, _count),
+    Option("--min-replies", RUN, "uploads that close a round [half the cohort, rounded up]", None, _count),
+    Option("--max-participations", RUN, "most rounds one client may start; privacy is calibrated to it [rounds]",
+           None, _count),
+    Option("--round-timeout", (SERVER,), "seconds before idle clients are drafted for missing ones", 600.0, _positive),
+    Option("--wait-timeout", (SERVER,), "seconds to wait when too few clients are left", 600.0, _positive),
+    Option("--address", (SERVER,), "where to listen", "127.0.0.1:9092", metavar="HOST:PORT"),
+    Option("--insecure", (SERVER, CLIENT), "allow plaintext beyond this machine", False, None),
+    # what is left behind
+    Option("--eval-data", RUN, "held-out rows: shows accuracy after each round", None, Path),
+    Option("--seed", (SERVER,), "of the shared tensors and the cohorts", 0, _natural),
+    Option("--seeds", (SIMULATE,), "one run per seed", (0,), lambda text: tuple(map(_natural, _names(text))),
+           metavar="N,…"),
+    Option("--out", RUN, "folder for adapter, report and curves [runs/<time>-<strategy>]", None, Path),
+    # the data holder's side
+    Option("--data", LOCAL, "folder or file: .jsonl .csv .tsv .parquet, or a hub dataset", None,
+           metavar="DIR_OR_FILE"),
+    Option("--column", ALL, "where a field stands, as in text=note,label=triage", {}, _columns, metavar="NAME=COLUMN"),
+    Option("--server", (CLIENT,), "the coordinator", "127.0.0.1:9092", metavar="HOST:PORT"),
+    Option("--name", (CLIENT,), "this client's name at the server [host name]"),
+    Option("--epsilon", LOCAL, "privacy budget of the run; inf turns privacy off", 8.0, _positive),
+    Option("--delta", LOCAL, "[min(1e-5, 0.1 / declared size)]", None, _number(float, 0, 1, open_low=True)),
+    Option("--declared-size", LOCAL, "public number of records [rounded down to two digits]", None, _count),
+    Option("--max-clip-norm", LOCAL, "lowers the plan's clip norm to at most this", None, _finite),
+    Option("--model", (CLIENT,), "folder of the base model [resolved from the plan's name]", metavar="PATH"),
+    Option("--allow-download", ALL, "fetch the base model from the hub", False, None),
+    Option("--device", LOCAL, "where to train", "auto", choices=("auto", "cpu", "cuda", "mps")),
+    Option("--precision", LOCAL, "auto takes bf16 where the hardware has it", "auto", choices=("auto", "fp32", "bf16")),
+    Option("--threads", LOCAL, "CPU threads", None, _count),
+    Option("--micro-batch", LOCAL, "records computed at once [as many as fit 4,096 tokens]", None, _count),
+    Option("--state", (CLIENT,), "folder of this client's accountant and last upload", None, Path),
+    Option("--connect-timeout", (CLIENT,), "seconds to keep trying for a server", 120.0, _positive),
+    # simulation
+    Option("--clients", (SIMULATE,), "simulated clients [one per file with --partition files]", None, _count),
+    Option("--partition", (SIMULATE,), "iid, dirichlet:ALPHA, shards:K or files", "iid"),
+)
+
+
+def build_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """The parser of one command. Its defaults are all absent, so that `read_options` can tell what was given."""
+    parser = argparse.ArgumentParser(prog=f"fedlora-{command}", description=description, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    for option in _options_of(command):
+        if option.parse is None:
+            parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, help=option.help)
+            continue
+        default = "" if option.default in (None, {}) else f" [{_shown(option.default)}]"
+        parser.add_argument(option.flag, type=option.parse, choices=option.choices, metavar=option.metavar,
+                            help=(option.help + default).replace("%", "%%"))
+    return parser
+
+
+def read_options(parser: argparse.ArgumentParser, command: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse `argv` over the --config file over the defaults; a bad value ends the process with code 2."""
+    given = parser.parse_args(argv)
+    values = {option.key.replace("-", "_"): option.default for option in _options_of(command)}
+    if "config" in given:
+        try:
+            values |= vars(parser.parse_args(_config_arguments(given.config, command)))
+        except ValueError as error:
+            parser.error(str(error))
+    return argparse.Namespace(**values | vars(given))
+
+
+def _options_of(command: str) -> list[Option]:
+    return [option for option in OPTIONS if command in option.commands]
+
+
+def _shown(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else f"{default:g}" if isinstance(
+        default, float) else str(default)
+
+
+def _config_arguments(path: Path, command: str) -> list[str]:
+    """The file's values as command-line arguments, so that file and flags are checked by the same code."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not TOML: {error}") from None
+    own = table.pop(command, {})
+    for other in {SERVER, CLIENT, SIMULATE} - {command}:
+        table.pop(other, None) if isinstance(table.get(other), dict) else None
+    if not isinstance(own, dict):  # `server = "host:port"` is the client's flag, not a table
+        table[command], own = own, {}
+    here = {option.key: option for option in _options_of(command)}
+    anywhere = {option.key for option in OPTIONS}
+    arguments: list[str] = []
+    for key, value in (table | own).items():
+        name = key.replace("_", "-")
+        if name not in (here if key in own else anywhere) or name == "config":
+            close = difflib.get_close_matches(name, here, n=1)
+            raise ValueError(f"--config {path}: {key!r} is not an option of fedlora-{command}"
+                             + (f"; did you mean {close[0]!r}?" if close else ""))
+        if name not in here:
+            continue
+        if here[name].parse is None:
+            if not isinstance(value, bool):
+                raise ValueError(f"--config {path}: {key} must be true or false, not {value!r}")
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            if isinstance(value, dict):
+                value = ",".join(f"{k}={v}" for k, v in value.items())
+            elif isinstance(value, list):
+                value = ",".join(map(str, value))
+            arguments.append(f"--{name}={value}")
+    return arguments
