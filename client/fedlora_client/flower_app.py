@@ -1,0 +1,67 @@
+"""The client as a Flower ClientApp: for the in-process, Ray and SuperNode engines. No other client module knows Flower.
+
+    app = client_app(session_of)      # session_of(context) -> the node's ClientSession
+
+The message layout is that of `fedlora_strategies.messages`, which the client does not import.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedlora.plan import Refusal, RoundPlan, Tensors, Upload, round_from_scalars, upload_metrics
+
+REFUSED = 100
+"""Flower error code of a refusal."""
+
+log = logging.getLogger(__name__)
+
+
+class Session(Protocol):
+    """What the app needs of `fedlora_client.session.ClientSession`."""
+
+    def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal: ...
+
+
+def train(message: Message, session: Session) -> Message:
+    """Answer one order to train: decode it, run the round, encode the upload or the refusal.
+
+    Raises:
+        ValueError: the message is not an order of this FedLoRA version.
+    """
+    [config] = message.content.config_records.values()
+    [arrays] = message.content.array_records.values()
+    tensors = {name: array.numpy() for name, array in arrays.items()}
+    answer = session.run_round(round_from_scalars(config), tensors)
+    if isinstance(answer, Refusal):
+        return Message(Error(REFUSED, f"{answer.code}: {answer.detail}"), reply_to=message)
+    content = RecordDict({
+        "arrays": ArrayRecord({name: Array(array) for name, array in answer.tensors.items()}),
+        "config": ConfigRecord({"run_id": answer.run_id, "round": answer.round, "attempt": answer.attempt}),
+        "metrics": MetricRecord(upload_metrics(answer)),
+    })
+    return Message(content, reply_to=message)
+
+
+def client_app(session_of: Callable[[Context], Session]) -> ClientApp:
+    """A ClientApp whose nodes train with `session_of(context)`.
+
+    The text of an exception can quote private rows, and Flower sends it to the server: here it goes to the local log
+    and the server learns only that the client is unavailable.
+    """
+    app = ClientApp()
+
+    @app.train()
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            return train(message, session_of(context))
+        except Exception:
+            log.exception("The round failed; the server is told only that this client is unavailable.")
+            return Message(Error(REFUSED, "unavailable: "), reply_to=message)
+
+    return app

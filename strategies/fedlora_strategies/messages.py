@@ -1,0 +1,127 @@
+"""Round plans and uploads as Flower messages. Every private name of Flower that FedLoRA uses is used in this file.
+
+Flower 1.41 makes a `Message` only where `TaskIdentity` is set, and leaves the message id to its own SuperLink. Our
+engines are neither, so `assume_identity` and `assign_id` fill both in. A test fails loudly if Flower moves them.
+
+    server → client   one ArrayRecord "arrays", one ConfigRecord "config": the fields of `RoundPlan`
+    client → server   one ArrayRecord "arrays", one ConfigRecord "config": `UPLOAD_KEY`,
+                      one MetricRecord "metrics": keys of `UPLOAD_METRICS`; or an Error whose reason is a refusal code
+
+The client's half of the mapping is `fedlora_client.flower_app`; tests hold the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity  # private
+
+from fedlora.plan import (
+    REFUSALS,
+    UPLOAD_METRICS,
+    Refusal,
+    RoundPlan,
+    Tensors,
+    Upload,
+    round_from_scalars,
+    round_to_scalars,
+    upload_metrics,
+)
+
+UPLOAD_KEY: Mapping[str, type] = {"run_id": str, "round": int, "attempt": int}
+"""The fields that say which order an upload answers."""
+
+REFUSED = 100
+"""Flower error code of a refusal; Flower's own codes are below 10."""
+
+TRAIN = MessageType.TRAIN
+
+
+def assume_identity(run_id: str) -> None:
+    """Let this process make messages, as Flower's own processes may. `run_id`: 16 hexadecimal digits."""
+    TaskIdentity.task_id = 0
+    TaskIdentity.node_id = 0
+    TaskIdentity.run_id = int(run_id, 16)
+
+
+def assign_id(message: Message, message_id: str) -> None:
+    """Give a message its id, to which the reply will point."""
+    message.metadata.__dict__["_message_id"] = message_id  # private
+
+
+def to_record(tensors: Tensors) -> ArrayRecord:
+    """Serialise the tensors, in their order. Messages may share the record: its arrays are immutable bytes."""
+    return ArrayRecord({name: Array(array) for name, array in tensors.items()})
+
+
+def to_tensors(record: ArrayRecord) -> Tensors:
+    """Decode every array of a record.
+
+    Raises:
+        ValueError: an array is not what it claims to be, or would need code to be decoded.
+    """
+    try:
+        return {name: array.numpy() for name, array in record.items()}
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        raise ValueError("an array of the message cannot be decoded; only plain numpy arrays are accepted") from error
+
+
+def train_message(plan: RoundPlan, arrays: ArrayRecord, node_id: int) -> Message:
+    """The order to train, for one node. Its RecordDict is its own; `arrays` may be shared with other messages."""
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord(round_to_scalars(plan))})
+    return Message(content=content, dst_node_id=node_id, message_type=TRAIN, group_id=str(plan.round))
+
+
+def read_train_message(message: Message) -> tuple[RoundPlan, ArrayRecord]:
+    """The plan and the arrays of an order; inverse of `train_message`.
+
+    Raises:
+        ValueError: anything but exactly one ArrayRecord and one ConfigRecord with `RoundPlan`'s fields.
+    """
+    if message.metadata.message_type != TRAIN:
+        raise ValueError(f"message type {message.metadata.message_type!r} is not carried; only {TRAIN!r} is")
+    content = message.content
+    if len(content) != 2 or len(content.array_records) != 1 or len(content.config_records) != 1:
+        raise ValueError(f"a message carries {len(content)} records ({', '.join(sorted(content))}); "
+                         "it must carry exactly one ArrayRecord and one ConfigRecord")
+    plan = round_from_scalars(next(iter(content.config_records.values())))
+    return plan, next(iter(content.array_records.values()))
+
+
+def reply(answer: Upload | Refusal, to: Message) -> Message:
+    """The reply to an order, from what a client answered."""
+    if isinstance(answer, Refusal):
+        return Message(Error(REFUSED, f"{answer.code}: {answer.detail}"), reply_to=to)
+    content = RecordDict({
+        "arrays": to_record(answer.tensors),
+        "config": ConfigRecord({name: getattr(answer, name) for name in UPLOAD_KEY}),
+        "metrics": MetricRecord(upload_metrics(answer)),
+    })
+    return Message(content, reply_to=to)
+
+
+def read_reply(message: Message) -> Upload | Refusal:
+    """What a client answered; inverse of `reply`. The tensors are not yet checked against any layout.
+
+    An error that is not one of our refusals (an engine's, a crashed ClientApp's) reads as "unavailable".
+
+    Raises:
+        ValueError: anything but an error, or one record of each kind with the keys that an upload has.
+    """
+    if message.has_error():
+        code, _, detail = (message.error.reason or "").partition(": ")
+        known = message.error.code == REFUSED and code in REFUSALS
+        return Refusal(code, detail) if known else Refusal("unavailable")
+    content = message.content
+    kinds = content.array_records, content.config_records, content.metric_records
+    if len(content) != 3 or any(len(kind) != 1 for kind in kinds):
+        raise ValueError("a reply must carry exactly one ArrayRecord, one ConfigRecord and one MetricRecord")
+    arrays, config, metrics = (next(iter(kind.values())) for kind in kinds)
+    if set(config) != set(UPLOAD_KEY) or any(type(config[name]) is not kind for name, kind in UPLOAD_KEY.items()):
+        raise ValueError(f"a reply's ConfigRecord must hold exactly {', '.join(UPLOAD_KEY)}")
+    if unknown := set(metrics) - set(UPLOAD_METRICS):
+        raise ValueError(f"a reply discloses {sorted(unknown)}; only {', '.join(UPLOAD_METRICS)} may be sent")
+    if type(metrics.get("steps")) is not int or any(isinstance(value, list) for value in metrics.values()):
+        raise ValueError("a reply's metrics must be single numbers, among them the whole number of steps")
+    return Upload(tensors=to_tensors(arrays), **config, **metrics)
