@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedlora.plan import Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload, to_scalars
-from fedlora.privacy import Budget, StreamFactory, calibrate
+from fedlora.privacy import Budget, RunStreams, calibrate
 from fedlora.tasks import Records
 from fedlora.training import Trainer, TrainResult
 
@@ -54,22 +54,21 @@ class ClientSession:
     """One client's part in one run.
 
     Args:
-        name: the client's name; its random streams differ from every other client's.
         run: the plan of the run; a round that carries another is refused.
         trainer: the process's trainer, shared by all simulated clients.
         records: this client's encoded training records.
         limits: what this client allows.
         state: where the account and the last upload are kept.
-        streams: gives the stream of random numbers for (round, attempt, purpose).
+        streams: where this client draws its random numbers from, under its name.
     Raises:
         Refused: "privacy-mismatch", or "policy" where the plan cannot be followed within the limits (the reason is in
             the local log).
     """
 
-    def __init__(self, name: str, run: RunPlan, trainer: Trainer, records: Records, limits: Limits, state: State,
-                 streams: StreamFactory) -> None:
+    def __init__(self, run: RunPlan, trainer: Trainer, records: Records, limits: Limits, state: State,
+                 streams: RunStreams) -> None:
         limits.check(run.private)
-        self.name, self.run, self.trainer, self.records = name, run, trainer, records
+        self.run, self.trainer, self.records = run, trainer, records
         self.limits, self.state, self.streams = limits, state, streams
         self.last_result: TrainResult | None = None
         digest = hashlib.sha256(json.dumps(to_scalars(run), sort_keys=True).encode()).hexdigest()
@@ -154,8 +153,8 @@ class ClientSession:
         result = self.trainer.train(
             self.run, self.records, sampling_rate=self.account.sampling_rate,
             noise_multiplier=self.account.noise_multiplier, clip_norm=self.account.clip_norm,
-            sampling=self.streams(plan.round, "sampling", plan.attempt),
-            noise=self.streams(plan.round, "noise", plan.attempt) if private else None, stop=stop)
+            sampling=self.streams.stream(plan.round, "sampling", plan.attempt),
+            noise=self.streams.stream(plan.round, "noise", plan.attempt) if private else None, stop=stop)
         self.last_result = result
         upload = Upload(
             *plan.key, tensors=result.tensors, steps=result.steps, delta=self.account.delta,

@@ -1,0 +1,61 @@
+"""Flags, config file and defaults."""
+
+from pathlib import Path
+
+import pytest
+
+from fedlora.options import build_parser, read_options
+
+
+def options(command, *argv):
+    return read_options(build_parser(command, ""), command, argv)
+
+
+def config(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return f"--config={path}"
+
+
+def test_one_file_drives_all_three_commands(tmp_path):
+    file = config(tmp_path, 'strategy = "fed-sb"\nepsilon = 3\nrounds = 7\ndata = "local"\n[client]\nname = "north"\n')
+    assert options("server", file).strategy == "fed-sb" and options("server", file).rounds == 7
+    assert options("client", file).epsilon == 3.0 and options("client", file).name == "north"
+    assert options("simulate", file).strategy == ("fed-sb",) and options("simulate", file).data == "local"
+
+
+def test_a_flag_overrides_the_command_s_table_which_overrides_the_top_level(tmp_path):
+    file = config(tmp_path, "seed = 1\nrounds = 5\n[server]\nrounds = 6\n")
+    assert options("server", file).rounds == 6
+    assert options("server", "--rounds", "8", file).rounds == 8
+    assert options("server", file).seed == 1
+
+
+def test_lists_tables_and_booleans_read_as_their_flags_do(tmp_path):
+    file = config(tmp_path, 'labels = ["no", "yes"]\ninsecure = true\ncolumn = {text = "note"}\n')
+    read = options("server", file)
+    assert (read.labels, read.insecure, read.column) == (("no", "yes"), True, {"text": "note"})
+
+
+@pytest.mark.parametrize(("text", "names"), [
+    ("roundz = 3", ["roundz", "rounds"]), ("rounds = 0", ["--rounds", "'0'"]), ("strategy = 'fedprox'", ["fedprox"]),
+    ("= 3", ["not TOML"]), ("insecure = 1", ["insecure", "true or false"]), ("[server]\ndata = 'x'", ["'data'"])])
+def test_a_wrong_file_ends_with_code_2_and_names_what_is_wrong(tmp_path, capsys, text, names):
+    with pytest.raises(SystemExit) as exit_:
+        options("server", config(tmp_path, text))
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert all(name in message for name in names), message
+
+
+@pytest.mark.parametrize("argv", [["--epsilon", "0"], ["--epsilon", "nan"], ["--epsilon", "-1"], ["--delta", "1.5"],
+                                  ["--micro-batch", "2.5"], ["--column", "text"], ["--config", "missing.toml"]])
+def test_a_wrong_value_ends_with_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        options("client", *argv)
+    assert exit_.value.code == 2
+    assert argv[-1] in capsys.readouterr().err
+
+
+def test_epsilon_may_be_infinite():
+    assert options("client", "--epsilon", "inf").epsilon == float("inf")
