@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedlora.plan import Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload, to_scalars
-from fedlora.privacy import Budget, RunStreams, calibrate
+from fedlora.privacy import Budget, RunStreams
 from fedlora.tasks import Records
 from fedlora.training import Trainer, TrainResult
 
@@ -81,18 +81,18 @@ class ClientSession:
     def _open_account(self, digest: str) -> Account:
         """Fix sampling rate, noise and clip norm for the run: the noise suits its most participations exactly."""
         limits, run = self.limits, self.run
+        clip_norm = min(run.clip_norm, limits.max_clip_norm)
+        if not run.private:
+            rate = min(1.0, run.expected_batch / (limits.declared_size or len(self.records)))
+            return Account(digest, rate, None, None, clip_norm)
         try:
-            budget = Budget.declare(len(self.records), run.expected_batch, epsilon=limits.epsilon, delta=limits.delta,
+            budget = Budget.declare(len(self.records), epsilon=limits.epsilon, delta=limits.delta,
                                     declared_size=limits.declared_size)
+            noise_multiplier = budget.noise_multiplier(run.expected_batch, run.max_participations * run.local_steps)
         except ValueError as error:
             log.error("%s", error)
             raise Refused("policy") from error
-        noise_multiplier = None
-        if run.private:
-            noise_multiplier = calibrate(limits.epsilon, budget.delta, budget.sampling_rate,
-                                         run.max_participations * run.local_steps)
-        return Account(digest, budget.sampling_rate, noise_multiplier, budget.delta if run.private else None,
-                       min(run.clip_norm, limits.max_clip_norm))
+        return Account(digest, budget.sampling_rate(run.expected_batch), noise_multiplier, budget.delta, clip_norm)
 
     def run_round(self, plan: RoundPlan, tensors: Tensors,
                   stop: Callable[[], bool] = lambda: False) -> Upload | Refusal:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fedlora.plan import RoundPlan, Tensors, Upload, upload_metrics
-from fedlora.privacy import Accountant
+from fedlora.privacy import Accountant, Spend
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Account:
         plan_sha256: digest of the run's plan; a run whose plan changes is refused.
         sampling_rate, noise_multiplier, delta, clip_norm: fixed at the run's start; None where privacy is off.
         started: (round, attempt) of every training that began, whether or not it was sent.
-        history: one (noise multiplier, sampling rate, steps) per training that began.
+        history: what the trainings that began are charged with.
     """
 
     plan_sha256: str
@@ -38,18 +38,22 @@ class Account:
     delta: float | None
     clip_norm: float
     started: tuple[tuple[int, int], ...] = ()
-    history: tuple[tuple[float, float, int], ...] = ()
+    history: tuple[Spend, ...] = ()
 
     def charged(self, round: int, attempt: int, steps: int) -> Account:
         """The account after one more training began."""
-        spend = () if self.noise_multiplier is None else ((self.noise_multiplier, self.sampling_rate, steps),)
-        return replace(self, started=(*self.started, (round, attempt)), history=self.history + spend)
+        history = self.history
+        if self.noise_multiplier is not None:
+            accountant = Accountant(history)
+            accountant.add(self.noise_multiplier, self.sampling_rate, steps)
+            history = accountant.history
+        return replace(self, started=(*self.started, (round, attempt)), history=history)
 
     def epsilon(self) -> float:
         """Spent so far; 0 before the first step, infinite without privacy."""
         if self.noise_multiplier is None or self.delta is None:
             return float("inf") if self.started else 0.0
-        return Accountant(self.history).epsilon(self.delta) if self.history else 0.0
+        return Accountant(self.history).epsilon(self.delta)
 
 
 class MemoryState:
@@ -110,7 +114,7 @@ class FolderState:
         try:
             raw = json.loads(path.read_text())
             raw["started"] = tuple((int(r), int(a)) for r, a in raw["started"])
-            raw["history"] = tuple((float(s), float(q), int(n)) for s, q, n in raw["history"])
+            raw["history"] = tuple(Spend(**spend) for spend in raw["history"])
             return Account(**raw)
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{path} is damaged. What this run spent is unknown, so it cannot go on; "
