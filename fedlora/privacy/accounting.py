@@ -1,0 +1,212 @@
+"""What a run costs: (epsilon, delta) of Poisson-sampled, clipped and noised steps.
+
+Unit: one training record (a row; a whole sequence for language models) of one client. Relation: zero-out, one record
+is replaced by a null record that contributes nothing; it accounts like add/remove. Replace-one is not claimed.
+
+Epsilon is PRV's upper bound (Gopi et al., NeurIPS 2021, arXiv:2106.02848, in Opacus), or RDP's (Mironov et al.,
+arXiv:1908.10530) where PRV is not finite or is the larger one. The CLT (GDP) approximation underestimates under
+sampling and is not offered.
+
+Paper   Here               Meaning
+sigma   noise_multiplier   standard deviation of the noise / clip_norm
+q       sampling_rate      probability with which each record enters a step
+n-hat   declared_size      public nominal number of records; the exact one stays with the client
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from opacus.accountants import PRVAccountant
+from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
+from scipy.optimize import brentq
+
+RDP_ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 64), 80, 96, 128, 192, 256, 384, 512)
+
+PRV_LIMIT = 64.0
+"""Where RDP already says more than this, PRV is slow, tends to be infinite, and is not asked."""
+
+SIGMA_STEP = 1e-3
+"""Noise multipliers are calibrated to multiples of this."""
+
+
+@dataclass(frozen=True)
+class Spend:
+    """`steps` steps with one noise multiplier and one sampling rate."""
+
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
+            raise ValueError(f"noise_multiplier is {self.noise_multiplier!r}; without positive, finite noise there is "
+                             "no guarantee to account for")
+        if not 0 < self.sampling_rate <= 1:
+            raise ValueError(f"sampling_rate is {self.sampling_rate!r}; it must be in (0, 1]")
+        if not (isinstance(self.steps, int) and self.steps >= 1):
+            raise ValueError(f"steps is {self.steps!r}; it must be a positive integer")
+
+
+class Accountant:
+    """The record of everything released, kept for as long as the data may be used. It survives JSON."""
+
+    def __init__(self, history: tuple[Spend, ...] = ()) -> None:
+        self._history = list(history)
+
+    @property
+    def history(self) -> tuple[Spend, ...]:
+        return tuple(self._history)
+
+    @property
+    def steps(self) -> int:
+        return sum(spend.steps for spend in self._history)
+
+    def add(self, noise_multiplier: float, sampling_rate: float, steps: int) -> None:
+        """Charge steps. Do it, and persist it, before anything that they produced leaves the machine."""
+        spend = Spend(float(noise_multiplier), float(sampling_rate), steps)
+        last = self._history[-1] if self._history else None
+        if last and (last.noise_multiplier, last.sampling_rate) == (spend.noise_multiplier, spend.sampling_rate):
+            self._history[-1] = Spend(spend.noise_multiplier, spend.sampling_rate, last.steps + steps)
+        else:
+            self._history.append(spend)
+
+    def epsilon(self, delta: float) -> float:
+        """Upper bound on epsilon at `delta` of everything charged so far; 0.0 for an empty history."""
+        return _epsilon(self.history, delta)
+
+    def to_json(self) -> str:
+        return json.dumps([[s.noise_multiplier, s.sampling_rate, s.steps] for s in self._history])
+
+    @classmethod
+    def from_json(cls, text: str) -> Accountant:
+        """Inverse of `to_json`. Raises ValueError where the text is not such a history."""
+        try:
+            return cls(tuple(Spend(float(sigma), float(q), steps) for sigma, q, steps in json.loads(text)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"this is not an accountant's history ({error}); restore the file, or start a new state "
+                             "folder and count what was already spent as lost budget") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _epsilon(history: tuple[Spend, ...], delta: float) -> float:
+    if not 0 < delta < 1:
+        raise ValueError(f"delta is {delta!r}; it must be in (0, 1)")
+    if not history:
+        return 0.0
+    rdp = _rdp_epsilon(history, delta)
+    if rdp > PRV_LIMIT:
+        return rdp
+    accountant = PRVAccountant()
+    accountant.history = [(s.noise_multiplier, s.sampling_rate, s.steps) for s in history]
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        prv = float(accountant.get_epsilon(delta))
+    return prv if math.isfinite(prv) and 0 <= prv <= rdp else rdp
+
+
+def _rdp_epsilon(history: tuple[Spend, ...], delta: float) -> float:
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # "the optimal order is the largest": the bound still holds
+        rdp = sum(
+            compute_rdp(q=s.sampling_rate, noise_multiplier=s.noise_multiplier, steps=s.steps, orders=RDP_ORDERS)
+            for s in history
+        )
+        epsilon, _ = get_privacy_spent(orders=RDP_ORDERS, rdp=rdp, delta=delta)
+    return float(epsilon) if math.isfinite(epsilon) else math.inf
+
+
+@functools.lru_cache(maxsize=1024)
+def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+    """The smallest noise multiplier, to `SIGMA_STEP`, with which `steps` steps stay within (epsilon, delta).
+
+    `steps` is the number that will be done at most: local steps × maximum participations, never an expectation.
+    """
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise ValueError(f"epsilon is {epsilon!r}; noise can be calibrated to a positive, finite epsilon only")
+
+    def spent(sigma: float, bound=_epsilon) -> float:
+        return bound((Spend(sigma, sampling_rate, steps),), delta)
+
+    high = 1.0
+    while spent(high, _rdp_epsilon) > epsilon:
+        high *= 2
+        if high > 1e6:
+            raise ValueError(f"epsilon {epsilon} at delta {delta} cannot be reached in {steps} steps at sampling rate "
+                             f"{sampling_rate}; allow more epsilon, a larger delta or fewer steps")
+    while spent(0.9 * high, _rdp_epsilon) <= epsilon:
+        high *= 0.9
+    low = 0.9 * high  # RDP(low) > epsilon >= RDP(high) >= PRV(high)
+    while spent(low) <= epsilon:
+        low, high = 0.9 * low, low
+    root = brentq(lambda sigma: math.log(spent(sigma) / epsilon), low, high, xtol=SIGMA_STEP / 4)
+    multiple = max(1, math.floor(root / SIGMA_STEP))
+    while spent(multiple * SIGMA_STEP) > epsilon:
+        multiple += 1
+    return multiple * SIGMA_STEP
+
+
+def nominal_size(records: int) -> int:
+    """The default declared size: `records` rounded down to two significant digits (14,812 becomes 14,000)."""
+    if records < 1:
+        raise ValueError(f"there are {records} training records; at least one is needed")
+    unit = 10 ** max(0, len(str(records)) - 2)
+    return records // unit * unit
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One client's limit for one run, and the public size from which everything else is computed.
+
+    Attributes:
+        epsilon, delta: of the guarantee, for one record under zero-out.
+        declared_size: nominal number of records. It is public, and equal for neighbouring data sets.
+        max_sampling_rate: a plan that would sample more often is refused.
+    """
+
+    epsilon: float
+    delta: float
+    declared_size: int
+    max_sampling_rate: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise ValueError(f"epsilon is {self.epsilon!r}; it must be positive and finite")
+        if self.declared_size < 1:
+            raise ValueError(f"declared_size is {self.declared_size!r}; it must be at least 1")
+        if not 0 < self.max_sampling_rate <= 1:
+            raise ValueError(f"max_sampling_rate is {self.max_sampling_rate!r}; it must be in (0, 1]")
+        if not 0 < self.delta < 1 / self.declared_size:
+            raise ValueError(f"delta is {self.delta!r}; it must be positive and below 1/{self.declared_size}, or "
+                             "publishing one record in full would satisfy it")
+
+    @classmethod
+    def declare(cls, records: int, *, epsilon: float, delta: float | None = None, declared_size: int | None = None,
+                max_sampling_rate: float = 0.2) -> Budget:
+        """Fill in the defaults: declared size `nominal_size(records)`, delta = min(1e-5, 0.1 / declared size)."""
+        size = nominal_size(records) if declared_size is None else declared_size
+        if size < 1:
+            raise ValueError(f"declared_size is {size!r}; it must be at least 1")
+        return cls(epsilon, min(1e-5, 0.1 / size) if delta is None else delta, size, max_sampling_rate)
+
+    def sampling_rate(self, expected_batch: int) -> float:
+        """q = min(1, b / n-hat).
+
+        Raises:
+            ValueError: q is above `max_sampling_rate`; it names the expected batch that would fit.
+        """
+        q = min(1.0, expected_batch / self.declared_size)
+        if q > self.max_sampling_rate:
+            raise ValueError(f"an expected batch of {expected_batch} out of {self.declared_size} declared records "
+                             f"samples each with probability {q:.3f}, above {self.max_sampling_rate}; an expected "
+                             f"batch of at most {math.floor(self.max_sampling_rate * self.declared_size)} would fit")
+        return q
+
+    def noise_multiplier(self, expected_batch: int, steps: int) -> float:
+        """The noise with which `steps` steps, the most there can be, exhaust and do not exceed this budget."""
+        return calibrate(self.epsilon, self.delta, self.sampling_rate(expected_batch), steps)
