@@ -1,0 +1,7 @@
+"""Users' files as checked rows of text, and their split over simulated clients."""
+
+from fedlora.data.partition import partition
+from fedlora.data.reading import read
+from fedlora.data.rows import Rows, label_names, normalize_label
+
+__all__ = ["Rows", "label_names", "normalize_label", "partition", "read"]

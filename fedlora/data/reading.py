@@ -1,0 +1,192 @@
+"""From a path to `Rows`: find the files, find the columns, check every row.
+
+    task             columns, the first that are there
+    classification   text | text_a, text_b | sentence1, sentence2     and label
+    causal-lm        messages | prompt, completion | text
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora.data.formats import SUFFIXES, Record, hub_records, records, show_columns
+from fedlora.data.rows import Message, Rows, normalize_label, place
+
+LAYOUTS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "classification": (("text", ("text",)), ("pair", ("text_a", "text_b")), ("pair", ("sentence1", "sentence2"))),
+    "causal-lm": (("messages", ("messages",)), ("completion", ("prompt", "completion")), ("text", ("text",))),
+}
+
+Layout = tuple[str, tuple[str, ...]]
+
+
+def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = None) -> Rows:
+    """Read and check all rows of a file, a folder (its files in the order of their names) or a hub dataset.
+
+    Args:
+        path: a .jsonl, .csv, .tsv or .parquet file, a folder of such, or "org/dataset[/config][:split]".
+        task: "classification" or "causal-lm".
+        columns: the file's name for a column, where it is not the expected one: {"text": "note"}.
+
+    Raises:
+        ValueError: with file, line and remedy, never with a row's text.
+    """
+    names = dict(columns or {})
+    known = {name for _, layout in LAYOUTS[task] for name in layout}
+    if task == "classification":
+        known.add("label")
+    if unknown := sorted(set(names) - known):
+        raise ValueError(f"--column {unknown[0]}=… names no column of {task}. Those are: {', '.join(sorted(known))}")
+
+    reader = _Reader(task, names)
+    for file, stream in _sources(path):
+        reader.add(file, stream)
+    return reader.rows()
+
+
+def _sources(path: Path | str) -> Iterator[tuple[str, Iterator[Record]]]:
+    local = Path(path).expanduser()
+    accepted = ", ".join(SUFFIXES)
+    if local.is_dir():
+        files = sorted(f for f in local.iterdir()
+                       if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file())
+        if not files:
+            raise ValueError(f"{path} is a folder without a file that ends in {accepted}. "
+                             "Put the data there, or name another folder")
+        yield from ((str(f), records(f)) for f in files)
+    elif local.exists():
+        if local.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"{path} ends in {local.suffix or 'no suffix'!r}. Give a file that ends in {accepted}")
+        yield str(path), records(local)
+    elif _is_hub_name(str(path)):
+        yield str(path), hub_records(str(path))
+    else:
+        raise ValueError(f"{path} does not exist. Name a file that ends in {accepted}, or a folder of such files")
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether a name that is no local path may be sent to the hub; a mistyped local path must not be."""
+    part = r"[A-Za-z0-9][\w.-]*"
+    return (re.fullmatch(rf"{part}/{part}(/{part})?(:\w+)?", name) is not None
+            and not name.endswith(SUFFIXES) and not Path(name.split("/")[0]).exists())
+
+
+class _Reader:
+    """Collects checked rows; one layout for all files."""
+
+    def __init__(self, task: str, names: Mapping[str, str]) -> None:
+        self.task = task
+        self.names = names
+        self.layout: Layout | None = None
+        self.files: list[str] = []
+        self.file_of, self.lines = array("q"), array("q")
+        self.texts: list[str] = []
+        self.seconds: list[str | None] = []
+        self.messages: list[tuple[Message, ...]] = []
+        self.labels: list[str | None] = []
+
+    def add(self, file: str, stream: Iterator[Record]) -> None:
+        before = len(self.texts)
+        self.files.append(file)
+        layout: Layout | None = None
+        for line, row in stream:
+            if layout is None:
+                layout = self._find_layout(file, tuple(row))
+            self._add_row(place(file, line), layout, row)
+            self.file_of.append(len(self.files) - 1)
+            self.lines.append(line)
+        if len(self.texts) == before:
+            raise ValueError(f"{file} holds no rows. Add some, or take the file away")
+
+    def _find_layout(self, file: str, present: tuple[str, ...]) -> Layout:
+        found = next((one for one in LAYOUTS[self.task] if all(self.names.get(n, n) in present for n in one[1])), None)
+        if found is None:
+            wanted = ", or ".join(" + ".join(self.names.get(n, n) for n in cols) for _, cols in LAYOUTS[self.task])
+            example = LAYOUTS[self.task][-1][1][0] if self.task == "causal-lm" else "text"
+            raise ValueError(f"{place(file, 1)}: {self.task} needs the columns {wanted}; {show_columns(present)}. "
+                             f"Name yours with --column {example}=NAME")
+        label = self.names.get("label", "label")
+        if self.task == "classification" and label not in present:
+            raise ValueError(f"{place(file, 1)}: there is no column {label}; {show_columns(present)}. "
+                             "Name yours with --column label=NAME")
+        if self.layout is not None and self.layout != found:
+            raise ValueError(f"{file} has the columns {' + '.join(found[1])}, {self.files[0]} has "
+                             f"{' + '.join(self.layout[1])}. Use the same columns in all files of a folder")
+        self.layout = found
+        return found
+
+    def _add_row(self, where: str, layout: Layout, row: Mapping[str, Any]) -> None:
+        kind, columns = layout
+        if kind == "messages":
+            self.texts.append("")
+            self.messages.append(_conversation(where, row.get(self.names.get(columns[0], columns[0]))))
+        else:
+            optional = kind == "pair"
+            values = [self._text(where, name, row, required=not (optional and name == columns[1])) for name in columns]
+            self.texts.append(values[0] or "")
+            if len(values) == 2:
+                self.seconds.append(values[1])
+        if self.task == "classification":
+            try:
+                self.labels.append(normalize_label(row.get(self.names.get("label", "label"))))
+            except TypeError as error:
+                raise ValueError(f"{where}: the label is {error}. Write it as a whole number or a name") from None
+
+    def _text(self, where: str, name: str, row: Mapping[str, Any], *, required: bool) -> str | None:
+        column = self.names.get(name, name)
+        value = row.get(column)
+        if value is None and not required:
+            return None
+        return _checked(where, column, value)
+
+    def rows(self) -> Rows:
+        assert self.layout is not None
+        kind, columns = self.layout
+        if kind == "pair" and all(second is None for second in self.seconds):
+            kind = "text"  # GLUE's single-sentence tasks keep an empty sentence2
+        elif None in self.seconds:
+            row = self.seconds.index(None)
+            raise ValueError(f"{place(self.files[self.file_of[row]], self.lines[row])}: {columns[1]} is empty, but not "
+                             "in other rows. Fill it, or remove the row")
+        return Rows(kind=kind, texts=tuple(self.texts),
+                    seconds=tuple(self.seconds) if kind in ("pair", "completion") else None,  # type: ignore[arg-type]
+                    messages=tuple(self.messages) if kind == "messages" else None,
+                    labels=tuple(self.labels) if self.task == "classification" else None,
+                    files=tuple(self.files), file_of=np.array(self.file_of, dtype=np.int64),
+                    lines=np.array(self.lines, dtype=np.int64))
+
+
+def _checked(where: str, column: str, value: Any) -> str:
+    if value is None:
+        raise ValueError(f"{where}: {column} is missing or empty. Fill it, or remove the row")
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {column} is of type {type(value).__name__}. It must be a string")
+    if not value.strip():
+        raise ValueError(f"{where}: {column} is empty. Fill it, or remove the row")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: {column} holds half of a Unicode surrogate pair (an escape like \\ud83d alone). "
+                         "Write the whole character") from None
+    return value
+
+
+def _conversation(where: str, value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where}: messages is not a list of messages. "
+                         'Write [{"role": "user", "content": …}, {"role": "assistant", "content": …}]')
+    turns = []
+    for turn in value:
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            raise ValueError(f"{where}: a message has no role. Give each a role and a content")
+        turns.append((turn["role"], _checked(where, "content of a message", turn.get("content"))))
+    if all(role != "assistant" for role, _ in turns):
+        raise ValueError(f"{where}: no message has the role assistant, so there is nothing to learn from. "
+                         "Add the answer, or remove the row")
+    return tuple(turns)

@@ -1,0 +1,90 @@
+"""Rows of a user's files, as text: what was read, and where each row stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+KINDS = ("text", "pair", "completion", "messages")
+"""What a row is: one text, two texts, a prompt with its completion, or a conversation."""
+
+Message = tuple[str, str]
+"""(role, content)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in the order of the files' names and lines.
+
+    Attributes:
+        kind: one of `KINDS`.
+        texts: the text, the first of a pair, or the prompt; "" for each conversation.
+        seconds: the second of a pair or the completion, else None.
+        messages: the conversations, else None.
+        labels: normalised label names, None where a row has no label; None for tasks without labels.
+        files: the files read, in order.
+        file_of: [rows] index into `files`.
+        lines: [rows] the line on which a row begins, counted from 1 (in a parquet file, the row's number).
+    """
+
+    kind: str
+    texts: tuple[str, ...]
+    seconds: tuple[str, ...] | None
+    messages: tuple[tuple[Message, ...], ...] | None
+    labels: tuple[str | None, ...] | None
+    files: tuple[str, ...]
+    file_of: np.ndarray
+    lines: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def where(self, row: int) -> str:
+        """"file:line" of a row; for formats without lines, "file:row number"."""
+        return place(self.files[self.file_of[row]], int(self.lines[row]))
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Rows:
+        """The rows at `indices`, in that order."""
+        def pick(column):
+            return None if column is None else tuple(column[i] for i in indices)
+
+        index = np.asarray(indices, dtype=np.int64)
+        return dataclasses.replace(self, texts=pick(self.texts), seconds=pick(self.seconds),
+                                   messages=pick(self.messages), labels=pick(self.labels),
+                                   file_of=self.file_of[index], lines=self.lines[index])
+
+    def by_file(self) -> list[np.ndarray]:
+        """The indices of each file's rows, in the order of `files`."""
+        return [np.flatnonzero(self.file_of == i) for i in range(len(self.files))]
+
+
+def place(file: str, line: int) -> str:
+    """How an error names a row."""
+    return f"{file}:{line}" if file.lower().endswith((".jsonl", ".csv", ".tsv")) else f"{file}:row {line}"
+
+
+def normalize_label(value: object) -> str | None:
+    """0, 0.0, "0", "0.0" and " 0 " are all "0"; a name loses surrounding blanks; null and "" are None.
+
+    Raises:
+        TypeError: the value is neither a whole number nor a string. The message names the type, never the value.
+    """
+    if value is None or (isinstance(value, float) and value != value):
+        return None
+    if isinstance(value, str):
+        name = value.strip()
+        return re.sub(r"^([+-]?\d+)\.0+$", r"\1", name) or None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    raise TypeError("a fraction" if isinstance(value, float) else f"of type {type(value).__name__}")
+
+
+def label_names(rows: Rows) -> tuple[str, ...]:
+    """The names of the labels that occur, sorted; () if there are none."""
+    return tuple(sorted({label for label in rows.labels or () if label is not None}))

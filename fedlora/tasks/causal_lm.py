@@ -1,0 +1,121 @@
+"""Continue a text. A record's loss is the mean over its own answer tokens, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from fedlora.data import Rows
+from fedlora.data.rows import Message
+from fedlora.tasks.records import IGNORED, Batch, Records, pack
+from fedlora.tasks.task import Task
+
+
+class CausalLM(Task):
+    """Learns whole texts, completions of prompts, or the assistant's turns of conversations."""
+
+    name = "causal-lm"
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        super().__init__(tokenizer, max_length)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-text token, so a model would never learn to stop. "
+                             "Choose a model made for text generation")
+
+    def encode(self, rows: Rows) -> Records:
+        """Tokenise, append the end-of-text token, cut on the right. Rows without an answer token left are left out."""
+        tokens: list[list[int]] = []
+        answers: list[list[int]] = []
+        for chunk in self._chunks(rows):
+            texts = [rows.texts[row] for row in chunk]
+            if rows.messages is not None:
+                encoded = [self._conversation(rows.messages[row], rows.where(row)) for row in chunk]
+            elif rows.seconds is None:
+                encoded = [(ids := self._ended(one), [1] * len(ids)) for one in self._tokenize(texts, special=True)]
+            else:
+                prompts = self._tokenize(texts, special=True)
+                completions = self._tokenize([rows.seconds[row] for row in chunk], special=False)
+                encoded = [self._completion(*both) for both in zip(prompts, completions, strict=True)]
+            for ids, learned in encoded:
+                ids, learned = ids[:self.max_length], learned[:self.max_length]
+                if any(learned[1:]):  # nothing stands before the first token to predict it from
+                    tokens.append(ids)
+                    answers.append(learned)
+        return pack(tokens, self.tokenizer.pad_token_id, answers=answers, left_out=len(rows) - len(tokens))
+
+    def _tokenize(self, texts: list[str], *, special: bool) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=special, truncation=True, max_length=self.max_length,
+                              return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return ids if ids and ids[-1] == end else [*ids, end]
+
+    def _completion(self, prompt: list[int], completion: list[int]) -> tuple[list[int], list[int]]:
+        if prompt and prompt[-1] == self.tokenizer.eos_token_id:
+            prompt = prompt[:-1]  # some tokenizers end every text
+        completion = self._ended(completion)
+        return prompt + completion, [0] * len(prompt) + [1] * len(completion)
+
+    def _conversation(self, messages: tuple[Message, ...], where: str) -> tuple[list[int], list[int]]:
+        """The chat template's text; the answer is every assistant turn with the template's end mark.
+
+        A turn's characters are found by rendering the conversation up to it. Templates that rewrite earlier turns
+        (dropping their reasoning, say) allow that for the last one only.
+        """
+        turns = [{"role": role, "content": content} for role, content in messages]
+        text = self._render(turns, where)
+        spans = []
+        for i in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
+            before = self._render(turns[:i], where, generation=True) if i else ""
+            until = self._render(turns[:i + 1], where)
+            if text.startswith(before) and text.startswith(until):
+                spans.append((len(before), len(until)))
+        if not spans:
+            raise ValueError(f"{where}: the tokenizer's chat template does not show where the assistant's turn begins. "
+                             "Give prompt and completion instead of messages")
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        learned = [int(any(start <= begin < stop for start, stop in spans))
+                   for begin, _ in encoded["offset_mapping"]]
+        ids = list(encoded["input_ids"])
+        if self.tokenizer.eos_token not in text:
+            ids, learned = self._ended(ids), [*learned, 1]
+        return ids, learned
+
+    def _render(self, turns: list[dict[str, str]], where: str, *, generation: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
+        except Exception as error:  # a template is a program; its message may quote the conversation
+            remedy = ("Give prompt and completion instead of messages" if not self.tokenizer.chat_template
+                      else "Check the order of roles that the model's chat template takes")
+            raise ValueError(f"{where}: the tokenizer's chat template cannot write this conversation "
+                             f"({type(error).__name__}). {remedy}") from None
+
+    def per_record_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """[records] float32: mean cross entropy over each record's own answer tokens."""
+        losses, counts = self._token_losses(model, batch)
+        return losses / counts
+
+    def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        losses, counts = self._token_losses(model, batch)
+        return {"loss": losses, "tokens": counts, "count": torch.ones(len(losses))}
+
+    def summarize(self, sums: dict[str, float]) -> dict[str, float]:
+        """Mean loss per answer token and its exponential, over `count` records."""
+        loss = sums["loss"] / sums["tokens"]
+        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "count": int(sums["count"])}
+
+    def _token_losses(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per record, the sum of its answer tokens' losses and their number: [records] float32 each.
+
+        Only logits of answer tokens are widened to float32.
+        """
+        logits = model(**batch.inputs(), use_cache=False).logits[:, :-1]
+        targets = batch.labels[:, 1:]
+        answer = targets != IGNORED
+        losses = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
+        losses[answer] = F.cross_entropy(logits[answer].float(), targets[answer], reduction="none")
+        return losses.sum(1), answer.sum(1).float()

@@ -1,0 +1,110 @@
+"""Tokenised records in flat arrays, and micro-batches made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+IGNORED = -100
+"""Label of a token that no loss is taken on."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """What is trained on: n records of differing length, without any padding.
+
+    Attributes:
+        tokens: [total] int32 token ids, record after record.
+        offsets: [n + 1] int64; record i is tokens[offsets[i]:offsets[i + 1]].
+        pad_id: the token that fills a batch.
+        labels: [n] int64 index into the label set; None for language models.
+        segments: [total] uint8, 1 for tokens of a pair's second text, if the model tells them apart; else None.
+        answers: [total] uint8, 1 for the tokens that a language model is to predict; else None.
+        left_out: how many rows were not taken, for want of a label or of an answer within the maximum length.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    pad_id: int
+    labels: np.ndarray | None = None
+    segments: np.ndarray | None = None
+    answers: np.ndarray | None = None
+    left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[n] int64 number of tokens of each record."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch on one device.
+
+    Attributes:
+        input_ids: [records, length] int64, padded on the right.
+        labels: [records] int64 classes, or [records, length] int64 tokens to predict, `IGNORED` elsewhere.
+        attention_mask: [records, length] int64; None if nothing is padded.
+        token_type_ids: [records, length] int64, if the model takes them.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    token_type_ids: torch.Tensor | None = None
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The model's keyword arguments: all but the labels."""
+        given = {"input_ids": self.input_ids, "attention_mask": self.attention_mask,
+                 "token_type_ids": self.token_type_ids}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+
+def pack(sequences: Sequence[Sequence[int]], pad_id: int, *, labels: Sequence[int] | None = None,
+         segments: Sequence[Sequence[int]] | None = None, answers: Sequence[Sequence[int]] | None = None,
+         left_out: int = 0) -> Records:
+    """Lists of token ids, and what belongs to each token, as flat arrays."""
+    def flat(lists: Sequence[Sequence[int]] | None, dtype: type) -> np.ndarray | None:
+        return None if lists is None else np.concatenate([np.asarray(one, dtype=dtype) for one in [[], *lists]],
+                                                         dtype=dtype)
+
+    tokens = flat(sequences, np.int32)
+    assert tokens is not None
+    return Records(tokens=tokens, offsets=np.cumsum([0, *map(len, sequences)], dtype=np.int64), pad_id=pad_id,
+                   labels=None if labels is None else np.asarray(labels, dtype=np.int64),
+                   segments=flat(segments, np.uint8), answers=flat(answers, np.uint8), left_out=left_out)
+
+
+def collate(records: Records, indices: Sequence[int] | np.ndarray, length: int,
+            device: str | torch.device = "cpu") -> Batch:
+    """Records `indices`, padded on the right to `length` tokens.
+
+    Args:
+        length: at least the longest of these records.
+    """
+    index = np.asarray(indices, dtype=np.int64)
+    lengths = records.lengths[index]
+    assert len(index) and lengths.max() <= length, "a batch has records, and none is longer than its length"
+    inside = np.arange(length) < lengths[:, None]
+    source = (records.offsets[index, None] + np.arange(length))[inside]
+
+    def padded(values: np.ndarray, fill: int) -> torch.Tensor:
+        full = np.full(inside.shape, fill, dtype=np.int64)
+        full[inside] = values[source]
+        return torch.from_numpy(full).to(device)
+
+    if records.answers is None:
+        assert records.labels is not None
+        labels = torch.from_numpy(records.labels[index]).to(device)
+    else:
+        labels = padded(np.where(records.answers, records.tokens, IGNORED), IGNORED)
+    return Batch(
+        input_ids=padded(records.tokens, records.pad_id), labels=labels,
+        attention_mask=None if inside.all() else torch.from_numpy(inside.astype(np.int64)).to(device),
+        token_type_ids=None if records.segments is None else padded(records.segments, 0))

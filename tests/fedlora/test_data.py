@@ -1,0 +1,250 @@
+"""Every format gives the same rows; every bad row is named by file and line, and never quoted."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedlora.data import label_names, normalize_label, read
+
+SECRET = "Mrs Zyxwv"
+NOTES = [("chest pain,\tsweating", 1), (f'{SECRET} said "no"\nand left', 0), ("line\u2028separator and ünïcode", 1)]
+
+
+def write_lines(path: Path, *lines: object) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), "utf-8")
+    return path
+
+
+def write(path: Path, columns: list[str], rows: list[tuple]) -> Path:
+    if path.suffix == ".jsonl":
+        return write_lines(path, *(dict(zip(columns, row, strict=True)) for row in rows))
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([dict(zip(columns, row, strict=True)) for row in rows]), path)
+        return path
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writerows([columns, *rows])
+    return path
+
+
+def refusal(path: Path | str, task: str = "classification", **options) -> str:
+    with pytest.raises(ValueError) as caught:
+        read(path, task, **options)
+    seen: BaseException | None = caught.value
+    while seen is not None:
+        assert SECRET not in str(seen)
+        seen = None if seen.__suppress_context__ else seen.__context__
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, suffix):
+    rows = read(write(tmp_path / f"a{suffix}", ["text", "label"], NOTES), "classification")
+    assert rows.texts == tuple(text for text, _ in NOTES)
+    assert rows.labels == ("1", "0", "1")
+    assert (rows.kind, rows.seconds, rows.messages, len(rows)) == ("text", None, None, 3)
+
+
+def test_a_row_knows_the_line_on_which_it_begins(tmp_path):
+    text = tmp_path / "a.csv"
+    text.write_bytes(b'label,text\r\n1,one\r\n0,"two\r\nlines"\r\n\r\n1,after\r\n')
+    rows = read(text, "classification")
+    assert [rows.where(i) for i in range(3)] == [f"{text}:2", f"{text}:3", f"{text}:6"]
+
+    blank = write_lines(tmp_path / "b.jsonl", "", {"text": "one", "label": 0}, "", {"text": "two", "label": 0})
+    assert read(blank, "classification").where(1) == f"{blank}:4"
+
+    table = write(tmp_path / "c.parquet", ["text", "label"], NOTES)
+    assert read(table, "classification").where(2) == f"{table}:row 3"
+
+
+def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path):
+    write(tmp_path / "b.csv", ["text", "label"], NOTES[:1])
+    write(tmp_path / "a.jsonl", ["text", "label"], NOTES[1:])
+    write_lines(tmp_path / ".c.jsonl", "hidden")
+    write_lines(tmp_path / "README.md", "not data")
+    rows = read(tmp_path, "classification")
+    assert rows.texts == (NOTES[1][0], NOTES[2][0], NOTES[0][0])
+    assert rows.files == (str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv"))
+    assert [part.tolist() for part in rows.by_file()] == [[0, 1], [2]]
+    assert rows.take([2, 0]).where(0) == f"{tmp_path / 'b.csv'}:2"
+    assert rows.take([2, 0]).labels == ("1", "0")
+
+
+@pytest.mark.parametrize("names", [("text_a", "text_b"), ("sentence1", "sentence2")])
+def test_two_text_columns_make_a_pair(tmp_path, names):
+    rows = read(write(tmp_path / "a.jsonl", [*names, "label"], [("p", "h", "yes"), ("q", "k", "no")]), "classification")
+    assert (rows.kind, rows.texts, rows.seconds) == ("pair", ("p", "q"), ("h", "k"))
+    assert label_names(rows) == ("no", "yes")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
+def test_a_second_column_that_is_empty_throughout_is_no_pair(tmp_path, suffix):
+    columns = ["sentence1", "sentence2", "label"]
+    rows = read(write(tmp_path / f"a{suffix}", columns, [("p", None, 1), ("q", None, 0)]), "classification")
+    assert (rows.kind, rows.seconds) == ("text", None)
+    mixed = write(tmp_path / f"b{suffix}", columns, [("p", "h", 1), ("q", None, 0)])
+    assert "sentence2 is empty" in refusal(mixed)
+
+
+@pytest.mark.parametrize(("value", "name"), [
+    (0, "0"), ("0", "0"), (0.0, "0"), ("1.0", "1"), (" 1 ", "1"), (-1, "-1"), ("urgent", "urgent"),
+    (" routine", "routine"), ("v1.0", "v1.0"), (None, None), ("", None), (float("nan"), None)])
+def test_labels_are_normalised(value, name):
+    assert normalize_label(value) == name
+
+
+@pytest.mark.parametrize("value", [True, 0.5, ["a"], {"a": 1}])
+def test_a_label_that_is_neither_number_nor_name_is_refused(tmp_path, value):
+    path = write_lines(tmp_path / "a.jsonl", {"text": "x", "label": 1}, {"text": SECRET, "label": value})
+    assert f"{path}:2" in refusal(path)
+
+
+def test_a_missing_label_is_none(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"text": "x", "label": "a"}, {"text": "y", "label": None}, {"text": "z"})
+    assert read(path, "classification").labels == ("a", None, None)
+    assert label_names(read(path, "classification")) == ("a",)
+
+
+def test_columns_can_be_renamed(tmp_path):
+    path = write(tmp_path / "a.csv", ["note", "urgent", "text"], [("x", 1, "other")])
+    rows = read(path, "classification", columns={"text": "note", "label": "urgent"})
+    assert (rows.texts, rows.labels) == (("x",), ("1",))
+    assert "--column txt=" in refusal(path, columns={"txt": "note"})
+    assert "its columns are: note, urgent, text" in refusal(path, columns={"text": "nowhere"})
+
+
+def test_a_missing_column_lists_those_present(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["note", "label"], [(SECRET, 1)])
+    message = refusal(path)
+    assert "its columns are: note, label" in message and "--column text=NAME" in message and f"{path}:1" in message
+    path = write(tmp_path / "b.csv", ["text", "class"], [(SECRET, 1)])
+    assert "no column label" in refusal(path) and "its columns are: text, class" in refusal(path)
+
+
+def test_a_file_without_header_is_not_quoted_as_one(tmp_path):
+    path = write_lines(tmp_path / "a.csv", f"{SECRET} has had chest pain since noon,1", "another,0")
+    assert "add a header line" in refusal(path)
+
+
+def test_causal_rows_are_texts_completions_or_conversations(tmp_path):
+    assert read(write(tmp_path / "t.csv", ["text"], [("x",)]), "causal-lm").kind == "text"
+    rows = read(write(tmp_path / "p.csv", ["prompt", "completion", "text"], [("p", "c", "t")]), "causal-lm")
+    assert (rows.kind, rows.texts, rows.seconds, rows.labels) == ("completion", ("p",), ("c",), None)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for suffix in (".jsonl", ".parquet"):
+        rows = read(write(tmp_path / f"m{suffix}", ["messages"], [(turns,)]), "causal-lm")
+        assert rows.messages == ((("user", "q"), ("assistant", "a")),)
+
+
+@pytest.mark.parametrize("turns", [
+    SECRET, [], [SECRET], [{"content": SECRET}], [{"role": "user", "content": SECRET}],
+    [{"role": "user", "content": SECRET}, {"role": "assistant", "content": None}],
+    [{"role": "user", "content": SECRET}, {"role": "assistant", "content": 3}]])
+def test_a_conversation_needs_roles_contents_and_an_answer(tmp_path, turns):
+    path = write_lines(tmp_path / "a.jsonl", {"messages": turns})
+    assert f"{path}:1" in refusal(path, "causal-lm")
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    (f'{{"text": "{SECRET}", "label": 1', "is not valid JSON"),
+    (f'{{"text": "{SECRET}\t", "label": 1}}', "is not valid JSON"),
+    (f'["{SECRET}"]', "not an object"),
+    (f'"{SECRET}"', "not an object"),
+    ('{"a":' * 100_000, "JSON"),
+    ('{"text": "x", "label": ' + "9" * 5000 + "}", "JSON"),
+    (f'{{"text": 3, "label": 1, "x": "{SECRET}"}}', "of type int"),
+    (f'{{"text": null, "label": 1, "x": "{SECRET}"}}', "missing or empty"),
+    (f'{{"label": 1, "x": "{SECRET}"}}', "missing or empty"),
+    (f'{{"text": " ", "label": 1, "x": "{SECRET}"}}', "is empty"),
+    (f'{{"text": "{SECRET} \\ud83d", "label": 1}}', "surrogate"),
+    (f"{SECRET}\0", "zero byte")])
+def test_a_bad_jsonl_line_is_named_and_not_quoted(tmp_path, line, said):
+    path = write_lines(tmp_path / "a.jsonl", {"text": "fine", "label": 1}, line, {"text": "fine", "label": 1})
+    assert said in refusal(path) and f"{path}:2" in refusal(path)
+
+
+def test_a_json_array_is_told_how_to_become_lines(tmp_path):
+    assert "one object per line" in refusal(write_lines(tmp_path / "a.jsonl", "[", '{"text": "x"}', "]"))
+
+
+@pytest.mark.parametrize(("body", "line", "said"), [
+    ('text,label\nx,1\n"open,1\ny,0\n', 3, "not closed"),
+    ('text,label\nx,1\n"a"b,1\n', 3, "not doubled"),
+    ("text,label\nx,1\na,b,1\n", 3, "has 3 fields, the header has 2"),
+    ("text,label\nx,1\nonly\n", 3, "has 1 fields, the header has 2"),
+    ("text,text\nx,1\n", 1, "name every column once"),
+    ("text,label\nx,1\n,1\n", 3, "missing or empty"),
+    ('text,label\n"x\ny",1\n   ,1\n', 4, "is empty")])
+def test_a_bad_csv_row_is_named(tmp_path, body, line, said):
+    path = tmp_path / "a.csv"
+    path.write_text(body)
+    assert said in refusal(path) and f"{path}:{line}" in refusal(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
+def test_text_that_is_not_utf8_is_named_by_line_and_byte(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", ["text", "label"], [("x", 1), ("y", 0)])
+    path.write_bytes(path.read_bytes().replace(b"y", b"\xfc"))
+    line = 2 if suffix == ".jsonl" else 3
+    assert f"{path}:{line} is not UTF-8" in refusal(path) and "iconv" in refusal(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
+def test_a_utf8_mark_is_dropped_and_utf16_refused(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", ["text", "label"], NOTES)
+    content = path.read_bytes().decode("utf-8")
+    path.write_bytes(content.encode("utf-8-sig"))
+    assert len(read(path, "classification")) == 3
+    for encoding in ("utf-16", "utf-32"):
+        path.write_bytes(content.encode(encoding))
+        assert f"{path}:1 is UTF-16 or UTF-32" in refusal(path)
+    path.write_bytes(content.encode("utf-16-le"))
+    assert "zero byte" in refusal(path)
+
+
+def test_damaged_parquet_is_an_error(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 no")
+    assert "damaged or not parquet" in refusal(path)
+    pq.write_table(pa.table({"text": [b"bytes"], "label": [1]}), path)
+    assert "of type bytes" in refusal(path) and f"{path}:row 1" in refusal(path)
+
+
+def test_paths_that_hold_nothing_say_what_is_accepted(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    assert "without a file that ends in .jsonl, .csv, .tsv, .parquet" in refusal(tmp_path)
+    assert "Give a file that ends in" in refusal(tmp_path / "notes.txt")
+    assert "does not exist" in refusal(tmp_path / "nowhere")
+    assert "does not exist" in refusal("./here/nowhere")
+    assert "does not exist" in refusal("tests/nowhere.csv")
+    for empty in ("", "\n\n"):
+        (tmp_path / "e.jsonl").write_text(empty)
+        assert "holds no rows" in refusal(tmp_path / "e.jsonl")
+    (tmp_path / "e.csv").write_text("text,label\n")
+    assert "holds no rows" in refusal(tmp_path / "e.csv")
+
+
+def test_files_of_one_folder_have_the_same_columns(tmp_path):
+    write(tmp_path / "a.csv", ["text", "label"], [("x", 1)])
+    write(tmp_path / "b.csv", ["text_a", "text_b", "label"], [("x", "y", 1)])
+    assert "same columns in all files" in refusal(tmp_path)
+
+
+def test_a_mistyped_local_path_is_not_sent_to_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    assert "does not exist" in refusal("data/hospital")
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert "is no file or folder here" in refusal("nobody-here/no-such-dataset")
