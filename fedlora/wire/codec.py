@@ -1,0 +1,232 @@
+"""Frames to and from the values of `fedlora.plan`. Whatever does not decode to a valid value is a `WireError`.
+
+Everything that a person will read (names, labels, details, reasons) is refused or cleaned where it holds characters
+that could steer a terminal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
+
+from fedlora.plan import (
+    PROTOCOL,
+    STRATEGIES,
+    TASKS,
+    ModelRef,
+    Refusal,
+    Refused,
+    RoundPlan,
+    RunPlan,
+    Tensors,
+    Upload,
+    from_scalars,
+    to_scalars,
+    upload_metrics,
+)
+
+from . import fedlora_pb2 as pb
+from .tensors import Shapes, WireError, chunks, header_of, shapes_of, start_digest
+
+SERVICE = "/fedlora.Federation/Session"
+MAX_NAME, MAX_TEXT = 64, 2000
+Key = tuple[str, int, int]
+Frame = TypeVar("Frame", pb.ClientFrame, pb.ServerFrame)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a client is told when it joins, before it reads its data; every field but two as in `RunPlan`.
+
+    Attributes:
+        labels: the fixed label set in order, or () where there is none (yet).
+        announce_labels: clients must name their labels when they are ready, which discloses them.
+    """
+
+    run_id: str
+    fedlora_version: str
+    strategy: str
+    private: bool
+    model: ModelRef
+    task: str
+    labels: tuple[str, ...]
+    announce_labels: bool
+    max_length: int
+    rounds: int
+    max_participations: int
+    local_steps: int
+    expected_batch: int
+    clip_norm: float
+    protocol: int = PROTOCOL
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES or self.task not in TASKS:
+            raise ValueError(f"strategy {self.strategy!r} or task {self.task!r} is not known; update FedLoRA")
+        if self.announce_labels and (self.labels or self.task != "classification"):
+            raise ValueError("labels are announced only for a classification without a fixed label set")
+        for name in ("max_length", "rounds", "max_participations", "local_steps", "expected_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
+            raise ValueError(f"clip_norm is {self.clip_norm}; it must be positive")
+
+
+def parse(kind: type[Frame], data: bytes) -> Frame:
+    """Decode one frame.
+
+    Raises:
+        WireError: it is not one, or it is empty or has fields this version does not know.
+    """
+    try:
+        frame = kind.FromString(data)
+    except DecodeError:
+        raise WireError("a frame could not be decoded") from None
+    if frame.WhichOneof("kind") is None:
+        raise WireError("a frame is empty or of a kind that this version does not know")
+    return frame
+
+
+def setup_to_wire(setup: Setup) -> pb.Welcome:
+    fields = {f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)}
+    return pb.Welcome(**(fields | {"model": pb.Model(**dataclasses.asdict(setup.model))}))
+
+
+def setup_from_wire(welcome: pb.Welcome) -> Setup:
+    fields = {f.name: getattr(welcome, f.name) for f in dataclasses.fields(Setup)}
+    model = {f.name: getattr(welcome.model, f.name) for f in dataclasses.fields(ModelRef)}
+    try:
+        return Setup(**(fields | {"model": ModelRef(**model), "labels": labels_from_wire(welcome.labels),
+                                  "fedlora_version": clean(welcome.fedlora_version)}))
+    except ValueError as error:
+        raise WireError(f"the server's welcome is not valid: {error}") from None
+
+
+def labels_from_wire(labels) -> tuple[str, ...]:
+    if len(set(labels)) != len(labels) or not all(label and len(label) <= 200 and label.isprintable()
+                                                  for label in labels):
+        raise WireError("a label is repeated, empty, longer than 200 characters or not printable")
+    return tuple(labels)
+
+
+def task_to_wire(plan: RoundPlan, shapes: Shapes) -> pb.Task:
+    return pb.Task(run=pb.RunPlan(**to_scalars(plan.run)), round=plan.round, attempt=plan.attempt,  # type: ignore[arg-type]
+                   shared_sha256=plan.shared_sha256, tensors=header_of(shapes))
+
+
+def plan_from_wire(task: pb.Task) -> RoundPlan:
+    flat = {f.name: list(getattr(task.run, f.name)) if f.is_repeated else getattr(task.run, f.name)
+            for f in pb.RunPlan.DESCRIPTOR.fields}
+    try:
+        run: RunPlan = from_scalars(flat)
+    except ValueError as error:
+        raise WireError(f"the round's plan is not valid: {error}") from None
+    if task.round < 1 or task.attempt < 0:
+        raise WireError(f"round {task.round}, attempt {task.attempt} cannot be")
+    return RoundPlan(run=run, round=task.round, attempt=task.attempt, shared_sha256=task.shared_sha256)
+
+
+def upload_to_wire(upload: Upload) -> pb.Upload:
+    return pb.Upload(key=key_to_wire((upload.run_id, upload.round, upload.attempt)),
+                     tensors=header_of(shapes_of(upload.tensors)), **upload_metrics(upload))  # type: ignore[arg-type]
+
+
+def metrics_from_wire(upload: pb.Upload, *, private: bool) -> dict[str, int | float]:
+    """The scalars of an upload, by the names of `fedlora.plan.UPLOAD_METRICS`.
+
+    Raises:
+        Refused: "privacy-mismatch", a private upload discloses more than it may or says nothing of its noise.
+        WireError: a value cannot be.
+    """
+    metrics: dict[str, int | float] = {"steps": upload.steps}
+    for name in ("delta", "noise_multiplier", "num_examples", "train_loss"):
+        if upload.HasField(name):  # type: ignore[arg-type]
+            metrics[name] = getattr(upload, name)
+    if not all(math.isfinite(v) and (v >= 0 or k == "train_loss") for k, v in metrics.items()):
+        raise WireError("a metric is not finite or negative")
+    noised = metrics.get("noise_multiplier", 0) > 0 and 0 < metrics.get("delta", 0) < 1
+    if private and ("num_examples" in metrics or "train_loss" in metrics or not noised):
+        raise Refused("privacy-mismatch", "a private upload carries delta, noise_multiplier and steps, nothing else")
+    return metrics
+
+
+def key_to_wire(key: Key) -> pb.Key:
+    return pb.Key(run_id=key[0], round=key[1], attempt=key[2])
+
+
+def key_from_wire(key: pb.Key) -> Key:
+    return key.run_id, key.round, key.attempt
+
+
+def refusal_to_wire(refusal: Refusal) -> pb.Refusal:
+    return pb.Refusal(code=refusal.code, detail=refusal.detail[:MAX_TEXT])
+
+
+def refusal_from_wire(refusal: pb.Refusal) -> Refusal:
+    try:
+        return Refusal(refusal.code, clean(refusal.detail))
+    except ValueError:
+        raise WireError("a refusal has a code that this version does not know") from None
+
+
+def clean(text: str) -> str:
+    """Text of the other side, fit to be printed."""
+    return "".join(c if c.isprintable() else " " for c in text[:MAX_TEXT])
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless `name` can be a client's."""
+    if not (0 < len(name) <= MAX_NAME and name.isprintable() and name == name.strip()):
+        raise ValueError(f"the client's name has {len(name)} characters; --name must have 1 to {MAX_NAME}, printable "
+                         "and with no space at either end")
+
+
+def tensor_frames(tensors: Tensors) -> Iterator[bytes]:
+    """The serialized Chunk and End frames that follow a Task or an Upload (the same for both directions).
+
+    A chunk's frame is put together by hand: the tensors' bytes are then copied once, not three times.
+    """
+    state = start_digest(shapes_of(tensors))
+    for pieces in chunks(tensors):
+        size = 0
+        for piece in pieces:
+            size += len(piece)
+            state.update(piece)
+        inner = b"\x0a" + _varint(size)  # Chunk.data
+        yield b"".join((b"\x22", _varint(len(inner) + size), inner, *pieces))  # frame.chunk
+    yield pb.ServerFrame(end=pb.End(sha256=state.hexdigest())).SerializeToString()
+
+
+def chunk_of(frame: bytes) -> memoryview | None:
+    """The data of a frame that is a Chunk and nothing else, as a view; None for every other frame."""
+    view = memoryview(frame)
+    if view[:1] != b"\x22":
+        return None
+    size, start = _read_varint(view, 1)
+    if start + size != len(view) or view[start:start + 1] != b"\x0a":
+        return None
+    size, start = _read_varint(view, start + 1)
+    return view[start:] if start + size == len(view) else None
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(view: memoryview, start: int) -> tuple[int, int]:
+    """The value of at most 4 bytes at `start`, and where it ends; a longer one reads as -1."""
+    value = 0
+    for i, byte in enumerate(view[start:start + 4]):
+        value |= (byte & 0x7F) << 7 * i
+        if byte < 0x80:
+            return value, start + i + 1
+    return -1, start

@@ -1,0 +1,269 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ClientFrame(_message.Message):
+    __slots__ = ("join", "ready", "upload", "chunk", "end", "declined", "leave")
+    JOIN_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    DECLINED_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
+    join: Join
+    ready: Ready
+    upload: Upload
+    chunk: Chunk
+    end: End
+    declined: Declined
+    leave: Leave
+    def __init__(self, join: _Optional[_Union[Join, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., upload: _Optional[_Union[Upload, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., declined: _Optional[_Union[Declined, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ...) -> None: ...
+
+class ServerFrame(_message.Message):
+    __slots__ = ("welcome", "refused", "task", "chunk", "end", "ack", "cancel", "goodbye")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    welcome: Welcome
+    refused: Refusal
+    task: Task
+    chunk: Chunk
+    end: End
+    ack: Ack
+    cancel: Key
+    goodbye: Goodbye
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refusal, _Mapping]] = ..., task: _Optional[_Union[Task, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Key, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+
+class Join(_message.Message):
+    __slots__ = ("protocol", "fedlora_version", "name", "process", "private")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    fedlora_version: str
+    name: str
+    process: bytes
+    private: bool
+    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., name: _Optional[str] = ..., process: _Optional[bytes] = ..., private: _Optional[bool] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("protocol", "fedlora_version", "run_id", "strategy", "model", "task", "private", "labels", "announce_labels", "max_length", "rounds", "max_participations", "local_steps", "expected_batch", "clip_norm")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    ANNOUNCE_LABELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PARTICIPATIONS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_BATCH_FIELD_NUMBER: _ClassVar[int]
+    CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    fedlora_version: str
+    run_id: str
+    strategy: str
+    model: Model
+    task: str
+    private: bool
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    announce_labels: bool
+    max_length: int
+    rounds: int
+    max_participations: int
+    local_steps: int
+    expected_batch: int
+    clip_norm: float
+    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., run_id: _Optional[str] = ..., strategy: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., task: _Optional[str] = ..., private: _Optional[bool] = ..., labels: _Optional[_Iterable[str]] = ..., announce_labels: _Optional[bool] = ..., max_length: _Optional[int] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., clip_norm: _Optional[float] = ...) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("name", "weights_sha256", "config_sha256", "tokenizer_sha256")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_SHA256_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    weights_sha256: str
+    config_sha256: str
+    tokenizer_sha256: str
+    def __init__(self, name: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., config_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ...) -> None: ...
+
+class Ready(_message.Message):
+    __slots__ = ("labels", "working")
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    WORKING_FIELD_NUMBER: _ClassVar[int]
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    working: Key
+    def __init__(self, labels: _Optional[_Iterable[str]] = ..., working: _Optional[_Union[Key, _Mapping]] = ...) -> None: ...
+
+class Leave(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Goodbye(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class Key(_message.Message):
+    __slots__ = ("run_id", "round", "attempt")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    round: int
+    attempt: int
+    def __init__(self, run_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class Task(_message.Message):
+    __slots__ = ("run", "round", "attempt", "shared_sha256", "tensors")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    SHARED_SHA256_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    run: RunPlan
+    round: int
+    attempt: int
+    shared_sha256: str
+    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    def __init__(self, run: _Optional[_Union[RunPlan, _Mapping]] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., shared_sha256: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+
+class RunPlan(_message.Message):
+    __slots__ = ("run_id", "fedlora_version", "strategy", "family", "private", "model_name", "model_weights_sha256", "model_config_sha256", "model_tokenizer_sha256", "task", "labels", "max_length", "rank", "alpha", "targets", "train_head", "dropout", "rounds", "max_participations", "local_steps", "expected_batch", "optimizer", "lr", "clip_norm", "adapter_scale", "head_scale", "weight_by_examples", "protocol")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
+    STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MODEL_CONFIG_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MODEL_TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_HEAD_FIELD_NUMBER: _ClassVar[int]
+    DROPOUT_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PARTICIPATIONS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_BATCH_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    LR_FIELD_NUMBER: _ClassVar[int]
+    CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_SCALE_FIELD_NUMBER: _ClassVar[int]
+    HEAD_SCALE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BY_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    fedlora_version: str
+    strategy: str
+    family: str
+    private: bool
+    model_name: str
+    model_weights_sha256: str
+    model_config_sha256: str
+    model_tokenizer_sha256: str
+    task: str
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    max_length: int
+    rank: int
+    alpha: float
+    targets: _containers.RepeatedScalarFieldContainer[str]
+    train_head: bool
+    dropout: float
+    rounds: int
+    max_participations: int
+    local_steps: int
+    expected_batch: int
+    optimizer: str
+    lr: float
+    clip_norm: float
+    adapter_scale: float
+    head_scale: float
+    weight_by_examples: bool
+    protocol: int
+    def __init__(self, run_id: _Optional[str] = ..., fedlora_version: _Optional[str] = ..., strategy: _Optional[str] = ..., family: _Optional[str] = ..., private: _Optional[bool] = ..., model_name: _Optional[str] = ..., model_weights_sha256: _Optional[str] = ..., model_config_sha256: _Optional[str] = ..., model_tokenizer_sha256: _Optional[str] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_head: _Optional[bool] = ..., dropout: _Optional[float] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., optimizer: _Optional[str] = ..., lr: _Optional[float] = ..., clip_norm: _Optional[float] = ..., adapter_scale: _Optional[float] = ..., head_scale: _Optional[float] = ..., weight_by_examples: _Optional[bool] = ..., protocol: _Optional[int] = ...) -> None: ...
+
+class Upload(_message.Message):
+    __slots__ = ("key", "tensors", "steps", "delta", "noise_multiplier", "num_examples", "train_loss")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
+    key: Key
+    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    steps: int
+    delta: float
+    noise_multiplier: float
+    num_examples: int
+    train_loss: float
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., steps: _Optional[int] = ..., delta: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., num_examples: _Optional[int] = ..., train_loss: _Optional[float] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("code", "detail")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    detail: str
+    def __init__(self, code: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class Declined(_message.Message):
+    __slots__ = ("key", "refusal")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    key: Key
+    refusal: Refusal
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class Ack(_message.Message):
+    __slots__ = ("key", "refusal")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    key: Key
+    refusal: Refusal
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class Tensor(_message.Message):
+    __slots__ = ("name", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Chunk(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class End(_message.Message):
+    __slots__ = ("sha256",)
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    sha256: str
+    def __init__(self, sha256: _Optional[str] = ...) -> None: ...

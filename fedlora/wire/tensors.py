@@ -1,0 +1,198 @@
+"""Named float32 tensors as a byte stream: headers, chunks of at most 1 MiB, a digest.
+
+The bytes of all tensors follow one another in the order of their sorted names, little-endian, in C order. Many small
+tensors share a chunk and a large one spans many, so that a transfer costs one copy on either side and no more memory
+than its destination.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from fedlora.plan import Refusal, Refused, Tensors
+
+from . import fedlora_pb2 as pb
+
+CHUNK_BYTES = 1 << 20
+MAX_FRAME_BYTES = 2 << 20
+"""gRPC itself refuses a larger frame unread. Task and Upload headers must fit too: some 30,000 tensors do."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class WireError(ValueError):
+    """The other side broke the protocol. What it sent is dropped and the stream ends."""
+
+
+def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, in the order of transfer: sorted by name."""
+    return {name: tensors[name].shape for name in sorted(tensors)}
+
+
+def digest(tensors: Tensors) -> str:
+    """SHA-256 (hex) of names, dtype, shapes and bytes. Independent of the mapping's order.
+
+    Raises:
+        ValueError: a tensor is not float32.
+    """
+    state = start_digest(shapes_of(tensors))
+    for name in sorted(tensors):
+        state.update(_bytes_of(name, tensors[name]))
+    return state.hexdigest()
+
+
+def chunks(tensors: Tensors) -> Iterator[list[memoryview]]:
+    """The tensors' bytes as chunks of at most `CHUNK_BYTES`, each a list of pieces that are views, not copies."""
+    pieces: list[memoryview] = []
+    room = CHUNK_BYTES
+    for name in sorted(tensors):
+        view = _bytes_of(name, tensors[name])
+        while view:
+            pieces.append(view[:room])
+            room -= len(pieces[-1])
+            view = view[len(pieces[-1]):]
+            if not room:
+                yield pieces
+                pieces, room = [], CHUNK_BYTES
+    if pieces:
+        yield pieces
+
+
+def split(shapes: Shapes, values: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of `shapes`, as views into the flat float32 array that holds them one after the other."""
+    tensors, start = {}, 0
+    for name, shape in shapes.items():
+        stop = start + math.prod(shape)
+        tensors[name] = values[start:stop].reshape(shape)
+        start = stop
+    return tensors
+
+
+def header_of(shapes: Shapes) -> list[pb.Tensor]:
+    return [pb.Tensor(name=name, shape=shape) for name, shape in shapes.items()]
+
+
+def shapes_from(header: Sequence[pb.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Decode a header.
+
+    Raises:
+        WireError: names are not sorted, repeated or empty, or a shape is not one.
+    """
+    names = [tensor.name for tensor in header]
+    if any(a >= b for a, b in itertools.pairwise(names)) or "" in names:
+        raise WireError("tensor names are not sorted, not unique or empty")
+    if any(len(tensor.shape) > 8 or any(size < 1 for size in tensor.shape) for tensor in header):
+        raise WireError("a tensor has more than 8 dimensions or one below 1")
+    return {tensor.name: tuple(tensor.shape) for tensor in header}
+
+
+def check_shapes(shapes: Shapes, expected: Shapes) -> None:
+    """Refuse headers that are not exactly the expected ones, before a chunk is read.
+
+    Raises:
+        Refused: "invalid-tensors", naming the first differences.
+    """
+    missing, unknown = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
+    if missing or unknown:
+        raise Refused("invalid-tensors", f"missing {_some(missing)}; unknown {_some(unknown)}")
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise Refused("invalid-tensors", f"{name} has shape {shape}, not {expected[name]}")
+
+
+class Incoming:
+    """The receiving end of one transfer. It writes checked chunks on; a refusal once given sticks.
+
+    After a refusal, chunks that are under way are dropped until the sender's End.
+
+    Args:
+        shapes: from the header.
+        write: takes the bytes of each chunk, in order, once they are known to be finite.
+        refusal: already refused because of the header.
+    """
+
+    def __init__(self, shapes: Shapes, write: Callable[[memoryview], object], refusal: Refusal | None = None) -> None:
+        self.shapes = shapes
+        self.refusal = refusal
+        self.total_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
+        self.received_bytes = 0
+        self._write = write
+        self._digest = start_digest(shapes)
+
+    def add(self, data: memoryview) -> None:
+        """Take the next chunk.
+
+        Raises:
+            WireError: more bytes than announced, or not whole values.
+        """
+        start = self.received_bytes
+        self.received_bytes += len(data)
+        if self.received_bytes > self.total_bytes or len(data) % 4 or not data or len(data) > CHUNK_BYTES:
+            raise WireError("a chunk is empty, cut within a value, above 1 MiB or beyond the announced size")
+        if self.refusal:
+            return
+        finite = np.isfinite(np.frombuffer(data, "<f4"))
+        if not finite.all():
+            name = self._name_at(start // 4 + int(np.argmin(finite)))
+            self.refusal = Refusal("invalid-tensors", f"{name} has values that are not finite")
+            return
+        self._digest.update(data)
+        self._write(data)
+
+    def finish(self, sha256: str) -> Refusal | None:
+        """End the transfer; None if all is well.
+
+        Raises:
+            WireError: bytes are missing and nothing had been refused.
+        """
+        if self.refusal:
+            return self.refusal
+        if self.received_bytes != self.total_bytes:
+            raise WireError(f"the transfer ended after {self.received_bytes} of {self.total_bytes} bytes")
+        if sha256 != self._digest.hexdigest():
+            self.refusal = Refusal("invalid-tensors", "the digest does not match the bytes received")
+        return self.refusal
+
+    def _name_at(self, index: int) -> str:
+        ends = list(itertools.accumulate(math.prod(shape) for shape in self.shapes.values()))
+        return list(self.shapes)[bisect_right(ends, index)]
+
+
+def receive_in_memory(shapes: Shapes) -> tuple[Incoming, dict[str, np.ndarray]]:
+    """An `Incoming` and the tensors that it fills."""
+    values = np.empty(sum(math.prod(shape) for shape in shapes.values()), "<f4")
+    return Incoming(shapes, _filling(values)), split(shapes, values)
+
+
+def _filling(values: np.ndarray) -> Callable[[memoryview], None]:
+    """A `write` that fills `values` from its start."""
+    target, start = values.view(np.uint8), 0
+
+    def write(data: memoryview) -> None:
+        nonlocal start
+        target[start:start + len(data)] = np.frombuffer(data, np.uint8)
+        start += len(data)
+
+    return write
+
+
+def start_digest(shapes: Shapes):
+    """A SHA-256 that has seen the header and continues with the tensors' bytes: `digest` while they stream by."""
+    return hashlib.sha256(json.dumps([(name, "<f4", list(shape)) for name, shape in shapes.items()]).encode())
+
+
+def _bytes_of(name: str, array: np.ndarray) -> memoryview:
+    if array.dtype != np.dtype("<f4"):
+        raise ValueError(f"tensor {name} is {array.dtype}; only float32 travels, convert it first")
+    return memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+
+
+def _some(names: Sequence[str]) -> str:
+    return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "none"
