@@ -1,0 +1,6 @@
+"""Adapter families: which tensors are frozen, trained and uploaded, and how they rebuild the update."""
+
+from fedlora.adapters.attach import AdaptedModel, attach, automatic_targets
+from fedlora.adapters.layout import FAMILIES, AdapterLayout, Family, TensorSpec
+
+__all__ = ["FAMILIES", "AdaptedModel", "AdapterLayout", "Family", "TensorSpec", "attach", "automatic_targets"]

