@@ -1,0 +1,249 @@
+"""What all strategies share: who is asked, what travels, and the exact mean of what comes back.
+
+A strategy is an adapter family plus a server step. This file translates messages; the steps are in one file each.
+
+    state    every tensor that is not in the base checkpoint = trained + shared, as one ArrayRecord between rounds
+    trained  moved by the clients, uploaded by each, averaged
+    shared   the same for everybody and frozen during a round; a node that holds them is not sent them again
+
+The mean is taken in float64 in order of node id (a hash of the client's name), never in order of arrival. A reply
+that comes before its turn waits in memory, so that an engine that gives replies in that order keeps memory flat.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedlora.adapters import AdapterLayout
+from fedlora.algebra import WeightedMean
+from fedlora.plan import Refusal, RoundPlan, RunPlan, Tensors, Upload
+from fedlora.wire import digest
+
+from .messages import read_reply, to_record, to_tensors, train_message
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Numbers of values that one client moves: `up` and `down` each round, `once` more with its first round."""
+
+    up: int
+    down: int
+    once: int
+
+
+@dataclass
+class _Round:
+    """The round that is under way: what was sent, and from which nodes a reply may still come."""
+
+    number: int
+    trained: Tensors
+    shared: Tensors
+    shared_sha256: str
+    lean: ArrayRecord
+    full: ArrayRecord
+    awaited: set[int]
+
+
+class FederatedLoRA(Strategy):
+    """A Flower strategy for one FedLoRA run.
+
+    Attributes:
+        family: the adapter family it needs.
+        linear: whether the server step needs nothing but the weighted sum of the uploads; only then can secure
+            aggregation serve it.
+        exact: whether the mean of the merged models is the merged mean.
+        moves_shared: whether the server step changes shared tensors, which then travel again.
+        rejected: node id → why its reply of the last round added nothing.
+
+    Args:
+        plan: the run.
+        layout: names and shapes of the adapted model's tensors.
+        min_nodes: with plain `start(grid, …)`, round 1 waits for this many nodes.
+    """
+
+    family: ClassVar[str]
+    linear: ClassVar[bool]
+    exact: ClassVar[bool]
+    moves_shared: ClassVar[bool] = False
+
+    def __init__(self, plan: RunPlan, layout: AdapterLayout, *, min_nodes: int = 1) -> None:
+        for given in (plan.family, layout.family.name):
+            if given != self.family:
+                raise ValueError(f"the adapter family is {given!r}; {type(self).__name__} needs {self.family!r}. "
+                                 "Attach the adapters with the family of the plan's strategy")
+        self.plan, self.layout, self.min_nodes = plan, layout, min_nodes
+        self.rejected: dict[int, str] = {}
+        self._held: dict[int, str] = {}
+        self._round: _Round | None = None
+
+    @abstractmethod
+    def server_step(self, mean: Tensors, shared: Tensors, server_round: int) -> Tensors:
+        """The next state from the mean of the uploads and the round's shared tensors."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """Values per client and round, as in the communication table of METHODS."""
+        up, shared = self.layout.num_trained, sum(spec.size for spec in self.layout.shared)
+        return Traffic(up, up + shared, 0) if self.moves_shared else Traffic(up, up, shared)
+
+    def forget(self, node_id: int) -> None:
+        """The node does not hold the shared tensors (any more): they travel with its next message."""
+        self._held.pop(node_id, None)
+
+    def release(self, node_ids: Iterable[int]) -> None:
+        """No reply will come from these nodes in this round: the others' replies need not wait for theirs."""
+        if self._round:
+            self._round.awaited.difference_update(node_ids)
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord,
+                        grid: Grid) -> Iterator[Message]:
+        """The orders for one attempt of a round, made one at a time.
+
+        Args:
+            server_round: counted from 1.
+            arrays: the state.
+            config: optionally `nodes` (ids, default all of the grid) and `attempt` (default 0).
+            grid: asked for its nodes if `nodes` is absent.
+        Raises:
+            ValueError: the state does not fit the layout.
+        """
+        if self._round is None or self._round.number != server_round:
+            self._round = self._begin(server_round, arrays)
+        under_way = self._round
+        nodes = sorted(config["nodes"] if "nodes" in config else self._wait_for_nodes(grid))
+        under_way.awaited.update(nodes)
+        order = RoundPlan(self.plan, server_round, int(config.get("attempt", 0)), under_way.shared_sha256)
+        return (train_message(order, self._arrays_for(node, under_way), node) for node in nodes)
+
+    def _begin(self, server_round: int, arrays: ArrayRecord) -> _Round:
+        state = to_tensors(arrays)
+        self.layout.check(state, "state")
+        trained = {spec.name: state[spec.name] for spec in self.layout.trained}
+        shared = {spec.name: state[spec.name] for spec in self.layout.shared}
+        lean = ArrayRecord({name: arrays[name] for name in trained})
+        full = ArrayRecord({name: arrays[name] for name in (*trained, *shared)})
+        return _Round(server_round, trained, shared, digest(shared), lean, full, set())
+
+    def _arrays_for(self, node: int, under_way: _Round) -> ArrayRecord:
+        return under_way.lean if self._held.get(node) == under_way.shared_sha256 else under_way.full
+
+    def _wait_for_nodes(self, grid: Grid) -> list[int]:
+        while len(nodes := list(grid.get_node_ids())) < self.min_nodes:
+            time.sleep(1.0)
+        return nodes
+
+    def aggregate_train(self, server_round: int,
+                        replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The next state, or (None, None) if no reply could be used.
+
+        Each reply is checked whole before any of it is added. One that is an error, that answers another order, or
+        whose tensors are missing, misshaped or not finite adds nothing and is named in `rejected`.
+        """
+        under_way, self._round, self.rejected = self._round, None, {}
+        if under_way is None or under_way.number != server_round:
+            raise ValueError(f"round {server_round} was not configured; call configure_train before aggregate_train")
+        mean, figures = WeightedMean(), _Figures()
+        for upload in self._in_order(replies, under_way):
+            weight = float(upload.num_examples or 1) if self.plan.weight_by_examples else 1.0
+            mean.add(upload.tensors, weight)
+            figures.add(upload)
+        if not figures.replies:
+            return None, None
+        averaged = mean.result()
+        state = self.server_step(averaged, under_way.shared, server_round)
+        self.layout.check(state, "state")
+        metrics = figures.to_dict() | {"rejected": len(self.rejected),
+                                       "update_norm": _distance(averaged, under_way.trained)}
+        return to_record({spec.name: state[spec.name] for spec in self.layout.state}), MetricRecord(metrics)
+
+    def _in_order(self, replies: Iterable[Message], under_way: _Round) -> Iterator[Upload]:
+        """The valid uploads by ascending node id; those of nodes that are still awaited hold back the later ones."""
+        early: dict[int, Upload] = {}
+        turn = sorted(under_way.awaited, reverse=True)
+        for message in replies:
+            node = message.metadata.src_node_id
+            if node not in under_way.awaited:
+                continue
+            try:
+                early[node] = self._accept(message, node, under_way)
+            except ValueError as error:
+                self.rejected[node] = str(error)
+            under_way.awaited.discard(node)
+            del message
+            while turn and turn[-1] not in under_way.awaited:
+                if (upload := early.pop(turn.pop(), None)) is not None:
+                    yield upload
+        for node in sorted(early):
+            yield early.pop(node)
+
+    def _accept(self, message: Message, node: int, under_way: _Round) -> Upload:
+        answer = read_reply(message)
+        if isinstance(answer, Refusal):
+            if answer.code == "missing-tensors":
+                self.forget(node)
+            raise ValueError(str(answer))
+        if (answer.run_id, answer.round) != (self.plan.run_id, under_way.number):
+            raise ValueError(f"the upload is for round {answer.round} of run {answer.run_id}, not for round "
+                             f"{under_way.number} of run {self.plan.run_id}")
+        disclosed = answer.num_examples is not None or answer.train_loss is not None
+        if self.plan.private and disclosed:
+            raise ValueError("the upload discloses a number of examples or a loss, which privacy forbids")
+        if self.plan.weight_by_examples and (answer.num_examples is None or answer.num_examples < 1):
+            raise ValueError(f"the upload's number of examples is {answer.num_examples}; weighting by examples "
+                             "needs at least 1")
+        self.layout.check(answer.tensors, "trained")
+        self._held[node] = under_way.shared_sha256
+        return answer
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord,
+                           grid: Grid) -> Iterable[Message]:
+        """None: clients are not asked for figures about their private data. Evaluate at the server."""
+        return ()
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing was asked."""
+        return None
+
+    def summary(self) -> None:
+        """Log the run's main values."""
+        plan, traffic = self.plan, self.traffic
+        log.info("%s: rank %d, %d steps of %s with rate %g per round, %s; per client and round %d values up, %d down",
+                 plan.strategy, plan.rank, plan.local_steps, plan.optimizer, plan.lr,
+                 "private" if plan.private else "not private", traffic.up, traffic.down)
+
+
+class _Figures:
+    """Sums over the accepted uploads of what they disclose."""
+
+    def __init__(self) -> None:
+        self.replies = self.steps = 0
+        self.losses: list[float] = []
+
+    def add(self, upload: Upload) -> None:
+        self.replies += 1
+        self.steps += upload.steps
+        if upload.train_loss is not None and math.isfinite(upload.train_loss):
+            self.losses.append(upload.train_loss)
+
+    def to_dict(self) -> dict[str, int | float]:
+        loss = {"train_loss": math.fsum(self.losses) / len(self.losses)} if self.losses else {}
+        return {"replies": self.replies, "steps": self.steps} | loss
+
+
+def _distance(new: Tensors, old: Tensors) -> float:
+    """L2 norm of the change of all trained tensors together."""
+    squares = (float(np.sum((new[name].astype(np.float64) - old[name]) ** 2)) for name in sorted(new))
+    return math.sqrt(math.fsum(squares))
