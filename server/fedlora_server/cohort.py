@@ -1,0 +1,225 @@
+"""Who is asked in a round, and what becomes of the orders: cohorts, drafts and the wait for clients."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from threading import Event
+from typing import TYPE_CHECKING
+
+from flwr.app import ArrayRecord, ConfigRecord, Message
+
+from fedlora.plan import Refusal, RunPlan
+from fedlora_strategies import FederatedLoRA
+
+from .engine import Engine, Outcome
+
+if TYPE_CHECKING:
+    from .rounds import Observer, RoundOptions
+
+POLL_S = 0.25
+"""How soon a stop is noticed while nothing else happens."""
+
+ASKS_PER_ROUND = 3
+"""A client that declines, or lost the frozen tensors, is asked again in later attempts, up to so often per round."""
+
+TRAINED_NOTHING = frozenset({"missing-tensors"})
+"""Refusals that come before the client's training starts and do not use up a participation."""
+
+FOR_GOOD = frozenset({"policy", "budget", "model-mismatch", "version-mismatch", "privacy-mismatch", "labels"})
+"""Refusals after which a client is not asked again in this run."""
+
+
+class Ended(Exception):
+    """The run ends before its last round: "stopped" or "wait-timeout"."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Clients:
+    """Which clients may be asked: none more often than the plan's `max_participations`, none that declined for good."""
+
+    def __init__(self, engine: Engine, plan: RunPlan, seed: int) -> None:
+        self._engine, self._plan, self._seed = engine, plan, seed
+        self.participations: Counter[int] = Counter()
+        self.declined: set[int] = set()
+
+    def eligible(self) -> list[int]:
+        """Idle clients that may be asked."""
+        return [node for node in self._engine.idle()
+                if node not in self.declined and self.participations[node] < self._plan.max_participations]
+
+    def draw(self, round: int, nodes: Iterable[int], size: int | None) -> list[int]:
+        """A cohort of at most `size` of the nodes: those with the fewest participations, ties by SHA-256.
+
+        Balanced, because privacy is calibrated to the most participations that any client can have: with stable
+        membership nobody takes part more often than ⌈rounds · size / clients⌉ times. It depends on the seed, the run,
+        the round and the names alone, so simulation and deployment draw the same.
+        """
+
+        def key(node: int) -> tuple[int, bytes]:
+            text = f"{self._seed}/{self._plan.run_id}/{round}/{self._engine.name_of(node)}"
+            return self.participations[node], hashlib.sha256(text.encode()).digest()
+
+        return sorted(nodes, key=key)[:size]
+
+    def wait_for(self, needed: int, timeout_s: float | None, stop: Event, observer: Observer) -> list[int]:
+        """Block until `needed` clients are eligible, and return all that are.
+
+        Raises:
+            Ended: stopped, or `timeout_s` passed.
+        """
+        since, told = time.monotonic(), -1
+        while len(present := self.eligible()) < needed:
+            if stop.is_set():
+                raise Ended("stopped")
+            if timeout_s is not None and time.monotonic() - since >= timeout_s:
+                raise Ended("wait-timeout")
+            if told != len(present):
+                told = len(present)
+                observer.waiting(needed, told, timeout_s)
+            self._engine.wait((), POLL_S)
+        return present
+
+
+class OpenRound:
+    """One round from its first order to its last upload.
+
+    Attributes:
+        names of clients: cohort (all asked), uploaded, lost, refused (→ code), disclosed (→ what the upload said).
+        attempts: how many times orders were sent.
+    """
+
+    def __init__(self, engine: Engine, strategy: FederatedLoRA, clients: Clients, number: int, options: RoundOptions,
+                 observer: Observer, stop: Event) -> None:
+        self._engine, self._strategy, self._clients, self._number = engine, strategy, clients, number
+        self._options, self._observer, self._stop = options, observer, stop
+        self._asks: Counter[int] = Counter()
+        self._open: dict[str, int] = {}
+        self._uploads: dict[int, str] = {}
+        self._told: dict[str, str] = {}
+        self._lost: set[int] = set()
+        self.refused: dict[str, str] = {}
+        self.disclosed: dict[str, dict[str, int | float]] = {}
+        self.attempts = 0
+
+    @property
+    def cohort(self) -> tuple[str, ...]:
+        return tuple(self._engine.name_of(node) for node in self._asks)
+
+    @property
+    def uploaded(self) -> tuple[str, ...]:
+        return tuple(sorted(self._engine.name_of(node) for node in self._uploads))
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        return tuple(sorted(self._engine.name_of(node) for node in self._lost))
+
+    def collect(self, arrays: ArrayRecord) -> Iterator[Message]:
+        """Ask until enough have uploaded; then the replies in order of node id, each read when it is its turn.
+
+        Raises:
+            Ended: stopped, or nobody came for `wait_timeout_s`; open orders are cancelled.
+        """
+        try:
+            self._run(arrays)
+        finally:
+            self._engine.cancel(list(self._open))
+        self._strategy.release(node for node in self._asks if node not in self._uploads)
+        return self._replies()
+
+    def _run(self, arrays: ArrayRecord) -> None:
+        options, clients = self._options, self._clients
+        present = clients.wait_for(1, options.wait_timeout_s, self._stop, self._observer)
+        first = clients.draw(self._number, present, options.clients_per_round)
+        needed = options.min_replies or -(-len(first) // 2)
+        self._ask(first, arrays)
+        deadline, alone_since = time.monotonic() + options.round_timeout_s, None
+        while True:
+            if self._stop.is_set():
+                raise Ended("stopped")
+            forgetful = self._take_note(self._engine.wait(list(self._open), POLL_S))
+            if forgetful:
+                self._ask(forgetful, arrays)
+            pending = sum(node not in self._lost for node in self._open.values())
+            late = time.monotonic() >= deadline
+            missing = needed - len(self._uploads)
+            if missing <= 0 and (late or not pending):
+                return
+            if missing <= (0 if late else pending):
+                alone_since = None
+                continue
+            drafted = self._draft(missing - (0 if late else pending))
+            if drafted:
+                self._ask(drafted, arrays)
+                deadline, alone_since = time.monotonic() + options.round_timeout_s, None
+            elif alone_since is None:
+                alone_since = time.monotonic()
+                self._observer.waiting(missing, 0, options.wait_timeout_s)
+            elif time.monotonic() - alone_since >= options.wait_timeout_s:
+                raise Ended("wait-timeout")
+
+    def _draft(self, count: int) -> list[int]:
+        """Idle clients for a further attempt, those first that were not asked in this round."""
+        busy = {*self._open.values(), *self._uploads}
+        free = [n for n in self._clients.eligible() if n not in busy and self._asks[n] < ASKS_PER_ROUND]
+        drawn = self._clients.draw(self._number, free, None)
+        return sorted(drawn, key=lambda node: self._asks[node])[:count]
+
+    def _ask(self, nodes: list[int], arrays: ArrayRecord) -> None:
+        nodes, attempt = sorted(nodes), self.attempts
+        self.attempts += 1
+        config = ConfigRecord({"nodes": nodes, "attempt": attempt})
+        messages = self._strategy.configure_train(self._number, arrays, config, self._engine)
+        names = tuple(sorted(self._engine.name_of(node) for node in nodes))
+        self._observer.asked(self._number, attempt, names)
+        for node, message_id in zip(nodes, self._engine.push_messages(messages), strict=True):
+            self._open[message_id] = node
+            self._asks[node] += 1
+            self._clients.participations[node] += 1
+
+    def _take_note(self, outcomes: Mapping[str, Outcome]) -> list[int]:
+        """Sort the answers; returns the nodes that must be sent the frozen tensors again."""
+        forgetful = []
+        self._lost = {self._open[m] for m, outcome in outcomes.items() if outcome == "lost" and m in self._open}
+        for message_id, outcome in outcomes.items():
+            node = self._open.get(message_id)
+            if node is None:
+                continue
+            name = self._engine.name_of(node)
+            if self._told.get(message_id) != str(outcome):
+                self._told[message_id] = str(outcome)
+                self._observer.answered(self._number, name, str(outcome))
+            if outcome == "lost":
+                continue
+            del self._open[message_id]
+            if isinstance(outcome, Refusal):
+                forgetful += self._decline(node, name, outcome)
+            else:
+                self._uploads[node] = message_id
+                self.refused.pop(name, None)
+        return forgetful
+
+    def _decline(self, node: int, name: str, refusal: Refusal) -> list[int]:
+        self.refused[name] = refusal.code
+        if refusal.code in FOR_GOOD:
+            self._clients.declined.add(node)
+        if refusal.code in TRAINED_NOTHING:
+            self._clients.participations[node] -= 1
+            self._strategy.forget(node)
+            return [node] if self._asks[node] < ASKS_PER_ROUND else []
+        return []
+
+    def _replies(self) -> Iterator[Message]:
+        by_node = [self._uploads[node] for node in sorted(self._uploads)]
+        for message in self._engine.pull_messages(by_node):
+            if message.has_content():
+                disclosed = {}
+                for record in message.content.metric_records.values():
+                    disclosed |= dict(record)
+                self.disclosed[self._engine.name_of(message.metadata.src_node_id)] = disclosed
+            yield message

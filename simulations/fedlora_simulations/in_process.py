@@ -1,0 +1,175 @@
+"""An engine with all clients in this process: they share one base model and train one after the other.
+
+Same round loop, same messages and same client code as over gRPC. Uploads wait in files, so memory does not grow with
+the number of clients. An exception in a client's code is not sanitised here: it reaches the researcher.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from flwr.app import ArrayRecord, Message, RecordDict
+from safetensors.numpy import load_file, save_file
+
+from fedlora.adapters import AdapterLayout
+from fedlora.plan import Refusal, Upload
+from fedlora_client.flower_app import Session, train
+from fedlora_server.engine import Engine, Outcome, node_id
+from fedlora_strategies.messages import Run, assign_id, assume_identity, empty_run, read_reply, read_train_message
+from fedlora_strategies.messages import reply as to_reply
+
+
+@dataclass
+class _Order:
+    """A message and what became of it; of an upload, everything but the tensors, which are in the spool."""
+
+    message: Message
+    outcome: Outcome | None = None
+    upload: Upload | None = None
+
+
+class InProcessEngine(Engine):
+    """Runs `fedlora_client.flower_app.train` for each message when `wait` is called.
+
+    Args:
+        sessions: name → the client's session.
+        run_id: of the plan, 16 hexadecimal digits.
+        layout: what uploads are checked against, as the gRPC service does.
+    """
+
+    def __init__(self, sessions: Mapping[str, Session], run_id: str, layout: AdapterLayout) -> None:
+        assume_identity(run_id)
+        self._run, self._layout = empty_run(run_id), layout
+        self._names = {node_id(name): name for name in sessions}
+        self._sessions = {node_id(name): session for name, session in sessions.items()}
+        self._orders: dict[str, _Order] = {}
+        self._count = self._bytes_up = self._bytes_down = 0
+        self._spool = TemporaryDirectory(prefix="fedlora-spool-")
+
+    @property
+    def bytes_up(self) -> int:
+        return self._bytes_up
+
+    @property
+    def bytes_down(self) -> int:
+        return self._bytes_down
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    def name_of(self, node_id: int) -> str:
+        if node_id not in self._names:
+            raise ValueError(f"no client with node id {node_id} ever joined")
+        return self._names[node_id]
+
+    def join(self, name: str, session: Session) -> None:
+        """A client comes, or comes back: what it was asked and has not answered is asked again."""
+        node = node_id(name)
+        self._names[node], self._sessions[node] = name, session
+        for order in self._of(node):
+            if order.outcome == "lost":
+                order.outcome = None
+
+    def leave(self, name: str) -> None:
+        """A client drops out: what it was asked and has not answered is lost."""
+        node = node_id(name)
+        self._sessions.pop(node, None)
+        for order in self._of(node):
+            if order.outcome is None:
+                order.outcome = "lost"
+
+    def get_node_ids(self) -> list[int]:
+        return sorted(self._sessions)
+
+    def idle(self) -> list[int]:
+        busy = {order.message.metadata.dst_node_id for order in self._orders.values() if order.outcome is None}
+        return sorted(self._sessions.keys() - busy, key=self._names.__getitem__)
+
+    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
+                       ttl: float | None = None) -> Message:
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        pushed = []
+        for message in messages:
+            _, arrays = read_train_message(message)
+            node = message.metadata.dst_node_id
+            self.name_of(node)
+            self._count += 1
+            assign_id(message, f"{self._count}")
+            self._orders[f"{self._count}"] = _Order(message, None if node in self._sessions else "lost")
+            self._bytes_down += _bytes(arrays)
+            pushed.append(f"{self._count}")
+        return pushed
+
+    def wait(self, message_ids: Iterable[str], timeout_s: float) -> Mapping[str, Outcome]:
+        """Let one pending client train, whatever time it takes; with none pending nothing new will ever come."""
+        wanted = [m for m in message_ids if m in self._orders]
+        pending = next((m for m in wanted if self._orders[m].outcome is None), None)
+        if pending is not None:
+            self._train(pending)
+        else:
+            time.sleep(timeout_s)
+        outcomes = {m: self._orders[m].outcome for m in wanted}
+        return {m: outcome for m, outcome in outcomes.items() if outcome is not None}
+
+    def _train(self, message_id: str) -> None:
+        order = self._orders[message_id]
+        session = self._sessions[order.message.metadata.dst_node_id]
+        answer = read_reply(train(order.message, session))
+        if order.outcome is not None:  # it left meanwhile
+            return
+        order.outcome = self._accept(message_id, answer) if isinstance(answer, Upload) else answer
+
+    def _accept(self, message_id: str, upload: Upload) -> Outcome:
+        self._bytes_up += sum(array.nbytes for array in upload.tensors.values())
+        try:
+            self._layout.check(upload.tensors, "trained")
+        except ValueError as error:
+            return Refusal("invalid-tensors", str(error))
+        save_file(dict(upload.tensors), self._file(message_id))
+        self._orders[message_id].upload = replace(upload, tensors={})
+        return "uploaded"
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        for message_id in message_ids:
+            order = self._orders.get(message_id)
+            if order is None or order.outcome in (None, "lost"):
+                continue
+            del self._orders[message_id]
+            if isinstance(order.outcome, Refusal):
+                yield to_reply(order.outcome, order.message)
+            else:
+                file = self._file(message_id)
+                tensors = load_file(file)
+                file.unlink()
+                yield to_reply(replace(order.upload, tensors=tensors), order.message)
+
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        for message_id in list(message_ids):
+            self._orders.pop(message_id, None)
+            self._file(message_id).unlink(missing_ok=True)
+
+    def close(self, reason: str) -> None:
+        self._orders.clear()
+        self._spool.cleanup()
+
+    def _of(self, node: int) -> list[_Order]:
+        return [order for order in self._orders.values() if order.message.metadata.dst_node_id == node]
+
+    def _file(self, message_id: str) -> Path:
+        return Path(self._spool.name) / f"{message_id}.safetensors"
+
+
+def _bytes(arrays: ArrayRecord) -> int:
+    """Of the values alone, which are float32."""
+    return sum(4 * math.prod(array.shape) for array in arrays.values())
