@@ -1,0 +1,87 @@
+"""Write an adapter as a standard PEFT folder, for anybody's `PeftModel.from_pretrained`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.adapters.attach import AdaptedModel
+from fedlora.plan import Tensors
+
+_PREFIX = "base_model.model."  # where PEFT's files say that the base model's own names begin
+
+
+def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: str) -> Path:
+    """Write adapter_config.json and adapter_model.safetensors.
+
+    Every family becomes plain LoRA: bra is written as B·R and A. The classifier is written whole, as are all other
+    parameters that are missing from the base checkpoint, as PEFT's modules_to_save. Where only the head was trained,
+    PEFT's placeholder stands for the target modules.
+
+    Args:
+        adapted: gives names, shapes and the frozen values; it is read, not written.
+        tensors: the full state.
+        out_dir: made if need be; the two files are replaced.
+        base_name: of the base model, for whoever loads the adapter.
+    Returns:
+        out_dir.
+    Raises:
+        ValueError: the tensors do not fit the adapter.
+    """
+    layout = adapted.layout
+    layout.check(tensors, "state")
+    files: dict[str, torch.Tensor] = {}
+    for module in layout.modules:
+        B = tensors[f"{module}.B"]
+        if layout.family.name == "bra":
+            B = (B.astype(np.float64) @ tensors[f"{module}.R"]).astype(np.float32)
+        files[f"{_PREFIX}{module}.lora_A.weight"] = torch.tensor(tensors[f"{module}.A"])
+        files[f"{_PREFIX}{module}.lora_B.weight"] = torch.tensor(B)
+    saved = _modules_to_save(adapted)
+    for module in saved:
+        for name, value in adapted.model.get_submodule(module).state_dict(prefix=f"{module}.").items():
+            new = tensors.get(f"head.{name}")
+            files[f"{_PREFIX}{name}"] = value.detach().cpu().clone() if new is None else torch.tensor(new)
+    bases = [adapted.model.get_submodule(module).get_base_layer() for module in layout.modules]
+    config = LoraConfig(
+        task_type="CAUSAL_LM" if adapted.task == "causal-lm" else "SEQ_CLS",
+        base_model_name_or_path=base_name, inference_mode=True, r=layout.rank,
+        lora_alpha=_integral(layout.scaling * layout.rank),  # type: ignore[arg-type]
+        target_modules=list(layout.modules) or DUMMY_TARGET_MODULES, modules_to_save=saved or None,
+        fan_in_fan_out=bool(bases) and all(isinstance(base, Conv1D) for base in bases))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(out_dir))
+    save_file({name: value.contiguous() for name, value in files.items()}, out_dir / "adapter_model.safetensors",
+              metadata={"format": "pt"})
+    return out_dir
+
+
+def _modules_to_save(adapted: AdaptedModel) -> list[str]:
+    """The largest modules that consist of parameters outside the base checkpoint only, and the classifier whole.
+
+    PEFT saves the module "classifier" or "score" of a sequence classifier whether it is listed or not, and cannot save
+    a part of it beside: so it is written whole, whatever of it is in the base checkpoint.
+    """
+    classifier = {adapted.head.partition(".")[0]} if adapted.head else set()
+    own = {spec.name.removeprefix("head.") for spec in adapted.layout.state if spec.group == "head"}
+    covered = {name for name, module in adapted.model.named_modules()
+               if name and _is_covered(name, module, own)} | classifier
+    return sorted(name for name in covered
+                  if not any(name.startswith(f"{other}.") for other in covered))
+
+
+def _is_covered(name: str, module: nn.Module, own: set[str]) -> bool:
+    parameters = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
+    return bool(parameters) and own.issuperset(parameters)
+
+
+def _integral(value: float) -> int | float:
+    """An integer where it is one up to rounding, as PEFT writes alpha."""
+    return round(value) if abs(value - round(value)) < 1e-9 else value
