@@ -181,6 +181,7 @@ REFUSALS: Mapping[str, str] = {
     "policy": "the client's policy does not allow this",
     "budget": "the client's privacy budget does not allow this",
     "unavailable": "the client cannot train now",
+    "too-late": "the round was closed, or never asked this client",
     "missing-tensors": "the client does not hold the frozen tensors; send them again",
     "invalid-tensors": "the tensors received do not fit the plan",
     "model-mismatch": "the client's base model is not the plan's",

@@ -1,7 +1,6 @@
 """The wire format: one .proto, its generated code, and the codec both sides use. It opens no socket."""
 
 from . import fedlora_pb2 as pb
-from .address import is_loopback
 from .codec import (
     SERVICE,
     Key,
@@ -34,13 +33,19 @@ from .tensors import (
     receive_in_memory,
     shapes_from,
     shapes_of,
+    size_of,
     split,
 )
+from .transport import CHANNEL_OPTIONS, JOIN_TIMEOUT_S, SERVER_OPTIONS, STALL_TIMEOUT_S, is_loopback
 
 __all__ = [
+    "CHANNEL_OPTIONS",
     "CHUNK_BYTES",
+    "JOIN_TIMEOUT_S",
     "MAX_FRAME_BYTES",
+    "SERVER_OPTIONS",
     "SERVICE",
+    "STALL_TIMEOUT_S",
     "Incoming",
     "Key",
     "Setup",
@@ -66,6 +71,7 @@ __all__ = [
     "setup_to_wire",
     "shapes_from",
     "shapes_of",
+    "size_of",
     "split",
     "task_to_wire",
     "tensor_frames",

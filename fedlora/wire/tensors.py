@@ -36,6 +36,11 @@ def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: tensors[name].shape for name in sorted(tensors)}
 
 
+def size_of(shapes: Shapes) -> int:
+    """Bytes of the tensors."""
+    return 4 * sum(math.prod(shape) for shape in shapes.values())
+
+
 def digest(tensors: Tensors) -> str:
     """SHA-256 (hex) of names, dtype, shapes and bytes. Independent of the mapping's order.
 
@@ -121,7 +126,7 @@ class Incoming:
     def __init__(self, shapes: Shapes, write: Callable[[memoryview], object], refusal: Refusal | None = None) -> None:
         self.shapes = shapes
         self.refusal = refusal
-        self.total_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
+        self.total_bytes = size_of(shapes)
         self.received_bytes = 0
         self._write = write
         self._digest = start_digest(shapes)
@@ -167,7 +172,7 @@ class Incoming:
 
 def receive_in_memory(shapes: Shapes) -> tuple[Incoming, dict[str, np.ndarray]]:
     """An `Incoming` and the tensors that it fills."""
-    values = np.empty(sum(math.prod(shape) for shape in shapes.values()), "<f4")
+    values = np.empty(size_of(shapes) // 4, "<f4")
     return Incoming(shapes, _filling(values)), split(shapes, values)
 
 

@@ -19,9 +19,9 @@ import hashlib
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.plan import Refusal
@@ -95,6 +95,18 @@ class Engine(Grid):
     @abstractmethod
     def close(self, reason: str) -> None:
         """Tell all clients goodbye and release everything. May be called twice."""
+
+    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
+                       ttl: float | None = None) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def set_run(self, run: Any) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        """What `set_run` was given; only Flower's own processes need one."""
+        return getattr(self, "_run", None)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """As in Flower: push, wait for all (no reply from lost clients), pull. Replies come in the order pushed."""

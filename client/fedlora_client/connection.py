@@ -1,0 +1,391 @@
+"""The client's connection to its server: one gRPC stream, kept up by a thread of its own while the main thread trains.
+
+    connection = Connection("127.0.0.1:9092", "north", private=True, report=print)
+    setup = connection.join()                    # read the data, then
+    connection.ready(labels)
+    while True:
+        plan, tensors = connection.next_task()
+        refusal = connection.send(train(plan, tensors, stop=connection.cancelled.is_set))
+
+A stream that breaks is opened again with the same process token. A task that this process has in hand is then neither
+sent nor trained again: its answer, the identical bytes, follows on the new stream.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from queue import SimpleQueue
+
+import grpc
+import numpy as np
+
+import fedlora
+from fedlora import wire
+from fedlora.plan import PROTOCOL, Refusal, Refused, RoundPlan, Upload
+from fedlora.wire import Incoming, Key, Setup, WireError, pb
+
+FRAME_PREFIX_BYTES = 5
+LEAVE_TIMEOUT_S = 2.0
+_PATIENCE_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class ServerUnreachable(Exception):
+    """No server was found within the connect timeout."""
+
+
+class Goodbye(Exception):
+    """The server ended the run; the message is its reason."""
+
+
+class RunChanged(Exception):
+    """The server came back with another run: look at `setup`, then call `ready` again."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        super().__init__(f"the server was restarted and runs {setup.run_id} now")
+
+
+class _Stream:
+    """One attempt at a stream: what is to be sent, and how far the conversation is."""
+
+    def __init__(self) -> None:
+        self.outgoing: SimpleQueue[Iterable[bytes] | None] = SimpleQueue()
+        self.call: grpc.Call | None = None
+        self.welcomed = False
+        self.is_ready = False
+        self.last_frame_at = time.monotonic()
+        self.plan: RoundPlan | None = None  # of the task that is coming in
+        self.incoming: Incoming | None = None
+        self.tensors: dict[str, np.ndarray] = {}
+
+    def send(self, frame: pb.ClientFrame) -> None:
+        self.outgoing.put([frame.SerializeToString()])
+
+
+class Connection:
+    """Made without connecting; `join` connects.
+
+    Args:
+        server: host:port.
+        name: this client's, unique at the server.
+        private: whether this client trains under differential privacy; told to the server.
+        connect_timeout_s: how long a server is looked for, at first and again whenever it is lost.
+        report: given a line for the user now and then, from another thread.
+        insecure: allow plaintext beyond this machine.
+        max_tensor_bytes: a task with more is refused from its header.
+    Raises:
+        ValueError: the server's address or the name is not one, or is not loopback and `insecure` is not set.
+
+    Attributes:
+        cancelled: set while the task in hand is no longer wanted (the server said so, or it is gone for good).
+        bytes_up, bytes_down: moved so far.
+    """
+
+    def __init__(self, server: str, name: str, *, private: bool, connect_timeout_s: float = 60.0,
+                 report: Callable[[str], None] = lambda line: None, insecure: bool = False,
+                 max_tensor_bytes: int = 8 << 30) -> None:
+        if not wire.is_loopback(server) and not insecure:
+            raise ValueError(f"{server} is another machine and the connection would not be encrypted; go through a "
+                             "tunnel to 127.0.0.1, or accept that with --insecure")
+        wire.check_name(name)
+        self.server, self.name = server, name
+        self.cancelled = threading.Event()
+        self.bytes_up = self.bytes_down = 0
+        self._private, self._connect_timeout_s, self._report = private, connect_timeout_s, report
+        self._max_tensor_bytes = max_tensor_bytes
+        self._process = secrets.token_bytes(16)
+        self._changed = threading.Condition()
+        self._stream = _Stream()
+        self._thread: threading.Thread | None = None
+        self._leaving = threading.Event()
+        self._end: Exception | None = None
+        self._setup: Setup | None = None
+        self._run_changed = False
+        self._labels: tuple[str, ...] | None = None  # None: not ready
+        self._task: tuple[RoundPlan, dict[str, np.ndarray]] | None = None
+        self._working: Key | None = None  # received, and its answer not acknowledged
+        self._answer: tuple[Key, Upload | Refusal] | None = None
+        self._acks: dict[Key, Refusal | None] = {}
+
+    def join(self) -> Setup:
+        """Connect, retrying, and join.
+
+        Raises:
+            ServerUnreachable: nobody answered within the connect timeout.
+            Refused: the server turned this client away; the code and detail say why.
+            Goodbye: the server is closing.
+            WireError: what answered does not speak this protocol.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._keep_up, name="fedlora-connection", daemon=True)
+            self._thread.start()
+        with self._changed:
+            self._wait(lambda: self._setup is not None)
+            self._run_changed = False
+            assert self._setup is not None
+            return self._setup
+
+    def ready(self, labels: tuple[str, ...] = ()) -> None:
+        """Say that tasks may come. `labels` (if the setup asks for them) are disclosed."""
+        with self._changed:
+            self._wait(lambda: True)
+            self._labels = labels
+            if self._stream.welcomed and not self._stream.is_ready:
+                self._say_ready(self._stream)
+
+    def decline(self, refusal: Refusal) -> None:
+        """Tell the server why this client will not take part, and leave."""
+        self._stream.send(pb.ClientFrame(declined=pb.Declined(refusal=wire.refusal_to_wire(refusal))))
+        self.leave()
+
+    def next_task(self) -> tuple[RoundPlan, dict[str, np.ndarray]]:
+        """Block until the server asks for a round. Clears `cancelled`.
+
+        Returns:
+            The plan and the tensors that came with it: finite float32 arrays under a checked digest, whose names and
+            shapes are yet to be held against the layout.
+        Raises:
+            Goodbye, RunChanged, ServerUnreachable, Refused, WireError.
+        """
+        with self._changed:
+            self._wait(lambda: self._task is not None)
+            assert self._task is not None
+            task, self._task = self._task, None
+            self.cancelled.clear()
+            return task
+
+    def send(self, answer: Upload | Refusal) -> Refusal | None:
+        """Answer the task in hand and wait until the server has acknowledged it, over as many streams as it takes.
+
+        Returns:
+            None if the answer was accepted, else why not ("too-late", "invalid-tensors", …).
+        Raises:
+            Goodbye, RunChanged, ServerUnreachable, Refused, WireError.
+        """
+        with self._changed:
+            key = self._working
+            if key is None:
+                self._wait(lambda: False, timeout_s=0)
+                return Refusal("too-late")
+            if isinstance(answer, Upload) and (answer.run_id, answer.round, answer.attempt) != key:
+                raise ValueError(f"the upload is for {answer.run_id, answer.round, answer.attempt}; {key} is in hand")
+            self._give(key, Refusal("unavailable") if self.cancelled.is_set() else answer)
+            self._wait(lambda: key in self._acks)
+            return self._acks.pop(key)
+
+    def leave(self) -> None:
+        """Say so to the server and close. May be called at any time, also twice."""
+        self._leaving.set()
+        self._stream.send(pb.ClientFrame(leave=pb.Leave()))
+        self._stream.outgoing.put(None)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(LEAVE_TIMEOUT_S)
+        if self._stream.call is not None:
+            self._stream.call.cancel()
+
+    def _wait(self, ready: Callable[[], bool], timeout_s: float | None = None) -> None:
+        """Wait, under the lock, until `ready`; raise what ends this connection first."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            if self._end is not None:
+                raise self._end
+            if self._run_changed:
+                self._run_changed = False
+                assert self._setup is not None
+                raise RunChanged(self._setup)
+            if ready() or (deadline is not None and time.monotonic() >= deadline):
+                return
+            self._changed.wait(1.0 if deadline is None else deadline - time.monotonic())
+            self._check_deadline()
+
+    def _check_deadline(self) -> None:
+        stream, silent_s = self._stream, time.monotonic() - self._stream.last_frame_at
+        if stream.call is not None and stream.incoming is not None and silent_s > wire.STALL_TIMEOUT_S:
+            stream.call.cancel()
+
+    # The connection's thread.
+
+    def _keep_up(self) -> None:
+        try:
+            lost_at, attempt = time.monotonic(), 0
+            while not self._leaving.is_set():
+                error = self._converse()
+                if self._stream.welcomed:
+                    lost_at, attempt = time.monotonic(), 0
+                    if not self._leaving.is_set():
+                        self._report(f"The connection to {self.server} was lost; looking for it again.")
+                elif attempt == 0:
+                    self._report(f"No server at {self.server} yet ({error}); trying for {self._connect_timeout_s:g} s.")
+                if time.monotonic() - lost_at > self._connect_timeout_s:
+                    raise ServerUnreachable(f"no server at {self.server} for {self._connect_timeout_s:g} s ({error}). "
+                                            "Start fedlora-server there, or name its address with --server")
+                self._leaving.wait(_PATIENCE_S[min(attempt, len(_PATIENCE_S) - 1)])
+                attempt += 1
+            raise Goodbye("this client left")
+        except Exception as error:
+            with self._changed:
+                self._end = error
+                self.cancelled.set()
+                self._changed.notify_all()
+
+    def _converse(self) -> str:
+        """Open a stream and serve it until it breaks; returns how it broke. Raises what must not be retried."""
+        stream = _Stream()
+        with self._changed:
+            self._stream = stream
+        stream.send(pb.ClientFrame(join=pb.Join(protocol=PROTOCOL, fedlora_version=fedlora.__version__, name=self.name,
+                                                process=self._process, private=self._private)))
+        with grpc.insecure_channel(self.server, options=wire.CHANNEL_OPTIONS) as channel:  # TLS: grpc.secure_channel
+            call = channel.stream_stream(wire.SERVICE)(self._requests(stream))
+            stream.call = call
+            overdue = threading.Timer(wire.JOIN_TIMEOUT_S, lambda: stream.welcomed or call.cancel())
+            overdue.daemon = True
+            overdue.start()
+            try:
+                for data in call:
+                    self.bytes_down += len(data) + FRAME_PREFIX_BYTES
+                    stream.last_frame_at = time.monotonic()
+                    chunk = wire.chunk_of(data) if stream.incoming else None
+                    if chunk is not None:
+                        self._on_chunk(stream, chunk)
+                    else:
+                        self._on_frame(stream, wire.parse(pb.ServerFrame, data))
+                return "the server closed the stream"
+            except grpc.RpcError as error:
+                if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
+                    raise WireError(f"the server ended the stream: {wire.clean(error.details() or '')}") from None
+                if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+                    raise WireError(f"what listens at {self.server} is not a FedLoRA server") from None
+                return error.code().name.lower()
+            finally:
+                overdue.cancel()
+                stream.outgoing.put(None)
+                with self._changed:
+                    stream.is_ready, stream.call = False, None
+                call.cancel()
+
+    def _requests(self, stream: _Stream) -> Iterator[bytes]:
+        while (frames := stream.outgoing.get()) is not None:
+            for frame in frames:
+                self.bytes_up += len(frame) + FRAME_PREFIX_BYTES
+                yield frame
+
+    def _on_frame(self, stream: _Stream, frame: pb.ServerFrame) -> None:
+        kind = frame.WhichOneof("kind")
+        if kind == "refused":
+            refusal = wire.refusal_from_wire(frame.refused)
+            raise Refused(refusal.code, refusal.detail)
+        if kind == "goodbye":
+            raise Goodbye(wire.clean(frame.goodbye.reason))
+        if (kind == "welcome") == stream.welcomed:
+            raise WireError("the server's stream begins with one Welcome")
+        if (kind in ("chunk", "end")) != (stream.incoming is not None) and kind not in ("ack", "cancel"):
+            raise WireError("a Task is followed by its chunks and an End")
+        if kind == "welcome":
+            self._on_welcome(stream, wire.setup_from_wire(frame.welcome))
+        elif kind == "task":
+            self._on_task(stream, frame.task)
+        elif kind == "chunk":
+            self._on_chunk(stream, memoryview(frame.chunk.data))
+        elif kind == "end":
+            self._on_end(stream, frame.end.sha256)
+        elif kind == "ack":
+            self._on_ack(frame.ack)
+        elif kind == "cancel":
+            self._on_cancel(wire.key_from_wire(frame.cancel))
+
+    def _on_welcome(self, stream: _Stream, setup: Setup) -> None:
+        if setup.protocol != PROTOCOL:
+            raise Refused("version-mismatch", f"the server runs FedLoRA {setup.fedlora_version} (protocol "
+                                              f"{setup.protocol}), this client protocol {PROTOCOL}")
+        with self._changed:
+            stream.welcomed = True
+            before, self._setup = self._setup, setup
+            if before is not None and before != setup:
+                self._run_changed, self._labels = True, None
+                self._task = self._working = self._answer = None
+                self.cancelled.set()
+            elif self._labels is not None:
+                self._say_ready(stream)
+            self._changed.notify_all()
+
+    def _say_ready(self, stream: _Stream) -> None:
+        working = None if self._working is None else wire.key_to_wire(self._working)
+        stream.send(pb.ClientFrame(ready=pb.Ready(labels=self._labels or (), working=working)))
+        stream.is_ready = True
+        if self._answer is not None:
+            stream.outgoing.put(self._answer_frames(*self._answer))
+
+    def _give(self, key: Key, answer: Upload | Refusal) -> None:
+        """Answer over this stream, or the next; under the lock."""
+        self._answer = key, answer
+        if self._stream.is_ready:
+            self._stream.outgoing.put(self._answer_frames(key, answer))
+
+    def _answer_frames(self, key: Key, answer: Upload | Refusal) -> Iterator[bytes]:
+        if isinstance(answer, Refusal):
+            declined = pb.Declined(key=wire.key_to_wire(key), refusal=wire.refusal_to_wire(answer))
+            yield pb.ClientFrame(declined=declined).SerializeToString()
+            return
+        yield pb.ClientFrame(upload=wire.upload_to_wire(answer)).SerializeToString()
+        for frame in wire.tensor_frames(answer.tensors):
+            if self._acks.get(key) is not None:  # refused while under way
+                break
+            yield frame
+        else:
+            return
+        yield pb.ClientFrame(end=pb.End()).SerializeToString()
+
+    def _on_task(self, stream: _Stream, task: pb.Task) -> None:
+        plan, shapes = wire.plan_from_wire(task), wire.shapes_from(task.tensors)
+        assert self._setup is not None
+        if not stream.is_ready or plan.run.run_id != self._setup.run_id:
+            raise WireError("the server sent a task before Ready, or of another run")
+        if self._working is not None and plan.key != self._working:
+            raise WireError("the server sent a task while another is in hand")
+        stream.plan = plan
+        size = wire.size_of(shapes)
+        if size > self._max_tensor_bytes:
+            refusal = Refusal("invalid-tensors", f"{size} bytes of tensors; this client takes {self._max_tensor_bytes}")
+            stream.incoming, stream.tensors = Incoming(shapes, lambda data: None, refusal), {}
+        else:
+            stream.incoming, stream.tensors = wire.receive_in_memory(shapes)
+
+    def _on_chunk(self, stream: _Stream, data: memoryview) -> None:
+        assert stream.incoming is not None
+        stream.incoming.add(data)
+
+    def _on_end(self, stream: _Stream, sha256: str) -> None:
+        assert stream.incoming is not None and stream.plan is not None
+        refusal, plan = stream.incoming.finish(sha256), stream.plan
+        tensors, stream.incoming, stream.tensors = stream.tensors, None, {}
+        with self._changed:
+            if self._working == plan.key:
+                return  # in hand already; its answer follows
+            self._working, self._answer = plan.key, None
+            if refusal is not None:
+                self._give(plan.key, refusal)
+            else:
+                self._task = plan, tensors
+            self._changed.notify_all()
+
+    def _on_cancel(self, key: Key) -> None:
+        with self._changed:
+            if key != self._working:
+                return
+            if self._task is not None:  # nobody has begun with it
+                self._task = None
+                self._give(key, Refusal("unavailable"))
+            else:
+                self.cancelled.set()
+
+    def _on_ack(self, ack: pb.Ack) -> None:
+        key = wire.key_from_wire(ack.key)
+        with self._changed:
+            if self._answer is not None and self._answer[0] == key:
+                self._working = self._answer = None
+                self._acks = {key: wire.refusal_from_wire(ack.refusal) if ack.HasField("refusal") else None}
+                self._changed.notify_all()

@@ -1,0 +1,225 @@
+"""One client's stream at the server: frames in, frames out, nothing that could crash the server.
+
+gRPC gives each stream a thread that sends; a second one reads. Whatever a client sends that the protocol does not
+allow ends its stream with INVALID_ARGUMENT; an upload that does not fit the order is refused by an Ack, from its
+header if that shows it, and the stream goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from queue import SimpleQueue
+from typing import BinaryIO
+
+import grpc
+
+from fedlora import wire
+from fedlora.plan import Refusal, Refused
+from fedlora.wire import Incoming, Key, Shapes, WireError, pb
+
+from .roster import Roster, Stored
+
+log = logging.getLogger(__name__)
+
+FRAME_PREFIX_BYTES = 5
+"""gRPC's own, before each frame."""
+DRAINED_BYTES = 64 << 20
+"""This much of a refused upload may be under way when the sender hears of the refusal."""
+
+
+class _Upload:
+    """An upload that is coming in. `file` is None where the bytes are not needed."""
+
+    def __init__(self, key: Key, shapes: Shapes, metrics: dict[str, int | float], folder: Path | None,
+                 refusal: Refusal | None) -> None:
+        self.key, self.metrics, self.acknowledged = key, metrics, False
+        self.file: BinaryIO | None = None
+        if folder is not None and refusal is None:
+            self.file = tempfile.NamedTemporaryFile(dir=folder, suffix=".upload", delete=False, buffering=0)  # type: ignore[assignment]  # noqa: SIM115
+        self.incoming = Incoming(shapes, self._store, refusal)
+
+    def _store(self, data: memoryview) -> None:
+        if self.file is not None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                log.error("An upload could not be stored in %s: %s", self.file.name, error.strerror)
+                self.incoming.refusal = Refusal("unavailable", "the server cannot store the upload")
+
+    def stored(self) -> Stored | None:
+        if self.file is None:
+            return None
+        self.file.close()
+        return Stored(Path(self.file.name), self.incoming.shapes, self.metrics)
+
+    def discard(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            Path(self.file.name).unlink(missing_ok=True)
+
+
+class GrpcSession:
+    """A `Stream` of the roster.
+
+    Args:
+        trained: gives the shapes that an upload must have, none before the layout is known.
+        spool: folder for uploads.
+    """
+
+    def __init__(self, roster: Roster, context: grpc.ServicerContext, trained: Callable[[], Shapes],
+                 spool: Path) -> None:
+        self.name, self.process = "", b""
+        self.started_at = self.last_frame_at = time.monotonic()
+        self._roster, self._context, self._trained, self._spool = roster, context, trained, spool
+        self._outgoing: SimpleQueue[Iterable[bytes] | None] = SimpleQueue()
+        self._failure: tuple[grpc.StatusCode, str] | None = None
+        self._upload: _Upload | None = None
+        self._drained_bytes = 0
+        self._left = False
+
+    def send(self, frames: Iterable[bytes]) -> None:
+        """Queue frames; an iterator is asked for each only when the one before has been sent."""
+        self._outgoing.put(frames)
+
+    def close(self) -> None:
+        """End the stream after what is queued."""
+        self._outgoing.put(None)
+
+    def goodbye(self, reason: str) -> None:
+        self._left = True
+        self.send([pb.ServerFrame(goodbye=pb.Goodbye(reason=reason)).SerializeToString()])
+        self.close()
+
+    def check_deadlines(self, now: float) -> None:
+        """End a stream whose Join, or whose next chunk, is overdue."""
+        silent_s = now - self.last_frame_at
+        if (not self.name and silent_s > wire.JOIN_TIMEOUT_S) or (self._upload and silent_s > wire.STALL_TIMEOUT_S):
+            self._context.cancel()
+
+    def responses(self) -> Iterator[bytes]:
+        """The frames for gRPC to send, until the stream is to end."""
+        while (frames := self._outgoing.get()) is not None:
+            for frame in frames:
+                self._roster.count(self, down=len(frame) + FRAME_PREFIX_BYTES)
+                yield frame
+        if self._failure is not None:
+            self._context.abort(*self._failure)
+
+    def read(self, requests: Iterator[bytes]) -> None:
+        """Take frames until the stream ends. Runs in a thread of its own."""
+        try:
+            for data in requests:
+                self.last_frame_at = time.monotonic()
+                self._roster.count(self, up=len(data) + FRAME_PREFIX_BYTES)
+                chunk = wire.chunk_of(data) if self._upload else None
+                if chunk is not None:
+                    self._on_chunk(chunk)
+                else:
+                    self._on_frame(wire.parse(pb.ClientFrame, data))
+                if self._left:
+                    break
+        except WireError as error:
+            self._failure = grpc.StatusCode.INVALID_ARGUMENT, str(error)
+        except grpc.RpcError:
+            pass  # the stream broke
+        except Exception:
+            log.exception("The stream of client %r ended by an error of this server", self.name)
+            self._failure = grpc.StatusCode.INTERNAL, "the server failed; its log says why"
+        finally:
+            if self._upload is not None:
+                self._upload.discard()
+            if self._failure is not None:
+                log.warning("The stream of client %r was ended: %s", self.name, self._failure[1])
+            self._roster.gone(self, "left" if self._left else "lost")
+            self.close()
+
+    def _on_frame(self, frame: pb.ClientFrame) -> None:
+        kind = frame.WhichOneof("kind")
+        if (kind == "join") == bool(self.name):
+            raise WireError("a stream begins with one Join")
+        if (kind in ("chunk", "end")) != (self._upload is not None):
+            raise WireError("an Upload is followed by its chunks and an End, and only then by anything else")
+        if kind == "join":
+            self._on_join(frame.join)
+        elif kind == "ready":
+            working = wire.key_from_wire(frame.ready.working) if frame.ready.HasField("working") else None
+            self._roster.ready(self, wire.labels_from_wire(frame.ready.labels), working)
+        elif kind == "upload":
+            self._on_upload(frame.upload)
+        elif kind == "chunk":
+            self._on_chunk(memoryview(frame.chunk.data))
+        elif kind == "end":
+            self._on_end(frame.end.sha256)
+        elif kind == "declined":
+            self._on_declined(frame.declined)
+        elif kind == "leave":
+            self._left = True
+
+    def _on_join(self, join: pb.Join) -> None:
+        try:
+            self._roster.join(self, join)
+        except Refused as refused:
+            log.warning("A client that calls itself %r was turned away: %s", wire.clean(join.name), refused.refusal)
+            self.send([pb.ServerFrame(refused=wire.refusal_to_wire(refused.refusal)).SerializeToString()])
+            self.close()
+            self._left = True
+        else:
+            self.send([pb.ServerFrame(welcome=wire.setup_to_wire(self._roster.setup)).SerializeToString()])
+
+    def _on_upload(self, upload: pb.Upload) -> None:
+        key, shapes = wire.key_from_wire(upload.key), wire.shapes_from(upload.tensors)
+        metrics: dict[str, int | float] = {}
+        refusal, folder = None, None
+        try:
+            if self._roster.expected(self, key) is not None:
+                folder = self._spool
+            wire.check_shapes(shapes, self._trained())
+            metrics = wire.metrics_from_wire(upload, private=self._roster.setup.private)
+        except Refused as refused:
+            refusal = refused.refusal
+        self._upload, self._drained_bytes = _Upload(key, shapes, metrics, folder, refusal), 0
+        if refusal is not None:
+            self._acknowledge(refusal)
+
+    def _on_chunk(self, data: memoryview) -> None:
+        assert self._upload is not None
+        incoming = self._upload.incoming
+        incoming.add(data)
+        if incoming.refusal is not None and not self._upload.acknowledged:
+            self._acknowledge(incoming.refusal)
+        if incoming.refusal is not None:
+            self._drained_bytes += len(data)
+            if self._drained_bytes > DRAINED_BYTES:
+                raise WireError("an upload went on after it had been refused")
+
+    def _on_end(self, sha256: str) -> None:
+        upload, self._upload = self._upload, None
+        assert upload is not None
+        refusal = upload.incoming.finish(sha256)
+        stored = upload.stored()
+        refusal = self._roster.answered(self, upload.key, refusal or stored) or refusal
+        if refusal is not None:
+            upload.discard()
+        if not upload.acknowledged:
+            self._send_ack(upload.key, refusal)
+
+    def _on_declined(self, declined: pb.Declined) -> None:
+        refusal = wire.refusal_from_wire(declined.refusal)
+        if declined.HasField("key"):
+            key = wire.key_from_wire(declined.key)
+            self._send_ack(key, self._roster.answered(self, key, refusal))
+        else:
+            self._roster.declined(self, refusal)
+
+    def _acknowledge(self, refusal: Refusal) -> None:
+        assert self._upload is not None
+        self._upload.acknowledged = True
+        self._send_ack(self._upload.key, refusal)
+
+    def _send_ack(self, key: Key, refusal: Refusal | None) -> None:
+        ack = pb.Ack(key=wire.key_to_wire(key), refusal=refusal and wire.refusal_to_wire(refusal))
+        self.send([pb.ServerFrame(ack=ack).SerializeToString()])

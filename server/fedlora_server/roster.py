@@ -1,0 +1,353 @@
+"""Who is there, who was asked what, and what came of it: the state behind the gRPC engine, without gRPC.
+
+One lock guards everything. A client keeps its seat, by name, over broken streams; a stream that comes back with the
+same process token takes over, and orders that were not answered are given to it again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from flwr.app import Message
+
+from fedlora import wire
+from fedlora.plan import PROTOCOL, Refusal, Refused, RoundPlan, Tensors
+from fedlora.wire import Key, Setup, Shapes, pb
+
+from .engine import Outcome, node_id
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client as the operator sees it.
+
+    Attributes:
+        joined_at, ready_at: Unix time of the first Join, and of the first Ready or None.
+        connected: whether its stream stands now. It can be asked to train if it is also ready.
+        announced_labels: the label names that it disclosed.
+        bytes_up, bytes_down: moved over all its streams.
+    """
+
+    name: str
+    node_id: int
+    joined_at: float
+    ready_at: float | None
+    connected: bool
+    announced_labels: tuple[str, ...]
+    fedlora_version: str
+    private: bool
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something an operator wants to see. kind: joined, ready, declined, refused, left, lost or rejoined."""
+
+    kind: str
+    name: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An accepted upload in the spool: the tensors' bytes in a file, and the rest."""
+
+    path: Path
+    shapes: Shapes
+    metrics: dict[str, int | float]
+
+
+@dataclass
+class Order:
+    """One message to one client, until its reply is pulled or it is cancelled. `outcome` None: pending."""
+
+    message_id: str
+    message: Message
+    node_id: int
+    plan: RoundPlan
+    tensors: Tensors
+    outcome: Outcome | None = None
+    stored: Stored | None = None
+
+    def frames(self) -> Iterator[bytes]:
+        task = wire.task_to_wire(self.plan, wire.shapes_of(self.tensors))
+        yield pb.ServerFrame(task=task).SerializeToString()
+        yield from wire.tensor_frames(self.tensors)
+
+
+class Stream(Protocol):
+    """What the roster needs of a client's stream."""
+
+    name: str
+    process: bytes
+
+    def send(self, frames: Iterable[bytes]) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class _Seat:
+    name: str
+    node_id: int
+    process: bytes
+    version: str
+    private: bool
+    joined_at: float
+    ready_at: float | None = None
+    labels: tuple[str, ...] = ()
+    stream: Stream | None = None
+    ready: bool = False
+    working: Key | None = None  # asked over this stream and not answered
+    accepted: Key | None = None  # the last upload taken, to answer an identical one
+    orders: list[Order] = field(default_factory=list)
+    asked: set[Key] = field(default_factory=set)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def order(self, key: Key) -> Order | None:
+        return next((order for order in self.orders if order.plan.key == key), None)
+
+
+class Roster:
+    """Seats by node id.
+
+    Args:
+        setup: told to every client that joins.
+        notify: called with each Event, from any thread; it must be quick.
+    """
+
+    def __init__(self, setup: Setup, notify: Callable[[Event], None]) -> None:
+        self.setup = setup
+        self._notify = notify
+        self._changed = threading.Condition()
+        self._news = self._seen = 0
+        self._seats: dict[int, _Seat] = {}
+        self._orders: dict[str, Order] = {}
+
+    # What the streams report.
+
+    def join(self, stream: Stream, join: pb.Join) -> None:
+        """Give the stream its name's seat.
+
+        Raises:
+            Refused: versions, privacy or names do not fit.
+            WireError: the name or the token is not one.
+        """
+        ours, theirs = self.setup.fedlora_version, wire.clean(join.fedlora_version)
+        if join.protocol != PROTOCOL or ours.split(".")[:2] != theirs.split(".")[:2]:
+            raise Refused("version-mismatch", f"the server runs FedLoRA {ours} (protocol {PROTOCOL}), the client "
+                                              f"FedLoRA {theirs} (protocol {join.protocol}); install the same version")
+        try:
+            wire.check_name(join.name)
+        except ValueError as error:
+            raise wire.WireError(str(error)) from None
+        if len(join.process) != 16:
+            raise wire.WireError("the process token does not have 16 bytes")
+        if self.setup.private and not join.private:
+            raise Refused("privacy-mismatch", "the server runs with --privacy required and this client with "
+                                              "--epsilon inf; change one of the two flags")
+        with self._changed:
+            node = node_id(join.name)
+            seat = self._seats.get(node)
+            again = seat is not None
+            if seat is None:
+                seat = _Seat(join.name, node, join.process, theirs, join.private, time.time())
+                self._seats[node] = seat
+            elif seat.stream is not None and seat.process != join.process:
+                raise Refused("name-in-use", f"a client named {join.name!r} is connected; choose another --name, or "
+                                             "stop the other client first")
+            elif seat.stream is not None:
+                self._vacate(seat)
+            stream.name, stream.process = join.name, join.process
+            seat.stream, seat.process, seat.version, seat.private = stream, join.process, theirs, join.private
+            self._new(Event("rejoined" if again else "joined", seat.name))
+
+    def ready(self, stream: Stream, labels: tuple[str, ...], working: Key | None) -> None:
+        """The client has read its data; `working` names the task that it still has in hand, if any."""
+        with self._changed:
+            seat = self._seat(stream)
+            if seat is None:
+                return
+            if labels and not self.setup.announce_labels:
+                raise wire.WireError("labels were announced though nobody asked for them")
+            seat.ready, seat.labels = True, labels
+            seat.ready_at = seat.ready_at or time.time()
+            seat.working = working
+            for order in seat.orders:
+                if order.outcome == "lost":
+                    order.outcome = None
+            if working is not None and working != seat.accepted and seat.order(working) is None:
+                stream.send([pb.ServerFrame(cancel=wire.key_to_wire(working)).SerializeToString()])
+            self._dispatch(seat)
+            self._new(Event("ready", seat.name))
+
+    def gone(self, stream: Stream, kind: str = "lost") -> None:
+        """The stream ended. What the client was asked is lost, until it comes back."""
+        with self._changed:
+            seat = self._seat(stream)
+            if seat is not None:
+                self._vacate(seat)
+                self._new(Event(kind, seat.name))
+
+    def expected(self, stream: Stream, key: Key) -> Order | None:
+        """The order that an upload with this key would answer; None if it was accepted before.
+
+        Raises:
+            Refused: "too-late".
+        """
+        with self._changed:
+            seat = self._seat(stream)
+            order = seat.order(key) if seat else None
+            if seat and seat.accepted == key:
+                return None
+            if order is None or isinstance(order.outcome, Refusal):
+                raise Refused("too-late", f"round {key[1]}, attempt {key[2]}")
+            return order
+
+    def answered(self, stream: Stream, key: Key, answer: Stored | Refusal | None) -> Refusal | None:
+        """The client is done with `key`; None: it sent again what had been accepted.
+
+        Returns:
+            Why the answer cannot be taken after all, or None.
+        """
+        with self._changed:
+            seat = self._seat(stream)
+            if seat is None:
+                return Refusal("too-late")
+            if seat.working == key:
+                seat.working = None
+            order = seat.order(key)
+            late = order is None or order.outcome not in (None, "lost")
+            if answer is None:
+                late = False
+            elif order is not None and not late:
+                order.outcome = answer if isinstance(answer, Refusal) else "uploaded"
+                if isinstance(answer, Stored):
+                    order.stored, seat.accepted = answer, key
+                order.tensors = {}
+            self._dispatch(seat)
+            self._new(Event("refused", seat.name, str(answer)) if isinstance(answer, Refusal) and not late else None)
+            return Refusal("too-late", f"round {key[1]}, attempt {key[2]}") if late else None
+
+    def declined(self, stream: Stream, refusal: Refusal) -> None:
+        """The client will not take part at all."""
+        with self._changed:
+            self._new(Event("declined", stream.name, str(refusal)))
+
+    def count(self, stream: Stream, up: int = 0, down: int = 0) -> None:
+        seat = self._seats.get(node_id(stream.name)) if stream.name else None
+        if seat is not None:
+            with self._changed:
+                seat.bytes_up += up
+                seat.bytes_down += down
+
+    # What the engine asks.
+
+    def members(self) -> list[Member]:
+        """All that ever joined, those that became ready first in that order."""
+        with self._changed:
+            members = [Member(s.name, s.node_id, s.joined_at, s.ready_at, s.stream is not None, s.labels, s.version,
+                              s.private, s.bytes_up, s.bytes_down) for s in self._seats.values()]
+        return sorted(members, key=lambda m: (m.ready_at or float("inf"), m.joined_at))
+
+    def nodes(self, *, idle: bool) -> list[int]:
+        """Connected and ready clients, sorted by name; with `idle` only those that have nothing to do."""
+        with self._changed:
+            seats = [s for s in self._seats.values() if s.stream is not None and s.ready and not (
+                idle and (s.working or any(o.outcome in (None, "lost") for o in s.orders)))]
+        return [seat.node_id for seat in sorted(seats, key=lambda s: s.name)]
+
+    def name_of(self, node: int) -> str:
+        with self._changed:
+            if node not in self._seats:
+                raise ValueError(f"no client with node id {node} has joined; ids are those of get_node_ids()")
+            return self._seats[node].name
+
+    def push(self, orders: Collection[Order]) -> None:
+        with self._changed:
+            for order in orders:
+                if order.plan.key in self._seats[order.node_id].asked:
+                    raise ValueError(f"client {self._seats[order.node_id].name!r} was asked for round "
+                                     f"{order.plan.round}, attempt {order.plan.attempt} before; raise the attempt, so "
+                                     "that nobody trains twice for one order")
+            for order in orders:
+                seat = self._seats[order.node_id]
+                seat.asked.add(order.plan.key)
+                seat.orders.append(order)
+                self._orders[order.message_id] = order
+                if seat.stream is None:
+                    order.outcome = "lost"
+                self._dispatch(seat)
+            self._new(None)
+
+    def wait(self, message_ids: Collection[str], timeout_s: float) -> dict[str, Outcome]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._news != self._seen, timeout_s)
+            self._seen = self._news
+            orders = {i: self._orders[i] for i in message_ids if i in self._orders}
+            return {i: order.outcome for i, order in orders.items() if order.outcome is not None}
+
+    def take(self, message_id: str) -> Order | None:
+        """Forget an answered order and return it; None if it is not answered."""
+        with self._changed:
+            order = self._orders.get(message_id)
+            if order is None or order.outcome in (None, "lost"):
+                return None
+            self._forget(order)
+            return order
+
+    def cancel(self, message_ids: Iterable[str]) -> list[Order]:
+        """Forget the orders, telling clients that work on them to stop. Returns them."""
+        with self._changed:
+            orders = [self._orders[i] for i in message_ids if i in self._orders]
+            for order in orders:
+                self._forget(order)
+                seat = self._seats[order.node_id]
+                if seat.stream is not None and seat.working == order.plan.key:
+                    cancel = pb.ServerFrame(cancel=wire.key_to_wire(order.plan.key))
+                    seat.stream.send([cancel.SerializeToString()])
+            self._new(None)
+            return orders
+
+    def streams(self) -> list[Stream]:
+        with self._changed:
+            return [seat.stream for seat in self._seats.values() if seat.stream is not None]
+
+    # Under the lock.
+
+    def _seat(self, stream: Stream) -> _Seat | None:
+        """The stream's seat, unless another stream has taken it over."""
+        seat = self._seats.get(node_id(stream.name)) if stream.name else None
+        return seat if seat is not None and seat.stream is stream else None
+
+    def _dispatch(self, seat: _Seat) -> None:
+        if seat.stream is None or not seat.ready or seat.working is not None:
+            return
+        order = next((order for order in seat.orders if order.outcome is None), None)
+        if order is not None:
+            seat.working = order.plan.key
+            seat.stream.send(order.frames())
+
+    def _vacate(self, seat: _Seat) -> None:
+        if seat.stream is not None:
+            seat.stream.close()
+        seat.stream, seat.ready, seat.working = None, False, None
+        for order in seat.orders:
+            if order.outcome is None:
+                order.outcome = "lost"
+
+    def _forget(self, order: Order) -> None:
+        del self._orders[order.message_id]
+        self._seats[order.node_id].orders.remove(order)
+
+    def _new(self, event: Event | None) -> None:
+        self._news += 1
+        self._changed.notify_all()
+        if event is not None:
+            self._notify(event)
