@@ -1,0 +1,6 @@
+"""Training on private data: per-record gradients, clipping, noise."""
+
+from fedlora.training.precision import resolve_device, resolve_precision
+from fedlora.training.trainer import Trainer, TrainResult
+
+__all__ = ["TrainResult", "Trainer", "resolve_device", "resolve_precision"]

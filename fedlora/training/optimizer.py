@@ -1,0 +1,121 @@
+"""One step of DP-SGD on the flat gradient buffer (Abadi et al. 2016, arXiv:1607.00133).
+
+    g_i  <- per-record gradient, each group times its data-independent scale
+    S    =  sum_i g_i · min(1, C / |g_i|)        clipped once, as one concatenated vector
+    step =  (S + N(0, sigma^2 C^2)) / b          b is public and constant, never the drawn size
+    each group of the step is divided by its scale: after the noise, so the guarantee is untouched
+
+Norms, sums and noise are in float32 or better, whatever precision the model computes in. Opacus' `DPOptimizer` is kept
+for its step, its queue of skipped steps (micro-batches of one draw) and its pass-through to the wrapped optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch.optim import Optimizer
+
+from fedlora.privacy.streams import Stream
+from fedlora.training.per_example import GradientBuffer
+
+CLIP_MARGIN = 1e-5
+"""A clipped record is left this much below the clip norm, relatively: more than float32 can lose."""
+
+
+class PerRecordOptimizer(DPOptimizer):
+    """Clips and sums what the buffer holds; at the end of a draw adds noise and steps.
+
+    Args:
+        optimizer: over exactly the buffer's parameters.
+        scales: for each group of the buffer, the factor on its gradients before clipping.
+        clip_norm: C, the L2 bound of one record's scaled gradient.
+        noise_multiplier: sigma, in units of clip_norm.
+        expected_batch_size: b.
+        noise: where the Gaussians come from.
+    Attributes:
+        records, clipped, nonfinite: counted since the start. They are private and stay on this machine.
+    """
+
+    def __init__(self, optimizer: Optimizer, buffer: GradientBuffer, *, scales: Mapping[str, float], clip_norm: float,
+                 noise_multiplier: float, expected_batch_size: float, noise: Stream) -> None:
+        super().__init__(optimizer, noise_multiplier=noise_multiplier, max_grad_norm=clip_norm,
+                         expected_batch_size=expected_batch_size)  # type: ignore[arg-type]
+        owned = [slot.parameter for slot in buffer.slots]
+        if sorted(map(id, owned)) != sorted(map(id, self.params)):
+            raise RuntimeError("the optimizer does not hold the tensors whose gradients are recorded, as happens when "
+                               "a model is moved or copied after it was wrapped; training would release noise alone")
+        self.buffer = buffer
+        self.noise = noise
+        self._groups = _spans(buffer, scales)
+        device = owned[0].device
+        self._sum = torch.zeros(buffer.values, device=device,
+                                dtype=torch.float32 if device.type == "mps" else torch.float64)
+        self.records = self.clipped = self.nonfinite = 0
+
+    @property
+    def clipped_sum(self) -> torch.Tensor:
+        """[values] sum of the clipped, scaled gradients of the current draw, before noise. Private."""
+        return self._sum
+
+    @property
+    def grad_samples(self) -> list[torch.Tensor]:
+        return [self.buffer.rows] if self.buffer.armed else [self._sum]
+
+    @property
+    def accumulated_iterations(self) -> int:
+        return 1
+
+    def clip_and_accumulate(self) -> None:
+        """Add the armed buffer's records to the sum; nothing for an unarmed one, as after an empty draw."""
+        if not self.buffer.armed:
+            return
+        self.buffer.check_complete()
+        rows = self.buffer.rows
+        squares = sum(scale**2 * torch.linalg.vector_norm(rows[:, span], dim=1).square()
+                      for span, scale in self._groups)
+        assert isinstance(squares, torch.Tensor)
+        norms = squares.sqrt()
+        finite = norms.isfinite()
+        refused = int((~finite).sum())
+        if refused:
+            rows[~finite] = 0  # 0 · inf is not 0
+            norms = norms.where(finite, 0.0)
+        bound = self.max_grad_norm * (1 - CLIP_MARGIN)
+        factors = bound / norms.clamp(min=bound)
+        for span, scale in self._groups:
+            self._sum[span] += (factors * scale) @ rows[:, span]
+        self.records += len(rows)
+        self.clipped += int((norms > bound).sum())
+        self.nonfinite += refused
+
+    def add_noise(self) -> None:
+        """Noise on every coordinate in the scaled space, then back to the parameters' own scale."""
+        noise = torch.from_numpy(self.noise.gaussian(self.buffer.values)).to(self._sum)
+        noised = self._sum + self.noise_multiplier * self.max_grad_norm * noise
+        for span, scale in self._groups:
+            noised[span] /= scale
+        for slot in self.buffer.slots:
+            slot.parameter.grad = noised[slot.columns].view_as(slot.parameter).to(slot.parameter.dtype)
+
+    def scale_grad(self) -> None:
+        for slot in self.buffer.slots:
+            assert slot.parameter.grad is not None
+            slot.parameter.grad /= self.expected_batch_size
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the finished draw; between micro-batches of one draw only the buffer is released."""
+        self.buffer.disarm()
+        if not self._is_last_step_skipped:
+            self._sum.zero_()
+        self.original_optimizer.zero_grad(set_to_none)
+
+
+def _spans(buffer: GradientBuffer, scales: Mapping[str, float]) -> list[tuple[slice, float]]:
+    """(columns, scale) of each group; groups are contiguous in the buffer."""
+    spans = []
+    for group in dict.fromkeys(slot.group for slot in buffer.slots):
+        slots = [slot for slot in buffer.slots if slot.group == group]
+        spans.append((slice(slots[0].columns.start, slots[-1].columns.stop), float(scales[group])))
+    return spans

@@ -1,0 +1,156 @@
+r"""Gradients of each record, as a by-product of the ordinary backward pass.
+
+A linear layer y = x W^T + b, applied at the T positions of record i (T = 1 without a sequence axis), is given the
+loss's gradient g_it at each of its outputs. The records of a batch do not see each other, and the loss is the sum of
+their losses, hence the gradient of record i's own loss is
+
+    dW_i = sum_t g_it x_it^T        db_i = sum_t g_it
+
+while ordinary training only forms sum_i dW_i. For a low-rank adapter s·B·A, x is the small saved activation A·x of B,
+so that dW_i costs little. `PerExampleLinear` writes it into its slice of one flat `GradientBuffer`, in the same pass,
+instead of the sum. Goodfellow 2015, arXiv:1510.01799; Rochette et al. 2019, arXiv:1912.06015.
+
+Symbol   Here          Shape
+x        inputs        [records, ..., d_in]
+g        gradient      [records, ..., d_out]
+dW, db   buffer.rows   [records, d_out·d_in], [records, d_out], slices of [records, values]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one trained tensor's values lie in a record's row."""
+
+    parameter: nn.Parameter
+    group: str
+    start: int
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.parameter.numel())
+
+
+class GradientBuffer:
+    """[records, values] float32: one row for each record of a micro-batch.
+
+    Its memory is kept between micro-batches and grows to the largest. Armed, it takes what the layers write; unarmed,
+    they behave as plain linear layers.
+
+    Attributes:
+        slots: in the order of columns; tensors of one group are neighbours.
+    """
+
+    def __init__(self, trained: Sequence[tuple[nn.Parameter, str]]) -> None:
+        slots, start = [], 0
+        for group in sorted({group for _, group in trained}):
+            for parameter in (p for p, g in trained if g == group):
+                slots.append(Slot(parameter, group, start))
+                start += parameter.numel()
+        self.slots = tuple(slots)
+        self.values = start
+        self._storage = torch.empty(0, start)
+        self._rows: torch.Tensor | None = None
+        self._written: set[int] = set()
+        self._slot_of = {id(slot.parameter): slot for slot in slots}
+
+    @property
+    def armed(self) -> bool:
+        return self._rows is not None
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The records' gradients: [records, values]. Overwritten by the next micro-batch."""
+        assert self._rows is not None, "the buffer is not armed"
+        return self._rows
+
+    def arm(self, records: int) -> None:
+        """Expect the gradients of this many records."""
+        device = self.slots[0].parameter.device
+        if len(self._storage) < records or self._storage.device != device:
+            self._storage = torch.empty(records, self.values, device=device)
+        self._rows = self._storage[:records]
+        self._written = set()
+
+    def disarm(self) -> None:
+        self._rows = None
+
+    def check_complete(self) -> None:
+        """A tensor that the backward pass did not reach would never train, and noise would hide it."""
+        if len(self._written) != len(self.slots):
+            raise RuntimeError(f"no gradient reached {len(self.slots) - len(self._written)} of {len(self.slots)} "
+                               "trained tensors: they are not part of the model that computes the loss. Nothing was "
+                               "released; please report this with the model's type and the targets")
+
+    def write(self, parameter: nn.Parameter, gradients: torch.Tensor) -> None:
+        """Store [records, ...] gradients; those of a layer that is applied more than once are added up."""
+        slot = self._slot_of[id(parameter)]
+        target = self.rows[:, slot.columns].view(gradients.shape)
+        if id(parameter) in self._written:
+            target.add_(gradients)
+        else:
+            target.copy_(gradients)
+            self._written.add(id(parameter))
+
+
+class PerExampleLinear(nn.Linear):
+    """A trained linear layer with a gradient buffer. Made by `per_example`, which swaps the class of a plain one."""
+
+    buffer: GradientBuffer
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.buffer.armed and torch.is_grad_enabled():
+            return _LinearPerExample.apply(inputs, self.weight, self.bias, self)
+        return super().forward(inputs)
+
+    def write(self, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        """dW_i and db_i in float32, from what the backward pass has in the precision of the model."""
+        records = len(self.buffer.rows)
+        assert len(inputs) == records == len(gradient), (
+            f"dimension 0 is {len(inputs)} where there are {records} records: gradients would be mis-attributed")
+        x = inputs.reshape(records, -1, inputs.shape[-1])
+        g = gradient.reshape(records, -1, gradient.shape[-1])
+        if self.weight.requires_grad:
+            self.buffer.write(self.weight, torch.bmm(g.float().transpose(1, 2), x.float()))
+        if self.bias is not None and self.bias.requires_grad:
+            self.buffer.write(self.bias, g.sum(1, dtype=torch.float32))
+
+
+class _LinearPerExample(torch.autograd.Function):
+    """F.linear, whose backward pass writes the parameters' gradients per record and returns none for them."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                layer: PerExampleLinear) -> torch.Tensor:
+        kind = inputs.device.type
+        if torch.is_autocast_enabled(kind):
+            precision = torch.get_autocast_dtype(kind)
+            inputs, weight = inputs.to(precision), weight.to(precision)
+            bias = None if bias is None else bias.to(precision)
+        ctx.save_for_backward(inputs, weight)
+        ctx.layer = layer
+        return F.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:  # type: ignore[override]
+        inputs, weight = ctx.saved_tensors
+        ctx.layer.write(inputs, gradient)
+        return (gradient @ weight if ctx.needs_input_grad[0] else None), None, None, None
+
+
+def per_example(leaves: Sequence[nn.Linear], buffer: GradientBuffer) -> None:
+    """Have these layers write to `buffer` whenever it is armed: the class is swapped in place, parameters stay."""
+    for leaf in leaves:
+        if type(leaf) not in (nn.Linear, PerExampleLinear):
+            raise ValueError(f"a trained layer is a {type(leaf).__name__}; per-record gradients need nn.Linear itself")
+        leaf.__class__ = PerExampleLinear
+        leaf.buffer = buffer  # type: ignore[assignment]

@@ -1,0 +1,107 @@
+"""How fast a training step is, and what privacy adds to it: measured on a real model and real text.
+
+Steps with and without privacy are timed in turn on the same batches, so that the machine's drift meets both alike, and
+medians are compared.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedlora.adapters import attach, automatic_targets, initial_tensors
+from fedlora.data import read
+from fedlora.models import load, reference, resolve
+from fedlora.plan import RunPlan
+from fedlora.privacy import Stream
+from fedlora.tasks import Records, task_for
+from fedlora.training import Trainer
+
+FAMILY_STRATEGIES = {"lora": "fedavg-lora", "frozen-a": "ffa-lora", "bra": "fed-sb"}
+
+
+def step_plan(folder: Path, labels: Sequence[str], *, model: str = "minilm", family: str = "frozen-a", rank: int = 8,
+              expected_batch: int = 256, max_length: int = 64, train_head: bool = True,
+              targets: Sequence[str] = ()) -> RunPlan:
+    """A plan of one private step a round, for measurements."""
+    return RunPlan(
+        run_id="0" * 16, fedlora_version="bench", strategy=FAMILY_STRATEGIES[family], family=family, private=True,
+        model=reference(model, folder), task="classification", labels=tuple(labels), max_length=max_length, rank=rank,
+        alpha=float(rank), targets=tuple(targets), train_head=train_head, dropout=0.0, rounds=1, max_participations=1,
+        local_steps=1, expected_batch=expected_batch, optimizer="sgd", lr=1e-3, clip_norm=1.0, adapter_scale=1.0,
+        head_scale=1.0, weight_by_examples=False)
+
+
+def step_trainer(data: Path, precision: str, *, model: str = "minilm", threads: int | None = None,
+                 micro_batch: int | None = None, **plan: object) -> tuple[Trainer, RunPlan, Records]:
+    """A trainer on `data` (rows with a text and one of two labels), its plan and the encoded records."""
+    folder = resolve(model)
+    rows = read(data, "classification")
+    labels = tuple(sorted({label for label in rows.labels or () if label is not None}))
+    loaded = load(folder, "classification", len(labels))
+    targets = automatic_targets(loaded.model)
+    run = step_plan(folder, labels, model=model, targets=targets, **plan)  # type: ignore[arg-type]
+    adapted = attach(loaded, family=run.family, rank=run.rank, alpha=run.alpha, targets=targets,
+                     train_head=run.train_head)
+    adapted.write(initial_tensors(adapted, init="orthonormal", seed=0))
+    task = task_for(run, loaded.tokenizer)
+    trainer = Trainer(adapted, task, device="cpu", precision=precision, micro_batch=micro_batch, threads=threads)
+    return trainer, run, task.encode(rows)
+
+
+def step_ratio(data: Path, *, model: str = "minilm", family: str = "frozen-a", rank: int = 8,
+               expected_batch: int = 256, max_length: int = 64, repeats: int = 15, threads: int | None = 2,
+               micro_batch: int | None = None,
+               precisions: Sequence[str] = ("fp32", "bf16")) -> dict[str, dict[str, float]]:
+    """Time a private step against a non-private one on the same drawn batches.
+
+    Args:
+        data: training rows, as a client's --data.
+        repeats: number of draws; each is trained on twice with privacy and twice without, in alternating order.
+    Returns:
+        For each precision: plain_s and private_s (medians of a step), ratio (of these medians), records and tokens of
+        the median draw, and examples_per_s with privacy.
+    """
+    result = {}
+    for precision in precisions:
+        trainer, run, records = step_trainer(data, precision, model=model, family=family, rank=rank, threads=threads,
+                                             expected_batch=expected_batch, max_length=max_length,
+                                             micro_batch=micro_batch)
+        rate = min(1.0, expected_batch / len(records))
+        start = trainer.adapted.read("trained")
+        drawn: list[int] = []
+
+        def step(draw: int, private: bool) -> None:
+            trainer.adapted.write(start)  # noqa: B023 - called within this iteration
+            outcome = trainer.train(  # noqa: B023
+                run, records, sampling_rate=rate, noise_multiplier=1.0 if private else None,  # noqa: B023
+                clip_norm=run.clip_norm,  # noqa: B023
+                sampling=Stream.derived(0, "bench", draw, "sampling"),
+                noise=Stream.derived(0, "bench", draw, "noise") if private else None)
+            drawn.extend(outcome.drawn)  # noqa: B023
+
+        plain, private = _interleaved(step, repeats)
+        result[precision] = {
+            "plain_s": plain, "private_s": private, "ratio": private / plain,
+            "records": statistics.median(drawn), "tokens": float(np.mean(records.lengths)) * statistics.median(drawn),
+            "examples_per_s": statistics.median(drawn) / private, "threads": torch.get_num_threads()}
+    return result
+
+
+def _interleaved(step: Callable[[int, bool], None], repeats: int) -> tuple[float, float]:
+    """Median seconds of step(draw, False) and of step(draw, True), timed in the order ABBA, BAAB, …."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for private in (False, True):
+        step(0, private)
+    for draw in range(repeats):
+        order = (False, True, True, False) if draw % 2 == 0 else (True, False, False, True)
+        for private in order:
+            begin = time.perf_counter()
+            step(draw, private)
+            times[private].append(time.perf_counter() - begin)
+    return statistics.median(times[False]), statistics.median(times[True])
