@@ -34,8 +34,11 @@ def train(message: Message, session: Session) -> Message:
     Raises:
         ValueError: the message is not an order of this FedLoRA version.
     """
-    [config] = message.content.config_records.values()
-    [arrays] = message.content.array_records.values()
+    records = {type(record): record for record in message.content.values()}
+    if set(records) != {ArrayRecord, ConfigRecord} or len(message.content) != 2:
+        raise ValueError("an order must carry exactly one ArrayRecord and one ConfigRecord; both sides need the same "
+                         "FedLoRA version")
+    config, arrays = records[ConfigRecord], records[ArrayRecord]
     tensors = {name: array.numpy() for name, array in arrays.items()}
     answer = session.run_round(round_from_scalars(config), tensors)
     if isinstance(answer, Refusal):

@@ -90,7 +90,7 @@ class OpenRound:
     """One round from its first order to its last upload.
 
     Attributes:
-        names of clients: cohort (all asked), uploaded, lost, refused (→ code), disclosed (→ what the upload said).
+        names of clients: cohort (all asked), uploaded, lost, refused (→ code).
         attempts: how many times orders were sent.
     """
 
@@ -104,7 +104,6 @@ class OpenRound:
         self._told: dict[str, str] = {}
         self._lost: set[int] = set()
         self.refused: dict[str, str] = {}
-        self.disclosed: dict[str, dict[str, int | float]] = {}
         self.attempts = 0
 
     @property
@@ -130,7 +129,7 @@ class OpenRound:
         finally:
             self._engine.cancel(list(self._open))
         self._strategy.release(node for node in self._asks if node not in self._uploads)
-        return self._replies()
+        return self._engine.pull_messages(self._uploads[node] for node in sorted(self._uploads))
 
     def _run(self, arrays: ArrayRecord) -> None:
         options, clients = self._options, self._clients
@@ -213,13 +212,3 @@ class OpenRound:
             self._strategy.forget(node)
             return [node] if self._asks[node] < ASKS_PER_ROUND else []
         return []
-
-    def _replies(self) -> Iterator[Message]:
-        by_node = [self._uploads[node] for node in sorted(self._uploads)]
-        for message in self._engine.pull_messages(by_node):
-            if message.has_content():
-                disclosed = {}
-                for record in message.content.metric_records.values():
-                    disclosed |= dict(record)
-                self.disclosed[self._engine.name_of(message.metadata.src_node_id)] = disclosed
-            yield message

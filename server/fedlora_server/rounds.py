@@ -171,15 +171,15 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
             averaged, metrics = strategy.aggregate_train(number, uploads)
             if averaged is not None:
                 arrays, state = averaged, to_tensors(averaged)
-            figures_of_clients = dict(metrics or {})
+            averages = dict(metrics or {})
             record = RoundRecord(
                 number, cohort=under_way.cohort, attempts=under_way.attempts, uploaded=under_way.uploaded,
                 lost=under_way.lost, refused=under_way.refused,
                 rejected={engine.name_of(node): reason for node, reason in strategy.rejected.items()},
-                disclosed=under_way.disclosed, update_norm=figures_of_clients.get("update_norm"),
-                train_loss=figures_of_clients.get("train_loss"), bytes_up=engine.bytes_up - up,
-                bytes_down=engine.bytes_down - down, seconds=time.monotonic() - began,
-                evaluation=figures(number, state))
+                disclosed={engine.name_of(node): said for node, said in strategy.disclosed.items()},
+                update_norm=averages.get("update_norm"), train_loss=averages.get("train_loss"),
+                bytes_up=engine.bytes_up - up, bytes_down=engine.bytes_down - down,
+                seconds=time.monotonic() - began, evaluation=figures(number, state))
             conclude(record, state)
     except Ended as early:
         ended = early.reason

@@ -128,6 +128,7 @@ class InProcessEngine(Engine):
         answer = read_reply(train(order.message, session))
         if order.outcome is not None:  # it left meanwhile
             return
+        order.message.content = RecordDict()  # the reply needs only the metadata
         order.outcome = self._accept(message_id, answer) if isinstance(answer, Upload) else answer
 
     def _accept(self, message_id: str, upload: Upload) -> Outcome:

@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapters import AdapterLayout
 from fedlora.algebra import WeightedMean
-from fedlora.plan import Refusal, RoundPlan, RunPlan, Tensors, Upload
+from fedlora.plan import Refusal, RoundPlan, RunPlan, Tensors, Upload, upload_metrics
 from fedlora.wire import digest
 
 from .messages import read_reply, to_record, to_tensors, train_message
@@ -67,6 +67,7 @@ class FederatedLoRA(Strategy):
         exact: whether the mean of the merged models is the merged mean.
         moves_shared: whether the server step changes shared tensors, which then travel again.
         rejected: node id → why its reply of the last round added nothing.
+        disclosed: node id → what its accepted upload of the last round said beside the tensors.
 
     Args:
         plan: the run.
@@ -86,6 +87,7 @@ class FederatedLoRA(Strategy):
                                  "Attach the adapters with the family of the plan's strategy")
         self.plan, self.layout, self.min_nodes = plan, layout, min_nodes
         self.rejected: dict[int, str] = {}
+        self.disclosed: dict[int, dict[str, int | float]] = {}
         self._held: dict[int, str] = {}
         self._round: _Round | None = None
 
@@ -152,7 +154,8 @@ class FederatedLoRA(Strategy):
         Each reply is checked whole before any of it is added. One that is an error, that answers another order, or
         whose tensors are missing, misshaped or not finite adds nothing and is named in `rejected`.
         """
-        under_way, self._round, self.rejected = self._round, None, {}
+        under_way, self._round = self._round, None
+        self.rejected, self.disclosed = {}, {}
         if under_way is None or under_way.number != server_round:
             raise ValueError(f"round {server_round} was not configured; call configure_train before aggregate_train")
         mean, figures = WeightedMean(), _Figures()
@@ -206,6 +209,7 @@ class FederatedLoRA(Strategy):
                              "needs at least 1")
         self.layout.check(answer.tensors, "trained")
         self._held[node] = under_way.shared_sha256
+        self.disclosed[node] = upload_metrics(answer)
         return answer
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord,

@@ -87,12 +87,11 @@ def read_train_message(message: Message) -> tuple[RoundPlan, ArrayRecord]:
     """
     if message.metadata.message_type != TRAIN:
         raise ValueError(f"message type {message.metadata.message_type!r} is not carried; only {TRAIN!r} is")
-    content = message.content
-    if len(content) != 2 or len(content.array_records) != 1 or len(content.config_records) != 1:
-        raise ValueError(f"a message carries {len(content)} records ({', '.join(sorted(content))}); "
-                         "it must carry exactly one ArrayRecord and one ConfigRecord")
-    plan = round_from_scalars(next(iter(content.config_records.values())))
-    return plan, next(iter(content.array_records.values()))
+    try:
+        arrays, config = _records(message.content, ArrayRecord, ConfigRecord)
+    except ValueError as error:
+        raise ValueError(f"an order must carry {error}") from None
+    return round_from_scalars(config), arrays
 
 
 def reply(answer: Upload | Refusal, to: Message) -> Message:
@@ -119,11 +118,10 @@ def read_reply(message: Message) -> Upload | Refusal:
         code, _, detail = (message.error.reason or "").partition(": ")
         known = message.error.code == REFUSED and code in REFUSALS
         return Refusal(code, detail) if known else Refusal("unavailable")
-    content = message.content
-    kinds = content.array_records, content.config_records, content.metric_records
-    if len(content) != 3 or any(len(kind) != 1 for kind in kinds):
-        raise ValueError("a reply must carry exactly one ArrayRecord, one ConfigRecord and one MetricRecord")
-    arrays, config, metrics = (next(iter(kind.values())) for kind in kinds)
+    try:
+        arrays, config, metrics = _records(message.content, ArrayRecord, ConfigRecord, MetricRecord)
+    except ValueError as error:
+        raise ValueError(f"a reply must carry {error}") from None
     if set(config) != set(UPLOAD_KEY) or any(type(config[name]) is not kind for name, kind in UPLOAD_KEY.items()):
         raise ValueError(f"a reply's ConfigRecord must hold exactly {', '.join(UPLOAD_KEY)}")
     if unknown := set(metrics) - set(UPLOAD_METRICS):
@@ -131,3 +129,13 @@ def read_reply(message: Message) -> Upload | Refusal:
     if type(metrics.get("steps")) is not int or any(isinstance(value, list) for value in metrics.values()):
         raise ValueError("a reply's metrics must be single numbers, among them the whole number of steps")
     return Upload(tensors=to_tensors(arrays), **config, **metrics)
+
+
+def _records(content: RecordDict, *kinds: type) -> list:
+    """The content's records, one of each kind. (Flower's `array_records` and its like leave reference cycles, which
+    keep every upload in memory until the garbage collector comes by.)"""
+    found = {type(record): record for record in content.values()}
+    if len(content) != len(kinds) or set(found) != set(kinds):
+        names = [kind.__name__ for kind in kinds]
+        raise ValueError(f"exactly one each of {', '.join(names)}, not {[type(r).__name__ for r in content.values()]}")
+    return [found[kind] for kind in kinds]

@@ -1,0 +1,115 @@
+"""A federation small enough for theorems: linear clients whose loss, gradients and layouts are written out here."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedlora.adapters import FAMILIES, AdapterLayout, TensorSpec
+from fedlora.plan import ModelRef, Refusal, RoundPlan, RunPlan, Tensors, Upload
+from fedlora.wire import digest
+from fedlora_strategies import STRATEGY_CLASSES
+
+ROWS, COLUMNS = 7, 5
+"""Of a target weight: (d_out, d_in)."""
+
+
+def layout_of(family: str, *, rank: int = 2, modules: tuple[str, ...] = ("layer.0.q", "layer.1.q"), head: bool = True,
+              rows: int = ROWS, columns: int = COLUMNS) -> AdapterLayout:
+    """The layout of `modules` (rows, columns) targets and a trained head of three values."""
+    shapes = {"A": (rank, columns), "B": (rows, rank), "R": (rank, rank)}
+
+    def specs(factors: tuple[str, ...]) -> list[TensorSpec]:
+        return [TensorSpec(f"{module}.{factor}", shapes[factor], "adapter") for module in modules for factor in factors]
+
+    heads = [TensorSpec("head.out.bias", (3,), "head")] if head else []
+    chosen = FAMILIES[family]
+    trained = sorted(specs(chosen.trained) + heads, key=lambda spec: spec.name)
+    return AdapterLayout(chosen, rank, 1.0, tuple(trained), tuple(sorted(specs(chosen.frozen), key=lambda s: s.name)))
+
+
+def start_of(layout: AdapterLayout, seed: int) -> dict[str, np.ndarray]:
+    """Orthonormal A (and B where it is frozen); whatever trains besides A starts at zero, as in the papers."""
+    generator = np.random.default_rng(seed)
+    state = {}
+    for spec in layout.state:
+        draw = generator.standard_normal(spec.shape)
+        if spec.name.endswith(".A"):
+            draw = np.linalg.qr(draw.T)[0].T
+        elif spec.name.endswith(".B") and layout.family.name == "bra":
+            draw = np.linalg.qr(draw)[0]
+        else:
+            draw = np.zeros(spec.shape)
+        state[spec.name] = draw.astype(np.float32)
+    return state
+
+
+def plan_of(strategy: str, **changes) -> RunPlan:
+    """A non-private plan of one local SGD step; `changes` replace its fields."""
+    values = dict(
+        run_id="0123456789abcdef", fedlora_version="0.1.0", strategy=strategy,
+        family=STRATEGY_CLASSES[strategy].family, private=False, model=ModelRef("local", "0" * 64, "1" * 64, "2" * 64),
+        task="classification", labels=("no", "yes"), max_length=16, rank=2, alpha=2.0, targets=("q",), train_head=True,
+        dropout=0.0, rounds=3, max_participations=3, local_steps=2, expected_batch=4, optimizer="sgd", lr=0.3,
+        clip_norm=1.0, adapter_scale=1.0, head_scale=1.0, weight_by_examples=False)
+    return RunPlan(**values | changes)
+
+
+def update_of(state: Mapping[str, np.ndarray], module: str) -> np.ndarray:
+    """The module's ΔW (rows, columns) in float64, by the definition of its family."""
+    B, A = (state[f"{module}.{factor}"].astype(np.float64) for factor in "BA")
+    R = state.get(f"{module}.R")
+    return B @ A if R is None else B @ R.astype(np.float64) @ A
+
+
+class LinearSession:
+    """A real client of a tiny problem: least squares of each module's update against its own data.
+
+    Behaves as `fedlora_client.session.ClientSession`: keeps the shared tensors it was sent, trains once per key.
+    """
+
+    def __init__(self, name: str, layout: AdapterLayout, *, records: int = 12) -> None:
+        generator = np.random.default_rng(list(name.encode()))
+        self.name, self.layout = name, layout
+        truth = np.random.default_rng(0).standard_normal((ROWS, COLUMNS))
+        self.inputs = generator.standard_normal((records, COLUMNS))
+        self.outputs = {m: self.inputs @ truth.T + 0.1 * generator.standard_normal((records, ROWS))
+                        for m in layout.modules}
+        self.held: dict[str, Tensors] = {}
+        self.keys: list[tuple[int, int]] = []
+
+    def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
+        names = {spec.name for spec in self.layout.shared}
+        received = {name: array for name, array in tensors.items() if name in names}
+        if received:
+            assert digest(received) == plan.shared_sha256
+            self.held = {plan.shared_sha256: received}
+        elif names and plan.shared_sha256 not in self.held:
+            return Refusal("missing-tensors")
+        assert (plan.round, plan.attempt) not in self.keys, "trained twice for one (run, round, attempt)"
+        self.keys.append((plan.round, plan.attempt))
+        state = {**tensors, **self.held.get(plan.shared_sha256, {})}
+        for _ in range(plan.run.local_steps):
+            state = {**state, **self._step(state, plan.run.lr)}
+        trained = {spec.name: np.asarray(state[spec.name], np.float32) for spec in self.layout.trained}
+        private = plan.run.private
+        return Upload(*plan.key, tensors=trained, steps=plan.run.local_steps, delta=1e-5 if private else None,
+                      noise_multiplier=1.5 if private else None,
+                      num_examples=None if private else len(self.inputs),
+                      train_loss=None if private else self.loss(state))
+
+    def loss(self, state: Tensors) -> float:
+        residuals = (self.inputs @ update_of(state, m).T - self.outputs[m] for m in self.layout.modules)
+        return float(sum((r**2).sum() for r in residuals)) / (2 * len(self.inputs))
+
+    def _step(self, state: Tensors, lr: float) -> Tensors:
+        moved = {"head.out.bias": state["head.out.bias"] + np.float32(lr)} if "head.out.bias" in state else {}
+        for module in self.layout.modules:
+            residual = self.inputs @ update_of(state, module).T - self.outputs[module]
+            G = residual.T @ self.inputs / len(self.inputs)  # of ΔW
+            B, A = state[f"{module}.B"], state[f"{module}.A"]
+            gradients = {"A": lambda G=G, B=B: B.T @ G, "B": lambda G=G, A=A: G @ A.T,
+                         "R": lambda G=G, A=A, B=B: B.T @ G @ A.T}
+            for factor in self.layout.family.trained:
+                name = f"{module}.{factor}"
+                moved[name] = state[name] - lr * gradients[factor]()
+        return moved

@@ -1,0 +1,297 @@
+"""The round loop over a real engine whose clients come, go, decline and forget."""
+
+import json
+from collections import Counter
+from threading import Event
+
+import numpy as np
+import pytest
+
+from fedlora.plan import Refusal
+from fedlora_server import checkpoint
+from fedlora_server.rounds import Observer, RoundOptions, run_federation
+from fedlora_simulations.in_process import InProcessEngine
+from fedlora_strategies import STRATEGY_CLASSES
+from tests.federation import LinearSession, layout_of, plan_of, start_of
+
+
+class Federation:
+    """Linear clients named after the letters, and everything that the loop tells."""
+
+    def __init__(self, names="abcd", strategy="fedsvd", **changes):
+        self.plan = plan_of(strategy, **changes)
+        self.layout = layout_of(self.plan.family)
+        self.sessions = {name: LinearSession(name, self.layout) for name in names}
+        self.engine = InProcessEngine(self.sessions, self.plan.run_id, self.layout)
+        self.strategy = STRATEGY_CLASSES[strategy](self.plan, self.layout)
+        self.start = start_of(self.layout, 1)
+
+    def run(self, *, observer=None, stop=None, out=None, evaluate=None, **options):
+        values = dict(seed=5, wait_timeout_s=0.0) | options
+        return run_federation(self.engine, self.strategy, self.plan, self.start, RoundOptions(**values),
+                              observer=observer, stop=stop, out=out, evaluate=evaluate)
+
+    def keys(self):
+        return {name: session.keys for name, session in self.sessions.items()}
+
+
+class Declining(LinearSession):
+    """Declines the first `times` orders with `code`."""
+
+    def __init__(self, name, layout, code, times=1000):
+        super().__init__(name, layout)
+        self.code, self.times, self.orders = code, times, 0
+
+    def run_round(self, plan, tensors):
+        self.orders += 1
+        return Refusal(self.code) if self.orders <= self.times else super().run_round(plan, tensors)
+
+
+class Calling(LinearSession):
+    """Calls something before it trains in a round."""
+
+    def __init__(self, name, layout, call):
+        super().__init__(name, layout)
+        self.call = call
+
+    def run_round(self, plan, tensors):
+        self.call(plan)
+        return super().run_round(plan, tensors)
+
+
+def replace(federation, name, session):
+    federation.sessions[name] = session
+    federation.engine.join(name, session)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGY_CLASSES))
+def test_all_rounds_are_run_with_all_clients_and_the_loss_falls(strategy):
+    federation = Federation(strategy=strategy)
+    result = federation.run()
+    assert result.ended == "finished" and result.rounds == 3
+    assert all(record.uploaded == tuple("abcd") for record in result.records)
+    losses = [np.mean([s.loss(state) for s in federation.sessions.values()])
+              for state in (federation.start, result.state)]
+    assert losses[1] < losses[0]
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_the_order_of_joining():
+    states = [Federation(names).run(clients_per_round=2).state for names in ("abcd", "dbca")]
+    assert same(*states)
+
+
+def test_cohorts_depend_on_the_seed_and_leave_no_client_out():
+    def cohorts(seed):
+        federation = Federation("abcdef", rounds=4, max_participations=2)
+        result = federation.run(seed=seed, clients_per_round=3)
+        assert result.ended == "finished"
+        assert all(len(keys) == 2 for keys in federation.keys().values()), "4 rounds of 3 are 2 for each of 6"
+        return [record.uploaded for record in result.records]
+
+    assert cohorts(1) == cohorts(1)
+    assert len({str(cohorts(seed)) for seed in range(4)}) > 1
+
+
+def test_no_client_is_asked_more_often_than_the_plan_allows():
+    federation = Federation("ab", rounds=3, max_participations=2)
+    result = federation.run()
+    assert result.rounds == 2 and result.ended == "wait-timeout"
+    assert federation.keys() == {"a": [(1, 0), (2, 0)], "b": [(1, 0), (2, 0)]}
+
+
+def in_training_order(federation):
+    return [federation.engine.name_of(node) for node in federation.engine.get_node_ids()]
+
+
+def test_a_round_closes_with_half_of_its_cohort_when_the_others_are_lost():
+    federation = Federation("abcd")
+    first, second, *others = in_training_order(federation)
+
+    def part(plan):
+        for name in others:
+            federation.engine.leave(name)
+
+    replace(federation, first, Calling(first, federation.layout, part))
+    result = federation.run()
+    assert result.ended == "finished" and set(result.records[0].cohort) == set("abcd")
+    assert result.records[0].lost == tuple(sorted(others)) and result.records[1].lost == ()
+    assert all(record.uploaded == tuple(sorted((first, second))) for record in result.records)
+
+
+def test_a_short_round_keeps_its_uploads_and_drafts_idle_clients_with_the_next_attempt():
+    federation = Federation("abcd", rounds=1)
+    first = Federation("abcd", rounds=1).run(clients_per_round=2).records[0].cohort
+    for name in first[:1]:
+        replace(federation, name, Declining(name, federation.layout, "unavailable"))
+    result = federation.run(clients_per_round=2, min_replies=2)
+    [record] = result.records
+    assert record.attempts == 2 and record.refused == {first[0]: "unavailable"}
+    assert first[1] in record.uploaded and len(record.uploaded) == 2
+    [drafted] = set(record.uploaded) - set(first)
+    assert federation.keys()[drafted] == [(1, 1)] and federation.keys()[first[1]] == [(1, 0)]
+
+
+def test_nobody_trains_twice_for_one_key_and_the_free_are_drafted_before_those_that_declined():
+    federation = Federation("abc", rounds=1)
+    replace(federation, "a", Declining("a", federation.layout, "unavailable", times=1))
+    replace(federation, "b", Declining("b", federation.layout, "unavailable", times=1))
+    result = federation.run(min_replies=3)
+    [record] = result.records
+    assert record.uploaded == ("a", "b", "c") and record.refused == {}
+    keys = federation.keys()
+    assert keys["c"] == [(1, 0)] and all(attempt > 0 for name in "ab" for _, attempt in keys[name])
+
+
+def test_a_client_that_always_declines_is_not_asked_for_ever():
+    federation = Federation("ab")
+    declining = [Declining(name, federation.layout, "unavailable") for name in "ab"]
+    for session in declining:
+        replace(federation, session.name, session)
+    result = federation.run()
+    assert result.ended == "wait-timeout" and result.rounds == 0 and same(result.state, federation.start)
+    assert all(session.orders <= 3 for session in declining)
+
+
+@pytest.mark.parametrize("code", ["policy", "budget", "model-mismatch"])
+def test_a_client_that_declines_for_good_is_not_asked_again(code):
+    federation = Federation("abc", rounds=3)
+    declining = Declining("b", federation.layout, code)
+    replace(federation, "b", declining)
+    result = federation.run()
+    assert result.ended == "finished" and declining.orders == 1
+    assert result.records[0].refused == {"b": code} and result.records[1].refused == {}
+
+
+def test_a_client_without_the_frozen_tensors_is_sent_them_again_and_loses_no_participation():
+    federation = Federation("abc", strategy="fed-sb", rounds=3)
+
+    def forget(plan):
+        if (plan.round, plan.attempt) == (2, 0):
+            federation.sessions["b"].held.clear()
+
+    replace(federation, "b", Calling("b", federation.layout, forget))
+    result = federation.run(min_replies=3)
+    assert result.ended == "finished" and [r.attempts for r in result.records] == [1, 2, 1]
+    assert federation.keys()["b"] == [(1, 0), (2, 1), (3, 0)]
+
+
+def test_with_nobody_left_the_loop_says_that_it_waits_and_goes_on_when_somebody_comes():
+    federation = Federation("a", rounds=1)
+    told = []
+
+    class Door(Observer):
+        def waiting(self, needed, present, timeout_s):
+            told.append((needed, present, timeout_s))
+            federation.sessions["z"] = LinearSession("z", federation.layout)
+            federation.engine.join("z", federation.sessions["z"])
+
+    result = federation.run(min_replies=2, wait_timeout_s=20.0, observer=Door())
+    assert told == [(1, 0, 20.0)]
+    assert result.ended == "finished" and result.records[0].uploaded == ("a", "z")
+    assert federation.keys() == {"a": [(1, 0)], "z": [(1, 1)]}
+
+
+def test_a_lost_client_that_comes_back_is_asked_for_the_same_key_and_counts():
+    federation = Federation("ab", rounds=1)
+
+    first, second = in_training_order(federation)
+
+    class Back(Observer):
+        def waiting(self, needed, present, timeout_s):
+            federation.engine.join(second, federation.sessions[second])
+
+    replace(federation, first, Calling(first, federation.layout, lambda plan: federation.engine.leave(second)))
+    result = federation.run(min_replies=2, wait_timeout_s=20.0, observer=Back())
+    assert result.ended == "finished" and federation.keys()[second] == [(1, 0)]
+    assert result.records[0].lost == () and result.records[0].attempts == 1
+
+
+def test_the_first_round_waits_for_the_clients_it_needs():
+    federation = Federation("a", rounds=1)
+    told = []
+
+    class Door(Observer):
+        def waiting(self, needed, present, timeout_s):
+            told.append((needed, present, timeout_s))
+            name = "yz"[present - 1]
+            federation.sessions[name] = LinearSession(name, federation.layout)
+            federation.engine.join(name, federation.sessions[name])
+
+    result = federation.run(min_clients=3, observer=Door())
+    assert told == [(3, 1, None), (3, 2, None)] and result.records[0].uploaded == ("a", "y", "z")
+
+
+def test_after_the_time_limit_a_round_closes_with_enough_uploads_and_cancels_the_rest():
+    federation = Federation("abcd", rounds=1)
+    result = federation.run(round_timeout_s=0.0, min_replies=2)
+    [record] = result.records
+    assert len(record.uploaded) == 2 and sum(len(keys) for keys in federation.keys().values()) == 2
+    assert federation.engine.idle() and not list(federation.engine.pull_messages(["1", "2", "3", "4"]))
+
+
+def test_a_stop_returns_the_state_of_the_last_finished_round():
+    whole = Federation("abc", rounds=1).run()
+    federation, stop = Federation("abc", rounds=3), Event()
+    replace(federation, "b", Calling("b", federation.layout, lambda plan: plan.round == 2 and stop.set()))
+    result = federation.run(stop=stop)
+    assert result.ended == "stopped" and result.rounds == 1 and same(result.state, whole.state)
+
+
+def test_an_upload_that_is_not_finite_counts_as_declined_and_adds_nothing():
+    federation = Federation("abc", rounds=1)
+
+    class Broken(LinearSession):
+        def run_round(self, plan, tensors):
+            upload = super().run_round(plan, tensors)
+            next(iter(upload.tensors.values()))[0] = np.inf
+            return upload
+
+    replace(federation, "b", Broken("b", federation.layout))
+    result = federation.run()
+    assert result.records[0].uploaded == ("a", "c") and result.records[0].refused == {"b": "invalid-tensors"}
+    without = Federation("ac", rounds=1).run()
+    assert same(result.state, without.state)
+
+
+def test_each_round_leaves_its_checkpoint_and_its_line(tmp_path):
+    seen = []
+
+    class Reader(Observer):
+        def finished(self, record):
+            run_id, round, state = checkpoint.load(tmp_path)
+            lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+            assert run_id == federation.plan.run_id and [line["round"] for line in lines] == list(range(round + 1))
+            seen.append((round, state))
+
+    federation = Federation("abc")
+    result = federation.run(out=tmp_path, observer=Reader(), evaluate=lambda state: {"accuracy": 0.5})
+    assert [round for round, _ in seen] == [0, 1, 2, 3] and same(seen[-1][1], result.state)
+    assert same(seen[0][1], federation.start)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["evaluation"] == {"accuracy": 0.5} and last["bytes_up"] == 3 * 4 * federation.strategy.traffic.up
+    assert last["disclosed"]["a"]["num_examples"] == 12 and last["update_norm"] > 0
+    with pytest.raises(ValueError, match="no round"):
+        checkpoint.load(tmp_path / "nowhere")
+
+
+def test_evaluation_comes_every_so_many_rounds_and_after_the_last():
+    calls = Counter()
+    federation = Federation("ab", rounds=5, max_participations=5)
+    result = federation.run(evaluate=lambda state: calls.update(all=1) or {"loss": 1.0}, evaluate_every=2)
+    assert [record.round for record in result.records if record.evaluation] == [0, 2, 4, 5] and calls["all"] == 4
+
+
+def test_a_private_run_records_no_loss_and_no_counts():
+    result = Federation("ab", strategy="fed-sb", private=True, rounds=1).run()
+    assert result.records[0].train_loss is None
+    assert result.records[0].disclosed["a"] == {"steps": 2, "delta": 1e-5, "noise_multiplier": 1.5}
+
+
+@pytest.mark.parametrize("name", ["clients_per_round", "min_clients", "min_replies"])
+def test_options_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        RoundOptions(seed=0, **{name: 0})

@@ -1,0 +1,160 @@
+"""Messages say exactly what the plan and the upload say, and Flower's private names are where they were."""
+
+import re
+from pathlib import Path
+
+import flwr
+import numpy as np
+import pytest
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora.plan import REFUSALS, Refusal, RoundPlan, Upload
+from fedlora_client import flower_app
+from fedlora_strategies import messages
+from tests.federation import plan_of
+
+REPOSITORY = Path(__file__).parents[2]
+UPGRADE = "Flower moved a private name that FedLoRA uses; adapt fedlora_strategies/messages.py, the only place it is in"
+
+
+@pytest.fixture(autouse=True)
+def identity():
+    messages.assume_identity("0123456789abcdef")
+
+
+def order(**changes):
+    plan = RoundPlan(plan_of("fed-sb", **changes), 2, 1, "ab" * 32)
+    message = messages.train_message(plan, messages.to_record({"q.R": np.eye(2, dtype=np.float32)}), 7)
+    messages.assign_id(message, "m1")
+    return plan, message
+
+
+def upload(**figures):
+    return Upload("0123456789abcdef", 2, 1, {"q.R": np.ones((2, 2), np.float32)}, steps=4, **figures)
+
+
+def same(one, other):
+    fields = (dict(vars(value)) for value in (one, other))
+    (a, left), (b, right) = ((f.pop("tensors"), f) for f in fields)
+    return left == right and a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_flowers_private_names_are_where_they_were():
+    assert flwr.__version__.startswith("1.41."), UPGRADE
+    for name in ("task_id", "run_id", "node_id"):
+        assert isinstance(getattr(TaskIdentity, name), int), UPGRADE
+    assert TaskIdentity.run_id == 0x0123456789ABCDEF, UPGRADE
+    assert Run.create_empty(3).run_id == 3, UPGRADE
+    _, message = order()
+    assert message.metadata.message_id == "m1", UPGRADE
+    assert Message(RecordDict(), reply_to=message).metadata.reply_to_message_id == "m1", UPGRADE
+
+
+def test_private_names_of_flower_are_imported_in_one_file_only():
+    private = re.compile(r"(?:from|import) flwr\.(?!app\b|serverapp\b|clientapp\b)")
+    folders = ("fedlora", "client", "server", "strategies", "simulations")
+    users = {path.name for folder in folders for path in (REPOSITORY / folder).rglob("*.py")
+             if private.search(path.read_text())}
+    assert users == {"messages.py"}
+
+
+@pytest.mark.parametrize("changes", [{}, dict(task="causal-lm", labels=(), train_head=False), dict(private=True)])
+def test_an_order_survives_the_message(changes):
+    plan, message = order(**changes)
+    read, arrays = messages.read_train_message(message)
+    assert read == plan and message.metadata.dst_node_id == 7
+    np.testing.assert_array_equal(messages.to_tensors(arrays)["q.R"], np.eye(2))
+
+
+@pytest.mark.parametrize("figures", [{}, dict(delta=1e-5, noise_multiplier=1.2), dict(num_examples=9, train_loss=0.5)])
+def test_an_upload_survives_the_message(figures):
+    _, message = order()
+    assert same(messages.read_reply(messages.reply(upload(**figures), message)), upload(**figures))
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+def test_a_refusal_survives_the_message(code):
+    _, message = order()
+    for refusal in (Refusal(code), Refusal(code, "a: b")):
+        assert messages.read_reply(messages.reply(refusal, message)) == refusal
+
+
+def test_an_error_that_is_no_refusal_reads_as_unavailable_and_its_text_is_dropped():
+    _, message = order()
+    for code in (2, messages.REFUSED):
+        assert messages.read_reply(Message(Error(code, "text: row"), reply_to=message)) == Refusal("unavailable")
+
+
+class Answering:
+    def __init__(self, answer):
+        self.answer = answer
+
+    def run_round(self, plan, tensors):
+        self.seen = plan, tensors
+        return self.answer() if callable(self.answer) else self.answer
+
+
+@pytest.mark.parametrize("answer", [upload(num_examples=9), upload(delta=1e-5), Refusal("policy"),
+                                    Refusal("missing-tensors", "x")])
+def test_the_client_app_reads_and_writes_the_same_messages(answer):
+    plan, message = order()
+    session = Answering(answer)
+    mine, its = messages.reply(answer, message), flower_app.train(message, session)
+    assert session.seen[0] == plan and list(session.seen[1]) == ["q.R"]
+    if isinstance(answer, Refusal):
+        assert mine.error == its.error
+    else:
+        assert mine.content == its.content
+    assert its.metadata.reply_to_message_id == "m1" and its.metadata.src_node_id == 7
+
+
+def test_the_text_of_a_clients_exception_stays_with_the_client(caplog):
+    def fail():
+        raise RuntimeError("row 7: Jane Doe, diabetes")
+
+    app = flower_app.client_app(lambda context: Answering(fail))
+    _, message = order()
+    answer = app(message, Context(1, 7, {}, RecordDict(), {}))
+    assert "Jane" not in repr(answer) and messages.read_reply(answer) == Refusal("unavailable")
+    assert "Jane" in caplog.text
+
+
+def broken_reply(message, change):
+    answer = messages.reply(upload(), message)
+    change(answer.content)
+    return answer
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.pop("metrics"),
+    lambda c: c.update(more=MetricRecord({"steps": 1})),
+    lambda c: c["metrics"].update(batch_size=3),
+    lambda c: c["metrics"].pop("steps"),
+    lambda c: c["metrics"].update(steps=4.0),
+    lambda c: c["metrics"].update(delta=[1e-5]),
+    lambda c: c["config"].update(code="import os"),
+    lambda c: c["config"].update(round="2"),
+    lambda c: setattr(c["arrays"]["q.R"], "data", b"\x80\x04pickle"),
+    lambda c: setattr(c["arrays"]["q.R"], "stype", "torch"),
+])
+def test_a_reply_with_anything_else_in_it_is_refused(change):
+    _, message = order()
+    with pytest.raises(ValueError):
+        messages.read_reply(broken_reply(message, change))
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.pop("config"),
+    lambda c: c.update(metrics=MetricRecord({"x": 1})),
+    lambda c: c["config"].update(code="import os"),
+    lambda c: c["config"].pop("lr"),
+])
+def test_an_order_with_anything_else_in_it_is_refused_on_both_sides(change):
+    _, message = order()
+    change(message.content)
+    with pytest.raises(ValueError):
+        messages.read_train_message(message)
+    with pytest.raises(ValueError):
+        flower_app.train(message, Answering(upload()))
