@@ -182,14 +182,16 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
             outputs, and counts as missing otherwise.
         dtype: of the weights.
     Raises:
-        ValueError: the model cannot do the task, or its weights are not those of its config.
+        ValueError: the model cannot do the task, its weights are not those of its config, or its tokenizer has no
+            token to pad with.
     """
     check_task(path, task)
     kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
     labels = {} if task == "causal-lm" else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     with _silent_transformers():
-        model, info = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                           local_files_only=True, output_loading_info=True, **labels)
+        model, info = kind.from_pretrained(  # type: ignore[misc]
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            output_loading_info=True, **labels)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     absent = set(info["missing_keys"]) | {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     missing = tuple(sorted(absent & {name for name, _ in model.named_parameters()}))
@@ -199,6 +201,9 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
         raise ValueError(f"the weights in {path} lack {missing[0]}{' and more' if len(missing) > 1 else ''}: they are "
                          "not those of its config.json. Fetch the model again.")
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer in {path} has neither a pad token nor an end-of-sequence token; set one "
+                             "with tokenizer.pad_token = … and save it again.")
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return LoadedModel(model.eval(), tokenizer, missing, task, path)
@@ -240,9 +245,9 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder} has no model.safetensors; other weight formats can run code and are not loaded. "
                          "Convert the model with save_pretrained.")
     names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    shards = [folder / Path(name).name for name in sorted(names)]
+    shards = [folder / name for name in sorted(names)]
     for shard in shards:
-        if not shard.is_file():
+        if shard.parent != folder or not shard.is_file():
             raise ValueError(f"{shard}, which {index.name} lists, is missing. Fetch the model again.")
     return shards
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters.layout import FAMILIES, AdapterLayout, TensorSpec
@@ -66,6 +68,8 @@ class AdaptedModel:
         task: one of `fedlora.plan.TASKS`.
         head: name of the classifier's final linear module; None for causal language models.
         missing: names of the parameters that are not in the base checkpoint.
+        classifier: the classifier's parameters that are in the base checkpoint and frozen, as they were loaded; few
+            models have any. `export` needs them unrounded even if a trainer has stored the base in bfloat16 since.
     """
 
     def __init__(self, loaded: LoadedModel, layout: AdapterLayout, head: str | None,
@@ -76,6 +80,8 @@ class AdaptedModel:
         self.task = loaded.task
         self.head = head
         self.missing = loaded.missing
+        self.classifier = {name: parameter.detach().cpu().clone() for name, parameter in loaded.model.named_parameters()
+                           if head and _is_inside(name, _top(head)) and f"head.{name}" not in leaves}
         self._leaves = leaves  # tensor name -> its module and the parameter's name there
 
     def parameter(self, name: str) -> nn.Parameter:
@@ -83,9 +89,13 @@ class AdaptedModel:
         module, parameter_name = self._leaves[name]
         return getattr(module, parameter_name)
 
+    def base_layer(self, module_name: str) -> nn.Linear | Conv1D:
+        """The frozen module that an adapter was put on."""
+        return cast("nn.Linear | Conv1D", cast(LoraLayer, self.model.get_submodule(module_name)).get_base_layer())
+
     def base_weight(self, module_name: str) -> torch.Tensor:
         """The frozen weight W0 of a target module, (d_out, d_in) also where the module stores its transpose."""
-        base = self.model.get_submodule(module_name).get_base_layer()
+        base = self.base_layer(module_name)
         return base.weight.detach().T if isinstance(base, Conv1D) else base.weight.detach()
 
     def write(self, tensors: Tensors) -> None:
@@ -103,7 +113,7 @@ class AdaptedModel:
                 raise ValueError(f"{name} has shape {array.shape}; it must be {tuple(self.parameter(name).shape)}")
         with torch.no_grad():
             for name, array in tensors.items():
-                self.parameter(name).copy_(torch.from_numpy(array))
+                self.parameter(name).copy_(torch.tensor(array))
 
     def read(self, which: str = "trained") -> dict[str, np.ndarray]:
         """Copies of the parameters, float32, in the layout's order.
@@ -127,7 +137,7 @@ class AdaptedModel:
         return list(leaves.items())  # type: ignore[arg-type]
 
 
-def automatic_targets(model: nn.Module) -> tuple[str, ...]:
+def automatic_targets(model: PreTrainedModel) -> tuple[str, ...]:
     """The projections that the LoRA papers adapt: queries and values, or the fused one that holds them.
 
     Returns:
@@ -155,8 +165,8 @@ def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets
         family: a key of `FAMILIES`.
         rank: r, at least 1.
         alpha: the update is scaled by alpha / rank.
-        targets: full names or suffixes of linear modules; () adapts none. Modules that are not in the base checkpoint,
-            and the head, are left out even if they match.
+        targets: full names or suffixes of linear modules; () adapts none. The classifier and modules that are not in
+            the base checkpoint are left out even if they match.
         train_head: train the final linear of the classifier. The other parameters that are missing from the
             checkpoint stay frozen.
         dropout: of the adapter's input, active in train mode only.
@@ -190,11 +200,12 @@ def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets
         (trained if trains else shared).append(TensorSpec(name, tuple(parameter.shape), group))
 
     for module_name in modules:
-        layer = model.get_submodule(module_name)
-        factors = {"A": layer.lora_A[_ADAPTER], "B": layer.lora_B[_ADAPTER]}
+        layer = cast(LoraLayer, model.get_submodule(module_name))
+        outer = cast(nn.Linear, layer.lora_B[_ADAPTER])
+        factors = {"A": layer.lora_A[_ADAPTER], "B": outer}
         if family == "bra":
-            layer.lora_B[_ADAPTER] = FactoredB(factors["B"])
-            factors["R"] = layer.lora_B[_ADAPTER].middle
+            factored = layer.lora_B[_ADAPTER] = FactoredB(outer)
+            factors["R"] = factored.middle
         for factor, leaf in factors.items():
             register(f"{module_name}.{factor}", leaf, "weight", "adapter", factor in FAMILIES[family].trained)
     head_parameters = {f"{head}.{name}" for name, _ in model.get_submodule(head).named_parameters()} if head else set()
@@ -211,7 +222,7 @@ def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets
     return AdaptedModel(loaded, layout, head, leaves)
 
 
-def _inject(model: nn.Module, modules: Sequence[str], rank: int, alpha: float, dropout: float) -> None:
+def _inject(model: PreTrainedModel, modules: Sequence[str], rank: int, alpha: float, dropout: float) -> None:
     """Let PEFT wrap exactly the named modules, in place."""
     training = model.training
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(modules),  # type: ignore
@@ -222,10 +233,11 @@ def _inject(model: nn.Module, modules: Sequence[str], rank: int, alpha: float, d
     assert wrapped == set(modules), f"PEFT wrapped {sorted(wrapped)} instead of {sorted(modules)}"
 
 
-def _target_modules(model: nn.Module, targets: Sequence[str], missing: Sequence[str], head: str | None) -> list[str]:
+def _target_modules(model: PreTrainedModel, targets: Sequence[str], missing: Sequence[str],
+                    head: str | None) -> list[str]:
     """Full names of the modules that the targets name, in the model's order."""
-    outside = {name.rpartition(".")[0] for name in missing} | {head}
-    candidates = [name for name in _linear_names(model) if name not in outside]
+    outside = {name.rpartition(".")[0] for name in missing} | ({_top(head)} if head else set())
+    candidates = [name for name in _linear_names(model) if not any(_is_inside(name, other) for other in outside)]
     for target in targets:
         if not any(_matches(name, target) for name in candidates):
             raise ValueError(f"target {target!r} names no linear layer of {type(model).__name__}; its layers end in "
@@ -233,9 +245,9 @@ def _target_modules(model: nn.Module, targets: Sequence[str], missing: Sequence[
     return [name for name in candidates if any(_matches(name, target) for target in targets)]
 
 
-def _linear_names(model: nn.Module) -> list[str]:
+def _linear_names(model: PreTrainedModel) -> list[str]:
     # the output projection of a language model is no adapter target: it is often tied to the embeddings
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = model.get_output_embeddings()
     return [name for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D)) and module is not output]
 
@@ -244,11 +256,20 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
+def _is_inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def _top(head: str) -> str:
+    """The classifier as PEFT sees it: the top-level module that the final linear is, or is in."""
+    return head.partition(".")[0]
+
+
 def _last_parts(names: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def _head_name(model: nn.Module) -> str:
+def _head_name(model: PreTrainedModel) -> str:
     """The final linear of a classifier: the last one whose outputs are the labels."""
     names = [name for name, module in model.named_modules()
              if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels]

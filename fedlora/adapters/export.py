@@ -26,7 +26,7 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     PEFT's placeholder stands for the target modules.
 
     Args:
-        adapted: gives names, shapes and the frozen values; it is read, not written.
+        adapted: gives names and shapes; what it holds now does not matter.
         tensors: the full state.
         out_dir: made if need be; the two files are replaced.
         base_name: of the base model, for whoever loads the adapter.
@@ -44,17 +44,17 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
             B = (B.astype(np.float64) @ tensors[f"{module}.R"]).astype(np.float32)
         files[f"{_PREFIX}{module}.lora_A.weight"] = torch.tensor(tensors[f"{module}.A"])
         files[f"{_PREFIX}{module}.lora_B.weight"] = torch.tensor(B)
-    saved = _modules_to_save(adapted)
-    for module in saved:
-        for name, value in adapted.model.get_submodule(module).state_dict(prefix=f"{module}.").items():
-            new = tensors.get(f"head.{name}")
-            files[f"{_PREFIX}{name}"] = value.detach().cpu().clone() if new is None else torch.tensor(new)
-    bases = [adapted.model.get_submodule(module).get_base_layer() for module in layout.modules]
+    for spec in layout.state:
+        if spec.group == "head":
+            files[f"{_PREFIX}{spec.name.removeprefix('head.')}"] = torch.tensor(tensors[spec.name])
+    files |= {f"{_PREFIX}{name}": value for name, value in adapted.classifier.items()}
+    bases = [adapted.base_layer(module) for module in layout.modules]
     config = LoraConfig(
         task_type="CAUSAL_LM" if adapted.task == "causal-lm" else "SEQ_CLS",
         base_model_name_or_path=base_name, inference_mode=True, r=layout.rank,
         lora_alpha=_integral(layout.scaling * layout.rank),  # type: ignore[arg-type]
-        target_modules=list(layout.modules) or DUMMY_TARGET_MODULES, modules_to_save=saved or None,
+        target_modules=list(layout.modules) or DUMMY_TARGET_MODULES,
+        modules_to_save=_modules_to_save(adapted) or None,
         fan_in_fan_out=bool(bases) and all(isinstance(base, Conv1D) for base in bases))
     out_dir.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(out_dir))
@@ -64,22 +64,20 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
 
 
 def _modules_to_save(adapted: AdaptedModel) -> list[str]:
-    """The largest modules that consist of parameters outside the base checkpoint only, and the classifier whole.
+    """The largest modules all of whose parameters are written: those outside the base checkpoint, and the classifier.
 
     PEFT saves the module "classifier" or "score" of a sequence classifier whether it is listed or not, and cannot save
     a part of it beside: so it is written whole, whatever of it is in the base checkpoint.
     """
-    classifier = {adapted.head.partition(".")[0]} if adapted.head else set()
-    own = {spec.name.removeprefix("head.") for spec in adapted.layout.state if spec.group == "head"}
-    covered = {name for name, module in adapted.model.named_modules()
-               if name and _is_covered(name, module, own)} | classifier
-    return sorted(name for name in covered
-                  if not any(name.startswith(f"{other}.") for other in covered))
+    written = {spec.name.removeprefix("head.") for spec in adapted.layout.state if spec.group == "head"}
+    written |= adapted.classifier.keys()
+    covered = {name for name, module in adapted.model.named_modules() if name and _is_covered(name, module, written)}
+    return sorted(name for name in covered if not any(name.startswith(f"{other}.") for other in covered))
 
 
-def _is_covered(name: str, module: nn.Module, own: set[str]) -> bool:
+def _is_covered(name: str, module: nn.Module, written: set[str]) -> bool:
     parameters = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
-    return bool(parameters) and own.issuperset(parameters)
+    return bool(parameters) and written.issuperset(parameters)
 
 
 def _integral(value: float) -> int | float:

@@ -150,6 +150,18 @@ def test_read_gives_back_the_bits_that_were_written_as_copies(checkpoint):
         np.testing.assert_array_equal(adapted.read("state")[name], state[name])
 
 
+@pytest.mark.filterwarnings("error")
+def test_write_takes_read_only_arrays_and_keeps_no_reference(checkpoint):
+    adapted = adapted_model(checkpoint("bert"), "classification")
+    spec = adapted.layout.trained[0]
+    original = np.ones(spec.shape, np.float32)
+    received = np.frombuffer(original.tobytes(), np.float32).reshape(spec.shape)
+    adapted.write({spec.name: received})
+    adapted.write({spec.name: original})
+    original[:] = 2
+    np.testing.assert_array_equal(adapted.read()[spec.name], received)
+
+
 def test_write_takes_part_of_the_state_and_refuses_whole_what_does_not_fit(checkpoint):
     adapted = adapted_model(checkpoint("bert"), "classification")
     before = adapted.read("state")

@@ -72,6 +72,19 @@ def test_so_it_does_where_the_final_linear_alone_is_missing(tmp_path):
     torch.testing.assert_close(logits(peft_model), logits(adapted.model), atol=1e-5, rtol=1e-5)
 
 
+def test_a_base_that_was_rounded_since_does_not_round_what_is_exported(tmp_path):
+    path = tiny_checkpoint("roberta", tmp_path / "base")
+    fresh_base(path, "classification", None).save_pretrained(path)
+    adapted = adapted_model(path, "classification", targets=["dense"])
+    state = random_state(adapted)
+    adapted.write(state)
+    expected = logits(adapted.model)
+    adapted.model.to(torch.bfloat16)
+    base = fresh_base(path, "classification", None)
+    peft_model = PeftModel.from_pretrained(base, export(adapted, state, tmp_path / "adapter", "tiny"))
+    torch.testing.assert_close(logits(peft_model), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_targets_beyond_attention_export_too(checkpoint, tmp_path):
     adapted = adapted_model(checkpoint("roberta"), "classification", targets=["dense", "key"])
     assert_export_computes_the_same(adapted, random_state(adapted), tmp_path)

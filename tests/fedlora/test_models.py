@@ -1,4 +1,5 @@
 import hashlib
+import json
 import shutil
 
 import pytest
@@ -170,6 +171,21 @@ def test_sharded_weights_load_and_are_pinned_by_their_sorted_list(folder, checkp
     shards[0].unlink()
     with pytest.raises(ValueError, match="lists, is missing"):
         models.resolve(str(folder))
+
+
+def test_shards_outside_the_folder_are_refused(folder):
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
+    with pytest.raises(ValueError, match="lists, is missing"):
+        models.resolve(str(folder))
+
+
+def test_a_tokenizer_without_a_token_to_pad_with_is_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("gpt2"), tmp_path / "own")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    with pytest.raises(ValueError, match="neither a pad token nor"):
+        models.load(folder, "causal-lm", 0)
 
 
 def test_a_client_never_opens_a_folder_that_the_server_names(folder):
