@@ -26,7 +26,7 @@ from fedlora.plan import Tensors
 _ADAPTER = "default"  # PEFT's name for the only adapter there is
 
 _CONVENTIONS = (
-    ("query", "value"),  # BERT, RoBERTa, ELECTRA, ViT
+    ("query", "value"),  # BERT, RoBERTa, ELECTRA
     ("Wqkv",),  # ModernBERT
     ("q_proj", "v_proj"),  # Llama, Qwen2, Mistral, Gemma, OPT
     ("c_attn",),  # GPT-2
@@ -40,7 +40,8 @@ _CONVENTIONS = (
 class FactoredB(nn.Module):
     """B·R in the slot of PEFT's lora_B: a trained R between A and a frozen B.
 
-    Shapes: middle.weight is R (r, r), outer.weight is B (d_out, r); input (..., r), output (..., d_out).
+    Shapes: middle.weight is R (r, r), outer.weight is B (d_out, r); input (..., r), output (..., d_out). PEFT cannot
+    merge it in memory; what `export` writes merges.
     """
 
     def __init__(self, outer: nn.Linear) -> None:
@@ -48,11 +49,6 @@ class FactoredB(nn.Module):
         rank = outer.in_features
         self.middle = nn.Linear(rank, rank, bias=False, device=outer.weight.device, dtype=outer.weight.dtype)
         self.outer = outer
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """B·R (d_out, r), which PEFT reads when it merges."""
-        return self.outer.weight @ self.middle.weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.outer(self.middle(hidden))

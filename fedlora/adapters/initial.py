@@ -31,7 +31,7 @@ def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int) -> dict[str,
     model: matrices from N(0, initializer_range²), biases 0, norms 1. One that is in the checkpoint keeps its value.
 
     Args:
-        adapted: as `attach` made it; it is read, not written.
+        adapted: as `attach` made it, nothing written to it yet; it stays so.
         init: one of `INITS`.
         seed: of all draws.
     Returns:

@@ -132,7 +132,6 @@ def test_a_cached_hub_model_is_found_without_network_and_pinned_by_its_commit(ch
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
     path = models.resolve("org/tiny")
     assert path.name == commit
     ref = models.reference("org/tiny", path)
