@@ -115,8 +115,9 @@ class PerExampleLinear(nn.Linear):
     def write(self, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
         """dW_i and db_i in float32, from what the backward pass has in the precision of the model."""
         records = len(self.buffer.rows)
-        assert len(inputs) == records == len(gradient), (
-            f"dimension 0 is {len(inputs)} where there are {records} records: gradients would be mis-attributed")
+        if not len(inputs) == records == len(gradient):
+            raise ValueError(f"a trained layer was given {len(inputs)} rows for {records} records, as by a model that "
+                             "flattens its batch: gradients would go to the wrong record. Choose other --targets")
         x = inputs.reshape(records, -1, inputs.shape[-1])
         g = gradient.reshape(records, -1, gradient.shape[-1])
         if self.weight.requires_grad:

@@ -1,12 +1,17 @@
-"""Which number format a device computes in, and frozen weights kept in it."""
+"""Which number format a device computes in, and what is kept out of it or stored in it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -26,8 +31,8 @@ def resolve_device(device: str) -> torch.device:
     if kind not in there:
         raise ValueError(f"--device is {device!r}; choose one of {', '.join(DEVICES)}")
     if not there[kind]:
-        raise ValueError(f"--device {device}: this PyTorch ({torch.__version__}) sees no such device; use --device cpu, "
-                         "or install the build of PyTorch for it")
+        raise ValueError(f"--device {device}: this PyTorch ({torch.__version__}) sees no such device; use "
+                         "--device cpu, or install the build of PyTorch for it")
     return torch.device(device)
 
 
@@ -51,17 +56,45 @@ def _cpu_flags() -> set[str]:
     return set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
 
 
-def store_frozen_linears(model: nn.Module, dtype: torch.dtype, keep: Collection[int]) -> None:
-    """Keep the base model's frozen linear weights in `dtype`, so that autocast does not cast them in every step.
+def store_frozen_weights(model: nn.Module, dtype: torch.dtype, keep: Collection[int]) -> None:
+    """Keep the base model's frozen linear and embedding weights in `dtype`; normalisations stay as they are.
 
-    Left alone: what is trained or travels (`keep`, by id), and weights that another module (an embedding) shares.
+    Autocast would cast frozen weights in every step. Embeddings decide the format of what flows between the layers: in
+    float32, each linear layer casts it anew.
+
+    Args:
+        keep: ids of the parameters that travel, which stay as they are even if frozen.
     """
-    uses: dict[int, int] = {}
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
             for parameter in module.parameters(recurse=False):
-                if not (parameter.requires_grad or id(parameter) in keep or uses[id(parameter)] > 1):
+                if not parameter.requires_grad and id(parameter) not in keep:
                     parameter.data = parameter.data.to(dtype)
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # else PEFT casts to float32 what autocast casts back
+
+
+def attend_in_float32(model: PreTrainedModel) -> None:
+    """On a CPU: keep the fused attention in float32 while the linear layers compute in bfloat16.
+
+    PyTorch 2.13's fused attention has a backward pass for bfloat16 on CPUs that takes up to ten times as long as the
+    one for float32 (sequences of 16 to 64 tokens), and more than half of a whole step. Models that do not use it are
+    left as they are.
+    """
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(_FLOAT32_ATTENTION, _float32_attention)
+        AttentionMaskInterface.register(_FLOAT32_ATTENTION, sdpa_mask)
+        model.set_attn_implementation(_FLOAT32_ATTENTION)
+
+
+_FLOAT32_ATTENTION = "fedlora_float32_sdpa"
+
+
+def _float32_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                       attention_mask: torch.Tensor | None, **options: Any) -> tuple[torch.Tensor, None]:
+    """As transformers' own function: query, key, value [records, heads, length, d] to [records, length, heads, d]."""
+    with torch.autocast(query.device.type, enabled=False):
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()
+        output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
+    return output.to(value.dtype), None

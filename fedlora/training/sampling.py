@@ -12,7 +12,7 @@ import numpy as np
 
 from fedlora.privacy.streams import Stream
 
-LENGTHS = (8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
+LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """The lengths to which records are padded; beyond the last, multiples of it."""
 
 

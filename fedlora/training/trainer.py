@@ -20,7 +20,7 @@ from fedlora.privacy.streams import Stream
 from fedlora.tasks import Records, Task
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.per_example import GradientBuffer, per_example
-from fedlora.training.precision import resolve_device, resolve_precision, store_frozen_linears
+from fedlora.training.precision import attend_in_float32, resolve_device, resolve_precision, store_frozen_weights
 from fedlora.training.sampling import micro_batches, poisson
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
@@ -79,7 +79,9 @@ class Trainer:
         if self.precision == "bf16":
             # what travels stays in float32
             keep = {id(adapted.parameter(spec.name)) for spec in adapted.layout.state}
-            store_frozen_linears(adapted.model, torch.bfloat16, keep=keep)
+            store_frozen_weights(adapted.model, torch.bfloat16, keep=keep)
+            if self.device.type == "cpu":
+                attend_in_float32(adapted.model)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
