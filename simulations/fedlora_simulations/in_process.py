@@ -20,7 +20,7 @@ from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal, Upload
 from fedlora_client.flower_app import Session, train
 from fedlora_server.engine import Engine, Outcome, node_id
-from fedlora_strategies.messages import Run, assign_id, assume_identity, empty_run, read_reply, read_train_message
+from fedlora_strategies.messages import assign_id, assume_identity, read_reply, read_train_message
 from fedlora_strategies.messages import reply as to_reply
 
 
@@ -44,7 +44,7 @@ class InProcessEngine(Engine):
 
     def __init__(self, sessions: Mapping[str, Session], run_id: str, layout: AdapterLayout) -> None:
         assume_identity(run_id)
-        self._run, self._layout = empty_run(run_id), layout
+        self._layout = layout
         self._names = {node_id(name): name for name in sessions}
         self._sessions = {node_id(name): session for name, session in sessions.items()}
         self._orders: dict[str, _Order] = {}
@@ -58,13 +58,6 @@ class InProcessEngine(Engine):
     @property
     def bytes_down(self) -> int:
         return self._bytes_down
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
 
     def name_of(self, node_id: int) -> str:
         if node_id not in self._names:
@@ -93,10 +86,6 @@ class InProcessEngine(Engine):
     def idle(self) -> list[int]:
         busy = {order.message.metadata.dst_node_id for order in self._orders.values() if order.outcome is None}
         return sorted(self._sessions.keys() - busy, key=self._names.__getitem__)
-
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
-                       ttl: float | None = None) -> Message:
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         pushed = []

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
-from flwr.supercore.run import Run  # private
 from flwr.supercore.task_identity import TaskIdentity  # private
 
 from fedlora.plan import (
@@ -44,11 +43,6 @@ def assume_identity(run_id: str) -> None:
     TaskIdentity.task_id = 0
     TaskIdentity.node_id = 0
     TaskIdentity.run_id = int(run_id, 16)
-
-
-def empty_run(run_id: str) -> Run:
-    """What `Grid.run` gives back in an engine that is not Flower's."""
-    return Run.create_empty(int(run_id, 16))
 
 
 def assign_id(message: Message, message_id: str) -> None:

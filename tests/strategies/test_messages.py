@@ -7,7 +7,6 @@ import flwr
 import numpy as np
 import pytest
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
-from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.plan import REFUSALS, Refusal, RoundPlan, Upload
@@ -46,7 +45,6 @@ def test_flowers_private_names_are_where_they_were():
     for name in ("task_id", "run_id", "node_id"):
         assert isinstance(getattr(TaskIdentity, name), int), UPGRADE
     assert TaskIdentity.run_id == 0x0123456789ABCDEF, UPGRADE
-    assert Run.create_empty(3).run_id == 3, UPGRADE
     _, message = order()
     assert message.metadata.message_id == "m1", UPGRADE
     assert Message(RecordDict(), reply_to=message).metadata.reply_to_message_id == "m1", UPGRADE

@@ -1,0 +1,101 @@
+"""One picture of a run: what it learned if that was evaluated, how far it moved, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from .rounds import RoundRecord
+
+INK, GRID = "#333333", "#dddddd"
+LEARNED, LOSS, MOVED, UP, DOWN, TIME = "#1b6ca8", "#c8553d", "#5b8c5a", "#1b6ca8", "#9cc5e0", "#8a7ca8"
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+
+Panel = Callable[[Axes, Sequence[RoundRecord]], None]
+
+
+def draw(path: Path, records: Sequence[RoundRecord], title: str) -> Path:
+    """Write a PNG with one panel per quantity over the rounds.
+
+    With evaluation: accuracy (or perplexity) and loss first. Always: update norm, bytes and time. A run without a
+    finished round gets empty panels.
+    """
+    figures = [name for name in ("accuracy", "perplexity", "loss") if any(name in r.evaluation for r in records)]
+    panels: list[Panel] = [_evaluation(name) for name in figures] + [_update_norm, _bytes, _seconds]
+    columns = 3 if len(panels) != 4 else 2
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.5), layout="constrained")
+    last = records[-1].round if records else 0
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    for place, panel in zip(_places(figure, rows, columns, len(panels)), panels, strict=True):
+        panel(place, records)
+        _finish(place, 0 if figures else 0.8, last)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _places(figure: Figure, rows: int, columns: int, count: int) -> list[Axes]:
+    """`count` axes in reading order; a first row that is not full has wider panels."""
+    first = count - (rows - 1) * columns
+    grid = figure.add_gridspec(rows, columns * first)
+    places = [figure.add_subplot(grid[0, i * columns:(i + 1) * columns]) for i in range(first)]
+    return places + [figure.add_subplot(grid[row, i * first:(i + 1) * first])
+                     for row in range(1, rows) for i in range(columns)]
+
+
+def _evaluation(name: str) -> Panel:
+    def panel(axes: Axes, records: Sequence[RoundRecord]) -> None:
+        points = [(r.round, r.evaluation[name]) for r in records if name in r.evaluation]
+        rounds, values = zip(*points, strict=True)
+        axes.plot(rounds, values, color=LOSS if name == "loss" else LEARNED, lw=2, marker="o", ms=3.5)
+        axes.margins(y=0.1)
+        axes.set_title(f"{name} on the server's data: {values[0]:.3f} before, {values[-1]:.3f} after")
+
+    return panel
+
+
+def _update_norm(axes: Axes, records: Sequence[RoundRecord]) -> None:
+    points = [(r.round, r.update_norm) for r in records if r.update_norm is not None]
+    axes.plot([x for x, _ in points], [y for _, y in points], color=MOVED, lw=2, marker="o", ms=3.5)
+    axes.set_ylim(0, 1.12 * max((norm for _, norm in points), default=1.0) or 1.0)
+    axes.set_title("update norm (L2, trained tensors)")
+
+
+def _bytes(axes: Axes, records: Sequence[RoundRecord]) -> None:
+    trained = [r for r in records if r.round > 0]
+    largest = max((r.bytes_up + r.bytes_down for r in trained), default=0)
+    scale, unit = next(((s, u) for s, u in UNITS if largest >= s), UNITS[-1])
+    rounds, up, down = zip(*((r.round, r.bytes_up / scale, r.bytes_down / scale) for r in trained), strict=True) \
+        if trained else ((), (), ())
+    axes.bar(rounds, up, color=UP, width=0.7, label=f"up, {sum(up):.3g} {unit} in all")
+    axes.bar(rounds, down, bottom=up, color=DOWN, width=0.7, label=f"down, {sum(down):.3g} {unit} in all")
+    axes.set_title(f"traffic per round ({unit}, all clients)")
+    axes.margins(y=0.35)
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+
+
+def _seconds(axes: Axes, records: Sequence[RoundRecord]) -> None:
+    trained = [r for r in records if r.round > 0]
+    axes.bar([r.round for r in trained], [r.seconds for r in trained], color=TIME, width=0.7)
+    axes.set_title(f"seconds per round ({sum(r.seconds for r in trained):.0f} s in all)")
+
+
+def _finish(axes: Axes, first: float, last: int) -> None:
+    title = axes.get_title()
+    axes.set_title("")
+    axes.set_title(title, fontsize=9.5, color=INK, loc="left")
+    axes.set_xlabel("round", fontsize=9, color=INK)
+    axes.set_xlim(first - 0.4, max(last, 1) + 0.6)
+    if axes.get_ylim()[0] < 0:
+        axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(axis="y", color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.tick_params(colors=INK, labelsize=8.5, length=0)

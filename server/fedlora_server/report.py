@@ -1,0 +1,87 @@
+"""What a run leaves behind: the adapter in PEFT format, report.json and curves.png."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from fedlora import adapters
+from fedlora.plan import RunPlan, to_scalars
+from fedlora_strategies import FederatedLoRA
+
+from . import curves
+from .planning import Federation
+from .rounds import FederationResult, RoundRecord
+
+PACKAGES = ("fedlora", "flwr", "grpcio", "numpy", "opacus", "peft", "torch", "transformers")
+
+ENDINGS = {"finished": "", "stopped": ", stopped early", "wait-timeout": ", ended for want of clients"}
+
+
+def write_report(out: Path, federation: Federation, result: FederationResult, base: Path, *,
+                 options: Mapping[str, object] | None = None,
+                 joined: Mapping[str, Mapping[str, object]] | None = None) -> Path:
+    """Write `adapter/`, `report.json` and `curves.png`; also for a run that ended early.
+
+    Args:
+        base: the base model's folder, named in the adapter's configuration.
+        options: what the server was started with, beside the plan: seeds, data, device, time limits.
+        joined: client name → what it disclosed when it joined.
+    Returns:
+        the adapter's folder.
+    """
+    folder = adapters.export(federation.adapted, result.state, out / "adapter", str(base))
+    report = describe(federation.plan, federation.strategy, result, options or {}, joined or {})
+    text = json.dumps(_jsonable(report), indent=1, default=str, allow_nan=False)
+    (out / "report.json").write_text(text + "\n")
+    plan = federation.plan
+    curves.draw(out / "curves.png", result.records,
+                f"{plan.strategy}, {'private' if plan.private else 'not private'}, {plan.model.name}: "
+                f"{result.rounds} of {plan.rounds} rounds{ENDINGS[result.ended]}")
+    return folder
+
+
+def describe(plan: RunPlan, strategy: FederatedLoRA, result: FederationResult, options: Mapping[str, object],
+             joined: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
+    """All that is needed to read and to repeat the run. ε is each client's own business and not known here."""
+    evaluated = [record.evaluation for record in result.records if record.evaluation]
+    return {
+        "ended": result.ended,
+        "finished_rounds": result.rounds,
+        "evaluation": {"before": evaluated[0], "after": evaluated[-1]} if evaluated else None,
+        "plan": to_scalars(plan),
+        "strategy": {"exact": strategy.exact, "linear": strategy.linear},
+        "options": dict(options),
+        "versions": {"python": platform.python_version(), "platform": platform.platform()}
+        | {name: version(name) for name in PACKAGES},
+        "values_per_client": asdict(strategy.traffic),
+        "bytes": {"up": sum(r.bytes_up for r in result.records), "down": sum(r.bytes_down for r in result.records)},
+        "seconds": sum(r.seconds for r in result.records),
+        "disclosed": disclosures(result.records, joined),
+        "rounds": [asdict(record) for record in result.records],
+    }
+
+
+def disclosures(records: Sequence[RoundRecord], joined: Mapping[str, Mapping[str, object]]) -> dict[str, dict]:
+    """Per client everything that it told the server beside its tensors, and in which rounds it took part."""
+    said: dict[str, dict] = {name: {"joined_with": dict(about)} for name, about in sorted(joined.items())}
+    for record in records:
+        for name, scalars in record.disclosed.items():
+            said.setdefault(name, {}).setdefault("rounds", {})[str(record.round)] = dict(scalars)
+    return said
+
+
+def _jsonable(value: object) -> object:
+    """The value with numbers that JSON does not know (a diverged loss) as text."""
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
