@@ -1,0 +1,122 @@
+"""Short triage notes written by a seeded generator: the demo's text, about nobody.
+
+A note is *urgent* if a finding that cannot wait is there now, in the patient. Otherwise it is *routine*. Both kinds
+of note speak of alarming and of harmless findings alike, so the words alone do not tell: what tells is which of them
+is there, and which is denied, over, somebody else's, or only warned of.
+
+    urgent   Dry cough settled overnight; now crushing chest pain.
+    routine  Told to call back should crushing chest pain occur. Here today for a dry cough.
+
+Every eighth possible note, chosen by its hash, is kept for the held-out set: no hospital ever holds one of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+LABELS = ("routine", "urgent")
+
+HELD_OUT_SHARE = 8
+
+_ALARMING = (
+    "crushing chest pain", "sudden arm weakness", "slurred speech", "facial droop", "breathlessness at rest",
+    "vomiting blood", "black tarry stools", "sudden loss of vision", "stiff neck and high fever", "fainting",
+    "coughing up blood", "seizures", "sudden severe headache", "confusion", "tongue swelling", "blue lips",
+    "heavy bleeding", "severe abdominal pain", "choking", "collapse", "gasping for air", "one-sided numbness",
+)
+_HARMLESS = (
+    "runny nose", "mild sore throat", "itchy forearms", "blocked ears", "back ache after gardening", "sneezing",
+    "dry skin", "hiccups", "mild heartburn", "stiff fingers", "tired legs", "chapped lips", "watery eyes",
+    "ingrown toenail", "mild constipation", "insect bites", "muscle ache after sport", "hoarse voice",
+    "mild toothache", "dandruff", "warts on one finger", "dry cough",
+)
+_SINCE = ("since this morning", "since noon", "since last night", "for an hour", "since breakfast", "for two hours",
+          "since yesterday", "since waking")
+_THERE = (
+    "reports {f} {since}", "complains of {f}", "{f} {since}", "now has {f}", "presents with {f}", "here with {f}",
+    "{f} getting worse", "worsening {f}", "{f} {since}, still present", "currently has {f}",
+    "comes in with {f} {since}", "{f} confirmed on arrival", "ongoing {f}", "today {f}", "{f} has returned",
+)
+_RELATIVES = ("mother", "father", "brother", "sister", "husband", "wife", "neighbour", "grandmother")
+_NOT_THERE = {
+    "denied": ("denies {f}", "no {f}", "{f} denied", "without {f}", "does not report {f}", "no sign of {f}",
+               "{f} absent", "free of {f}", "never had {f}"),
+    "over": ("{f} last year, fully recovered", "{f} settled overnight", "{f} resolved", "no longer has {f}",
+             "{f} now gone", "history of {f} in childhood", "past {f}, recovered", "{f} cleared up days ago"),
+    "other": ("{who} has {f}", "{who} was treated for {f}", "{who} had {f}", "worried because {who} has {f}",
+              "{f} in {who}, not in the patient"),
+    "warned": ("to call back if {f} occurs", "advised to return should {f} occur", "told to watch for {f}",
+               "leaflet about {f} given", "will phone in case of {f}"),
+}
+_OPENINGS = ("Walk-in: ", "By phone: ", "At the desk: ", "Adult. ", "Evening clinic. ")
+_CLOSINGS = (" No medicines.", " No allergies.", " Pulse regular.", " Lives alone.", " Waiting in the hall.")
+_FRAMED = 0.25
+_JOINS = ("; ", ". ", ", ", ", ")
+
+# Share of notes with one clause only, with both findings alike, and with an alarming and a harmless finding opposed.
+_ONE, _ALIKE = 0.4, 0.2
+
+
+def note(rng: np.random.Generator, urgent: bool) -> str:
+    """One note of the kind asked for."""
+    def pick(options):
+        return options[rng.integers(len(options))]
+
+    def clause(finding: str, there: bool) -> str:
+        form = pick(_THERE) if there else pick(_NOT_THERE[pick(tuple(_NOT_THERE))])
+        return form.format(f=finding, since=pick(_SINCE), who=pick(_RELATIVES))
+
+    alarming, harmless = pick(_ALARMING), pick(_HARMLESS)
+    shape = rng.random()
+    clauses = [clause(alarming, urgent)]
+    if shape > _ONE:
+        clauses.append(clause(harmless, urgent if shape < _ONE + _ALIKE else not urgent))
+    if rng.random() < 0.5:
+        clauses.reverse()
+    join = pick(_JOINS)
+    if join == ". ":
+        clauses = [c[0].upper() + c[1:] for c in clauses]
+    body = join.join(clauses)
+    opening = pick(_OPENINGS) if rng.random() < _FRAMED else ""
+    closing = pick(_CLOSINGS) if rng.random() < _FRAMED else ""
+    return f"{opening}{body[0].upper()}{body[1:]}.{closing}"
+
+
+def notes(rng: np.random.Generator, rows: int, urgent_share: float, *, held_out: bool = False) -> list[tuple[str, str]]:
+    """(text, label) pairs, distinct, in random order; exactly round(rows · urgent_share) are urgent."""
+    urgent = rng.permutation(np.arange(rows) < round(rows * urgent_share))
+    seen: dict[str, str] = {}
+    for flag in urgent:
+        while True:
+            text = note(rng, bool(flag))
+            kept_back = hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_SHARE == 0
+            if text not in seen and kept_back == held_out:
+                break
+        seen[text] = LABELS[int(flag)]
+    return list(seen.items())
+
+
+def write_hospitals(folder: Path, seed: int, *, hospitals: int = 3, rows: int = 6000) -> list[Path]:
+    """One file of `rows` notes per hospital, hospital-1.jsonl onwards: 30 % urgent in the first, 70 % in the last.
+
+    Returns:
+        the files, each of which a client takes as its --data.
+    """
+    shares = np.linspace(0.3, 0.7, hospitals) if hospitals > 1 else [0.5]
+    return [_write(folder / f"hospital-{i}.jsonl", notes(np.random.default_rng([seed, i]), rows, share))
+            for i, share in enumerate(shares, start=1)]
+
+
+def write_held_out(file: Path, seed: int, *, rows: int = 1000) -> Path:
+    """A balanced file of notes that no hospital of any seed holds."""
+    return _write(file, notes(np.random.default_rng([seed, 0]), rows, 0.5, held_out=True))
+
+
+def _write(file: Path, pairs: list[tuple[str, str]]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs), "utf-8")
+    return file
