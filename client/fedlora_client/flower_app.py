@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -34,19 +35,20 @@ def train(message: Message, session: Session) -> Message:
     Raises:
         ValueError: the message is not an order of this FedLoRA version.
     """
-    records = {type(record): record for record in message.content.values()}
-    if set(records) != {ArrayRecord, ConfigRecord} or len(message.content) != 2:
+    records = list(message.content.values())  # not Flower's `array_records`: it leaves reference cycles
+    arrays = [record for record in records if isinstance(record, ArrayRecord)]
+    configs = [record for record in records if isinstance(record, ConfigRecord)]
+    if (len(records), len(arrays), len(configs)) != (2, 1, 1):
         raise ValueError("an order must carry exactly one ArrayRecord and one ConfigRecord; both sides need the same "
                          "FedLoRA version")
-    config, arrays = records[ConfigRecord], records[ArrayRecord]
-    tensors = {name: array.numpy() for name, array in arrays.items()}
-    answer = session.run_round(round_from_scalars(config), tensors)
+    tensors = {name: array.numpy() for name, array in arrays[0].items()}
+    answer = session.run_round(round_from_scalars(configs[0]), tensors)
     if isinstance(answer, Refusal):
         return Message(Error(REFUSED, f"{answer.code}: {answer.detail}"), reply_to=message)
     content = RecordDict({
-        "arrays": ArrayRecord({name: Array(array) for name, array in answer.tensors.items()}),
+        "arrays": ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in answer.tensors.items()}),
         "config": ConfigRecord({"run_id": answer.run_id, "round": answer.round, "attempt": answer.attempt}),
-        "metrics": MetricRecord(upload_metrics(answer)),
+        "metrics": MetricRecord({**upload_metrics(answer)}),
     })
     return Message(content, reply_to=message)
 

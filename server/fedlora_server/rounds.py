@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event
+from typing import cast
 
 from fedlora.plan import RunPlan, Tensors
 from fedlora_strategies import FederatedLoRA
@@ -171,7 +172,7 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
             averaged, metrics = strategy.aggregate_train(number, uploads)
             if averaged is not None:
                 arrays, state = averaged, to_tensors(averaged)
-            averages = dict(metrics or {})
+            averages = cast(dict[str, float], dict(metrics or {}))
             record = RoundRecord(
                 number, cohort=under_way.cohort, attempts=under_way.attempts, uploaded=under_way.uploaded,
                 lost=under_way.lost, refused=under_way.refused,

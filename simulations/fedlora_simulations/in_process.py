@@ -138,7 +138,7 @@ class InProcessEngine(Engine):
             del self._orders[message_id]
             if isinstance(order.outcome, Refusal):
                 yield to_reply(order.outcome, order.message)
-            else:
+            elif order.upload is not None:
                 file = self._file(message_id)
                 tensors = load_file(file)
                 file.unlink()

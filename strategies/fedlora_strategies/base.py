@@ -18,7 +18,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -125,9 +125,10 @@ class FederatedLoRA(Strategy):
         if self._round is None or self._round.number != server_round:
             self._round = self._begin(server_round, arrays)
         under_way = self._round
-        nodes = sorted(config["nodes"] if "nodes" in config else self._wait_for_nodes(grid))
+        given = cast(list[int], config["nodes"]) if "nodes" in config else self._wait_for_nodes(grid)
+        nodes, attempt = sorted(given), cast(int, config.get("attempt", 0))
         under_way.awaited.update(nodes)
-        order = RoundPlan(self.plan, server_round, int(config.get("attempt", 0)), under_way.shared_sha256)
+        order = RoundPlan(self.plan, server_round, attempt, under_way.shared_sha256)
         return (train_message(order, self._arrays_for(node, under_way), node) for node in nodes)
 
     def _begin(self, server_round: int, arrays: ArrayRecord) -> _Round:
@@ -168,9 +169,9 @@ class FederatedLoRA(Strategy):
         averaged = mean.result()
         state = self.server_step(averaged, under_way.shared, server_round)
         self.layout.check(state, "state")
-        metrics = figures.to_dict() | {"rejected": len(self.rejected),
-                                       "update_norm": _distance(averaged, under_way.trained)}
-        return to_record({spec.name: state[spec.name] for spec in self.layout.state}), MetricRecord(metrics)
+        metrics = {**figures.to_dict(), "rejected": len(self.rejected),
+                   "update_norm": _distance(averaged, under_way.trained)}
+        return to_record({spec.name: state[spec.name] for spec in self.layout.state}), MetricRecord({**metrics})
 
     def _in_order(self, replies: Iterable[Message], under_way: _Round) -> Iterator[Upload]:
         """The valid uploads by ascending node id; those of nodes that are still awaited hold back the later ones."""

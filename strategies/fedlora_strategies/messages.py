@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity  # private
 
@@ -51,8 +52,8 @@ def assign_id(message: Message, message_id: str) -> None:
 
 
 def to_record(tensors: Tensors) -> ArrayRecord:
-    """Serialise the tensors, in their order. Messages may share the record: its arrays are immutable bytes."""
-    return ArrayRecord({name: Array(array) for name, array in tensors.items()})
+    """Serialise the tensors in C order. Messages may share the record: its arrays are immutable bytes."""
+    return ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in tensors.items()})
 
 
 def to_tensors(record: ArrayRecord) -> Tensors:
@@ -69,7 +70,7 @@ def to_tensors(record: ArrayRecord) -> Tensors:
 
 def train_message(plan: RoundPlan, arrays: ArrayRecord, node_id: int) -> Message:
     """The order to train, for one node. Its RecordDict is its own; `arrays` may be shared with other messages."""
-    content = RecordDict({"arrays": arrays, "config": ConfigRecord(round_to_scalars(plan))})
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({**round_to_scalars(plan)})})
     return Message(content=content, dst_node_id=node_id, message_type=TRAIN, group_id=str(plan.round))
 
 
@@ -95,7 +96,7 @@ def reply(answer: Upload | Refusal, to: Message) -> Message:
     content = RecordDict({
         "arrays": to_record(answer.tensors),
         "config": ConfigRecord({name: getattr(answer, name) for name in UPLOAD_KEY}),
-        "metrics": MetricRecord(upload_metrics(answer)),
+        "metrics": MetricRecord({**upload_metrics(answer)}),
     })
     return Message(content, reply_to=to)
 
