@@ -1,0 +1,110 @@
+"""A trainer on a tiny model and a few records, and the clipped sum that it forms before noise."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedlora.adapters import attach, automatic_targets
+from fedlora.models import LoadedModel, load
+from fedlora.plan import ModelRef, RunPlan
+from fedlora.privacy import Stream
+from fedlora.tasks import Records, task_for
+from fedlora.tasks.records import pack
+from fedlora.training import Trainer
+from fedlora.training.optimizer import PerRecordOptimizer
+from fedlora.training.trainer import _PrivateStep
+from tests.tiny import DECODERS, ENCODERS, VOCABULARY, tiny_checkpoint
+
+CASES = [(kind, "classification") for kind in (*ENCODERS, *DECODERS)] + [(kind, "causal-lm") for kind in DECODERS]
+"""Every model type with every task that it can do."""
+
+LENGTHS = (9, 5, 12, 7, 8, 3, 20, 11)
+"""Of the test records: several lengths, some padded, some exactly filling their bucket."""
+
+
+def plan(family: str = "lora", task: str = "classification", **changes: object) -> RunPlan:
+    values = {
+        "run_id": "0" * 16, "fedlora_version": "0", "strategy": "ffa-lora", "family": family, "private": True,
+        "model": ModelRef("local", "0" * 64, "0" * 64, "0" * 64), "task": task,
+        "labels": ("no", "yes") if task == "classification" else (), "max_length": 32, "rank": 3, "alpha": 6.0,
+        "targets": ("any",), "train_head": task == "classification", "dropout": 0.0, "rounds": 1,
+        "max_participations": 1, "local_steps": 1, "expected_batch": 4, "optimizer": "sgd", "lr": 0.1,
+        "clip_norm": 0.5, "adapter_scale": 1.0, "head_scale": 0.25, "weight_by_examples": False}
+    return RunPlan(**(values | changes))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _checkpoint(kind: str) -> Path:
+    return tiny_checkpoint(kind, Path(tempfile.mkdtemp(prefix="fedlora-test-")))
+
+
+def loaded(kind: str, task: str) -> LoadedModel:
+    return load(_checkpoint(kind), task, 2)
+
+
+def make_trainer(kind: str, run: RunPlan, *, precision: str = "fp32", micro_batch: int | None = None,
+                 model: LoadedModel | None = None) -> Trainer:
+    """A trainer whose trained and frozen tensors are all random and not small, so that no gradient is 0."""
+    model = model or loaded(kind, run.task)
+    adapted = attach(model, family=run.family, rank=run.rank, alpha=run.alpha, dropout=run.dropout,
+                     targets=automatic_targets(model.model), train_head=run.train_head)
+    generator = np.random.default_rng(0)
+    adapted.write({spec.name: (0.3 * generator.standard_normal(spec.shape)).astype(np.float32)
+                   for spec in adapted.layout.state})
+    return Trainer(adapted, task_for(run, model.tokenizer), device="cpu", precision=precision, micro_batch=micro_batch,
+                   threads=1)
+
+
+def make_records(trainer: Trainer, *, count: int = len(LENGTHS), seed: int = 1) -> Records:
+    """Random tokens, which is all that a gradient needs; half of a language model's tokens are prompt."""
+    generator = np.random.default_rng(seed)
+    lengths = [LENGTHS[i % len(LENGTHS)] for i in range(count)]
+    tokens = [generator.integers(10, VOCABULARY, size=n).tolist() for n in lengths]
+    pad = trainer.task.tokenizer.pad_token_id
+    if trainer.task.name == "classification":
+        return pack(tokens, pad, labels=generator.integers(0, 2, size=count).tolist())
+    return pack(tokens, pad, answers=[[0] * (n // 2) + [1] * (n - n // 2) for n in lengths])
+
+
+def make_optimizer(trainer: Trainer, run: RunPlan, *, noise_multiplier: float = 1.0) -> PerRecordOptimizer:
+    parameters = [slot.parameter for slot in trainer.buffer.slots]
+    return PerRecordOptimizer(
+        torch.optim.SGD(parameters, lr=run.lr), trainer.buffer, clip_norm=run.clip_norm,
+        scales={"adapter": run.adapter_scale, "head": run.head_scale}, noise_multiplier=noise_multiplier,
+        expected_batch_size=run.expected_batch, noise=Stream(b"n" * 32))
+
+
+def clipped_sum(trainer: Trainer, run: RunPlan, records: Records, indices) -> torch.Tensor:
+    """[values] float64: what the noise would be added to if exactly these records were drawn."""
+    optimizer = make_optimizer(trainer, run)
+    trainer._accumulate(_PrivateStep(optimizer), records, np.asarray(indices, dtype=np.int64), lambda: False)
+    return optimizer.clipped_sum.clone()
+
+
+def per_record_rows(trainer: Trainer, records: Records, indices) -> torch.Tensor:
+    """[records, values]: gradients as the buffer holds them, in the order of `indices`."""
+    indices = np.asarray(indices, dtype=np.int64)
+    rows = torch.empty(len(indices), trainer.buffer.values)
+    position = {index: place for place, index in enumerate(indices.tolist())}
+    for length, part in trainer.layout(records, indices):
+        trainer.buffer.arm(len(part))
+        with trainer.autocast():
+            losses = trainer.task.per_record_loss(trainer.adapted.model, trainer.task.collate(records, part, length))
+        losses.sum().backward()
+        trainer.buffer.check_complete()
+        rows[[position[index] for index in part.tolist()]] = trainer.buffer.rows
+        trainer.buffer.disarm()
+    return rows
+
+
+def brute_force_row(trainer: Trainer, records: Records, index: int) -> torch.Tensor:
+    """[values]: the same gradient from plain autograd, of the record alone and without any padding."""
+    batch = trainer.task.collate(records, np.array([index]), int(records.lengths[index]))
+    loss = trainer.task.per_record_loss(trainer.adapted.model, batch).sum()
+    gradients = torch.autograd.grad(loss, [slot.parameter for slot in trainer.buffer.slots])
+    return torch.cat([gradient.flatten() for gradient in gradients])
