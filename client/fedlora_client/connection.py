@@ -145,7 +145,7 @@ class Connection:
         """Block until the server asks for a round. Clears `cancelled`.
 
         Returns:
-            The plan and the tensors that came with it: finite float32 arrays under a checked digest, whose names and
+            The plan and the tensors that came with it: finite float32 arrays that arrived whole, whose names and
             shapes are yet to be held against the layout.
         Raises:
             Goodbye, RunChanged, ServerUnreachable, Refused, WireError.
@@ -291,7 +291,7 @@ class Connection:
         elif kind == "chunk":
             self._on_chunk(stream, memoryview(frame.chunk.data))
         elif kind == "end":
-            self._on_end(stream, frame.end.sha256)
+            self._on_end(stream, frame.end.crc32)
         elif kind == "ack":
             self._on_ack(frame.ack)
         elif kind == "cancel":
@@ -358,9 +358,9 @@ class Connection:
         assert stream.incoming is not None
         stream.incoming.add(data)
 
-    def _on_end(self, stream: _Stream, sha256: str) -> None:
+    def _on_end(self, stream: _Stream, crc32: int) -> None:
         assert stream.incoming is not None and stream.plan is not None
-        refusal, plan = stream.incoming.finish(sha256), stream.plan
+        refusal, plan = stream.incoming.finish(crc32), stream.plan
         tensors, stream.incoming, stream.tensors = stream.tensors, None, {}
         with self._changed:
             if self._working == plan.key:

@@ -153,7 +153,7 @@ class GrpcSession:
         elif kind == "chunk":
             self._on_chunk(memoryview(frame.chunk.data))
         elif kind == "end":
-            self._on_end(frame.end.sha256)
+            self._on_end(frame.end.crc32)
         elif kind == "declined":
             self._on_declined(frame.declined)
         elif kind == "leave":
@@ -196,10 +196,10 @@ class GrpcSession:
             if self._drained_bytes > DRAINED_BYTES:
                 raise WireError("an upload went on after it had been refused")
 
-    def _on_end(self, sha256: str) -> None:
+    def _on_end(self, crc32: int) -> None:
         upload, self._upload = self._upload, None
         assert upload is not None
-        refusal = upload.incoming.finish(sha256)
+        refusal = upload.incoming.finish(crc32)
         stored = upload.stored()
         refusal = self._roster.answered(self, upload.key, refusal or stored) or refusal
         if refusal is not None:

@@ -1,0 +1,215 @@
+"""The wire format: the generated code is the .proto's, what is sent arrives, and nothing else is believed."""
+
+import dataclasses
+import filecmp
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fedlora
+from fedlora import wire
+from fedlora.plan import ModelRef, Refused, RoundPlan, RunPlan, Upload, to_scalars
+from fedlora.wire import CHUNK_BYTES, Setup, WireError, pb
+
+RUN = RunPlan(
+    run_id="0123456789abcdef", fedlora_version="0.1.0", strategy="fedsvd", family="frozen-a", private=True,
+    model=ModelRef("local", "0" * 64, "1" * 64, "2" * 64), task="classification", labels=("no", "yes"), max_length=64,
+    rank=8, alpha=16.0, targets=("query", "value"), train_head=True, dropout=0.0, rounds=3, max_participations=3,
+    local_steps=2, expected_batch=32, optimizer="adamw", lr=0.01, clip_norm=1.0, adapter_scale=1.0, head_scale=0.5,
+    weight_by_examples=False)
+
+shapes_strategy = st.dictionaries(st.text(min_size=1, max_size=8),
+                                  st.lists(st.integers(1, 40), max_size=3).map(tuple), max_size=6)
+
+
+def draw(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return {name: np.asarray(generator.standard_normal(shape), np.float32) for name, shape in shapes.items()}
+
+
+def receive(tensors, frames):
+    """What a receiver makes of serialized tensor frames: (refusal or None, tensors)."""
+    incoming, received = wire.receive_in_memory(wire.shapes_of(tensors))
+    for data in frames:
+        chunk = wire.chunk_of(data)
+        if chunk is not None:
+            incoming.add(chunk)
+        else:
+            return incoming.finish(wire.parse(pb.ServerFrame, data).end.crc32), received
+    raise AssertionError("no End")
+
+
+def test_the_generated_code_is_that_of_the_proto(tmp_path):
+    root = Path(fedlora.__file__).parents[1]
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{root}", f"--python_out={tmp_path}",
+                    f"--pyi_out={tmp_path}", str(root / "fedlora/wire/fedlora.proto")], check=True)
+    for name in ("fedlora_pb2.py", "fedlora_pb2.pyi"):
+        assert filecmp.cmp(tmp_path / "fedlora/wire" / name, root / "fedlora/wire" / name, shallow=False), (
+            f"{name} is out of date: python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. "
+            "fedlora/wire/fedlora.proto")
+
+
+def test_the_proto_has_exactly_the_fields_of_the_plan():
+    assert [f.name for f in pb.RunPlan.DESCRIPTOR.fields] == list(to_scalars(RUN))
+    assert {f.name for f in pb.Welcome.DESCRIPTOR.fields} == {f.name for f in dataclasses.fields(Setup)}
+
+
+def test_a_round_plan_survives_the_wire():
+    plan = RoundPlan(RUN, 2, 1, "a" * 64)
+    data = wire.task_to_wire(plan, {"x": (2, 3)}).SerializeToString()
+    task = pb.Task.FromString(data)
+    assert wire.plan_from_wire(task) == plan
+    assert wire.shapes_from(task.tensors) == {"x": (2, 3)}
+
+
+def test_a_setup_survives_the_wire():
+    setup = Setup(run_id=RUN.run_id, fedlora_version="0.1.0", strategy="fedsvd", private=True, model=RUN.model,
+                  task="classification", labels=(), announce_labels=True, max_length=64, rounds=3,
+                  max_participations=3, local_steps=2, expected_batch=32, clip_norm=1.0)
+    assert wire.setup_from_wire(wire.setup_to_wire(setup)) == setup
+
+
+@given(shapes_strategy)
+def test_tensors_survive_the_wire(shapes):
+    tensors = draw(shapes)
+    refusal, received = receive(tensors, wire.tensor_frames(tensors))
+    assert refusal is None and received.keys() == tensors.keys()
+    assert all(np.array_equal(received[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("sizes", [(CHUNK_BYTES // 4,), (CHUNK_BYTES // 4 + 1, 7), (3, CHUNK_BYTES // 2, 1)])
+def test_chunks_are_full_but_the_last_and_are_plain_protobuf(sizes):
+    tensors = draw({f"t{i}": (size,) for i, size in enumerate(sizes)})
+    *chunks, end = wire.tensor_frames(tensors)
+    lengths = [len(pb.ClientFrame.FromString(frame).chunk.data) for frame in chunks]
+    assert sum(lengths) == 4 * sum(sizes) and all(length == CHUNK_BYTES for length in lengths[:-1])
+    assert chunks == [pb.ServerFrame(chunk=pb.Chunk(data=bytes(wire.chunk_of(f)))).SerializeToString() for f in chunks]
+    assert receive(tensors, [*chunks, end])[0] is None
+
+
+@given(st.binary(max_size=40) | st.binary(max_size=300).map(
+    lambda data: pb.ClientFrame(chunk=pb.Chunk(data=data)).SerializeToString()))
+def test_the_quick_way_to_read_a_chunk_agrees_with_protobuf(data):
+    quick = wire.chunk_of(data)
+    if quick is not None:
+        assert pb.ClientFrame.FromString(data).chunk.data == bytes(quick)
+
+
+@given(shapes_strategy, st.randoms())
+def test_the_digest_does_not_depend_on_the_order(shapes, random):
+    tensors = draw(shapes)
+    shuffled = list(tensors.items())
+    random.shuffle(shuffled)
+    assert wire.digest(dict(shuffled)) == wire.digest(tensors)
+
+
+def test_the_digest_depends_on_names_shapes_and_values():
+    zeros = np.zeros((2, 3), np.float32)
+    variants = [{"x": zeros}, {"y": zeros}, {"x": zeros.T}, {"x": zeros + 1}, {"x": zeros[:1], "y": zeros[1:]}, {}]
+    assert len({wire.digest(tensors) for tensors in variants}) == len(variants)
+    strided = np.arange(12, dtype=np.float32).reshape(3, 4).T
+    assert wire.digest({"x": strided}) == wire.digest({"x": np.ascontiguousarray(strided)})
+
+
+def test_only_float32_travels():
+    with pytest.raises(ValueError, match="float64"):
+        wire.digest({"x": np.zeros(3)})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_refused_with_its_tensors_name(bad):
+    tensors = draw({"a": (5,), "b": (CHUNK_BYTES // 4,), "c": (9,)})
+    tensors["c"][8] = bad
+    refusal, _ = receive(tensors, wire.tensor_frames(tensors))
+    assert refusal.code == "invalid-tensors" and refusal.detail.startswith("c ")
+
+
+def test_a_changed_bit_is_refused():
+    tensors = draw({"a": (50,)})
+    chunk, end = wire.tensor_frames(tensors)
+    changed = bytearray(chunk)
+    changed[-1] ^= 1
+    refusal, _ = receive(tensors, [bytes(changed), end])
+    assert refusal.code == "invalid-tensors"
+
+
+def test_too_many_too_few_and_broken_bytes_end_the_transfer():
+    incoming, _ = wire.receive_in_memory({"a": (4,)})
+    incoming.add(memoryview(bytes(12)))
+    with pytest.raises(WireError, match="12 of 16"):
+        incoming.finish(0)
+    for data in (bytes(8), bytes(3), b""):
+        with pytest.raises(WireError):
+            incoming.add(memoryview(data))
+
+
+@pytest.mark.parametrize("header", [
+    [("b", [1]), ("a", [1])], [("a", [1]), ("a", [1])], [("", [1])], [("a", [0])], [("a", [-1])], [("a", [1] * 9)]])
+def test_a_header_must_be_sorted_unique_and_of_real_shapes(header):
+    with pytest.raises(WireError):
+        wire.shapes_from([pb.Tensor(name=name, shape=shape) for name, shape in header])
+
+
+def test_headers_are_refused_before_anything_is_read():
+    for shapes in ({}, {"a": (2,)}, {"a": (1 << 40,)}, {"a": (3,), "b": (1,)}):
+        with pytest.raises(Refused, match="invalid-tensors"):
+            wire.check_shapes(shapes, {"a": (3,)})
+    wire.check_shapes({"a": (3,)}, {"a": (3,)})
+
+
+def test_a_private_upload_discloses_nothing_that_is_not_noised():
+    def upload(**metrics):
+        return wire.upload_to_wire(Upload(RUN.run_id, 1, 0, {}, steps=2, **metrics))
+
+    noised = {"delta": 1e-5, "noise_multiplier": 1.0}
+    assert wire.metrics_from_wire(upload(**noised), private=True) == {"steps": 2, **noised}
+    for metrics in ({}, {**noised, "num_examples": 7}, {**noised, "train_loss": 0.5}, {**noised, "delta": 0.0}):
+        with pytest.raises(Refused, match="privacy-mismatch"):
+            wire.metrics_from_wire(upload(**metrics), private=True)
+    with pytest.raises(WireError):
+        wire.metrics_from_wire(upload(train_loss=float("nan")), private=False)
+
+
+def test_text_of_the_other_side_cannot_steer_a_terminal():
+    assert wire.clean("\x1b[2Jboo\n") == " [2Jboo "
+    with pytest.raises(WireError):
+        wire.labels_from_wire(["ok", "\x1b[31m"])
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=200))
+def test_any_bytes_decode_to_a_value_or_a_wire_error(data):
+    for kind in (pb.ClientFrame, pb.ServerFrame):
+        try:
+            wire.parse(kind, data)
+        except WireError:
+            continue
+    for kind, decode in ((pb.Task, wire.plan_from_wire), (pb.Welcome, wire.setup_from_wire),
+                         (pb.Refusal, wire.refusal_from_wire), (pb.Ready, lambda m: wire.labels_from_wire(m.labels)),
+                         (pb.Upload, lambda m: wire.shapes_from(m.tensors))):
+        try:
+            message = kind.FromString(data)
+        except Exception:
+            continue
+        try:
+            decode(message)
+        except WireError:
+            continue
+
+
+@pytest.mark.parametrize(("address", "loopback"), [
+    ("127.0.0.1:9092", True), ("127.8.8.8:1", True), ("localhost:9092", True), ("[::1]:9092", True),
+    ("0.0.0.0:9092", False), ("10.0.0.1:9092", False), ("example.org:9092", False), ("[::]:9092", False)])
+def test_plaintext_stays_on_this_machine(address, loopback):
+    assert wire.is_loopback(address) == loopback
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", ":9092", "host:", "host:http", "host:99999", ""])
+def test_an_address_is_host_and_port(address):
+    with pytest.raises(ValueError, match="host:port"):
+        wire.is_loopback(address)

@@ -1,0 +1,69 @@
+"""Real client processes for tests of the transport: they join, send back what they are sent, and can misbehave.
+
+As a program: `python federated_clients.py ADDRESS NAME [behaviour]`. It never imports Flower or torch.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+from fedlora.plan import Refused, RunPlan, Upload
+from fedlora.wire import Setup
+from fedlora_client.connection import Connection, Goodbye, RunChanged, ServerUnreachable
+
+
+def setup_of(run: RunPlan, **changes) -> Setup:
+    """What clients are told of `run` when they join."""
+    fields = {name: getattr(run, name) for name in (
+        "run_id", "fedlora_version", "strategy", "private", "model", "task", "labels", "max_length", "rounds",
+        "max_participations", "local_steps", "expected_batch", "clip_norm")}
+    return Setup(**({**fields, "announce_labels": False} | changes))
+
+
+def start_client(address: str, name: str, behaviour: str = "echo", **kwargs) -> subprocess.Popen:
+    """Start this file as a client process."""
+    return subprocess.Popen([sys.executable, __file__, address, name, behaviour], **kwargs)
+
+
+def echo(address: str, name: str, behaviour: str) -> int:
+    """Take part until the end. Behaviours: "echo"; "hang" trains until it is cancelled, then echoes.
+
+    Prints one line per task and one for how it ended. Exit codes: 0 goodbye, 1 a training saw Flower or torch in this
+    process, 3 no server, 4 refused.
+    """
+    connection = Connection(address, name, private=False, connect_timeout_s=8.0,
+                            report=lambda line: print(line, file=sys.stderr, flush=True))
+    signal.signal(signal.SIGTERM, lambda *_: connection.leave())
+    trained = set()
+    try:
+        connection.join()
+        connection.ready()
+        while True:
+            try:
+                plan, tensors = connection.next_task()
+                assert plan.key not in trained, "trained twice for one order"
+                trained.add(plan.key)
+                print("task", *plan.key, flush=True)
+                while behaviour == "hang" and not connection.cancelled.is_set():
+                    time.sleep(0.005)
+                refusal = connection.send(Upload(*plan.key, tensors=tensors, steps=plan.run.local_steps))
+                print("sent", refusal, flush=True)
+            except RunChanged as changed:
+                print("run", changed.setup.run_id, flush=True)
+                connection.ready()
+    except Goodbye as goodbye:
+        print("goodbye", goodbye, flush=True)
+    except ServerUnreachable as error:
+        print("unreachable", error, flush=True)
+        return 3
+    except Refused as refused:
+        print("refused", refused, flush=True)
+        return 4
+    return int(any(module in sys.modules for module in ("flwr", "torch")))
+
+
+if __name__ == "__main__":
+    raise SystemExit(echo(*sys.argv[1:4]))
