@@ -69,11 +69,11 @@ def describe(plan: RunPlan, strategy: FederatedLoRA, result: FederationResult, o
 
 def disclosures(records: Sequence[RoundRecord], joined: Mapping[str, Mapping[str, object]]) -> dict[str, dict]:
     """Per client everything that it told the server beside its tensors, and in which rounds it took part."""
-    said: dict[str, dict] = {name: {"joined_with": dict(about)} for name, about in sorted(joined.items())}
+    said: dict[str, dict] = {name: {"joined_with": dict(about)} for name, about in joined.items()}
     for record in records:
         for name, scalars in record.disclosed.items():
             said.setdefault(name, {}).setdefault("rounds", {})[str(record.round)] = dict(scalars)
-    return said
+    return dict(sorted(said.items()))
 
 
 def _jsonable(value: object) -> object:
