@@ -108,7 +108,7 @@ def check_shapes(shapes: Shapes, expected: Shapes) -> None:
     """
     missing, unknown = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
     if missing or unknown:
-        raise Refused("invalid-tensors", f"missing {_some(missing)}; unknown {_some(unknown)}")
+        raise Refused("invalid-tensors", f"{_some(missing)} missing, {_some(unknown)} unknown")
     for name, shape in shapes.items():
         if shape != expected[name]:
             raise Refused("invalid-tensors", f"{name} has shape {shape}, not {expected[name]}")

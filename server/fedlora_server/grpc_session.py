@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 FRAME_PREFIX_BYTES = 5
 """gRPC's own, before each frame."""
-DRAINED_BYTES = 64 << 20
+DRAINED_BYTES = 512 << 20
 """This much of a refused upload may be under way when the sender hears of the refusal."""
 
 
@@ -183,14 +183,14 @@ class GrpcSession:
             refusal = refused.refusal
         self._upload, self._drained_bytes = _Upload(key, shapes, metrics, folder, refusal), 0
         if refusal is not None:
-            self._acknowledge(refusal)
+            self._refuse(refusal)
 
     def _on_chunk(self, data: memoryview) -> None:
         assert self._upload is not None
         incoming = self._upload.incoming
         incoming.add(data)
         if incoming.refusal is not None and not self._upload.acknowledged:
-            self._acknowledge(incoming.refusal)
+            self._refuse(incoming.refusal)
         if incoming.refusal is not None:
             self._drained_bytes += len(data)
             if self._drained_bytes > DRAINED_BYTES:
@@ -200,12 +200,11 @@ class GrpcSession:
         upload, self._upload = self._upload, None
         assert upload is not None
         refusal = upload.incoming.finish(crc32)
-        stored = upload.stored()
-        refusal = self._roster.answered(self, upload.key, refusal or stored) or refusal
+        if not upload.acknowledged:
+            refusal = self._roster.answered(self, upload.key, refusal or upload.stored()) or refusal
+            self._send_ack(upload.key, refusal)
         if refusal is not None:
             upload.discard()
-        if not upload.acknowledged:
-            self._send_ack(upload.key, refusal)
 
     def _on_declined(self, declined: pb.Declined) -> None:
         refusal = wire.refusal_from_wire(declined.refusal)
@@ -215,9 +214,11 @@ class GrpcSession:
         else:
             self._roster.declined(self, refusal)
 
-    def _acknowledge(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: Refusal) -> None:
+        """Settle the upload that is coming in; the rest of it is dropped."""
         assert self._upload is not None
         self._upload.acknowledged = True
+        self._roster.answered(self, self._upload.key, refusal)
         self._send_ack(self._upload.key, refusal)
 
     def _send_ack(self, key: Key, refusal: Refusal | None) -> None:

@@ -1,4 +1,4 @@
-"""Real client processes for tests of the transport: they join, send back what they are sent, and can misbehave.
+"""Real client processes for tests of the transport: they join, send back the tensors of a frozen-A family that train.
 
 As a program: `python federated_clients.py ADDRESS NAME [behaviour]`. It never imports Flower or torch.
 """
@@ -34,22 +34,23 @@ def echo(address: str, name: str, behaviour: str) -> int:
     Prints one line per task and one for how it ended. Exit codes: 0 goodbye, 1 a training saw Flower or torch in this
     process, 3 no server, 4 refused.
     """
-    connection = Connection(address, name, private=False, connect_timeout_s=8.0,
+    connection = Connection(address, name, private=False, connect_timeout_s=60.0,
                             report=lambda line: print(line, file=sys.stderr, flush=True))
     signal.signal(signal.SIGTERM, lambda *_: connection.leave())
-    trained = set()
+    done = set()
     try:
         connection.join()
         connection.ready()
         while True:
             try:
                 plan, tensors = connection.next_task()
-                assert plan.key not in trained, "trained twice for one order"
-                trained.add(plan.key)
+                assert plan.key not in done, "trained twice for one order"
+                done.add(plan.key)
                 print("task", *plan.key, flush=True)
                 while behaviour == "hang" and not connection.cancelled.is_set():
                     time.sleep(0.005)
-                refusal = connection.send(Upload(*plan.key, tensors=tensors, steps=plan.run.local_steps))
+                trained = {name: array for name, array in tensors.items() if not name.endswith(".A")}
+                refusal = connection.send(Upload(*plan.key, tensors=trained, steps=plan.run.local_steps))
                 print("sent", refusal, flush=True)
             except RunChanged as changed:
                 print("run", changed.setup.run_id, flush=True)

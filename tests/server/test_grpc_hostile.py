@@ -1,0 +1,248 @@
+"""Either side may send anything: the other answers with a typed error, goes on, and adds nothing."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fedlora
+from fedlora import wire
+from fedlora.plan import PROTOCOL, Refused, RoundPlan, Upload
+from fedlora.wire import WireError, pb
+from fedlora_client.connection import Connection, Goodbye, RunChanged, ServerUnreachable
+from fedlora_server.engine import node_id
+from fedlora_server.grpc_engine import GrpcEngine
+from fedlora_strategies.messages import to_record, train_message
+from tests.federation import layout_of, plan_of, start_of
+from tests.server.federated_clients import setup_of
+
+RUN = plan_of("ffa-lora")
+LAYOUT = layout_of("frozen-a")
+STATE = start_of(LAYOUT, seed=1)
+UPLOAD = {spec.name: STATE[spec.name] for spec in LAYOUT.trained}
+KEY = pb.Key(run_id=RUN.run_id, round=1, attempt=0)
+TASK = wire.task_to_wire(RoundPlan(RUN, 1, 0, wire.digest({})), wire.shapes_of(STATE))
+
+
+def join_frame(name: str = "mallory", **changes) -> pb.ClientFrame:
+    fields = dict(protocol=PROTOCOL, fedlora_version=fedlora.__version__, name=name, process=bytes(16), private=False)
+    return pb.ClientFrame(join=pb.Join(**(fields | changes)))
+
+
+def upload_frames(tensors=UPLOAD) -> list[bytes]:
+    upload = wire.upload_to_wire(Upload(RUN.run_id, 1, 0, tensors, steps=1))
+    return [pb.ClientFrame(upload=upload).SerializeToString(), *wire.tensor_frames(tensors)]
+
+
+def converse(address: str, frames: list[bytes]) -> tuple[list[pb.ServerFrame], grpc.StatusCode]:
+    """Send the frames, hear everything until the server has been silent for a moment or ended the stream."""
+    heard: list[pb.ServerFrame] = []
+    done = threading.Event()
+
+    def requests() -> Iterator[bytes]:
+        yield from frames
+        done.wait(0.3)
+
+    with grpc.insecure_channel(address) as channel:
+        call = channel.stream_stream(wire.SERVICE)(requests(), timeout=5)
+        try:
+            for data in call:
+                heard.append(pb.ServerFrame.FromString(data))
+            return heard, grpc.StatusCode.OK
+        except grpc.RpcError as error:
+            return heard, error.code()
+        finally:
+            done.set()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    engine = GrpcEngine("127.0.0.1:0", setup_of(RUN), tmp_path_factory.mktemp("spool"))
+    engine.expect(LAYOUT)
+    yield engine
+    engine.close("done")
+
+
+def assert_still_works(engine: GrpcEngine, number: int) -> None:
+    """An honest client does a round."""
+    honest = Connection(engine.address, "honest", private=False)
+    honest.join()
+    honest.ready()
+    while node_id("honest") not in engine.idle():
+        engine.wait([], 0.1)
+    order = RoundPlan(RUN, number, 0, wire.digest({}))
+    [sent] = engine.push_messages([train_message(order, to_record(STATE), node_id("honest"))])
+    plan, tensors = honest.next_task()
+    assert all(np.array_equal(tensors[name], STATE[name]) for name in STATE)
+    assert honest.send(Upload(*plan.key, tensors=UPLOAD, steps=1)) is None
+    assert engine.wait([sent], 5.0) == {sent: "uploaded"}
+    engine.cancel([sent])
+    honest.leave()
+    while node_id("honest") in engine.get_node_ids():
+        engine.wait([], 0.1)
+
+
+READY = pb.ClientFrame(ready=pb.Ready()).SerializeToString()
+JOIN = join_frame().SerializeToString()
+END = pb.ClientFrame(end=pb.End()).SerializeToString()
+CHUNK = pb.ClientFrame(chunk=pb.Chunk(data=bytes(64))).SerializeToString()
+
+
+@pytest.mark.parametrize("frames", [
+    [b"\xff\xff\xff"], [b""], [READY], [CHUNK], [END], [JOIN, JOIN], [JOIN, CHUNK], [JOIN, READY, END],
+    [JOIN, READY, *upload_frames()[:1], READY],
+    [JOIN, READY, *upload_frames()[:1], b"\x22\x05\x0a\x03abc"],
+    [join_frame("").SerializeToString()], [join_frame("\x1b[2J").SerializeToString()],
+    [join_frame("x" * 65).SerializeToString()], [join_frame(process=b"short").SerializeToString()],
+    [JOIN, pb.ClientFrame(ready=pb.Ready(labels=["a"])).SerializeToString()],
+    [JOIN, pb.ClientFrame(declined=pb.Declined(refusal=pb.Refusal(code="rm -rf"))).SerializeToString()],
+], ids=range(16))
+def test_a_client_that_breaks_the_protocol_loses_its_stream(engine, frames):
+    _, status = converse(engine.address, frames)
+    assert status == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_frame_above_the_limit_is_refused_unread(engine):
+    huge = pb.ClientFrame(chunk=pb.Chunk(data=bytes(3 << 20))).SerializeToString()
+    _, status = converse(engine.address, [JOIN, READY, huge])
+    assert status == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("changes", [{"protocol": PROTOCOL + 1}, {"fedlora_version": "7.3.0"}])
+def test_versions_that_do_not_fit_are_refused_by_name(engine, changes):
+    [heard], _ = converse(engine.address, [join_frame(**changes).SerializeToString()])
+    assert heard.refused.code == "version-mismatch"
+    assert fedlora.__version__ in heard.refused.detail and str(next(iter(changes.values()))) in heard.refused.detail
+
+
+def test_an_upload_that_nobody_asked_for_is_too_late_and_the_stream_goes_on(engine):
+    heard, status = converse(engine.address, [JOIN, READY, *upload_frames(), *upload_frames()])
+    assert [frame.ack.refusal.code for frame in heard[1:]] == ["too-late", "too-late"]
+    assert status == grpc.StatusCode.OK or heard[-1].WhichOneof("kind") == "ack"
+
+
+def test_an_upload_that_announces_a_petabyte_is_refused_from_its_header(engine):
+    header = pb.Upload(key=KEY, tensors=[pb.Tensor(name="head.out.bias", shape=[1 << 48])], steps=1)
+    heard, _ = converse(engine.address, [JOIN, READY, pb.ClientFrame(upload=header).SerializeToString(), END])
+    assert heard[1].ack.HasField("refusal")
+
+
+client_frames = st.sampled_from([
+    JOIN, READY, END, CHUNK, *upload_frames(), b"\x22", b"\x22\x02\x0a\x00",
+    pb.ClientFrame(declined=pb.Declined(key=KEY, refusal=pb.Refusal(code="policy"))).SerializeToString(),
+    pb.ClientFrame(ready=pb.Ready(working=KEY)).SerializeToString(),
+    pb.ClientFrame(leave=pb.Leave()).SerializeToString()]) | st.binary(max_size=60)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(client_frames, max_size=8))
+def test_no_frames_of_a_client_crash_the_server(engine, frames):
+    with grpc.insecure_channel(engine.address) as channel:
+        call = channel.stream_stream(wire.SERVICE)(iter([JOIN, *frames]), timeout=5)
+        try:
+            for data in call:
+                pb.ServerFrame.FromString(data)
+        except grpc.RpcError as error:
+            assert error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def test_after_all_that_the_server_works_and_holds_no_streams(engine):
+    assert_still_works(engine, 1)
+    deadline = time.monotonic() + 10
+    while engine.get_node_ids() and time.monotonic() < deadline:
+        engine.wait([], 0.1)
+    assert engine.get_node_ids() == []
+
+
+class HostileServer:
+    """Welcomes a client properly, waits for its Ready, and then sends the given frames."""
+
+    def __init__(self, frames: list[bytes], *, welcome: bool = True) -> None:
+        def serve(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            next(requests)
+            if welcome:
+                yield pb.ServerFrame(welcome=wire.setup_to_wire(setup_of(RUN))).SerializeToString()
+                next(requests)
+            yield from frames
+            yield pb.ServerFrame(goodbye=pb.Goodbye(reason="enough")).SerializeToString()
+
+        self._server = grpc.server(ThreadPoolExecutor(4))
+        handler = grpc.stream_stream_rpc_method_handler(serve)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(
+            "fedlora.Federation", {"Session": handler}),))
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def __enter__(self) -> str:
+        return self.address
+
+    def __exit__(self, *_) -> None:
+        self._server.stop(0)
+
+
+def meet(frames: list[bytes], **kwargs):
+    """What an honest client gets from a hostile server: a task or the error that ends it."""
+    with HostileServer(frames, **kwargs) as address:
+        connection = Connection(address, "north", private=False, connect_timeout_s=3)
+        try:
+            connection.join()
+            connection.ready()
+            return connection.next_task()
+        except (WireError, Refused, Goodbye, RunChanged, ServerUnreachable) as error:
+            return error
+        finally:
+            connection.leave()
+
+
+def task_frames(task: pb.Task = TASK, tensors=STATE) -> list[bytes]:
+    return [pb.ServerFrame(task=task).SerializeToString(), *wire.tensor_frames(tensors)]
+
+
+def changed_task(**changes) -> pb.Task:
+    task = pb.Task.FromString(TASK.SerializeToString())
+    for name, value in changes.items():
+        setattr(task.run if name in pb.RunPlan.DESCRIPTOR.fields_by_name else task, name, value)
+    return task
+
+
+@pytest.mark.parametrize("frames", [
+    [b"\xff\xff"], [b""], [CHUNK], [END],
+    [*task_frames()[:1], b"\x22\x05\x0a\x03abc"], task_frames()[:1] + task_frames()[:1],
+    [*task_frames()[:2], CHUNK], task_frames()[:1] + task_frames()[-1:],
+    task_frames(changed_task(strategy="mine-bitcoin")), task_frames(changed_task(lr=float("nan"))),
+    task_frames(changed_task(rank=0)), task_frames(changed_task(round=0)), task_frames(changed_task(run_id="f" * 16)),
+], ids=range(13))
+def test_a_server_that_breaks_the_protocol_gets_a_typed_error_at_the_client(frames):
+    assert isinstance(meet(frames), WireError)
+
+
+def test_what_is_no_fedlora_server_is_named_so():
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with pytest.raises(WireError, match="not a FedLoRA server"):
+        Connection(f"127.0.0.1:{port}", "north", private=False, connect_timeout_s=3).join()
+    server.stop(0)
+
+
+def test_a_server_that_does_not_welcome_is_a_typed_error():
+    assert isinstance(meet([CHUNK], welcome=False), WireError)
+
+
+server_frames = st.sampled_from([*task_frames(), CHUNK, END, *(frame.SerializeToString() for frame in (
+    pb.ServerFrame(cancel=KEY), pb.ServerFrame(ack=pb.Ack(key=KEY)), pb.ServerFrame(goodbye=pb.Goodbye(reason="\x07")),
+    pb.ServerFrame(refused=pb.Refusal(code="policy"))))]) | st.binary(max_size=60)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(server_frames, max_size=6))
+def test_no_frames_of_a_server_crash_or_hang_the_client(frames):
+    met = meet(frames)
+    if isinstance(met, tuple):
+        assert all(np.array_equal(met[1][name], STATE[name]) for name in STATE)
