@@ -147,7 +147,7 @@ class ClientSession:
             self.state.save_shared(plan.shared_sha256, received)
         return {**tensors, **shared}
 
-    def _train(self, plan: RoundPlan, start: Tensors, stop: Callable[[], bool]) -> Upload:
+    def _train(self, plan: RoundPlan, start: Tensors, stop: Callable[[], bool]) -> Upload | Refusal:
         self.trainer.adapted.write(start)
         private = self.run.private
         result = self.trainer.train(
@@ -156,6 +156,9 @@ class ClientSession:
             sampling=self.streams.stream(plan.round, "sampling", plan.attempt),
             noise=self.streams.stream(plan.round, "noise", plan.attempt) if private else None, stop=stop)
         self.last_result = result
+        if result.steps < self.run.local_steps:
+            log.info("Round %d was stopped before its last step; it stays charged.", plan.round)
+            return Refusal("unavailable")
         upload = Upload(
             *plan.key, tensors=result.tensors, steps=result.steps, delta=self.account.delta,
             noise_multiplier=self.account.noise_multiplier,

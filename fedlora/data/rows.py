@@ -88,3 +88,12 @@ def normalize_label(value: object) -> str | None:
 def label_names(rows: Rows) -> tuple[str, ...]:
     """The names of the labels that occur, sorted; () if there are none."""
     return tuple(sorted({label for label in rows.labels or () if label is not None}))
+
+
+def check_labels(rows: Rows, allowed: Sequence[str]) -> None:
+    """Raises ValueError for the first label outside the allowed ones, naming file, line and what is allowed."""
+    for row, label in enumerate(rows.labels or ()):
+        if label is not None and label not in allowed:
+            raise ValueError(f"{rows.where(row)}: the label is not in the label set. Allowed are: "
+                             f"{', '.join(allowed)}. Correct the row, or have the server started with --labels that "
+                             "include it")

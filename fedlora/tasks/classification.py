@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fedlora.data import Rows
+from fedlora.data import Rows, check_labels
 from fedlora.tasks.records import Batch, Records, pack
 from fedlora.tasks.task import Task
 
@@ -31,11 +31,7 @@ class Classification(Task):
         if rows.labels is None or rows.kind not in ("text", "pair"):
             raise ValueError(f"these rows were read as {rows.kind} without labels; classification needs text and label")
         classes = {name: index for index, name in enumerate(self.labels)}
-        for row, label in enumerate(rows.labels):
-            if label is not None and label not in classes:
-                raise ValueError(f"{rows.where(row)}: the label is not in the label set. Allowed are: "
-                                 f"{', '.join(self.labels)}. Correct the row, or have the server started with "
-                                 "--labels that include it")
+        check_labels(rows, self.labels)
         tokens: list[list[int]] = []
         segments: list[list[int]] = []
         kept: list[int] = []

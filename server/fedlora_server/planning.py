@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
+import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from fedlora.models import LoadedModel
 from fedlora.plan import ModelRef, RunPlan, Tensors
 from fedlora.tasks import Records, Task, task_for
 from fedlora_strategies import STRATEGY_CLASSES, FederatedLoRA
-from fedlora_strategies.presets import preset
+from fedlora_strategies.presets import Preset, preset
 
 Evaluate = Callable[[Tensors], Mapping[str, float]]
 
@@ -37,8 +39,25 @@ def find_model(options: Namespace) -> BaseModel:
         ValueError: the model cannot be found, or is not made for --task.
     """
     path = models.resolve(options.model, allow_download=options.allow_download)
-    models.check_task(path, options.task)
+    models.check_task(path, options.task, options.max_length)
     return BaseModel(path, models.reference(options.model, path))
+
+
+def claim_folder(out: Path | None, name: str) -> Path:
+    """--out, or runs/<time>-<name>, made and empty.
+
+    Raises:
+        ValueError: it is not empty, or cannot be made.
+    """
+    folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = any(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be used: {error.strerror}; name another folder") from None
+    if taken:
+        raise ValueError(f"--out {folder} is not empty; name another folder, so that no earlier result is lost")
+    return folder
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,8 @@ class Federation:
     strategy: FederatedLoRA
 
 
-def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[str, ...], seed: int) -> Federation:
+def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[str, ...], seed: int, *,
+            run_id: str | None = None) -> Federation:
     """Load the base model, attach the adapters, and draw every tensor that is not in the base checkpoint.
 
     Args:
@@ -60,48 +80,54 @@ def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[st
         strategy: one of `fedlora.plan.STRATEGIES`.
         labels: the frozen label set; () for causal language models.
         seed: of the shared tensors.
+        run_id: 16 hexadecimal digits; None draws them.
     Raises:
         ValueError: the options do not fit the model, the task or each other.
     """
     loaded = models.load(base.path, options.task, len(labels))
-    plan = make_plan(options, strategy, base.reference, labels, loaded)
+    plan = make_plan(options, strategy, base.reference, labels, loaded, run_id or secrets.token_hex(8))
     adapted = attach(loaded, family=plan.family, rank=plan.rank, alpha=plan.alpha, targets=plan.targets,
                      train_head=plan.train_head, dropout=plan.dropout)
-    init = options.init or preset(strategy, plan.private).init
-    state = initial_tensors(adapted, init=init, seed=seed)
+    state = initial_tensors(adapted, init=planned(options, strategy).init, seed=seed)
     return Federation(plan, adapted, task_for(plan, loaded.tokenizer), state,
                       STRATEGY_CLASSES[strategy](plan, adapted.layout))
 
 
+def planned(options: Namespace, strategy: str) -> Preset:
+    """The preset of (strategy, --privacy), with the values that flags override.
+
+    Raises:
+        ValueError: --max-participations is more than the rounds.
+    """
+    chosen = preset(strategy, options.privacy == "required")
+    given = {name: value for field in dataclasses.fields(Preset)
+             if (value := getattr(options, name := field.name)) is not None}
+    values = dataclasses.replace(chosen, **given)
+    if options.max_participations and options.max_participations > values.rounds:
+        raise ValueError(f"--max-participations {options.max_participations} is more than the {values.rounds} rounds "
+                         "of the run; lower it, or leave it out for exactly the rounds")
+    return values
+
+
 def make_plan(options: Namespace, strategy: str, reference: ModelRef, labels: tuple[str, ...],
-              loaded: LoadedModel) -> RunPlan:
-    """The plan that options and the preset of (strategy, privacy) give together."""
-    private = options.privacy == "required"
-    chosen = preset(strategy, private)
-
-    def value(name: str):
-        given = getattr(options, name)
-        return getattr(chosen, name) if given is None else given
-
-    rounds = value("rounds")
+              loaded: LoadedModel, run_id: str) -> RunPlan:
+    """The plan that options and the preset give together."""
+    values = planned(options, strategy)
     targets = options.targets if options.targets is not None else automatic_targets(loaded.model)
-    if options.max_participations and options.max_participations > rounds:
-        raise ValueError(f"--max-participations {options.max_participations} is more than the {rounds} rounds of the "
-                         "run; lower it, or leave it out for exactly the rounds")
+    private = options.privacy == "required"
     return RunPlan(
-        run_id=secrets.token_hex(8), fedlora_version=fedlora.__version__, strategy=strategy,
+        run_id=run_id, fedlora_version=fedlora.__version__, strategy=strategy,
         family=STRATEGY_CLASSES[strategy].family, private=private, model=reference, task=options.task, labels=labels,
-        max_length=options.max_length, rank=value("rank"), alpha=value("alpha"),
+        max_length=options.max_length, rank=values.rank, alpha=values.alpha,
         targets=() if targets == ("none",) else tuple(targets),
         train_head=options.task == "classification" and options.head != "freeze", dropout=options.dropout,
-        rounds=rounds, max_participations=options.max_participations or rounds, local_steps=value("local_steps"),
-        expected_batch=value("batch_size"), optimizer=value("optimizer"), lr=value("lr"),
-        clip_norm=value("clip_norm"), adapter_scale=1.0, head_scale=value("head_scale"),
-        weight_by_examples=not private)
+        rounds=values.rounds, max_participations=options.max_participations or values.rounds,
+        local_steps=values.local_steps, expected_batch=values.batch_size, optimizer=values.optimizer, lr=values.lr,
+        clip_norm=values.clip_norm, adapter_scale=1.0, head_scale=values.head_scale, weight_by_examples=not private)
 
 
-def evaluator(federation: Federation, path: Path, columns: Mapping[str, str], *, device: str = "cpu",
-              precision: torch.dtype | None = None) -> Evaluate:
+def evaluator(federation: Federation, path: Path, columns: Mapping[str, str], *,
+              device: str | torch.device = "cpu", precision: torch.dtype | None = None) -> Evaluate:
     """A function from the state to its figures on held-out rows: accuracy and loss, or loss and perplexity.
 
     Raises:
@@ -115,6 +141,7 @@ def evaluator(federation: Federation, path: Path, columns: Mapping[str, str], *,
 
     def evaluate(state: Tensors) -> Mapping[str, float]:
         federation.adapted.write(state)
-        return federation.task.evaluate(federation.adapted.model, records, device=device, dtype=precision)
+        return federation.task.evaluate(federation.adapted.model, records, device=device,
+                                        autocast_dtype=precision)
 
     return evaluate

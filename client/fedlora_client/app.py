@@ -1,0 +1,186 @@
+"""The client's main loop: join, check what the server proposes, read the data, train when asked, leave politely."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from fedlora import data, models
+from fedlora.adapters import attach
+from fedlora.data import Rows
+from fedlora.plan import Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload
+from fedlora.privacy import RunStreams, run_streams
+from fedlora.tasks import task_for
+from fedlora.training import Trainer
+from fedlora.wire import Setup
+
+from .connection import Connection, Goodbye, RunChanged
+from .session import ClientSession, Limits
+from .state import FolderState
+
+log = logging.getLogger(__name__)
+
+
+def take_part(options: Namespace, console: Console) -> None:
+    """Take part in the server's run until it says goodbye.
+
+    Raises:
+        ValueError: an option or the data is wrong.
+        Refused: one side declined; the code says why.
+        ServerUnreachable: no server within --connect-timeout.
+    """
+    if options.data is None:
+        raise ValueError("--data is missing: name the folder or file with your training rows")
+    name = options.name or socket.gethostname()
+    limits = Limits(options.epsilon, options.delta, options.declared_size, options.max_clip_norm or float("inf"))
+    streams = run_streams(name)
+    if not limits.private:
+        console.print("PRIVACY IS OFF (--epsilon inf): what this client sends can reveal its records.",
+                      style="bold red")
+    if streams.predictable:
+        console.print("THE NOISE IS PREDICTABLE (test-only seed set in the environment): no ε holds for this run.",
+                      style="bold red")
+    state = FolderState(options.state or default_state(name))
+    connection = Connection(options.server, name, private=limits.private, insecure=options.insecure,
+                            connect_timeout_s=options.connect_timeout, report=console.print)
+    try:
+        setup = connection.join()
+        while True:
+            try:
+                _serve(options, setup, connection, limits, state, streams, console)
+            except RunChanged as changed:
+                setup = changed.setup
+                console.print(f"The server was restarted with another run, {setup.run_id}.", highlight=False)
+    except Goodbye as goodbye:
+        console.print(f"The server says goodbye: {goodbye}", highlight=False)
+    finally:
+        connection.leave()
+
+
+def default_state(name: str) -> Path:
+    """Where a client named `name` keeps its accounts if --state is not given."""
+    return Path.home() / ".local" / "state" / "fedlora" / name
+
+
+def _serve(options: Namespace, setup: Setup, connection: Connection, limits: Limits, state: FolderState,
+           streams: RunStreams, console: Console) -> None:
+    """Answer the orders of one run; ends with an exception of the connection."""
+    try:
+        part = Part(options, setup, limits, state, streams, console)
+    except Refused as refused:
+        connection.decline(refused.refusal)
+        raise
+    connection.ready(part.announced)
+    console.print(f"Joined {options.server} as {streams.name}; waiting to be asked.", highlight=False)
+    while True:
+        plan, tensors = connection.next_task()
+        with console.status(f"round {plan.round}: training"):
+            answer = part.answer(plan, tensors, connection.cancelled.is_set)
+        declined = connection.send(answer)
+        part.report(plan, answer, declined, connection)
+
+
+class Part:
+    """This client's part in one run: the data read and checked, the model loaded once the plan is known.
+
+    Raises:
+        Refused: the proposal does not fit this client's limits, model or labels; nothing was read before the first two
+            were checked.
+        ValueError: the data cannot be used.
+
+    Attributes:
+        announced: label names that the server asked for, disclosed when ready; else ().
+    """
+
+    def __init__(self, options: Namespace, setup: Setup, limits: Limits, state: FolderState, streams: RunStreams,
+                 console: Console) -> None:
+        limits.check(setup.private)
+        path = Path(options.model) if options.model and Path(options.model).is_dir() else None
+        if options.model and path is None and options.model != setup.model.name:
+            raise ValueError(f"--model {options.model} is neither a folder nor the plan's {setup.model.name}; give the "
+                             "folder of the base model, or leave it out")
+        self._model_path = models.obtain(setup.model, path=path, allow_download=options.allow_download)
+        models.check_task(self._model_path, setup.task, setup.max_length)
+        self._options, self._setup, self._limits = options, setup, limits
+        self._state, self._streams, self._console = state, streams, console
+        self._rows = _read(options, setup)
+        self._session: ClientSession | None = None
+        self.announced = data.label_names(self._rows) if setup.announce_labels else ()
+        if self.announced:
+            console.print(f"Disclosed to the server: the label names {', '.join(self.announced)}", highlight=False)
+
+    def answer(self, plan: RoundPlan, tensors: Tensors, stop: Callable[[], bool]) -> Upload | Refusal:
+        """Train, or say why not; whatever goes wrong here stays in the local log."""
+        try:
+            if self._session is None or self._session.run.run_id != plan.run.run_id:
+                self._session = self._open(plan.run)
+            return self._session.run_round(plan, tensors, stop)
+        except Refused as refused:
+            return refused.refusal
+        except (ValueError, MemoryError) as error:
+            log.error("%s", error)
+        except Exception:
+            log.exception("Round %d failed; the server is told only that this client is unavailable.", plan.round)
+        return Refusal("unavailable")
+
+    def report(self, plan: RoundPlan, answer: Upload | Refusal, declined: Refusal | None,
+               connection: Connection) -> None:
+        """One line for this client's own user."""
+        if isinstance(answer, Refusal):
+            line = f"declined: {answer}"
+        elif declined is not None:
+            line = f"trained, but the server declined the upload: {declined}"
+        else:
+            line = f"sent {answer.steps} steps"
+        self._console.print(f"round {plan.round}/{plan.run.rounds}: {line}; {self._spent()}; "
+                            f"{connection.bytes_up:,} bytes up, {connection.bytes_down:,} down so far",
+                            highlight=False, markup=False, soft_wrap=True)
+
+    def _spent(self) -> str:
+        account = self._session.account if self._session else None
+        if account is None or not self._limits.private or self._streams.predictable:
+            return "no privacy" if account else "nothing spent"
+        return f"ε {account.epsilon():.2f} of {self._limits.epsilon:g} spent (δ {account.delta:g})"
+
+    def _open(self, run: RunPlan) -> ClientSession:
+        """Load the model once for the run."""
+        if (run.model, run.private, run.task) != (self._setup.model, self._setup.private, self._setup.task):
+            log.error("The plan names another model, task or privacy than the server did when this client joined.")
+            raise Refused("policy")
+        if self._rows.labels is not None and not set(data.label_names(self._rows)) <= set(run.labels):
+            log.error("The run's label set is %s; this client has labels outside it.", ", ".join(run.labels))
+            raise Refused("labels")
+        loaded = models.load(self._model_path, run.task, len(run.labels))
+        adapted = attach(loaded, family=run.family, rank=run.rank, alpha=run.alpha, targets=run.targets,
+                         train_head=run.train_head, dropout=run.dropout)
+        task = task_for(run, loaded.tokenizer)
+        records = task.encode(self._rows)
+        options = self._options
+        trainer = Trainer(adapted, task, device=options.device, precision=options.precision,
+                          micro_batch=options.micro_batch, threads=options.threads)
+        session = ClientSession(run, trainer, records, self._limits, self._state, self._streams)
+        account = session.account
+        if run.private:
+            self._console.print(
+                f"Private: every record is sampled with rate {account.sampling_rate:.4g}, clipped to "
+                f"{account.clip_norm:g}, and hidden by noise of {account.noise_multiplier:.3f} × that; all "
+                f"{run.max_participations} rounds together cost at most ε {self._limits.epsilon:g} at δ "
+                f"{account.delta:g}.", highlight=False)
+        return session
+
+
+def _read(options: Namespace, setup: Setup) -> Rows:
+    """The training rows, checked against what the server said."""
+    rows = data.read(options.data, setup.task, columns=options.column)
+    if setup.task == "classification":
+        if rows.labels is None or not data.label_names(rows):
+            raise ValueError(f"--data {options.data} has no labels; classification needs a label column "
+                             "(--column label=NAME names another)")
+        if setup.labels:
+            data.check_labels(rows, setup.labels)
+    return rows

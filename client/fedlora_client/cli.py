@@ -1,0 +1,53 @@
+"""fedlora-client: trains on this machine's records, sends noised adapter matrices, nothing else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from fedlora.options import CLIENT, build_parser, read_options
+
+EXIT_CODES = "exit codes: 0 the run is over, 2 wrong input, 3 no server, 4 one side refused, 130 interrupted"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = build_parser(CLIENT, "Take part in a federated run with the records in --data.")
+    parser.epilog = EXIT_CODES
+    options = read_options(parser, CLIENT, argv)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not options.allow_download:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+
+    from rich.console import Console
+
+    from fedlora.plan import Refused
+    from fedlora.wire import WireError
+
+    from .app import take_part
+    from .connection import ServerUnreachable
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        take_part(options, Console(stderr=True))
+    except (ValueError, MemoryError, WireError) as error:
+        print(f"fedlora-client: {error}", file=sys.stderr)
+        return 2
+    except ServerUnreachable as error:
+        print(f"fedlora-client: {error}", file=sys.stderr)
+        return 3
+    except Refused as refused:
+        print(f"fedlora-client: {refused}", file=sys.stderr)
+        return 4
+    except KeyboardInterrupt:
+        print("fedlora-client: left; what was spent and sent is in --state", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The server's way through a run: check, listen, wait for clients, freeze the labels, run the rounds, report."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+import fedlora
+from fedlora import data
+from fedlora.wire import Setup
+
+from .display import Display
+from .grpc_engine import GrpcEngine
+from .planning import BaseModel, claim_folder, evaluator, find_model, planned, prepare
+from .report import write_report
+from .roster import Event
+from .rounds import FederationResult, RoundOptions, run_federation
+
+REASONS = {"finished": "the run is finished", "stopped": "the coordinator stopped the run",
+           "wait-timeout": "too few clients were left"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """How the server's run ended: `result` is None if it was stopped before the first round could begin."""
+
+    out: Path
+    result: FederationResult | None
+
+
+def serve(options: Namespace, console: Console) -> Served:
+    """Run a federation from the first client to the report.
+
+    Raises:
+        ValueError: an option is wrong, the port is taken, or the clients named no labels.
+    """
+    base = find_model(options)
+    if options.task == "classification" and options.labels is not None and len(options.labels) < 2:
+        raise ValueError(f"--labels names {len(options.labels)} label; classification needs at least two")
+    if options.eval_data is None:
+        console.print("Accuracy will not be shown: no --eval-data. Give it a file of held-out rows with labels.")
+    else:
+        _check_evaluation(options)
+    values = planned(options, options.strategy)
+    if options.task == "causal-lm" and options.head == "train":
+        raise ValueError("--head train needs --task classification; a causal language model has no task head")
+    out = claim_folder(options.out, options.strategy)
+    setup = Setup(
+        run_id=secrets.token_hex(8), fedlora_version=fedlora.__version__, strategy=options.strategy,
+        private=options.privacy == "required", model=base.reference, task=options.task, labels=options.labels or (),
+        announce_labels=options.task == "classification" and not options.labels, max_length=options.max_length,
+        rounds=values.rounds, max_participations=options.max_participations or values.rounds,
+        local_steps=values.local_steps, expected_batch=values.batch_size, clip_norm=values.clip_norm)
+    stop = threading.Event()
+    display = Display(console, f"{options.strategy}, {base.reference.name}")
+    engine = GrpcEngine(options.address, setup, out / "spool", insecure=options.insecure,
+                        notify=lambda event: _tell(display, event))
+    reason = "the server failed"
+    try:
+        console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", highlight=False)
+        with _stopped_by_signals(stop, console), display:
+            labels = options.labels or ()
+            if setup.announce_labels:
+                labels = _freeze_labels(engine, options, display, stop)
+            if stop.is_set():
+                reason = REASONS["stopped"]
+                return Served(out, None)
+            result = _run(options, base, labels, setup, engine, display, stop, out)
+        reason = REASONS[result.ended]
+    finally:
+        engine.close(reason)
+    return Served(out, result)
+
+
+def _run(options: Namespace, base: BaseModel, labels: tuple[str, ...], setup: Setup, engine: GrpcEngine,
+         display: Display, stop: threading.Event, out: Path) -> FederationResult:
+    federation = prepare(options, options.strategy, base, labels, options.seed, run_id=setup.run_id)
+    engine.expect(federation.adapted.layout)
+    evaluate = evaluator(federation, options.eval_data, options.column) if options.eval_data else None
+    rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
+                          min_clients=options.min_clients, min_replies=options.min_replies,
+                          round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout)
+    result = run_federation(engine, federation.strategy, federation.plan, federation.state, rounds, observer=display,
+                            evaluate=evaluate, stop=stop, out=out)
+    joined = {member.name: {"fedlora_version": member.fedlora_version, "private": member.private,
+                            "label_names": list(member.announced_labels)} for member in engine.members()}
+    shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    write_report(out, federation, result, base.path, options=shown, joined=joined)
+    return result
+
+
+def _check_evaluation(options: Namespace) -> None:
+    """Find what is wrong with --eval-data before a port is bound."""
+    rows = data.read(options.eval_data, options.task, columns=options.column)
+    if options.task == "classification" and not data.label_names(rows):
+        raise ValueError(f"--eval-data {options.eval_data} has no labels; accuracy needs a label column "
+                         "(--column label=NAME names another)")
+    if options.labels:
+        data.check_labels(rows, options.labels)
+
+
+def _freeze_labels(engine: GrpcEngine, options: Namespace, display: Display, stop: threading.Event) -> tuple[str, ...]:
+    """The union of the label names that the first --min-clients clients announced."""
+    told = -1
+    while len(ready := [m for m in engine.members() if m.ready_at is not None]) < options.min_clients:
+        if stop.is_set():
+            return ()
+        if told != len(ready):
+            told = len(ready)
+            display.waiting(options.min_clients, told, None)
+        engine.wait((), 0.25)
+    labels = tuple(sorted({label for member in ready[:options.min_clients] for label in member.announced_labels}))
+    if len(labels) < 2:
+        raise ValueError(f"the first {options.min_clients} clients announced {len(labels)} label names together; "
+                         "classification needs two. Name them with --labels")
+    display.say(f"The label set is {', '.join(labels)}")
+    return labels
+
+
+def _tell(display: Display, event: Event) -> None:
+    detail = f": {event.detail}" if event.detail else ""
+    display.say(f"{event.name} {event.kind}{detail}")
+
+
+@contextmanager
+def _stopped_by_signals(stop: threading.Event, console: Console) -> Iterator[None]:
+    """The first SIGINT or SIGTERM sets `stop`; a second one ends the process at once."""
+
+    def on_signal(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+        console.print("Stopping: clients are told, and the last finished round is written. Again to stop at once.")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,42 @@
+"""fedlora-server: waits for clients, combines what they send, leaves a PEFT adapter and a report."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from fedlora.options import SERVER, build_parser, read_options
+
+EXIT_CODES = "exit codes: 0 finished, 1 ended for want of clients, 2 wrong input, 130 stopped by a signal"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = build_parser(SERVER, "Coordinate a federated run.")
+    parser.epilog = EXIT_CODES
+    options = read_options(parser, SERVER, argv)
+    os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
+    if not options.allow_download:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+    from rich.console import Console
+
+    from .app import serve
+
+    console = Console(stderr=True)
+    try:
+        served = serve(options, console)
+    except (ValueError, MemoryError) as error:
+        print(f"fedlora-server: {error}", file=sys.stderr)
+        return 2
+    if served.result is None:
+        console.print("Stopped before the first round; there is nothing to write.")
+        return 130
+    console.print(f"{served.result.rounds} rounds finished. The adapter is {served.out / 'adapter'}, the report "
+                  f"{served.out / 'report.json'}.", highlight=False, soft_wrap=True)
+    return {"finished": 0, "wait-timeout": 1, "stopped": 130}[served.result.ended]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

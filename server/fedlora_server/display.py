@@ -1,0 +1,105 @@
+"""What an operator sees of a run: a live table on a terminal, one plain line per event anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from .rounds import Observer, RoundRecord
+
+SHOWN_ROUNDS = 15
+"""The live table keeps the last so many rounds on the screen; metrics.jsonl has them all."""
+
+
+def quantity(count: int | float) -> str:
+    """Bytes for people: 1234567 is "1.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def figures(evaluation: Mapping[str, float]) -> str:
+    """"accuracy 0.812, loss 0.431"; the count is left out."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in evaluation.items() if name != "count")
+
+
+class Display(Observer):
+    """Use as a context manager around the round loop.
+
+    Args:
+        console: where to show; stderr by convention, so that a command's output can be piped.
+        title: of the live table.
+    """
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console, self._title = console, title
+        self._records: list[RoundRecord] = []
+        self._status = ""
+        self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
+
+    def __enter__(self) -> Display:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._say("", quiet=True)
+        if self._live:
+            self._live.stop()
+
+    def waiting(self, needed: int, present: int, timeout_s: float | None) -> None:
+        limit = "" if timeout_s is None else f", for at most {timeout_s:.0f} s"
+        self._say(f"waiting for {needed - present} more client{'s' * (needed - present != 1)} "
+                  f"({present} of {needed} ready){limit}")
+
+    def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
+        what = "asked" if attempt == 0 else "drafted"
+        self._say(f"round {round}: {what} {', '.join(names) if len(names) <= 8 else len(names)}",
+                  quiet=attempt == 0 and self._live is None)
+
+    def answered(self, round: int, name: str, outcome: str) -> None:
+        self._say(f"round {round}: {name} {outcome}", quiet=outcome == "uploaded" and not self._live)
+
+    def finished(self, record: RoundRecord) -> None:
+        self._records.append(record)
+        if record.round == 0:
+            self._say(f"before training: {figures(record.evaluation)}")
+            return
+        parts = [f"{len(record.uploaded)} of {len(record.cohort)} replied", figures(record.evaluation),
+                 "" if record.update_norm is None else f"update {record.update_norm:.3g}",
+                 f"{quantity(record.bytes_up)} up, {quantity(record.bytes_down)} down", f"{record.seconds:.1f} s"]
+        self._say(f"round {record.round}: " + ", ".join(filter(None, parts)), quiet=bool(self._live))
+        for name, reason in record.rejected.items():
+            self._say(f"round {record.round}: the upload of {name} was rejected: {reason}")
+
+    def say(self, line: str) -> None:
+        """A line for the operator that is not an event of the loop."""
+        (self._live.console if self._live else self._console).print(line, highlight=False, markup=False)
+
+    def _say(self, status: str, *, quiet: bool = False) -> None:
+        self._status = status
+        if self._live:
+            self._live.update(self._table(), refresh=True)
+        elif not quiet:
+            self._console.print(status, highlight=False, markup=False, soft_wrap=True)
+
+    def _table(self) -> Group:
+        measured = list(dict.fromkeys(name for r in self._records for name in r.evaluation if name != "count"))
+        table = Table(title=self._title, title_justify="left", box=None, pad_edge=False)
+        for name in ("round", "replies", *measured, "update", "up", "down", "seconds"):
+            table.add_column(name, justify="right")
+        for record in self._records[-SHOWN_ROUNDS:]:
+            evaluated = [f"{record.evaluation[m]:.3f}" if m in record.evaluation else "" for m in measured]
+            if record.round == 0:
+                table.add_row("0", "", *evaluated)
+                continue
+            table.add_row(str(record.round), f"{len(record.uploaded)}/{len(record.cohort)}", *evaluated,
+                          "" if record.update_norm is None else f"{record.update_norm:.3g}",
+                          quantity(record.bytes_up), quantity(record.bytes_down), f"{record.seconds:.1f}")
+        return Group(table, Text(self._status, style="dim"))

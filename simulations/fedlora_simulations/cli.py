@@ -1,0 +1,79 @@
+"""fedlora-simulate: whole federations on one machine."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedlora.options import SIMULATE, build_parser, read_options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 2 wrong input, 130 interrupted."""
+    parser = build_parser(SIMULATE, "Simulate federations: every method on the same split, seed by seed.")
+    options = read_options(parser, SIMULATE, argv)
+    from fedlora.plan import Refused
+
+    try:
+        return run(options)
+    except (ValueError, MemoryError) as error:
+        print(f"fedlora-simulate: {error}", file=sys.stderr)
+        return 2
+    except Refused as refused:
+        reason = refused.__cause__ or refused
+        print(f"fedlora-simulate: the clients refuse to take part: {reason}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedlora-simulate: interrupted; finished rounds are in --out", file=sys.stderr)
+        return 130
+
+
+def run(options: Namespace) -> int:
+    """Run every method with every seed and compare."""
+    from rich.console import Console
+
+    from fedlora_server.display import Display
+    from fedlora_server.planning import claim_folder, find_model
+
+    from .comparison import save, summarize, table
+    from .simulate import Method, populate, simulate
+
+    console = Console(stderr=True)
+    if (options.epsilon == float("inf")) != (options.privacy == "off"):
+        raise ValueError(f"--privacy {options.privacy} and --epsilon {options.epsilon:g} contradict each other; "
+                         "without privacy give both --privacy off and --epsilon inf")
+    base = find_model(options)
+    methods = [Method.parse(text) for text in options.strategy]
+    out = claim_folder(options.out, "simulation")
+    if options.eval_data is None:
+        console.print("Without --eval-data no accuracy is shown; give it a file of held-out rows.")
+    runs: dict[Method, list] = {method: [] for method in methods}
+    for seed in options.seeds:
+        population = populate(options, seed)
+        sizes = ", ".join(f"{name} {len(part)}" for name, part in population.parts.items())
+        console.print(f"seed {seed}: {len(population.rows)} rows: {sizes}", highlight=False)
+        for method in methods:
+            folder = out / f"{method}-seed{seed}".replace(":", "-")
+            folder.mkdir(parents=True)
+            began = time.monotonic()
+            with Display(console, f"{method}, seed {seed}") as display:
+                done = simulate(options, method, seed, base, population, observer=display, out=folder)
+            runs[method].append(done)
+            console.print(f"{method}, seed {seed}: {done.result.rounds} rounds in {time.monotonic() - began:.0f} s",
+                          highlight=False)
+    comparisons = [summarize(done) for done in runs.values()]
+    Console().print(table(comparisons))
+    save(out, comparisons, {"options": {k: _plain(v) for k, v in vars(options).items()}})
+    console.print(f"Adapters, reports and the comparison are in {out}", highlight=False)
+    return 0
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Several methods over several seeds, side by side: a table, a JSON file and a picture with error bars."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+from rich.table import Table
+
+from fedlora_server.display import quantity
+
+from .simulate import Simulated, mean_and_deviation
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method's figures over its seeds; the last round counts, never the best.
+
+    Attributes:
+        metric: name of the compared figure ("accuracy", "perplexity"), or None without --eval-data.
+        values: the metric of the last round, one for each seed; before: of the start.
+        curve: (round, mean, deviation) for each evaluated round.
+        epsilon: the largest of all clients and seeds; infinite without privacy.
+        values_up, bytes_up, bytes_down: per client and round.
+        seconds: mean of the seeds.
+    """
+
+    method: str
+    metric: str | None
+    values: tuple[float, ...]
+    before: tuple[float, ...]
+    curve: tuple[tuple[int, float, float], ...]
+    epsilon: float
+    values_up: int
+    bytes_up: float
+    bytes_down: float
+    rounds: int
+    seconds: float
+
+
+def summarize(runs: Sequence[Simulated]) -> Comparison:
+    """Put one method's runs together."""
+    first = runs[0]
+    last = first.result.records[-1].evaluation if first.result.records else {}
+    metric = next((name for name in ("accuracy", "perplexity") if name in last), None)
+    curve, values, before = [], [], []
+    if metric:
+        histories = [{r.round: r.evaluation[metric] for r in run.result.records if metric in r.evaluation}
+                     for run in runs]
+        for number in sorted(set.intersection(*map(set, histories))):
+            curve.append((number, *mean_and_deviation([history[number] for history in histories])))
+        values = [history[max(history)] for history in histories]
+        before = [history[0] for history in histories]
+    uploads = sum(len(record.uploaded) for run in runs for record in run.result.records)
+    return Comparison(
+        str(first.method), metric, tuple(values), tuple(before), tuple(curve),
+        epsilon=max(epsilon for run in runs for epsilon in run.epsilons.values()),
+        values_up=first.federation.adapted.layout.num_trained,
+        bytes_up=sum(run.bytes_up for run in runs) / max(1, uploads),
+        bytes_down=sum(run.bytes_down for run in runs) / max(1, uploads),
+        rounds=first.result.rounds, seconds=mean_and_deviation([run.seconds for run in runs])[0])
+
+
+def table(comparisons: Sequence[Comparison]) -> Table:
+    """What a researcher reads first."""
+    metric = comparisons[0].metric
+    shown = Table(box=None, pad_edge=False)
+    columns = ["method", "before", f"{metric} after", "ε", "rounds", "values up", "up/round", "down/round", "seconds"]
+    for name in columns if metric else [c for c in columns if c != "before" and "after" not in c]:
+        shown.add_column(name, justify="left" if name == "method" else "right")
+    for c in comparisons:
+        evaluated = []
+        if metric:
+            mean, deviation = mean_and_deviation(c.values)
+            spread = f" ± {deviation:.3f}" if len(c.values) > 1 else ""
+            evaluated = [f"{mean_and_deviation(c.before)[0]:.3f}", f"{mean:.3f}{spread}"]
+        shown.add_row(c.method, *evaluated, "none" if math.isinf(c.epsilon) else f"{c.epsilon:.2f}", str(c.rounds),
+                      f"{c.values_up:,}", quantity(c.bytes_up), quantity(c.bytes_down), f"{c.seconds:.0f}")
+    return shown
+
+
+def save(folder: Path, comparisons: Sequence[Comparison], about: Mapping[str, object]) -> None:
+    """Write comparison.json, and comparison.png where there is something to plot."""
+    runs = [asdict(c) | {"epsilon": None if math.isinf(c.epsilon) else c.epsilon} for c in comparisons]
+    (folder / "comparison.json").write_text(json.dumps({**about, "methods": runs}, indent=1, default=str))
+    if comparisons[0].metric:
+        _plot(folder / "comparison.png", comparisons)
+
+
+def _plot(path: Path, comparisons: Sequence[Comparison]) -> None:
+    figure, (curves, bars) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 1), layout="constrained")
+    for i, c in enumerate(comparisons):
+        rounds, mean, deviation = (list(column) for column in zip(*c.curve, strict=True))
+        curves.plot(rounds, mean, label=c.method, color=f"C{i}")
+        curves.fill_between(rounds, [m - d for m, d in zip(mean, deviation, strict=True)],
+                            [m + d for m, d in zip(mean, deviation, strict=True)], color=f"C{i}", alpha=0.2, lw=0)
+        average, spread = mean_and_deviation(c.values)
+        bars.barh(c.method, average, xerr=spread or None, color=f"C{i}", capsize=3)
+        bars.annotate(f" {average:.3f}", (average + spread, i), va="center")
+    bars.invert_yaxis()
+    bars.spines[["top", "right"]].set_visible(False)
+    curves.spines[["top", "right"]].set_visible(False)
+    curves.set(xlabel="round", ylabel=comparisons[0].metric)
+    curves.legend(frameon=False)
+    epsilon = comparisons[0].epsilon
+    seeds = len(comparisons[0].values)
+    bars.set(xlabel=f"{comparisons[0].metric}, last round", xlim=(0, 1.15 * max(max(c.values) for c in comparisons)))
+    figure.suptitle(("not private" if math.isinf(epsilon) else f"ε = {epsilon:.1f} per client")
+                    + f", mean and deviation of {seeds} seed{'s' * (seeds > 1)}", fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,161 @@
+"""One simulated run: N clients, one process, one copy of the base model, the server's round loop."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fedlora import data
+from fedlora.data import Rows
+from fedlora.plan import Tensors
+from fedlora.privacy import RunStreams
+from fedlora.tasks import Records, Task
+from fedlora.training import Trainer
+from fedlora_client.session import ClientSession, Limits
+from fedlora_client.state import MemoryState
+from fedlora_server.planning import BaseModel, Federation, evaluator, prepare
+from fedlora_server.report import write_report
+from fedlora_server.rounds import FederationResult, Observer, RoundOptions, run_federation
+
+from .in_process import InProcessEngine
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared: a strategy, possibly with an --init of its own, as in "ffa-lora:orthonormal"."""
+
+    strategy: str
+    init: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        strategy, _, init = text.partition(":")
+        return cls(strategy, init or None)
+
+    def __str__(self) -> str:
+        return self.strategy + (f":{self.init}" if self.init else "")
+
+
+@dataclass(frozen=True)
+class Population:
+    """The simulated clients' rows.
+
+    Attributes:
+        rows: all of them.
+        parts: client name → indices into `rows`.
+        labels: the label set; () for causal language models.
+    """
+
+    rows: Rows
+    parts: Mapping[str, np.ndarray]
+    labels: tuple[str, ...]
+    _encoded: dict[str, Records] = field(default_factory=dict)
+
+    def records(self, task: Task) -> Mapping[str, Records]:
+        """Client name → encoded rows; encoded once, whatever runs with them."""
+        for name in self.parts.keys() - self._encoded.keys():
+            self._encoded[name] = task.encode(self.rows.take(self.parts[name]))
+        return self._encoded
+
+
+def populate(options: Namespace, seed: int) -> Population:
+    """Read --data and deal it out by --partition.
+
+    Raises:
+        ValueError: there is nothing to read, no label, or no such partition.
+    """
+    if options.data is None:
+        raise ValueError("--data is missing: name a folder or file of training rows")
+    rows = data.read(options.data, options.task, columns=options.column)
+    labels = options.labels or data.label_names(rows)
+    if options.task == "classification" and len(labels) < 2:
+        raise ValueError(f"--data {options.data} has {len(labels)} different labels; classification needs at least two "
+                         "(--column label=NAME names another column)")
+    if options.partition == "files":
+        stems = [Path(file).stem for file in rows.files]
+        if len(set(stems)) < len(stems) or options.clients not in (None, len(stems)):
+            raise ValueError(f"--partition files needs differently named files, one for each client; --data "
+                             f"{options.data} has {len(stems)} and --clients is {options.clients}")
+        return Population(rows, dict(zip(stems, rows.by_file(), strict=True)), labels)
+    parts = data.partition(len(rows), rows.labels, options.partition, options.clients or 2, seed)
+    return Population(rows, {f"client-{i}": part for i, part in enumerate(parts)}, labels)
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """How one run ended.
+
+    Attributes:
+        result: rounds and final state.
+        epsilons: client name → ε that its accountant gives; infinite without privacy.
+        bytes_up, bytes_down: of all clients.
+        seconds: from the first round's start to the last one's end.
+    """
+
+    method: Method
+    seed: int
+    federation: Federation
+    result: FederationResult
+    epsilons: Mapping[str, float]
+    noise_multipliers: Mapping[str, float | None]
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, population: Population, *,
+             observer: Observer | None = None, out: Path | None = None) -> Simulated:
+    """Run one method with one seed to its end.
+
+    Args:
+        options: of fedlora-simulate.
+        out: folder for the run's adapter, report and curves; None leaves nothing.
+    Raises:
+        ValueError: the options do not fit the model, the data or each other.
+        Refused: the clients' privacy limits do not allow the plan.
+    """
+    options = Namespace(**vars(options) | ({"init": method.init} if method.init else {}))
+    run_id = hashlib.sha256(f"simulation {method} {seed}".encode()).hexdigest()[:16]
+    federation = prepare(options, method.strategy, base, population.labels, seed, run_id=run_id)
+    trainer = Trainer(federation.adapted, federation.task, device=options.device, precision=options.precision,
+                      micro_batch=options.micro_batch, threads=options.threads)
+    sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed)
+    evaluate = None
+    if options.eval_data:
+        evaluate = evaluator(federation, options.eval_data, options.column, device=trainer.device,
+                             precision=trainer.autocast_dtype)
+    engine = InProcessEngine(sessions, federation.plan.run_id, federation.adapted.layout)
+    loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
+                        min_replies=options.min_replies, wait_timeout_s=0.0)  # nobody new can come
+    began = time.monotonic()
+    result = run_federation(engine, federation.strategy, federation.plan, federation.state, loop, observer=observer,
+                            evaluate=evaluate, out=out)
+    simulated = Simulated(
+        method, seed, federation, result,
+        epsilons={name: session.account.epsilon() for name, session in sessions.items()},
+        noise_multipliers={name: session.account.noise_multiplier for name, session in sessions.items()},
+        bytes_up=engine.bytes_up, bytes_down=engine.bytes_down, seconds=time.monotonic() - began)
+    if out is not None:
+        write_report(out, federation, result, base.path)
+    engine.close("the run is over")
+    return simulated
+
+
+def make_sessions(options: Namespace, federation: Federation, trainer: Trainer, records: Mapping[str, Records],
+                  seed: int) -> dict[str, ClientSession]:
+    """A session for each client; all share the trainer and the cache of frozen tensors."""
+    limits = Limits(options.epsilon, options.delta, options.declared_size, options.max_clip_norm or float("inf"))
+    shared: dict[str, Tensors] = {}
+    return {name: ClientSession(federation.plan, trainer, own, limits, MemoryState(shared), RunStreams(name, seed))
+            for name, own in records.items()}
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation over seeds; the deviation of a single value is 0."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
