@@ -4,8 +4,11 @@ A note is *urgent* if a finding that cannot wait is there now, in the patient. O
 of note speak of alarming and of harmless findings alike, so the words alone do not tell: what tells is which of them
 is there, and which is denied, over, somebody else's, or only warned of.
 
-    urgent   Dry cough settled overnight; now crushing chest pain.
-    routine  Told to call back should crushing chest pain occur. Here today for a dry cough.
+    urgent   Dry cough settled overnight; now has crushing chest pain.
+    routine  Here with dry cough. Advised to return should crushing chest pain occur.
+
+Any word is found in both kinds (logistic regression on bags of words: about 0.8), while pairs of neighbouring words
+tell most of it: what has to be learned is which finding a phrase belongs to.
 
 Every eighth possible note, chosen by its hash, is kept for the held-out set: no hospital ever holds one of them.
 """
@@ -57,8 +60,9 @@ _CLOSINGS = (" No medicines.", " No allergies.", " Pulse regular.", " Lives alon
 _FRAMED = 0.25
 _JOINS = ("; ", ". ", ", ", ", ")
 
-# Share of notes with one clause only, with both findings alike, and with an alarming and a harmless finding opposed.
-_ONE, _ALIKE = 0.4, 0.2
+# Share of notes with the alarming finding alone, and with both findings there or both not. In all others one is there
+# and one is not, and words say nothing at all: the smaller these shares, the harder the text.
+_ONE, _ALIKE = 0.5, 0.25
 
 
 def note(rng: np.random.Generator, urgent: bool) -> str:
