@@ -243,7 +243,7 @@ def from_scalars(flat: Mapping[str, object]) -> RunPlan:
         ValueError: a field is missing, unknown, of the wrong type or out of range.
     """
     model_names = {f"model_{f.name}": f.name for f in dataclasses.fields(ModelRef)}
-    kinds = {f.name: f.type for f in dataclasses.fields(RunPlan) if f.name != "model"}
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(RunPlan) if f.name != "model"}
     kinds |= dict.fromkeys(model_names, "str")
     if set(flat) != set(kinds):
         raise ValueError(f"the plan's fields differ: missing {sorted(set(kinds) - set(flat))}, "
@@ -256,7 +256,7 @@ def from_scalars(flat: Mapping[str, object]) -> RunPlan:
                 raise ValueError(f"{name} must be a list of strings")
             fields[name] = tuple(value)  # type: ignore[arg-type]
         else:
-            expected = {"str": str, "int": int, "float": (int, float), "bool": bool}[kind]
+            expected: tuple[type, ...] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}[kind]
             if not isinstance(value, expected) or (kind != "bool" and isinstance(value, bool)):
                 raise ValueError(f"{name} must be of type {kind}, not {type(value).__name__}")
             fields[name] = float(value) if kind == "float" else value  # type: ignore[arg-type]

