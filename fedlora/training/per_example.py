@@ -91,7 +91,7 @@ class GradientBuffer:
                                "trained tensors: they are not part of the model that computes the loss. Nothing was "
                                "released; please report this with the model's type and the targets")
 
-    def write(self, parameter: nn.Parameter, gradients: torch.Tensor) -> None:
+    def write(self, parameter: torch.Tensor, gradients: torch.Tensor) -> None:
         """Store [records, ...] gradients; those of a layer that is applied more than once are added up."""
         slot = self._slot_of[id(parameter)]
         target = self.rows[:, slot.columns].view(gradients.shape)

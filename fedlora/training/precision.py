@@ -17,6 +17,11 @@ from transformers.pytorch_utils import Conv1D
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 
+ROUNDING = {"fp32": 0.0, "bf16": 0.01}
+"""How much more than the clip norm one record could move the sum, relatively: its presence changes the shape of its
+micro-batch and so the rounding of the others. Measured on MiniLM, 96 records of SST-2, each clipped: at most 0.004 in
+bf16. It is added to the noise, and never subtracted from what is accounted for. In fp32 it is below `CLIP_MARGIN`."""
+
 
 def resolve_device(device: str) -> torch.device:
     """"auto" takes CUDA, then Apple's MPS, then the CPU.
@@ -71,7 +76,8 @@ def store_frozen_weights(model: nn.Module, dtype: torch.dtype, keep: Collection[
                 if not parameter.requires_grad and id(parameter) not in keep:
                     parameter.data = parameter.data.to(dtype)
         if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False  # else PEFT casts to float32 what autocast casts back
+            # else PEFT casts to float32 what autocast casts back
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
 def attend_in_float32(model: PreTrainedModel) -> None:

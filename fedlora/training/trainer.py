@@ -20,7 +20,13 @@ from fedlora.privacy.streams import Stream
 from fedlora.tasks import Records, Task
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.per_example import GradientBuffer, per_example
-from fedlora.training.precision import attend_in_float32, resolve_device, resolve_precision, store_frozen_weights
+from fedlora.training.precision import (
+    ROUNDING,
+    attend_in_float32,
+    resolve_device,
+    resolve_precision,
+    store_frozen_weights,
+)
 from fedlora.training.sampling import micro_batches, poisson
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
@@ -71,8 +77,8 @@ class Trainer:
         self.adapted, self.task, self.micro_batch = adapted, task, micro_batch
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
-        adapted.model.to(self.device)
-        adapted.model.eval()
+        model: nn.Module = adapted.model
+        model.to(self.device).eval()
         self._parameters = [(parameter, spec.group) for spec, parameter in adapted.trained_parameters()]
         self.buffer = GradientBuffer(self._parameters)
         per_example([leaf for leaf, _ in adapted.trained_leaves()], self.buffer)
@@ -114,8 +120,8 @@ class Trainer:
         else:
             step = _PrivateStep(PerRecordOptimizer(
                 inner, self.buffer, scales={"adapter": run.adapter_scale, "head": run.head_scale},
-                clip_norm=clip_norm, noise_multiplier=noise_multiplier, expected_batch_size=run.expected_batch,
-                noise=noise))
+                clip_norm=clip_norm, noise_multiplier=noise_multiplier * (1 + ROUNDING[self.precision]),
+                expected_batch_size=run.expected_batch, noise=noise))
         drawn: list[int] = []
         loss = 0.0
         with self._dropout(run.dropout, sampling), _memory_advice():

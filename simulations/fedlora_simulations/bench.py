@@ -64,8 +64,9 @@ def step_ratio(data: Path, *, model: str = "minilm", family: str = "frozen-a", r
         data: training rows, as a client's --data.
         repeats: number of draws; each is trained on twice with privacy and twice without, in alternating order.
     Returns:
-        For each precision: plain_s and private_s (medians of a step), ratio (of these medians), records and tokens of
-        the median draw, and examples_per_s with privacy.
+        For each precision: plain_s and private_s (medians of a step), ratio (of these medians), the same as CPU time
+        (which other processes disturb less; with one thread it is the fairer figure on a busy machine), records and
+        tokens of the median draw, and examples_per_s with privacy.
     """
     result = {}
     for precision in precisions:
@@ -85,23 +86,29 @@ def step_ratio(data: Path, *, model: str = "minilm", family: str = "frozen-a", r
                 noise=Stream.derived(0, "bench", draw, "noise") if private else None)
             drawn.extend(outcome.drawn)  # noqa: B023
 
-        plain, private = _interleaved(step, repeats)
+        seconds, cpu_seconds = _interleaved(step, repeats)
         result[precision] = {
-            "plain_s": plain, "private_s": private, "ratio": private / plain,
-            "records": statistics.median(drawn), "tokens": float(np.mean(records.lengths)) * statistics.median(drawn),
-            "examples_per_s": statistics.median(drawn) / private, "threads": torch.get_num_threads()}
+            "plain_s": seconds[0], "private_s": seconds[1], "ratio": seconds[1] / seconds[0],
+            "plain_cpu_s": cpu_seconds[0], "private_cpu_s": cpu_seconds[1],
+            "cpu_ratio": cpu_seconds[1] / cpu_seconds[0], "records": statistics.median(drawn),
+            "tokens": float(np.mean(records.lengths)) * statistics.median(drawn),
+            "examples_per_s": statistics.median(drawn) / seconds[1], "threads": torch.get_num_threads()}
     return result
 
 
-def _interleaved(step: Callable[[int, bool], None], repeats: int) -> tuple[float, float]:
-    """Median seconds of step(draw, False) and of step(draw, True), timed in the order ABBA, BAAB, …."""
-    times: dict[bool, list[float]] = {False: [], True: []}
+def _interleaved(step: Callable[[int, bool], None],
+                 repeats: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Median (without, with privacy) of wall seconds and of the process's CPU seconds, in the order ABBA, BAAB, …."""
+    wall: dict[bool, list[float]] = {False: [], True: []}
+    cpu: dict[bool, list[float]] = {False: [], True: []}
     for private in (False, True):
         step(0, private)
     for draw in range(repeats):
         order = (False, True, True, False) if draw % 2 == 0 else (True, False, False, True)
         for private in order:
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             step(draw, private)
-            times[private].append(time.perf_counter() - begin)
-    return statistics.median(times[False]), statistics.median(times[True])
+            wall[private].append(time.perf_counter() - begin)
+            cpu[private].append(time.process_time() - cpu_begin)
+    return ((statistics.median(wall[False]), statistics.median(wall[True])),
+            (statistics.median(cpu[False]), statistics.median(cpu[True])))
