@@ -131,11 +131,12 @@ def test_non_reentrant_checkpointing_gives_the_same_rows():
     torch.testing.assert_close(per_record_rows(trainer, records, range(8)), expected)
 
 
-def test_bf16_rows_are_float32_and_near_those_of_float32():
-    run = plan("lora")
-    trainer = make_trainer("bert", run)
+@pytest.mark.parametrize(("kind", "task"), CASES)
+def test_bf16_rows_are_float32_and_near_those_of_float32(kind, task):
+    run = plan("lora", task)
+    trainer = make_trainer(kind, run)
     records = make_records(trainer)
     exact = per_record_rows(trainer, records, range(8))
-    rounded = per_record_rows(make_trainer("bert", run, precision="bf16"), records, range(8))
+    rounded = per_record_rows(make_trainer(kind, run, precision="bf16"), records, range(8))
     assert rounded.dtype == torch.float32
-    assert 0 < _relative_errors(rounded, exact) < 0.1
+    assert 0 < ((rounded - exact).norm() / exact.norm()).item() < 0.1
