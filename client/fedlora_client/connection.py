@@ -291,7 +291,7 @@ class Connection:
         elif kind == "chunk":
             self._on_chunk(stream, memoryview(frame.chunk.data))
         elif kind == "end":
-            self._on_end(stream, frame.end.crc32)
+            self._on_end(stream, frame.end.checksum)
         elif kind == "ack":
             self._on_ack(frame.ack)
         elif kind == "cancel":
@@ -358,9 +358,9 @@ class Connection:
         assert stream.incoming is not None
         stream.incoming.add(data)
 
-    def _on_end(self, stream: _Stream, crc32: int) -> None:
+    def _on_end(self, stream: _Stream, checksum: int) -> None:
         assert stream.incoming is not None and stream.plan is not None
-        refusal, plan = stream.incoming.finish(crc32), stream.plan
+        refusal, plan = stream.incoming.finish(checksum), stream.plan
         tensors, stream.incoming, stream.tensors = stream.tensors, None, {}
         with self._changed:
             if self._working == plan.key:

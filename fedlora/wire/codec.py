@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -32,7 +31,7 @@ from fedlora.plan import (
 )
 
 from . import fedlora_pb2 as pb
-from .tensors import Shapes, WireError, chunks, header_of, shapes_of
+from .tensors import Shapes, WireError, add_to_checksum, chunks, header_of, shapes_of
 
 SERVICE = "/fedlora.Federation/Session"
 MAX_NAME, MAX_TEXT = 64, 2000
@@ -193,13 +192,12 @@ def tensor_frames(tensors: Tensors) -> Iterator[bytes]:
     """
     checksum = 0
     for pieces in chunks(tensors):
-        size = 0
-        for piece in pieces:
-            size += len(piece)
-            checksum = zlib.crc32(piece, checksum)
+        size = sum(map(len, pieces))
         inner = b"\x0a" + _varint(size)  # Chunk.data
-        yield b"".join((b"\x22", _varint(len(inner) + size), inner, *pieces))  # frame.chunk
-    yield pb.ServerFrame(end=pb.End(crc32=checksum)).SerializeToString()
+        frame = b"".join((b"\x22", _varint(len(inner) + size), inner, *pieces))  # frame.chunk
+        checksum = add_to_checksum(checksum, memoryview(frame)[-size:])
+        yield frame
+    yield pb.ServerFrame(end=pb.End(checksum=checksum)).SerializeToString()
 
 
 def chunk_of(frame: bytes) -> memoryview | None:

@@ -263,7 +263,7 @@ class Chunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class End(_message.Message):
-    __slots__ = ("crc32",)
-    CRC32_FIELD_NUMBER: _ClassVar[int]
-    crc32: int
-    def __init__(self, crc32: _Optional[int] = ...) -> None: ...
+    __slots__ = ("checksum",)
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    checksum: int
+    def __init__(self, checksum: _Optional[int] = ...) -> None: ...

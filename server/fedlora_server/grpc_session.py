@@ -153,7 +153,7 @@ class GrpcSession:
         elif kind == "chunk":
             self._on_chunk(memoryview(frame.chunk.data))
         elif kind == "end":
-            self._on_end(frame.end.crc32)
+            self._on_end(frame.end.checksum)
         elif kind == "declined":
             self._on_declined(frame.declined)
         elif kind == "leave":
@@ -196,10 +196,10 @@ class GrpcSession:
             if self._drained_bytes > DRAINED_BYTES:
                 raise WireError("an upload went on after it had been refused")
 
-    def _on_end(self, crc32: int) -> None:
+    def _on_end(self, checksum: int) -> None:
         upload, self._upload = self._upload, None
         assert upload is not None
-        refusal = upload.incoming.finish(crc32)
+        refusal = upload.incoming.finish(checksum)
         if not upload.acknowledged:
             refusal = self._roster.answered(self, upload.key, refusal or upload.stored()) or refusal
             self._send_ack(upload.key, refusal)
@@ -222,5 +222,5 @@ class GrpcSession:
         self._send_ack(self._upload.key, refusal)
 
     def _send_ack(self, key: Key, refusal: Refusal | None) -> None:
-        ack = pb.Ack(key=wire.key_to_wire(key), refusal=refusal and wire.refusal_to_wire(refusal))
+        ack = pb.Ack(key=wire.key_to_wire(key), refusal=None if refusal is None else wire.refusal_to_wire(refusal))
         self.send([pb.ServerFrame(ack=ack).SerializeToString()])

@@ -40,7 +40,7 @@ def receive(tensors, frames):
         if chunk is not None:
             incoming.add(chunk)
         else:
-            return incoming.finish(wire.parse(pb.ServerFrame, data).end.crc32), received
+            return incoming.finish(wire.parse(pb.ServerFrame, data).end.checksum), received
     raise AssertionError("no End")
 
 
