@@ -212,9 +212,11 @@ class Connection:
         try:
             lost_at, attempt = time.monotonic(), 0
             while not self._leaving.is_set():
+                began = time.monotonic()
                 error = self._converse()
                 if self._stream.welcomed:
-                    lost_at, attempt = time.monotonic(), 0
+                    lost_at = time.monotonic()
+                    attempt = 0 if lost_at - began > 2 * _PATIENCE_S[-1] else attempt  # no storm at a server that fails
                     if not self._leaving.is_set():
                         self._report(f"The connection to {self.server} was lost; looking for it again.")
                 elif attempt == 0:

@@ -83,9 +83,8 @@ class Engine(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """The replies, in the order asked, each read from the spool only when the iterator reaches it.
 
-        "uploaded" gives a message with one ArrayRecord (the trained tensors) and one MetricRecord (of
-        `fedlora.plan.upload_metrics`); a Refusal gives a message with an error; others give nothing. A reply is
-        forgotten once it has been given.
+        "uploaded" and a Refusal give what `fedlora_strategies.messages.reply` makes of the upload or the refusal; other
+        states give nothing. A reply is forgotten once it has been given.
         """
 
     @abstractmethod

@@ -341,7 +341,8 @@ def test_a_server_that_was_killed_and_restarted_is_found_again(processes, tmp_pa
     client = start_client(address, "north", stdout=subprocess.PIPE, text=True)
     processes.append(client)
     assert first.stdout.readline() == "uploaded\n"
-    first.send_signal(signal.SIGKILL)
+    first.kill()
+    first.wait()
     listen(second)
     out, _ = client.communicate(timeout=60)
     assert "run " + "b" * 16 in out and out.count("task") == 2 and "goodbye" in out
