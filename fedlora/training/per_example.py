@@ -91,14 +91,20 @@ class GradientBuffer:
                                "trained tensors: they are not part of the model that computes the loss. Nothing was "
                                "released; please report this with the model's type and the targets")
 
-    def write(self, parameter: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Store [records, ...] gradients; those of a layer that is applied more than once are added up."""
+    def write_product(self, parameter: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Store the parameter's gradients, left_i @ right_i for each record i, straight into the rows.
+
+        Those of a layer that is applied more than once in a pass are added up.
+
+        Args:
+            left, right: [records, a, k] and [records, k, b] float32, where a·b is the parameter's number of values.
+        """
         slot = self._slot_of[id(parameter)]
-        target = self.rows[:, slot.columns].view(gradients.shape)
+        target = self.rows[:, slot.columns].view(len(left), left.shape[1], right.shape[2])
         if id(parameter) in self._written:
-            target.add_(gradients)
+            target.baddbmm_(left, right)
         else:
-            target.copy_(gradients)
+            torch.bmm(left, right, out=target)
             self._written.add(id(parameter))
 
 
@@ -121,9 +127,10 @@ class PerExampleLinear(nn.Linear):
         x = inputs.reshape(records, -1, inputs.shape[-1])
         g = gradient.reshape(records, -1, gradient.shape[-1])
         if self.weight.requires_grad:
-            self.buffer.write(self.weight, torch.bmm(g.float().transpose(1, 2), x.float()))
+            self.buffer.write_product(self.weight, g.float().transpose(1, 2), x.float())
         if self.bias is not None and self.bias.requires_grad:
-            self.buffer.write(self.bias, g.sum(1, dtype=torch.float32))
+            ones = torch.ones(*g.shape[:2], 1, device=g.device)
+            self.buffer.write_product(self.bias, g.float().transpose(1, 2), ones)
 
 
 class _LinearPerExample(torch.autograd.Function):
