@@ -102,6 +102,20 @@ def test_a_killed_client_is_noticed_in_seconds(engine, processes):
     assert engine.idle() == [] and list(engine.get_node_ids()) == []
 
 
+def test_a_frozen_client_is_noticed_and_asked_again_when_it_thaws(engine, processes):
+    processes.append(start_client(engine.address, "north", "hang"))
+    until(engine.idle, engine)
+    [sent] = engine.push_messages([order(node_id("north"))])
+    time.sleep(0.3)
+    processes[0].send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    while engine.wait([sent], 1.0).get(sent) != "lost":
+        assert time.monotonic() - begin < 30
+    processes[0].send_signal(signal.SIGCONT)
+    until(lambda: sent not in engine.wait([sent], 0.1), engine)
+    until(engine.get_node_ids, engine)
+
+
 def test_a_client_that_comes_back_before_the_round_closes_is_asked_again(engine, processes):
     processes.append(start_client(engine.address, "north", "hang"))
     until(engine.idle, engine)
