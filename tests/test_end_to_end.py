@@ -1,0 +1,175 @@
+"""Real processes over real gRPC: what simulation and deployment have in common, and what happens when things go wrong.
+
+In every client process here, importing Flower fails: the client does without it.
+"""
+
+import json
+import signal
+import socket
+
+import pytest
+from safetensors.numpy import load_file
+
+from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora_server.planning import find_model
+from fedlora_simulations.simulate import Method, populate, simulate
+from tests.processes import Deployment, write_rows
+
+SMALL = ("--rank", 2, "--rounds", 2, "--local-steps", 2, "--batch-size", 8, "--max-length", 16)
+
+
+@pytest.fixture
+def deployment(tmp_path, checkpoint):
+    with Deployment(tmp_path, checkpoint("bert")) as deployment:
+        yield deployment
+
+
+def hospitals(folder, count=3):
+    return [write_rows(folder / "data" / f"hospital-{i}.jsonl", seed=i) for i in range(count)]
+
+
+@pytest.mark.parametrize("strategy", ["fedavg-lora", "ffa-lora", "fed-sb", "fedsvd"])
+def test_simulation_and_grpc_end_with_the_same_adapter(deployment, tmp_path, strategy):
+    files = hospitals(tmp_path)
+    deployment.server("--strategy", strategy, "--min-clients", 3, "--min-replies", 3, "--seed", 5, *SMALL)
+    for file in files:
+        deployment.client(file.stem, file, seed=5)
+    assert deployment.end("server") == 0, deployment.log("server")
+    arguments = [f"--strategy={strategy}", f"--model={deployment.checkpoint}", f"--data={tmp_path / 'data'}",
+                 "--partition=files", "--threads=1", "--device=cpu", "--precision=fp32", *map(str, SMALL)]
+    options = read_options(build_parser(SIMULATE, ""), SIMULATE, arguments)
+    simulate(options, Method.parse(strategy), 5, find_model(options), populate(options, 5), out=tmp_path)
+    simulated, deployed = (load_file(folder / "adapter" / "adapter_model.safetensors")
+                           for folder in (tmp_path, deployment.out))
+    assert simulated.keys() == deployed.keys() and simulated
+    for name, tensor in simulated.items():
+        assert tensor.tobytes() == deployed[name].tobytes(), f"{name} differs"
+
+
+def test_a_client_killed_in_round_2_does_not_keep_the_run_from_its_adapter(deployment, tmp_path):
+    deployment.server("--min-clients", 3, *SMALL, "--rounds", 4, "--eval-data",
+                      write_rows(tmp_path / "held-out.jsonl", 9))
+    files = hospitals(tmp_path)
+    for file in files:
+        deployment.client(file.stem, file)
+    deployment.wait_for("server", "round 1: 3 of 3 replied")
+    deployment.processes["hospital-1"].send_signal(signal.SIGKILL)
+    assert deployment.end("server") == 0, deployment.log("server")
+    assert "hospital-1 lost" in deployment.log("server")
+    report = json.loads((deployment.out / "report.json").read_text())
+    assert report["finished_rounds"] == 4 and report["rounds"][-1]["uploaded"] == ["hospital-0", "hospital-2"]
+    assert (deployment.out / "adapter" / "adapter_config.json").exists()
+    assert (deployment.out / "curves.png").stat().st_size > 10_000
+    assert deployment.end("hospital-0") == deployment.end("hospital-2") == 0
+
+
+def test_ctrl_c_at_the_server_writes_the_last_finished_round_and_tells_the_clients(deployment, tmp_path):
+    deployment.server("--min-clients", 2, *SMALL, "--rounds", 500)
+    for file in hospitals(tmp_path, 2):
+        deployment.client(file.stem, file)
+    deployment.wait_for("server", "round 2: 2 of 2 replied")
+    deployment.processes["server"].send_signal(signal.SIGINT)
+    assert deployment.end("server", 30) == 130
+    assert (deployment.out / "adapter" / "adapter_model.safetensors").exists()
+    assert json.loads((deployment.out / "report.json").read_text())["ended"] == "stopped"
+    assert deployment.end("hospital-0", 30) == deployment.end("hospital-1", 30) == 0
+    assert "the coordinator stopped the run" in deployment.log("hospital-0")
+
+
+def test_a_client_leaves_politely_and_a_restarted_one_goes_on_with_its_account(deployment, tmp_path):
+    deployment.server("--min-clients", 2, "--min-replies", 1, *SMALL, "--rounds", 500)
+    files = hospitals(tmp_path, 2)
+    for file in files:
+        deployment.client(file.stem, file)
+    deployment.wait_for("server", "round 1: ")
+    deployment.processes["hospital-0"].send_signal(signal.SIGINT)
+    assert deployment.end("hospital-0", 30) == 130
+    deployment.wait_for("server", "hospital-0 left")
+    [account] = (deployment.folder / "state" / "hospital-0").glob("*/account.json")
+    before = len(json.loads(account.read_text())["started"])
+    deployment.client("hospital-0", files[0])
+    deployment.wait_for("hospital-0", ": sent ")
+    assert len(json.loads(account.read_text())["started"]) > before >= 1
+
+
+def test_no_server_is_exit_code_3_after_the_timeout(deployment, tmp_path):
+    deployment.client("north", hospitals(tmp_path, 1)[0], "--connect-timeout", 1)
+    assert deployment.end("north", 60) == 3
+    assert f"no server at {deployment.address}" in deployment.log("north")
+
+
+def test_a_taken_port_is_exit_code_2_and_names_the_port(deployment):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(deployment.address.partition(":")[2])))
+        taken.listen()
+        deployment.server(*SMALL)
+        assert deployment.end("server", 60) == 2
+    assert deployment.address.partition(":")[2] in deployment.log("server")
+    assert "Traceback" not in deployment.log("server")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--task", "causal-lm"], "is an encoder"), (["--labels", "one"], "at least two"),
+    (["--eval-data", "missing.jsonl"], "missing.jsonl"), (["--rank", "0"], "--rank"),
+    (["--max-participations", "9", "--rounds", "3"], "more than the 3 rounds"), (["--max-length", "9999"], "9999")])
+def test_what_cannot_work_fails_before_the_port_is_bound(deployment, arguments, message):
+    deployment.server(*arguments)
+    assert deployment.end("server", 60) == 2
+    assert message in deployment.log("server") and "Traceback" not in deployment.log("server")
+    assert "Listening" not in deployment.log("server")
+
+
+def test_a_folder_with_results_is_never_written_to(deployment):
+    deployment.out.mkdir()
+    (deployment.out / "report.json").write_text("{}")
+    deployment.server(*SMALL)
+    assert deployment.end("server", 60) == 2
+    assert "not empty" in deployment.log("server")
+
+
+def test_clients_that_do_not_fit_are_turned_away_with_what_to_change(deployment, tmp_path, checkpoint):
+    secret = "Xylophonia"
+    deployment.server("--min-clients", 9, "--labels", "routine,urgent", *SMALL)
+    deployment.wait_for("server", "Listening")
+    [file] = hospitals(tmp_path, 1)
+    deployment.client("twin", file)
+    deployment.wait_for("server", "twin ready")
+    deployment.folder = tmp_path / "second"
+    deployment.folder.mkdir()
+    other = write_rows(tmp_path / "other.jsonl", 1, rows=5)
+    with other.open("a") as more:
+        more.write(json.dumps({"text": f"{secret} acute", "label": secret}) + "\n")
+    clients = {
+        "twin": (file, []), "open": (file, ["--epsilon", "inf"]), "model": (file, ["--model", checkpoint("roberta")]),
+        "labels": (other, []), "nowhere": (tmp_path / "nowhere", [])}
+    for name, (data, arguments) in clients.items():
+        deployment.client(name, data, *arguments)
+    expected = {"twin": (4, "--name"), "open": (4, "--privacy"), "model": (4, "model-mismatch"),
+                "labels": (2, "other.jsonl:6"), "nowhere": (2, "nowhere")}
+    for name, (code, text) in expected.items():
+        assert deployment.end(name, 60) == code, deployment.log(name)
+        assert text in deployment.log(name), deployment.log(name)
+        assert "Traceback" not in deployment.log(name) and secret not in deployment.log(name)
+
+
+def test_a_server_without_privacy_is_refused_by_a_private_client(deployment, tmp_path):
+    deployment.server("--privacy", "off", "--min-clients", 1, *SMALL)
+    [file] = hospitals(tmp_path, 1)
+    deployment.client("north", file)
+    assert deployment.end("north", 60) == 4
+    assert "--epsilon" in deployment.log("north") and "--privacy off" in deployment.log("north")
+
+
+def test_a_restarted_server_is_found_again_with_its_new_run(deployment, tmp_path):
+    files = hospitals(tmp_path, 2)
+    deployment.server("--min-clients", 2, *SMALL, "--rounds", 500)
+    for file in files:
+        deployment.client(file.stem, file, "--connect-timeout", 60)
+    deployment.wait_for("server", "round 1: ")
+    deployment.processes["server"].kill()
+    deployment.processes["server"].wait()
+    deployment.out = tmp_path / "second"
+    deployment.server("--min-clients", 2, *SMALL)
+    assert deployment.end("server") == 0, deployment.log("server")
+    assert deployment.end("hospital-0", 30) == 0
+    assert "another run" in deployment.log("hospital-0")
