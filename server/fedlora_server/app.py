@@ -18,12 +18,13 @@ import fedlora
 from fedlora import data
 from fedlora.wire import Setup
 
+from .cohort import RoundOptions
 from .display import Display
 from .grpc_engine import GrpcEngine
 from .planning import BaseModel, claim_folder, evaluator, find_model, planned, prepare
 from .report import write_report
 from .roster import Event
-from .rounds import FederationResult, RoundOptions, run_federation
+from .rounds import FederationResult, run_federation
 
 REASONS = {"finished": "the run is finished", "stopped": "the coordinator stopped the run",
            "wait-timeout": "too few clients were left"}

@@ -6,8 +6,8 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from threading import Event
-from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 
@@ -15,9 +15,7 @@ from fedlora.plan import Refusal, RunPlan
 from fedlora_strategies import FederatedLoRA
 
 from .engine import Engine, Outcome
-
-if TYPE_CHECKING:
-    from .rounds import Observer, RoundOptions
+from .observer import Observer
 
 POLL_S = 0.25
 """How soon a stop is noticed while nothing else happens."""
@@ -30,6 +28,35 @@ TRAINED_NOTHING = frozenset({"missing-tensors"})
 
 FOR_GOOD = frozenset({"policy", "budget", "model-mismatch", "version-mismatch", "privacy-mismatch", "labels"})
 """Refusals after which a client is not asked again in this run."""
+
+
+@dataclass(frozen=True)
+class RoundOptions:
+    """How rounds are run; nothing here is sent to clients.
+
+    Attributes:
+        seed: of the cohorts.
+        clients_per_round: size of a cohort; None takes every eligible client.
+        min_clients: round 1 waits, without limit, until so many are connected.
+        min_replies: uploads without which no round closes; None for half of the cohort, rounded up.
+        round_timeout_s: after it, a round closes with at least `min_replies`, or drafts.
+        wait_timeout_s: how long a round with nobody left to ask waits for clients before the run ends.
+        evaluate_every: evaluate after every so many rounds, and after the last.
+    """
+
+    seed: int
+    clients_per_round: int | None = None
+    min_clients: int = 1
+    min_replies: int | None = None
+    round_timeout_s: float = 3600.0
+    wait_timeout_s: float = 3600.0
+    evaluate_every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("clients_per_round", "min_clients", "min_replies", "evaluate_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
 class Ended(Exception):

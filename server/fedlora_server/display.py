@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .rounds import Observer, RoundRecord
+from .observer import Observer, RoundRecord
 
 SHOWN_ROUNDS = 15
 """The live table keeps the last so many rounds on the screen; metrics.jsonl has them all."""

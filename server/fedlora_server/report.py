@@ -15,8 +15,9 @@ from fedlora.plan import RunPlan, to_scalars
 from fedlora_strategies import FederatedLoRA
 
 from . import curves
+from .observer import RoundRecord
 from .planning import Federation
-from .rounds import FederationResult, RoundRecord
+from .rounds import FederationResult
 
 PACKAGES = ("fedlora", "flwr", "grpcio", "numpy", "opacus", "peft", "torch", "transformers")
 

@@ -19,9 +19,11 @@ from fedlora.tasks import Records, Task
 from fedlora.training import Trainer
 from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import MemoryState
+from fedlora_server.cohort import RoundOptions
+from fedlora_server.observer import Observer
 from fedlora_server.planning import BaseModel, Federation, evaluator, prepare
 from fedlora_server.report import write_report
-from fedlora_server.rounds import FederationResult, Observer, RoundOptions, run_federation
+from fedlora_server.rounds import FederationResult, run_federation
 
 from .in_process import InProcessEngine
 

@@ -10,8 +10,9 @@ import pytest
 from fedlora.adapters import attach, initial_tensors
 from fedlora.models import load
 from fedlora_server import curves
+from fedlora_server.observer import RoundRecord
 from fedlora_server.report import describe, disclosures, write_report
-from fedlora_server.rounds import FederationResult, RoundRecord
+from fedlora_server.rounds import FederationResult
 from fedlora_strategies import FedSB
 from tests.federation import layout_of, plan_of, start_of
 from tests.tiny import tiny_checkpoint

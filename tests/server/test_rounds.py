@@ -9,7 +9,9 @@ import pytest
 
 from fedlora.plan import Refusal
 from fedlora_server import checkpoint
-from fedlora_server.rounds import Observer, RoundOptions, run_federation
+from fedlora_server.cohort import RoundOptions
+from fedlora_server.observer import Observer
+from fedlora_server.rounds import run_federation
 from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies import STRATEGY_CLASSES
 from tests.federation import LinearSession, layout_of, plan_of, start_of

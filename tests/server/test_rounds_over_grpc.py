@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fedlora_client.connection import Connection, Goodbye
+from fedlora_server.cohort import RoundOptions
 from fedlora_server.grpc_engine import GrpcEngine
-from fedlora_server.rounds import RoundOptions, run_federation
+from fedlora_server.rounds import run_federation
 from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies import STRATEGY_CLASSES
 from tests.federation import LinearSession, layout_of, plan_of, start_of

@@ -1,0 +1,54 @@
+"""What a run tells while it lasts, and what it says of each finished round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What happened in one round. Round 0 is the evaluation before the first.
+
+    Attributes:
+        cohort: names asked, the drafted ones last; attempts: how many times somebody was asked.
+        uploaded, lost: names. refused: name → refusal code. rejected: name → why its upload added nothing.
+        disclosed: name → what its upload said beside the tensors.
+        update_norm: L2 norm of the change of all trained tensors; train_loss: mean, only without privacy.
+        bytes_up, bytes_down: of all clients, from the start of the round to its end.
+        evaluation: on the server's own data, if it has any.
+    """
+
+    round: int
+    cohort: tuple[str, ...] = ()
+    attempts: int = 0
+    uploaded: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    disclosed: Mapping[str, Mapping[str, int | float]] = field(default_factory=dict)
+    update_norm: float | None = None
+    train_loss: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+
+
+class Observer:
+    """What the round loop tells while it runs; override what is of interest. Called from the loop's own thread."""
+
+    def waiting(self, needed: int, present: int, timeout_s: float | None) -> None:
+        """Nobody can be asked: `present` clients could take part and `needed` are. None: it waits without limit."""
+
+    def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
+        """Orders were sent; attempt 0 is the round's cohort, later ones are drafts."""
+
+    def answered(self, round: int, name: str, outcome: str) -> None:
+        """A client's state changed: "uploaded", "lost" or a refusal's text."""
+
+    def evaluated(self, round: int, figures: Mapping[str, float]) -> None:
+        """The server evaluated the state after the round; 0 is the start."""
+
+    def finished(self, record: RoundRecord) -> None:
+        """The round is closed and its checkpoint is written."""
