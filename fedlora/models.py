@@ -108,6 +108,11 @@ def reference(name: str, path: Path) -> ModelRef:
                     tokenizer_sha256=_sha256([path / file for file in TOKENIZER_FILES if (path / file).is_file()]))
 
 
+def hub_name(ref: ModelRef) -> str | None:
+    """The hub id of a pinned model, without its commit; None for a folder."""
+    return {"minilm": MINILM_REPOSITORY, "local": None}.get(ref.name, ref.name.partition("@")[0])
+
+
 def verify(ref: ModelRef, path: Path) -> None:
     """Check that the model in a folder is the plan's, by content.
 

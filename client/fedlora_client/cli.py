@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.epilog = EXIT_CODES
     options = read_options(parser, CLIENT, argv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own messages say more
     if not options.allow_download:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

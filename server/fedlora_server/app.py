@@ -95,7 +95,7 @@ def _run(options: Namespace, base: BaseModel, labels: tuple[str, ...], setup: Se
     joined = {member.name: {"fedlora_version": member.fedlora_version, "private": member.private,
                             "label_names": list(member.announced_labels)} for member in engine.members()}
     shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    write_report(out, federation, result, base.path, options=shown, joined=joined)
+    write_report(out, federation, result, base.loadable_name, options=shown, joined=joined)
     return result
 
 

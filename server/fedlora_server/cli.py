@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.epilog = EXIT_CODES
     options = read_options(parser, SERVER, argv)
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own messages say more
     if not options.allow_download:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

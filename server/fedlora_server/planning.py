@@ -31,6 +31,11 @@ class BaseModel:
     path: Path
     reference: ModelRef
 
+    @property
+    def loadable_name(self) -> str:
+        """What the exported adapter names as its base: a hub id where there is one, else the folder."""
+        return models.hub_name(self.reference) or str(self.path)
+
 
 def find_model(options: Namespace) -> BaseModel:
     """Resolve --model and refuse a task that it cannot learn; cheap, so that it comes before a port is bound.

@@ -24,19 +24,19 @@ PACKAGES = ("fedlora", "flwr", "grpcio", "numpy", "opacus", "peft", "torch", "tr
 ENDINGS = {"finished": "", "stopped": ", stopped early", "wait-timeout": ", ended for want of clients"}
 
 
-def write_report(out: Path, federation: Federation, result: FederationResult, base: Path, *,
+def write_report(out: Path, federation: Federation, result: FederationResult, base: str, *,
                  options: Mapping[str, object] | None = None,
                  joined: Mapping[str, Mapping[str, object]] | None = None) -> Path:
     """Write `adapter/`, `report.json` and `curves.png`; also for a run that ended early.
 
     Args:
-        base: the base model's folder, named in the adapter's configuration.
+        base: the base model's hub id or folder, named in the adapter's configuration.
         options: what the server was started with, beside the plan: seeds, data, device, time limits.
         joined: client name → what it disclosed when it joined.
     Returns:
         the adapter's folder.
     """
-    folder = adapters.export(federation.adapted, result.state, out / "adapter", str(base))
+    folder = adapters.export(federation.adapted, result.state, out / "adapter", base)
     report = describe(federation.plan, federation.strategy, result, options or {}, joined or {})
     text = json.dumps(_jsonable(report), indent=1, default=str, allow_nan=False)
     (out / "report.json").write_text(text + "\n")

@@ -185,7 +185,7 @@ class Roster:
             if working is not None and working != seat.accepted and seat.order(working) is None:
                 stream.send([pb.ServerFrame(cancel=wire.key_to_wire(working)).SerializeToString()])
             self._dispatch(seat)
-            self._new(Event("ready", seat.name))
+            self._new(Event("ready", seat.name, f"discloses its label names {', '.join(labels)}" if labels else ""))
 
     def gone(self, stream: Stream, kind: str = "lost") -> None:
         """The stream ended. What the client was asked is lost, until it comes back."""

@@ -1,4 +1,4 @@
-"""How fast a training step is, and what privacy adds to it: measured on a real model and real text.
+"""fedlora-simulate bench: how fast a training step is, and what privacy adds to it, on a real model and real text.
 
 Steps with and without privacy are timed in turn on the same batches, so that the machine's drift meets both alike, and
 medians are compared.
@@ -6,13 +6,18 @@ medians are compared.
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from fedlora.adapters import attach, automatic_targets, initial_tensors
 from fedlora.data import read
@@ -112,3 +117,34 @@ def _interleaved(step: Callable[[int, bool], None],
             cpu[private].append(time.process_time() - cpu_begin)
     return ((statistics.median(wall[False]), statistics.median(wall[True])),
             (statistics.median(cpu[False]), statistics.median(cpu[True])))
+
+
+def main(argv: Sequence[str]) -> int:
+    """`fedlora-simulate bench --data FILE`: print the ratios as a table, or as JSON."""
+    parser = argparse.ArgumentParser(prog="fedlora-simulate bench", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="training rows with a text and one of two labels")
+    parser.add_argument("--family", choices=FAMILY_STRATEGIES, default="frozen-a")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(argv)
+    try:
+        measured = step_ratio(options.data, family=options.family, rank=options.rank, repeats=options.repeats,
+                              expected_batch=options.batch_size, threads=options.threads)
+    except ValueError as error:
+        print(f"fedlora-simulate bench: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(measured, indent=1))
+        return 0
+    table = Table(title=f"private ÷ non-private step, {options.family} r={options.rank}, batch {options.batch_size}, "
+                        "medians", box=None, title_justify="left")
+    for name in ("precision", "private s", "plain s", "ratio", "CPU ratio", "examples/s"):
+        table.add_column(name, justify="right")
+    for precision, figures in measured.items():
+        table.add_row(precision, f"{figures['private_s']:.3f}", f"{figures['plain_s']:.3f}", f"{figures['ratio']:.3f}",
+                      f"{figures['cpu_ratio']:.3f}", f"{figures['examples_per_s']:.0f}")
+    Console().print(table)
+    return 0

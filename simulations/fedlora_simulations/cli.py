@@ -13,7 +13,13 @@ from fedlora.options import SIMULATE, build_parser, read_options
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 2 wrong input, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:
+        from .bench import main as bench
+
+        return bench(argv[1:])
     parser = build_parser(SIMULATE, "Simulate federations: every method on the same split, seed by seed.")
+    parser.epilog = "fedlora-simulate bench --help: what privacy adds to a training step"
     options = read_options(parser, SIMULATE, argv)
     from fedlora.plan import Refused
 

@@ -144,7 +144,7 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
         noise_multipliers={name: session.account.noise_multiplier for name, session in sessions.items()},
         bytes_up=engine.bytes_up, bytes_down=engine.bytes_down, seconds=time.monotonic() - began)
     if out is not None:
-        write_report(out, federation, result, base.path)
+        write_report(out, federation, result, base.loadable_name)
     engine.close("the run is over")
     return simulated
 
