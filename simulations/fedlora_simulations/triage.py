@@ -27,34 +27,26 @@ HELD_OUT_SHARE = 8
 
 _ALARMING = (
     "crushing chest pain", "sudden arm weakness", "slurred speech", "facial droop", "breathlessness at rest",
-    "vomiting blood", "black tarry stools", "sudden loss of vision", "stiff neck and high fever", "fainting",
-    "coughing up blood", "seizures", "sudden severe headache", "confusion", "tongue swelling", "blue lips",
-    "heavy bleeding", "severe abdominal pain", "choking", "collapse", "gasping for air", "one-sided numbness",
+    "vomiting blood", "black tarry stools", "sudden loss of vision", "stiff neck and high fever", "seizures",
+    "sudden severe headache", "tongue swelling", "heavy bleeding", "severe abdominal pain",
 )
 _HARMLESS = (
     "runny nose", "mild sore throat", "itchy forearms", "blocked ears", "back ache after gardening", "sneezing",
-    "dry skin", "hiccups", "mild heartburn", "stiff fingers", "tired legs", "chapped lips", "watery eyes",
-    "ingrown toenail", "mild constipation", "insect bites", "muscle ache after sport", "hoarse voice",
-    "mild toothache", "dandruff", "warts on one finger", "dry cough",
+    "dry skin", "hiccups", "mild heartburn", "stiff fingers", "tired legs", "chapped lips", "insect bites",
+    "mild toothache",
 )
 _SINCE = ("since this morning", "since noon", "since last night", "for an hour", "since breakfast", "for two hours",
-          "since yesterday", "since waking")
+          "since yesterday", "since waking", "for three days", "since lunch", "since Monday", "for half a day")
 _THERE = (
-    "reports {f} {since}", "complains of {f}", "{f} {since}", "now has {f}", "presents with {f}", "here with {f}",
-    "{f} getting worse", "worsening {f}", "{f} {since}, still present", "currently has {f}",
-    "comes in with {f} {since}", "{f} confirmed on arrival", "ongoing {f}", "today {f}", "{f} has returned",
+    "reports {f} {since}", "complains of {f} {since}", "now has {f}", "presents with {f}", "worsening {f} {since}",
+    "ongoing {f} {since}", "{f} {since}, still present",
 )
-_RELATIVES = ("mother", "father", "brother", "sister", "husband", "wife", "neighbour", "grandmother")
-_NOT_THERE = {
-    "denied": ("denies {f}", "no {f}", "{f} denied", "without {f}", "does not report {f}", "no sign of {f}",
-               "{f} absent", "free of {f}", "never had {f}"),
-    "over": ("{f} last year, fully recovered", "{f} settled overnight", "{f} resolved", "no longer has {f}",
-             "{f} now gone", "history of {f} in childhood", "past {f}, recovered", "{f} cleared up days ago"),
-    "other": ("{who} has {f}", "{who} was treated for {f}", "{who} had {f}", "worried because {who} has {f}",
-              "{f} in {who}, not in the patient"),
-    "warned": ("to call back if {f} occurs", "advised to return should {f} occur", "told to watch for {f}",
-               "leaflet about {f} given", "will phone in case of {f}"),
-}
+_RELATIVES = ("mother", "father", "brother", "sister", "husband", "wife")
+_NOT_THERE = (
+    "denies {f}", "no {f}", "{f} denied", "without {f}", "no sign of {f}", "does not report {f}",
+    "past {f}, recovered", "history of {f} in childhood", "no longer has {f}", "{f} resolved",
+    "{who} has {f}", "told to watch for {f}",
+)
 _OPENINGS = ("Walk-in: ", "By phone: ", "At the desk: ", "Adult. ", "Evening clinic. ")
 _CLOSINGS = (" No medicines.", " No allergies.", " Pulse regular.", " Lives alone.", " Waiting in the hall.")
 _FRAMED = 0.25
@@ -71,7 +63,7 @@ def note(rng: np.random.Generator, urgent: bool) -> str:
         return options[rng.integers(len(options))]
 
     def clause(finding: str, there: bool) -> str:
-        form = pick(_THERE) if there else pick(_NOT_THERE[pick(tuple(_NOT_THERE))])
+        form = pick(_THERE if there else _NOT_THERE)
         return form.format(f=finding, since=pick(_SINCE), who=pick(_RELATIVES))
 
     alarming, harmless = pick(_ALARMING), pick(_HARMLESS)
