@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.plan import OPTIMIZERS, STRATEGIES, TASKS
+from fedlora.plan import LR_SCHEDULES, OPTIMIZERS, STRATEGIES, TASKS
 
 SERVER, CLIENT, SIMULATE = "server", "client", "simulate"
 
@@ -95,8 +95,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--max-length", RUN, "tokens kept of a record", 128, _count),
     Option("--rank", RUN, "rank of the adapters [preset]", None, _count),
     Option("--alpha", RUN, "the update is scaled by alpha / rank [preset]", None, _finite),
-    Option("--targets", RUN, "adapted linear layers: names or name endings; none adapts none [query and value]", None,
-           _names, metavar="NAME,…"),
+    Option("--targets", RUN, "adapted linear layers: names or name endings; or auto (query and value), all, none "
+           "[preset]", None, _names, metavar="NAME,…"),
     Option("--init", RUN, "how the frozen factors are drawn [preset]", None,
            choices=("kaiming", "orthonormal", "weight")),
     Option("--head", RUN, "train a classifier's final linear layer too, or leave it as drawn [train]", None,
@@ -107,6 +107,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--local-steps", RUN, "optimiser steps of a client per round [preset]", None, _count),
     Option("--batch-size", RUN, "expected records of a Poisson-sampled step [preset]", None, _count),
     Option("--lr", RUN, "learning rate [preset]", None, _finite),
+    Option("--lr-schedule", RUN, "linear lowers the rate from round to round, towards 0 after the last [preset]", None,
+           choices=LR_SCHEDULES),
     Option("--optimizer", RUN, "a fresh one each round [preset]", None, choices=OPTIMIZERS),
     Option("--clip-norm", RUN, "L2 bound of one record's gradient [preset]", None, _finite),
     Option("--head-scale", RUN, "factor on the head's gradient before clipping [preset]", None, _finite),

@@ -19,6 +19,7 @@ PROTOCOL = 1
 STRATEGIES = ("fedavg-lora", "ffa-lora", "fed-sb", "fedsvd")
 TASKS = ("classification", "causal-lm")
 OPTIMIZERS = ("sgd", "adamw")
+LR_SCHEDULES = ("constant", "linear")
 
 Tensors = Mapping[str, np.ndarray]
 """Named float32 arrays in C order; names are those of `fedlora.adapters.AdapterLayout`."""
@@ -68,6 +69,7 @@ class RunPlan:
         max_participations: most rounds that one client may start in this run; privacy is calibrated to exactly it.
         local_steps: optimiser steps per round.
         expected_batch: expected number of records of a Poisson-sampled step.
+        lr_schedule: "constant", or "linear": of R rounds, round t trains with lr · (1 - (t - 1) / R).
         clip_norm: L2 bound of one record's scaled gradient.
         adapter_scale, head_scale: data-independent factors on the gradients of each group before clipping.
         weight_by_examples: weight uploads by number of records, which discloses them. Only without privacy.
@@ -97,6 +99,7 @@ class RunPlan:
     adapter_scale: float
     head_scale: float
     weight_by_examples: bool
+    lr_schedule: str = "constant"
     protocol: int = PROTOCOL
 
     def __post_init__(self) -> None:
@@ -109,6 +112,7 @@ class RunPlan:
         require(self.strategy in STRATEGIES, "strategy", f"choose one of {', '.join(STRATEGIES)}")
         require(self.task in TASKS, "task", f"choose one of {', '.join(TASKS)}")
         require(self.optimizer in OPTIMIZERS, "optimizer", f"choose one of {', '.join(OPTIMIZERS)}")
+        require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"choose one of {', '.join(LR_SCHEDULES)}")
         for name in ("max_length", "rank", "rounds", "max_participations", "local_steps", "expected_batch"):
             require(getattr(self, name) >= 1, name, "it must be at least 1")
         for name in ("alpha", "lr", "clip_norm", "adapter_scale", "head_scale"):
@@ -148,6 +152,13 @@ class RoundPlan:
     round: int
     attempt: int
     shared_sha256: str
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of this round. Rounds beyond the planned ones keep the last one's."""
+        if self.run.lr_schedule == "constant":
+            return self.run.lr
+        return self.run.lr * (1 - (min(self.round, self.run.rounds) - 1) / self.run.rounds)
 
     @property
     def key(self) -> tuple[str, int, int]:

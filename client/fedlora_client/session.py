@@ -152,7 +152,7 @@ class ClientSession:
         private = self.run.private
         result = self.trainer.train(
             self.run, self.records, sampling_rate=self.account.sampling_rate,
-            noise_multiplier=self.account.noise_multiplier, clip_norm=self.account.clip_norm,
+            noise_multiplier=self.account.noise_multiplier, clip_norm=self.account.clip_norm, lr=plan.lr,
             sampling=self.streams.stream(plan.round, "sampling", plan.attempt),
             noise=self.streams.stream(plan.round, "noise", plan.attempt) if private else None, stop=stop)
         self.last_result = result

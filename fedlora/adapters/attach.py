@@ -149,6 +149,20 @@ def automatic_targets(model: PreTrainedModel) -> tuple[str, ...]:
                      f"for example from {_last_parts(candidates)}")
 
 
+def all_targets(model: PreTrainedModel) -> tuple[str, ...]:
+    """Every linear layer of the repeated blocks, as suffixes of module names for `attach`.
+
+    Raises:
+        ValueError: the model has no numbered blocks.
+    """
+    parts = [name.split(".") for name in _linear_names(model)]
+    inner = {".".join(name[max(i for i, part in enumerate(name) if part.isdigit()) + 1:])
+             for name in parts if any(part.isdigit() for part in name)}
+    if not inner - {""}:
+        raise ValueError(f"{type(model).__name__} has no numbered blocks; name the layers with --targets")
+    return tuple(sorted(inner - {""}))
+
+
 def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets: Sequence[str], train_head: bool,
            dropout: float = 0.0) -> AdaptedModel:
     """Put an adapter on a loaded model, in place. Its values are PEFT's start; write real ones with `write`.

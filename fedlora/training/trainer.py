@@ -95,7 +95,7 @@ class Trainer:
         return torch.bfloat16 if self.precision == "bf16" else None
 
     def train(self, run: RunPlan, records: Records, *, sampling_rate: float, noise_multiplier: float | None,
-              clip_norm: float, sampling: Stream, noise: Stream | None,
+              clip_norm: float, sampling: Stream, noise: Stream | None, lr: float | None = None,
               stop: Callable[[], bool] = lambda: False) -> TrainResult:
         """Do the plan's local steps from the tensors that the model now holds, with a fresh optimiser.
 
@@ -104,6 +104,7 @@ class Trainer:
             noise_multiplier: None trains without privacy: no clipping, no noise.
             clip_norm: the client's, at most the plan's.
             sampling, noise: random streams of this round; noise is None without privacy.
+            lr: the round's learning rate; None for the plan's.
             stop: asked between micro-batches; True discards the unfinished step and returns.
         Raises:
             MemoryError: naming the flags that help.
@@ -113,7 +114,7 @@ class Trainer:
             raise ValueError("a noise multiplier and a noise stream belong together; give both or neither")
         if not 0 < sampling_rate <= 1:
             raise ValueError(f"sampling_rate is {sampling_rate!r}; it must be in (0, 1]")
-        inner = _optimizer(run, [parameter for parameter, _ in self._parameters])
+        inner = _optimizer(run.optimizer, lr or run.lr, [parameter for parameter, _ in self._parameters])
         if noise_multiplier is None or noise is None:
             # a client with fewer records than the expected batch uses all of them, and their mean
             step: _Step = _PlainStep(inner, run.expected_batch if sampling_rate < 1 else len(records))
@@ -260,10 +261,10 @@ class _PrivateStep(_Step):
         self.clipped, self.nonfinite = self.optimizer.clipped, self.optimizer.nonfinite
 
 
-def _optimizer(run: RunPlan, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if run.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=run.lr)
-    return torch.optim.AdamW(parameters, lr=run.lr, weight_decay=0.0)
+def _optimizer(name: str, lr: float, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=lr)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 
 import fedlora
 from fedlora import data, models
-from fedlora.adapters import AdaptedModel, attach, automatic_targets, initial_tensors
+from fedlora.adapters import AdaptedModel, all_targets, attach, automatic_targets, initial_tensors
 from fedlora.models import LoadedModel
 from fedlora.plan import ModelRef, RunPlan, Tensors
 from fedlora.tasks import Records, Task, task_for
@@ -118,17 +118,19 @@ def make_plan(options: Namespace, strategy: str, reference: ModelRef, labels: tu
               loaded: LoadedModel, run_id: str) -> RunPlan:
     """The plan that options and the preset give together."""
     values = planned(options, strategy)
-    targets = options.targets if options.targets is not None else automatic_targets(loaded.model)
+    named = {("auto",): automatic_targets, ("all",): all_targets, ("none",): lambda model: ()}
+    targets = named[values.targets](loaded.model) if values.targets in named else values.targets
     private = options.privacy == "required"
     return RunPlan(
         run_id=run_id, fedlora_version=fedlora.__version__, strategy=strategy,
         family=STRATEGY_CLASSES[strategy].family, private=private, model=reference, task=options.task, labels=labels,
         max_length=options.max_length, rank=values.rank, alpha=values.alpha,
-        targets=() if targets == ("none",) else tuple(targets),
+        targets=targets,
         train_head=options.task == "classification" and options.head != "freeze", dropout=options.dropout,
         rounds=values.rounds, max_participations=options.max_participations or values.rounds,
         local_steps=values.local_steps, expected_batch=values.batch_size, optimizer=values.optimizer, lr=values.lr,
-        clip_norm=values.clip_norm, adapter_scale=1.0, head_scale=values.head_scale, weight_by_examples=not private)
+        clip_norm=values.clip_norm, adapter_scale=1.0, head_scale=values.head_scale, weight_by_examples=not private,
+        lr_schedule=values.lr_schedule)
 
 
 def evaluator(federation: Federation, path: Path, columns: Mapping[str, str], *,

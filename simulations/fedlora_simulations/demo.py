@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.options import SIMULATE, build_parser, read_options
-from fedlora.plan import Refused
+from fedlora.plan import STRATEGIES, Refused
 from fedlora_client.state import FolderState
 from fedlora_server.display import quantity
 from fedlora_server.planning import claim_folder, find_model
@@ -30,14 +30,14 @@ from .simulate import Method, populate, simulate
 
 EPSILON = 8.0
 
-TRAINING = ("--task", "classification", "--labels", ",".join(triage.LABELS), "--max-length", "64")
+TRAINING = ("--task", "classification", "--labels", ",".join(triage.LABELS), "--max-length", "64", "--rounds", "5")
 """What the demo asks for beside the preset of (strategy, required)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns 0 if the federation finished."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
-    parser.add_argument("--strategy", default="fedsvd")
+    parser.add_argument("--strategy", default="fed-sb", choices=STRATEGIES)
     parser.add_argument("--seed", type=int, default=0, help="of the notes and the shared tensors")
     parser.add_argument("--out", type=Path, help="[runs/<time>-demo]")
     parser.add_argument("--no-control", action="store_true", help="leave the run with frozen adapters out")

@@ -54,7 +54,7 @@ _JOINS = ("; ", ". ", ", ", ", ")
 
 # Share of notes with the alarming finding alone, and with both findings there or both not. In all others one is there
 # and one is not, and words say nothing at all: the smaller these shares, the harder the text.
-_ONE, _ALIKE = 0.5, 0.25
+_ONE, _ALIKE = 0.6, 0.25
 
 
 def note(rng: np.random.Generator, urgent: bool) -> str:
