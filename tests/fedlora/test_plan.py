@@ -1,0 +1,86 @@
+"""The contract's values: checked when made, and the same after every trip through flat scalars."""
+
+import dataclasses
+
+import pytest
+
+from fedlora.plan import (
+    REFUSALS,
+    ModelRef,
+    Refusal,
+    RoundPlan,
+    RunPlan,
+    Upload,
+    from_scalars,
+    round_from_scalars,
+    round_to_scalars,
+    to_scalars,
+    upload_metrics,
+)
+
+MODEL = ModelRef("minilm", "a" * 64, "b" * 64, "c" * 64)
+
+
+def make_plan(**changes):
+    return RunPlan(**{
+        "run_id": "ab" * 8, "fedlora_version": "0.1.0", "strategy": "fedsvd", "family": "frozen-a", "private": True,
+        "model": MODEL, "task": "classification", "labels": ("a", "b"), "max_length": 16, "rank": 2, "alpha": 4.0,
+        "targets": ("query",), "train_head": True, "dropout": 0.0, "rounds": 4, "max_participations": 2,
+        "local_steps": 2, "expected_batch": 6, "optimizer": "sgd", "lr": 0.1, "clip_norm": 0.5, "adapter_scale": 1.0,
+        "head_scale": 1.0, "weight_by_examples": False} | changes)
+
+
+def test_plans_survive_flat_scalars():
+    plan = make_plan(lr_schedule="linear")
+    assert from_scalars(to_scalars(plan)) == plan
+    order = RoundPlan(plan, 3, 1, "d" * 64)
+    assert round_from_scalars(round_to_scalars(order)) == order
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("rank", 0), ("lr", -1.0), ("lr", float("nan")), ("clip_norm", float("inf")), ("dropout", 1.0), ("rounds", 0),
+    ("run_id", "AB" * 8), ("strategy", "fedprox"), ("task", "chess"), ("optimizer", "lion"), ("labels", ("a",)),
+    ("labels", ("a", "a")), ("targets", ("q", "q")), ("weight_by_examples", True), ("lr_schedule", "cosine")])
+def test_a_value_that_cannot_be_is_refused_by_its_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        make_plan(**{field: value})
+
+
+def test_something_must_be_trained():
+    assert make_plan(targets=()).targets == ()
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        make_plan(targets=(), train_head=False)
+
+
+def test_a_language_model_has_neither_labels_nor_a_head():
+    assert make_plan(task="causal-lm", labels=(), train_head=False).task == "causal-lm"
+    for wrong in ({"labels": ("a", "b"), "train_head": False}, {"labels": (), "train_head": True}):
+        with pytest.raises(ValueError):
+            make_plan(task="causal-lm", **wrong)
+
+
+@pytest.mark.parametrize("break_it", [
+    lambda flat: flat.pop("rank"), lambda flat: flat.update(code="import os"), lambda flat: flat.update(rank="2"),
+    lambda flat: flat.update(rank=True), lambda flat: flat.update(labels="ab"), lambda flat: flat.update(private=1),
+    lambda flat: flat.update(model_weights_sha256="xyz")])
+def test_fields_that_are_missing_unknown_or_of_another_type_are_refused(break_it):
+    flat = to_scalars(make_plan())
+    break_it(flat)
+    with pytest.raises(ValueError):
+        from_scalars(flat)
+
+
+def test_a_linear_schedule_falls_from_the_rate_in_equal_steps():
+    plan = make_plan(lr_schedule="linear", lr=0.4)
+    assert [RoundPlan(plan, t, 0, "").lr for t in (1, 2, 3, 4)] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert {RoundPlan(dataclasses.replace(plan, lr_schedule="constant"), t, 0, "").lr for t in (1, 4)} == {0.4}
+
+
+def test_only_scalars_that_are_there_are_sent():
+    assert upload_metrics(Upload("ab" * 8, 1, 0, {}, steps=4, delta=1e-5)) == {"steps": 4, "delta": 1e-5}
+
+
+def test_a_refusal_has_a_known_code_and_says_what_it_means():
+    assert REFUSALS["budget"] in str(Refusal("budget"))
+    with pytest.raises(ValueError, match="sulking"):
+        Refusal("sulking")
