@@ -1,9 +1,12 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_checkpoint
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny models only lose by more threads
+
+from tests.tiny import tiny_checkpoint  # noqa: E402
 
 
 @pytest.fixture(scope="session")

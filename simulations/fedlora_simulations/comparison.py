@@ -71,10 +71,9 @@ def summarize(runs: Sequence[Simulated]) -> Comparison:
 def table(comparisons: Sequence[Comparison]) -> Table:
     """What a researcher reads first."""
     metric = comparisons[0].metric
-    shown = Table(box=None, pad_edge=False)
-    columns = ["method", "before", f"{metric} after", "ε", "rounds", "values up", "up/round", "down/round", "seconds"]
-    for name in columns if metric else [c for c in columns if c != "before" and "after" not in c]:
-        shown.add_column(name, justify="left" if name == "method" else "right")
+    shown = Table(box=None, pad_edge=False, title="bytes are per client and round", title_justify="left")
+    for name in ("method", *(("before", metric) if metric else ()), "ε", "rounds", "values", "up", "down", "seconds"):
+        shown.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for c in comparisons:
         evaluated = []
         if metric:
@@ -107,6 +106,7 @@ def _plot(path: Path, comparisons: Sequence[Comparison]) -> None:
     bars.invert_yaxis()
     bars.spines[["top", "right"]].set_visible(False)
     curves.spines[["top", "right"]].set_visible(False)
+    curves.xaxis.get_major_locator().set_params(integer=True)
     curves.set(xlabel="round", ylabel=comparisons[0].metric)
     curves.legend(frameon=False)
     epsilon = comparisons[0].epsilon
