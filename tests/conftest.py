@@ -6,7 +6,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny models only lose by more threads
 
-from tests.tiny import tiny_checkpoint  # noqa: E402
+from tests.tiny import tiny_checkpoint
 
 
 @pytest.fixture(scope="session")
