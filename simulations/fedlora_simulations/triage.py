@@ -48,13 +48,13 @@ _NOT_THERE = (
     "{who} has {f}", "told to watch for {f}",
 )
 _OPENINGS = ("Walk-in: ", "By phone: ", "At the desk: ", "Adult. ", "Evening clinic. ")
-_CLOSINGS = (" No medicines.", " No allergies.", " Pulse regular.", " Lives alone.", " Waiting in the hall.")
+_CLOSINGS = (" No medicines.", " No allergies.", " Pulse regular.", " Came with {who}.", " Lives with {who}.")
 _FRAMED = 0.25
 _JOINS = ("; ", ". ", ", ", ", ")
 
 # Share of notes with the alarming finding alone, and with both findings there or both not. In all others one is there
 # and one is not, and words say nothing at all: the smaller these shares, the harder the text.
-_ONE, _ALIKE = 0.6, 0.25
+_ONE, _ALIKE = 0.55, 0.25
 
 
 def note(rng: np.random.Generator, urgent: bool) -> str:
@@ -78,7 +78,7 @@ def note(rng: np.random.Generator, urgent: bool) -> str:
         clauses = [c[0].upper() + c[1:] for c in clauses]
     body = join.join(clauses)
     opening = pick(_OPENINGS) if rng.random() < _FRAMED else ""
-    closing = pick(_CLOSINGS) if rng.random() < _FRAMED else ""
+    closing = pick(_CLOSINGS).format(who=pick(_RELATIVES)) if rng.random() < _FRAMED else ""
     return f"{opening}{body[0].upper()}{body[1:]}.{closing}"
 
 
