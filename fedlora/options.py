@@ -46,8 +46,15 @@ _finite = _number(float, 0, 1e300, open_low=True)
 _names = lambda text: tuple(part.strip() for part in text.split(",") if part.strip())  # noqa: E731
 
 
-def _strategies(text: str) -> tuple[str, ...]:
+def _distinct(text: str) -> tuple[str, ...]:
     names = _names(text)
+    if not names or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} must name at least one, and none twice")
+    return names
+
+
+def _strategies(text: str) -> tuple[str, ...]:
+    names = _distinct(text)
     for name in names:
         if name.removesuffix(":orthonormal") not in STRATEGIES:
             raise argparse.ArgumentTypeError(f"{name!r} is not a strategy; choose from {', '.join(STRATEGIES)}")
@@ -125,7 +132,7 @@ OPTIONS: tuple[Option, ...] = (
     # what is left behind
     Option("--eval-data", RUN, "held-out rows: shows accuracy after each round", None, Path),
     Option("--seed", (SERVER,), "of the shared tensors and the cohorts", 0, _natural),
-    Option("--seeds", (SIMULATE,), "one run per seed", (0,), lambda text: tuple(map(_natural, _names(text))),
+    Option("--seeds", (SIMULATE,), "one run per seed", (0,), lambda text: tuple(map(_natural, _distinct(text))),
            metavar="N,…"),
     Option("--out", RUN, "folder for adapter, report and curves [runs/<time>-<strategy>]", None, Path),
     # the data holder's side
@@ -139,11 +146,11 @@ OPTIONS: tuple[Option, ...] = (
     Option("--declared-size", LOCAL, "public number of records [rounded down to two digits]", None, _count),
     Option("--max-clip-norm", LOCAL, "lowers the plan's clip norm to at most this", None, _finite),
     Option("--model", (CLIENT,), "folder of the base model [resolved from the plan's name]", metavar="PATH"),
-    Option("--allow-download", ALL, "fetch the base model from the hub", False, None),
+    Option("--allow-download", ALL, "fetch the base model, or a hub dataset, if it is not here", False, None),
     Option("--device", LOCAL, "where to train", "auto", choices=("auto", "cpu", "cuda", "mps")),
     Option("--precision", LOCAL, "auto takes bf16 where the hardware has it", "auto", choices=("auto", "fp32", "bf16")),
     Option("--threads", LOCAL, "CPU threads", None, _count),
-    Option("--micro-batch", LOCAL, "records computed at once [as many as fit 4,096 tokens]", None, _count),
+    Option("--micro-batch", LOCAL, "records computed at once [a bound on tokens, by device]", None, _count),
     Option("--state", (CLIENT,), "folder of this client's accountant and last upload", None, Path),
     Option("--connect-timeout", (CLIENT,), "seconds to keep trying for a server", 120.0, _positive),
     # simulation

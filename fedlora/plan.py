@@ -153,6 +153,10 @@ class RoundPlan:
     attempt: int
     shared_sha256: str
 
+    def __post_init__(self) -> None:
+        if len(self.shared_sha256) != 64 or set(self.shared_sha256) - set("0123456789abcdef"):
+            raise ValueError("shared_sha256 must be 64 lower-case hexadecimal digits")  # it names a file at the client
+
     @property
     def lr(self) -> float:
         """The learning rate of this round. Rounds beyond the planned ones keep the last one's."""

@@ -160,16 +160,47 @@ def test_a_server_without_privacy_is_refused_by_a_private_client(deployment, tmp
     assert "--epsilon" in deployment.log("north") and "--privacy off" in deployment.log("north")
 
 
+def restart_server(deployment, tmp_path):
+    deployment.processes["server"].kill()
+    deployment.processes["server"].wait()
+    deployment.out = tmp_path / "second"
+    deployment.server("--min-clients", 2, *SMALL)
+
+
 def test_a_restarted_server_is_found_again_with_its_new_run(deployment, tmp_path):
+    files = hospitals(tmp_path, 2)
+    deployment.server("--min-clients", 3, *SMALL)
+    for file in files:
+        deployment.client(file.stem, file, "--connect-timeout", 60)
+        deployment.wait_for(file.stem, "waiting to be asked")
+    restart_server(deployment, tmp_path)
+    assert deployment.end("server") == 0, deployment.log("server")
+    assert deployment.end("hospital-0", 30) == 0
+    assert "another run" in deployment.log("hospital-0")
+
+
+def test_a_client_that_was_charged_spends_on_another_run_only_if_its_owner_starts_it_again(deployment, tmp_path):
     files = hospitals(tmp_path, 2)
     deployment.server("--min-clients", 2, *SMALL, "--rounds", 500)
     for file in files:
         deployment.client(file.stem, file, "--connect-timeout", 60)
     deployment.wait_for("server", "round 1: ")
-    deployment.processes["server"].kill()
-    deployment.processes["server"].wait()
-    deployment.out = tmp_path / "second"
-    deployment.server("--min-clients", 2, *SMALL)
-    assert deployment.end("server") == 0, deployment.log("server")
-    assert deployment.end("hospital-0", 30) == 0
-    assert "another run" in deployment.log("hospital-0")
+    restart_server(deployment, tmp_path)
+    assert deployment.end("hospital-0", 60) == 4, deployment.log("hospital-0")
+    assert "would spend another" in deployment.log("hospital-0")
+
+
+def test_a_client_too_small_for_the_batch_leaves_at_once_and_names_the_batch_that_fits(deployment, tmp_path):
+    deployment.server("--min-clients", 1, *SMALL, "--batch-size", 64)
+    deployment.client("small", hospitals(tmp_path, 1)[0])
+    assert deployment.end("small", 60) == 4
+    assert "at most 24 would fit" in deployment.log("small") and "Traceback" not in deployment.log("small")
+
+
+def test_a_command_that_failed_can_be_given_again(deployment):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(deployment.address.partition(":")[2])))
+        taken.listen()
+        deployment.server(*SMALL)
+        assert deployment.end("server", 60) == 2
+    assert not deployment.out.exists()

@@ -14,7 +14,7 @@ from fedlora import data, models
 from fedlora.adapters import attach
 from fedlora.data import Rows
 from fedlora.plan import Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload
-from fedlora.privacy import RunStreams, run_streams
+from fedlora.privacy import Budget, RunStreams, run_streams
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
 from fedlora.wire import Setup
@@ -47,17 +47,23 @@ def take_part(options: Namespace, console: Console) -> None:
                       style="bold red")
     state = FolderState(options.state or default_state(name))
     connection = Connection(options.server, name, private=limits.private, insecure=options.insecure,
-                            connect_timeout_s=options.connect_timeout, report=console.print)
+                            connect_timeout_s=options.connect_timeout,
+                            report=lambda line: console.print(line, highlight=False, markup=False))
     try:
         setup = connection.join()
         while True:
             try:
                 _serve(options, setup, connection, limits, state, streams, console)
             except RunChanged as changed:
+                before = state.account(setup.run_id)
+                if limits.private and before is not None and before.started:
+                    raise Refused("budget", f"the server came back with another run, {changed.setup.run_id}, which "
+                                            f"would spend another ε of {limits.epsilon:g} on the same records; start "
+                                            "fedlora-client again if you want that") from None
                 setup = changed.setup
                 console.print(f"The server was restarted with another run, {setup.run_id}.", highlight=False)
     except Goodbye as goodbye:
-        console.print(f"The server says goodbye: {goodbye}", highlight=False)
+        console.print(f"The server says goodbye: {goodbye}", highlight=False, markup=False)
     finally:
         connection.leave()
 
@@ -83,6 +89,8 @@ def _serve(options: Namespace, setup: Setup, connection: Connection, limits: Lim
             answer = part.answer(plan, tensors, connection.cancelled.is_set)
         declined = connection.send(answer)
         part.report(plan, answer, declined, connection)
+        if isinstance(answer, Refusal) and answer.code in ("policy", "labels"):
+            raise Refused(answer.code, "see the messages above")
 
 
 class Part:
@@ -109,10 +117,27 @@ class Part:
         self._options, self._setup, self._limits = options, setup, limits
         self._state, self._streams, self._console = state, streams, console
         self._rows = _read(options, setup)
+        if setup.private:
+            self._check_size()
         self._session: ClientSession | None = None
         self.announced = data.label_names(self._rows) if setup.announce_labels else ()
         if self.announced:
-            console.print(f"Disclosed to the server: the label names {', '.join(self.announced)}", highlight=False)
+            console.print(f"Disclosed to the server: the label names {', '.join(self.announced)}", highlight=False,
+                          markup=False)
+
+    def _check_size(self) -> None:
+        """Say which size is public, and refuse at once where the run would sample its records too often."""
+        labels, limits = self._rows.labels, self._limits
+        count = len(self._rows) if labels is None else sum(label is not None for label in labels)
+        try:
+            budget = Budget.declare(count, epsilon=limits.epsilon, delta=limits.delta,
+                                    declared_size=limits.declared_size)
+            budget.sampling_rate(self._setup.expected_batch)
+        except ValueError as error:
+            log.error("%s", error)
+            raise Refused("policy", "see the message above") from error
+        self._console.print(f"Declared size: {budget.declared_size:,} records. It is public, for the noise tells of "
+                            "it; --declared-size sets it.", highlight=False)
 
     def answer(self, plan: RoundPlan, tensors: Tensors, stop: Callable[[], bool]) -> Upload | Refusal:
         """Train, or say why not; whatever goes wrong here stays in the local log."""
@@ -149,9 +174,11 @@ class Part:
 
     def _open(self, run: RunPlan) -> ClientSession:
         """Load the model once for the run."""
-        if (run.model, run.private, run.task) != (self._setup.model, self._setup.private, self._setup.task):
-            log.error("The plan names another model, task or privacy than the server did when this client joined.")
-            raise Refused("policy")
+        for field in ("model", "private", "task", "strategy", "max_length", "rounds", "max_participations",
+                      "local_steps", "expected_batch", "clip_norm"):
+            if getattr(run, field) != getattr(self._setup, field):
+                log.error("The plan's %s is not what the server said when this client joined.", field)
+                raise Refused("policy")
         if self._rows.labels is not None and not set(data.label_names(self._rows)) <= set(run.labels):
             log.error("The run's label set is %s; this client has labels outside it.", ", ".join(run.labels))
             raise Refused("labels")
@@ -160,6 +187,9 @@ class Part:
                          train_head=run.train_head, dropout=run.dropout)
         task = task_for(run, loaded.tokenizer)
         records = task.encode(self._rows)
+        if records.left_out:
+            self._console.print(f"{records.left_out} rows are left out: no label, or no answer within --max-length.",
+                                highlight=False)
         options = self._options
         trainer = Trainer(adapted, task, device=options.device, precision=options.precision,
                           micro_batch=options.micro_batch, threads=options.threads)

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from fedlora.options import CLIENT, build_parser, read_options
@@ -24,6 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("fedlora-client: left; what was spent and sent is in --state", file=sys.stderr)
+        return 130
+
+
+def _run(options: Namespace) -> int:
     from rich.console import Console
 
     from fedlora.plan import Refused
@@ -32,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .app import take_part
     from .connection import ServerUnreachable
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         take_part(options, Console(stderr=True))
     except (ValueError, MemoryError, WireError) as error:
@@ -44,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refused as refused:
         print(f"fedlora-client: {refused}", file=sys.stderr)
         return 4
-    except KeyboardInterrupt:
-        print("fedlora-client: left; what was spent and sent is in --state", file=sys.stderr)
-        return 130
+    except OSError as error:
+        print(f"fedlora-client: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -16,6 +16,7 @@ from fedlora.plan import Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload, 
 from fedlora.privacy import Budget, RunStreams
 from fedlora.tasks import Records
 from fedlora.training import Trainer, TrainResult
+from fedlora.wire import digest
 
 from .state import Account, State
 
@@ -68,23 +69,30 @@ class ClientSession:
     def __init__(self, run: RunPlan, trainer: Trainer, records: Records, limits: Limits, state: State,
                  streams: RunStreams) -> None:
         limits.check(run.private)
+        if not len(records):
+            raise ValueError("no row can be trained on: each lacks a label, or an answer within --max-length")
         self.run, self.trainer, self.records = run, trainer, records
         self.limits, self.state, self.streams = limits, state, streams
         self.last_result: TrainResult | None = None
-        digest = hashlib.sha256(json.dumps(to_scalars(run), sort_keys=True).encode()).hexdigest()
+        plan_sha256 = hashlib.sha256(json.dumps(to_scalars(run), sort_keys=True).encode()).hexdigest()
         known = state.account(run.run_id)
-        if known is not None and known.plan_sha256 != digest:
+        if known is not None and known.plan_sha256 != plan_sha256:
             log.error("The server changed the plan of run %s while it lasts; refused.", run.run_id)
             raise Refused("policy")
-        self.account = known or self._open_account(digest)
+        fresh = self._open_account(plan_sha256)
+        if known is not None and known.terms != fresh.terms:
+            log.error("Run %s was begun with %s; the limits and the data now ask for %s. They cannot change within a "
+                      "run: start as before, or take part in a new run.", run.run_id, known.terms, fresh.terms)
+            raise Refused("policy")
+        self.account = known or fresh
 
-    def _open_account(self, digest: str) -> Account:
+    def _open_account(self, plan_sha256: str) -> Account:
         """Fix sampling rate, noise and clip norm for the run: the noise suits its most participations exactly."""
         limits, run = self.limits, self.run
         clip_norm = min(run.clip_norm, limits.max_clip_norm)
         if not run.private:
             rate = min(1.0, run.expected_batch / (limits.declared_size or len(self.records)))
-            return Account(digest, rate, None, None, clip_norm)
+            return Account(plan_sha256, rate, None, None, clip_norm)
         try:
             budget = Budget.declare(len(self.records), epsilon=limits.epsilon, delta=limits.delta,
                                     declared_size=limits.declared_size)
@@ -92,7 +100,7 @@ class ClientSession:
         except ValueError as error:
             log.error("%s", error)
             raise Refused("policy") from error
-        return Account(digest, budget.sampling_rate(run.expected_batch), noise_multiplier, budget.delta, clip_norm)
+        return Account(plan_sha256, budget.sampling_rate(run.expected_batch), noise_multiplier, budget.delta, clip_norm)
 
     def run_round(self, plan: RoundPlan, tensors: Tensors,
                   stop: Callable[[], bool] = lambda: False) -> Upload | Refusal:
@@ -143,6 +151,8 @@ class ClientSession:
             layout.check({**tensors, **shared}, "state")
         except ValueError as error:
             raise Refused("invalid-tensors", str(error)) from error
+        if received and digest(received) != plan.shared_sha256:
+            raise Refused("invalid-tensors", "the frozen tensors do not have the digest that the order names")
         if received:
             self.state.save_shared(plan.shared_sha256, received)
         return {**tensors, **shared}

@@ -40,6 +40,12 @@ class Account:
     started: tuple[tuple[int, int], ...] = ()
     history: tuple[Spend, ...] = ()
 
+    @property
+    def terms(self) -> str:
+        """What may not change within a run, for people and for comparison."""
+        return (f"sampling rate {self.sampling_rate!r}, noise multiplier {self.noise_multiplier!r}, delta "
+                f"{self.delta!r}, clip norm {self.clip_norm!r}")
+
     def charged(self, round: int, attempt: int, steps: int) -> Account:
         """The account after one more training began."""
         history = self.history

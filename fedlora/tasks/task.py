@@ -77,7 +77,7 @@ class Task(ABC):
                 with autocast:
                     measured = self.measure(model, batch)
                 for name, values in measured.items():
-                    sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+                    sums[name] = sums.get(name, 0.0) + float(values.cpu().double().sum())
         finally:
             model.train(training)
         return self.summarize(sums)

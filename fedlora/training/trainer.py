@@ -125,18 +125,20 @@ class Trainer:
                 expected_batch_size=run.expected_batch, noise=noise))
         drawn: list[int] = []
         loss = 0.0
-        with self._dropout(run.dropout, sampling), _memory_advice():
-            for _ in range(run.local_steps):
-                indices = poisson(len(records), sampling_rate, sampling)
-                losses = self._accumulate(step, records, indices, stop)
-                if losses is None:
-                    break
-                step.finish(losses, len(indices))
-                drawn.append(len(indices))
-                loss += losses
-        step.close()
-        for parameter, _ in self._parameters:
-            parameter.grad = None
+        try:
+            with self._dropout(run.dropout, sampling), _memory_advice():
+                for _ in range(run.local_steps):
+                    indices = poisson(len(records), sampling_rate, sampling)
+                    losses = self._accumulate(step, records, indices, stop)
+                    if losses is None:
+                        break
+                    step.finish(losses, len(indices))
+                    drawn.append(len(indices))
+                    loss += losses
+        finally:  # a round that failed must leave no record's gradient to the next one
+            step.close()
+            for parameter, _ in self._parameters:
+                parameter.grad = None
         total = sum(drawn)
         return TrainResult(
             tensors=self.adapted.read("trained"), steps=len(drawn), drawn=tuple(drawn),
@@ -187,9 +189,11 @@ class Trainer:
             torch.manual_seed(int(seed.uniform(1)[0] * 2**53))
             for layer in layers:
                 layer.train()
-            yield
-            for layer in layers:
-                layer.eval()
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.eval()
 
 
 class _Step:

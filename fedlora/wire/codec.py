@@ -127,7 +127,10 @@ def plan_from_wire(task: pb.Task) -> RoundPlan:
         raise WireError(f"the round's plan is not valid: {error}") from None
     if task.round < 1 or task.attempt < 0:
         raise WireError(f"round {task.round}, attempt {task.attempt} cannot be")
-    return RoundPlan(run=run, round=task.round, attempt=task.attempt, shared_sha256=task.shared_sha256)
+    try:
+        return RoundPlan(run=run, round=task.round, attempt=task.attempt, shared_sha256=task.shared_sha256)
+    except ValueError as error:
+        raise WireError(f"the round's plan is not valid: {error}") from None
 
 
 def upload_to_wire(upload: Upload) -> pb.Upload:

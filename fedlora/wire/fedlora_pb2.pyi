@@ -147,7 +147,7 @@ class Task(_message.Message):
     def __init__(self, run: _Optional[_Union[RunPlan, _Mapping]] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., shared_sha256: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class RunPlan(_message.Message):
-    __slots__ = ("run_id", "fedlora_version", "strategy", "family", "private", "model_name", "model_weights_sha256", "model_config_sha256", "model_tokenizer_sha256", "task", "labels", "max_length", "rank", "alpha", "targets", "train_head", "dropout", "rounds", "max_participations", "local_steps", "expected_batch", "optimizer", "lr", "clip_norm", "adapter_scale", "head_scale", "weight_by_examples", "protocol", "lr_schedule")
+    __slots__ = ("run_id", "fedlora_version", "strategy", "family", "private", "model_name", "model_weights_sha256", "model_config_sha256", "model_tokenizer_sha256", "task", "labels", "max_length", "rank", "alpha", "targets", "train_head", "dropout", "rounds", "max_participations", "local_steps", "expected_batch", "optimizer", "lr", "clip_norm", "adapter_scale", "head_scale", "weight_by_examples", "lr_schedule", "protocol")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
     STRATEGY_FIELD_NUMBER: _ClassVar[int]
@@ -175,8 +175,8 @@ class RunPlan(_message.Message):
     ADAPTER_SCALE_FIELD_NUMBER: _ClassVar[int]
     HEAD_SCALE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BY_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
-    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     LR_SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     fedlora_version: str
     strategy: str
@@ -204,9 +204,9 @@ class RunPlan(_message.Message):
     adapter_scale: float
     head_scale: float
     weight_by_examples: bool
-    protocol: int
     lr_schedule: str
-    def __init__(self, run_id: _Optional[str] = ..., fedlora_version: _Optional[str] = ..., strategy: _Optional[str] = ..., family: _Optional[str] = ..., private: _Optional[bool] = ..., model_name: _Optional[str] = ..., model_weights_sha256: _Optional[str] = ..., model_config_sha256: _Optional[str] = ..., model_tokenizer_sha256: _Optional[str] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_head: _Optional[bool] = ..., dropout: _Optional[float] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., optimizer: _Optional[str] = ..., lr: _Optional[float] = ..., clip_norm: _Optional[float] = ..., adapter_scale: _Optional[float] = ..., head_scale: _Optional[float] = ..., weight_by_examples: _Optional[bool] = ..., protocol: _Optional[int] = ..., lr_schedule: _Optional[str] = ...) -> None: ...
+    protocol: int
+    def __init__(self, run_id: _Optional[str] = ..., fedlora_version: _Optional[str] = ..., strategy: _Optional[str] = ..., family: _Optional[str] = ..., private: _Optional[bool] = ..., model_name: _Optional[str] = ..., model_weights_sha256: _Optional[str] = ..., model_config_sha256: _Optional[str] = ..., model_tokenizer_sha256: _Optional[str] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_head: _Optional[bool] = ..., dropout: _Optional[float] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., optimizer: _Optional[str] = ..., lr: _Optional[float] = ..., clip_norm: _Optional[float] = ..., adapter_scale: _Optional[float] = ..., head_scale: _Optional[float] = ..., weight_by_examples: _Optional[bool] = ..., lr_schedule: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class Upload(_message.Message):
     __slots__ = ("key", "tensors", "steps", "delta", "noise_multiplier", "num_examples", "train_loss")

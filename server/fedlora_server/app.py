@@ -8,7 +8,7 @@ import signal
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +63,12 @@ def serve(options: Namespace, console: Console) -> Served:
         local_steps=values.local_steps, expected_batch=values.batch_size, clip_norm=values.clip_norm)
     stop = threading.Event()
     display = Display(console, f"{options.strategy}, {base.reference.name}")
-    engine = GrpcEngine(options.address, setup, out / "spool", insecure=options.insecure,
-                        notify=lambda event: _tell(display, event))
+    try:
+        engine = GrpcEngine(options.address, setup, out / "spool", insecure=options.insecure,
+                            notify=lambda event: _tell(display, event))
+    except ValueError:
+        _release(out)
+        raise
     reason = "the server failed"
     try:
         console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", highlight=False)
@@ -79,6 +83,7 @@ def serve(options: Namespace, console: Console) -> Served:
         reason = REASONS[result.ended]
     finally:
         engine.close(reason)
+        _release(out)
     return Served(out, result)
 
 
@@ -97,6 +102,12 @@ def _run(options: Namespace, base: BaseModel, labels: tuple[str, ...], setup: Se
     shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     write_report(out, federation, result, base.loadable_name, options=shown, joined=joined)
     return result
+
+
+def _release(out: Path) -> None:
+    """Take an empty --out away, so that the same command can be given again."""
+    with suppress(OSError):
+        out.rmdir()
 
 
 def _check_evaluation(options: Namespace) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from fedlora.options import SERVER, build_parser, read_options
@@ -21,6 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.allow_download:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the run takes it over
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("fedlora-server: stopped before the first round; there is nothing to write", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"fedlora-server: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: Namespace) -> int:
     from rich.console import Console
 
     from .app import serve

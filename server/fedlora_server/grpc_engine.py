@@ -6,6 +6,7 @@ strategy wants to send, and gives replies back lazily from the spool.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
@@ -52,7 +53,6 @@ class GrpcEngine(Engine):
             raise ValueError(f"{address} can be reached from other machines and the connection is not encrypted; "
                              "listen on 127.0.0.1 (through an SSH tunnel, say), or accept that with --insecure")
         assume_identity(setup.run_id)
-        spool.mkdir(parents=True, exist_ok=True)
         self._spool = spool
         self._roster = Roster(setup, notify)
         self._trained: Shapes | None = None
@@ -66,6 +66,7 @@ class GrpcEngine(Engine):
         handler = grpc.stream_stream_rpc_method_handler(self._serve)  # frames as bytes: the session decodes them
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
         self.address = f"{address.rpartition(':')[0]}:{self._bind(address)}"
+        spool.mkdir(parents=True, exist_ok=True)
         self._server.start()
         threading.Thread(target=self._watch, name="fedlora-deadlines", daemon=True).start()
 
@@ -169,6 +170,8 @@ class GrpcEngine(Engine):
         self._server.stop(grace=0.5).wait()
         for left in self._spool.glob("*.upload"):
             left.unlink()
+        with contextlib.suppress(OSError):  # it is the caller's folder and may hold more
+            self._spool.rmdir()
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         session = GrpcSession(self._roster, context, lambda: self._trained or {}, self._spool)

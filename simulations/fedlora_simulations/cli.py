@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from argparse import Namespace
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return bench(argv[1:])
     parser = build_parser(SIMULATE, "Simulate federations: every method on the same split, seed by seed.")
+    os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
     parser.epilog = "fedlora-simulate bench --help: what privacy adds to a training step"
     options = read_options(parser, SIMULATE, argv)
     from fedlora.plan import Refused
@@ -67,6 +69,10 @@ def run(options: Namespace) -> int:
             began = time.monotonic()
             with Display(console, f"{method}, seed {seed}") as display:
                 done = simulate(options, method, seed, base, population, observer=display, out=folder)
+            if done.result.ended != "finished":
+                raise ValueError(f"{method} ended after {done.result.rounds} of {done.federation.plan.rounds} rounds: "
+                                 "too few clients could still take part. Lower --min-replies, or raise "
+                                 "--max-participations")
             runs[method].append(done)
             console.print(f"{method}, seed {seed}: {done.result.rounds} rounds in {time.monotonic() - began:.0f} s",
                           highlight=False)

@@ -71,7 +71,8 @@ def summarize(runs: Sequence[Simulated]) -> Comparison:
 def table(comparisons: Sequence[Comparison]) -> Table:
     """What a researcher reads first."""
     metric = comparisons[0].metric
-    shown = Table(box=None, pad_edge=False, title="bytes are per client and round", title_justify="left")
+    shown = Table(box=None, pad_edge=False, title="bytes are per client and round; ε is that of a deployment",
+                  title_justify="left")
     for name in ("method", *(("before", metric) if metric else ()), "ε", "rounds", "values", "up", "down", "seconds"):
         shown.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for c in comparisons:
@@ -88,7 +89,9 @@ def table(comparisons: Sequence[Comparison]) -> Table:
 def save(folder: Path, comparisons: Sequence[Comparison], about: Mapping[str, object]) -> None:
     """Write comparison.json, and comparison.png where there is something to plot."""
     runs = [asdict(c) | {"epsilon": None if math.isinf(c.epsilon) else c.epsilon} for c in comparisons]
-    (folder / "comparison.json").write_text(json.dumps({**about, "methods": runs}, indent=1, default=str))
+    (folder / "comparison.json").write_text(json.dumps({
+        **about, "noise": "seeded and repeatable: no ε holds for these very outputs", "methods": runs},
+        indent=1, default=str))
     if comparisons[0].metric:
         _plot(folder / "comparison.png", comparisons)
 

@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, Refused) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+        return 130
     _conclude(console, out, control, time.monotonic() - began)
     return 0
 

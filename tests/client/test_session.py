@@ -130,6 +130,20 @@ def test_a_plan_that_changes_within_the_run_is_refused_by_the_old_and_by_a_new_p
         desk.session(plan=other)
 
 
+def test_a_new_process_cannot_go_on_with_stricter_limits_than_its_noise_was_made_for(desk):
+    desk.session().run_round(desk.order(1), desk.start)
+    for stricter in ({"epsilon": 1.0}, {"max_clip_norm": 0.1}, {"delta": 1e-6}, {"declared_size": 50}):
+        with pytest.raises(Refused, match="policy"):
+            desk.session(**stricter)
+
+
+def test_shared_tensors_that_are_not_the_named_ones_are_refused_and_not_kept(desk):
+    name = next(iter(desk.start.keys() - desk.trained.keys()))
+    answer = desk.session().run_round(desk.order(1), {**desk.start, name: desk.start[name] * 2})
+    assert isinstance(answer, Refusal) and answer.code == "invalid-tensors"
+    assert desk.state.shared(desk.shared_sha256) is None
+
+
 def test_privacy_of_the_two_sides_must_agree(desk):
     with pytest.raises(Refused, match="--epsilon inf"):
         desk.session(epsilon=float("inf"))

@@ -72,8 +72,14 @@ def test_fields_that_are_missing_unknown_or_of_another_type_are_refused(break_it
 
 def test_a_linear_schedule_falls_from_the_rate_in_equal_steps():
     plan = make_plan(lr_schedule="linear", lr=0.4)
-    assert [RoundPlan(plan, t, 0, "").lr for t in (1, 2, 3, 4)] == pytest.approx([0.4, 0.3, 0.2, 0.1])
-    assert {RoundPlan(dataclasses.replace(plan, lr_schedule="constant"), t, 0, "").lr for t in (1, 4)} == {0.4}
+    assert [RoundPlan(plan, t, 0, "d" * 64).lr for t in (1, 2, 3, 4)] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert {RoundPlan(dataclasses.replace(plan, lr_schedule="constant"), t, 0, "d" * 64).lr for t in (1, 4)} == {0.4}
+
+
+@pytest.mark.parametrize("sha256", ["", "../../models/model", "/tmp/model", "D" * 64, "d" * 63])
+def test_the_digest_of_the_shared_tensors_cannot_be_a_path(sha256):
+    with pytest.raises(ValueError, match="shared_sha256"):
+        RoundPlan(make_plan(), 1, 0, sha256)
 
 
 def test_only_scalars_that_are_there_are_sent():
