@@ -30,7 +30,7 @@ from .simulate import Method, populate, simulate
 
 EPSILON = 8.0
 
-TRAINING = ("--task", "classification", "--labels", ",".join(triage.LABELS), "--max-length", "64", "--rounds", "5")
+TRAINING = ("--task", "classification", "--labels", ",".join(triage.LABELS), "--max-length", "64", "--rounds", "7")
 """What the demo asks for beside the preset of (strategy, required)."""
 
 

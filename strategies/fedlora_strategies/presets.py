@@ -37,7 +37,7 @@ def _open(rank: int, init: str, lr: float) -> Preset:
 def _private(rank: int, alpha: float, init: str, lr: float, targets: str) -> Preset:
     """Before training a record's gradient is some 60 times longer in the head than in the adapters: unscaled, the head
     would use up the clip norm and the noise would bury the adapters."""
-    return Preset(rank, alpha, init, "adamw", lr, local_steps=8, batch_size=160, clip_norm=0.02, head_scale=0.01,
+    return Preset(rank, alpha, init, "adamw", lr, local_steps=8, batch_size=160, clip_norm=0.05, head_scale=0.03,
                   rounds=8, lr_schedule="linear", targets=(targets,))
 
 
@@ -48,7 +48,7 @@ PRESETS: Mapping[tuple[str, bool], Preset] = {
     ("fedsvd", False): _open(8, "orthonormal", 2e-3),
     ("fedavg-lora", True): _private(1, 1.0, "kaiming", 1e-2, "auto"),
     ("ffa-lora", True): _private(2, 2.0, "kaiming", 2e-2, "auto"),
-    ("fed-sb", True): _private(16, 16.0, "orthonormal", 5e-2, "all"),
+    ("fed-sb", True): _private(16, 16.0, "orthonormal", 3e-2, "all"),
     ("fedsvd", True): _private(2, 2.0, "orthonormal", 1e-2, "auto"),
 }
 
