@@ -8,14 +8,15 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fedlora.options import CLIENT, build_parser, read_options
 
 EXIT_CODES = "exit codes: 0 the run is over, 2 wrong input, 3 no server, 4 one side refused, 130 interrupted"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and end the process with its exit code."""
     parser = build_parser(CLIENT, "Take part in a federated run with the records in --data.")
     parser.epilog = EXIT_CODES
     options = read_options(parser, CLIENT, argv)
@@ -27,10 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _run(options)
+        code = _run(options)
     except KeyboardInterrupt:
         print("fedlora-client: left; what was spent and sent is in --state", file=sys.stderr)
-        return 130
+        code = 130
+    # Everything that matters is on the disk; gRPC's threads, rarely, keep an interpreter from ending by itself.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(options: Namespace) -> int:
@@ -60,4 +65,4 @@ def _run(options: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

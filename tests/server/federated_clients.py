@@ -5,6 +5,7 @@ As a program: `python federated_clients.py ADDRESS NAME [behaviour]`. It never i
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -67,4 +68,7 @@ def echo(address: str, name: str, behaviour: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(echo(*sys.argv[1:4]))
+    code = echo(*sys.argv[1:4])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as fedlora-client does
