@@ -7,6 +7,7 @@ one record of this client under zero-out, and holds for the tensors alone. Every
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -196,24 +197,24 @@ class Trainer:
                     layer.eval()
 
 
-class _Step:
+class _Step(ABC):
     """How gradients of micro-batches become one step."""
 
     clipped = 0
     nonfinite = 0
 
-    def begin(self, records: int) -> None:
+    def begin(self, records: int) -> None:  # noqa: B027 (a step may have nothing to do here)
         """Before the forward pass of a micro-batch."""
 
+    @abstractmethod
     def add(self, per_record: torch.Tensor) -> None:
         """Backward pass of a micro-batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, losses: float, drawn: int) -> None:
         """The draw is complete; it may have been empty."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (nor here)
         """No more steps; drop what is unfinished."""
 
 
