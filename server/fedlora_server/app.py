@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import threading
 from argparse import Namespace
@@ -15,19 +14,21 @@ from pathlib import Path
 from rich.console import Console
 
 import fedlora
-from fedlora import data
 from fedlora.wire import Setup
 
 from .cohort import RoundOptions
 from .display import Display
 from .grpc_engine import GrpcEngine
-from .planning import BaseModel, claim_folder, evaluator, find_model, planned, prepare
+from .planning import claim_folder, evaluator, find_model, held_out, planned, prepare
 from .report import write_report
 from .roster import Event
 from .rounds import FederationResult, run_federation
 
 REASONS = {"finished": "the run is finished", "stopped": "the coordinator stopped the run",
            "wait-timeout": "too few clients were left"}
+
+_ANY_LABELS = ("0", "1")
+"""Stands for the labels that clients will announce: everything else is tried before the port is bound."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,25 @@ def serve(options: Namespace, console: Console) -> Served:
         raise ValueError(f"--labels names {len(options.labels)} label; classification needs at least two")
     if options.eval_data is None:
         console.print("Accuracy will not be shown: no --eval-data. Give it a file of held-out rows with labels.")
-    else:
-        _check_evaluation(options)
+    rows = held_out(options)
     values = planned(options, options.strategy)
     if options.task == "causal-lm" and options.head == "train":
         raise ValueError("--head train needs --task classification; a causal language model has no task head")
+    rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
+                          min_clients=options.min_clients, min_replies=options.min_replies,
+                          round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout)
+    most = options.max_participations or values.rounds
+    if (possible := rounds.rounds_within(values.rounds, most)) < values.rounds:
+        console.print(f"With {options.min_clients} clients and --max-participations {most}, only {possible} of the "
+                      f"{values.rounds} rounds can be done; more clients must join.", highlight=False)
+    announced = options.task == "classification" and not options.labels
+    federation = prepare(options, options.strategy, base, _ANY_LABELS if announced else options.labels or (),
+                         options.seed)
     out = claim_folder(options.out, options.strategy)
     setup = Setup(
-        run_id=secrets.token_hex(8), fedlora_version=fedlora.__version__, strategy=options.strategy,
+        run_id=federation.plan.run_id, fedlora_version=fedlora.__version__, strategy=options.strategy,
         private=options.privacy == "required", model=base.reference, task=options.task, labels=options.labels or (),
-        announce_labels=options.task == "classification" and not options.labels, max_length=options.max_length,
-        rounds=values.rounds, max_participations=options.max_participations or values.rounds,
+        announce_labels=announced, max_length=options.max_length, rounds=values.rounds, max_participations=most,
         local_steps=values.local_steps, expected_batch=values.batch_size, clip_norm=values.clip_norm)
     stop = threading.Event()
     display = Display(console, f"{options.strategy}, {base.reference.name}")
@@ -73,13 +82,18 @@ def serve(options: Namespace, console: Console) -> Served:
     try:
         console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", highlight=False)
         with _stopped_by_signals(stop, console), display:
-            labels = options.labels or ()
-            if setup.announce_labels:
-                labels = _freeze_labels(engine, options, display, stop)
+            if announced and (labels := _freeze_labels(engine, options, display, stop)):
+                federation = prepare(options, options.strategy, base, labels, options.seed, run_id=setup.run_id)
             if stop.is_set():
                 reason = REASONS["stopped"]
                 return Served(out, None)
-            result = _run(options, base, labels, setup, engine, display, stop, out)
+            engine.expect(federation.adapted.layout)
+            result = run_federation(engine, federation.strategy, federation.plan, federation.state, rounds,
+                                    observer=display, evaluate=evaluator(federation, rows), stop=stop, out=out)
+            joined = {member.name: {"fedlora_version": member.fedlora_version, "private": member.private,
+                                    "label_names": list(member.announced_labels)} for member in engine.members()}
+            shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+            write_report(out, federation, result, base.loadable_name, options=shown, joined=joined)
         reason = REASONS[result.ended]
     finally:
         engine.close(reason)
@@ -87,37 +101,10 @@ def serve(options: Namespace, console: Console) -> Served:
     return Served(out, result)
 
 
-def _run(options: Namespace, base: BaseModel, labels: tuple[str, ...], setup: Setup, engine: GrpcEngine,
-         display: Display, stop: threading.Event, out: Path) -> FederationResult:
-    federation = prepare(options, options.strategy, base, labels, options.seed, run_id=setup.run_id)
-    engine.expect(federation.adapted.layout)
-    evaluate = evaluator(federation, options.eval_data, options.column) if options.eval_data else None
-    rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
-                          min_clients=options.min_clients, min_replies=options.min_replies,
-                          round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout)
-    result = run_federation(engine, federation.strategy, federation.plan, federation.state, rounds, observer=display,
-                            evaluate=evaluate, stop=stop, out=out)
-    joined = {member.name: {"fedlora_version": member.fedlora_version, "private": member.private,
-                            "label_names": list(member.announced_labels)} for member in engine.members()}
-    shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    write_report(out, federation, result, base.loadable_name, options=shown, joined=joined)
-    return result
-
-
 def _release(out: Path) -> None:
     """Take an empty --out away, so that the same command can be given again."""
     with suppress(OSError):
         out.rmdir()
-
-
-def _check_evaluation(options: Namespace) -> None:
-    """Find what is wrong with --eval-data before a port is bound."""
-    rows = data.read(options.eval_data, options.task, columns=options.column)
-    if options.task == "classification" and not data.label_names(rows):
-        raise ValueError(f"--eval-data {options.eval_data} has no labels; accuracy needs a label column "
-                         "(--column label=NAME names another)")
-    if options.labels:
-        data.check_labels(rows, options.labels)
 
 
 def _freeze_labels(engine: GrpcEngine, options: Namespace, display: Display, stop: threading.Event) -> tuple[str, ...]:

@@ -57,6 +57,15 @@ class RoundOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.clients_per_round and self.min_replies and self.min_replies > self.clients_per_round:
+            raise ValueError(f"min_replies is {self.min_replies}, more than the {self.clients_per_round} clients that "
+                             "are asked in a round; lower --min-replies or raise --clients-per-round")
+
+    def rounds_within(self, plan_rounds: int, max_participations: int) -> int:
+        """How many rounds `min_clients` clients can close if each starts at most `max_participations`."""
+        cohort = min(self.clients_per_round or self.min_clients, self.min_clients)
+        needed = self.min_replies or -(-cohort // 2)
+        return min(plan_rounds, max_participations * self.min_clients // needed) if needed <= self.min_clients else 0
 
 
 class Ended(Exception):

@@ -15,6 +15,7 @@ import torch
 import fedlora
 from fedlora import data, models
 from fedlora.adapters import AdaptedModel, all_targets, attach, automatic_targets, initial_tensors
+from fedlora.data import Rows
 from fedlora.models import LoadedModel
 from fedlora.plan import ModelRef, RunPlan, Tensors
 from fedlora.tasks import Records, Task, task_for
@@ -133,17 +134,32 @@ def make_plan(options: Namespace, strategy: str, reference: ModelRef, labels: tu
         lr_schedule=values.lr_schedule)
 
 
-def evaluator(federation: Federation, path: Path, columns: Mapping[str, str], *,
-              device: str | torch.device = "cpu", precision: torch.dtype | None = None) -> Evaluate:
+def held_out(options: Namespace) -> Rows | None:
+    """The rows of --eval-data, checked; None without it.
+
+    Raises:
+        ValueError: the rows cannot be read, have no labels, or labels outside --labels.
+    """
+    if options.eval_data is None:
+        return None
+    rows = data.read(options.eval_data, options.task, columns=options.column)
+    if options.task == "classification" and not data.label_names(rows):
+        raise ValueError(f"--eval-data {options.eval_data} has no labels; accuracy needs a label column "
+                         "(--column label=NAME names another)")
+    if options.labels:
+        data.check_labels(rows, options.labels)
+    return rows
+
+
+def evaluator(federation: Federation, rows: Rows | None, *, device: str | torch.device = "cpu",
+              precision: torch.dtype | None = None) -> Evaluate | None:
     """A function from the state to its figures on held-out rows: accuracy and loss, or loss and perplexity.
 
     Raises:
-        ValueError: the rows cannot be read, have no labels, or labels outside the set.
+        ValueError: a label is outside the run's set.
     """
-    rows = data.read(path, federation.plan.task, columns=columns)
-    if federation.plan.task == "classification" and rows.labels is None:
-        raise ValueError(f"--eval-data {path} has no labels; accuracy needs a label column "
-                         "(--column label=NAME names another)")
+    if rows is None:
+        return None
     records: Records = federation.task.encode(rows)
 
     def evaluate(state: Tensors) -> Mapping[str, float]:

@@ -21,7 +21,7 @@ from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import MemoryState
 from fedlora_server.cohort import RoundOptions
 from fedlora_server.observer import Observer
-from fedlora_server.planning import BaseModel, Federation, evaluator, prepare
+from fedlora_server.planning import BaseModel, Federation, evaluator, held_out, prepare
 from fedlora_server.report import write_report
 from fedlora_server.rounds import FederationResult, run_federation
 
@@ -52,11 +52,13 @@ class Population:
         rows: all of them.
         parts: client name → indices into `rows`.
         labels: the label set; () for causal language models.
+        held_out: the rows of --eval-data.
     """
 
     rows: Rows
     parts: Mapping[str, np.ndarray]
     labels: tuple[str, ...]
+    held_out: Rows | None
     _encoded: dict[str, Records] = field(default_factory=dict)
 
     def records(self, task: Task) -> Mapping[str, Records]:
@@ -67,7 +69,7 @@ class Population:
 
 
 def populate(options: Namespace, seed: int) -> Population:
-    """Read --data and deal it out by --partition.
+    """Read --data and --eval-data, and deal the former out by --partition.
 
     Raises:
         ValueError: there is nothing to read, no label, or no such partition.
@@ -84,9 +86,9 @@ def populate(options: Namespace, seed: int) -> Population:
         if len(set(stems)) < len(stems) or options.clients not in (None, len(stems)):
             raise ValueError(f"--partition files needs differently named files, one for each client; --data "
                              f"{options.data} has {len(stems)} and --clients is {options.clients}")
-        return Population(rows, dict(zip(stems, rows.by_file(), strict=True)), labels)
+        return Population(rows, dict(zip(stems, rows.by_file(), strict=True)), labels, held_out(options))
     parts = data.partition(len(rows), rows.labels, options.partition, options.clients or 2, seed)
-    return Population(rows, {f"client-{i}": part for i, part in enumerate(parts)}, labels)
+    return Population(rows, {f"client-{i}": part for i, part in enumerate(parts)}, labels, held_out(options))
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,7 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     trainer = Trainer(federation.adapted, federation.task, device=options.device, precision=options.precision,
                       micro_batch=options.micro_batch, threads=options.threads)
     sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed)
-    evaluate = None
-    if options.eval_data:
-        evaluate = evaluator(federation, options.eval_data, options.column, device=trainer.device,
-                             precision=trainer.autocast_dtype)
+    evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     engine = InProcessEngine(sessions, federation.plan.run_id, federation.adapted.layout)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
                         min_replies=options.min_replies, wait_timeout_s=0.0)  # nobody new can come

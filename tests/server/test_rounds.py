@@ -297,3 +297,15 @@ def test_a_private_run_records_no_loss_and_no_counts():
 def test_options_below_one_are_refused(name):
     with pytest.raises(ValueError, match=name):
         RoundOptions(seed=0, **{name: 0})
+
+
+def test_more_replies_than_clients_asked_are_refused():
+    with pytest.raises(ValueError, match="lower --min-replies or raise --clients-per-round"):
+        RoundOptions(seed=0, clients_per_round=2, min_replies=3)
+
+
+@pytest.mark.parametrize(("options", "most", "rounds"), [
+    ({"min_clients": 2}, 10, 10), ({"min_clients": 2, "min_replies": 2}, 3, 3), ({"min_clients": 2}, 3, 6),
+    ({"min_clients": 2, "min_replies": 3}, 10, 0), ({"min_clients": 4, "clients_per_round": 2}, 1, 4)])
+def test_how_many_rounds_the_clients_that_are_waited_for_can_do(options, most, rounds):
+    assert RoundOptions(seed=0, **options).rounds_within(10, most) == rounds
