@@ -4,7 +4,7 @@ A strategy is an adapter family plus a server step. This file translates message
 
     state    every tensor that is not in the base checkpoint = trained + shared, as one ArrayRecord between rounds
     trained  moved by the clients, uploaded by each, averaged
-    shared   the same for everybody and frozen during a round; a node that holds them is not sent them again
+    shared   the same for everybody and frozen during a round; a node is sent only those that it does not hold yet
 
 The mean is taken in float64 in order of node id (a hash of the client's name), never in order of arrival. A reply
 that comes before its turn waits in memory, so that an engine that gives replies in that order keeps memory flat.
@@ -17,7 +17,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
 import numpy as np
@@ -52,9 +52,24 @@ class _Round:
     trained: Tensors
     shared: Tensors
     shared_sha256: str
-    lean: ArrayRecord
-    full: ArrayRecord
+    arrays: ArrayRecord
+    changed: frozenset[str]
+    before_sha256: str
     awaited: set[int]
+    _records: dict[frozenset[str], ArrayRecord] = field(default_factory=dict)
+
+    def arrays_for(self, held_sha256: str | None) -> ArrayRecord:
+        """What a node must be sent that holds the shared tensors of this digest: the trained, and those it lacks.
+
+        Of the shared ones none to a node that holds this round's, the changed ones to one that holds the last
+        round's, else all. Nodes that lack the same share one record.
+        """
+        lacking = {self.shared_sha256: frozenset(), self.before_sha256: self.changed}.get(
+            held_sha256 or "", frozenset(self.shared))
+        if lacking not in self._records:
+            names = (*self.trained, *sorted(lacking))
+            self._records[lacking] = ArrayRecord({name: self.arrays[name] for name in names})
+        return self._records[lacking]
 
 
 class FederatedLoRA(Strategy):
@@ -65,7 +80,7 @@ class FederatedLoRA(Strategy):
         linear: whether the server step needs nothing but the weighted sum of the uploads; only then can secure
             aggregation serve it.
         exact: whether the mean of the merged models is the merged mean.
-        moves_shared: whether the server step changes shared tensors, which then travel again.
+        moves_shared: whether the server step changes the adapters' shared tensors, which then travel again.
         rejected: node id → why its reply of the last round added nothing.
         disclosed: node id → what its accepted upload of the last round said beside the tensors.
 
@@ -89,6 +104,7 @@ class FederatedLoRA(Strategy):
         self.rejected: dict[int, str] = {}
         self.disclosed: dict[int, dict[str, int | float]] = {}
         self._held: dict[int, str] = {}
+        self._shared: tuple[Tensors, str] = ({}, "")
         self._round: _Round | None = None
 
     @abstractmethod
@@ -98,8 +114,9 @@ class FederatedLoRA(Strategy):
     @property
     def traffic(self) -> Traffic:
         """Values per client and round, as in the communication table of METHODS."""
-        up, shared = self.layout.num_trained, sum(spec.size for spec in self.layout.shared)
-        return Traffic(up, up + shared, 0) if self.moves_shared else Traffic(up, up, shared)
+        up = self.layout.num_trained
+        moved = sum(spec.size for spec in self.layout.shared if self.moves_shared and spec.group == "adapter")
+        return Traffic(up, up + moved, sum(spec.size for spec in self.layout.shared) - moved)
 
     def forget(self, node_id: int) -> None:
         """The node does not hold the shared tensors (any more): they travel with its next message."""
@@ -129,19 +146,18 @@ class FederatedLoRA(Strategy):
         nodes, attempt = sorted(given), cast(int, config.get("attempt", 0))
         under_way.awaited.update(nodes)
         order = RoundPlan(self.plan, server_round, attempt, under_way.shared_sha256)
-        return (train_message(order, self._arrays_for(node, under_way), node) for node in nodes)
+        return (train_message(order, under_way.arrays_for(self._held.get(node)), node) for node in nodes)
 
     def _begin(self, server_round: int, arrays: ArrayRecord) -> _Round:
         state = to_tensors(arrays)
         self.layout.check(state, "state")
         trained = {spec.name: state[spec.name] for spec in self.layout.trained}
         shared = {spec.name: state[spec.name] for spec in self.layout.shared}
-        lean = ArrayRecord({name: arrays[name] for name in trained})
-        full = ArrayRecord({name: arrays[name] for name in (*trained, *shared)})
-        return _Round(server_round, trained, shared, digest(shared), lean, full, set())
-
-    def _arrays_for(self, node: int, under_way: _Round) -> ArrayRecord:
-        return under_way.lean if self._held.get(node) == under_way.shared_sha256 else under_way.full
+        before, before_sha256 = self._shared
+        changed = frozenset(name for name, array in shared.items()
+                            if name not in before or not np.array_equal(array, before[name]))
+        self._shared = shared, digest(shared)
+        return _Round(server_round, trained, shared, self._shared[1], arrays, changed, before_sha256, set())
 
     def _wait_for_nodes(self, grid: Grid) -> list[int]:
         while len(nodes := list(grid.get_node_ids())) < self.min_nodes:

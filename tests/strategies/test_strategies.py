@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord
 
+from fedlora.adapters import TensorSpec
 from fedlora.plan import Upload
 from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies import STRATEGY_CLASSES, FedAvgLoRA, FedSB, FedSVD, FFALoRA
 from fedlora_strategies.fedsvd import refactorise
-from fedlora_strategies.messages import reply, to_record, to_tensors
+from fedlora_strategies.messages import assume_identity, reply, to_record, to_tensors
 from tests.federation import COLUMNS, ROWS, LinearSession, layout_of, plan_of, start_of, update_of
 
 ALL = sorted(STRATEGY_CLASSES)
@@ -151,6 +153,25 @@ def test_any_order_of_uploads_gives_the_same_bits(name):
         arrays, _ = strategy.aggregate_train(1, [replies[i] for i in permutation])
         results.add(tuple(array.data for array in arrays.values()))
     assert len(results) == 1
+
+
+def test_a_frozen_head_travels_once_beside_the_factor_that_moves():
+    layout = layout_of("frozen-a")
+    frozen = TensorSpec("head.dense.weight", (4, 4), "head")
+    layout = replace(layout, shared=(*layout.shared, frozen))
+    plan = plan_of("fedsvd")
+    strategy = FedSVD(plan, layout)
+    assume_identity(plan.run_id)
+    assert strategy.traffic.once == 16 and strategy.traffic.down == strategy.traffic.up + 2 * 2 * 5
+    state = {**start_of(layout, 0)}
+    node, sent = 7, []
+    for number in (1, 2, 3):
+        message = next(iter(strategy.configure_train(number, to_record(state), ConfigRecord({"nodes": [node]}), None)))
+        sent.append(set(message.content["arrays"]) - {spec.name for spec in layout.trained})
+        strategy._held[node] = strategy._round.shared_sha256
+        state = state | {f"{module}.A": state[f"{module}.A"] + 1 for module in layout.modules}
+    moving = {f"{module}.A" for module in layout.modules}
+    assert sent == [moving | {frozen.name}, moving, moving]
 
 
 @pytest.mark.parametrize(("name", "up", "again", "once"), [
