@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedlora.data.formats import SUFFIXES, Record, hub_records, records, show_columns
-from fedlora.data.rows import Message, Rows, normalize_label, place
+from fedlora.data.rows import Message, Rows, normalize_label, normalize_unit, place
 
 LAYOUTS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "classification": (("text", ("text",)), ("pair", ("text_a", "text_b")), ("pair", ("sentence1", "sentence2"))),
@@ -26,16 +26,18 @@ LAYOUTS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 Layout = tuple[str, tuple[str, ...]]
 
 
-def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = None) -> Rows:
+def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = None, unit: str | None = None) -> Rows:
     """Read and check all rows of a file, a folder (its files in the order of their names) or a hub dataset.
 
     Args:
         path: a .jsonl, .csv, .tsv or .parquet file, a folder of such, or "org/dataset[/config][:split]".
         task: "classification" or "causal-lm".
         columns: the file's name for a column, where it is not the expected one: {"text": "note"}.
+        unit: the file's column that names the person (or other unit of privacy) a row belongs to, for `Rows.units`;
+            None if each row is a unit of its own. An id means the same in all files of a folder.
 
     Raises:
-        ValueError: with file, line and remedy, never with a row's text.
+        ValueError: with file, line and remedy, never with a row's text or id.
     """
     names = dict(columns or {})
     known = {name for _, layout in LAYOUTS[task] for name in layout}
@@ -44,7 +46,7 @@ def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = Non
     if unknown := sorted(set(names) - known):
         raise ValueError(f"--column {unknown[0]}=… names no column of {task}. Those are: {', '.join(sorted(known))}")
 
-    reader = _Reader(task, names)
+    reader = _Reader(task, names, unit)
     for file, stream in _sources(path):
         reader.add(file, stream)
     return reader.rows()
@@ -80,9 +82,10 @@ def _is_hub_name(name: str) -> bool:
 class _Reader:
     """Collects checked rows; one layout for all files."""
 
-    def __init__(self, task: str, names: Mapping[str, str]) -> None:
+    def __init__(self, task: str, names: Mapping[str, str], unit: str | None) -> None:
         self.task = task
         self.names = names
+        self.unit = unit
         self.layout: Layout | None = None
         self.files: list[str] = []
         self.file_of, self.lines = array("q"), array("q")
@@ -90,6 +93,7 @@ class _Reader:
         self.seconds: list[str | None] = []
         self.messages: list[tuple[Message, ...]] = []
         self.labels: list[str | None] = []
+        self.units: list[str] = []
 
     def add(self, file: str, stream: Iterator[Record]) -> None:
         before = len(self.texts)
@@ -115,6 +119,9 @@ class _Reader:
         if self.task == "classification" and label not in present:
             raise ValueError(f"{place(file, 1)}: there is no column {label}; {show_columns(present)}. "
                              "Name yours with --column label=NAME")
+        if self.unit is not None and self.unit not in present:
+            raise ValueError(f"{place(file, 1)}: there is no column {self.unit}; {show_columns(present)}. "
+                             "Name yours with --privacy-unit column:NAME")
         if self.layout is not None and self.layout != found:
             raise ValueError(f"{file} has the columns {' + '.join(found[1])}, {self.files[0]} has "
                              f"{' + '.join(self.layout[1])}. Use the same columns in all files of a folder")
@@ -137,6 +144,8 @@ class _Reader:
                 self.labels.append(normalize_label(row.get(self.names.get("label", "label"))))
             except TypeError as error:
                 raise ValueError(f"{where}: the label is {error}. Write it as a whole number or a name") from None
+        if self.unit is not None:
+            self.units.append(_unit(where, self.unit, row.get(self.unit)))
 
     def _text(self, where: str, name: str, row: Mapping[str, Any], *, required: bool) -> str | None:
         column = self.names.get(name, name)
@@ -159,7 +168,18 @@ class _Reader:
                     messages=tuple(self.messages) if kind == "messages" else None,
                     labels=tuple(self.labels) if self.task == "classification" else None,
                     files=tuple(self.files), file_of=np.array(self.file_of, dtype=np.int64),
-                    lines=np.array(self.lines, dtype=np.int64))
+                    lines=np.array(self.lines, dtype=np.int64), units=None if self.unit is None else tuple(self.units))
+
+
+def _unit(where: str, column: str, value: Any) -> str:
+    try:
+        name = normalize_unit(value)
+    except TypeError as error:
+        raise ValueError(f"{where}: the {column} is {error}. Write it as a whole number or a string") from None
+    if name is None:
+        raise ValueError(f"{where}: {column} is missing or empty, so it is not known whose row this is. Fill it, or "
+                         "remove the row")
+    return name
 
 
 def _checked(where: str, column: str, value: Any) -> str:

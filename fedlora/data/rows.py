@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ KINDS = ("text", "pair", "completion", "messages")
 
 Message = tuple[str, str]
 """(role, content)."""
+
+_NO_UNIT = ("", "na", "n/a", "<na>", "nan", "nat", "none", "null")
+"""What programs write for a missing id. Taken for one, it would make a single person of all who have none."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Rows:
         files: the files read, in order.
         file_of: [rows] index into `files`.
         lines: [rows] the line on which a row begins, counted from 1 (in a parquet file, the row's number).
+        units: the normalised id of the person (or other unit of privacy) that each row belongs to; None where each row
+            is a unit of its own.
     """
 
     kind: str
@@ -39,6 +45,7 @@ class Rows:
     files: tuple[str, ...]
     file_of: np.ndarray
     lines: np.ndarray
+    units: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -54,7 +61,7 @@ class Rows:
 
         index = np.asarray(indices, dtype=np.int64)
         return dataclasses.replace(self, texts=pick(self.texts), seconds=pick(self.seconds),
-                                   messages=pick(self.messages), labels=pick(self.labels),
+                                   messages=pick(self.messages), labels=pick(self.labels), units=pick(self.units),
                                    file_of=self.file_of[index], lines=self.lines[index])
 
     def by_file(self) -> list[np.ndarray]:
@@ -83,6 +90,23 @@ def normalize_label(value: object) -> str | None:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     raise TypeError("a fraction" if isinstance(value, float) else f"of type {type(value).__name__}")
+
+
+def normalize_unit(value: object) -> str | None:
+    """As `normalize_label`: 7, 7.0 and " 7 " are one id. None where there is no id, or a word that stands for none.
+
+    Two ways to write one person's id would make two units of that person, each protected on its own only; so strings
+    are also brought to one form of Unicode. Leading zeros and capitals are kept, since codes may differ in them.
+
+    Raises:
+        TypeError: the value is neither a whole number nor a string, or a number too large to be exact. The message
+            never holds the value.
+    """
+    if isinstance(value, float) and abs(value) >= 2**53:
+        raise TypeError("a number too large to be exact")
+    name = normalize_label(value)
+    name = None if name is None else unicodedata.normalize("NFC", name).strip()
+    return None if name is None or name.casefold() in _NO_UNIT else name
 
 
 def label_names(rows: Rows) -> tuple[str, ...]:

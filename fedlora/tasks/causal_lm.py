@@ -29,6 +29,7 @@ class CausalLM(Task):
         """Tokenise, append the end-of-text token, cut on the right. Rows without an answer token left are left out."""
         tokens: list[list[int]] = []
         answers: list[list[int]] = []
+        kept: list[int] = []
         for chunk in self._chunks(rows):
             texts = [rows.texts[row] for row in chunk]
             if rows.messages is not None:
@@ -39,12 +40,14 @@ class CausalLM(Task):
                 prompts = self._tokenize(texts, special=True)
                 completions = self._tokenize([rows.seconds[row] for row in chunk], special=False)
                 encoded = [self._completion(*both) for both in zip(prompts, completions, strict=True)]
-            for ids, learned in encoded:
+            for row, (ids, learned) in zip(chunk, encoded, strict=True):
                 ids, learned = ids[:self.max_length], learned[:self.max_length]
                 if any(learned[1:]):  # nothing stands before the first token to predict it from
                     tokens.append(ids)
                     answers.append(learned)
-        return pack(tokens, self.tokenizer.pad_token_id, answers=answers, left_out=len(rows) - len(tokens))
+                    kept.append(row)
+        return pack(tokens, self.tokenizer.pad_token_id, answers=answers, left_out=len(rows) - len(tokens),
+                    units=rows.take(kept).units)
 
     def _tokenize(self, texts: list[str], *, special: bool) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=special, truncation=True, max_length=self.max_length,

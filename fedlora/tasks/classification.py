@@ -35,6 +35,7 @@ class Classification(Task):
         tokens: list[list[int]] = []
         segments: list[list[int]] = []
         kept: list[int] = []
+        classes_of_kept: list[int] = []
         for chunk in self._chunks(rows):
             labelled = [row for row in chunk if rows.labels[row] is not None]
             if not labelled:
@@ -44,9 +45,11 @@ class Classification(Task):
                                      return_attention_mask=False)
             tokens += encoded["input_ids"]
             segments += encoded.get("token_type_ids", [])
-            kept += [classes[label] for row in labelled if (label := rows.labels[row]) is not None]
-        return pack(tokens, self.tokenizer.pad_token_id, labels=kept,
-                    segments=segments if rows.kind == "pair" and segments else None, left_out=len(rows) - len(kept))
+            kept += labelled
+            classes_of_kept += [classes[label] for row in labelled if (label := rows.labels[row]) is not None]
+        return pack(tokens, self.tokenizer.pad_token_id, labels=classes_of_kept,
+                    segments=segments if rows.kind == "pair" and segments else None, left_out=len(rows) - len(kept),
+                    units=rows.take(kept).units)
 
     def per_record_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """[records] float32: cross entropy of each record."""

@@ -24,6 +24,8 @@ class Records:
         segments: [total] uint8, 1 for tokens of a pair's second text, if the model tells them apart; else None.
         answers: [total] uint8, 1 for the tokens that a language model is to predict; else None.
         left_out: how many rows were not taken, for want of a label or of an answer within the maximum length.
+        units: [n] int64, which unit of privacy (a patient, say) each record belongs to, from 0 to `units_count` - 1,
+            each of which has at least one record; None if each record is a unit of its own.
     """
 
     tokens: np.ndarray
@@ -33,9 +35,15 @@ class Records:
     segments: np.ndarray | None = None
     answers: np.ndarray | None = None
     left_out: int = 0
+    units: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def units_count(self) -> int:
+        """The number of units that have a record: what n̂, q and δ are about."""
+        return len(self) if self.units is None else int(self.units.max(initial=-1)) + 1
 
     @property
     def lengths(self) -> np.ndarray:
@@ -68,17 +76,23 @@ class Batch:
 
 def pack(sequences: Sequence[Sequence[int]], pad_id: int, *, labels: Sequence[int] | None = None,
          segments: Sequence[Sequence[int]] | None = None, answers: Sequence[Sequence[int]] | None = None,
-         left_out: int = 0) -> Records:
-    """Lists of token ids, and what belongs to each token, as flat arrays."""
+         left_out: int = 0, units: Sequence[str] | None = None) -> Records:
+    """Lists of token ids, and what belongs to each token, as flat arrays.
+
+    Args:
+        units: the id of each sequence's unit; they are numbered in the order of the ids.
+    """
     def flat(lists: Sequence[Sequence[int]] | None, dtype: type) -> np.ndarray | None:
         return None if lists is None else np.concatenate([np.asarray(one, dtype=dtype) for one in [[], *lists]],
                                                          dtype=dtype)
 
     tokens = flat(sequences, np.int32)
     assert tokens is not None
+    numbers = {name: number for number, name in enumerate(sorted(set(units or ())))}
     return Records(tokens=tokens, offsets=np.cumsum([0, *map(len, sequences)], dtype=np.int64), pad_id=pad_id,
                    labels=None if labels is None else np.asarray(labels, dtype=np.int64),
-                   segments=flat(segments, np.uint8), answers=flat(answers, np.uint8), left_out=left_out)
+                   segments=flat(segments, np.uint8), answers=flat(answers, np.uint8), left_out=left_out,
+                   units=None if units is None else np.array([numbers[name] for name in units], dtype=np.int64))
 
 
 def collate(records: Records, indices: Sequence[int] | np.ndarray, length: int,

@@ -1,6 +1,7 @@
 """One step of DP-SGD on the flat gradient buffer (Abadi et al. 2016, arXiv:1607.00133).
 
-    g_i  <- per-record gradient, each group times its data-independent scale
+    g_i  <- gradient of a unit of privacy, each group times its data-independent scale: that of a record, or the mean
+            over the drawn records of a patient, say
     S    =  sum_i g_i · min(1, C / |g_i|)        clipped once, as one concatenated vector
     step =  (S + N(0, sigma^2 C^2)) / b          b is public and constant, never the drawn size
     each group of the step is divided by its scale: after the noise, so the guarantee is untouched
@@ -11,14 +12,16 @@ for its step, its queue of skipped steps (micro-batches of one draw) and its pas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
 from fedlora.privacy.streams import Stream
 from fedlora.training.per_example import GradientBuffer
+from fedlora.training.tripwires import NoisePool, StepTripwires
 
 CLIP_MARGIN = 1e-5
 """A clipped record is left this much below the clip norm, relatively: more than float32 can lose."""
@@ -27,19 +30,25 @@ CLIP_MARGIN = 1e-5
 class PerRecordOptimizer(DPOptimizer):
     """Clips and sums what the buffer holds; at the end of a draw adds noise and steps.
 
+    Units of several records are opened before their micro-batches; each then adds to the units' gradients (`gather`),
+    and the next step clips those instead of the buffer's rows.
+
     Args:
         optimizer: over exactly the buffer's parameters.
         scales: for each group of the buffer, the factor on its gradients before clipping.
-        clip_norm: C, the L2 bound of one record's scaled gradient.
+        clip_norm: C, the L2 bound of one unit's scaled gradient.
         noise_multiplier: sigma, in units of clip_norm.
         expected_batch_size: b.
         noise: where the Gaussians come from.
+        pool: of the run's noise, for the tripwire; None for a new one.
     Attributes:
-        records, clipped, nonfinite: counted since the start. They are private and stay on this machine.
+        units, clipped: units summed, and those of them that were longer than C. Counted since the start; private.
+        nonfinite: records whose gradient was not finite and counted as zero. Private, too.
     """
 
     def __init__(self, optimizer: Optimizer, buffer: GradientBuffer, *, scales: Mapping[str, float], clip_norm: float,
-                 noise_multiplier: float, expected_batch_size: float, noise: Stream) -> None:
+                 noise_multiplier: float, expected_batch_size: float, noise: Stream,
+                 pool: NoisePool | None = None) -> None:
         super().__init__(optimizer, noise_multiplier=noise_multiplier, max_grad_norm=clip_norm,
                          expected_batch_size=expected_batch_size)  # type: ignore[arg-type]
         owned = [slot.parameter for slot in buffer.slots]
@@ -52,7 +61,11 @@ class PerRecordOptimizer(DPOptimizer):
         device = owned[0].device
         self._sum = torch.zeros(buffer.values, device=device,
                                 dtype=torch.float32 if device.type == "mps" else torch.float64)
-        self.records = self.clipped = self.nonfinite = 0
+        self._units: torch.Tensor | None = None
+        self._drawn_noise: torch.Tensor | None = None
+        self._tripwires = StepTripwires(buffer, scales=scales, clip_norm=clip_norm, noise_multiplier=noise_multiplier,
+                                        expected_batch_size=expected_batch_size, pool=pool or NoisePool())
+        self.units = self.clipped = self.nonfinite = 0
 
     @property
     def clipped_sum(self) -> torch.Tensor:
@@ -67,12 +80,41 @@ class PerRecordOptimizer(DPOptimizer):
     def accumulated_iterations(self) -> int:
         return 1
 
-    def clip_and_accumulate(self) -> None:
-        """Add the armed buffer's records to the sum; nothing for an unarmed one, as after an empty draw."""
-        if not self.buffer.armed:
-            return
+    def open_units(self, units: int) -> None:
+        """Before the micro-batches of this many units of several records each; the next step closes them."""
+        assert self._units is None, "units are open already"
+        self._units = torch.zeros(units, self.buffer.values, device=self._sum.device)
+
+    def gather(self, owners: np.ndarray, weights: np.ndarray) -> None:
+        """Add the armed buffer's records to the gradients of their units, and release the buffer.
+
+        Args:
+            owners: [records] which of the open units each belongs to.
+            weights: [records] its factor in that unit's gradient.
+        """
+        assert self._units is not None, "no units are open"
         self.buffer.check_complete()
         rows = self.buffer.rows
+        finite = torch.linalg.vector_norm(rows, dim=1).isfinite()
+        if refused := int((~finite).sum()):
+            rows[~finite] = 0  # 0 · inf is not 0
+            self.nonfinite += refused
+        present, places = np.unique(owners, return_inverse=True)
+        mean = np.zeros((len(present), len(rows)), dtype=np.float32)
+        mean[places, np.arange(len(rows))] = weights
+        # each unit once, so that the order of additions is fixed on a GPU too
+        self._units.index_add_(0, torch.from_numpy(present).to(rows.device), torch.from_numpy(mean).to(rows) @ rows)
+        self.buffer.disarm()
+
+    def clip_and_accumulate(self) -> None:
+        """Add the open units or else the armed buffer's records to the sum; nothing after an empty draw."""
+        if self._units is not None:
+            rows, self._units = self._units, None
+        elif self.buffer.armed:
+            self.buffer.check_complete()
+            rows = self.buffer.rows
+        else:
+            return
         squares = sum(scale**2 * torch.linalg.vector_norm(rows[:, span], dim=1).square()
                       for span, scale in self._groups)
         assert isinstance(squares, torch.Tensor)
@@ -86,18 +128,28 @@ class PerRecordOptimizer(DPOptimizer):
         factors = bound / norms.clamp(min=bound)
         for span, scale in self._groups:
             self._sum[span] += (factors * scale) @ rows[:, span]
-        self.records += len(rows)
+        self._tripwires.check_shares(rows, factors)
+        self.units += len(rows)
         self.clipped += int((norms > bound).sum())
         self.nonfinite += refused
 
     def add_noise(self) -> None:
         """Noise on every coordinate in the scaled space, then back to the parameters' own scale."""
         noise = torch.from_numpy(self.noise.gaussian(self.buffer.values)).to(self._sum)
-        noised = self._sum + self.noise_multiplier * self.max_grad_norm * noise
+        self._drawn_noise = self.noise_multiplier * self.max_grad_norm * noise
+        noised = self._sum + self._drawn_noise
         for span, scale in self._groups:
             noised[span] /= scale
         for slot in self.buffer.slots:
             slot.parameter.grad = noised[slot.columns].view_as(slot.parameter).to(slot.parameter.dtype)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """As Opacus': clip, and unless this step is to be skipped, add noise and let the wrapped optimizer step."""
+        result = super().step(closure)
+        if not self._is_last_step_skipped:
+            self._tripwires.check_applied(self._sum, self._drawn_noise)
+            self._drawn_noise = None
+        return result
 
     def scale_grad(self) -> None:
         for slot in self.buffer.slots:

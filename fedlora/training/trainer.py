@@ -1,13 +1,13 @@
 """Local training of one round, with or without privacy: the same sampler, the same batches, the same loss.
 
-Privately, each record's gradient is clipped and the sum is noised (`fedlora.training.optimizer`); the guarantee is for
-one record of this client under zero-out, and holds for the tensors alone. Everything else in `TrainResult` is private.
+Privately, each unit's gradient is clipped and the sum is noised (`fedlora.training.optimizer`); the guarantee is for
+one unit of this client under zero-out: a record, or all records of a patient, say. It holds for the tensors alone.
+Everything else in `TrainResult` is private.
 """
 
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -28,13 +28,19 @@ from fedlora.training.precision import (
     resolve_precision,
     store_frozen_weights,
 )
-from fedlora.training.sampling import micro_batches, poisson
+from fedlora.training.sampling import Draw, Sampler, micro_batches
+from fedlora.training.steps import PlainStep, PrivateStep, Step
+from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, NoisePool, tells
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 """Most padded tokens of a micro-batch where --micro-batch is not given. A constant, so that runs repeat bit for bit."""
 
 BUFFER_BYTES = 256 * 2**20
-"""Most memory for per-record gradients where --micro-batch is not given."""
+"""Most memory for the gradients of a micro-batch's records where --micro-batch is not given; and as much again for the
+gradients of units that have several records."""
+
+ROWS_PER_UNIT = 8
+"""Most records of one unit in a step, where it is not given."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,9 @@ class TrainResult:
     Attributes:
         tensors: the trained tensors.
         steps: optimiser steps done; fewer than planned if training was stopped.
-        drawn: number of records of each step.
+        drawn: number of units of each step.
         mean_loss: over the drawn records; nan if there were none.
-        clipped_share: share of drawn records whose gradient was longer than the clip norm; 0.0 without privacy.
+        clipped_share: share of drawn units whose gradient was longer than the clip norm; 0.0 without privacy.
         nonfinite: drawn records whose gradient was not finite, and counted as zero.
     """
 
@@ -82,6 +88,7 @@ class Trainer:
         model.to(self.device).eval()
         self._parameters = [(parameter, spec.group) for spec, parameter in adapted.trained_parameters()]
         self.buffer = GradientBuffer(self._parameters)
+        self._noise_pool = NoisePool()
         per_example([leaf for leaf, _ in adapted.trained_leaves()], self.buffer)
         if self.precision == "bf16":
             # what travels stays in float32
@@ -97,79 +104,94 @@ class Trainer:
 
     def train(self, run: RunPlan, records: Records, *, sampling_rate: float, noise_multiplier: float | None,
               clip_norm: float, sampling: Stream, noise: Stream | None, lr: float | None = None,
-              stop: Callable[[], bool] = lambda: False) -> TrainResult:
+              rows_per_unit: int = ROWS_PER_UNIT, stop: Callable[[], bool] = lambda: False) -> TrainResult:
         """Do the plan's local steps from the tensors that the model now holds, with a fresh optimiser.
 
         Args:
-            sampling_rate: q of Poisson sampling; the step is divided by the plan's expected batch.
+            sampling_rate: q of Poisson sampling over units; the step is divided by the plan's expected batch of units.
             noise_multiplier: None trains without privacy: no clipping, no noise.
             clip_norm: the client's, at most the plan's.
             sampling, noise: random streams of this round; noise is None without privacy.
             lr: the round's learning rate; None for the plan's.
+            rows_per_unit: most records of one unit in a step; of no meaning where `records.units` is None.
             stop: asked between micro-batches; True discards the unfinished step and returns.
         Raises:
             MemoryError: naming the flags that help.
-            RuntimeError: no gradient reaches the trained tensors.
+            RuntimeError: a tripwire found a fault (`fedlora.training.tripwires`).
         """
         if (noise_multiplier is None) != (noise is None):
             raise ValueError("a noise multiplier and a noise stream belong together; give both or neither")
         if not 0 < sampling_rate <= 1:
             raise ValueError(f"sampling_rate is {sampling_rate!r}; it must be in (0, 1]")
-        inner = _optimizer(run.optimizer, lr or run.lr, [parameter for parameter, _ in self._parameters])
+        parameters = [parameter for parameter, _ in self._parameters]
+        frozen = FrozenTripwire(self.adapted, parameters)
+        gradients = GradientTripwire(self.adapted, self.buffer)
+        sampler = Sampler(len(records), records.units, sampling_rate, rows_per_unit, sampling)
+        inner = _optimizer(run.optimizer, lr or run.lr, parameters)
         if noise_multiplier is None or noise is None:
-            # a client with fewer records than the expected batch uses all of them, and their mean
-            step: _Step = _PlainStep(inner, run.expected_batch if sampling_rate < 1 else len(records))
+            # a client with fewer units than the expected batch uses all of them, and their mean
+            step: Step = PlainStep(inner, run.expected_batch if sampling_rate < 1 else records.units_count)
         else:
-            step = _PrivateStep(PerRecordOptimizer(
+            step = PrivateStep(PerRecordOptimizer(
                 inner, self.buffer, scales={"adapter": run.adapter_scale, "head": run.head_scale},
                 clip_norm=clip_norm, noise_multiplier=noise_multiplier * (1 + ROUNDING[self.precision]),
-                expected_batch_size=run.expected_batch, noise=noise))
+                expected_batch_size=run.expected_batch, noise=noise, pool=self._noise_pool), gradients)
         drawn: list[int] = []
-        loss = 0.0
+        loss, rows = 0.0, 0
         try:
             with self._dropout(run.dropout, sampling), _memory_advice():
                 for _ in range(run.local_steps):
-                    indices = poisson(len(records), sampling_rate, sampling)
-                    losses = self._accumulate(step, records, indices, stop)
+                    draw = sampler.draw()
+                    losses = self._accumulate(step, records, draw, stop)
                     if losses is None:
                         break
-                    step.finish(losses, len(indices))
-                    drawn.append(len(indices))
-                    loss += losses
+                    step.finish(telling=tells(records, draw.indices, losses))
+                    drawn.append(len(draw))
+                    loss, rows = loss + losses, rows + len(draw.indices)
         finally:  # a round that failed must leave no record's gradient to the next one
             step.close()
-            for parameter, _ in self._parameters:
+            for parameter in parameters:
                 parameter.grad = None
+        frozen.check()
+        gradients.check()
+        self._noise_pool.check()
         total = sum(drawn)
         return TrainResult(
             tensors=self.adapted.read("trained"), steps=len(drawn), drawn=tuple(drawn),
-            mean_loss=loss / total if total else float("nan"), clipped_share=step.clipped / total if total else 0.0,
+            mean_loss=loss / rows if rows else float("nan"), clipped_share=step.clipped / total if total else 0.0,
             nonfinite=step.nonfinite)
 
-    def _accumulate(self, step: _Step, records: Records, indices: np.ndarray,
-                    stop: Callable[[], bool]) -> float | None:
-        """Sum the drawn records' gradients; returns the sum of their losses, or None if stopped."""
+    def _accumulate(self, step: Step, records: Records, draw: Draw, stop: Callable[[], bool]) -> float | None:
+        """Sum the drawn units' gradients; returns the sum of their records' losses, or None if stopped."""
         losses = 0.0
         if stop():
             return None
-        for length, part in self.layout(records, indices):
-            if stop():
-                return None
-            batch = self.task.collate(records, part, length, self.device)
-            step.begin(len(part))
-            with self.autocast():
-                per_record = self.task.per_record_loss(self.adapted.model, batch)
-            assert per_record.shape == (len(part),), "a task gives one loss for each record"
-            step.add(per_record)
-            losses += float(per_record.detach().sum())
+        for group in draw.groups(self._most_rows):
+            step.open(group)
+            for length, places in self.layout(records, group.indices):
+                if stop():
+                    return None
+                batch = self.task.collate(records, group.indices[places], length, self.device)
+                step.begin(len(places))
+                with self.autocast():
+                    per_record = self.task.per_record_loss(self.adapted.model, batch)
+                assert per_record.shape == (len(places),), "a task gives one loss for each record"
+                step.add(per_record, places)
+                losses += float(per_record.detach().sum())
+            step.shut()
         return losses
 
+    @property
+    def _most_rows(self) -> int:
+        """How many gradients are held at once."""
+        return max(1, BUFFER_BYTES // (4 * self.buffer.values))
+
     def layout(self, records: Records, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """(padded length, indices) of each micro-batch of a draw."""
+        """(padded length, places in `indices`) of each micro-batch of these records."""
+        lengths, places = records.lengths[indices], np.arange(len(indices))
         if self.micro_batch is not None:
-            return micro_batches(records.lengths, indices, self.task.max_length, most=self.micro_batch)
-        return micro_batches(records.lengths, indices, self.task.max_length,
-                             most=max(1, BUFFER_BYTES // (4 * self.buffer.values)),
+            return micro_batches(lengths, places, self.task.max_length, most=self.micro_batch)
+        return micro_batches(lengths, places, self.task.max_length, most=self._most_rows,
                              tokens=MICRO_BATCH_TOKENS[self.device.type])
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -195,75 +217,6 @@ class Trainer:
             finally:
                 for layer in layers:
                     layer.eval()
-
-
-class _Step(ABC):
-    """How gradients of micro-batches become one step."""
-
-    clipped = 0
-    nonfinite = 0
-
-    def begin(self, records: int) -> None:  # noqa: B027 (a step may have nothing to do here)
-        """Before the forward pass of a micro-batch."""
-
-    @abstractmethod
-    def add(self, per_record: torch.Tensor) -> None:
-        """Backward pass of a micro-batch."""
-
-    @abstractmethod
-    def finish(self, losses: float, drawn: int) -> None:
-        """The draw is complete; it may have been empty."""
-
-    def close(self) -> None:  # noqa: B027 (nor here)
-        """No more steps; drop what is unfinished."""
-
-
-class _PlainStep(_Step):
-    """Autograd's sum over the records, divided by the same constant as the private step."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, divisor: float) -> None:
-        self.optimizer, self.divisor = optimizer, divisor
-        self.optimizer.zero_grad()
-
-    def add(self, per_record: torch.Tensor) -> None:
-        (per_record.sum() / self.divisor).backward()
-
-    def finish(self, losses: float, drawn: int) -> None:
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:  # an empty draw is a step with a zero gradient, as in the private case
-                    parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-class _PrivateStep(_Step):
-    """Clip and sum each micro-batch; noise once for each draw."""
-
-    def __init__(self, optimizer: PerRecordOptimizer) -> None:
-        self.optimizer = optimizer
-
-    def begin(self, records: int) -> None:
-        self.optimizer.buffer.arm(records)
-
-    def add(self, per_record: torch.Tensor) -> None:
-        per_record.sum().backward()
-        self.optimizer.signal_skip_step(True)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def finish(self, losses: float, drawn: int) -> None:
-        optimizer = self.optimizer
-        if losses > 0.01 * drawn and not optimizer.nonfinite and not optimizer.clipped_sum.any():
-            raise RuntimeError("the drawn records have a loss but no gradient: the adapters are cut off from it. "
-                               "Nothing was released; please report this with the model's type and the targets")
-        optimizer.signal_skip_step(False)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def close(self) -> None:
-        self.optimizer.buffer.disarm()
-        self.clipped, self.nonfinite = self.optimizer.clipped, self.optimizer.nonfinite
 
 
 def _optimizer(name: str, lr: float, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

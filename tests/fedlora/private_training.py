@@ -17,7 +17,9 @@ from fedlora.tasks import Records, task_for
 from fedlora.tasks.records import pack
 from fedlora.training import Trainer
 from fedlora.training.optimizer import PerRecordOptimizer
-from fedlora.training.trainer import _PrivateStep
+from fedlora.training.sampling import Draw
+from fedlora.training.steps import PrivateStep
+from fedlora.training.tripwires import GradientTripwire
 from tests.tiny import DECODERS, ENCODERS, VOCABULARY, tiny_checkpoint
 
 CASES = [(kind, "classification") for kind in (*ENCODERS, *DECODERS)] + [(kind, "causal-lm") for kind in DECODERS]
@@ -79,10 +81,12 @@ def make_optimizer(trainer: Trainer, run: RunPlan, *, noise_multiplier: float = 
         expected_batch_size=run.expected_batch, noise=Stream(b"n" * 32))
 
 
-def clipped_sum(trainer: Trainer, run: RunPlan, records: Records, indices) -> torch.Tensor:
-    """[values] float64: what the noise would be added to if exactly these records were drawn."""
+def clipped_sum(trainer: Trainer, run: RunPlan, records: Records, indices, owners=None) -> torch.Tensor:
+    """[values] float64: what the noise would be added to if exactly these records, of these units, were drawn."""
     optimizer = make_optimizer(trainer, run)
-    trainer._accumulate(_PrivateStep(optimizer), records, np.asarray(indices, dtype=np.int64), lambda: False)
+    step = PrivateStep(optimizer, GradientTripwire(trainer.adapted, trainer.buffer))
+    draw = Draw(np.asarray(indices, dtype=np.int64), None if owners is None else np.asarray(owners, dtype=np.int64))
+    trainer._accumulate(step, records, draw, lambda: False)
     return optimizer.clipped_sum.clone()
 
 
@@ -90,14 +94,14 @@ def per_record_rows(trainer: Trainer, records: Records, indices) -> torch.Tensor
     """[records, values]: gradients as the buffer holds them, in the order of `indices`."""
     indices = np.asarray(indices, dtype=np.int64)
     rows = torch.empty(len(indices), trainer.buffer.values)
-    position = {index: place for place, index in enumerate(indices.tolist())}
-    for length, part in trainer.layout(records, indices):
-        trainer.buffer.arm(len(part))
+    for length, places in trainer.layout(records, indices):
+        trainer.buffer.arm(len(places))
         with trainer.autocast():
-            losses = trainer.task.per_record_loss(trainer.adapted.model, trainer.task.collate(records, part, length))
+            losses = trainer.task.per_record_loss(trainer.adapted.model,
+                                                  trainer.task.collate(records, indices[places], length))
         losses.sum().backward()
         trainer.buffer.check_complete()
-        rows[[position[index] for index in part.tolist()]] = trainer.buffer.rows
+        rows[places] = trainer.buffer.rows
         trainer.buffer.disarm()
     return rows
 

@@ -20,10 +20,10 @@ from tests.tiny import DECODERS, ENCODERS, KINDS, tiny_checkpoint
 TEXTS = ["the patient reports chest pain", "a small cut", "the plot is dull and the jokes are old", "warm"]
 
 
-def rows_of(folder: Path, task: str, *records: dict):
+def rows_of(folder: Path, task: str, *records: dict, unit: str | None = None):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return read(path, task)
+    return read(path, task, unit=unit)
 
 
 def loaded(folder: Path, kind: str, task: str):
@@ -71,6 +71,27 @@ def test_rows_without_a_label_are_left_out_and_unused_labels_are_fine(tmp_path):
     rows = rows_of(tmp_path, "classification", {"text": "x", "label": None}, {"text": "y", "label": 1}, {"text": "z"})
     records = Classification(tokenizer, ("0", "1", "2"), 8).encode(rows)
     assert (len(records), records.left_out, records.labels.tolist()) == (1, 2, [1])
+
+
+def test_units_are_numbered_over_the_rows_that_are_trained_on(tmp_path):
+    tokenizer, _ = loaded(tmp_path, "bert", "classification")
+    rows = rows_of(tmp_path, "classification", {"text": "x", "label": None, "who": "a"},
+                   {"text": "y", "label": 1, "who": "c"}, {"text": "z", "label": 0, "who": 7},
+                   {"text": "z", "label": 0, "who": "c "}, {"text": "z", "who": 7.0}, unit="who")
+    task = Classification(tokenizer, ("0", "1"), 8)
+    records = task.encode(rows)
+    assert (records.units.tolist(), records.units.dtype, records.units_count) == ([1, 0, 1], np.int64, 2)
+    nobody = task.encode(rows.take([0, 4]))
+    assert (len(nobody), nobody.units.tolist(), nobody.units_count) == (0, [], 0)
+    alone = task.encode(dataclasses.replace(rows, units=None))
+    assert alone.units is None and alone.units_count == 3
+
+    tokenizer, _ = loaded(tmp_path / "gpt2", "gpt2", "causal-lm")
+    rows = rows_of(tmp_path, "causal-lm", {"prompt": "a long prompt " * 9, "completion": "x", "who": "b"},
+                   {"prompt": "x", "completion": "y", "who": "d"}, {"prompt": "x", "completion": "y", "who": "c"},
+                   {"prompt": "x", "completion": "y", "who": "d"}, unit="who")
+    records = CausalLM(tokenizer, 8).encode(rows)
+    assert (records.left_out, records.units.tolist(), records.units_count) == (1, [1, 0, 1], 2)
 
 
 def test_nothing_to_evaluate_is_an_error(tmp_path):

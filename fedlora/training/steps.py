@@ -1,0 +1,122 @@
+"""How the losses of micro-batches become one step, with and without privacy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+
+from fedlora.training.optimizer import PerRecordOptimizer
+from fedlora.training.sampling import Draw
+from fedlora.training.tripwires import GradientTripwire
+
+
+class Step(ABC):
+    """A round's steps, one after the other: for each group of a draw open, (begin, add)*, shut; then finish.
+
+    Attributes:
+        clipped: units whose gradient was longer than the clip norm.
+        nonfinite: records whose gradient was not finite, and counted as zero.
+    """
+
+    clipped = 0
+    nonfinite = 0
+
+    def open(self, group: Draw) -> None:
+        """Before the micro-batches of a draw, or of a group of its units."""
+        self.group = group
+
+    def begin(self, records: int) -> None:  # noqa: B027 (a step may have nothing to do here)
+        """Before the forward pass of a micro-batch."""
+
+    @abstractmethod
+    def add(self, per_record: torch.Tensor, places: np.ndarray) -> None:
+        """Backward pass of a micro-batch.
+
+        Args:
+            per_record: [records] losses.
+            places: [records] where the records stand in the group.
+        """
+
+    def shut(self) -> None:  # noqa: B027
+        """The group is complete."""
+
+    @abstractmethod
+    def finish(self, *, telling: bool) -> None:
+        """The draw is complete; it may have been empty.
+
+        Args:
+            telling: see `fedlora.training.tripwires.tells`.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """No more steps; drop what is unfinished."""
+
+
+class PlainStep(Step):
+    """Autograd's sum over the units, divided by the same constant as the private step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, divisor: float) -> None:
+        self.optimizer, self.divisor = optimizer, divisor
+        self.optimizer.zero_grad()
+
+    def add(self, per_record: torch.Tensor, places: np.ndarray) -> None:
+        if self.group.owners is not None:
+            per_record = per_record * torch.from_numpy(self.group.weights[places]).to(per_record)
+        (per_record.sum() / self.divisor).backward()
+
+    def finish(self, *, telling: bool) -> None:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:  # an empty draw is a step with a zero gradient, as in the private case
+                    parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class PrivateStep(Step):
+    """Clip and sum each micro-batch, or each group of units; noise once for each draw.
+
+    Args:
+        gradients: is told of each draw.
+    """
+
+    def __init__(self, optimizer: PerRecordOptimizer, gradients: GradientTripwire) -> None:
+        self.optimizer, self.gradients = optimizer, gradients
+
+    def open(self, group: Draw) -> None:
+        super().open(group)
+        if group.owners is not None:
+            self.optimizer.open_units(len(group))
+
+    def begin(self, records: int) -> None:
+        self.optimizer.buffer.arm(records)
+
+    def add(self, per_record: torch.Tensor, places: np.ndarray) -> None:
+        per_record.sum().backward()
+        if self.group.owners is None:
+            self._sum_up()
+        else:
+            self.optimizer.gather(self.group.owners[places], self.group.weights[places])
+
+    def shut(self) -> None:
+        if self.group.owners is not None:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        self.optimizer.signal_skip_step(True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def finish(self, *, telling: bool) -> None:
+        optimizer = self.optimizer
+        self.gradients.note(optimizer.clipped_sum, telling=telling and optimizer.nonfinite == self.nonfinite)
+        self.nonfinite = optimizer.nonfinite
+        optimizer.signal_skip_step(False)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def close(self) -> None:
+        self.optimizer.buffer.disarm()
+        self.clipped, self.nonfinite = self.optimizer.clipped, self.optimizer.nonfinite

@@ -1,0 +1,222 @@
+"""Checks that run in every round, on this machine, on what was really computed rather than on what was meant to be.
+
+                what is compared                                          fires when, for example
+shares          each unit's weighted gradient, and C                      clipping is wrong or left out
+applied noise   (gradient as applied · b · scale) - clipped sum, and      the noise is lost, scaled or added twice
+                the noise that was drawn
+pooled noise    its standard deviation over the run, and σ·C              the noise is too small or too large
+gradients       the clipped sum of each trained tensor, and 0             an adapter is cut off from the loss
+frozen          frozen tensors after the round, and before it             an optimizer or a wrapper moves them
+owners          the tensors that train, and the model's                   the model was copied after it was wrapped
+
+They see private values, tell nobody, and can only stop a round: RuntimeError. They cannot show that no fault of
+another kind exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlora.adapters import AdaptedModel
+from fedlora.tasks import Records
+from fedlora.training.per_example import GradientBuffer
+
+STANDARD_ERRORS = 5.0
+"""By so much may the pooled deviation of the noise be off: by chance less than once in a million rounds."""
+
+_ROUNDING = 1e-5
+"""Relative; the applied gradient is float32 and was scaled twice."""
+
+_LEAST_NOISE = 1e-3
+"""Noise below this share of the sum's root mean square is lost in float32, and no privacy: it is not measured."""
+
+_SAMPLE = 64
+"""Values of each of the base model's tensors that are compared; of the adapter's, all are."""
+
+
+def alarm(found: str) -> RuntimeError:
+    """What is raised; `found` says what was seen, without any private value."""
+    return RuntimeError(f"{found}. Nothing of this round was released. Please report this with the model's type, the "
+                        "targets, and the versions of torch, transformers, peft and opacus")
+
+
+class NoisePool:
+    """Sum of squares of the noise of a run, in units of its intended standard deviation."""
+
+    def __init__(self) -> None:
+        self.values, self.squares = 0, 0.0
+
+    def add(self, noise: torch.Tensor, deviation: float) -> None:
+        self.values += noise.numel()
+        self.squares += float(torch.linalg.vector_norm(noise)) ** 2 / deviation**2
+
+    def check(self) -> None:
+        """Raises RuntimeError if the deviation is not the intended one."""
+        if self.values:
+            ratio = math.sqrt(self.squares / self.values)
+            error = 1 / math.sqrt(2 * self.values)
+            if not abs(ratio - 1) <= STANDARD_ERRORS * error:
+                raise alarm(f"the noise that was added in this run has {ratio:.6g} times its intended standard "
+                            f"deviation, which is {abs(ratio - 1) / error:.3g} standard errors off")
+
+
+class StepTripwires:
+    """Shares and noise of a private step. Given the values that were promised, and nothing that the optimizer holds.
+
+    Args:
+        buffer: names the tensors and their columns.
+        scales, clip_norm, noise_multiplier, expected_batch_size: as promised.
+        pool: of the run.
+    """
+
+    def __init__(self, buffer: GradientBuffer, *, scales: Mapping[str, float], clip_norm: float,
+                 noise_multiplier: float, expected_batch_size: float, pool: NoisePool) -> None:
+        self._slots = buffer.slots
+        self._values = buffer.values
+        self._clip_norm, self._divisor = float(clip_norm), float(expected_batch_size)
+        self._deviation = float(noise_multiplier) * float(clip_norm)
+        self._pool = pool
+        self._spans: list[tuple[int, int, float]] = []  # columns of one scale
+        for slot in buffer.slots:
+            start, scale = slot.columns.start, float(scales[slot.group])
+            if self._spans and self._spans[-1][1:] == (start, scale):
+                start = self._spans.pop()[0]
+            self._spans.append((start, slot.columns.stop, scale))
+
+    def check_shares(self, rows: torch.Tensor, factors: torch.Tensor) -> None:
+        """Each unit's share of the sum, factor · scale · row, is within the clip norm.
+
+        Args:
+            rows, factors: [units, values] and [units], as they were multiplied.
+        """
+        squares = torch.zeros(len(rows), device=rows.device)
+        for start, stop, scale in self._spans:
+            squares += (torch.linalg.vector_norm(rows[:, start:stop], dim=1) * (factors * scale)).square()
+        largest = float(squares.max().sqrt()) if len(rows) else 0.0
+        if not largest <= self._clip_norm:
+            raise alarm(f"a record's share of the sum is {largest / self._clip_norm:.6g} times the clip norm")
+
+    def check_applied(self, clipped_sum: torch.Tensor, noise: torch.Tensor | None) -> None:
+        """The gradients that the optimizer was just given are (sum + noise) / b, unscaled.
+
+        Args:
+            clipped_sum, noise: [values], in the scaled space.
+        """
+        if noise is None:
+            raise alarm("a step was made without noise")
+        if any(slot.parameter.grad is None for slot in self._slots):
+            raise alarm("a trained tensor was given no gradient in a step")
+        added = torch.cat([slot.parameter.grad.flatten() for slot in self._slots]).to(clipped_sum)  # type: ignore
+        for start, stop, scale in self._spans:
+            added[start:stop] *= scale * self._divisor
+        added -= clipped_sum
+        error = (added - noise).abs_()
+        error -= _ROUNDING * clipped_sum.abs()
+        error -= _ROUNDING * noise.abs()
+        if not float(error.max()) <= 0:
+            raise alarm("the applied gradient is not the clipped sum with the drawn noise")
+        if self._deviation > _LEAST_NOISE * float(clipped_sum.norm()) / math.sqrt(self._values):
+            self._pool.add(added, self._deviation)
+
+
+class GradientTripwire:
+    """Over a round, the clipped sum is not zero for any tensor that should have a gradient.
+
+    Some rightly have none. With ΔW = s·B·R·A a factor has none while another one of the module is zero, as A in a first
+    round of lora, when B is. No adapter has one while a weight of the head is zero, nor has the head's own weight while
+    another is. And a draw may tell nothing: it is empty, its loss is next to 0, a gradient is not finite, or no text in
+    it has anything to attend to.
+
+    Args:
+        adapted: names the tensors.
+        buffer: says where their sums are.
+    """
+
+    def __init__(self, adapted: AdaptedModel, buffer: GradientBuffer) -> None:
+        self._slots = buffer.slots
+        self._names = {id(parameter): spec.name for spec, parameter in adapted.trained_parameters()}
+        state = adapted.layout.state
+        weights = {spec.name for spec in state if spec.group == "head" and spec.name.endswith(".weight")}
+        self._blockers: dict[str, list[nn.Parameter]] = {}
+        for spec in adapted.layout.trained:
+            others = weights if spec.group == "adapter" or spec.name in weights else set()
+            if spec.group == "adapter":
+                module = spec.name.rpartition(".")[0]
+                others = others | {other.name for other in state if other.name.rpartition(".")[0] == module}
+            self._blockers[spec.name] = [adapted.parameter(name) for name in sorted(others - {spec.name})]
+        self._waiting = set(self._names.values())
+        self._missed: set[str] = set()
+
+    def note(self, clipped_sum: torch.Tensor, *, telling: bool) -> None:
+        """After a draw, before the step: the tensors hold what the gradients were taken at."""
+        for slot in self._slots:
+            name = self._names[id(slot.parameter)]
+            if name not in self._waiting:
+                continue
+            if bool(clipped_sum[slot.columns].any()):
+                self._waiting.discard(name)
+            elif telling and all(bool(other.any()) for other in self._blockers[name]):
+                self._missed.add(name)
+
+    def check(self) -> None:
+        """At the round's end."""
+        missed = sorted(self._missed & self._waiting)
+        if missed:
+            raise alarm(f"the drawn records have a loss but no gradient for {len(missed)} of {len(self._names)} "
+                        f"trained tensors ({', '.join(missed[:3])}{', …' if len(missed) > 3 else ''}): they are cut "
+                        "off from it, and would be trained on noise alone")
+
+
+def tells(records: Records, indices: np.ndarray, losses: float) -> bool:
+    """Whether a draw's gradients should reach every tensor: a loss, and a text with two tokens to attend to.
+
+    A last token of a language model's text is attended to by none; like tokens may be attended to in any way.
+
+    Args:
+        losses: the sum over the drawn records.
+    """
+    if not losses > 0.01 * len(indices):
+        return False
+    starts, ends = records.offsets[indices], records.offsets[indices + 1] - 1
+    return any((records.tokens[start:end] != records.tokens[start]).any()
+               for start, end in zip(starts, ends, strict=True) if end > start)
+
+
+class FrozenTripwire:
+    """Frozen tensors are after a round what they were before it. Made before the round.
+
+    Of the adapter's frozen tensors every bit counts in a checksum. The base model is too large for that: of each tensor
+    the address, PyTorch's count of writes, and the first values are compared.
+    """
+
+    def __init__(self, adapted: AdaptedModel, trained: Sequence[nn.Parameter]) -> None:
+        held = [parameter for _, parameter in adapted.trained_parameters()]
+        if [id(parameter) for parameter in held] != [id(parameter) for parameter in trained]:
+            raise alarm("the tensors that would be trained are not the model's: it was copied or changed after it was "
+                        "prepared")
+        self._shared = [adapted.parameter(spec.name) for spec in adapted.layout.shared]
+        skip = {id(parameter) for parameter in (*held, *self._shared)}
+        self._base = [parameter for parameter in adapted.model.parameters() if id(parameter) not in skip]
+        self._first = [parameter.detach().flatten()[:_SAMPLE] for parameter in self._base]
+        self._before = self._seen()
+
+    def _seen(self) -> tuple[object, ...]:
+        writes = [(parameter.data_ptr(), parameter._version) for parameter in (*self._base, *self._shared)]
+        sample = torch.cat(self._first).float() if self._first else torch.empty(0)
+        return writes, _checksum(sample), [_checksum(parameter.detach()) for parameter in self._shared]
+
+    def check(self) -> None:
+        """At the round's end."""
+        if self._seen() != self._before:
+            raise alarm("frozen tensors of the model were changed during the round")
+
+
+def _checksum(values: torch.Tensor) -> int:
+    """Sum of the bit patterns, so that not-a-number equals itself."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return int(values.contiguous().view(bits).sum(dtype=torch.int64))
