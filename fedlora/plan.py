@@ -20,9 +20,17 @@ STRATEGIES = ("fedavg-lora", "ffa-lora", "fed-sb", "fedsvd")
 TASKS = ("classification", "causal-lm")
 OPTIMIZERS = ("sgd", "adamw")
 LR_SCHEDULES = ("constant", "linear")
+ROW, COLUMN = "row", "column:"
+"""Units of privacy: each row, or "column:NAME" for all rows of a client with one value in that column together."""
 
 Tensors = Mapping[str, np.ndarray]
 """Named float32 arrays in C order; names are those of `fedlora.adapters.AdapterLayout`."""
+
+
+def check_unit(unit: str) -> None:
+    """Raises ValueError for anything but "row" or "column:NAME"."""
+    if unit != ROW and not (unit.startswith(COLUMN) and len(unit) > len(COLUMN)):
+        raise ValueError(f"the privacy unit is {unit!r}; it must be row or column:NAME, as in column:patient_id")
 
 
 @dataclass(frozen=True)

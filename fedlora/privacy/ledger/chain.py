@@ -1,0 +1,212 @@
+"""An append-only, hash-chained list of events in one SQLite file: what the ledger is made of.
+
+A row is (sequence, canonical JSON, SHA-256 of the head before it and this text). `Book` reads them in order, and so
+checks every row when the file is opened, and every new one before each transaction. SQLite runs in WAL mode with
+synchronous=FULL: a transaction that has ended is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from fedlora.privacy.ledger.lifetime import Book, LedgerError, chained
+from fedlora.privacy.ledger.network import network_file_system
+from fedlora.privacy.ledger.witness import folder_to_disk
+
+FORMAT = 1
+WAIT_S = 30.0
+"""How long another process's transaction is waited for; each takes milliseconds."""
+
+_TABLES = """
+    CREATE TABLE events (sequence INTEGER PRIMARY KEY, event TEXT NOT NULL, sha256 TEXT NOT NULL);
+    CREATE TABLE fingerprints (dataset TEXT, digest BLOB, PRIMARY KEY (dataset, digest)) WITHOUT ROWID;
+    CREATE INDEX fingerprints_by_digest ON fingerprints (digest);
+"""
+
+_LOST = "restore it from a backup, or use --new-ledger and count what was spent before as lost budget"
+
+
+class Chain:
+    """Arguments and errors as of `Ledger`.
+
+    Attributes:
+        db: the connection, for use within `transaction` only.
+        mutex: held throughout a transaction, for threads of this process.
+        name: how messages name the file.
+    """
+
+    def __init__(self, path: Path | None, *, simulated: bool, new: bool, clock: Callable[[], float]) -> None:
+        self.path = path
+        self.name = "the simulated ledger in memory" if path is None else f"the ledger {path}"
+        self.mutex = threading.RLock()
+        self._book = Book()
+        self._clock, self._pid = clock, os.getpid()
+        beginning = {"ledger_id": secrets.token_hex(16), "simulated": simulated, "anew": new, "format": FORMAT}
+        try:
+            self.db = self._open(beginning, simulated, new)
+        except (OSError, sqlite3.Error) as error:
+            raise LedgerError(f"{self.name} cannot be opened ({error}); {_LOST}, or name another place") from error
+        try:
+            with self.transaction("DEFERRED") as book:
+                about = book.ledger
+            if about.get("format") != FORMAT:
+                raise LedgerError(f"{self.name} was not begun as a ledger of format {FORMAT}; {_LOST}")
+            if about["simulated"] != simulated:
+                found, wanted = (("real", "simulated")[kind] for kind in (about["simulated"], simulated))
+                raise LedgerError(f"{self.name} is a {found} ledger and a {wanted} one is needed; the two are never "
+                                  "mixed. Name another path")
+        except BaseException:
+            self.db.close()
+            raise
+
+    def _open(self, beginning: Mapping, simulated: bool, new: bool) -> sqlite3.Connection:
+        text = _canonical(1, "ledger", self._clock(), beginning)
+        if self.path is None:
+            db = _connect(":memory:")
+            _begin(db, text)
+            return db
+        remote = None if simulated else network_file_system(self.path)
+        if remote:
+            raise LedgerError(f"{self.name} would lie on a network file system ({remote}), where locks and writes "
+                              "cannot be relied on; name a folder on a local disk")
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if new:
+            _move_aside(self.path)
+        if not self.path.exists():
+            self._make(self.path, text)
+        self._inode = self.path.stat().st_ino
+        db = _connect(self.path.as_uri() + "?mode=rw", uri=True)
+        db.execute(f"PRAGMA synchronous = {'OFF' if simulated else 'FULL'}")
+        db.execute("PRAGMA fullfsync = ON")  # macOS: through the drive's own cache
+        if db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+            db.close()
+            raise LedgerError(f"{self.name} is not in SQLite's WAL mode; {_LOST}")
+        return db
+
+    def _make(self, path: Path, text: str) -> None:
+        """Build it whole under another name, then link it: there is no half-made ledger, whoever dies or races."""
+        if beside(path, "-wal").exists():
+            raise LedgerError(f"{self.name} is missing and a part of it, {path.name}-wal, is still there; {_LOST}")
+        temporary = beside(path, f".{secrets.token_hex(8)}.new")
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o600))
+        try:
+            with contextlib.closing(_connect(temporary)) as db:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+                _begin(db, text)
+            with contextlib.suppress(FileExistsError):  # another process was first
+                os.link(temporary, path)
+        finally:
+            temporary.unlink()
+        folder_to_disk(path.parent)
+
+    @contextlib.contextmanager
+    def transaction(self, mode: str = "IMMEDIATE") -> Iterator[Book]:
+        """The book as it stands on the disk; what the block appends is on the disk afterwards, or not at all.
+
+        Raises:
+            LedgerError: the file is damaged, was replaced, or cannot be read or written.
+        """
+        with self.mutex:
+            try:
+                self.check_process()
+                if self.path is not None and self.path.stat().st_ino != self._inode:
+                    raise LedgerError(f"{self.name} was replaced while it was open; restart, and restore it if it was "
+                                      "not you who did")
+                self.db.execute(f"BEGIN {mode}")
+                self._catch_up()
+                yield self._book
+                self.db.execute("COMMIT")
+            except BaseException as error:
+                self._book = Book()  # to be read anew: it may hold what was not written
+                with contextlib.suppress(sqlite3.Error):
+                    if self.db.in_transaction:
+                        self.db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error | OSError):
+                    raise LedgerError(f"{self.name} cannot be read or written ({error}), so nothing may be trained or "
+                                      "sent; see to the disk, or restore the ledger from a backup") from error
+                raise
+
+    def check_process(self) -> None:
+        """Raises LedgerError in a fork of the process that opened it, where a charge would have two owners."""
+        if os.getpid() != self._pid:
+            raise LedgerError(f"{self.name} was opened by the process that forked this one; open it again")
+
+    def _catch_up(self) -> None:
+        book = self._book
+        if book.rows and self.row(book.rows) != book.head:
+            raise LedgerError(f"{self.name} lost or changed row {book.rows} while it was open; {_LOST}")
+        try:
+            for row in self.db.execute("SELECT sequence, event, sha256 FROM events WHERE sequence > ? OR sequence < 1 "
+                                       "ORDER BY sequence", (book.rows,)):
+                book.apply(*row)
+        except LedgerError as error:
+            raise LedgerError(f"{self.name} is damaged: {error}. To go on, {_LOST}") from error
+
+    def row(self, sequence: int) -> str | None:
+        """The head after this row; None without such a row."""
+        found = self.db.execute("SELECT sha256 FROM events WHERE sequence = ?", (sequence,)).fetchone()
+        return found[0] if found else None
+
+    def append(self, kind: str, **body) -> int:
+        """Add an event; only within a transaction. Returns its sequence number."""
+        book = self._book
+        text = _canonical(book.rows + 1, kind, self._clock(), body)
+        row = (book.rows + 1, text, chained(book.head, text))
+        self.db.execute("INSERT INTO events VALUES (?, ?, ?)", row)
+        book.apply(*row)
+        return row[0]
+
+
+def beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def take_lock(path: Path) -> int | None:
+    """An open handle that holds the lock while this process lives; None where another one has it."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _move_aside(path: Path) -> None:
+    """Keep an old ledger under another name. Raises LedgerError while a process holds a run of it."""
+    for file in beside(path, "-runs").glob("*"):
+        handle = take_lock(file)
+        if handle is None:
+            raise LedgerError(f"the ledger {path} is in use by another process; stop that one before --new-ledger")
+        os.close(handle)
+    aside = next(p for n in range(1, 10**6) if not (p := beside(path, f".replaced-{n}")).exists())
+    for suffix in ("-wal", "-shm", "-key", ""):
+        with contextlib.suppress(FileNotFoundError):
+            beside(path, suffix).rename(beside(aside, suffix))
+    folder_to_disk(path.parent)
+
+
+def _connect(database: str | Path, uri: bool = False) -> sqlite3.Connection:
+    return sqlite3.connect(database, timeout=WAIT_S, isolation_level=None, check_same_thread=False, uri=uri)
+
+
+def _begin(db: sqlite3.Connection, text: str) -> None:
+    """The tables and the first event, in one transaction."""
+    db.executescript(f"BEGIN; {_TABLES}")
+    db.execute("INSERT INTO events VALUES (1, ?, ?)", (text, chained("", text)))
+    db.execute("COMMIT")
+
+
+def _canonical(sequence: int, kind: str, now: float, body: Mapping) -> str:
+    return json.dumps({"sequence": sequence, "kind": kind, "time": float(now), "body": body}, sort_keys=True,
+                      separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,439 @@
+"""The ledger: what was ever spent of each dataset on this machine, on the owner's own disk. It fails closed.
+
+Order of events, each on the disk before the next: the charge, the first record read, the finished noised update, the
+witness, the update leaves. So epsilon recorded is never below epsilon spent, whenever the process dies. What is
+promised about whom, and when a run fits, stands in `lifetime`.
+
+An event is one row (sequence, canonical JSON, SHA-256 of the row before and this one); rows are only ever added, and
+all else (charges, runs, budgets) is read off them. Other files: `<ledger>-key` (for the fingerprints), and
+`<ledger>-runs/`, with one lock per unfinished run that tells a live process from a dead one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from fedlora.privacy.accounting import Accountant, Spend
+from fedlora.privacy.ledger.chain import Chain, beside, take_lock
+from fedlora.privacy.ledger.lifetime import (
+    FILTER_ORDERS,
+    Book,
+    BudgetExhausted,
+    Charge,
+    LedgerError,
+    Lifetime,
+    RunTerms,
+)
+from fedlora.privacy.ledger.witness import Witness, read_witness, replace_file, write_witness
+
+
+class Ledger:
+    """One user's ledger on this machine; any number of processes may hold it open.
+
+    Args:
+        path: the database; made, with its folder, where it does not exist. None keeps it in memory (simulated only).
+        simulated: for demo and simulation. A simulated ledger is no place for real charges, nor the reverse.
+        new: begin anew: an existing ledger is moved aside, and the new one is marked for ever.
+        clock: seconds since 1970, recorded and never trusted.
+    Raises:
+        LedgerError: damaged, of the other kind, on a network file system, or not writable; with path and remedy.
+    """
+
+    def __init__(self, path: Path | None, *, simulated: bool = False, new: bool = False,
+                 clock: Callable[[], float] = time.time) -> None:
+        if path is None and not simulated:
+            raise LedgerError("a ledger in memory forgets what was spent; give it a path, or mark it simulated")
+        self.path = None if path is None else Path(path).absolute()
+        self._chain = Chain(self.path, simulated=simulated, new=new, clock=clock)
+        self._new = new
+        self._held: dict[tuple[str, str], int | None] = {}
+        self._witnesses: dict[str, Path] = {}
+        self._memory_key = secrets.token_bytes(32)
+        with self._chain.transaction("DEFERRED") as book:
+            self.ledger_id: str = book.ledger["ledger_id"]
+            self.created_anew: bool = book.ledger["anew"]
+            self.simulated: bool = book.ledger["simulated"]
+
+    def close(self) -> None:
+        """Let go of the file and of the runs held: they count as a dead process's from then on."""
+        with self._chain.mutex:
+            self._chain.db.close()
+            for handle in self._held.values():
+                if handle is not None:
+                    os.close(handle)
+            self._held.clear()
+
+    # Datasets
+
+    def declare(self, dataset: str, *, epsilon: float, delta: float, distinct: Collection[str] = (),
+                witness: Path | None = None) -> None:
+        """Set the lifetime budget of a dataset, and check its witness. A changed budget stays visible for ever.
+
+        Args:
+            dataset: the owner's id of it.
+            epsilon: limit over all runs; infinite for none.
+            delta: of that limit.
+            distinct: datasets that share nobody with this one, whatever their fingerprints say.
+            witness: the witness file, to be written before anything leaves.
+        Raises:
+            LedgerError: the witness is missing, names another ledger, or has seen more than this ledger holds.
+            ValueError: a limit is out of range.
+        """
+        if not epsilon > 0:
+            raise ValueError(f"epsilon is {epsilon!r}; a lifetime must be positive")
+        if not 0 < delta < 1:
+            raise ValueError(f"delta is {delta!r}; it must be in (0, 1)")
+        if witness is not None and self.simulated:
+            raise LedgerError(f"{self._chain.name} is simulated: it neither reads nor writes a witness of real data")
+        with self._chain.transaction() as book:
+            last = book.declared(dataset)
+            wanted = (float(epsilon), float(delta), tuple(sorted(set(distinct))))
+            if last is None or (last.epsilon, last.delta, last.distinct) != wanted:
+                self._chain.append("declare", dataset=dataset, epsilon=None if epsilon == math.inf else wanted[0],
+                                   delta=wanted[1], orders=last.orders if last else FILTER_ORDERS, distinct=wanted[2])
+            if witness is not None:
+                self._witnesses[dataset] = Path(witness).absolute()
+                foreign = self._check_witness(book, dataset)
+                if foreign is not None:
+                    self._chain.append("mark", dataset=dataset, ledger_id=foreign.ledger_id, rows=foreign.rows)
+        if witness is not None and foreign is not None:
+            with self._chain.transaction() as book:
+                self._write_witness(book, dataset)
+
+    def _check_witness(self, book: Book, dataset: str) -> Witness | None:
+        """Another ledger's witness where --new-ledger allows it, else None."""
+        path = self._witnesses[dataset]
+        try:
+            seen = read_witness(path)
+        except LedgerError:
+            if self._new:
+                return Witness(dataset, "unreadable", 0, "")
+            raise
+        remedy = (f"Restore {self.path} as it was, or use --new-ledger and count what was spent before as lost budget; "
+                  "the mark stays")
+        if seen is None:
+            if any(charge.dataset == dataset and charge.state == "released" for charge in book.charges.values()):
+                raise LedgerError(f"{path} is missing, though updates made from dataset {dataset!r} have left this "
+                                  f"machine. Restore it, or name its place as `witness` in policy.toml. {remedy}")
+            return None
+        if seen.ledger_id != book.ledger["ledger_id"]:
+            if self._new:
+                return seen
+            raise LedgerError(f"{path} was written by another ledger, {seen.ledger_id}, with {seen.rows} rows; "
+                              f"{self._chain.name} is {book.ledger['ledger_id']}, with {book.rows}. {remedy}")
+        if seen.dataset != dataset:
+            raise LedgerError(f"{path} belongs to dataset {seen.dataset!r}, not to {dataset!r}; correct policy.toml")
+        if self._chain.row(seen.rows) != seen.head:
+            raise LedgerError(f"{path} has seen {seen.rows} rows that {self._chain.name}, with {book.rows}, does not "
+                              f"hold: it is an older copy, or was changed. {remedy}")
+        return None
+
+    def _write_witness(self, book: Book, dataset: str) -> None:
+        """Within a transaction, so that witnesses of two processes never go back."""
+        if dataset in self._witnesses:
+            write_witness(self._witnesses[dataset], Witness(dataset, book.ledger["ledger_id"], book.rows, book.head))
+
+    def marks(self) -> tuple[Mapping, ...]:
+        """What --new-ledger gave up: {dataset, ledger_id, rows} of each ledger that a witness still knew."""
+        with self._chain.transaction("DEFERRED") as book:
+            return tuple(book.marks)
+
+    def fingerprint_key(self) -> bytes:
+        """The 32 bytes that key the fingerprints; made once, mode 0600. They never leave the machine.
+
+        Raises:
+            LedgerError: the key is missing or another one, so that overlaps could no longer be seen.
+        """
+        if self.path is None:
+            return self._memory_key
+        file = beside(self.path, "-key")
+        with self._chain.transaction() as book:
+            if book.key_sha256 is None and not file.exists():
+                replace_file(file, secrets.token_bytes(32))
+            key = file.read_bytes() if file.exists() else b""
+            sha256 = hashlib.sha256(key).hexdigest()
+            if len(key) != 32 or book.key_sha256 not in (None, sha256):
+                raise LedgerError(f"{file} is missing or not the key with which this ledger began, so datasets that "
+                                  "share records could not be recognised; restore it")
+            if book.key_sha256 is None:
+                self._chain.append("key", sha256=sha256)
+            return key
+
+    def register(self, dataset: str, digests: Iterable[bytes]) -> None:
+        """Add the keyed hashes (16 bytes each, see `fingerprints`) of a dataset's records; known ones are kept."""
+        rows = sorted({(dataset, bytes(digest)) for digest in digests})
+        if any(len(digest) != 16 for _, digest in rows):
+            raise ValueError("a fingerprint has 16 bytes")
+        with self._chain.transaction() as book:
+            if any(self._registered(name) != book.registered.get(name, self._registered(""))
+                   for name in {dataset, *book.registered}):
+                raise LedgerError(f"the fingerprints in {self._chain.name} were changed; restore it from a backup")
+            before = self._chain.db.total_changes
+            self._chain.db.executemany("INSERT OR IGNORE INTO fingerprints VALUES (?, ?)", rows)
+            if self._chain.db.total_changes == before:
+                return
+            shares = [name for name, in self._chain.db.execute(
+                "SELECT DISTINCT other.dataset FROM fingerprints AS mine JOIN fingerprints AS other USING (digest) "
+                "WHERE mine.dataset = ? AND other.dataset <> mine.dataset ORDER BY 1", (dataset,))]
+            records, sha256 = self._registered(dataset)
+            self._chain.append("register", dataset=dataset, records=records, sha256=sha256, shares=shares)
+
+    def _registered(self, dataset: str) -> tuple[int, str]:
+        found = [digest for digest, in self._chain.db.execute(
+            "SELECT digest FROM fingerprints WHERE dataset = ? ORDER BY digest", (dataset,))]
+        return len(found), hashlib.sha256(b"".join(found)).hexdigest()
+
+    def overlapping(self, dataset: str) -> tuple[str, ...]:
+        """The other datasets that share at least one record with it, less those declared distinct by either."""
+        with self._chain.transaction("DEFERRED") as book:
+            return book.overlapping(dataset)
+
+    def lifetime(self, dataset: str) -> Lifetime:
+        """Limit, spent and remaining epsilon of a dataset, with all that overlaps it."""
+        with self._chain.transaction("DEFERRED") as book:
+            return book.lifetime(dataset)
+
+    # Runs
+
+    def fits(self, dataset: str, terms: RunTerms) -> bool:
+        """Whether the run's planned maximum is within every lifetime concerned, beside all other runs."""
+        with self._chain.transaction() as book:
+            self._end_dead(book, (dataset, terms.run_id))
+            return book.admit(dataset, terms) is not None
+
+    def begin_run(self, dataset: str, terms: RunTerms) -> None:
+        """Hold what the run may spend at most, until `end_run` or the end of this process. Again: no effect.
+
+        Raises:
+            BudgetExhausted: it does not fit the lifetime.
+            LedgerError: the run is known with other terms, or a live process holds it.
+        """
+        key = (dataset, terms.run_id)
+        fresh = key not in self._held
+        with self._chain.mutex:
+            try:
+                with self._chain.transaction() as book:
+                    known = book.runs.get(key)
+                    if known is not None and known.terms != terms:
+                        raise LedgerError(f"run {terms.run_id} of dataset {dataset!r} was begun with other terms "
+                                          f"({_changes(known.terms, terms)}), and they cannot change within a run: "
+                                          "start as before, or take part in a new run")
+                    if fresh:
+                        self._held[key] = self._hold(key)
+                    self._end_dead(book, key)
+                    if known is None or not known.active:
+                        closes = self._admitted(book, dataset, terms)
+                        self._chain.append("run", dataset=dataset, terms=asdict(terms), closes=sorted(closes))
+            except BaseException:
+                handle = self._held.pop(key, None) if fresh else None
+                if handle is not None:
+                    os.close(handle)
+                raise
+
+    def _admitted(self, book: Book, dataset: str, terms: RunTerms) -> frozenset[str]:
+        closes = book.admit(dataset, terms)
+        if closes is not None:
+            return closes
+        left = []
+        for name in (dataset, *book.overlapping(dataset)):
+            state = book.lifetime(name)
+            if state.epsilon is not None:
+                closed = f", closed by run {state.closed_by}" if state.closed_by else ""
+                left.append(f"{name!r}: limit {state.epsilon:g} at delta {state.delta:g}, spent {state.spent:.4g}, "
+                            f"with all that unfinished runs may begin {state.committed:.4g}, remaining "
+                            f"{state.remaining:.4g}{closed}")
+        raise BudgetExhausted(f"run {terms.run_id} with at most {terms.max_participations} x {terms.local_steps} steps "
+                              f"does not fit the lifetime of dataset {'; '.join(left)}. Ask for less epsilon, or raise "
+                              "epsilon in policy.toml, which the ledger records")
+
+    def _hold(self, key: tuple[str, str]) -> int | None:
+        if self.path is None:
+            return None
+        handle = take_lock(self._lock_file(key))
+        if handle is None:
+            raise LedgerError(f"run {key[1]} of dataset {key[0]!r} is held by another process with "
+                              f"{self._chain.name}; stop that one, or give each client its own dataset id")
+        return handle
+
+    def _lock_file(self, key: tuple[str, str]) -> Path:
+        assert self.path is not None
+        return beside(self.path, "-runs") / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+
+    def _end_dead(self, book: Book, but: tuple[str, str]) -> None:
+        """End the runs whose process is gone: what they have not begun is free again."""
+        for key, run in book.runs.items():
+            if run.active and key != but and key not in self._held and self.path is not None:
+                file = self._lock_file(key)
+                handle = take_lock(file)
+                if handle is not None:
+                    self._chain.append("end", dataset=key[0], run_id=key[1])
+                    file.unlink()  # locks are taken within transactions only, so nobody else has it open
+                    os.close(handle)
+
+    def end_run(self, dataset: str, run_id: str) -> None:
+        """Free what the run has not begun. It may be begun again, where it still fits."""
+        key = (dataset, run_id)
+        with self._chain.transaction() as book:
+            if key not in self._held:
+                raise LedgerError(f"run {run_id} of dataset {dataset!r} is not held by this process; begin it first")
+            if book.runs[key].active:
+                self._chain.append("end", dataset=dataset, run_id=run_id)
+        handle = self._held.pop(key)
+        if handle is not None:
+            os.close(handle)
+
+    def terms(self, dataset: str, run_id: str) -> RunTerms | None:
+        """The terms with which the run was begun; None for an unknown run."""
+        with self._chain.transaction("DEFERRED") as book:
+            run = book.runs.get((dataset, run_id))
+            return run.terms if run else None
+
+    def charges(self, dataset: str | None = None, run_id: str | None = None) -> tuple[Charge, ...]:
+        """All charges, voided ones too, in order; of one dataset or run where given."""
+        with self._chain.transaction("DEFERRED") as book:
+            return tuple(charge for charge in book.charges.values()
+                         if dataset in (None, charge.dataset) and run_id in (None, charge.run_id))
+
+    def history(self, dataset: str, run_id: str) -> tuple[Spend, ...]:
+        """What the run has begun so far, for `Accountant(history).epsilon(delta)`; group privacy included.
+
+        Raises:
+            ValueError: it trained without noise, so no history bounds it; `epsilon` says infinite.
+        """
+        with self._chain.transaction("DEFERRED") as book:
+            run = book.runs.get((dataset, run_id))
+            spends = run.terms.spends(run.begun) if run else ()
+        if spends is None:
+            raise ValueError(f"run {run_id} of dataset {dataset!r} trained without noise: its epsilon is infinite")
+        return spends
+
+    def epsilon(self, dataset: str, run_id: str, delta: float | None = None) -> float:
+        """Upper bound on epsilon of what the run has begun, at `delta` or its own; infinite where it had no noise."""
+        terms = self.terms(dataset, run_id)
+        if terms is None:
+            return 0.0
+        if terms.noise_multiplier is None:
+            return math.inf if any(c.state != "voided" for c in self.charges(dataset, run_id)) else 0.0
+        assert terms.delta is not None
+        return Accountant(self.history(dataset, run_id)).epsilon(terms.delta if delta is None else delta)
+
+    # Trainings
+
+    def reserve(self, dataset: str, run_id: str, round: int, attempt: int) -> Reservation:
+        """Charge one training before it reads a record. The charge is on the disk when this returns.
+
+        Raises:
+            BudgetExhausted: the run has begun its most participations, or the lifetime no longer allows it.
+            LedgerError: the run is not held by this process, this training was charged before, or the disk failed;
+                nothing may be trained then.
+        """
+        key = (dataset, run_id)
+        with self._chain.transaction() as book:
+            run = book.runs.get(key)
+            if run is None or not run.active or key not in self._held:
+                raise LedgerError(f"run {run_id} of dataset {dataset!r} is not held by this process; begin it first")
+            if book.charge(dataset, run_id, round, attempt) is not None:
+                raise LedgerError(f"round {round}, attempt {attempt} of run {run_id} was charged before; it is not "
+                                  "trained twice. Send its stored update, or train another attempt")
+            if run.begun >= run.terms.max_participations:
+                raise BudgetExhausted(f"run {run_id} of dataset {dataset!r} has begun {run.begun} trainings, the most "
+                                      "that its noise was calibrated to; take part in a new run")
+            self._admitted(book, dataset, run.terms)
+            sequence = self._chain.append("reserved", dataset=dataset, run_id=run_id, round=round, attempt=attempt)
+        return Reservation(self, dataset, sequence)
+
+    def released_again(self, dataset: str, run_id: str, round: int, attempt: int, sha256: str | None = None) -> None:
+        """Right before a stored update leaves, in this process or a later one. It costs nothing more.
+
+        Raises:
+            LedgerError: no update of this training was stored, its SHA-256 is another one, or the witness failed;
+                nothing may leave then.
+        """
+        with self._chain.transaction("DEFERRED") as book:
+            charge = book.charge(dataset, run_id, round, attempt)
+        if charge is None or charge.sha256 is None or sha256 not in (None, charge.sha256):
+            raise LedgerError(f"{self._chain.name} knows no such stored update of round {round}, attempt {attempt} of "
+                              f"run {run_id}; it may not be sent")
+        self._release(dataset, charge.sequence)
+
+    def _release(self, dataset: str, sequence: int) -> None:
+        with self._chain.transaction() as book:
+            if book.charges[sequence].state not in ("stored", "released"):
+                raise LedgerError(f"charge {sequence} is {book.charges[sequence].state}: only an update that is stored "
+                                  "may leave")
+            if dataset in self._witnesses:
+                if self._check_witness(book, dataset) is not None:
+                    raise LedgerError(f"{self._witnesses[dataset]} was replaced by another ledger's while this process "
+                                      "ran; restore it")
+                self._write_witness(book, dataset)
+            if book.charges[sequence].state == "stored":
+                self._chain.append("released", charge=sequence)
+
+
+class Reservation:
+    """One charged training. Made by `Ledger.reserve`; of no use after the process ends."""
+
+    def __init__(self, ledger: Ledger, dataset: str, sequence: int) -> None:
+        self._ledger, self._dataset, self.sequence = ledger, dataset, sequence
+        self._state = "reserved"
+
+    def _step(self, *, expected: str, to: str) -> None:
+        self._ledger._chain.check_process()
+        if self._state != expected:
+            raise LedgerError(f"charge {self.sequence} is {self._state} and cannot become {to}; a second training "
+                              "needs a charge of its own")
+        self._state = to
+
+    def begin(self) -> None:
+        """Right before the first record is read. From here on it is spent, and good for one training.
+
+        Raises:
+            LedgerError: it has begun before, or was voided.
+        """
+        with self._ledger._chain.mutex:
+            self._step(expected="reserved", to="begun")
+
+    def void(self) -> None:
+        """Nothing was read and nothing will be: take the charge back.
+
+        Raises:
+            LedgerError: it has begun, or the disk failed; then it stays charged, and is of no more use.
+        """
+        with self._ledger._chain.mutex:
+            self._step(expected="reserved", to="voided")  # whatever the disk says: it can no longer begin
+            with self._ledger._chain.transaction():
+                self._ledger._chain.append("voided", charge=self.sequence)
+
+    def stored(self, sha256: str) -> None:
+        """The finished, noised update is on the disk; `sha256` (64 hex digits) is that of its bytes.
+
+        Raises:
+            LedgerError: the training has not begun, or the disk failed.
+        """
+        with self._ledger._chain.mutex:
+            if self._state != "begun":
+                raise LedgerError(f"charge {self.sequence} is {self._state}: call begin before the training")
+            with self._ledger._chain.transaction():
+                self._ledger._chain.append("stored", charge=self.sequence, sha256=sha256)
+            self._state = "stored"
+
+    def released(self) -> None:
+        """Right before the update leaves: the witness, then the ledger. Again, for sending again: no cost.
+
+        Raises:
+            LedgerError: it was not stored, or witness or ledger cannot be written; nothing may leave then.
+        """
+        self._ledger._release(self._dataset, self.sequence)
+
+
+def _changes(old: RunTerms, new: RunTerms) -> str:
+    before, after = asdict(old), asdict(new)
+    return ", ".join(f"{name} {before[name]!r}, now {after[name]!r}" for name in before if before[name] != after[name])

@@ -1,0 +1,68 @@
+"""The witness: a small file beside the data that says how far the ledger had come when something last left.
+
+A ledger that is missing, was restored from an older copy, or is another one contradicts it. Both files deleted
+together, or a copy of the data on another machine, are outside of what it can tell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedlora.privacy.ledger.lifetime import LedgerError
+
+
+@dataclass(frozen=True)
+class Witness:
+    """The ledger's `head` (64 hex digits) after `rows` events, written for one dataset."""
+
+    dataset: str
+    ledger_id: str
+    rows: int
+    head: str
+
+
+def read_witness(path: Path) -> Witness | None:
+    """None where there is no file. Raises LedgerError for one that cannot be read as a witness."""
+    try:
+        witness = Witness(**json.loads(path.read_text()))
+        if not isinstance(witness.rows, int) or not isinstance(witness.head, str):
+            raise ValueError("rows or head")
+        return witness
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise LedgerError(f"{path}, the ledger's witness, cannot be read ({error}). Restore it, or use --new-ledger "
+                          "and count what was spent before as lost budget") from error
+
+
+def write_witness(path: Path, witness: Witness) -> None:
+    """On the disk when it returns. Raises LedgerError where it cannot be written; nothing may leave then."""
+    try:
+        replace_file(path, json.dumps(asdict(witness)).encode())
+    except OSError as error:
+        raise LedgerError(f"{path}, the ledger's witness, cannot be written ({error.strerror}), so nothing may leave; "
+                          "make room or make its folder writable, or set `witness` in policy.toml") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Atomically put `content` in place of the file (mode 0600); it is on the disk when this returns."""
+    temporary = path.with_name(path.name + ".new")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(handle)
+    os.replace(temporary, path)
+    folder_to_disk(path.parent)
+
+
+def folder_to_disk(folder: Path) -> None:
+    """Make created, renamed and removed names in the folder last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,227 @@
+"""policy.toml: what the owner of this machine's data allows, whatever a server proposes and a command line asks for.
+
+    min-noise-multiplier = 0.5            # all of these are optional
+    max-rounds = 100
+    max-sampling-rate = 0.2
+    strategies = ["fed-sb", "fedsvd"]
+    models = ["<SHA-256 of the weights>"]
+    servers = ["127.0.0.1:9092"]
+    announce-labels = false               # a server that asks for the label names is refused
+    announce-size = false                 # uploads do not state sigma and delta, which tell the declared size
+
+    [dataset.north]                       # one for each data set, under an id of the owner's choice
+    data = "/records/north"
+    epsilon = 8.0                         # lifetime, over all runs
+    delta = 1e-5
+    unit = "column:patient_id"            # or "row", the default
+    distinct = ["south"]                  # data sets that describe other people even where rows are alike
+    witness = "/backed-up/folder"         # default: beside the data
+
+It is read before the data. What it forbids is refused with a bare code; the reason goes to this machine's own log.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.plan import ROW, check_unit
+
+
+class Forbidden(ValueError):
+    """The policy does not allow it; the message is for the owner's eyes."""
+
+
+@dataclass(frozen=True)
+class DatasetPolicy:
+    """The lifetime budget of one data set.
+
+    Attributes:
+        id: the owner's name for it, the key of the ledger.
+        data: the folder or file, as an absolute path.
+        epsilon, delta: of everything that is ever released from it.
+        unit: "row", or "column:NAME" where all rows with one value there are one unit of privacy.
+        distinct: ids of data sets that share nobody with this one.
+        witness: folder of the ledger's witness file.
+    """
+
+    id: str
+    data: str
+    epsilon: float
+    delta: float
+    unit: str = ROW
+    distinct: tuple[str, ...] = ()
+    witness: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.id):
+            raise ValueError(f"{self.id!r} is no id of a data set: use 1 to 64 letters, digits, - and _")
+        if not self.epsilon > 0:
+            raise ValueError(f"[dataset.{self.id}] epsilon is {self.epsilon!r}; it must be positive")
+        if not 0 < self.delta < 1:
+            raise ValueError(f"[dataset.{self.id}] delta is {self.delta!r}; it must be between 0 and 1")
+        check_unit(self.unit)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What policy.toml says; without the file, the defaults. None allows anything."""
+
+    path: Path
+    min_noise_multiplier: float = 0.0
+    max_rounds: float = math.inf
+    max_sampling_rate: float = 0.2
+    strategies: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
+    servers: tuple[str, ...] | None = None
+    announce_labels: bool = True
+    announce_size: bool = True
+    datasets: Mapping[str, DatasetPolicy] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Policy:
+        """The policy in a file; a missing file is a policy without limits.
+
+        Raises:
+            ValueError: the file cannot be read, or says something that is not understood; nothing is guessed.
+        """
+        if not path.exists():
+            return cls(path)
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            return _parse(path, table)
+        except OSError as error:
+            raise ValueError(f"the policy {path} cannot be read: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"the policy {path} is not TOML: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"the policy {path}: {error}") from None
+
+    def dataset_at(self, data: str) -> DatasetPolicy | None:
+        """The data set that was declared for exactly this --data."""
+        place = absolute(data)
+        return next((known for known in self.datasets.values() if known.data == place), None)
+
+    def free_id(self, data: str) -> str:
+        """An id that no data set has yet, after the name of the folder or file."""
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(absolute(data)).stem).strip("-_")[:48] or "data"
+        number = 1
+        while (name := stem if number == 1 else f"{stem}-{number}") in self.datasets:
+            number += 1
+        return name
+
+    def check_proposal(self, *, strategy: str, model_sha256: str, server: str, rounds: int,
+                       announces_labels: bool) -> None:
+        """What a server says before the data is read.
+
+        Raises:
+            Forbidden: naming the limit, the proposed value, and where to change it.
+        """
+        for key, value, allowed in (("strategies", strategy, self.strategies), ("models", model_sha256, self.models),
+                                    ("servers", server, self.servers)):
+            if allowed is not None and value not in allowed:
+                self._forbid(f"{key} = {list(allowed)}", f"{value!r} is not among them")
+        if rounds > self.max_rounds:
+            self._forbid(f"max-rounds = {self.max_rounds:g}", f"the server may ask for {rounds}")
+        if announces_labels and not self.announce_labels:
+            self._forbid("announce-labels = false", "the server asks for the label names; it must name them itself, "
+                                                    "with --labels")
+
+    def check_terms(self, *, sampling_rate: float, noise_multiplier: float | None) -> None:
+        """What follows from the proposal and the budget, before any record is trained on.
+
+        Raises:
+            Forbidden: as `check_proposal`.
+        """
+        if sampling_rate > self.max_sampling_rate and noise_multiplier is not None:
+            self._forbid(f"max-sampling-rate = {self.max_sampling_rate:g}",
+                         f"the server's batch would sample each record with rate {sampling_rate:.4g}")
+        if noise_multiplier is not None and noise_multiplier < self.min_noise_multiplier:
+            self._forbid(f"min-noise-multiplier = {self.min_noise_multiplier:g}",
+                         f"this run would need only {noise_multiplier:.4g}; a lower --epsilon gives more")
+        if noise_multiplier is None and self.min_noise_multiplier > 0:
+            self._forbid(f"min-noise-multiplier = {self.min_noise_multiplier:g}", "this run adds no noise")
+
+    def _forbid(self, limit: str, found: str) -> None:
+        raise Forbidden(f"the policy {self.path} has {limit}, and {found}. Change the policy if that is what you want")
+
+    def adopt(self, data: str, *, epsilon: float, delta: float, unit: str) -> DatasetPolicy:
+        """Declare a data set that the policy does not know, with the first run's ε as its lifetime.
+
+        Raises:
+            ValueError: the file cannot be written.
+        """
+        place, name = absolute(data), self.free_id(data)
+        declared = DatasetPolicy(name, place, epsilon, delta, unit)
+        lines = (f"\n[dataset.{name}]\ndata = {json.dumps(place, ensure_ascii=False)}\n"
+                 f"epsilon = {epsilon!r}  # lifetime, over all runs; raise it to allow more. Raising is recorded\n"
+                 f"delta = {delta!r}\nunit = {json.dumps(unit)}\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ValueError(f"the policy {self.path} cannot be written: {error.strerror}; name another file with "
+                             "--policy") from None
+        return declared
+
+
+def absolute(data: str) -> str:
+    """How a data set's place is written down: an absolute path without links, or a hub name as it is."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else data
+
+
+_FIELDS: Mapping[str, tuple[type, ...]] = {
+    "min-noise-multiplier": (int, float), "max-rounds": (int,), "max-sampling-rate": (int, float),
+    "strategies": (list,), "models": (list,), "servers": (list,), "announce-labels": (bool,), "announce-size": (bool,)}
+
+_DATASET_FIELDS: Mapping[str, tuple[type, ...]] = {
+    "data": (str,), "epsilon": (int, float), "delta": (int, float), "unit": (str,), "distinct": (list,),
+    "witness": (str,)}
+
+
+def _parse(path: Path, table: Mapping[str, Any]) -> Policy:
+    entries = dict(table)
+    declared = entries.pop("dataset", {})
+    if not isinstance(declared, dict) or not all(isinstance(entry, dict) for entry in declared.values()):
+        raise ValueError("dataset must be tables, as in [dataset.north]")
+    datasets = {}
+    for name, entry in declared.items():
+        values = _typed(entry, _DATASET_FIELDS, f"[dataset.{name}] ")
+        if missing := {"data", "epsilon", "delta"} - values.keys():
+            raise ValueError(f"[dataset.{name}] lacks {', '.join(sorted(missing))}")
+        if "witness" in values:
+            values["witness"] = Path(values["witness"]).expanduser()
+        datasets[name] = DatasetPolicy(name, absolute(values.pop("data")), float(values.pop("epsilon")),
+                                       float(values.pop("delta")), **values)
+    places = [known.data for known in datasets.values()]
+    if twice := next((place for place in places if places.count(place) > 1), None):
+        raise ValueError(f"two data sets have data = {twice!r}; one place has one budget")
+    return Policy(path, datasets=datasets, **_typed(entries, _FIELDS, ""))
+
+
+def _typed(entries: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], where: str) -> dict[str, Any]:
+    """The entries under their Python names, each of the type it must have."""
+    values: dict[str, Any] = {}
+    for key, value in entries.items():
+        if key not in known:
+            raise ValueError(f"{where}{key} is not known; known are {', '.join(known)}")
+        kinds = known[key]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"{where}{key} is {value!r}; it must be {' or '.join(kind.__name__ for kind in kinds)}")
+        if isinstance(value, list):
+            if not all(isinstance(item, str) for item in value):
+                raise ValueError(f"{where}{key} must be a list of strings")
+            value = tuple(value)
+        values[key.replace("-", "_")] = value
+    return values

@@ -1,0 +1,334 @@
+"""A run's privacy report: what was promised, what was spent, what left without noise, and what nothing covers.
+
+    report = sign(privacy_report(...), load_or_create_key(path))
+    write_report(folder, report)        # privacy.json, and privacy.md for a person to read and sign
+    verify(report)                      # anyone, anywhere: the signature, and every epsilon anew from the history
+
+A report is plain JSON. It states facts (who, with which noise, how many steps) and what follows from them; a number
+of records never appears, only the declared size. Where no guarantee holds (predictable noise, or none), it says why
+and prints no epsilon at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import fedlora
+from fedlora.privacy.accounting import Spend
+from fedlora.privacy.ledger.lifetime import FILTER_ORDERS
+from fedlora.privacy.report.figures import (
+    LABELS,
+    RELATION,
+    SCHEMA,
+    VERSION,
+    figures,
+    lifetime_spent,
+    planned_history,
+    spent_history,
+    stated,
+    steps_of,
+    versions,
+    why_no_guarantee,
+)
+from fedlora.privacy.report.page import markdown
+from fedlora.privacy.report.verification import verify
+from fedlora.privacy.streams import DRAWS
+
+PACKAGES = ("torch", "opacus", "numpy", "scipy", "cryptography", "dp-accounting")
+
+ADVERSARY = (
+    "The server, and everyone who sees what leaves this client: the other institutions, the network, whoever receives "
+    "the final model. Each may know everything about all other records and may choose what it asks for from what it "
+    "saw before. Not covered: someone with access to this client's machine. The guarantee holds for this client alone, "
+    "without trusting the server; nothing is claimed from who takes part in a round, since the server sees that.")
+
+SAMPLER = "Poisson: each {unit} enters each step on its own with the sampling rate; an empty draw is noised as well"
+
+NOT_COVERED = (
+    "Timing and availability: how long a round takes, whether and when this client answers or declines.",
+    "Floating point: noise is drawn as real numbers would be, and rounded; each value is a sum of several draws, which "
+    "makes an attack on the rounding expensive, not impossible.",
+    "Edited rows: a record that was changed counts as another record; the dataset's name covers both, if it is kept.",
+    "Someone with records at several institutions is protected by the sum of their budgets, not by each one.",
+    "Another machine, user or ledger: what was released from the same data there is not counted here.",
+    "Tuning: if values were chosen by looking at results on this data, that choice is not counted.",
+    "The arithmetic assumes that the software ran as published; this report cannot prove that noise was added.",
+)
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What every step of the run does; it does not change while the run lasts.
+
+    Attributes:
+        noise_multiplier: sigma, noise standard deviation / clip_norm; None where privacy is off.
+        sampling_rate: q; None where it would disclose the number of records (privacy off, no declared size).
+        expected_batch: q times the declared size, the constant by which the noised sum is divided.
+        local_steps, max_participations: their product is the most steps of the run.
+        clip_norm: L2 bound of one unit's scaled gradient.
+        scales: group of tensors → data-independent factor on its gradients before clipping.
+        precision: "fp32" or "bf16".
+        rounding_cover: the noise is larger than accounted for by this factor (see `training.precision.ROUNDING`).
+        beside: what the run's maximum covers beside its rounds, such as a private start.
+    """
+
+    noise_multiplier: float | None
+    sampling_rate: float | None
+    expected_batch: int
+    local_steps: int
+    max_participations: int
+    clip_norm: float
+    scales: Mapping[str, float]
+    precision: str = "fp32"
+    rounding_cover: float = 0.0
+    beside: Sequence[Spend] = ()
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that was begun, in the order of the ledger.
+
+    Attributes:
+        round, attempt: as the server ordered; round 0 is a private start.
+        state: "reserved", "stored", "released", or "voided" (given back: nothing was read).
+        steps: charged, whether or not they were finished.
+        time: seconds since 1970 at which it was charged.
+        noise_multiplier, sampling_rate: as in `Mechanism`, of this training.
+        upload_bytes, upload_sha256: of what was stored or left, if there is one.
+    """
+
+    round: int
+    attempt: int
+    state: str
+    steps: int
+    time: float
+    noise_multiplier: float | None
+    sampling_rate: float | None
+    upload_bytes: int | None = None
+    upload_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class LifetimeCharge:
+    """What one run charged to the lifetime, of this dataset or of one that overlaps with it.
+
+    Attributes:
+        group_size: k > 1 for a run that sampled rows and is charged for a unit of at most k of them.
+        noise_multiplier: None for a run without privacy: it spent everything.
+    """
+
+    dataset: str
+    run_id: str
+    noise_multiplier: float | None
+    sampling_rate: float | None
+    steps: int
+    group_size: int = 1
+
+
+@dataclass(frozen=True)
+class LifetimeAccount:
+    """The budget of the dataset over all runs, as the ledger has it.
+
+    Attributes:
+        epsilon: the limit; None or infinite if there is none.
+        delta: at which the limit and what is spent are stated; None for the run's.
+        charges: everything that counts: not voided, of the dataset and of the overlapping ones.
+        spent, remaining: the ledger's own figures; None to state what the charges amount to.
+        overlapping: other datasets that share a record with this one, and are counted.
+        distinct: datasets that the owner declared distinct, and are not counted.
+        closed_by: run whose admission used the whole budget; its planned maximum counts.
+        new_ledger: the mark that an earlier ledger was given up ("ledger 3f2a…, 12 rows"); None if there is none.
+        simulated: True for a ledger that cannot stand for real data.
+        orders: of the RDP filter, fixed when the budget was made.
+    """
+
+    epsilon: float | None
+    delta: float | None
+    charges: Sequence[LifetimeCharge]
+    spent: float | None = None
+    remaining: float | None = None
+    overlapping: Sequence[str] = ()
+    distinct: Sequence[str] = ()
+    closed_by: str | None = None
+    ledger_id: str | None = None
+    new_ledger: str | None = None
+    simulated: bool = False
+    orders: Sequence[int] = FILTER_ORDERS
+
+
+@dataclass(frozen=True)
+class Disclosure:
+    """Something that left the client without noise. Numbers of records and losses are named, never repeated."""
+
+    what: str
+    value: str
+
+
+def announced(*, client: str, private: bool, labels: Sequence[str] | None = None, declared_size: int | None = None,
+              protocol: int | None = None) -> tuple[Disclosure, ...]:
+    """What a client says when it joins. `labels` and `declared_size` are None where they were not announced."""
+    said = [Disclosure("client name", client), Disclosure("FedLoRA version", fedlora.__version__),
+            Disclosure("whether it trains under differential privacy", "yes" if private else "no")]
+    if protocol is not None:
+        said.append(Disclosure("protocol version", str(protocol)))
+    if labels is not None:
+        said.append(Disclosure("label names", ", ".join(labels)))
+    if declared_size is not None:
+        said.append(Disclosure("declared size", str(declared_size)))
+    return tuple(said)
+
+
+def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_sha256: str, strategy: str,
+                   base_model: Mapping[str, str], unit: str, declared_size: int | None, delta: float | None,
+                   mechanism: Mechanism, trainings: Sequence[Training], lifetime: LifetimeAccount | None,
+                   disclosed: Sequence[Disclosure], group_size: int = 1, rows_per_unit: int | None = None,
+                   predictable: str | None = None, refusals: Sequence[tuple[int | None, str]] = (),
+                   now: float | None = None) -> dict:
+    """The report of one client about one run, unsigned.
+
+    Args:
+        base_model: "name" and the hashes that the client checked.
+        unit: whom one guarantee covers: "row", or "column:NAME" for all rows that share a value of that column.
+        declared_size: the public number of units; None only where privacy is off and none was declared.
+        delta: None only where privacy is off.
+        group_size: k > 1 if single rows were sampled and the guarantee is for at most k of them together.
+        rows_per_unit: most rows of one unit that a step uses, where units themselves are sampled.
+        predictable: why whoever knows the seed can subtract the noise ("a simulation", the variable's name); None
+            where randomness is the operating system's. If it is set, no epsilon is printed.
+        disclosed: see `announced`; participation and what uploads carry are added here.
+        refusals: (round, code) of each refusal sent; round None before the first.
+        now: seconds since 1970.
+    Raises:
+        ValueError: a value that no run can have, which `verify` would not accept either.
+    """
+    private = mechanism.noise_multiplier is not None
+    hide_rate = declared_size is None  # expected batch / rate would be the number of records
+    rows = [{"round": t.round, "attempt": t.attempt, "state": t.state, "time": _iso(t.time), "steps": t.steps,
+             "noise_multiplier": t.noise_multiplier, "sampling_rate": None if hide_rate else t.sampling_rate,
+             "upload": None if t.upload_sha256 is None else {"bytes": t.upload_bytes, "sha256": t.upload_sha256}}
+            for t in trainings]
+    report: dict = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "made": _iso(time.time() if now is None else now),
+        "run": {"id": run_id, "dataset": dataset, "client": client, "server": server, "plan_sha256": plan_sha256,
+                "strategy": strategy, "base_model": dict(base_model)},
+        "unit": {"name": unit, "group_size": group_size, "rows_per_unit": rows_per_unit, "relation": RELATION,
+                 "declared_size": declared_size},
+        "adversary": ADVERSARY,
+        "mechanism": {
+            "name": "Poisson-sampled Gaussian" if private else "none: privacy is off",
+            "sampler": SAMPLER.format(unit="row" if group_size > 1 or unit == "row" else "unit"),
+            "noise_multiplier": mechanism.noise_multiplier,
+            "sampling_rate": None if hide_rate else mechanism.sampling_rate,
+            "expected_batch": mechanism.expected_batch,
+            "local_steps": mechanism.local_steps,
+            "max_participations": mechanism.max_participations,
+            "clip_norm": mechanism.clip_norm,
+            "scales": dict(mechanism.scales),
+            "precision": mechanism.precision,
+            "rounding_cover": mechanism.rounding_cover,
+            "beside": [[s.noise_multiplier, s.sampling_rate, s.steps] for s in mechanism.beside]},
+        "randomness": {"predictable": predictable is not None, "why": predictable, **_sources(predictable)},
+        "trainings": rows,
+        "lifetime": None if lifetime is None else _lifetime(lifetime, delta, hide_rate),
+        "left_without_noise": [{"what": d.what, "value": d.value}
+                               for d in (*disclosed, *_while_running(private, trainings, refusals))],
+        "not_covered": list(NOT_COVERED),
+        "versions": {"fedlora": fedlora.__version__, **versions(PACKAGES),
+                     "python": platform.python_version(), "platform": platform.platform()},
+    }
+    reason = why_no_guarantee(report)
+    if reason is None and delta is None:
+        raise ValueError("delta is None; a private run has one")
+    steps, at = steps_of(report), delta if reason is None else None
+    report["privacy"] = {
+        "no_guarantee": reason, "delta": delta,
+        "guarantee": figures(LABELS["guarantee"], steps["guarantee"], planned_history(report), at),
+        "spent": figures(LABELS["spent"], steps["spent"], spent_history(report), at)}
+    if lifetime is not None:
+        _fill_lifetime(report, lifetime)
+    return report
+
+
+def _fill_lifetime(report: dict, known: LifetimeAccount) -> None:
+    """State what the lifetime has spent and left; nothing where this run prints no epsilon."""
+    account = report["lifetime"]
+    if report["privacy"]["no_guarantee"] is not None:
+        account |= {"epsilon": None, "spent": None, "remaining": None}
+        return
+    spent = max(lifetime_spent(report), known.spent or 0.0)
+    if account["epsilon"] is not None:
+        left = 0.0 if account["closed_by"] else max(0.0, account["epsilon"] - spent)
+        account["remaining"] = left if known.remaining is None else min(left, known.remaining)
+    account["spent"] = stated(spent)
+
+
+def _lifetime(account: LifetimeAccount, delta: float | None, hide_rate: bool) -> dict:
+    return {
+        "epsilon": None if account.epsilon in (None, math.inf) else account.epsilon,
+        "delta": delta if account.delta is None else account.delta,
+        "spent": None, "remaining": None,
+        "accountant": "RDP filter at fixed orders, or PRV for the only run where that closed the budget",
+        "orders": list(account.orders),
+        "charges": [{"dataset": c.dataset, "run": c.run_id, "noise_multiplier": c.noise_multiplier,
+                     "sampling_rate": None if hide_rate and c.noise_multiplier is None else c.sampling_rate,
+                     "steps": c.steps, "group_size": c.group_size} for c in account.charges],
+        "overlapping": list(account.overlapping), "distinct": list(account.distinct), "closed_by": account.closed_by,
+        "ledger": account.ledger_id, "new_ledger": account.new_ledger, "simulated": account.simulated}
+
+
+def _sources(predictable: str | None) -> dict[str, str]:
+    key = "SHA-256 of a seed: PREDICTABLE" if predictable else "256 bits of the operating system's entropy, each fresh"
+    return {"generator": "AES-256 in counter mode (cryptography), one key for each purpose of each training",
+            "key": key,
+            "gaussian": f"Box-Muller in float64, each value a sum of {DRAWS} draws (arXiv:2107.10138)"}
+
+
+def _while_running(private: bool, trainings: Sequence[Training], refusals: Sequence[tuple[int | None, str]]
+                   ) -> list[Disclosure]:
+    sent = [t for t in trainings if t.state == "released"]
+    said = [Disclosure("the fact and time of participation",
+                       f"{len(sent)} uploads, the first at {_iso(sent[0].time)}, the last at {_iso(sent[-1].time)}; "
+                       "each is listed under trainings" if sent else "no upload so far")]
+    if sent and private:
+        said.append(Disclosure("in each upload: steps, noise multiplier, delta", "as listed here; noise multiplier and "
+                               "delta are computed from the declared size and this client's limits, and tell about "
+                               "them"))
+    if sent and not private:
+        said.append(Disclosure("in each upload: steps, the exact number of records, the mean training loss, and the "
+                               "tensors themselves", "not repeated here; privacy was off"))
+    said += [Disclosure("refusal" if at is None else f"refusal in round {at}", code) for at, code in refusals]
+    return said
+
+
+def _iso(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def write_report(folder: Path, report: Mapping) -> Path:
+    """Write `privacy.json` and `privacy.md` into `folder`, each complete or not at all.
+
+    Returns:
+        The path of privacy.json.
+    Raises:
+        ValueError: the report is not signed, or `verify` would not accept it: then nothing is written.
+    """
+    verify(report)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("privacy.md", markdown(report)),
+                       ("privacy.json", json.dumps(report, indent=1, allow_nan=False) + "\n")):
+        temporary = folder / (name + ".new")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / name)
+    return folder / "privacy.json"

@@ -1,0 +1,340 @@
+"""Checking a privacy report: its shape, its signature, and every epsilon anew from the history that was signed.
+
+What that proves is said in `Verified.text`: the arithmetic and the author's key, not that noise was added.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedlora.privacy.report.figures import (
+    LABELS,
+    RELATION,
+    SCHEMA,
+    STATES,
+    VERSION,
+    Steps,
+    accountants,
+    begun,
+    lifetime_spent,
+    merged,
+    number,
+    planned,
+    planned_history,
+    shown,
+    spent_history,
+    steps_of,
+    versions,
+    whom,
+    why_no_guarantee,
+)
+from fedlora.privacy.report.signing import check_signature
+
+TOLERANCE = 1e-6
+"""A stated epsilon may be this much below the recomputed one: another processor rounds the same sums differently."""
+
+MOST_STEPS = 10_000_000
+"""No run has more; a report that claims more would only keep whoever verifies it busy."""
+
+_NUMBER = (int, float)
+_MAYBE = (*_NUMBER, type(None))
+_TEXT = (str, type(None))
+_EPSILON = (*_NUMBER, str, type(None))
+_FIGURES = {"label": str, "steps": int, "epsilon": _EPSILON, "accountant": _TEXT,
+            "accountants": {"PRV": _EPSILON, "RDP": _EPSILON, "PLD": _EPSILON}, "note": str}
+SHAPE: dict = {
+    "schema": str, "version": int, "made": str,
+    "run": {"id": str, "dataset": str, "client": str, "server": str, "plan_sha256": str, "strategy": str,
+            "base_model": {...: str}},
+    "unit": {"name": str, "group_size": int, "rows_per_unit": (int, type(None)), "relation": str,
+             "declared_size": (int, type(None))},
+    "adversary": str,
+    "mechanism": {"name": str, "sampler": str, "noise_multiplier": _MAYBE, "sampling_rate": _MAYBE,
+                  "expected_batch": int, "local_steps": int, "max_participations": int, "clip_norm": _NUMBER,
+                  "scales": {...: _NUMBER}, "precision": str, "rounding_cover": _NUMBER, "beside": [[_NUMBER]]},
+    "randomness": {"predictable": bool, "why": _TEXT, "generator": str, "key": str, "gaussian": str},
+    "trainings": [{"round": int, "attempt": int, "state": str, "time": str, "steps": int, "noise_multiplier": _MAYBE,
+                   "sampling_rate": _MAYBE, "upload": ({"bytes": (int, type(None)), "sha256": str}, None)}],
+    "privacy": {"no_guarantee": _TEXT, "delta": _MAYBE, "guarantee": _FIGURES, "spent": _FIGURES},
+    "lifetime": ({"epsilon": _MAYBE, "delta": _MAYBE, "spent": _EPSILON, "remaining": _MAYBE, "accountant": str,
+                  "orders": [_NUMBER],
+                  "charges": [{"dataset": str, "run": str, "noise_multiplier": _MAYBE, "sampling_rate": _MAYBE,
+                               "steps": int, "group_size": int}],
+                  "overlapping": [str], "distinct": [str], "closed_by": _TEXT, "ledger": _TEXT, "new_ledger": _TEXT,
+                  "simulated": bool}, None),
+    "left_without_noise": [{"what": str, "value": str}],
+    "not_covered": [str],
+    "versions": {...: _TEXT},
+    "signature": {"algorithm": str, "public_key": str, "value": str},
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure of the report beside the same one computed here; None: not stated, or not computable here."""
+
+    label: str
+    accountant: str
+    stated: float | None
+    recomputed: float | None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A report that holds together.
+
+    Attributes:
+        public_key: whose owner signed it, in hexadecimal digits. Compare it with the one that the author gave you.
+        guarantee: False if the report itself says that no guarantee holds.
+        epsilon, delta: of the guarantee at the run's maximum, None without one.
+        spent: epsilon spent so far, None without a guarantee.
+        checks: every figure that was compared.
+        text: what follows from this, and what does not.
+    """
+
+    public_key: str
+    guarantee: bool
+    epsilon: float | None
+    delta: float | None
+    spent: float | None
+    checks: tuple[Check, ...]
+    text: str
+
+
+def verify(report: Mapping, public_key: str | None = None) -> Verified:
+    """Check a signed report.
+
+    Args:
+        public_key: of the author, 64 hexadecimal digits; None accepts any author and names the key.
+    Raises:
+        ValueError: it names what differs: the shape, the author, the signature, an epsilon below the recomputed one,
+            or a guarantee that covers less than was begun.
+    """
+    if not isinstance(report, Mapping) or report.get("schema") != SCHEMA:
+        raise ValueError(f"this is not a {SCHEMA}; name a client's privacy.json")
+    if report.get("version") != VERSION:
+        raise ValueError(f"the report has version {report.get('version')!r} and this FedLoRA reads {VERSION}; verify "
+                         "it with the FedLoRA version that it names")
+    author = check_signature(report)
+    if public_key is not None and public_key.strip().lower() != author:
+        raise ValueError(f"the report is signed by {author}, not by {public_key.strip().lower()}; it is another "
+                         "client's, or its author has a new key: ask")
+    _fit(report, SHAPE, "report")
+    _check_facts(report)
+    privacy = report["privacy"]
+    if privacy["no_guarantee"] is not None:
+        return Verified(author, False, None, None, None, (), _without_guarantee(report))
+    checks = [*_check_figures(report, "guarantee"), *_check_figures(report, "spent"), *_check_lifetime(report)]
+    epsilon, spent = (number(privacy[kind]["epsilon"]) for kind in ("guarantee", "spent"))
+    return Verified(author, True, epsilon, privacy["delta"], spent, tuple(checks), _with_guarantee(report, checks))
+
+
+def verify_file(path: Path, console: Console, public_key: str | None = None) -> int:
+    """Verify the report in `path` and print a short table. Returns the exit code: 0 if it holds together, else 2."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        verified = verify(report, public_key)
+    except OSError as error:
+        console.print(f"[bold red]Not verified.[/] {escape(str(path))}: {escape(str(error.strerror))}")
+        return 2
+    except (ValueError, RecursionError) as error:
+        console.print(f"[bold red]Not verified.[/] {escape(str(path))}: {escape(str(error))}.")
+        return 2
+    if verified.guarantee:
+        table = Table("figure", "accountant", "stated", "recomputed", title=f"ε at δ = {verified.delta:g}")
+        for check in verified.checks:
+            here = "not computed" if check.recomputed is None else f"{check.recomputed:.6f}"
+            table.add_row(check.label, check.accountant,
+                          "not stated" if check.stated is None else f"{check.stated:.6f}", here)
+        console.print(table)
+    console.print(escape(verified.text), soft_wrap=True)
+    if public_key is None:
+        console.print(f"Signed by {verified.public_key}. Compare it with the key that the author gave you, or pass "
+                      "that one as --public-key.", soft_wrap=True)
+    return 0
+
+
+def _check_facts(report: Mapping) -> None:
+    """What must hold between the facts, before anything is computed from them."""
+    unit, mechanism, privacy = report["unit"], report["mechanism"], report["privacy"]
+    name, size, delta = unit["name"], unit["declared_size"], privacy["delta"]
+    _require(name == "row" or (name.startswith("column:") and len(name) > 7), "unit.name", name, 'it must be "row" or '
+             '"column:NAME"')
+    _require(unit["relation"] == RELATION, "unit.relation", unit["relation"], f"it must be {RELATION!r}")
+    _require(unit["group_size"] >= 1, "unit.group_size", unit["group_size"], "it must be at least 1")
+    for field in ("expected_batch", "local_steps", "max_participations"):
+        _require(mechanism[field] >= 1, f"mechanism.{field}", mechanism[field], "it must be at least 1")
+    for field, value in {"clip_norm": mechanism["clip_norm"], **mechanism["scales"]}.items():
+        _require(value > 0, f"mechanism {field}", value, "it must be positive")
+    _require(mechanism["rounding_cover"] >= 0, "mechanism.rounding_cover", mechanism["rounding_cover"],
+             "less noise than accounted for is no cover")
+    for spend in mechanism["beside"]:
+        _require(len(spend) == 3, "mechanism.beside", spend, "each is noise multiplier, sampling rate, steps")
+    seen: set[tuple[int, int]] = set()
+    for training in report["trainings"]:
+        key = training["round"], training["attempt"]
+        if training["state"] != "voided":  # a voided one may be begun again
+            _require(key not in seen, "trainings", key, "this round and attempt is charged twice")
+            seen.add(key)
+        _require(training["state"] in STATES, "state", training["state"], f"it must be one of {', '.join(STATES)}")
+        _require(training["steps"] >= 1, "steps", training["steps"], "a training has at least one")
+    _require(report["randomness"]["predictable"] == (report["randomness"]["why"] is not None), "randomness.why",
+             report["randomness"]["why"], "it is the reason of predictable randomness, and of no other")
+    reason = why_no_guarantee(report)
+    _require(privacy["no_guarantee"] == reason, "privacy.no_guarantee", privacy["no_guarantee"],
+             f"the report's own facts make it {reason!r}")
+    steps = steps_of(report)
+    most = max(steps.values())
+    _require(most <= MOST_STEPS, "steps", most, f"more than {MOST_STEPS} are not computed")
+    for kind, label in LABELS.items():
+        _require(privacy[kind]["label"] == label, f"privacy.{kind}.label", privacy[kind]["label"], f"it is {label!r}")
+        _require(privacy[kind]["steps"] == steps[kind], f"privacy.{kind}.steps", privacy[kind]["steps"],
+                 f"the report's own facts make it {steps[kind]}")
+    if reason is not None:
+        lifetime = report["lifetime"] or {}
+        found = [lifetime.get(field) for field in ("epsilon", "spent", "remaining")]
+        found += [value for kind in LABELS for value in (privacy[kind]["epsilon"],
+                                                         *privacy[kind]["accountants"].values())]
+        _require(all(value is None for value in found), "epsilon", found, "none may be stated without a guarantee")
+        return
+    _require(size is not None and size >= 1, "unit.declared_size", size, "a guarantee needs a declared size")
+    _require(delta is not None and 0 < delta < 1 / size, "privacy.delta", delta, f"it must be positive and below "
+             f"1/{size}, the declared size")
+    rate = min(1.0, mechanism["expected_batch"] / size)
+    _require(mechanism["sampling_rate"] is not None and math.isclose(mechanism["sampling_rate"], rate, rel_tol=1e-9),
+             "mechanism.sampling_rate", mechanism["sampling_rate"], f"an expected batch of "
+             f"{mechanism['expected_batch']} out of {size} makes it {rate!r}")
+    _covers(planned(report), begun(report), "the guarantee")
+
+
+def _check_figures(report: Mapping, kind: str) -> list[Check]:
+    claimed = report["privacy"][kind]
+    history = planned_history(report) if kind == "guarantee" else spent_history(report)
+    found = accountants(history, report["privacy"]["delta"])
+    checks = [Check(claimed["label"], name, number(claimed["accountants"][name]), value)
+              for name, value in found.items()]
+    for check in checks:
+        unknown = check.accountant == "PLD" and find_spec("dp_accounting") is None
+        if check.stated is not None and not unknown:
+            _not_below(report, f"{check.label}, {check.accountant}", check.stated,
+                       math.inf if check.recomputed is None else check.recomputed)
+    _require(claimed["accountant"] in ("PRV", "RDP"), f"privacy.{kind}.accountant", claimed["accountant"],
+             "the statement is PRV's or RDP's")
+    _require(claimed["epsilon"] is not None and claimed["epsilon"] == claimed["accountants"][claimed["accountant"]],
+             f"privacy.{kind}.epsilon", claimed["epsilon"], f"it is not {claimed['accountant']}'s figure")
+    return checks
+
+
+def _check_lifetime(report: Mapping) -> list[Check]:
+    account = report["lifetime"]
+    if account is None:
+        return []
+    _require(account["delta"] is not None and 0 < account["delta"] < 1, "lifetime.delta", account["delta"],
+             "it must be in (0, 1)")
+    _require(bool(account["orders"]) and min(account["orders"]) > 1, "lifetime.orders", account["orders"],
+             "Rényi orders are above 1")
+    own = [c for c in account["charges"] if c["run"] == report["run"]["id"]]
+    _require(all(c["group_size"] >= report["unit"]["group_size"] for c in own), "lifetime.charges", own,
+             "this run is charged for a smaller group than its unit")
+    _covers([(c["noise_multiplier"], c["sampling_rate"], c["steps"]) for c in own],
+            planned(report) if begun(report) and account["closed_by"] == report["run"]["id"] else begun(report),
+            "the lifetime")
+    recomputed, spent, limit = lifetime_spent(report), number(account["spent"]), account["epsilon"]
+    _require(spent is not None, "lifetime.spent", spent, "it must be stated")
+    assert spent is not None
+    _not_below(report, "lifetime, spent", spent, recomputed)
+    if limit is not None:
+        left = 0.0 if account["closed_by"] else max(0.0, limit - spent)
+        _require(account["remaining"] is not None and account["remaining"] <= left + TOLERANCE, "lifetime.remaining",
+                 account["remaining"], f"of {limit} only {left} is left")
+    return [Check("lifetime, spent", "RDP" if account["closed_by"] is None else "RDP or PRV", spent, recomputed)]
+
+
+def _not_below(report: Mapping, what: str, claimed: float, recomputed: float) -> None:
+    if claimed >= recomputed - TOLERANCE:
+        return
+    here = versions(("opacus", "numpy", "scipy", "dp-accounting"))
+    other = {name: report["versions"].get(name) for name in here}
+    hint = "" if other == here else f" (it was computed with {_listed(other)}, here with {_listed(here)})"
+    raise ValueError(f"{what}: the report states epsilon {claimed!r} and its own history amounts to {recomputed!r}"
+                     f"{hint}; do not rely on it")
+
+
+def _listed(found: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{name} {value or 'absent'}" for name, value in found.items())
+
+
+def _covers(most: Iterable[Steps], done: Iterable[Steps], what: str) -> None:
+    """Raise ValueError unless `most` has at least as many steps of every kind as `done`."""
+    allowed = merged(most)
+    for kind, steps in merged(done).items():
+        if steps > allowed.get(kind, 0):
+            raise ValueError(f"{what} covers {allowed.get(kind, 0)} steps with noise multiplier {kind[0]} and sampling "
+                             f"rate {kind[1]}, and {steps} were begun; do not rely on it")
+
+
+def _without_guarantee(report: Mapping) -> str:
+    return (f"No guarantee. {report['privacy']['no_guarantee']}. The signature fits: this is what the owner of the key "
+            "wrote.")
+
+
+def _with_guarantee(report: Mapping, checks: Iterable[Check]) -> str:
+    unit, privacy = report["unit"], report["privacy"]
+    unchecked = sorted({c.accountant for c in checks if c.stated is not None and c.recomputed is None})
+    left = f" {', '.join(unchecked)} could not be recomputed here: pip install 'fedlora[audit]'." if unchecked else ""
+    guarantee = privacy["guarantee"]
+    return (f"Verified: {guarantee['steps']} steps of the stated mechanism are ({shown(guarantee['epsilon'])}, "
+            f"{privacy['delta']})-differentially private for {whom(unit)}, under zero-out.{left} This proves the "
+            "arithmetic and whose key signed it. It does not prove that noise was added, that the list of trainings is "
+            "complete, or that the software ran as published.")
+
+
+def _require(ok: bool, field: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"{field} is {value!r}; {remedy}")
+
+
+def _fit(value: object, shape: object, where: str) -> None:
+    """Raise ValueError unless `value` has exactly the fields and types of `shape`; `...` stands for any name."""
+    if isinstance(shape, dict):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is {type(value).__name__}; it must be an object")
+        if ... in shape:
+            shape = dict.fromkeys(value, shape[...])
+        if set(value) != set(shape):
+            raise ValueError(f"{where} lacks {sorted(set(shape) - set(value))} and has unknown "
+                             f"{sorted(set(value) - set(shape))}; it is not a version {VERSION} report")
+        for name, inner in shape.items():
+            _fit(value[name], inner, f"{where}.{name}")
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{where} is {type(value).__name__}; it must be a list")
+        for place, item in enumerate(value):
+            _fit(item, shape[0], f"{where}[{place}]")
+    elif isinstance(shape, tuple) and shape[-1] is None:
+        if value is not None:
+            _fit(value, shape[0], where)
+    elif not isinstance(value, shape) or (isinstance(value, bool) and shape is not bool):  # type: ignore[arg-type]
+        raise ValueError(f"{where} is {value!r}, which is not of the right type")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A person and a program must read the same value, so no name may appear twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"it holds {name}, which is not JSON")

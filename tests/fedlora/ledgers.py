@@ -1,0 +1,66 @@
+"""What the ledger's tests share: terms of runs, and an account of the truth that shares no code with the ledger."""
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from fedlora.privacy.ledger import RunTerms
+
+DELTA = 1e-5
+
+
+def terms(run_id="r1", **changes) -> RunTerms:
+    """A run whose steps read every record (q = 1), so that its exact epsilon is known in closed form."""
+    return RunTerms(**{"run_id": run_id, "plan_sha256": "a" * 64, "unit": "row", "declared_size": 1000,
+                       "sampling_rate": 1.0, "noise_multiplier": 20.0, "delta": DELTA, "clip_norm": 1.0,
+                       "scales": {"adapter": 1.0}, "local_steps": 2, "max_participations": 5} | changes)
+
+
+def gaussian_epsilon(trainings: list[tuple[float, int]], delta: float = DELTA) -> float:
+    """The exact epsilon of Gaussian steps without sampling: (noise multiplier, steps) each.
+
+    Together they are one Gaussian with mu^2 = sum of steps / sigma^2 (Dong, Roth & Su 2022, Corollary 3.3; Balle &
+    Wang 2018, Theorem 8).
+    """
+    mu = math.sqrt(sum(steps / sigma**2 for sigma, steps in trainings))
+    if mu == 0:
+        return 0.0
+
+    def exact_delta(epsilon: float) -> float:
+        def phi(x: float) -> float:
+            return math.erfc(-x / math.sqrt(2)) / 2
+
+        return phi(mu / 2 - epsilon / mu) - math.exp(epsilon) * phi(-mu / 2 - epsilon / mu)
+
+    low, high = 0.0, 1.0
+    while exact_delta(high) > delta:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if exact_delta(middle) > delta else (low, middle)
+    return low
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run `work` in a fork of this process, which has all modules loaded; it ends when `work` does. Returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        work()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def ended(pid: int) -> int:
+    """The exit status of a forked process; minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def witness_of(folder: Path, dataset: str = "a") -> Path:
+    return folder / f".fedlora-witness-{dataset}.json"

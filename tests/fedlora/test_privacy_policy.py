@@ -1,0 +1,88 @@
+"""policy.toml: what it allows, what it refuses, and that nothing in it is guessed."""
+
+import math
+
+import pytest
+
+from fedlora.privacy.policy import Forbidden, Policy
+
+PROPOSAL = {"strategy": "fed-sb", "model_sha256": "a" * 64, "server": "127.0.0.1:9092", "rounds": 8,
+            "announces_labels": False}
+
+
+def policy(folder, text):
+    path = folder / "policy.toml"
+    path.write_text(text)
+    return Policy.read(path)
+
+
+def test_a_missing_policy_allows_what_the_defaults_allow(tmp_path):
+    empty = Policy.read(tmp_path / "none.toml")
+    empty.check_proposal(**PROPOSAL | {"announces_labels": True})
+    empty.check_terms(sampling_rate=0.2, noise_multiplier=0.1)
+    empty.check_terms(sampling_rate=1.0, noise_multiplier=None)
+    with pytest.raises(Forbidden, match="max-sampling-rate"):
+        empty.check_terms(sampling_rate=0.21, noise_multiplier=1.0)
+    assert empty.max_rounds == math.inf and not empty.datasets
+
+
+@pytest.mark.parametrize(("line", "proposal"), [
+    ('strategies = ["fedsvd"]', {}), ('models = ["' + "b" * 64 + '"]', {}), ('servers = ["10.0.0.1:9092"]', {}),
+    ("max-rounds = 7", {}), ("announce-labels = false", {"announces_labels": True})])
+def test_a_proposal_outside_a_limit_is_forbidden_and_the_message_names_the_limit(tmp_path, line, proposal):
+    with pytest.raises(Forbidden) as error:
+        policy(tmp_path, line).check_proposal(**PROPOSAL | proposal)
+    assert line.split(" = ")[0] in str(error.value) and "policy.toml" in str(error.value)
+
+
+def test_a_proposal_at_the_limits_is_allowed(tmp_path):
+    policy(tmp_path, f'strategies = ["fed-sb"]\nmodels = ["{"a" * 64}"]\nservers = ["127.0.0.1:9092"]\n'
+                     "max-rounds = 8\nannounce-labels = false\n").check_proposal(**PROPOSAL)
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.49, None])
+def test_too_little_noise_is_forbidden(tmp_path, noise_multiplier):
+    demanding = policy(tmp_path, "min-noise-multiplier = 0.5")
+    demanding.check_terms(sampling_rate=0.1, noise_multiplier=0.5)
+    with pytest.raises(Forbidden, match="min-noise-multiplier"):
+        demanding.check_terms(sampling_rate=0.1, noise_multiplier=noise_multiplier)
+
+
+def test_a_data_set_is_found_by_its_place_whatever_the_spelling(tmp_path):
+    (tmp_path / "north").mkdir()
+    declared = policy(tmp_path, f'[dataset.n]\ndata = "{tmp_path}/north/"\nepsilon = 8\ndelta = 1e-5\n'
+                                'unit = "column:patient_id"\ndistinct = ["s"]\n')
+    found = declared.dataset_at(str(tmp_path / "north" / ".." / "north"))
+    assert found.id == "n" and found.epsilon == 8.0 and found.unit == "column:patient_id" and found.distinct == ("s",)
+    assert declared.dataset_at(str(tmp_path)) is None
+
+
+def test_the_first_use_is_written_down_and_read_back(tmp_path):
+    data = tmp_path / 'my "records" ä'
+    data.mkdir()
+    path = tmp_path / "conf" / "policy.toml"
+    adopted = Policy.read(path).adopt(str(data), epsilon=3.5, delta=1e-6, unit="row")
+    again = Policy.read(path)
+    assert again.dataset_at(str(data)) == adopted
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / data.name).mkdir()
+    second = again.adopt(str(tmp_path / "other" / data.name), epsilon=1.0, delta=1e-6, unit="column:id")
+    assert second.id == adopted.id + "-2"
+    assert Policy.read(path).datasets == {adopted.id: adopted, second.id: second}
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("max-rouns = 3", "max-rouns is not known"), ("max-rounds = true", "it must be int"),
+    ("max-rounds = 2.5", "it must be int"), ('strategies = "fed-sb"', "it must be list"),
+    ("strategies = [1]", "strings"),
+    ("[dataset.a]\nepsilon = 1\ndelta = 1e-5", "lacks data"), ("dataset = 3", "must be tables"),
+    ('[dataset.a]\ndata = "x"\nepsilon = 0\ndelta = 1e-5', "epsilon is 0.0"),
+    ('[dataset.a]\ndata = "x"\nepsilon = 1\ndelta = 1.0', "delta is 1.0"),
+    ('[dataset.a]\ndata = "x"\nepsilon = 1\ndelta = 1e-5\nunit = "patient"', "row or column:NAME"),
+    ('[dataset."a b"]\ndata = "x"\nepsilon = 1\ndelta = 1e-5', "no id of a data set"),
+    ('[dataset.a]\ndata = "x"\nepsilon = 1\ndelta = 1e-5\n[dataset.b]\ndata = "x"\nepsilon = 1\ndelta = 1e-5',
+     "one place has one budget"), ("max-rounds", "not TOML")])
+def test_what_is_not_understood_is_an_error_that_names_the_file(tmp_path, text, message):
+    with pytest.raises(ValueError, match=r"policy\.toml") as error:
+        policy(tmp_path, text)
+    assert message in str(error.value)
