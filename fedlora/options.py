@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.plan import LR_SCHEDULES, OPTIMIZERS, STRATEGIES, TASKS
+from fedlora.plan import LR_SCHEDULES, OPTIMIZERS, STRATEGIES, TASKS, check_unit
 
 SERVER, CLIENT, SIMULATE = "server", "client", "simulate"
 
@@ -53,12 +53,30 @@ def _distinct(text: str) -> tuple[str, ...]:
     return names
 
 
+def _init(text: str) -> str:
+    if text in ("kaiming", "orthonormal", "weight") or (text.startswith("public:") and len(text) > len("public:")):
+        return text
+    known = "choose kaiming, orthonormal, weight or public:FILE"
+    reasons = {"gradient": "a start from the clients' raw gradients would release private rows without noise; ",
+               "dp": "a start from noised gradients, charged to the clients' budgets, is not offered; ",
+               "public": "name the file of public rows: ", "public:": "name the file of public rows: "}
+    raise argparse.ArgumentTypeError(f"{text!r}: {reasons.get(text, 'there is no such start; ')}{known}")
+
+
 def _strategies(text: str) -> tuple[str, ...]:
     names = _distinct(text)
     for name in names:
         if name.removesuffix(":orthonormal") not in STRATEGIES:
             raise argparse.ArgumentTypeError(f"{name!r} is not a strategy; choose from {', '.join(STRATEGIES)}")
     return names
+
+
+def _unit(text: str) -> str:
+    try:
+        check_unit(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -104,8 +122,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--alpha", RUN, "the update is scaled by alpha / rank [preset]", None, _finite),
     Option("--targets", RUN, "adapted linear layers: names or name endings; or auto (query and value), all, none "
            "[preset]", None, _names, metavar="NAME,…"),
-    Option("--init", RUN, "how the frozen factors are drawn [preset]", None,
-           choices=("kaiming", "orthonormal", "weight")),
+    Option("--init", RUN, "how the frozen factors start: kaiming, orthonormal, weight (its singular vectors), or "
+           "public:FILE (those of the loss's gradient on public rows) [preset]", None, _init, metavar="START"),
     Option("--head", RUN, "train a classifier's final linear layer too, or leave it as drawn [train]", None,
            choices=("train", "freeze")),
     Option("--dropout", RUN, "dropout on the adapters' input", 0.0, _number(float, 0, 0.99)),
@@ -143,7 +161,11 @@ OPTIONS: tuple[Option, ...] = (
     Option("--name", (CLIENT,), "this client's name at the server [host name]"),
     Option("--epsilon", LOCAL, "privacy budget of the run; inf turns privacy off", 8.0, _positive),
     Option("--delta", LOCAL, "[min(1e-5, 0.1 / declared size)]", None, _number(float, 0, 1, open_low=True)),
-    Option("--declared-size", LOCAL, "public number of records [rounded down to two digits]", None, _count),
+    Option("--declared-size", LOCAL, "public number of records, or of units [rounded down to two digits]", None,
+           _count),
+    Option("--privacy-unit", LOCAL, "what is protected as one: row, or column:NAME for all rows with one value there "
+           "[row]", None, _unit, metavar="UNIT"),
+    Option("--rows-per-unit", LOCAL, "most rows of one unit that enter a step", 8, _count),
     Option("--max-clip-norm", LOCAL, "lowers the plan's clip norm to at most this", None, _finite),
     Option("--model", (CLIENT,), "folder of the base model [resolved from the plan's name]", metavar="PATH"),
     Option("--allow-download", ALL, "fetch the base model, or a hub dataset, if it is not here", False, None),
@@ -151,7 +173,13 @@ OPTIONS: tuple[Option, ...] = (
     Option("--precision", LOCAL, "auto takes bf16 where the hardware has it", "auto", choices=("auto", "fp32", "bf16")),
     Option("--threads", LOCAL, "CPU threads", None, _count),
     Option("--micro-batch", LOCAL, "records computed at once [a bound on tokens, by device]", None, _count),
-    Option("--state", (CLIENT,), "folder of this client's accountant and last upload", None, Path),
+    Option("--state", (CLIENT,), "folder of this client's uploads and reports [by --name]", None, Path),
+    Option("--policy", (CLIENT,), "what this machine's owner allows [policy.toml in the user's configuration]", None,
+           Path, metavar="FILE.toml"),
+    Option("--new-ledger", (CLIENT,), "begin an empty ledger where the old one is lost; every report will say so",
+           False, None),
+    Option("--simulated-ledger", (CLIENT,), "keep a ledger for made-up data in this folder, apart from the real one",
+           None, Path, metavar="DIR"),
     Option("--connect-timeout", (CLIENT,), "seconds to keep trying for a server", 120.0, _positive),
     # simulation
     Option("--clients", (SIMULATE,), "simulated clients [one per file with --partition files]", None, _count),

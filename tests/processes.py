@@ -33,9 +33,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(command: str, *arguments: object, log: Path, seed: int | None = None) -> subprocess.Popen:
-    """Start fedlora-<command>; a client in which importing Flower fails. `seed` makes its noise predictable."""
+def start(command: str, *arguments: object, log: Path, seed: int | None = None,
+          home: Path | None = None) -> subprocess.Popen:
+    """Start fedlora-<command>; a client in which importing Flower fails. `seed` makes its noise predictable.
+
+    `home` is where the user's ledger, policy and key are.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    if home is not None:
+        environment |= {"XDG_STATE_HOME": str(home / "state"), "XDG_CONFIG_HOME": str(home / "config")}
     if seed is not None:
         environment["FEDLORA_INSECURE_NOISE_SEED"] = str(seed)
     block = "sys.modules['flwr'] = None; " if command == "client" else ""
@@ -61,11 +67,18 @@ class Deployment:
         return process
 
     def client(self, name: str, data: Path, *arguments: object, seed: int | None = None) -> subprocess.Popen:
+        if seed is not None:
+            arguments = (*arguments, "--simulated-ledger", self.home(name))
         process = start("client", "--data", data, "--name", name, "--server", self.address, "--model", self.checkpoint,
                         "--state", self.folder / "state" / name, "--threads", 1, "--device", "cpu",
-                        "--precision", "fp32", *arguments, log=self.folder / f"{name}.log", seed=seed)
+                        "--precision", "fp32", *arguments, log=self.folder / f"{name}.log", seed=seed,
+                        home=self.home(name))
         self.processes[name] = process
         return process
+
+    def home(self, name: str) -> Path:
+        """Each client stands for a machine of its own: its user's files are below this."""
+        return self.folder / "home" / name
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()

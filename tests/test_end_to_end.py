@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.privacy import Ledger
+from fedlora.privacy.report import verify
 from fedlora_server.planning import find_model
 from fedlora_simulations.simulate import Method, populate, simulate
 from tests.processes import Deployment, write_rows
@@ -26,6 +28,14 @@ def deployment(tmp_path, checkpoint):
 
 def hospitals(folder, count=3):
     return [write_rows(folder / "data" / f"hospital-{i}.jsonl", seed=i) for i in range(count)]
+
+
+def charges(deployment, name):
+    ledger = Ledger(deployment.home(name) / "state" / "fedlora" / "ledger.sqlite")
+    try:
+        return ledger.charges()
+    finally:
+        ledger.close()
 
 
 @pytest.mark.parametrize("strategy", ["fedavg-lora", "ffa-lora", "fed-sb", "fedsvd"])
@@ -85,11 +95,13 @@ def test_a_client_leaves_politely_and_a_restarted_one_goes_on_with_its_account(d
     deployment.processes["hospital-0"].send_signal(signal.SIGINT)
     assert deployment.end("hospital-0", 30) == 130
     deployment.wait_for("server", "hospital-0 left")
-    [account] = (deployment.folder / "state" / "hospital-0").glob("*/account.json")
-    before = len(json.loads(account.read_text())["started"])
+    [report] = (deployment.folder / "state" / "hospital-0").glob("*/privacy.json")
+    assert verify(json.loads(report.read_text())).spent > 0
+    before = len(charges(deployment, "hospital-0"))
     deployment.client("hospital-0", files[0])
     deployment.wait_for("hospital-0", ": sent ")
-    assert len(json.loads(account.read_text())["started"]) > before >= 1
+    assert len(charges(deployment, "hospital-0")) > before >= 1
+    assert len({charge.run_id for charge in charges(deployment, "hospital-0")}) == 1
 
 
 def test_no_server_is_exit_code_3_after_the_timeout(deployment, tmp_path):

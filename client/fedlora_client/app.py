@@ -13,13 +13,16 @@ from rich.console import Console
 from fedlora import data, models
 from fedlora.adapters import attach
 from fedlora.data import Rows
-from fedlora.plan import Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload
-from fedlora.privacy import Budget, RunStreams, run_streams
+from fedlora.plan import ROW, Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload
+from fedlora.privacy import INSECURE_SEED_VARIABLE, Budget, RunStreams, run_streams
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
 from fedlora.wire import Setup
 
 from .connection import Connection, Goodbye, RunChanged
+from .owner import Owner, limits_of, unit_count
+from .places import default_state
+from .reporting import draw_spending, write_privacy_report
 from .session import ClientSession, Limits
 from .state import FolderState
 
@@ -37,7 +40,8 @@ def take_part(options: Namespace, console: Console) -> None:
     if options.data is None:
         raise ValueError("--data is missing: name the folder or file with your training rows")
     name = options.name or socket.gethostname()
-    limits = Limits(options.epsilon, options.delta, options.declared_size, options.max_clip_norm or float("inf"))
+    owner = Owner(options)
+    limits = limits_of(options, owner)
     streams = run_streams(name)
     if not limits.private:
         console.print("PRIVACY IS OFF (--epsilon inf): what this client sends can reveal its records.",
@@ -45,6 +49,12 @@ def take_part(options: Namespace, console: Console) -> None:
     if streams.predictable:
         console.print("THE NOISE IS PREDICTABLE (test-only seed set in the environment): no ε holds for this run.",
                       style="bold red")
+    if streams.predictable and not owner.ledger.simulated:
+        raise ValueError(f"{INSECURE_SEED_VARIABLE} is set: whoever knows the seed can subtract the noise, so no real "
+                         "budget covers this run. Unset it, or add --simulated-ledger DIR for made-up data")
+    if owner.ledger.simulated:
+        console.print("The ledger is a simulated one (--simulated-ledger): no lifetime budget protects this data.",
+                      style="yellow", highlight=False)
     state = FolderState(options.state or default_state(name))
     connection = Connection(options.server, name, private=limits.private, insecure=options.insecure,
                             connect_timeout_s=options.connect_timeout,
@@ -53,10 +63,9 @@ def take_part(options: Namespace, console: Console) -> None:
         setup = connection.join()
         while True:
             try:
-                _serve(options, setup, connection, limits, state, streams, console)
+                _serve(options, setup, connection, owner, limits, state, streams, console)
             except RunChanged as changed:
-                before = state.account(setup.run_id)
-                if limits.private and before is not None and before.started:
+                if limits.private and owner.ledger.charges(owner.dataset, setup.run_id):
                     raise Refused("budget", f"the server came back with another run, {changed.setup.run_id}, which "
                                             f"would spend another ε of {limits.epsilon:g} on the same records; start "
                                             "fedlora-client again if you want that") from None
@@ -68,29 +77,27 @@ def take_part(options: Namespace, console: Console) -> None:
         connection.leave()
 
 
-def default_state(name: str) -> Path:
-    """Where a client named `name` keeps its accounts if --state is not given."""
-    return Path.home() / ".local" / "state" / "fedlora" / name
-
-
-def _serve(options: Namespace, setup: Setup, connection: Connection, limits: Limits, state: FolderState,
+def _serve(options: Namespace, setup: Setup, connection: Connection, owner: Owner, limits: Limits, state: FolderState,
            streams: RunStreams, console: Console) -> None:
     """Answer the orders of one run; ends with an exception of the connection."""
     try:
-        part = Part(options, setup, limits, state, streams, console)
+        part = Part(options, setup, owner, limits, state, streams, console)
     except Refused as refused:
         connection.decline(refused.refusal)
         raise
     connection.ready(part.announced)
     console.print(f"Joined {options.server} as {streams.name}; waiting to be asked.", highlight=False)
-    while True:
-        plan, tensors = connection.next_task()
-        with console.status(f"round {plan.round}: training"):
-            answer = part.answer(plan, tensors, connection.cancelled.is_set)
-        declined = connection.send(answer)
-        part.report(plan, answer, declined, connection)
-        if isinstance(answer, Refusal) and answer.code in ("policy", "labels"):
-            raise Refused(answer.code, "see the messages above")
+    try:
+        while True:
+            plan, tensors = connection.next_task()
+            with console.status(f"round {plan.round}: training"):
+                answer = part.answer(plan, tensors, connection.cancelled.is_set)
+            declined = connection.send(answer)
+            part.report(plan, answer, declined, connection)
+            if isinstance(answer, Refusal) and answer.code in ("policy", "labels"):
+                raise Refused(answer.code, "see the messages above")
+    finally:
+        part.conclude()
 
 
 class Part:
@@ -105,30 +112,33 @@ class Part:
         announced: label names that the server asked for, disclosed when ready; else ().
     """
 
-    def __init__(self, options: Namespace, setup: Setup, limits: Limits, state: FolderState, streams: RunStreams,
-                 console: Console) -> None:
+    def __init__(self, options: Namespace, setup: Setup, owner: Owner, limits: Limits, state: FolderState,
+                 streams: RunStreams, console: Console) -> None:
         limits.check(setup.private)
+        owner.check_proposal(setup)
         path = Path(options.model) if options.model and Path(options.model).is_dir() else None
         if options.model and path is None and options.model != setup.model.name:
             raise ValueError(f"--model {options.model} is neither a folder nor the plan's {setup.model.name}; give the "
                              "folder of the base model, or leave it out")
         self._model_path = models.obtain(setup.model, path=path, allow_download=options.allow_download)
         models.check_task(self._model_path, setup.task, setup.max_length)
-        self._options, self._setup, self._limits = options, setup, limits
+        self._options, self._setup, self._owner, self._limits = options, setup, owner, limits
         self._state, self._streams, self._console = state, streams, console
-        self._rows = _read(options, setup)
-        if setup.private:
-            self._check_size()
+        self._rows = _read(options, setup, owner.unit_column)
+        budget = self._check_size() if setup.private else None
+        for line in owner.take_charge(self._rows, budget):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         self._session: ClientSession | None = None
+        self._refusals: list[tuple[int, str]] = []
         self.announced = data.label_names(self._rows) if setup.announce_labels else ()
         if self.announced:
             console.print(f"Disclosed to the server: the label names {', '.join(self.announced)}", highlight=False,
                           markup=False)
 
-    def _check_size(self) -> None:
-        """Say which size is public, and refuse at once where the run would sample its records too often."""
-        labels, limits = self._rows.labels, self._limits
-        count = len(self._rows) if labels is None else sum(label is not None for label in labels)
+    def _check_size(self) -> Budget:
+        """Say which size is public, and refuse at once where the run would sample the units too often."""
+        limits = self._limits
+        count = unit_count(self._rows, self._rows.labels)
         try:
             budget = Budget.declare(count, epsilon=limits.epsilon, delta=limits.delta,
                                     declared_size=limits.declared_size)
@@ -136,8 +146,10 @@ class Part:
         except ValueError as error:
             log.error("%s", error)
             raise Refused("policy", "see the message above") from error
-        self._console.print(f"Declared size: {budget.declared_size:,} records. It is public, for the noise tells of "
+        units = "records" if limits.unit == ROW else f"values of {self._owner.unit_column}"
+        self._console.print(f"Declared size: {budget.declared_size:,} {units}. It is public, for the noise tells of "
                             "it; --declared-size sets it.", highlight=False)
+        return budget
 
     def answer(self, plan: RoundPlan, tensors: Tensors, stop: Callable[[], bool]) -> Upload | Refusal:
         """Train, or say why not; whatever goes wrong here stays in the local log."""
@@ -157,6 +169,7 @@ class Part:
                connection: Connection) -> None:
         """One line for this client's own user."""
         if isinstance(answer, Refusal):
+            self._refusals.append((plan.round, answer.code))
             line = f"declined: {answer}"
         elif declined is not None:
             line = f"trained, but the server declined the upload: {declined}"
@@ -166,11 +179,27 @@ class Part:
                             f"{connection.bytes_up:,} bytes up, {connection.bytes_down:,} down so far",
                             highlight=False, markup=False, soft_wrap=True)
 
+    def conclude(self) -> None:
+        """Leave the privacy report of the run, however it ended, and free what it had not begun."""
+        session = self._session
+        if session is None:
+            return
+        folder = self._state.run_folder(session.run.run_id)
+        try:
+            session.ledger.end_run(session.dataset, session.run.run_id)
+            report = write_privacy_report(folder, session, server=self._options.server, labels=self.announced,
+                                          refusals=self._refusals)
+            draw_spending(folder / "privacy.png", session)
+            self._console.print(f"What left this machine, and what it cost: {report.with_suffix('.md')}",
+                                highlight=False, markup=False, soft_wrap=True)
+        except (ValueError, OSError) as error:
+            log.error("The privacy report could not be written: %s", error)
+
     def _spent(self) -> str:
-        account = self._session.account if self._session else None
-        if account is None or not self._limits.private or self._streams.predictable:
-            return "no privacy" if account else "nothing spent"
-        return f"ε {account.epsilon():.2f} of {self._limits.epsilon:g} spent (δ {account.delta:g})"
+        if self._session is None or not self._limits.private or self._streams.predictable:
+            return "no privacy" if self._session else "nothing spent"
+        return (f"ε {self._session.epsilon():.2f} of {self._limits.epsilon:g} spent "
+                f"(δ {self._session.terms.delta:g})")
 
     def _open(self, run: RunPlan) -> ClientSession:
         """Load the model once for the run."""
@@ -193,20 +222,27 @@ class Part:
         options = self._options
         trainer = Trainer(adapted, task, device=options.device, precision=options.precision,
                           micro_batch=options.micro_batch, threads=options.threads)
-        session = ClientSession(run, trainer, records, self._limits, self._state, self._streams)
-        account = session.account
+        session = ClientSession(run, trainer, records, self._limits, self._state, self._streams, self._owner.ledger,
+                                self._owner.dataset, approve=self._owner.approve)
+        terms = session.terms
         if run.private:
+            unit = "record" if self._limits.unit == ROW else self._owner.unit_column
             self._console.print(
-                f"Private: every record is sampled with rate {account.sampling_rate:.4g}, clipped to "
-                f"{account.clip_norm:g}, and hidden by noise of {account.noise_multiplier:.3f} × that; all "
+                f"Private: every {unit} is sampled with rate {terms.sampling_rate:.4g}, clipped to "
+                f"{terms.clip_norm:g}, and hidden by noise of {terms.noise_multiplier:.3f} × that; all "
                 f"{run.max_participations} rounds together cost at most ε {self._limits.epsilon:g} at δ "
-                f"{account.delta:g}.", highlight=False)
+                f"{terms.delta:g}.", highlight=False)
+            if terms.noise_multiplier != session.noise_for_run:
+                self._console.print(
+                    f"The lifetime budget leaves less than that: the noise is {terms.noise_multiplier:.3f} × the clip "
+                    f"norm in place of {session.noise_for_run:.3f}. `fedlora-client budget` shows what is left.",
+                    style="yellow", highlight=False)
         return session
 
 
-def _read(options: Namespace, setup: Setup) -> Rows:
+def _read(options: Namespace, setup: Setup, unit_column: str | None) -> Rows:
     """The training rows, checked against what the server said."""
-    rows = data.read(options.data, setup.task, columns=options.column)
+    rows = data.read(options.data, setup.task, columns=options.column, unit=unit_column)
     if setup.task == "classification":
         if rows.labels is None or not data.label_names(rows):
             raise ValueError(f"--data {options.data} has no labels; classification needs a label column "

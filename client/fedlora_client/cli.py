@@ -1,4 +1,7 @@
-"""fedlora-client: trains on this machine's records, sends noised adapter matrices, nothing else."""
+"""fedlora-client: trains on this machine's records, sends noised adapter matrices, nothing else.
+
+`fedlora-client budget` shows what was spent, `fedlora-client verify privacy.json` checks a report; neither connects.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,21 @@ from typing import NoReturn
 
 from fedlora.options import CLIENT, build_parser, read_options
 
-EXIT_CODES = "exit codes: 0 the run is over, 2 wrong input, 3 no server, 4 one side refused, 130 interrupted"
+EPILOG = ("exit codes: 0 the run is over, 2 wrong input, 3 no server, 4 one side refused, 130 interrupted. "
+          "Also: `fedlora-client budget` shows what was spent and what is left; `fedlora-client verify privacy.json` "
+          "checks a report.")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and end the process with its exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] in (["budget"], ["verify"]):
+        from . import budget
+
+        sys.exit((budget.budget if arguments[0] == "budget" else budget.verify)(arguments[1:]))
     parser = build_parser(CLIENT, "Take part in a federated run with the records in --data.")
-    parser.epilog = EXIT_CODES
-    options = read_options(parser, CLIENT, argv)
+    parser.epilog = EPILOG
+    options = read_options(parser, CLIENT, arguments)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own messages say more
     if not options.allow_download:

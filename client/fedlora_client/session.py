@@ -1,26 +1,32 @@
 """The client's core: one order to train in, one upload or one refusal out. It knows neither Flower nor sockets.
 
-Order of events in a round, each on the disk before the next: the charge, the training, the finished (noised) upload.
-A process that dies in between has been charged; one that dies after it sends the same bytes again.
+Order of events in a round, each on the disk before the next: the charge in the ledger, the training, the finished
+(noised) upload, its release. A process that dies in between has been charged; one that dies after the upload is stored
+sends the same bytes again at no cost.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedlora.plan import Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload, to_scalars
-from fedlora.privacy import Budget, RunStreams
+from fedlora.plan import ROW, Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload, to_scalars
+from fedlora.privacy import SIGMA_STEP, Budget, BudgetExhausted, Forbidden, Ledger, RunStreams, RunTerms
 from fedlora.tasks import Records
 from fedlora.training import Trainer, TrainResult
 from fedlora.wire import digest
 
-from .state import Account, State
+from .state import State
 
 log = logging.getLogger(__name__)
+
+MOST_EXTRA_NOISE = 10
+"""Where the lifetime budget leaves room only for more than so many times the noise of --epsilon, it is exhausted: who
+wants such a run asks for less epsilon."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,20 @@ class Limits:
     Attributes:
         epsilon: most that one run may spend; infinite turns privacy off.
         delta: None for min(1e-5, 0.1 / n̂).
-        declared_size: the public n̂; None for the number of records, rounded down to two significant digits.
+        declared_size: the public n̂; None for the number of units, rounded down to two significant digits.
         max_clip_norm: the plan's clip norm is lowered to at most this.
+        unit: "row", or "column:NAME".
+        rows_per_unit: most rows of one unit that enter a step.
+        announce_size: whether uploads state sigma and delta, which tell n̂.
     """
 
     epsilon: float
     delta: float | None = None
     declared_size: int | None = None
     max_clip_norm: float = float("inf")
+    unit: str = ROW
+    rows_per_unit: int = 8
+    announce_size: bool = True
 
     @property
     def private(self) -> bool:
@@ -59,48 +71,89 @@ class ClientSession:
         trainer: the process's trainer, shared by all simulated clients.
         records: this client's encoded training records.
         limits: what this client allows.
-        state: where the account and the last upload are kept.
+        state: where the last upload and the frozen tensors are kept.
         streams: where this client draws its random numbers from, under its name.
+        ledger, dataset: what this run is charged to.
+        approve: asked once the noise is known; raises `Forbidden` where the owner's policy does not allow it.
     Raises:
-        Refused: "privacy-mismatch", or "policy" where the plan cannot be followed within the limits (the reason is in
-            the local log).
+        Refused: "privacy-mismatch"; "policy" where the plan cannot be followed within the limits, "budget" where the
+            lifetime budget does not allow it (the reason is in the local log).
+
+    Attributes:
+        terms: sampling rate, noise and clip norm, fixed for the run.
+        noise_for_run: the noise multiplier that --epsilon alone asks for; that of `terms` is larger where the lifetime
+            budget leaves less.
     """
 
     def __init__(self, run: RunPlan, trainer: Trainer, records: Records, limits: Limits, state: State,
-                 streams: RunStreams) -> None:
+                 streams: RunStreams, ledger: Ledger, dataset: str, *,
+                 approve: Callable[[RunTerms], None] = lambda terms: None) -> None:
         limits.check(run.private)
         if not len(records):
             raise ValueError("no row can be trained on: each lacks a label, or an answer within --max-length")
         self.run, self.trainer, self.records = run, trainer, records
         self.limits, self.state, self.streams = limits, state, streams
+        self.ledger, self.dataset = ledger, dataset
         self.last_result: TrainResult | None = None
-        plan_sha256 = hashlib.sha256(json.dumps(to_scalars(run), sort_keys=True).encode()).hexdigest()
-        known = state.account(run.run_id)
-        if known is not None and known.plan_sha256 != plan_sha256:
-            log.error("The server changed the plan of run %s while it lasts; refused.", run.run_id)
-            raise Refused("policy")
-        fresh = self._open_account(plan_sha256)
-        if known is not None and known.terms != fresh.terms:
-            log.error("Run %s was begun with %s; the limits and the data now ask for %s. They cannot change within a "
-                      "run: start as before, or take part in a new run.", run.run_id, known.terms, fresh.terms)
-            raise Refused("policy")
-        self.account = known or fresh
-
-    def _open_account(self, plan_sha256: str) -> Account:
-        """Fix sampling rate, noise and clip norm for the run: the noise suits its most participations exactly."""
-        limits, run = self.limits, self.run
-        clip_norm = min(run.clip_norm, limits.max_clip_norm)
-        if not run.private:
-            rate = min(1.0, run.expected_batch / (limits.declared_size or len(self.records)))
-            return Account(plan_sha256, rate, None, None, clip_norm)
+        self.terms = self._settle()
         try:
-            budget = Budget.declare(len(self.records), epsilon=limits.epsilon, delta=limits.delta,
-                                    declared_size=limits.declared_size)
-            noise_multiplier = budget.noise_multiplier(run.expected_batch, run.max_participations * run.local_steps)
-        except ValueError as error:
+            approve(self.terms)
+            ledger.begin_run(dataset, self.terms)
+        except Forbidden as error:
             log.error("%s", error)
-            raise Refused("policy") from error
-        return Account(plan_sha256, budget.sampling_rate(run.expected_batch), noise_multiplier, budget.delta, clip_norm)
+            raise Refused("policy") from None
+        except BudgetExhausted as error:
+            log.error("%s", error)
+            raise Refused("budget") from None
+
+    def _settle(self) -> RunTerms:
+        """The terms of the run: those it was begun with, or new ones whose noise fits the lifetime budget too."""
+        fresh = self._terms_for_this_run()
+        self.noise_for_run = fresh.noise_multiplier
+        known = self.ledger.terms(self.dataset, self.run.run_id)
+        if known is None:
+            return fresh if fresh.noise_multiplier is None else _within_lifetime(self.ledger, self.dataset, fresh)
+        if known.plan_sha256 != fresh.plan_sha256:
+            log.error("The server changed the plan of run %s while it lasts; refused.", self.run.run_id)
+            raise Refused("policy")
+        same = dataclasses.replace(fresh, noise_multiplier=known.noise_multiplier) == known
+        if not same or (fresh.noise_multiplier or 0.0) > (known.noise_multiplier or 0.0):
+            log.error("Run %s was begun with %s; the limits and the data now ask for %s. They cannot change within a "
+                      "run: start as before, or take part in a new run.", self.run.run_id, known, fresh)
+            raise Refused("policy")
+        return known
+
+    def _terms_for_this_run(self) -> RunTerms:
+        """The noise suits --epsilon and the run's most participations exactly, whatever was spent before."""
+        limits, run = self.limits, self.run
+        plan_sha256 = hashlib.sha256(json.dumps(to_scalars(run), sort_keys=True).encode()).hexdigest()
+        count = self.records.units_count
+        size, delta, noise_multiplier = limits.declared_size or count, None, None
+        rate = min(1.0, run.expected_batch / size)
+        if run.private:
+            try:
+                budget = Budget.declare(count, epsilon=limits.epsilon, delta=limits.delta,
+                                        declared_size=limits.declared_size)
+                size, rate, delta = budget.declared_size, budget.sampling_rate(run.expected_batch), budget.delta
+                noise_multiplier = budget.noise_multiplier(run.expected_batch, run.max_participations * run.local_steps)
+            except ValueError as error:
+                log.error("%s", error)
+                raise Refused("policy") from error
+        return RunTerms(
+            run_id=run.run_id, plan_sha256=plan_sha256, unit=limits.unit, declared_size=size, sampling_rate=rate,
+            noise_multiplier=noise_multiplier, delta=delta, clip_norm=min(run.clip_norm, limits.max_clip_norm),
+            scales={"adapter": run.adapter_scale, "head": run.head_scale}, local_steps=run.local_steps,
+            max_participations=run.max_participations)
+
+    @property
+    def started(self) -> tuple[tuple[int, int], ...]:
+        """(round, attempt) of every training that began, whether or not it was sent."""
+        return tuple((charge.round, charge.attempt) for charge in self.ledger.charges(self.dataset, self.run.run_id)
+                     if charge.state != "voided")
+
+    def epsilon(self) -> float:
+        """Spent so far in this run; infinite without privacy."""
+        return self.ledger.epsilon(self.dataset, self.run.run_id)
 
     def run_round(self, plan: RoundPlan, tensors: Tensors,
                   stop: Callable[[], bool] = lambda: False) -> Upload | Refusal:
@@ -112,67 +165,104 @@ class ClientSession:
             stop: asked between micro-batches; True abandons the round (which stays charged).
         Returns:
             What may be sent: the upload, or why there is none.
+        Raises:
+            LedgerError: the charge cannot be written; nothing was trained.
         """
         if plan.run != self.run:
             log.error("Round %d came with another plan than the run began with; refused.", plan.round)
             return Refusal("policy")
-        stored = self.state.stored_upload(plan)
-        if stored is not None:
-            log.info("Round %d was trained before; the stored upload is sent again at no cost.", plan.round)
-            return stored
-        if (plan.round, plan.attempt) in self.account.started:
-            log.warning("Round %d, attempt %d was begun before and not finished; it is not trained twice.",
-                        plan.round, plan.attempt)
-            return Refusal("unavailable")
-        if len(self.account.started) >= self.run.max_participations:
-            log.warning("This client has started %d rounds, the most that its privacy was calibrated to.",
-                        len(self.account.started))
+        started = self.started
+        if (plan.round, plan.attempt) in started:
+            return self._again(plan)
+        if len(started) >= self.run.max_participations:
+            log.warning("This client has started %d rounds, the most that its privacy was calibrated to.", len(started))
             return Refusal("budget")
         try:
             start = self._complete(plan, tensors)
         except Refused as refused:
             return refused.refusal
-        self.account = self.account.charged(plan.round, plan.attempt, self.run.local_steps)
-        self.state.save_account(self.run.run_id, self.account)
-        return self._train(plan, start, stop)
+        try:
+            reservation = self.ledger.reserve(self.dataset, self.run.run_id, plan.round, plan.attempt)
+        except BudgetExhausted as error:
+            log.error("%s", error)
+            return Refusal("budget")
+        reservation.begin()
+        upload = self._train(plan, start, stop)
+        if isinstance(upload, Upload):
+            self.state.save_upload(upload)
+            reservation.stored(digest(upload.tensors))
+            reservation.released()
+        return upload
+
+    def _again(self, plan: RoundPlan) -> Upload | Refusal:
+        """The identical bytes of an order that was trained before, at no cost; none if it was not finished."""
+        stored = self.state.stored_upload(plan)
+        if stored is None:
+            log.warning("Round %d, attempt %d was begun before and not finished; it is not trained twice.",
+                        plan.round, plan.attempt)
+            return Refusal("unavailable")
+        self.ledger.released_again(self.dataset, *plan.key, digest(stored.tensors))
+        log.info("Round %d was trained before; the stored upload is sent again at no cost.", plan.round)
+        return stored
 
     def _complete(self, plan: RoundPlan, tensors: Tensors) -> Tensors:
-        """The received tensors, with the shared ones added from the cache, checked against the layout."""
+        """The received tensors, with the shared ones that did not travel added from the cache, checked."""
         layout = self.trainer.adapted.layout
-        shared_names = {spec.name for spec in layout.shared}
-        received = {name: array for name, array in tensors.items() if name in shared_names}
-        shared: Tensors = received
-        if shared_names and not received:
-            held = self.state.shared(plan.shared_sha256)
-            if held is None:
-                raise Refused("missing-tensors")
-            shared = held
+        names = {spec.name for spec in layout.shared}
+        received = {name: array for name, array in tensors.items() if name in names}
+        held_sha256, held = self.state.shared()
+        shared = {name: array for name, array in {**held, **received}.items() if name in names}
+        if shared.keys() != names:
+            raise Refused("missing-tensors")
         try:
             layout.check({**tensors, **shared}, "state")
         except ValueError as error:
             raise Refused("invalid-tensors", str(error)) from error
-        if received and digest(received) != plan.shared_sha256:
+        if (digest(shared) if received or not names else held_sha256) != plan.shared_sha256:
+            if received.keys() != names:  # what is held is not what the server believes
+                raise Refused("missing-tensors")
             raise Refused("invalid-tensors", "the frozen tensors do not have the digest that the order names")
         if received:
-            self.state.save_shared(plan.shared_sha256, received)
+            self.state.save_shared(plan.shared_sha256, shared)
         return {**tensors, **shared}
 
     def _train(self, plan: RoundPlan, start: Tensors, stop: Callable[[], bool]) -> Upload | Refusal:
         self.trainer.adapted.write(start)
-        private = self.run.private
+        private, terms = self.run.private, self.terms
         result = self.trainer.train(
-            self.run, self.records, sampling_rate=self.account.sampling_rate,
-            noise_multiplier=self.account.noise_multiplier, clip_norm=self.account.clip_norm, lr=plan.lr,
+            self.run, self.records, sampling_rate=terms.sampling_rate, noise_multiplier=terms.noise_multiplier,
+            clip_norm=terms.clip_norm, lr=plan.lr, rows_per_unit=self.limits.rows_per_unit,
             sampling=self.streams.stream(plan.round, "sampling", plan.attempt),
             noise=self.streams.stream(plan.round, "noise", plan.attempt) if private else None, stop=stop)
         self.last_result = result
         if result.steps < self.run.local_steps:
             log.info("Round %d was stopped before its last step; it stays charged.", plan.round)
             return Refusal("unavailable")
-        upload = Upload(
-            *plan.key, tensors=result.tensors, steps=result.steps, delta=self.account.delta,
-            noise_multiplier=self.account.noise_multiplier,
-            num_examples=None if private else len(self.records),
+        announced = self.limits.announce_size
+        return Upload(
+            *plan.key, tensors=result.tensors, steps=result.steps, delta=terms.delta if announced else None,
+            noise_multiplier=terms.noise_multiplier if announced else None,
+            num_examples=None if private else self.records.units_count,
             train_loss=None if private else result.mean_loss)
-        self.state.save_upload(upload)
-        return upload
+
+
+def _within_lifetime(ledger: Ledger, dataset: str, terms: RunTerms) -> RunTerms:
+    """The terms with the smallest noise, not below theirs, that the lifetime budget leaves room for.
+
+    If it is out of reach they come back as they are, for `Ledger.begin_run` to refuse.
+    """
+    def with_noise(multiple: int) -> RunTerms:
+        return dataclasses.replace(terms, noise_multiplier=multiple * SIGMA_STEP)
+
+    if ledger.fits(dataset, terms):
+        return terms
+    assert terms.noise_multiplier is not None
+    low = high = round(terms.noise_multiplier / SIGMA_STEP)
+    while not ledger.fits(dataset, with_noise(high)):
+        low, high = high, 2 * high
+        if low * SIGMA_STEP > MOST_EXTRA_NOISE * terms.noise_multiplier:
+            return terms
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if ledger.fits(dataset, with_noise(middle)) else (middle, high)
+    return with_noise(high)

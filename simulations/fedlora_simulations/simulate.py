@@ -13,8 +13,8 @@ import numpy as np
 
 from fedlora import data
 from fedlora.data import Rows
-from fedlora.plan import Tensors
-from fedlora.privacy import RunStreams
+from fedlora.plan import COLUMN, ROW, Tensors
+from fedlora.privacy import Ledger, RunStreams
 from fedlora.tasks import Records, Task
 from fedlora.training import Trainer
 from fedlora_client.session import ClientSession, Limits
@@ -76,7 +76,9 @@ def populate(options: Namespace, seed: int) -> Population:
     """
     if options.data is None:
         raise ValueError("--data is missing: name a folder or file of training rows")
-    rows = data.read(options.data, options.task, columns=options.column)
+    unit = options.privacy_unit or ROW
+    rows = data.read(options.data, options.task, columns=options.column,
+                     unit=None if unit == ROW else unit.removeprefix(COLUMN))
     labels = options.labels or data.label_names(rows)
     if options.task == "classification" and len(labels) < 2:
         raise ValueError(f"--data {options.data} has {len(labels)} different labels; classification needs at least two "
@@ -87,8 +89,18 @@ def populate(options: Namespace, seed: int) -> Population:
             raise ValueError(f"--partition files needs differently named files, one for each client; --data "
                              f"{options.data} has {len(stems)} and --clients is {options.clients}")
         return Population(rows, dict(zip(stems, rows.by_file(), strict=True)), labels, held_out(options))
-    parts = data.partition(len(rows), rows.labels, options.partition, options.clients or 2, seed)
+    parts = _deal(rows, options.partition, options.clients or 2, seed)
     return Population(rows, {f"client-{i}": part for i, part in enumerate(parts)}, labels, held_out(options))
+
+
+def _deal(rows: Rows, partition: str, clients: int, seed: int) -> list[np.ndarray]:
+    """The rows' indices for each client; all rows of one unit go to the same client."""
+    if rows.units is None:
+        return data.partition(len(rows), rows.labels, partition, clients, seed)
+    _, first, unit_of = np.unique(np.array(rows.units), return_index=True, return_inverse=True)
+    labels = None if rows.labels is None else [rows.labels[row] for row in first]
+    parts = data.partition(len(first), labels, partition, clients, seed)
+    return [np.flatnonzero(np.isin(unit_of, part)) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,8 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     federation = prepare(options, method.strategy, base, population.labels, seed, run_id=run_id)
     trainer = Trainer(federation.adapted, federation.task, device=options.device, precision=options.precision,
                       micro_batch=options.micro_batch, threads=options.threads)
-    sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed)
+    ledger = Ledger(out / "ledger.sqlite" if out else None, simulated=True)
+    sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed, ledger)
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     engine = InProcessEngine(sessions, federation.plan.run_id, federation.adapted.layout)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
@@ -139,21 +152,24 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
                             evaluate=evaluate, out=out)
     simulated = Simulated(
         method, seed, federation, result,
-        epsilons={name: session.account.epsilon() for name, session in sessions.items()},
-        noise_multipliers={name: session.account.noise_multiplier for name, session in sessions.items()},
+        epsilons={name: session.epsilon() for name, session in sessions.items()},
+        noise_multipliers={name: session.terms.noise_multiplier for name, session in sessions.items()},
         bytes_up=engine.bytes_up, bytes_down=engine.bytes_down, seconds=time.monotonic() - began)
     if out is not None:
         write_report(out, federation, result, base.loadable_name)
     engine.close("the run is over")
+    ledger.close()
     return simulated
 
 
 def make_sessions(options: Namespace, federation: Federation, trainer: Trainer, records: Mapping[str, Records],
-                  seed: int) -> dict[str, ClientSession]:
-    """A session for each client; all share the trainer and the cache of frozen tensors."""
-    limits = Limits(options.epsilon, options.delta, options.declared_size, options.max_clip_norm or float("inf"))
+                  seed: int, ledger: Ledger) -> dict[str, ClientSession]:
+    """A session for each client; all share the trainer, the cache of frozen tensors and a simulated ledger."""
+    limits = Limits(options.epsilon, options.delta, options.declared_size, options.max_clip_norm or float("inf"),
+                    unit=options.privacy_unit or ROW, rows_per_unit=options.rows_per_unit)
     shared: dict[str, Tensors] = {}
-    return {name: ClientSession(federation.plan, trainer, own, limits, MemoryState(shared), RunStreams(name, seed))
+    return {name: ClientSession(federation.plan, trainer, own, limits, MemoryState(shared), RunStreams(name, seed),
+                                ledger, name)
             for name, own in records.items()}
 
 

@@ -1,5 +1,7 @@
 """The client's core with a real tiny model: what is charged, what is sent again, what is declined."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from fedlora import models
 from fedlora.adapters import attach, initial_tensors
 from fedlora.data import Rows
 from fedlora.plan import ModelRef, Refusal, Refused, RoundPlan, RunPlan, Upload
-from fedlora.privacy import RunStreams
+from fedlora.privacy import Accountant, Forbidden, Ledger, RunStreams, Spend
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
 from fedlora.wire import digest
@@ -36,8 +38,8 @@ def make_plan(**changes):
 class Desk:
     """One client with everything that its session needs; `session()` is what a (re)started process would have."""
 
-    def __init__(self, checkpoint, state):
-        self.state, self.plan = state, make_plan()
+    def __init__(self, checkpoint, state, ledger):
+        self.state, self.ledger, self.plan = state, ledger, make_plan()
         loaded = models.load(checkpoint("bert"), "classification", 2)
         adapted = attach(loaded, family="frozen-a", rank=2, alpha=2.0, targets=("query",), train_head=True)
         self.start = initial_tensors(adapted, init="orthonormal", seed=0)
@@ -47,10 +49,10 @@ class Desk:
         self.trained = {spec.name: self.start[spec.name] for spec in adapted.layout.trained}
         self.shared_sha256 = digest(shared)
 
-    def session(self, plan=None, seed=7, **limits):
+    def session(self, plan=None, seed=7, approve=lambda terms: None, **limits):
         limits = Limits(**{"epsilon": 8.0} | limits)
         return ClientSession(plan or self.plan, self.trainer, self.records, limits, self.state,
-                             RunStreams("north", seed))
+                             RunStreams("north", seed), self.ledger, "north", approve=approve)
 
     def order(self, round, attempt=0, plan=None):
         return RoundPlan(plan or self.plan, round, attempt, self.shared_sha256)
@@ -58,7 +60,7 @@ class Desk:
 
 @pytest.fixture
 def desk(checkpoint, tmp_path):
-    return Desk(checkpoint, FolderState(tmp_path / "state"))
+    return Desk(checkpoint, FolderState(tmp_path / "state"), Ledger(tmp_path / "ledger.sqlite", simulated=True))
 
 
 def test_an_upload_moves_only_the_trained_tensors_and_says_nothing_un_noised(desk):
@@ -73,18 +75,18 @@ def test_an_upload_moves_only_the_trained_tensors_and_says_nothing_un_noised(des
 def test_a_repeated_order_gets_the_identical_bytes_at_no_cost_even_after_a_restart(desk):
     session = desk.session()
     first = session.run_round(desk.order(1), desk.start)
-    spent = session.account.epsilon()
+    spent = session.epsilon()
     restarted = desk.session(seed=8)
     again = restarted.run_round(desk.order(1), desk.start)
     assert {n: t.tobytes() for n, t in again.tensors.items()} == {n: t.tobytes() for n, t in first.tensors.items()}
-    assert restarted.account.epsilon() == spent
+    assert restarted.epsilon() == spent
 
 
 def test_an_order_that_was_begun_and_not_finished_stays_charged_and_is_not_trained_twice(desk):
     session = desk.session()
     assert session.run_round(desk.order(1), desk.start, stop=lambda: True) == Refusal("unavailable")
     restarted = desk.session()
-    assert restarted.account.epsilon() > 0 and restarted.account.started == ((1, 0),)
+    assert restarted.epsilon() > 0 and restarted.started == ((1, 0),)
     assert restarted.run_round(desk.order(1), desk.start) == Refusal("unavailable")
     assert isinstance(restarted.run_round(desk.order(1, attempt=1), desk.start), Upload)
 
@@ -92,7 +94,7 @@ def test_an_order_that_was_begun_and_not_finished_stays_charged_and_is_not_train
 def test_the_charge_is_on_the_disk_before_a_record_is_read(desk):
     session = desk.session()
     seen = []
-    session.run_round(desk.order(1), desk.start, stop=lambda: bool(seen.append(desk.state.account("ab" * 8).started)))
+    session.run_round(desk.order(1), desk.start, stop=lambda: bool(seen.append(session.started)))
     assert seen and all(started == ((1, 0),) for started in seen)
 
 
@@ -101,16 +103,32 @@ def test_no_more_rounds_are_started_than_the_noise_was_calibrated_to(desk):
     for number in (1, 2):
         assert isinstance(session.run_round(desk.order(number), desk.start), Upload)
     assert session.run_round(desk.order(3), desk.start) == Refusal("budget")
-    assert 7.5 < session.account.epsilon() <= 8.0
+    assert 7.5 < session.epsilon() <= 8.0
 
 
 def test_the_shared_tensors_are_needed_once(desk):
     session = desk.session()
     assert session.run_round(desk.order(1), desk.trained) == Refusal("missing-tensors")
-    assert session.account.started == ()
+    assert session.started == ()
     first = session.run_round(desk.order(1), desk.start)
     assert isinstance(first, Upload)
     assert isinstance(desk.session().run_round(desk.order(2), first.tensors), Upload)
+
+
+def test_shared_tensors_that_changed_travel_alone_and_are_completed_from_what_is_held(desk):
+    session = desk.session()
+    names = sorted(desk.start.keys() - desk.trained.keys())
+    assert len(names) > 1
+    held, changed = {name: desk.start[name] for name in names}, {names[0]: -desk.start[names[0]]}
+    other = {name: 2 * array for name, array in held.items()}
+    desk.shared_sha256 = digest(held | changed)
+    assert session.run_round(desk.order(1), {**desk.trained, **changed}) == Refusal("missing-tensors")
+    desk.state.save_shared(digest(other), other)
+    assert session.run_round(desk.order(1), {**desk.trained, **changed}) == Refusal("missing-tensors")
+    assert session.started == ()
+    desk.state.save_shared(digest(held), held)
+    assert isinstance(session.run_round(desk.order(1), {**desk.trained, **changed}), Upload)
+    assert desk.state.shared()[0] == desk.shared_sha256
 
 
 def test_tensors_that_do_not_fit_are_refused_before_anything_is_charged(desk):
@@ -119,7 +137,7 @@ def test_tensors_that_do_not_fit_are_refused_before_anything_is_charged(desk):
     for bad in (np.full_like(desk.start[name], np.nan), desk.start[name][:1], desk.start[name].astype(np.float64)):
         answer = session.run_round(desk.order(1), {**desk.start, name: bad})
         assert isinstance(answer, Refusal) and answer.code == "invalid-tensors"
-    assert session.account.started == ()
+    assert session.started == ()
 
 
 def test_a_plan_that_changes_within_the_run_is_refused_by_the_old_and_by_a_new_process(desk):
@@ -141,7 +159,7 @@ def test_shared_tensors_that_are_not_the_named_ones_are_refused_and_not_kept(des
     name = next(iter(desk.start.keys() - desk.trained.keys()))
     answer = desk.session().run_round(desk.order(1), {**desk.start, name: desk.start[name] * 2})
     assert isinstance(answer, Refusal) and answer.code == "invalid-tensors"
-    assert desk.state.shared(desk.shared_sha256) is None
+    assert desk.state.shared() == ("", {})
 
 
 def test_privacy_of_the_two_sides_must_agree(desk):
@@ -159,13 +177,58 @@ def test_a_batch_too_large_for_the_declared_size_is_refused_and_the_log_names_th
 
 
 def test_the_client_may_lower_the_clip_norm_and_never_raise_it(desk, tmp_path):
-    assert desk.session(max_clip_norm=0.1).account.clip_norm == 0.1
-    desk.state = MemoryState({})
-    assert desk.session(max_clip_norm=9.0).account.clip_norm == 0.5
+    assert desk.session(max_clip_norm=0.1).terms.clip_norm == 0.1
+    desk.ledger, desk.state = Ledger(None, simulated=True), MemoryState({})
+    assert desk.session(max_clip_norm=9.0).terms.clip_norm == 0.5
 
 
 def test_without_privacy_the_number_of_examples_and_the_loss_are_sent_and_no_noise(desk):
     plan = make_plan(private=False, weight_by_examples=True)
     upload = desk.session(plan=plan, epsilon=float("inf")).run_round(desk.order(1, plan=plan), desk.start)
     assert upload.num_examples == 60 and upload.train_loss > 0
+    assert upload.noise_multiplier is None and upload.delta is None
+
+
+def test_a_run_after_another_gets_the_noise_that_the_lifetime_leaves_room_for_and_none_is_begun_beyond_it(desk, caplog):
+    desk.ledger.declare("north", epsilon=12.0, delta=1e-5)
+    first = desk.session(epsilon=4.0)
+    for number in (1, 2):
+        first.run_round(desk.order(number), desk.start)
+    later = make_plan(run_id="cd" * 8)
+    second = desk.session(plan=later, epsilon=8.0)
+    assert second.terms.noise_multiplier > second.noise_for_run
+    assert not desk.ledger.fits("north", dataclasses.replace(
+        second.terms, run_id="ef" * 8, noise_multiplier=second.terms.noise_multiplier - 0.001))
+    for number in (1, 2):
+        assert isinstance(second.run_round(desk.order(number, plan=later), desk.start), Upload)
+    assert 11.0 < desk.ledger.lifetime("north").spent <= 12.0
+    desk.ledger.declare("north", epsilon=11.0, delta=1e-5)
+    with pytest.raises(Refused, match="budget"):
+        desk.session(plan=make_plan(run_id="12" * 8))
+    assert "lifetime" in caplog.text
+
+
+def test_restarts_between_rounds_cost_nothing_where_a_fresh_engine_would_have_forgotten(desk, tmp_path):
+    for number in (1, 2):
+        assert isinstance(desk.session().run_round(desk.order(number), desk.start), Upload)
+    restarted = desk.session().epsilon()
+    assert len(desk.session().started) == 2
+    terms = desk.session().terms
+    spent = [Accountant((Spend(terms.noise_multiplier, terms.sampling_rate, steps),)).epsilon(terms.delta)
+             for steps in (4, 2)]
+    assert restarted == pytest.approx(spent[0], abs=1e-6)
+    assert spent[1] < restarted - 0.5  # what an accountant that begins anew each round would have printed
+
+
+def test_what_the_owners_policy_forbids_is_refused_before_anything_is_charged(desk):
+    def forbid(terms):
+        raise Forbidden(f"noise {terms.noise_multiplier}")
+
+    with pytest.raises(Refused, match="policy"):
+        desk.session(approve=forbid)
+    assert desk.ledger.charges() == () and desk.ledger.terms("north", "ab" * 8) is None
+
+
+def test_a_size_that_is_not_announced_leaves_the_upload_without_noise_and_delta(desk):
+    upload = desk.session(announce_size=False).run_round(desk.order(1), desk.start)
     assert upload.noise_multiplier is None and upload.delta is None

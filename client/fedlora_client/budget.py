@@ -1,0 +1,133 @@
+"""fedlora-client budget: what was spent on which data set, when and by which run, and what is left.
+
+fedlora-client verify: whether a privacy report's arithmetic and signature hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fedlora.privacy import Charge, Ledger, Policy
+from fedlora.privacy.ledger.lifetime import FILTER_ORDERS, filter_epsilon
+from fedlora.privacy.report import verify_file
+
+from . import places
+
+AHEAD = (1, 5, 20)
+"""Numbers of further rounds whose price is shown."""
+
+
+def budget(argv: Sequence[str]) -> int:
+    """Show the ledger; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="fedlora-client budget", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--policy", type=Path, metavar="FILE.toml", help="[policy.toml in the user's configuration]")
+    parser.add_argument("--simulated-ledger", type=Path, metavar="DIR", help="show the ledger of a demo or simulation")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options = parser.parse_args(argv)
+    folder: Path | None = options.simulated_ledger
+    path = folder / "ledger.sqlite" if folder else places.ledger()
+    if not path.exists():
+        print(f"fedlora-client: there is no ledger at {path}: nothing was spent by this user on this machine",
+              file=sys.stderr)
+        return 0
+    try:
+        policy = Policy.read(options.policy or (folder / "policy.toml" if folder else places.policy()))
+        ledger = Ledger(path, simulated=folder is not None)
+        names = sorted({charge.dataset for charge in ledger.charges()} | policy.datasets.keys())
+        described = {name: describe(ledger, name) for name in names}
+    except ValueError as error:
+        print(f"fedlora-client: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps({"ledger": ledger.ledger_id, "simulated": ledger.simulated, "datasets": described}, indent=1))
+        return 0
+    console = Console()
+    console.print(f"Ledger {ledger.ledger_id}" + (", simulated" if ledger.simulated else ""), highlight=False)
+    for name, about in described.items():
+        _show(console, name, about)
+    return 0
+
+
+def describe(ledger: Ledger, dataset: str) -> dict:
+    """One data set's spending, as JSON: lifetime, runs in order, and the price of further rounds like the last."""
+    lifetime, own = ledger.lifetime(dataset), _runs(ledger, dataset)
+    counted = [run for name in (dataset, *ledger.overlapping(dataset)) for run in _runs(ledger, name)]
+    ahead = {}
+    if own and (last := own[-1][0].terms).noise_multiplier is not None:
+        spends = [run[0].terms.spends(len(run)) for run in counted]
+        ahead = {str(rounds): _finite(filter_epsilon([*spends, last.spends(rounds)], lifetime.delta or last.delta,
+                                                     FILTER_ORDERS)) for rounds in AHEAD}
+    return {"epsilon": _finite(lifetime.epsilon), "delta": lifetime.delta, "spent": _finite(lifetime.spent),
+            "remaining": _finite(lifetime.remaining), "closed_by": lifetime.closed_by,
+            "overlapping": list(ledger.overlapping(dataset)), "runs": [_run(ledger, run) for run in own],
+            "spent_after_further_rounds": ahead}
+
+
+def _runs(ledger: Ledger, dataset: str) -> list[list[Charge]]:
+    """The charges of each run, in order; those that cost nothing are left out."""
+    runs: dict[str, list[Charge]] = {}
+    for charge in ledger.charges(dataset):
+        if charge.state != "voided":
+            runs.setdefault(charge.run_id, []).append(charge)
+    return list(runs.values())
+
+
+def _run(ledger: Ledger, charges: Sequence[Charge]) -> dict:
+    first, terms = charges[0], charges[0].terms
+    return {"run": first.run_id, "first": _time(first.time), "last": _time(charges[-1].time), "rounds": len(charges),
+            "steps": sum(charge.steps for charge in charges), "noise_multiplier": terms.noise_multiplier,
+            "sampling_rate": terms.sampling_rate, "delta": terms.delta, "unit": terms.unit,
+            "epsilon": _finite(ledger.epsilon(first.dataset, first.run_id))}
+
+
+def _show(console: Console, name: str, about: dict) -> None:
+    limit = "no lifetime budget" if about["epsilon"] is None else (
+        f"ε {_text(about['spent'])} of {_text(about['epsilon'])} spent over its lifetime (RDP, δ {about['delta']:g}), "
+        f"{_text(about['remaining'])} left" + (f"; closed by run {about['closed_by']}" if about["closed_by"] else ""))
+    console.print(f"\n[bold]{name}[/bold]: {limit}", highlight=False)
+    if about["overlapping"]:
+        console.print(f"shares records with {', '.join(about['overlapping'])}, whose spending counts here too",
+                      highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "begun", "last charge", "rounds", "ε of the run", "σ", "q"):
+        table.add_column(column, justify="left" if column in ("run", "begun", "last charge") else "right")
+    for run in about["runs"]:
+        sigma = "none" if run["noise_multiplier"] is None else f"{run['noise_multiplier']:.3f}"
+        table.add_row(run["run"], run["first"], run["last"], str(run["rounds"]), _text(run["epsilon"]), sigma,
+                      f"{run['sampling_rate']:.4g}")
+    if about["runs"]:
+        console.print(table)
+    for rounds, spent in about["spent_after_further_rounds"].items():
+        console.print(f"{rounds} more rounds like the last: ε {_text(spent)}", highlight=False)
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _finite(value: float | None) -> float | str | None:
+    """JSON has no infinity."""
+    return value if value is None or math.isfinite(value) else "inf"
+
+
+def _text(value: float | str | None) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def verify(argv: Sequence[str]) -> int:
+    """Check a privacy report; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="fedlora-client verify", description="Recompute a privacy report's ε from "
+                                     "its signed history, and check the signature.")
+    parser.add_argument("report", type=Path, help="privacy.json")
+    parser.add_argument("--public-key", metavar="HEX", help="the client's key, from a source that you trust")
+    options = parser.parse_args(argv)
+    return verify_file(options.report, Console(), public_key=options.public_key)

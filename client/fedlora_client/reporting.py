@@ -1,0 +1,113 @@
+"""From a client's session to its privacy report: privacy.json, privacy.md and privacy.png in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from fedlora.plan import PROTOCOL, ROW
+from fedlora.privacy import INSECURE_SEED_VARIABLE, Charge, Ledger
+from fedlora.privacy.ledger.lifetime import FILTER_ORDERS
+from fedlora.privacy.report import (
+    LifetimeAccount,
+    LifetimeCharge,
+    Mechanism,
+    Training,
+    announced,
+    load_or_create_key,
+    privacy_report,
+    sign,
+    write_report,
+)
+from fedlora.training.precision import ROUNDING
+
+from . import places
+from .session import ClientSession
+
+
+def write_privacy_report(folder: Path, session: ClientSession, *, server: str, labels: Sequence[str],
+                         refusals: Sequence[tuple[int | None, str]]) -> Path:
+    """Write and sign the report of what this client has done in its run so far.
+
+    Args:
+        folder: of the run.
+        server: its address.
+        labels: label names that were announced.
+        refusals: (round, code) of each refusal sent.
+    Returns:
+        The path of privacy.json.
+    Raises:
+        ValueError: the signing key cannot be used.
+    """
+    run, terms, ledger, dataset = session.run, session.terms, session.ledger, session.dataset
+    name, unit = session.streams.name, terms.unit
+    uploaded = 4 * session.trainer.adapted.layout.num_trained
+    trainings = [Training(c.round, c.attempt, c.state, c.steps, c.time, terms.noise_multiplier, terms.sampling_rate,
+                          uploaded if c.sha256 else None, c.sha256) for c in ledger.charges(dataset, run.run_id)]
+    precision = session.trainer.precision
+    report = privacy_report(
+        dataset=dataset, run_id=run.run_id, client=name, server=server, plan_sha256=terms.plan_sha256,
+        strategy=run.strategy, base_model=asdict(run.model), unit=unit,
+        declared_size=terms.declared_size if run.private else None, delta=terms.delta,
+        mechanism=Mechanism(
+            noise_multiplier=terms.noise_multiplier, sampling_rate=terms.sampling_rate,
+            expected_batch=run.expected_batch, local_steps=terms.local_steps,
+            max_participations=terms.max_participations, clip_norm=terms.clip_norm, scales=terms.scales,
+            precision=precision, rounding_cover=ROUNDING[precision]),
+        trainings=trainings, lifetime=_lifetime(ledger, dataset, terms.delta),
+        disclosed=announced(client=name, private=run.private, labels=labels or None, protocol=PROTOCOL),
+        group_size=terms.group_size, rows_per_unit=None if unit == ROW else session.limits.rows_per_unit,
+        predictable=INSECURE_SEED_VARIABLE if session.streams.predictable else None, refusals=refusals)
+    return write_report(folder, sign(report, load_or_create_key(places.signing_key())))
+
+
+def draw_spending(path: Path, session: ClientSession) -> None:
+    """ε against the rounds that this client started, under the guarantee at the run's maximum."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from fedlora.privacy import Accountant, Spend
+
+    terms, started = session.terms, session.started
+    if terms.noise_multiplier is None or terms.delta is None or session.streams.predictable or not started:
+        return
+    spent = [Accountant((Spend(terms.noise_multiplier, terms.sampling_rate, terms.local_steps * count),)).epsilon(
+        terms.delta) for count in range(1, terms.max_participations + 1)]
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    axes.plot(range(1, len(spent) + 1), spent, color="0.7", linestyle="--", label="if every round is started")
+    axes.plot(range(1, len(started) + 1), spent[:len(started)], marker="o", markersize=3, label="started")
+    axes.axhline(spent[-1], color="tab:red", linewidth=0.8, label=f"guarantee at the maximum: {spent[-1]:.2f}")
+    axes.set(xlabel="rounds started", ylabel=f"ε at δ = {terms.delta:g}", ylim=(0, None),
+             title=f"{session.dataset}, run {session.run.run_id}")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _lifetime(ledger: Ledger, dataset: str, delta: float | None) -> LifetimeAccount | None:
+    """Everything that counts against the data set's lifetime, as the ledger has it."""
+    state = ledger.lifetime(dataset)
+    if (state.delta or delta) is None:
+        return None
+    overlapping = ledger.overlapping(dataset)
+    begun: dict[tuple[str, str], list[Charge]] = {}
+    for charge in ledger.charges():
+        if charge.dataset in (dataset, *overlapping) and charge.state != "voided":
+            begun.setdefault((charge.dataset, charge.run_id), []).append(charge)
+    charges = []
+    for (owner, run_id), trained in begun.items():
+        terms = trained[0].terms
+        count = terms.max_participations if run_id == state.closed_by else len(trained)
+        charges.append(LifetimeCharge(owner, run_id, terms.noise_multiplier, terms.sampling_rate,
+                                      count * terms.local_steps, terms.group_size))
+    given_up = "; ".join(f"ledger {mark['ledger_id']}, {mark['rows']} rows" for mark in ledger.marks())
+    return LifetimeAccount(
+        epsilon=state.epsilon if state.epsilon != float("inf") else None, delta=state.delta or delta,
+        charges=charges, spent=state.spent, remaining=state.remaining, overlapping=overlapping,
+        distinct=state.declared[-1].distinct if state.declared else (), closed_by=state.closed_by,
+        ledger_id=ledger.ledger_id,
+        new_ledger=given_up or ("begun anew by --new-ledger" if ledger.created_anew else None),
+        simulated=ledger.simulated, orders=state.declared[0].orders if state.declared else FILTER_ORDERS)

@@ -1,0 +1,159 @@
+"""A server that asks for more than was agreed gets a refusal and no update: real client processes over real gRPC.
+
+The server is FedLoRA's own engine, driven by hand, so that each order can be made hostile.
+"""
+
+import dataclasses
+import json
+
+import pytest
+
+import fedlora
+from fedlora import models, wire
+from fedlora.adapters import attach, initial_tensors
+from fedlora.plan import Refusal, RoundPlan, RunPlan
+from fedlora.privacy import Ledger
+from fedlora.wire import Setup
+from fedlora_server.grpc_engine import GrpcEngine
+from fedlora_strategies.messages import read_reply, to_record, train_message
+from tests.processes import Deployment, write_rows
+
+AGREED = ("run_id", "fedlora_version", "strategy", "private", "model", "task", "labels", "max_length", "rounds",
+          "max_participations", "local_steps", "expected_batch", "clip_norm")
+
+
+class Server:
+    """One run of at most two rounds, with a real client process called north."""
+
+    def __init__(self, folder, checkpoint, **changes):
+        self.plan = RunPlan(**{
+            "run_id": "ab" * 8, "fedlora_version": fedlora.__version__, "strategy": "ffa-lora", "family": "frozen-a",
+            "private": True, "model": models.reference("local", checkpoint), "task": "classification",
+            "labels": ("routine", "urgent"), "max_length": 16, "rank": 2, "alpha": 2.0, "targets": ("query",),
+            "train_head": True, "dropout": 0.0, "rounds": 2, "max_participations": 2, "local_steps": 2,
+            "expected_batch": 8, "optimizer": "sgd", "lr": 0.1, "clip_norm": 0.5, "adapter_scale": 1.0,
+            "head_scale": 1.0, "weight_by_examples": False} | changes)
+        setup = Setup(**{name: getattr(self.plan, name) for name in AGREED}, announce_labels=False)
+        adapted = attach(models.load(checkpoint, "classification", 2), family="frozen-a", rank=2, alpha=2.0,
+                         targets=("query",), train_head=True)
+        self.state = initial_tensors(adapted, init="orthonormal", seed=0)
+        self.digest = wire.digest({spec.name: self.state[spec.name] for spec in adapted.layout.shared})
+        self.deployment = Deployment(folder, checkpoint)
+        self.engine = GrpcEngine("127.0.0.1:0", setup, folder / "spool")
+        self.engine.expect(adapted.layout)
+        self.deployment.address = self.engine.address
+        self.data = write_rows(folder / "data" / "north.jsonl", seed=0)
+
+    def client(self, *arguments):
+        self.deployment.client("north", self.data, *arguments)
+        return self
+
+    def ask(self, round, attempt=0, **changes):
+        """What the client answers to an order with a changed plan: an Upload or a Refusal."""
+        while not self.engine.idle():
+            assert self.deployment.processes["north"].poll() is None, self.deployment.log("north")
+            self.engine.wait([], 0.2)
+        seat = self.engine._roster._seats[self.engine.idle()[0]]  # our own server never asks twice
+        seat.asked.clear()
+        seat.accepted = None
+        order = RoundPlan(dataclasses.replace(self.plan, **changes), round, attempt, self.digest)
+        sent = self.engine.push_messages([train_message(order, to_record(self.state), self.engine.idle()[0])])
+        while sent[0] not in self.engine.wait(sent, 0.2):
+            pass
+        return read_reply(next(iter(self.engine.pull_messages(sent))))
+
+    def charges(self):
+        path = self.deployment.home("north") / "state" / "fedlora" / "ledger.sqlite"
+        if not path.exists():
+            return ()
+        ledger = Ledger(path)
+        try:
+            return ledger.charges()
+        finally:
+            ledger.close()
+
+    def log(self):
+        return self.deployment.log("north")
+
+
+@pytest.fixture
+def serve(tmp_path, checkpoint):
+    servers = []
+
+    def start(**changes):
+        servers.append(Server(tmp_path, checkpoint("bert"), **changes))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.engine.close("the test is over")
+        server.deployment.__exit__()
+
+
+def test_more_rounds_than_agreed_are_declined(serve):
+    server = serve().client()
+    for number in (1, 2):
+        assert server.ask(number).steps == 2
+    assert server.ask(3).code == "budget"
+    assert len(server.charges()) == 2 and "calibrated to" in server.log()
+
+
+def test_a_repeated_round_gets_the_same_bytes_and_costs_nothing_and_a_repeated_training_is_charged(serve):
+    server = serve().client()
+    first, again = server.ask(1), server.ask(1)
+    assert {n: t.tobytes() for n, t in first.tensors.items()} == {n: t.tobytes() for n, t in again.tensors.items()}
+    assert len(server.charges()) == 1
+    other = server.ask(1, attempt=1)
+    assert any(other.tensors[name].tobytes() != first.tensors[name].tobytes() for name in first.tensors)
+    assert len(server.charges()) == 2
+    assert server.ask(1, attempt=2).code == "budget"
+
+
+@pytest.mark.parametrize("changes", [
+    {"clip_norm": 5.0}, {"local_steps": 4}, {"max_participations": 3, "rounds": 3}, {"private": False}], ids=str)
+def test_a_plan_that_is_not_what_was_said_when_joining_is_declined(serve, changes):
+    server = serve().client()
+    assert server.ask(1, **changes) == Refusal("policy")
+    assert server.deployment.end("north", 60) == 4
+    assert server.charges() == () and "is not what the server said" in server.log()
+
+
+def test_a_plan_that_changes_between_rounds_is_declined(serve):
+    server = serve().client()
+    assert server.ask(1).steps == 2
+    assert server.ask(2, head_scale=0.01) == Refusal("policy")
+    assert server.deployment.end("north", 60) == 4
+    assert len(server.charges()) == 1
+
+
+def test_another_model_is_declined_before_the_data_is_read(serve):
+    other = models.ModelRef("local", "0" * 64, "1" * 64, "2" * 64)
+    server = serve(model=other)
+    server.data.write_text("not a row\n")
+    server.client()
+    assert server.deployment.end("north", 60) == 4
+    assert "model-mismatch" in server.log() and "0" * 64 in server.log() and "not a row" not in server.log()
+
+
+POLICIES = {"min-noise-multiplier = 50.0": "min-noise-multiplier", 'servers = ["10.0.0.1:9092"]': "servers"}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_the_owners_policy_forbids_is_declined_with_a_bare_code(serve, tmp_path, policy):
+    path = tmp_path / "policy.toml"
+    path.write_text(policy + "\n")
+    server = serve().client("--policy", path)
+    if "noise" in policy:  # known once the terms are computed
+        assert server.ask(1) == Refusal("policy")
+    assert server.deployment.end("north", 60) == 4
+    assert server.charges() == ()
+    assert POLICIES[policy] in server.log() and str(path) in server.log() and "Traceback" not in server.log()
+
+
+def test_a_run_beyond_the_lifetime_is_declined_and_the_log_says_what_is_left(serve, tmp_path):
+    path = tmp_path / "policy.toml"
+    server = serve()
+    path.write_text(f"[dataset.north]\ndata = {json.dumps(str(server.data))}\nepsilon = 0.001\ndelta = 1e-5\n")
+    server.client("--policy", path)
+    assert server.ask(1) == Refusal("budget")
+    assert server.charges() == () and "lifetime" in server.log() and str(path.name) in server.log()
