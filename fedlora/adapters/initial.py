@@ -6,6 +6,7 @@ Each tensor has a random stream of its own, so that no two layers start alike. N
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ kaiming      A uniform in ±1/√d_in, as PEFT's default: rows of norm ≈ 1/√
 orthonormal  A with orthonormal rows; in bra, B with orthonormal columns.
 weight       A (in bra, B too) from the leading singular vectors of the frozen weight (arXiv:2404.02948 takes the same).
 
-What trains starts such that the update is 0: B in lora and frozen-a, R in bra.
+What trains starts such that the update is 0: B in lora and frozen-a, R in bra. A start from a public file's gradients,
+"public", is made by `fedlora.adapters.public`.
 """
 
 
-def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int) -> dict[str, np.ndarray]:
+def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int,
+                    gradients: Mapping[str, torch.Tensor] | None = None) -> dict[str, np.ndarray]:
     """Draw the full state of an adapter.
 
     A head or other parameter that is missing from the checkpoint is drawn as transformers does for nearly every
@@ -32,25 +35,31 @@ def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int) -> dict[str,
 
     Args:
         adapted: as `attach` made it, nothing written to it yet; it stays so.
-        init: one of `INITS`.
+        init: one of `INITS`, or "public" with gradients.
         seed: of all draws.
+        gradients: module → (d_out, d_in), of a loss on public rows with respect to its frozen weight.
     Returns:
         float32 tensors, one for each of `adapted.layout.state`, in its order.
     Raises:
         ValueError: an unknown init, one that the family cannot start from, or a rank above a layer's smaller side.
     """
     layout = adapted.layout
-    if init not in INITS:
-        raise ValueError(f"init is {init!r}; choose one of {', '.join(INITS)}")
+    if init not in INITS and gradients is None:
+        raise ValueError(f"init is {init!r}; choose one of {', '.join(INITS)}, public:FILE")
     if layout.family.name == "bra" and init == "kaiming":
-        raise ValueError("init is 'kaiming'; with B and A both frozen choose orthonormal or weight")
+        raise ValueError("init is 'kaiming'; with B and A both frozen choose orthonormal or weight, or public:FILE")
     tensors = adapted.read("state")
     for module in layout.modules:
         (_, d_in), (d_out, _) = tensors[f"{module}.A"].shape, tensors[f"{module}.B"].shape
         if init != "kaiming" and layout.rank > min(d_in, d_out):
             raise ValueError(f"rank {layout.rank} exceeds the smaller side of {module} ({d_out} × {d_in}); choose a "
                              f"smaller --rank, or --init kaiming where the strategy allows it")
-        if init == "weight":
+        if gradients is not None:
+            # where B is fixed too, every entry's direction counts alike, as in the first step of Adam
+            gradient = gradients[module].cpu()
+            leading = leading_factors(gradient.sign() if layout.family.name == "bra" else gradient, layout.rank)
+            A, B = leading.A, leading.B
+        elif init == "weight":
             leading = leading_factors(adapted.base_weight(module), layout.rank)
             A, B = leading.A, leading.B
         elif init == "orthonormal":

@@ -19,16 +19,13 @@ from fedlora.wire import Setup
 from .cohort import RoundOptions
 from .display import Display
 from .grpc_engine import GrpcEngine
-from .planning import claim_folder, evaluator, find_model, held_out, planned, prepare
+from .planning import ANY_LABELS, claim_folder, evaluator, find_model, held_out, planned, prepare
 from .report import write_report
 from .roster import Event
 from .rounds import FederationResult, run_federation
 
 REASONS = {"finished": "the run is finished", "stopped": "the coordinator stopped the run",
            "wait-timeout": "too few clients were left"}
-
-_ANY_LABELS = ("0", "1")
-"""Stands for the labels that clients will announce: everything else is tried before the port is bound."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def serve(options: Namespace, console: Console) -> Served:
         console.print(f"With {options.min_clients} clients and --max-participations {most}, only {possible} of the "
                       f"{values.rounds} rounds can be done; more clients must join.", highlight=False)
     announced = options.task == "classification" and not options.labels
-    federation = prepare(options, options.strategy, base, _ANY_LABELS if announced else options.labels or (),
+    federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
                          options.seed)
     out = claim_folder(options.out, options.strategy)
     setup = Setup(

@@ -15,12 +15,16 @@ import torch
 import fedlora
 from fedlora import data, models
 from fedlora.adapters import AdaptedModel, all_targets, attach, automatic_targets, initial_tensors
+from fedlora.adapters.public import PREFIX, public_start, read_public
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
 from fedlora.plan import ModelRef, RunPlan, Tensors
 from fedlora.tasks import Records, Task, task_for
 from fedlora_strategies import STRATEGY_CLASSES, FederatedLoRA
 from fedlora_strategies.presets import Preset, preset
+
+ANY_LABELS = ("0", "1")
+"""Stands for the labels that clients will announce, so that everything else can be tried before they come."""
 
 Evaluate = Callable[[Tensors], Mapping[str, float]]
 
@@ -42,8 +46,9 @@ def find_model(options: Namespace) -> BaseModel:
     """Resolve --model and refuse a task that it cannot learn; cheap, so that it comes before a port is bound.
 
     Raises:
-        ValueError: the model cannot be found, or is not made for --task.
+        ValueError: the model cannot be found or is not made for --task, or the file of --init public:FILE is no good.
     """
+    _public_rows(options, options.init, options.labels or ())
     path = models.resolve(options.model, allow_download=options.allow_download)
     models.check_task(path, options.task, options.max_length)
     return BaseModel(path, models.reference(options.model, path))
@@ -84,7 +89,7 @@ def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[st
     Args:
         options: of fedlora-server or fedlora-simulate; None stands for the preset of (strategy, privacy).
         strategy: one of `fedlora.plan.STRATEGIES`.
-        labels: the frozen label set; () for causal language models.
+        labels: the frozen label set; () for causal language models; `ANY_LABELS` for a rehearsal.
         seed: of the shared tensors.
         run_id: 16 hexadecimal digits; None draws them.
     Raises:
@@ -94,9 +99,23 @@ def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[st
     plan = make_plan(options, strategy, base.reference, labels, loaded, run_id or secrets.token_hex(8))
     adapted = attach(loaded, family=plan.family, rank=plan.rank, alpha=plan.alpha, targets=plan.targets,
                      train_head=plan.train_head, dropout=plan.dropout)
-    state = initial_tensors(adapted, init=planned(options, strategy).init, seed=seed)
-    return Federation(plan, adapted, task_for(plan, loaded.tokenizer), state,
-                      STRATEGY_CLASSES[strategy](plan, adapted.layout))
+    task, init = task_for(plan, loaded.tokenizer), planned(options, strategy).init
+    if init.startswith(PREFIX) and labels is ANY_LABELS:
+        init = "orthonormal"
+    rows = _public_rows(options, init, labels)
+    if rows is None:
+        state = initial_tensors(adapted, init=init, seed=seed)
+    else:
+        state = public_start(adapted, task, rows, seed=seed)
+    return Federation(plan, adapted, task, state, STRATEGY_CLASSES[strategy](plan, adapted.layout))
+
+
+def _public_rows(options: Namespace, init: str | None, labels: tuple[str, ...]) -> data.Rows | None:
+    """The rows of --init public:FILE; None for any other start. In a simulation --data is private, here as there."""
+    if init is None or not init.startswith(PREFIX):
+        return None
+    return read_public(init.removeprefix(PREFIX), options.task, labels, columns=options.column,
+                       others={"--data": getattr(options, "data", None), "--eval-data": options.eval_data})
 
 
 def planned(options: Namespace, strategy: str) -> Preset:

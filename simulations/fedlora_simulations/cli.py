@@ -19,9 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .bench import main as bench
 
         return bench(argv[1:])
+    if argv[:1] == ["audit"]:
+        from .audit import main as audit
+
+        return audit(argv[1:])
     parser = build_parser(SIMULATE, "Simulate federations: every method on the same split, seed by seed.")
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
-    parser.epilog = "fedlora-simulate bench --help: what privacy adds to a training step"
+    parser.epilog = ("fedlora-simulate bench --help: what privacy adds to a training step; fedlora-simulate audit "
+                     "--help: an empirical lower bound on ε")
     options = read_options(parser, SIMULATE, argv)
     from fedlora.plan import Refused
 

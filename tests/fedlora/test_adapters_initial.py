@@ -98,3 +98,12 @@ def test_an_impossible_start_is_refused(family, init, rank, message, checkpoint)
     adapted = adapted_model(checkpoint("bert"), "classification", family, rank=rank, alpha=ALPHA)
     with pytest.raises(ValueError, match=message):
         initial_tensors(adapted, init=init, seed=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_from_the_weight_holds_its_leading_right_singular_vectors(family, checkpoint):
+    adapted = adapted_model(checkpoint("bert"), "classification", family)
+    state = initial_tensors(adapted, init="weight", seed=1)
+    for module in adapted.layout.modules:
+        leading = np.linalg.svd(adapted.base_weight(module).double().numpy())[2][:RANK]
+        np.testing.assert_allclose(np.abs(leading @ state[f"{module}.A"].T), np.eye(RANK), atol=1e-5)

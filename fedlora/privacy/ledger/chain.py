@@ -145,8 +145,8 @@ class Chain:
         if book.rows and self.row(book.rows) != book.head:
             raise LedgerError(f"{self.name} lost or changed row {book.rows} while it was open; {_LOST}")
         try:
-            for row in self.db.execute("SELECT sequence, event, sha256 FROM events WHERE sequence > ? OR sequence < 1 "
-                                       "ORDER BY sequence", (book.rows,)):
+            for row in self.db.execute("SELECT sequence, event, sha256 FROM events WHERE sequence > ? "
+                                       "ORDER BY sequence", (book.rows or -2**63,)):
                 book.apply(*row)
         except LedgerError as error:
             raise LedgerError(f"{self.name} is damaged: {error}. To go on, {_LOST}") from error

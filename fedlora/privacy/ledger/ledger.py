@@ -299,6 +299,8 @@ class Ledger:
     def charges(self, dataset: str | None = None, run_id: str | None = None) -> tuple[Charge, ...]:
         """All charges, voided ones too, in order; of one dataset or run where given."""
         with self._chain.transaction("DEFERRED") as book:
+            if dataset is not None and run_id is not None:
+                return tuple(book.charges_of(dataset, run_id))
             return tuple(charge for charge in book.charges.values()
                          if dataset in (None, charge.dataset) and run_id in (None, charge.run_id))
 

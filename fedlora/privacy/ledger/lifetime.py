@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -195,6 +195,7 @@ class Book:
     shares: dict[str, set[str]] = field(default_factory=dict)
     runs: dict[tuple[str, str], Run] = field(default_factory=dict)
     charges: dict[int, Charge] = field(default_factory=dict)
+    sequences: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     marks: list[Mapping] = field(default_factory=list)
 
     def apply(self, sequence: int, text: str, sha256: str) -> None:
@@ -247,6 +248,7 @@ class Book:
     def _reserved(self, event, dataset, run_id, round, attempt) -> None:
         run = self.runs[dataset, run_id]
         run.begun += 1
+        self.sequences.setdefault((dataset, run_id), []).append(event["sequence"])
         self.charges[event["sequence"]] = Charge(event["sequence"], dataset, run_id, round, attempt,
                                                  run.terms.local_steps, "reserved", event["time"], run.terms)
 
@@ -268,8 +270,12 @@ class Book:
 
     def charge(self, dataset: str, run_id: str, round: int, attempt: int) -> Charge | None:
         """The charge of this training that was not voided."""
-        return next((c for c in self.charges.values() if c.state != "voided"
-                     and (c.dataset, c.run_id, c.round, c.attempt) == (dataset, run_id, round, attempt)), None)
+        return next((c for c in self.charges_of(dataset, run_id) if c.state != "voided"
+                     and (c.round, c.attempt) == (round, attempt)), None)
+
+    def charges_of(self, dataset: str, run_id: str) -> Iterator[Charge]:
+        """A run's charges, in order."""
+        return (self.charges[sequence] for sequence in self.sequences.get((dataset, run_id), ()))
 
     def declared(self, dataset: str) -> Declaration | None:
         return self.declarations.get(dataset, [None])[-1]

@@ -1,0 +1,117 @@
+"""Starts from a public file: the direction in which the server's own rows would move each adapted weight.
+
+The gradient of the mean loss with respect to a frozen weight W0, at the base model, is computed on rows that are
+nobody's secret. Its leading singular vectors span what the adapter can move. It costs no privacy: no client takes part.
+
+    bra            B, A = leading singular vectors of sign(gradient), as LoRA-SB (arXiv:2411.19557) takes them; R = 0
+    frozen-a, lora A = leading right singular vectors of the gradient, as orthonormal rows; B = 0
+
+LoRA-SB starts R at η·diag(σ), with η of the first warm-up step, which its code sets to some 1e-6 and which is as good
+as 0. Here R is 0, so that a start decides where the adapter can go and has not gone anywhere yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from fedlora import data
+from fedlora.adapters.attach import AdaptedModel
+from fedlora.adapters.initial import initial_tensors
+from fedlora.tasks import Records, Task
+
+PREFIX = "public:"
+
+ROWS = 512
+"""Most rows that the gradient is averaged over; of a larger file they are drawn by the seed."""
+
+_BATCH = 32
+
+
+def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping[str, str],
+                others: Mapping[str, str | Path | None] | None = None) -> data.Rows:
+    """Read and check the file of --init public:FILE.
+
+    Args:
+        path: as `fedlora.data.read` takes it.
+        task: one of `fedlora.plan.TASKS`.
+        labels: the label set; () where it is not known yet.
+        others: flag → path of the run's other data, none of which may be the same file, in its folder, or around it.
+    Raises:
+        ValueError: it cannot be read, has no labels or wrong ones, or is private or held-out data.
+    """
+    for flag, other in (others or {}).items():
+        if other is not None and _overlap(Path(path).expanduser(), Path(other).expanduser()):
+            why = ("a start from it would release private rows without noise" if flag == "--data" else
+                   "figures on rows that the start was taken from say nothing")
+            raise ValueError(f"--init {PREFIX}{path} is (part of) {flag} {other}: {why}. Name another file")
+    rows = data.read(path, task, columns=columns)
+    if task == "classification":
+        if len(data.label_names(rows)) < 2:
+            found = ", ".join(data.label_names(rows)) or "none"
+            raise ValueError(f"--init {PREFIX}{path} needs rows of at least two labels, and its labels are: {found}. "
+                             "Fill the label column (--column label=NAME names another), or choose --init orthonormal")
+        if labels:
+            data.check_labels(rows, labels)
+    return rows
+
+
+def public_start(adapted: AdaptedModel, task: Task, rows: data.Rows, *, seed: int) -> dict[str, np.ndarray]:
+    """The full state of an adapter whose fixed factors come from public rows; heads are drawn as in every start.
+
+    Args:
+        adapted: as `attach` made it. It stays so.
+        rows: as `read_public` gave them.
+        seed: of the head, and of the choice of rows where there are more than `ROWS`.
+    Raises:
+        ValueError: no row can be trained on, or the gradient of a weight is zero or not finite.
+    """
+    if len(rows) > ROWS:
+        rows = rows.take(np.sort(np.random.default_rng(seed).choice(len(rows), ROWS, replace=False)))
+    records = task.encode(rows)
+    if not len(records):
+        raise ValueError("--init public: no row of the file has a label, or an answer within --max-length")
+    before = adapted.read("state")
+    adapted.write(initial_tensors(adapted, init="orthonormal", seed=seed))  # the update is 0; the head is the run's
+    try:
+        gradients = mean_gradients(adapted, task, records)
+    finally:
+        adapted.write(before)
+    return initial_tensors(adapted, init="public", seed=seed, gradients=gradients)
+
+
+def mean_gradients(adapted: AdaptedModel, task: Task, records: Records) -> dict[str, torch.Tensor]:
+    """Module → gradient (d_out, d_in) of the mean loss of all records with respect to its frozen weight, float32."""
+    modules = adapted.layout.modules
+    weights = [adapted.base_layer(module).weight for module in modules]
+    sums = [torch.zeros(weight.shape, device=weight.device) for weight in weights]
+    order = np.argsort(records.lengths, kind="stable")
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        for start in range(0, len(order), _BATCH):
+            indices = order[start:start + _BATCH]
+            batch = task.collate(records, indices, int(records.lengths[indices].max()), weights[0].device)
+            loss = task.per_record_loss(adapted.model, batch).sum() / len(records)
+            for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
+                total += gradient.float()
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    result = {}
+    for module, total in zip(modules, sums, strict=True):
+        if not total.isfinite().all() or not total.any():
+            raise ValueError(f"--init public: the gradient of {module} on the file's rows is zero or not finite; "
+                             "choose --init orthonormal or weight")
+        result[module] = total.T if isinstance(adapted.base_layer(module), Conv1D) else total
+    return result
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    """Whether one path is the other or lies inside it."""
+    first, second = one.resolve(), other.resolve()
+    return first == second or first in second.parents or second in first.parents

@@ -1,0 +1,186 @@
+"""The adversary of an audit: sees every model sent to one client and every update that it releases.
+
+It knows the plan, the client's other records and what each canary would add, and not: the coins, which records were
+drawn, and the noise. One round is one step of SGD here, so that an update shows the step's noised sum
+
+    s  =  Σ_i z_i g_i  +  other records' gradients  +  N(0, σ²C²),      z_i = 1 if canary i is in and was drawn
+
+A canary's evidence is the log-likelihood ratio of "in" (drawn with probability q) against "out", with all that else is
+in s taken as Gaussian; over rounds it adds up. Its covariance comes from the gradients of all canaries and of a sample
+of the other records, hence what many records have in common is not mistaken for one of them; the noise is measured
+where none of these gradients reach, rather than taken from the claim.
+
+Symbol   Here         Shape
+g        canaries     [m, values], clipped and scaled as in the step
+         background   [h, values], of other records
+s        step         [values]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fedlora.plan import Refusal, RoundPlan, Tensors, Upload
+from fedlora.tasks import Records
+from fedlora.training import Trainer
+from fedlora_client.flower_app import Session
+
+BACKGROUND = 256
+"""Other records whose gradients the adversary works out each round."""
+
+LEAST_REST = 100
+"""So many more coordinates there must be than known gradients, to measure the noise in."""
+
+_BLOCK = 8192
+
+
+@dataclass
+class Watched:
+    """A client's session, with the adversary between it and the server. It changes nothing.
+
+    Attributes:
+        trainer: of the session; its model is written to.
+        canaries, background: records of all canaries, and of a sample of the others.
+        directions: gradients of gradient canaries, else None.
+        others: number of the client's other records.
+        sampling_rate: q, which is public.
+        evidence: [m] so far.
+        noise_multiplier, delta: as the last upload stated them; None without privacy.
+        rounds: uploads seen.
+    """
+
+    session: Session
+    trainer: Trainer
+    canaries: Records
+    background: Records
+    directions: torch.Tensor | None
+    others: int
+    sampling_rate: float
+    evidence: np.ndarray = field(init=False)
+    noise_multiplier: float | None = None
+    delta: float | None = None
+    rounds: int = 0
+
+    def __post_init__(self) -> None:
+        self.evidence = np.zeros(len(self.canaries))
+        self._state: dict[str, np.ndarray] = {}
+
+    def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
+        """Work out what each record would add, let the client train, and weigh what it released."""
+        run = plan.run
+        self._state |= tensors
+        self.trainer.adapted.write(self._state)
+        scales = {"adapter": run.adapter_scale, "head": run.head_scale} if run.private else {}
+        canaries = self.directions
+        if canaries is None:
+            canaries = record_gradients(self.trainer, self.canaries)
+        background = record_gradients(self.trainer, self.background)
+        clip_norm = run.clip_norm if run.private else float("inf")
+        added, others = (_clipped(rows, self._scale(scales), clip_norm) for rows in (canaries, background))
+        answer = self.session.run_round(plan, tensors)
+        if isinstance(answer, Upload):
+            step = (self.flat(tensors) - self.flat(answer.tensors)) * (run.expected_batch / plan.lr)
+            self.noise_multiplier, self.delta = answer.noise_multiplier, answer.delta
+            self.rounds += 1
+            assert self.canaries.labels is not None and self.background.labels is not None
+            groups = np.concatenate([self.canaries.labels, -1 - self.background.labels])
+            self.evidence += evidence(
+                step * self._scale(scales), added, others, groups, sampling_rate=self.sampling_rate,
+                others=self.others)
+        return answer
+
+    def flat(self, tensors: Tensors) -> torch.Tensor:
+        """[values] float64, in the order of the gradient buffer."""
+        adapted = self.trainer.adapted
+        names = {id(parameter): spec.name for spec, parameter in adapted.trained_parameters()}
+        return torch.cat([torch.from_numpy(np.array(tensors[names[id(slot.parameter)]], dtype=np.float64)).flatten()
+                          for slot in self.trainer.buffer.slots])
+
+    def _scale(self, scales: Mapping[str, float]) -> torch.Tensor:
+        return torch.cat([torch.full((slot.parameter.numel(),), scales.get(slot.group, 1.0))
+                          for slot in self.trainer.buffer.slots])
+
+
+def record_gradients(trainer: Trainer, records: Records) -> torch.Tensor:
+    """[records, values] float32 on the CPU: the gradient of each record's loss at the model's present tensors."""
+    rows = torch.empty(len(records), trainer.buffer.values)
+    for length, part in trainer.layout(records, np.arange(len(records))):
+        trainer.buffer.arm(len(part))
+        with trainer.autocast():
+            batch = trainer.task.collate(records, part, length, trainer.device)
+            losses = trainer.task.per_record_loss(trainer.adapted.model, batch)
+        losses.sum().backward()
+        rows[torch.from_numpy(part)] = trainer.buffer.rows.cpu()
+        trainer.buffer.disarm()
+    return rows
+
+
+@torch.no_grad()
+def record_losses(trainer: Trainer, records: Records) -> np.ndarray:
+    """[records] the loss of each at the model's present tensors."""
+    losses = np.empty(len(records))
+    for length, part in trainer.layout(records, np.arange(len(records))):
+        with trainer.autocast():
+            batch = trainer.task.collate(records, part, length, trainer.device)
+            losses[part] = trainer.task.per_record_loss(trainer.adapted.model, batch).cpu().numpy()
+    return losses
+
+
+def _clipped(rows: torch.Tensor, scale: torch.Tensor, clip_norm: float) -> torch.Tensor:
+    """As in the step, where a gradient that is not finite counts as zero."""
+    scaled = rows * scale
+    scaled[~scaled.isfinite().all(dim=1)] = 0
+    return scaled * (clip_norm / scaled.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
+
+
+def evidence(step: torch.Tensor, canaries: torch.Tensor, background: torch.Tensor, groups: np.ndarray, *,
+             sampling_rate: float, others: int) -> np.ndarray:
+    """[m] log-likelihood ratio, for each canary, of being in the data against not being in it.
+
+    Args:
+        step: s, float64.
+        canaries, background: what each record adds if it is drawn.
+        groups: [m + h] records of one group may have an unknown mean in common, which counts for nothing.
+        sampling_rate: q.
+        others: how many records the background stands for.
+    """
+    m, h, q = len(canaries), len(background), sampling_rate
+    rows = torch.cat([canaries, background])
+    assert rows.shape[1] > m + h, "there are more coordinates than known gradients"
+    gram, seen = _products(rows, step)
+    weights = torch.cat([torch.full((m,), q / 2), torch.full((h,), q * others / h)]).double()
+    variance = max(_unexplained(step, gram, seen), 1e-12 * float(gram.diagonal().mean()), 1e-300)
+    # covariance of s: variance·I + rowsᵀ·common·rows
+    common = torch.diag(weights)
+    for group in np.unique(groups):
+        member = weights * torch.from_numpy(groups == group)
+        common += torch.outer(member, member)
+    solved = torch.linalg.solve(variance * torch.eye(m + h, dtype=torch.float64) + gram @ common,
+                                torch.cat([seen, gram[:, :m]], dim=1))[:m]
+    match, energy = solved[:, 0], solved[:, 1:].diagonal()
+    own = (1 - weights[:m] * energy).clamp(min=1e-9)  # a canary's own share is no noise to itself
+    ratio = (match - energy / 2) / own
+    return torch.logaddexp(torch.full_like(ratio, np.log1p(-q)), np.log(q) + ratio).numpy()
+
+
+def _products(rows: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows·rowsᵀ and rows·s in float64, block by block: gradients of like records differ in the last digits."""
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    seen = torch.zeros(len(rows), 1, dtype=torch.float64)
+    for start in range(0, rows.shape[1], _BLOCK):
+        block = rows[:, start:start + _BLOCK].double()
+        gram += block @ block.T
+        seen += block @ step[start:start + _BLOCK, None].double()
+    return gram, seen
+
+
+def _unexplained(step: torch.Tensor, gram: torch.Tensor, seen: torch.Tensor) -> float:
+    """Variance per coordinate of the part of s that no known gradient reaches: the noise, and unknown records' rest."""
+    known = len(gram)
+    ridge = 1e-9 * gram.diagonal().mean() * torch.eye(known, dtype=gram.dtype)
+    inside = float(seen[:, 0] @ torch.linalg.solve(gram + ridge, seen)[:, 0])
+    return max(0.0, float(step.square().sum()) - inside) / (len(step) - known)

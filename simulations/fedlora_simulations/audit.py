@@ -1,0 +1,304 @@
+"""fedlora-simulate audit: an empirical lower bound on ε beside the claimed upper bound.
+
+One client trains on its rows and on about half of the canaries. The adversary of `adversary` weighs all that the client
+released, guesses which canaries were in, and `one_run` turns the right guesses into a bound at 95 % confidence. The
+same once more without privacy. A bound above the claim means that the mechanism is broken; one far below it is usual,
+and proves nothing: other attacks may do better.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fedlora import data
+from fedlora.data import Rows
+from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.plan import Refused
+from fedlora.privacy import Accountant, Budget, Ledger, nominal_size
+from fedlora_server.cohort import RoundOptions
+from fedlora_server.planning import BaseModel, claim_folder, find_model, planned, prepare
+from fedlora_server.rounds import run_federation
+
+from . import one_run
+from .adversary import BACKGROUND, LEAST_REST, Watched, record_losses
+from .canaries import KINDS, CanaryTrainer, craft
+from .in_process import InProcessEngine
+from .one_run import Guesses, Membership, membership
+from .simulate import Method, make_sessions
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+CONFIDENCE = 0.95
+ROUNDS, LR = 10, 0.5
+MOST_GRADIENT_BYTES = 8 * 2**30
+
+FIXED = ("privacy", "task", "seeds", "clients", "partition", "eval_data", "local_steps", "optimizer", "lr_schedule",
+         "clients_per_round", "min_replies", "max_participations", "dropout", "privacy_unit")
+"""Options of a simulation that an audit sets itself: one client, one step of SGD a round."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What one run showed.
+
+    Attributes:
+        claimed: ε that the accountant gives for what was done, at `delta`; infinite without privacy.
+        white_box: the best guesses from all updates, and their lower bound on ε at 95 %.
+        final_model: the same from each canary's loss on the final model alone.
+        loss_attack: figures of that as a membership-inference attack.
+        scores, included: [m] evidence and coins, by canary.
+    """
+
+    private: bool
+    claimed: float
+    delta: float
+    noise_multiplier: float | None
+    sampling_rate: float
+    rounds: int
+    canaries: int
+    white_box: Guesses
+    final_model: Guesses
+    loss_attack: Membership
+    seconds: float
+    scores: np.ndarray
+    included: np.ndarray
+
+    @property
+    def holds(self) -> bool:
+        """False if the claim is refuted."""
+        return max(self.white_box.epsilon, self.final_model.epsilon) <= self.claimed
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON; an infinite ε is null."""
+        return asdict(self) | {"claimed": None if math.isinf(self.claimed) else self.claimed, "holds": self.holds,
+                               "scores": [round(float(s), 4) for s in self.scores],
+                               "included": [bool(i) for i in self.included]}
+
+
+def run_audit(options: Namespace, base: BaseModel, *, private: bool) -> Audit:
+    """Train one client with canaries in its data, and attack what it releases.
+
+    Args:
+        options: of fedlora-simulate, with canaries, count, rows and seed.
+        private: under `options.epsilon`, or without privacy; all else is the same.
+    Raises:
+        ValueError: the options do not fit the model, the data or each other.
+        Refused: the client does not allow the plan.
+    """
+    began = time.monotonic()
+    method, seed = Method.parse(options.strategy[0]), options.seed
+    own, labels = _client_rows(options)
+    size = options.declared_size or nominal_size(len(own) + options.count // 2)  # never a function of the coins
+    options = _settled(options, method, size, private)
+    run_id = hashlib.sha256(f"audit {method} {seed} {private}".encode()).hexdigest()[:16]
+    federation = prepare(options, method.strategy, base, labels, seed, run_id=run_id)
+    plan, adapted, task = federation.plan, federation.adapted, federation.task
+    values = adapted.layout.num_trained
+    if 4 * options.count * values > MOST_GRADIENT_BYTES:
+        raise ValueError(f"{options.count} gradients of {values} values do not fit into memory; lower --rank or "
+                         "--count, or name fewer --targets")
+    if values < options.count + BACKGROUND + LEAST_REST:
+        raise ValueError(f"{values} values are trained, too few to tell {options.count} canaries and the other records "
+                         "apart; raise --rank, name more --targets, or lower --count")
+    canaries = craft(options.canaries, options.count, own, labels, task.tokenizer, values=values,
+                     clip_norm=plan.clip_norm, seed=seed)
+    inside = torch.from_numpy(canaries.included)
+    trainer = CanaryTrainer(
+        adapted, task, first=len(own), directions=None if canaries.directions is None else canaries.directions[inside],
+        device=options.device, precision=options.precision, micro_batch=options.micro_batch, threads=options.threads)
+    training = task.encode(canaries.training_rows(own))
+    ledger = Ledger(None, simulated=True)
+    session = make_sessions(options, federation, trainer, {"audited": training}, seed, ledger)["audited"]
+    watched = Watched(session, trainer, task.encode(canaries.rows), task.encode(own.take(range(BACKGROUND)[:len(own)])),
+                      canaries.directions, len(own), min(1.0, plan.expected_batch / size))
+    engine = InProcessEngine({"audited": watched}, run_id, adapted.layout)
+    result = run_federation(engine, federation.strategy, plan, federation.state,
+                            RoundOptions(seed=seed, min_clients=1, wait_timeout_s=0.0))
+    engine.close("the audit is over")
+    ledger.close()
+    if result.ended != "finished":
+        raise ValueError(f"the client trained {watched.rounds} of {plan.rounds} rounds only; its log says why")
+    adapted.write(result.state)
+    if canaries.directions is None:
+        losses = record_losses(trainer, watched.canaries)
+    else:  # a gradient canary's loss is linear: its gradient is the same everywhere
+        losses = (canaries.directions.double() @ (watched.flat(result.state) - watched.flat(federation.state))).numpy()
+    delta = watched.delta or Budget.declare(size, epsilon=1.0, delta=options.delta, declared_size=size).delta
+    claimed = math.inf
+    if watched.noise_multiplier is not None:
+        accountant = Accountant()
+        accountant.add(watched.noise_multiplier, watched.sampling_rate, watched.rounds)
+        claimed = accountant.epsilon(delta)
+    significance = 1 - CONFIDENCE
+    return Audit(
+        private, claimed, delta, watched.noise_multiplier, watched.sampling_rate, watched.rounds, options.count,
+        white_box=one_run.audit(watched.evidence, canaries.included, delta, significance),
+        final_model=one_run.audit(-losses, canaries.included, delta, significance),
+        loss_attack=membership(-losses, canaries.included), seconds=time.monotonic() - began,
+        scores=watched.evidence, included=canaries.included)
+
+
+def _client_rows(options: Namespace) -> tuple[Rows, tuple[str, ...]]:
+    """The audited client's own labelled rows, at most --rows of them drawn by the seed, and the label set."""
+    rows = data.read(options.data, options.task, columns=options.column)
+    labels = options.labels or data.label_names(rows)
+    if len(labels) < 2:
+        raise ValueError(f"--data {options.data} has {len(labels)} different labels; an audit needs at least two")
+    data.check_labels(rows, labels)
+    labelled = np.array([i for i, label in enumerate(rows.labels or ()) if label is not None])
+    drawn = np.random.default_rng(options.seed).permutation(labelled)[:options.rows]
+    return rows.take(drawn), labels
+
+
+def _settled(options: Namespace, method: Method, size: int, private: bool) -> Namespace:
+    """The options of one run: with and without privacy alike, the preset of the private case stands for what is
+    not given, and the batch is as large as the budget allows, where an update tells most."""
+    given = vars(options) | {"privacy": "required", "init": method.init or options.init}
+    values = planned(Namespace(**given), method.strategy)
+    most = Budget.declare(size, epsilon=1.0, declared_size=size, delta=options.delta)
+    batch = options.batch_size or max(1, math.floor(most.max_sampling_rate * size))
+    most.sampling_rate(batch)
+    return Namespace(**given | {
+        "privacy": "required" if private else "off", "epsilon": options.epsilon if private else math.inf,
+        "declared_size": size, "rank": values.rank, "alpha": values.alpha, "init": values.init,
+        "targets": values.targets, "clip_norm": values.clip_norm, "head_scale": values.head_scale,
+        "batch_size": batch, "rounds": options.rounds or ROUNDS, "lr": options.lr or LR, "local_steps": 1,
+        "optimizer": "sgd", "lr_schedule": "constant"})
+
+
+def show(audits: Sequence[Audit]) -> Table:
+    """What a researcher reads first."""
+    first = audits[0]
+    table = Table(box=None, pad_edge=False, caption_justify="left", caption=(
+        f"{first.canaries} canaries, {first.rounds} rounds of one step, sampling rate {first.sampling_rate:.3g}, "
+        f"δ = {first.delta:g}; the bounds hold with {CONFIDENCE:.0%} confidence"))
+    table.add_column("")
+    for audit in audits:
+        table.add_column("private" if audit.private else "not private", justify="right")
+
+    def row(name: str, *values: str) -> None:
+        table.add_row(name, *values)
+
+    row("claimed ε (upper bound)", *("none" if math.isinf(a.claimed) else f"{a.claimed:.2f}" for a in audits))
+    row("ε at least, from all updates", *(f"[bold]{a.white_box.epsilon:.2f}[/bold]" for a in audits))
+    row("  right of the guesses", *(_right(a.white_box) for a in audits))
+    row("ε at least, from the final model", *(f"{a.final_model.epsilon:.2f}" for a in audits))
+    row("loss attack: AUC", *(f"{a.loss_attack.auc:.3f}" for a in audits))
+    row("loss attack: TPR at 1 % FPR", *(f"{a.loss_attack.tpr_at_1_percent:.3f}" for a in audits))
+    row("noise multiplier", *("none" if a.noise_multiplier is None else f"{a.noise_multiplier:.3f}" for a in audits))
+    row("seconds", *(f"{a.seconds:.0f}" for a in audits))
+    return table
+
+
+def _right(guesses: Guesses) -> str:
+    return f"{guesses.right} of {guesses.guessed_in + guesses.guessed_out}"
+
+
+def plot(path: Path, audits: Sequence[Audit]) -> None:
+    """Scores of canaries in and out for each run, and bounds beside claims."""
+    figure, axes = plt.subplots(1, len(audits) + 1, figsize=(4.2 * (len(audits) + 1), 3.6), layout="constrained")
+    for axis, audit in zip(axes, audits, strict=False):
+        edges = np.histogram_bin_edges(audit.scores, 40)
+        axis.hist(audit.scores[audit.included], edges, alpha=0.6, label="in the data")
+        axis.hist(audit.scores[~audit.included], edges, alpha=0.6, label="not in it")
+        axis.set(xlabel="evidence (log-likelihood ratio)", ylabel="canaries",
+                 title="private" if audit.private else "not private")
+        axis.legend(frameon=False)
+    bars, names = axes[-1], ["private" if audit.private else "not private" for audit in audits]
+    for i, audit in enumerate(audits):
+        bars.bar(i, audit.white_box.epsilon, 0.5, color=f"C{2 + i}")
+        bars.annotate(f"≥ {audit.white_box.epsilon:.2f}", (i, audit.white_box.epsilon), ha="center", va="bottom")
+        if math.isfinite(audit.claimed):
+            bars.hlines(audit.claimed, i - 0.35, i + 0.35, color="black")
+            bars.annotate(f"claimed {audit.claimed:.2f}", (i, audit.claimed), ha="center", va="bottom")
+    bars.set_xticks(range(len(names)), names)
+    bars.set(ylabel="ε", title=f"lower bound, {CONFIDENCE:.0%} confidence")
+    bars.margins(y=0.15)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def parser_and_options(argv: Sequence[str]) -> Namespace:
+    """All options of a simulation, and the audit's own; a bad value ends the process with code 2."""
+    parser = build_parser(SIMULATE, "Plant canaries in one client's data, attack what it releases, and say how much "
+                                    "privacy it lost at least. Most options are those of a simulation.")
+    parser.prog = "fedlora-simulate audit"
+    _add_own(parser)
+    options = read_options(parser, SIMULATE, argv)
+    plain = vars(read_options(parser, SIMULATE, []))
+    changed = [key for key in FIXED if key in plain and getattr(options, key) != plain[key]]
+    if changed:
+        parser.error(f"--{changed[0].replace('_', '-')} is set by the audit itself: one client, one step of SGD a "
+                     "round, with and without privacy. Leave it out" + (" (--seed S)" if changed[0] == "seeds" else ""))
+    if options.data is None:
+        parser.error("--data is missing: name a folder or file of the audited client's rows")
+    if len(options.strategy) > 1:
+        parser.error(f"--strategy names {len(options.strategy)} strategies; audit one at a time")
+    if math.isinf(options.epsilon):
+        parser.error("--epsilon inf: the run without privacy is done anyway; give the ε whose claim is audited")
+    if options.count < 100 or options.rows < 1 or options.seed < 0:
+        parser.error("--count must be at least 100 (1000 or more to see much), --rows at least 1, --seed at least 0")
+    return options
+
+
+def _add_own(parser: ArgumentParser) -> None:
+    parser.add_argument("--canaries", choices=KINDS, default="text", help="text: random words with a random label; "
+                        "gradient: a chosen gradient in place of a record's own, the strongest there is [text]")
+    parser.add_argument("--count", type=int, default=1000, help="canaries; about half of them get in [1000]")
+    parser.add_argument("--rows", type=int, default=500, help="most of the client's own rows [500]")
+    parser.add_argument("--seed", type=int, default=0, help="of everything [0]")
+    parser.add_argument("--json", action="store_true", default=False, help="print JSON instead of a table")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code: 0 nothing refuted, 1 the claim is refuted, 2 wrong input."""
+    options = parser_and_options(argv)
+    console = Console(stderr=True)
+    try:
+        base = find_model(options)
+        out = claim_folder(options.out, "audit")
+        audits = []
+        for private in (True, False):
+            audits.append(run_audit(options, base, private=private))
+            console.print(f"{'private' if private else 'not private'}: {audits[-1].rounds} rounds in "
+                          f"{audits[-1].seconds:.0f} s", highlight=False)
+    except (ValueError, MemoryError) as error:
+        print(f"fedlora-simulate audit: {error}", file=sys.stderr)
+        return 2
+    except Refused as refused:
+        print(f"fedlora-simulate audit: the client refuses: {refused.__cause__ or refused}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    about = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    whole = [audit.to_dict() for audit in audits]
+    short = [{key: value for key, value in one.items() if key not in ("scores", "included")} for one in whole]
+    result: dict[str, object] = {"options": about, "confidence": CONFIDENCE}
+    (out / "audit.json").write_text(json.dumps(result | {"audits": whole}, indent=1, default=str))
+    plot(out / "audit.png", audits)
+    if options.json:
+        print(json.dumps(result | {"audits": short}, indent=1, default=str))
+    else:
+        Console().print(show(audits))
+    console.print(f"audit.json and audit.png are in {out}", highlight=False)
+    if not audits[0].holds:
+        console.print("The claim is refuted: this client lost more privacy than its accountant says.", style="bold red")
+        return 1
+    return 0
