@@ -10,7 +10,7 @@ demo: .venv/installed
 	.venv/bin/python -m fedlora_simulations.demo $(ARGS)
 
 test: check
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 check: .venv/installed
 	.venv/bin/ruff check .

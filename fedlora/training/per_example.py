@@ -92,19 +92,22 @@ class GradientBuffer:
                                "released; please report this with the model's type and the targets")
 
     def write_product(self, parameter: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Store the parameter's gradients, left_i @ right_i for each record i, straight into the rows.
+        """Store the parameter's gradients, left_i @ right_i for each record i, in the rows.
 
         Those of a layer that is applied more than once in a pass are added up.
 
         Args:
-            left, right: [records, a, k] and [records, k, b] float32, where a·b is the parameter's number of values.
+            left, right: [records, a, k] and [records, k, b] in the precision of the model, where a·b is the
+                parameter's number of values. Matrix products sum in float32 or better, whatever they are given.
         """
         slot = self._slot_of[id(parameter)]
-        target = self.rows[:, slot.columns].view(len(left), left.shape[1], right.shape[2])
+        # not `out=` the rows: a product into memory that is not contiguous is taken record by record on a CPU
+        product = torch.bmm(left, right).flatten(1)
+        target = self.rows[:, slot.columns]
         if id(parameter) in self._written:
-            target.baddbmm_(left, right)
+            target += product
         else:
-            torch.bmm(left, right, out=target)
+            target.copy_(product)
             self._written.add(id(parameter))
 
 
@@ -119,7 +122,7 @@ class PerExampleLinear(nn.Linear):
         return super().forward(inputs)
 
     def write(self, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
-        """dW_i and db_i in float32, from what the backward pass has in the precision of the model."""
+        """dW_i and db_i, from what the backward pass has in the precision of the model."""
         records = len(self.buffer.rows)
         if not len(inputs) == records == len(gradient):
             raise ValueError(f"a trained layer was given {len(inputs)} rows for {records} records, as by a model that "
@@ -127,10 +130,10 @@ class PerExampleLinear(nn.Linear):
         x = inputs.reshape(records, -1, inputs.shape[-1])
         g = gradient.reshape(records, -1, gradient.shape[-1])
         if self.weight.requires_grad:
-            self.buffer.write_product(self.weight, g.float().transpose(1, 2), x.float())
+            self.buffer.write_product(self.weight, g.transpose(1, 2), x)
         if self.bias is not None and self.bias.requires_grad:
-            ones = torch.ones(*g.shape[:2], 1, device=g.device)
-            self.buffer.write_product(self.bias, g.float().transpose(1, 2), ones)
+            ones = torch.ones(*g.shape[:2], 1, device=g.device, dtype=g.dtype)
+            self.buffer.write_product(self.bias, g.transpose(1, 2), ones)
 
 
 class _LinearPerExample(torch.autograd.Function):
