@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from fedlora.plan import PROTOCOL, ROW
-from fedlora.privacy import INSECURE_SEED_VARIABLE, Charge, Ledger
+from fedlora.privacy import INSECURE_SEED_VARIABLE, Accountant, Charge, Ledger, Spend
 from fedlora.privacy.ledger.lifetime import FILTER_ORDERS
 from fedlora.privacy.report import (
     LifetimeAccount,
@@ -24,6 +26,9 @@ from fedlora.training.precision import ROUNDING
 
 from . import places
 from .session import ClientSession
+
+POINTS = 12
+"""Numbers of rounds for which ε is drawn: each costs PRV a tenth of a second or more."""
 
 
 def write_privacy_report(folder: Path, session: ClientSession, *, server: str, labels: Sequence[str],
@@ -69,16 +74,16 @@ def draw_spending(path: Path, session: ClientSession) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    from fedlora.privacy import Accountant, Spend
-
-    terms, started = session.terms, session.started
+    terms, started, most = session.terms, len(session.started), session.terms.max_participations
     if terms.noise_multiplier is None or terms.delta is None or session.streams.predictable or not started:
         return
+    rounds = sorted({started, *np.linspace(1, most, min(most, POINTS), dtype=int).tolist()})
     spent = [Accountant((Spend(terms.noise_multiplier, terms.sampling_rate, terms.local_steps * count),)).epsilon(
-        terms.delta) for count in range(1, terms.max_participations + 1)]
+        terms.delta) for count in rounds]
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    axes.plot(range(1, len(spent) + 1), spent, color="0.7", linestyle="--", label="if every round is started")
-    axes.plot(range(1, len(started) + 1), spent[:len(started)], marker="o", markersize=3, label="started")
+    axes.plot(rounds, spent, color="0.7", linestyle="--", label="if every round is started")
+    until = rounds.index(started) + 1
+    axes.plot(rounds[:until], spent[:until], marker="o", markersize=3, label=f"{started} rounds started")
     axes.axhline(spent[-1], color="tab:red", linewidth=0.8, label=f"guarantee at the maximum: {spent[-1]:.2f}")
     axes.set(xlabel="rounds started", ylabel=f"ε at δ = {terms.delta:g}", ylim=(0, None),
              title=f"{session.dataset}, run {session.run.run_id}")
