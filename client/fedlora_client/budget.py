@@ -98,16 +98,16 @@ def _show(console: Console, name: str, about: dict) -> None:
         console.print(f"shares records with {', '.join(about['overlapping'])}, whose spending counts here too",
                       highlight=False)
     table = Table(box=None, pad_edge=False)
-    for column in ("run", "begun", "last charge", "rounds", "ε of the run", "σ", "q"):
-        table.add_column(column, justify="left" if column in ("run", "begun", "last charge") else "right")
+    for column in ("run", "begun", "rounds", "ε of the run", "σ", "q"):
+        table.add_column(column, justify="left" if column in ("run", "begun") else "right", no_wrap=True)
     for run in about["runs"]:
         sigma = "none" if run["noise_multiplier"] is None else f"{run['noise_multiplier']:.3f}"
-        table.add_row(run["run"], run["first"], run["last"], str(run["rounds"]), _text(run["epsilon"]), sigma,
+        table.add_row(run["run"], run["first"], str(run["rounds"]), _text(run["epsilon"]), sigma,
                       f"{run['sampling_rate']:.4g}")
     if about["runs"]:
         console.print(table)
     for rounds, spent in about["spent_after_further_rounds"].items():
-        console.print(f"{rounds} more rounds like the last: ε {_text(spent)}", highlight=False)
+        console.print(f"spent after {rounds} more rounds like the last: ε {_text(spent)}", highlight=False)
 
 
 def _time(seconds: float) -> str:
