@@ -1,6 +1,7 @@
 """The client's core with a real tiny model: what is charged, what is sent again, what is declined."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from fedlora.adapters import attach, initial_tensors
 from fedlora.data import Rows
 from fedlora.plan import ModelRef, Refusal, Refused, RoundPlan, RunPlan, Upload
 from fedlora.privacy import Accountant, Forbidden, Ledger, RunStreams, Spend
+from fedlora.privacy.report import verify
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
 from fedlora.wire import digest
+from fedlora_client.reporting import write_privacy_report
 from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import FolderState, MemoryState
 
@@ -232,3 +235,18 @@ def test_what_the_owners_policy_forbids_is_refused_before_anything_is_charged(de
 def test_a_size_that_is_not_announced_leaves_the_upload_without_noise_and_delta(desk):
     upload = desk.session(announce_size=False).run_round(desk.order(1), desk.start)
     assert upload.noise_multiplier is None and upload.delta is None
+
+
+def test_a_report_says_what_uploads_stated_and_verifies(desk, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    for announce in (True, False):
+        desk.ledger, desk.state = Ledger(None, simulated=True), MemoryState({})
+        session = desk.session(announce_size=announce, seed=None)
+        session.run_round(desk.order(1), desk.start)
+        path = write_privacy_report(tmp_path / str(announce), session, server="127.0.0.1:9092", labels=("0", "1"),
+                                    refusals=[(2, "budget")])
+        report = json.loads(path.read_text())
+        assert verify(report).spent == pytest.approx(session.epsilon(), abs=1e-6)
+        said = {item["what"] for item in report["left_without_noise"]}
+        assert any("noise multiplier" in what for what in said) == announce
+        assert {"label names", "refusal in round 2"} <= said

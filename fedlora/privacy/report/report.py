@@ -189,8 +189,8 @@ def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_
                    base_model: Mapping[str, str], unit: str, declared_size: int | None, delta: float | None,
                    mechanism: Mechanism, trainings: Sequence[Training], lifetime: LifetimeAccount | None,
                    disclosed: Sequence[Disclosure], group_size: int = 1, rows_per_unit: int | None = None,
-                   predictable: str | None = None, refusals: Sequence[tuple[int | None, str]] = (),
-                   now: float | None = None) -> dict:
+                   terms_announced: bool = True, predictable: str | None = None,
+                   refusals: Sequence[tuple[int | None, str]] = (), now: float | None = None) -> dict:
     """The report of one client about one run, unsigned.
 
     Args:
@@ -200,6 +200,7 @@ def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_
         delta: None only where privacy is off.
         group_size: k > 1 if single rows were sampled and the guarantee is for at most k of them together.
         rows_per_unit: most rows of one unit that a step uses, where units themselves are sampled.
+        terms_announced: whether uploads state the noise multiplier and delta.
         predictable: why whoever knows the seed can subtract the noise ("a simulation", the variable's name); None
             where randomness is the operating system's. If it is set, no epsilon is printed.
         disclosed: see `announced`; participation and what uploads carry are added here.
@@ -240,7 +241,7 @@ def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_
         "trainings": rows,
         "lifetime": None if lifetime is None else _lifetime(lifetime, delta, hide_rate),
         "left_without_noise": [{"what": d.what, "value": d.value}
-                               for d in (*disclosed, *_while_running(private, trainings, refusals))],
+                               for d in (*disclosed, *_while_running(private, trainings, refusals, terms_announced))],
         "not_covered": list(NOT_COVERED),
         "versions": {"fedlora": fedlora.__version__, **versions(PACKAGES),
                      "python": platform.python_version(), "platform": platform.platform()},
@@ -292,13 +293,15 @@ def _sources(predictable: str | None) -> dict[str, str]:
             "gaussian": f"Box-Muller in float64, each value a sum of {DRAWS} draws (arXiv:2107.10138)"}
 
 
-def _while_running(private: bool, trainings: Sequence[Training], refusals: Sequence[tuple[int | None, str]]
-                   ) -> list[Disclosure]:
+def _while_running(private: bool, trainings: Sequence[Training], refusals: Sequence[tuple[int | None, str]],
+                   terms_announced: bool) -> list[Disclosure]:
     sent = [t for t in trainings if t.state == "released"]
     said = [Disclosure("the fact and time of participation",
                        f"{len(sent)} uploads, the first at {_iso(sent[0].time)}, the last at {_iso(sent[-1].time)}; "
                        "each is listed under trainings" if sent else "no upload so far")]
-    if sent and private:
+    if sent and private and not terms_announced:
+        said.append(Disclosure("in each upload: steps", "as listed here"))
+    if sent and private and terms_announced:
         said.append(Disclosure("in each upload: steps, noise multiplier, delta", "as listed here; noise multiplier and "
                                "delta are computed from the declared size and this client's limits, and tell about "
                                "them"))
