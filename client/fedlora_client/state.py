@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fedlora.plan import RoundPlan, Tensors, Upload, upload_metrics
+from fedlora.privacy.ledger.witness import to_disk
 
 
 class MemoryState:
@@ -117,14 +118,6 @@ def _replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".new")
     yield temporary
-    _to_disk(temporary)
+    to_disk(temporary)
     os.replace(temporary, path)
-    _to_disk(path.parent)
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    to_disk(path.parent)

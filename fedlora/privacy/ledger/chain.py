@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fedlora.privacy.ledger.lifetime import Book, LedgerError, chained
 from fedlora.privacy.ledger.network import network_file_system
-from fedlora.privacy.ledger.witness import folder_to_disk
+from fedlora.privacy.ledger.witness import to_disk
 
 FORMAT = 1
 WAIT_S = 30.0
@@ -106,7 +106,7 @@ class Chain:
                 os.link(temporary, path)
         finally:
             temporary.unlink()
-        folder_to_disk(path.parent)
+        to_disk(path.parent)
 
     @contextlib.contextmanager
     def transaction(self, mode: str = "IMMEDIATE") -> Iterator[Book]:
@@ -193,7 +193,7 @@ def _move_aside(path: Path) -> None:
     for suffix in ("-wal", "-shm", "-key", ""):
         with contextlib.suppress(FileNotFoundError):
             beside(path, suffix).rename(beside(aside, suffix))
-    folder_to_disk(path.parent)
+    to_disk(path.parent)
 
 
 def _connect(database: str | Path, uri: bool = False) -> sqlite3.Connection:

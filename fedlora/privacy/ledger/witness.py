@@ -56,12 +56,12 @@ def replace_file(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(handle)
     os.replace(temporary, path)
-    folder_to_disk(path.parent)
+    to_disk(path.parent)
 
 
-def folder_to_disk(folder: Path) -> None:
-    """Make created, renamed and removed names in the folder last."""
-    handle = os.open(folder, os.O_RDONLY)
+def to_disk(path: Path) -> None:
+    """Make a file's content last, or a folder's created, renamed and removed names."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
