@@ -32,6 +32,9 @@ from .simulate import Method, populate, simulate
 
 EPSILON = 8.0
 
+ALONE_S = 30.0
+"""How long the server may go on without any client before it is told to write its report."""
+
 TASK = ("--task", "classification", "--labels", ",".join(triage.LABELS), "--max-length", "64")
 
 SHORT = {"fed-sb": ("--rounds", "7", "--local-steps", "8", "--batch-size", "160", "--targets", "all", "--alpha", "16",
@@ -93,9 +96,14 @@ def _federate(strategy: str, seed: int, out: Path, notes: Sequence[Path], held_o
                     "--epsilon", f"{EPSILON:g}", "--state", out / "state" / path.stem, "--threads", threads,
                     "--simulated-ledger", out / "state" / path.stem, *_DOWNLOAD],
                     stdout=log, stderr=log))
+        alone_since = None
         while (code := server.poll()) is None:
             time.sleep(0.1)
-            if all(client.poll() is not None for client in clients) and server.poll() is None:
+            if any(client.poll() is None for client in clients):
+                alone_since = None
+            elif alone_since is None:  # after the last round they end before the server does
+                alone_since = time.monotonic()
+            elif time.monotonic() - alone_since > ALONE_S:
                 server.terminate()  # nobody is left to train; its report says how far it came
         return code
     except KeyboardInterrupt:
