@@ -193,7 +193,7 @@ def test_without_privacy_the_number_of_examples_and_the_loss_are_sent_and_no_noi
 
 
 def test_a_run_after_another_gets_the_noise_that_the_lifetime_leaves_room_for_and_none_is_begun_beyond_it(desk, caplog):
-    desk.ledger.declare("north", epsilon=12.0, delta=1e-5)
+    desk.ledger.declare("north", epsilon=10.0, delta=1e-5)
     first = desk.session(epsilon=4.0)
     for number in (1, 2):
         first.run_round(desk.order(number), desk.start)
@@ -204,8 +204,8 @@ def test_a_run_after_another_gets_the_noise_that_the_lifetime_leaves_room_for_an
         second.terms, run_id="ef" * 8, noise_multiplier=second.terms.noise_multiplier - 0.001))
     for number in (1, 2):
         assert isinstance(second.run_round(desk.order(number, plan=later), desk.start), Upload)
-    assert 11.0 < desk.ledger.lifetime("north").spent <= 12.0
-    desk.ledger.declare("north", epsilon=11.0, delta=1e-5)
+    assert 9.0 < desk.ledger.lifetime("north").spent <= 10.0
+    desk.ledger.declare("north", epsilon=9.0, delta=1e-5)
     with pytest.raises(Refused, match="budget"):
         desk.session(plan=make_plan(run_id="12" * 8))
     assert "lifetime" in caplog.text
