@@ -160,7 +160,7 @@ class LifetimeAccount:
     ledger_id: str | None = None
     new_ledger: str | None = None
     simulated: bool = False
-    orders: Sequence[int] = FILTER_ORDERS
+    orders: Sequence[float] = FILTER_ORDERS
 
 
 @dataclass(frozen=True)
