@@ -33,6 +33,11 @@ def check_unit(unit: str) -> None:
         raise ValueError(f"the privacy unit is {unit!r}; it must be row or column:NAME, as in column:patient_id")
 
 
+def unit_column(unit: str) -> str | None:
+    """The column that tells the units, or None where each row is one."""
+    return None if unit == ROW else unit.removeprefix(COLUMN)
+
+
 @dataclass(frozen=True)
 class ModelRef:
     """A base model, named and pinned by content.

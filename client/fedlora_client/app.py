@@ -138,10 +138,8 @@ class Part:
     def _check_size(self) -> Budget:
         """Say which size is public, and refuse at once where the run would sample the units too often."""
         limits = self._limits
-        count = unit_count(self._rows, self._rows.labels)
         try:
-            budget = Budget.declare(count, epsilon=limits.epsilon, delta=limits.delta,
-                                    declared_size=limits.declared_size)
+            budget = limits.budget(unit_count(self._rows))
             budget.sampling_rate(self._setup.expected_batch)
         except ValueError as error:
             log.error("%s", error)

@@ -59,8 +59,8 @@ def budget(argv: Sequence[str]) -> int:
 
 def describe(ledger: Ledger, dataset: str) -> dict:
     """One data set's spending, as JSON: lifetime, runs in order, and the price of further rounds like the last."""
-    lifetime, own = ledger.lifetime(dataset), _runs(ledger, dataset)
-    counted = [run for name in (dataset, *ledger.overlapping(dataset)) for run in _runs(ledger, name)]
+    lifetime, own = ledger.lifetime(dataset), runs_of(ledger, dataset)
+    counted = [run for name in (dataset, *ledger.overlapping(dataset)) for run in runs_of(ledger, name)]
     ahead = {}
     if own and (last := own[-1][0].terms).noise_multiplier is not None:
         spends = [run[0].terms.spends(len(run)) for run in counted]
@@ -72,7 +72,7 @@ def describe(ledger: Ledger, dataset: str) -> dict:
             "spent_after_further_rounds": ahead}
 
 
-def _runs(ledger: Ledger, dataset: str) -> list[list[Charge]]:
+def runs_of(ledger: Ledger, dataset: str) -> list[list[Charge]]:
     """The charges of each run, in order; those that cost nothing are left out."""
     runs: dict[str, list[Charge]] = {}
     for charge in ledger.charges(dataset):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.data import Rows
-from fedlora.plan import COLUMN, ROW, Refused
+from fedlora.plan import ROW, Refused, unit_column
 from fedlora.privacy import Budget, Forbidden, Ledger, Policy, RunTerms
 from fedlora.privacy.ledger.fingerprints import fingerprints
 from fedlora.privacy.policy import absolute
@@ -52,12 +51,11 @@ class Owner:
         self.dataset = self._known.id if self._known else self.policy.free_id(self._data)
         self.ledger = Ledger(folder / "ledger.sqlite" if folder else places.ledger(), simulated=folder is not None,
                              new=options.new_ledger)
-        self._private = private
 
     @property
     def unit_column(self) -> str | None:
         """The column that tells the units, or None where each row is one."""
-        return None if self.unit == ROW else self.unit.removeprefix(COLUMN)
+        return unit_column(self.unit)
 
     def check_proposal(self, setup: Setup) -> None:
         """Before the data is read.
@@ -121,7 +119,7 @@ def limits_of(options: Namespace, owner: Owner) -> Limits:
                   unit=owner.unit, rows_per_unit=options.rows_per_unit, announce_size=owner.policy.announce_size)
 
 
-def unit_count(rows: Rows, labels: Sequence[str | None] | None) -> int:
+def unit_count(rows: Rows) -> int:
     """Units of privacy among the rows that have a label, or among all rows where labels are not needed."""
-    kept = range(len(rows)) if labels is None else [i for i, label in enumerate(labels) if label is not None]
+    kept = [row for row in range(len(rows)) if rows.labels is None or rows.labels[row] is not None]
     return len(kept) if rows.units is None else len({rows.units[i] for i in kept})

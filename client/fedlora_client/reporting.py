@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fedlora.plan import PROTOCOL, ROW
-from fedlora.privacy import INSECURE_SEED_VARIABLE, Accountant, Charge, Ledger, Spend
+from fedlora.privacy import INSECURE_SEED_VARIABLE, Accountant, Ledger, Spend
 from fedlora.privacy.ledger.lifetime import FILTER_ORDERS
 from fedlora.privacy.report import (
     LifetimeAccount,
@@ -25,6 +25,7 @@ from fedlora.privacy.report import (
 from fedlora.training.precision import ROUNDING
 
 from . import places
+from .budget import runs_of
 from .session import ClientSession
 
 POINTS = 12
@@ -99,15 +100,11 @@ def _lifetime(ledger: Ledger, dataset: str, delta: float | None) -> LifetimeAcco
     if (state.delta or delta) is None:
         return None
     overlapping = ledger.overlapping(dataset)
-    begun: dict[tuple[str, str], list[Charge]] = {}
-    for charge in ledger.charges():
-        if charge.dataset in (dataset, *overlapping) and charge.state != "voided":
-            begun.setdefault((charge.dataset, charge.run_id), []).append(charge)
     charges = []
-    for (owner, run_id), trained in begun.items():
-        terms = trained[0].terms
-        count = terms.max_participations if run_id == state.closed_by else len(trained)
-        charges.append(LifetimeCharge(owner, run_id, terms.noise_multiplier, terms.sampling_rate,
+    for begun in (run for name in (dataset, *overlapping) for run in runs_of(ledger, name)):
+        terms = begun[0].terms
+        count = terms.max_participations if terms.run_id == state.closed_by else len(begun)
+        charges.append(LifetimeCharge(begun[0].dataset, terms.run_id, terms.noise_multiplier, terms.sampling_rate,
                                       count * terms.local_steps, terms.group_size))
     given_up = "; ".join(f"ledger {mark['ledger_id']}, {mark['rows']} rows" for mark in ledger.marks())
     return LifetimeAccount(

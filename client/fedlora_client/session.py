@@ -55,6 +55,10 @@ class Limits:
     def private(self) -> bool:
         return self.epsilon != float("inf")
 
+    def budget(self, units: int) -> Budget:
+        """Of one run on so many units of privacy. Raises ValueError where there can be none."""
+        return Budget.declare(units, epsilon=self.epsilon, delta=self.delta, declared_size=self.declared_size)
+
     def check(self, run_is_private: bool) -> None:
         """Refuse a plan whose privacy contradicts --epsilon."""
         if self.private != run_is_private:
@@ -132,8 +136,7 @@ class ClientSession:
         rate = min(1.0, run.expected_batch / size)
         if run.private:
             try:
-                budget = Budget.declare(count, epsilon=limits.epsilon, delta=limits.delta,
-                                        declared_size=limits.declared_size)
+                budget = limits.budget(count)
                 size, rate, delta = budget.declared_size, budget.sampling_rate(run.expected_batch), budget.delta
                 noise_multiplier = budget.noise_multiplier(run.expected_batch, run.max_participations * run.local_steps)
             except ValueError as error:

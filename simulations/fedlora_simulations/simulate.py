@@ -13,7 +13,7 @@ import numpy as np
 
 from fedlora import data
 from fedlora.data import Rows
-from fedlora.plan import COLUMN, ROW, Tensors
+from fedlora.plan import ROW, Tensors, unit_column
 from fedlora.privacy import Ledger, RunStreams
 from fedlora.tasks import Records, Task
 from fedlora.training import Trainer
@@ -76,9 +76,8 @@ def populate(options: Namespace, seed: int) -> Population:
     """
     if options.data is None:
         raise ValueError("--data is missing: name a folder or file of training rows")
-    unit = options.privacy_unit or ROW
     rows = data.read(options.data, options.task, columns=options.column,
-                     unit=None if unit == ROW else unit.removeprefix(COLUMN))
+                     unit=unit_column(options.privacy_unit or ROW))
     labels = options.labels or data.label_names(rows)
     if options.task == "classification" and len(labels) < 2:
         raise ValueError(f"--data {options.data} has {len(labels)} different labels; classification needs at least two "

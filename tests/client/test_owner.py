@@ -62,7 +62,7 @@ def test_the_unit_of_the_budget_is_the_unit_of_every_run(north):
     owner, _ = opened(north, unit="patient", privacy_unit="column:patient")
     assert limits_of(options(north), owner).unit == "column:patient" and owner.unit_column == "patient"
     rows = data.read(north, "classification", unit="patient")
-    assert unit_count(rows, rows.labels) == 40
+    assert unit_count(rows) == 40
     assert Owner(options(north)).unit == "column:patient"
     with pytest.raises(ValueError, match="--privacy-unit row"):
         Owner(options(north, privacy_unit="row"))

@@ -47,10 +47,14 @@ def write_witness(path: Path, witness: Witness) -> None:
                           "make room or make its folder writable, or set `witness` in policy.toml") from error
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Atomically put `content` in place of the file (mode 0600); it is on the disk when this returns."""
+def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Atomically put `content` in place of the file; it is on the disk when this returns.
+
+    Args:
+        mode: of a file that is made, less the process's umask.
+    """
     temporary = path.with_name(path.name + ".new")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with open(handle, "wb") as file:
         file.write(content)
         file.flush()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 import fedlora
 from fedlora.privacy.accounting import Spend
 from fedlora.privacy.ledger.lifetime import FILTER_ORDERS
+from fedlora.privacy.ledger.witness import replace_file
 from fedlora.privacy.report.figures import (
     LABELS,
     RELATION,
@@ -328,10 +328,5 @@ def write_report(folder: Path, report: Mapping) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("privacy.md", markdown(report)),
                        ("privacy.json", json.dumps(report, indent=1, allow_nan=False) + "\n")):
-        temporary = folder / (name + ".new")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / name)
+        replace_file(folder / name, text.encode(), mode=0o666)
     return folder / "privacy.json"
