@@ -2,13 +2,16 @@
 
 import math
 import os
+import resource
 import signal
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
-from fedlora.privacy.ledger import RunTerms
+from fedlora.privacy.ledger import Ledger, LedgerError, Reservation, RunTerms
 
 DELTA = 1e-5
+SHA = "0" * 64
 
 
 def terms(run_id="r1", **changes) -> RunTerms:
@@ -64,3 +67,32 @@ def ended(pid: int) -> int:
 
 def witness_of(folder: Path, dataset: str = "a") -> Path:
     return folder / f".fedlora-witness-{dataset}.json"
+
+
+def opened(path: Path, epsilon: float = 8.0, dataset: str = "a", **options) -> Ledger:
+    ledger = Ledger(path, **options)
+    try:
+        ledger.declare(dataset, epsilon=epsilon, delta=DELTA, witness=witness_of(path.parent, dataset))
+    except LedgerError:
+        ledger.close()
+        raise
+    return ledger
+
+
+def train(ledger: Ledger, round: int, run_id: str = "r1", dataset: str = "a", attempt: int = 0) -> Reservation:
+    reservation = ledger.reserve(dataset, run_id, round, attempt)
+    reservation.begin()
+    reservation.stored(SHA)
+    reservation.released()
+    return reservation
+
+
+@contextmanager
+def full_disk():
+    """No file of this process can grow, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
