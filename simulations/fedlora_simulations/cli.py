@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return audit(argv[1:])
     parser = build_parser(SIMULATE, "Simulate federations: every method on the same split, seed by seed.")
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
-    parser.epilog = ("fedlora-simulate bench --help: what privacy adds to a training step; fedlora-simulate audit "
-                     "--help: an empirical lower bound on ε")
+    parser.epilog = ("fedlora-simulate bench --help: what privacy and federation cost in time and memory; "
+                     "fedlora-simulate audit --help: an empirical lower bound on ε")
     options = read_options(parser, SIMULATE, argv)
     from fedlora.plan import Refused
 

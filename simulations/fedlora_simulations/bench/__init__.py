@@ -1,0 +1,202 @@
+"""fedlora-simulate bench: what privacy and federation cost, figure by figure, as ratios measured in turn.
+
+One sub-command measures one figure. `all` measures all of them into one result file, `compare` tells which ratios of
+two such files got worse. How a figure is added: `fedlora_simulations.bench.measure`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import pkgutil
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from . import figures
+from .compare import FORMAT, compare, read_result
+from .compare import table as comparison
+from .measure import Figure, Row, Settings, Unavailable, Value, machine, to_json, versions
+
+_GENERATED_ROWS = 3000
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `fedlora-simulate bench …`: 0 done, 1 a figure failed or got worse, 2 wrong input, 130 interrupted."""
+    options = _parser().parse_args(argv)
+    try:
+        if options.command == "compare":
+            return _compare(options)
+        return _measure(options)
+    except ValueError as error:
+        print(f"fedlora-simulate bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedlora-simulate bench: interrupted", file=sys.stderr)
+        return 130
+
+
+def figure_titles() -> dict[str, str]:
+    """Sub-command → title: the name of every module of `bench.figures`, and the first line of its docstring.
+
+    Nothing is imported: what figures need takes seconds to import.
+    """
+    folder = Path(figures.__path__[0])
+    return {name.replace("_", "-"): (ast.get_docstring(ast.parse((folder / f"{name}.py").read_text("utf-8"))) or "")
+            .partition("\n")[0].rstrip(".") for _, name, _ in pkgutil.iter_modules([str(folder)])}
+
+
+def load_figures(names: Iterable[str]) -> dict[str, Figure]:
+    """Sub-command → figure, in the order of their numbers."""
+    found = {name: importlib.import_module(f"{figures.__name__}.{name.replace('-', '_')}").FIGURE for name in names}
+    return dict(sorted(found.items(), key=lambda item: item[1].number))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fedlora-simulate bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="FIGURE")
+    for name, title in figure_titles().items():
+        _add_settings(commands.add_parser(name, help=title, description=f"{title}."))
+    everything = commands.add_parser("all", help="all figures, into one result file")
+    _add_settings(everything)
+    changes = commands.add_parser("compare", help="which ratios got worse from one result file to another",
+                                  description="Compares two result files ratio by ratio. Exit code 1 if any median "
+                                              "got worse and the quartiles do not overlap.")
+    changes.add_argument("old", type=Path, metavar="OLD.json")
+    changes.add_argument("new", type=Path, metavar="NEW.json")
+    changes.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, help="rows with a text and a label; default: generated triage notes")
+    parser.add_argument("--model", help="alias, folder or hub id, or llama-1b, a random one of that shape; default: "
+                                        "minilm, on cuda llama-1b")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=_positive, help="of the CPU; default: PyTorch's")
+    parser.add_argument("--repeats", type=_positive, help="at most so many of everything that is repeated")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, not how fast")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write a result file, for compare")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    """Measure one figure or all; a figure that cannot be measured does not keep the others from it."""
+    titles = figure_titles()
+    chosen = load_figures(titles if options.command == "all" else [options.command])
+    if options.out is not None and not options.out.parent.is_dir():
+        raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
+    console, progress = Console(), Console(stderr=True)
+    failed = False
+    with TemporaryDirectory(prefix="fedlora-bench-") as folder:
+        settings = _settings(options, Path(folder))
+        result: dict[str, Any] = {
+            "format": FORMAT, "began": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(),
+            "machine": machine(settings.device), "figures": {},
+            "settings": {"data": options.data.name if options.data else "triage notes", "model": settings.model,
+                         "device": settings.device, "quick": settings.quick}}
+        for name, figure in chosen.items():
+            began, rows = time.monotonic(), []
+            error = None
+            try:
+                for row in figure.measure(settings):
+                    rows.append(row)
+                    progress.print(f"[dim]{name}: {row.case}[/dim]", highlight=False)
+            except Unavailable as reason:
+                error = str(reason)
+            except Exception as fault:
+                if options.command != "all":
+                    raise
+                error, failed = f"{type(fault).__name__}: {fault}", True
+            result["figures"][name] = to_json(figure, titles[name], rows, time.monotonic() - began) | (
+                {"error": error} if error else {})
+            if options.out is not None:
+                options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            if not options.json:
+                _show(console, f"{figure.number}. {titles[name]}", rows, error)
+    if options.json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+    else:
+        console.print(_described(result), style="dim", highlight=False)
+    return int(failed)
+
+
+def _settings(options: argparse.Namespace, folder: Path) -> Settings:
+    data = options.data
+    if data is None:
+        from ..triage import write_hospitals
+
+        data = write_hospitals(folder, 0, hospitals=1, rows=200 if options.quick else _GENERATED_ROWS)[0]
+    model = options.model or ("llama-1b" if options.device == "cuda" else "minilm")
+    return Settings(data=data, model=model, device=options.device, threads=options.threads, quick=options.quick,
+                    most_repeats=options.repeats)
+
+
+def _show(console: Console, title: str, rows: Sequence[Row], error: str | None) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row.values))
+    table = Table(title=f"{title}: medians, quartiles", box=None, title_justify="left",
+                  padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in names:
+        table.add_column(name)
+    for row in rows:
+        cells = [_cell(row.values[name]) if name in row.values else "" for name in names]
+        table.add_row(row.case + (f"\n[dim]{row.note}[/dim]" if row.note else ""), *cells)
+    if rows:
+        console.print(table)
+    if error:
+        console.print(f"{title}: {error}", style="red", highlight=False)
+    console.print()
+
+
+def _cell(value: Value) -> str:
+    unit = "" if value.unit == "ratio" else f" {value.unit}"
+    text = f"{_short(value.median)}{unit}"
+    if value.target is not None:
+        at_least = value.better == "higher"
+        sign = ("≥" if at_least else "≤") if value.reached else ("<" if at_least else ">")
+        colour = "green" if value.reached else "red"
+        text = f"[{colour}]{text} {sign} {_short(value.target)}[/{colour}]"
+    return text if value.low == value.high else f"{text}\n[dim]{_short(value.low)}–{_short(value.high)}[/dim]"
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3f}" if abs(number) < 10 else f"{number:.1f}"
+
+
+def _described(result: Mapping[str, Any]) -> str:
+    told = {**result["machine"], **result["settings"], **result["versions"]}
+    return ", ".join(f"{name} {value}" for name, value in told.items())
+
+
+def _compare(options: argparse.Namespace) -> int:
+    old, new = read_result(options.old), read_result(options.new)
+    changes = compare(old, new)
+    worse = sum(change.verdict == "worse" for change in changes)
+    if options.json:
+        print(json.dumps([{"figure": c.figure, "case": c.case, "ratio": c.name, "verdict": c.verdict,
+                           "old": c.old and c.old.median, "new": c.new and c.new.median} for c in changes], indent=1))
+        return int(worse > 0)
+    console = Console()
+    console.print(comparison(changes))
+    for key in ("machine", "settings", "versions"):
+        if old[key] != new[key]:
+            console.print(f"{key}: {old[key]} → {new[key]}", style="dim", highlight=False)
+    console.print(f"{len(changes)} ratios, {worse} worse by more than the spread", highlight=False)
+    return int(worse > 0)

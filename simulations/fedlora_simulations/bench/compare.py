@@ -1,0 +1,94 @@
+"""fedlora-simulate bench compare: two result files, ratio by ratio.
+
+A ratio got worse if its median did and the quartiles of the two measurements do not overlap; likewise better. Seconds
+and bytes are not compared: they belong to the machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .measure import RATIO, Value, value_from_json
+
+FORMAT = 1
+"""Of result files."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One ratio in both files.
+
+    Attributes:
+        verdict: "worse", "better" or "same"; "new" or "gone" if one file alone has it.
+    """
+
+    figure: str
+    case: str
+    name: str
+    old: Value | None
+    new: Value | None
+    verdict: str
+
+
+def read_result(file: Path) -> Mapping[str, Any]:
+    """A result file of `fedlora-simulate bench`.
+
+    Raises:
+        ValueError: it cannot be read or is something else.
+    """
+    try:
+        result = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as a result file of fedlora-simulate bench: {error}") from error
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        raise ValueError(f"{file} is not a result file of this fedlora-simulate bench (format {FORMAT}); write one "
+                         "with fedlora-simulate bench all --out FILE.json")
+    return result
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """Every ratio of either result, in the order of the new one, then what is gone."""
+    before, after = dict(_ratios(old)), dict(_ratios(new))
+    return [Change(*key, before.get(key), after.get(key), _verdict(before.get(key), after.get(key)))
+            for key in [*after, *(key for key in before if key not in after)]]
+
+
+def _ratios(result: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str], Value]]:
+    for figure, measured in result["figures"].items():
+        for row in measured.get("rows", ()):
+            for name, fields in row["values"].items():
+                value = value_from_json(fields)
+                if value.unit == RATIO and value.better:
+                    yield (figure, row["case"], name), value
+
+
+def _verdict(old: Value | None, new: Value | None) -> str:
+    if old is None or new is None:
+        return "new" if old is None else "gone"
+    rose, fell = new.low > old.high, new.high < old.low
+    if not (rose or fell):
+        return "same"
+    return "better" if rose == (new.better == "higher") else "worse"
+
+
+def table(changes: list[Change]) -> Table:
+    """Changes one by one; those that stayed the same are not shown."""
+    shown = Table(title="ratio by ratio, medians (quartiles)", box=None, title_justify="left")
+    for heading in ("figure", "case", "ratio", "old", "new", ""):
+        shown.add_column(heading)
+    for change in changes:
+        if change.verdict != "same":
+            style = {"worse": "red", "better": "green"}.get(change.verdict)
+            shown.add_row(change.figure, change.case, change.name, _text(change.old), _text(change.new),
+                          change.verdict, style=style)
+    return shown
+
+
+def _text(value: Value | None) -> str:
+    return "" if value is None else f"{value.median:.4g} ({value.low:.4g}–{value.high:.4g})"

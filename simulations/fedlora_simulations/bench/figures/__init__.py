@@ -1,0 +1,1 @@
+"""One module for each figure; see `fedlora_simulations.bench.measure`."""

@@ -1,0 +1,118 @@
+"""What is measured: a base model, text, and trainers on both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast
+
+from fedlora.adapters import AdaptedModel, attach, automatic_targets, initial_tensors
+from fedlora.data import Rows, read
+from fedlora.models import LoadedModel, load, reference, resolve
+from fedlora.plan import ModelRef, RunPlan
+from fedlora.privacy import Stream
+from fedlora.tasks import Records, task_for
+from fedlora.training import Trainer
+
+from .measure import Settings, Unavailable
+
+FAMILIES = {"lora": "fedavg-lora", "frozen-a": "ffa-lora", "bra": "fed-sb"}
+"""Of adapters → a strategy that trains them."""
+
+RANDOM_LLAMA = "llama-1b"
+"""A model of Llama 3.2's 1B shape with random weights and a tokenizer made from the rows: for GPUs without a hub."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapted model ready to train, and rows to train it on."""
+
+    adapted: AdaptedModel
+    plan: RunPlan
+    records: Records
+    trainer: Trainer
+
+    def train(self, block: int, *, private: bool, sampling_rate: float = 1.0) -> None:
+        """One round of the plan's steps from whatever the adapter holds; the same draws with and without privacy."""
+        self.trainer.train(self.plan, self.records, sampling_rate=sampling_rate,
+                           noise_multiplier=1.0 if private else None, clip_norm=self.plan.clip_norm,
+                           sampling=Stream.derived(0, "bench", block, "sampling"),
+                           noise=Stream.derived(0, "bench", block, "noise") if private else None)
+
+
+def settle(device: str) -> Callable[[], object]:
+    """What to wait for before the clock is read."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def rows_of(settings: Settings) -> Rows:
+    """The rows of --data; of a quick measurement, the first 64."""
+    rows = read(settings.data, "classification")
+    return rows.take(range(min(64, len(rows)))) if settings.quick else rows
+
+
+def cut_to_length(rows: Rows, count: int) -> Rows:
+    """`count` texts, each of many rows after one another, for records that fill any --max-length."""
+    joined = [" ".join(rows.texts[(start + i) % len(rows)] for i in range(64)) for start in range(count)]
+    taken = rows.take([i % len(rows) for i in range(count)])
+    return replace(taken, texts=tuple(joined))
+
+
+def subject(settings: Settings, rows: Rows, *, family: str, rank: int, precision: str, expected_batch: int,
+            max_length: int, steps: int = 1, micro_batch: int | None = None) -> Subject:
+    """Load, adapt and encode.
+
+    Args:
+        rows: encoded at most `max_length` tokens long.
+        steps: local steps of a round.
+    Raises:
+        Unavailable: the device is not there.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise Unavailable("no CUDA device is here; run it on a machine that has one, or leave out --device cuda")
+    labels = tuple(sorted({label for label in rows.labels or () if label is not None}))
+    loaded, model = _load(settings, rows, len(labels))
+    targets = automatic_targets(loaded.model)
+    plan = RunPlan(
+        run_id="0" * 16, fedlora_version="bench", strategy=FAMILIES[family], family=family, private=True, model=model,
+        task="classification", labels=labels, max_length=max_length, rank=rank, alpha=float(rank), targets=targets,
+        train_head=True, dropout=0.0, rounds=1, max_participations=1, local_steps=steps,
+        expected_batch=expected_batch, optimizer="sgd", lr=1e-3, clip_norm=1.0, adapter_scale=1.0, head_scale=1.0,
+        weight_by_examples=False)
+    adapted = attach(loaded, family=family, rank=rank, alpha=float(rank), targets=targets, train_head=True)
+    adapted.write(initial_tensors(adapted, init="orthonormal", seed=0))
+    task = task_for(plan, loaded.tokenizer)
+    trainer = Trainer(adapted, task, device=settings.device, precision=precision, micro_batch=micro_batch,
+                      threads=settings.threads)
+    return Subject(adapted, plan, task.encode(rows), trainer)
+
+
+def _load(settings: Settings, rows: Rows, labels: int) -> tuple[LoadedModel, ModelRef]:
+    if settings.model == RANDOM_LLAMA:
+        return _random_llama(rows, labels), ModelRef("local", "0" * 64, "0" * 64, "0" * 64)
+    folder = resolve(settings.model)
+    return load(folder, "classification", labels), reference(settings.model, folder)
+
+
+def _random_llama(rows: Rows, labels: int) -> LoadedModel:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(rows.texts[:2000], BpeTrainer(
+        vocab_size=8000, special_tokens=["<pad>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False))
+    config = LlamaConfig(vocab_size=128_256, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
+                         num_key_value_heads=8, intermediate_size=8192, max_position_embeddings=2048,
+                         pad_token_id=0)
+    config.num_labels = labels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="right")
+    return LoadedModel(model.eval(), fast, ("score.weight",), "classification", Path())
+
