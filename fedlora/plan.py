@@ -10,8 +10,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:  # the commands' --help reads this module and needs no numpy
+    import numpy as np
 
 PROTOCOL = 1
 """Version of the wire protocol. Two sides with different numbers refuse each other."""
@@ -23,7 +25,7 @@ LR_SCHEDULES = ("constant", "linear")
 ROW, COLUMN = "row", "column:"
 """Units of privacy: each row, or "column:NAME" for all rows of a client with one value in that column together."""
 
-Tensors = Mapping[str, np.ndarray]
+Tensors = Mapping[str, "np.ndarray"]
 """Named float32 arrays in C order; names are those of `fedlora.adapters.AdapterLayout`."""
 
 

@@ -6,6 +6,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"fedlora", "fedlora_client", "fedlora_server", "fedlora_simulations", "fedlora_strategies"}
 
@@ -24,9 +26,14 @@ def test_a_wheel_holds_exactly_the_five_packages_and_the_wire_code(tmp_path):
             and ".dist-info/" not in name} == {"fedlora/wire/fedlora.proto"}
 
 
-def test_help_needs_neither_torch_nor_flower():
-    for command in ("client", "server", "simulations"):
-        code = (f"import sys; sys.argv = ['x', '--help']; from fedlora_{command}.cli import main\n"
-                "try: main()\nexcept SystemExit: pass\n"
-                "assert not {'torch', 'transformers', 'flwr', 'grpc'} & set(sys.modules)")
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+@pytest.mark.parametrize("argv", [["--help"], ["--roundz", "3"]], ids=["help", "an unknown flag"])
+@pytest.mark.parametrize("command", ["client", "client budget", "client verify", "server", "simulations"])
+def test_help_and_errors_on_the_command_line_come_without_loading_what_trains(command, argv):
+    package, *sub = command.split()
+    code = (f"import sys; from fedlora_{package}.cli import main\n"
+            "try: main(sys.argv[1:])\nexcept SystemExit as ended: code = ended.code\n"
+            "heavy = {'torch', 'numpy', 'flwr', 'transformers', 'grpc', 'rich', 'opacus', 'cryptography'}\n"
+            "assert not heavy & set(sys.modules), heavy & set(sys.modules)\nsys.exit(code)")
+    ended = subprocess.run([sys.executable, "-c", code, *sub, *argv], capture_output=True, text=True)
+    assert ended.returncode == (0 if argv == ["--help"] else 2), ended.stderr
+    assert f"fedlora-{command.replace('simulations', 'simulate')}" in ended.stdout + ended.stderr

@@ -1,15 +1,12 @@
-"""fedlora-client budget: what was spent on which data set, when and by which run, and what is left.
-
-fedlora-client verify: whether a privacy report's arithmetic and signature hold.
-"""
+"""fedlora-client budget: what was spent on which data set, when and by which run, and what is left."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +15,6 @@ from rich.table import Table
 
 from fedlora.privacy import Charge, Ledger, Policy
 from fedlora.privacy.ledger.lifetime import FILTER_ORDERS, filter_epsilon
-from fedlora.privacy.report import verify_file
 
 from . import places
 
@@ -26,13 +22,8 @@ AHEAD = (1, 5, 20)
 """Numbers of further rounds whose price is shown."""
 
 
-def budget(argv: Sequence[str]) -> int:
+def show_budget(options: Namespace) -> int:
     """Show the ledger; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="fedlora-client budget", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--policy", type=Path, metavar="FILE.toml", help="[policy.toml in the user's configuration]")
-    parser.add_argument("--simulated-ledger", type=Path, metavar="DIR", help="show the ledger of a demo or simulation")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    options = parser.parse_args(argv)
     folder: Path | None = options.simulated_ledger
     path = folder / "ledger.sqlite" if folder else places.ledger()
     if not path.exists():
@@ -121,13 +112,3 @@ def _finite(value: float | None) -> float | str | None:
 
 def _text(value: float | str | None) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def verify(argv: Sequence[str]) -> int:
-    """Check a privacy report; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="fedlora-client verify", description="Recompute a privacy report's ε from "
-                                     "its signed history, and check the signature.")
-    parser.add_argument("report", type=Path, help="privacy.json")
-    parser.add_argument("--public-key", metavar="HEX", help="the client's key, from a source that you trust")
-    options = parser.parse_args(argv)
-    return verify_file(options.report, Console(), public_key=options.public_key)

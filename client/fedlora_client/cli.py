@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from fedlora.options import CLIENT, build_parser, read_options
@@ -24,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and end the process with its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] in (["budget"], ["verify"]):
-        from . import budget
-
-        sys.exit((budget.budget if arguments[0] == "budget" else budget.verify)(arguments[1:]))
+        sys.exit((_budget if arguments[0] == "budget" else _verify)(arguments[1:]))
     parser = build_parser(CLIENT, "Take part in a federated run with the records in --data.")
     parser.epilog = EPILOG
     options = read_options(parser, CLIENT, arguments)
@@ -46,6 +46,31 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _budget(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fedlora-client budget", description="What was spent on which data set, when "
+                                     "and by which run, and what is left.")
+    parser.add_argument("--policy", type=Path, metavar="FILE.toml", help="[policy.toml in the user's configuration]")
+    parser.add_argument("--simulated-ledger", type=Path, metavar="DIR", help="show the ledger of a demo or simulation")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options = parser.parse_args(arguments)
+    from .budget import show_budget
+
+    return show_budget(options)
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fedlora-client verify", description="Recompute a privacy report's ε from "
+                                     "its signed history, and check the signature.")
+    parser.add_argument("report", type=Path, help="privacy.json")
+    parser.add_argument("--public-key", metavar="HEX", help="the client's key, from a source that you trust")
+    options = parser.parse_args(arguments)
+    from rich.console import Console
+
+    from fedlora.privacy.report import verify_file
+
+    return verify_file(options.report, Console(), public_key=options.public_key)
 
 
 def _run(options: Namespace) -> int:
