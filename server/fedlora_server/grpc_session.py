@@ -21,7 +21,7 @@ from fedlora import wire
 from fedlora.plan import Refusal, Refused
 from fedlora.wire import Incoming, Key, Shapes, WireError, pb
 
-from .roster import Roster, Stored
+from .roster import Order, Roster, Stored
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,12 @@ class GrpcSession:
     def send(self, frames: Iterable[bytes]) -> None:
         """Queue frames; an iterator is asked for each only when the one before has been sent."""
         self._outgoing.put(frames)
+
+    def ask(self, order: Order) -> None:
+        self.send(order.frames())
+
+    def cancel(self, key: Key) -> None:
+        self.send([pb.ServerFrame(cancel=wire.key_to_wire(key)).SerializeToString()])
 
     def close(self) -> None:
         """End the stream after what is queued."""

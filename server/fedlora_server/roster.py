@@ -1,4 +1,4 @@
-"""Who is there, who was asked what, and what came of it: the state behind the gRPC engine, without gRPC.
+"""Who is there, who was asked what, and what came of it: the state behind the gRPC and the SuperLink engine.
 
 One lock guards everything. A client keeps its seat, by name, over broken streams; a stream that comes back with the
 same process token takes over, and orders that were not answered are given to it again.
@@ -82,12 +82,13 @@ class Order:
 
 
 class Stream(Protocol):
-    """What the roster needs of a client's stream."""
+    """What the roster needs of a client's stream. The calls are made under the roster's lock and must be quick."""
 
     name: str
     process: bytes
 
-    def send(self, frames: Iterable[bytes]) -> None: ...
+    def ask(self, order: Order) -> None: ...
+    def cancel(self, key: Key) -> None: ...
     def close(self) -> None: ...
 
 
@@ -183,7 +184,7 @@ class Roster:
                 if order.outcome == "lost":
                     order.outcome = None
             if working is not None and working != seat.accepted and seat.order(working) is None:
-                stream.send([pb.ServerFrame(cancel=wire.key_to_wire(working)).SerializeToString()])
+                stream.cancel(working)
             self._dispatch(seat)
             self._new(Event("ready", seat.name, f"discloses its label names {', '.join(labels)}" if labels else ""))
 
@@ -310,8 +311,7 @@ class Roster:
                 self._forget(order)
                 seat = self._seats[order.node_id]
                 if seat.stream is not None and seat.working == order.plan.key:
-                    cancel = pb.ServerFrame(cancel=wire.key_to_wire(order.plan.key))
-                    seat.stream.send([cancel.SerializeToString()])
+                    seat.stream.cancel(order.plan.key)
             self._new(None)
             return orders
 
@@ -332,7 +332,7 @@ class Roster:
         order = next((order for order in seat.orders if order.outcome is None), None)
         if order is not None:
             seat.working = order.plan.key
-            seat.stream.send(order.frames())
+            seat.stream.ask(order)
 
     def _vacate(self, seat: _Seat) -> None:
         if seat.stream is not None:

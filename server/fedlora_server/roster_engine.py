@@ -1,0 +1,139 @@
+"""What the gRPC and the SuperLink engine share: the roster's clients, checked orders, and replies from the spool."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ArrayRecord, Message
+
+from fedlora import wire
+from fedlora.adapters import AdapterLayout
+from fedlora.plan import Refusal, Tensors, Upload
+from fedlora.wire import Setup, Shapes
+from fedlora_strategies.messages import assign_id, read_train_message, reply
+
+from .engine import Engine, Outcome
+from .roster import Event, Member, Order, Roster
+
+
+class RosterEngine(Engine):
+    """An engine whose clients join by name and take a seat in a `Roster`.
+
+    Args:
+        setup: told to every client that joins.
+        spool: folder for uploads that wait to be aggregated; made if absent.
+        notify: called with each `Event`, from any thread; it must be quick.
+    """
+
+    def __init__(self, setup: Setup, spool: Path, notify: Callable[[Event], None]) -> None:
+        self._spool = spool
+        self._roster = Roster(setup, notify)
+        self._trained: Shapes | None = None
+        self._shared: Shapes = {}
+
+    def expect(self, layout: AdapterLayout) -> None:
+        """Fix which tensors travel: before the first message, once the label set is known."""
+        self._trained = {spec.name: tuple(spec.shape) for spec in layout.trained}
+        self._shared = {spec.name: tuple(spec.shape) for spec in layout.shared}
+
+    def members(self) -> list[Member]:
+        """All clients that ever joined, in the order in which they became ready, with what each disclosed."""
+        return self._roster.members()
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(member.bytes_up for member in self._roster.members())
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(member.bytes_down for member in self._roster.members())
+
+    def name_of(self, node_id: int) -> str:
+        return self._roster.name_of(node_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Node ids of the clients that are connected and ready, sorted by name."""
+        return self._roster.nodes(idle=False)
+
+    def idle(self) -> list[int]:
+        return self._roster.nodes(idle=True)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        decoded: dict[int, tuple[ArrayRecord, Tensors]] = {}  # messages of a round share their record
+        orders = [self._order(message, decoded) for message in messages]
+        self._roster.push(orders)
+        return [order.message_id for order in orders]
+
+    def _order(self, message: Message, decoded: dict[int, tuple[ArrayRecord, Tensors]]) -> Order:
+        if self._trained is None:
+            raise ValueError("the engine does not know the layout yet; call expect(layout) before the first message")
+        plan, record = read_train_message(message)
+        if plan.run.run_id != self._roster.setup.run_id:
+            raise ValueError(f"the message is of run {plan.run.run_id}; this engine serves {self._roster.setup.run_id}")
+        self._roster.name_of(message.metadata.dst_node_id)
+        if id(record) not in decoded:
+            decoded[id(record)] = record, _views(record)
+        tensors = decoded[id(record)][1]
+        known = {**self._trained, **self._shared}
+        for name in {*tensors, *self._trained}:
+            if name not in tensors or name not in known or tensors[name].shape != known[name]:
+                shape = tensors[name].shape if name in tensors else "missing"
+                raise ValueError(f"tensor {name} of the message is {shape}; the layout has {known.get(name, 'none')}")
+            if tensors[name].dtype != np.float32:
+                raise ValueError(f"tensor {name} of the message is {tensors[name].dtype}; only float32 travels")
+        message_id = message.metadata.message_id or uuid.uuid4().hex
+        assign_id(message, message_id)
+        return Order(message_id, message, message.metadata.dst_node_id, plan, tensors)
+
+    def wait(self, message_ids: Iterable[str], timeout_s: float) -> dict[str, Outcome]:
+        return self._roster.wait(list(message_ids), timeout_s)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        for message_id in message_ids:
+            order = self._roster.take(message_id)
+            if order is None:
+                continue
+            if isinstance(order.outcome, Refusal):
+                yield reply(order.outcome, order.message)
+            elif order.stored is not None:
+                values = np.fromfile(order.stored.path, "<f4")
+                order.stored.path.unlink()
+                tensors = wire.split(order.stored.shapes, values)
+                yield reply(Upload(*order.plan.key, tensors=tensors, **order.stored.metrics), order.message)  # type: ignore[arg-type]
+
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        for order in self._roster.cancel(message_ids):
+            if order.stored is not None:
+                order.stored.path.unlink(missing_ok=True)
+
+    def _clear_spool(self) -> None:
+        for left in self._spool.glob("*.upload"):
+            left.unlink()
+        with contextlib.suppress(OSError):  # it is the caller's folder and may hold more
+            self._spool.rmdir()
+
+
+def _views(record: ArrayRecord) -> Tensors:
+    """The arrays of a record as views of its own bytes: a large state is not copied for sending it.
+
+    Raises:
+        ValueError: an array is not a plain float32 numpy array in C order.
+    """
+    tensors = {}
+    for name, array in record.items():
+        stream = BytesIO(array.data)
+        try:
+            plain = np.lib.format.read_magic(stream) == (1, 0) and array.stype == "numpy.ndarray"
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+            if not plain or (fortran and len(shape) > 1) or dtype != np.dtype("<f4"):
+                raise ValueError
+            tensors[name] = np.frombuffer(array.data, dtype, offset=stream.tell()).reshape(shape)
+        except ValueError:
+            raise ValueError(f"array {name} of the message is not a float32 numpy array in C order; "
+                             "only such arrays travel") from None
+    return tensors
