@@ -131,7 +131,7 @@ class WeightedMean:
         if not self._sums:
             self._sums = {name: np.zeros(array.shape, np.float64) for name, array in tensors.items()}
         for name, array in tensors.items():
-            self._sums[name] += np.multiply(array, weight, dtype=np.float64)
+            self._sums[name] += array if weight == 1 else np.multiply(array, weight, dtype=np.float64)
         self._total += weight
 
     def result(self) -> dict[str, np.ndarray]:

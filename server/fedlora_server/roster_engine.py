@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from fedlora import wire
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal, Tensors, Upload
 from fedlora.wire import Setup, Shapes
-from fedlora_strategies.messages import assign_id, read_train_message, reply
+from fedlora_strategies.messages import assign_id, read_train_message, reply, to_tensors
 
 from .engine import Engine, Outcome
 from .roster import Event, Member, Order, Roster
@@ -77,7 +76,7 @@ class RosterEngine(Engine):
             raise ValueError(f"the message is of run {plan.run.run_id}; this engine serves {self._roster.setup.run_id}")
         self._roster.name_of(message.metadata.dst_node_id)
         if id(record) not in decoded:
-            decoded[id(record)] = record, _views(record)
+            decoded[id(record)] = record, to_tensors(record)
         tensors = decoded[id(record)][1]
         known = {**self._trained, **self._shared}
         for name in {*tensors, *self._trained}:
@@ -116,24 +115,3 @@ class RosterEngine(Engine):
             left.unlink()
         with contextlib.suppress(OSError):  # it is the caller's folder and may hold more
             self._spool.rmdir()
-
-
-def _views(record: ArrayRecord) -> Tensors:
-    """The arrays of a record as views of its own bytes: a large state is not copied for sending it.
-
-    Raises:
-        ValueError: an array is not a plain float32 numpy array in C order.
-    """
-    tensors = {}
-    for name, array in record.items():
-        stream = BytesIO(array.data)
-        try:
-            plain = np.lib.format.read_magic(stream) == (1, 0) and array.stype == "numpy.ndarray"
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-            if not plain or (fortran and len(shape) > 1) or dtype != np.dtype("<f4"):
-                raise ValueError
-            tensors[name] = np.frombuffer(array.data, dtype, offset=stream.tell()).reshape(shape)
-        except ValueError:
-            raise ValueError(f"array {name} of the message is not a float32 numpy array in C order; "
-                             "only such arrays travel") from None
-    return tensors

@@ -59,6 +59,6 @@ def refactorise(state: Tensors, module: str) -> Tensors:
     Computed in float64, returned in the state's dtype.
     """
     B, A = state[f"{module}.B"], state[f"{module}.A"]
-    factors = reorthogonalize(Factors(B=torch.from_numpy(B).double(), A=torch.from_numpy(A).double()))
+    factors = reorthogonalize(Factors(B=torch.tensor(B, dtype=torch.float64), A=torch.tensor(A, dtype=torch.float64)))
     return {f"{module}.B": factors.B.numpy().astype(B.dtype, order="C"),
             f"{module}.A": factors.A.numpy().astype(A.dtype, order="C")}
