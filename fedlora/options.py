@@ -149,6 +149,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("--insecure", (SERVER, CLIENT), "allow plaintext beyond this machine", False, None),
     # what is left behind
     Option("--eval-data", RUN, "held-out rows: shows accuracy after each round", None, Path),
+    Option("--eval-every", RUN, "rounds between two evaluations; the last round always has one", 1, _count),
     Option("--seed", (SERVER,), "of the shared tensors and the cohorts", 0, _natural),
     Option("--seeds", (SIMULATE,), "one run per seed", (0,), lambda text: tuple(map(_natural, _distinct(text))),
            metavar="N,…"),

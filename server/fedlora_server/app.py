@@ -53,7 +53,8 @@ def serve(options: Namespace, console: Console) -> Served:
         raise ValueError("--head train needs --task classification; a causal language model has no task head")
     rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
                           min_clients=options.min_clients, min_replies=options.min_replies,
-                          round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout)
+                          round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
+                          evaluate_every=options.eval_every)
     most = options.max_participations or values.rounds
     if (possible := rounds.rounds_within(values.rounds, most)) < values.rounds:
         console.print(f"With {options.min_clients} clients and --max-participations {most}, only {possible} of the "

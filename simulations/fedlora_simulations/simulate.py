@@ -145,7 +145,8 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     engine = InProcessEngine(sessions, federation.plan.run_id, federation.adapted.layout)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
-                        min_replies=options.min_replies, wait_timeout_s=0.0)  # nobody new can come
+                        min_replies=options.min_replies, evaluate_every=options.eval_every,
+                        wait_timeout_s=0.0)  # nobody new can come
     began = time.monotonic()
     result = run_federation(engine, federation.strategy, federation.plan, federation.state, loop, observer=observer,
                             evaluate=evaluate, out=out)
