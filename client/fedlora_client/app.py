@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedlora import data, models
-from fedlora.adapters import attach
+from fedlora.adapters import attach_planned
 from fedlora.data import Rows
 from fedlora.plan import ROW, Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload
 from fedlora.privacy import INSECURE_SEED_VARIABLE, Budget, RunStreams, run_streams
@@ -210,8 +210,7 @@ class Part:
             log.error("The run's label set is %s; this client has labels outside it.", ", ".join(run.labels))
             raise Refused("labels")
         loaded = models.load(self._model_path, run.task, len(run.labels))
-        adapted = attach(loaded, family=run.family, rank=run.rank, alpha=run.alpha, targets=run.targets,
-                         train_head=run.train_head, dropout=run.dropout)
+        adapted = attach_planned(loaded, run)
         task = task_for(run, loaded.tokenizer)
         records = task.encode(self._rows)
         if records.left_out:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from fedlora.plan import ROW, Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload, to_scalars
 from fedlora.privacy import SIGMA_STEP, Budget, BudgetExhausted, Forbidden, Ledger, RunStreams, RunTerms
+from fedlora.privacy.ledger import Reservation
 from fedlora.tasks import Records
-from fedlora.training import Trainer, TrainResult
+from fedlora.training import Trainer, Training, TrainResult
 from fedlora.wire import digest
 
 from .state import State
@@ -99,6 +100,7 @@ class ClientSession:
         self.limits, self.state, self.streams = limits, state, streams
         self.ledger, self.dataset = ledger, dataset
         self.last_result: TrainResult | None = None
+        self._begun: dict[tuple[str, int, int], Reservation] = {}
         self.terms = self._settle()
         try:
             approve(self.terms)
@@ -171,6 +173,15 @@ class ClientSession:
         Raises:
             LedgerError: the charge cannot be written; nothing was trained.
         """
+        training = self.begin(plan, tensors)
+        return self.finish(plan, self.trainer.run(training, stop)) if isinstance(training, Training) else training
+
+    def begin(self, plan: RoundPlan, tensors: Tensors) -> Training | Upload | Refusal:
+        """All of `run_round` that comes before the training, up to the charge, which is on the disk.
+
+        Returns:
+            What is to be trained now, once, by whatever trainer, and then given to `finish`; or the answer.
+        """
         if plan.run != self.run:
             log.error("Round %d came with another plan than the run began with; refused.", plan.round)
             return Refusal("policy")
@@ -190,11 +201,29 @@ class ClientSession:
             log.error("%s", error)
             return Refusal("budget")
         reservation.begin()
-        upload = self._train(plan, start, stop)
-        if isinstance(upload, Upload):
-            self.state.save_upload(upload)
-            reservation.stored(digest(upload.tensors))
-            reservation.released()
+        self._begun[plan.key] = reservation
+        terms = self.terms
+        return Training(
+            self.run, self.records, start, sampling_rate=terms.sampling_rate, noise_multiplier=terms.noise_multiplier,
+            clip_norm=terms.clip_norm, lr=plan.lr, rows_per_unit=self.limits.rows_per_unit, streams=self.streams,
+            round=plan.round, attempt=plan.attempt)
+
+    def finish(self, plan: RoundPlan, result: TrainResult) -> Upload | Refusal:
+        """All of `run_round` that comes after the training that `begin` gave for this plan."""
+        reservation = self._begun.pop(plan.key)
+        self.last_result = result
+        if result.steps < self.run.local_steps:
+            log.info("Round %d was stopped before its last step; it stays charged.", plan.round)
+            return Refusal("unavailable")
+        private, announced = self.run.private, self.limits.announce_size
+        upload = Upload(
+            *plan.key, tensors=result.tensors, steps=result.steps, delta=self.terms.delta if announced else None,
+            noise_multiplier=self.terms.noise_multiplier if announced else None,
+            num_examples=None if private else self.records.units_count,
+            train_loss=None if private else result.mean_loss)
+        self.state.save_upload(upload)
+        reservation.stored(digest(upload.tensors))
+        reservation.released()
         return upload
 
     def _again(self, plan: RoundPlan) -> Upload | Refusal:
@@ -228,25 +257,6 @@ class ClientSession:
         if received:
             self.state.save_shared(plan.shared_sha256, shared)
         return {**tensors, **shared}
-
-    def _train(self, plan: RoundPlan, start: Tensors, stop: Callable[[], bool]) -> Upload | Refusal:
-        self.trainer.adapted.write(start)
-        private, terms = self.run.private, self.terms
-        result = self.trainer.train(
-            self.run, self.records, sampling_rate=terms.sampling_rate, noise_multiplier=terms.noise_multiplier,
-            clip_norm=terms.clip_norm, lr=plan.lr, rows_per_unit=self.limits.rows_per_unit,
-            sampling=self.streams.stream(plan.round, "sampling", plan.attempt),
-            noise=self.streams.stream(plan.round, "noise", plan.attempt) if private else None, stop=stop)
-        self.last_result = result
-        if result.steps < self.run.local_steps:
-            log.info("Round %d was stopped before its last step; it stays charged.", plan.round)
-            return Refusal("unavailable")
-        announced = self.limits.announce_size
-        return Upload(
-            *plan.key, tensors=result.tensors, steps=result.steps, delta=terms.delta if announced else None,
-            noise_multiplier=terms.noise_multiplier if announced else None,
-            num_examples=None if private else self.records.units_count,
-            train_loss=None if private else result.mean_loss)
 
 
 def _within_lifetime(ledger: Ledger, dataset: str, terms: RunTerms) -> RunTerms:

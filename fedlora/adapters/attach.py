@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters.layout import FAMILIES, AdapterLayout, TensorSpec
 from fedlora.models import LoadedModel
-from fedlora.plan import Tensors
+from fedlora.plan import RunPlan, Tensors
 
 _ADAPTER = "default"  # PEFT's name for the only adapter there is
 
@@ -230,6 +230,12 @@ def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets
     layout = AdapterLayout(FAMILIES[family], rank, alpha / rank, tuple(sorted(trained, key=by_name)),
                            tuple(sorted(shared, key=by_name)))
     return AdaptedModel(loaded, layout, head, leaves)
+
+
+def attach_planned(loaded: LoadedModel, run: RunPlan) -> AdaptedModel:
+    """`attach` as the plan of a run says."""
+    return attach(loaded, family=run.family, rank=run.rank, alpha=run.alpha, targets=run.targets,
+                  train_head=run.train_head, dropout=run.dropout)
 
 
 def _inject(model: PreTrainedModel, modules: Sequence[str], rank: int, alpha: float, dropout: float) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from fedlora.adapters import AdaptedModel
 from fedlora.plan import RunPlan, Tensors
-from fedlora.privacy.streams import Stream
+from fedlora.privacy.streams import RunStreams, Stream
 from fedlora.tasks import Records, Task
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.per_example import GradientBuffer, per_example
@@ -41,6 +41,34 @@ gradients of units that have several records."""
 
 ROWS_PER_UNIT = 8
 """Most records of one unit in a step, where it is not given."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one client has trained in one round: settled, charged, and good for one training in any process.
+
+    Attributes:
+        run, records: of the client.
+        start: the tensors to start from, all that is not in the base checkpoint.
+        sampling_rate, noise_multiplier, clip_norm, lr, rows_per_unit: as of `Trainer.train`.
+        streams, round, attempt: where the random numbers come from.
+    """
+
+    run: RunPlan
+    records: Records
+    start: Tensors
+    sampling_rate: float
+    noise_multiplier: float | None
+    clip_norm: float
+    lr: float
+    rows_per_unit: int
+    streams: RunStreams
+    round: int
+    attempt: int
+
+    def stream(self, purpose: str) -> Stream:
+        """For "sampling" or "noise"; made anew by each call."""
+        return self.streams.stream(self.round, purpose, self.attempt)
 
 
 @dataclass(frozen=True)
@@ -101,6 +129,15 @@ class Trainer:
     def autocast_dtype(self) -> torch.dtype | None:
         """For `Task.evaluate` on this trainer's model."""
         return torch.bfloat16 if self.precision == "bf16" else None
+
+    def run(self, training: Training, stop: Callable[[], bool] = lambda: False) -> TrainResult:
+        """`train` as one client wants it in one round, from the tensors that it starts with."""
+        self.adapted.write(training.start)
+        return self.train(
+            training.run, training.records, sampling_rate=training.sampling_rate,
+            noise_multiplier=training.noise_multiplier, clip_norm=training.clip_norm, lr=training.lr,
+            rows_per_unit=training.rows_per_unit, sampling=training.stream("sampling"),
+            noise=None if training.noise_multiplier is None else training.stream("noise"), stop=stop)
 
     def train(self, run: RunPlan, records: Records, *, sampling_rate: float, noise_multiplier: float | None,
               clip_norm: float, sampling: Stream, noise: Stream | None, lr: float | None = None,

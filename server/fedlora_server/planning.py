@@ -14,7 +14,7 @@ import torch
 
 import fedlora
 from fedlora import data, models
-from fedlora.adapters import AdaptedModel, all_targets, attach, automatic_targets, initial_tensors
+from fedlora.adapters import AdaptedModel, all_targets, attach_planned, automatic_targets, initial_tensors
 from fedlora.adapters.public import PREFIX, public_start, read_public
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
@@ -97,8 +97,7 @@ def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[st
     """
     loaded = models.load(base.path, options.task, len(labels))
     plan = make_plan(options, strategy, base.reference, labels, loaded, run_id or secrets.token_hex(8))
-    adapted = attach(loaded, family=plan.family, rank=plan.rank, alpha=plan.alpha, targets=plan.targets,
-                     train_head=plan.train_head, dropout=plan.dropout)
+    adapted = attach_planned(loaded, plan)
     task, init = task_for(plan, loaded.tokenizer), planned(options, strategy).init
     if init.startswith(PREFIX) and labels is ANY_LABELS:
         init = "orthonormal"

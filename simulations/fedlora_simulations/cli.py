@@ -13,7 +13,7 @@ from fedlora.options import SIMULATE, build_parser, read_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 done, 2 wrong input, 130 interrupted."""
+    """Run the command; returns its exit code: 0 done, 1 a worker process was lost, 2 wrong input, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"]:
         from .bench import main as bench
@@ -30,11 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = read_options(parser, SIMULATE, argv)
     from fedlora.plan import Refused
 
+    from .worker import WorkerLost
+
     try:
         return run(options)
     except (ValueError, MemoryError) as error:
         print(f"fedlora-simulate: {error}", file=sys.stderr)
         return 2
+    except WorkerLost as lost:
+        print(f"fedlora-simulate: {lost}. Finished rounds are in --out", file=sys.stderr)
+        return 1
     except Refused as refused:
         reason = refused.__cause__ or refused
         print(f"fedlora-simulate: the clients refuse to take part: {reason}", file=sys.stderr)

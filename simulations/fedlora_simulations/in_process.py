@@ -115,19 +115,21 @@ class InProcessEngine(Engine):
         order = self._orders[message_id]
         session = self._sessions[order.message.metadata.dst_node_id]
         answer = read_reply(train(order.message, session))
-        if order.outcome is not None:  # it left meanwhile
-            return
-        order.message.content = RecordDict()  # the reply needs only the metadata
-        order.outcome = self._accept(message_id, answer) if isinstance(answer, Upload) else answer
+        if order.outcome is None:  # else it left meanwhile
+            order.outcome = self._accept(message_id, answer)
+            order.message.content = RecordDict()  # the reply needs only the metadata
 
-    def _accept(self, message_id: str, upload: Upload) -> Outcome:
-        self._bytes_up += sum(array.nbytes for array in upload.tensors.values())
+    def _accept(self, message_id: str, answer: Upload | Refusal) -> Outcome:
+        """Check an upload and put it into the spool."""
+        if isinstance(answer, Refusal):
+            return answer
+        self._bytes_up += sum(array.nbytes for array in answer.tensors.values())
         try:
-            self._layout.check(upload.tensors, "trained")
+            self._layout.check(answer.tensors, "trained")
         except ValueError as error:
             return Refusal("invalid-tensors", str(error))
-        save_file(dict(upload.tensors), self._file(message_id))
-        self._orders[message_id].upload = replace(upload, tensors={})
+        save_file(dict(answer.tensors), self._file(message_id))
+        self._orders[message_id].upload = replace(answer, tensors={})
         return "uploaded"
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:

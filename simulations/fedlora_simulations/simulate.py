@@ -1,4 +1,4 @@
-"""One simulated run: N clients, one process, one copy of the base model, the server's round loop."""
+"""One simulated run: N clients, one copy of the base model in each worker process, the server's round loop."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ from fedlora_server.report import write_report
 from fedlora_server.rounds import FederationResult, run_federation
 
 from .in_process import InProcessEngine
+from .processes import ProcessWorkers
+from .worker import Blueprint, threads_each
+from .worker_engine import WorkerEngine
 
 
 @dataclass(frozen=True)
@@ -143,23 +146,36 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     ledger = Ledger(out / "ledger.sqlite" if out else None, simulated=True)
     sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed, ledger)
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
-    engine = InProcessEngine(sessions, federation.plan.run_id, federation.adapted.layout)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
                         min_replies=options.min_replies, evaluate_every=options.eval_every,
                         wait_timeout_s=0.0)  # nobody new can come
-    began = time.monotonic()
-    result = run_federation(engine, federation.strategy, federation.plan, federation.state, loop, observer=observer,
-                            evaluate=evaluate, out=out)
-    simulated = Simulated(
-        method, seed, federation, result,
-        epsilons={name: session.epsilon() for name, session in sessions.items()},
-        noise_multipliers={name: session.terms.noise_multiplier for name, session in sessions.items()},
-        bytes_up=engine.bytes_up, bytes_down=engine.bytes_down, seconds=time.monotonic() - began)
-    if out is not None:
-        write_report(out, federation, result, base.loadable_name)
-    engine.close("the run is over")
-    ledger.close()
+    engine = _engine(options, federation, base, sessions)
+    try:
+        began = time.monotonic()
+        result = run_federation(engine, federation.strategy, federation.plan, federation.state, loop,
+                                observer=observer, evaluate=evaluate, out=out)
+        simulated = Simulated(
+            method, seed, federation, result,
+            epsilons={name: session.epsilon() for name, session in sessions.items()},
+            noise_multipliers={name: session.terms.noise_multiplier for name, session in sessions.items()},
+            bytes_up=engine.bytes_up, bytes_down=engine.bytes_down, seconds=time.monotonic() - began)
+        if out is not None:
+            write_report(out, federation, result, base.loadable_name)
+    finally:
+        engine.close("the run is over")
+        ledger.close()
     return simulated
+
+
+def _engine(options: Namespace, federation: Federation, base: BaseModel,
+            sessions: Mapping[str, ClientSession]) -> InProcessEngine:
+    run_id, layout = federation.plan.run_id, federation.adapted.layout
+    count = min(options.workers, len(sessions))
+    if count == 1:
+        return InProcessEngine(sessions, run_id, layout)
+    blueprint = Blueprint(federation.plan, base.path, options.device, options.precision, options.micro_batch,
+                          options.threads or threads_each(count))
+    return WorkerEngine(sessions, run_id, layout, ProcessWorkers(blueprint, count))
 
 
 def make_sessions(options: Namespace, federation: Federation, trainer: Trainer, records: Mapping[str, Records],

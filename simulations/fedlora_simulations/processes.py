@@ -1,0 +1,95 @@
+"""Worker processes on this machine. Each hears from the main process, and is heard, over a pipe of its own."""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections.abc import Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+
+from fedlora.training import Trainer, Training, TrainResult
+
+from .worker import Blueprint, WorkerLost, Workers
+
+
+class ProcessWorkers(Workers):
+    """Starts `count` processes, which end with this one. Each builds its trainer when it has its first training.
+
+    They are spawned: a fork of a process in which PyTorch has threads or a GPU may hang.
+    """
+
+    def __init__(self, blueprint: Blueprint, count: int) -> None:
+        context = get_context("spawn")
+        self._processes = {}
+        for index in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, blueprint, index), daemon=True,
+                                      name=f"worker {index}")
+            process.start()
+            theirs.close()  # so that the end of the process is the end of the pipe
+            self._processes[ours] = process
+        self._free: list[Connection] = list(self._processes)
+        self._busy: dict[Connection, str] = {}
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def start(self, key: str, trainings: Sequence[Training]) -> None:
+        worker = self._free.pop()
+        self._busy[worker] = key
+        try:
+            worker.send(trainings)
+        except OSError:
+            raise self._lost(worker) from None
+
+    def done(self) -> tuple[str, list[TrainResult]]:
+        worker = next(one for one in wait(list(self._busy)) if isinstance(one, Connection))
+        try:
+            answer = worker.recv()
+        except (EOFError, OSError):
+            raise self._lost(worker) from None
+        self._free.append(worker)
+        key = self._busy.pop(worker)
+        if isinstance(answer, Exception):
+            raise answer
+        return key, answer
+
+    def _lost(self, worker: Connection) -> WorkerLost:
+        process = self._processes[worker]
+        process.join(5)
+        code = process.exitcode or 0
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
+        return WorkerLost(f"{process.name} was {how}. If memory ran out, use fewer --workers, a lower --micro-batch or "
+                          "--precision bf16")
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+        for worker, process in self._processes.items():
+            process.join()
+            worker.close()
+        self._processes, self._free, self._busy = {}, [], {}
+
+
+def _serve(connection: Connection, blueprint: Blueprint, index: int) -> None:
+    """The process: trains what comes over the pipe until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends this one
+    trainer: Trainer | None = None
+    while True:
+        answer: list[TrainResult] | Exception
+        try:
+            trainings = connection.recv()
+        except EOFError:
+            return
+        try:
+            trainer = trainer or blueprint.build(index)
+            answer = [trainer.run(training) for training in trainings]
+        except Exception as error:
+            error.add_note(f"In worker {index}:\n{traceback.format_exc()}")
+            answer = error
+        try:
+            connection.send(answer)
+        except OSError:  # the main process is gone
+            return

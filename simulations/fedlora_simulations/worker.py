@@ -1,0 +1,90 @@
+"""A worker of a simulation: a process of its own, here or on another machine, that trains whichever client it is given.
+
+It holds one copy of the base model and nothing of any client. Sessions, ledger and the server's side stay in the main
+process: `ClientSession.begin` charges a training, any worker does it, and `ClientSession.finish` takes what it gave.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedlora.adapters import attach_planned
+from fedlora.models import load
+from fedlora.plan import RunPlan
+from fedlora.tasks import task_for
+from fedlora.training import Trainer, Training, TrainResult, resolve_device
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """From which every worker builds the same trainer.
+
+    Attributes:
+        plan: of the run.
+        model: folder of the base model.
+        device, precision, micro_batch: as of `Trainer`. With several GPUs, workers take them in turn.
+        threads: of each worker.
+    """
+
+    plan: RunPlan
+    model: Path
+    device: str
+    precision: str
+    micro_batch: int | None
+    threads: int
+
+    def build(self, index: int) -> Trainer:
+        """The trainer of the worker with this number, from 0.
+
+        Raises:
+            ValueError: the device is not there.
+        """
+        device = str(resolve_device(self.device))
+        if device == "cuda":
+            device = f"cuda:{index % torch.cuda.device_count()}"
+        loaded = load(self.model, self.plan.task, len(self.plan.labels))
+        return Trainer(attach_planned(loaded, self.plan), task_for(self.plan, loaded.tokenizer), device=device,
+                       precision=self.precision, micro_batch=self.micro_batch, threads=self.threads)
+
+
+class Workers(ABC):
+    """Some workers, wherever they are: give those that are free something to do, and wait for what comes first."""
+
+    @property
+    @abstractmethod
+    def free(self) -> int:
+        """How many have nothing to do."""
+
+    @abstractmethod
+    def start(self, key: str, trainings: Sequence[Training]) -> None:
+        """Have a free worker do these trainings, one after the other."""
+
+    @abstractmethod
+    def done(self) -> tuple[str, list[TrainResult]]:
+        """Wait until a worker is done; the key it was started with, and its results.
+
+        Raises:
+            WorkerLost: a worker's process is gone.
+            Exception: what the training raised in the worker.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all workers, whatever they do. May be called twice."""
+
+
+class WorkerLost(RuntimeError):
+    """A worker's process ended although it had something to do."""
+
+
+def threads_each(workers: int) -> int:
+    """CPU threads for each of some workers on this machine. More in all than there are cores wait for each other by
+    spinning: two processes with two threads each are slower on two cores than one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // workers)
