@@ -29,29 +29,28 @@ class Preset:
     targets: tuple[str, ...]
 
 
-def _open(rank: int, alpha: float, init: str, lr: float, *, rounds: int = 10) -> Preset:
+def _open(rank: int, alpha: float, init: str, lr: float, *, rounds: int = 25, targets: str = "auto") -> Preset:
     return Preset(rank, alpha, init, "adamw", lr, local_steps=8, batch_size=64, clip_norm=1.0, head_scale=1.0,
-                  rounds=rounds, lr_schedule="linear", targets=("auto",))
+                  rounds=rounds, lr_schedule="linear", targets=(targets,))
 
 
-def _private(rank: int, alpha: float, init: str, lr: float, *, clip_norm: float, head_scale: float,
-             rounds: int) -> Preset:
+def _private(rank: int, alpha: float, init: str, lr: float, *, clip_norm: float, head_scale: float) -> Preset:
     """The clip norm is for the middle of the run, not for its start: adapters' gradients are tiny until the head has
     grown, then those of misjudged records are the longest, and clipping them all to one length turns the mean around.
     """
     return Preset(rank, alpha, init, "adamw", lr, local_steps=4, batch_size=256, clip_norm=clip_norm,
-                  head_scale=head_scale, rounds=rounds, lr_schedule="linear", targets=("auto",))
+                  head_scale=head_scale, rounds=20, lr_schedule="linear", targets=("auto",))
 
 
 PRESETS: Mapping[tuple[str, bool], Preset] = {
     ("fedavg-lora", False): _open(8, 16.0, "kaiming", 2e-3),
     ("ffa-lora", False): _open(8, 16.0, "kaiming", 1e-2),
-    ("fed-sb", False): _open(16, 64.0, "orthonormal", 2.5e-2, rounds=14),
+    ("fed-sb", False): _open(16, 64.0, "orthonormal", 2e-2, rounds=20, targets="all"),
     ("fedsvd", False): _open(8, 16.0, "orthonormal", 7e-3),
-    ("fedavg-lora", True): _private(1, 10.0, "kaiming", 1.7e-2, clip_norm=6.0, head_scale=3.5, rounds=10),
-    ("ffa-lora", True): _private(2, 8.0, "kaiming", 3e-2, clip_norm=3.0, head_scale=2.0, rounds=10),
-    ("fed-sb", True): _private(16, 64.0, "orthonormal", 3e-2, clip_norm=3.0, head_scale=2.0, rounds=12),
-    ("fedsvd", True): _private(2, 5.0, "orthonormal", 3e-2, clip_norm=3.0, head_scale=2.0, rounds=10),
+    ("fedavg-lora", True): _private(1, 10.0, "kaiming", 1.7e-2, clip_norm=6.0, head_scale=3.5),
+    ("ffa-lora", True): _private(2, 8.0, "kaiming", 3e-2, clip_norm=3.0, head_scale=2.0),
+    ("fed-sb", True): _private(16, 64.0, "orthonormal", 3e-2, clip_norm=3.0, head_scale=2.0),
+    ("fedsvd", True): _private(2, 5.0, "orthonormal", 3e-2, clip_norm=3.0, head_scale=2.0),
 }
 
 
