@@ -11,11 +11,11 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlora.plan import Refusal, RoundPlan, Tensors, Upload, round_from_scalars, upload_metrics
+from fedlora.wire.npy import from_npy, to_npy
 
 REFUSED = 100
 """Flower error code of a refusal."""
@@ -41,12 +41,13 @@ def train(message: Message, session: Session) -> Message:
     if (len(records), len(arrays), len(configs)) != (2, 1, 1):
         raise ValueError("an order must carry exactly one ArrayRecord and one ConfigRecord; both sides need the same "
                          "FedLoRA version")
-    tensors = {name: array.numpy() for name, array in arrays[0].items()}
+    tensors = {name: from_npy(array.data) for name, array in arrays[0].items()}
     answer = session.run_round(round_from_scalars(configs[0]), tensors)
     if isinstance(answer, Refusal):
         return Message(Error(REFUSED, f"{answer.code}: {answer.detail}"), reply_to=message)
     content = RecordDict({
-        "arrays": ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in answer.tensors.items()}),
+        "arrays": ArrayRecord({name: Array(str(array.dtype), array.shape, "numpy.ndarray", to_npy(array))
+                               for name, array in answer.tensors.items()}),
         "config": ConfigRecord({"run_id": answer.run_id, "round": answer.round, "attempt": answer.attempt}),
         "metrics": MetricRecord({**upload_metrics(answer)}),
     })

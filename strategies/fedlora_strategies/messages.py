@@ -12,12 +12,8 @@ The client's half of the mapping is `fedlora_client.flower_app`; tests hold the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from functools import lru_cache
-from io import BytesIO
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity  # private
 
@@ -32,6 +28,7 @@ from fedlora.plan import (
     round_to_scalars,
     upload_metrics,
 )
+from fedlora.wire.npy import from_npy, to_npy
 
 UPLOAD_KEY: Mapping[str, type] = {"run_id": str, "round": int, "attempt": int}
 """The fields that say which order an upload answers."""
@@ -41,8 +38,8 @@ REFUSED = 100
 
 TRAIN = MessageType.TRAIN
 
-_NPY = b"\x93NUMPY\x01\x00"
-"""How an array in the .npy format 1.0 begins, which is how Flower serialises."""
+NUMPY = "numpy.ndarray"
+"""How Flower names the serialisation of an array in the .npy format."""
 
 
 def assume_identity(run_id: str) -> None:
@@ -59,40 +56,22 @@ def assign_id(message: Message, message_id: str) -> None:
 
 def to_record(tensors: Tensors) -> ArrayRecord:
     """Serialise the tensors in C order. Messages may share the record: its arrays are immutable bytes."""
-    return ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in tensors.items()})
+    return ArrayRecord({name: Array(str(array.dtype), array.shape, NUMPY, to_npy(array))
+                        for name, array in tensors.items()})
 
 
 def to_tensors(record: ArrayRecord) -> Tensors:
-    """Decode every array of a record: in C order, read-only, and where they were serialised so without a copy.
+    """Decode every array of a record: in C order, read-only, and if possible without a copy.
 
     Raises:
         ValueError: an array is not what it claims to be, or would need code to be decoded.
     """
+    if any(array.stype != NUMPY for array in record.values()):
+        raise ValueError("an array of the message is not a numpy array; nothing else is accepted")
     try:
-        return {name: _view(array) for name, array in record.items()}
-    except (ValueError, TypeError, EOFError, OSError) as error:
+        return {name: from_npy(array.data) for name, array in record.items()}
+    except ValueError as error:
         raise ValueError("an array of the message cannot be decoded; only plain numpy arrays are accepted") from error
-
-
-def _view(array: Array) -> np.ndarray:
-    """A view of the bytes of an array that `to_record` serialised; of others, a copy in C order."""
-    data = array.data
-    start = data[:10 + int.from_bytes(data[8:10], "little")]
-    if array.stype == "numpy.ndarray" and start.startswith(_NPY):
-        shape, fortran, dtype = _npy_header(start)
-        if not fortran and len(data) == len(start) + math.prod(shape) * dtype.itemsize:
-            return np.frombuffer(data, dtype, offset=len(start)).reshape(shape)
-    plain = np.asarray(array.numpy(), order="C")
-    plain.flags.writeable = False
-    return plain
-
-
-@lru_cache(maxsize=1024)
-def _npy_header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and dtype; cached, as parsing takes longer than adding up."""
-    stream = BytesIO(start)
-    np.lib.format.read_magic(stream)
-    return np.lib.format.read_array_header_1_0(stream)
 
 
 def train_message(plan: RoundPlan, arrays: ArrayRecord, node_id: int) -> Message:

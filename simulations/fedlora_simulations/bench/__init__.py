@@ -129,7 +129,7 @@ def _measure(options: argparse.Namespace) -> int:
             if options.out is not None:
                 options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
             if not options.json:
-                _show(console, f"{figure.number}. {titles[name]}", rows, error)
+                _show(console, f"{figure.number}. {titles[name]}", rows, error, targets=not settings.quick)
     if options.json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
     else:
@@ -148,15 +148,15 @@ def _settings(options: argparse.Namespace, folder: Path) -> Settings:
                     most_repeats=options.repeats)
 
 
-def _show(console: Console, title: str, rows: Sequence[Row], error: str | None) -> None:
+def _show(console: Console, title: str, rows: Sequence[Row], error: str | None, *, targets: bool) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row.values))
     table = Table(title=f"{title}: medians, quartiles", box=None, title_justify="left",
                   padding=(0, 2, 0, 0))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name)
     for row in rows:
-        cells = [_cell(row.values[name]) if name in row.values else "" for name in names]
+        cells = [_cell(row.values[name], targets) if name in row.values else "" for name in names]
         table.add_row(row.case + (f"\n[dim]{row.note}[/dim]" if row.note else ""), *cells)
     if rows:
         console.print(table)
@@ -165,10 +165,10 @@ def _show(console: Console, title: str, rows: Sequence[Row], error: str | None) 
     console.print()
 
 
-def _cell(value: Value) -> str:
+def _cell(value: Value, targets: bool) -> str:
     unit = "" if value.unit == "ratio" else f" {value.unit}"
     text = f"{_short(value.median)}{unit}"
-    if value.target is not None:
+    if value.target is not None and targets:
         at_least = value.better == "higher"
         sign = ("≥" if at_least else "≤") if value.reached else ("<" if at_least else ">")
         colour = "green" if value.reached else "red"

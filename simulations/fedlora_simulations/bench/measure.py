@@ -145,25 +145,27 @@ class Times:
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
-    def over(self, other: Times, *, target: float | None = None, better: str = "lower") -> Value:
-        """This variant's wall time over another's of the same `interleaved`."""
-        return _ratio(self.wall, other.wall, better, target)
+    def over(self, other: Times, *, factor: float = 1.0, better: str = "lower", target: float | None = None) -> Value:
+        """This variant's wall time over another's of the same `interleaved`, times a factor: 10, say, if the other one
+        does its work ten times when it is called."""
+        return _ratio(self.wall, other.wall, factor, better, target)
 
-    def cpu_over(self, other: Times, *, target: float | None = None, better: str = "lower") -> Value:
+    def cpu_over(self, other: Times, *, factor: float = 1.0, better: str = "lower",
+                 target: float | None = None) -> Value:
         """The same of CPU time, which other processes disturb less; work in child processes is not in it."""
-        return _ratio(self.cpu, other.cpu, better, target)
+        return _ratio(self.cpu, other.cpu, factor, better, target)
 
     def value(self, unit: str = "s") -> Value:
         """The wall seconds, or with unit "ms" milliseconds."""
         return Value.of([second * {"s": 1.0, "ms": 1e3}[unit] for second in self.wall], unit)
 
 
-def _ratio(mine: Sequence[float], others: Sequence[float], better: str, target: float | None) -> Value:
-    return Value.of([a / b for a, b in zip(mine, others, strict=True)], RATIO, better=better, target=target)
+def _ratio(mine: Sequence[float], others: Sequence[float], factor: float, better: str, target: float | None) -> Value:
+    return Value.of([factor * a / b for a, b in zip(mine, others, strict=True)], RATIO, better=better, target=target)
 
 
 def interleaved(variants: Mapping[str, Callable[[int], object]], repeats: int, *,
-                settle: Callable[[], object] = lambda: None) -> dict[str, Times]:
+                settle: Callable[[], object] = lambda: None, warm_up: bool = True) -> dict[str, Times]:
     """Time variants in turn, so that what drifts (clock, heat, other processes) meets all alike.
 
     Args:
@@ -171,10 +173,12 @@ def interleaved(variants: Mapping[str, Callable[[int], object]], repeats: int, *
             others of that block. Each is called once before, untimed, with block 0.
         repeats: blocks; each calls every variant twice, once in each direction, and keeps the mean.
         settle: called before each reading of the clock, as `torch.cuda.synchronize`.
+        warm_up: False leaves out the untimed calls, of what takes minutes.
     """
     times = {name: Times() for name in variants}
-    for variant in variants.values():
-        variant(0)
+    if warm_up:
+        for variant in variants.values():
+            variant(0)
     for block in range(repeats):
         there, back = list(variants), list(variants)[::-1]
         order = there + back if block % 2 == 0 else back + there

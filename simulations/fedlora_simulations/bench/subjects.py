@@ -21,10 +21,8 @@ from fedlora.privacy import Stream
 from fedlora.tasks import Records, task_for
 from fedlora.training import Trainer
 
+from .federations import FAMILY_STRATEGIES, plan
 from .measure import Settings, Unavailable
-
-FAMILIES = {"lora": "fedavg-lora", "frozen-a": "ffa-lora", "bra": "fed-sb"}
-"""Of adapters → a strategy that trains them."""
 
 RANDOM_LLAMA = "llama-1b"
 """A model of Llama 3.2's 1B shape with random weights and a tokenizer made from the rows: for GPUs without a hub."""
@@ -80,18 +78,14 @@ def subject(settings: Settings, rows: Rows, *, family: str, rank: int, precision
     labels = tuple(sorted({label for label in rows.labels or () if label is not None}))
     loaded, model = _load(settings, rows, len(labels))
     targets = automatic_targets(loaded.model)
-    plan = RunPlan(
-        run_id="0" * 16, fedlora_version="bench", strategy=FAMILIES[family], family=family, private=True, model=model,
-        task="classification", labels=labels, max_length=max_length, rank=rank, alpha=float(rank), targets=targets,
-        train_head=True, dropout=0.0, rounds=1, max_participations=1, local_steps=steps,
-        expected_batch=expected_batch, optimizer="sgd", lr=1e-3, clip_norm=1.0, adapter_scale=1.0, head_scale=1.0,
-        weight_by_examples=False)
+    run = plan(FAMILY_STRATEGIES[family], family, model=model, labels=labels, max_length=max_length, rank=rank,
+               alpha=float(rank), targets=targets, local_steps=steps, expected_batch=expected_batch)
     adapted = attach(loaded, family=family, rank=rank, alpha=float(rank), targets=targets, train_head=True)
     adapted.write(initial_tensors(adapted, init="orthonormal", seed=0))
-    task = task_for(plan, loaded.tokenizer)
+    task = task_for(run, loaded.tokenizer)
     trainer = Trainer(adapted, task, device=settings.device, precision=precision, micro_batch=micro_batch,
                       threads=settings.threads)
-    return Subject(adapted, plan, task.encode(rows), trainer)
+    return Subject(adapted, run, task.encode(rows), trainer)
 
 
 def _load(settings: Settings, rows: Rows, labels: int) -> tuple[LoadedModel, ModelRef]:

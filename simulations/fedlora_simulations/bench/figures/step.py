@@ -1,4 +1,4 @@
-"""A private training step against a plain one on the same batch; Opacus' hooks and ghost clipping beside it."""
+"""A private step against a plain one on the same batch, beside Opacus' hooks and ghost clipping."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from ..measure import Figure, Row, Settings, interleaved
+from ..peers import MODES, opacus_step
 from ..subjects import cut_to_length, rows_of, settle, subject
 
 FAMILIES = (("frozen-a", 8), ("bra", 32))
@@ -20,15 +21,18 @@ def measure(settings: Settings) -> Iterator[Row]:
         rank = 2 if settings.quick else rank
         for length in lengths:
             for precision in PRECISIONS:
-                one = subject(settings, rows, family=family, rank=rank, precision=precision, expected_batch=records,
-                              max_length=length, micro_batch=records)
+                made = partial(subject, settings, rows, family=family, rank=rank, precision=precision,
+                               expected_batch=records, max_length=length, micro_batch=records)
+                one = made()
                 times = interleaved({
                     "plain": partial(one.train, private=False),
                     "private": partial(one.train, private=True),
+                    **{mode: opacus_step(made(), mode) for mode in MODES},
                 }, settings.repeats(15), settle=settle(settings.device))
                 yield Row(f"{family} r={rank}, {records} × {length}, {precision}", {
                     "private ÷ plain": times["private"].over(times["plain"], target=TARGET),
                     "CPU time": times["private"].cpu_over(times["plain"]),
+                    **{f"Opacus {mode} ÷ plain": times[mode].over(times["plain"]) for mode in MODES},
                     "plain": times["plain"].value("ms")})
 
 

@@ -1,0 +1,54 @@
+"""Arrays as bytes in the .npy format 1.0, which is how Flower's messages hold them; never on FedLoRA's own wire.
+
+The same bytes as `numpy.save` writes, in C order. Its header takes longer to write and to parse than a small adapter
+tensor takes to copy, hence the caches.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from io import BytesIO
+
+import numpy as np
+
+MAGIC = b"\x93NUMPY\x01\x00"
+
+
+def to_npy(array: np.ndarray) -> bytes:
+    """Serialise a plain array."""
+    return _written_header(array.shape, array.dtype) + array.tobytes()
+
+
+def from_npy(data: bytes) -> np.ndarray:
+    """A read-only view of the bytes where they are plain and in C order, else a read-only copy in C order.
+
+    Raises:
+        ValueError: the bytes are no such array, or code would be needed to decode them.
+    """
+    start = data[:10 + int.from_bytes(data[8:10], "little")]
+    if start.startswith(MAGIC):
+        shape, fortran, dtype = _parsed_header(start)
+        if not fortran and len(data) == len(start) + math.prod(shape) * dtype.itemsize:
+            return np.frombuffer(data, dtype, offset=len(start)).reshape(shape)
+    try:
+        array = np.asarray(np.load(BytesIO(data), allow_pickle=False), order="C")
+    except (EOFError, OSError) as error:
+        raise ValueError(f"{len(data)} bytes that are no array in the .npy format") from error
+    array.flags.writeable = False
+    return array
+
+
+@lru_cache(maxsize=1024)
+def _written_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    stream = BytesIO()
+    description = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(stream, {"descr": description, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+@lru_cache(maxsize=1024)
+def _parsed_header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    stream = BytesIO(start)
+    np.lib.format.read_magic(stream)
+    return np.lib.format.read_array_header_1_0(stream)

@@ -1,0 +1,89 @@
+"""Server aggregation from 10 to 1,000 clients: time against a bare sum of the same arrays, and memory.
+
+Uploads have the shape of a 7B model's adapters (FedAvg-LoRA, 32 layers, queries and values of 4096², r = 16: 8.4
+million values, 34 MB). They come one after the other, as from an engine, and are never together in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from flwr.app import ConfigRecord, Message
+
+from fedlora.plan import Upload
+from fedlora_strategies import FedAvgLoRA
+from fedlora_strategies.messages import assign_id, assume_identity, reply, to_record
+
+from ..federations import SEVEN_B, layout, plan, tensors
+from ..fresh import forget_peak, in_fresh_process, peak_bytes, resident_bytes
+from ..measure import RATIO, Figure, Row, Settings, Value, exactly, interleaved
+
+DIFFERENT = 4
+"""Uploads that are made; the clients' are these in turn."""
+
+
+class Server:
+    """A strategy in its first round, and its clients' uploads."""
+
+    def __init__(self, layers: int, width: int, rank: int, clients: int) -> None:
+        run = plan("fedavg-lora", "lora", rank=rank, private=False)
+        assume_identity(run.run_id)
+        self.clients, self.run_id = clients, run.run_id
+        self.strategy = FedAvgLoRA(run, layout("lora", layers=layers, width=width, rank=rank))
+        self.uploads = [tensors(self.strategy.layout.trained, seed) for seed in range(min(DIFFERENT, clients))]
+        self.records = [to_record(upload) for upload in self.uploads]
+        self.start = self.records[0]
+
+    def aggregate(self, block: int = 0) -> None:
+        """One round: orders out, uploads in, the next state."""
+        nodes = ConfigRecord({"nodes": list(range(1, self.clients + 1))})
+        orders = self.strategy.configure_train(1, self.start, nodes, None)  # type: ignore[arg-type]
+        _, metrics = self.strategy.aggregate_train(1, self._replies(list(orders)))
+        assert metrics is not None and metrics["replies"] == self.clients
+
+    def _replies(self, orders: list[Message]) -> Iterator[Message]:
+        for number, order in enumerate(orders):
+            assign_id(order, str(number))
+            message = reply(Upload(self.run_id, 1, 0, tensors={}, steps=1), order)
+            message.content["arrays"] = self.records[number % len(self.records)]
+            yield message
+
+    def bare_sum(self, block: int = 0) -> dict[str, np.ndarray]:
+        """The mean of the same arrays, in float64 as the strategy takes it, without any check."""
+        sums = {name: np.zeros(array.shape) for name, array in self.uploads[0].items()}
+        for number in range(self.clients):
+            for name, array in self.uploads[number % len(self.uploads)].items():
+                sums[name] += array
+        return {name: (total / self.clients).astype(np.float32) for name, total in sums.items()}
+
+
+def measure(settings: Settings) -> Iterator[Row]:
+    shape = {"layers": 2, "width": 64, "rank": 4} if settings.quick else {**SEVEN_B, "rank": 16}
+    counts = (2, 4) if settings.quick else (10, 100, 1000)
+    least = None
+    for clients in counts:
+        server = Server(**shape, clients=clients)
+        times = interleaved({"sum": server.bare_sum, "aggregation": server.aggregate},
+                            settings.repeats(max(1, 50 // clients)))
+        del server
+        peak = in_fresh_process(f"{__name__}:peak", **shape, clients=clients)
+        least = least or peak
+        yield Row(f"{clients:,} clients", {
+            "time ÷ bare sum": times["aggregation"].over(times["sum"], target=2.0),
+            "CPU time": times["aggregation"].cpu_over(times["sum"]),
+            "a client": Value.of([1e3 * second / clients for second in times["aggregation"].wall], "ms"),
+            f"memory ÷ {counts[0]} clients": exactly(peak / least, RATIO, better="lower", target=1.05),
+            "memory": exactly(peak / 2**20, "MiB")})
+
+
+def peak(layers: int, width: int, rank: int, clients: int) -> int:
+    """The most bytes that one round of aggregation takes beyond the uploads, which are there before."""
+    server = Server(layers, width, rank, clients)
+    forget_peak()
+    before = resident_bytes()
+    server.aggregate()
+    return peak_bytes() - before
+
+
+FIGURE = Figure(8, measure)
