@@ -184,6 +184,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--connect-timeout", (CLIENT,), "seconds to keep trying for a server", 120.0, _positive),
     # simulation
     Option("--clients", (SIMULATE,), "simulated clients [one per file with --partition files]", None, _count),
+    Option("--batch-clients", (SIMULATE,), "clients whose steps share one pass of the base model, for clients with few "
+           "tokens a step; equal to 1 but for rounding", 1, _count),
     Option("--workers", (SIMULATE,), "processes that train clients at the same time, each with the base model and with "
            "--threads of its own [cores / workers]; several GPUs are dealt out among them", 1, _count),
     Option("--partition", (SIMULATE,), "iid, dirichlet:ALPHA, shards:K or files", "iid"),

@@ -124,6 +124,10 @@ class AdaptedModel:
         """Spec and parameter of every trained tensor, in the order of `layout.trained`."""
         return [(spec, self.parameter(spec.name)) for spec in self.layout.trained]
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameter behind every tensor of `layout.state`, by name."""
+        return {spec.name: self.parameter(spec.name) for spec in self.layout.state}
+
     def trained_leaves(self) -> list[tuple[nn.Linear, list[tuple[str, TensorSpec]]]]:
         """Every linear module that trains, with its trained parameters ("weight", "bias") and their specs."""
         leaves: dict[nn.Module, list[tuple[str, TensorSpec]]] = {}

@@ -7,10 +7,10 @@ from typing import Any
 from fedlora.plan import RunPlan
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.classification import Classification
-from fedlora.tasks.records import Batch, Records, collate
+from fedlora.tasks.records import Batch, Records, collate, concatenate
 from fedlora.tasks.task import Task
 
-__all__ = ["Batch", "CausalLM", "Classification", "Records", "Task", "collate", "task_for"]
+__all__ = ["Batch", "CausalLM", "Classification", "Records", "Task", "collate", "concatenate", "task_for"]
 
 
 def task_for(run: RunPlan, tokenizer: Any) -> Task:

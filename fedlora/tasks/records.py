@@ -95,6 +95,18 @@ def pack(sequences: Sequence[Sequence[int]], pad_id: int, *, labels: Sequence[in
                    units=None if units is None else np.array([numbers[name] for name in units], dtype=np.int64))
 
 
+def concatenate(several: Sequence[Records]) -> Records:
+    """The records of several, one after the other, without their units. They are of one task, tokenizer and kind."""
+    def joined(name: str) -> np.ndarray | None:
+        return None if getattr(several[0], name) is None else np.concatenate([getattr(one, name) for one in several])
+
+    tokens = joined("tokens")
+    assert tokens is not None
+    return Records(tokens=tokens, offsets=np.cumsum([0, *(length for one in several for length in one.lengths)]),
+                   pad_id=several[0].pad_id, labels=joined("labels"), segments=joined("segments"),
+                   answers=joined("answers"), left_out=sum(one.left_out for one in several))
+
+
 def collate(records: Records, indices: Sequence[int] | np.ndarray, length: int,
             device: str | torch.device = "cpu") -> Batch:
     """Records `indices`, padded on the right to `length` tokens.

@@ -121,14 +121,21 @@ class PerExampleLinear(nn.Linear):
             return _LinearPerExample.apply(inputs, self.weight, self.bias, self)
         return super().forward(inputs)
 
+    def by_record(self, values: torch.Tensor) -> torch.Tensor:
+        """[records, ..., d] as [records, T, d].
+
+        Raises:
+            ValueError: the first axis is not the records'.
+        """
+        records = len(self.buffer.rows)
+        if len(values) != records:
+            raise ValueError(f"a trained layer was given {len(values)} rows for {records} records, as by a model that "
+                             "flattens its batch: gradients would go to the wrong record. Choose other --targets")
+        return values.reshape(records, -1, values.shape[-1])
+
     def write(self, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
         """dW_i and db_i, from what the backward pass has in the precision of the model."""
-        records = len(self.buffer.rows)
-        if not len(inputs) == records == len(gradient):
-            raise ValueError(f"a trained layer was given {len(inputs)} rows for {records} records, as by a model that "
-                             "flattens its batch: gradients would go to the wrong record. Choose other --targets")
-        x = inputs.reshape(records, -1, inputs.shape[-1])
-        g = gradient.reshape(records, -1, gradient.shape[-1])
+        x, g = self.by_record(inputs), self.by_record(gradient)
         if self.weight.requires_grad:
             self.buffer.write_product(self.weight, g.transpose(1, 2), x)
         if self.bias is not None and self.bias.requires_grad:

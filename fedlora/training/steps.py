@@ -95,6 +95,14 @@ class PrivateStep(Step):
 
     def add(self, per_record: torch.Tensor, places: np.ndarray) -> None:
         per_record.sum().backward()
+        self.take(places)
+
+    def take(self, places: np.ndarray) -> None:
+        """Sum up the gradients that are in the buffer; after the backward pass, whoever did it.
+
+        Args:
+            places: [records] where the buffer's records stand in the group.
+        """
         if self.group.owners is None:
             self._sum_up()
         else:

@@ -8,7 +8,7 @@ Everything else in `TrainResult` is private.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,7 +116,7 @@ class Trainer:
         model.to(self.device).eval()
         self._parameters = [(parameter, spec.group) for spec, parameter in adapted.trained_parameters()]
         self.buffer = GradientBuffer(self._parameters)
-        self._noise_pool = NoisePool()
+        self.noise_pool = NoisePool()
         per_example([leaf for leaf, _ in adapted.trained_leaves()], self.buffer)
         if self.precision == "bf16":
             # what travels stays in float32
@@ -138,6 +138,10 @@ class Trainer:
             noise_multiplier=training.noise_multiplier, clip_norm=training.clip_norm, lr=training.lr,
             rows_per_unit=training.rows_per_unit, sampling=training.stream("sampling"),
             noise=None if training.noise_multiplier is None else training.stream("noise"), stop=stop)
+
+    def run_all(self, trainings: Sequence[Training]) -> list[TrainResult]:
+        """`run` for several clients."""
+        return [self.run(training) for training in trainings]
 
     def train(self, run: RunPlan, records: Records, *, sampling_rate: float, noise_multiplier: float | None,
               clip_norm: float, sampling: Stream, noise: Stream | None, lr: float | None = None,
@@ -162,21 +166,18 @@ class Trainer:
             raise ValueError(f"sampling_rate is {sampling_rate!r}; it must be in (0, 1]")
         parameters = [parameter for parameter, _ in self._parameters]
         frozen = FrozenTripwire(self.adapted, parameters)
-        gradients = GradientTripwire(self.adapted, self.buffer)
+        gradients = GradientTripwire(self.adapted.layout, self.adapted.parameters(), self.buffer)
         sampler = Sampler(len(records), records.units, sampling_rate, rows_per_unit, sampling)
-        inner = _optimizer(run.optimizer, lr or run.lr, parameters)
+        inner = optimizer(run.optimizer, lr or run.lr, parameters)
         if noise_multiplier is None or noise is None:
-            # a client with fewer units than the expected batch uses all of them, and their mean
-            step: Step = PlainStep(inner, run.expected_batch if sampling_rate < 1 else records.units_count)
+            step: Step = PlainStep(inner, plain_divisor(run, records, sampling_rate))
         else:
-            step = PrivateStep(PerRecordOptimizer(
-                inner, self.buffer, scales={"adapter": run.adapter_scale, "head": run.head_scale},
-                clip_norm=clip_norm, noise_multiplier=noise_multiplier * (1 + ROUNDING[self.precision]),
-                expected_batch_size=run.expected_batch, noise=noise, pool=self._noise_pool), gradients)
+            step = self.private_step(run, inner, self.buffer, gradients, clip_norm=clip_norm,
+                                     noise_multiplier=noise_multiplier, noise=noise)
         drawn: list[int] = []
         loss, rows = 0.0, 0
         try:
-            with self._dropout(run.dropout, sampling), _memory_advice():
+            with self._dropout(run.dropout, sampling), memory_advice():
                 for _ in range(run.local_steps):
                     draw = sampler.draw()
                     losses = self._accumulate(step, records, draw, stop)
@@ -191,19 +192,28 @@ class Trainer:
                 parameter.grad = None
         frozen.check()
         gradients.check()
-        self._noise_pool.check()
+        self.noise_pool.check()
         total = sum(drawn)
         return TrainResult(
             tensors=self.adapted.read("trained"), steps=len(drawn), drawn=tuple(drawn),
             mean_loss=loss / rows if rows else float("nan"), clipped_share=step.clipped / total if total else 0.0,
             nonfinite=step.nonfinite)
 
+    def private_step(self, run: RunPlan, inner: torch.optim.Optimizer, buffer: GradientBuffer,
+                     gradients: GradientTripwire, *, clip_norm: float, noise_multiplier: float,
+                     noise: Stream) -> PrivateStep:
+        """The step that clips and noises what the buffer holds; arguments as of `train`."""
+        return PrivateStep(PerRecordOptimizer(
+            inner, buffer, scales={"adapter": run.adapter_scale, "head": run.head_scale}, clip_norm=clip_norm,
+            noise_multiplier=noise_multiplier * (1 + ROUNDING[self.precision]),
+            expected_batch_size=run.expected_batch, noise=noise, pool=self.noise_pool), gradients)
+
     def _accumulate(self, step: Step, records: Records, draw: Draw, stop: Callable[[], bool]) -> float | None:
         """Sum the drawn units' gradients; returns the sum of their records' losses, or None if stopped."""
         losses = 0.0
         if stop():
             return None
-        for group in draw.groups(self._most_rows):
+        for group in draw.groups(self.most_rows):
             step.open(group)
             for length, places in self.layout(records, group.indices):
                 if stop():
@@ -219,7 +229,7 @@ class Trainer:
         return losses
 
     @property
-    def _most_rows(self) -> int:
+    def most_rows(self) -> int:
         """How many gradients are held at once."""
         return max(1, BUFFER_BYTES // (4 * self.buffer.values))
 
@@ -228,7 +238,7 @@ class Trainer:
         lengths, places = records.lengths[indices], np.arange(len(indices))
         if self.micro_batch is not None:
             return micro_batches(lengths, places, self.task.max_length, most=self.micro_batch)
-        return micro_batches(lengths, places, self.task.max_length, most=self._most_rows,
+        return micro_batches(lengths, places, self.task.max_length, most=self.most_rows,
                              tokens=MICRO_BATCH_TOKENS[self.device.type])
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -256,14 +266,21 @@ class Trainer:
                     layer.eval()
 
 
-def _optimizer(name: str, lr: float, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def plain_divisor(run: RunPlan, records: Records, sampling_rate: float) -> float:
+    """By which a step without privacy is divided: the expected batch; a client with fewer units than that uses all of
+    them, and their mean."""
+    return run.expected_batch if sampling_rate < 1 else records.units_count
+
+
+def optimizer(name: str, lr: float, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """A fresh one, by its name in the plan."""
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=lr)
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
 
 
 @contextlib.contextmanager
-def _memory_advice() -> Iterator[None]:
+def memory_advice() -> Iterator[None]:
     """Out of memory names the flags that help."""
     try:
         yield

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedlora.adapters import AdaptedModel
+from fedlora.adapters import AdaptedModel, AdapterLayout
 from fedlora.tasks import Records
 from fedlora.training.per_example import GradientBuffer
 
@@ -133,22 +133,23 @@ class GradientTripwire:
     it has anything to attend to.
 
     Args:
-        adapted: names the tensors.
+        layout: names the tensors.
+        parameters: name → what holds the tensor's present value, for all of `layout.state`.
         buffer: says where their sums are.
     """
 
-    def __init__(self, adapted: AdaptedModel, buffer: GradientBuffer) -> None:
+    def __init__(self, layout: AdapterLayout, parameters: Mapping[str, torch.Tensor], buffer: GradientBuffer) -> None:
         self._slots = buffer.slots
-        self._names = {id(parameter): spec.name for spec, parameter in adapted.trained_parameters()}
-        state = adapted.layout.state
+        self._names = {id(parameters[spec.name]): spec.name for spec in layout.trained}
+        state = layout.state
         weights = {spec.name for spec in state if spec.group == "head" and spec.name.endswith(".weight")}
-        self._blockers: dict[str, list[nn.Parameter]] = {}
-        for spec in adapted.layout.trained:
+        self._blockers: dict[str, list[torch.Tensor]] = {}
+        for spec in layout.trained:
             others = weights if spec.group == "adapter" or spec.name in weights else set()
             if spec.group == "adapter":
                 module = spec.name.rpartition(".")[0]
                 others = others | {other.name for other in state if other.name.rpartition(".")[0] == module}
-            self._blockers[spec.name] = [adapted.parameter(name) for name in sorted(others - {spec.name})]
+            self._blockers[spec.name] = [parameters[name] for name in sorted(others - {spec.name})]
         self._waiting = set(self._names.values())
         self._missed: set[str] = set()
 

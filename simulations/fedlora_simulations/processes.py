@@ -85,7 +85,7 @@ def _serve(connection: Connection, blueprint: Blueprint, index: int) -> None:
             return
         try:
             trainer = trainer or blueprint.build(index)
-            answer = [trainer.run(training) for training in trainings]
+            answer = trainer.run_all(trainings)
         except Exception as error:
             error.add_note(f"In worker {index}:\n{traceback.format_exc()}")
             answer = error

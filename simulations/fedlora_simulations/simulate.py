@@ -16,7 +16,7 @@ from fedlora.data import Rows
 from fedlora.plan import ROW, Tensors, unit_column
 from fedlora.privacy import Ledger, RunStreams
 from fedlora.tasks import Records, Task
-from fedlora.training import Trainer
+from fedlora.training import BatchedTrainer, Trainer
 from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import MemoryState
 from fedlora_server.cohort import RoundOptions
@@ -27,7 +27,7 @@ from fedlora_server.rounds import FederationResult, run_federation
 
 from .in_process import InProcessEngine
 from .processes import ProcessWorkers
-from .worker import Blueprint, threads_each
+from .worker import Blueprint, ThisProcess, Workers, threads_each
 from .worker_engine import WorkerEngine
 
 
@@ -141,15 +141,16 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     options = Namespace(**vars(options) | ({"init": method.init} if method.init else {}))
     run_id = hashlib.sha256(f"simulation {method} {seed}".encode()).hexdigest()[:16]
     federation = prepare(options, method.strategy, base, population.labels, seed, run_id=run_id)
-    trainer = Trainer(federation.adapted, federation.task, device=options.device, precision=options.precision,
-                      micro_batch=options.micro_batch, threads=options.threads)
+    kind = BatchedTrainer if options.batch_clients > 1 else Trainer
+    trainer = kind(federation.adapted, federation.task, device=options.device, precision=options.precision,
+                   micro_batch=options.micro_batch, threads=options.threads)
     ledger = Ledger(out / "ledger.sqlite" if out else None, simulated=True)
     sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed, ledger)
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
                         min_replies=options.min_replies, evaluate_every=options.eval_every,
                         wait_timeout_s=0.0)  # nobody new can come
-    engine = _engine(options, federation, base, sessions)
+    engine = _engine(options, federation, base, trainer, sessions)
     try:
         began = time.monotonic()
         result = run_federation(engine, federation.strategy, federation.plan, federation.state, loop,
@@ -167,15 +168,19 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     return simulated
 
 
-def _engine(options: Namespace, federation: Federation, base: BaseModel,
+def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer: Trainer,
             sessions: Mapping[str, ClientSession]) -> InProcessEngine:
     run_id, layout = federation.plan.run_id, federation.adapted.layout
     count = min(options.workers, len(sessions))
-    if count == 1:
+    if count > 1:
+        workers: Workers = ProcessWorkers(Blueprint(
+            federation.plan, base.path, options.device, options.precision, options.micro_batch,
+            options.threads or threads_each(count), together=options.batch_clients > 1), count)
+    elif options.batch_clients > 1:
+        workers = ThisProcess(trainer)
+    else:
         return InProcessEngine(sessions, run_id, layout)
-    blueprint = Blueprint(federation.plan, base.path, options.device, options.precision, options.micro_batch,
-                          options.threads or threads_each(count))
-    return WorkerEngine(sessions, run_id, layout, ProcessWorkers(blueprint, count))
+    return WorkerEngine(sessions, run_id, layout, workers, group=options.batch_clients)
 
 
 def make_sessions(options: Namespace, federation: Federation, trainer: Trainer, records: Mapping[str, Records],

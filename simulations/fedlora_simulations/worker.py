@@ -18,7 +18,7 @@ from fedlora.adapters import attach_planned
 from fedlora.models import load
 from fedlora.plan import RunPlan
 from fedlora.tasks import task_for
-from fedlora.training import Trainer, Training, TrainResult, resolve_device
+from fedlora.training import BatchedTrainer, Trainer, Training, TrainResult, resolve_device
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Blueprint:
         model: folder of the base model.
         device, precision, micro_batch: as of `Trainer`. With several GPUs, workers take them in turn.
         threads: of each worker.
+        together: whether the trainings that a worker is given at a time are done in lockstep.
     """
 
     plan: RunPlan
@@ -38,6 +39,7 @@ class Blueprint:
     precision: str
     micro_batch: int | None
     threads: int
+    together: bool = False
 
     def build(self, index: int) -> Trainer:
         """The trainer of the worker with this number, from 0.
@@ -49,8 +51,9 @@ class Blueprint:
         if device == "cuda":
             device = f"cuda:{index % torch.cuda.device_count()}"
         loaded = load(self.model, self.plan.task, len(self.plan.labels))
-        return Trainer(attach_planned(loaded, self.plan), task_for(self.plan, loaded.tokenizer), device=device,
-                       precision=self.precision, micro_batch=self.micro_batch, threads=self.threads)
+        kind = BatchedTrainer if self.together else Trainer
+        return kind(attach_planned(loaded, self.plan), task_for(self.plan, loaded.tokenizer), device=device,
+                    precision=self.precision, micro_batch=self.micro_batch, threads=self.threads)
 
 
 class Workers(ABC):
@@ -63,7 +66,7 @@ class Workers(ABC):
 
     @abstractmethod
     def start(self, key: str, trainings: Sequence[Training]) -> None:
-        """Have a free worker do these trainings, one after the other."""
+        """Have a free worker do these trainings, with `Trainer.run_all`."""
 
     @abstractmethod
     def done(self) -> tuple[str, list[TrainResult]]:
@@ -77,6 +80,29 @@ class Workers(ABC):
     @abstractmethod
     def close(self) -> None:
         """End all workers, whatever they do. May be called twice."""
+
+
+class ThisProcess(Workers):
+    """No worker at all: the trainings are done here, while they are waited for."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._started: tuple[str, Sequence[Training]] | None = None
+
+    @property
+    def free(self) -> int:
+        return int(self._started is None)
+
+    def start(self, key: str, trainings: Sequence[Training]) -> None:
+        self._started = key, trainings
+
+    def done(self) -> tuple[str, list[TrainResult]]:
+        assert self._started is not None, "nothing was started"
+        (key, trainings), self._started = self._started, None
+        return key, self._trainer.run_all(trainings)
+
+    def close(self) -> None:
+        self._started = None
 
 
 class WorkerLost(RuntimeError):

@@ -8,7 +8,7 @@ from typing import cast
 from flwr.app import RecordDict
 
 from fedlora.adapters import AdapterLayout
-from fedlora.plan import RoundPlan
+from fedlora.plan import Refusal, RoundPlan, Upload
 from fedlora.training import Training
 from fedlora_client.session import ClientSession
 from fedlora_server.engine import Outcome
@@ -27,13 +27,15 @@ class WorkerEngine(InProcessEngine):
     Args:
         sessions, run_id, layout: as of `InProcessEngine`.
         workers: ended by `close`.
+        group: most clients that a worker is given at a time.
     """
 
     def __init__(self, sessions: Mapping[str, ClientSession], run_id: str, layout: AdapterLayout,
-                 workers: Workers) -> None:
+                 workers: Workers, *, group: int = 1) -> None:
         super().__init__(sessions, run_id, layout)
-        self._workers = workers
+        self._workers, self._group = workers, group
         self._begun: dict[str, tuple[ClientSession, RoundPlan]] = {}
+        self._groups: dict[str, list[str]] = {}
         self._outcomes: dict[str, Outcome] = {}
 
     def _train(self, message_id: str) -> None:
@@ -46,28 +48,40 @@ class WorkerEngine(InProcessEngine):
 
     def _employ(self) -> None:
         """Begin what has not begun, as long as there is a worker for it."""
-        for message_id, order in self._orders.items():
-            if not self._workers.free:
+        waiting = (message_id for message_id, order in self._orders.items() if order.outcome is None
+                   and message_id not in self._begun and message_id not in self._outcomes)
+        while self._workers.free:
+            trainings: dict[str, Training] = {}
+            while len(trainings) < self._group and (message_id := next(waiting, None)) is not None:
+                answer = self._begin(message_id)
+                if isinstance(answer, Training):
+                    trainings[message_id] = answer
+                else:
+                    self._outcomes[message_id] = self._accept(message_id, answer)
+            if not trainings:
                 return
-            if order.outcome is not None or message_id in self._begun or message_id in self._outcomes:
-                continue
-            plan, arrays = read_train_message(order.message)
-            order.message.content = RecordDict()
-            session = cast(ClientSession, self._sessions[order.message.metadata.dst_node_id])
-            answer = session.begin(plan, to_tensors(arrays))
-            if isinstance(answer, Training):
-                self._begun[message_id] = session, plan
-                self._workers.start(message_id, [answer])
-            else:
-                self._outcomes[message_id] = self._accept(message_id, answer)
+            first = next(iter(trainings))
+            self._groups[first] = list(trainings)
+            self._workers.start(first, list(trainings.values()))
+
+    def _begin(self, message_id: str) -> Training | Upload | Refusal:
+        message = self._orders[message_id].message
+        plan, arrays = read_train_message(message)
+        message.content = RecordDict()  # the reply needs only the metadata
+        session = cast(ClientSession, self._sessions[message.metadata.dst_node_id])
+        answer = session.begin(plan, to_tensors(arrays))
+        if isinstance(answer, Training):
+            self._begun[message_id] = session, plan
+        return answer
 
     def _collect(self) -> None:
-        """Wait for a worker, and take what it gives; the outcome is told when it is its turn."""
-        message_id, [result] = self._workers.done()
-        session, plan = self._begun.pop(message_id)
-        answer = session.finish(plan, result)
-        if message_id in self._orders:  # else it was cancelled meanwhile
-            self._outcomes[message_id] = self._accept(message_id, answer)
+        """Wait for a worker, and take what it gives; an outcome is told when it is its turn."""
+        key, results = self._workers.done()
+        for message_id, result in zip(self._groups.pop(key), results, strict=True):
+            session, plan = self._begun.pop(message_id)
+            answer = session.finish(plan, result)
+            if message_id in self._orders:  # else it was cancelled meanwhile
+                self._outcomes[message_id] = self._accept(message_id, answer)
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         message_ids = list(message_ids)

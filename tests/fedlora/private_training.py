@@ -50,7 +50,7 @@ def loaded(kind: str, task: str) -> LoadedModel:
 
 
 def make_trainer(kind: str, run: RunPlan, *, precision: str = "fp32", micro_batch: int | None = None,
-                 model: LoadedModel | None = None) -> Trainer:
+                 model: LoadedModel | None = None, kind_of_trainer: type[Trainer] = Trainer) -> Trainer:
     """A trainer whose trained and frozen tensors are all random and not small, so that no gradient is 0."""
     model = model or loaded(kind, run.task)
     adapted = attach(model, family=run.family, rank=run.rank, alpha=run.alpha, dropout=run.dropout,
@@ -58,8 +58,8 @@ def make_trainer(kind: str, run: RunPlan, *, precision: str = "fp32", micro_batc
     generator = np.random.default_rng(0)
     adapted.write({spec.name: (0.3 * generator.standard_normal(spec.shape)).astype(np.float32)
                    for spec in adapted.layout.state})
-    return Trainer(adapted, task_for(run, model.tokenizer), device="cpu", precision=precision, micro_batch=micro_batch,
-                   threads=1)
+    return kind_of_trainer(adapted, task_for(run, model.tokenizer), device="cpu", precision=precision,
+                           micro_batch=micro_batch, threads=1)
 
 
 def make_records(trainer: Trainer, *, count: int = len(LENGTHS), seed: int = 1) -> Records:
@@ -84,7 +84,8 @@ def make_optimizer(trainer: Trainer, run: RunPlan, *, noise_multiplier: float = 
 def clipped_sum(trainer: Trainer, run: RunPlan, records: Records, indices, owners=None) -> torch.Tensor:
     """[values] float64: what the noise would be added to if exactly these records, of these units, were drawn."""
     optimizer = make_optimizer(trainer, run)
-    step = PrivateStep(optimizer, GradientTripwire(trainer.adapted, trainer.buffer))
+    adapted = trainer.adapted
+    step = PrivateStep(optimizer, GradientTripwire(adapted.layout, adapted.parameters(), trainer.buffer))
     draw = Draw(np.asarray(indices, dtype=np.int64), None if owners is None else np.asarray(owners, dtype=np.int64))
     trainer._accumulate(step, records, draw, lambda: False)
     return optimizer.clipped_sum.clone()

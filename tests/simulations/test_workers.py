@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from fedlora.options import SIMULATE, build_parser, read_options
@@ -26,30 +27,44 @@ SMALL = ("--rank=2", "--rounds=2", "--local-steps=2", "--batch-size=8", "--max-l
          "--device=cpu", "--precision=fp32")
 
 
-def run(tmp_path, checkpoint, strategy, workers):
+def run(tmp_path, checkpoint, strategy, *flags):
     for i in range(3):
         write_rows(tmp_path / "data" / f"hospital-{i}.jsonl", seed=i)
     arguments = [f"--strategy={strategy}", f"--model={checkpoint('bert')}", f"--data={tmp_path / 'data'}",
-                 "--partition=files", f"--workers={workers}", *SMALL]
+                 "--partition=files", *flags, *SMALL]
     options = read_options(build_parser(SIMULATE, ""), SIMULATE, arguments)
-    out = tmp_path / f"{workers}"
+    out = tmp_path / "-".join(("run", *flags))
     out.mkdir()
     return simulate(options, Method.parse(strategy), 5, find_model(options), populate(options, 5), out=out), out
 
 
+def charges(out):
+    """Of a run's ledger, without their order in time and the digests of what was sent."""
+    ledger = Ledger(out / "ledger.sqlite", simulated=True)
+    found = sorted((c.dataset, c.round, c.attempt, c.state) for c in ledger.charges())
+    ledger.close()
+    return found
+
+
 @pytest.mark.parametrize("strategy", ["fedsvd", "fed-sb"])
-def test_worker_processes_end_with_the_bits_and_the_ledger_of_one_process(tmp_path, checkpoint, strategy):
-    (one, first), (two, second) = (run(tmp_path, checkpoint, strategy, workers) for workers in (1, 2))
+def test_worker_processes_end_with_the_bits_and_the_charges_of_one_process(tmp_path, checkpoint, strategy):
+    (one, first), (two, second) = (run(tmp_path, checkpoint, strategy, f"--workers={count}") for count in (1, 2))
     assert one.result.rounds == two.result.rounds == 2
     for name, array in one.result.state.items():
         assert array.tobytes() == two.result.state[name].tobytes(), f"{name} differs"
     assert (one.epsilons, one.bytes_up, one.bytes_down) == (two.epsilons, two.bytes_up, two.bytes_down)
-    charges = []
-    for out in (first, second):
-        ledger = Ledger(out / "ledger.sqlite", simulated=True)
-        charges.append(sorted((c.dataset, c.round, c.attempt, c.state, c.sha256) for c in ledger.charges()))
-        ledger.close()
-    assert charges[0] == charges[1] and len(charges[0]) == 6
+    assert charges(first) == charges(second) and len(charges(first)) == 6
+
+
+@pytest.mark.parametrize("strategy", ["fedavg-lora", "fedsvd"])
+def test_batched_clients_end_where_one_after_the_other_end_and_are_charged_alike(tmp_path, checkpoint, strategy):
+    (one, first), (two, second) = (run(tmp_path, checkpoint, strategy, f"--batch-clients={count}") for count in (1, 2))
+    moved = False
+    for name, array in one.result.state.items():
+        np.testing.assert_allclose(two.result.state[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+        moved |= abs(array - one.federation.state[name]).max() > 1e-3
+    assert moved and (one.epsilons, one.bytes_up) == (two.epsilons, two.bytes_up)
+    assert charges(first) == charges(second) and len(charges(first)) == 6
 
 
 class StagedSession(LinearSession):
@@ -120,6 +135,14 @@ def test_all_workers_are_busy_before_the_first_is_waited_for(engine):
     while len(engine.wait(pushed, 0.0)) < 5:
         pass
     assert busy == [3, 3, 3, 2, 1]
+
+
+def test_a_worker_is_given_as_many_clients_at_a_time_as_it_may_have(engine):
+    engine._group = 2
+    pushed = push(engine)
+    assert engine.wait(pushed, 0.0) == {pushed[0]: "uploaded"}
+    assert [len(trainings) for _, trainings in engine._workers.stack] == []
+    assert list(engine._outcomes) == [pushed[4], pushed[2], pushed[3], pushed[1]]  # 2, 2 and 1, the last group first
 
 
 def test_what_a_cancelled_order_gives_is_dropped(engine):

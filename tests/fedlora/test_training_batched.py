@@ -1,0 +1,143 @@
+"""Clients that train in lockstep end where each would end alone."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora.adapters import FAMILIES
+from fedlora.privacy import RunStreams
+from fedlora.tasks import concatenate
+from fedlora.training import BatchedTrainer, Training
+from fedlora.training.per_example import PerExampleLinear
+from tests.fedlora.private_training import CASES, make_records, make_trainer, plan
+
+COUNTS = (12, 5, 9)
+"""Records of the clients."""
+
+
+def make(kind="bert", task="classification", *, family="lora", units=False, **changes):
+    run = plan(family, task, **{"local_steps": 3, "optimizer": "adamw", "lr": 1e-2} | changes)
+    trainer = make_trainer(kind, run, kind_of_trainer=BatchedTrainer)
+    return trainer, [training(trainer, run, number, units) for number in range(len(COUNTS))]
+
+
+def training(trainer, run, number, units=False):
+    """Of one client: its own records, trained tensors, sampling rate, clip norm and streams."""
+    records = make_records(trainer, count=COUNTS[number], seed=number)
+    if units:
+        records = dataclasses.replace(records, units=np.arange(COUNTS[number]) // 3)
+    generator = np.random.default_rng(number)
+    own = {name: array + 0.1 * generator.standard_normal(array.shape).astype(np.float32)
+           for name, array in trainer.adapted.read("trained").items()}
+    return Training(run, records, trainer.adapted.read("shared") | own, sampling_rate=(0.5, 1.0, 0.2)[number],
+                    noise_multiplier=0.7 if run.private else None, clip_norm=run.clip_norm * (1 + number),
+                    lr=run.lr * (1 + number), rows_per_unit=2, streams=RunStreams(f"client-{number}", 3), round=1,
+                    attempt=0)
+
+
+def assert_same(together, alone):
+    assert (together.steps, together.drawn, together.nonfinite) == (alone.steps, alone.drawn, alone.nonfinite)
+    assert together.clipped_share == alone.clipped_share
+    assert together.mean_loss == pytest.approx(alone.mean_loss, rel=1e-5, nan_ok=True)
+    assert together.tensors.keys() == alone.tensors.keys()
+    for name, array in alone.tensors.items():
+        assert together.tensors[name].dtype == array.dtype
+        np.testing.assert_allclose(together.tensors[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("kind", "task"), [("bert", "classification"), ("llama", "causal-lm")])
+def test_together_is_alone(kind, task, family, private):
+    trainer, trainings = make(kind, task, family=family, private=private)
+    together = trainer.run_all(trainings)
+    for mine, one in zip(together, trainings, strict=True):
+        assert_same(mine, trainer.run(one))
+    moved = [max(abs(mine.tensors[name] - one.start[name]).max() for name in mine.tensors)
+             for mine, one in zip(together, trainings, strict=True)]
+    assert min(moved) > 1e-3, "this test would not see a step that is lost"
+
+
+@pytest.mark.parametrize(("kind", "task"), CASES)
+def test_together_is_alone_for_every_model(kind, task):
+    trainer, trainings = make(kind, task, optimizer="sgd", local_steps=1, lr=0.1)
+    for mine, one in zip(trainer.run_all(trainings), trainings, strict=True):
+        assert_same(mine, trainer.run(one))
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_units_of_several_records_are_drawn_and_clipped_as_alone_and_may_take_turns(private, monkeypatch):
+    trainer, trainings = make(units=True, private=private)
+    alone = [trainer.run(one) for one in trainings]
+    monkeypatch.setattr(BatchedTrainer, "most_rows", 3)  # one unit of each client at a time
+    for mine, one in zip(trainer.run_all(trainings), alone, strict=True):
+        assert_same(mine, one)
+
+
+def test_a_client_that_draws_nothing_makes_its_steps_of_noise():
+    trainer, trainings = make()
+    trainings[1] = dataclasses.replace(trainings[1], sampling_rate=1e-9)
+    together = trainer.run_all(trainings)
+    assert together[1].drawn == (0, 0, 0)
+    for mine, one in zip(together, trainings, strict=True):
+        assert_same(mine, trainer.run(one))
+    nobody = [dataclasses.replace(one, sampling_rate=1e-9) for one in trainings]
+    for mine, one in zip(trainer.run_all(nobody), nobody, strict=True):
+        assert_same(mine, trainer.run(one))
+
+
+def test_a_client_s_result_does_not_depend_on_who_trains_with_it():
+    trainer, trainings = make()
+    other = dataclasses.replace(trainings[1], records=make_records(trainer, count=30, seed=9), clip_norm=9.0)
+    assert_same(trainer.run_all([trainings[0], other])[0], trainer.run_all(trainings)[0])
+
+
+def test_in_bf16_too_up_to_its_rounding():
+    run = plan("lora", optimizer="sgd", lr=0.1)
+    trainer = make_trainer("bert", run, precision="bf16", kind_of_trainer=BatchedTrainer)
+    trainings = [training(trainer, run, number) for number in range(3)]
+    for mine, one in zip(trainer.run_all(trainings), trainings, strict=True):
+        for name, array in trainer.run(one).tensors.items():
+            np.testing.assert_allclose(mine.tensors[name], array, atol=2e-3, err_msg=name)
+
+
+def test_the_model_is_a_plain_one_again_even_after_a_failure(monkeypatch):
+    trainer, trainings = make()
+    monkeypatch.setattr(trainer.task, "per_record_loss", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.run_all(trainings)
+    assert {type(leaf) for leaf, _ in trainer.adapted.trained_leaves()} == {PerExampleLinear}
+    assert not trainer.buffer.armed
+
+
+def test_what_does_not_go_together_is_refused():
+    trainer, (one, other, _) = make(family="frozen-a")
+    longer = dataclasses.replace(other, run=dataclasses.replace(other.run, local_steps=9))
+    frozen = next(spec.name for spec in trainer.adapted.layout.shared)
+    stale = dataclasses.replace(other, start=other.start | {frozen: other.start[frozen] + 1})
+    for misfit in (longer, stale):
+        with pytest.raises(ValueError, match="one plan and the same frozen tensors"):
+            trainer.run_all([one, misfit])
+    trainer, trainings = make(dropout=0.1)
+    with pytest.raises(ValueError, match="--dropout 0"):
+        trainer.run_all(trainings)
+
+
+def test_a_tensor_that_is_cut_off_from_the_loss_raises_for_many_as_for_one(monkeypatch):
+    trainer, trainings = make()
+    [leaf, *_] = [leaf for leaf, _ in trainer.adapted.trained_leaves()]
+    monkeypatch.setattr(leaf, "write", lambda inputs, gradient: None)
+    with pytest.raises(RuntimeError, match="no gradient reached"):
+        trainer.run_all(trainings)
+
+
+def test_concatenated_records_are_the_records_one_after_the_other():
+    trainer, trainings = make("llama", "causal-lm")
+    several = [one.records for one in trainings]
+    whole = concatenate(several)
+    assert len(whole) == sum(COUNTS) and whole.lengths.tolist() == [n for one in several for n in one.lengths]
+    last = trainer.task.collate(several[2], np.arange(9), 32)
+    same = trainer.task.collate(whole, np.arange(17, 26), 32)
+    assert torch.equal(last.input_ids, same.input_ids) and torch.equal(last.labels, same.labels)
