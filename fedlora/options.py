@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.plan import LR_SCHEDULES, OPTIMIZERS, STRATEGIES, TASKS, check_unit
+from fedlora.plan import LR_SCHEDULES, OPTIMIZERS, STRATEGIES, TASKS, WIRE_DTYPES, check_unit
 
 SERVER, CLIENT, SIMULATE = "server", "client", "simulate"
 
@@ -137,6 +137,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--optimizer", RUN, "a fresh one each round [preset]", None, choices=OPTIMIZERS),
     Option("--clip-norm", RUN, "L2 bound of one record's gradient [preset]", None, _finite),
     Option("--head-scale", RUN, "factor on the head's gradient before clipping [preset]", None, _finite),
+    Option("--wire-dtype", RUN, "what adapters travel as, both ways: bf16 halves the bytes and rounds each value to 8 "
+           "significant bits", "fp32", choices=WIRE_DTYPES),
     # who takes part
     Option("--min-clients", (SERVER,), "clients to wait for before round 1", 2, _count),
     Option("--clients-per-round", RUN, "size of a round's cohort [all]", None, _count),

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the commands' --help reads this module and needs no numpy
     import numpy as np
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the wire protocol. Two sides with different numbers refuse each other."""
 
 STRATEGIES = ("fedavg-lora", "ffa-lora", "fed-sb", "fedsvd")
 TASKS = ("classification", "causal-lm")
 OPTIMIZERS = ("sgd", "adamw")
 LR_SCHEDULES = ("constant", "linear")
+WIRE_DTYPES = ("fp32", "bf16")
 ROW, COLUMN = "row", "column:"
 """Units of privacy: each row, or "column:NAME" for all rows of a client with one value in that column together."""
 
@@ -88,6 +89,7 @@ class RunPlan:
         clip_norm: L2 bound of one record's scaled gradient.
         adapter_scale, head_scale: data-independent factors on the gradients of each group before clipping.
         weight_by_examples: weight uploads by number of records, which discloses them. Only without privacy.
+        wire_dtype: what adapter tensors travel as, in both directions: "fp32", or "bf16" (`fedlora.wire.dtypes`).
     """
 
     run_id: str
@@ -115,6 +117,7 @@ class RunPlan:
     head_scale: float
     weight_by_examples: bool
     lr_schedule: str = "constant"
+    wire_dtype: str = "fp32"
     protocol: int = PROTOCOL
 
     def __post_init__(self) -> None:
@@ -128,6 +131,7 @@ class RunPlan:
         require(self.task in TASKS, "task", f"choose one of {', '.join(TASKS)}")
         require(self.optimizer in OPTIMIZERS, "optimizer", f"choose one of {', '.join(OPTIMIZERS)}")
         require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"choose one of {', '.join(LR_SCHEDULES)}")
+        require(self.wire_dtype in WIRE_DTYPES, "wire_dtype", f"choose one of {', '.join(WIRE_DTYPES)}")
         for name in ("max_length", "rank", "rounds", "max_participations", "local_steps", "expected_batch"):
             require(getattr(self, name) >= 1, name, "it must be at least 1")
         for name in ("alpha", "lr", "clip_norm", "adapter_scale", "head_scale"):
@@ -190,7 +194,7 @@ class Upload:
     """What one client sends for one round. Under privacy, everything in it has passed through the noise.
 
     Attributes:
-        tensors: the trained tensors after the round, float32.
+        tensors: the trained tensors after the round, float32, rounded to what the wire dtype can carry.
         steps: optimiser steps done.
         delta, noise_multiplier: of the client's guarantee; None without privacy.
         num_examples, train_loss: only without privacy, else None.

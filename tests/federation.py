@@ -6,7 +6,7 @@ import numpy as np
 
 from fedlora.adapters import FAMILIES, AdapterLayout, TensorSpec
 from fedlora.plan import ModelRef, Refusal, RoundPlan, RunPlan, Tensors, Upload
-from fedlora.wire import digest
+from fedlora.wire import digest, rounded
 from fedlora_strategies import STRATEGY_CLASSES
 
 ROWS, COLUMNS = 7, 5
@@ -90,7 +90,8 @@ class LinearSession:
         state = {**tensors, **self.held.get(plan.shared_sha256, {})}
         for _ in range(plan.run.local_steps):
             state = {**state, **self._step(state, plan.run.lr)}
-        trained = {spec.name: np.asarray(state[spec.name], np.float32) for spec in self.layout.trained}
+        trained = rounded({spec.name: np.asarray(state[spec.name], np.float32) for spec in self.layout.trained},
+                          plan.run.wire_dtype)
         private = plan.run.private
         return Upload(*plan.key, tensors=trained, steps=plan.run.local_steps, delta=1e-5 if private else None,
                       noise_multiplier=1.5 if private else None,

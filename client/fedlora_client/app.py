@@ -202,7 +202,7 @@ class Part:
     def _open(self, run: RunPlan) -> ClientSession:
         """Load the model once for the run."""
         for field in ("model", "private", "task", "strategy", "max_length", "rounds", "max_participations",
-                      "local_steps", "expected_batch", "clip_norm"):
+                      "local_steps", "expected_batch", "clip_norm", "wire_dtype"):
             if getattr(run, field) != getattr(self._setup, field):
                 log.error("The plan's %s is not what the server said when this client joined.", field)
                 raise Refused("policy")

@@ -24,7 +24,7 @@ import numpy as np
 
 import fedlora
 from fedlora import wire
-from fedlora.plan import PROTOCOL, Refusal, Refused, RoundPlan, Upload
+from fedlora.plan import PROTOCOL, Refusal, Refused, RoundPlan, Tensors, Upload
 from fedlora.wire import Incoming, Key, Setup, WireError, pb
 
 FRAME_PREFIX_BYTES = 5
@@ -105,7 +105,7 @@ class Connection:
         self._setup: Setup | None = None
         self._run_changed = False
         self._labels: tuple[str, ...] | None = None  # None: not ready
-        self._task: tuple[RoundPlan, dict[str, np.ndarray]] | None = None
+        self._task: tuple[RoundPlan, Tensors] | None = None
         self._working: Key | None = None  # received, and its answer not acknowledged
         self._answer: tuple[Key, Upload | Refusal] | None = None
         self._acks: dict[Key, Refusal | None] = {}
@@ -141,7 +141,7 @@ class Connection:
         self._stream.send(pb.ClientFrame(declined=pb.Declined(refusal=wire.refusal_to_wire(refusal))))
         self.leave()
 
-    def next_task(self) -> tuple[RoundPlan, dict[str, np.ndarray]]:
+    def next_task(self) -> tuple[RoundPlan, Tensors]:
         """Block until the server asks for a round. Clears `cancelled`.
 
         Returns:
@@ -300,9 +300,6 @@ class Connection:
             self._on_cancel(wire.key_from_wire(frame.cancel))
 
     def _on_welcome(self, stream: _Stream, setup: Setup) -> None:
-        if setup.protocol != PROTOCOL:
-            raise Refused("version-mismatch", f"the server runs FedLoRA {setup.fedlora_version} (protocol "
-                                              f"{setup.protocol}), this client protocol {PROTOCOL}")
         with self._changed:
             stream.welcomed = True
             before, self._setup = self._setup, setup
@@ -332,8 +329,9 @@ class Connection:
             declined = pb.Declined(key=wire.key_to_wire(key), refusal=wire.refusal_to_wire(answer))
             yield pb.ClientFrame(declined=declined).SerializeToString()
             return
+        assert self._setup is not None
         yield pb.ClientFrame(upload=wire.upload_to_wire(answer)).SerializeToString()
-        for frame in wire.tensor_frames(answer.tensors):
+        for frame in wire.tensor_frames(wire.packed(answer.tensors, self._setup.wire_dtype)):
             if self._acks.get(key) is not None:  # refused while under way
                 break
             yield frame
@@ -348,13 +346,15 @@ class Connection:
             raise WireError("the server sent a task before Ready, or of another run")
         if self._working is not None and plan.key != self._working:
             raise WireError("the server sent a task while another is in hand")
+        if plan.run.wire_dtype != self._setup.wire_dtype:
+            raise WireError("the plan's wire dtype is not that of the server's welcome")
         stream.plan = plan
-        size = wire.size_of(shapes)
+        size = wire.size_of(shapes, plan.run.wire_dtype)
         if size > self._max_tensor_bytes:
             refusal = Refusal("invalid-tensors", f"{size} bytes of tensors; this client takes {self._max_tensor_bytes}")
-            stream.incoming, stream.tensors = Incoming(shapes, lambda data: None, refusal), {}
+            stream.incoming, stream.tensors = Incoming(shapes, lambda data: None, plan.run.wire_dtype, refusal), {}
         else:
-            stream.incoming, stream.tensors = wire.receive_in_memory(shapes)
+            stream.incoming, stream.tensors = wire.receive_in_memory(shapes, plan.run.wire_dtype)
 
     def _on_chunk(self, stream: _Stream, data: memoryview) -> None:
         assert stream.incoming is not None
@@ -363,7 +363,7 @@ class Connection:
     def _on_end(self, stream: _Stream, checksum: int) -> None:
         assert stream.incoming is not None and stream.plan is not None
         refusal, plan = stream.incoming.finish(checksum), stream.plan
-        tensors, stream.incoming, stream.tensors = stream.tensors, None, {}
+        tensors, stream.incoming, stream.tensors = wire.unpacked(stream.tensors, plan.run.wire_dtype), None, {}
         with self._changed:
             if self._working == plan.key:
                 return  # in hand already; its answer follows

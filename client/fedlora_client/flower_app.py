@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp import ClientApp
 
 from fedlora.plan import Refusal, RoundPlan, Tensors, Upload, round_from_scalars, upload_metrics
+from fedlora.wire import packed, unpacked
 from fedlora.wire.npy import from_npy, to_npy
 
 REFUSED = 100
@@ -41,13 +42,16 @@ def train(message: Message, session: Session) -> Message:
     if (len(records), len(arrays), len(configs)) != (2, 1, 1):
         raise ValueError("an order must carry exactly one ArrayRecord and one ConfigRecord; both sides need the same "
                          "FedLoRA version")
-    tensors = {name: from_npy(array.data) for name, array in arrays[0].items()}
-    answer = session.run_round(round_from_scalars(configs[0]), tensors)
+    plan = round_from_scalars(configs[0])
+    wire_dtype = plan.run.wire_dtype
+    received = {name: from_npy(array.data) for name, array in arrays[0].items()}
+    answer = session.run_round(plan, unpacked(received, wire_dtype))
     if isinstance(answer, Refusal):
         return Message(Error(REFUSED, f"{answer.code}: {answer.detail}"), reply_to=message)
+    sent = packed(answer.tensors, wire_dtype)
     content = RecordDict({
         "arrays": ArrayRecord({name: Array(str(array.dtype), array.shape, "numpy.ndarray", to_npy(array))
-                               for name, array in answer.tensors.items()}),
+                               for name, array in sent.items()}),
         "config": ConfigRecord({"run_id": answer.run_id, "round": answer.round, "attempt": answer.attempt}),
         "metrics": MetricRecord({**upload_metrics(answer)}),
     })

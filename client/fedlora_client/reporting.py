@@ -23,6 +23,7 @@ from fedlora.privacy.report import (
     write_report,
 )
 from fedlora.training.precision import ROUNDING
+from fedlora.wire import ARRAY_DTYPES
 
 from . import places
 from .budget import runs_of
@@ -48,7 +49,7 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
     """
     run, terms, ledger, dataset = session.run, session.terms, session.ledger, session.dataset
     name, unit = session.streams.name, terms.unit
-    uploaded = 4 * session.trainer.adapted.layout.num_trained
+    uploaded = ARRAY_DTYPES[run.wire_dtype].itemsize * session.trainer.adapted.layout.num_trained
     trainings = [Training(c.round, c.attempt, c.state, c.steps, c.time, terms.noise_multiplier, terms.sampling_rate,
                           uploaded if c.sha256 else None, c.sha256) for c in ledger.charges(dataset, run.run_id)]
     precision = session.trainer.precision

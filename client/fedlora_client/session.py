@@ -19,7 +19,7 @@ from fedlora.privacy import SIGMA_STEP, Budget, BudgetExhausted, Forbidden, Ledg
 from fedlora.privacy.ledger import Reservation
 from fedlora.tasks import Records
 from fedlora.training import Trainer, Training, TrainResult
-from fedlora.wire import digest
+from fedlora.wire import digest, rounded
 
 from .state import State
 
@@ -217,7 +217,8 @@ class ClientSession:
             return Refusal("unavailable")
         private, announced = self.run.private, self.limits.announce_size
         upload = Upload(
-            *plan.key, tensors=result.tensors, steps=result.steps, delta=self.terms.delta if announced else None,
+            *plan.key, tensors=rounded(result.tensors, self.run.wire_dtype), steps=result.steps,
+            delta=self.terms.delta if announced else None,
             noise_multiplier=self.terms.noise_multiplier if announced else None,
             num_examples=None if private else self.records.units_count,
             train_loss=None if private else result.mean_loss)

@@ -22,6 +22,7 @@ from .codec import (
     tensor_frames,
     upload_to_wire,
 )
+from .dtypes import ARRAY_DTYPES, packed, rounded, unpacked
 from .tensors import (
     CHUNK_BYTES,
     MAX_FRAME_BYTES,
@@ -39,6 +40,7 @@ from .tensors import (
 from .transport import CHANNEL_OPTIONS, JOIN_TIMEOUT_S, SERVER_OPTIONS, STALL_TIMEOUT_S, is_loopback
 
 __all__ = [
+    "ARRAY_DTYPES",
     "CHANNEL_OPTIONS",
     "CHUNK_BYTES",
     "JOIN_TIMEOUT_S",
@@ -61,12 +63,14 @@ __all__ = [
     "key_to_wire",
     "labels_from_wire",
     "metrics_from_wire",
+    "packed",
     "parse",
     "pb",
     "plan_from_wire",
     "receive_in_memory",
     "refusal_from_wire",
     "refusal_to_wire",
+    "rounded",
     "setup_from_wire",
     "setup_to_wire",
     "shapes_from",
@@ -75,5 +79,6 @@ __all__ = [
     "split",
     "task_to_wire",
     "tensor_frames",
+    "unpacked",
     "upload_to_wire",
 ]

@@ -18,6 +18,7 @@ from fedlora.plan import (
     PROTOCOL,
     STRATEGIES,
     TASKS,
+    WIRE_DTYPES,
     ModelRef,
     Refusal,
     Refused,
@@ -62,11 +63,13 @@ class Setup:
     local_steps: int
     expected_batch: int
     clip_norm: float
+    wire_dtype: str = "fp32"
     protocol: int = PROTOCOL
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES or self.task not in TASKS:
-            raise ValueError(f"strategy {self.strategy!r} or task {self.task!r} is not known; update FedLoRA")
+        if self.strategy not in STRATEGIES or self.task not in TASKS or self.wire_dtype not in WIRE_DTYPES:
+            raise ValueError(f"strategy {self.strategy!r}, task {self.task!r} or wire dtype {self.wire_dtype!r} is not "
+                             "known; update FedLoRA")
         if self.announce_labels and (self.labels or self.task != "classification"):
             raise ValueError("labels are announced only for a classification without a fixed label set")
         for name in ("max_length", "rounds", "max_participations", "local_steps", "expected_batch"):
@@ -97,6 +100,15 @@ def setup_to_wire(setup: Setup) -> pb.Welcome:
 
 
 def setup_from_wire(welcome: pb.Welcome) -> Setup:
+    """What a server says of itself and its run.
+
+    Raises:
+        Refused: "version-mismatch": it speaks another version of the protocol.
+        WireError: it is not valid.
+    """
+    if welcome.protocol != PROTOCOL:
+        raise Refused("version-mismatch", f"the server runs FedLoRA {clean(welcome.fedlora_version)} (protocol "
+                                          f"{welcome.protocol}), this client protocol {PROTOCOL}")
     fields = {f.name: getattr(welcome, f.name) for f in dataclasses.fields(Setup)}
     model = {f.name: getattr(welcome.model, f.name) for f in dataclasses.fields(ModelRef)}
     try:
@@ -188,13 +200,13 @@ def check_name(name: str) -> None:
                          "and with no space at either end")
 
 
-def tensor_frames(tensors: Tensors) -> Iterator[bytes]:
-    """The serialized Chunk and End frames that follow a Task or an Upload (the same for both directions).
+def tensor_frames(arrays: Tensors) -> Iterator[bytes]:
+    """The serialized Chunk and End frames of packed arrays, after a Task or an Upload (the same in both directions).
 
     A chunk's frame is put together by hand: the tensors' bytes are then copied once, not three times.
     """
     checksum = 0
-    for pieces in chunks(tensors):
+    for pieces in chunks(arrays):
         size = sum(map(len, pieces))
         inner = b"\x0a" + _varint(size)  # Chunk.data
         frame = b"".join((b"\x22", _varint(len(inner) + size), inner, *pieces))  # frame.chunk

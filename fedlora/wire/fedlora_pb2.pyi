@@ -59,7 +59,7 @@ class Join(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., name: _Optional[str] = ..., process: _Optional[bytes] = ..., private: _Optional[bool] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "fedlora_version", "run_id", "strategy", "model", "task", "private", "labels", "announce_labels", "max_length", "rounds", "max_participations", "local_steps", "expected_batch", "clip_norm")
+    __slots__ = ("protocol", "fedlora_version", "run_id", "strategy", "model", "task", "private", "labels", "announce_labels", "max_length", "rounds", "max_participations", "local_steps", "expected_batch", "clip_norm", "wire_dtype")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class Welcome(_message.Message):
     LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_BATCH_FIELD_NUMBER: _ClassVar[int]
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     fedlora_version: str
     run_id: str
@@ -90,7 +91,8 @@ class Welcome(_message.Message):
     local_steps: int
     expected_batch: int
     clip_norm: float
-    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., run_id: _Optional[str] = ..., strategy: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., task: _Optional[str] = ..., private: _Optional[bool] = ..., labels: _Optional[_Iterable[str]] = ..., announce_labels: _Optional[bool] = ..., max_length: _Optional[int] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., clip_norm: _Optional[float] = ...) -> None: ...
+    wire_dtype: str
+    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., run_id: _Optional[str] = ..., strategy: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., task: _Optional[str] = ..., private: _Optional[bool] = ..., labels: _Optional[_Iterable[str]] = ..., announce_labels: _Optional[bool] = ..., max_length: _Optional[int] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., clip_norm: _Optional[float] = ..., wire_dtype: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "weights_sha256", "config_sha256", "tokenizer_sha256")
@@ -147,7 +149,7 @@ class Task(_message.Message):
     def __init__(self, run: _Optional[_Union[RunPlan, _Mapping]] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., shared_sha256: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class RunPlan(_message.Message):
-    __slots__ = ("run_id", "fedlora_version", "strategy", "family", "private", "model_name", "model_weights_sha256", "model_config_sha256", "model_tokenizer_sha256", "task", "labels", "max_length", "rank", "alpha", "targets", "train_head", "dropout", "rounds", "max_participations", "local_steps", "expected_batch", "optimizer", "lr", "clip_norm", "adapter_scale", "head_scale", "weight_by_examples", "lr_schedule", "protocol")
+    __slots__ = ("run_id", "fedlora_version", "strategy", "family", "private", "model_name", "model_weights_sha256", "model_config_sha256", "model_tokenizer_sha256", "task", "labels", "max_length", "rank", "alpha", "targets", "train_head", "dropout", "rounds", "max_participations", "local_steps", "expected_batch", "optimizer", "lr", "clip_norm", "adapter_scale", "head_scale", "weight_by_examples", "lr_schedule", "wire_dtype", "protocol")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
     STRATEGY_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +178,7 @@ class RunPlan(_message.Message):
     HEAD_SCALE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BY_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     LR_SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     fedlora_version: str
@@ -205,8 +208,9 @@ class RunPlan(_message.Message):
     head_scale: float
     weight_by_examples: bool
     lr_schedule: str
+    wire_dtype: str
     protocol: int
-    def __init__(self, run_id: _Optional[str] = ..., fedlora_version: _Optional[str] = ..., strategy: _Optional[str] = ..., family: _Optional[str] = ..., private: _Optional[bool] = ..., model_name: _Optional[str] = ..., model_weights_sha256: _Optional[str] = ..., model_config_sha256: _Optional[str] = ..., model_tokenizer_sha256: _Optional[str] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_head: _Optional[bool] = ..., dropout: _Optional[float] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., optimizer: _Optional[str] = ..., lr: _Optional[float] = ..., clip_norm: _Optional[float] = ..., adapter_scale: _Optional[float] = ..., head_scale: _Optional[float] = ..., weight_by_examples: _Optional[bool] = ..., lr_schedule: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., fedlora_version: _Optional[str] = ..., strategy: _Optional[str] = ..., family: _Optional[str] = ..., private: _Optional[bool] = ..., model_name: _Optional[str] = ..., model_weights_sha256: _Optional[str] = ..., model_config_sha256: _Optional[str] = ..., model_tokenizer_sha256: _Optional[str] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_head: _Optional[bool] = ..., dropout: _Optional[float] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., optimizer: _Optional[str] = ..., lr: _Optional[float] = ..., clip_norm: _Optional[float] = ..., adapter_scale: _Optional[float] = ..., head_scale: _Optional[float] = ..., weight_by_examples: _Optional[bool] = ..., lr_schedule: _Optional[str] = ..., wire_dtype: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class Upload(_message.Message):
     __slots__ = ("key", "tensors", "steps", "delta", "noise_multiplier", "num_examples", "train_loss")

@@ -1,4 +1,4 @@
-"""Named float32 tensors as a byte stream: headers, chunks of at most 1 MiB, a checksum.
+"""Named tensors as a byte stream: headers, chunks of at most 1 MiB, a checksum.
 
 The bytes of all tensors follow one another in the order of their sorted names, little-endian, in C order. Many small
 tensors share a chunk and a large one spans many, so that a transfer costs one copy on either side and no more memory
@@ -19,6 +19,7 @@ import numpy as np
 from fedlora.plan import Refusal, Refused, Tensors
 
 from . import fedlora_pb2 as pb
+from .dtypes import ARRAY_DTYPES, is_finite
 
 CHUNK_BYTES = 1 << 20
 MAX_FRAME_BYTES = 2 << 20
@@ -36,13 +37,13 @@ def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: tensors[name].shape for name in sorted(tensors)}
 
 
-def size_of(shapes: Shapes) -> int:
-    """Bytes of the tensors."""
-    return 4 * sum(math.prod(shape) for shape in shapes.values())
+def size_of(shapes: Shapes, wire_dtype: str) -> int:
+    """Bytes of the tensors on the wire."""
+    return ARRAY_DTYPES[wire_dtype].itemsize * sum(math.prod(shape) for shape in shapes.values())
 
 
 def digest(tensors: Tensors) -> str:
-    """SHA-256 (hex) of names, dtype, shapes and bytes. Independent of the mapping's order.
+    """SHA-256 (hex) of names, shapes and float32 bytes, whatever they travelled as. The mapping's order is no matter.
 
     Raises:
         ValueError: a tensor is not float32.
@@ -50,16 +51,16 @@ def digest(tensors: Tensors) -> str:
     header = [(name, "<f4", list(shape)) for name, shape in shapes_of(tensors).items()]
     state = hashlib.sha256(json.dumps(header).encode())
     for name in sorted(tensors):
-        state.update(_bytes_of(name, tensors[name]))
+        state.update(_bytes_of(name, tensors[name], ARRAY_DTYPES["fp32"]))
     return state.hexdigest()
 
 
-def chunks(tensors: Tensors) -> Iterator[list[memoryview]]:
-    """The tensors' bytes as chunks of at most `CHUNK_BYTES`, each a list of pieces that are views, not copies."""
+def chunks(arrays: Tensors) -> Iterator[list[memoryview]]:
+    """The packed arrays' bytes as chunks of at most `CHUNK_BYTES`, each a list of pieces that are views, not copies."""
     pieces: list[memoryview] = []
     room = CHUNK_BYTES
-    for name in sorted(tensors):
-        view = _bytes_of(name, tensors[name])
+    for name in sorted(arrays):
+        view = _bytes_of(name, arrays[name], *ARRAY_DTYPES.values())
         while view:
             pieces.append(view[:room])
             room -= len(pieces[-1])
@@ -79,7 +80,7 @@ def add_to_checksum(checksum: int, chunk: memoryview) -> int:
 
 
 def split(shapes: Shapes, values: np.ndarray) -> dict[str, np.ndarray]:
-    """The tensors of `shapes`, as views into the flat float32 array that holds them one after the other."""
+    """The arrays of `shapes`, as views into the flat one that holds them one after the other."""
     tensors, start = {}, 0
     for name, shape in shapes.items():
         stop = start + math.prod(shape)
@@ -128,13 +129,16 @@ class Incoming:
     Args:
         shapes: from the header.
         write: takes the bytes of each chunk, in order, once they are known to be finite.
+        wire_dtype: of the run.
         refusal: already refused because of the header.
     """
 
-    def __init__(self, shapes: Shapes, write: Callable[[memoryview], object], refusal: Refusal | None = None) -> None:
+    def __init__(self, shapes: Shapes, write: Callable[[memoryview], object], wire_dtype: str,
+                 refusal: Refusal | None = None) -> None:
         self.shapes = shapes
         self.refusal = refusal
-        self.total_bytes = size_of(shapes)
+        self.total_bytes = size_of(shapes, wire_dtype)
+        self._dtype = ARRAY_DTYPES[wire_dtype]
         self.received_bytes = 0
         self._write = write
         self._checksum = 0
@@ -145,15 +149,15 @@ class Incoming:
         Raises:
             WireError: more bytes than announced, or not whole values.
         """
-        start = self.received_bytes
+        start, width = self.received_bytes, self._dtype.itemsize
         self.received_bytes += len(data)
-        if self.received_bytes > self.total_bytes or len(data) % 4 or not data or len(data) > CHUNK_BYTES:
+        if self.received_bytes > self.total_bytes or len(data) % width or not data or len(data) > CHUNK_BYTES:
             raise WireError("a chunk is empty, cut within a value, above 1 MiB or beyond the announced size")
         if self.refusal:
             return
-        finite = np.isfinite(np.frombuffer(data, "<f4"))
+        finite = is_finite(np.frombuffer(data, self._dtype))
         if not finite.all():
-            name = self._name_at(start // 4 + int(np.argmin(finite)))
+            name = self._name_at(start // width + int(np.argmin(finite)))
             self.refusal = Refusal("invalid-tensors", f"{name} has values that are not finite")
             return
         self._checksum = add_to_checksum(self._checksum, data)
@@ -178,10 +182,10 @@ class Incoming:
         return list(self.shapes)[bisect_right(ends, index)]
 
 
-def receive_in_memory(shapes: Shapes) -> tuple[Incoming, dict[str, np.ndarray]]:
-    """An `Incoming` and the tensors that it fills."""
-    values = np.empty(size_of(shapes) // 4, "<f4")
-    return Incoming(shapes, _filling(values)), split(shapes, values)
+def receive_in_memory(shapes: Shapes, wire_dtype: str) -> tuple[Incoming, dict[str, np.ndarray]]:
+    """An `Incoming` and the packed arrays that it fills."""
+    values = np.empty(sum(math.prod(shape) for shape in shapes.values()), ARRAY_DTYPES[wire_dtype])
+    return Incoming(shapes, _filling(values), wire_dtype), split(shapes, values)
 
 
 def _filling(values: np.ndarray) -> Callable[[memoryview], None]:
@@ -196,8 +200,8 @@ def _filling(values: np.ndarray) -> Callable[[memoryview], None]:
     return write
 
 
-def _bytes_of(name: str, array: np.ndarray) -> memoryview:
-    if array.dtype != np.dtype("<f4"):
+def _bytes_of(name: str, array: np.ndarray, *allowed: np.dtype) -> memoryview:
+    if array.dtype not in allowed:
         raise ValueError(f"tensor {name} is {array.dtype}; only float32 travels, convert it first")
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 

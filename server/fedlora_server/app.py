@@ -67,7 +67,8 @@ def serve(options: Namespace, console: Console) -> Served:
         run_id=federation.plan.run_id, fedlora_version=fedlora.__version__, strategy=options.strategy,
         private=options.privacy == "required", model=base.reference, task=options.task, labels=options.labels or (),
         announce_labels=announced, max_length=options.max_length, rounds=values.rounds, max_participations=most,
-        local_steps=values.local_steps, expected_batch=values.batch_size, clip_norm=values.clip_norm)
+        local_steps=values.local_steps, expected_batch=values.batch_size, clip_norm=values.clip_norm,
+        wire_dtype=options.wire_dtype)
     stop = threading.Event()
     display = Display(console, f"{options.strategy}, {base.reference.name}")
     try:

@@ -64,7 +64,7 @@ class Engine(Grid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send messages on their way and return their ids, in order, without waiting for anything.
 
-        Each must hold exactly one ArrayRecord (of float32 arrays), one ConfigRecord with the fields of
+        Each must hold exactly one ArrayRecord (of the plan's wire dtype), one ConfigRecord with the fields of
         `fedlora.plan.round_to_scalars`, and nothing else. A message to a client that is not connected becomes "lost".
 
         Raises:

@@ -34,13 +34,13 @@ DRAINED_BYTES = 512 << 20
 class _Upload:
     """An upload that is coming in. `file` is None where the bytes are not needed."""
 
-    def __init__(self, key: Key, shapes: Shapes, metrics: dict[str, int | float], folder: Path | None,
-                 refusal: Refusal | None) -> None:
+    def __init__(self, key: Key, shapes: Shapes, wire_dtype: str, metrics: dict[str, int | float],
+                 folder: Path | None, refusal: Refusal | None) -> None:
         self.key, self.metrics, self.acknowledged = key, metrics, False
         self.file: BinaryIO | None = None
         if folder is not None and refusal is None:
             self.file = tempfile.NamedTemporaryFile(dir=folder, suffix=".upload", delete=False, buffering=0)  # type: ignore[assignment]  # noqa: SIM115
-        self.incoming = Incoming(shapes, self._store, refusal)
+        self.incoming = Incoming(shapes, self._store, wire_dtype, refusal)
 
     def _store(self, data: memoryview) -> None:
         if self.file is not None:
@@ -187,7 +187,8 @@ class GrpcSession:
             metrics = wire.metrics_from_wire(upload, private=self._roster.setup.private)
         except Refused as refused:
             refusal = refused.refusal
-        self._upload, self._drained_bytes = _Upload(key, shapes, metrics, folder, refusal), 0
+        wire_dtype = self._roster.setup.wire_dtype
+        self._upload, self._drained_bytes = _Upload(key, shapes, wire_dtype, metrics, folder, refusal), 0
         if refusal is not None:
             self._refuse(refusal)
 

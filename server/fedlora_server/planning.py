@@ -149,7 +149,7 @@ def make_plan(options: Namespace, strategy: str, reference: ModelRef, labels: tu
         rounds=values.rounds, max_participations=options.max_participations or values.rounds,
         local_steps=values.local_steps, expected_batch=values.batch_size, optimizer=values.optimizer, lr=values.lr,
         clip_norm=values.clip_norm, adapter_scale=1.0, head_scale=values.head_scale, weight_by_examples=not private,
-        lr_schedule=values.lr_schedule)
+        lr_schedule=values.lr_schedule, wire_dtype=options.wire_dtype)
 
 
 def held_out(options: Namespace) -> Rows | None:

@@ -14,7 +14,7 @@ from fedlora import wire
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal, Tensors, Upload
 from fedlora.wire import Setup, Shapes
-from fedlora_strategies.messages import assign_id, read_train_message, reply, to_tensors
+from fedlora_strategies.messages import assign_id, read_train_message, reply, to_arrays
 
 from .engine import Engine, Outcome
 from .roster import Event, Member, Order, Roster
@@ -32,6 +32,7 @@ class RosterEngine(Engine):
     def __init__(self, setup: Setup, spool: Path, notify: Callable[[Event], None]) -> None:
         self._spool = spool
         self._roster = Roster(setup, notify)
+        self._dtype = wire.ARRAY_DTYPES[setup.wire_dtype]
         self._trained: Shapes | None = None
         self._shared: Shapes = {}
 
@@ -72,19 +73,22 @@ class RosterEngine(Engine):
         if self._trained is None:
             raise ValueError("the engine does not know the layout yet; call expect(layout) before the first message")
         plan, record = read_train_message(message)
-        if plan.run.run_id != self._roster.setup.run_id:
-            raise ValueError(f"the message is of run {plan.run.run_id}; this engine serves {self._roster.setup.run_id}")
+        setup = self._roster.setup
+        if (plan.run.run_id, plan.run.wire_dtype) != (setup.run_id, setup.wire_dtype):
+            raise ValueError(f"the message is of run {plan.run.run_id} in {plan.run.wire_dtype}; this engine serves "
+                             f"{setup.run_id} in {setup.wire_dtype}")
         self._roster.name_of(message.metadata.dst_node_id)
         if id(record) not in decoded:
-            decoded[id(record)] = record, to_tensors(record)
+            decoded[id(record)] = record, to_arrays(record)
         tensors = decoded[id(record)][1]
         known = {**self._trained, **self._shared}
         for name in {*tensors, *self._trained}:
             if name not in tensors or name not in known or tensors[name].shape != known[name]:
                 shape = tensors[name].shape if name in tensors else "missing"
                 raise ValueError(f"tensor {name} of the message is {shape}; the layout has {known.get(name, 'none')}")
-            if tensors[name].dtype != np.float32:
-                raise ValueError(f"tensor {name} of the message is {tensors[name].dtype}; only float32 travels")
+            if tensors[name].dtype != self._dtype:
+                raise ValueError(f"tensor {name} of the message is {tensors[name].dtype}; in this run "
+                                 f"({setup.wire_dtype}) only {self._dtype.name} travels")
         message_id = message.metadata.message_id or uuid.uuid4().hex
         assign_id(message, message_id)
         return Order(message_id, message, message.metadata.dst_node_id, plan, tensors)
@@ -100,10 +104,12 @@ class RosterEngine(Engine):
             if isinstance(order.outcome, Refusal):
                 yield reply(order.outcome, order.message)
             elif order.stored is not None:
-                values = np.fromfile(order.stored.path, "<f4")
+                wire_dtype = self._roster.setup.wire_dtype
+                values = np.fromfile(order.stored.path, self._dtype)
                 order.stored.path.unlink()
-                tensors = wire.split(order.stored.shapes, values)
-                yield reply(Upload(*order.plan.key, tensors=tensors, **order.stored.metrics), order.message)  # type: ignore[arg-type]
+                tensors = wire.unpacked(wire.split(order.stored.shapes, values), wire_dtype)
+                upload = Upload(*order.plan.key, tensors=tensors, **order.stored.metrics)  # type: ignore[arg-type]
+                yield reply(upload, order.message, wire_dtype)
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         for order in self._roster.cancel(message_ids):

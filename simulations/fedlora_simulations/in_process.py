@@ -6,18 +6,18 @@ the number of clients. An exception in a client's code is not sanitised here: it
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from safetensors.numpy import load_file, save_file
 
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal, Upload
+from fedlora.wire import shapes_of, size_of
 from fedlora_client.flower_app import Session, train
 from fedlora_server.engine import Engine, Outcome, node_id
 from fedlora_strategies.messages import assign_id, assume_identity, read_reply, read_train_message
@@ -29,6 +29,7 @@ class _Order:
     """A message and what became of it; of an upload, everything but the tensors, which are in the spool."""
 
     message: Message
+    wire_dtype: str
     outcome: Outcome | None = None
     upload: Upload | None = None
 
@@ -90,13 +91,14 @@ class InProcessEngine(Engine):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         pushed = []
         for message in messages:
-            _, arrays = read_train_message(message)
+            plan, arrays = read_train_message(message)
             node = message.metadata.dst_node_id
             self.name_of(node)
             self._count += 1
             assign_id(message, f"{self._count}")
-            self._orders[f"{self._count}"] = _Order(message, None if node in self._sessions else "lost")
-            self._bytes_down += _bytes(arrays)
+            dtype, shapes = plan.run.wire_dtype, {name: tuple(array.shape) for name, array in arrays.items()}
+            self._orders[f"{self._count}"] = _Order(message, dtype, None if node in self._sessions else "lost")
+            self._bytes_down += size_of(shapes, dtype)
             pushed.append(f"{self._count}")
         return pushed
 
@@ -114,7 +116,7 @@ class InProcessEngine(Engine):
     def _train(self, message_id: str) -> None:
         order = self._orders[message_id]
         session = self._sessions[order.message.metadata.dst_node_id]
-        answer = read_reply(train(order.message, session))
+        answer = read_reply(train(order.message, session), order.wire_dtype)
         if order.outcome is None:  # else it left meanwhile
             order.outcome = self._accept(message_id, answer)
             order.message.content = RecordDict()  # the reply needs only the metadata
@@ -123,13 +125,14 @@ class InProcessEngine(Engine):
         """Check an upload and put it into the spool."""
         if isinstance(answer, Refusal):
             return answer
-        self._bytes_up += sum(array.nbytes for array in answer.tensors.values())
+        order = self._orders[message_id]
+        self._bytes_up += size_of(shapes_of(answer.tensors), order.wire_dtype)
         try:
             self._layout.check(answer.tensors, "trained")
         except ValueError as error:
             return Refusal("invalid-tensors", str(error))
         save_file(dict(answer.tensors), self._file(message_id))
-        self._orders[message_id].upload = replace(answer, tensors={})
+        order.upload = replace(answer, tensors={})
         return "uploaded"
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
@@ -144,7 +147,7 @@ class InProcessEngine(Engine):
                 file = self._file(message_id)
                 tensors = load_file(file)
                 file.unlink()
-                yield to_reply(replace(order.upload, tensors=tensors), order.message)
+                yield to_reply(replace(order.upload, tensors=tensors), order.message, order.wire_dtype)
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         for message_id in list(message_ids):
@@ -160,8 +163,3 @@ class InProcessEngine(Engine):
 
     def _file(self, message_id: str) -> Path:
         return Path(self._spool.name) / f"{message_id}.safetensors"
-
-
-def _bytes(arrays: ArrayRecord) -> int:
-    """Of the values alone, which are float32."""
-    return sum(4 * math.prod(array.shape) for array in arrays.values())

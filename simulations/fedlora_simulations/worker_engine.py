@@ -69,7 +69,7 @@ class WorkerEngine(InProcessEngine):
         plan, arrays = read_train_message(message)
         message.content = RecordDict()  # the reply needs only the metadata
         session = cast(ClientSession, self._sessions[message.metadata.dst_node_id])
-        answer = session.begin(plan, to_tensors(arrays))
+        answer = session.begin(plan, to_tensors(arrays, plan.run.wire_dtype))
         if isinstance(answer, Training):
             self._begun[message_id] = session, plan
         return answer

@@ -6,6 +6,10 @@ A strategy is an adapter family plus a server step. This file translates message
     trained  moved by the clients, uploaded by each, averaged
     shared   the same for everybody and frozen during a round; a node is sent only those that it does not hold yet
 
+What travels in a bf16 run is rounded (`fedlora.wire.dtypes`). The server's own state stays float32. Clients start from
+the rounded values and train against the rounded shared tensors, so the server step takes the shared tensors as they
+were sent.
+
 The mean is taken in float64 in order of node id (a hash of the client's name), never in order of arrival. A reply
 that comes before its turn waits in memory, so that an engine that gives replies in that order keeps memory flat.
 """
@@ -46,7 +50,10 @@ class Traffic:
 
 @dataclass
 class _Round:
-    """The round that is under way: what was sent, and from which nodes a reply may still come."""
+    """The round that is under way: what was sent, and from which nodes a reply may still come.
+
+    `trained` is the server's own; `shared` and `arrays` are what clients are sent, and hold.
+    """
 
     number: int
     trained: Tensors
@@ -149,10 +156,13 @@ class FederatedLoRA(Strategy):
         return (train_message(order, under_way.arrays_for(self._held.get(node)), node) for node in nodes)
 
     def _begin(self, server_round: int, arrays: ArrayRecord) -> _Round:
-        state = to_tensors(arrays)
+        state, wire_dtype = to_tensors(arrays), self.plan.wire_dtype
         self.layout.check(state, "state")
+        if wire_dtype != "fp32":
+            arrays = to_record(state, wire_dtype)
+        sent = to_tensors(arrays, wire_dtype)
         trained = {spec.name: state[spec.name] for spec in self.layout.trained}
-        shared = {spec.name: state[spec.name] for spec in self.layout.shared}
+        shared = {spec.name: sent[spec.name] for spec in self.layout.shared}
         before, before_sha256 = self._shared
         changed = frozenset(name for name, array in shared.items()
                             if name not in before or not np.array_equal(array, before[name]))
@@ -210,7 +220,7 @@ class FederatedLoRA(Strategy):
             yield early.pop(node)
 
     def _accept(self, message: Message, node: int, under_way: _Round) -> Upload:
-        answer = read_reply(message)
+        answer = read_reply(message, self.plan.wire_dtype)
         if isinstance(answer, Refusal):
             if answer.code == "missing-tensors":
                 self.forget(node)

@@ -7,7 +7,8 @@ engines are neither, so `assume_identity` and `assign_id` fill both in. A test f
     client → server   one ArrayRecord "arrays", one ConfigRecord "config": `UPLOAD_KEY`,
                       one MetricRecord "metrics": keys of `UPLOAD_METRICS`; or an Error whose reason is a refusal code
 
-The client's half of the mapping is `fedlora_client.flower_app`; tests hold the two together.
+The arrays are of the plan's wire dtype (`fedlora.wire.dtypes`). The client's half of the mapping is
+`fedlora_client.flower_app`; tests hold the two together.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fedlora.plan import (
     round_to_scalars,
     upload_metrics,
 )
+from fedlora.wire import packed, unpacked
 from fedlora.wire.npy import from_npy, to_npy
 
 UPLOAD_KEY: Mapping[str, type] = {"run_id": str, "round": int, "attempt": int}
@@ -54,14 +56,23 @@ def assign_id(message: Message, message_id: str) -> None:
     message.metadata.__dict__["_message_id"] = message_id  # private
 
 
-def to_record(tensors: Tensors) -> ArrayRecord:
+def to_record(tensors: Tensors, wire_dtype: str = "fp32") -> ArrayRecord:
     """Serialise the tensors in C order. Messages may share the record: its arrays are immutable bytes."""
     return ArrayRecord({name: Array(str(array.dtype), array.shape, NUMPY, to_npy(array))
-                        for name, array in tensors.items()})
+                        for name, array in packed(tensors, wire_dtype).items()})
 
 
-def to_tensors(record: ArrayRecord) -> Tensors:
-    """Decode every array of a record: in C order, read-only, and if possible without a copy.
+def to_tensors(record: ArrayRecord, wire_dtype: str = "fp32") -> Tensors:
+    """Decode every array of a record; inverse of `to_record`, but for the rounding.
+
+    Raises:
+        ValueError: as `to_arrays` does, or an array is of another dtype.
+    """
+    return unpacked(to_arrays(record), wire_dtype)
+
+
+def to_arrays(record: ArrayRecord) -> Tensors:
+    """Every array of a record as it travels: in C order, read-only, and if possible without a copy.
 
     Raises:
         ValueError: an array is not what it claims to be, or would need code to be decoded.
@@ -75,7 +86,7 @@ def to_tensors(record: ArrayRecord) -> Tensors:
 
 
 def train_message(plan: RoundPlan, arrays: ArrayRecord, node_id: int) -> Message:
-    """The order to train, for one node. Its RecordDict is its own; `arrays` may be shared with other messages."""
+    """The order to train, for one node. Its RecordDict is its own; `arrays`, packed, may be shared with others'."""
     content = RecordDict({"arrays": arrays, "config": ConfigRecord({**round_to_scalars(plan)})})
     return Message(content=content, dst_node_id=node_id, message_type=TRAIN, group_id=str(plan.round))
 
@@ -95,19 +106,19 @@ def read_train_message(message: Message) -> tuple[RoundPlan, ArrayRecord]:
     return round_from_scalars(config), arrays
 
 
-def reply(answer: Upload | Refusal, to: Message) -> Message:
-    """The reply to an order, from what a client answered."""
+def reply(answer: Upload | Refusal, to: Message, wire_dtype: str = "fp32") -> Message:
+    """The reply to an order, from what a client answered in a run of this wire dtype."""
     if isinstance(answer, Refusal):
         return Message(Error(REFUSED, f"{answer.code}: {answer.detail}"), reply_to=to)
     content = RecordDict({
-        "arrays": to_record(answer.tensors),
+        "arrays": to_record(answer.tensors, wire_dtype),
         "config": ConfigRecord({name: getattr(answer, name) for name in UPLOAD_KEY}),
         "metrics": MetricRecord({**upload_metrics(answer)}),
     })
     return Message(content, reply_to=to)
 
 
-def read_reply(message: Message) -> Upload | Refusal:
+def read_reply(message: Message, wire_dtype: str = "fp32") -> Upload | Refusal:
     """What a client answered; inverse of `reply`. The tensors are not yet checked against any layout.
 
     An error that is not one of our refusals (an engine's, a crashed ClientApp's) reads as "unavailable".
@@ -129,7 +140,7 @@ def read_reply(message: Message) -> Upload | Refusal:
         raise ValueError(f"a reply discloses {sorted(unknown)}; only {', '.join(UPLOAD_METRICS)} may be sent")
     if type(metrics.get("steps")) is not int or any(isinstance(value, list) for value in metrics.values()):
         raise ValueError("a reply's metrics must be single numbers, among them the whole number of steps")
-    return Upload(tensors=to_tensors(arrays), **config, **metrics)
+    return Upload(tensors=to_tensors(arrays, wire_dtype), **config, **metrics)
 
 
 def _records(content: RecordDict, *kinds: type) -> list:

@@ -9,12 +9,12 @@ import pytest
 from fedlora import models
 from fedlora.adapters import attach, initial_tensors
 from fedlora.data import Rows
-from fedlora.plan import ModelRef, Refusal, Refused, RoundPlan, RunPlan, Upload
+from fedlora.plan import WIRE_DTYPES, ModelRef, Refusal, Refused, RoundPlan, RunPlan, Upload
 from fedlora.privacy import Accountant, Forbidden, Ledger, RunStreams, Spend
 from fedlora.privacy.report import verify
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
-from fedlora.wire import digest
+from fedlora.wire import digest, rounded
 from fedlora_client.reporting import write_privacy_report
 from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import FolderState, MemoryState
@@ -75,7 +75,9 @@ def test_an_upload_moves_only_the_trained_tensors_and_says_nothing_un_noised(des
     assert upload.steps == 2 and upload.noise_multiplier > 0 and upload.delta == 1e-5
 
 
-def test_a_repeated_order_gets_the_identical_bytes_at_no_cost_even_after_a_restart(desk):
+@pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
+def test_a_repeated_order_gets_the_identical_bytes_at_no_cost_even_after_a_restart(desk, wire_dtype):
+    desk.plan = make_plan(wire_dtype=wire_dtype)
     session = desk.session()
     first = session.run_round(desk.order(1), desk.start)
     spent = session.epsilon()
@@ -83,6 +85,8 @@ def test_a_repeated_order_gets_the_identical_bytes_at_no_cost_even_after_a_resta
     again = restarted.run_round(desk.order(1), desk.start)
     assert {n: t.tobytes() for n, t in again.tensors.items()} == {n: t.tobytes() for n, t in first.tensors.items()}
     assert restarted.epsilon() == spent
+    [charge] = desk.ledger.charges()
+    assert charge.sha256 == digest(first.tensors) == digest(rounded(first.tensors, wire_dtype))
 
 
 def test_an_order_that_was_begun_and_not_finished_stays_charged_and_is_not_trained_twice(desk):

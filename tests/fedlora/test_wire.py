@@ -4,16 +4,18 @@ import dataclasses
 import filecmp
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedlora
 from fedlora import wire
-from fedlora.plan import ModelRef, Refused, RoundPlan, RunPlan, Upload, to_scalars
+from fedlora.plan import WIRE_DTYPES, ModelRef, Refused, RoundPlan, RunPlan, Upload, to_scalars
 from fedlora.wire import CHUNK_BYTES, Setup, WireError, pb
 
 RUN = RunPlan(
@@ -32,15 +34,19 @@ def draw(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndar
     return {name: np.asarray(generator.standard_normal(shape), np.float32) for name, shape in shapes.items()}
 
 
-def receive(tensors, frames):
+def frames_of(tensors, wire_dtype="fp32"):
+    return wire.tensor_frames(wire.packed(tensors, wire_dtype))
+
+
+def receive(tensors, frames, wire_dtype="fp32"):
     """What a receiver makes of serialized tensor frames: (refusal or None, tensors)."""
-    incoming, received = wire.receive_in_memory(wire.shapes_of(tensors))
+    incoming, received = wire.receive_in_memory(wire.shapes_of(tensors), wire_dtype)
     for data in frames:
         chunk = wire.chunk_of(data)
         if chunk is not None:
             incoming.add(chunk)
         else:
-            return incoming.finish(wire.parse(pb.ServerFrame, data).end.checksum), received
+            return incoming.finish(wire.parse(pb.ServerFrame, data).end.checksum), wire.unpacked(received, wire_dtype)
     raise AssertionError("no End")
 
 
@@ -60,7 +66,7 @@ def test_the_proto_has_exactly_the_fields_of_the_plan():
 
 
 def test_a_round_plan_survives_the_wire():
-    plan = RoundPlan(RUN, 2, 1, "a" * 64)
+    plan = RoundPlan(dataclasses.replace(RUN, wire_dtype="bf16"), 2, 1, "a" * 64)
     data = wire.task_to_wire(plan, {"x": (2, 3)}).SerializeToString()
     task = pb.Task.FromString(data)
     assert wire.plan_from_wire(task) == plan
@@ -70,22 +76,23 @@ def test_a_round_plan_survives_the_wire():
 def test_a_setup_survives_the_wire():
     setup = Setup(run_id=RUN.run_id, fedlora_version="0.1.0", strategy="fedsvd", private=True, model=RUN.model,
                   task="classification", labels=(), announce_labels=True, max_length=64, rounds=3,
-                  max_participations=3, local_steps=2, expected_batch=32, clip_norm=1.0)
+                  max_participations=3, local_steps=2, expected_batch=32, clip_norm=1.0, wire_dtype="bf16")
     assert wire.setup_from_wire(wire.setup_to_wire(setup)) == setup
 
 
-@given(shapes_strategy)
-def test_tensors_survive_the_wire(shapes):
+@given(shapes_strategy, st.sampled_from(WIRE_DTYPES))
+def test_tensors_survive_the_wire(shapes, wire_dtype):
     tensors = draw(shapes)
-    refusal, received = receive(tensors, wire.tensor_frames(tensors))
+    refusal, received = receive(tensors, frames_of(tensors, wire_dtype), wire_dtype)
     assert refusal is None and received.keys() == tensors.keys()
-    assert all(np.array_equal(received[name], tensors[name]) for name in tensors)
+    arrived = wire.rounded(tensors, wire_dtype)
+    assert all(np.array_equal(received[name], arrived[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("sizes", [(CHUNK_BYTES // 4,), (CHUNK_BYTES // 4 + 1, 7), (3, CHUNK_BYTES // 2, 1)])
 def test_chunks_are_full_but_the_last_and_are_plain_protobuf(sizes):
     tensors = draw({f"t{i}": (size,) for i, size in enumerate(sizes)})
-    *chunks, end = wire.tensor_frames(tensors)
+    *chunks, end = frames_of(tensors)
     lengths = [len(pb.ClientFrame.FromString(frame).chunk.data) for frame in chunks]
     assert sum(lengths) == 4 * sum(sizes) and all(length == CHUNK_BYTES for length in lengths[:-1])
     assert chunks == [pb.ServerFrame(chunk=pb.Chunk(data=bytes(wire.chunk_of(f)))).SerializeToString() for f in chunks]
@@ -116,22 +123,41 @@ def test_the_digest_depends_on_names_shapes_and_values():
     assert wire.digest({"x": strided}) == wire.digest({"x": np.ascontiguousarray(strided)})
 
 
-def test_only_float32_travels():
-    with pytest.raises(ValueError, match="float64"):
-        wire.digest({"x": np.zeros(3)})
+def test_only_tensors_of_float32_are_packed_and_only_arrays_of_the_runs_dtype_unpacked():
+    for wrong in (wire.digest, lambda it: list(wire.tensor_frames(it)), partial(frames_of, wire_dtype="bf16")):
+        with pytest.raises(ValueError, match="float64"):
+            wrong({"x": np.zeros(3)})
+    for wire_dtype, other in (("fp32", "bf16"), ("bf16", "fp32")):
+        with pytest.raises(ValueError, match=wire_dtype):
+            wire.unpacked(wire.packed(draw({"x": (3,)}), other), wire_dtype)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_not_finite_is_refused_with_its_tensors_name(bad):
-    tensors = draw({"a": (5,), "b": (CHUNK_BYTES // 4,), "c": (9,)})
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
+def test_bfloat16_is_rounded_to_nearest_ties_to_even_as_torch_does(bits):
+    edges = [0, 0x80000000, 0x3F808000, 0x3F818000, 0x3F808001, 0x00000001, 0x7F7FFFFF, 0x7F800000, 0xFF800000]
+    values = np.array(bits + edges, "<u4").view("<f4")
+    with np.errstate(invalid="ignore"):
+        ours = wire.rounded({"x": values}, "bf16")["x"]
+    theirs = torch.from_numpy(values).bfloat16().float().numpy()
+    assert np.array_equal(np.isnan(ours), np.isnan(theirs))
+    number = ~np.isnan(ours)
+    assert np.array_equal(ours[number].view("<u4"), theirs[number].view("<u4"))
+    once, twice = (wire.packed({"x": x[number]}, "bf16")["x"] for x in (values, ours))
+    assert np.array_equal(once, twice)
+
+
+@pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_refused_with_its_tensors_name(bad, wire_dtype):
+    tensors = draw({"a": (5,), "b": (CHUNK_BYTES // 2,), "c": (9,)})
     tensors["c"][8] = bad
-    refusal, _ = receive(tensors, wire.tensor_frames(tensors))
+    refusal, _ = receive(tensors, frames_of(tensors, wire_dtype), wire_dtype)
     assert refusal.code == "invalid-tensors" and refusal.detail.startswith("c ")
 
 
 def test_a_changed_bit_is_refused():
     tensors = draw({"a": (50,)})
-    chunk, end = wire.tensor_frames(tensors)
+    chunk, end = frames_of(tensors)
     changed = bytearray(chunk)
     changed[-1] ^= 1
     refusal, _ = receive(tensors, [bytes(changed), end])
@@ -139,13 +165,14 @@ def test_a_changed_bit_is_refused():
 
 
 def test_too_many_too_few_and_broken_bytes_end_the_transfer():
-    incoming, _ = wire.receive_in_memory({"a": (4,)})
-    incoming.add(memoryview(bytes(12)))
-    with pytest.raises(WireError, match="12 of 16"):
-        incoming.finish(0)
-    for data in (bytes(8), bytes(3), b""):
-        with pytest.raises(WireError):
-            incoming.add(memoryview(data))
+    for wire_dtype, width in (("fp32", 4), ("bf16", 2)):
+        incoming, _ = wire.receive_in_memory({"a": (4,)}, wire_dtype)
+        incoming.add(memoryview(bytes(3 * width)))
+        with pytest.raises(WireError, match=f"{3 * width} of {4 * width}"):
+            incoming.finish(0)
+        for data in (bytes(2 * width), bytes(width - 1), b""):
+            with pytest.raises(WireError):
+                incoming.add(memoryview(data))
 
 
 @pytest.mark.parametrize("header", [
@@ -198,7 +225,7 @@ def test_any_bytes_decode_to_a_value_or_a_wire_error(data):
             continue
         try:
             decode(message)
-        except WireError:
+        except (WireError, Refused):
             continue
 
 

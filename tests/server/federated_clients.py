@@ -20,7 +20,7 @@ def setup_of(run: RunPlan, **changes) -> Setup:
     """What clients are told of `run` when they join."""
     fields = {name: getattr(run, name) for name in (
         "run_id", "fedlora_version", "strategy", "private", "model", "task", "labels", "max_length", "rounds",
-        "max_participations", "local_steps", "expected_batch", "clip_norm")}
+        "max_participations", "local_steps", "expected_batch", "clip_norm", "wire_dtype")}
     return Setup(**({**fields, "announce_labels": False} | changes))
 
 

@@ -114,7 +114,8 @@ def test_a_frame_above_the_limit_is_refused_unread(engine):
     assert status == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-@pytest.mark.parametrize("changes", [{"protocol": PROTOCOL + 1}, {"fedlora_version": "7.3.0"}])
+@pytest.mark.parametrize("changes", [
+    {"protocol": PROTOCOL + 1}, {"protocol": PROTOCOL - 1}, {"fedlora_version": "7.3.0"}])
 def test_versions_that_do_not_fit_are_refused_by_name(engine, changes):
     [heard], _ = converse(engine.address, [join_frame(**changes).SerializeToString()])
     assert heard.refused.code == "version-mismatch"
@@ -217,7 +218,8 @@ def changed_task(**changes) -> pb.Task:
     [*task_frames()[:2], CHUNK], task_frames()[:1] + task_frames()[-1:],
     task_frames(changed_task(strategy="mine-bitcoin")), task_frames(changed_task(lr=float("nan"))),
     task_frames(changed_task(rank=0)), task_frames(changed_task(round=0)), task_frames(changed_task(run_id="f" * 16)),
-], ids=range(13))
+    task_frames(changed_task(wire_dtype="bf16")),
+], ids=range(14))
 def test_a_server_that_breaks_the_protocol_gets_a_typed_error_at_the_client(frames):
     assert isinstance(meet(frames), WireError)
 
@@ -229,6 +231,14 @@ def test_what_is_no_fedlora_server_is_named_so():
     with pytest.raises(WireError, match="not a FedLoRA server"):
         Connection(f"127.0.0.1:{port}", "north", private=False, connect_timeout_s=3).join()
     server.stop(0)
+
+
+def test_a_server_of_another_version_is_refused_by_name():
+    older = wire.setup_to_wire(setup_of(RUN))
+    older.protocol, older.fedlora_version = PROTOCOL - 1, "0.0.9"
+    older.ClearField("wire_dtype")  # as an older version, which does not know it, would send it
+    met = meet([pb.ServerFrame(welcome=older).SerializeToString()], welcome=False)
+    assert isinstance(met, Refused) and met.refusal.code == "version-mismatch" and "0.0.9" in met.refusal.detail
 
 
 def test_a_server_that_does_not_welcome_is_a_typed_error():

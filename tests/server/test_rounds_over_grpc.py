@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 
+from fedlora.plan import WIRE_DTYPES
 from fedlora_client.connection import Connection, Goodbye
 from fedlora_server.cohort import RoundOptions
 from fedlora_server.grpc_engine import GrpcEngine
@@ -29,9 +30,9 @@ def serve(session, address, rounds):
         pass
 
 
-def federate(strategy, folder, *, leaver=None, forgetful=None, **options):
+def federate(strategy, folder, *, leaver=None, forgetful=None, wire_dtype="fp32", **options):
     """Run over gRPC with clients a to d, of which one may leave after round 1 or forget the frozen tensors then."""
-    plan, seed = plan_of(strategy), 5
+    plan, seed = plan_of(strategy, wire_dtype=wire_dtype), 5
     layout = layout_of(plan.family)
     sessions = {name: LinearSession(name, layout) for name in "abcd"}
     if forgetful:
@@ -60,10 +61,11 @@ def federate(strategy, folder, *, leaver=None, forgetful=None, **options):
     return result, sessions
 
 
+@pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
 @pytest.mark.parametrize("strategy", sorted(STRATEGY_CLASSES))
-def test_grpc_and_one_process_end_with_the_same_bits(strategy, tmp_path):
-    over_grpc, _ = federate(strategy, tmp_path, clients_per_round=3)
-    plan = plan_of(strategy)
+def test_grpc_and_one_process_end_with_the_same_bits(strategy, wire_dtype, tmp_path):
+    over_grpc, _ = federate(strategy, tmp_path, clients_per_round=3, wire_dtype=wire_dtype)
+    plan = plan_of(strategy, wire_dtype=wire_dtype)
     layout = layout_of(plan.family)
     engine = InProcessEngine({name: LinearSession(name, layout) for name in "dbca"}, plan.run_id, layout)
     alone = run_federation(engine, STRATEGY_CLASSES[strategy](plan, layout), plan, start_of(layout, 1),

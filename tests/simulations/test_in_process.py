@@ -59,6 +59,16 @@ def test_a_reply_from_the_spool_is_what_the_client_sent(engine):
     assert all(np.array_equal(got.tensors[name], sent.tensors[name]) for name in sent.tensors)
 
 
+@pytest.mark.parametrize(("wire_dtype", "width"), [("fp32", 4), ("bf16", 2)])
+def test_bytes_are_those_of_the_values_in_the_wire_dtype(wire_dtype, width):
+    layout, plan = layout_of("lora"), plan_of("fedavg-lora", run_id="0" * 16, wire_dtype=wire_dtype)
+    engine = InProcessEngine({"a": LinearSession("a", layout)}, "0" * 16, layout)
+    arrays = to_record(start_of(layout, 0), wire_dtype)
+    list(engine.send_and_receive([train_message(RoundPlan(plan, 1, 0, "0" * 64), arrays, node_id("a"))]))
+    assert engine.bytes_up == engine.bytes_down == width * layout.num_trained
+    engine.close("the test is over")
+
+
 def test_only_orders_are_carried(engine):
     [message] = orders(engine, "a")
     message.content["more"] = message.content["config"]

@@ -9,11 +9,12 @@ import pytest
 from flwr.app import ConfigRecord
 
 from fedlora.adapters import TensorSpec
-from fedlora.plan import Upload
+from fedlora.plan import WIRE_DTYPES, Upload
+from fedlora.wire import rounded
 from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies import STRATEGY_CLASSES, FedAvgLoRA, FedSB, FedSVD, FFALoRA
 from fedlora_strategies.fedsvd import refactorise
-from fedlora_strategies.messages import assume_identity, reply, to_record, to_tensors
+from fedlora_strategies.messages import assume_identity, read_train_message, reply, to_record, to_tensors
 from tests.federation import COLUMNS, ROWS, LinearSession, layout_of, plan_of, start_of, update_of
 
 ALL = sorted(STRATEGY_CLASSES)
@@ -61,18 +62,35 @@ def test_the_mean_of_merged_models_is_the_merged_mean_for_exact_strategies_only(
     assert strategy.exact == (name != "fedavg-lora")
 
 
+@pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
 @pytest.mark.parametrize("name", EXACT)
-def test_a_round_through_messages_is_exact_up_to_float32(name):
-    engine, strategy, state = federation(name)
+def test_a_round_through_messages_is_exact_up_to_float32(name, wire_dtype):
+    """In bf16 too, beside the factors as clients were sent them: only what travels is rounded, not the server's own."""
+    engine, strategy, state = federation(name, wire_dtype=wire_dtype)
     replies = uploads_of(engine, strategy, state)
-    sent = [to_tensors(next(iter(r.content.array_records.values()))) for r in replies]
+    sent = [to_tensors(next(iter(r.content.array_records.values())), wire_dtype) for r in replies]
     arrays, metrics = strategy.aggregate_train(1, replies)
     assert metrics["replies"] == 4 and metrics["rejected"] == 0
     after = to_tensors(arrays)
     strategy.layout.check(after, "state")
     for module in strategy.layout.modules:
-        merged = np.mean([update_of({**state, **tensors}, module) for tensors in sent], axis=0)
+        held = rounded(state, wire_dtype)
+        merged = np.mean([update_of({**held, **tensors}, module) for tensors in sent], axis=0)
         np.testing.assert_allclose(update_of(after, module), merged, atol=2e-6)
+
+
+def test_fedsvds_own_A_keeps_orthonormal_rows_and_clients_hold_it_rounded():
+    engine, strategy, state = federation("fedsvd", wire_dtype="bf16")
+    arrays, _ = strategy.aggregate_train(1, uploads_of(engine, strategy, state))
+    own = to_tensors(arrays)[f"{MODULE}.A"]
+    [order, *_] = strategy.configure_train(2, arrays, {}, engine)
+    held = read_train_message(order)[1]
+    assert {array.dtype for array in held.values()} == {"uint16"}
+    A = to_tensors(held, "bf16")[f"{MODULE}.A"]
+    assert np.array_equal(A, rounded({"A": own}, "bf16")["A"]) and not np.array_equal(A, own)
+    identity = np.eye(len(own))
+    assert np.abs(own @ own.T - identity).max() < 1e-6
+    assert 1e-6 < np.abs(A @ A.T - identity).max() < 2**-7
 
 
 def test_the_refactorisation_preserves_the_update_and_gives_orthonormal_rows():
