@@ -11,10 +11,10 @@ import argparse
 import difflib
 import math
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fedlora.plan import LR_SCHEDULES, OPTIMIZERS, STRATEGIES, TASKS, WIRE_DTYPES, check_unit
 
@@ -220,6 +220,23 @@ def read_options(parser: argparse.ArgumentParser, command: str, argv: Sequence[s
     return argparse.Namespace(**values | vars(given))
 
 
+def options_from(table: Mapping[str, str | int | float | bool], command: str, source: str) -> argparse.Namespace:
+    """Options of a command from keys and values, as Flower's run and node configurations give them; "" is not given.
+
+    Args:
+        source: named in errors.
+    Raises:
+        ValueError: a key is not an option of the command, or a value is not one of its values.
+    """
+    def complain(message: str) -> NoReturn:
+        raise ValueError(f"{source}: {message.removeprefix('argument ')}")
+
+    parser = build_parser(command, "")
+    parser.error = complain  # type: ignore[method-assign]
+    given = {key: value for key, value in table.items() if value != ""}
+    return read_options(parser, command, _arguments(given, command, source))
+
+
 def _options_of(command: str) -> list[Option]:
     return [option for option in OPTIONS if command in option.commands]
 
@@ -242,20 +259,26 @@ def _config_arguments(path: Path, command: str) -> list[str]:
         table.pop(other, None) if isinstance(table.get(other), dict) else None
     if not isinstance(own, dict):  # `server = "host:port"` is the client's flag, not a table
         table[command], own = own, {}
+    others = {option.key for option in OPTIONS} - {option.key for option in _options_of(command)}
+    values = {key: value for key, value in table.items() if key.replace("_", "-") not in others} | own
+    if "config" in values:
+        raise ValueError(f"--config {path}: 'config' cannot name another file")
+    return _arguments(values, command, f"--config {path}")
+
+
+def _arguments(values: Mapping[str, Any], command: str, source: str) -> list[str]:
+    """The values as command-line arguments."""
     here = {option.key: option for option in _options_of(command)}
-    anywhere = {option.key for option in OPTIONS}
     arguments: list[str] = []
-    for key, value in (table | own).items():
+    for key, value in values.items():
         name = key.replace("_", "-")
-        if name not in (here if key in own else anywhere) or name == "config":
-            close = difflib.get_close_matches(name, here, n=1)
-            raise ValueError(f"--config {path}: {key!r} is not an option of fedlora-{command}"
-                             + (f"; did you mean {close[0]!r}?" if close else ""))
         if name not in here:
-            continue
+            close = difflib.get_close_matches(name, here, n=1)
+            raise ValueError(f"{source}: {key!r} is not an option of fedlora-{command}"
+                             + (f"; did you mean {close[0]!r}?" if close else ""))
         if here[name].parse is None:
             if not isinstance(value, bool):
-                raise ValueError(f"--config {path}: {key} must be true or false, not {value!r}")
+                raise ValueError(f"{source}: {key} must be true or false, not {value!r}")
             arguments.append(f"--{name}" if value else f"--no-{name}")
         else:
             if isinstance(value, dict):

@@ -6,6 +6,7 @@ import logging
 import socket
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -37,33 +38,16 @@ def take_part(options: Namespace, console: Console) -> None:
         Refused: one side declined; the code says why.
         ServerUnreachable: no server within --connect-timeout.
     """
-    if options.data is None:
-        raise ValueError("--data is missing: name the folder or file with your training rows")
-    name = options.name or socket.gethostname()
-    owner = Owner(options)
-    limits = limits_of(options, owner)
-    streams = run_streams(name)
-    if not limits.private:
-        console.print("PRIVACY IS OFF (--epsilon inf): what this client sends can reveal its records.",
-                      style="bold red")
-    if streams.predictable:
-        console.print("THE NOISE IS PREDICTABLE (test-only seed set in the environment): no ε holds for this run.",
-                      style="bold red")
-    if streams.predictable and not owner.ledger.simulated:
-        raise ValueError(f"{INSECURE_SEED_VARIABLE} is set: whoever knows the seed can subtract the noise, so no real "
-                         "budget covers this run. Unset it, or add --simulated-ledger DIR for made-up data")
-    if owner.ledger.simulated:
-        console.print("The ledger is a simulated one (--simulated-ledger): no lifetime budget protects this data.",
-                      style="yellow", highlight=False)
-    state = FolderState(options.state or default_state(name))
-    connection = Connection(options.server, name, private=limits.private, insecure=options.insecure,
+    holder = DataHolder.of(options, console)
+    owner, limits = holder.owner, holder.limits
+    connection = Connection(options.server, holder.name, private=limits.private, insecure=options.insecure,
                             connect_timeout_s=options.connect_timeout,
                             report=lambda line: console.print(line, highlight=False, markup=False))
     try:
         setup = connection.join()
         while True:
             try:
-                _serve(options, setup, connection, owner, limits, state, streams, console)
+                _serve(holder, setup, connection)
             except RunChanged as changed:
                 if limits.private and owner.ledger.charges(owner.dataset, setup.run_id):
                     raise Refused("budget", f"the server came back with another run, {changed.setup.run_id}, which "
@@ -77,23 +61,78 @@ def take_part(options: Namespace, console: Console) -> None:
         connection.leave()
 
 
-def _serve(options: Namespace, setup: Setup, connection: Connection, owner: Owner, limits: Limits, state: FolderState,
-           streams: RunStreams, console: Console) -> None:
+@dataclass(frozen=True)
+class DataHolder:
+    """This side of any run: whose data it is, what may be done with it, and what was done before.
+
+    Attributes:
+        options: of fedlora-client.
+        console: where the data holder is told what happens.
+    """
+
+    options: Namespace
+    owner: Owner
+    limits: Limits
+    state: FolderState
+    streams: RunStreams
+    console: Console
+
+    @classmethod
+    def of(cls, options: Namespace, console: Console) -> DataHolder:
+        """Open the policy, the ledger and the state, and say what does not protect.
+
+        Raises:
+            ValueError: an option is wrong, or one of them cannot be used.
+        """
+        if options.data is None:
+            raise ValueError("--data is missing: name the folder or file with your training rows")
+        name = options.name or socket.gethostname()
+        owner = Owner(options)
+        limits = limits_of(options, owner)
+        streams = run_streams(name)
+        if not limits.private:
+            console.print("PRIVACY IS OFF (--epsilon inf): what this client sends can reveal its records.",
+                          style="bold red")
+        if streams.predictable:
+            console.print("THE NOISE IS PREDICTABLE (test-only seed set in the environment): no ε holds for this run.",
+                          style="bold red")
+        if streams.predictable and not owner.ledger.simulated:
+            raise ValueError(f"{INSECURE_SEED_VARIABLE} is set: whoever knows the seed can subtract the noise, so no "
+                             "real budget covers this run. Unset it, or add --simulated-ledger DIR for made-up data")
+        if owner.ledger.simulated:
+            console.print("The ledger is a simulated one (--simulated-ledger): no lifetime budget protects this data.",
+                          style="yellow", highlight=False)
+        return cls(options, owner, limits, FolderState(options.state or default_state(name)), streams, console)
+
+    @property
+    def name(self) -> str:
+        """This client's, at the server."""
+        return self.streams.name
+
+    def close(self) -> None:
+        """Let other processes have the ledger's runs and the state."""
+        self.owner.ledger.close()
+        self.state.close()
+
+
+def _serve(holder: DataHolder, setup: Setup, connection: Connection) -> None:
     """Answer the orders of one run; ends with an exception of the connection."""
     try:
-        part = Part(options, setup, owner, limits, state, streams, console)
+        part = Part(holder, setup)
     except Refused as refused:
         connection.decline(refused.refusal)
         raise
     connection.ready(part.announced)
-    console.print(f"Joined {options.server} as {streams.name}; waiting to be asked.", highlight=False)
+    console = holder.console
+    console.print(f"Joined {holder.options.server} as {holder.name}; waiting to be asked.", highlight=False)
     try:
         while True:
             plan, tensors = connection.next_task()
             with console.status(f"round {plan.round}: training"):
                 answer = part.answer(plan, tensors, connection.cancelled.is_set)
             declined = connection.send(answer)
-            part.report(plan, answer, declined, connection)
+            part.report(plan, answer, declined,
+                        f"; {connection.bytes_up:,} bytes up, {connection.bytes_down:,} down so far")
             if isinstance(answer, Refusal) and answer.code in ("policy", "labels"):
                 raise Refused(answer.code, "see the messages above")
     finally:
@@ -112,8 +151,8 @@ class Part:
         announced: label names that the server asked for, disclosed when ready; else ().
     """
 
-    def __init__(self, options: Namespace, setup: Setup, owner: Owner, limits: Limits, state: FolderState,
-                 streams: RunStreams, console: Console) -> None:
+    def __init__(self, holder: DataHolder, setup: Setup) -> None:
+        options, owner, limits, console = holder.options, holder.owner, holder.limits, holder.console
         limits.check(setup.private)
         owner.check_proposal(setup)
         path = Path(options.model) if options.model and Path(options.model).is_dir() else None
@@ -123,15 +162,17 @@ class Part:
         self._model_path = models.obtain(setup.model, path=path, allow_download=options.allow_download)
         models.check_task(self._model_path, setup.task, setup.max_length)
         self._options, self._setup, self._owner, self._limits = options, setup, owner, limits
-        self._state, self._streams, self._console = state, streams, console
+        self._state, self._streams, self._console = holder.state, holder.streams, console
         self._rows = _read(options, setup, owner.unit_column)
         budget = self._check_size() if setup.private else None
         for line in owner.take_charge(self._rows, budget):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         self._session: ClientSession | None = None
-        self._refusals: list[tuple[int, str]] = []
+        self._labels, self._refusals = self._state.said(setup.run_id)
         self.announced = data.label_names(self._rows) if setup.announce_labels else ()
         if self.announced:
+            self._labels = self.announced
+            self._state.save_said(setup.run_id, self._labels, self._refusals)
             console.print(f"Disclosed to the server: the label names {', '.join(self.announced)}", highlight=False,
                           markup=False)
 
@@ -149,7 +190,8 @@ class Part:
                             "it; --declared-size sets it.", highlight=False)
         return budget
 
-    def answer(self, plan: RoundPlan, tensors: Tensors, stop: Callable[[], bool]) -> Upload | Refusal:
+    def answer(self, plan: RoundPlan, tensors: Tensors,
+               stop: Callable[[], bool] = lambda: False) -> Upload | Refusal:
         """Train, or say why not; whatever goes wrong here stays in the local log."""
         try:
             if self._session is None or self._session.run.run_id != plan.run.run_id:
@@ -163,29 +205,37 @@ class Part:
             log.exception("Round %d failed; the server is told only that this client is unavailable.", plan.round)
         return Refusal("unavailable")
 
-    def report(self, plan: RoundPlan, answer: Upload | Refusal, declined: Refusal | None,
-               connection: Connection) -> None:
-        """One line for this client's own user."""
+    def report(self, plan: RoundPlan, answer: Upload | Refusal, declined: Refusal | None = None,
+               moved: str = "") -> None:
+        """One line for this client's own user; `moved` ends it."""
         if isinstance(answer, Refusal):
             self._refusals.append((plan.round, answer.code))
+            self._state.save_said(plan.run.run_id, self._labels, self._refusals)
             line = f"declined: {answer}"
         elif declined is not None:
             line = f"trained, but the server declined the upload: {declined}"
         else:
             line = f"sent {answer.steps} steps"
-        self._console.print(f"round {plan.round}/{plan.run.rounds}: {line}; {self._spent()}; "
-                            f"{connection.bytes_up:,} bytes up, {connection.bytes_down:,} down so far",
+        self._console.print(f"round {plan.round}/{plan.run.rounds}: {line}; {self._spent()}{moved}",
                             highlight=False, markup=False, soft_wrap=True)
 
     def conclude(self) -> None:
-        """Leave the privacy report of the run, however it ended, and free what it had not begun."""
+        """Free what the run had not begun, however it ended, and leave its privacy report."""
+        if self._session is not None:
+            try:
+                self._session.ledger.end_run(self._session.dataset, self._session.run.run_id)
+            except (ValueError, OSError) as error:
+                log.error("The run could not be ended in the ledger: %s", error)
+            self.leave_report()
+
+    def leave_report(self) -> None:
+        """Write the privacy report of what was done so far."""
         session = self._session
         if session is None:
             return
         folder = self._state.run_folder(session.run.run_id)
         try:
-            session.ledger.end_run(session.dataset, session.run.run_id)
-            report = write_privacy_report(folder, session, server=self._options.server, labels=self.announced,
+            report = write_privacy_report(folder, session, server=self._options.server, labels=self._labels,
                                           refusals=self._refusals)
             draw_spending(folder / "privacy.png", session)
             self._console.print(f"What left this machine, and what it cost: {report.with_suffix('.md')}",

@@ -30,10 +30,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser = build_parser(CLIENT, "Take part in a federated run with the records in --data.")
     parser.epilog = EPILOG
     options = read_options(parser, CLIENT, arguments)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own messages say more
-    if not options.allow_download:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    set_environment(options)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -46,6 +43,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def set_environment(options: Namespace) -> None:
+    """Before the libraries that read it are imported: no telemetry, and no hub without --allow-download."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own messages say more
+    if not options.allow_download:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def _budget(arguments: Sequence[str]) -> int:

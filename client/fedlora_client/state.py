@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,6 +95,23 @@ class FolderState:
         with _replacing(self.folder / "shared.safetensors") as temporary:
             save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, temporary,
                       metadata={"sha256": sha256})
+
+    def said(self, run_id: str) -> tuple[tuple[str, ...], list[tuple[int, str]]]:
+        """The label names announced in the run, and the (round, code) of each refusal sent, by whatever process."""
+        path = self.run_folder(run_id) / "said.json"
+        if not path.exists():
+            return (), []
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return tuple(about["labels"]), [(round, code) for round, code in about["refusals"]]
+
+    def save_said(self, run_id: str, labels: Sequence[str], refusals: Sequence[tuple[int, str]]) -> None:
+        """Keep what was announced and refused, for the run's privacy report."""
+        with _replacing(self.run_folder(run_id) / "said.json") as temporary:
+            temporary.write_text(json.dumps({"labels": labels, "refusals": refusals}), encoding="utf-8")
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._lock.close()
 
     def run_folder(self, run_id: str) -> Path:
         """Where what belongs to one run is kept."""

@@ -66,6 +66,13 @@ class Setup:
     wire_dtype: str = "fp32"
     protocol: int = PROTOCOL
 
+    @classmethod
+    def of(cls, plan: RunPlan, *, announce_labels: bool = False) -> Setup:
+        """What a plan proposes; its labels are left out where the clients are to name theirs."""
+        shared = {f.name: getattr(plan, f.name) for f in dataclasses.fields(cls) if f.name != "announce_labels"}
+        labels = {"labels": () if announce_labels else plan.labels, "announce_labels": announce_labels}
+        return cls(**shared | labels)
+
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES or self.task not in TASKS or self.wire_dtype not in WIRE_DTYPES:
             raise ValueError(f"strategy {self.strategy!r}, task {self.task!r} or wire dtype {self.wire_dtype!r} is not "

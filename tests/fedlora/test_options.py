@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.options import build_parser, read_options
+from fedlora.options import build_parser, options_from, read_options
 
 
 def options(command, *argv):
@@ -59,3 +59,18 @@ def test_a_wrong_value_ends_with_code_2(argv, capsys):
 
 def test_epsilon_may_be_infinite():
     assert options("client", "--epsilon", "inf").epsilon == float("inf")
+
+
+def test_a_table_reads_as_flags_do_and_an_empty_value_is_not_given():
+    given = {"epsilon": 3, "new-ledger": True, "column": "text=note", "name": "", "threads": 2}
+    assert options_from(given, "client", "--node-config") == options(
+        "client", "--epsilon=3", "--new-ledger", "--column=text=note", "--threads=2")
+
+
+@pytest.mark.parametrize(("given", "names"), [
+    ({"epsilom": 3}, ["--node-config", "epsilom", "epsilon"]), ({"epsilon": 0}, ["--node-config", "--epsilon", "'0'"]),
+    ({"new-ledger": "yes"}, ["new-ledger", "true or false"]), ({"config": "no.toml"}, ["no.toml"])])
+def test_a_wrong_table_is_a_value_error_that_names_what_is_wrong(given, names):
+    with pytest.raises(ValueError) as wrong:
+        options_from(given, "client", "--node-config")
+    assert all(name in str(wrong.value) for name in names), wrong.value

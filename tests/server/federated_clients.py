@@ -5,6 +5,7 @@ As a program: `python federated_clients.py ADDRESS NAME [behaviour]`. It never i
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -18,10 +19,7 @@ from fedlora_client.connection import Connection, Goodbye, RunChanged, ServerUnr
 
 def setup_of(run: RunPlan, **changes) -> Setup:
     """What clients are told of `run` when they join."""
-    fields = {name: getattr(run, name) for name in (
-        "run_id", "fedlora_version", "strategy", "private", "model", "task", "labels", "max_length", "rounds",
-        "max_participations", "local_steps", "expected_batch", "clip_norm", "wire_dtype")}
-    return Setup(**({**fields, "announce_labels": False} | changes))
+    return dataclasses.replace(Setup.of(run), **changes)
 
 
 def start_client(address: str, name: str, behaviour: str = "echo", **kwargs) -> subprocess.Popen:
