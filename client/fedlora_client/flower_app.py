@@ -1,22 +1,27 @@
 """The client as a Flower ClientApp: for the in-process, Ray and SuperNode engines. No other client module knows Flower.
 
-    app = client_app(session_of)      # session_of(context) -> the node's ClientSession
+    app = client_app(session_of)      # session_of(context) -> the node's ClientSession, or all of a `Node`
 
-The message layout is that of `fedlora_strategies.messages`, which the client does not import.
+`app` itself is what a SuperNode runs: its node configuration is made of the options of fedlora-client. The message
+layout is that of `fedlora_strategies.messages`, which the client does not import.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlora.plan import Refusal, RoundPlan, Tensors, Upload, round_from_scalars, upload_metrics
-from fedlora.wire import packed, unpacked
+import fedlora
+from fedlora.options import CLIENT, options_from
+from fedlora.plan import PROTOCOL, Refusal, Refused, RoundPlan, Tensors, Upload, round_from_scalars, upload_metrics
+from fedlora.wire import Setup, packed, parse, pb, setup_from_wire, unpacked
 from fedlora.wire.npy import from_npy, to_npy
+
+from .supernode import SuperNodeClient
 
 REFUSED = 100
 """Flower error code of a refusal."""
@@ -28,6 +33,34 @@ class Session(Protocol):
     """What the app needs of `fedlora_client.session.ClientSession`."""
 
     def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal: ...
+
+
+class Node(Session, Protocol):
+    """What the app needs of a node that joins a server by its name: `fedlora_client.supernode.SuperNodeClient`."""
+
+    name: str
+    private: bool
+
+    def join(self, setup: Setup) -> tuple[str, ...] | Refusal: ...
+
+
+def join(message: Message, node: Node) -> Message:
+    """Answer a welcome with the frames of joining and of being ready, as over gRPC, or with a refusal.
+
+    Raises:
+        Refused: the server speaks another version of the protocol.
+        ValueError: the message is not a welcome.
+    """
+    [config] = message.content.values()
+    frame = parse(pb.ServerFrame, config["welcome"])  # type: ignore[arg-type]
+    answer = node.join(setup_from_wire(frame.welcome))
+    if isinstance(answer, Refusal):
+        return _refused(answer, message)
+    joining = pb.Join(protocol=PROTOCOL, fedlora_version=fedlora.__version__, name=node.name, private=node.private,
+                      process=message.metadata.dst_node_id.to_bytes(16, "big"))
+    frames = {"join": pb.ClientFrame(join=joining), "ready": pb.ClientFrame(ready=pb.Ready(labels=answer))}
+    config = ConfigRecord({key: frame.SerializeToString() for key, frame in frames.items()})
+    return Message(RecordDict({"config": config}), reply_to=message)
 
 
 def train(message: Message, session: Session) -> Message:
@@ -47,7 +80,7 @@ def train(message: Message, session: Session) -> Message:
     received = {name: from_npy(array.data) for name, array in arrays[0].items()}
     answer = session.run_round(plan, unpacked(received, wire_dtype))
     if isinstance(answer, Refusal):
-        return Message(Error(REFUSED, f"{answer.code}: {answer.detail}"), reply_to=message)
+        return _refused(answer, message)
     sent = packed(answer.tensors, wire_dtype)
     content = RecordDict({
         "arrays": ArrayRecord({name: Array(str(array.dtype), array.shape, "numpy.ndarray", to_npy(array))
@@ -59,19 +92,37 @@ def train(message: Message, session: Session) -> Message:
 
 
 def client_app(session_of: Callable[[Context], Session]) -> ClientApp:
-    """A ClientApp whose nodes train with `session_of(context)`.
+    """A ClientApp whose nodes train with `session_of(context)`, and join with it if it is a `Node`.
 
     The text of an exception can quote private rows, and Flower sends it to the server: here it goes to the local log
     and the server learns only that the client is unavailable.
     """
     app = ClientApp()
 
-    @app.train()
-    def answer(message: Message, context: Context) -> Message:
-        try:
-            return train(message, session_of(context))
-        except Exception:
-            log.exception("The round failed; the server is told only that this client is unavailable.")
-            return Message(Error(REFUSED, "unavailable: "), reply_to=message)
+    def answering(answer: Callable[[Message, Any], Message]) -> Callable[[Message, Context], Message]:
+        def answered(message: Message, context: Context) -> Message:
+            try:
+                return answer(message, session_of(context))
+            except Refused as refused:
+                return _refused(refused.refusal, message)
+            except Exception:
+                log.exception("The message cannot be answered; the server is told only that this client is "
+                              "unavailable.")
+                return _refused(Refusal("unavailable"), message)
 
+        return answered
+
+    app.query()(answering(join))
+    app.train()(answering(train))
     return app
+
+
+def _refused(refusal: Refusal, message: Message) -> Message:
+    return Message(Error(REFUSED, f"{refusal.code}: {refusal.detail}"), reply_to=message)
+
+
+def _supernode(context: Context) -> SuperNodeClient:
+    return SuperNodeClient(options_from({"server": "SuperLink", **context.node_config}, CLIENT, "--node-config"))
+
+
+app = client_app(_supernode)

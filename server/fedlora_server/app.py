@@ -6,14 +6,13 @@ import os
 import signal
 import threading
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-import fedlora
 from fedlora.wire import Setup
 
 from .cohort import RoundOptions
@@ -22,10 +21,15 @@ from .grpc_engine import GrpcEngine
 from .planning import ANY_LABELS, claim_folder, evaluator, find_model, held_out, planned, prepare
 from .report import write_report
 from .roster import Event
+from .roster_engine import RosterEngine
 from .rounds import FederationResult, run_federation
 
 REASONS = {"finished": "the run is finished", "stopped": "the coordinator stopped the run",
            "wait-timeout": "too few clients were left"}
+
+
+Listen = Callable[[Setup, Path, Callable[[Event], None]], RosterEngine]
+"""Makes the engine from what clients are told, the folder for uploads, and whom to tell of events."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,13 @@ class Served:
     result: FederationResult | None
 
 
-def serve(options: Namespace, console: Console) -> Served:
+def serve(options: Namespace, console: Console, *, listen: Listen | None = None, run_id: str | None = None) -> Served:
     """Run a federation from the first client to the report.
 
+    Args:
+        options: of fedlora-server.
+        listen: None for gRPC at --address.
+        run_id: 16 hexadecimal digits; None draws them.
     Raises:
         ValueError: an option is wrong, the port is taken, or the clients named no labels.
     """
@@ -61,19 +69,13 @@ def serve(options: Namespace, console: Console) -> Served:
                       f"{values.rounds} rounds can be done; more clients must join.", highlight=False)
     announced = options.task == "classification" and not options.labels
     federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
-                         options.seed)
+                         options.seed, run_id=run_id)
     out = claim_folder(options.out, options.strategy)
-    setup = Setup(
-        run_id=federation.plan.run_id, fedlora_version=fedlora.__version__, strategy=options.strategy,
-        private=options.privacy == "required", model=base.reference, task=options.task, labels=options.labels or (),
-        announce_labels=announced, max_length=options.max_length, rounds=values.rounds, max_participations=most,
-        local_steps=values.local_steps, expected_batch=values.batch_size, clip_norm=values.clip_norm,
-        wire_dtype=options.wire_dtype)
+    setup = Setup.of(federation.plan, announce_labels=announced)
     stop = threading.Event()
     display = Display(console, f"{options.strategy}, {base.reference.name}")
     try:
-        engine = GrpcEngine(options.address, setup, out / "spool", insecure=options.insecure,
-                            notify=lambda event: _tell(display, event))
+        engine = (listen or _grpc(options))(setup, out / "spool", lambda event: _tell(display, event))
     except ValueError:
         _release(out)
         raise
@@ -100,13 +102,19 @@ def serve(options: Namespace, console: Console) -> Served:
     return Served(out, result)
 
 
+def _grpc(options: Namespace) -> Listen:
+    return lambda setup, spool, notify: GrpcEngine(options.address, setup, spool, insecure=options.insecure,
+                                                   notify=notify)
+
+
 def _release(out: Path) -> None:
     """Take an empty --out away, so that the same command can be given again."""
     with suppress(OSError):
         out.rmdir()
 
 
-def _freeze_labels(engine: GrpcEngine, options: Namespace, display: Display, stop: threading.Event) -> tuple[str, ...]:
+def _freeze_labels(engine: RosterEngine, options: Namespace, display: Display,
+                   stop: threading.Event) -> tuple[str, ...]:
     """The union of the label names that the first --min-clients clients announced."""
     told = -1
     while len(ready := [m for m in engine.members() if m.ready_at is not None]) < options.min_clients:

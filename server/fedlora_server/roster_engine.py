@@ -21,13 +21,16 @@ from .roster import Event, Member, Order, Roster
 
 
 class RosterEngine(Engine):
-    """An engine whose clients join by name and take a seat in a `Roster`.
+    """An engine whose clients join by name and take a seat in a `Roster`. It serves from the moment it is made.
 
     Args:
         setup: told to every client that joins.
-        spool: folder for uploads that wait to be aggregated; made if absent.
+        spool: folder for uploads that wait to be aggregated.
         notify: called with each `Event`, from any thread; it must be quick.
     """
+
+    address: str
+    """Where clients find it, for the operator."""
 
     def __init__(self, setup: Setup, spool: Path, notify: Callable[[Event], None]) -> None:
         self._spool = spool

@@ -1,11 +1,16 @@
 """Round plans and uploads as Flower messages. Every private name of Flower that FedLoRA uses is used in this file.
 
 Flower 1.41 makes a `Message` only where `TaskIdentity` is set, and leaves the message id to its own SuperLink. Our
-engines are neither, so `assume_identity` and `assign_id` fill both in. A test fails loudly if Flower moves them.
+own engines are neither, so `assume_identity` and `assign_id` fill both in. A test fails loudly if Flower moves them.
 
     server → client   one ArrayRecord "arrays", one ConfigRecord "config": the fields of `RoundPlan`
     client → server   one ArrayRecord "arrays", one ConfigRecord "config": `UPLOAD_KEY`,
                       one MetricRecord "metrics": keys of `UPLOAD_METRICS`; or an Error whose reason is a refusal code
+
+Where the clients are SuperNodes, each is asked to join before its first order, with the same frames as over gRPC:
+
+    server → client   one ConfigRecord "config": `WELCOME_KEY`, a ServerFrame with the Welcome
+    client → server   one ConfigRecord "config": `JOIN_KEYS`, two ClientFrames with the Join and the Ready; or an Error
 
 The arrays are of the plan's wire dtype (`fedlora.wire.dtypes`). The client's half of the mapping is
 `fedlora_client.flower_app`; tests hold the two together.
@@ -16,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode  # private
 from flwr.supercore.task_identity import TaskIdentity  # private
 
 from fedlora.plan import (
@@ -38,7 +44,9 @@ UPLOAD_KEY: Mapping[str, type] = {"run_id": str, "round": int, "attempt": int}
 REFUSED = 100
 """Flower error code of a refusal; Flower's own codes are below 10."""
 
-TRAIN = MessageType.TRAIN
+TRAIN, JOIN = MessageType.TRAIN, MessageType.QUERY
+
+WELCOME_KEY, JOIN_KEYS = "welcome", ("join", "ready")
 
 NUMPY = "numpy.ndarray"
 """How Flower names the serialisation of an array in the .npy format."""
@@ -118,6 +126,32 @@ def reply(answer: Upload | Refusal, to: Message, wire_dtype: str = "fp32") -> Me
     return Message(content, reply_to=to)
 
 
+def join_message(welcome: bytes, node_id: int) -> Message:
+    """The question who a node is, with what it must know to decide whether it takes part."""
+    content = RecordDict({"config": ConfigRecord({WELCOME_KEY: welcome})})
+    return Message(content=content, dst_node_id=node_id, message_type=JOIN, group_id="join")
+
+
+def read_join_reply(message: Message) -> tuple[bytes, bytes] | Refusal:
+    """The frames with the Join and the Ready, not yet parsed, or why the node will not take part.
+
+    Raises:
+        ValueError: anything but an error, or one ConfigRecord with the two.
+    """
+    if message.has_error():
+        return _refusal(message.error)
+    [config] = _records(message.content, ConfigRecord)
+    if set(config) != set(JOIN_KEYS) or not all(type(frame) is bytes for frame in config.values()):
+        raise ValueError(f"the reply to a welcome must hold exactly the frames {', '.join(JOIN_KEYS)}")
+    join, ready = (config[key] for key in JOIN_KEYS)
+    return join, ready  # type: ignore[return-value]
+
+
+def is_undelivered(message: Message) -> bool:
+    """Whether a reply is the SuperLink's own word that the node is gone."""
+    return message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE
+
+
 def read_reply(message: Message, wire_dtype: str = "fp32") -> Upload | Refusal:
     """What a client answered; inverse of `reply`. The tensors are not yet checked against any layout.
 
@@ -127,9 +161,7 @@ def read_reply(message: Message, wire_dtype: str = "fp32") -> Upload | Refusal:
         ValueError: anything but an error, or one record of each kind with the keys that an upload has.
     """
     if message.has_error():
-        code, _, detail = (message.error.reason or "").partition(": ")
-        known = message.error.code == REFUSED and code in REFUSALS
-        return Refusal(code, detail) if known else Refusal("unavailable")
+        return _refusal(message.error)
     try:
         arrays, config, metrics = _records(message.content, ArrayRecord, ConfigRecord, MetricRecord)
     except ValueError as error:
@@ -141,6 +173,12 @@ def read_reply(message: Message, wire_dtype: str = "fp32") -> Upload | Refusal:
     if type(metrics.get("steps")) is not int or any(isinstance(value, list) for value in metrics.values()):
         raise ValueError("a reply's metrics must be single numbers, among them the whole number of steps")
     return Upload(tensors=to_tensors(arrays, wire_dtype), **config, **metrics)
+
+
+def _refusal(error: Error) -> Refusal:
+    code, _, detail = (error.reason or "").partition(": ")
+    known = error.code == REFUSED and code in REFUSALS
+    return Refusal(code, detail) if known else Refusal("unavailable")
 
 
 def _records(content: RecordDict, *kinds: type) -> list:

@@ -1,0 +1,80 @@
+"""fedlora-client where Flower's SuperNode holds the connection: each message is answered by a process of its own.
+
+Nothing stays in memory between two messages: policy, ledger and state are opened, the data is read and checked, and
+the model loaded, each time anew. The charges, the frozen tensors, the last upload and what was announced or refused
+are on the disk, where fedlora-client has them too. A SuperNode answers every run that its SuperLink submits; what
+bounds them all together is the data set's lifetime budget.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from argparse import Namespace
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from fedlora.plan import Refusal, Refused, RoundPlan, Tensors, Upload
+from fedlora.wire import Setup
+
+from .cli import set_environment
+
+if TYPE_CHECKING:
+    from .app import Part
+
+log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+
+class SuperNodeClient:
+    """Answers messages; made for each of them.
+
+    Args:
+        options: of fedlora-client. --server is not called, only held against the policy and named in reports.
+
+    Attributes:
+        name: this client's at the server.
+        private: whether it trains under differential privacy.
+    """
+
+    def __init__(self, options: Namespace) -> None:
+        self._options = options
+        self.name: str = options.name or socket.gethostname()
+        self.private: bool = options.epsilon != float("inf")
+
+    def join(self, setup: Setup) -> tuple[str, ...] | Refusal:
+        """Read the data and check it against what the server proposes; the label names that are disclosed, or why
+        this client will not take part."""
+        return self._take_part(setup, lambda part: part.announced)
+
+    def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
+        """Train once for `plan`, as `ClientSession.run_round` does, and bring the run's privacy report up to date."""
+
+        def train(part: Part) -> Upload | Refusal:
+            answer = part.answer(plan, tensors)
+            part.report(plan, answer)
+            part.leave_report()
+            return answer
+
+        return self._take_part(Setup.of(plan.run), train)
+
+    def _take_part(self, setup: Setup, act: Callable[[Part], Answer]) -> Answer | Refusal:
+        """What `act` does with this client's part in the run. What goes wrong is told here, and to the server only
+        what a refusal says."""
+        set_environment(self._options)
+        from rich.console import Console
+
+        from .app import DataHolder, Part
+
+        try:
+            holder = DataHolder.of(self._options, Console(stderr=True))
+            try:
+                return act(Part(holder, setup))
+            finally:
+                holder.close()
+        except Refused as refused:
+            log.error("%s", refused)
+            return refused.refusal
+        except (ValueError, MemoryError, OSError) as error:
+            log.error("%s", error)
+            return Refusal("unavailable")

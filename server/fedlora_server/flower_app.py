@@ -1,0 +1,35 @@
+"""fedlora-server as a Flower ServerApp: the same run, with the SuperNodes of a SuperLink as its clients.
+
+Its run configuration is made of the options of fedlora-server; paths are those of the SuperLink's machine.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
+
+from fedlora.options import SERVER, options_from
+
+from .app import serve
+from .superlink_engine import SuperLinkEngine
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation; whatever keeps it from its last round fails Flower's run.
+
+    Raises:
+        ValueError: an option is wrong, or does not fit the others, the model or the data.
+        RuntimeError: the run ended early. What was finished is in --out.
+    """
+    options = options_from(context.run_config, SERVER, "--run-config")
+    served = serve(options, Console(stderr=True), listen=partial(SuperLinkEngine, grid),
+                   run_id=f"{context.run_id:016x}")
+    if served.result is None or served.result.ended != "finished":
+        raise RuntimeError(f"the run ended early: {served.result.ended if served.result else 'stopped'}; what was "
+                           f"finished is in {served.out}")

@@ -1,0 +1,204 @@
+"""The SuperLink engine: the clients are Flower SuperNodes, reached through the Grid of a ServerApp.
+
+Flower knows nodes by numbers of its own and carries messages. Who a node is and which of its answers count is decided
+as over gRPC, by the same roster and the same checks: each node that appears is asked to join, and is known by its name
+from then on, so that uploads are averaged in the same order whatever numbers Flower gives.
+
+One thread speaks with the SuperLink, over HTTP: it looks every second who is there and what was answered. Flower
+cannot tell a node to stop; what comes for a cancelled order is dropped, and the node counts as busy until then.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedlora import wire
+from fedlora.adapters import AdapterLayout
+from fedlora.plan import Refusal, Refused, Upload
+from fedlora.wire import Key, Setup, pb
+from fedlora_strategies.messages import is_undelivered, join_message, read_join_reply, read_reply, train_message
+
+from .engine import Outcome
+from .roster import Event, Order, Stored
+from .roster_engine import RosterEngine
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+"""SuperNodes themselves ask for messages every 3 s."""
+REPLIES_AT_ONCE = 8
+"""So many uploads are in memory at most."""
+
+
+class _Node:
+    """A SuperNode as the roster's `Stream`. `name` is empty until it has joined."""
+
+    def __init__(self, flower_id: int, outgoing: SimpleQueue[tuple[_Node, Order]]) -> None:
+        self.flower_id = flower_id
+        self.name, self.process = "", b""
+        self.cancelled: Key | None = None
+        self._outgoing = outgoing
+
+    def ask(self, order: Order) -> None:
+        self._outgoing.put((self, order))
+
+    def cancel(self, key: Key) -> None:
+        """Takes effect if the order has not been sent yet; Flower has no message to stop a node."""
+        self.cancelled = key
+
+    def close(self) -> None:
+        """There is no connection."""
+
+
+class SuperLinkEngine(RosterEngine):
+    """Looks for nodes from the moment it is made, until `close`.
+
+    Args:
+        grid: of the ServerApp; used by this engine alone.
+        setup: what each node is told when it is asked to join; `run_id` is the plan's, not Flower's.
+        spool: folder for uploads that wait to be aggregated; made if absent, emptied of them at the end.
+        notify: called with each `Event`, from any thread; it must be quick.
+    """
+
+    address = "Flower's SuperLink"
+
+    def __init__(self, grid: Grid, setup: Setup, spool: Path, notify: Callable[[Event], None]) -> None:
+        super().__init__(setup, spool, notify)
+        self._grid, self._notify, self._wire_dtype = grid, notify, setup.wire_dtype
+        self._layout: AdapterLayout | None = None
+        self._nodes: dict[int, _Node] = {}
+        self._outgoing: SimpleQueue[tuple[_Node, Order]] = SimpleQueue()
+        self._asked: dict[str, tuple[_Node, Key | None]] = {}  # by Flower's message id; no key: asked to join
+        self._failure: Exception | None = None
+        self._closed = threading.Event()
+        spool.mkdir(parents=True, exist_ok=True)
+        self._thread = threading.Thread(target=self._keep_looking, name="fedlora-superlink", daemon=True)
+        self._thread.start()
+
+    def expect(self, layout: AdapterLayout) -> None:
+        super().expect(layout)
+        self._layout = layout
+
+    def wait(self, message_ids: Iterable[str], timeout_s: float) -> dict[str, Outcome]:
+        if self._failure is not None:
+            raise RuntimeError("the SuperLink cannot be used any more; checkpoint.safetensors holds the last finished "
+                               "round") from self._failure
+        return super().wait(message_ids, timeout_s)
+
+    def close(self, reason: str) -> None:
+        self._closed.set()
+        self._thread.join()
+        self._clear_spool()
+
+    # The engine's thread.
+
+    def _keep_looking(self) -> None:
+        try:
+            while not self._closed.is_set():
+                self._meet(set(self._grid.get_node_ids()))
+                self._send()
+                self._collect()
+                self._closed.wait(LOOK_EVERY_S)
+        except Exception as error:
+            self._failure = error
+
+    def _meet(self, present: set[int]) -> None:
+        """Ask those to join that appeared, and give up those that are gone."""
+        for flower_id in self._nodes.keys() - present:
+            self._lose(self._nodes[flower_id])
+        for flower_id in sorted(present - self._nodes.keys()):
+            node = self._nodes[flower_id] = _Node(flower_id, self._outgoing)
+            welcome = pb.ServerFrame(welcome=wire.setup_to_wire(self._roster.setup)).SerializeToString()
+            self._post(node, None, join_message(welcome, flower_id))
+
+    def _lose(self, node: _Node) -> None:
+        del self._nodes[node.flower_id]
+        self._asked = {id: asked for id, asked in self._asked.items() if asked[0] is not node}
+        self._roster.gone(node)
+
+    def _send(self) -> None:
+        while True:
+            try:
+                node, order = self._outgoing.get_nowait()
+            except Empty:
+                return
+            if order.plan.key == node.cancelled:
+                self._roster.answered(node, order.plan.key, Refusal("too-late"))
+            elif self._nodes.get(node.flower_id) is node:
+                arrays = order.message.content["arrays"]
+                self._roster.count(node, down=wire.size_of(wire.shapes_of(order.tensors), self._wire_dtype))
+                self._post(node, order.plan.key, train_message(order.plan, arrays, node.flower_id))  # type: ignore[arg-type]
+
+    def _post(self, node: _Node, key: Key | None, message: Message) -> None:
+        [message_id] = self._grid.push_messages([message])
+        self._asked[message_id] = node, key
+
+    def _collect(self) -> None:
+        waiting = list(self._asked)
+        for start in range(0, len(waiting), REPLIES_AT_ONCE):
+            for reply in self._grid.pull_messages(waiting[start:start + REPLIES_AT_ONCE]):
+                node, key = self._asked.pop(reply.metadata.reply_to_message_id, (None, None))
+                if node is None:
+                    continue
+                if is_undelivered(reply):
+                    self._lose(node)
+                elif key is None:
+                    self._on_join(node, reply)
+                else:
+                    self._on_answer(node, key, reply)
+
+    def _on_join(self, node: _Node, reply: Message) -> None:
+        """Give the node its name's seat; one that is turned away is not asked again until it reconnects."""
+        try:
+            answer = read_join_reply(reply)
+            if isinstance(answer, Refusal):
+                raise Refused(answer.code, wire.clean(answer.detail))
+            join, ready = (wire.parse(pb.ClientFrame, frame) for frame in answer)
+            self._roster.join(node, join.join)
+            self._roster.ready(node, wire.labels_from_wire(ready.ready.labels), None)
+        except Refused as refused:
+            self._notify(Event("declined", node.name or f"SuperNode {node.flower_id}", str(refused.refusal)))
+        except ValueError as error:
+            self._roster.gone(node)
+            self._notify(Event("refused", f"SuperNode {node.flower_id}", str(error)))
+
+    def _on_answer(self, node: _Node, key: Key, reply: Message) -> None:
+        answer: Stored | Refusal
+        try:
+            read = read_reply(reply, self._wire_dtype)
+            answer = read if isinstance(read, Refusal) else self._store(node, key, read)
+        except Refused as refused:
+            answer = refused.refusal
+        except ValueError as error:
+            answer = Refusal("invalid-tensors", wire.clean(str(error)))
+        if self._roster.answered(node, key, answer) is not None and isinstance(answer, Stored):
+            answer.path.unlink()
+
+    def _store(self, node: _Node, key: Key, upload: Upload) -> Stored:
+        """Check an upload as the gRPC service does and put it into the spool.
+
+        Raises:
+            Refused, ValueError: it does not fit the order, the layout or the run's privacy.
+        """
+        if (upload.run_id, upload.round, upload.attempt) != key:
+            raise ValueError(f"the upload is for round {upload.round}, attempt {upload.attempt} of run "
+                             f"{upload.run_id}; {key} was ordered")
+        self._roster.expected(node, key)
+        assert self._layout is not None
+        self._layout.check(upload.tensors, "trained")
+        metrics = wire.metrics_from_wire(wire.upload_to_wire(upload), private=self._roster.setup.private)
+        shapes = wire.shapes_of(upload.tensors)
+        self._roster.count(node, up=wire.size_of(shapes, self._wire_dtype))
+        arrays = wire.packed(upload.tensors, self._wire_dtype)
+        with tempfile.NamedTemporaryFile(dir=self._spool, suffix=".upload", delete=False) as file:
+            for name in shapes:
+                file.write(arrays[name].tobytes())
+        return Stored(Path(file.name), shapes, metrics)
