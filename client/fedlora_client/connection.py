@@ -25,7 +25,7 @@ import numpy as np
 import fedlora
 from fedlora import wire
 from fedlora.plan import PROTOCOL, Refusal, Refused, RoundPlan, Tensors, Upload
-from fedlora.wire import Incoming, Key, Setup, WireError, pb
+from fedlora.wire import Incoming, Key, Repeats, Setup, WireError, pb
 
 FRAME_PREFIX_BYTES = 5
 LEAVE_TIMEOUT_S = 2.0
@@ -59,6 +59,7 @@ class _Stream:
         self.last_frame_at = time.monotonic()
         self.plan: RoundPlan | None = None  # of the task that is coming in
         self.incoming: Incoming | None = None
+        self.sent, self.received = Repeats(), Repeats()
         self.tensors: dict[str, np.ndarray] = {}
 
     def send(self, frame: pb.ClientFrame) -> None:
@@ -316,21 +317,21 @@ class Connection:
         stream.send(pb.ClientFrame(ready=pb.Ready(labels=self._labels or (), working=working)))
         stream.is_ready = True
         if self._answer is not None:
-            stream.outgoing.put(self._answer_frames(*self._answer))
+            stream.outgoing.put(self._answer_frames(stream, *self._answer))
 
     def _give(self, key: Key, answer: Upload | Refusal) -> None:
         """Answer over this stream, or the next; under the lock."""
         self._answer = key, answer
         if self._stream.is_ready:
-            self._stream.outgoing.put(self._answer_frames(key, answer))
+            self._stream.outgoing.put(self._answer_frames(self._stream, key, answer))
 
-    def _answer_frames(self, key: Key, answer: Upload | Refusal) -> Iterator[bytes]:
+    def _answer_frames(self, stream: _Stream, key: Key, answer: Upload | Refusal) -> Iterator[bytes]:
         if isinstance(answer, Refusal):
             declined = pb.Declined(key=wire.key_to_wire(key), refusal=wire.refusal_to_wire(answer))
             yield pb.ClientFrame(declined=declined).SerializeToString()
             return
         assert self._setup is not None
-        yield pb.ClientFrame(upload=wire.upload_to_wire(answer)).SerializeToString()
+        yield pb.ClientFrame(upload=stream.sent.shorten(wire.upload_to_wire(answer))).SerializeToString()
         for frame in wire.tensor_frames(wire.packed(answer.tensors, self._setup.wire_dtype)):
             if self._acks.get(key) is not None:  # refused while under way
                 break
@@ -340,6 +341,7 @@ class Connection:
         yield pb.ClientFrame(end=pb.End()).SerializeToString()
 
     def _on_task(self, stream: _Stream, task: pb.Task) -> None:
+        task = stream.received.restore(task)
         plan, shapes = wire.plan_from_wire(task), wire.shapes_from(task.tensors)
         assert self._setup is not None
         if not stream.is_ready or plan.run.run_id != self._setup.run_id:

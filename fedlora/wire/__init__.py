@@ -4,6 +4,7 @@ from . import fedlora_pb2 as pb
 from .codec import (
     SERVICE,
     Key,
+    Repeats,
     Setup,
     check_name,
     chunk_of,
@@ -50,6 +51,7 @@ __all__ = [
     "STALL_TIMEOUT_S",
     "Incoming",
     "Key",
+    "Repeats",
     "Setup",
     "Shapes",
     "WireError",

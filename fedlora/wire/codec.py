@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -38,6 +38,7 @@ SERVICE = "/fedlora.Federation/Session"
 MAX_NAME, MAX_TEXT = 64, 2000
 Key = tuple[str, int, int]
 Frame = TypeVar("Frame", pb.ClientFrame, pb.ServerFrame)
+Headed = TypeVar("Headed", pb.Task, pb.Upload)
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,47 @@ def plan_from_wire(task: pb.Task) -> RoundPlan:
         return RoundPlan(run=run, round=task.round, attempt=task.attempt, shared_sha256=task.shared_sha256)
     except ValueError as error:
         raise WireError(f"the round's plan is not valid: {error}") from None
+
+
+REPEATED = ("run", "shared_sha256", "tensors")
+"""Fields of a Task or an Upload that are left out where they are those of the last one on the same stream."""
+
+
+class Repeats:
+    """What either end of a stream remembers of the last Task, or Upload, so that what stays the same travels once.
+
+    Names, shapes and the plan would outweigh a small adapter. A stream is ordered and ends when it breaks, so that
+    both ends remember the same.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, Any] = {}
+
+    def shorten(self, message: Headed) -> Headed:
+        """The message to send, without what the last one said."""
+        short = type(message)()
+        short.CopyFrom(message)
+        for name, value in self._news(message).items():
+            if self._last.get(name) == value:
+                short.ClearField(name)  # type: ignore[arg-type]
+            self._last[name] = value
+        return short
+
+    def restore(self, message: Headed) -> Headed:
+        """The whole message that was shortened. What was never said stays absent, for other checks to refuse."""
+        whole = type(message)()
+        whole.CopyFrom(message)
+        said = self._news(message)
+        for name in self._last.keys() - said.keys():
+            if name in ("run", "tensors"):
+                getattr(whole, name).MergeFrom(self._last[name])
+            else:
+                setattr(whole, name, self._last[name])
+        self._last |= said
+        return whole
+
+    def _news(self, message: Headed) -> dict[str, Any]:
+        return {field.name: value for field, value in message.ListFields() if field.name in REPEATED}
 
 
 def upload_to_wire(upload: Upload) -> pb.Upload:

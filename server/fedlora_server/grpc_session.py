@@ -19,7 +19,7 @@ import grpc
 
 from fedlora import wire
 from fedlora.plan import Refusal, Refused
-from fedlora.wire import Incoming, Key, Shapes, WireError, pb
+from fedlora.wire import Incoming, Key, Repeats, Shapes, WireError, pb
 
 from .roster import Order, Roster, Stored
 
@@ -77,6 +77,7 @@ class GrpcSession:
         self._roster, self._context, self._trained, self._spool = roster, context, trained, spool
         self._outgoing: SimpleQueue[Iterable[bytes] | None] = SimpleQueue()
         self._failure: tuple[grpc.StatusCode, str] | None = None
+        self._sent, self._received = Repeats(), Repeats()
         self._upload: _Upload | None = None
         self._drained_bytes = 0
         self._left = False
@@ -86,7 +87,7 @@ class GrpcSession:
         self._outgoing.put(frames)
 
     def ask(self, order: Order) -> None:
-        self.send(order.frames())
+        self.send(order.frames(self._sent))
 
     def cancel(self, key: Key) -> None:
         self.send([pb.ServerFrame(cancel=wire.key_to_wire(key)).SerializeToString()])
@@ -177,6 +178,7 @@ class GrpcSession:
             self.send([pb.ServerFrame(welcome=wire.setup_to_wire(self._roster.setup)).SerializeToString()])
 
     def _on_upload(self, upload: pb.Upload) -> None:
+        upload = self._received.restore(upload)
         key, shapes = wire.key_from_wire(upload.key), wire.shapes_from(upload.tensors)
         metrics: dict[str, int | float] = {}
         refusal, folder = None, None

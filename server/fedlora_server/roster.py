@@ -17,7 +17,7 @@ from flwr.app import Message
 
 from fedlora import wire
 from fedlora.plan import PROTOCOL, Refusal, Refused, RoundPlan, Tensors
-from fedlora.wire import Key, Setup, Shapes, pb
+from fedlora.wire import Key, Repeats, Setup, Shapes, pb
 
 from .engine import Outcome, node_id
 
@@ -75,8 +75,9 @@ class Order:
     outcome: Outcome | None = None
     stored: Stored | None = None
 
-    def frames(self) -> Iterator[bytes]:
-        task = wire.task_to_wire(self.plan, wire.shapes_of(self.tensors))
+    def frames(self, sent: Repeats) -> Iterator[bytes]:
+        """To be sent on the stream on which `sent` was sent before."""
+        task = sent.shorten(wire.task_to_wire(self.plan, wire.shapes_of(self.tensors)))
         yield pb.ServerFrame(task=task).SerializeToString()
         yield from wire.tensor_frames(self.tensors)
 

@@ -25,6 +25,8 @@ RUN = RunPlan(
     local_steps=2, expected_batch=32, optimizer="adamw", lr=0.01, clip_norm=1.0, adapter_scale=1.0, head_scale=0.5,
     weight_by_examples=False)
 
+KEY = pb.Key(run_id=RUN.run_id, round=1, attempt=0)
+
 shapes_strategy = st.dictionaries(st.text(min_size=1, max_size=8),
                                   st.lists(st.integers(1, 40), max_size=3).map(tuple), max_size=6)
 
@@ -71,6 +73,27 @@ def test_a_round_plan_survives_the_wire():
     task = pb.Task.FromString(data)
     assert wire.plan_from_wire(task) == plan
     assert wire.shapes_from(task.tensors) == {"x": (2, 3)}
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "b"]), st.sampled_from([{"x": (2, 3)}, {"x": (2, 3), "y": (1,)}])),
+                max_size=6), st.integers(1, 9))
+def test_what_a_stream_said_before_is_left_out_and_the_other_end_knows_it(orders, first):
+    sent, received = wire.Repeats(), wire.Repeats()
+    before = None
+    for number, (digit, shapes) in enumerate(orders, start=first):
+        task = wire.task_to_wire(RoundPlan(RUN, number, 0, 64 * digit), shapes)
+        short = sent.shorten(task)
+        assert received.restore(pb.Task.FromString(short.SerializeToString())) == task
+        assert short.HasField("run") == (before is None)
+        assert (len(short.SerializeToString()) < 10) == (before == (digit, shapes))
+        before = digit, shapes
+
+
+def test_a_stream_that_leaves_out_what_it_never_said_is_refused():
+    with pytest.raises(WireError):
+        wire.plan_from_wire(wire.Repeats().restore(pb.Task(round=1)))
+    with pytest.raises(Refused, match="missing"):
+        wire.check_shapes(wire.shapes_from(wire.Repeats().restore(pb.Upload(key=KEY, steps=1)).tensors), {"a": (3,)})
 
 
 def test_a_setup_survives_the_wire():

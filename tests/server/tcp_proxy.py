@@ -8,12 +8,13 @@ import threading
 
 
 class TcpProxy:
-    """Forwards to `target` (host:port) from `address`."""
+    """Forwards to `target` (host:port) from `address`, and counts `bytes_up` and `bytes_down`."""
 
     def __init__(self, target: str) -> None:
         self._target = target.rpartition(":")[0], int(target.rpartition(":")[2])
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._open, self._mute = True, False
+        self.bytes_up = self.bytes_down = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -50,6 +51,10 @@ class TcpProxy:
     def _forward(self, source: socket.socket, sink: socket.socket, down: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
+                if down:
+                    self.bytes_down += len(data)
+                else:
+                    self.bytes_up += len(data)
                 if not (down and self._mute):
                     sink.sendall(data)
         for end in (source, sink):

@@ -1,0 +1,78 @@
+"""What a round costs on a real connection: the values of the communication table, and hardly a byte more."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from fedlora.plan import WIRE_DTYPES, Upload
+from fedlora_client.connection import Connection, Goodbye
+from fedlora_server.cohort import RoundOptions
+from fedlora_server.grpc_engine import GrpcEngine
+from fedlora_server.observer import Observer
+from fedlora_server.rounds import run_federation
+from fedlora_strategies import STRATEGY_CLASSES
+from tests.federation import layout_of, plan_of
+from tests.server.federated_clients import setup_of
+from tests.server.tcp_proxy import TcpProxy
+
+MINILM = tuple(f"bert.encoder.layer.{i}.attention.self.{part}" for i in range(6) for part in ("query", "value"))
+RANK = {"fed-sb": 32}
+ROUNDS = 5
+HTTP2_BYTES = 400
+"""Most of a round's pings, window updates and frame headers, whatever the adapter's size."""
+
+
+class Meter(Observer):
+    """Bytes that went through the proxy until each round's end."""
+
+    def __init__(self, proxy):
+        self.proxy, self.seen = proxy, []
+
+    def finished(self, record):
+        self.seen.append((self.proxy.bytes_up, self.proxy.bytes_down))
+
+    def per_round(self):
+        """(up, down) of the rounds after the first, in which frozen tensors, names and the plan travel once."""
+        return [(last - first) / (ROUNDS - 1) for first, last in zip(self.seen[0], self.seen[-1], strict=True)]
+
+
+def serve(address, layout):
+    connection = Connection(address, "north", private=False, connect_timeout_s=20.0)
+    generator = np.random.default_rng(0)
+    tensors = {spec.name: generator.standard_normal(spec.shape, dtype=np.float32) for spec in layout.trained}
+    try:
+        connection.join()
+        connection.ready()
+        while True:
+            plan, _ = connection.next_task()
+            connection.send(Upload(*plan.key, tensors=tensors, steps=1, num_examples=1))
+    except Goodbye:
+        pass
+
+
+@pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("strategy", sorted(STRATEGY_CLASSES))
+def test_a_round_moves_one_per_cent_more_bytes_than_its_values_at_most(strategy, wire_dtype, tmp_path):
+    plan = plan_of(strategy, rounds=ROUNDS, max_participations=ROUNDS, wire_dtype=wire_dtype)
+    layout = layout_of(plan.family, rank=RANK.get(strategy, 8), modules=MINILM, head=False, rows=384, columns=384)
+    start = {spec.name: np.ones(spec.shape, np.float32) for spec in layout.state}
+    engine, server_step = GrpcEngine("127.0.0.1:0", setup_of(plan), tmp_path), STRATEGY_CLASSES[strategy](plan, layout)
+    engine.expect(layout)
+    proxy = TcpProxy(engine.address)
+    meter = Meter(proxy)
+    client = threading.Thread(target=serve, args=(proxy.address, layout), daemon=True)
+    client.start()
+    try:
+        result = run_federation(engine, server_step, plan, start, RoundOptions(seed=0), observer=meter)
+    finally:
+        engine.close("the test is over")
+    client.join(10.0)
+    assert result.ended == "finished"
+    width = {"fp32": 4, "bf16": 2}[wire_dtype]
+    counted = [(sum(r.bytes_up for r in result.records[1:]), server_step.traffic.up),
+               (sum(r.bytes_down for r in result.records[1:]), server_step.traffic.down)]
+    for (total, values), on_tcp in zip(counted, meter.per_round(), strict=True):
+        per_round = total / (ROUNDS - 1)
+        assert width * values < per_round <= 1.01 * width * values
+        assert per_round <= on_tcp <= 1.001 * per_round + HTTP2_BYTES
