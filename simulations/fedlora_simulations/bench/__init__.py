@@ -102,7 +102,7 @@ def _measure(options: argparse.Namespace) -> int:
     chosen = load_figures(titles if options.command == "all" else [options.command])
     if options.out is not None and not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
-    console, progress = Console(), Console(stderr=True)
+    console, progress = _console(), Console(stderr=True)
     failed = False
     with TemporaryDirectory(prefix="fedlora-bench-") as folder:
         settings = _settings(options, Path(folder))
@@ -137,6 +137,11 @@ def _measure(options: argparse.Namespace) -> int:
     return int(failed)
 
 
+def _console() -> Console:
+    """Wide enough for the tables where nothing says how wide it is."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
 def _settings(options: argparse.Namespace, folder: Path) -> Settings:
     data = options.data
     if data is None:
@@ -154,7 +159,7 @@ def _show(console: Console, title: str, rows: Sequence[Row], error: str | None, 
                   padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     for name in names:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for row in rows:
         cells = [_cell(row.values[name], targets) if name in row.values else "" for name in names]
         table.add_row(row.case + (f"\n[dim]{row.note}[/dim]" if row.note else ""), *cells)
@@ -193,7 +198,7 @@ def _compare(options: argparse.Namespace) -> int:
         print(json.dumps([{"figure": c.figure, "case": c.case, "ratio": c.name, "verdict": c.verdict,
                            "old": c.old and c.old.median, "new": c.new and c.new.median} for c in changes], indent=1))
         return int(worse > 0)
-    console = Console()
+    console = _console()
     console.print(comparison(changes))
     for key in ("machine", "settings", "versions"):
         if old[key] != new[key]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+import fedlora
 from fedlora.adapters import FAMILIES, AdapterLayout, TensorSpec
 from fedlora.plan import ModelRef, RoundPlan, RunPlan, Tensors, Upload
 
@@ -19,7 +20,7 @@ SEVEN_B = {"layers": 32, "width": 4096}
 def plan(strategy: str, family: str, **changes: Any) -> RunPlan:
     """A plan of one round of one SGD step; `changes` replace its fields."""
     values = dict(
-        run_id="0" * 16, fedlora_version="bench", strategy=strategy, family=family, private=True,
+        run_id="0" * 16, fedlora_version=fedlora.__version__, strategy=strategy, family=family, private=True,
         model=ModelRef("local", "0" * 64, "0" * 64, "0" * 64), task="classification", labels=("no", "yes"),
         max_length=64, rank=8, alpha=8.0, targets=("q", "v"), train_head=True, dropout=0.0, rounds=1,
         max_participations=1, local_steps=1, expected_batch=32, optimizer="sgd", lr=1e-3, clip_norm=1.0,

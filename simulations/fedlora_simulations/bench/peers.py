@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from opacus import GradSampleModule
+from opacus import GradSampleModule, PrivacyEngine
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from .subjects import Subject
 
@@ -55,3 +57,47 @@ def opacus_step(subject: Subject, mode: str) -> Callable[[int], None]:
         optimizer.zero_grad()
 
     return step
+
+
+class PublishedLoop:
+    """A round of private training as published federated code has it: Opacus' engine, made anew each time.
+
+    Args:
+        subject: gives the model, the records and the plan's batch and steps; its own trainer is of no use after.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        warnings.filterwarnings("ignore", message="Secure RNG turned off")
+        self.run, self.records, self.adapted = subject.plan, subject.records, subject.adapted
+        self.device = subject.trainer.device
+        for leaf, _ in self.adapted.trained_leaves():
+            leaf.__class__ = nn.Linear
+        for module in self.adapted.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # as ours: it would cost the loop a little
+        self.adapted.model.train()
+        everything = np.arange(len(self.records))
+        batch = subject.trainer.task.collate(self.records, everything, int(self.records.lengths.max()))
+        self.names = (*batch.inputs(), "labels")
+        self.data = TensorDataset(*batch.inputs().values(), batch.labels)
+
+    def __call__(self, block: int) -> int:
+        """One round of the plan's steps; returns how many records were drawn."""
+        torch.manual_seed(block)
+        parameters = [parameter for _, parameter in self.adapted.trained_parameters()]
+        loader = DataLoader(self.data, batch_size=min(self.run.expected_batch, len(self.data)))
+        module, optimizer, criterion, batches = PrivacyEngine().make_private(
+            module=self.adapted.model, optimizer=torch.optim.SGD(parameters, lr=self.run.lr), data_loader=loader,
+            criterion=nn.CrossEntropyLoss(), noise_multiplier=1.0, max_grad_norm=self.run.clip_norm,
+            grad_sample_mode="ghost")
+        drawn = 0
+        for values in itertools.islice(batches, self.run.local_steps):
+            given = {name: value.to(self.device) for name, value in zip(self.names, values, strict=True)}
+            labels = given.pop("labels")
+            optimizer.zero_grad()
+            criterion(module(**given).logits, labels).backward()
+            optimizer.step()
+            drawn += len(labels)
+        module.to_standard_module()
+        return drawn

@@ -19,7 +19,7 @@ from fedlora.models import LoadedModel, load, reference, resolve
 from fedlora.plan import ModelRef, RunPlan
 from fedlora.privacy import Stream
 from fedlora.tasks import Records, task_for
-from fedlora.training import Trainer
+from fedlora.training import Trainer, TrainResult
 
 from .federations import FAMILY_STRATEGIES, plan
 from .measure import Settings, Unavailable
@@ -37,12 +37,12 @@ class Subject:
     records: Records
     trainer: Trainer
 
-    def train(self, block: int, *, private: bool, sampling_rate: float = 1.0) -> None:
+    def train(self, block: int, *, private: bool, sampling_rate: float = 1.0) -> TrainResult:
         """One round of the plan's steps from whatever the adapter holds; the same draws with and without privacy."""
-        self.trainer.train(self.plan, self.records, sampling_rate=sampling_rate,
-                           noise_multiplier=1.0 if private else None, clip_norm=self.plan.clip_norm,
-                           sampling=Stream.derived(0, "bench", block, "sampling"),
-                           noise=Stream.derived(0, "bench", block, "noise") if private else None)
+        return self.trainer.train(
+            self.plan, self.records, sampling_rate=sampling_rate, noise_multiplier=1.0 if private else None,
+            clip_norm=self.plan.clip_norm, sampling=Stream.derived(0, "bench", block, "sampling"),
+            noise=Stream.derived(0, "bench", block, "noise") if private else None)
 
 
 def settle(device: str) -> Callable[[], object]:

@@ -1,0 +1,147 @@
+"""A gRPC round without training, 1 MB each way, for 2, 32 and 256 client connections, against bare gRPC streams."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
+
+import grpc
+
+from fedlora import wire
+from fedlora.adapters import FAMILIES, AdapterLayout, TensorSpec
+from fedlora.plan import RoundPlan
+from fedlora_server.grpc_engine import GrpcEngine
+from fedlora_strategies.messages import to_record, train_message
+
+from ..federations import plan, tensors
+from ..measure import RATIO, Figure, Row, Settings, Value, interleaved
+
+PROCESSES = 8
+"""At most so many client processes; each holds its share of the connections."""
+
+
+def measure(settings: Settings) -> Iterator[Row]:
+    counts, size = ((1, 2), 1 << 12) if settings.quick else ((2, 32, 256), 1 << 20)
+    least: list[float] = []
+    for clients in counts:
+        with _fedlora(clients, size) as ours, _raw(clients, size) as raw:
+            times = interleaved({"FedLoRA": ours, "raw": raw}, settings.repeats(max(5, 60 // clients)))
+        each = [second / clients for second in times["FedLoRA"].wall]
+        least = least or each
+        reference = Value.of(least, "s").median
+        yield Row(f"{clients} clients", {
+            "round": Value.of([1e3 * second for second in times["FedLoRA"].wall], "ms", better="lower",
+                              target=15.0 if clients == counts[0] else None),
+            "÷ raw gRPC": times["FedLoRA"].over(times["raw"]),
+            f"a client's share ÷ {counts[0]} clients'": Value.of([one / reference for one in each], RATIO,
+                                                                better="lower", target=1.2),
+            "raw": times["raw"].value("ms")})
+
+
+@contextlib.contextmanager
+def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
+    """A round: every client is sent the tensors and sends them back; the replies are read from the spool."""
+    shape = (size // 32, 8)
+    layout = AdapterLayout(FAMILIES["frozen-a"], 8, 1.0, (TensorSpec("layer.B", shape, "adapter"),), ())
+    run = plan("ffa-lora", "frozen-a", private=False)
+    record = to_record(tensors(layout.trained, 0))
+    setup = wire.Setup(announce_labels=False, **{name: getattr(run, name) for name in (
+        "run_id", "fedlora_version", "strategy", "private", "model", "task", "labels", "max_length", "rounds",
+        "max_participations", "local_steps", "expected_batch", "clip_norm")})
+    number = 0
+
+    def round_trip(block: int) -> None:
+        nonlocal number
+        number += 1
+        order = RoundPlan(run, number, 0, wire.digest({}))
+        ids = engine.push_messages(train_message(order, record, node) for node in engine.idle())
+        while len(outcomes := engine.wait(ids, 1.0)) < clients:
+            pass
+        assert set(outcomes.values()) == {"uploaded"}
+        assert sum(1 for _ in engine.pull_messages(ids)) == clients
+        while len(engine.idle()) < clients:
+            engine.wait([], 1.0)
+
+    with TemporaryDirectory(prefix="fedlora-spool-") as spool:
+        engine = GrpcEngine("127.0.0.1:0", setup, Path(spool))
+        engine.expect(layout)
+        with _clients("fedlora", engine.address, clients, size) as processes:
+            while len(engine.idle()) < clients:
+                engine.wait([], 1.0)
+                _check(processes)
+            yield round_trip
+            engine.close("done")
+
+
+@contextlib.contextmanager
+def _raw(clients: int, size: int) -> Iterator[Callable[[int], None]]:
+    """The same over bare gRPC: every client counts the bytes and sends as many back."""
+    arrived: SimpleQueue[None] = SimpleQueue()
+    turns: list[SimpleQueue[bool]] = []
+    data, starts = bytes(size), range(0, size, wire.CHUNK_BYTES)
+
+    def serve(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        mine: SimpleQueue[bool] = SimpleQueue()
+        turns.append(mine)
+        arrived.put(None)
+        while mine.get():
+            for start in starts:
+                yield data[start:start + wire.CHUNK_BYTES]
+            for _ in starts:
+                next(requests)
+            arrived.put(None)
+
+    def round_trip(block: int) -> None:
+        for turn in turns:
+            turn.put(True)
+        for _ in turns:
+            arrived.get()
+
+    server = grpc.server(ThreadPoolExecutor(clients + 8), options=wire.SERVER_OPTIONS)
+    handler = grpc.stream_stream_rpc_method_handler(serve)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("raw", {"Echo": handler}),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    with _clients("raw", address, clients, size) as processes:
+        while len(turns) < clients:
+            time.sleep(0.01)
+            _check(processes)
+        for _ in turns:
+            arrived.get()
+        yield round_trip
+        for turn in turns:
+            turn.put(False)
+    server.stop(0)
+
+
+@contextlib.contextmanager
+def _clients(kind: str, address: str, clients: int, size: int) -> Iterator[list[subprocess.Popen]]:
+    """Processes that hold so many connections together; they end when the server ends their streams."""
+    processes = min(clients, PROCESSES)
+    shares = [clients // processes + (i < clients % processes) for i in range(processes)]
+    module = f"{__package__.rpartition('.')[0]}.grpc_clients"
+    started = [subprocess.Popen([sys.executable, "-m", module, kind, address, str(share), str(size),
+                                 str(sum(shares[:i]))]) for i, share in enumerate(shares)]
+    try:
+        yield started
+        for process in started:
+            process.wait(60)
+    finally:
+        for process in started:
+            process.kill()
+
+
+def _check(processes: list[subprocess.Popen]) -> None:
+    """While clients are waited for: none has given up."""
+    if any(process.poll() is not None for process in processes):
+        raise RuntimeError("a client process ended before the measurement began; what it said is above")
+
+
+FIGURE = Figure(5, measure)

@@ -1,0 +1,67 @@
+"""A process of gRPC clients that train nothing: `python -m … fedlora|raw ADDRESS CLIENTS BYTES FIRST`.
+
+    fedlora  each takes part as fedlora-client does and sends back what it was sent
+    raw      each reads as many bytes as it is to send, then sends them; no schema, no checks, nowhere to put them
+
+Every client has a connection of its own. Flower and torch are not imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+
+import grpc
+
+from fedlora import wire
+from fedlora.plan import Upload
+from fedlora_client.connection import Connection, Goodbye
+
+
+def echo(address: str, name: str, size: int) -> None:
+    """A FedLoRA client, until the server says goodbye."""
+    connection = Connection(address, name, private=False, connect_timeout_s=300.0)
+    try:
+        connection.join()
+        connection.ready()
+        while True:
+            plan, tensors = connection.next_task()
+            connection.send(Upload(*plan.key, tensors=tensors, steps=1))
+    except Goodbye:
+        return
+
+
+def raw(address: str, name: str, size: int) -> None:
+    """A bare stream with the same bytes in the same chunks, until the server ends it."""
+    data, starts = bytes(size), range(0, size, wire.CHUNK_BYTES)
+    turns: SimpleQueue[bool] = SimpleQueue()
+
+    def requests() -> Iterator[bytes]:
+        while turns.get():
+            for start in starts:
+                yield data[start:start + wire.CHUNK_BYTES]
+
+    with grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS) as channel:
+        call = channel.stream_stream("/raw/Echo")(requests(), wait_for_ready=True)
+        for number, _ in enumerate(call, 1):
+            if number % len(starts) == 0:
+                turns.put(True)
+        turns.put(False)
+
+
+def main(kind: str, address: str, clients: str, size: str, first: str) -> None:
+    behaviour: Callable[[str, str, int], None] = {"fedlora": echo, "raw": raw}[kind]
+    threads = [threading.Thread(target=behaviour, args=(address, f"client-{int(first) + i}", int(size)))
+               for i in range(int(clients))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    os._exit(0)  # as fedlora-client does
