@@ -1,4 +1,7 @@
-"""A gRPC round without training, 1 MB each way, for 2, 32 and 256 client connections, against bare gRPC streams."""
+"""A gRPC round without training, for 2, 32 and 256 client connections and 1 MB each way, against bare gRPC streams.
+
+And for one client and 400 MB. Every client has a connection of its own; those of one process share its interpreter.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +24,35 @@ from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import to_record, train_message
 
 from ..federations import plan, tensors
-from ..measure import RATIO, Figure, Row, Settings, Value, interleaved
+from ..measure import RATIO, Figure, Row, Settings, Times, Value, interleaved
 
 PROCESSES = 8
 """At most so many client processes; each holds its share of the connections."""
 
 
 def measure(settings: Settings) -> Iterator[Row]:
-    counts, size = ((1, 2), 1 << 12) if settings.quick else ((2, 32, 256), 1 << 20)
-    least: list[float] = []
+    counts, size, large = ((1, 2), 1 << 12, 1 << 20) if settings.quick else ((2, 32, 256), 1 << 20, 400 << 20)
+    reference = 0.0
     for clients in counts:
-        with _fedlora(clients, size) as ours, _raw(clients, size) as raw:
-            times = interleaved({"FedLoRA": ours, "raw": raw}, settings.repeats(max(5, 60 // clients)))
+        times = _measured(clients, size, settings.repeats(max(5, 60 // clients)))
         each = [second / clients for second in times["FedLoRA"].wall]
-        least = least or each
-        reference = Value.of(least, "s").median
-        yield Row(f"{clients} clients", {
+        reference = reference or Value.of(each, "s").median
+        yield Row(f"{clients} clients, {size / 2**20:.3g} MB", {
             "round": Value.of([1e3 * second for second in times["FedLoRA"].wall], "ms", better="lower",
                               target=15.0 if clients == counts[0] else None),
             "÷ raw gRPC": times["FedLoRA"].over(times["raw"]),
-            f"a client's share ÷ {counts[0]} clients'": Value.of([one / reference for one in each], RATIO,
-                                                                better="lower", target=1.2),
+            "a client's share ÷ the first row's": Value.of([one / reference for one in each], RATIO, better="lower",
+                                                           target=1.2),
             "raw": times["raw"].value("ms")})
+    times = _measured(1, large, settings.repeats(5))
+    yield Row(f"1 client, {large >> 20} MB", {
+        "round": times["FedLoRA"].value("ms"), "÷ raw gRPC": times["FedLoRA"].over(times["raw"], target=2.0),
+        "raw": times["raw"].value("ms")})
+
+
+def _measured(clients: int, size: int, repeats: int) -> dict[str, Times]:
+    with _fedlora(clients, size) as ours, _raw(clients, size) as raw:
+        return interleaved({"FedLoRA": ours, "raw": raw}, repeats)
 
 
 @contextlib.contextmanager
