@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from fedlora.adapters import AdaptedModel, attach, automatic_targets, initial_te
 from fedlora.data import Rows, read
 from fedlora.models import LoadedModel, load, reference, resolve
 from fedlora.plan import ModelRef, RunPlan
-from fedlora.privacy import Stream
+from fedlora.privacy import RunStreams, Stream
 from fedlora.tasks import Records, task_for
-from fedlora.training import Trainer, TrainResult
+from fedlora.training import Trainer, Training, TrainResult
 
 from .federations import FAMILY_STRATEGIES, plan
 from .measure import Settings, Unavailable
@@ -43,6 +44,17 @@ class Subject:
             self.plan, self.records, sampling_rate=sampling_rate, noise_multiplier=1.0 if private else None,
             clip_norm=self.plan.clip_norm, sampling=Stream.derived(0, "bench", block, "sampling"),
             noise=Stream.derived(0, "bench", block, "noise") if private else None)
+
+    def rounds(self, rows: Rows, records: int, *, private: bool) -> Iterator[list[Training]]:
+        """Round after round of clients that have `records` of the rows each, with noise of their own; all rounds start
+        from one state. (Noise that repeats would set off the trainer's tripwire.)"""
+        start, encode = self.adapted.read("state"), self.trainer.task.encode
+        parts = [encode(rows.take(range(first, first + records))) for first in range(0, len(rows), records)]
+        for number in itertools.count(1):
+            yield [Training(self.plan, own, start, sampling_rate=1.0, noise_multiplier=1.0 if private else None,
+                            clip_norm=self.plan.clip_norm, lr=self.plan.lr, rows_per_unit=1,
+                            streams=RunStreams(f"client-{k}", 0), round=number, attempt=0)
+                   for k, own in enumerate(parts)]
 
 
 def settle(device: str) -> Callable[[], object]:

@@ -1,0 +1,64 @@
+"""Two worker processes (--workers) with half of the cores each, against one process that has them all.
+
+A round of 8 clients, 4 steps each. One process leaves cores idle while it is in Python, draws noise, or multiplies
+matrices too small to share out; workers do not, but compete for caches and memory. With a GPU they share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from fedlora.models import resolve
+from fedlora.training import Trainer, Training
+
+from ...processes import ProcessWorkers
+from ...worker import Blueprint, Workers, threads_each
+from ..measure import Figure, Row, Settings, Unavailable, interleaved
+from ..subjects import RANDOM_LLAMA, cut_to_length, rows_of, settle, subject
+
+WORKERS = 2
+PRECISIONS = ("fp32", "bf16")
+STEPS = 4
+TARGET = 1.6
+
+
+def measure(settings: Settings) -> Iterator[Row]:
+    if settings.model == RANDOM_LLAMA:
+        raise Unavailable("workers load the base model from a folder, which a random one has not; give --model")
+    clients, batches, length = (2, (2,), 16) if settings.quick else (8, (2, 8, 32), 64)
+    for precision in PRECISIONS[:1] if settings.quick else PRECISIONS:
+        rows = cut_to_length(rows_of(settings), clients * max(batches))
+        one = subject(settings, rows, family="frozen-a", rank=2 if settings.quick else 8, precision=precision,
+                      expected_batch=max(batches), max_length=length, steps=STEPS)
+        workers = ProcessWorkers(Blueprint(one.plan, resolve(settings.model), settings.device, precision, None,
+                                           settings.threads or threads_each(WORKERS)), WORKERS)
+        try:
+            for records in batches:
+                rounds = one.rounds(rows.take(range(clients * records)), records, private=True)
+                times = interleaved({
+                    "one": partial(_alone, one.trainer, rounds),
+                    "workers": partial(_shared_out, workers, rounds),
+                }, settings.repeats(5), settle=settle(settings.device))
+                yield Row(f"{clients} clients × {records} × {length}, {precision}", {
+                    "one process ÷ workers": times["one"].over(times["workers"], better="higher", target=TARGET),
+                    "one process": times["one"].value("ms"), "workers": times["workers"].value("ms")})
+        finally:
+            workers.close()
+
+
+def _alone(trainer: Trainer, rounds: Iterator[list[Training]], block: int) -> None:
+    trainer.run_all(next(rounds))
+
+
+def _shared_out(workers: Workers, rounds: Iterator[list[Training]], block: int) -> None:
+    waiting = next(rounds)
+    left = len(waiting)
+    while left:
+        while waiting and workers.free:
+            workers.start("", [waiting.pop()])
+        workers.done()
+        left -= 1
+
+
+FIGURE = Figure(12, measure)
