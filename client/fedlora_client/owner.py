@@ -91,7 +91,7 @@ class Owner:
                             "more or less.")
             if self._known is not None:
                 self.ledger.declare(self.dataset, epsilon=self._known.epsilon, delta=self._known.delta,
-                                    distinct=self._known.distinct, witness=self._witness())
+                                    unit=self._known.unit, distinct=self._known.distinct, witness=self._witness())
         self.ledger.register(self.dataset, fingerprints(rows, self.ledger.fingerprint_key(), rows.units))
         if overlapping := self.ledger.overlapping(self.dataset):
             told.append(f"These data sets share records with {self.dataset}, and what they spent counts here: "

@@ -64,7 +64,7 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
             precision=precision, rounding_cover=ROUNDING[precision]),
         trainings=trainings, lifetime=_lifetime(ledger, dataset, terms.delta),
         disclosed=announced(client=name, private=run.private, labels=labels or None, protocol=PROTOCOL),
-        group_size=terms.group_size, terms_announced=session.limits.announce_size,
+        terms_announced=session.limits.announce_size,
         rows_per_unit=None if unit == ROW else session.limits.rows_per_unit,
         predictable=INSECURE_SEED_VARIABLE if session.streams.predictable else None, refusals=refusals)
     return write_report(folder, sign(report, load_or_create_key(places.signing_key())))
@@ -106,7 +106,7 @@ def _lifetime(ledger: Ledger, dataset: str, delta: float | None) -> LifetimeAcco
         terms = begun[0].terms
         count = terms.max_participations if terms.run_id == state.closed_by else len(begun)
         charges.append(LifetimeCharge(begun[0].dataset, terms.run_id, terms.noise_multiplier, terms.sampling_rate,
-                                      count * terms.local_steps, terms.group_size))
+                                      count * terms.local_steps))
     given_up = "; ".join(f"ledger {mark['ledger_id']}, {mark['rows']} rows" for mark in ledger.marks())
     return LifetimeAccount(
         epsilon=state.epsilon if state.epsilon != float("inf") else None, delta=state.delta or delta,

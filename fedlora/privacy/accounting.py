@@ -180,22 +180,6 @@ def pld_epsilon(history: tuple[Spend, ...], delta: float) -> float | None:
     return epsilon if math.isfinite(epsilon) else None
 
 
-def grouped(history: tuple[Spend, ...], group_size: int) -> tuple[Spend, ...]:
-    """What a group of at most `group_size` records pays for steps that sampled record by record.
-
-    A step draws at least one of k records with probability 1 - (1 - q)^k, and they move the clipped sum by at most
-    k clip norms. By joint convexity of the hockey-stick divergence that is dominated by one record sampled at this
-    rate under the noise multiplier sigma / k, so every accountant here bounds it.
-    """
-    if not (isinstance(group_size, int) and group_size >= 1):
-        raise ValueError(f"group_size is {group_size!r}; it must be a positive integer")
-    if group_size == 1:
-        return history
-    return tuple(Spend(s.noise_multiplier / group_size,
-                       1.0 if s.sampling_rate == 1 else -math.expm1(group_size * math.log1p(-s.sampling_rate)),
-                       s.steps) for s in history)
-
-
 @functools.lru_cache(maxsize=1024)
 def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
     """The smallest noise multiplier, to `SIGMA_STEP`, with which `steps` steps stay within (epsilon, delta).

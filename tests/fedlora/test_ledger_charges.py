@@ -94,7 +94,7 @@ def test_sending_again_costs_nothing_and_needs_the_stored_bytes(path):
 
 
 def test_terms_survive_and_cannot_change_within_a_run(path):
-    fixed = terms(unit="column:patient_id", scales={"adapter": 1.0, "head": 0.1}, sampling_rate=1 / 3, group_size=3)
+    fixed = terms(scales={"adapter": 1.0, "head": 0.1}, sampling_rate=1 / 3)
     ledger = opened(path, epsilon=100.0)
     ledger.begin_run("a", fixed)
     ledger.begin_run("a", fixed)
@@ -165,7 +165,7 @@ def test_a_real_ledger_is_written_through_to_the_disk_at_every_commit(path):
 def test_run_terms_are_what_is_agreed():
     assert [field.name for field in dataclasses.fields(RunTerms)] == [
         "run_id", "plan_sha256", "unit", "declared_size", "sampling_rate", "noise_multiplier", "delta", "clip_norm",
-        "scales", "local_steps", "max_participations", "group_size"]
+        "scales", "local_steps", "max_participations"]
 
 
 # A full disk

@@ -1,7 +1,6 @@
 """Epsilon recorded is never below epsilon spent, never above the lifetime."""
 
 import dataclasses
-import math
 import os
 import shutil
 import tempfile
@@ -14,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedlora.privacy import Accountant
-from fedlora.privacy.accounting import RDP_ORDERS, grouped, rdp, rdp_epsilon
+from fedlora.privacy.accounting import RDP_ORDERS, rdp, rdp_epsilon
 from fedlora.privacy.ledger import BudgetExhausted, Ledger, LedgerError
 from fedlora.privacy.ledger.lifetime import FILTER_ORDERS, filter_epsilon
 
@@ -155,27 +154,6 @@ def test_the_filter_bounds_the_exact_epsilon_and_shares_delta_among_its_orders()
     assert np.isinf(rdp(terms(noise_multiplier=1e-200).spends(1)[0], (2,))).all()
 
 
-@pytest.mark.parametrize("k", [2, 5, 20])
-@pytest.mark.parametrize("q", [0.01, 0.3])
-@pytest.mark.parametrize("sigma", [0.7, 3.0])
-def test_group_privacy_bounds_a_person_with_k_rows_that_are_drawn_one_by_one(k, q, sigma):
-    """Numerically, in both directions: of k rows a binomial number is drawn, each moves the sum by a clip norm."""
-    x = np.linspace(-12 * sigma, k + 12 * sigma, 40_001)
-
-    def density(mean, deviation):
-        return np.exp(-((x - mean) / deviation) ** 2 / 2) / deviation
-
-    absent = density(0, sigma)
-    drawn = sum(math.comb(k, j) * q**j * (1 - q) ** (k - j) * density(j, sigma) for j in range(k + 1))
-    [spend] = terms(sampling_rate=q, noise_multiplier=sigma, group_size=k, local_steps=1).spends(1)
-    charged = (1 - spend.sampling_rate) * absent + spend.sampling_rate * density(k, spend.noise_multiplier * k)
-    for epsilon in (0.0, 0.1, 1.0, 3.0):
-        for true, bound in ((drawn - math.exp(epsilon) * absent, charged - math.exp(epsilon) * absent),
-                            (absent - math.exp(epsilon) * drawn, absent - math.exp(epsilon) * charged)):
-            assert np.maximum(true, 0).sum() <= np.maximum(bound, 0).sum() * (1 + 1e-9) + 1e-9
-    assert grouped((spend,), 1) == (spend,)
-
-
 def sole(**changes):
     """A run that PRV allows within epsilon = 1 and the filter does not."""
     return terms(**{"noise_multiplier": 14.5, "local_steps": 1, "max_participations": 10} | changes)
@@ -294,6 +272,40 @@ def test_a_shared_record_makes_two_datasets_pay_for_each_other_unless_they_are_d
     ledger.declare("b", epsilon=100.0, delta=DELTA, distinct=["a"])
     assert ledger.overlapping("a") == () and ledger.lifetime("a").spent == 0
     assert opened(path, epsilon=2.0).lifetime("b").declared[-1].distinct == ("a",)
+
+
+PATIENT = "column:patient_id"
+
+
+@pytest.mark.parametrize(("spent", "asked"), [("row", PATIENT), (PATIENT, "row"), (PATIENT, "column:visit")])
+@pytest.mark.parametrize("copy", [False, True])
+def test_runs_that_protect_different_units_never_share_a_budget(path, spent, asked, copy):
+    ledger = opened(path, epsilon=100.0)
+    ledger.register("a", [b"x" * 16])
+    ledger.register("b", [b"x" * 16])
+    ledger.declare("a", epsilon=100.0, delta=DELTA, unit=spent)
+    ledger.begin_run("a", terms(unit=spent))
+    train(ledger, 1)
+    ledger.end_run("a", "r1")
+    dataset = "b" if copy else "a"
+    ledger.declare(dataset, epsilon=100.0, delta=DELTA, unit=asked)  # as after an edit of policy.toml
+    other = terms("r2", noise_multiplier=1000.0, unit=asked)
+    assert not ledger.fits(dataset, other)
+    with pytest.raises(BudgetExhausted, match=f"'a' is or was spent for .*--privacy-unit {spent}"):
+        ledger.begin_run(dataset, other)
+    if copy:
+        ledger.declare("b", epsilon=100.0, delta=DELTA, unit=asked, distinct=["a"])
+        ledger.begin_run("b", other)
+
+
+def test_a_copy_by_rows_cannot_spend_a_budget_of_patients_that_nobody_has_used_yet(path):
+    ledger = opened(path)
+    ledger.declare("a", epsilon=8.0, delta=DELTA, unit=PATIENT)
+    ledger.register("a", [b"x" * 16])
+    ledger.register("b", [b"x" * 16])
+    with pytest.raises(BudgetExhausted, match="rows with one value of 'patient_id'"):
+        ledger.begin_run("b", terms(noise_multiplier=1000.0))
+    assert [d.unit for d in ledger.lifetime("a").declared] == ["row", PATIENT]
 
 
 def test_a_raised_lifetime_takes_effect_and_is_recorded_for_ever(path):

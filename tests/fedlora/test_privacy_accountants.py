@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from fedlora.privacy.accounting import Spend, grouped, pld_epsilon, prv_epsilon, rdp_epsilon
+from fedlora.privacy.accounting import Spend, pld_epsilon, prv_epsilon, rdp_epsilon
 
 pld = pytest.importorskip("dp_accounting.pld.privacy_loss_distribution")
 
@@ -66,23 +66,3 @@ def test_where_epsilon_is_large_neither_prv_nor_pld_is_asked():
     history = (Spend(0.5, 0.5, 1000),)
     assert prv_epsilon(history, 1e-5) is None and pld_epsilon(history, 1e-5) is None
     assert 100 < rdp_epsilon(history, 1e-5) < math.inf
-
-
-@pytest.mark.parametrize(("k", "sigma", "q", "steps"), [(2, 3.0, 0.02, 100), (5, 6.0, 0.01, 50)])
-def test_a_group_pays_at_least_what_the_exact_number_of_its_drawn_records_costs(k, sigma, q, steps):
-    """The exact mechanism shifts by as many clip norms as records were drawn: a binomial mixture of Gaussians."""
-    chances = [math.comb(k, drawn) * q**drawn * (1 - q)**(k - drawn) for drawn in range(k + 1)]
-    exact = pld.from_mixture_gaussian_mechanism(sigma, list(range(k + 1)), chances, value_discretization_interval=1e-3)
-    bound = grouped((Spend(sigma, q, steps),), k)
-    assert exact.self_compose(steps).get_epsilon_for_delta(1e-5) <= pld_epsilon(bound, 1e-5) + GRID
-    assert pld_epsilon(bound, 1e-5) > pld_epsilon((Spend(sigma, q, steps),), 1e-5)
-
-
-def test_a_group_of_one_is_a_record():
-    history = (Spend(1.0, 0.01, 500), Spend(2.0, 1.0, 1))
-    assert grouped(history, 1) == history
-    two, always = grouped(history, 2)
-    assert (two.noise_multiplier, two.steps, always) == (0.5, 500, Spend(1.0, 1.0, 1))
-    assert two.sampling_rate == pytest.approx(1 - 0.99**2)
-    with pytest.raises(ValueError, match="group_size"):
-        grouped(history, 0)

@@ -149,7 +149,6 @@ def test_a_lower_epsilon_signed_again_by_its_own_author_is_caught(path):
     (("trainings", 0, "noise_multiplier"), 0.5, "covers 0 steps"),
     (("mechanism", "sampling_rate"), 0.001, "sampling_rate"),
     (("unit", "declared_size"), 50_000, "sampling_rate"),
-    (("unit", "group_size"), 3, "amounts to"),
     (("unit", "name"), "hospital", "unit.name"),
     (("unit", "relation"), "replace-one", "relation"),
     (("privacy", "delta"), 0.01, "delta"),
@@ -329,16 +328,6 @@ def test_a_private_start_is_part_of_the_maximum_and_of_what_was_spent():
     assert report["privacy"]["guarantee"]["steps"] == 501 and report["privacy"]["spent"]["steps"] == 41
     assert report["privacy"]["guarantee"]["epsilon"] > made()["privacy"]["guarantee"]["epsilon"]
     assert verify(sign(report, KEY)).guarantee
-
-
-def test_rows_charged_to_a_person_cost_more_and_name_the_person():
-    report = made(unit="column:patient_id", group_size=2,
-                  lifetime=replace(LIFETIME, charges=(replace(LIFETIME.charges[0], group_size=2),)))
-    assert report["privacy"]["guarantee"]["epsilon"] > 2 * made()["privacy"]["guarantee"]["epsilon"]
-    verified = verify(sign(report, KEY))
-    assert "all rows with one value of patient_id, at most 2 rows" in verified.text
-    with pytest.raises(ValueError, match="smaller group"):
-        verify(sign(changed(report, ("lifetime", "charges", 0, "group_size"), 1), KEY))
 
 
 def test_without_dp_accounting_the_report_says_how_to_get_it(monkeypatch):

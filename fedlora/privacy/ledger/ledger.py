@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from fedlora.plan import ROW, check_unit, unit_column
 from fedlora.privacy.accounting import Accountant, Spend
 from fedlora.privacy.ledger.chain import Chain, beside, take_lock
 from fedlora.privacy.ledger.lifetime import (
@@ -73,7 +74,7 @@ class Ledger:
 
     # Datasets
 
-    def declare(self, dataset: str, *, epsilon: float, delta: float, distinct: Collection[str] = (),
+    def declare(self, dataset: str, *, epsilon: float, delta: float, unit: str = ROW, distinct: Collection[str] = (),
                 witness: Path | None = None) -> None:
         """Set the lifetime budget of a dataset, and check its witness. A changed budget stays visible for ever.
 
@@ -81,6 +82,7 @@ class Ledger:
             dataset: the owner's id of it.
             epsilon: limit over all runs; infinite for none.
             delta: of that limit.
+            unit: "row" or "column:NAME", for whom it is; runs that protect another unit are refused.
             distinct: datasets that share nobody with this one, whatever their fingerprints say.
             witness: the witness file, to be written before anything leaves.
         Raises:
@@ -91,14 +93,16 @@ class Ledger:
             raise ValueError(f"epsilon is {epsilon!r}; a lifetime must be positive")
         if not 0 < delta < 1:
             raise ValueError(f"delta is {delta!r}; it must be in (0, 1)")
+        check_unit(unit)
         if witness is not None and self.simulated:
             raise LedgerError(f"{self._chain.name} is simulated: it neither reads nor writes a witness of real data")
         with self._chain.transaction() as book:
             last = book.declared(dataset)
-            wanted = (float(epsilon), float(delta), tuple(sorted(set(distinct))))
-            if last is None or (last.epsilon, last.delta, last.distinct) != wanted:
+            wanted = (float(epsilon), float(delta), tuple(sorted(set(distinct))), unit)
+            if last is None or (last.epsilon, last.delta, last.distinct, last.unit) != wanted:
                 self._chain.append("declare", dataset=dataset, epsilon=None if epsilon == math.inf else wanted[0],
-                                   delta=wanted[1], orders=last.orders if last else FILTER_ORDERS, distinct=wanted[2])
+                                   delta=wanted[1], orders=last.orders if last else FILTER_ORDERS, distinct=wanted[2],
+                                   unit=unit)
             if witness is not None:
                 self._witnesses[dataset] = Path(witness).absolute()
                 foreign = self._check_witness(book, dataset)
@@ -244,6 +248,13 @@ class Ledger:
             return closes
         left = []
         for name in (dataset, *book.overlapping(dataset)):
+            if other := book.other_unit(name, terms):
+                where, unit = other
+                apart = f", or declare {where!r} distinct in policy.toml if it describes other people"
+                raise BudgetExhausted(f"run {terms.run_id} of dataset {dataset!r} protects {_whom(terms.unit)}, and the "
+                                      f"budget of {where!r} is or was spent for {_whom(unit)}; what one costs the "
+                                      f"other is not known. Take part with --privacy-unit {unit}"
+                                      f"{apart if where != dataset else ''}")
             state = book.lifetime(name)
             if state.epsilon is not None:
                 closed = f", closed by run {state.closed_by}" if state.closed_by else ""
@@ -305,7 +316,7 @@ class Ledger:
                          if dataset in (None, charge.dataset) and run_id in (None, charge.run_id))
 
     def history(self, dataset: str, run_id: str) -> tuple[Spend, ...]:
-        """What the run has begun so far, for `Accountant(history).epsilon(delta)`; group privacy included.
+        """What the run has begun so far, for `Accountant(history).epsilon(delta)`.
 
         Raises:
             ValueError: it trained without noise, so no history bounds it; `epsilon` says infinite.
@@ -434,6 +445,11 @@ class Reservation:
             LedgerError: it was not stored, or witness or ledger cannot be written; nothing may leave then.
         """
         self._ledger._release(self._dataset, self.sequence)
+
+
+def _whom(unit: str) -> str:
+    column = unit_column(unit)
+    return "single rows" if column is None else f"all rows with one value of {column!r} together"
 
 
 def _changes(old: RunTerms, new: RunTerms) -> str:

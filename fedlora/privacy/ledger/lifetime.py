@@ -1,6 +1,9 @@
 """How much of a dataset's lifetime is spent, and whether one more run fits: a book of events, without any file.
 
-Unit: one record, or one person where the run's unit is a column. Relation: zero-out, as in `accounting`.
+Unit: one record, or one person where the run's unit is a column. Relation: zero-out, as in `accounting`. All that is
+charged to one budget protects the same unit. A run by rows could be charged to a person by group privacy at k, the most
+rows of one person, only if k were known for the data as they were then, and for every data set that shares a record
+with them and has no such column. It is not, so such a run is refused.
 
 The lifetime (epsilon, delta) is kept by a Rényi filter (Feldman & Zrnic, NeurIPS 2021, arXiv:2008.11193): what was
 charged is summed at each of the orders that were fixed when the budget was created, and a run fits while at one of
@@ -25,7 +28,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fedlora.privacy.accounting import Accountant, Spend, grouped, rdp
+from fedlora.privacy.accounting import Accountant, Spend, rdp
 
 FILTER_ORDERS = (2, 2.5, 3, 3.5, 4, 5, 7, 9, 13, 17, 25, 33, 65, 129)
 """Dense where epsilon is large (little noise), since there the best order is small."""
@@ -54,7 +57,6 @@ class RunTerms:
         scales: factor per group of tensors.
         local_steps: steps of one participation.
         max_participations: the most trainings that this run may begin.
-        group_size: k > 1 charges a row-unit run to people with at most k rows each, see `accounting.grouped`.
     Raises:
         ValueError: a value is out of range; it names the value.
     """
@@ -70,13 +72,12 @@ class RunTerms:
     scales: Mapping[str, float]
     local_steps: int
     max_participations: int
-    group_size: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", dict(self.scales))
         if not self.run_id:
             raise ValueError("run_id is empty; a run is charged under its id")
-        for name in ("declared_size", "local_steps", "max_participations", "group_size"):
+        for name in ("declared_size", "local_steps", "max_participations"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} is {value!r}; it must be a positive integer")
@@ -89,13 +90,12 @@ class RunTerms:
                 raise ValueError(f"delta is {self.delta!r}; a run with noise needs one in (0, 1)")
 
     def spends(self, participations: int) -> tuple[Spend, ...] | None:
-        """What so many participations cost, group privacy included; None where that is infinite."""
+        """What so many participations cost; None where that is infinite."""
         if not participations:
             return ()
         if self.noise_multiplier is None:
             return None
-        spend = Spend(self.noise_multiplier, self.sampling_rate, participations * self.local_steps)
-        return grouped((spend,), self.group_size)
+        return (Spend(self.noise_multiplier, self.sampling_rate, participations * self.local_steps),)
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ class Declaration:
         delta: of the lifetime.
         orders: Rényi orders of the filter, from the first declaration.
         distinct: datasets declared to share nobody with this one.
+        unit: "row" or "column:NAME", for whom the limit is.
     """
 
     time: float
@@ -138,6 +139,7 @@ class Declaration:
     delta: float
     orders: tuple[float, ...]
     distinct: tuple[str, ...]
+    unit: str
 
 
 @dataclass(frozen=True)
@@ -226,9 +228,9 @@ class Book:
     def _key(self, event, sha256) -> None:
         self.key_sha256 = sha256
 
-    def _declare(self, event, dataset, epsilon, delta, orders, distinct) -> None:
-        self.declarations.setdefault(dataset, []).append(
-            Declaration(event["time"], math.inf if epsilon is None else epsilon, delta, tuple(orders), tuple(distinct)))
+    def _declare(self, event, dataset, epsilon, delta, orders, distinct, unit) -> None:
+        self.declarations.setdefault(dataset, []).append(Declaration(
+            event["time"], math.inf if epsilon is None else epsilon, delta, tuple(orders), tuple(distinct), unit))
 
     def _register(self, event, dataset, records, sha256, shares) -> None:
         self.registered[dataset] = (records, sha256)
@@ -298,10 +300,12 @@ class Book:
         """The budgets that the run would close (usually none); None where it does not fit.
 
         It has to fit the lifetime of `dataset` and of every dataset that overlaps it, its planned maximum added to
-        all that is charged or held for other runs.
+        all that is charged or held for other runs, and protect the unit that they do.
         """
         planned, closes = terms.spends(terms.max_participations), set()
         for name in (dataset, *self.overlapping(dataset)):
+            if self.other_unit(name, terms) is not None:
+                return None
             limit = self.declared(name)
             if limit is None or limit.epsilon == math.inf:
                 continue
@@ -313,6 +317,17 @@ class Book:
                 return None
             closes.add(name)
         return frozenset(closes)
+
+    def other_unit(self, name: str, terms: RunTerms) -> tuple[str, str] | None:
+        """(dataset, unit) of a limit or a run that protects another unit than this run, and has one budget with `name`.
+
+        None if there is none, or no privacy.
+        """
+        limit = self.declared(name)
+        units = [(name, limit.unit)] if limit else []
+        units += [(run.dataset, run.terms.unit) for run in self.counted(name) if run.terms.noise_multiplier is not None]
+        found = next((held for held in units if held[1] != terms.unit), None)
+        return None if terms.noise_multiplier is None else found
 
     def lifetime(self, dataset: str) -> Lifetime:
         limit, runs = self.declared(dataset), self.counted(dataset)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from fedlora.privacy.accounting import Accountant, Spend, grouped, pld_epsilon, prv_epsilon, rdp_epsilon
+from fedlora.privacy.accounting import Accountant, Spend, pld_epsilon, prv_epsilon, rdp_epsilon
 from fedlora.privacy.ledger.lifetime import filter_epsilon
 
 SCHEMA, VERSION = "fedlora privacy report", 1
@@ -42,21 +42,17 @@ def why_no_guarantee(report: Mapping) -> str | None:
 def whom(unit: Mapping) -> str:
     """Whom one guarantee covers, in words; no article, no number of records."""
     name = unit["name"]
-    one = "one row" if name == "row" else f"all rows with one value of {name.removeprefix('column:')}"
-    if unit["group_size"] == 1:
-        return one
-    most = f"at most {unit['group_size']} rows, each sampled on its own"
-    return f"a group of {most}" if name == "row" else f"{one}, {most}"
+    return "one row" if name == "row" else f"all rows with one value of {name.removeprefix('column:')}"
 
 
 def planned_history(report: Mapping) -> tuple[Spend, ...]:
     """What the run's maximum consists of, as one unit pays for it; () without noise or sampling rate."""
-    return grouped(_spends(planned(report)), report["unit"]["group_size"])
+    return _spends(planned(report))
 
 
 def spent_history(report: Mapping) -> tuple[Spend, ...]:
     """Every training that was begun and not voided, as one unit pays for it; () without noise or sampling rate."""
-    return grouped(_spends(begun(report)), report["unit"]["group_size"])
+    return _spends(begun(report))
 
 
 def lifetime_spent(report: Mapping) -> float:
@@ -64,8 +60,7 @@ def lifetime_spent(report: Mapping) -> float:
     account = report["lifetime"]
     if any(c["noise_multiplier"] is None and c["steps"] for c in account["charges"]):
         return math.inf
-    spends = [grouped(_spends([(c["noise_multiplier"], c["sampling_rate"], c["steps"])]), c["group_size"])
-              for c in account["charges"]]
+    spends = [_spends([(c["noise_multiplier"], c["sampling_rate"], c["steps"])]) for c in account["charges"]]
     filtered = filter_epsilon(spends, account["delta"], tuple(account["orders"]))
     if account["closed_by"] is None or {c["run"] for c in account["charges"]} != {account["closed_by"]}:
         return filtered

@@ -120,7 +120,6 @@ class LifetimeCharge:
     """What one run charged to the lifetime, of this dataset or of one that overlaps with it.
 
     Attributes:
-        group_size: k > 1 for a run that sampled rows and is charged for a unit of at most k of them.
         noise_multiplier: None for a run without privacy: it spent everything.
     """
 
@@ -129,7 +128,6 @@ class LifetimeCharge:
     noise_multiplier: float | None
     sampling_rate: float | None
     steps: int
-    group_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -188,9 +186,9 @@ def announced(*, client: str, private: bool, labels: Sequence[str] | None = None
 def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_sha256: str, strategy: str,
                    base_model: Mapping[str, str], unit: str, declared_size: int | None, delta: float | None,
                    mechanism: Mechanism, trainings: Sequence[Training], lifetime: LifetimeAccount | None,
-                   disclosed: Sequence[Disclosure], group_size: int = 1, rows_per_unit: int | None = None,
-                   terms_announced: bool = True, predictable: str | None = None,
-                   refusals: Sequence[tuple[int | None, str]] = (), now: float | None = None) -> dict:
+                   disclosed: Sequence[Disclosure], rows_per_unit: int | None = None, terms_announced: bool = True,
+                   predictable: str | None = None, refusals: Sequence[tuple[int | None, str]] = (),
+                   now: float | None = None) -> dict:
     """The report of one client about one run, unsigned.
 
     Args:
@@ -198,7 +196,6 @@ def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_
         unit: whom one guarantee covers: "row", or "column:NAME" for all rows that share a value of that column.
         declared_size: the public number of units; None only where privacy is off and none was declared.
         delta: None only where privacy is off.
-        group_size: k > 1 if single rows were sampled and the guarantee is for at most k of them together.
         rows_per_unit: most rows of one unit that a step uses, where units themselves are sampled.
         terms_announced: whether uploads state the noise multiplier and delta.
         predictable: why whoever knows the seed can subtract the noise ("a simulation", the variable's name); None
@@ -221,12 +218,12 @@ def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_
         "made": _iso(time.time() if now is None else now),
         "run": {"id": run_id, "dataset": dataset, "client": client, "server": server, "plan_sha256": plan_sha256,
                 "strategy": strategy, "base_model": dict(base_model)},
-        "unit": {"name": unit, "group_size": group_size, "rows_per_unit": rows_per_unit, "relation": RELATION,
+        "unit": {"name": unit, "rows_per_unit": rows_per_unit, "relation": RELATION,
                  "declared_size": declared_size},
         "adversary": ADVERSARY,
         "mechanism": {
             "name": "Poisson-sampled Gaussian" if private else "none: privacy is off",
-            "sampler": SAMPLER.format(unit="row" if group_size > 1 or unit == "row" else "unit"),
+            "sampler": SAMPLER.format(unit="row" if unit == "row" else "unit"),
             "noise_multiplier": mechanism.noise_multiplier,
             "sampling_rate": None if hide_rate else mechanism.sampling_rate,
             "expected_batch": mechanism.expected_batch,
@@ -281,7 +278,7 @@ def _lifetime(account: LifetimeAccount, delta: float | None, hide_rate: bool) ->
         "orders": list(account.orders),
         "charges": [{"dataset": c.dataset, "run": c.run_id, "noise_multiplier": c.noise_multiplier,
                      "sampling_rate": None if hide_rate and c.noise_multiplier is None else c.sampling_rate,
-                     "steps": c.steps, "group_size": c.group_size} for c in account.charges],
+                     "steps": c.steps} for c in account.charges],
         "overlapping": list(account.overlapping), "distinct": list(account.distinct), "closed_by": account.closed_by,
         "ledger": account.ledger_id, "new_ledger": account.new_ledger, "simulated": account.simulated}
 

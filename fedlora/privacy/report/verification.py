@@ -55,8 +55,7 @@ SHAPE: dict = {
     "schema": str, "version": int, "made": str,
     "run": {"id": str, "dataset": str, "client": str, "server": str, "plan_sha256": str, "strategy": str,
             "base_model": {...: str}},
-    "unit": {"name": str, "group_size": int, "rows_per_unit": (int, type(None)), "relation": str,
-             "declared_size": (int, type(None))},
+    "unit": {"name": str, "rows_per_unit": (int, type(None)), "relation": str, "declared_size": (int, type(None))},
     "adversary": str,
     "mechanism": {"name": str, "sampler": str, "noise_multiplier": _MAYBE, "sampling_rate": _MAYBE,
                   "expected_batch": int, "local_steps": int, "max_participations": int, "clip_norm": _NUMBER,
@@ -68,7 +67,7 @@ SHAPE: dict = {
     "lifetime": ({"epsilon": _MAYBE, "delta": _MAYBE, "spent": _EPSILON, "remaining": _MAYBE, "accountant": str,
                   "orders": [_NUMBER],
                   "charges": [{"dataset": str, "run": str, "noise_multiplier": _MAYBE, "sampling_rate": _MAYBE,
-                               "steps": int, "group_size": int}],
+                               "steps": int}],
                   "overlapping": [str], "distinct": [str], "closed_by": _TEXT, "ledger": _TEXT, "new_ledger": _TEXT,
                   "simulated": bool}, None),
     "left_without_noise": [{"what": str, "value": str}],
@@ -170,7 +169,6 @@ def _check_facts(report: Mapping) -> None:
     _require(name == "row" or (name.startswith("column:") and len(name) > 7), "unit.name", name, 'it must be "row" or '
              '"column:NAME"')
     _require(unit["relation"] == RELATION, "unit.relation", unit["relation"], f"it must be {RELATION!r}")
-    _require(unit["group_size"] >= 1, "unit.group_size", unit["group_size"], "it must be at least 1")
     for field in ("expected_batch", "local_steps", "max_participations"):
         _require(mechanism[field] >= 1, f"mechanism.{field}", mechanism[field], "it must be at least 1")
     for field, value in {"clip_norm": mechanism["clip_norm"], **mechanism["scales"]}.items():
@@ -243,8 +241,6 @@ def _check_lifetime(report: Mapping) -> list[Check]:
     _require(bool(account["orders"]) and min(account["orders"]) > 1, "lifetime.orders", account["orders"],
              "Rényi orders are above 1")
     own = [c for c in account["charges"] if c["run"] == report["run"]["id"]]
-    _require(all(c["group_size"] >= report["unit"]["group_size"] for c in own), "lifetime.charges", own,
-             "this run is charged for a smaller group than its unit")
     _covers([(c["noise_multiplier"], c["sampling_rate"], c["steps"]) for c in own],
             planned(report) if begun(report) and account["closed_by"] == report["run"]["id"] else begun(report),
             "the lifetime")
