@@ -66,8 +66,11 @@ def _init(text: str) -> str:
 def _strategies(text: str) -> tuple[str, ...]:
     names = _distinct(text)
     for name in names:
-        if name.removesuffix(":orthonormal") not in STRATEGIES:
+        strategy, colon, init = name.partition(":")
+        if strategy not in STRATEGIES:
             raise argparse.ArgumentTypeError(f"{name!r} is not a strategy; choose from {', '.join(STRATEGIES)}")
+        if colon:
+            _init(init)
     return names
 
 
@@ -109,8 +112,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--config", ALL, "a TOML file with any of these options", parse=Path, metavar="FILE.toml"),
     # what is trained
     Option("--strategy", (SERVER,), "how uploads are combined", "fedsvd", choices=STRATEGIES),
-    Option("--strategy", (SIMULATE,), "one or more, separated by commas; ffa-lora:orthonormal is FedSVD's control",
-           ("fedsvd",), _strategies, metavar="A[,B…]"),
+    Option("--strategy", (SIMULATE,), "one or more, separated by commas, each if need be with a start of its own: "
+           "fed-sb:weight; ffa-lora:orthonormal is FedSVD's control", ("fedsvd",), _strategies, metavar="A[,B…]"),
     Option("--privacy", RUN, "whether clients must train under differential privacy", "required",
            choices=("required", "off")),
     Option("--model", RUN, "alias (minilm), folder, or hub id[@commit]", "minilm"),

@@ -48,10 +48,15 @@ def find_model(options: Namespace) -> BaseModel:
     Raises:
         ValueError: the model cannot be found or is not made for --task, or the file of --init public:FILE is no good.
     """
-    _public_rows(options, options.init, options.labels or ())
+    check_start(options)
     path = models.resolve(options.model, allow_download=options.allow_download)
     models.check_task(path, options.task, options.max_length)
     return BaseModel(path, models.reference(options.model, path))
+
+
+def check_start(options: Namespace) -> None:
+    """Raises ValueError where the file of --init public:FILE is no good; cheap, and before anything is trained."""
+    _public_rows(options, options.init, options.labels or ())
 
 
 def claim_folder(out: Path | None, name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from argparse import Namespace
@@ -54,7 +55,7 @@ def run(options: Namespace) -> int:
     from rich.console import Console
 
     from fedlora_server.display import Display
-    from fedlora_server.planning import claim_folder, find_model
+    from fedlora_server.planning import check_start, claim_folder, find_model
 
     from .comparison import save, summarize, table
     from .simulate import Method, populate, simulate
@@ -65,6 +66,8 @@ def run(options: Namespace) -> int:
                          "without privacy give both --privacy off and --epsilon inf")
     base = find_model(options)
     methods = [Method.parse(text) for text in options.strategy]
+    for method in methods:
+        check_start(method.options(options))
     out = claim_folder(options.out, "simulation")
     if options.eval_data is None:
         console.print("Without --eval-data no accuracy is shown; give it a file of held-out rows.")
@@ -74,7 +77,7 @@ def run(options: Namespace) -> int:
         sizes = ", ".join(f"{name} {len(part)}" for name, part in population.parts.items())
         console.print(f"seed {seed}: {len(population.rows)} rows: {sizes}", highlight=False)
         for method in methods:
-            folder = out / f"{method}-seed{seed}".replace(":", "-")
+            folder = out / re.sub(r"[^\w.-]+", "-", f"{method}-seed{seed}")
             folder.mkdir(parents=True)
             began = time.monotonic()
             with Display(console, f"{method}, seed {seed}") as display:

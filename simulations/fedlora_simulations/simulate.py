@@ -14,7 +14,7 @@ import numpy as np
 from fedlora import data
 from fedlora.data import Rows
 from fedlora.plan import ROW, Tensors, unit_column
-from fedlora.privacy import Ledger, RunStreams
+from fedlora.privacy import Ledger
 from fedlora.tasks import Records, Task
 from fedlora.training import BatchedTrainer, Trainer
 from fedlora_client.session import ClientSession, Limits
@@ -27,6 +27,7 @@ from fedlora_server.rounds import FederationResult, run_federation
 
 from .in_process import InProcessEngine
 from .processes import ProcessWorkers
+from .streams import ComparedStreams
 from .worker import Blueprint, ThisProcess, Workers, threads_each
 from .worker_engine import WorkerEngine
 
@@ -42,6 +43,10 @@ class Method:
     def parse(cls, text: str) -> Method:
         strategy, _, init = text.partition(":")
         return cls(strategy, init or None)
+
+    def options(self, options: Namespace) -> Namespace:
+        """With this method's start in place of --init."""
+        return Namespace(**vars(options) | ({"init": self.init} if self.init else {}))
 
     def __str__(self) -> str:
         return self.strategy + (f":{self.init}" if self.init else "")
@@ -138,7 +143,7 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
         ValueError: the options do not fit the model, the data or each other.
         Refused: the clients' privacy limits do not allow the plan.
     """
-    options = Namespace(**vars(options) | ({"init": method.init} if method.init else {}))
+    options = method.options(options)
     run_id = hashlib.sha256(f"simulation {method} {seed}".encode()).hexdigest()[:16]
     federation = prepare(options, method.strategy, base, population.labels, seed, run_id=run_id)
     kind = BatchedTrainer if options.batch_clients > 1 else Trainer
@@ -189,8 +194,9 @@ def make_sessions(options: Namespace, federation: Federation, trainer: Trainer, 
     limits = Limits(options.epsilon, options.delta, options.declared_size, options.max_clip_norm or float("inf"),
                     unit=options.privacy_unit or ROW, rows_per_unit=options.rows_per_unit)
     shared: dict[str, Tensors] = {}
-    return {name: ClientSession(federation.plan, trainer, own, limits, MemoryState(shared), RunStreams(name, seed),
-                                ledger, name)
+    seen: dict[float, str] = {}
+    return {name: ClientSession(federation.plan, trainer, own, limits, MemoryState(shared),
+                                ComparedStreams(name, seed, seen), ledger, name)
             for name, own in records.items()}
 
 

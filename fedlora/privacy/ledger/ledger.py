@@ -251,8 +251,8 @@ class Ledger:
             if other := book.other_unit(name, terms):
                 where, unit = other
                 apart = f", or declare {where!r} distinct in policy.toml if it describes other people"
-                raise BudgetExhausted(f"run {terms.run_id} of dataset {dataset!r} protects {_whom(terms.unit)}, and the "
-                                      f"budget of {where!r} is or was spent for {_whom(unit)}; what one costs the "
+                raise BudgetExhausted(f"run {terms.run_id} of dataset {dataset!r} protects {_whom(terms.unit)}, and "
+                                      f"the budget of {where!r} is or was spent for {_whom(unit)}; what one costs the "
                                       f"other is not known. Take part with --privacy-unit {unit}"
                                       f"{apart if where != dataset else ''}")
             state = book.lifetime(name)

@@ -1,0 +1,48 @@
+"""A tripwire of every simulation: no two streams of random numbers are one, whichever clients and rounds they are of.
+
+Two clients with the same noise cancel it for whoever subtracts their uploads, and two that sample alike are one client
+twice. A simulation sees all streams of its process, so it can compare what a deployment cannot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedlora.privacy import RunStreams, Stream
+
+
+@dataclass(frozen=True)
+class ComparedStreams(RunStreams):
+    """The streams of one simulated client.
+
+    Attributes:
+        seen: what each stream of the run began with, whose it is; one mapping for all clients.
+    """
+
+    seen: dict[float, str] = field(default_factory=dict)
+
+    def stream(self, round: int, purpose: str, attempt: int = 0) -> Stream:
+        whose = f"{purpose} of {self.name!r} in round {round}, attempt {attempt}"
+        return _Compared(super().stream(round, purpose, attempt), whose, self.seen)
+
+
+class _Compared(Stream):
+    """Passes another stream on, and compares the first number that is really drawn with those of all others.
+
+    By chance two of n streams begin with the same of 2^53 values once in 2^54 / n^2 runs.
+    """
+
+    def __init__(self, stream: Stream, whose: str, seen: dict[float, str]) -> None:
+        self._stream, self._whose, self._seen = stream, whose, seen
+
+    def uniform(self, count: int) -> np.ndarray:
+        values = self._stream.uniform(count)
+        if count and self._whose:
+            other = self._seen.setdefault(float(values[0]), self._whose)
+            if other is not self._whose:
+                raise RuntimeError(f"the {self._whose} repeats the {other}: their random numbers are the same, so "
+                                   "neither hides anything. Please report this with the command; the run is void")
+            self._whose = ""
+        return values

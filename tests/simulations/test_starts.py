@@ -1,0 +1,34 @@
+"""Starts side by side: one command, each with its own adapter folder."""
+
+import json
+
+import pytest
+
+from fedlora_simulations.cli import main
+from tests.processes import write_rows
+
+
+@pytest.fixture
+def arguments(checkpoint, tmp_path):
+    return ["--data", str(write_rows(tmp_path / "rows.jsonl", seed=0, rows=80)), "--model", str(checkpoint("bert")),
+            "--rounds", "1", "--rank", "2", "--batch-size", "4", "--local-steps", "1", "--device", "cpu",
+            "--precision", "fp32", "--threads", "1", "--out", str(tmp_path / "out")]
+
+
+def test_starts_of_one_strategy_are_compared_by_one_command(arguments, tmp_path, capsys):
+    public = write_rows(tmp_path / "public.jsonl", seed=1)
+    methods = ["fed-sb:orthonormal", "fed-sb:weight", f"fed-sb:public:{public}"]
+    assert main(["--strategy", ",".join(methods), *arguments]) == 0
+    compared = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
+    assert [one["method"] for one in compared] == methods
+    adapters = sorted((tmp_path / "out").glob("*/adapter/adapter_model.safetensors"))
+    assert len({file.read_bytes() for file in adapters}) == 3
+
+
+def test_a_start_that_cannot_be_is_found_before_anything_is_trained(arguments, tmp_path, capsys):
+    methods = f"fed-sb:weight,ffa-lora:public:{tmp_path / 'rows.jsonl'}"
+    assert main(["--strategy", methods, *arguments]) == 2
+    assert "private rows without noise" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        main(["--strategy", "fed-sb:gaussian", *arguments])
+    assert "there is no such start" in capsys.readouterr().err

@@ -1,0 +1,50 @@
+"""Two simulated clients never use the same random numbers, and where they did, the simulation would end."""
+
+from argparse import Namespace
+
+import numpy as np
+import pytest
+
+from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.privacy import RunStreams, Stream
+from fedlora_server.planning import find_model
+from fedlora_simulations.simulate import Method, populate, simulate
+from fedlora_simulations.streams import ComparedStreams
+from tests.processes import write_rows
+
+
+def test_comparing_changes_no_number():
+    plain, compared = RunStreams("a", 7).stream(3, "noise", 1), ComparedStreams("a", 7).stream(3, "noise", 1)
+    for draw in ("uniform", "gaussian", "uniform"):
+        np.testing.assert_array_equal(getattr(plain, draw)(5), getattr(compared, draw)(5))
+
+
+def test_streams_of_one_client_or_of_several_are_told_apart():
+    seen: dict[float, str] = {}
+    for name in ("a", "b"):
+        for purpose in ("sampling", "noise"):
+            for round, attempt in ((1, 0), (1, 1), (2, 0)):
+                ComparedStreams(name, 7, seen).stream(round, purpose, attempt).uniform(3)
+    assert len(seen) == 12
+
+
+def options(tmp_path, checkpoint) -> Namespace:
+    data = write_rows(tmp_path / "rows.jsonl", seed=0, rows=80)
+    return read_options(build_parser(SIMULATE, ""), SIMULATE, [
+        "--data", str(data), "--model", str(checkpoint("bert")), "--strategy", "fed-sb", "--rounds", "1", "--rank", "2",
+        "--batch-size", "4", "--local-steps", "1", "--device", "cpu", "--precision", "fp32", "--threads", "1"])
+
+
+@pytest.mark.parametrize("purpose", ["noise", "sampling"])
+def test_a_simulation_whose_clients_share_random_numbers_ends_with_an_error(tmp_path, checkpoint, monkeypatch, purpose):
+    chosen = options(tmp_path, checkpoint)
+    method, base, population = Method.parse("fed-sb"), find_model(chosen), populate(chosen, 0)
+    assert simulate(chosen, method, 0, base, population).result.ended == "finished"
+    derived = Stream.derived
+
+    def one_for_all(seed, name, round, kind, attempt=0):
+        return derived(seed, "everybody" if kind == purpose else name, round, kind, attempt)
+
+    monkeypatch.setattr(Stream, "derived", one_for_all)
+    with pytest.raises(RuntimeError, match=f"{purpose} of 'client-1' in round 1.* repeats the {purpose} of 'client-0'"):
+        simulate(chosen, method, 0, base, population)
