@@ -54,11 +54,10 @@ def _distinct(text: str) -> tuple[str, ...]:
 
 
 def _init(text: str) -> str:
-    if text in ("kaiming", "orthonormal", "weight") or (text.startswith("public:") and len(text) > len("public:")):
+    if text in ("kaiming", "orthonormal", "weight", "dp") or (text.startswith("public:") and text != "public:"):
         return text
-    known = "choose kaiming, orthonormal, weight or public:FILE"
+    known = "choose kaiming, orthonormal, weight, public:FILE or dp"
     reasons = {"gradient": "a start from the clients' raw gradients would release private rows without noise; ",
-               "dp": "a start from noised gradients, charged to the clients' budgets, is not offered; ",
                "public": "name the file of public rows: ", "public:": "name the file of public rows: "}
     raise argparse.ArgumentTypeError(f"{text!r}: {reasons.get(text, 'there is no such start; ')}{known}")
 
@@ -125,8 +124,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("--alpha", RUN, "the update is scaled by alpha / rank [preset]", None, _finite),
     Option("--targets", RUN, "adapted linear layers: names or name endings; or auto (query and value), all, none "
            "[preset]", None, _names, metavar="NAME,…"),
-    Option("--init", RUN, "how the frozen factors start: kaiming, orthonormal, weight (its singular vectors), or "
-           "public:FILE (those of the loss's gradient on public rows) [preset]", None, _init, metavar="START"),
+    Option("--init", RUN, "how the frozen factors start: kaiming, orthonormal, weight (its singular vectors), "
+           "public:FILE (those of the loss's gradient on public rows), or dp (those of the clients' noised gradients, "
+           "at the price of a round) [preset]", None, _init, metavar="START"),
     Option("--head", RUN, "train a classifier's final linear layer too, or leave it as drawn [train]", None,
            choices=("train", "freeze")),
     Option("--dropout", RUN, "dropout on the adapters' input", 0.0, _number(float, 0, 0.99)),

@@ -90,6 +90,8 @@ class RunPlan:
         adapter_scale, head_scale: data-independent factors on the gradients of each group before clipping.
         weight_by_examples: weight uploads by number of records, which discloses them. Only without privacy.
         wire_dtype: what adapter tensors travel as, in both directions: "fp32", or "bf16" (`fedlora.wire.dtypes`).
+        private_start: round 0 comes first, one participation beside `max_participations` in which clients release
+            noised gradients for the adapters to start from (`fedlora.adapters.private`). Only with privacy.
     """
 
     run_id: str
@@ -118,6 +120,7 @@ class RunPlan:
     weight_by_examples: bool
     lr_schedule: str = "constant"
     wire_dtype: str = "fp32"
+    private_start: bool = False
     protocol: int = PROTOCOL
 
     def __post_init__(self) -> None:
@@ -146,8 +149,15 @@ class RunPlan:
             require(not self.train_head, "train_head", "a causal language model has no task head to train")
         require(not (self.private and self.weight_by_examples), "weight_by_examples",
                 "weighting by example counts discloses them; under privacy the weights are uniform")
+        require(not self.private_start or (self.private and bool(self.targets)), "private_start",
+                "a start from noised gradients needs privacy, and targets to start")
         require(bool(self.targets) or self.train_head, "targets",
                 "nothing would be trained: name targets or train the head")
+
+    @property
+    def most_trainings(self) -> int:
+        """What one client may begin at most: its rounds, and the release before them."""
+        return self.max_participations + self.private_start
 
     @property
     def scaling(self) -> float:
@@ -161,7 +171,7 @@ class RoundPlan:
 
     Attributes:
         run: the run it belongs to.
-        round: counted from 1.
+        round: counted from 1; 0 for the release of a private start.
         attempt: 0 for the round's first cohort, one more for each later draft of idle clients.
         shared_sha256: digest (`fedlora.wire.digest`) of the tensors that are frozen during the round, which a client
             that already holds them is not sent again.
@@ -173,6 +183,8 @@ class RoundPlan:
     shared_sha256: str
 
     def __post_init__(self) -> None:
+        if self.round < 0 or self.attempt < 0:
+            raise ValueError(f"round {self.round}, attempt {self.attempt} cannot be; both are counted up from 0")
         if len(self.shared_sha256) != 64 or set(self.shared_sha256) - set("0123456789abcdef"):
             raise ValueError("shared_sha256 must be 64 lower-case hexadecimal digits")  # it names a file at the client
 
@@ -192,6 +204,8 @@ class RoundPlan:
 @dataclass(frozen=True)
 class Upload:
     """What one client sends for one round. Under privacy, everything in it has passed through the noise.
+
+    In round 0 the tensors are by how much the release's steps moved them: its noised gradients.
 
     Attributes:
         tensors: the trained tensors after the round, float32, rounded to what the wire dtype can carry.

@@ -38,20 +38,23 @@ def charges(deployment, name):
         ledger.close()
 
 
-@pytest.mark.parametrize(("strategy", "wire_dtype"), [
-    ("fedavg-lora", "fp32"), ("ffa-lora", "fp32"), ("fed-sb", "fp32"), ("fedsvd", "fp32"), ("fedsvd", "bf16")])
-def test_simulation_and_grpc_end_with_the_same_adapter(deployment, tmp_path, strategy, wire_dtype):
+@pytest.mark.parametrize(("method", "wire_dtype"), [
+    ("fedavg-lora", "fp32"), ("ffa-lora", "fp32"), ("fed-sb", "fp32"), ("fedsvd", "fp32"), ("fedsvd", "bf16"),
+    ("fed-sb:dp", "fp32")])
+def test_simulation_and_grpc_end_with_the_same_adapter(deployment, tmp_path, method, wire_dtype):
+    strategy, _, init = method.partition(":")
+    start = ("--init", init) if init else ()
     files = hospitals(tmp_path)
-    deployment.server("--strategy", strategy, "--min-clients", 3, "--min-replies", 3, "--seed", 5, "--wire-dtype",
-                      wire_dtype, *SMALL)
+    deployment.server("--strategy", strategy, *start, "--min-clients", 3, "--min-replies", 3, "--seed", 5,
+                      "--wire-dtype", wire_dtype, *SMALL)
     for file in files:
         deployment.client(file.stem, file, seed=5)
     assert deployment.end("server") == 0, deployment.log("server")
-    arguments = [f"--strategy={strategy}", f"--model={deployment.checkpoint}", f"--data={tmp_path / 'data'}",
+    arguments = [f"--strategy={method}", f"--model={deployment.checkpoint}", f"--data={tmp_path / 'data'}",
                  "--partition=files", "--threads=1", "--device=cpu", "--precision=fp32", f"--wire-dtype={wire_dtype}",
                  *map(str, SMALL)]
     options = read_options(build_parser(SIMULATE, ""), SIMULATE, arguments)
-    simulate(options, Method.parse(strategy), 5, find_model(options), populate(options, 5), out=tmp_path)
+    simulate(options, Method.parse(method), 5, find_model(options), populate(options, 5), out=tmp_path)
     simulated, deployed = (load_file(folder / "adapter" / "adapter_model.safetensors")
                            for folder in (tmp_path, deployment.out))
     assert simulated.keys() == deployed.keys() and simulated

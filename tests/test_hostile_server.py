@@ -11,6 +11,7 @@ import pytest
 import fedlora
 from fedlora import models, wire
 from fedlora.adapters import attach, initial_tensors
+from fedlora.adapters.private import release_layout, release_tensors
 from fedlora.plan import Refusal, RoundPlan, RunPlan
 from fedlora.privacy import Ledger
 from fedlora.wire import Setup
@@ -19,7 +20,7 @@ from fedlora_strategies.messages import read_reply, to_record, train_message
 from tests.processes import Deployment, write_rows
 
 AGREED = ("run_id", "fedlora_version", "strategy", "private", "model", "task", "labels", "max_length", "rounds",
-          "max_participations", "local_steps", "expected_batch", "clip_norm")
+          "max_participations", "local_steps", "expected_batch", "clip_norm", "private_start")
 
 
 class Server:
@@ -37,10 +38,9 @@ class Server:
         adapted = attach(models.load(checkpoint, "classification", 2), family="frozen-a", rank=2, alpha=2.0,
                          targets=("query",), train_head=True)
         self.state = initial_tensors(adapted, init="orthonormal", seed=0)
-        self.digest = wire.digest({spec.name: self.state[spec.name] for spec in adapted.layout.shared})
+        self.layout, self.release = adapted.layout, release_layout(adapted.layout, adapted.missing)
         self.deployment = Deployment(folder, checkpoint)
         self.engine = GrpcEngine("127.0.0.1:0", setup, folder / "spool")
-        self.engine.expect(adapted.layout)
         self.deployment.address = self.engine.address
         self.data = write_rows(folder / "data" / "north.jsonl", seed=0)
 
@@ -56,8 +56,12 @@ class Server:
         seat = self.engine._roster._seats[self.engine.idle()[0]]  # our own server never asks twice
         seat.asked.clear()
         seat.accepted = None
-        order = RoundPlan(dataclasses.replace(self.plan, **changes), round, attempt, self.digest)
-        sent = self.engine.push_messages([train_message(order, to_record(self.state), self.engine.idle()[0])])
+        layout = self.layout if round else self.release
+        state = self.state if round else release_tensors(self.release, self.state, seed=0)
+        digest = wire.digest({spec.name: state[spec.name] for spec in layout.shared})
+        order = RoundPlan(dataclasses.replace(self.plan, **changes), round, attempt, digest)
+        self.engine.expect(layout)
+        sent = self.engine.push_messages([train_message(order, to_record(state), self.engine.idle()[0])])
         while sent[0] not in self.engine.wait(sent, 0.2):
             pass
         return read_reply(next(iter(self.engine.pull_messages(sent))))
@@ -118,6 +122,27 @@ def test_a_plan_that_is_not_what_was_said_when_joining_is_declined(serve, change
     assert server.charges() == () and "is not what the server said" in server.log()
 
 
+@pytest.mark.parametrize("changes", [{}, {"private_start": True}], ids=["unannounced", "announced too late"])
+def test_a_start_from_private_rows_that_was_not_agreed_is_declined(serve, changes):
+    server = serve().client()
+    assert server.ask(0, **changes) == Refusal("policy")
+    assert server.deployment.end("north", 60) == 4
+    assert server.charges() == ()
+
+
+def test_an_agreed_start_is_released_once_and_never_after_the_first_round(serve):
+    server = serve(private_start=True).client()
+    released = server.ask(0)
+    assert {n: t.shape for n, t in released.tensors.items()} == {s.name: s.shape for s in server.release.trained}
+    assert server.ask(0).tensors.keys() == released.tensors.keys() and len(server.charges()) == 1
+    assert server.ask(0, attempt=1) == Refusal("unavailable") and len(server.charges()) == 1
+    for number in (1, 2):
+        assert server.ask(number).steps == 2
+    assert server.ask(3) == Refusal("budget")
+    assert server.ask(0, attempt=2) == Refusal("policy")
+    assert [(charge.round, charge.state) for charge in server.charges()] == [(n, "released") for n in range(3)]
+
+
 def test_a_plan_that_changes_between_rounds_is_declined(serve):
     server = serve().client()
     assert server.ask(1).steps == 2
@@ -135,14 +160,15 @@ def test_another_model_is_declined_before_the_data_is_read(serve):
     assert "model-mismatch" in server.log() and "0" * 64 in server.log() and "not a row" not in server.log()
 
 
-POLICIES = {"min-noise-multiplier = 50.0": "min-noise-multiplier", 'servers = ["10.0.0.1:9092"]': "servers"}
+POLICIES = {"min-noise-multiplier = 50.0": "min-noise-multiplier", 'servers = ["10.0.0.1:9092"]': "servers",
+            "private-start = false": "private-start"}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_what_the_owners_policy_forbids_is_declined_with_a_bare_code(serve, tmp_path, policy):
     path = tmp_path / "policy.toml"
     path.write_text(policy + "\n")
-    server = serve().client("--policy", path)
+    server = serve(private_start="start" in policy).client("--policy", path)
     if "noise" in policy:  # known once the terms are computed
         assert server.ask(1) == Refusal("policy")
     assert server.deployment.end("north", 60) == 4

@@ -13,7 +13,9 @@ from rich.console import Console
 
 from fedlora import data, models
 from fedlora.adapters import attach_planned
+from fedlora.adapters.private import release_plan
 from fedlora.data import Rows
+from fedlora.models import LoadedModel
 from fedlora.plan import ROW, Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload
 from fedlora.privacy import INSECURE_SEED_VARIABLE, Budget, RunStreams, run_streams
 from fedlora.tasks import task_for
@@ -252,7 +254,7 @@ class Part:
     def _open(self, run: RunPlan) -> ClientSession:
         """Load the model once for the run."""
         for field in ("model", "private", "task", "strategy", "max_length", "rounds", "max_participations",
-                      "local_steps", "expected_batch", "clip_norm", "wire_dtype"):
+                      "local_steps", "expected_batch", "clip_norm", "wire_dtype", "private_start"):
             if getattr(run, field) != getattr(self._setup, field):
                 log.error("The plan's %s is not what the server said when this client joined.", field)
                 raise Refused("policy")
@@ -260,25 +262,29 @@ class Part:
             log.error("The run's label set is %s; this client has labels outside it.", ", ".join(run.labels))
             raise Refused("labels")
         loaded = models.load(self._model_path, run.task, len(run.labels))
-        adapted = attach_planned(loaded, run)
         task = task_for(run, loaded.tokenizer)
         records = task.encode(self._rows)
         if records.left_out:
             self._console.print(f"{records.left_out} rows are left out: no label, or no answer within --max-length.",
                                 highlight=False)
-        options = self._options
-        trainer = Trainer(adapted, task, device=options.device, precision=options.precision,
-                          micro_batch=options.micro_batch, threads=options.threads)
-        session = ClientSession(run, trainer, records, self._limits, self._state, self._streams, self._owner.ledger,
-                                self._owner.dataset, approve=self._owner.approve)
+
+        def trainer(plan: RunPlan, model: LoadedModel) -> Trainer:
+            options = self._options
+            return Trainer(attach_planned(model, plan), task, device=options.device, precision=options.precision,
+                           micro_batch=options.micro_batch, threads=options.threads)
+
+        session = ClientSession(
+            run, trainer(run, loaded), records, self._limits, self._state, self._streams, self._owner.ledger,
+            self._owner.dataset, approve=self._owner.approve,
+            release=lambda: trainer(release_plan(run), models.load(self._model_path, run.task, len(run.labels))))
         terms = session.terms
         if run.private:
             unit = "record" if self._limits.unit == ROW else self._owner.unit_column
             self._console.print(
                 f"Private: every {unit} is sampled with rate {terms.sampling_rate:.4g}, clipped to "
                 f"{terms.clip_norm:g}, and hidden by noise of {terms.noise_multiplier:.3f} × that; all "
-                f"{run.max_participations} rounds together cost at most ε {self._limits.epsilon:g} at δ "
-                f"{terms.delta:g}.", highlight=False)
+                f"{run.max_participations} rounds{' and the start' if run.private_start else ''} together cost at "
+                f"most ε {self._limits.epsilon:g} at δ {terms.delta:g}.", highlight=False)
             if terms.noise_multiplier != session.noise_for_run:
                 self._console.print(
                     f"The lifetime budget leaves less than that: the noise is {terms.noise_multiplier:.3f} × the clip "

@@ -65,8 +65,9 @@ class Owner:
         """
         try:
             self.policy.check_proposal(strategy=setup.strategy, model_sha256=setup.model.weights_sha256,
-                                       server=self._server, rounds=setup.max_participations,
-                                       announces_labels=setup.announce_labels)
+                                       server=self._server,
+                                       rounds=setup.max_participations + setup.private_start,
+                                       announces_labels=setup.announce_labels, private_start=setup.private_start)
         except Forbidden as error:
             log.error("%s", error)
             raise Refused("policy") from None

@@ -49,9 +49,11 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
     """
     run, terms, ledger, dataset = session.run, session.terms, session.ledger, session.dataset
     name, unit = session.streams.name, terms.unit
-    uploaded = ARRAY_DTYPES[run.wire_dtype].itemsize * session.trainer.adapted.layout.num_trained
+    sizes = {False: session.release_layout.num_trained, True: session.trainer.adapted.layout.num_trained}
+    width = ARRAY_DTYPES[run.wire_dtype].itemsize
     trainings = [Training(c.round, c.attempt, c.state, c.steps, c.time, terms.noise_multiplier, terms.sampling_rate,
-                          uploaded if c.sha256 else None, c.sha256) for c in ledger.charges(dataset, run.run_id)]
+                          width * sizes[c.round > 0] if c.sha256 else None, c.sha256)
+                 for c in ledger.charges(dataset, run.run_id)]
     precision = session.trainer.precision
     report = privacy_report(
         dataset=dataset, run_id=run.run_id, client=name, server=server, plan_sha256=terms.plan_sha256,

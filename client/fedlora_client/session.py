@@ -14,6 +14,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fedlora.adapters import AdapterLayout
+from fedlora.adapters.private import release_layout, release_plan
 from fedlora.plan import ROW, Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload, to_scalars
 from fedlora.privacy import SIGMA_STEP, Budget, BudgetExhausted, Forbidden, Ledger, RunStreams, RunTerms
 from fedlora.privacy.ledger import Reservation
@@ -92,15 +94,17 @@ class ClientSession:
 
     def __init__(self, run: RunPlan, trainer: Trainer, records: Records, limits: Limits, state: State,
                  streams: RunStreams, ledger: Ledger, dataset: str, *,
-                 approve: Callable[[RunTerms], None] = lambda terms: None) -> None:
+                 approve: Callable[[RunTerms], None] = lambda terms: None,
+                 release: Callable[[], Trainer] | None = None) -> None:
         limits.check(run.private)
         if not len(records):
             raise ValueError("no row can be trained on: each lacks a label, or an answer within --max-length")
         self.run, self.trainer, self.records = run, trainer, records
         self.limits, self.state, self.streams = limits, state, streams
         self.ledger, self.dataset = ledger, dataset
+        self._release = release
         self.last_result: TrainResult | None = None
-        self._begun: dict[tuple[str, int, int], Reservation] = {}
+        self._begun: dict[tuple[str, int, int], tuple[Reservation, Tensors]] = {}
         self.terms = self._settle()
         try:
             approve(self.terms)
@@ -140,7 +144,7 @@ class ClientSession:
             try:
                 budget = limits.budget(count)
                 size, rate, delta = budget.declared_size, budget.sampling_rate(run.expected_batch), budget.delta
-                noise_multiplier = budget.noise_multiplier(run.expected_batch, run.max_participations * run.local_steps)
+                noise_multiplier = budget.noise_multiplier(run.expected_batch, run.most_trainings * run.local_steps)
             except ValueError as error:
                 log.error("%s", error)
                 raise Refused("policy") from error
@@ -148,7 +152,7 @@ class ClientSession:
             run_id=run.run_id, plan_sha256=plan_sha256, unit=limits.unit, declared_size=size, sampling_rate=rate,
             noise_multiplier=noise_multiplier, delta=delta, clip_norm=min(run.clip_norm, limits.max_clip_norm),
             scales={"adapter": run.adapter_scale, "head": run.head_scale}, local_steps=run.local_steps,
-            max_participations=run.max_participations)
+            max_participations=run.most_trainings)
 
     @property
     def started(self) -> tuple[tuple[int, int], ...]:
@@ -174,7 +178,10 @@ class ClientSession:
             LedgerError: the charge cannot be written; nothing was trained.
         """
         training = self.begin(plan, tensors)
-        return self.finish(plan, self.trainer.run(training, stop)) if isinstance(training, Training) else training
+        if not isinstance(training, Training):
+            return training
+        trainer = self.trainer if plan.round else self._release_trainer()
+        return self.finish(plan, trainer.run(training, stop))
 
     def begin(self, plan: RoundPlan, tensors: Tensors) -> Training | Upload | Refusal:
         """All of `run_round` that comes before the training, up to the charge, which is on the disk.
@@ -188,11 +195,10 @@ class ClientSession:
         started = self.started
         if (plan.round, plan.attempt) in started:
             return self._again(plan)
-        if len(started) >= self.run.max_participations:
-            log.warning("This client has started %d rounds, the most that its privacy was calibrated to.", len(started))
-            return Refusal("budget")
+        layout = self.trainer.adapted.layout
         try:
-            start = self._complete(plan, tensors)
+            self._check_turn(plan, [round for round, _ in started])
+            start = self._complete(plan, tensors, layout if plan.round else self.release_layout)
         except Refused as refused:
             return refused.refusal
         try:
@@ -201,23 +207,26 @@ class ClientSession:
             log.error("%s", error)
             return Refusal("budget")
         reservation.begin()
-        self._begun[plan.key] = reservation
-        terms = self.terms
+        self._begun[plan.key] = reservation, start
+        terms, run = self.terms, self.run if plan.round else release_plan(self.run)
         return Training(
-            self.run, self.records, start, sampling_rate=terms.sampling_rate, noise_multiplier=terms.noise_multiplier,
-            clip_norm=terms.clip_norm, lr=plan.lr, rows_per_unit=self.limits.rows_per_unit, streams=self.streams,
-            round=plan.round, attempt=plan.attempt)
+            run, self.records, start, sampling_rate=terms.sampling_rate, noise_multiplier=terms.noise_multiplier,
+            clip_norm=terms.clip_norm, lr=plan.lr if plan.round else run.lr,
+            rows_per_unit=self.limits.rows_per_unit, streams=self.streams, round=plan.round, attempt=plan.attempt)
 
     def finish(self, plan: RoundPlan, result: TrainResult) -> Upload | Refusal:
         """All of `run_round` that comes after the training that `begin` gave for this plan."""
-        reservation = self._begun.pop(plan.key)
+        reservation, start = self._begun.pop(plan.key)
         self.last_result = result
         if result.steps < self.run.local_steps:
             log.info("Round %d was stopped before its last step; it stays charged.", plan.round)
             return Refusal("unavailable")
         private, announced = self.run.private, self.limits.announce_size
+        tensors = result.tensors
+        if plan.round == 0:
+            tensors = {name: array - start[name] for name, array in tensors.items()}
         upload = Upload(
-            *plan.key, tensors=rounded(result.tensors, self.run.wire_dtype), steps=result.steps,
+            *plan.key, tensors=rounded(tensors, self.run.wire_dtype), steps=result.steps,
             delta=self.terms.delta if announced else None,
             noise_multiplier=self.terms.noise_multiplier if announced else None,
             num_examples=None if private else self.records.units_count,
@@ -226,6 +235,31 @@ class ClientSession:
         reservation.stored(digest(upload.tensors))
         reservation.released()
         return upload
+
+    def _check_turn(self, plan: RoundPlan, started: list[int]) -> None:
+        """Whether it may be begun, after the rounds that were. Raises Refused; the reason is in the local log."""
+        if plan.round == 0:
+            if not self.run.private_start or any(started):
+                log.error("The server asks for gradients to start from, %s; refused.",
+                          "after the first round" if self.run.private_start else "which this run was not to have")
+                raise Refused("policy")
+            if started:
+                log.warning("The gradients to start from are released once; that was begun before.")
+                raise Refused("unavailable")
+        elif sum(map(bool, started)) >= self.run.max_participations:
+            log.warning("This client has started %d rounds, the most that its privacy was calibrated to.", len(started))
+            raise Refused("budget")
+
+    @property
+    def release_layout(self) -> AdapterLayout:
+        """What travels in round 0."""
+        return release_layout(self.trainer.adapted.layout, self.trainer.adapted.missing)
+
+    def _release_trainer(self) -> Trainer:
+        """For round 0: another adapter on a base model of its own, needed once."""
+        if self._release is None:
+            raise ValueError("this session was made without a trainer for a private start; give it `release`")
+        return self._release()
 
     def _again(self, plan: RoundPlan) -> Upload | Refusal:
         """The identical bytes of an order that was trained before, at no cost; none if it was not finished."""
@@ -238,9 +272,8 @@ class ClientSession:
         log.info("Round %d was trained before; the stored upload is sent again at no cost.", plan.round)
         return stored
 
-    def _complete(self, plan: RoundPlan, tensors: Tensors) -> Tensors:
+    def _complete(self, plan: RoundPlan, tensors: Tensors, layout: AdapterLayout) -> Tensors:
         """The received tensors, with the shared ones that did not travel added from the cache, checked."""
-        layout = self.trainer.adapted.layout
         names = {spec.name for spec in layout.shared}
         received = {name: array for name, array in tensors.items() if name in names}
         held_sha256, held = self.state.shared()

@@ -22,7 +22,7 @@ orthonormal  A with orthonormal rows; in bra, B with orthonormal columns.
 weight       A (in bra, B too) from the leading singular vectors of the frozen weight (arXiv:2404.02948 takes the same).
 
 What trains starts such that the update is 0: B in lora and frozen-a, R in bra. A start from a public file's gradients,
-"public", is made by `fedlora.adapters.public`.
+"public", is made by `fedlora.adapters.public`, one from noised gradients of the clients by `fedlora.adapters.private`.
 """
 
 
@@ -63,8 +63,8 @@ def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int,
             leading = leading_factors(adapted.base_weight(module), layout.rank)
             A, B = leading.A, leading.B
         elif init == "orthonormal":
-            A = orthonormal_rows(_gaussian(seed, f"{module}.A", (layout.rank, d_in)))
-            B = orthonormal_rows(_gaussian(seed, f"{module}.B", (layout.rank, d_out))).T
+            A = orthonormal_rows(gaussian(seed, f"{module}.A", (layout.rank, d_in)))
+            B = orthonormal_rows(gaussian(seed, f"{module}.B", (layout.rank, d_out))).T
         else:
             A = torch.from_numpy(_stream(seed, f"{module}.A").uniform(-1, 1, (layout.rank, d_in)) / d_in**0.5)
         tensors[f"{module}.A"] = _float32(A)
@@ -77,7 +77,7 @@ def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int,
     for name in (f"head.{missing}" for missing in adapted.missing):
         shape = tensors[name].shape
         if len(shape) >= 2:
-            tensors[name] = _float32(spread * _gaussian(seed, name, shape))
+            tensors[name] = _float32(spread * gaussian(seed, name, shape))
         else:
             tensors[name] = np.full(shape, 0 if name.endswith("bias") else 1, np.float32)
     return tensors
@@ -88,7 +88,8 @@ def _stream(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()))
 
 
-def _gaussian(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def gaussian(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal float64 values from the stream of one seed and name."""
     return torch.from_numpy(_stream(seed, name).standard_normal(shape))
 
 

@@ -8,6 +8,7 @@
     servers = ["127.0.0.1:9092"]
     announce-labels = false               # a server that asks for the label names is refused
     announce-size = false                 # uploads do not state sigma and delta, which tell the declared size
+    private-start = false                 # a server that asks for noised gradients to start from is refused
 
     [dataset.north]                       # one for each data set, under an id of the owner's choice
     data = "/records/north"
@@ -83,6 +84,7 @@ class Policy:
     servers: tuple[str, ...] | None = None
     announce_labels: bool = True
     announce_size: bool = True
+    private_start: bool = True
     datasets: Mapping[str, DatasetPolicy] = field(default_factory=dict)
 
     @classmethod
@@ -118,7 +120,7 @@ class Policy:
         return name
 
     def check_proposal(self, *, strategy: str, model_sha256: str, server: str, rounds: int,
-                       announces_labels: bool) -> None:
+                       announces_labels: bool, private_start: bool) -> None:
         """What a server says before the data is read.
 
         Raises:
@@ -133,6 +135,8 @@ class Policy:
         if announces_labels and not self.announce_labels:
             self._forbid("announce-labels = false", "the server asks for the label names; it must name them itself, "
                                                     "with --labels")
+        if private_start and not self.private_start:
+            self._forbid("private-start = false", "the server asks for a start from noised gradients of these records")
 
     def check_terms(self, *, sampling_rate: float, noise_multiplier: float | None) -> None:
         """What follows from the proposal and the budget, before any record is trained on.
@@ -183,7 +187,8 @@ def absolute(data: str) -> str:
 
 _FIELDS: Mapping[str, tuple[type, ...]] = {
     "min-noise-multiplier": (int, float), "max-rounds": (int,), "max-sampling-rate": (int, float),
-    "strategies": (list,), "models": (list,), "servers": (list,), "announce-labels": (bool,), "announce-size": (bool,)}
+    "strategies": (list,), "models": (list,), "servers": (list,), "announce-labels": (bool,), "announce-size": (bool,),
+    "private-start": (bool,)}
 
 _DATASET_FIELDS: Mapping[str, tuple[type, ...]] = {
     "data": (str,), "epsilon": (int, float), "delta": (int, float), "unit": (str,), "distinct": (list,),

@@ -132,6 +132,8 @@ class Trainer:
 
     def run(self, training: Training, stop: Callable[[], bool] = lambda: False) -> TrainResult:
         """`train` as one client wants it in one round, from the tensors that it starts with."""
+        layout = self.adapted.layout
+        assert (training.run.family, training.run.scaling) == (layout.family.name, layout.scaling), "another adapter's"
         self.adapted.write(training.start)
         return self.train(
             training.run, training.records, sampling_rate=training.sampling_rate,

@@ -65,6 +65,7 @@ class Setup:
     expected_batch: int
     clip_norm: float
     wire_dtype: str = "fp32"
+    private_start: bool = False
     protocol: int = PROTOCOL
 
     @classmethod
@@ -145,8 +146,6 @@ def plan_from_wire(task: pb.Task) -> RoundPlan:
         run: RunPlan = from_scalars(flat)
     except ValueError as error:
         raise WireError(f"the round's plan is not valid: {error}") from None
-    if task.round < 1 or task.attempt < 0:
-        raise WireError(f"round {task.round}, attempt {task.attempt} cannot be")
     try:
         return RoundPlan(run=run, round=task.round, attempt=task.attempt, shared_sha256=task.shared_sha256)
     except ValueError as error:

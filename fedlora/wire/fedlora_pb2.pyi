@@ -59,7 +59,7 @@ class Join(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., name: _Optional[str] = ..., process: _Optional[bytes] = ..., private: _Optional[bool] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "fedlora_version", "run_id", "strategy", "model", "task", "private", "labels", "announce_labels", "max_length", "rounds", "max_participations", "local_steps", "expected_batch", "clip_norm", "wire_dtype")
+    __slots__ = ("protocol", "fedlora_version", "run_id", "strategy", "model", "task", "private", "labels", "announce_labels", "max_length", "rounds", "max_participations", "local_steps", "expected_batch", "clip_norm", "wire_dtype", "private_start")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +76,7 @@ class Welcome(_message.Message):
     EXPECTED_BATCH_FIELD_NUMBER: _ClassVar[int]
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_START_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     fedlora_version: str
     run_id: str
@@ -92,7 +93,8 @@ class Welcome(_message.Message):
     expected_batch: int
     clip_norm: float
     wire_dtype: str
-    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., run_id: _Optional[str] = ..., strategy: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., task: _Optional[str] = ..., private: _Optional[bool] = ..., labels: _Optional[_Iterable[str]] = ..., announce_labels: _Optional[bool] = ..., max_length: _Optional[int] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., clip_norm: _Optional[float] = ..., wire_dtype: _Optional[str] = ...) -> None: ...
+    private_start: bool
+    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., run_id: _Optional[str] = ..., strategy: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., task: _Optional[str] = ..., private: _Optional[bool] = ..., labels: _Optional[_Iterable[str]] = ..., announce_labels: _Optional[bool] = ..., max_length: _Optional[int] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., clip_norm: _Optional[float] = ..., wire_dtype: _Optional[str] = ..., private_start: _Optional[bool] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "weights_sha256", "config_sha256", "tokenizer_sha256")
@@ -149,7 +151,7 @@ class Task(_message.Message):
     def __init__(self, run: _Optional[_Union[RunPlan, _Mapping]] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., shared_sha256: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class RunPlan(_message.Message):
-    __slots__ = ("run_id", "fedlora_version", "strategy", "family", "private", "model_name", "model_weights_sha256", "model_config_sha256", "model_tokenizer_sha256", "task", "labels", "max_length", "rank", "alpha", "targets", "train_head", "dropout", "rounds", "max_participations", "local_steps", "expected_batch", "optimizer", "lr", "clip_norm", "adapter_scale", "head_scale", "weight_by_examples", "lr_schedule", "wire_dtype", "protocol")
+    __slots__ = ("run_id", "fedlora_version", "strategy", "family", "private", "model_name", "model_weights_sha256", "model_config_sha256", "model_tokenizer_sha256", "task", "labels", "max_length", "rank", "alpha", "targets", "train_head", "dropout", "rounds", "max_participations", "local_steps", "expected_batch", "optimizer", "lr", "clip_norm", "adapter_scale", "head_scale", "weight_by_examples", "lr_schedule", "wire_dtype", "private_start", "protocol")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
     STRATEGY_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +181,7 @@ class RunPlan(_message.Message):
     WEIGHT_BY_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     LR_SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_START_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     fedlora_version: str
@@ -209,8 +212,9 @@ class RunPlan(_message.Message):
     weight_by_examples: bool
     lr_schedule: str
     wire_dtype: str
+    private_start: bool
     protocol: int
-    def __init__(self, run_id: _Optional[str] = ..., fedlora_version: _Optional[str] = ..., strategy: _Optional[str] = ..., family: _Optional[str] = ..., private: _Optional[bool] = ..., model_name: _Optional[str] = ..., model_weights_sha256: _Optional[str] = ..., model_config_sha256: _Optional[str] = ..., model_tokenizer_sha256: _Optional[str] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_head: _Optional[bool] = ..., dropout: _Optional[float] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., optimizer: _Optional[str] = ..., lr: _Optional[float] = ..., clip_norm: _Optional[float] = ..., adapter_scale: _Optional[float] = ..., head_scale: _Optional[float] = ..., weight_by_examples: _Optional[bool] = ..., lr_schedule: _Optional[str] = ..., wire_dtype: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., fedlora_version: _Optional[str] = ..., strategy: _Optional[str] = ..., family: _Optional[str] = ..., private: _Optional[bool] = ..., model_name: _Optional[str] = ..., model_weights_sha256: _Optional[str] = ..., model_config_sha256: _Optional[str] = ..., model_tokenizer_sha256: _Optional[str] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_head: _Optional[bool] = ..., dropout: _Optional[float] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., optimizer: _Optional[str] = ..., lr: _Optional[float] = ..., clip_norm: _Optional[float] = ..., adapter_scale: _Optional[float] = ..., head_scale: _Optional[float] = ..., weight_by_examples: _Optional[bool] = ..., lr_schedule: _Optional[str] = ..., wire_dtype: _Optional[str] = ..., private_start: _Optional[bool] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class Upload(_message.Message):
     __slots__ = ("key", "tensors", "steps", "delta", "noise_multiplier", "num_examples", "train_loss")

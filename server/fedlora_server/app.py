@@ -90,7 +90,8 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
                 return Served(out, None)
             engine.expect(federation.adapted.layout)
             result = run_federation(engine, federation.strategy, federation.plan, federation.state, rounds,
-                                    observer=display, evaluate=evaluator(federation, rows), stop=stop, out=out)
+                                    observer=display, evaluate=evaluator(federation, rows), stop=stop, out=out,
+                                    start=federation.start)
             joined = {member.name: {"fedlora_version": member.fedlora_version, "private": member.private,
                                     "label_names": list(member.announced_labels)} for member in engine.members()}
             shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}

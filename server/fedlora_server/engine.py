@@ -24,6 +24,7 @@ from typing import Any, Literal
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal
 
 Outcome = Literal["uploaded", "lost"] | Refusal
@@ -37,6 +38,9 @@ def node_id(name: str) -> int:
 
 class Engine(Grid):
     """A Grid that knows names, sees clients come and go, and gives replies back one at a time."""
+
+    def expect(self, layout: AdapterLayout) -> None:
+        """From the next message on, these tensors travel; an engine may leave their check to the strategy."""
 
     @property
     @abstractmethod

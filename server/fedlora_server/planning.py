@@ -15,6 +15,7 @@ import torch
 import fedlora
 from fedlora import data, models
 from fedlora.adapters import AdaptedModel, all_targets, attach_planned, automatic_targets, initial_tensors
+from fedlora.adapters.private import PRIVATE_START
 from fedlora.adapters.public import PREFIX, public_start, read_public
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
@@ -22,6 +23,7 @@ from fedlora.plan import ModelRef, RunPlan, Tensors
 from fedlora.tasks import Records, Task, task_for
 from fedlora_strategies import STRATEGY_CLASSES, FederatedLoRA
 from fedlora_strategies.presets import Preset, preset
+from fedlora_strategies.private_start import PrivateStart
 
 ANY_LABELS = ("0", "1")
 """Stands for the labels that clients will announce, so that everything else can be tried before they come."""
@@ -78,13 +80,18 @@ def claim_folder(out: Path | None, name: str) -> Path:
 
 @dataclass(frozen=True)
 class Federation:
-    """One run, ready to start: what clients are told, and what the server keeps."""
+    """One run, ready to start: what clients are told, and what the server keeps.
+
+    Attributes:
+        start: the round before the first, of --init dp; None without.
+    """
 
     plan: RunPlan
     adapted: AdaptedModel
     task: Task
     state: Tensors
     strategy: FederatedLoRA
+    start: PrivateStart | None = None
 
 
 def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[str, ...], seed: int, *,
@@ -104,14 +111,15 @@ def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[st
     plan = make_plan(options, strategy, base.reference, labels, loaded, run_id or secrets.token_hex(8))
     adapted = attach_planned(loaded, plan)
     task, init = task_for(plan, loaded.tokenizer), planned(options, strategy).init
-    if init.startswith(PREFIX) and labels is ANY_LABELS:
+    if plan.private_start or (init.startswith(PREFIX) and labels is ANY_LABELS):
         init = "orthonormal"
     rows = _public_rows(options, init, labels)
     if rows is None:
         state = initial_tensors(adapted, init=init, seed=seed)
     else:
         state = public_start(adapted, task, rows, seed=seed)
-    return Federation(plan, adapted, task, state, STRATEGY_CLASSES[strategy](plan, adapted.layout))
+    start = PrivateStart(plan, adapted, state, seed) if plan.private_start else None
+    return Federation(plan, adapted, task, state, STRATEGY_CLASSES[strategy](plan, adapted.layout), start)
 
 
 def _public_rows(options: Namespace, init: str | None, labels: tuple[str, ...]) -> data.Rows | None:
@@ -126,7 +134,7 @@ def planned(options: Namespace, strategy: str) -> Preset:
     """The preset of (strategy, --privacy), with the values that flags override.
 
     Raises:
-        ValueError: --max-participations is more than the rounds.
+        ValueError: --max-participations is more than the rounds, or --init dp is asked for without privacy.
     """
     chosen = preset(strategy, options.privacy == "required")
     given = {name: value for field in dataclasses.fields(Preset)
@@ -135,6 +143,9 @@ def planned(options: Namespace, strategy: str) -> Preset:
     if options.max_participations and options.max_participations > values.rounds:
         raise ValueError(f"--max-participations {options.max_participations} is more than the {values.rounds} rounds "
                          "of the run; lower it, or leave it out for exactly the rounds")
+    if values.init == PRIVATE_START and options.privacy != "required":
+        raise ValueError(f"--init {PRIVATE_START} is a start from noised gradients, and without privacy there is no "
+                         "noise; choose --init orthonormal, weight or public:FILE")
     return values
 
 
@@ -154,7 +165,8 @@ def make_plan(options: Namespace, strategy: str, reference: ModelRef, labels: tu
         rounds=values.rounds, max_participations=options.max_participations or values.rounds,
         local_steps=values.local_steps, expected_batch=values.batch_size, optimizer=values.optimizer, lr=values.lr,
         clip_norm=values.clip_norm, adapter_scale=1.0, head_scale=values.head_scale, weight_by_examples=not private,
-        lr_schedule=values.lr_schedule, wire_dtype=options.wire_dtype)
+        lr_schedule=values.lr_schedule, wire_dtype=options.wire_dtype,
+        private_start=values.init == PRIVATE_START)
 
 
 def held_out(options: Namespace) -> Rows | None:

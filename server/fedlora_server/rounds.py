@@ -24,6 +24,7 @@ from typing import cast
 from fedlora.plan import RunPlan, Tensors
 from fedlora_strategies import FederatedLoRA
 from fedlora_strategies.messages import to_record, to_tensors
+from fedlora_strategies.private_start import PrivateStart
 
 from . import checkpoint
 from .cohort import Clients, Ended, OpenRound, RoundOptions
@@ -55,7 +56,7 @@ class FederationResult:
 
 def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state: Tensors, options: RoundOptions, *,
                    observer: Observer | None = None, evaluate: Evaluate | None = None, stop: Event | None = None,
-                   out: Path | None = None) -> FederationResult:
+                   out: Path | None = None, start: PrivateStart | None = None) -> FederationResult:
     """Run all rounds of a plan.
 
     Args:
@@ -64,6 +65,7 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
         evaluate: figures of a state on the server's own data.
         stop: when it is set, the open round is abandoned and the state of the last finished one returned.
         out: folder for `checkpoint.safetensors` and `metrics.jsonl`.
+        start: a round 0, whose outcome takes the place of `state`.
     """
     observer, stop = observer or Observer(), stop or Event()
     clients = Clients(engine, plan, options.seed)
@@ -86,9 +88,17 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
 
     if initial := figures(0, state):
         conclude(RoundRecord(0, evaluation=initial), state)
-    arrays, ended = to_record(state), "finished"
+    ended = "finished"
     try:
         clients.wait_for(options.min_clients, None, stop, observer)
+        if start is not None:
+            engine.expect(start.layout)
+            release = OpenRound(engine, start, clients, 0, options, observer, stop)
+            sketches, _ = start.aggregate_train(0, release.collect(to_record(start.tensors)))
+            state = state if sketches is None else start.begin(to_tensors(sketches))
+            engine.expect(strategy.layout)
+            clients.participations.clear()  # the release is beside the rounds
+        arrays = to_record(state)
         for number in range(1, plan.rounds + 1):
             began, up, down = time.monotonic(), engine.bytes_up, engine.bytes_down
             under_way = OpenRound(engine, strategy, clients, number, options, observer, stop)

@@ -52,6 +52,9 @@ class InProcessEngine(Engine):
         self._count = self._bytes_up = self._bytes_down = 0
         self._spool = TemporaryDirectory(prefix="fedlora-spool-")
 
+    def expect(self, layout: AdapterLayout) -> None:
+        self._layout = layout
+
     @property
     def bytes_up(self) -> int:
         return self._bytes_up

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 
-from fedlora.training import Trainer, Training, TrainResult
+from fedlora.training import Training, TrainResult
 
-from .worker import Blueprint, WorkerLost, Workers
+from .worker import Blueprint, Worker, WorkerLost, Workers
 
 
 class ProcessWorkers(Workers):
@@ -76,7 +76,7 @@ class ProcessWorkers(Workers):
 def _serve(connection: Connection, blueprint: Blueprint, index: int) -> None:
     """The process: trains what comes over the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends this one
-    trainer: Trainer | None = None
+    worker = Worker(blueprint, index)
     while True:
         answer: list[TrainResult] | Exception
         try:
@@ -84,8 +84,7 @@ def _serve(connection: Connection, blueprint: Blueprint, index: int) -> None:
         except EOFError:
             return
         try:
-            trainer = trainer or blueprint.build(index)
-            answer = trainer.run_all(trainings)
+            answer = worker.train(trainings)
         except Exception as error:
             error.add_note(f"In worker {index}:\n{traceback.format_exc()}")
             answer = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from fedlora import data
+from fedlora.adapters import attach_planned
+from fedlora.adapters.private import release_plan
 from fedlora.data import Rows
+from fedlora.models import load
 from fedlora.plan import ROW, Tensors, unit_column
 from fedlora.privacy import Ledger
 from fedlora.tasks import Records, Task
@@ -150,16 +154,17 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     trainer = kind(federation.adapted, federation.task, device=options.device, precision=options.precision,
                    micro_batch=options.micro_batch, threads=options.threads)
     ledger = Ledger(out / "ledger.sqlite" if out else None, simulated=True)
-    sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed, ledger)
+    release = release_trainer(options, federation, base) if federation.start else None
+    sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed, ledger, release)
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
                         min_replies=options.min_replies, evaluate_every=options.eval_every,
                         wait_timeout_s=0.0)  # nobody new can come
-    engine = _engine(options, federation, base, trainer, sessions)
+    engine = _engine(options, federation, base, trainer, release, sessions)
     try:
         began = time.monotonic()
         result = run_federation(engine, federation.strategy, federation.plan, federation.state, loop,
-                                observer=observer, evaluate=evaluate, out=out)
+                                observer=observer, evaluate=evaluate, out=out, start=federation.start)
         simulated = Simulated(
             method, seed, federation, result,
             epsilons={name: session.epsilon() for name, session in sessions.items()},
@@ -173,7 +178,7 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     return simulated
 
 
-def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer: Trainer,
+def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer: Trainer, release: Trainer | None,
             sessions: Mapping[str, ClientSession]) -> InProcessEngine:
     run_id, layout = federation.plan.run_id, federation.adapted.layout
     count = min(options.workers, len(sessions))
@@ -182,21 +187,30 @@ def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer
             federation.plan, base.path, options.device, options.precision, options.micro_batch,
             options.threads or threads_each(count), together=options.batch_clients > 1), count)
     elif options.batch_clients > 1:
-        workers = ThisProcess(trainer)
+        workers = ThisProcess(trainer, release)
     else:
         return InProcessEngine(sessions, run_id, layout)
     return WorkerEngine(sessions, run_id, layout, workers, group=options.batch_clients)
 
 
+def release_trainer(options: Namespace, federation: Federation, base: BaseModel) -> Trainer:
+    """Of the round before the first, on a base model of its own."""
+    plan = release_plan(federation.plan)
+    adapted = attach_planned(load(base.path, plan.task, len(plan.labels)), plan)
+    return Trainer(adapted, federation.task, device=options.device, precision=options.precision,
+                   micro_batch=options.micro_batch, threads=options.threads)
+
+
 def make_sessions(options: Namespace, federation: Federation, trainer: Trainer, records: Mapping[str, Records],
-                  seed: int, ledger: Ledger) -> dict[str, ClientSession]:
-    """A session for each client; all share the trainer, the cache of frozen tensors and a simulated ledger."""
+                  seed: int, ledger: Ledger, release: Trainer | None = None) -> dict[str, ClientSession]:
+    """A session for each client; all share the trainers, the cache of frozen tensors and a simulated ledger."""
     limits = Limits(options.epsilon, options.delta, options.declared_size, options.max_clip_norm or float("inf"),
                     unit=options.privacy_unit or ROW, rows_per_unit=options.rows_per_unit)
     shared: dict[str, Tensors] = {}
-    seen: dict[float, str] = {}
+    run = secrets.token_hex(8)
     return {name: ClientSession(federation.plan, trainer, own, limits, MemoryState(shared),
-                                ComparedStreams(name, seed, seen), ledger, name)
+                                ComparedStreams(name, seed, run), ledger, name,
+                                release=None if release is None else lambda: release)
             for name, own in records.items()}
 
 

@@ -1,12 +1,13 @@
 """A tripwire of every simulation: no two streams of random numbers are one, whichever clients and rounds they are of.
 
 Two clients with the same noise cancel it for whoever subtracts their uploads, and two that sample alike are one client
-twice. A simulation sees all streams of its process, so it can compare what a deployment cannot.
+twice. A simulation sees all streams of a process, so it can compare what a deployment cannot. With --workers
+each compares those that it draws from.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,14 +19,25 @@ class ComparedStreams(RunStreams):
     """The streams of one simulated client.
 
     Attributes:
-        seen: what each stream of the run began with, whose it is; one mapping for all clients.
+        run: a name of this simulation that no other has; all of its clients' streams in this process are compared.
     """
 
-    seen: dict[float, str] = field(default_factory=dict)
+    run: str = ""
 
     def stream(self, round: int, purpose: str, attempt: int = 0) -> Stream:
         whose = f"{purpose} of {self.name!r} in round {round}, attempt {attempt}"
-        return _Compared(super().stream(round, purpose, attempt), whose, self.seen)
+        return _Compared(super().stream(round, purpose, attempt), whose, _seen(self.run))
+
+
+_SEEN: dict[str, dict[float, str]] = {}
+"""Run under way → what each of its streams began with, whose it is. Of a process, as workers are given one client at a
+time."""
+
+
+def _seen(run: str) -> dict[float, str]:
+    if run not in _SEEN:
+        _SEEN.clear()
+    return _SEEN.setdefault(run, {})
 
 
 class _Compared(Stream):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fedlora.adapters import attach_planned
+from fedlora.adapters.private import release_plan
 from fedlora.models import load
 from fedlora.plan import RunPlan
 from fedlora.tasks import task_for
@@ -56,6 +57,29 @@ class Blueprint:
                     precision=self.precision, micro_batch=self.micro_batch, threads=self.threads)
 
 
+class Worker:
+    """Trains what it is given, by a trainer that it builds when it has its first training.
+
+    A private start trains another adapter than the rounds after it; a worker holds one of the two at a time.
+    """
+
+    def __init__(self, blueprint: Blueprint, index: int) -> None:
+        self._blueprint, self._index = blueprint, index
+        self._trainer: Trainer | None = None
+        self._releases = False
+
+    def train(self, trainings: Sequence[Training]) -> list[TrainResult]:
+        """The results of trainings of one round, in order."""
+        releases = trainings[0].round == 0
+        if self._trainer is None or releases is not self._releases:
+            self._trainer = None  # its memory first
+            blueprint = self._blueprint
+            if releases:
+                blueprint = replace(blueprint, plan=release_plan(blueprint.plan))
+            self._trainer, self._releases = blueprint.build(self._index), releases
+        return self._trainer.run_all(trainings)
+
+
 class Workers(ABC):
     """Some workers, wherever they are: give those that are free something to do, and wait for what comes first."""
 
@@ -83,10 +107,14 @@ class Workers(ABC):
 
 
 class ThisProcess(Workers):
-    """No worker at all: the trainings are done here, while they are waited for."""
+    """No worker at all: the trainings are done here, while they are waited for.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    Args:
+        release: for a private start; None in a run without one.
+    """
+
+    def __init__(self, trainer: Trainer, release: Trainer | None = None) -> None:
+        self._trainer, self._release = trainer, release
         self._started: tuple[str, Sequence[Training]] | None = None
 
     @property
@@ -99,7 +127,9 @@ class ThisProcess(Workers):
     def done(self) -> tuple[str, list[TrainResult]]:
         assert self._started is not None, "nothing was started"
         (key, trainings), self._started = self._started, None
-        return key, self._trainer.run_all(trainings)
+        trainer = self._trainer if trainings[0].round else self._release
+        assert trainer is not None, "a run without a private start has no round 0"
+        return key, trainer.run_all(trainings)
 
     def close(self) -> None:
         self._started = None

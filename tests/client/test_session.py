@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from fedlora import models
-from fedlora.adapters import attach, initial_tensors
+from fedlora.adapters import attach, attach_planned, initial_tensors
+from fedlora.adapters.private import release_layout, release_plan, release_tensors
 from fedlora.data import Rows
 from fedlora.plan import WIRE_DTYPES, ModelRef, Refusal, Refused, RoundPlan, RunPlan, Upload
-from fedlora.privacy import Accountant, Forbidden, Ledger, RunStreams, Spend
+from fedlora.privacy import Accountant, Forbidden, Ledger, RunStreams, Spend, calibrate
 from fedlora.privacy.report import verify
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
@@ -254,3 +255,28 @@ def test_a_report_says_what_uploads_stated_and_verifies(desk, tmp_path, monkeypa
         said = {item["what"] for item in report["left_without_noise"]}
         assert any("noise multiplier" in what for what in said) == announce
         assert {"label names", "refusal in round 2"} <= said
+
+
+def test_a_private_start_costs_one_participation_more_and_all_together_fit_epsilon(desk, checkpoint):
+    plan = make_plan(private_start=True)
+    layout = release_layout(desk.trainer.adapted.layout, desk.trainer.adapted.missing)
+    tensors = release_tensors(layout, desk.start, seed=0)
+    made = []
+
+    def release():
+        adapted = attach_planned(models.load(checkpoint("bert"), "classification", 2), release_plan(plan))
+        made.append(Trainer(adapted, desk.trainer.task, device="cpu", precision="fp32"))
+        return made[-1]
+
+    session = ClientSession(plan, desk.trainer, desk.records, Limits(8.0), desk.state, RunStreams("north", 7),
+                            desk.ledger, "north", release=release)
+    assert session.terms.noise_multiplier == calibrate(8.0, session.terms.delta, session.terms.sampling_rate,
+                                                       (1 + plan.max_participations) * plan.local_steps)
+    shared_sha256 = digest({spec.name: tensors[spec.name] for spec in layout.shared})
+    sent = session.run_round(RoundPlan(plan, 0, 0, shared_sha256), tensors)
+    layout.check(sent.tensors, "trained")
+    assert (sent.steps, session.started, session.ledger.charges()[0].state) == (2, ((0, 0),), "released")
+    for number in (1, 2):
+        assert isinstance(session.run_round(desk.order(number, plan=plan), desk.start), Upload)
+    assert session.run_round(desk.order(3, plan=plan), desk.start) == Refusal("budget")
+    assert 7.5 < session.epsilon() <= 8.0 and len(made) == 1

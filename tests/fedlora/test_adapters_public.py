@@ -165,8 +165,8 @@ def simulated(checkpoint, private, init) -> Namespace:
 
 
 @pytest.mark.parametrize(("text", "names"), [
-    ("gradient", "raw gradients would release private rows without noise"), ("dp", "not offered"),
-    ("public:", "name the file"), ("gaussian", "choose kaiming, orthonormal, weight or public:FILE")])
+    ("gradient", "raw gradients would release private rows without noise"),
+    ("public:", "name the file"), ("gaussian", "choose kaiming, orthonormal, weight, public:FILE or dp")])
 def test_a_start_that_would_release_private_rows_is_refused_by_name(capsys, text, names):
     with pytest.raises(SystemExit) as exit_:
         read_options(build_parser(SERVER, ""), SERVER, [f"--init={text}"])

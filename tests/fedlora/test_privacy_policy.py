@@ -7,7 +7,7 @@ import pytest
 from fedlora.privacy.policy import Forbidden, Policy
 
 PROPOSAL = {"strategy": "fed-sb", "model_sha256": "a" * 64, "server": "127.0.0.1:9092", "rounds": 8,
-            "announces_labels": False}
+            "announces_labels": False, "private_start": False}
 
 
 def policy(folder, text):
@@ -18,7 +18,7 @@ def policy(folder, text):
 
 def test_a_missing_policy_allows_what_the_defaults_allow(tmp_path):
     empty = Policy.read(tmp_path / "none.toml")
-    empty.check_proposal(**PROPOSAL | {"announces_labels": True})
+    empty.check_proposal(**PROPOSAL | {"announces_labels": True, "private_start": True})
     empty.check_terms(sampling_rate=0.2, noise_multiplier=0.1)
     empty.check_terms(sampling_rate=1.0, noise_multiplier=None)
     with pytest.raises(Forbidden, match="max-sampling-rate"):
@@ -28,7 +28,8 @@ def test_a_missing_policy_allows_what_the_defaults_allow(tmp_path):
 
 @pytest.mark.parametrize(("line", "proposal"), [
     ('strategies = ["fedsvd"]', {}), ('models = ["' + "b" * 64 + '"]', {}), ('servers = ["10.0.0.1:9092"]', {}),
-    ("max-rounds = 7", {}), ("announce-labels = false", {"announces_labels": True})])
+    ("max-rounds = 7", {}), ("announce-labels = false", {"announces_labels": True}),
+    ("private-start = false", {"private_start": True})])
 def test_a_proposal_outside_a_limit_is_forbidden_and_the_message_names_the_limit(tmp_path, line, proposal):
     with pytest.raises(Forbidden) as error:
         policy(tmp_path, line).check_proposal(**PROPOSAL | proposal)
@@ -37,7 +38,7 @@ def test_a_proposal_outside_a_limit_is_forbidden_and_the_message_names_the_limit
 
 def test_a_proposal_at_the_limits_is_allowed(tmp_path):
     policy(tmp_path, f'strategies = ["fed-sb"]\nmodels = ["{"a" * 64}"]\nservers = ["127.0.0.1:9092"]\n'
-                     "max-rounds = 8\nannounce-labels = false\n").check_proposal(**PROPOSAL)
+                     "max-rounds = 8\nannounce-labels = false\nprivate-start = false\n").check_proposal(**PROPOSAL)
 
 
 @pytest.mark.parametrize("noise_multiplier", [0.49, None])

@@ -17,12 +17,14 @@ def arguments(checkpoint, tmp_path):
 
 def test_starts_of_one_strategy_are_compared_by_one_command(arguments, tmp_path, capsys):
     public = write_rows(tmp_path / "public.jsonl", seed=1)
-    methods = ["fed-sb:orthonormal", "fed-sb:weight", f"fed-sb:public:{public}"]
+    methods = ["fed-sb:orthonormal", "fed-sb:weight", f"fed-sb:public:{public}", "fed-sb:dp"]
     assert main(["--strategy", ",".join(methods), *arguments]) == 0
     compared = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
     assert [one["method"] for one in compared] == methods
     adapters = sorted((tmp_path / "out").glob("*/adapter/adapter_model.safetensors"))
-    assert len({file.read_bytes() for file in adapters}) == 3
+    assert len({file.read_bytes() for file in adapters}) == 4
+    *data_free, charged = (one["epsilon"] for one in compared)
+    assert max(data_free) <= 8 and charged <= 8, "the release is within the run's epsilon"
 
 
 def test_a_start_that_cannot_be_is_found_before_anything_is_trained(arguments, tmp_path, capsys):

@@ -20,12 +20,14 @@ def test_comparing_changes_no_number():
 
 
 def test_streams_of_one_client_or_of_several_are_told_apart():
-    seen: dict[float, str] = {}
     for name in ("a", "b"):
         for purpose in ("sampling", "noise"):
             for round, attempt in ((1, 0), (1, 1), (2, 0)):
-                ComparedStreams(name, 7, seen).stream(round, purpose, attempt).uniform(3)
-    assert len(seen) == 12
+                ComparedStreams(name, 7, "r").stream(round, purpose, attempt).uniform(3)
+    ComparedStreams("a", 7, "another run").stream(1, "noise").uniform(3)
+    ComparedStreams("a", 7, "r").stream(1, "noise").uniform(3)
+    with pytest.raises(RuntimeError, match="the noise of 'a' in round 1, attempt 0 repeats the noise of 'a'"):
+        ComparedStreams("a", 7, "r").stream(1, "noise").uniform(3)
 
 
 def options(tmp_path, checkpoint) -> Namespace:

@@ -114,11 +114,10 @@ def accountants(history: tuple[Spend, ...], delta: float) -> dict[str, float | N
 
 
 def planned(report: Mapping) -> list[Steps]:
-    """The run's maximum: its most rounds, and what it covers beside them."""
+    """The run's maximum."""
     mechanism = report["mechanism"]
-    rounds = (mechanism["noise_multiplier"], mechanism["sampling_rate"],
-              mechanism["local_steps"] * mechanism["max_participations"])
-    return [rounds, *(tuple(spend) for spend in mechanism["beside"])]
+    return [(mechanism["noise_multiplier"], mechanism["sampling_rate"],
+             mechanism["local_steps"] * mechanism["max_participations"])]
 
 
 def begun(report: Mapping) -> list[Steps]:

@@ -53,6 +53,9 @@ def _mechanism(report: Mapping) -> str:
              f"{mechanism['max_participations']} rounds of {mechanism['local_steps']} steps.",
              f"- computed in {_text(mechanism['precision'])}; noise larger than accounted for by the factor "
              f"{1 + mechanism['rounding_cover']!r}, for rounding." if mechanism["noise_multiplier"] is not None else "",
+             "- Round 0 released random projections of the gradient, for the adapters to start from: every record's "
+             "are scaled to the clip norm, and their sum is noised as in any round."
+             if any(training["round"] == 0 for training in report["trainings"]) else "",
              f"- at most {unit['rows_per_unit']} rows of one unit in a step." if unit["rows_per_unit"] else "",
              f"- Randomness: {_text(source['generator'])}; key: {_text(source['key'])}; {_text(source['gaussian'])}."]
     return "## Mechanism\n\n" + "\n".join(filter(None, lines))

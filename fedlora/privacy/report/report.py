@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fedlora
-from fedlora.privacy.accounting import Spend
 from fedlora.privacy.ledger.lifetime import FILTER_ORDERS
 from fedlora.privacy.ledger.witness import replace_file
 from fedlora.privacy.report.figures import (
@@ -76,7 +75,6 @@ class Mechanism:
         scales: group of tensors → data-independent factor on its gradients before clipping.
         precision: "fp32" or "bf16".
         rounding_cover: the noise is larger than accounted for by this factor (see `training.precision.ROUNDING`).
-        beside: what the run's maximum covers beside its rounds, such as a private start.
     """
 
     noise_multiplier: float | None
@@ -88,7 +86,6 @@ class Mechanism:
     scales: Mapping[str, float]
     precision: str = "fp32"
     rounding_cover: float = 0.0
-    beside: Sequence[Spend] = ()
 
 
 @dataclass(frozen=True)
@@ -232,8 +229,7 @@ def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_
             "clip_norm": mechanism.clip_norm,
             "scales": dict(mechanism.scales),
             "precision": mechanism.precision,
-            "rounding_cover": mechanism.rounding_cover,
-            "beside": [[s.noise_multiplier, s.sampling_rate, s.steps] for s in mechanism.beside]},
+            "rounding_cover": mechanism.rounding_cover},
         "randomness": {"predictable": predictable is not None, "why": predictable, **_sources(predictable)},
         "trainings": rows,
         "lifetime": None if lifetime is None else _lifetime(lifetime, delta, hide_rate),

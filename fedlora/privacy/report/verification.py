@@ -59,7 +59,7 @@ SHAPE: dict = {
     "adversary": str,
     "mechanism": {"name": str, "sampler": str, "noise_multiplier": _MAYBE, "sampling_rate": _MAYBE,
                   "expected_batch": int, "local_steps": int, "max_participations": int, "clip_norm": _NUMBER,
-                  "scales": {...: _NUMBER}, "precision": str, "rounding_cover": _NUMBER, "beside": [[_NUMBER]]},
+                  "scales": {...: _NUMBER}, "precision": str, "rounding_cover": _NUMBER},
     "randomness": {"predictable": bool, "why": _TEXT, "generator": str, "key": str, "gaussian": str},
     "trainings": [{"round": int, "attempt": int, "state": str, "time": str, "steps": int, "noise_multiplier": _MAYBE,
                    "sampling_rate": _MAYBE, "upload": ({"bytes": (int, type(None)), "sha256": str}, None)}],
@@ -175,8 +175,6 @@ def _check_facts(report: Mapping) -> None:
         _require(value > 0, f"mechanism {field}", value, "it must be positive")
     _require(mechanism["rounding_cover"] >= 0, "mechanism.rounding_cover", mechanism["rounding_cover"],
              "less noise than accounted for is no cover")
-    for spend in mechanism["beside"]:
-        _require(len(spend) == 3, "mechanism.beside", spend, "each is noise multiplier, sampling rate, steps")
     seen: set[tuple[int, int]] = set()
     for training in report["trainings"]:
         key = training["round"], training["attempt"]

@@ -1,0 +1,103 @@
+r"""Starts from the clients' own rows: what they release of the gradient is noised, and charged like a round.
+
+The gradient G (d_out, d_in) of the loss with respect to a frozen weight has a few leading singular vectors, which are
+where an adapter can move best. It is far too large to be released under noise. Each client releases two sketches of
+it, for random Q (d_out, r) with orthonormal columns and P (r, d_in) with orthonormal rows, the same for all clients:
+
+    Z = Q^T G   (r, d_in)    its right singular vectors are nearly G's leading ones (Halko et al., arXiv:0909.4061)
+    Y = G P^T   (d_out, r)   its left singular vectors, likewise
+
+They are the gradients, divided by s, of an adapter s·B·A at B = Q, A = P, where s is so small that the model is the
+base model. So a release is a round of training like any other: local steps with the run's sampling rate, noise
+multiplier and clip norm, in which a record's sketches of all layers are clipped once, as one vector. Before that they
+are scaled up until they are longer than the clip norm: a start needs directions, and no lengths.
+
+The server takes the mean over clients: A = right singular vectors of Z; where B is fixed too, B = left ones of Y.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from fedlora.adapters.initial import gaussian
+from fedlora.adapters.layout import FAMILIES, AdapterLayout
+from fedlora.algebra import orthonormal_rows, row_signs
+from fedlora.plan import RunPlan, Tensors
+
+PRIVATE_START = "dp"
+"""Of --init."""
+
+SCALING = 1e-4
+"""s. The factors' spectral norms are 1, so the weights move by this much, where they themselves are some units long."""
+
+LEAST_NORM = 1e-6
+"""A record whose sketches together are longer than this counts by their direction alone."""
+
+STEP = 1e-2
+"""How far one step moves the factors, in units of the clipped mean: so little that a later step has about the same Q
+and P."""
+
+
+def release_plan(run: RunPlan) -> RunPlan:
+    """The plan of the release within a run: what it and all clients compute by, whatever the server sends."""
+    scale = run.clip_norm / (SCALING * LEAST_NORM)
+    return dataclasses.replace(run, family="lora", alpha=run.rank * SCALING, train_head=False, dropout=0.0,
+                               optimizer="sgd", lr=STEP * scale / run.clip_norm, lr_schedule="constant",
+                               adapter_scale=scale)
+
+
+def release_layout(layout: AdapterLayout, missing: tuple[str, ...]) -> AdapterLayout:
+    """The layout of `attach` by `release_plan`: both factors travel; heads that no checkpoint has are fixed.
+
+    Args:
+        layout: of the run.
+        missing: parameters that are not in the base checkpoint.
+    """
+    heads = {f"head.{name}" for name in missing}
+    factors = tuple(spec for spec in layout.state if spec.group == "adapter" and not spec.name.endswith(".R"))
+    return AdapterLayout(FAMILIES["lora"], layout.rank, SCALING, factors,
+                         tuple(spec for spec in layout.state if spec.name in heads))
+
+
+def release_tensors(layout: AdapterLayout, state: Tensors, seed: int) -> dict[str, np.ndarray]:
+    """Q and P, in the places of B and A, and the heads that the run starts with.
+
+    Args:
+        layout: of the release.
+        state: of the run's start.
+    """
+    tensors = {spec.name: state[spec.name] for spec in layout.shared}
+    for spec in layout.trained:
+        rows, columns = sorted(spec.shape)
+        drawn = orthonormal_rows(gaussian(seed, f"sketch/{spec.name}", (rows, columns)))
+        tensors[spec.name] = _float32(drawn if spec.shape == (rows, columns) else drawn.T)
+    return tensors
+
+
+def private_start(layout: AdapterLayout, state: Tensors, sketches: Tensors) -> dict[str, np.ndarray]:
+    """The state that a run starts from.
+
+    Args:
+        layout: of the run.
+        state: any start of the run; of it, what the sketches do not decide is taken.
+        sketches: the mean of the released Z, under the names of A, and Y, under those of B.
+    """
+    start = dict(state)
+    for module in layout.modules:
+        start[f"{module}.A"] = _leading_rows(sketches[f"{module}.A"])
+        if "B" in layout.family.frozen:
+            start[f"{module}.B"] = np.ascontiguousarray(_leading_rows(sketches[f"{module}.B"].T).T)
+    return start
+
+
+def _leading_rows(sketch: np.ndarray) -> np.ndarray:
+    """The right singular vectors of (r, n), the leading one first, signs fixed."""
+    rows = torch.linalg.svd(torch.from_numpy(np.asarray(sketch, np.float64)), full_matrices=False)[2]
+    return _float32(rows * row_signs(rows)[:, None])
+
+
+def _float32(values: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(values.numpy(), dtype=np.float32)

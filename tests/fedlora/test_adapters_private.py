@@ -1,0 +1,124 @@
+"""A start from noised gradients: what is released are sketches of the gradient, and they find its singular vectors."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora import models
+from fedlora.adapters import attach_planned, initial_tensors
+from fedlora.adapters.private import private_start, release_layout, release_plan, release_tensors
+from fedlora.data import Rows
+from fedlora.plan import ModelRef, RunPlan
+from fedlora.privacy import Stream
+from fedlora.tasks import task_for
+from fedlora.training import Trainer
+
+RANK = 3
+
+
+def rows(count=24):
+    rng = np.random.default_rng(0)
+    texts = tuple(" ".join(rng.choice(["good", "bad", "the", "film", "was", "day"], 5)) for _ in range(count))
+    labels = tuple(str(i % 2) for i in range(count))
+    return Rows("text", texts, None, None, labels, ("rows.jsonl",), np.zeros(count, np.int64), np.arange(1, count + 1))
+
+
+def case(checkpoint, family, strategy, **changes):
+    loaded = models.load(checkpoint("bert"), "classification", 2)
+    plan = RunPlan(**{
+        "run_id": "ab" * 8, "fedlora_version": "0.1.0", "strategy": strategy, "family": family, "private": True,
+        "model": ModelRef("local", "a" * 64, "b" * 64, "c" * 64), "task": "classification", "labels": ("0", "1"),
+        "max_length": 16, "rank": RANK, "alpha": 2.0, "targets": ("query", "value"), "train_head": True,
+        "dropout": 0.0, "rounds": 3, "max_participations": 2, "local_steps": 1, "expected_batch": 24,
+        "optimizer": "adamw", "lr": 0.1, "clip_norm": 0.5, "adapter_scale": 1.0, "head_scale": 1.0,
+        "weight_by_examples": False, "private_start": True} | changes)
+    adapted = attach_planned(loaded, plan)
+    return plan, adapted, initial_tensors(adapted, init="orthonormal", seed=3)
+
+
+def release(checkpoint, plan, layout, tensors):
+    """By how much the release's steps move the factors, with hardly any noise; and the records."""
+    own = release_plan(plan)
+    loaded = models.load(checkpoint("bert"), "classification", 2)
+    adapted = attach_planned(loaded, own)
+    assert adapted.layout == layout
+    task = task_for(own, loaded.tokenizer)
+    records = task.encode(rows())
+    adapted.write(tensors)
+    result = Trainer(adapted, task, device="cpu", precision="fp32").train(
+        own, records, sampling_rate=1.0, noise_multiplier=1e-9, clip_norm=own.clip_norm,
+        sampling=Stream.derived(0, "a", 0, "sampling"), noise=Stream.derived(0, "a", 0, "noise"))
+    return {name: array.astype(np.float64) - tensors[name] for name, array in result.tensors.items()}, task, records
+
+
+@pytest.mark.parametrize(("family", "strategy"), [("bra", "fed-sb"), ("frozen-a", "ffa-lora"), ("lora", "fedavg-lora")])
+def test_the_release_is_the_mean_of_each_records_normalised_sketches_at_the_base_model(checkpoint, family, strategy):
+    plan, adapted, state = case(checkpoint, family, strategy)
+    layout = release_layout(adapted.layout, adapted.missing)
+    tensors = release_tensors(layout, state, seed=5)
+    moved, task, records = release(checkpoint, plan, layout, tensors)
+    base = models.load(checkpoint("bert"), "classification", 2).model
+    with torch.no_grad():
+        for name in adapted.missing:
+            base.get_parameter(name).copy_(torch.from_numpy(state[f"head.{name}"]))
+    weights = [base.get_submodule(module).weight for module in layout.modules]
+    expected = {spec.name: np.zeros(spec.shape) for spec in layout.trained}
+    for i in range(len(records)):
+        batch = task.collate(records, np.array([i]), int(records.lengths[i]))
+        gradients = torch.autograd.grad(task.per_record_loss(base, batch).sum(), weights)
+        sketches = {}
+        for module, gradient in zip(layout.modules, gradients, strict=True):
+            G, Q, P = gradient.double().numpy(), tensors[f"{module}.B"], tensors[f"{module}.A"]
+            np.testing.assert_allclose(P @ P.T, np.eye(RANK), atol=1e-5)
+            np.testing.assert_allclose(Q.T @ Q, np.eye(RANK), atol=1e-5)
+            sketches |= {f"{module}.A": Q.T @ G, f"{module}.B": G @ P.T}
+        norm = np.sqrt(sum((sketch**2).sum() for sketch in sketches.values()))
+        for name, sketch in sketches.items():
+            expected[name] += sketch / norm / len(records)
+    largest = max(np.abs(array).max() for array in expected.values())
+    for name, array in expected.items():
+        np.testing.assert_allclose(-moved[name] / 1e-2, array, atol=2e-3 * largest, err_msg=name)
+
+
+def test_a_second_step_releases_the_same_sketches(checkpoint):
+    plan, adapted, state = case(checkpoint, "bra", "fed-sb")
+    layout = release_layout(adapted.layout, adapted.missing)
+    tensors = release_tensors(layout, state, seed=5)
+    one, _, _ = release(checkpoint, plan, layout, tensors)
+    two, _, _ = release(checkpoint, dataclasses.replace(plan, local_steps=2), layout, tensors)
+    for name in one:
+        np.testing.assert_allclose(two[name], 2 * one[name], atol=0.02 * np.abs(one[name]).max())
+
+
+@pytest.mark.parametrize(("family", "strategy"), [("bra", "fed-sb"), ("frozen-a", "ffa-lora")])
+def test_the_start_spans_a_gradient_of_low_rank_and_moves_nothing_yet(checkpoint, family, strategy):
+    _, adapted, state = case(checkpoint, family, strategy)
+    layout = release_layout(adapted.layout, adapted.missing)
+    drawn, rng, sketches, gradients = release_tensors(layout, state, seed=5), np.random.default_rng(1), {}, {}
+    for module in layout.modules:
+        d_out, d_in = drawn[f"{module}.B"].shape[0], drawn[f"{module}.A"].shape[1]
+        G = gradients[module] = rng.standard_normal((d_out, RANK - 1)) @ rng.standard_normal((RANK - 1, d_in))
+        sketches |= {f"{module}.A": drawn[f"{module}.B"].T @ G, f"{module}.B": G @ drawn[f"{module}.A"].T}
+    start = private_start(adapted.layout, state, sketches)
+    adapted.layout.check(start, "state")
+    for module, G in gradients.items():
+        A, B = start[f"{module}.A"], start[f"{module}.B"]
+        np.testing.assert_allclose(A @ A.T, np.eye(RANK), atol=1e-5)
+        caught = G @ A.T
+        if family == "bra":
+            np.testing.assert_allclose(B.T @ B, np.eye(RANK), atol=1e-5)
+            assert not start[f"{module}.R"].any()
+            caught = B.T @ caught
+        else:
+            assert not B.any()
+        assert np.linalg.norm(caught) == pytest.approx(np.linalg.norm(G), rel=1e-4)
+    for name in (name for name in state if name.startswith("head.")):
+        np.testing.assert_array_equal(start[name], state[name])
+
+
+def test_such_a_start_needs_privacy_and_something_to_start(checkpoint):
+    for changes in ({"private": False}, {"targets": ()}):
+        with pytest.raises(ValueError, match="private_start"):
+            case(checkpoint, "frozen-a", "ffa-lora", **changes)
