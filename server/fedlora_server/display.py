@@ -69,7 +69,8 @@ class Display(Observer):
     def finished(self, record: RoundRecord) -> None:
         self._records.append(record)
         if record.round == 0:
-            self._say(f"before training: {figures(record.evaluation)}")
+            start = f"start released by {len(record.uploaded)} of {len(record.cohort)}" if record.cohort else ""
+            self._say("before training: " + ", ".join(filter(None, (start, figures(record.evaluation)))))
             return
         parts = [f"{len(record.uploaded)} of {len(record.cohort)} replied", figures(record.evaluation),
                  "" if record.update_norm is None else f"update {record.update_norm:.3g}",

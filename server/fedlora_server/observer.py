@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What happened in one round. Round 0 is the evaluation before the first.
+    """What happened in one round. Round 0 is before the first: an evaluation, or a private start too.
 
     Attributes:
         cohort: names asked, the drafted ones last; attempts: how many times somebody was asked.

@@ -16,10 +16,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import cast
+
+from flwr.app import ArrayRecord
 
 from fedlora.plan import RunPlan, Tensors
 from fedlora_strategies import FederatedLoRA
@@ -86,36 +88,39 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
         observer.evaluated(round, result)
         return result
 
-    if initial := figures(0, state):
+    def hold(number: int, by: FederatedLoRA, arrays: ArrayRecord) -> tuple[ArrayRecord | None, RoundRecord]:
+        """One round: the next state, if there is one, and what happened but for the evaluation."""
+        began, up, down = time.monotonic(), engine.bytes_up, engine.bytes_down
+        under_way = OpenRound(engine, by, clients, number, options, observer, stop)
+        averaged, metrics = by.aggregate_train(number, under_way.collect(arrays))
+        averages = cast(dict[str, float], dict(metrics or {}))
+        return averaged, RoundRecord(
+            number, cohort=under_way.cohort, attempts=under_way.attempts, uploaded=under_way.uploaded,
+            lost=under_way.lost, refused=under_way.refused,
+            rejected={engine.name_of(node): reason for node, reason in by.rejected.items()},
+            disclosed={engine.name_of(node): said for node, said in by.disclosed.items()},
+            update_norm=averages.get("update_norm"), train_loss=averages.get("train_loss"),
+            bytes_up=engine.bytes_up - up, bytes_down=engine.bytes_down - down, seconds=time.monotonic() - began)
+
+    initial = figures(0, state)
+    if initial and start is None:
         conclude(RoundRecord(0, evaluation=initial), state)
     ended = "finished"
     try:
         clients.wait_for(options.min_clients, None, stop, observer)
         if start is not None:
             engine.expect(start.layout)
-            release = OpenRound(engine, start, clients, 0, options, observer, stop)
-            sketches, _ = start.aggregate_train(0, release.collect(to_record(start.tensors)))
+            sketches, record = hold(0, start, to_record(start.tensors))
             state = state if sketches is None else start.begin(to_tensors(sketches))
             engine.expect(strategy.layout)
             clients.participations.clear()  # the release is beside the rounds
+            conclude(replace(record, update_norm=None, evaluation=initial), state)  # it moves the model nowhere
         arrays = to_record(state)
         for number in range(1, plan.rounds + 1):
-            began, up, down = time.monotonic(), engine.bytes_up, engine.bytes_down
-            under_way = OpenRound(engine, strategy, clients, number, options, observer, stop)
-            uploads = under_way.collect(arrays)
-            averaged, metrics = strategy.aggregate_train(number, uploads)
+            averaged, record = hold(number, strategy, arrays)
             if averaged is not None:
                 arrays, state = averaged, to_tensors(averaged)
-            averages = cast(dict[str, float], dict(metrics or {}))
-            record = RoundRecord(
-                number, cohort=under_way.cohort, attempts=under_way.attempts, uploaded=under_way.uploaded,
-                lost=under_way.lost, refused=under_way.refused,
-                rejected={engine.name_of(node): reason for node, reason in strategy.rejected.items()},
-                disclosed={engine.name_of(node): said for node, said in strategy.disclosed.items()},
-                update_norm=averages.get("update_norm"), train_loss=averages.get("train_loss"),
-                bytes_up=engine.bytes_up - up, bytes_down=engine.bytes_down - down,
-                seconds=time.monotonic() - began, evaluation=figures(number, state))
-            conclude(record, state)
+            conclude(replace(record, evaluation=figures(number, state)), state)
     except Ended as early:
         ended = early.reason
     return FederationResult(state, tuple(records), ended)

@@ -46,17 +46,17 @@ def charges(out):
     return found
 
 
-@pytest.mark.parametrize("strategy", ["fedsvd", "fed-sb"])
+@pytest.mark.parametrize("strategy", ["fedsvd", "fed-sb", "ffa-lora:dp"])
 def test_worker_processes_end_with_the_bits_and_the_charges_of_one_process(tmp_path, checkpoint, strategy):
     (one, first), (two, second) = (run(tmp_path, checkpoint, strategy, f"--workers={count}") for count in (1, 2))
     assert one.result.rounds == two.result.rounds == 2
     for name, array in one.result.state.items():
         assert array.tobytes() == two.result.state[name].tobytes(), f"{name} differs"
     assert (one.epsilons, one.bytes_up, one.bytes_down) == (two.epsilons, two.bytes_up, two.bytes_down)
-    assert charges(first) == charges(second) and len(charges(first)) == 6
+    assert charges(first) == charges(second) and len(charges(first)) == (9 if "dp" in strategy else 6)
 
 
-@pytest.mark.parametrize("strategy", ["fedavg-lora", "fedsvd"])
+@pytest.mark.parametrize("strategy", ["fedavg-lora", "fedsvd", "ffa-lora:dp"])
 def test_batched_clients_end_where_one_after_the_other_end_and_are_charged_alike(tmp_path, checkpoint, strategy):
     (one, first), (two, second) = (run(tmp_path, checkpoint, strategy, f"--batch-clients={count}") for count in (1, 2))
     moved = False
@@ -64,7 +64,7 @@ def test_batched_clients_end_where_one_after_the_other_end_and_are_charged_alike
         np.testing.assert_allclose(two.result.state[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
         moved |= abs(array - one.federation.state[name]).max() > 1e-3
     assert moved and (one.epsilons, one.bytes_up) == (two.epsilons, two.bytes_up)
-    assert charges(first) == charges(second) and len(charges(first)) == 6
+    assert charges(first) == charges(second) and len(charges(first)) == (9 if "dp" in strategy else 6)
 
 
 class StagedSession(LinearSession):
