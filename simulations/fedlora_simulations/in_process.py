@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 from flwr.app import Message, RecordDict
-from safetensors.numpy import load_file, save_file
 
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal, Upload
-from fedlora.wire import shapes_of, size_of
+from fedlora.wire import Shapes, shapes_of, size_of, split
 from fedlora_client.flower_app import Session, train
 from fedlora_server.engine import Engine, Outcome, node_id
 from fedlora_strategies.messages import assign_id, assume_identity, read_reply, read_train_message
@@ -32,6 +32,7 @@ class _Order:
     wire_dtype: str
     outcome: Outcome | None = None
     upload: Upload | None = None
+    shapes: Shapes = field(default_factory=dict)
 
 
 class InProcessEngine(Engine):
@@ -129,12 +130,15 @@ class InProcessEngine(Engine):
         if isinstance(answer, Refusal):
             return answer
         order = self._orders[message_id]
-        self._bytes_up += size_of(shapes_of(answer.tensors), order.wire_dtype)
+        order.shapes = shapes_of(answer.tensors)
+        self._bytes_up += size_of(order.shapes, order.wire_dtype)
         try:
             self._layout.check(answer.tensors, "trained")
         except ValueError as error:
             return Refusal("invalid-tensors", str(error))
-        save_file(dict(answer.tensors), self._file(message_id))
+        with self._file(message_id).open("wb") as spooled:
+            for name in order.shapes:
+                spooled.write(answer.tensors[name].data)
         order.upload = replace(answer, tensors={})
         return "uploaded"
 
@@ -148,7 +152,7 @@ class InProcessEngine(Engine):
                 yield to_reply(order.outcome, order.message)
             elif order.upload is not None:
                 file = self._file(message_id)
-                tensors = load_file(file)
+                tensors = split(order.shapes, np.fromfile(file, np.float32))
                 file.unlink()
                 yield to_reply(replace(order.upload, tensors=tensors), order.message, order.wire_dtype)
 
@@ -165,4 +169,4 @@ class InProcessEngine(Engine):
         return [order for order in self._orders.values() if order.message.metadata.dst_node_id == node]
 
     def _file(self, message_id: str) -> Path:
-        return Path(self._spool.name) / f"{message_id}.safetensors"
+        return Path(self._spool.name) / f"{message_id}.upload"

@@ -117,6 +117,8 @@ def _measure(options: argparse.Namespace) -> int:
             try:
                 for row in figure.measure(settings):
                     rows.append(row)
+                    result["figures"][name] = to_json(figure, titles[name], rows, time.monotonic() - began)
+                    _save(result, options.out)  # row by row: an interrupted measurement leaves what it has
                     progress.print(f"[dim]{name}: {row.case}[/dim]", highlight=False)
             except Unavailable as reason:
                 error = str(reason)
@@ -126,8 +128,7 @@ def _measure(options: argparse.Namespace) -> int:
                 error, failed = f"{type(fault).__name__}: {fault}", True
             result["figures"][name] = to_json(figure, titles[name], rows, time.monotonic() - began) | (
                 {"error": error} if error else {})
-            if options.out is not None:
-                options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            _save(result, options.out)
             if not options.json:
                 _show(console, f"{figure.number}. {titles[name]}", rows, error, targets=not settings.quick)
     if options.json:
@@ -140,6 +141,11 @@ def _measure(options: argparse.Namespace) -> int:
 def _console() -> Console:
     """Wide enough for the tables where nothing says how wide it is."""
     return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def _save(result: Mapping[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _settings(options: argparse.Namespace, folder: Path) -> Settings:

@@ -20,6 +20,9 @@ from fedlora import wire
 from fedlora.plan import Upload
 from fedlora_client.connection import Connection, Goodbye
 
+RAW_OPTIONS = (("grpc.max_receive_message_length", wire.MAX_FRAME_BYTES),
+               ("grpc.max_send_message_length", wire.MAX_FRAME_BYTES), ("grpc.use_local_subchannel_pool", 1))
+
 
 def echo(address: str, name: str, size: int) -> None:
     """A FedLoRA client, until the server says goodbye."""
@@ -44,11 +47,14 @@ def raw(address: str, name: str, size: int) -> None:
             for start in starts:
                 yield data[start:start + wire.CHUNK_BYTES]
 
-    with grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS) as channel:
-        call = channel.stream_stream("/raw/Echo")(requests(), wait_for_ready=True)
-        for number, _ in enumerate(call, 1):
-            if number % len(starts) == 0:
-                turns.put(True)
+    with grpc.insecure_channel(address, options=RAW_OPTIONS) as channel:
+        try:
+            for number, _ in enumerate(channel.stream_stream("/raw/Echo")(requests(), wait_for_ready=True), 1):
+                if number % len(starts) == 0:
+                    turns.put(True)
+        except grpc.RpcError as error:
+            print(f"{name}, a bare stream: {error.code().name.lower()}", file=sys.stderr)
+            os._exit(1)
         turns.put(False)
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
 
 import grpc
@@ -24,6 +23,7 @@ from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import to_record, train_message
 
 from ..federations import plan, tensors
+from ..grpc_clients import RAW_OPTIONS
 from ..measure import RATIO, Figure, Row, Settings, Times, Value, interleaved
 
 PROCESSES = 8
@@ -34,7 +34,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     counts, size, large = ((1, 2), 1 << 12, 1 << 20) if settings.quick else ((2, 32, 256), 1 << 20, 400 << 20)
     reference = 0.0
     for clients in counts:
-        times = _measured(clients, size, settings.repeats(max(5, 60 // clients)))
+        times = _measured(clients, size, settings.repeats(max(3, 60 // clients)))
         each = [second / clients for second in times["FedLoRA"].wall]
         reference = reference or Value.of(each, "s").median
         yield Row(f"{clients} clients, {size / 2**20:.3g} MB", {
@@ -73,7 +73,7 @@ def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
         order = RoundPlan(run, number, 0, wire.digest({}))
         ids = engine.push_messages(train_message(order, record, node) for node in engine.idle())
         while len(outcomes := engine.wait(ids, 1.0)) < clients:
-            pass
+            _check(processes)
         assert set(outcomes.values()) == {"uploaded"}
         assert sum(1 for _ in engine.pull_messages(ids)) == clients
         while len(engine.idle()) < clients:
@@ -111,20 +111,24 @@ def _raw(clients: int, size: int) -> Iterator[Callable[[int], None]]:
     def round_trip(block: int) -> None:
         for turn in turns:
             turn.put(True)
-        for _ in turns:
-            arrived.get()
+        await_all()
 
-    server = grpc.server(ThreadPoolExecutor(clients + 8), options=wire.SERVER_OPTIONS)
+    def await_all() -> None:
+        for _ in range(clients):
+            while True:
+                try:
+                    arrived.get(timeout=1.0)
+                    break
+                except Empty:
+                    _check(processes)
+
+    server = grpc.server(ThreadPoolExecutor(clients + 8), options=RAW_OPTIONS)
     handler = grpc.stream_stream_rpc_method_handler(serve)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("raw", {"Echo": handler}),))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     with _clients("raw", address, clients, size) as processes:
-        while len(turns) < clients:
-            time.sleep(0.01)
-            _check(processes)
-        for _ in turns:
-            arrived.get()
+        await_all()
         yield round_trip
         for turn in turns:
             turn.put(False)
@@ -151,7 +155,7 @@ def _clients(kind: str, address: str, clients: int, size: int) -> Iterator[list[
 def _check(processes: list[subprocess.Popen]) -> None:
     """While clients are waited for: none has given up."""
     if any(process.poll() is not None for process in processes):
-        raise RuntimeError("a client process ended before the measurement began; what it said is above")
+        raise RuntimeError("a client process ended during the measurement; what it said is above")
 
 
 FIGURE = Figure(5, measure)
