@@ -103,7 +103,6 @@ class ClientSession:
         self.limits, self.state, self.streams = limits, state, streams
         self.ledger, self.dataset = ledger, dataset
         self._release = release
-        self.last_result: TrainResult | None = None
         self._begun: dict[tuple[str, int, int], tuple[Reservation, Tensors]] = {}
         self.terms = self._settle()
         try:
@@ -217,7 +216,6 @@ class ClientSession:
     def finish(self, plan: RoundPlan, result: TrainResult) -> Upload | Refusal:
         """All of `run_round` that comes after the training that `begin` gave for this plan."""
         reservation, start = self._begun.pop(plan.key)
-        self.last_result = result
         if result.steps < self.run.local_steps:
             log.info("Round %d was stopped before its last step; it stays charged.", plan.round)
             return Refusal("unavailable")

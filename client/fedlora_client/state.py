@@ -21,23 +21,23 @@ from fedlora.privacy.ledger.witness import to_disk
 
 
 class MemoryState:
-    """Keeps the last upload in memory: for simulations, where the process is the world.
+    """Keeps the frozen tensors in memory, and no upload: for simulations, where the process is the world.
+
+    Nothing that was sent is asked for again there, and the uploads of a thousand clients would take more memory than
+    the base model.
 
     Args:
         shared: the cache of frozen tensors, one for all simulated clients.
     """
 
     def __init__(self, shared: dict[str, Tensors]) -> None:
-        self._upload: Upload | None = None
         self._shared = shared
 
-    def stored_upload(self, plan: RoundPlan) -> Upload | None:
-        """The upload made for exactly this (run, round, attempt), if it is the last one."""
-        last = self._upload
-        return last if last and (last.run_id, last.round, last.attempt) == plan.key else None
+    def stored_upload(self, plan: RoundPlan) -> None:
+        """None: a round that was trained before is not sent again."""
 
     def save_upload(self, upload: Upload) -> None:
-        self._upload = upload
+        """Keeps nothing."""
 
     def shared(self) -> tuple[str, Tensors]:
         """The frozen tensors that were received last, by whichever client, and their digest; ("", {}) if none were."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 import secrets
 import time
 from argparse import Namespace
@@ -34,6 +35,9 @@ from .processes import ProcessWorkers
 from .streams import ComparedStreams
 from .worker import Blueprint, ThisProcess, Workers, threads_each
 from .worker_engine import WorkerEngine
+
+OTHER_FILES = 256
+"""Open files that a simulation needs beside those of its clients, at most."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     kind = BatchedTrainer if options.batch_clients > 1 else Trainer
     trainer = kind(federation.adapted, federation.task, device=options.device, precision=options.precision,
                    micro_batch=options.micro_batch, threads=options.threads)
+    allow_open_files(len(population.parts) + OTHER_FILES)
     ledger = Ledger(out / "ledger.sqlite" if out else None, simulated=True)
     release = release_trainer(options, federation, base) if federation.start else None
     sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed, ledger, release)
@@ -176,6 +181,22 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
         engine.close("the run is over")
         ledger.close()
     return simulated
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process have so many files open; the ledger holds one for each client's run.
+
+    Raises:
+        ValueError: the system does not allow it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    except (ValueError, OSError):
+        raise ValueError(f"so many clients need {count} open files and this system allows {hard}; use fewer --clients, "
+                         "or have the hard limit of `ulimit -n` raised") from None
 
 
 def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer: Trainer, release: Trainer | None,

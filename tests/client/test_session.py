@@ -1,7 +1,9 @@
 """The client's core with a real tiny model: what is charged, what is sent again, what is declined."""
 
 import dataclasses
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -280,3 +282,15 @@ def test_a_private_start_costs_one_participation_more_and_all_together_fit_epsil
         assert isinstance(session.run_round(desk.order(number, plan=plan), desk.start), Upload)
     assert session.run_round(desk.order(3, plan=plan), desk.start) == Refusal("budget")
     assert 7.5 < session.epsilon() <= 8.0 and len(made) == 1
+
+
+def test_a_simulated_client_holds_nothing_of_what_it_sent(desk):
+    desk.ledger, desk.state = Ledger(None, simulated=True), MemoryState({})
+    session = desk.session()
+    upload = session.run_round(desk.order(1), desk.start)
+    held = [weakref.ref(array) for array in upload.tensors.values()]
+    assert held and all(reference() is not None for reference in held)
+    del upload
+    gc.collect()
+    assert not any(reference() is not None for reference in held)
+    assert session.run_round(desk.order(1), desk.start) == Refusal("unavailable")

@@ -21,7 +21,8 @@ def state(request, tmp_path):
     return MemoryState({}) if request.param == "memory" else FolderState(tmp_path / "state")
 
 
-def test_an_upload_is_given_back_for_its_own_round_and_attempt_only(state):
+def test_an_upload_is_given_back_for_its_own_round_and_attempt_only(tmp_path):
+    state = FolderState(tmp_path)
     tensors = {"a.B": np.arange(6, dtype=np.float32).reshape(2, 3)}
     state.save_upload(Upload(RUN, 3, 1, tensors, steps=4, delta=1e-5, noise_multiplier=1.0))
     again = state.stored_upload(Order(3, 1))

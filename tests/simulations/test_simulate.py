@@ -1,10 +1,12 @@
 """The command `fedlora-simulate` as a researcher calls it."""
 
 import json
+import resource
 
 import pytest
 
 from fedlora_simulations.cli import main
+from fedlora_simulations.simulate import allow_open_files
 from tests.processes import write_rows
 
 SMALL = ("--rank=2", "--local-steps=1", "--batch-size=8", "--max-length=16", "--threads=1", "--device=cpu",
@@ -24,3 +26,17 @@ def test_the_last_round_is_evaluated_whatever_the_interval(arguments, tmp_path, 
     rounds = [json.loads(line) for line in lines]
     assert [record["round"] for record in rounds if record["evaluation"]] == evaluated
     assert [record["round"] for record in rounds] == [0, 1, 2, 3]
+
+
+def test_the_limit_of_open_files_is_raised_to_what_many_clients_need_or_the_error_names_it():
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, soft), hard))
+        allow_open_files(600)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (600, hard)
+        allow_open_files(300)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (600, hard)
+        with pytest.raises(ValueError, match=r"fewer --clients"):
+            allow_open_files(hard + 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
