@@ -2,15 +2,15 @@
 
 Singhal et al., 2025, arXiv:2502.15436.
 
-    server        fixes A, B with orthonormal rows and columns, drawn at random or from the base weight; R = 0
+    server        fixes A, B with orthonormal rows and columns, of a start that `--init` names; R = 0
     server        sends R, and A, B to those that do not hold them
     client k      trains R_k in ΔW = s · B R_k A, uploads it
     server        R ← Σ p_k R_k
 
 Exact: B (Σ p_k R_k) A = Σ p_k (B R_k A). Only r² values per target travel, whatever the width of the model.
 
-The paper takes A, B and R from the first gradient on private data (LoRA-SB). That would be a release of its own, so
-the starts here are independent of the data.
+The paper takes A, B and R from the first gradient on private data (LoRA-SB). Under privacy that is a release of its
+own: the starts here are independent of the data, or noised and charged (`fedlora_strategies.private_start`).
 """
 
 from __future__ import annotations
