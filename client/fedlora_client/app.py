@@ -6,6 +6,7 @@ import logging
 import socket
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,6 +128,7 @@ def _serve(holder: DataHolder, setup: Setup, connection: Connection) -> None:
     connection.ready(part.announced)
     console = holder.console
     console.print(f"Joined {holder.options.server} as {holder.name}; waiting to be asked.", highlight=False)
+    part.foresee()
     try:
         while True:
             plan, tensors = connection.next_task()
@@ -166,7 +168,7 @@ class Part:
         self._options, self._setup, self._owner, self._limits = options, setup, owner, limits
         self._state, self._streams, self._console = holder.state, holder.streams, console
         self._rows = _read(options, setup, owner.unit_column)
-        budget = self._check_size() if setup.private else None
+        self._budget = budget = self._check_size() if setup.private else None
         for line in owner.take_charge(self._rows, budget):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         self._session: ClientSession | None = None
@@ -191,6 +193,13 @@ class Part:
         self._console.print(f"Declared size: {budget.declared_size:,} {units}. It is public, for the noise tells of "
                             "it; --declared-size sets it.", highlight=False)
         return budget
+
+    def foresee(self) -> None:
+        """Use the time until the first order: the noise of the run takes seconds to find, and is remembered."""
+        setup = self._setup
+        if self._budget is not None:
+            with suppress(ValueError):  # the session says it, if it is asked
+                self._budget.noise_multiplier(setup.expected_batch, setup.max_participations * setup.local_steps)
 
     def answer(self, plan: RoundPlan, tensors: Tensors,
                stop: Callable[[], bool] = lambda: False) -> Upload | Refusal:

@@ -116,8 +116,7 @@ class Owner:
 
 def limits_of(options: Namespace, owner: Owner) -> Limits:
     """What the command line and the policy allow together."""
-    return Limits(options.epsilon, options.delta, options.declared_size, options.max_clip_norm or float("inf"),
-                  unit=owner.unit, rows_per_unit=options.rows_per_unit, announce_size=owner.policy.announce_size)
+    return Limits.of(options, owner.unit, announce_size=owner.policy.announce_size)
 
 
 def unit_count(rows: Rows) -> int:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,6 +54,12 @@ class Limits:
     unit: str = ROW
     rows_per_unit: int = 8
     announce_size: bool = True
+
+    @classmethod
+    def of(cls, options: Namespace, unit: str, *, announce_size: bool = True) -> Limits:
+        """The options of fedlora-client or fedlora-simulate as limits."""
+        return cls(options.epsilon, options.delta, options.declared_size, options.max_clip_norm or float("inf"),
+                   unit=unit, rows_per_unit=options.rows_per_unit, announce_size=announce_size)
 
     @property
     def private(self) -> bool:

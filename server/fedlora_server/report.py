@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 from fedlora import adapters
 from fedlora.plan import RunPlan, to_scalars
+from fedlora.versions import environment
 from fedlora_strategies import FederatedLoRA
 
 from . import curves
@@ -19,7 +18,7 @@ from .observer import RoundRecord
 from .planning import Federation
 from .rounds import FederationResult
 
-PACKAGES = ("fedlora", "flwr", "grpcio", "numpy", "opacus", "peft", "torch", "transformers")
+PACKAGES = ("flwr", "grpcio", "numpy", "opacus", "peft", "torch", "transformers")
 
 ENDINGS = {"finished": "", "stopped": ", stopped early", "wait-timeout": ", ended for want of clients"}
 
@@ -58,8 +57,7 @@ def describe(plan: RunPlan, strategy: FederatedLoRA, result: FederationResult, o
         "plan": to_scalars(plan),
         "strategy": {"exact": strategy.exact, "linear": strategy.linear},
         "options": dict(options),
-        "versions": {"python": platform.python_version(), "platform": platform.platform()}
-        | {name: version(name) for name in PACKAGES},
+        "versions": environment(PACKAGES),
         "values_per_client": asdict(strategy.traffic),
         "bytes": {"up": sum(r.bytes_up for r in result.records), "down": sum(r.bytes_down for r in result.records)},
         "seconds": sum(r.seconds for r in result.records),

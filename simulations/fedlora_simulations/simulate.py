@@ -225,8 +225,7 @@ def release_trainer(options: Namespace, federation: Federation, base: BaseModel)
 def make_sessions(options: Namespace, federation: Federation, trainer: Trainer, records: Mapping[str, Records],
                   seed: int, ledger: Ledger, release: Trainer | None = None) -> dict[str, ClientSession]:
     """A session for each client; all share the trainers, the cache of frozen tensors and a simulated ledger."""
-    limits = Limits(options.epsilon, options.delta, options.declared_size, options.max_clip_norm or float("inf"),
-                    unit=options.privacy_unit or ROW, rows_per_unit=options.rows_per_unit)
+    limits = Limits.of(options, options.privacy_unit or ROW)
     shared: dict[str, Tensors] = {}
     run = secrets.token_hex(8)
     return {name: ClientSession(federation.plan, trainer, own, limits, MemoryState(shared),

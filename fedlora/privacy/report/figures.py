@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from fedlora.privacy.accounting import Accountant, Spend, pld_epsilon, prv_epsilon, rdp_epsilon
@@ -144,14 +143,3 @@ def _spends(steps: Iterable[Steps]) -> tuple[Spend, ...]:
         if sigma is not None and q is not None:
             found.append(Spend(sigma, q, count))
     return tuple(found)
-
-
-def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Installed versions; None for a package that is not there."""
-    found: dict[str, str | None] = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,12 +32,12 @@ from fedlora.privacy.report.figures import (
     spent_history,
     stated,
     steps_of,
-    versions,
     why_no_guarantee,
 )
 from fedlora.privacy.report.page import markdown
 from fedlora.privacy.report.verification import verify
 from fedlora.privacy.streams import DRAWS
+from fedlora.versions import environment
 
 PACKAGES = ("torch", "opacus", "numpy", "scipy", "cryptography", "dp-accounting")
 
@@ -236,8 +235,7 @@ def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_
         "left_without_noise": [{"what": d.what, "value": d.value}
                                for d in (*disclosed, *_while_running(private, trainings, refusals, terms_announced))],
         "not_covered": list(NOT_COVERED),
-        "versions": {"fedlora": fedlora.__version__, **versions(PACKAGES),
-                     "python": platform.python_version(), "platform": platform.platform()},
+        "versions": environment(PACKAGES),
     }
     reason = why_no_guarantee(report)
     if reason is None and delta is None:

@@ -33,11 +33,11 @@ from fedlora.privacy.report.figures import (
     shown,
     spent_history,
     steps_of,
-    versions,
     whom,
     why_no_guarantee,
 )
 from fedlora.privacy.report.signing import check_signature
+from fedlora.versions import versions
 
 TOLERANCE = 1e-6
 """A stated epsilon may be this much below the recomputed one: another processor rounds the same sums differently."""

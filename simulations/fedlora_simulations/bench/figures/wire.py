@@ -1,0 +1,113 @@
+"""Bytes of a round over gRPC against the values that it moves, in fp32 and bf16, and what bf16 does to accuracy.
+
+Counted are whole gRPC messages, of the rounds after the first: names, plan and frozen tensors travel once. Accuracy is
+compared without privacy, where no noise hides the rounding.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from fedlora import wire
+from fedlora.data import label_names, partition
+from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.plan import STRATEGIES, WIRE_DTYPES
+from fedlora_client.connection import Connection, Goodbye
+from fedlora_server.cohort import RoundOptions
+from fedlora_server.grpc_engine import GrpcEngine
+from fedlora_server.planning import find_model
+from fedlora_server.rounds import run_federation
+from fedlora_strategies import STRATEGY_CLASSES
+
+from ...simulate import Method, Population, simulate
+from ..federations import MINILM, Echo, layout, plan, tensors
+from ..measure import RATIO, Figure, Row, Settings, exactly
+from ..subjects import rows_of
+
+ROUNDS = 4
+RANKS = {"fed-sb": 32}
+"""Of the adapters whose bytes are counted, where it is not 8: a few bytes a round weigh on Fed-SB's 768 values."""
+
+SHORT = ("--privacy=off", "--epsilon=inf", "--rounds=4", "--local-steps=8", "--batch-size=64", "--max-length=64",
+         "--precision=fp32")
+"""A run that takes seconds on a GPU and half a minute on a core."""
+
+
+def measure(settings: Settings) -> Iterator[Row]:
+    for strategy in STRATEGIES:
+        whole = (0.0, 0.0)
+        for wire_dtype in WIRE_DTYPES:
+            rank = RANKS.get(strategy, 8)
+            values, moved = _round(strategy, rank, wire_dtype, quick=settings.quick)
+            width = wire.ARRAY_DTYPES[wire_dtype].itemsize
+            row = {f"{way} ÷ values": exactly(total / (width * count), RATIO, better="lower", target=1.01)
+                   for way, total, count in zip(("up", "down"), moved, values, strict=True)}
+            if wire_dtype == "fp32":
+                whole = moved
+            else:
+                row["÷ fp32"] = exactly(sum(moved) / sum(whole), RATIO, better="lower")
+            yield Row(f"{strategy} r={rank}, {wire_dtype}", row | {
+                "up": exactly(moved[0], "bytes"), "down": exactly(moved[1], "bytes")})
+    for strategy in ("fed-sb", "fedsvd"):
+        accuracy = {wire_dtype: _accuracy(settings, strategy, wire_dtype) for wire_dtype in WIRE_DTYPES}
+        yield Row(f"{strategy}, accuracy", {
+            "bf16 ÷ fp32": exactly(accuracy["bf16"] / accuracy["fp32"], RATIO, better="higher"),
+            **{wire_dtype: exactly(value, "accuracy") for wire_dtype, value in accuracy.items()}})
+
+
+def _round(strategy: str, rank: int, wire_dtype: str, *, quick: bool) -> tuple[tuple[int, int], tuple[float, float]]:
+    """(up, down) of one client and round: values, and bytes."""
+    family = STRATEGY_CLASSES[strategy].family
+    run = plan(strategy, family, rank=rank, rounds=ROUNDS, max_participations=ROUNDS, wire_dtype=wire_dtype)
+    adapter = layout(family, rank=rank, **({"layers": 1, "width": 64} if quick else MINILM))
+    setup = wire.Setup(announce_labels=False, **{name: getattr(run, name) for name in (
+        "run_id", "fedlora_version", "strategy", "private", "model", "task", "labels", "max_length", "rounds",
+        "max_participations", "local_steps", "expected_batch", "clip_norm", "wire_dtype")})
+    with TemporaryDirectory(prefix="fedlora-spool-") as spool:
+        engine = GrpcEngine("127.0.0.1:0", setup, Path(spool))
+        engine.expect(adapter)
+        client = threading.Thread(target=_serve, args=(engine.address, Echo(adapter)), daemon=True)
+        client.start()
+        step = STRATEGY_CLASSES[strategy](run, adapter)
+        try:
+            result = run_federation(engine, step, run, tensors(adapter.state, 0), RoundOptions(seed=0))
+        finally:
+            engine.close("done")
+        client.join()
+    later = result.records[1:]
+    return (step.traffic.up, step.traffic.down), (float(np.mean([record.bytes_up for record in later])),
+                                                  float(np.mean([record.bytes_down for record in later])))
+
+
+def _serve(address: str, session: Echo) -> None:
+    connection = Connection(address, "client", private=True)
+    with suppress(Goodbye):
+        connection.join()
+        connection.ready()
+        while True:
+            order, received = connection.next_task()
+            connection.send(session.run_round(order, received))
+
+
+def _accuracy(settings: Settings, strategy: str, wire_dtype: str) -> float:
+    """On a fifth of the rows, after a short run of two clients on the others."""
+    rows = rows_of(settings)
+    shuffled = np.random.default_rng(0).permutation(len(rows))
+    train, held_out = rows.take(shuffled[len(rows) // 5:]), rows.take(shuffled[:len(rows) // 5])
+    parts = partition(len(train), train.labels, "iid", 2, 0)
+    options = read_options(build_parser(SIMULATE, ""), SIMULATE, [
+        *SHORT, f"--model={settings.model}", f"--device={settings.device}", f"--wire-dtype={wire_dtype}",
+        *([f"--threads={settings.threads}"] if settings.threads else []),
+        *(["--rounds=1", "--batch-size=4"] if settings.quick else [])])
+    population = Population(train, {f"client-{i}": part for i, part in enumerate(parts)}, label_names(rows), held_out)
+    done = simulate(options, Method(strategy, None), 0, find_model(options), population)
+    return done.result.records[-1].evaluation["accuracy"]
+
+
+FIGURE = Figure(9, measure)
