@@ -55,9 +55,7 @@ def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int,
             raise ValueError(f"rank {layout.rank} exceeds the smaller side of {module} ({d_out} × {d_in}); choose a "
                              f"smaller --rank, or --init kaiming where the strategy allows it")
         if gradients is not None:
-            # where B is fixed too, every entry's direction counts alike, as in the first step of Adam
-            gradient = gradients[module].cpu()
-            leading = leading_factors(gradient.sign() if layout.family.name == "bra" else gradient, layout.rank)
+            leading = leading_factors(gradients[module].cpu(), layout.rank)
             A, B = leading.A, leading.B
         elif init == "weight":
             leading = leading_factors(adapted.base_weight(module), layout.rank)

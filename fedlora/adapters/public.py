@@ -3,10 +3,12 @@
 The gradient of the mean loss with respect to a frozen weight W0, at the base model, is computed on rows that are
 nobody's secret. Its leading singular vectors span what the adapter can move. It costs no privacy: no client takes part.
 
-    bra            B, A = leading singular vectors of sign(gradient), as LoRA-SB (arXiv:2411.19557) takes them; R = 0
-    frozen-a, lora A = leading right singular vectors of the gradient, as orthonormal rows; B = 0
+    bra            B, A = leading singular vectors of the gradient; R = 0
+    frozen-a, lora A = its leading right singular vectors, as orthonormal rows; B = 0
 
-LoRA-SB starts R at η·diag(σ), with η of the first warm-up step, which its code sets to some 1e-6 and which is as good
+LoRA-SB (arXiv:2411.19557) takes those of the gradient's sign, as Adam's first step does: on MiniLM and SST-2, r = 16,
+they express 0.58 of a held-out gradient at the start and 0.13 of one with a trained head, where the gradient's own
+express 0.99 and 0.35. It starts R at η·diag(σ), with η of the first warm-up step, which its code sets to some 1e-6 and which is as good
 as 0. Here R is 0, so that a start decides where the adapter can go and has not gone anywhere yet.
 """
 
