@@ -8,8 +8,8 @@ nobody's secret. Its leading singular vectors span what the adapter can move. It
 
 LoRA-SB (arXiv:2411.19557) takes those of the gradient's sign, as Adam's first step does: on MiniLM and SST-2, r = 16,
 they express 0.58 of a held-out gradient at the start and 0.13 of one with a trained head, where the gradient's own
-express 0.99 and 0.35. It starts R at η·diag(σ), with η of the first warm-up step, which its code sets to some 1e-6 and which is as good
-as 0. Here R is 0, so that a start decides where the adapter can go and has not gone anywhere yet.
+express 0.99 and 0.35. It starts R at η·diag(σ), with η of the first warm-up step, which its code sets to some 1e-6
+and which is as good as 0. Here R is 0, so that a start decides where the adapter can go and has not gone anywhere yet.
 """
 
 from __future__ import annotations
