@@ -191,6 +191,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("--clients", (SIMULATE,), "simulated clients [one per file with --partition files]", None, _count),
     Option("--batch-clients", (SIMULATE,), "clients whose steps share one pass of the base model, for clients with few "
            "tokens a step; equal to 1 but for rounding", 1, _count),
+    Option("--engine", (SIMULATE,), "who trains: this process and the --workers it starts here, or as many workers of "
+           "Ray, one base model each", "in-process", choices=("in-process", "ray")),
+    Option("--ray-address", (SIMULATE,), "a running Ray cluster, as in ray://HOST:10001 or auto; --threads is then 1 "
+           "unless given [Ray is started on this machine]", None),
     Option("--workers", (SIMULATE,), "processes that train clients at the same time, each with the base model and with "
            "--threads of its own [cores / workers]; several GPUs are dealt out among them", 1, _count),
     Option("--partition", (SIMULATE,), "iid, dirichlet:ALPHA, shards:K or files", "iid"),

@@ -32,6 +32,7 @@ from fedlora_server.rounds import FederationResult, run_federation
 
 from .in_process import InProcessEngine
 from .processes import ProcessWorkers
+from .ray_workers import RayWorkers
 from .streams import ComparedStreams
 from .worker import Blueprint, ThisProcess, Workers, threads_each
 from .worker_engine import WorkerEngine
@@ -203,10 +204,14 @@ def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer
             sessions: Mapping[str, ClientSession]) -> InProcessEngine:
     run_id, layout = federation.plan.run_id, federation.adapted.layout
     count = min(options.workers, len(sessions))
-    if count > 1:
-        workers: Workers = ProcessWorkers(Blueprint(
-            federation.plan, base.path, options.device, options.precision, options.micro_batch,
-            options.threads or threads_each(count), together=options.batch_clients > 1), count)
+    if options.ray_address and options.engine != "ray":
+        raise ValueError(f"--ray-address {options.ray_address} needs --engine ray")
+    if options.engine == "ray" or count > 1:
+        threads = options.threads or (1 if options.ray_address else threads_each(count))
+        blueprint = Blueprint(federation.plan, base.path, options.device, options.precision, options.micro_batch,
+                              threads, together=options.batch_clients > 1)
+        workers: Workers = (RayWorkers(blueprint, count, options.ray_address) if options.engine == "ray"
+                            else ProcessWorkers(blueprint, count))
     elif options.batch_clients > 1:
         workers = ThisProcess(trainer, release)
     else:

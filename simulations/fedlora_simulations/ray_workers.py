@@ -1,0 +1,129 @@
+"""Workers as Ray actors, on this machine or on all machines of a Ray cluster.
+
+Every machine of a cluster needs the same FedLoRA, and the base model in the same folder; both are checked.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import fedlora
+from fedlora import models
+from fedlora.plan import Refused
+from fedlora.training import Training, TrainResult
+
+from .worker import Blueprint, Worker, WorkerLost, Workers
+
+
+class RayWorkers(Workers):
+    """Starts `count` actors, each with one copy of the base model, which end with `close`.
+
+    An actor is given as many CPUs as it has threads, and one GPU where the device is one. Ray that is started here
+    ends here too; one that runs already, in this process or at `address`, goes on.
+
+    Args:
+        address: of a running cluster, as `ray.init` takes it; None starts Ray on this machine.
+    Raises:
+        ValueError: Ray is not installed or does not start, nothing answers at `address`, or the cluster is too small.
+    """
+
+    def __init__(self, blueprint: Blueprint, count: int, address: str | None) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ModuleNotFoundError:
+            raise ValueError("--engine ray needs Ray, which is not installed: pip install 'fedlora[ray]'") from None
+        self._ray = ray
+        self._actors: list[Any] = []
+        self._begun_here = not ray.is_initialized()
+        if self._begun_here:
+            self._begin(address, count * blueprint.threads)
+        try:
+            resources = self._share(blueprint, count)
+        except ValueError:
+            self.close()
+            raise
+        actor = ray.remote(_Actor).options(**resources)
+        self._actors = [actor.remote(blueprint, index) for index in range(count)]
+        self._free = list(self._actors)
+        self._busy: dict[Any, tuple[Any, str]] = {}
+
+    def _begin(self, address: str | None, cpus: int) -> None:
+        here = {} if address else {"num_cpus": cpus, "include_dashboard": False}
+        try:
+            self._ray.init(address=address or "local", **here)
+        except ConnectionError as error:
+            raise ValueError(f"--ray-address {address}: no Ray cluster answers there ({error}). Start one with "
+                             "`ray start --head`, or leave the flag out") from None
+        except Exception as error:  # Ray raises nothing narrower where its own processes do not start in time
+            raise ValueError(f"Ray could not be started: {error}") from error
+
+    def _share(self, blueprint: Blueprint, count: int) -> dict[str, float]:
+        """What each actor takes of the cluster."""
+        there = self._ray.cluster_resources()
+        gpu = blueprint.device == "cuda" or (blueprint.device == "auto" and there.get("GPU", 0) >= count)
+        needed = {"CPU": count * blueprint.threads, "GPU": count * gpu}
+        for kind, number in needed.items():
+            if there.get(kind, 0) < number:
+                raise ValueError(f"{count} workers of {blueprint.threads} threads need {number} {kind}s, and the Ray "
+                                 f"cluster has {there.get(kind, 0):g}; use fewer --workers or --threads")
+        return {"num_cpus": blueprint.threads, "num_gpus": int(gpu)}
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def start(self, key: str, trainings: Sequence[Training]) -> None:
+        actor = self._free.pop()
+        self._busy[actor.run.remote(trainings)] = actor, key
+
+    def done(self) -> tuple[str, list[TrainResult]]:
+        [ready], _ = self._ray.wait(list(self._busy), num_returns=1)
+        actor, key = self._busy.pop(ready)
+        try:
+            answer = self._ray.get(ready)
+        except self._ray.exceptions.RayActorError as error:
+            raise WorkerLost(f"a Ray worker was lost ({str(error).splitlines()[0]}). If memory ran out, use fewer "
+                             "--workers, a lower --micro-batch or --precision bf16") from None
+        self._free.append(actor)
+        if isinstance(answer, Exception):
+            raise answer
+        return key, answer
+
+    def close(self) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors, self._free, self._busy = [], [], {}
+        if self._begun_here:
+            self._ray.shutdown()
+
+
+class _Actor:
+    """Holds the base model. It gives exceptions back as values, as Ray would wrap them in others."""
+
+    def __init__(self, blueprint: Blueprint, index: int) -> None:
+        self._blueprint, self._index = blueprint, index
+        self._worker: Worker | None = None
+
+    def run(self, trainings: Sequence[Training]) -> list[TrainResult] | Exception:
+        try:
+            if self._worker is None:
+                _check(self._blueprint)
+                self._worker = Worker(self._blueprint, self._index)
+            return self._worker.train(trainings)
+        except Refused as refused:
+            return ValueError(f"a machine of the Ray cluster is not set up as this one: {refused}")
+        except Exception as error:
+            error.add_note(f"In Ray worker {self._index}:\n{traceback.format_exc()}")
+            return error
+
+
+def _check(blueprint: Blueprint) -> None:
+    """Raises Refused where this machine has another FedLoRA, or another base model."""
+    plan = blueprint.plan
+    if plan.fedlora_version != fedlora.__version__:
+        raise Refused("version-mismatch", f"FedLoRA {fedlora.__version__} there, {plan.fedlora_version} here")
+    models.obtain(plan.model, path=blueprint.model)

@@ -1,0 +1,74 @@
+"""Ray workers: the same bits as one process."""
+
+import importlib.util
+import os
+import sys
+
+import pytest
+
+from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora_server.planning import find_model
+from fedlora_simulations.ray_workers import RayWorkers
+from fedlora_simulations.simulate import Method, populate, simulate
+from fedlora_simulations.worker import Blueprint, WorkerLost
+from tests.federation import plan_of
+from tests.processes import write_rows
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None,
+                               reason="Ray is not installed: pip install 'fedlora[ray]'")
+
+
+def simulated(tmp_path, checkpoint, *arguments):
+    for i in range(3):
+        write_rows(tmp_path / "data" / f"hospital-{i}.jsonl", seed=i)
+    options = read_options(build_parser(SIMULATE, ""), SIMULATE, [
+        f"--model={checkpoint('bert')}", f"--data={tmp_path / 'data'}", "--partition=files", "--rank=2", "--rounds=2",
+        "--local-steps=2", "--batch-size=8", "--max-length=16", "--threads=1", "--device=cpu", "--precision=fp32",
+        *arguments])
+    return simulate(options, Method.parse("fedsvd"), 5, find_model(options), populate(options, 5))
+
+
+@needs_ray
+def test_ray_workers_end_with_the_bits_of_one_process(tmp_path, checkpoint):
+    alone = simulated(tmp_path, checkpoint)
+    over_ray = simulated(tmp_path, checkpoint, "--engine=ray", "--workers=2")
+    assert alone.result.rounds == over_ray.result.rounds == 2 and alone.epsilons == over_ray.epsilons
+    assert [name for name, array in alone.result.state.items()
+            if array.tobytes() != over_ray.result.state[name].tobytes()] == []
+
+
+@needs_ray
+def test_what_goes_wrong_in_a_ray_worker_is_told_here(tmp_path, checkpoint):
+    class Deadly:
+        def __reduce__(self):
+            return os._exit, (1,)
+
+    blueprint = Blueprint(plan_of("fedsvd"), checkpoint("bert"), "cpu", "fp32", None, 1)
+    workers = RayWorkers(blueprint, 1, None)
+    try:
+        workers.start("order", [])
+        with pytest.raises(ValueError, match=r"not set up as this one.*model-mismatch"):
+            workers.done()
+        assert workers.free == 1
+        workers.start("order", Deadly())
+        with pytest.raises(WorkerLost, match="lost"):
+            workers.done()
+    finally:
+        workers.close()
+
+
+@needs_ray
+def test_a_ray_address_where_nothing_answers_is_named():
+    with pytest.raises(ValueError, match=r"127\.0\.0\.1:1: no Ray cluster"):
+        RayWorkers(Blueprint(plan_of("fedsvd"), None, "cpu", "fp32", None, 1), 1, "127.0.0.1:1")
+
+
+def test_a_ray_address_needs_the_ray_engine(tmp_path, checkpoint):
+    with pytest.raises(ValueError, match="--engine ray"):
+        simulated(tmp_path, checkpoint, "--ray-address=auto")
+
+
+def test_without_ray_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'fedlora\[ray\]'"):
+        RayWorkers(Blueprint(plan_of("fedsvd"), None, "cpu", "fp32", None, 1), 1, None)
