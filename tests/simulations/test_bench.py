@@ -4,6 +4,7 @@ import json
 import threading
 
 import pytest
+import torch
 
 from fedlora_simulations.bench import figure_titles, main
 from fedlora_simulations.bench.fresh import forget_peak, in_fresh_process, peak_bytes, resident_bytes
@@ -31,6 +32,17 @@ def test_a_figure_gives_ratios_with_their_spread(figure, checkpoint, tmp_path, c
 def test_json_on_stdout_is_the_result_and_nothing_else(checkpoint, capsys):
     assert main(["step", "--quick", "--model", str(checkpoint("bert")), "--threads", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["quick"] is True
+
+
+def test_a_random_llama_takes_the_place_of_a_model_where_there_is_no_hub(capsys):
+    assert main(["step", "--quick", "--model", "llama-1b", "--threads", "1", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["figures"]["step"]["rows"]) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_named(capsys):
+    assert main(["step", "--quick", "--device", "cuda"]) == 2
+    assert "--device cuda" in capsys.readouterr().err
 
 
 @pytest.fixture

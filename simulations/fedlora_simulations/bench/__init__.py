@@ -27,7 +27,8 @@ from .compare import FORMAT, compare, read_result
 from .compare import table as comparison
 from .measure import Figure, Row, Settings, Unavailable, Value, machine, to_json, versions
 
-_GENERATED_ROWS = 3000
+_GENERATED_ROWS = 10_000
+"""Ten for each of a thousand clients."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -149,6 +150,9 @@ def _save(result: Mapping[str, Any], out: Path | None) -> None:
 
 
 def _settings(options: argparse.Namespace, folder: Path) -> Settings:
+    from fedlora.training.precision import resolve_device
+
+    resolve_device(options.device)
     data = options.data
     if data is None:
         from ..triage import write_hospitals

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -23,7 +24,7 @@ from fedlora.tasks import Records, task_for
 from fedlora.training import Trainer, Training, TrainResult
 
 from .federations import FAMILY_STRATEGIES, plan
-from .measure import Settings, Unavailable
+from .measure import Settings
 
 RANDOM_LLAMA = "llama-1b"
 """A model of Llama 3.2's 1B shape with random weights and a tokenizer made from the rows: for GPUs without a hub."""
@@ -82,11 +83,7 @@ def subject(settings: Settings, rows: Rows, *, family: str, rank: int, precision
     Args:
         rows: encoded at most `max_length` tokens long.
         steps: local steps of a round.
-    Raises:
-        Unavailable: the device is not there.
     """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise Unavailable("no CUDA device is here; run it on a machine that has one, or leave out --device cuda")
     labels = tuple(sorted({label for label in rows.labels or () if label is not None}))
     loaded, model = _load(settings, rows, len(labels))
     targets = automatic_targets(loaded.model)
@@ -102,23 +99,26 @@ def subject(settings: Settings, rows: Rows, *, family: str, rank: int, precision
 
 def _load(settings: Settings, rows: Rows, labels: int) -> tuple[LoadedModel, ModelRef]:
     if settings.model == RANDOM_LLAMA:
-        return _random_llama(rows, labels), ModelRef("local", "0" * 64, "0" * 64, "0" * 64)
+        return _random_llama(settings, rows, labels), ModelRef("local", "0" * 64, "0" * 64, "0" * 64)
     folder = resolve(settings.model)
     return load(folder, "classification", labels), reference(settings.model, folder)
 
 
-def _random_llama(rows: Rows, labels: int) -> LoadedModel:
+def _random_llama(settings: Settings, rows: Rows, labels: int) -> LoadedModel:
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.train_from_iterator(rows.texts[:2000], BpeTrainer(
         vocab_size=8000, special_tokens=["<pad>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False))
-    config = LlamaConfig(vocab_size=128_256, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
-                         num_key_value_heads=8, intermediate_size=8192, max_position_embeddings=2048,
-                         pad_token_id=0)
+    sizes: dict[str, Any] = dict(vocab_size=128_256, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
+                 num_key_value_heads=8, intermediate_size=8192)
+    if settings.quick:
+        sizes = dict(vocab_size=8000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                     num_key_value_heads=2, intermediate_size=64)
+    config = LlamaConfig(**sizes, max_position_embeddings=2048, pad_token_id=tokenizer.token_to_id("<pad>"))
     config.num_labels = labels
-    with torch.random.fork_rng(devices=[]):
+    devices = [settings.device] if settings.device == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(settings.device):  # drawn where it will be: seconds
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="right")
     return LoadedModel(model.eval(), fast, ("score.weight",), "classification", Path())
-
