@@ -70,10 +70,11 @@ def rows_of(settings: Settings) -> Rows:
 
 
 def cut_to_length(rows: Rows, count: int) -> Rows:
-    """`count` texts, each of many rows after one another, for records that fill any --max-length."""
+    """`count` texts, each of many rows after one another, for records that fill any --max-length; labels by turns."""
     joined = [" ".join(rows.texts[(start + i) % len(rows)] for i in range(64)) for start in range(count)]
+    names = sorted({label for label in rows.labels or () if label is not None})
     taken = rows.take([i % len(rows) for i in range(count)])
-    return replace(taken, texts=tuple(joined))
+    return replace(taken, texts=tuple(joined), labels=tuple(names[i % len(names)] for i in range(count)))
 
 
 def subject(settings: Settings, rows: Rows, *, family: str, rank: int, precision: str, expected_batch: int,
