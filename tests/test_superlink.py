@@ -3,9 +3,9 @@
 Its round is slow by nature (README.md): a process for each message, which loads everything anew.
 """
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -30,7 +31,7 @@ SMALL = {"rank": 2, "rounds": 2, "local-steps": 2, "batch-size": 8, "max-length"
 
 
 class Flower:
-    """A SuperLink and its SuperNodes, each in a session of its own, which ends with all that it started."""
+    """A SuperLink and its SuperNodes, which end with all that they started: Flower gives its apps other sessions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
@@ -47,7 +48,7 @@ class Flower:
     def start(self, name: str, *command: object, **environment: str) -> None:
         with self.log_file(name).open("w") as log:
             self.processes[name] = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, cwd=self.folder,
-                                                    env=self.environment | environment, start_new_session=True)
+                                                    env=self.environment | environment)
 
     def superlink(self) -> None:
         self.start("superlink", BINARIES / "flower-superlink", "--insecure", "--port", self.port)
@@ -81,9 +82,12 @@ class Flower:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for process in self.processes.values():
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        started = [psutil.Process(own.pid) for own in self.processes.values() if own.poll() is None]
+        for process in [*started, *(child for one in started for child in one.children(recursive=True))]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for own in self.processes.values():
+            own.wait()
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"Flower's commands are not beside this Python: {', '.join(MISSING)}")
