@@ -157,7 +157,7 @@ def test_a_small_deviation_of_the_noise_is_found_over_the_run_and_right_noise_is
     for key in range(25):
         trainer.adapted.write(start)
         _train(trainer, run, records, key=key, rate=0.5)
-    pool = trainer._noise_pool
+    pool = trainer.noise_pool
     assert pool.values == 100 * trainer.buffer.values
     assert abs((pool.squares / pool.values) ** 0.5 - 1) < 4 / (2 * pool.values) ** 0.5
 
@@ -301,7 +301,7 @@ def test_a_frozen_tensor_that_moves_is_found(monkeypatch, which, in_data, sigma)
     _train(trainer, run, make_records(trainer), sigma=sigma)
     shared = trainer.adapted.parameter(trainer.adapted.layout.shared[0].name)
     base = trainer.adapted.base_layer(trainer.adapted.layout.modules[0]).weight
-    monkeypatch.setattr(trainer_module, "_optimizer", lambda name, lr, parameters: _Decay(
+    monkeypatch.setattr(trainer_module, "optimizer", lambda name, lr, parameters: _Decay(
         parameters, lr, others=[base if which == "base" else shared], in_data=in_data))
     _alarm(trainer, run, make_records(trainer), "frozen tensors", sigma=sigma)
 
