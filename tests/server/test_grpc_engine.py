@@ -110,7 +110,7 @@ def test_a_frozen_client_is_noticed_and_asked_again_when_it_thaws(engine, proces
     processes[0].send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     while engine.wait([sent], 1.0).get(sent) != "lost":
-        assert time.monotonic() - begin < 30
+        assert time.monotonic() - begin < 60
     processes[0].send_signal(signal.SIGCONT)
     until(lambda: sent not in engine.wait([sent], 0.1), engine)
     until(engine.get_node_ids, engine)
