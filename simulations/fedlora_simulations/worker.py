@@ -70,7 +70,7 @@ class Worker:
 
     def train(self, trainings: Sequence[Training]) -> list[TrainResult]:
         """The results of trainings of one round, in order."""
-        releases = trainings[0].round == 0
+        releases = any(training.round == 0 for training in trainings)  # all of them or none
         if self._trainer is None or releases is not self._releases:
             self._trainer = None  # its memory first
             blueprint = self._blueprint
