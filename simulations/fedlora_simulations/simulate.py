@@ -7,8 +7,9 @@ import resource
 import secrets
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +161,7 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
                    micro_batch=options.micro_batch, threads=options.threads)
     allow_open_files(len(population.parts) + OTHER_FILES)
     ledger = Ledger(out / "ledger.sqlite" if out else None, simulated=True)
-    release = release_trainer(options, federation, base) if federation.start else None
+    release = cache(lambda: release_trainer(options, federation, base))
     sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed, ledger, release)
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
@@ -200,8 +201,8 @@ def allow_open_files(count: int) -> None:
                          "or have the hard limit of `ulimit -n` raised") from None
 
 
-def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer: Trainer, release: Trainer | None,
-            sessions: Mapping[str, ClientSession]) -> InProcessEngine:
+def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer: Trainer,
+            release: Callable[[], Trainer], sessions: Mapping[str, ClientSession]) -> InProcessEngine:
     run_id, layout = federation.plan.run_id, federation.adapted.layout
     count = min(options.workers, len(sessions))
     if options.ray_address and options.engine != "ray":
@@ -220,7 +221,7 @@ def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer
 
 
 def release_trainer(options: Namespace, federation: Federation, base: BaseModel) -> Trainer:
-    """Of the round before the first, on a base model of its own."""
+    """Of the round before the first, on a base model of its own; where workers train, this process needs none."""
     plan = release_plan(federation.plan)
     adapted = attach_planned(load(base.path, plan.task, len(plan.labels)), plan)
     return Trainer(adapted, federation.task, device=options.device, precision=options.precision,
@@ -228,14 +229,13 @@ def release_trainer(options: Namespace, federation: Federation, base: BaseModel)
 
 
 def make_sessions(options: Namespace, federation: Federation, trainer: Trainer, records: Mapping[str, Records],
-                  seed: int, ledger: Ledger, release: Trainer | None = None) -> dict[str, ClientSession]:
+                  seed: int, ledger: Ledger, release: Callable[[], Trainer] | None = None) -> dict[str, ClientSession]:
     """A session for each client; all share the trainers, the cache of frozen tensors and a simulated ledger."""
     limits = Limits.of(options, options.privacy_unit or ROW)
     shared: dict[str, Tensors] = {}
     run = secrets.token_hex(8)
     return {name: ClientSession(federation.plan, trainer, own, limits, MemoryState(shared),
-                                ComparedStreams(name, seed, run), ledger, name,
-                                release=None if release is None else lambda: release)
+                                ComparedStreams(name, seed, run), ledger, name, release=release)
             for name, own in records.items()}
 
 

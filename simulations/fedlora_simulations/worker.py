@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,10 +110,10 @@ class ThisProcess(Workers):
     """No worker at all: the trainings are done here, while they are waited for.
 
     Args:
-        release: for a private start; None in a run without one.
+        release: gives the trainer of a private start.
     """
 
-    def __init__(self, trainer: Trainer, release: Trainer | None = None) -> None:
+    def __init__(self, trainer: Trainer, release: Callable[[], Trainer]) -> None:
         self._trainer, self._release = trainer, release
         self._started: tuple[str, Sequence[Training]] | None = None
 
@@ -127,8 +127,7 @@ class ThisProcess(Workers):
     def done(self) -> tuple[str, list[TrainResult]]:
         assert self._started is not None, "nothing was started"
         (key, trainings), self._started = self._started, None
-        trainer = self._trainer if trainings[0].round else self._release
-        assert trainer is not None, "a run without a private start has no round 0"
+        trainer = self._trainer if trainings[0].round else self._release()
         return key, trainer.run_all(trainings)
 
     def close(self) -> None:
