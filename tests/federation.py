@@ -65,6 +65,9 @@ class LinearSession:
     """A real client of a tiny problem: least squares of each module's update against its own data.
 
     Behaves as `fedlora_client.session.ClientSession`: keeps the shared tensors it was sent, trains once per key.
+
+    Attributes:
+        forgets_in: round at whose first attempt the shared tensors are lost; 0 for none.
     """
 
     def __init__(self, name: str, layout: AdapterLayout, *, records: int = 12) -> None:
@@ -76,8 +79,11 @@ class LinearSession:
                         for m in layout.modules}
         self.held: dict[str, Tensors] = {}
         self.keys: list[tuple[int, int]] = []
+        self.forgets_in = 0
 
     def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
+        if (plan.round, plan.attempt) == (self.forgets_in, 0):
+            self.held.clear()
         names = {spec.name for spec in self.layout.shared}
         received = {name: array for name, array in tensors.items() if name in names}
         if received:

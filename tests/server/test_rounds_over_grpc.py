@@ -36,15 +36,7 @@ def federate(strategy, folder, *, leaver=None, forgetful=None, wire_dtype="fp32"
     layout = layout_of(plan.family)
     sessions = {name: LinearSession(name, layout) for name in "abcd"}
     if forgetful:
-        session = sessions[forgetful]
-        train = session.run_round
-
-        def forget(order, tensors):
-            if (order.round, order.attempt) == (2, 0):
-                session.held.clear()
-            return train(order, tensors)
-
-        session.run_round = forget
+        sessions[forgetful].forgets_in = 2
     engine = GrpcEngine("127.0.0.1:0", setup_of(plan), folder)
     engine.expect(layout)
     threads = [threading.Thread(target=serve, args=(s, engine.address, 1 if name == leaver else 99), daemon=True)
