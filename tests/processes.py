@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -36,46 +39,112 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(command: str, *arguments: object, log: Path, seed: int | None = None,
-          home: Path | None = None) -> subprocess.Popen:
-    """Start fedlora-<command>; a client in which importing Flower fails. `seed` makes its noise predictable.
+class Process(Protocol):
+    """The part of `subprocess.Popen` that tests use."""
 
-    `home` is where the user's ledger, policy and key are.
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.warm"])
+
+
+class Forked:
+    """fedlora-<command> in a process of its own, forked from one that has imported the libraries and done no more."""
+
+    def __init__(self, command: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        log.write_bytes(b"")  # there at once, as whoever waits for a word in it expects
+        self._process = _FORKS.Process(target=_run, args=(command, arguments, log, environment), daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("fedlora", timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def _run(command: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    with log.open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.environ.update(environment)
+    if command == "client":
+        assert not any(name.partition(".")[0] == "flwr" for name in sys.modules), "a client is to run without Flower"
+        sys.modules["flwr"] = None  # type: ignore[assignment]
+        from fedlora_client.cli import main
+    else:
+        from fedlora_server.cli import main
+    sys.exit(main(arguments))
+
+
+def start(command: str, *arguments: object, log: Path, seed: int | None = None, home: Path | None = None,
+          fresh: bool = False) -> Process:
+    """Start fedlora-<command>; a client in which importing Flower fails.
+
+    Args:
+        seed: makes a client's noise predictable.
+        home: where the user's ledger, policy and key are.
+        fresh: run the installed command, as a user does, in place of a fork that saves its imports.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = {"COLUMNS": "200"}
     if home is not None:
         environment |= {"XDG_STATE_HOME": str(home / "state"), "XDG_CONFIG_HOME": str(home / "config")}
     if seed is not None:
         environment["FEDLORA_INSECURE_NOISE_SEED"] = str(seed)
-    block = "sys.modules['flwr'] = None; " if command == "client" else ""
-    code = f"import sys; {block}from fedlora_{command}.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [str(argument) for argument in arguments]
+    if not fresh:
+        return Forked(command, words, log, environment)
     with log.open("w") as out:
-        return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=out, stderr=out,
-                                env=environment)
+        return subprocess.Popen([Path(sys.executable).parent / f"fedlora-{command}", *words], stdout=out, stderr=out,
+                                env=os.environ | environment)
 
 
 class Deployment:
-    """One server and clients that are killed at the end, whatever happens."""
+    """One server and clients that are killed at the end, whatever happens.
 
-    def __init__(self, folder: Path, checkpoint: Path) -> None:
-        self.folder, self.checkpoint = folder, checkpoint
+    Args:
+        fresh: as of `start`.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Path, *, fresh: bool = False) -> None:
+        self.folder, self.checkpoint, self.fresh = folder, checkpoint, fresh
         self.address = f"127.0.0.1:{free_port()}"
-        self.processes: dict[str, subprocess.Popen] = {}
+        self.processes: dict[str, Process] = {}
         self.out = folder / "run"
 
-    def server(self, *arguments: object) -> subprocess.Popen:
+    def server(self, *arguments: object) -> Process:
         process = start("server", "--model", self.checkpoint, "--address", self.address, "--out", self.out,
-                        *arguments, log=self.folder / "server.log")
+                        *arguments, log=self.folder / "server.log", fresh=self.fresh)
         self.processes["server"] = process
         return process
 
-    def client(self, name: str, data: Path, *arguments: object, seed: int | None = None) -> subprocess.Popen:
+    def client(self, name: str, data: Path, *arguments: object, seed: int | None = None) -> Process:
         if seed is not None:
             arguments = (*arguments, "--simulated-ledger", self.home(name))
         process = start("client", "--data", data, "--name", name, "--server", self.address, "--model", self.checkpoint,
                         "--state", self.folder / "state" / name, "--threads", 1, "--device", "cpu",
                         "--precision", "fp32", *arguments, log=self.folder / f"{name}.log", seed=seed,
-                        home=self.home(name))
+                        home=self.home(name), fresh=self.fresh)
         self.processes[name] = process
         return process
 

@@ -1,6 +1,7 @@
 """Real processes over real gRPC: what simulation and deployment have in common, and what happens when things go wrong.
 
-In every client process here, importing Flower fails: the client does without it.
+Processes are forked from one that has the libraries in memory, where importing Flower fails in every client: the client
+does without it. In the test of a kill they are the installed commands.
 """
 
 import json
@@ -63,6 +64,7 @@ def test_simulation_and_grpc_end_with_the_same_adapter(deployment, tmp_path, met
 
 
 def test_a_client_killed_in_round_2_does_not_keep_the_run_from_its_adapter(deployment, tmp_path):
+    deployment.fresh = True
     deployment.server("--min-clients", 3, *SMALL, "--rounds", 4, "--eval-data",
                       write_rows(tmp_path / "held-out.jsonl", 9))
     files = hospitals(tmp_path)
