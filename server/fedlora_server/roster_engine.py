@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 
 from fedlora import wire
 from fedlora.adapters import AdapterLayout
-from fedlora.plan import Refusal, Tensors, Upload
+from fedlora.plan import Refusal, RoundPlan, Tensors, Upload
 from fedlora.wire import Setup, Shapes
-from fedlora_strategies.messages import assign_id, read_train_message, reply, to_arrays
+from fedlora_strategies.messages import assign_id, read_train_messages, reply
 
 from .engine import Engine, Outcome
 from .roster import Event, Member, Order, Roster
@@ -67,23 +67,18 @@ class RosterEngine(Engine):
         return self._roster.nodes(idle=True)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        decoded: dict[int, tuple[ArrayRecord, Tensors]] = {}  # messages of a round share their record
-        orders = [self._order(message, decoded) for message in messages]
+        orders = [self._order(*order) for order in read_train_messages(messages)]
         self._roster.push(orders)
         return [order.message_id for order in orders]
 
-    def _order(self, message: Message, decoded: dict[int, tuple[ArrayRecord, Tensors]]) -> Order:
+    def _order(self, message: Message, plan: RoundPlan, tensors: Tensors) -> Order:
         if self._trained is None:
             raise ValueError("the engine does not know the layout yet; call expect(layout) before the first message")
-        plan, record = read_train_message(message)
         setup = self._roster.setup
         if (plan.run.run_id, plan.run.wire_dtype) != (setup.run_id, setup.wire_dtype):
             raise ValueError(f"the message is of run {plan.run.run_id} in {plan.run.wire_dtype}; this engine serves "
                              f"{setup.run_id} in {setup.wire_dtype}")
         self._roster.name_of(message.metadata.dst_node_id)
-        if id(record) not in decoded:
-            decoded[id(record)] = record, to_arrays(record)
-        tensors = decoded[id(record)][1]
         known = {**self._trained, **self._shared}
         for name in {*tensors, *self._trained}:
             if name not in tensors or name not in known or tensors[name].shape != known[name]:

@@ -1,6 +1,6 @@
 """An engine with all clients in this process: they share one base model and train one after the other.
 
-Same round loop, same messages and same client code as over gRPC. Uploads wait in files, so memory does not grow with
+Same round loop, same orders and same client sessions as over gRPC. Uploads wait in files, so memory does not grow with
 the number of clients. An exception in a client's code is not sanitised here: it reaches the researcher.
 """
 
@@ -16,27 +16,31 @@ import numpy as np
 from flwr.app import Message, RecordDict
 
 from fedlora.adapters import AdapterLayout
-from fedlora.plan import Refusal, Upload
-from fedlora.wire import Shapes, shapes_of, size_of, split
-from fedlora_client.flower_app import Session, train
+from fedlora.plan import Refusal, RoundPlan, Tensors, Upload
+from fedlora.wire import Shapes, shapes_of, size_of, split, unpacked
+from fedlora_client.flower_app import Session
 from fedlora_server.engine import Engine, Outcome, node_id
-from fedlora_strategies.messages import assign_id, assume_identity, read_reply, read_train_message
+from fedlora_strategies.messages import assign_id, assume_identity, read_train_messages
 from fedlora_strategies.messages import reply as to_reply
 
 
 @dataclass
 class _Order:
-    """A message and what became of it; of an upload, everything but the tensors, which are in the spool."""
+    """What a client is asked, and what became of it; of an upload, everything but the tensors, which are in the spool.
+
+    Its message keeps the metadata alone, which the reply needs.
+    """
 
     message: Message
-    wire_dtype: str
+    plan: RoundPlan
+    arrays: Tensors
     outcome: Outcome | None = None
     upload: Upload | None = None
     shapes: Shapes = field(default_factory=dict)
 
 
 class InProcessEngine(Engine):
-    """Runs `fedlora_client.flower_app.train` for each message when `wait` is called.
+    """Has a client's session run its round when `wait` is called.
 
     Args:
         sessions: name → the client's session.
@@ -94,15 +98,14 @@ class InProcessEngine(Engine):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         pushed = []
-        for message in messages:
-            plan, arrays = read_train_message(message)
+        for message, plan, arrays in read_train_messages(messages):
             node = message.metadata.dst_node_id
             self.name_of(node)
             self._count += 1
             assign_id(message, f"{self._count}")
-            dtype, shapes = plan.run.wire_dtype, {name: tuple(array.shape) for name, array in arrays.items()}
-            self._orders[f"{self._count}"] = _Order(message, dtype, None if node in self._sessions else "lost")
-            self._bytes_down += size_of(shapes, dtype)
+            message.content = RecordDict()
+            self._orders[f"{self._count}"] = _Order(message, plan, arrays, None if node in self._sessions else "lost")
+            self._bytes_down += sum(array.nbytes for array in arrays.values())
             pushed.append(f"{self._count}")
         return pushed
 
@@ -120,10 +123,9 @@ class InProcessEngine(Engine):
     def _train(self, message_id: str) -> None:
         order = self._orders[message_id]
         session = self._sessions[order.message.metadata.dst_node_id]
-        answer = read_reply(train(order.message, session), order.wire_dtype)
+        answer = session.run_round(order.plan, unpacked(order.arrays, order.plan.run.wire_dtype))
         if order.outcome is None:  # else it left meanwhile
             order.outcome = self._accept(message_id, answer)
-            order.message.content = RecordDict()  # the reply needs only the metadata
 
     def _accept(self, message_id: str, answer: Upload | Refusal) -> Outcome:
         """Check an upload and put it into the spool."""
@@ -131,7 +133,7 @@ class InProcessEngine(Engine):
             return answer
         order = self._orders[message_id]
         order.shapes = shapes_of(answer.tensors)
-        self._bytes_up += size_of(order.shapes, order.wire_dtype)
+        self._bytes_up += size_of(order.shapes, order.plan.run.wire_dtype)
         try:
             self._layout.check(answer.tensors, "trained")
         except ValueError as error:
@@ -154,7 +156,7 @@ class InProcessEngine(Engine):
                 file = self._file(message_id)
                 tensors = split(order.shapes, np.fromfile(file, np.float32))
                 file.unlink()
-                yield to_reply(replace(order.upload, tensors=tensors), order.message, order.wire_dtype)
+                yield to_reply(replace(order.upload, tensors=tensors), order.message, order.plan.run.wire_dtype)
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         for message_id in list(message_ids):

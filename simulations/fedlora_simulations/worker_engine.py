@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import cast
 
-from flwr.app import RecordDict
-
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal, RoundPlan, Upload
 from fedlora.training import Training
+from fedlora.wire import unpacked
 from fedlora_client.session import ClientSession
 from fedlora_server.engine import Outcome
-from fedlora_strategies.messages import read_train_message, to_tensors
 
 from .in_process import InProcessEngine
 from .worker import Workers
@@ -65,13 +63,11 @@ class WorkerEngine(InProcessEngine):
             self._workers.start(first, list(trainings.values()))
 
     def _begin(self, message_id: str) -> Training | Upload | Refusal:
-        message = self._orders[message_id].message
-        plan, arrays = read_train_message(message)
-        message.content = RecordDict()  # the reply needs only the metadata
-        session = cast(ClientSession, self._sessions[message.metadata.dst_node_id])
-        answer = session.begin(plan, to_tensors(arrays, plan.run.wire_dtype))
+        order = self._orders[message_id]
+        session = cast(ClientSession, self._sessions[order.message.metadata.dst_node_id])
+        answer = session.begin(order.plan, unpacked(order.arrays, order.plan.run.wire_dtype))
         if isinstance(answer, Training):
-            self._begun[message_id] = session, plan
+            self._begun[message_id] = session, order.plan
         return answer
 
     def _collect(self) -> None:

@@ -34,7 +34,7 @@ from fedlora.algebra import WeightedMean
 from fedlora.plan import Refusal, RoundPlan, RunPlan, Tensors, Upload, upload_metrics
 from fedlora.wire import digest
 
-from .messages import read_reply, to_record, to_tensors, train_message
+from .messages import read_reply, to_record, to_tensors, train_messages
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class FederatedLoRA(Strategy):
         nodes, attempt = sorted(given), cast(int, config.get("attempt", 0))
         under_way.awaited.update(nodes)
         order = RoundPlan(self.plan, server_round, attempt, under_way.shared_sha256)
-        return (train_message(order, under_way.arrays_for(self._held.get(node)), node) for node in nodes)
+        return train_messages(order, ((node, under_way.arrays_for(self._held.get(node))) for node in nodes))
 
     def _begin(self, server_round: int, arrays: ArrayRecord) -> _Round:
         state, wire_dtype = to_tensors(arrays), self.plan.wire_dtype

@@ -6,10 +6,11 @@ from pathlib import Path
 import flwr
 import numpy as np
 import pytest
-from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.plan import REFUSALS, Refusal, RoundPlan, Upload
+from fedlora.wire import packed
 from fedlora_client import flower_app
 from fedlora_strategies import messages
 from tests.federation import plan_of
@@ -61,9 +62,18 @@ def test_private_names_of_flower_are_imported_in_one_file_only():
 @pytest.mark.parametrize("changes", [{}, dict(task="causal-lm", labels=(), train_head=False), dict(private=True)])
 def test_an_order_survives_the_message(changes):
     plan, message = order(**changes)
-    read, arrays = messages.read_train_message(message)
-    assert read == plan and message.metadata.dst_node_id == 7
-    np.testing.assert_array_equal(messages.to_tensors(arrays)["q.R"], np.eye(2))
+    [(same, read, arrays)] = messages.read_train_messages([message])
+    assert same is message and read == plan and message.metadata.dst_node_id == 7
+    np.testing.assert_array_equal(arrays["q.R"], np.eye(2))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_record_is_what_flower_makes_of_the_arrays(dtype):
+    tensors = {"b": np.arange(6, dtype=np.float32).reshape(2, 3).T, "a": np.zeros(4, np.float32)}
+    made, flowers = messages.to_record(tensors, dtype), ArrayRecord(
+        {name: Array(np.asarray(array, order="C")) for name, array in packed(tensors, dtype).items()})
+    assert made == flowers and list(made) == list(flowers), UPGRADE
+    assert made.object_id == flowers.object_id
 
 
 @pytest.mark.parametrize("figures", [{}, dict(delta=1e-5, noise_multiplier=1.2), dict(num_examples=9, train_loss=0.5)])
@@ -153,6 +163,6 @@ def test_an_order_with_anything_else_in_it_is_refused_on_both_sides(change):
     _, message = order()
     change(message.content)
     with pytest.raises(ValueError):
-        messages.read_train_message(message)
+        list(messages.read_train_messages([message]))
     with pytest.raises(ValueError):
         flower_app.train(message, Answering(upload()))

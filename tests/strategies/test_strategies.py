@@ -10,11 +10,11 @@ from flwr.app import ConfigRecord
 
 from fedlora.adapters import TensorSpec
 from fedlora.plan import WIRE_DTYPES, Upload
-from fedlora.wire import rounded
+from fedlora.wire import rounded, unpacked
 from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies import STRATEGY_CLASSES, FedAvgLoRA, FedSB, FedSVD, FFALoRA
 from fedlora_strategies.fedsvd import refactorise
-from fedlora_strategies.messages import assume_identity, read_train_message, reply, to_record, to_tensors
+from fedlora_strategies.messages import assume_identity, read_train_messages, reply, to_record, to_tensors
 from tests.federation import COLUMNS, ROWS, LinearSession, layout_of, plan_of, start_of, update_of
 
 ALL = sorted(STRATEGY_CLASSES)
@@ -83,10 +83,9 @@ def test_fedsvds_own_A_keeps_orthonormal_rows_and_clients_hold_it_rounded():
     engine, strategy, state = federation("fedsvd", wire_dtype="bf16")
     arrays, _ = strategy.aggregate_train(1, uploads_of(engine, strategy, state))
     own = to_tensors(arrays)[f"{MODULE}.A"]
-    [order, *_] = strategy.configure_train(2, arrays, {}, engine)
-    held = read_train_message(order)[1]
-    assert {array.dtype for array in held.values()} == {"uint16"}
-    A = to_tensors(held, "bf16")[f"{MODULE}.A"]
+    [(_, _, held), *_] = read_train_messages(strategy.configure_train(2, arrays, {}, engine))
+    assert {str(array.dtype) for array in held.values()} == {"uint16"}
+    A = unpacked(held, "bf16")[f"{MODULE}.A"]
     assert np.array_equal(A, rounded({"A": own}, "bf16")["A"]) and not np.array_equal(A, own)
     identity = np.eye(len(own))
     assert np.abs(own @ own.T - identity).max() < 1e-6
