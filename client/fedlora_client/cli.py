@@ -88,7 +88,7 @@ def _run(options: Namespace) -> int:
     from .connection import ServerUnreachable
 
     try:
-        take_part(options, Console(stderr=True))
+        take_part(options, Console(stderr=True, markup=False, highlight=False))
     except (ValueError, MemoryError, WireError) as error:
         print(f"fedlora-client: {error}", file=sys.stderr)
         return 2
