@@ -182,7 +182,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("--state", (CLIENT,), "folder of this client's uploads and reports [by --name]", None, Path),
     Option("--policy", (CLIENT,), "what this machine's owner allows [policy.toml in the user's configuration]", None,
            Path, metavar="FILE.toml"),
-    Option("--new-ledger", (CLIENT,), "begin an empty ledger where the old one is lost; every report will say so",
+    Option("--new-ledger", (CLIENT,), "go on where the ledger, or its witness, is lost; every report will say so",
            False, None),
     Option("--simulated-ledger", (CLIENT,), "keep a ledger for made-up data in this folder, apart from the real one",
            None, Path, metavar="DIR"),

@@ -172,13 +172,17 @@ def test_a_file_that_is_no_ledger_is_an_error_and_is_not_overwritten(path):
         assert path.read_bytes() == content
 
 
-def test_a_new_ledger_is_explicit_keeps_the_old_one_and_leaves_its_mark_for_ever(used):
+def test_a_new_ledger_is_explicit_keeps_the_damaged_one_and_leaves_its_mark_for_ever(used):
     old = opened(used)
     old.begin_run("a", terms())
+    whole = used.read_bytes()
+    used.write_bytes(b"damaged" * 1000)
     with pytest.raises(LedgerError, match="in use"):
         Ledger(used, new=True)
+    used.write_bytes(whole)
     assert not old.created_anew
     old.close()
+    used.write_bytes(b"damaged" * 1000)
     new = opened(used, new=True)
     assert new.created_anew and new.ledger_id != old.ledger_id and new.charges() == ()
     [mark] = new.marks()
@@ -186,7 +190,78 @@ def test_a_new_ledger_is_explicit_keeps_the_old_one_and_leaves_its_mark_for_ever
     new.close()
     again = opened(used)
     assert again.created_anew and len(again.marks()) == 1
-    assert len(Ledger(used.with_name(used.name + ".replaced-1")).charges()) == 2
+    assert used.with_name(used.name + ".replaced-1").read_bytes() == b"damaged" * 1000
+
+
+def test_a_new_ledger_gives_up_nothing_that_is_whole(used):
+    before = Ledger(used)
+    again = opened(used, new=True)
+    assert again.ledger_id == before.ledger_id and again.charges() == before.charges() and again.marks() == ()
+    assert not again.created_anew and not list(used.parent.glob("*.replaced-*"))
+
+
+def test_after_a_loss_each_data_set_goes_on_with_the_same_new_ledger(path):
+    for dataset in "ab":
+        ledger = opened(path, dataset=dataset)
+        ledger.begin_run(dataset, terms(f"r{dataset}"))
+        train(ledger, 1, f"r{dataset}", dataset)
+        ledger.close()
+    path.unlink()
+    first = opened(path, new=True)
+    with pytest.raises(LedgerError, match="another ledger"):
+        opened(path, dataset="b")
+    second = opened(path, dataset="b", new=True)
+    assert second.ledger_id == first.ledger_id and [mark["dataset"] for mark in second.marks()] == ["a", "b"]
+    for dataset in "ab":
+        assert opened(path, dataset=dataset).ledger_id == first.ledger_id
+
+
+@pytest.mark.parametrize("damage", ["rolled back", "witness missing"])
+def test_a_contradicted_ledger_that_is_whole_goes_on_with_a_mark_and_all_its_charges(used, damage):
+    backup = used.read_bytes()
+    if damage == "rolled back":
+        ledger = opened(used)
+        ledger.begin_run("a", terms())
+        train(ledger, 3)
+        ledger.close()
+        used.write_bytes(backup)
+    else:
+        witness_of(used.parent).unlink()
+    with pytest.raises(LedgerError, match="--new-ledger"):
+        opened(used)
+    kept = opened(used, new=True)
+    assert len(kept.charges()) == 2 and len(kept.marks()) == 1
+    assert len(opened(used).marks()) == 1
+
+
+def test_every_witness_in_the_folder_of_the_data_must_be_the_ledgers(used, tmp_path):
+    folder = witness_of(used.parent).parent
+    Ledger(used).check_folder(folder)
+    Ledger(used).check_folder(tmp_path / "no such folder")
+    other = tmp_path / "other" / "ledger.sqlite"
+    with pytest.raises(LedgerError, match="another ledger"):
+        Ledger(other).check_folder(folder)
+    anew = Ledger(other, new=True)
+    anew.check_folder(folder)
+    [mark] = anew.marks()
+    assert mark["dataset"] == "a" and mark["ledger_id"] == Ledger(used).ledger_id
+    Ledger(other).check_folder(folder)
+    ledger = opened(used)
+    ledger.begin_run("a", terms())
+    train(ledger, 3)
+    with pytest.raises(LedgerError, match="another ledger"):  # it has spent more than was given up
+        Ledger(other).check_folder(folder)
+
+
+def test_a_key_that_is_lost_is_no_dead_end(path):
+    ledger = opened(path)
+    ledger.register("a", [b"x" * 16])
+    ledger.fingerprint_key()
+    ledger.close()
+    path.with_name(path.name + "-key").unlink()
+    with pytest.raises(LedgerError, match="key"):
+        opened(path).fingerprint_key()
+    assert len(opened(path, new=True).fingerprint_key()) == 32
 
 
 def test_a_new_ledger_helps_where_the_old_one_and_the_witness_are_unreadable(used):

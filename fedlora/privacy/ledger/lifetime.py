@@ -199,6 +199,7 @@ class Book:
     charges: dict[int, Charge] = field(default_factory=dict)
     sequences: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     marks: list[Mapping] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
 
     def apply(self, sequence: int, text: str, sha256: str) -> None:
         """Take in the next event: `text` is its canonical JSON, `sha256` the chain's head after it.
@@ -237,6 +238,10 @@ class Book:
         for other in shares:
             self.shares.setdefault(dataset, set()).add(other)
             self.shares.setdefault(other, set()).add(dataset)
+
+    def _data(self, event, dataset, place) -> None:
+        self.places.pop(dataset, None)  # the latest stands last
+        self.places[dataset] = place
 
     def _run(self, event, dataset, terms, closes) -> None:
         known = self.runs.get((dataset, terms["run_id"]))
