@@ -11,6 +11,7 @@ all else (charges, runs, budgets) is read off them. Other files: `<ledger>-key` 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -250,6 +251,11 @@ class Ledger:
         """Limit, spent and remaining epsilon of a dataset, with all that overlaps it."""
         with self._chain.transaction("DEFERRED") as book:
             return book.lifetime(dataset)
+
+    def book(self) -> Book:
+        """A copy of all that the events say, to look at and to try other limits on."""
+        with self._chain.transaction("DEFERRED") as book:
+            return copy.deepcopy(book)
 
     # Runs
 

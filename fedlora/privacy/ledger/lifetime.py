@@ -230,8 +230,8 @@ class Book:
         self.key_sha256 = sha256
 
     def _declare(self, event, dataset, epsilon, delta, orders, distinct, unit) -> None:
-        self.declarations.setdefault(dataset, []).append(Declaration(
-            event["time"], math.inf if epsilon is None else epsilon, delta, tuple(orders), tuple(distinct), unit))
+        self.limit(dataset, Declaration(event["time"], math.inf if epsilon is None else epsilon, delta, tuple(orders),
+                                        tuple(distinct), unit))
 
     def _register(self, event, dataset, records, sha256, shares) -> None:
         self.registered[dataset] = (records, sha256)
@@ -274,6 +274,10 @@ class Book:
         if charge.state != expected:
             raise ValueError(f"charge {sequence} is {charge.state}, not {expected}")
         self.charges[sequence] = replace(charge, **changes)
+
+    def limit(self, dataset: str, declared: Declaration) -> None:
+        """From now on this limit counts."""
+        self.declarations.setdefault(dataset, []).append(declared)
 
     def charge(self, dataset: str, run_id: str, round: int, attempt: int) -> Charge | None:
         """The charge of this training that was not voided."""
@@ -335,9 +339,9 @@ class Book:
         return None if terms.noise_multiplier is None else found
 
     def lifetime(self, dataset: str) -> Lifetime:
+        """Limit, spent and remaining epsilon of a dataset, with all that overlaps it."""
         limit, runs = self.declared(dataset), self.counted(dataset)
-        orders = limit.orders if limit else FILTER_ORDERS
-        delta = limit.delta if limit else min((run.terms.delta for run in runs if run.terms.delta), default=None)
+        delta, orders = self._accounted(dataset)
 
         def epsilon(participations: Iterable[int]) -> float:
             spends = [run.terms.spends(count) for run, count in zip(runs, participations, strict=True)]
@@ -354,6 +358,18 @@ class Book:
         remaining = 0.0 if closing else max(0.0, limit.epsilon - committed)
         return Lifetime(limit.epsilon, limit.delta, spent, committed, remaining,
                         closing.terms.run_id if closing else None, tuple(self.declarations[dataset]))
+
+    def spent_after(self, dataset: str, further: Sequence[Spend]) -> float:
+        """Epsilon spent once this is spent too, by the filter; infinite where a run had no noise."""
+        charged = [run.terms.spends(run.charged) for run in self.counted(dataset)]
+        return filter_epsilon([*charged, further], *self._accounted(dataset))
+
+    def _accounted(self, dataset: str) -> tuple[float | None, Sequence[float]]:
+        """(delta, orders) of the limit; without one, the smallest delta of a run, None where there is none."""
+        if limit := self.declared(dataset):
+            return limit.delta, limit.orders
+        deltas = [run.terms.delta for run in self.counted(dataset) if run.terms.delta]
+        return min(deltas, default=None), FILTER_ORDERS
 
 
 def chained(head: str, text: str) -> str:
