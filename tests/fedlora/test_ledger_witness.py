@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.privacy.ledger import Ledger, LedgerError
+from fedlora.privacy.ledger.lifetime import chained
 from fedlora.privacy.ledger.network import bsd_mounts, file_system, is_network, linux_mounts
 
 from .ledgers import DELTA, SHA, opened, terms, train, witness_of
@@ -57,20 +58,47 @@ def test_an_edited_ledger_is_an_error(used, edit):
         opened(used)
 
 
-def test_a_rehashed_chain_contradicts_the_witness(used):
-    """Someone who recomputes every hash has made another ledger, and the witness knows."""
-    from fedlora.privacy.ledger.lifetime import chained
-
-    db = sqlite3.connect(used)
+def rehash(path, edit):
+    """Put `edit(event)` in place of each event's text, and continue the chain over it."""
+    db = sqlite3.connect(path)
     head = ""
     for sequence, event in db.execute("SELECT sequence, event FROM events ORDER BY sequence").fetchall():
-        event = event.replace('"noise_multiplier":20.0', '"noise_multiplier":40.0')
+        event = edit(event)
         head = chained(head, event)
         db.execute("UPDATE events SET event = ?, sha256 = ? WHERE sequence = ?", (event, head, sequence))
     db.commit()
     db.close()
+
+
+def test_a_rehashed_chain_contradicts_the_witness(used):
+    """Someone who recomputes every hash has made another ledger, and the witness knows."""
+    rehash(used, lambda event: event.replace('"noise_multiplier":20.0', '"noise_multiplier":40.0'))
     with pytest.raises(LedgerError, match="does not hold"):
         opened(used)
+
+
+def test_every_run_says_for_which_relation_and_with_which_accountant_it_was_charged(used):
+    db = sqlite3.connect(used)
+    events = [json.loads(event) for event, in db.execute("SELECT event FROM events ORDER BY sequence")]
+    db.close()
+    [run] = [event["body"]["terms"] for event in events if event["kind"] == "run"]
+    assert (run["relation"], run["accountant"], run["unit"]) == ("zero-out", "PRV or RDP", "row")
+
+
+def test_a_ledger_of_format_1_is_read_and_its_run_goes_on(used):
+    witness_of(used.parent).unlink()  # its hashes are about to change
+    rehash(used, lambda event: event.replace('"format":2', '"format":1').replace('"relation":"zero-out",', "")
+           .replace('"accountant":"PRV or RDP",', ""))
+    ledger = opened(used, new=True)
+    assert len(ledger.charges()) == 2
+    ledger.begin_run("a", terms())
+    train(ledger, 3)
+    ledger.close()
+    assert len(opened(used).charges()) == 3
+    execute(used, "UPDATE events SET event = replace(event, '\"format\":1', '\"format\":3')")
+    rehash(used, str)
+    with pytest.raises(LedgerError, match="a format up to 2"):
+        Ledger(used)
 
 
 def test_an_older_copy_of_the_ledger_is_an_error(used, tmp_path):

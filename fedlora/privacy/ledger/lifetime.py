@@ -57,6 +57,8 @@ class RunTerms:
         scales: factor per group of tensors.
         local_steps: steps of one participation.
         max_participations: the most trainings that this run may begin.
+        relation: of neighbouring data, for which the noise was chosen.
+        accountant: with which it was chosen.
     Raises:
         ValueError: a value is out of range; it names the value.
     """
@@ -72,6 +74,8 @@ class RunTerms:
     scales: Mapping[str, float]
     local_steps: int
     max_participations: int
+    relation: str = "zero-out"
+    accountant: str = "PRV or RDP"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", dict(self.scales))
