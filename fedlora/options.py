@@ -39,7 +39,7 @@ def _number(kind: Callable[[str], Any], low: float, high: float = math.inf, *, o
     return parse
 
 
-_count = _number(int, 1)
+count = _number(int, 1)
 _natural = _number(int, 0)
 _positive = _number(float, 0, open_low=True)
 _finite = _number(float, 0, 1e300, open_low=True)
@@ -119,8 +119,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--task", RUN, "what the model learns", "classification", choices=TASKS),
     Option("--labels", RUN, "the label set; without it clients announce their label names", None, _names,
            metavar="A,B,…"),
-    Option("--max-length", RUN, "tokens kept of a record", 128, _count),
-    Option("--rank", RUN, "rank of the adapters [preset]", None, _count),
+    Option("--max-length", RUN, "tokens kept of a record", 128, count),
+    Option("--rank", RUN, "rank of the adapters [preset]", None, count),
     Option("--alpha", RUN, "the update is scaled by alpha / rank [preset]", None, _finite),
     Option("--targets", RUN, "adapted linear layers: names or name endings; or auto (query and value), all, none "
            "[preset]", None, _names, metavar="NAME,…"),
@@ -131,9 +131,9 @@ OPTIONS: tuple[Option, ...] = (
            choices=("train", "freeze")),
     Option("--dropout", RUN, "dropout on the adapters' input", 0.0, _number(float, 0, 0.99)),
     # how it is trained
-    Option("--rounds", RUN, "rounds [preset]", None, _count),
-    Option("--local-steps", RUN, "optimiser steps of a client per round [preset]", None, _count),
-    Option("--batch-size", RUN, "expected records of a Poisson-sampled step [preset]", None, _count),
+    Option("--rounds", RUN, "rounds [preset]", None, count),
+    Option("--local-steps", RUN, "optimiser steps of a client per round [preset]", None, count),
+    Option("--batch-size", RUN, "expected records of a Poisson-sampled step [preset]", None, count),
     Option("--lr", RUN, "learning rate [preset]", None, _finite),
     Option("--lr-schedule", RUN, "linear lowers the rate from round to round, towards 0 after the last [preset]", None,
            choices=LR_SCHEDULES),
@@ -143,18 +143,18 @@ OPTIONS: tuple[Option, ...] = (
     Option("--wire-dtype", RUN, "what adapters travel as, both ways: bf16 halves the bytes and rounds each value to 8 "
            "significant bits", "fp32", choices=WIRE_DTYPES),
     # who takes part
-    Option("--min-clients", (SERVER,), "clients to wait for before round 1", 2, _count),
-    Option("--clients-per-round", RUN, "size of a round's cohort [all]", None, _count),
-    Option("--min-replies", RUN, "uploads that close a round [half the cohort, rounded up]", None, _count),
+    Option("--min-clients", (SERVER,), "clients to wait for before round 1", 2, count),
+    Option("--clients-per-round", RUN, "size of a round's cohort [all]", None, count),
+    Option("--min-replies", RUN, "uploads that close a round [half the cohort, rounded up]", None, count),
     Option("--max-participations", RUN, "most rounds one client may start; privacy is calibrated to it [rounds]",
-           None, _count),
+           None, count),
     Option("--round-timeout", (SERVER,), "seconds before idle clients are drafted for missing ones", 600.0, _positive),
     Option("--wait-timeout", (SERVER,), "seconds to wait when too few clients are left", 600.0, _positive),
     Option("--address", (SERVER,), "where to listen", "127.0.0.1:9092", metavar="HOST:PORT"),
     Option("--insecure", (SERVER, CLIENT), "allow plaintext beyond this machine", False, None),
     # what is left behind
     Option("--eval-data", RUN, "held-out rows: shows accuracy after each round", None, Path),
-    Option("--eval-every", RUN, "rounds between two evaluations; the last round always has one", 1, _count),
+    Option("--eval-every", RUN, "rounds between two evaluations; the last round always has one", 1, count),
     Option("--seed", (SERVER,), "of the shared tensors and the cohorts", 0, _natural),
     Option("--seeds", (SIMULATE,), "one run per seed", (0,), lambda text: tuple(map(_natural, _distinct(text))),
            metavar="N,…"),
@@ -168,35 +168,35 @@ OPTIONS: tuple[Option, ...] = (
     Option("--epsilon", LOCAL, "privacy budget of the run; inf turns privacy off", 8.0, _positive),
     Option("--delta", LOCAL, "[min(1e-5, 0.1 / declared size)]", None, _number(float, 0, 1, open_low=True)),
     Option("--declared-size", LOCAL, "public number of records, or of units [rounded down to two digits]", None,
-           _count),
+           count),
     Option("--privacy-unit", LOCAL, "what is protected as one: row, or column:NAME for all rows with one value there "
            "[row]", None, _unit, metavar="UNIT"),
-    Option("--rows-per-unit", LOCAL, "most rows of one unit that enter a step", 8, _count),
+    Option("--rows-per-unit", LOCAL, "most rows of one unit that enter a step", 8, count),
     Option("--max-clip-norm", LOCAL, "lowers the plan's clip norm to at most this", None, _finite),
     Option("--model", (CLIENT,), "folder of the base model [resolved from the plan's name]", metavar="PATH"),
     Option("--allow-download", ALL, "fetch the base model, or a hub dataset, if it is not here", False, None),
     Option("--device", LOCAL, "where to train", "auto", choices=("auto", "cpu", "cuda", "mps")),
     Option("--precision", LOCAL, "auto takes bf16 where the hardware has it", "auto", choices=("auto", "fp32", "bf16")),
-    Option("--threads", LOCAL, "CPU threads", None, _count),
-    Option("--micro-batch", LOCAL, "records computed at once [a bound on tokens, by device]", None, _count),
+    Option("--threads", LOCAL, "CPU threads", None, count),
+    Option("--micro-batch", LOCAL, "records computed at once [a bound on tokens, by device]", None, count),
     Option("--state", (CLIENT,), "folder of this client's uploads and reports [by --name]", None, Path),
     Option("--policy", (CLIENT,), "what this machine's owner allows [policy.toml in the user's configuration]", None,
            Path, metavar="FILE.toml"),
-    Option("--new-ledger", (CLIENT,), "begin an empty ledger where the old one is lost; every report will say so",
+    Option("--new-ledger", (CLIENT,), "go on where the ledger, or its witness, is lost; every report will say so",
            False, None),
     Option("--simulated-ledger", (CLIENT,), "keep a ledger for made-up data in this folder, apart from the real one",
            None, Path, metavar="DIR"),
     Option("--connect-timeout", (CLIENT,), "seconds to keep trying for a server", 120.0, _positive),
     # simulation
-    Option("--clients", (SIMULATE,), "simulated clients [one per file with --partition files]", None, _count),
+    Option("--clients", (SIMULATE,), "simulated clients [one per file with --partition files]", None, count),
     Option("--batch-clients", (SIMULATE,), "clients whose steps share one pass of the base model, for clients with few "
-           "tokens a step; equal to 1 but for rounding", 1, _count),
+           "tokens a step; equal to 1 but for rounding", 1, count),
     Option("--engine", (SIMULATE,), "who trains: this process and the --workers it starts here, or as many workers of "
            "Ray, one base model each", "in-process", choices=("in-process", "ray")),
     Option("--ray-address", (SIMULATE,), "a running Ray cluster, as in ray://HOST:10001 or auto; --threads is then 1 "
            "unless given [Ray is started on this machine]", None),
     Option("--workers", (SIMULATE,), "processes that train clients at the same time, each with the base model and with "
-           "--threads of its own [cores / workers]; several GPUs are dealt out among them", 1, _count),
+           "--threads of its own [cores / workers]; several GPUs are dealt out among them", 1, count),
     Option("--partition", (SIMULATE,), "iid, dirichlet:ALPHA, shards:K or files", "iid"),
 )
 

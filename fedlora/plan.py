@@ -41,6 +41,12 @@ def unit_column(unit: str) -> str | None:
     return None if unit == ROW else unit.removeprefix(COLUMN)
 
 
+def check_run_id(run_id: str) -> None:
+    """Raises ValueError unless it can be a run's; it names a folder at the client."""
+    if len(run_id) != 16 or set(run_id) - set("0123456789abcdef"):
+        raise ValueError(f"run_id is {run_id!r}; it must be 16 lower-case hexadecimal digits")
+
+
 @dataclass(frozen=True)
 class ModelRef:
     """A base model, named and pinned by content.
@@ -59,6 +65,8 @@ class ModelRef:
     tokenizer_sha256: str
 
     def __post_init__(self) -> None:
+        if not (self.name.isprintable() and 0 < len(self.name) <= 200):
+            raise ValueError(f"the model's name is {self.name[:200]!r}; it must be 1 to 200 printable characters")
         for part in ("weights_sha256", "config_sha256", "tokenizer_sha256"):
             digest = getattr(self, part)
             if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
@@ -128,8 +136,10 @@ class RunPlan:
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; {remedy}")
 
-        require(len(self.run_id) == 16 and not set(self.run_id) - set("0123456789abcdef"), "run_id",
-                "it must be 16 lower-case hexadecimal digits")
+        check_run_id(self.run_id)
+        require(self.fedlora_version.isprintable(), "fedlora_version", "it must be printable")
+        for name in ("labels", "targets"):
+            require(all(map(str.isprintable, getattr(self, name))), name, "each must be printable")
         require(self.strategy in STRATEGIES, "strategy", f"choose one of {', '.join(STRATEGIES)}")
         require(self.task in TASKS, "task", f"choose one of {', '.join(TASKS)}")
         require(self.optimizer in OPTIMIZERS, "optimizer", f"choose one of {', '.join(OPTIMIZERS)}")

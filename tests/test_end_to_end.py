@@ -28,7 +28,8 @@ def deployment(tmp_path, checkpoint):
 
 
 def hospitals(folder, count=3):
-    return [write_rows(folder / "data" / f"hospital-{i}.jsonl", seed=i) for i in range(count)]
+    """Each in a folder of its own: the clients stand for machines that do not see each other's."""
+    return [write_rows(folder / str(i) / f"hospital-{i}.jsonl", seed=i) for i in range(count)]
 
 
 def charges(deployment, name):
@@ -45,7 +46,7 @@ def charges(deployment, name):
 def test_simulation_and_grpc_end_with_the_same_adapter(deployment, tmp_path, method, wire_dtype):
     strategy, _, init = method.partition(":")
     start = ("--init", init) if init else ()
-    files = hospitals(tmp_path)
+    files = [write_rows(tmp_path / "data" / f"hospital-{i}.jsonl", seed=i) for i in range(3)]
     deployment.server("--strategy", strategy, *start, "--min-clients", 3, "--min-replies", 3, "--seed", 5,
                       "--wire-dtype", wire_dtype, *SMALL)
     for file in files:

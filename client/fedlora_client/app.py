@@ -45,7 +45,7 @@ def take_part(options: Namespace, console: Console) -> None:
     owner, limits = holder.owner, holder.limits
     connection = Connection(options.server, holder.name, private=limits.private, insecure=options.insecure,
                             connect_timeout_s=options.connect_timeout,
-                            report=lambda line: console.print(line, highlight=False, markup=False))
+                            report=lambda line: console.print(line))
     try:
         setup = connection.join()
         while True:
@@ -57,9 +57,9 @@ def take_part(options: Namespace, console: Console) -> None:
                                             f"would spend another ε of {limits.epsilon:g} on the same records; start "
                                             "fedlora-client again if you want that") from None
                 setup = changed.setup
-                console.print(f"The server was restarted with another run, {setup.run_id}.", highlight=False)
+                console.print(f"The server was restarted with another run, {setup.run_id}.")
     except Goodbye as goodbye:
-        console.print(f"The server says goodbye: {goodbye}", highlight=False, markup=False)
+        console.print(f"The server says goodbye: {goodbye}")
     finally:
         connection.leave()
 
@@ -104,7 +104,7 @@ class DataHolder:
                              "real budget covers this run. Unset it, or add --simulated-ledger DIR for made-up data")
         if owner.ledger.simulated:
             console.print("The ledger is a simulated one (--simulated-ledger): no lifetime budget protects this data.",
-                          style="yellow", highlight=False)
+                          style="yellow")
         return cls(options, owner, limits, FolderState(options.state or default_state(name)), streams, console)
 
     @property
@@ -127,7 +127,7 @@ def _serve(holder: DataHolder, setup: Setup, connection: Connection) -> None:
         raise
     connection.ready(part.announced)
     console = holder.console
-    console.print(f"Joined {holder.options.server} as {holder.name}; waiting to be asked.", highlight=False)
+    console.print(f"Joined {holder.options.server} as {holder.name}; waiting to be asked.")
     part.foresee()
     try:
         while True:
@@ -170,15 +170,14 @@ class Part:
         self._rows = _read(options, setup, owner.unit_column)
         self._budget = budget = self._check_size() if setup.private else None
         for line in owner.take_charge(self._rows, budget):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         self._session: ClientSession | None = None
         self._labels, self._refusals = self._state.said(setup.run_id)
         self.announced = data.label_names(self._rows) if setup.announce_labels else ()
         if self.announced:
             self._labels = self.announced
             self._state.save_said(setup.run_id, self._labels, self._refusals)
-            console.print(f"Disclosed to the server: the label names {', '.join(self.announced)}", highlight=False,
-                          markup=False)
+            console.print(f"Disclosed to the server: the label names {', '.join(self.announced)}")
 
     def _check_size(self) -> Budget:
         """Say which size is public, and refuse at once where the run would sample the units too often."""
@@ -191,7 +190,7 @@ class Part:
             raise Refused("policy", "see the message above") from error
         units = "records" if limits.unit == ROW else f"values of {self._owner.unit_column}"
         self._console.print(f"Declared size: {budget.declared_size:,} {units}. It is public, for the noise tells of "
-                            "it; --declared-size sets it.", highlight=False)
+                            "it; --declared-size sets it.")
         return budget
 
     def foresee(self) -> None:
@@ -227,8 +226,7 @@ class Part:
             line = f"trained, but the server declined the upload: {declined}"
         else:
             line = f"sent {answer.steps} steps"
-        self._console.print(f"round {plan.round}/{plan.run.rounds}: {line}; {self._spent()}{moved}",
-                            highlight=False, markup=False, soft_wrap=True)
+        self._console.print(f"round {plan.round}/{plan.run.rounds}: {line}; {self._spent()}{moved}", soft_wrap=True)
 
     def conclude(self) -> None:
         """Free what the run had not begun, however it ended, and leave its privacy report."""
@@ -250,7 +248,7 @@ class Part:
                                           refusals=self._refusals)
             draw_spending(folder / "privacy.png", session)
             self._console.print(f"What left this machine, and what it cost: {report.with_suffix('.md')}",
-                                highlight=False, markup=False, soft_wrap=True)
+                                soft_wrap=True)
         except (ValueError, OSError) as error:
             log.error("The privacy report could not be written: %s", error)
 
@@ -274,8 +272,7 @@ class Part:
         task = task_for(run, loaded.tokenizer)
         records = task.encode(self._rows)
         if records.left_out:
-            self._console.print(f"{records.left_out} rows are left out: no label, or no answer within --max-length.",
-                                highlight=False)
+            self._console.print(f"{records.left_out} rows are left out: no label, or no answer within --max-length.")
 
         def trainer(plan: RunPlan, model: LoadedModel) -> Trainer:
             options = self._options
@@ -293,12 +290,12 @@ class Part:
                 f"Private: every {unit} is sampled with rate {terms.sampling_rate:.4g}, clipped to "
                 f"{terms.clip_norm:g}, and hidden by noise of {terms.noise_multiplier:.3f} × that; all "
                 f"{run.max_participations} rounds{' and the start' if run.private_start else ''} together cost at "
-                f"most ε {self._limits.epsilon:g} at δ {terms.delta:g}.", highlight=False)
+                f"most ε {self._limits.epsilon:g} at δ {terms.delta:g}.")
             if terms.noise_multiplier != session.noise_for_run:
                 self._console.print(
                     f"The lifetime budget leaves less than that: the noise is {terms.noise_multiplier:.3f} × the clip "
                     f"norm in place of {session.noise_for_run:.3f}. `fedlora-client budget` shows what is left.",
-                    style="yellow", highlight=False)
+                    style="yellow")
         return session
 
 

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.privacy import Charge, Ledger, Policy
-from fedlora.privacy.ledger.lifetime import FILTER_ORDERS, filter_epsilon
+from fedlora.privacy.ledger.lifetime import FILTER_ORDERS, Book, Declaration
 
 from . import places
 
 AHEAD = (1, 5, 20)
-"""Numbers of further rounds whose price is shown."""
+"""Numbers of further rounds whose price is shown where none is asked for."""
 
 
 def show_budget(options: Namespace) -> int:
@@ -31,10 +31,12 @@ def show_budget(options: Namespace) -> int:
               file=sys.stderr)
         return 0
     try:
-        policy = Policy.read(options.policy or (folder / "policy.toml" if folder else places.policy()))
+        policy = Policy.read(places.named_policy(options))
         ledger = Ledger(path, simulated=folder is not None)
-        names = sorted({charge.dataset for charge in ledger.charges()} | policy.datasets.keys())
-        described = {name: describe(ledger, name) for name in names}
+        book = _with_limits(ledger.book(), policy)
+        names = sorted({charge.dataset for charge in ledger.charges()} | book.declarations.keys())
+        ahead = AHEAD if options.rounds is None else (options.rounds,)
+        described = {name: describe(ledger, book, name, ahead) for name in names}
     except ValueError as error:
         print(f"fedlora-client: {error}", file=sys.stderr)
         return 2
@@ -48,19 +50,30 @@ def show_budget(options: Namespace) -> int:
     return 0
 
 
-def describe(ledger: Ledger, dataset: str) -> dict:
-    """One data set's spending, as JSON: lifetime, runs in order, and the price of further rounds like the last."""
-    lifetime, own = ledger.lifetime(dataset), runs_of(ledger, dataset)
-    counted = [run for name in (dataset, *ledger.overlapping(dataset)) for run in runs_of(ledger, name)]
-    ahead = {}
-    if own and (last := own[-1][0].terms).noise_multiplier is not None:
-        spends = [run[0].terms.spends(len(run)) for run in counted]
-        ahead = {str(rounds): _finite(filter_epsilon([*spends, last.spends(rounds)], lifetime.delta or last.delta,
-                                                     FILTER_ORDERS)) for rounds in AHEAD}
+def _with_limits(book: Book, policy: Policy) -> Book:
+    """The book under the policy's limits, which the next run will declare."""
+    for known in policy.datasets.values():
+        last = book.declared(known.id)
+        orders = last.orders if last else FILTER_ORDERS
+        book.limit(known.id, Declaration(time.time(), known.epsilon, known.delta, orders, known.distinct, known.unit))
+    return book
+
+
+def describe(ledger: Ledger, book: Book, dataset: str, ahead: Sequence[int]) -> dict:
+    """One data set's spending, as JSON: lifetime, runs in order, and the price of further rounds like the last.
+
+    Args:
+        book: of the ledger, under the limits that count now.
+        ahead: numbers of further rounds; a closed budget has no price for them.
+    """
+    lifetime, own = book.lifetime(dataset), runs_of(ledger, dataset)
+    prices = {}
+    if own and lifetime.closed_by is None and (last := own[-1][0].terms).noise_multiplier is not None:
+        prices = {str(rounds): _finite(book.spent_after(dataset, last.spends(rounds) or ())) for rounds in ahead}
     return {"epsilon": _finite(lifetime.epsilon), "delta": lifetime.delta, "spent": _finite(lifetime.spent),
             "remaining": _finite(lifetime.remaining), "closed_by": lifetime.closed_by,
-            "overlapping": list(ledger.overlapping(dataset)), "runs": [_run(ledger, run) for run in own],
-            "spent_after_further_rounds": ahead}
+            "overlapping": list(book.overlapping(dataset)), "runs": [_run(ledger, run) for run in own],
+            "spent_after_further_rounds": prices}
 
 
 def runs_of(ledger: Ledger, dataset: str) -> list[list[Charge]]:

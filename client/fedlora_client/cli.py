@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fedlora.options import CLIENT, build_parser, read_options
+from fedlora.options import CLIENT, build_parser, count, read_options
 
 EPILOG = ("exit codes: 0 the run is over, 2 wrong input, 3 no server, 4 one side refused, 130 interrupted. "
           "Also: `fedlora-client budget` shows what was spent and what is left; `fedlora-client verify privacy.json` "
@@ -58,6 +58,7 @@ def _budget(arguments: Sequence[str]) -> int:
                                      "and by which run, and what is left.")
     parser.add_argument("--policy", type=Path, metavar="FILE.toml", help="[policy.toml in the user's configuration]")
     parser.add_argument("--simulated-ledger", type=Path, metavar="DIR", help="show the ledger of a demo or simulation")
+    parser.add_argument("--rounds", type=count, metavar="N", help="what N more rounds would cost [1, 5 and 20]")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     options = parser.parse_args(arguments)
     from .budget import show_budget
@@ -88,7 +89,7 @@ def _run(options: Namespace) -> int:
     from .connection import ServerUnreachable
 
     try:
-        take_part(options, Console(stderr=True))
+        take_part(options, Console(stderr=True, markup=False, highlight=False))
     except (ValueError, MemoryError, WireError) as error:
         print(f"fedlora-client: {error}", file=sys.stderr)
         return 2

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from fedlora.data import Rows
 from fedlora.plan import ROW, Refused, unit_column
-from fedlora.privacy import Budget, Forbidden, Ledger, Policy, RunTerms
+from fedlora.privacy import Budget, DatasetPolicy, Forbidden, Ledger, Policy, RunTerms
 from fedlora.privacy.ledger.fingerprints import fingerprints
+from fedlora.privacy.ledger.witness import witness_file, witnesses_in
 from fedlora.privacy.policy import absolute
 from fedlora.wire import Setup
 
@@ -35,22 +36,61 @@ class Owner:
 
     def __init__(self, options: Namespace) -> None:
         folder: Path | None = options.simulated_ledger
-        self.policy = Policy.read(options.policy or (folder / "policy.toml" if folder else places.policy()))
+        self.policy = Policy.read(places.named_policy(options))
         self._known = self.policy.dataset_at(options.data)
         self._data, self._server = str(options.data), options.server
+        if folder is not None:
+            self._check_made_up(options)
         private = options.epsilon != float("inf")
         if self._known is not None and not private:
             raise ValueError(f"--epsilon inf: the policy {self.policy.path} gives {options.data} a lifetime budget "
                              f"([dataset.{self._known.id}]), and a run without privacy would break it. Take the table "
                              "out of the policy if you want that")
-        declared = self._known.unit if self._known else ROW
-        self.unit: str = options.privacy_unit or declared
-        if self._known is not None and self.unit != declared:
-            raise ValueError(f"--privacy-unit {self.unit}: the lifetime budget of [dataset.{self._known.id}] in "
-                             f"{self.policy.path} is for {declared}. Leave the flag out, or change the policy")
-        self.dataset = self._known.id if self._known else self.policy.free_id(self._data)
+        self.unit: str = options.privacy_unit or (self._known.unit if self._known else ROW)
+        self._check_unit()
         self.ledger = Ledger(folder / "ledger.sqlite" if folder else places.ledger(), simulated=folder is not None,
                              new=options.new_ledger)
+        self.dataset = self._known.id if self._known else self._unlisted()
+
+    def _check_made_up(self, options: Namespace) -> None:
+        """Raises ValueError where a simulated ledger would hide what is spent of real data."""
+        where = f"--simulated-ledger {options.simulated_ledger}: "
+        for path in {options.policy, places.policy()} - {None}:
+            if real := Policy.read(path).dataset_around(self._data):
+                raise ValueError(f"{where}[dataset.{real.id}] in {path} gives {real.data} a lifetime budget, and a "
+                                 "simulated ledger would not charge it. Leave the option out")
+        if Path(self._data).exists() and (left := witnesses_in(self._beside)):
+            raise ValueError(f"{where}{left[0]} says that updates have left under a real ledger, and a simulated one "
+                             "would not charge it. Leave the option out, or put made-up data in a folder of its own")
+
+    def _check_unit(self) -> None:
+        """Raises ValueError where the run would protect another unit than the lifetime budget."""
+        if self._known is not None and self.unit != self._known.unit:
+            raise ValueError(f"--privacy-unit {self.unit}: the lifetime budget of [dataset.{self._known.id}] in "
+                             f"{self.policy.path} is for {self._known.unit}. Leave the flag out, or change the policy")
+
+    def _unlisted(self) -> str:
+        """The id of data that the policy does not name: the one they had before, or one that no other data have.
+
+        Raises:
+            ValueError: the ledger holds a limit for them, so that the policy has lost it.
+        """
+        place, held = absolute(self._data), self.ledger.datasets()
+        before = [name for name, at in held.items() if at == place and name not in self.policy.datasets]
+        dataset = before[-1] if before else self.policy.free_id(self._data, self._taken())
+        declared = self.ledger.lifetime(dataset).declared
+        if declared and not self.ledger.simulated:
+            lost = declared[-1]
+            entry = DatasetPolicy(dataset, place, lost.epsilon, lost.delta, lost.unit, lost.distinct)
+            raise ValueError(f"{self.ledger.path} holds a lifetime budget of ε {lost.epsilon:g} for {dataset!r}, and "
+                             f"the policy {self.policy.path} has no entry for {self._data}. Restore the policy, or "
+                             f"write the entry again (under another id if these are other data):\n\n{entry.toml()}")
+        return dataset
+
+    def _taken(self) -> set[str]:
+        """Ids under which the ledger holds other data."""
+        place = absolute(self._data)
+        return {name for name, at in self.ledger.datasets().items() if at not in (None, place)}
 
     @property
     def unit_column(self) -> str | None:
@@ -80,38 +120,52 @@ class Owner:
         Returns:
             What the owner should hear.
         Raises:
-            LedgerError: the ledger does not fit its witness beside the data.
+            LedgerError: the ledger does not fit its witness, or another one beside the data.
+            ValueError: the policy cannot be written, or another process has just declared another unit.
         """
         told: list[str] = []
         if not self.ledger.simulated:
+            self.ledger.check_folder(self._beside)
             if self._known is None and budget is not None:
-                self._known = self.policy.adopt(self._data, epsilon=budget.epsilon, delta=budget.delta, unit=self.unit)
-                self.dataset = self._known.id
-                told.append(f"{self.policy.path} now gives this data set, as [dataset.{self.dataset}], a lifetime "
-                            f"budget of ε {budget.epsilon:g} at δ {budget.delta:g}, over all runs. Edit it to allow "
-                            "more or less.")
-            if self._known is not None:
+                told.append(self._adopt(budget))
+            if self._known is None:
+                self.ledger.watch(self.dataset, self._witness())
+            else:
                 self.ledger.declare(self.dataset, epsilon=self._known.epsilon, delta=self._known.delta,
                                     unit=self._known.unit, distinct=self._known.distinct, witness=self._witness())
-        self.ledger.register(self.dataset, fingerprints(rows, self.ledger.fingerprint_key(), rows.units))
+        self.ledger.register(self.dataset, fingerprints(rows, self.ledger.fingerprint_key(), rows.units),
+                             place=absolute(self._data))
         if overlapping := self.ledger.overlapping(self.dataset):
             told.append(f"These data sets share records with {self.dataset}, and what they spent counts here: "
                         f"{', '.join(overlapping)}.")
         if self._known is not None and not self.ledger.simulated:
             lifetime = self.ledger.lifetime(self.dataset)
-            told.append(f"Lifetime budget of {self.dataset}: ε {lifetime.spent:.2f} of {lifetime.epsilon:g} spent. "
-                        "`fedlora-client budget` shows more.")
+            told.append(f"Lifetime budget of {self.dataset}: ε {lifetime.spent:.2f} of {lifetime.epsilon:g} spent, "
+                        f"{lifetime.remaining:.2f} left. To allow more, raise epsilon under [dataset.{self.dataset}] "
+                        f"in {self.policy.path}. `fedlora-client budget` shows more.")
         return told
+
+    def _adopt(self, budget: Budget) -> str:
+        """Give the data set the budget of its first private run for life; says so."""
+        self._known = known = self.policy.adopt(self._data, epsilon=budget.epsilon, delta=budget.delta, unit=self.unit,
+                                                taken=self._taken())
+        self._check_unit()
+        self.dataset = known.id
+        return (f"{self.policy.path} now gives this data set, as [dataset.{known.id}], a lifetime budget of ε "
+                f"{known.epsilon:g} at δ {known.delta:g}, over all runs. Edit it to allow more or less.")
 
     def approve(self, terms: RunTerms) -> None:
         """Raises Forbidden where the policy does not allow the run's terms."""
         self.policy.check_terms(sampling_rate=terms.sampling_rate, noise_multiplier=terms.noise_multiplier)
 
-    def _witness(self) -> Path:
-        assert self._known is not None
+    @property
+    def _beside(self) -> Path:
+        """The folder of the data; of the ledger where the data are on a hub."""
         place = Path(absolute(self._data))
-        beside = place if place.is_dir() else place.parent if place.exists() else places.ledger().parent
-        return (self._known.witness or beside) / f".fedlora-witness-{self.dataset}.json"
+        return place if place.is_dir() else place.parent if place.exists() else places.ledger().parent
+
+    def _witness(self) -> Path:
+        return witness_file((self._known and self._known.witness) or self._beside, self.dataset)
 
 
 def limits_of(options: Namespace, owner: Owner) -> Limits:

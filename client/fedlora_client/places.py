@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from pathlib import Path
 
 
@@ -16,6 +17,21 @@ def signing_key() -> Path:
 
 def policy() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "fedlora" / "policy.toml"
+
+
+def named_policy(options: Namespace) -> Path:
+    """The policy that the command line asks for: the user's, a simulated ledger's own, or the one it names.
+
+    Raises:
+        ValueError: the one it names does not exist, and its limits would not hold.
+    """
+    named: Path | None = options.policy
+    if named is None:
+        return options.simulated_ledger / "policy.toml" if options.simulated_ledger else policy()
+    if not named.exists():
+        raise ValueError(f"--policy {named}: there is no such file, so its limits would not hold. Correct the name, or "
+                         "make an empty file to begin with")
+    return named
 
 
 def default_state(name: str) -> Path:

@@ -67,7 +67,7 @@ class SuperNodeClient:
         from .app import DataHolder, Part
 
         try:
-            holder = DataHolder.of(self._options, Console(stderr=True))
+            holder = DataHolder.of(self._options, Console(stderr=True, markup=False, highlight=False))
             try:
                 return act(Part(holder, setup))
             finally:

@@ -23,17 +23,20 @@ It is read before the data. What it forbids is refused with a bare code; the rea
 
 from __future__ import annotations
 
+import fcntl  # Linux and macOS; Windows through WSL
 import json
 import math
-import os
 import re
+import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedlora.plan import ROW, check_unit
+from fedlora.privacy.ledger.witness import replace_file
 
 
 class Forbidden(ValueError):
@@ -69,6 +72,15 @@ class DatasetPolicy:
         if not 0 < self.delta < 1:
             raise ValueError(f"[dataset.{self.id}] delta is {self.delta!r}; it must be between 0 and 1")
         check_unit(self.unit)
+
+    def toml(self) -> str:
+        """Its table in policy.toml."""
+        lines = [f"[dataset.{self.id}]", f"data = {_string(self.data)}",
+                 f"epsilon = {self.epsilon!r}  # lifetime, over all runs; raise it to allow more. Raising is recorded",
+                 f"delta = {self.delta!r}", f"unit = {_string(self.unit)}"]
+        if self.distinct:
+            lines.append(f"distinct = [{', '.join(map(_string, self.distinct))}]")
+        return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
@@ -111,11 +123,17 @@ class Policy:
         place = absolute(data)
         return next((known for known in self.datasets.values() if known.data == place), None)
 
-    def free_id(self, data: str) -> str:
-        """An id that no data set has yet, after the name of the folder or file."""
+    def dataset_around(self, data: str) -> DatasetPolicy | None:
+        """A data set whose place is this --data, holds it, or lies in it."""
+        place = Path(absolute(data))
+        return next((known for known in self.datasets.values()
+                     if place.is_relative_to(known.data) or Path(known.data).is_relative_to(place)), None)
+
+    def free_id(self, data: str, taken: Collection[str] = ()) -> str:
+        """An id that no data set has yet, nor is `taken`, after the name of the folder or file."""
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(absolute(data)).stem).strip("-_")[:48] or "data"
         number = 1
-        while (name := stem if number == 1 else f"{stem}-{number}") in self.datasets:
+        while (name := stem if number == 1 else f"{stem}-{number}") in self.datasets or name in taken:
             number += 1
         return name
 
@@ -156,27 +174,43 @@ class Policy:
     def _forbid(self, limit: str, found: str) -> None:
         raise Forbidden(f"the policy {self.path} has {limit}, and {found}. Change the policy if that is what you want")
 
-    def adopt(self, data: str, *, epsilon: float, delta: float, unit: str) -> DatasetPolicy:
-        """Declare a data set that the policy does not know, with the first run's ε as its lifetime.
+    def adopt(self, data: str, *, epsilon: float, delta: float, unit: str,
+              taken: Collection[str] = ()) -> DatasetPolicy:
+        """Declare a data set that the file does not name, with the first run's ε as its lifetime.
 
+        Args:
+            taken: ids that the ledger holds for other data.
+        Returns:
+            What the file says of the data set now; where another process was first, that one's declaration.
         Raises:
-            ValueError: the file cannot be written.
+            ValueError: the file cannot be read or written.
         """
-        place, name = absolute(data), self.free_id(data)
-        declared = DatasetPolicy(name, place, epsilon, delta, unit)
-        lines = (f"\n[dataset.{name}]\ndata = {json.dumps(place, ensure_ascii=False)}\n"
-                 f"epsilon = {epsilon!r}  # lifetime, over all runs; raise it to allow more. Raising is recorded\n"
-                 f"delta = {delta!r}\nunit = {json.dumps(unit)}\n")
+        path = self.path.resolve()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
+            with _locked(path):
+                current = Policy.read(path)
+                if (known := current.dataset_at(data)) is not None:
+                    return known
+                declared = DatasetPolicy(current.free_id(data, taken), absolute(data), epsilon, delta, unit)
+                before, mode = (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) if path.exists() else (b"", 0o600)
+                replace_file(path, before + f"\n{declared.toml()}".encode(), mode)
         except OSError as error:
             raise ValueError(f"the policy {self.path} cannot be written: {error.strerror}; name another file with "
                              "--policy") from None
         return declared
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time changes the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def absolute(data: str) -> str:

@@ -26,6 +26,7 @@ from fedlora.plan import (
     RunPlan,
     Tensors,
     Upload,
+    check_run_id,
     from_scalars,
     to_scalars,
     upload_metrics,
@@ -76,6 +77,7 @@ class Setup:
         return cls(**shared | labels)
 
     def __post_init__(self) -> None:
+        check_run_id(self.run_id)
         if self.strategy not in STRATEGIES or self.task not in TASKS or self.wire_dtype not in WIRE_DTYPES:
             raise ValueError(f"strategy {self.strategy!r}, task {self.task!r} or wire dtype {self.wire_dtype!r} is not "
                              "known; update FedLoRA")

@@ -97,11 +97,13 @@ def shapes_from(header: Sequence[pb.Tensor]) -> dict[str, tuple[int, ...]]:
     """Decode a header.
 
     Raises:
-        WireError: names are not sorted, repeated or empty, or a shape is not one.
+        WireError: names are not sorted, repeated, empty or not printable, or a shape is not one.
     """
     names = [tensor.name for tensor in header]
     if any(a >= b for a, b in itertools.pairwise(names)) or "" in names:
         raise WireError("tensor names are not sorted, not unique or empty")
+    if not all(map(str.isprintable, names)):
+        raise WireError("a tensor's name is not printable")
     if any(len(tensor.shape) > 8 or any(size < 1 for size in tensor.shape) for tensor in header):
         raise WireError("a tensor has more than 8 dimensions or one below 1")
     return {tensor.name: tuple(tensor.shape) for tensor in header}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fedlora.privacy import Ledger, RunTerms
+from fedlora.privacy import Accountant, Ledger, RunTerms
 from fedlora_client import places
 from fedlora_client.cli import main
 
@@ -23,6 +23,12 @@ def command(*arguments):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     return ended.value.code
+
+
+def budget(capsys, *arguments):
+    """What `fedlora-client budget --json` says of each data set."""
+    assert command("budget", "--json", *arguments) == 0
+    return json.loads(capsys.readouterr().out)["datasets"]
 
 
 def spend(ledger, dataset, run_id, rounds, noise_multiplier=2.0):
@@ -57,6 +63,53 @@ def test_runs_what_is_left_and_the_price_of_more(ledger, capsys):
     assert command("budget") == 0
     text = capsys.readouterr().out
     assert "north" in text and "11" * 8 in text and "more rounds" in text
+
+
+def test_the_price_of_more_rounds_is_what_the_ledger_will_charge(ledger, capsys):
+    orders = (2.0, 8.0, 40.0)
+    with ledger._chain.transaction():  # a budget that was begun with other orders than today's
+        ledger._chain.append("declare", dataset="north", epsilon=6.0, delta=1e-5, orders=orders, distinct=(),
+                             unit="row")
+    spend(ledger, "north", "11" * 8, 2)
+    shown = budget(capsys, "--rounds", "3")["north"]["spent_after_further_rounds"]
+    spend(ledger, "north", "22" * 8, 3)
+    assert shown == {"3": pytest.approx(ledger.lifetime("north").spent)}
+    assert command("budget", "--rounds", "3") == 0
+    assert "spent after 3 more rounds" in capsys.readouterr().out
+
+
+def test_a_run_that_closed_a_budget_counts_in_full_and_a_closed_budget_has_no_price(ledger, capsys):
+    terms = RunTerms("11" * 8, "a" * 64, "row", 1000, 0.05, 1.0, 1e-5, 0.1, {"adapter": 1.0}, 4, 10)
+    limit = Accountant(terms.spends(10)).epsilon(1e-5) + 0.01  # room for PRV's figure, not for the filter's
+    ledger.declare("north", epsilon=limit, delta=1e-5)
+    spend(ledger, "north", "11" * 8, 1, noise_multiplier=1.0)
+    closed = budget(capsys)["north"]
+    assert closed["closed_by"] == "11" * 8 and closed["remaining"] == 0 and closed["spent_after_further_rounds"] == {}
+    places.policy().parent.mkdir(parents=True)
+    places.policy().write_text('[dataset.north]\ndata = "x"\nepsilon = 50.0\ndelta = 1e-5\n')
+    reopened = budget(capsys, "--rounds", "1")["north"]
+    ledger.declare("north", epsilon=50.0, delta=1e-5)
+    before = ledger.lifetime("north").spent
+    spend(ledger, "north", "22" * 8, 1, noise_multiplier=1.0)
+    assert reopened["epsilon"] == 50.0 and reopened["spent"] == pytest.approx(before)
+    assert reopened["spent_after_further_rounds"] == {"1": pytest.approx(ledger.lifetime("north").spent)}
+
+
+def test_limits_are_the_policys_where_it_has_them_and_looking_declares_nothing(ledger, capsys):
+    ledger.declare("north", epsilon=6.0, delta=1e-5)
+    spend(ledger, "north", "11" * 8, 2)
+    places.policy().parent.mkdir(parents=True)
+    places.policy().write_text('[dataset.north]\ndata = "x"\nepsilon = 9.0\ndelta = 1e-6\n')
+    shown = budget(capsys)["north"]
+    assert (shown["epsilon"], shown["delta"]) == (9.0, 1e-6)
+    assert shown["remaining"] == pytest.approx(9.0 - shown["spent"])
+    assert ledger.lifetime("north").epsilon == 6.0 and len(ledger.lifetime("north").declared) == 1
+
+
+@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--rounds", "many"], ["--policy", "no-such-file.toml"]])
+def test_what_cannot_be_asked_is_an_error_that_names_it(ledger, capsys, arguments):
+    assert command("budget", *arguments) == 2
+    assert arguments[0] in capsys.readouterr().err
 
 
 def test_a_run_without_privacy_is_infinite(ledger, capsys):

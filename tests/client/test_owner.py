@@ -1,12 +1,13 @@
 """The owner's side of a client: the first use writes the policy, and everything later is held against it."""
 
+import math
 from argparse import Namespace
 
 import pytest
 
 from fedlora import data
 from fedlora.plan import ModelRef, Refused
-from fedlora.privacy import Budget, LedgerError, Policy
+from fedlora.privacy import Budget, Ledger, LedgerError, Policy, RunTerms
 from fedlora.wire import Setup
 from fedlora_client import places
 from fedlora_client.owner import Owner, limits_of, unit_count
@@ -45,15 +46,17 @@ def test_the_first_private_use_gives_the_data_set_its_epsilon_for_life_and_the_s
     declared = Policy.read(places.policy()).dataset_at(str(north))
     assert (declared.id, declared.epsilon, declared.delta) == ("notes", 8.0, BUDGET.delta)
     again, told = opened(north, epsilon=3.0)
-    assert again.dataset == owner.dataset and "now gives" not in told and "of 8 spent" in told
+    assert again.dataset == owner.dataset and "now gives" not in told
+    assert "ε 0.00 of 8 spent, 8.00 left" in told
+    assert f"raise epsilon under [dataset.notes] in {places.policy()}" in told
 
 
 def test_a_run_without_privacy_is_refused_where_there_is_a_budget_and_recorded_under_the_same_name_elsewhere(north):
-    owner, _ = opened(north, budget=None, epsilon=float("inf"))
+    owner, _ = opened(north, budget=None, epsilon=math.inf)
     assert owner.dataset == "notes" and not places.policy().exists()
     assert opened(north)[0].dataset == "notes"
     with pytest.raises(ValueError, match="--epsilon inf"):
-        Owner(options(north, epsilon=float("inf")))
+        Owner(options(north, epsilon=math.inf))
 
 
 def test_the_unit_of_the_budget_is_the_unit_of_every_run(north):
@@ -78,8 +81,101 @@ def test_a_copy_of_some_rows_shares_the_budget_and_a_lost_ledger_is_noticed(nort
     witness.write_text('{"dataset": "notes", "ledger_id": "' + "0" * 32 + '", "rows": 3, "head": "' + "0" * 64 + '"}')
     with pytest.raises(LedgerError, match="--new-ledger"):
         opened(north)
-    owner, _ = opened(north, new_ledger=True)
-    assert owner.ledger.created_anew
+    opened(north, new_ledger=True)
+    assert [mark["rows"] for mark in Ledger(places.ledger()).marks()] == [3]
+
+
+def released(owner, epsilon=8.0):
+    """One update of a run has left."""
+    ledger = owner.ledger
+    ledger.begin_run(owner.dataset, RunTerms("ab" * 8, "a" * 64, "row", 120, 0.1, None if epsilon == math.inf else 4.0,
+                                             None if epsilon == math.inf else 1e-5, 1.0, {}, 1, 1))
+    reservation = ledger.reserve(owner.dataset, "ab" * 8, 1, 0)
+    reservation.begin()
+    reservation.stored("0" * 64)
+    reservation.released()
+    ledger.close()
+
+
+def spent(path, epsilon=8.0):
+    """A whole run on the data, after which the witness lies beside them."""
+    owner = Owner(options(path, epsilon=epsilon))
+    owner.take_charge(data.read(path, "classification"), BUDGET if epsilon != math.inf else None)
+    released(owner, epsilon)
+    return owner
+
+
+def lose(*paths):
+    for path in paths:
+        path.unlink()
+
+
+def test_a_lost_policy_is_an_error_that_says_what_to_write_and_the_limit_stays(north):
+    owner, _ = opened(north)
+    for lost in (lambda: lose(places.policy()), lambda: places.policy().write_text("max-rounds = 3\n")):
+        lost()
+        for epsilon in (50.0, math.inf):
+            with pytest.raises(ValueError, match="write the entry again") as error:
+                Owner(options(north, epsilon=epsilon))
+    assert Ledger(places.ledger()).lifetime("notes").epsilon == 8.0
+    with places.policy().open("a") as file:
+        file.write(str(error.value).partition("\n\n")[2])
+    assert Policy.read(places.policy()).dataset_at(str(north)).id == owner.dataset
+    assert "of 8 spent" in opened(north, epsilon=50.0)[1]
+
+
+def test_a_policy_that_is_named_must_be_there(north, tmp_path):
+    with pytest.raises(ValueError, match=r"--policy .*mistyped\.toml: there is no such file"):
+        Owner(options(north, policy=tmp_path / "mistyped.toml"))
+    (tmp_path / "empty.toml").touch()
+    opened(north, policy=tmp_path / "empty.toml")
+    assert Policy.read(tmp_path / "empty.toml").datasets
+
+
+def test_other_data_of_the_same_name_get_another_id_whatever_the_policy_still_knows(north, tmp_path):
+    opened(north, budget=None, epsilon=math.inf)
+    other = write_rows(tmp_path / "south" / "notes.jsonl", seed=9)
+    other.write_text("".join(f'{{"text": "entirely other {i}", "label": "{i % 2}"}}\n' for i in range(40)))
+    assert opened(other)[0].dataset == "notes-2"
+    assert opened(other, epsilon=3.0)[0].dataset == "notes-2"
+    assert opened(north, budget=None, epsilon=math.inf)[0].dataset == "notes"
+
+
+@pytest.mark.parametrize("epsilon", [8.0, math.inf])
+@pytest.mark.parametrize("again", ["the file", "its folder"])
+def test_a_ledger_that_is_lost_together_with_the_policy_is_noticed_whatever_the_data_are_called_now(
+        north, epsilon, again):
+    spent(north, epsilon)
+    lose(places.ledger(), *([places.policy()] if places.policy().exists() else []))
+    path = north if again == "the file" else north.parent
+    with pytest.raises(LedgerError, match=r"written by another ledger.*--new-ledger"):
+        opened(path)
+    assert not places.policy().exists()
+    opened(path, new_ledger=True)
+    [mark] = Ledger(places.ledger()).marks()
+    assert mark["dataset"] == "notes"
+    opened(path)
+
+
+def test_data_sets_in_one_folder_share_the_users_ledger(north):
+    south = write_rows(north.parent / "more.jsonl", seed=4)
+    for path in (north, south, north):
+        opened(path)
+    spent(north)
+    opened(south)
+    opened(north)
+
+
+def test_a_simulated_ledger_is_refused_for_data_that_the_policy_names_or_a_witness_lies_beside(north, tmp_path):
+    spent(north)
+    for path in (north, north.parent):
+        with pytest.raises(ValueError, match=r"--simulated-ledger.*\[dataset.notes\]"):
+            opened(path, simulated_ledger=tmp_path / "simulated")
+    lose(places.policy())
+    for path in (north, north.parent):
+        with pytest.raises(ValueError, match=r"--simulated-ledger.*fedlora-witness-notes"):
+            opened(path, simulated_ledger=tmp_path / "simulated")
+    assert not (tmp_path / "simulated").exists()
 
 
 def test_a_simulated_ledger_touches_neither_the_policy_nor_the_real_ledger(north, tmp_path):

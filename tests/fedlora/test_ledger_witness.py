@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.privacy.ledger import Ledger, LedgerError
+from fedlora.privacy.ledger.lifetime import chained
 from fedlora.privacy.ledger.network import bsd_mounts, file_system, is_network, linux_mounts
 
 from .ledgers import DELTA, SHA, opened, terms, train, witness_of
@@ -57,20 +58,47 @@ def test_an_edited_ledger_is_an_error(used, edit):
         opened(used)
 
 
-def test_a_rehashed_chain_contradicts_the_witness(used):
-    """Someone who recomputes every hash has made another ledger, and the witness knows."""
-    from fedlora.privacy.ledger.lifetime import chained
-
-    db = sqlite3.connect(used)
+def rehash(path, edit):
+    """Put `edit(event)` in place of each event's text, and continue the chain over it."""
+    db = sqlite3.connect(path)
     head = ""
     for sequence, event in db.execute("SELECT sequence, event FROM events ORDER BY sequence").fetchall():
-        event = event.replace('"noise_multiplier":20.0', '"noise_multiplier":40.0')
+        event = edit(event)
         head = chained(head, event)
         db.execute("UPDATE events SET event = ?, sha256 = ? WHERE sequence = ?", (event, head, sequence))
     db.commit()
     db.close()
+
+
+def test_a_rehashed_chain_contradicts_the_witness(used):
+    """Someone who recomputes every hash has made another ledger, and the witness knows."""
+    rehash(used, lambda event: event.replace('"noise_multiplier":20.0', '"noise_multiplier":40.0'))
     with pytest.raises(LedgerError, match="does not hold"):
         opened(used)
+
+
+def test_every_run_says_for_which_relation_and_with_which_accountant_it_was_charged(used):
+    db = sqlite3.connect(used)
+    events = [json.loads(event) for event, in db.execute("SELECT event FROM events ORDER BY sequence")]
+    db.close()
+    [run] = [event["body"]["terms"] for event in events if event["kind"] == "run"]
+    assert (run["relation"], run["accountant"], run["unit"]) == ("zero-out", "PRV or RDP", "row")
+
+
+def test_a_ledger_of_format_1_is_read_and_its_run_goes_on(used):
+    witness_of(used.parent).unlink()  # its hashes are about to change
+    rehash(used, lambda event: event.replace('"format":2', '"format":1').replace('"relation":"zero-out",', "")
+           .replace('"accountant":"PRV or RDP",', ""))
+    ledger = opened(used, new=True)
+    assert len(ledger.charges()) == 2
+    ledger.begin_run("a", terms())
+    train(ledger, 3)
+    ledger.close()
+    assert len(opened(used).charges()) == 3
+    execute(used, "UPDATE events SET event = replace(event, '\"format\":1', '\"format\":3')")
+    rehash(used, str)
+    with pytest.raises(LedgerError, match="a format up to 2"):
+        Ledger(used)
 
 
 def test_an_older_copy_of_the_ledger_is_an_error(used, tmp_path):
@@ -172,13 +200,17 @@ def test_a_file_that_is_no_ledger_is_an_error_and_is_not_overwritten(path):
         assert path.read_bytes() == content
 
 
-def test_a_new_ledger_is_explicit_keeps_the_old_one_and_leaves_its_mark_for_ever(used):
+def test_a_new_ledger_is_explicit_keeps_the_damaged_one_and_leaves_its_mark_for_ever(used):
     old = opened(used)
     old.begin_run("a", terms())
+    whole = used.read_bytes()
+    used.write_bytes(b"damaged" * 1000)
     with pytest.raises(LedgerError, match="in use"):
         Ledger(used, new=True)
+    used.write_bytes(whole)
     assert not old.created_anew
     old.close()
+    used.write_bytes(b"damaged" * 1000)
     new = opened(used, new=True)
     assert new.created_anew and new.ledger_id != old.ledger_id and new.charges() == ()
     [mark] = new.marks()
@@ -186,7 +218,78 @@ def test_a_new_ledger_is_explicit_keeps_the_old_one_and_leaves_its_mark_for_ever
     new.close()
     again = opened(used)
     assert again.created_anew and len(again.marks()) == 1
-    assert len(Ledger(used.with_name(used.name + ".replaced-1")).charges()) == 2
+    assert used.with_name(used.name + ".replaced-1").read_bytes() == b"damaged" * 1000
+
+
+def test_a_new_ledger_gives_up_nothing_that_is_whole(used):
+    before = Ledger(used)
+    again = opened(used, new=True)
+    assert again.ledger_id == before.ledger_id and again.charges() == before.charges() and again.marks() == ()
+    assert not again.created_anew and not list(used.parent.glob("*.replaced-*"))
+
+
+def test_after_a_loss_each_data_set_goes_on_with_the_same_new_ledger(path):
+    for dataset in "ab":
+        ledger = opened(path, dataset=dataset)
+        ledger.begin_run(dataset, terms(f"r{dataset}"))
+        train(ledger, 1, f"r{dataset}", dataset)
+        ledger.close()
+    path.unlink()
+    first = opened(path, new=True)
+    with pytest.raises(LedgerError, match="another ledger"):
+        opened(path, dataset="b")
+    second = opened(path, dataset="b", new=True)
+    assert second.ledger_id == first.ledger_id and [mark["dataset"] for mark in second.marks()] == ["a", "b"]
+    for dataset in "ab":
+        assert opened(path, dataset=dataset).ledger_id == first.ledger_id
+
+
+@pytest.mark.parametrize("damage", ["rolled back", "witness missing"])
+def test_a_contradicted_ledger_that_is_whole_goes_on_with_a_mark_and_all_its_charges(used, damage):
+    backup = used.read_bytes()
+    if damage == "rolled back":
+        ledger = opened(used)
+        ledger.begin_run("a", terms())
+        train(ledger, 3)
+        ledger.close()
+        used.write_bytes(backup)
+    else:
+        witness_of(used.parent).unlink()
+    with pytest.raises(LedgerError, match="--new-ledger"):
+        opened(used)
+    kept = opened(used, new=True)
+    assert len(kept.charges()) == 2 and len(kept.marks()) == 1
+    assert len(opened(used).marks()) == 1
+
+
+def test_every_witness_in_the_folder_of_the_data_must_be_the_ledgers(used, tmp_path):
+    folder = witness_of(used.parent).parent
+    Ledger(used).check_folder(folder)
+    Ledger(used).check_folder(tmp_path / "no such folder")
+    other = tmp_path / "other" / "ledger.sqlite"
+    with pytest.raises(LedgerError, match="another ledger"):
+        Ledger(other).check_folder(folder)
+    anew = Ledger(other, new=True)
+    anew.check_folder(folder)
+    [mark] = anew.marks()
+    assert mark["dataset"] == "a" and mark["ledger_id"] == Ledger(used).ledger_id
+    Ledger(other).check_folder(folder)
+    ledger = opened(used)
+    ledger.begin_run("a", terms())
+    train(ledger, 3)
+    with pytest.raises(LedgerError, match="another ledger"):  # it has spent more than was given up
+        Ledger(other).check_folder(folder)
+
+
+def test_a_key_that_is_lost_is_no_dead_end(path):
+    ledger = opened(path)
+    ledger.register("a", [b"x" * 16])
+    ledger.fingerprint_key()
+    ledger.close()
+    path.with_name(path.name + "-key").unlink()
+    with pytest.raises(LedgerError, match="key"):
+        opened(path).fingerprint_key()
+    assert len(opened(path, new=True).fingerprint_key()) == 32
 
 
 def test_a_new_ledger_helps_where_the_old_one_and_the_witness_are_unreadable(used):

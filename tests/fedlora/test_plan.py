@@ -41,7 +41,8 @@ def test_plans_survive_flat_scalars():
     ("rank", 0), ("lr", -1.0), ("lr", float("nan")), ("clip_norm", float("inf")), ("dropout", 1.0), ("rounds", 0),
     ("run_id", "AB" * 8), ("strategy", "fedprox"), ("task", "chess"), ("optimizer", "lion"), ("labels", ("a",)),
     ("labels", ("a", "a")), ("targets", ("q", "q")), ("weight_by_examples", True), ("lr_schedule", "cosine"),
-    ("wire_dtype", "int8")])
+    ("wire_dtype", "int8"), ("labels", ("a", "\x1b[2J")), ("targets", ("query", "a\nb")),
+    ("fedlora_version", "0.1\x07")])
 def test_a_value_that_cannot_be_is_refused_by_its_name(field, value):
     with pytest.raises(ValueError, match=field):
         make_plan(**{field: value})

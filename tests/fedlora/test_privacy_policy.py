@@ -6,6 +6,8 @@ import pytest
 
 from fedlora.privacy.policy import Forbidden, Policy
 
+from .ledgers import ended, forked
+
 PROPOSAL = {"strategy": "fed-sb", "model_sha256": "a" * 64, "server": "127.0.0.1:9092", "rounds": 8,
             "announces_labels": False, "private_start": False}
 
@@ -70,6 +72,32 @@ def test_the_first_use_is_written_down_and_read_back(tmp_path):
     second = again.adopt(str(tmp_path / "other" / data.name), epsilon=1.0, delta=1e-6, unit="column:id")
     assert second.id == adopted.id + "-2"
     assert Policy.read(path).datasets == {adopted.id: adopted, second.id: second}
+
+
+def test_first_uses_at_once_leave_a_whole_policy_with_an_entry_each(tmp_path):
+    path, places = tmp_path / "policy.toml", [tmp_path / str(i) / "notes" for i in range(8)]
+    path.write_text("max-rounds = 3  # ours\n")
+    path.chmod(0o640)
+    for place in places:
+        place.mkdir(parents=True)
+    read_early = Policy.read(path)
+
+    def first_use(place):
+        for _ in range(3):  # and the same data again
+            read_early.adopt(str(place), epsilon=2.0, delta=1e-6, unit="row", taken={"notes"})
+
+    processes = [forked(lambda place=place: first_use(place)) for place in places]
+    assert [ended(process) for process in processes] == [0] * 8
+    policy = Policy.read(path)
+    assert sorted(policy.datasets) == sorted(f"notes-{i}" for i in range(2, 10)) and policy.max_rounds == 3
+    assert all(policy.dataset_at(str(place)).epsilon == 2.0 for place in places)
+    assert path.read_text().startswith("max-rounds = 3  # ours\n") and path.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_first_of_two_declarations_counts(tmp_path):
+    early, late = (Policy.read(tmp_path / "policy.toml") for _ in range(2))
+    first = early.adopt(str(tmp_path), epsilon=2.0, delta=1e-6, unit="row")
+    assert late.adopt(str(tmp_path), epsilon=50.0, delta=1e-6, unit="row") == first
 
 
 @pytest.mark.parametrize(("text", "message"), [

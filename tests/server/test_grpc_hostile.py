@@ -218,8 +218,9 @@ def changed_task(**changes) -> pb.Task:
     [*task_frames()[:2], CHUNK], task_frames()[:1] + task_frames()[-1:],
     task_frames(changed_task(strategy="mine-bitcoin")), task_frames(changed_task(lr=float("nan"))),
     task_frames(changed_task(rank=0)), task_frames(changed_task(run_id="f" * 16)),
-    task_frames(changed_task(wire_dtype="bf16")),
-], ids=range(13))
+    task_frames(changed_task(wire_dtype="bf16")), task_frames(changed_task(fedlora_version="\x1b[2J")),
+    task_frames(wire.task_to_wire(RoundPlan(RUN, 1, 0, wire.digest({})), {"\x1b[2J": (1,)})),
+], ids=range(15))
 def test_a_server_that_breaks_the_protocol_gets_a_typed_error_at_the_client(frames):
     assert isinstance(meet(frames), WireError)
 
@@ -239,6 +240,23 @@ def test_a_server_of_another_version_is_refused_by_name():
     older.ClearField("wire_dtype")  # as an older version, which does not know it, would send it
     met = meet([pb.ServerFrame(welcome=older).SerializeToString()], welcome=False)
     assert isinstance(met, Refused) and met.refusal.code == "version-mismatch" and "0.0.9" in met.refusal.detail
+
+
+@pytest.mark.parametrize("run_id", ["../../../elsewhere", "/etc", "", "AB" * 8, "a" * 15, "\x1b[2J" + "a" * 12,
+                                    "[red]" + "a" * 11])
+def test_a_welcome_whose_run_id_could_steer_a_path_or_a_terminal_is_a_typed_error(run_id):
+    hostile = wire.setup_to_wire(setup_of(RUN))
+    hostile.run_id = run_id
+    met = meet([pb.ServerFrame(welcome=hostile).SerializeToString()], welcome=False)
+    assert isinstance(met, WireError) and "run_id" in str(met) and "\x1b" not in str(met)
+
+
+@pytest.mark.parametrize("name", ["", "\x1b]0;owned\x07", "a" * 201])
+def test_a_welcome_whose_model_has_no_printable_name_is_a_typed_error(name):
+    hostile = wire.setup_to_wire(setup_of(RUN))
+    hostile.model.name = name
+    met = meet([pb.ServerFrame(welcome=hostile).SerializeToString()], welcome=False)
+    assert isinstance(met, WireError) and "name" in str(met) and "\x1b" not in str(met)
 
 
 def test_a_server_that_does_not_welcome_is_a_typed_error():

@@ -21,7 +21,10 @@ from fedlora.privacy.ledger.lifetime import Book, LedgerError, chained
 from fedlora.privacy.ledger.network import network_file_system
 from fedlora.privacy.ledger.witness import to_disk
 
-FORMAT = 1
+FORMAT = 2
+"""Of a new ledger. Format 1 had no places of data, and no relation and accountant of a run: it is read with those that
+every run had then, and continued; whoever reads format 1 alone finds the first new row damaged, and stops."""
+READABLE = (1, 2)
 WAIT_S = 30.0
 """How long another process's transaction is waited for; each takes milliseconds."""
 
@@ -57,8 +60,8 @@ class Chain:
         try:
             with self.transaction("DEFERRED") as book:
                 about = book.ledger
-            if about.get("format") != FORMAT:
-                raise LedgerError(f"{self.name} was not begun as a ledger of format {FORMAT}; {_LOST}")
+            if about.get("format") not in READABLE:
+                raise LedgerError(f"{self.name} was not begun as a ledger of a format up to {FORMAT}; {_LOST}")
             if about["simulated"] != simulated:
                 found, wanted = (("real", "simulated")[kind] for kind in (about["simulated"], simulated))
                 raise LedgerError(f"{self.name} is a {found} ledger and a {wanted} one is needed; the two are never "

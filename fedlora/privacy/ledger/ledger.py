@@ -11,6 +11,7 @@ all else (charges, runs, budgets) is read off them. Other files: `<ledger>-key` 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -33,7 +34,7 @@ from fedlora.privacy.ledger.lifetime import (
     Lifetime,
     RunTerms,
 )
-from fedlora.privacy.ledger.witness import Witness, read_witness, replace_file, write_witness
+from fedlora.privacy.ledger.witness import Witness, read_witness, replace_file, witnesses_in, write_witness
 
 
 class Ledger:
@@ -42,7 +43,8 @@ class Ledger:
     Args:
         path: the database; made, with its folder, where it does not exist. None keeps it in memory (simulated only).
         simulated: for demo and simulation. A simulated ledger is no place for real charges, nor the reverse.
-        new: begin anew: an existing ledger is moved aside, and the new one is marked for ever.
+        new: go on where a ledger or a witness is lost. A ledger that is damaged is moved aside, and the one begun in
+            its place is marked for ever; one that is whole is kept, and marked where a witness contradicts it.
         clock: seconds since 1970, recorded and never trusted.
     Raises:
         LedgerError: damaged, of the other kind, on a network file system, or not writable; with path and remedy.
@@ -53,7 +55,8 @@ class Ledger:
         if path is None and not simulated:
             raise LedgerError("a ledger in memory forgets what was spent; give it a path, or mark it simulated")
         self.path = None if path is None else Path(path).absolute()
-        self._chain = Chain(self.path, simulated=simulated, new=new, clock=clock)
+        anew = new and not (self.path is not None and self.path.exists() and _is_whole(self.path, simulated))
+        self._chain = Chain(self.path, simulated=simulated, new=anew, clock=clock)
         self._new = new
         self._held: dict[tuple[str, str], int | None] = {}
         self._witnesses: dict[str, Path] = {}
@@ -94,8 +97,8 @@ class Ledger:
         if not 0 < delta < 1:
             raise ValueError(f"delta is {delta!r}; it must be in (0, 1)")
         check_unit(unit)
-        if witness is not None and self.simulated:
-            raise LedgerError(f"{self._chain.name} is simulated: it neither reads nor writes a witness of real data")
+        if witness is not None:
+            self.watch(dataset, witness)
         with self._chain.transaction() as book:
             last = book.declared(dataset)
             wanted = (float(epsilon), float(delta), tuple(sorted(set(distinct))), unit)
@@ -103,42 +106,68 @@ class Ledger:
                 self._chain.append("declare", dataset=dataset, epsilon=None if epsilon == math.inf else wanted[0],
                                    delta=wanted[1], orders=last.orders if last else FILTER_ORDERS, distinct=wanted[2],
                                    unit=unit)
-            if witness is not None:
-                self._witnesses[dataset] = Path(witness).absolute()
-                foreign = self._check_witness(book, dataset)
-                if foreign is not None:
-                    self._chain.append("mark", dataset=dataset, ledger_id=foreign.ledger_id, rows=foreign.rows)
-        if witness is not None and foreign is not None:
+
+    def watch(self, dataset: str, witness: Path) -> None:
+        """Check a dataset's witness, a file, and write it before each update leaves from now on.
+
+        Raises:
+            LedgerError: it is missing, names another ledger, or has seen more than this ledger holds; or the ledger is
+                simulated.
+        """
+        if self.simulated:
+            raise LedgerError(f"{self._chain.name} is simulated: it neither reads nor writes a witness of real data")
+        path = self._witnesses[dataset] = Path(witness).absolute()
+        with self._chain.transaction() as book:
+            seen, wrong = self._look(book, path, dataset)
+            if wrong:
+                self._give_up(book, seen, wrong)
+        if wrong:
             with self._chain.transaction() as book:
                 self._write_witness(book, dataset)
 
-    def _check_witness(self, book: Book, dataset: str) -> Witness | None:
-        """Another ledger's witness where --new-ledger allows it, else None."""
-        path = self._witnesses[dataset]
-        try:
-            seen = read_witness(path)
-        except LedgerError:
-            if self._new:
-                return Witness(dataset, "unreadable", 0, "")
-            raise
+    def check_folder(self, folder: Path) -> None:
+        """Check every witness in a folder of data, whichever dataset it was written for.
+
+        Data are so recognised where the ledger and the policy that named them were lost together.
+
+        Raises:
+            LedgerError: one names another ledger, or has seen more than this ledger holds, and no mark says so.
+        """
+        with self._chain.transaction() as book:
+            for path in witnesses_in(folder):
+                seen, wrong = self._look(book, path)
+                if wrong and asdict(seen) not in book.marks:
+                    self._give_up(book, seen, wrong)
+
+    def _look(self, book: Book, path: Path, dataset: str | None = None) -> tuple[Witness, str]:
+        """What a witness has seen, and how that contradicts this ledger; "" where it does not."""
         remedy = (f"Restore {self.path} as it was, or use --new-ledger and count what was spent before as lost budget; "
                   "the mark stays")
+        try:
+            seen = read_witness(path)
+        except LedgerError as error:
+            return Witness(dataset or path.name, "unreadable", 0, ""), str(error)
         if seen is None:
-            if any(charge.dataset == dataset and charge.state == "released" for charge in book.charges.values()):
-                raise LedgerError(f"{path} is missing, though updates made from dataset {dataset!r} have left this "
-                                  f"machine. Restore it, or name its place as `witness` in policy.toml. {remedy}")
-            return None
+            left = any(charge.dataset == dataset and charge.state == "released" for charge in book.charges.values())
+            missing = (f"{path} is missing, though updates made from dataset {dataset!r} have left this machine. "
+                       f"Restore it, or name its place as `witness` in policy.toml. {remedy}")
+            return Witness(dataset or path.name, "missing", 0, ""), missing if left else ""
         if seen.ledger_id != book.ledger["ledger_id"]:
-            if self._new:
-                return seen
-            raise LedgerError(f"{path} was written by another ledger, {seen.ledger_id}, with {seen.rows} rows; "
-                              f"{self._chain.name} is {book.ledger['ledger_id']}, with {book.rows}. {remedy}")
-        if seen.dataset != dataset:
+            return seen, (f"{path} was written by another ledger, {seen.ledger_id}, with {seen.rows} rows; "
+                          f"{self._chain.name} is {book.ledger['ledger_id']}, with {book.rows}. {remedy}")
+        if dataset not in (None, seen.dataset):
             raise LedgerError(f"{path} belongs to dataset {seen.dataset!r}, not to {dataset!r}; correct policy.toml")
         if self._chain.row(seen.rows) != seen.head:
-            raise LedgerError(f"{path} has seen {seen.rows} rows that {self._chain.name}, with {book.rows}, does not "
-                              f"hold: it is an older copy, or was changed. {remedy}")
-        return None
+            return seen, (f"{path} has seen {seen.rows} rows that {self._chain.name}, with {book.rows}, does not "
+                          f"hold: it is an older copy, or was changed. {remedy}")
+        return seen, ""
+
+    def _give_up(self, book: Book, seen: Witness, wrong: str) -> None:
+        """With --new-ledger, mark for ever what a witness knew and this ledger does not; else raise LedgerError."""
+        if not self._new:
+            raise LedgerError(wrong)
+        if asdict(seen) not in book.marks:
+            self._chain.append("mark", **asdict(seen))
 
     def _write_witness(self, book: Book, dataset: str) -> None:
         """Within a transaction, so that witnesses of two processes never go back."""
@@ -146,7 +175,7 @@ class Ledger:
             write_witness(self._witnesses[dataset], Witness(dataset, book.ledger["ledger_id"], book.rows, book.head))
 
     def marks(self) -> tuple[Mapping, ...]:
-        """What --new-ledger gave up: {dataset, ledger_id, rows} of each ledger that a witness still knew."""
+        """What --new-ledger gave up: {dataset, ledger_id, rows, head} of each ledger that a witness still knew."""
         with self._chain.transaction("DEFERRED") as book:
             return tuple(book.marks)
 
@@ -171,15 +200,28 @@ class Ledger:
                 self._chain.append("key", sha256=sha256)
             return key
 
-    def register(self, dataset: str, digests: Iterable[bytes]) -> None:
-        """Add the keyed hashes (16 bytes each, see `fingerprints`) of a dataset's records; known ones are kept."""
+    def datasets(self) -> dict[str, str | None]:
+        """Every id that the ledger holds anything of, and where its data were last; None where that is not known.
+
+        Ids with a place come in the order in which they were last found there.
+        """
+        with self._chain.transaction("DEFERRED") as book:
+            ids = [*book.declarations, *book.registered, *(dataset for dataset, _ in book.runs)]
+            return {**book.places, **{name: None for name in ids if name not in book.places}}
+
+    def register(self, dataset: str, digests: Iterable[bytes], *, place: str | None = None) -> None:
+        """Add the keyed hashes (16 bytes each, see `fingerprints`) of a dataset's records; known ones are kept.
+
+        Args:
+            place: of the data, as policy.toml has it; None leaves it unknown.
+        """
         rows = sorted({(dataset, bytes(digest)) for digest in digests})
         if any(len(digest) != 16 for _, digest in rows):
             raise ValueError("a fingerprint has 16 bytes")
         with self._chain.transaction() as book:
-            if any(self._registered(name) != book.registered.get(name, self._registered(""))
-                   for name in {dataset, *book.registered}):
-                raise LedgerError(f"the fingerprints in {self._chain.name} were changed; restore it from a backup")
+            self._check_fingerprints(book, dataset)
+            if place is not None and book.places.get(dataset) != place:
+                self._chain.append("data", dataset=dataset, place=place)
             before = self._chain.db.total_changes
             self._chain.db.executemany("INSERT OR IGNORE INTO fingerprints VALUES (?, ?)", rows)
             if self._chain.db.total_changes == before:
@@ -189,6 +231,11 @@ class Ledger:
                 "WHERE mine.dataset = ? AND other.dataset <> mine.dataset ORDER BY 1", (dataset,))]
             records, sha256 = self._registered(dataset)
             self._chain.append("register", dataset=dataset, records=records, sha256=sha256, shares=shares)
+
+    def _check_fingerprints(self, book: Book, *datasets: str) -> None:
+        if any(self._registered(name) != book.registered.get(name, self._registered(""))
+               for name in {*datasets, *book.registered}):
+            raise LedgerError(f"the fingerprints in {self._chain.name} were changed; restore it from a backup")
 
     def _registered(self, dataset: str) -> tuple[int, str]:
         found = [digest for digest, in self._chain.db.execute(
@@ -204,6 +251,11 @@ class Ledger:
         """Limit, spent and remaining epsilon of a dataset, with all that overlaps it."""
         with self._chain.transaction("DEFERRED") as book:
             return book.lifetime(dataset)
+
+    def book(self) -> Book:
+        """A copy of all that the events say, to look at and to try other limits on."""
+        with self._chain.transaction("DEFERRED") as book:
+            return copy.deepcopy(book)
 
     # Runs
 
@@ -383,9 +435,9 @@ class Ledger:
                 raise LedgerError(f"charge {sequence} is {book.charges[sequence].state}: only an update that is stored "
                                   "may leave")
             if dataset in self._witnesses:
-                if self._check_witness(book, dataset) is not None:
-                    raise LedgerError(f"{self._witnesses[dataset]} was replaced by another ledger's while this process "
-                                      "ran; restore it")
+                _, wrong = self._look(book, self._witnesses[dataset], dataset)
+                if wrong:
+                    raise LedgerError(wrong)
                 self._write_witness(book, dataset)
             if book.charges[sequence].state == "stored":
                 self._chain.append("released", charge=sequence)
@@ -445,6 +497,23 @@ class Reservation:
             LedgerError: it was not stored, or witness or ledger cannot be written; nothing may leave then.
         """
         self._ledger._release(self._dataset, self.sequence)
+
+
+def _is_whole(path: Path, simulated: bool) -> bool:
+    """Whether the ledger at `path` can be trusted by itself, whatever witnesses say."""
+    try:
+        ledger = Ledger(path, simulated=simulated)
+    except LedgerError:
+        return False
+    try:
+        ledger.fingerprint_key()
+        with ledger._chain.transaction("DEFERRED") as book:
+            ledger._check_fingerprints(book)
+        return True
+    except LedgerError:
+        return False
+    finally:
+        ledger.close()
 
 
 def _whom(unit: str) -> str:

@@ -57,6 +57,8 @@ class RunTerms:
         scales: factor per group of tensors.
         local_steps: steps of one participation.
         max_participations: the most trainings that this run may begin.
+        relation: of neighbouring data, for which the noise was chosen.
+        accountant: with which it was chosen.
     Raises:
         ValueError: a value is out of range; it names the value.
     """
@@ -72,6 +74,8 @@ class RunTerms:
     scales: Mapping[str, float]
     local_steps: int
     max_participations: int
+    relation: str = "zero-out"
+    accountant: str = "PRV or RDP"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", dict(self.scales))
@@ -199,6 +203,7 @@ class Book:
     charges: dict[int, Charge] = field(default_factory=dict)
     sequences: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     marks: list[Mapping] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
 
     def apply(self, sequence: int, text: str, sha256: str) -> None:
         """Take in the next event: `text` is its canonical JSON, `sha256` the chain's head after it.
@@ -229,14 +234,18 @@ class Book:
         self.key_sha256 = sha256
 
     def _declare(self, event, dataset, epsilon, delta, orders, distinct, unit) -> None:
-        self.declarations.setdefault(dataset, []).append(Declaration(
-            event["time"], math.inf if epsilon is None else epsilon, delta, tuple(orders), tuple(distinct), unit))
+        self.limit(dataset, Declaration(event["time"], math.inf if epsilon is None else epsilon, delta, tuple(orders),
+                                        tuple(distinct), unit))
 
     def _register(self, event, dataset, records, sha256, shares) -> None:
         self.registered[dataset] = (records, sha256)
         for other in shares:
             self.shares.setdefault(dataset, set()).add(other)
             self.shares.setdefault(other, set()).add(dataset)
+
+    def _data(self, event, dataset, place) -> None:
+        self.places.pop(dataset, None)  # the latest stands last
+        self.places[dataset] = place
 
     def _run(self, event, dataset, terms, closes) -> None:
         known = self.runs.get((dataset, terms["run_id"]))
@@ -269,6 +278,10 @@ class Book:
         if charge.state != expected:
             raise ValueError(f"charge {sequence} is {charge.state}, not {expected}")
         self.charges[sequence] = replace(charge, **changes)
+
+    def limit(self, dataset: str, declared: Declaration) -> None:
+        """From now on this limit counts."""
+        self.declarations.setdefault(dataset, []).append(declared)
 
     def charge(self, dataset: str, run_id: str, round: int, attempt: int) -> Charge | None:
         """The charge of this training that was not voided."""
@@ -330,9 +343,9 @@ class Book:
         return None if terms.noise_multiplier is None else found
 
     def lifetime(self, dataset: str) -> Lifetime:
+        """Limit, spent and remaining epsilon of a dataset, with all that overlaps it."""
         limit, runs = self.declared(dataset), self.counted(dataset)
-        orders = limit.orders if limit else FILTER_ORDERS
-        delta = limit.delta if limit else min((run.terms.delta for run in runs if run.terms.delta), default=None)
+        delta, orders = self._accounted(dataset)
 
         def epsilon(participations: Iterable[int]) -> float:
             spends = [run.terms.spends(count) for run, count in zip(runs, participations, strict=True)]
@@ -349,6 +362,18 @@ class Book:
         remaining = 0.0 if closing else max(0.0, limit.epsilon - committed)
         return Lifetime(limit.epsilon, limit.delta, spent, committed, remaining,
                         closing.terms.run_id if closing else None, tuple(self.declarations[dataset]))
+
+    def spent_after(self, dataset: str, further: Sequence[Spend]) -> float:
+        """Epsilon spent once this is spent too, by the filter; infinite where a run had no noise."""
+        charged = [run.terms.spends(run.charged) for run in self.counted(dataset)]
+        return filter_epsilon([*charged, further], *self._accounted(dataset))
+
+    def _accounted(self, dataset: str) -> tuple[float | None, Sequence[float]]:
+        """(delta, orders) of the limit; without one, the smallest delta of a run, None where there is none."""
+        if limit := self.declared(dataset):
+            return limit.delta, limit.orders
+        deltas = [run.terms.delta for run in self.counted(dataset) if run.terms.delta]
+        return min(deltas, default=None), FILTER_ORDERS
 
 
 def chained(head: str, text: str) -> str:

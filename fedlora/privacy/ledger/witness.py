@@ -24,11 +24,21 @@ class Witness:
     head: str
 
 
+def witness_file(folder: Path, dataset: str) -> Path:
+    """The name under which a dataset's witness lies in a folder."""
+    return folder / f".fedlora-witness-{dataset}.json"
+
+
+def witnesses_in(folder: Path) -> list[Path]:
+    """All witnesses in a folder, in order; none where there is no such folder."""
+    return sorted(folder.glob(witness_file(Path(), "*").name))
+
+
 def read_witness(path: Path) -> Witness | None:
     """None where there is no file. Raises LedgerError for one that cannot be read as a witness."""
     try:
         witness = Witness(**json.loads(path.read_text()))
-        if not isinstance(witness.rows, int) or not isinstance(witness.head, str):
+        if not isinstance(witness.rows, int) or not 0 <= witness.rows < 2**63 or not isinstance(witness.head, str):
             raise ValueError("rows or head")
         return witness
     except FileNotFoundError:
