@@ -44,6 +44,9 @@ class Observer:
     def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
         """Orders were sent; attempt 0 is the round's cohort, later ones are drafts."""
 
+    def overdue(self, round: int, missing: int, pending: int) -> None:
+        """The round's time is up with `missing` uploads too few and nobody to draft; `pending` clients still train."""
+
     def answered(self, round: int, name: str, outcome: str) -> None:
         """A client's state changed: "uploaded", "lost" or a refusal's text."""
 

@@ -129,7 +129,7 @@ def run_audit(options: Namespace, base: BaseModel, *, private: bool) -> Audit:
                       canaries.directions, len(own), min(1.0, plan.expected_batch / size))
     engine = InProcessEngine({"audited": watched}, run_id, adapted.layout)
     result = run_federation(engine, federation.strategy, plan, federation.state,
-                            RoundOptions(seed=seed, min_clients=1, wait_timeout_s=0.0))
+                            RoundOptions(seed=seed, min_clients=1, round_timeout_s=math.inf, wait_timeout_s=0.0))
     engine.close("the audit is over")
     ledger.close()
     if result.ended != "finished":

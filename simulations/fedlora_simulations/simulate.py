@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import resource
 import secrets
 import time
@@ -166,7 +167,7 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
                         min_replies=options.min_replies, evaluate_every=options.eval_every,
-                        wait_timeout_s=0.0)  # nobody new can come
+                        round_timeout_s=math.inf, wait_timeout_s=0.0)  # no clock decides, and nobody new can come
     engine = _engine(options, federation, base, trainer, release, sessions)
     try:
         began = time.monotonic()

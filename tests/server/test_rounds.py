@@ -235,6 +235,21 @@ def test_after_the_time_limit_a_round_closes_with_enough_uploads_and_cancels_the
     assert federation.engine.idle() and not list(federation.engine.pull_messages(["1", "2", "3", "4"]))
 
 
+def test_clients_that_are_slower_than_both_time_limits_are_waited_for_while_they_train():
+    federation, told = Federation("abc", rounds=2), []
+
+    class Overdue(Observer):
+        def waiting(self, needed, present, timeout_s):
+            told.append("waiting")
+
+        def overdue(self, round, missing, pending):
+            told.append((round, missing, pending))
+
+    result = federation.run(round_timeout_s=0.0, wait_timeout_s=0.0, min_replies=3, observer=Overdue())
+    assert result.ended == "finished" and all(record.uploaded == tuple("abc") for record in result.records)
+    assert told == [(1, 2, 2), (2, 2, 2)], "said once in each round"
+
+
 def test_a_stop_returns_the_state_of_the_last_finished_round():
     whole = Federation("abc", rounds=1).run()
     federation, stop = Federation("abc", rounds=3), Event()

@@ -1,10 +1,13 @@
 """The command `fedlora-simulate` as a researcher calls it."""
 
+import itertools
 import json
 import resource
+from types import SimpleNamespace
 
 import pytest
 
+from fedlora_server import cohort
 from fedlora_simulations.cli import main
 from fedlora_simulations.simulate import allow_open_files
 from tests.processes import write_rows
@@ -26,6 +29,14 @@ def test_the_last_round_is_evaluated_whatever_the_interval(arguments, tmp_path, 
     rounds = [json.loads(line) for line in lines]
     assert [record["round"] for record in rounds if record["evaluation"]] == evaluated
     assert [record["round"] for record in rounds] == [0, 1, 2, 3]
+
+
+def test_no_clock_decides_how_a_round_ends(arguments, tmp_path, monkeypatch):
+    every_look_is_a_day_later = SimpleNamespace(monotonic=itertools.count(step=86400).__next__)
+    monkeypatch.setattr(cohort, "time", every_look_is_a_day_later)
+    assert main([*arguments, "--strategy=ffa-lora", "--rounds=1"]) == 0
+    lines = (tmp_path / "out" / "ffa-lora-seed0" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["uploaded"] == ["client-0", "client-1"]
 
 
 def test_the_limit_of_open_files_is_raised_to_what_many_clients_need_or_the_error_names_it():
