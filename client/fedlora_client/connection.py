@@ -24,7 +24,7 @@ import numpy as np
 
 import fedlora
 from fedlora import wire
-from fedlora.plan import PROTOCOL, Refusal, Refused, RoundPlan, Tensors, Upload
+from fedlora.plan import GOODBYES, PROTOCOL, Refusal, Refused, RoundPlan, Tensors, Upload
 from fedlora.wire import Incoming, Key, Repeats, Setup, WireError, pb
 
 FRAME_PREFIX_BYTES = 5
@@ -38,6 +38,11 @@ class ServerUnreachable(Exception):
 
 class Goodbye(Exception):
     """The server ended the run; the message is its reason."""
+
+    @property
+    def as_planned(self) -> bool:
+        """Whether the run is finished, or was stopped by its coordinator."""
+        return str(self) in (GOODBYES["finished"], GOODBYES["stopped"])
 
 
 class RunChanged(Exception):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fedlora.plan import GOODBYES
 from fedlora.wire import Setup
 
 from .cohort import RoundOptions
@@ -23,10 +24,6 @@ from .report import write_report
 from .roster import Event
 from .roster_engine import RosterEngine
 from .rounds import FederationResult, run_federation
-
-REASONS = {"finished": "the run is finished", "stopped": "the coordinator stopped the run",
-           "wait-timeout": "too few clients were left"}
-
 
 Listen = Callable[[Setup, Path, Callable[[Event], None]], RosterEngine]
 """Makes the engine from what clients are told, the folder for uploads, and whom to tell of events."""
@@ -79,14 +76,14 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
     except ValueError:
         _release(out)
         raise
-    reason = "the server failed"
+    ended = "failed"
     try:
         console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", highlight=False)
         with _stopped_by_signals(stop, console), display:
             if announced and (labels := _freeze_labels(engine, options, display, stop)):
                 federation = prepare(options, options.strategy, base, labels, options.seed, run_id=setup.run_id)
             if stop.is_set():
-                reason = REASONS["stopped"]
+                ended = "stopped"
                 return Served(out, None)
             engine.expect(federation.adapted.layout)
             result = run_federation(engine, federation.strategy, federation.plan, federation.state, rounds,
@@ -96,9 +93,9 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
                                     "label_names": list(member.announced_labels)} for member in engine.members()}
             shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
             write_report(out, federation, result, base.loadable_name, options=shown, joined=joined)
-        reason = REASONS[result.ended]
+        ended = result.ended
     finally:
-        engine.close(reason)
+        engine.close(GOODBYES[ended])
         _release(out)
     return Served(out, result)
 
