@@ -112,6 +112,16 @@ def test_a_client_leaves_politely_and_a_restarted_one_goes_on_with_its_account(d
     assert len({charge.run_id for charge in charges(deployment, "hospital-0")}) == 1
 
 
+def test_a_run_that_ends_for_want_of_clients_is_exit_code_1_on_both_sides(deployment, tmp_path):
+    deployment.server("--min-clients", 2, "--min-replies", 2, "--wait-timeout", 0.1, *SMALL, "--rounds", 500)
+    for file in hospitals(tmp_path, 2):
+        deployment.client(file.stem, file)
+    deployment.wait_for("server", "round 1: 2 of 2 replied")
+    deployment.processes["hospital-1"].send_signal(signal.SIGINT)
+    assert deployment.end("server", 30) == deployment.end("hospital-0", 30) == 1
+    assert "too few clients were left" in deployment.log("hospital-0")
+
+
 def test_no_server_is_exit_code_3_after_the_timeout(deployment, tmp_path):
     deployment.client("north", hospitals(tmp_path, 1)[0], "--connect-timeout", 1)
     assert deployment.end("north", 60) == 3

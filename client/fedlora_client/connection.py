@@ -338,7 +338,8 @@ class Connection:
         assert self._setup is not None
         yield pb.ClientFrame(upload=stream.sent.shorten(wire.upload_to_wire(answer))).SerializeToString()
         for frame in wire.tensor_frames(wire.packed(answer.tensors, self._setup.wire_dtype)):
-            if self._acks.get(key) is not None:  # refused while under way
+            given = self._answer
+            if given is None or given[0] != key:  # refused while under way
                 break
             yield frame
         else:

@@ -178,6 +178,17 @@ def test_a_bad_upload_is_refused_and_the_client_stays(engine, spoil, tmp_path):
     assert outcome(engine, sent) == "uploaded"
 
 
+def test_an_upload_that_is_refused_while_it_is_under_way_is_not_sent_to_its_end(engine):
+    connection = connect(engine, "north")
+    large = {**UPLOAD, "head.out.bias": np.zeros(64 << 20, np.float32)}
+    for number, tensors, code in [(1, large, "invalid-tensors"), (2, UPLOAD, None)]:
+        engine.push_messages([order(node_id("north"), number)])
+        plan, _ = connection.next_task()
+        refusal = connection.send(Upload(*plan.key, tensors=tensors, steps=1))
+        assert (refusal.code if refusal else None) == code
+    assert connection.bytes_up < large["head.out.bias"].nbytes
+
+
 def test_a_refusal_reaches_the_round_loop(engine):
     connection = connect(engine, "north")
     [sent] = engine.push_messages([order(node_id("north"))])
