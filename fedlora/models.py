@@ -24,6 +24,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from fedlora.memory import memory_advice
 from fedlora.plan import ModelRef, Refused
 
 MINILM_REPOSITORY = "sentence-transformers/all-MiniLM-L6-v2"
@@ -177,6 +178,7 @@ def check_task(path: Path, task: str, max_length: int | None = None) -> None:
         raise ValueError(f"max_length is {max_length}, and {path} has {positions} positions; lower --max-length.")
 
 
+@memory_advice("loading the base model", "end other programs, or have the server started with a smaller --model")
 def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load a base model for a task, on the CPU, in eval mode, with transformers' fused attention where it has one.
 
@@ -189,6 +191,7 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
     Raises:
         ValueError: the model cannot do the task, its weights are not those of its config, or its tokenizer has no
             token to pad with.
+        MemoryError: with what helps.
     """
     check_task(path, task)
     kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification

@@ -273,6 +273,7 @@ GOODBYES: Mapping[str, str] = {
     "finished": "the run is finished",
     "stopped": "the coordinator stopped the run",
     "wait-timeout": "too few clients were left",
+    "labels": "the label names do not fit; the coordinator has to fix the label set with --labels",
     "failed": "the server failed",
 }
 """How a run can end, and the words with which the server says goodbye then."""

@@ -182,6 +182,15 @@ def test_clients_that_do_not_fit_are_turned_away_with_what_to_change(deployment,
         assert "Traceback" not in deployment.log(name) and secret not in deployment.log(name)
 
 
+def test_held_out_rows_with_other_labels_than_the_clients_announce_end_the_run_before_it_begins(deployment, tmp_path):
+    held_out = write_rows(tmp_path / "held-out.jsonl", 9, labels=("routine", "emergency"))
+    deployment.server("--min-clients", 1, *SMALL, "--eval-data", held_out)
+    deployment.client("north", hospitals(tmp_path, 1)[0])
+    assert deployment.end("server", 60) == 2 and deployment.end("north", 60) == 1
+    assert "held-out.jsonl:" in deployment.log("server") and "--labels" in deployment.log("server")
+    assert "with --labels" in deployment.log("north") and "Traceback" not in deployment.log("server")
+
+
 def test_a_server_without_privacy_is_refused_by_a_private_client(deployment, tmp_path):
     deployment.server("--privacy", "off", "--min-clients", 1, *SMALL)
     [file] = hospitals(tmp_path, 1)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fedlora import data
+from fedlora.data import Rows
 from fedlora.plan import GOODBYES
 from fedlora.wire import Setup
 
@@ -80,8 +82,12 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
     try:
         console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", highlight=False)
         with _stopped_by_signals(stop, console), display:
-            if announced and (labels := _freeze_labels(engine, options, display, stop)):
-                federation = prepare(options, options.strategy, base, labels, options.seed, run_id=setup.run_id)
+            if announced:
+                ended = "labels"
+                labels = _freeze_labels(engine, options, rows, display, stop)
+                ended = "failed"
+                if labels:
+                    federation = prepare(options, options.strategy, base, labels, options.seed, run_id=setup.run_id)
             if stop.is_set():
                 ended = "stopped"
                 return Served(out, None)
@@ -111,9 +117,13 @@ def _release(out: Path) -> None:
         out.rmdir()
 
 
-def _freeze_labels(engine: RosterEngine, options: Namespace, display: Display,
+def _freeze_labels(engine: RosterEngine, options: Namespace, held_out: Rows | None, display: Display,
                    stop: threading.Event) -> tuple[str, ...]:
-    """The union of the label names that the first --min-clients clients announced."""
+    """The union of the label names that the first --min-clients clients announced; () if stopped before.
+
+    Raises:
+        ValueError: they are too few, or --eval-data has others.
+    """
     told = -1
     while len(ready := [m for m in engine.members() if m.ready_at is not None]) < options.min_clients:
         if stop.is_set():
@@ -126,6 +136,9 @@ def _freeze_labels(engine: RosterEngine, options: Namespace, display: Display,
     if len(labels) < 2:
         raise ValueError(f"the first {options.min_clients} clients announced {len(labels)} label names together; "
                          "classification needs two. Name them with --labels")
+    if held_out is not None:
+        data.check_labels(held_out, labels)
+    engine.fix_labels(labels)
     display.say(f"The label set is {', '.join(labels)}")
     return labels
 

@@ -87,6 +87,15 @@ def test_weights_of_another_model_are_refused(folder, checkpoint):
         models.load(folder, "classification", 2)
 
 
+def test_a_model_too_large_for_the_memory_is_said_so(checkpoint, monkeypatch):
+    def exhausted(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(models.AutoModelForSequenceClassification, "from_pretrained", exhausted)
+    with pytest.raises(MemoryError, match="loading the base model ran out of memory: .* smaller --model"):
+        models.load(checkpoint("bert"), "classification", 2)
+
+
 def test_loading_prints_nothing(checkpoint, capfd):
     models.load(checkpoint("roberta"), "classification", 2)
     assert capfd.readouterr() == ("", "")
