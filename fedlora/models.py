@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "sentencepiece.bpe.model")
 
 _HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<commit>[0-9a-f]{40}))?", re.ASCII)
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ def obtain(ref: ModelRef, *, path: Path | None = None, allow_download: bool = Fa
     """Find and verify the model that a plan names. Unlike `resolve` it never takes the plan's name as a folder.
 
     Raises:
-        Refused: "model-mismatch", if it is not here or is another one.
+        Refused: "model-mismatch", if it is not here or is another one. It travels, so that paths of this machine are in
+            the local log alone.
     """
     hub = _HUB_NAME.fullmatch(ref.name)
     if path is None and ref.name != "minilm" and (hub is None or hub["commit"] is None):
@@ -144,7 +149,8 @@ def obtain(ref: ModelRef, *, path: Path | None = None, allow_download: bool = Fa
         else:
             folder = resolve(ref.name, path=path, allow_download=allow_download)
     except ValueError as error:
-        raise Refused("model-mismatch", str(error)) from error
+        log.error("%s", error)
+        raise Refused("model-mismatch", f"no usable copy of {ref.name} is on the client's machine") from None
     verify(ref, folder)
     return folder
 

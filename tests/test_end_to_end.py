@@ -141,7 +141,8 @@ def test_a_taken_port_is_exit_code_2_and_names_the_port(deployment):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--task", "causal-lm"], "is an encoder"), (["--labels", "one"], "at least two"),
     (["--eval-data", "missing.jsonl"], "missing.jsonl"), (["--rank", "0"], "--rank"),
-    (["--max-participations", "9", "--rounds", "3"], "more than the 3 rounds"), (["--max-length", "9999"], "9999")])
+    (["--max-participations", "9", "--rounds", "3"], "more than the 3 rounds"), (["--max-length", "9999"], "9999"),
+    (["--dropout", "0.1"], "--privacy off")])
 def test_what_cannot_work_fails_before_the_port_is_bound(deployment, arguments, message):
     deployment.server(*arguments)
     assert deployment.end("server", 60) == 2

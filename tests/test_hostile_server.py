@@ -123,6 +123,13 @@ def test_a_plan_that_is_not_what_was_said_when_joining_is_declined(serve, change
     assert server.charges() == () and "is not what the server said" in server.log()
 
 
+def test_rows_outside_the_runs_labels_are_named_in_the_clients_own_log_alone(serve):
+    server = serve().client()
+    assert server.ask(1, labels=("calm", "routine")) == Refusal("labels")
+    assert server.deployment.end("north", 60) == 4
+    assert "north.jsonl:" in server.log() and "Allowed are: calm, routine" in server.log()
+
+
 def test_a_client_whose_round_failed_leaves_so_that_a_server_cannot_have_one_after_another_charged(serve):
     server = serve()
     for spec in server.layout.shared:

@@ -171,11 +171,8 @@ class Part:
         options, owner, limits, console = holder.options, holder.owner, holder.limits, holder.console
         limits.check(setup.private)
         owner.check_proposal(setup)
-        path = Path(options.model) if options.model and Path(options.model).is_dir() else None
-        if options.model and path is None and options.model != setup.model.name:
-            raise ValueError(f"--model {options.model} is neither a folder nor the plan's {setup.model.name}; give the "
-                             "folder of the base model, or leave it out")
-        self._model_path = models.obtain(setup.model, path=path, allow_download=options.allow_download)
+        self._model_path = models.obtain(setup.model, path=model_folder(options.model, setup.model.name),
+                                         allow_download=options.allow_download)
         models.check_task(self._model_path, setup.task, setup.max_length)
         self._options, self._setup, self._owner, self._limits = options, setup, owner, limits
         self._state, self._streams, self._console = holder.state, holder.streams, console
@@ -296,9 +293,12 @@ class Part:
             if getattr(run, field) != getattr(self._setup, field):
                 log.error("The plan's %s is not what the server said when this client joined.", field)
                 raise Refused("policy")
-        if self._rows.labels is not None and not set(data.label_names(self._rows)) <= set(run.labels):
-            log.error("The run's label set is %s; this client has labels outside it.", ", ".join(run.labels))
-            raise Refused("labels")
+        if run.task == "classification":
+            try:
+                data.check_labels(self._rows, run.labels)
+            except ValueError as error:
+                log.error("%s", error)
+                raise Refused("labels") from None
         loaded = models.load(self._model_path, run.task, len(run.labels))
         task = task_for(run, loaded.tokenizer)
         records = task.encode(self._rows)
@@ -331,9 +331,24 @@ class Part:
         return session
 
 
+def model_folder(model: str | None, planned: str) -> Path | None:
+    """The folder that --model names; None where the plan's model is meant, whose commit a shared file may leave out.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if model and Path(model).is_dir():
+        return Path(model)
+    if model and model not in (planned, planned.partition("@")[0]):
+        raise ValueError(f"--model {model} is neither a folder nor the plan's {planned}; give the folder of the base "
+                         "model, or leave it out")
+    return None
+
+
 def _read(options: Namespace, setup: Setup, unit_column: str | None) -> Rows:
     """The training rows, checked against what the server said."""
-    rows = data.read(options.data, setup.task, columns=options.column, unit=unit_column)
+    rows = data.read(options.data, setup.task, columns=options.column, unit=unit_column,
+                     allow_download=options.allow_download)
     if setup.task == "classification":
         if rows.labels is None or not data.label_names(rows):
             raise ValueError(f"--data {options.data} has no labels; classification needs a label column "

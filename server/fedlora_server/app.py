@@ -21,7 +21,7 @@ from fedlora.wire import Setup
 from .cohort import RoundOptions
 from .display import Display
 from .grpc_engine import GrpcEngine
-from .planning import ANY_LABELS, claim_folder, evaluator, find_model, held_out, planned, prepare
+from .planning import ANY_LABELS, claim_folder, evaluator, find_model, held_out, planned, prepare, resolved
 from .report import write_report
 from .roster import Event
 from .roster_engine import RosterEngine
@@ -97,8 +97,8 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
                                     start=federation.start)
             joined = {member.name: {"fedlora_version": member.fedlora_version, "private": member.private,
                                     "label_names": list(member.announced_labels)} for member in engine.members()}
-            shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-            write_report(out, federation, result, base.loadable_name, options=shown, joined=joined)
+            write_report(out, federation, result, base.loadable_name, options=resolved(options, options.strategy),
+                         joined=joined)
         ended = result.ended
     finally:
         engine.close(GOODBYES[ended])

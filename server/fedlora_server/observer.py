@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -33,6 +34,17 @@ class RoundRecord:
     bytes_down: int = 0
     seconds: float = 0.0
     evaluation: Mapping[str, float] = field(default_factory=dict)
+
+
+def jsonable(value: object) -> object:
+    """The value with numbers that JSON does not know (a diverged loss) as text."""
+    if isinstance(value, Mapping):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 class Observer:

@@ -156,7 +156,7 @@ def run_audit(options: Namespace, base: BaseModel, *, private: bool) -> Audit:
 
 def _client_rows(options: Namespace) -> tuple[Rows, tuple[str, ...]]:
     """The audited client's own labelled rows, at most --rows of them drawn by the seed, and the label set."""
-    rows = data.read(options.data, options.task, columns=options.column)
+    rows = data.read(options.data, options.task, columns=options.column, allow_download=options.allow_download)
     labels = options.labels or data.label_names(rows)
     if len(labels) < 2:
         raise ValueError(f"--data {options.data} has {len(labels)} different labels; an audit needs at least two")

@@ -28,7 +28,7 @@ from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import MemoryState
 from fedlora_server.cohort import RoundOptions
 from fedlora_server.observer import Observer
-from fedlora_server.planning import BaseModel, Federation, evaluator, held_out, prepare
+from fedlora_server.planning import BaseModel, Federation, evaluator, held_out, prepare, resolved
 from fedlora_server.report import write_report
 from fedlora_server.rounds import FederationResult, run_federation
 
@@ -96,7 +96,7 @@ def populate(options: Namespace, seed: int) -> Population:
     if options.data is None:
         raise ValueError("--data is missing: name a folder or file of training rows")
     rows = data.read(options.data, options.task, columns=options.column,
-                     unit=unit_column(options.privacy_unit or ROW))
+                     unit=unit_column(options.privacy_unit or ROW), allow_download=options.allow_download)
     labels = options.labels or data.label_names(rows)
     if options.task == "classification" and len(labels) < 2:
         raise ValueError(f"--data {options.data} has {len(labels)} different labels; classification needs at least two "
@@ -179,7 +179,8 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
             noise_multipliers={name: session.terms.noise_multiplier for name, session in sessions.items()},
             bytes_up=engine.bytes_up, bytes_down=engine.bytes_down, seconds=time.monotonic() - began)
         if out is not None:
-            write_report(out, federation, result, base.loadable_name)
+            write_report(out, federation, result, base.loadable_name,
+                         options=resolved(options, method.strategy) | {"seed": seed})
     finally:
         engine.close("the run is over")
         ledger.close()

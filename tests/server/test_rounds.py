@@ -295,6 +295,16 @@ def test_each_round_leaves_its_checkpoint_and_its_line(tmp_path):
         checkpoint.load(tmp_path / "nowhere")
 
 
+def test_the_lines_of_a_run_that_diverged_are_json(tmp_path):
+    def no_constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    Federation("ab", rounds=1).run(out=tmp_path, evaluate=lambda state: {"loss": float("nan")})
+    lines = [json.loads(line, parse_constant=no_constant)
+             for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["evaluation"] for line in lines] == [{"loss": "nan"}] * 2
+
+
 def test_evaluation_comes_every_so_many_rounds_and_after_the_last():
     calls = Counter()
     federation = Federation("ab", rounds=5, max_participations=5)
