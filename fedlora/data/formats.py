@@ -152,8 +152,9 @@ def hub_records(name: str, *, allow_download: bool) -> Iterator[Record]:
     try:
         loaded = datasets.load_dataset(f"{organisation}/{dataset}", *config, split=split or "train")
     except Exception as error:
-        found = (f"the hub did not give a dataset of that name ({type(error).__name__}). Check the path" if allow_download
-                 else "no such dataset is in the hub's cache. Check the path, add --allow-download")
+        found = (f"the hub did not give a dataset of that name ({type(error).__name__}). Check the path"
+                 if allow_download else
+                 "no such dataset is in the hub's cache. Check the path, add --allow-download")
         raise ValueError(f"{name!r} is no file or folder here, and {found}, or download the dataset and name its folder"
                          ) from None
     finally:

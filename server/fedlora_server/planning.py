@@ -146,8 +146,8 @@ def planned(options: Namespace, strategy: str) -> Preset:
         raise ValueError(f"--max-participations {options.max_participations} is more than the {values.rounds} rounds "
                          "of the run; lower it, or leave it out for exactly the rounds")
     if options.dropout and options.privacy == "required":
-        raise ValueError(f"--dropout {options.dropout:g} and privacy exclude each other: a record's mask depends on the "
-                         "others in its batch, which no ε covers. Leave --dropout out, or choose --privacy off")
+        raise ValueError(f"--dropout {options.dropout:g} and privacy exclude each other: a record's mask depends on "
+                         "the others in its batch, which no ε covers. Leave --dropout out, or choose --privacy off")
     if values.init == PRIVATE_START and options.privacy != "required":
         raise ValueError(f"--init {PRIVATE_START} is a start from noised gradients, and without privacy there is no "
                          "noise; choose --init orthonormal, weight or public:FILE")
