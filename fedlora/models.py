@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from fedlora.memory import memory_advice
 from fedlora.plan import ModelRef, Refused
 
 MINILM_REPOSITORY = "sentence-transformers/all-MiniLM-L6-v2"
@@ -35,6 +37,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "sentencepiece.bpe.model")
 
 _HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<commit>[0-9a-f]{40}))?", re.ASCII)
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,8 @@ def obtain(ref: ModelRef, *, path: Path | None = None, allow_download: bool = Fa
     """Find and verify the model that a plan names. Unlike `resolve` it never takes the plan's name as a folder.
 
     Raises:
-        Refused: "model-mismatch", if it is not here or is another one.
+        Refused: "model-mismatch", if it is not here or is another one. It travels, so that paths of this machine are in
+            the local log alone.
     """
     hub = _HUB_NAME.fullmatch(ref.name)
     if path is None and ref.name != "minilm" and (hub is None or hub["commit"] is None):
@@ -143,7 +149,8 @@ def obtain(ref: ModelRef, *, path: Path | None = None, allow_download: bool = Fa
         else:
             folder = resolve(ref.name, path=path, allow_download=allow_download)
     except ValueError as error:
-        raise Refused("model-mismatch", str(error)) from error
+        log.error("%s", error)
+        raise Refused("model-mismatch", f"no usable copy of {ref.name} is on the client's machine") from None
     verify(ref, folder)
     return folder
 
@@ -177,6 +184,7 @@ def check_task(path: Path, task: str, max_length: int | None = None) -> None:
         raise ValueError(f"max_length is {max_length}, and {path} has {positions} positions; lower --max-length.")
 
 
+@memory_advice("loading the base model", "end other programs, or have the server started with a smaller --model")
 def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load a base model for a task, on the CPU, in eval mode, with transformers' fused attention where it has one.
 
@@ -189,6 +197,7 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
     Raises:
         ValueError: the model cannot do the task, its weights are not those of its config, or its tokenizer has no
             token to pad with.
+        MemoryError: with what helps.
     """
     check_task(path, task)
     kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification

@@ -279,6 +279,16 @@ class Refused(Exception):
         super().__init__(str(self.refusal))
 
 
+GOODBYES: Mapping[str, str] = {
+    "finished": "the run is finished",
+    "stopped": "the coordinator stopped the run",
+    "wait-timeout": "too few clients were left",
+    "labels": "the label names do not fit; the coordinator has to fix the label set with --labels",
+    "failed": "the server failed",
+}
+"""How a run can end, and the words with which the server says goodbye then."""
+
+
 def to_scalars(plan: RunPlan) -> dict[str, int | float | str | bool | list[str]]:
     """The plan as flat typed values: nested `model` becomes `model_name`, `model_weights_sha256`, ….
 

@@ -113,6 +113,16 @@ def test_a_client_leaves_politely_and_a_restarted_one_goes_on_with_its_account(d
     assert len({charge.run_id for charge in charges(deployment, "hospital-0")}) == 1
 
 
+def test_a_run_that_ends_for_want_of_clients_is_exit_code_1_on_both_sides(deployment, tmp_path):
+    deployment.server("--min-clients", 2, "--min-replies", 2, "--wait-timeout", 0.1, *SMALL, "--rounds", 500)
+    for file in hospitals(tmp_path, 2):
+        deployment.client(file.stem, file)
+    deployment.wait_for("server", "round 1: 2 of 2 replied")
+    deployment.processes["hospital-1"].send_signal(signal.SIGINT)
+    assert deployment.end("server", 30) == deployment.end("hospital-0", 30) == 1
+    assert "too few clients were left" in deployment.log("hospital-0")
+
+
 def test_no_server_is_exit_code_3_after_the_timeout(deployment, tmp_path):
     deployment.client("north", hospitals(tmp_path, 1)[0], "--connect-timeout", 1)
     assert deployment.end("north", 60) == 3
@@ -132,7 +142,8 @@ def test_a_taken_port_is_exit_code_2_and_names_the_port(deployment):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--task", "causal-lm"], "is an encoder"), (["--labels", "one"], "at least two"),
     (["--eval-data", "missing.jsonl"], "missing.jsonl"), (["--rank", "0"], "--rank"),
-    (["--max-participations", "9", "--rounds", "3"], "more than the 3 rounds"), (["--max-length", "9999"], "9999")])
+    (["--max-participations", "9", "--rounds", "3"], "more than the 3 rounds"), (["--max-length", "9999"], "9999"),
+    (["--dropout", "0.1"], "--privacy off")])
 def test_what_cannot_work_fails_before_the_port_is_bound(deployment, arguments, message):
     deployment.server(*arguments)
     assert deployment.end("server", 60) == 2
@@ -171,6 +182,15 @@ def test_clients_that_do_not_fit_are_turned_away_with_what_to_change(deployment,
         assert deployment.end(name, 60) == code, deployment.log(name)
         assert text in deployment.log(name), deployment.log(name)
         assert "Traceback" not in deployment.log(name) and secret not in deployment.log(name)
+
+
+def test_held_out_rows_with_other_labels_than_the_clients_announce_end_the_run_before_it_begins(deployment, tmp_path):
+    held_out = write_rows(tmp_path / "held-out.jsonl", 9, labels=("routine", "emergency"))
+    deployment.server("--min-clients", 1, *SMALL, "--eval-data", held_out)
+    deployment.client("north", hospitals(tmp_path, 1)[0])
+    assert deployment.end("server", 60) == 2 and deployment.end("north", 60) == 1
+    assert "held-out.jsonl:" in deployment.log("server") and "--labels" in deployment.log("server")
+    assert "with --labels" in deployment.log("north") and "Traceback" not in deployment.log("server")
 
 
 def test_a_server_without_privacy_is_refused_by_a_private_client(deployment, tmp_path):

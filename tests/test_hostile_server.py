@@ -6,6 +6,7 @@ The server is FedLoRA's own engine, driven by hand, so that each order can be ma
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 import fedlora
@@ -120,6 +121,23 @@ def test_a_plan_that_is_not_what_was_said_when_joining_is_declined(serve, change
     assert server.ask(1, **changes) == Refusal("policy")
     assert server.deployment.end("north", 60) == 4
     assert server.charges() == () and "is not what the server said" in server.log()
+
+
+def test_rows_outside_the_runs_labels_are_named_in_the_clients_own_log_alone(serve):
+    server = serve().client()
+    assert server.ask(1, labels=("calm", "routine")) == Refusal("labels")
+    assert server.deployment.end("north", 60) == 4
+    assert "north.jsonl:" in server.log() and "Allowed are: calm, routine" in server.log()
+
+
+def test_a_client_whose_round_failed_leaves_so_that_a_server_cannot_have_one_after_another_charged(serve):
+    server = serve()
+    for spec in server.layout.shared:
+        server.state[spec.name] = np.full(spec.shape, 1e-45, np.float32)  # cuts the adapter off: a tripwire fires
+    assert server.client().ask(1) == Refusal("unavailable")
+    assert server.deployment.end("north", 60) == 1
+    assert len(server.charges()) == 1
+    assert "Nothing of this round was released" in server.log() and "start this client again" in server.log()
 
 
 @pytest.mark.parametrize("changes", [{}, {"private_start": True}], ids=["unannounced", "announced too late"])

@@ -33,10 +33,15 @@ from .state import FolderState
 log = logging.getLogger(__name__)
 
 
+class EndedEarly(Exception):
+    """The run, or this client's part in it, ended before its time; the message says why."""
+
+
 def take_part(options: Namespace, console: Console) -> None:
     """Take part in the server's run until it says goodbye.
 
     Raises:
+        EndedEarly: the server gave the run up, or a round failed here.
         ValueError: an option or the data is wrong.
         Refused: one side declined; the code says why.
         ServerUnreachable: no server within --connect-timeout.
@@ -59,6 +64,8 @@ def take_part(options: Namespace, console: Console) -> None:
                 setup = changed.setup
                 console.print(f"The server was restarted with another run, {setup.run_id}.")
     except Goodbye as goodbye:
+        if not goodbye.as_planned:
+            raise EndedEarly(f"the server says goodbye before its time: {goodbye}") from None
         console.print(f"The server says goodbye: {goodbye}")
     finally:
         connection.leave()
@@ -139,6 +146,9 @@ def _serve(holder: DataHolder, setup: Setup, connection: Connection) -> None:
                         f"; {connection.bytes_up:,} bytes up, {connection.bytes_down:,} down so far")
             if isinstance(answer, Refusal) and answer.code in ("policy", "labels"):
                 raise Refused(answer.code, "see the messages above")
+            if part.failed:
+                raise EndedEarly(f"round {plan.round} failed here, for the reason above; what had begun stays charged, "
+                                 "and further rounds could fail alike. Remove the cause, then start this client again")
     finally:
         part.conclude()
 
@@ -153,17 +163,16 @@ class Part:
 
     Attributes:
         announced: label names that the server asked for, disclosed when ready; else ().
+        failed: whether a round went wrong here. To go on is for the owner to decide: the server could have one failing
+            round after another charged, and chooses the tensors on which it fails or not.
     """
 
     def __init__(self, holder: DataHolder, setup: Setup) -> None:
         options, owner, limits, console = holder.options, holder.owner, holder.limits, holder.console
         limits.check(setup.private)
         owner.check_proposal(setup)
-        path = Path(options.model) if options.model and Path(options.model).is_dir() else None
-        if options.model and path is None and options.model != setup.model.name:
-            raise ValueError(f"--model {options.model} is neither a folder nor the plan's {setup.model.name}; give the "
-                             "folder of the base model, or leave it out")
-        self._model_path = models.obtain(setup.model, path=path, allow_download=options.allow_download)
+        self._model_path = models.obtain(setup.model, path=model_folder(options.model, setup.model.name),
+                                         allow_download=options.allow_download)
         models.check_task(self._model_path, setup.task, setup.max_length)
         self._options, self._setup, self._owner, self._limits = options, setup, owner, limits
         self._state, self._streams, self._console = holder.state, holder.streams, console
@@ -172,6 +181,7 @@ class Part:
         for line in owner.take_charge(self._rows, budget):
             console.print(line, soft_wrap=True)
         self._session: ClientSession | None = None
+        self.failed = False
         self._labels, self._refusals = self._state.said(setup.run_id)
         self.announced = data.label_names(self._rows) if setup.announce_labels else ()
         if self.announced:
@@ -202,7 +212,7 @@ class Part:
 
     def answer(self, plan: RoundPlan, tensors: Tensors,
                stop: Callable[[], bool] = lambda: False) -> Upload | Refusal:
-        """Train, or say why not; whatever goes wrong here stays in the local log."""
+        """Train, or say why not; whatever goes wrong here stays in the local log, and sets `failed`."""
         try:
             if self._session is None or self._session.run.run_id != plan.run.run_id:
                 self._session = self._open(plan.run)
@@ -213,7 +223,23 @@ class Part:
             log.error("%s", error)
         except Exception:
             log.exception("Round %d failed; the server is told only that this client is unavailable.", plan.round)
+        self.failed = True
         return Refusal("unavailable")
+
+    def answer_unattended(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
+        """`answer` where nobody notices that a process ends: after a round that failed, or whose process was killed,
+        the run is refused until the owner removes the mark that is left."""
+        run_id = plan.run.run_id
+        mark = self._state.unfinished(run_id)
+        if mark.exists():
+            log.error("A round of run %s failed on this machine or was killed, and more could fail alike and be "
+                      "charged. Find out why in this log, then remove %s to go on in this run.", run_id, mark)
+            return Refusal("unavailable")
+        self._state.save_unfinished(run_id)
+        answer = self.answer(plan, tensors)
+        if not self.failed:
+            mark.unlink()
+        return answer
 
     def report(self, plan: RoundPlan, answer: Upload | Refusal, declined: Refusal | None = None,
                moved: str = "") -> None:
@@ -265,9 +291,12 @@ class Part:
             if getattr(run, field) != getattr(self._setup, field):
                 log.error("The plan's %s is not what the server said when this client joined.", field)
                 raise Refused("policy")
-        if self._rows.labels is not None and not set(data.label_names(self._rows)) <= set(run.labels):
-            log.error("The run's label set is %s; this client has labels outside it.", ", ".join(run.labels))
-            raise Refused("labels")
+        if run.task == "classification":
+            try:
+                data.check_labels(self._rows, run.labels)
+            except ValueError as error:
+                log.error("%s", error)
+                raise Refused("labels") from None
         loaded = models.load(self._model_path, run.task, len(run.labels))
         task = task_for(run, loaded.tokenizer)
         records = task.encode(self._rows)
@@ -299,9 +328,24 @@ class Part:
         return session
 
 
+def model_folder(model: str | None, planned: str) -> Path | None:
+    """The folder that --model names; None where the plan's model is meant, whose commit a shared file may leave out.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if model and Path(model).is_dir():
+        return Path(model)
+    if model and model not in (planned, planned.partition("@")[0]):
+        raise ValueError(f"--model {model} is neither a folder nor the plan's {planned}; give the folder of the base "
+                         "model, or leave it out")
+    return None
+
+
 def _read(options: Namespace, setup: Setup, unit_column: str | None) -> Rows:
     """The training rows, checked against what the server said."""
-    rows = data.read(options.data, setup.task, columns=options.column, unit=unit_column)
+    rows = data.read(options.data, setup.task, columns=options.column, unit=unit_column,
+                     allow_download=options.allow_download)
     if setup.task == "classification":
         if rows.labels is None or not data.label_names(rows):
             raise ValueError(f"--data {options.data} has no labels; classification needs a label column "

@@ -17,9 +17,9 @@ from typing import NoReturn
 
 from fedlora.options import CLIENT, build_parser, count, read_options
 
-EPILOG = ("exit codes: 0 the run is over, 2 wrong input, 3 no server, 4 one side refused, 130 interrupted. "
-          "Also: `fedlora-client budget` shows what was spent and what is left; `fedlora-client verify privacy.json` "
-          "checks a report.")
+EPILOG = ("exit codes: 0 the run was finished or its coordinator stopped it, 1 it ended early or a round failed here, "
+          "2 wrong input, 3 no server, 4 one side refused, 130 interrupted. Also: `fedlora-client budget` "
+          "shows what was spent and what is left; `fedlora-client verify privacy.json` checks a report.")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -85,7 +85,7 @@ def _run(options: Namespace) -> int:
     from fedlora.plan import Refused
     from fedlora.wire import WireError
 
-    from .app import take_part
+    from .app import EndedEarly, take_part
     from .connection import ServerUnreachable
 
     try:
@@ -96,6 +96,9 @@ def _run(options: Namespace) -> int:
     except ServerUnreachable as error:
         print(f"fedlora-client: {error}", file=sys.stderr)
         return 3
+    except EndedEarly as early:
+        print(f"fedlora-client: {early}", file=sys.stderr)
+        return 1
     except Refused as refused:
         print(f"fedlora-client: {refused}", file=sys.stderr)
         return 4

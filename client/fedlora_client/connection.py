@@ -24,7 +24,7 @@ import numpy as np
 
 import fedlora
 from fedlora import wire
-from fedlora.plan import PROTOCOL, Refusal, Refused, RoundPlan, Tensors, Upload
+from fedlora.plan import GOODBYES, PROTOCOL, Refusal, Refused, RoundPlan, Tensors, Upload
 from fedlora.wire import Incoming, Key, Repeats, Setup, WireError, pb
 
 FRAME_PREFIX_BYTES = 5
@@ -38,6 +38,11 @@ class ServerUnreachable(Exception):
 
 class Goodbye(Exception):
     """The server ended the run; the message is its reason."""
+
+    @property
+    def as_planned(self) -> bool:
+        """Whether the run is finished, or was stopped by its coordinator."""
+        return str(self) in (GOODBYES["finished"], GOODBYES["stopped"])
 
 
 class RunChanged(Exception):
@@ -333,7 +338,8 @@ class Connection:
         assert self._setup is not None
         yield pb.ClientFrame(upload=stream.sent.shorten(wire.upload_to_wire(answer))).SerializeToString()
         for frame in wire.tensor_frames(wire.packed(answer.tensors, self._setup.wire_dtype)):
-            if self._acks.get(key) is not None:  # refused while under way
+            given = self._answer
+            if given is None or given[0] != key:  # refused while under way
                 break
             yield frame
         else:

@@ -104,6 +104,10 @@ class ClientSession:
                  approve: Callable[[RunTerms], None] = lambda terms: None,
                  release: Callable[[], Trainer] | None = None) -> None:
         limits.check(run.private)
+        if run.private and run.dropout:
+            log.error("The plan has dropout %g: a record's mask depends on the others in its batch, so that ε would "
+                      "not cover it; refused.", run.dropout)
+            raise Refused("policy")
         if not len(records):
             raise ValueError("no row can be trained on: each lacks a label, or an answer within --max-length")
         self.run, self.trainer, self.records = run, trainer, records

@@ -109,6 +109,15 @@ class FolderState:
         with _replacing(self.run_folder(run_id) / "said.json") as temporary:
             temporary.write_text(json.dumps({"labels": labels, "refusals": refusals}), encoding="utf-8")
 
+    def unfinished(self, run_id: str) -> Path:
+        """The mark of a round that is under way, or was never finished; see `Part.answer_unattended`."""
+        return self.run_folder(run_id) / "unfinished"
+
+    def save_unfinished(self, run_id: str) -> None:
+        """Set the mark."""
+        with _replacing(self.unfinished(run_id)) as temporary:
+            temporary.touch()
+
     def close(self) -> None:
         """Let another process have the folder."""
         self._lock.close()

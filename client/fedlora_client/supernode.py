@@ -3,7 +3,8 @@
 Nothing stays in memory between two messages: policy, ledger and state are opened, the data is read and checked, and
 the model loaded, each time anew. The charges, the frozen tensors, the last upload and what was announced or refused
 are on the disk, where fedlora-client has them too. A SuperNode answers every run that its SuperLink submits; what
-bounds them all together is the data set's lifetime budget.
+bounds them all together is the data set's lifetime budget. A round that fails is the last of its run here, until the
+owner says otherwise.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class SuperNodeClient:
         """Train once for `plan`, as `ClientSession.run_round` does, and bring the run's privacy report up to date."""
 
         def train(part: Part) -> Upload | Refusal:
-            answer = part.answer(plan, tensors)
+            answer = part.answer_unattended(plan, tensors)
             part.report(plan, answer)
             part.leave_report()
             return answer

@@ -35,11 +35,11 @@ _BATCH = 32
 
 
 def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping[str, str],
-                others: Mapping[str, str | Path | None] | None = None) -> data.Rows:
+                others: Mapping[str, str | Path | None] | None = None, allow_download: bool = False) -> data.Rows:
     """Read and check the file of --init public:FILE.
 
     Args:
-        path: as `fedlora.data.read` takes it.
+        path, allow_download: as `fedlora.data.read` takes them.
         task: one of `fedlora.plan.TASKS`.
         labels: the label set; () where it is not known yet.
         others: flag → path of the run's other data, none of which may be the same file, in its folder, or around it.
@@ -51,7 +51,7 @@ def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping
             why = ("a start from it would release private rows without noise" if flag == "--data" else
                    "figures on rows that the start was taken from say nothing")
             raise ValueError(f"--init {PREFIX}{path} is (part of) {flag} {other}: {why}. Name another file")
-    rows = data.read(path, task, columns=columns)
+    rows = data.read(path, task, columns=columns, allow_download=allow_download)
     if task == "classification":
         if len(data.label_names(rows)) < 2:
             found = ", ".join(data.label_names(rows)) or "none"

@@ -133,11 +133,13 @@ def _parquet(file: Path) -> Iterator[Record]:
                          "Write it again") from None
 
 
-def hub_records(name: str) -> Iterator[Record]:
+def hub_records(name: str, *, allow_download: bool) -> Iterator[Record]:
     """Rows of a dataset on the Hugging Face hub, named "org/dataset", "org/dataset/config", with ":split" or without.
 
     The split is "train" unless named. Only data files are read, never a loading script.
 
+    Args:
+        allow_download: False takes what the hub's cache on this machine has, and asks no one else.
     Raises:
         ValueError: the hub or the dataset cannot be reached.
     """
@@ -145,10 +147,16 @@ def hub_records(name: str) -> Iterator[Record]:
 
     path, _, split = name.partition(":")
     organisation, dataset, *config = path.split("/")
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or not allow_download
     try:
         loaded = datasets.load_dataset(f"{organisation}/{dataset}", *config, split=split or "train")
     except Exception as error:
-        raise ValueError(f"{name!r} is no file or folder here, and the hub did not give a dataset of that name "
-                         f"({type(error).__name__}). Check the path, or download the dataset and name its folder"
+        found = (f"the hub did not give a dataset of that name ({type(error).__name__}). Check the path"
+                 if allow_download else
+                 "no such dataset is in the hub's cache. Check the path, add --allow-download")
+        raise ValueError(f"{name!r} is no file or folder here, and {found}, or download the dataset and name its folder"
                          ) from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     yield from enumerate(loaded, start=1)

@@ -26,7 +26,8 @@ LAYOUTS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 Layout = tuple[str, tuple[str, ...]]
 
 
-def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = None, unit: str | None = None) -> Rows:
+def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = None, unit: str | None = None,
+         allow_download: bool = False) -> Rows:
     """Read and check all rows of a file, a folder (its files in the order of their names) or a hub dataset.
 
     Args:
@@ -35,7 +36,7 @@ def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = Non
         columns: the file's name for a column, where it is not the expected one: {"text": "note"}.
         unit: the file's column that names the person (or other unit of privacy) a row belongs to, for `Rows.units`;
             None if each row is a unit of its own. An id means the same in all files of a folder.
-
+        allow_download: fetch a hub dataset that is not in the hub's cache on this machine.
     Raises:
         ValueError: with file, line and remedy, never with a row's text or id.
     """
@@ -47,12 +48,12 @@ def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = Non
         raise ValueError(f"--column {unknown[0]}=… names no column of {task}. Those are: {', '.join(sorted(known))}")
 
     reader = _Reader(task, names, unit)
-    for file, stream in _sources(path):
+    for file, stream in _sources(path, allow_download):
         reader.add(file, stream)
     return reader.rows()
 
 
-def _sources(path: Path | str) -> Iterator[tuple[str, Iterator[Record]]]:
+def _sources(path: Path | str, allow_download: bool) -> Iterator[tuple[str, Iterator[Record]]]:
     local = Path(path).expanduser()
     accepted = ", ".join(SUFFIXES)
     if local.is_dir():
@@ -67,7 +68,7 @@ def _sources(path: Path | str) -> Iterator[tuple[str, Iterator[Record]]]:
             raise ValueError(f"{path} ends in {local.suffix or 'no suffix'!r}. Give a file that ends in {accepted}")
         yield str(path), records(local)
     elif _is_hub_name(str(path)):
-        yield str(path), hub_records(str(path))
+        yield str(path), hub_records(str(path), allow_download=allow_download)
     else:
         raise ValueError(f"{path} does not exist. Name a file that ends in {accepted}, or a folder of such files")
 
@@ -96,29 +97,26 @@ class _Reader:
         self.units: list[str] = []
 
     def add(self, file: str, stream: Iterator[Record]) -> None:
-        before = len(self.texts)
         self.files.append(file)
         layout: Layout | None = None
+        present: dict[str, None] = {}
         for line, row in stream:
             if layout is None:
                 layout = self._find_layout(file, tuple(row))
+            present.update(dict.fromkeys(row))
             self._add_row(place(file, line), layout, row)
             self.file_of.append(len(self.files) - 1)
             self.lines.append(line)
-        if len(self.texts) == before:
+        if layout is None:
             raise ValueError(f"{file} holds no rows. Add some, or take the file away")
+        self._check_optional(file, layout, tuple(present))
 
     def _find_layout(self, file: str, present: tuple[str, ...]) -> Layout:
-        found = next((one for one in LAYOUTS[self.task] if all(self.names.get(n, n) in present for n in one[1])), None)
+        """The first layout whose columns are in a file's first row, but for those that a row may lack."""
+        found = next((one for one in LAYOUTS[self.task]
+                      if all(self.names.get(n, n) in present for n in _required(one))), None)
         if found is None:
-            wanted = ", or ".join(" + ".join(self.names.get(n, n) for n in cols) for _, cols in LAYOUTS[self.task])
-            example = LAYOUTS[self.task][-1][1][0] if self.task == "causal-lm" else "text"
-            raise ValueError(f"{place(file, 1)}: {self.task} needs the columns {wanted}; {show_columns(present)}. "
-                             f"Name yours with --column {example}=NAME")
-        label = self.names.get("label", "label")
-        if self.task == "classification" and label not in present:
-            raise ValueError(f"{place(file, 1)}: there is no column {label}; {show_columns(present)}. "
-                             "Name yours with --column label=NAME")
+            raise self._no_layout(file, present)
         if self.unit is not None and self.unit not in present:
             raise ValueError(f"{place(file, 1)}: there is no column {self.unit}; {show_columns(present)}. "
                              "Name yours with --privacy-unit column:NAME")
@@ -128,14 +126,28 @@ class _Reader:
         self.layout = found
         return found
 
+    def _no_layout(self, file: str, present: tuple[str, ...]) -> ValueError:
+        wanted = ", or ".join(" + ".join(self.names.get(n, n) for n in cols) for _, cols in LAYOUTS[self.task])
+        example = LAYOUTS[self.task][-1][1][0] if self.task == "causal-lm" else "text"
+        return ValueError(f"{place(file, 1)}: {self.task} needs the columns {wanted}; {show_columns(present)}. "
+                          f"Name yours with --column {example}=NAME")
+
+    def _check_optional(self, file: str, layout: Layout, present: tuple[str, ...]) -> None:
+        """A row may lack its label or the second of a pair; a file whose rows all do has no such column."""
+        if any(self.names.get(name, name) not in present for name in layout[1]):
+            raise self._no_layout(file, present)
+        label = self.names.get("label", "label")
+        if self.task == "classification" and label not in present:
+            raise ValueError(f"{place(file, 1)}: there is no column {label}; {show_columns(present)}. "
+                             "Name yours with --column label=NAME")
+
     def _add_row(self, where: str, layout: Layout, row: Mapping[str, Any]) -> None:
         kind, columns = layout
         if kind == "messages":
             self.texts.append("")
             self.messages.append(_conversation(where, row.get(self.names.get(columns[0], columns[0]))))
         else:
-            optional = kind == "pair"
-            values = [self._text(where, name, row, required=not (optional and name == columns[1])) for name in columns]
+            values = [self._text(where, name, row, required=name in _required(layout)) for name in columns]
             self.texts.append(values[0] or "")
             if len(values) == 2:
                 self.seconds.append(values[1])
@@ -169,6 +181,12 @@ class _Reader:
                     labels=tuple(self.labels) if self.task == "classification" else None,
                     files=tuple(self.files), file_of=np.array(self.file_of, dtype=np.int64),
                     lines=np.array(self.lines, dtype=np.int64), units=None if self.unit is None else tuple(self.units))
+
+
+def _required(layout: Layout) -> tuple[str, ...]:
+    """The columns that each row has; the second of a pair may be empty or absent."""
+    kind, columns = layout
+    return columns[:1] if kind == "pair" else columns
 
 
 def _unit(where: str, column: str, value: Any) -> str:

@@ -97,6 +97,11 @@ class CausalLM(Task):
             raise ValueError(f"{where}: the tokenizer's chat template cannot write this conversation "
                              f"({type(error).__name__}). {remedy}") from None
 
+    @property
+    def outputs_per_token(self) -> int:
+        """The vocabulary."""
+        return len(self.tokenizer)
+
     def per_record_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """[records] float32: mean cross entropy over each record's own answer tokens."""
         losses, counts = self._token_losses(model, batch)

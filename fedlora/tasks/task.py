@@ -11,12 +11,17 @@ import numpy as np
 import torch
 
 from fedlora.data import Rows
+from fedlora.memory import memory_advice
 from fedlora.tasks.records import Batch, Records, collate
 
 _CHUNK = 1024
 """Rows tokenised at once."""
 
 _EVALUATION_BATCH = 64
+_EVALUATION_TOKENS = 8192
+_EVALUATION_OUTPUTS = 2**26
+"""Of a batch in evaluation: most records, padded tokens, and values that the model gives for them."""
+
 _EVALUATION_BUCKET = 8
 
 
@@ -56,13 +61,22 @@ class Task(ABC):
         """See `fedlora.tasks.records.collate`."""
         return collate(records, indices, length, device)
 
+    @property
+    def outputs_per_token(self) -> int:
+        """About how many values the model gives for a token."""
+        return 1
+
+    @memory_advice("evaluation", "lower --max-length, choose a smaller --model, or leave out --eval-data")
     @torch.no_grad()
     def evaluate(self, model: torch.nn.Module, records: Records, *, micro_batch: int | None = None,
                  device: str | torch.device = "cpu", autocast_dtype: torch.dtype | None = None) -> dict[str, float]:
         """Figures over all records, in evaluation mode; the model's mode is as before afterwards.
 
+        Args:
+            micro_batch: records computed at once; None for bounds on records, tokens and outputs.
         Raises:
             ValueError: there are no records.
+            MemoryError: with what helps.
         """
         if not len(records):
             raise ValueError("there is nothing to evaluate on: no row has a label or an answer within --max-length")
@@ -72,7 +86,9 @@ class Task(ABC):
                     else torch.autocast(torch.device(device).type, dtype=autocast_dtype))
         sums: dict[str, float] = {}
         try:
-            for length, indices in _by_length(records.lengths, micro_batch or _EVALUATION_BATCH, self.max_length):
+            tokens = min(_EVALUATION_TOKENS, _EVALUATION_OUTPUTS // self.outputs_per_token)
+            for length, indices in _by_length(records.lengths, self.max_length, most=micro_batch or _EVALUATION_BATCH,
+                                              tokens=None if micro_batch else tokens):
                 batch = self.collate(records, indices, length, device)
                 with autocast:
                     measured = self.measure(model, batch)
@@ -87,10 +103,17 @@ class Task(ABC):
             yield range(start, min(start + _CHUNK, len(rows)))
 
 
-def _by_length(lengths: np.ndarray, micro_batch: int, max_length: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(padded length, indices) of batches of like length."""
+def _by_length(lengths: np.ndarray, max_length: int, *, most: int,
+               tokens: int | None) -> Iterator[tuple[int, np.ndarray]]:
+    """(padded length, indices) of batches of like length, of at most so many records and, but for a single record,
+    so many padded tokens."""
     order = np.argsort(lengths, kind="stable")
-    for start in range(0, len(order), micro_batch):
-        indices = order[start:start + micro_batch]
-        longest = int(lengths[indices].max())
-        yield max(longest, min(-(-longest // _EVALUATION_BUCKET) * _EVALUATION_BUCKET, max_length)), indices
+    padded = np.maximum(lengths, np.minimum(-(-lengths // _EVALUATION_BUCKET) * _EVALUATION_BUCKET, max_length))[order]
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < min(start + most, len(order)) and (
+                tokens is None or (stop + 1 - start) * padded[stop] <= tokens):
+            stop += 1
+        yield int(padded[stop - 1]), order[start:stop]
+        start = stop

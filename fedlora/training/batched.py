@@ -30,7 +30,7 @@ from fedlora.tasks import Records, concatenate
 from fedlora.training.per_example import GradientBuffer, PerExampleLinear
 from fedlora.training.sampling import Draw, Sampler
 from fedlora.training.steps import PlainStep, PrivateStep
-from fedlora.training.trainer import Trainer, Training, TrainResult, memory_advice, optimizer, plain_divisor
+from fedlora.training.trainer import Trainer, Training, TrainResult, optimizer, plain_divisor, training_advice
 from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, tells
 
 
@@ -193,7 +193,7 @@ class BatchedTrainer(Trainer):
         self.adapted.write(one.start)
         frozen = FrozenTripwire(self.adapted, [parameter for _, parameter in self.adapted.trained_parameters()])
         records = concatenate([training.records for training in trainings])
-        with self._routed(trainings) as (routes, clients), memory_advice():
+        with self._routed(trainings) as (routes, clients), training_advice():
             for _ in range(one.run.local_steps):
                 self._step(records, clients, routes)
             frozen.check()

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fedlora.adapters import AdaptedModel
+from fedlora.memory import memory_advice
 from fedlora.plan import RunPlan, Tensors
 from fedlora.privacy.streams import RunStreams, Stream
 from fedlora.tasks import Records, Task
@@ -179,7 +180,7 @@ class Trainer:
         drawn: list[int] = []
         loss, rows = 0.0, 0
         try:
-            with self._dropout(run.dropout, sampling), memory_advice():
+            with self._dropout(run.dropout, sampling), training_advice():
                 for _ in range(run.local_steps):
                     draw = sampler.draw()
                     losses = self._accumulate(step, records, draw, stop)
@@ -281,14 +282,7 @@ def optimizer(name: str, lr: float, parameters: list[nn.Parameter]) -> torch.opt
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
 
 
-@contextlib.contextmanager
-def memory_advice() -> Iterator[None]:
+def training_advice() -> contextlib.AbstractContextManager[None]:
     """Out of memory names the flags that help."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-            raise MemoryError("training ran out of memory: lower --micro-batch (the result stays the same), lower "
-                              "--max-length at the server, or use --precision bf16") from None
-        raise
+    return memory_advice("training", "lower --micro-batch (the result stays the same), lower --max-length at the "
+                                     "server, or use --precision bf16")

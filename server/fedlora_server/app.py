@@ -13,20 +13,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fedlora import data
+from fedlora.data import Rows
+from fedlora.plan import GOODBYES
 from fedlora.wire import Setup
 
 from .cohort import RoundOptions
 from .display import Display
 from .grpc_engine import GrpcEngine
-from .planning import ANY_LABELS, claim_folder, evaluator, find_model, held_out, planned, prepare
+from .planning import ANY_LABELS, claim_folder, evaluator, find_model, held_out, planned, prepare, resolved
 from .report import write_report
 from .roster import Event
 from .roster_engine import RosterEngine
 from .rounds import FederationResult, run_federation
-
-REASONS = {"finished": "the run is finished", "stopped": "the coordinator stopped the run",
-           "wait-timeout": "too few clients were left"}
-
 
 Listen = Callable[[Setup, Path, Callable[[Event], None]], RosterEngine]
 """Makes the engine from what clients are told, the folder for uploads, and whom to tell of events."""
@@ -79,14 +78,18 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
     except ValueError:
         _release(out)
         raise
-    reason = "the server failed"
+    ended = "failed"
     try:
         console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", highlight=False)
         with _stopped_by_signals(stop, console), display:
-            if announced and (labels := _freeze_labels(engine, options, display, stop)):
-                federation = prepare(options, options.strategy, base, labels, options.seed, run_id=setup.run_id)
+            if announced:
+                ended = "labels"
+                labels = _freeze_labels(engine, options, rows, display, stop)
+                ended = "failed"
+                if labels:
+                    federation = prepare(options, options.strategy, base, labels, options.seed, run_id=setup.run_id)
             if stop.is_set():
-                reason = REASONS["stopped"]
+                ended = "stopped"
                 return Served(out, None)
             engine.expect(federation.adapted.layout)
             result = run_federation(engine, federation.strategy, federation.plan, federation.state, rounds,
@@ -94,11 +97,11 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
                                     start=federation.start)
             joined = {member.name: {"fedlora_version": member.fedlora_version, "private": member.private,
                                     "label_names": list(member.announced_labels)} for member in engine.members()}
-            shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-            write_report(out, federation, result, base.loadable_name, options=shown, joined=joined)
-        reason = REASONS[result.ended]
+            write_report(out, federation, result, base.loadable_name, options=resolved(options, options.strategy),
+                         joined=joined)
+        ended = result.ended
     finally:
-        engine.close(reason)
+        engine.close(GOODBYES[ended])
         _release(out)
     return Served(out, result)
 
@@ -114,9 +117,13 @@ def _release(out: Path) -> None:
         out.rmdir()
 
 
-def _freeze_labels(engine: RosterEngine, options: Namespace, display: Display,
+def _freeze_labels(engine: RosterEngine, options: Namespace, held_out: Rows | None, display: Display,
                    stop: threading.Event) -> tuple[str, ...]:
-    """The union of the label names that the first --min-clients clients announced."""
+    """The union of the label names that the first --min-clients clients announced; () if stopped before.
+
+    Raises:
+        ValueError: they are too few, or --eval-data has others.
+    """
     told = -1
     while len(ready := [m for m in engine.members() if m.ready_at is not None]) < options.min_clients:
         if stop.is_set():
@@ -129,6 +136,9 @@ def _freeze_labels(engine: RosterEngine, options: Namespace, display: Display,
     if len(labels) < 2:
         raise ValueError(f"the first {options.min_clients} clients announced {len(labels)} label names together; "
                          "classification needs two. Name them with --labels")
+    if held_out is not None:
+        data.check_labels(held_out, labels)
+    engine.fix_labels(labels)
     display.say(f"The label set is {', '.join(labels)}")
     return labels
 

@@ -40,7 +40,7 @@ class RoundOptions:
         min_clients: round 1 waits, without limit, until so many are connected.
         min_replies: uploads without which no round closes; None for half of the cohort, rounded up.
         round_timeout_s: after it, a round closes with at least `min_replies`, or drafts.
-        wait_timeout_s: how long a round with nobody left to ask waits for clients before the run ends.
+        wait_timeout_s: how long a round with nobody at work and nobody left to ask waits before the run ends.
         evaluate_every: evaluate after every so many rounds, and after the last.
     """
 
@@ -173,7 +173,7 @@ class OpenRound:
         first = clients.draw(self._number, present, options.clients_per_round)
         needed = options.min_replies or -(-len(first) // 2)
         self._ask(first, arrays)
-        deadline, alone_since = time.monotonic() + options.round_timeout_s, None
+        deadline, alone_since, overdue = time.monotonic() + options.round_timeout_s, None, False
         while True:
             if self._stop.is_set():
                 raise Ended("stopped")
@@ -192,6 +192,11 @@ class OpenRound:
             if drafted:
                 self._ask(drafted, arrays)
                 deadline, alone_since = time.monotonic() + options.round_timeout_s, None
+            elif pending:
+                alone_since = None
+                if late and not overdue:
+                    overdue = True
+                    self._observer.overdue(self._number, missing, pending)
             elif alone_since is None:
                 alone_since = time.monotonic()
                 self._observer.waiting(missing, 0, options.wait_timeout_s)

@@ -63,6 +63,10 @@ class Display(Observer):
         self._say(f"round {round}: {what} {', '.join(names) if len(names) <= 8 else len(names)}",
                   quiet=attempt == 0 and self._live is None)
 
+    def overdue(self, round: int, missing: int, pending: int) -> None:
+        self._say(f"round {round} takes longer than --round-timeout: {missing} more upload{'s' * (missing != 1)} "
+                  f"needed, {pending} client{'s' * (pending != 1)} still training, and nobody is left to draft")
+
     def answered(self, round: int, name: str, outcome: str) -> None:
         self._say(f"round {round}: {name} {outcome}", quiet=outcome == "uploaded" and not self._live)
 

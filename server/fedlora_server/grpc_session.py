@@ -168,14 +168,14 @@ class GrpcSession:
 
     def _on_join(self, join: pb.Join) -> None:
         try:
-            self._roster.join(self, join)
+            setup = self._roster.join(self, join)
         except Refused as refused:
             log.warning("A client that calls itself %r was turned away: %s", wire.clean(join.name), refused.refusal)
             self.send([pb.ServerFrame(refused=wire.refusal_to_wire(refused.refusal)).SerializeToString()])
             self.close()
             self._left = True
         else:
-            self.send([pb.ServerFrame(welcome=wire.setup_to_wire(self._roster.setup)).SerializeToString()])
+            self.send([pb.ServerFrame(welcome=wire.setup_to_wire(setup)).SerializeToString()])
 
     def _on_upload(self, upload: pb.Upload) -> None:
         upload = self._received.restore(upload)

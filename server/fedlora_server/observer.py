@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -35,6 +36,17 @@ class RoundRecord:
     evaluation: Mapping[str, float] = field(default_factory=dict)
 
 
+def jsonable(value: object) -> object:
+    """The value with numbers that JSON does not know (a diverged loss) as text."""
+    if isinstance(value, Mapping):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
 class Observer:
     """What the round loop tells while it runs; override what is of interest. Called from the loop's own thread."""
 
@@ -43,6 +55,9 @@ class Observer:
 
     def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
         """Orders were sent; attempt 0 is the round's cohort, later ones are drafts."""
+
+    def overdue(self, round: int, missing: int, pending: int) -> None:
+        """The round's time is up with `missing` uploads too few and nobody to draft; `pending` clients still train."""
 
     def answered(self, round: int, name: str, outcome: str) -> None:
         """A client's state changed: "uploaded", "lost" or a refusal's text."""

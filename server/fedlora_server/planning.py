@@ -127,14 +127,16 @@ def _public_rows(options: Namespace, init: str | None, labels: tuple[str, ...]) 
     if init is None or not init.startswith(PREFIX):
         return None
     return read_public(init.removeprefix(PREFIX), options.task, labels, columns=options.column,
-                       others={"--data": getattr(options, "data", None), "--eval-data": options.eval_data})
+                       others={"--data": getattr(options, "data", None), "--eval-data": options.eval_data},
+                       allow_download=options.allow_download)
 
 
 def planned(options: Namespace, strategy: str) -> Preset:
     """The preset of (strategy, --privacy), with the values that flags override.
 
     Raises:
-        ValueError: --max-participations is more than the rounds, or --init dp is asked for without privacy.
+        ValueError: --max-participations is more than the rounds, --dropout is asked for with privacy, or --init dp
+            without.
     """
     chosen = preset(strategy, options.privacy == "required")
     given = {name: value for field in dataclasses.fields(Preset)
@@ -143,10 +145,19 @@ def planned(options: Namespace, strategy: str) -> Preset:
     if options.max_participations and options.max_participations > values.rounds:
         raise ValueError(f"--max-participations {options.max_participations} is more than the {values.rounds} rounds "
                          "of the run; lower it, or leave it out for exactly the rounds")
+    if options.dropout and options.privacy == "required":
+        raise ValueError(f"--dropout {options.dropout:g} and privacy exclude each other: a record's mask depends on "
+                         "the others in its batch, which no ε covers. Leave --dropout out, or choose --privacy off")
     if values.init == PRIVATE_START and options.privacy != "required":
         raise ValueError(f"--init {PRIVATE_START} is a start from noised gradients, and without privacy there is no "
                          "noise; choose --init orthonormal, weight or public:FILE")
     return values
+
+
+def resolved(options: Namespace, strategy: str) -> dict[str, object]:
+    """The options as a report shows them: the preset's values stand where none were given, and paths are text."""
+    values = vars(options) | {"strategy": strategy} | dataclasses.asdict(planned(options, strategy))
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def make_plan(options: Namespace, strategy: str, reference: ModelRef, labels: tuple[str, ...],
@@ -177,7 +188,7 @@ def held_out(options: Namespace) -> Rows | None:
     """
     if options.eval_data is None:
         return None
-    rows = data.read(options.eval_data, options.task, columns=options.column)
+    rows = data.read(options.eval_data, options.task, columns=options.column, allow_download=options.allow_download)
     if options.task == "classification" and not data.label_names(rows):
         raise ValueError(f"--eval-data {options.eval_data} has no labels; accuracy needs a label column "
                          "(--column label=NAME names another)")

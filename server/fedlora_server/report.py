@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from fedlora.versions import environment
 from fedlora_strategies import FederatedLoRA
 
 from . import curves
-from .observer import RoundRecord
+from .observer import RoundRecord, jsonable
 from .planning import Federation
 from .rounds import FederationResult
 
@@ -30,14 +29,14 @@ def write_report(out: Path, federation: Federation, result: FederationResult, ba
 
     Args:
         base: the base model's hub id or folder, named in the adapter's configuration.
-        options: what the server was started with, beside the plan: seeds, data, device, time limits.
+        options: of the command, with the preset's values (`planning.resolved`).
         joined: client name → what it disclosed when it joined.
     Returns:
         the adapter's folder.
     """
     folder = adapters.export(federation.adapted, result.state, out / "adapter", base)
     report = describe(federation.plan, federation.strategy, result, options or {}, joined or {})
-    text = json.dumps(_jsonable(report), indent=1, default=str, allow_nan=False)
+    text = json.dumps(jsonable(report), indent=1, default=str, allow_nan=False)
     (out / "report.json").write_text(text + "\n")
     plan = federation.plan
     curves.draw(out / "curves.png", result.records,
@@ -73,14 +72,3 @@ def disclosures(records: Sequence[RoundRecord], joined: Mapping[str, Mapping[str
         for name, scalars in record.disclosed.items():
             said.setdefault(name, {}).setdefault("rounds", {})[str(record.round)] = dict(scalars)
     return dict(sorted(said.items()))
-
-
-def _jsonable(value: object) -> object:
-    """The value with numbers that JSON does not know (a diverged loss) as text."""
-    if isinstance(value, Mapping):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

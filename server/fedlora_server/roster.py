@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -100,6 +100,7 @@ class _Seat:
     process: bytes
     version: str
     private: bool
+    setup: Setup  # what its process was told
     joined_at: float
     ready_at: float | None = None
     labels: tuple[str, ...] = ()
@@ -120,7 +121,7 @@ class Roster:
     """Seats by node id.
 
     Args:
-        setup: told to every client that joins.
+        setup: told to every client that joins, until `fix_labels`.
         notify: called with each Event, from any thread; it must be quick.
     """
 
@@ -134,9 +135,13 @@ class Roster:
 
     # What the streams report.
 
-    def join(self, stream: Stream, join: pb.Join) -> None:
+    def join(self, stream: Stream, join: pb.Join, told: Setup | None = None) -> Setup:
         """Give the stream its name's seat.
 
+        Args:
+            told: what its process was told before; None where that is not known yet.
+        Returns:
+            What it is to be told: what its process was told when it came first, or what new ones are told now.
         Raises:
             Refused: versions, privacy or names do not fit.
             WireError: the name or the token is not one.
@@ -159,16 +164,19 @@ class Roster:
             seat = self._seats.get(node)
             again = seat is not None
             if seat is None:
-                seat = _Seat(join.name, node, join.process, theirs, join.private, time.time())
+                seat = _Seat(join.name, node, join.process, theirs, join.private, told or self.setup, time.time())
                 self._seats[node] = seat
             elif seat.stream is not None and seat.process != join.process:
                 raise Refused("name-in-use", f"a client named {join.name!r} is connected; choose another --name, or "
                                              "stop the other client first")
             elif seat.stream is not None:
                 self._vacate(seat)
+            if seat.process != join.process:
+                seat.setup = told or self.setup
             stream.name, stream.process = join.name, join.process
             seat.stream, seat.process, seat.version, seat.private = stream, join.process, theirs, join.private
             self._new(Event("rejoined" if again else "joined", seat.name))
+            return seat.setup
 
     def ready(self, stream: Stream, labels: tuple[str, ...], working: Key | None) -> None:
         """The client has read its data; `working` names the task that it still has in hand, if any."""
@@ -176,9 +184,9 @@ class Roster:
             seat = self._seat(stream)
             if seat is None:
                 return
-            if labels and not self.setup.announce_labels:
+            if labels and not seat.setup.announce_labels:
                 raise wire.WireError("labels were announced though nobody asked for them")
-            seat.ready, seat.labels = True, labels
+            seat.ready, seat.labels = True, labels or seat.labels
             seat.ready_at = seat.ready_at or time.time()
             seat.working = working
             for order in seat.orders:
@@ -250,6 +258,11 @@ class Roster:
                 seat.bytes_down += down
 
     # What the engine asks.
+
+    def fix_labels(self, labels: tuple[str, ...]) -> None:
+        """Tell this label set to those who join from now on, and ask them for no label names."""
+        with self._changed:
+            self.setup = replace(self.setup, labels=labels, announce_labels=False)
 
     def members(self) -> list[Member]:
         """All that ever joined, those that became ready first in that order."""

@@ -44,6 +44,10 @@ class RosterEngine(Engine):
         self._trained = {spec.name: tuple(spec.shape) for spec in layout.trained}
         self._shared = {spec.name: tuple(spec.shape) for spec in layout.shared}
 
+    def fix_labels(self, labels: tuple[str, ...]) -> None:
+        """The label set is settled: whoever joins from now on is told it, and discloses no label names."""
+        self._roster.fix_labels(labels)
+
     def members(self) -> list[Member]:
         """All clients that ever joined, in the order in which they became ready, with what each disclosed."""
         return self._roster.members()

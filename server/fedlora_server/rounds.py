@@ -31,7 +31,7 @@ from fedlora_strategies.private_start import PrivateStart
 from . import checkpoint
 from .cohort import Clients, Ended, OpenRound, RoundOptions
 from .engine import Engine
-from .observer import Observer, RoundRecord
+from .observer import Observer, RoundRecord, jsonable
 
 Evaluate = Callable[[Tensors], Mapping[str, float]]
 
@@ -78,7 +78,7 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
         if out is not None:
             checkpoint.save(out, plan.run_id, record.round, after)
             with (out / "metrics.jsonl").open("a") as lines:
-                lines.write(json.dumps(asdict(record)) + "\n")
+                lines.write(json.dumps(jsonable(asdict(record)), allow_nan=False) + "\n")
         observer.finished(record)
 
     def figures(round: int, of: Tensors) -> Mapping[str, float]:

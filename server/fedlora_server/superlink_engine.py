@@ -41,8 +41,8 @@ REPLIES_AT_ONCE = 8
 class _Node:
     """A SuperNode as the roster's `Stream`. `name` is empty until it has joined."""
 
-    def __init__(self, flower_id: int, outgoing: SimpleQueue[tuple[_Node, Order]]) -> None:
-        self.flower_id = flower_id
+    def __init__(self, flower_id: int, told: Setup, outgoing: SimpleQueue[tuple[_Node, Order]]) -> None:
+        self.flower_id, self.told = flower_id, told
         self.name, self.process = "", b""
         self.cancelled: Key | None = None
         self._outgoing = outgoing
@@ -115,8 +115,8 @@ class SuperLinkEngine(RosterEngine):
         for flower_id in self._nodes.keys() - present:
             self._lose(self._nodes[flower_id])
         for flower_id in sorted(present - self._nodes.keys()):
-            node = self._nodes[flower_id] = _Node(flower_id, self._outgoing)
-            welcome = pb.ServerFrame(welcome=wire.setup_to_wire(self._roster.setup)).SerializeToString()
+            node = self._nodes[flower_id] = _Node(flower_id, self._roster.setup, self._outgoing)
+            welcome = pb.ServerFrame(welcome=wire.setup_to_wire(node.told)).SerializeToString()
             self._post(node, None, join_message(welcome, flower_id))
 
     def _lose(self, node: _Node) -> None:
@@ -162,7 +162,7 @@ class SuperLinkEngine(RosterEngine):
             if isinstance(answer, Refusal):
                 raise Refused(answer.code, wire.clean(answer.detail))
             join, ready = (wire.parse(pb.ClientFrame, frame) for frame in answer)
-            self._roster.join(node, join.join)
+            self._roster.join(node, join.join, node.told)
             self._roster.ready(node, wire.labels_from_wire(ready.ready.labels), None)
         except Refused as refused:
             self._notify(Event("declined", node.name or f"SuperNode {node.flower_id}", str(refused.refusal)))

@@ -129,7 +129,7 @@ def run_audit(options: Namespace, base: BaseModel, *, private: bool) -> Audit:
                       canaries.directions, len(own), min(1.0, plan.expected_batch / size))
     engine = InProcessEngine({"audited": watched}, run_id, adapted.layout)
     result = run_federation(engine, federation.strategy, plan, federation.state,
-                            RoundOptions(seed=seed, min_clients=1, wait_timeout_s=0.0))
+                            RoundOptions(seed=seed, min_clients=1, round_timeout_s=math.inf, wait_timeout_s=0.0))
     engine.close("the audit is over")
     ledger.close()
     if result.ended != "finished":
@@ -156,7 +156,7 @@ def run_audit(options: Namespace, base: BaseModel, *, private: bool) -> Audit:
 
 def _client_rows(options: Namespace) -> tuple[Rows, tuple[str, ...]]:
     """The audited client's own labelled rows, at most --rows of them drawn by the seed, and the label set."""
-    rows = data.read(options.data, options.task, columns=options.column)
+    rows = data.read(options.data, options.task, columns=options.column, allow_download=options.allow_download)
     labels = options.labels or data.label_names(rows)
     if len(labels) < 2:
         raise ValueError(f"--data {options.data} has {len(labels)} different labels; an audit needs at least two")

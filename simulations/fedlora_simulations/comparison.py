@@ -12,6 +12,7 @@ import matplotlib
 from rich.table import Table
 
 from fedlora_server.display import quantity
+from fedlora_server.observer import jsonable
 
 from .simulate import Simulated, mean_and_deviation
 
@@ -89,9 +90,9 @@ def table(comparisons: Sequence[Comparison]) -> Table:
 def save(folder: Path, comparisons: Sequence[Comparison], about: Mapping[str, object]) -> None:
     """Write comparison.json, and comparison.png where there is something to plot."""
     runs = [asdict(c) | {"epsilon": None if math.isinf(c.epsilon) else c.epsilon} for c in comparisons]
-    (folder / "comparison.json").write_text(json.dumps({
-        **about, "noise": "seeded and repeatable: no ε holds for these very outputs", "methods": runs},
-        indent=1, default=str))
+    (folder / "comparison.json").write_text(json.dumps(jsonable({
+        **about, "noise": "seeded and repeatable: no ε holds for these very outputs", "methods": runs}),
+        indent=1, default=str, allow_nan=False))
     if comparisons[0].metric:
         _plot(folder / "comparison.png", comparisons)
 

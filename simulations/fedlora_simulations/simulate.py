@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import resource
 import secrets
 import time
@@ -27,7 +28,7 @@ from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import MemoryState
 from fedlora_server.cohort import RoundOptions
 from fedlora_server.observer import Observer
-from fedlora_server.planning import BaseModel, Federation, evaluator, held_out, prepare
+from fedlora_server.planning import BaseModel, Federation, evaluator, held_out, prepare, resolved
 from fedlora_server.report import write_report
 from fedlora_server.rounds import FederationResult, run_federation
 
@@ -95,7 +96,7 @@ def populate(options: Namespace, seed: int) -> Population:
     if options.data is None:
         raise ValueError("--data is missing: name a folder or file of training rows")
     rows = data.read(options.data, options.task, columns=options.column,
-                     unit=unit_column(options.privacy_unit or ROW))
+                     unit=unit_column(options.privacy_unit or ROW), allow_download=options.allow_download)
     labels = options.labels or data.label_names(rows)
     if options.task == "classification" and len(labels) < 2:
         raise ValueError(f"--data {options.data} has {len(labels)} different labels; classification needs at least two "
@@ -166,7 +167,7 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
                         min_replies=options.min_replies, evaluate_every=options.eval_every,
-                        wait_timeout_s=0.0)  # nobody new can come
+                        round_timeout_s=math.inf, wait_timeout_s=0.0)  # no clock decides, and nobody new can come
     engine = _engine(options, federation, base, trainer, release, sessions)
     try:
         began = time.monotonic()
@@ -178,7 +179,8 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
             noise_multipliers={name: session.terms.noise_multiplier for name, session in sessions.items()},
             bytes_up=engine.bytes_up, bytes_down=engine.bytes_down, seconds=time.monotonic() - began)
         if out is not None:
-            write_report(out, federation, result, base.loadable_name)
+            write_report(out, federation, result, base.loadable_name,
+                         options=resolved(options, method.strategy) | {"seed": seed})
     finally:
         engine.close("the run is over")
         ledger.close()

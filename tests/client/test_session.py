@@ -186,6 +186,14 @@ def test_a_batch_too_large_for_the_declared_size_is_refused_and_the_log_names_th
     assert "at most 12" in caplog.text
 
 
+def test_dropout_is_refused_under_privacy_alone_as_its_masks_depend_on_other_records(desk, caplog):
+    with pytest.raises(Refused) as refused:
+        desk.session(plan=make_plan(dropout=0.1))
+    assert refused.value.refusal == Refusal("policy") and "dropout 0.1" in caplog.text
+    assert desk.ledger.terms("north", "ab" * 8) is None
+    desk.session(plan=make_plan(dropout=0.1, private=False), epsilon=float("inf"))
+
+
 def test_the_client_may_lower_the_clip_norm_and_never_raise_it(desk, tmp_path):
     assert desk.session(max_clip_norm=0.1).terms.clip_norm == 0.1
     desk.ledger, desk.state = Ledger(None, simulated=True), MemoryState({})

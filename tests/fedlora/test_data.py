@@ -112,6 +112,15 @@ def test_a_missing_label_is_none(tmp_path):
     assert label_names(read(path, "classification")) == ("a",)
 
 
+def test_what_a_row_may_lack_the_first_may_lack_too_but_not_all_of_a_file(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"text": "x"}, {"text": "y", "label": "a"})
+    assert read(path, "classification").labels == (None, "a")
+    assert "no column label" in refusal(write_lines(tmp_path / "b.jsonl", {"text": "x"}, {"text": SECRET}))
+    path = write_lines(tmp_path / "c.jsonl", {"text_a": "x", "label": "a"}, {"text_a": "y", "text_b": "z"})
+    assert f"{path}:1: text_b is empty" in refusal(path)
+    assert "text_a + text_b" in refusal(write_lines(tmp_path / "d.jsonl", {"text_a": "x", "label": "a"}))
+
+
 def test_columns_can_be_renamed(tmp_path):
     path = write(tmp_path / "a.csv", ["note", "urgent", "text"], [("x", 1, "other")])
     rows = read(path, "classification", columns={"text": "note", "label": "urgent"})
@@ -243,11 +252,21 @@ def test_a_mistyped_local_path_is_not_sent_to_the_hub(tmp_path, monkeypatch):
     assert "does not exist" in refusal("data/hospital")
 
 
-def test_a_hub_that_cannot_be_reached_is_an_error(monkeypatch):
+def test_the_hub_is_asked_only_where_that_is_allowed_and_one_that_cannot_be_reached_is_an_error(monkeypatch):
     import datasets
 
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    assert "is no file or folder here" in refusal("nobody-here/no-such-dataset")
+    asked = []
+
+    def unreachable(*_, **__):
+        asked.append(datasets.config.HF_HUB_OFFLINE)
+        raise ConnectionError
+
+    assert "add --allow-download" in refusal("nobody-here/no-such-dataset")
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    assert "add --allow-download" in refusal("nobody-here/no-such-dataset")
+    assert "the hub did not give a dataset" in refusal("nobody-here/no-such-dataset", allow_download=True)
+    assert asked == [True, False] and not datasets.config.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])

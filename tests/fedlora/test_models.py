@@ -87,6 +87,15 @@ def test_weights_of_another_model_are_refused(folder, checkpoint):
         models.load(folder, "classification", 2)
 
 
+def test_a_model_too_large_for_the_memory_is_said_so(checkpoint, monkeypatch):
+    def exhausted(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(models.AutoModelForSequenceClassification, "from_pretrained", exhausted)
+    with pytest.raises(MemoryError, match=r"loading the base model ran out of memory: .* smaller --model"):
+        models.load(checkpoint("bert"), "classification", 2)
+
+
 def test_loading_prints_nothing(checkpoint, capfd):
     models.load(checkpoint("roberta"), "classification", 2)
     assert capfd.readouterr() == ("", "")
@@ -194,6 +203,14 @@ def test_a_client_never_opens_a_folder_that_the_server_names(folder):
         with pytest.raises(Refused, match="--model PATH"):
             models.obtain(ref)
         assert models.obtain(ref, path=folder) == folder
+
+
+def test_a_refusal_names_no_path_of_this_machine_and_the_local_log_does(folder, caplog):
+    ref = models.reference("local", folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(Refused, match="no usable copy of local is on the client's machine") as refused:
+        models.obtain(ref, path=folder)
+    assert str(folder) not in str(refused.value) and f"{folder} has no config.json" in caplog.text
 
 
 def test_another_model_is_refused_with_both_hashes(folder, tmp_path):

@@ -249,6 +249,47 @@ def test_classification_is_evaluated_as_one_record_after_the_other(tmp_path, kin
     assert result["count"] == 4 and isinstance(result["count"], int)
 
 
+class Watched(torch.nn.Module):
+    """Keeps the shape of every batch that goes through the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.shapes = model, []
+
+    def forward(self, input_ids, **inputs):
+        self.shapes.append(tuple(input_ids.shape))
+        return self.model(input_ids=input_ids, **inputs)
+
+
+@pytest.mark.parametrize("task_name", ["classification", "causal-lm"])
+def test_batches_of_an_evaluation_are_bounded_in_tokens_and_outputs(tmp_path, task_name):
+    tokenizer, model = loaded(tmp_path, "gpt2", task_name)
+    texts = ["word " * (1 + 4 * i) for i in range(40)]
+    rows = rows_of(tmp_path, task_name, *({"text": text, "label": "a"} for text in texts))
+    task = (Classification(tokenizer, ("a", "b", "c"), 256) if task_name == "classification"
+            else CausalLM(tokenizer, 256))
+    watched = Watched(model)
+    assert task.evaluate(watched, task.encode(rows))["count"] == 40
+    assert len(watched.shapes) > 1 and max(rows * length for rows, length in watched.shapes) <= 8192
+    assert sum(rows for rows, _ in watched.shapes) == 40
+    if task_name == "causal-lm":
+        tokenizer.add_tokens([f"<{i}>" for i in range(2**17)])  # a vocabulary as large as any
+        watched.shapes.clear()
+        task.evaluate(watched, task.encode(rows))
+        assert max(rows * length for rows, length in watched.shapes) * len(tokenizer) <= 2**26
+
+
+def test_an_evaluation_that_runs_out_of_memory_names_what_helps(tmp_path):
+    class Full(torch.nn.Module):
+        def forward(self, **inputs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tokenizer, _ = loaded(tmp_path, "bert", "classification")
+    task = Classification(tokenizer, ("a", "b", "c"), 32)
+    with pytest.raises(MemoryError, match="evaluation ran out of memory: lower --max-length"):
+        task.evaluate(Full(), task.encode(classification_rows(tmp_path)))
+
+
 def test_perplexity_is_over_all_answer_tokens(tmp_path):
     tokenizer, model = loaded(tmp_path, "gpt2", "causal-lm")
     task = CausalLM(tokenizer, 64)

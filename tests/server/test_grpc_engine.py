@@ -178,6 +178,17 @@ def test_a_bad_upload_is_refused_and_the_client_stays(engine, spoil, tmp_path):
     assert outcome(engine, sent) == "uploaded"
 
 
+def test_an_upload_that_is_refused_while_it_is_under_way_is_not_sent_to_its_end(engine):
+    connection = connect(engine, "north")
+    large = {**UPLOAD, "head.out.bias": np.zeros(64 << 20, np.float32)}
+    for number, tensors, code in [(1, large, "invalid-tensors"), (2, UPLOAD, None)]:
+        engine.push_messages([order(node_id("north"), number)])
+        plan, _ = connection.next_task()
+        refusal = connection.send(Upload(*plan.key, tensors=tensors, steps=1))
+        assert (refusal.code if refusal else None) == code
+    assert connection.bytes_up < large["head.out.bias"].nbytes
+
+
 def test_a_refusal_reaches_the_round_loop(engine):
     connection = connect(engine, "north")
     [sent] = engine.push_messages([order(node_id("north"))])
@@ -281,6 +292,36 @@ def test_labels_are_listed_as_disclosed(tmp_path):
     assert [(m.name, m.announced_labels) for m in engine.members()] == [
         ("north", ("no", "yes")), ("south", ("maybe",))]
     engine.close("done")
+
+
+def test_once_the_labels_are_fixed_new_clients_are_asked_for_none_and_old_ones_come_back_as_before(tmp_path):
+    engine = GrpcEngine("127.0.0.1:0", setup_of(RUN, labels=(), announce_labels=True), tmp_path)
+    engine.expect(LAYOUT)
+    proxy = TcpProxy(engine.address)
+    early, slow = (Connection(proxy.address, name, private=False, connect_timeout_s=10) for name in ("early", "slow"))
+    assert early.join().announce_labels and slow.join().announce_labels
+    early.ready(("no", "yes"))
+    until(engine.idle, engine)
+    engine.fix_labels(("no", "yes"))
+    slow.ready(("no",))
+    until(lambda: len(engine.idle()) == 2, engine)
+    proxy.cut()
+    until(lambda: not engine.idle(), engine)
+    proxy.restore()
+    until(lambda: len(engine.idle()) == 2, engine)
+    engine.push_messages(order(node_id(name)) for name in ("early", "slow"))
+    assert early.next_task()[0] == slow.next_task()[0]
+    early.leave()
+    until(lambda: len(engine.get_node_ids()) == 1, engine)
+    for name in ("early", "late"):  # a new process of the same client is asked for none either
+        late = Connection(engine.address, name, private=False)
+        assert late.join() == setup_of(RUN, labels=("no", "yes"))
+        late.ready()
+    until(lambda: len(engine.get_node_ids()) == 3, engine)
+    assert {m.name: m.announced_labels for m in engine.members()} == {
+        "early": ("no", "yes"), "slow": ("no",), "late": ()}
+    engine.close("done")
+    proxy.cut()
 
 
 def test_a_message_that_is_not_a_round_plan_and_its_tensors_is_refused_at_push(engine):

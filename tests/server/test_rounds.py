@@ -235,6 +235,21 @@ def test_after_the_time_limit_a_round_closes_with_enough_uploads_and_cancels_the
     assert federation.engine.idle() and not list(federation.engine.pull_messages(["1", "2", "3", "4"]))
 
 
+def test_clients_that_are_slower_than_both_time_limits_are_waited_for_while_they_train():
+    federation, told = Federation("abc", rounds=2), []
+
+    class Overdue(Observer):
+        def waiting(self, needed, present, timeout_s):
+            told.append("waiting")
+
+        def overdue(self, round, missing, pending):
+            told.append((round, missing, pending))
+
+    result = federation.run(round_timeout_s=0.0, wait_timeout_s=0.0, min_replies=3, observer=Overdue())
+    assert result.ended == "finished" and all(record.uploaded == tuple("abc") for record in result.records)
+    assert told == [(1, 2, 2), (2, 2, 2)], "said once in each round"
+
+
 def test_a_stop_returns_the_state_of_the_last_finished_round():
     whole = Federation("abc", rounds=1).run()
     federation, stop = Federation("abc", rounds=3), Event()
@@ -278,6 +293,16 @@ def test_each_round_leaves_its_checkpoint_and_its_line(tmp_path):
     assert last["disclosed"]["a"]["num_examples"] == 12 and last["update_norm"] > 0
     with pytest.raises(ValueError, match="no round"):
         checkpoint.load(tmp_path / "nowhere")
+
+
+def test_the_lines_of_a_run_that_diverged_are_json(tmp_path):
+    def no_constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    Federation("ab", rounds=1).run(out=tmp_path, evaluate=lambda state: {"loss": float("nan")})
+    lines = [json.loads(line, parse_constant=no_constant)
+             for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["evaluation"] for line in lines] == [{"loss": "nan"}] * 2
 
 
 def test_evaluation_comes_every_so_many_rounds_and_after_the_last():

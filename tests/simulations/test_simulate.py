@@ -1,12 +1,16 @@
 """The command `fedlora-simulate` as a researcher calls it."""
 
+import itertools
 import json
 import resource
+from types import SimpleNamespace
 
 import pytest
 
+from fedlora_server import cohort
 from fedlora_simulations.cli import main
 from fedlora_simulations.simulate import allow_open_files
+from fedlora_strategies.presets import preset
 from tests.processes import write_rows
 
 SMALL = ("--rank=2", "--local-steps=1", "--batch-size=8", "--max-length=16", "--threads=1", "--device=cpu",
@@ -26,6 +30,26 @@ def test_the_last_round_is_evaluated_whatever_the_interval(arguments, tmp_path, 
     rounds = [json.loads(line) for line in lines]
     assert [record["round"] for record in rounds if record["evaluation"]] == evaluated
     assert [record["round"] for record in rounds] == [0, 1, 2, 3]
+
+
+def test_a_runs_report_says_all_that_is_needed_to_repeat_it(arguments, tmp_path):
+    assert main([*arguments, "--strategy=ffa-lora:orthonormal,fed-sb", "--rounds=1", "--seeds=3"]) == 0
+    shown = {name: json.loads((tmp_path / "out" / name / "report.json").read_text())["options"]
+             for name in ("ffa-lora-orthonormal-seed3", "fed-sb-seed3")}
+    for options in shown.values():
+        assert (options["seed"], options["partition"], options["rounds"]) == (3, "iid", 1)
+        assert options["data"] == str(tmp_path / "train.jsonl") and options["lr"] > 0
+    assert shown["ffa-lora-orthonormal-seed3"]["init"] == "orthonormal"
+    assert shown["fed-sb-seed3"]["init"] == preset("fed-sb", True).init
+    assert [options["strategy"] for options in shown.values()] == ["ffa-lora", "fed-sb"]
+
+
+def test_no_clock_decides_how_a_round_ends(arguments, tmp_path, monkeypatch):
+    every_look_is_a_day_later = SimpleNamespace(monotonic=itertools.count(step=86400).__next__)
+    monkeypatch.setattr(cohort, "time", every_look_is_a_day_later)
+    assert main([*arguments, "--strategy=ffa-lora", "--rounds=1"]) == 0
+    lines = (tmp_path / "out" / "ffa-lora-seed0" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["uploaded"] == ["client-0", "client-1"]
 
 
 def test_the_limit_of_open_files_is_raised_to_what_many_clients_need_or_the_error_names_it():
