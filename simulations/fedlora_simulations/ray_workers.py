@@ -85,9 +85,9 @@ class RayWorkers(Workers):
         actor, key = self._busy.pop(ready)
         try:
             answer = self._ray.get(ready)
-        except self._ray.exceptions.RayActorError as error:
-            raise WorkerLost(f"a Ray worker was lost ({str(error).splitlines()[0]}). If memory ran out, use fewer "
-                             "--workers, a lower --micro-batch or --precision bf16") from None
+        except self._ray.exceptions.RayError as error:  # not of the training: that is an answer
+            raise WorkerLost(f"a Ray worker was lost ({_first_line(error)}). If memory ran out, use fewer --workers, a "
+                             "lower --micro-batch or --precision bf16") from None
         self._free.append(actor)
         if isinstance(answer, Exception):
             raise answer
@@ -119,6 +119,12 @@ class _Actor:
         except Exception as error:
             error.add_note(f"In Ray worker {self._index}:\n{traceback.format_exc()}")
             return error
+
+
+def _first_line(error: Exception) -> str:
+    """What Ray says, without the traceback; of a task's error the cause, which Ray has on its last line."""
+    cause = getattr(error, "cause", None)
+    return next(iter(str(cause or error).splitlines()), type(cause or error).__name__)
 
 
 def _check(blueprint: Blueprint) -> None:

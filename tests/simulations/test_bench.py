@@ -2,25 +2,37 @@
 
 import json
 import threading
+from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 
+from fedlora.data import read
+from fedlora.plan import RoundPlan
+from fedlora.wire import digest
 from fedlora_simulations.bench import figure_titles, main
+from fedlora_simulations.bench.federations import layout, plan, tensors
+from fedlora_simulations.bench.figures import memory
+from fedlora_simulations.bench.figures.engine import sessions
+from fedlora_simulations.bench.figures.workers import WORKERS, worker_threads
 from fedlora_simulations.bench.fresh import forget_peak, in_fresh_process, peak_bytes, resident_bytes
-from fedlora_simulations.bench.measure import RATIO, Value, exactly, interleaved
+from fedlora_simulations.bench.measure import RATIO, Settings, Value, exactly, interleaved
+from fedlora_simulations.bench.subjects import subject
+from tests.processes import write_rows
 
 
 @pytest.mark.parametrize("figure", figure_titles())
 def test_a_figure_gives_ratios_with_their_spread(figure, checkpoint, tmp_path, capsys):
     out = tmp_path / "result.json"
-    assert main([figure, "--quick", "--model", str(checkpoint("bert")), "--threads", "1", "--out", str(out)]) == 0
+    assert main([figure, "--quick", "--model", str(checkpoint("bert")), "--threads", "1", "--repeats", "1",
+                 "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert list(result["figures"]) == [figure]
     assert {"processor", "cores", "memory_gib", "threads"} <= result["machine"].keys()
     assert {"python", "fedlora", "torch"} <= result["versions"].keys()
     measured = result["figures"][figure]
-    assert "error" not in measured, measured["error"]
+    assert "error" not in measured or (figure == "engine" and find_spec("ray") is None), measured["error"]
     cases = [row["case"] for row in measured["rows"]]
     assert cases and len(set(cases)) == len(cases)
     values = [Value(**value) for row in measured["rows"] for value in row["values"].values()]
@@ -34,9 +46,65 @@ def test_json_on_stdout_is_the_result_and_nothing_else(checkpoint, capsys):
     assert json.loads(capsys.readouterr().out)["settings"]["quick"] is True
 
 
-def test_a_random_llama_takes_the_place_of_a_model_where_there_is_no_hub(capsys):
-    assert main(["step", "--quick", "--model", "llama-1b", "--threads", "1", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["figures"]["step"]["rows"]) == 4
+@pytest.mark.parametrize("figure, rows", [("step", 4), ("start", 5), ("wire", 12)])
+def test_a_random_llama_takes_the_place_of_a_model_where_there_is_no_hub(figure, rows, capsys):
+    assert main([figure, "--quick", "--model", "llama-1b", "--threads", "1", "--repeats", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["figures"][figure]["rows"]) == rows and "error" not in result["figures"][figure]
+    assert result["settings"]["model"] == "llama-1b"
+
+
+def test_a_result_says_with_how_many_threads_and_repeats_it_was_measured(capsys):
+    torch.set_num_threads(2)
+    assert main(["refactorisation", "--quick", "--threads", "1", "--repeats", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["machine"]["threads"] == result["settings"]["threads"] == result["settings"]["repeats"] == 1
+
+
+def test_rows_that_are_too_few_for_all_clients_are_counted_before_any_is_measured(tmp_path, checkpoint, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", seed=0, rows=39)
+    assert main(["population", "--quick", "--data", str(rows), "--model", str(checkpoint("bert")), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["figures"]["population"]
+    assert measured["rows"] == [] and "39 rows" in measured["error"] and "40" in measured["error"]
+
+
+def test_peaks_are_not_measured_where_that_of_loading_the_model_cannot_be_forgotten(monkeypatch, checkpoint, capsys):
+    monkeypatch.setattr(memory, "forget_peak", lambda: False)
+    assert main(["memory", "--quick", "--model", str(checkpoint("bert")), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["figures"]["memory"]
+    assert measured["rows"] == [] and "Linux" in measured["error"]
+
+
+def test_one_block_has_the_same_records_and_new_noise(tmp_path, checkpoint):
+    write_rows(tmp_path / "rows.jsonl", seed=0)
+    one = subject(Settings(tmp_path, str(checkpoint("bert")), threads=1), read(tmp_path, "classification"),
+                  family="frozen-a", rank=2, precision="fp32", expected_batch=4, max_length=16)
+    state = one.adapted.read("state")
+
+    def trained(private):
+        one.adapted.write(state)
+        result = one.train(0, private=private, sampling_rate=0.2)
+        return result.drawn, np.concatenate([array.ravel() for array in result.tensors.values()])
+
+    (drawn, first), (again, second), (plainly, plain), (_, plain_again) = map(trained, (True, True, False, False))
+    assert drawn == again == plainly
+    assert not np.array_equal(first, second) and np.array_equal(plain, plain_again)
+
+
+@pytest.mark.parametrize("threads, each", [(1, 1), (2, 1), (5, 2), (8, 4)])
+def test_workers_have_together_the_threads_of_the_one_process(threads, each):
+    assert worker_threads(threads) == each and WORKERS == 2
+
+
+def test_a_session_that_trains_nothing_is_charged_for_it():
+    run, shape = plan("ffa-lora", "frozen-a"), layout("frozen-a", layers=1, width=8, rank=2)
+    start = tensors(shape.state, 0)
+    first, other = sessions(run, shape, 2).values()
+    order = RoundPlan(run, 1, 0, digest({spec.name: start[spec.name] for spec in shape.shared}))
+    upload = first.run_round(order, start)
+    assert {name: array.tobytes() for name, array in upload.tensors.items()} == {
+        spec.name: start[spec.name].tobytes() for spec in shape.trained}
+    assert first.epsilon() == pytest.approx(8.0, rel=0.05) and other.epsilon() == 0.0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -47,11 +115,11 @@ def test_a_device_that_is_not_there_is_named(capsys):
 
 @pytest.fixture
 def result_file(tmp_path):
-    def write(name, ratio, low=None, high=None, better="lower", unit=RATIO):
+    def write(name, ratio, low=None, high=None, better="lower", unit=RATIO, tolerance=0.0, **machine):
         file = tmp_path / name
-        value = Value(ratio, low or ratio, high or ratio, unit, better)
+        value = Value(ratio, low or ratio, high or ratio, unit, better, tolerance=tolerance)
         file.write_text(json.dumps({
-            "format": 1, "machine": {}, "settings": {}, "versions": {},
+            "format": 1, "machine": machine, "settings": {}, "versions": {},
             "figures": {"step": {"rows": [{"case": "one", "values": {"ratio": vars(value)}}]}}}))
         return str(file)
 
@@ -72,9 +140,26 @@ def test_compare_fails_for_what_got_worse_by_more_than_the_spread(result_file, o
     assert (change["verdict"] == "worse") is worse
 
 
-def test_compare_looks_at_ratios_alone(result_file, capsys):
-    assert main(["compare", result_file("old.json", 1.0, unit="s"), result_file("new.json", 9.0, unit="s")]) == 0
-    assert "0 ratios" in capsys.readouterr().out
+@pytest.mark.parametrize("new, worse", [(1.01, False), (1.04, False), (1.06, True), (0.9, False)])
+def test_what_was_measured_once_got_worse_only_beyond_a_tolerance(result_file, new, worse):
+    old, new = (Value.of([number], RATIO, better="lower") for number in (1.0, new))
+    files = [result_file(f"{name}.json", value.median, tolerance=value.tolerance)
+             for name, value in (("old", old), ("new", new))]
+    assert main(["compare", *files]) == int(worse)
+
+
+@pytest.mark.parametrize("new, worse", [(1.2, False), (1.3, True)])
+def test_seconds_of_one_machine_are_compared_more_widely(result_file, new, worse, capsys):
+    code = main(["compare", result_file("old.json", 1.0, unit="s", cores=2, load=0.1),
+                 result_file("new.json", new, unit="s", cores=2, load=4.0)])
+    assert code == int(worse)
+    assert "1 values" in capsys.readouterr().out
+
+
+def test_seconds_of_different_machines_are_not_compared(result_file, capsys):
+    assert main(["compare", result_file("old.json", 1.0, unit="s", cores=2),
+                 result_file("new.json", 9.0, unit="s", cores=4)]) == 0
+    assert "0 values" in capsys.readouterr().out
 
 
 def test_what_is_no_result_file_is_named(result_file, tmp_path, capsys):

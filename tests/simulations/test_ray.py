@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,6 +56,66 @@ def test_what_goes_wrong_in_a_ray_worker_is_told_here(tmp_path, checkpoint):
             workers.done()
     finally:
         workers.close()
+
+
+@needs_ray
+def test_an_order_that_a_ray_worker_cannot_read_ends_without_a_traceback():
+    class Unreadable:
+        def __reduce__(self):
+            return int, ("no number",)
+
+    workers = RayWorkers(Blueprint(plan_of("fedsvd"), None, "cpu", "fp32", None, 1), 1, None)
+    try:
+        workers.start("order", Unreadable())
+        with pytest.raises(WorkerLost, match="no number"):
+            workers.done()
+    finally:
+        workers.close()
+
+
+class OneActorRay:
+    """As much of Ray as the loss of one order takes, where Ray is not installed."""
+
+    class RayError(Exception):
+        pass
+
+    class RayTaskError(RayError):
+        cause = ZeroDivisionError("what was wrong")
+
+    class OutOfMemoryError(RayError):
+        pass
+
+    def __init__(self, error):
+        self.exceptions, self.error = self, error
+
+    def is_initialized(self):
+        return True
+
+    def cluster_resources(self):
+        return {"CPU": 1.0}
+
+    def remote(self, kind):
+        actor = SimpleNamespace(run=SimpleNamespace(remote=lambda trainings: "order"))
+        return SimpleNamespace(options=lambda **resources: SimpleNamespace(remote=lambda blueprint, index: actor))
+
+    def wait(self, orders, num_returns):
+        return orders, []
+
+    def get(self, order):
+        raise self.error
+
+
+@pytest.mark.parametrize("error, said", [
+    (OneActorRay.OutOfMemoryError("node 1 ran out of memory\nand more"), r"\(node 1 ran out of memory\)"),
+    (OneActorRay.RayTaskError("ray::run()\n  File\nerror"), r"\(what was wrong\)"),
+    (OneActorRay.RayError(), r"\(RayError\)"),
+])
+def test_whatever_ray_raises_is_a_lost_worker(monkeypatch, error, said):
+    monkeypatch.setitem(sys.modules, "ray", OneActorRay(error))
+    workers = RayWorkers(Blueprint(plan_of("fedsvd"), None, "cpu", "fp32", None, 1), 1, None)
+    workers.start("order", [])
+    with pytest.raises(WorkerLost, match=said):
+        workers.done()
 
 
 @needs_ray

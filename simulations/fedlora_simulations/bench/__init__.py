@@ -1,6 +1,6 @@
 """fedlora-simulate bench: what privacy and federation cost, figure by figure, as ratios measured in turn.
 
-One sub-command measures one figure. `all` measures all of them into one result file, `compare` tells which ratios of
+One sub-command measures one figure. `all` measures all of them into one result file, `compare` tells which values of
 two such files got worse. How a figure is added: `fedlora_simulations.bench.measure`.
 """
 
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import figures
-from .compare import FORMAT, compare, read_result
+from .compare import FORMAT, compare, read_result, same_setup
 from .compare import table as comparison
 from .measure import Figure, Row, Settings, Unavailable, Value, machine, to_json, versions
 
@@ -70,9 +70,10 @@ def _parser() -> argparse.ArgumentParser:
         _add_settings(commands.add_parser(name, help=title, description=f"{title}."))
     everything = commands.add_parser("all", help="all figures, into one result file")
     _add_settings(everything)
-    changes = commands.add_parser("compare", help="which ratios got worse from one result file to another",
-                                  description="Compares two result files ratio by ratio. Exit code 1 if any median "
-                                              "got worse and the quartiles do not overlap.")
+    changes = commands.add_parser("compare", help="which figures got worse from one result file to another",
+                                  description="Compares two result files ratio by ratio; and, of one machine and the "
+                                              "same settings, seconds and bytes too. Exit code 1 if any median got "
+                                              "worse and the quartiles do not overlap.")
     changes.add_argument("old", type=Path, metavar="OLD.json")
     changes.add_argument("new", type=Path, metavar="NEW.json")
     changes.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -103,15 +104,20 @@ def _measure(options: argparse.Namespace) -> int:
     chosen = load_figures(titles if options.command == "all" else [options.command])
     if options.out is not None and not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
+    import torch
+
     console, progress = _console(), Console(stderr=True)
     failed = False
     with TemporaryDirectory(prefix="fedlora-bench-") as folder:
         settings = _settings(options, Path(folder))
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
         result: dict[str, Any] = {
             "format": FORMAT, "began": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(),
             "machine": machine(settings.device), "figures": {},
-            "settings": {"data": options.data.name if options.data else "triage notes", "model": settings.model,
-                         "device": settings.device, "quick": settings.quick}}
+            "settings": {"data": options.data.name if options.data else "triage notes", "model": _model(options),
+                         "device": settings.device, "threads": settings.threads, "repeats": settings.most_repeats,
+                         "quick": settings.quick}}
         for name, figure in chosen.items():
             began, rows = time.monotonic(), []
             error = None
@@ -150,7 +156,10 @@ def _save(result: Mapping[str, Any], out: Path | None) -> None:
 
 
 def _settings(options: argparse.Namespace, folder: Path) -> Settings:
+    from fedlora.data import read
     from fedlora.training.precision import resolve_device
+
+    from .subjects import RANDOM_LLAMA, save_random_llama
 
     resolve_device(options.device)
     data = options.data
@@ -158,9 +167,16 @@ def _settings(options: argparse.Namespace, folder: Path) -> Settings:
         from ..triage import write_hospitals
 
         data = write_hospitals(folder, 0, hospitals=1, rows=200 if options.quick else _GENERATED_ROWS)[0]
-    model = options.model or ("llama-1b" if options.device == "cuda" else "minilm")
+    model = _model(options)
+    if model == RANDOM_LLAMA:
+        model = str(folder / model)
+        save_random_llama(read(data, "classification"), Path(model), device=options.device, quick=options.quick)
     return Settings(data=data, model=model, device=options.device, threads=options.threads, quick=options.quick,
                     most_repeats=options.repeats)
+
+
+def _model(options: argparse.Namespace) -> str:
+    return options.model or ("llama-1b" if options.device == "cuda" else "minilm")
 
 
 def _show(console: Console, title: str, rows: Sequence[Row], error: str | None, *, targets: bool) -> None:
@@ -205,7 +221,7 @@ def _compare(options: argparse.Namespace) -> int:
     changes = compare(old, new)
     worse = sum(change.verdict == "worse" for change in changes)
     if options.json:
-        print(json.dumps([{"figure": c.figure, "case": c.case, "ratio": c.name, "verdict": c.verdict,
+        print(json.dumps([{"figure": c.figure, "case": c.case, "value": c.name, "verdict": c.verdict,
                            "old": c.old and c.old.median, "new": c.new and c.new.median} for c in changes], indent=1))
         return int(worse > 0)
     console = _console()
@@ -213,5 +229,7 @@ def _compare(options: argparse.Namespace) -> int:
     for key in ("machine", "settings", "versions"):
         if old[key] != new[key]:
             console.print(f"{key}: {old[key]} → {new[key]}", style="dim", highlight=False)
-    console.print(f"{len(changes)} ratios, {worse} worse by more than the spread", highlight=False)
+    if not same_setup(old, new):
+        console.print("Another machine or other settings: only ratios are compared.", highlight=False)
+    console.print(f"{len(changes)} values, {worse} worse by more than the spread", highlight=False)
     return int(worse > 0)

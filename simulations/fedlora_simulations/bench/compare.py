@@ -1,7 +1,8 @@
-"""fedlora-simulate bench compare: two result files, ratio by ratio.
+"""fedlora-simulate bench compare: two result files, value by value.
 
-A ratio got worse if its median did and the quartiles of the two measurements do not overlap; likewise better. Seconds
-and bytes are not compared: they belong to the machine.
+A value got worse if its median did, and the quartiles of the two measurements are further apart than its tolerance;
+likewise better. Seconds and bytes belong to the machine: they are compared only between results of one machine with the
+same settings, and with a tolerance of their own, as nothing that was measured in turn cancels what it did meanwhile.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from .measure import RATIO, Value, value_from_json
 FORMAT = 1
 """Of result files."""
 
+UNIT_TOLERANCE = 0.25
+"""Share of the old median by which the quartiles of seconds and bytes may be apart."""
+
 
 @dataclass(frozen=True)
 class Change:
-    """One ratio in both files.
+    """One value in both files.
 
     Attributes:
         verdict: "worse", "better" or "same"; "new" or "gone" if one file alone has it.
@@ -53,25 +57,34 @@ def read_result(file: Path) -> Mapping[str, Any]:
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Every ratio of either result, in the order of the new one, then what is gone."""
-    before, after = dict(_ratios(old)), dict(_ratios(new))
+    """Every ratio of either result, in the order of the new one, then what is gone; of one set-up seconds and bytes
+    too, where more or fewer is better."""
+    units = same_setup(old, new)
+    before, after = dict(_values(old, units)), dict(_values(new, units))
     return [Change(*key, before.get(key), after.get(key), _verdict(before.get(key), after.get(key)))
             for key in [*after, *(key for key in before if key not in after)]]
 
 
-def _ratios(result: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str], Value]]:
+def same_setup(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether both were measured on machines alike, with the same settings."""
+    machines = [{name: of for name, of in result["machine"].items() if name != "load"} for result in (old, new)]
+    return machines[0] == machines[1] and old["settings"] == new["settings"]
+
+
+def _values(result: Mapping[str, Any], units: bool) -> Iterator[tuple[tuple[str, str, str], Value]]:
     for figure, measured in result["figures"].items():
         for row in measured.get("rows", ()):
             for name, fields in row["values"].items():
                 value = value_from_json(fields)
-                if value.unit == RATIO and value.better:
+                if value.better and (units or value.unit == RATIO):
                     yield (figure, row["case"], name), value
 
 
 def _verdict(old: Value | None, new: Value | None) -> str:
     if old is None or new is None:
         return "new" if old is None else "gone"
-    rose, fell = new.low > old.high, new.high < old.low
+    tolerance = max(old.tolerance, new.tolerance, 0.0 if new.unit == RATIO else UNIT_TOLERANCE) * abs(old.median)
+    rose, fell = new.low - old.high > tolerance, old.low - new.high > tolerance
     if not (rose or fell):
         return "same"
     return "better" if rose == (new.better == "higher") else "worse"
@@ -79,8 +92,8 @@ def _verdict(old: Value | None, new: Value | None) -> str:
 
 def table(changes: list[Change]) -> Table:
     """Changes one by one; those that stayed the same are not shown."""
-    shown = Table(title="ratio by ratio, medians (quartiles)", box=None, title_justify="left")
-    for heading in ("figure", "case", "ratio", "old", "new", ""):
+    shown = Table(title="value by value, medians (quartiles)", box=None, title_justify="left")
+    for heading in ("figure", "case", "value", "old", "new", ""):
         shown.add_column(heading)
     for change in changes:
         if change.verdict != "same":
@@ -91,4 +104,7 @@ def table(changes: list[Change]) -> Table:
 
 
 def _text(value: Value | None) -> str:
-    return "" if value is None else f"{value.median:.4g} ({value.low:.4g}–{value.high:.4g})"
+    if value is None:
+        return ""
+    unit = "" if value.unit == RATIO else f" {value.unit}"
+    return f"{value.median:.4g}{unit} ({value.low:.4g}–{value.high:.4g})"

@@ -15,13 +15,14 @@ for "_") is the sub-command, the first line of its docstring the title and the h
 `measure` yields a `Row` for each case as soon as it is measured; a row's name is unique within the figure and does not
 change from release to release, since results are compared by it. Each `Value` is a median with quartiles. What counts
 is a ratio (`RATIO`) of two things that were measured in turn, in one session: that alone can be compared between
-machines, and `bench compare` looks at nothing else. Other units (s, bytes, …) are there to be read.
+machines. Other units (s, bytes, …) are there to be read; `bench compare` looks at them only between results of one
+machine.
 
     interleaved(variants, repeats)      times them in the order ABCCBA, CBAABC, …, after one warm-up of each
     Times.over(other), .cpu_over(other) the ratio: block by block, so that the machine's drift cancels
     Times.value()                       the seconds themselves
     Value.of(samples, unit)             of anything that was measured repeatedly
-    exactly(number, unit)               of what does not vary: bytes, counts
+    exactly(number, unit)               of what does not vary: bytes on the wire, counts; no peak of memory
 
 A figure that needs a process of its own (peak memory, imports) runs one with `bench.fresh.in_fresh_process`. Models,
 rows and trainers for measurements are in `bench.subjects`. `settings.data` is always a file, `settings.quick` asks for
@@ -42,7 +43,11 @@ from pathlib import Path
 from typing import Any
 
 RATIO = "ratio"
-"""Unit of the values that `bench compare` compares."""
+"""Unit of the values that can be compared between machines."""
+
+TOLERANCE, TOLERANCE_ONCE = 0.01, 0.05
+"""Share of the median by which quartiles of what was measured may be apart without any meaning: of what was measured
+repeatedly, and of what was measured once and so has no spread."""
 
 VERSIONS = ("fedlora", "torch", "transformers", "peft", "opacus", "flwr", "grpcio", "numpy")
 
@@ -57,7 +62,7 @@ class Settings:
 
     Attributes:
         data: a file or folder of rows with a text and a label.
-        model: alias, folder or hub id of the base model; or "llama-1b", one with random weights.
+        model: alias, folder or hub id of the base model.
         device: "cpu" or "cuda".
         threads: of the CPU; None leaves PyTorch's default.
         quick: sizes that take seconds and say nothing about speed.
@@ -85,6 +90,7 @@ class Value:
         unit: RATIO, or a unit such as "s", "ms", "MiB", "records/s".
         better: "lower" or "higher"; None for what is neither good nor bad.
         target: what is to be reached; None if nothing was promised.
+        tolerance: share of the median that is noise beside the spread; 0 for what is counted.
     """
 
     median: float
@@ -93,15 +99,16 @@ class Value:
     unit: str
     better: str | None = None
     target: float | None = None
+    tolerance: float = 0.0
 
     @classmethod
     def of(cls, samples: Sequence[float], unit: str, *, better: str | None = None,
            target: float | None = None) -> Value:
         """Median and quartiles of at least one sample."""
         if len(samples) == 1:
-            return cls(samples[0], samples[0], samples[0], unit, better, target)
+            return cls(samples[0], samples[0], samples[0], unit, better, target, TOLERANCE_ONCE)
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-        return cls(median, low, high, unit, better, target)
+        return cls(median, low, high, unit, better, target, TOLERANCE)
 
     @property
     def reached(self) -> bool | None:
@@ -112,7 +119,7 @@ class Value:
 
 
 def exactly(number: float, unit: str, *, better: str | None = None, target: float | None = None) -> Value:
-    """A value that is counted, not measured, or was measured once."""
+    """A value that is counted, not measured: whatever it changes by is a change."""
     return Value(number, number, number, unit, better, target)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from fedlora.adapters import AdaptedModel, attach, automatic_targets, initial_tensors
 from fedlora.data import Rows, read
-from fedlora.models import LoadedModel, load, reference, resolve
-from fedlora.plan import ModelRef, RunPlan
+from fedlora.models import load, reference, resolve
+from fedlora.plan import RunPlan
 from fedlora.privacy import RunStreams, Stream
 from fedlora.tasks import Records, task_for
 from fedlora.training import Trainer, Training, TrainResult
@@ -38,17 +38,19 @@ class Subject:
     plan: RunPlan
     records: Records
     trainer: Trainer
+    _trained: Iterator[int] = field(default_factory=itertools.count)
 
     def train(self, block: int, *, private: bool, sampling_rate: float = 1.0) -> TrainResult:
-        """One round of the plan's steps from whatever the adapter holds; the same draws with and without privacy."""
+        """One round of the plan's steps from whatever the adapter holds; the same records are drawn in a block, with
+        and without privacy. The noise is new each time: noise that repeats would set off the trainer's tripwire."""
         return self.trainer.train(
             self.plan, self.records, sampling_rate=sampling_rate, noise_multiplier=1.0 if private else None,
             clip_norm=self.plan.clip_norm, sampling=Stream.derived(0, "bench", block, "sampling"),
-            noise=Stream.derived(0, "bench", block, "noise") if private else None)
+            noise=Stream.derived(0, "bench", next(self._trained), "noise") if private else None)
 
     def rounds(self, rows: Rows, records: int, *, private: bool) -> Iterator[list[Training]]:
         """Round after round of clients that have `records` of the rows each, with noise of their own; all rounds start
-        from one state. (Noise that repeats would set off the trainer's tripwire.)"""
+        from one state."""
         start, encode = self.adapted.read("state"), self.trainer.task.encode
         parts = [encode(rows.take(range(first, first + records))) for first in range(0, len(rows), records)]
         for number in itertools.count(1):
@@ -86,7 +88,8 @@ def subject(settings: Settings, rows: Rows, *, family: str, rank: int, precision
         steps: local steps of a round.
     """
     labels = tuple(sorted({label for label in rows.labels or () if label is not None}))
-    loaded, model = _load(settings, rows, len(labels))
+    folder = resolve(settings.model)
+    loaded, model = load(folder, "classification", len(labels)), reference(settings.model, folder)
     targets = automatic_targets(loaded.model)
     run = plan(FAMILY_STRATEGIES[family], family, model=model, labels=labels, max_length=max_length, rank=rank,
                alpha=float(rank), targets=targets, local_steps=steps, expected_batch=expected_batch)
@@ -98,28 +101,22 @@ def subject(settings: Settings, rows: Rows, *, family: str, rank: int, precision
     return Subject(adapted, run, task.encode(rows), trainer)
 
 
-def _load(settings: Settings, rows: Rows, labels: int) -> tuple[LoadedModel, ModelRef]:
-    if settings.model == RANDOM_LLAMA:
-        return _random_llama(settings, rows, labels), ModelRef("local", "0" * 64, "0" * 64, "0" * 64)
-    folder = resolve(settings.model)
-    return load(folder, "classification", labels), reference(settings.model, folder)
-
-
-def _random_llama(settings: Settings, rows: Rows, labels: int) -> LoadedModel:
+def save_random_llama(rows: Rows, folder: Path, *, device: str, quick: bool) -> None:
+    """Write `RANDOM_LLAMA` as `save_pretrained` does, weights in bf16 as they are published; `quick`: a tiny one."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.train_from_iterator(rows.texts[:2000], BpeTrainer(
         vocab_size=8000, special_tokens=["<pad>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False))
     sizes: dict[str, Any] = dict(vocab_size=128_256, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
                  num_key_value_heads=8, intermediate_size=8192)
-    if settings.quick:
+    if quick:
         sizes = dict(vocab_size=8000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, intermediate_size=64)
-    config = LlamaConfig(**sizes, max_position_embeddings=2048, pad_token_id=tokenizer.token_to_id("<pad>"))
-    config.num_labels = labels
-    devices = [settings.device] if settings.device == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.device(settings.device):  # drawn where it will be: seconds
+    config = LlamaConfig(**sizes, max_position_embeddings=2048, tie_word_embeddings=True,
+                         pad_token_id=tokenizer.token_to_id("<pad>"))
+    devices = [device] if device == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):  # drawn where it will be: seconds
         torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="right")
-    return LoadedModel(model.eval(), fast, ("score.weight",), "classification", Path())
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="right").save_pretrained(folder)

@@ -1,8 +1,13 @@
-"""Peak memory of a private step against a plain one, each in a process of its own, beside Opacus."""
+"""Peak memory of a private step against a plain one, each in a process of its own, beside Opacus.
+
+Of the whole process, and beyond what it held before its first step: the model, the libraries and the records. On a GPU
+both are of what PyTorch has allocated there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,7 @@ from typing import Any
 import torch
 
 from ..fresh import forget_peak, in_fresh_process, peak_bytes, resident_bytes
-from ..measure import RATIO, Figure, Row, Settings, Value
+from ..measure import RATIO, Figure, Row, Settings, Unavailable, Value
 from ..peers import MODES, opacus_step
 from ..subjects import cut_to_length, rows_of, subject
 from .step import FAMILIES, PRECISIONS, TARGET
@@ -18,30 +23,38 @@ from .step import FAMILIES, PRECISIONS, TARGET
 STEPS = 3
 
 
+WHAT = {"whole process": "peak", "beyond the model": "step"}
+
+
 def measure(settings: Settings) -> Iterator[Row]:
-    records, length = (4, 16) if settings.quick else (32, 128)
-    variants = ("plain", "private", *MODES)
-    for family, rank in FAMILIES[:1] if settings.quick else FAMILIES:
-        for precision in PRECISIONS[:1] if settings.quick else PRECISIONS:
-            held: dict[str, list[dict[str, int]]] = {variant: [] for variant in variants}
-            for _ in range(1 if settings.quick else settings.repeats(3)):
-                for variant in variants:
-                    held[variant].append(in_fresh_process(
-                        f"{__name__}:step", variant=variant, family=family, rank=rank, precision=precision,
-                        records=records, length=length, settings={**vars(settings), "data": str(settings.data)}))
+    if settings.device == "cpu" and not forget_peak():
+        raise Unavailable("this system cannot tell a step's peak of memory from that of loading the model (it takes "
+                          "/proc/self/clear_refs to be writable, as on Linux); measure it on Linux or with --device "
+                          "cuda")
+    cases = list(itertools.product(FAMILIES, (64, 128), PRECISIONS))
+    for (family, rank), length, precision in [(FAMILIES[0], 16, PRECISIONS[0])] if settings.quick else cases:
+        records = 4 if settings.quick else 32
+        held = _held(settings, family=family, rank=rank, precision=precision, records=records, length=length)
+        yield Row(f"{family} r={rank}, {records} × {length}, {precision}", {
+            **{f"{name}: {variant} ÷ plain": _over(held, variant, what, TARGET if variant == "private" else None)
+               for name, what in WHAT.items() for variant in ("private", *(f"Opacus {mode}" for mode in MODES))},
+            "plain": Value.of([one["peak"] / 2**20 for one in held["plain"]], "MiB")})
 
-            def over(variant: str, what: str, target: float | None = None,
-                     held: dict[str, list[dict[str, int]]] = held) -> Value:
-                pairs = zip(held[variant], held["plain"], strict=True)
-                return Value.of([mine[what] / plain[what] for mine, plain in pairs], RATIO, better="lower",
-                                target=target)
 
-            yield Row(f"{family} r={rank}, {records} × {length}, {precision}", {
-                "private ÷ plain": over("private", "peak", TARGET),
-                **{f"Opacus {mode} ÷ plain": over(mode, "peak") for mode in MODES},
-                "beyond the model: private ÷ plain": over("private", "step"),
-                **{f"Opacus {mode}": over(mode, "step") for mode in MODES},
-                "plain": Value.of([one["peak"] / 2**20 for one in held["plain"]], "MiB")})
+def _held(settings: Settings, **case: Any) -> dict[str, list[dict[str, int]]]:
+    """What `step` gives for each variant, repeatedly and in turn."""
+    variants = {"plain": "plain", "private": "private", **{f"Opacus {mode}": mode for mode in MODES}}
+    held: dict[str, list[dict[str, int]]] = {name: [] for name in variants}
+    for _ in range(1 if settings.quick else settings.repeats(3)):
+        for name, variant in variants.items():
+            held[name].append(in_fresh_process(f"{__name__}:step", variant=variant, **case,
+                                               settings={**vars(settings), "data": str(settings.data)}))
+    return held
+
+
+def _over(held: Mapping[str, list[dict[str, int]]], variant: str, what: str, target: float | None) -> Value:
+    pairs = zip(held[variant], held["plain"], strict=True)
+    return Value.of([mine[what] / plain[what] for mine, plain in pairs], RATIO, better="lower", target=target)
 
 
 def step(variant: str, family: str, rank: int, precision: str, records: int, length: int,

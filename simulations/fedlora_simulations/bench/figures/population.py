@@ -1,6 +1,6 @@
 """Resident memory of a whole simulation with 1 to 1,000 clients, each in a process of its own.
 
-The clients share one data set's rows. llama-1b is no folder that a simulation could load; MiniLM takes its place.
+The clients share one data set's rows.
 """
 
 from __future__ import annotations
@@ -8,25 +8,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedlora.data import read
 from fedlora.options import SIMULATE, build_parser, read_options
 
 from ..fresh import in_fresh_process, peak_bytes
-from ..measure import RATIO, Figure, Row, Settings, exactly
-from ..subjects import RANDOM_LLAMA
+from ..measure import RATIO, Figure, Row, Settings, Unavailable, Value
+
+ROWS_EACH = 10
+"""Of every client, at least: of fewer, batches of two take a larger share than a private client allows."""
 
 
 def measure(settings: Settings) -> Iterator[Row]:
-    model = "minilm" if settings.model == RANDOM_LLAMA else settings.model
+    counts = (1, 4) if settings.quick else (1, 10, 100, 1000)
+    there, needed = len(read(settings.data, "classification")), ROWS_EACH * counts[-1]
+    if there < needed:
+        raise Unavailable(f"--data has {there:,} rows, and {counts[-1]:,} clients need {needed:,}, {ROWS_EACH} each; "
+                          "give more rows, or leave --data out for generated ones")
     with_one = None
-    for clients in (1, 4) if settings.quick else (1, 10, 100, 1000):
+    for clients in counts:
         argv = ["--strategy", "ffa-lora", "--rank", "8", "--clients", str(clients), "--data", str(settings.data),
-                "--model", model, "--device", settings.device, "--rounds", "1", "--local-steps", "1",
+                "--model", settings.model, "--device", settings.device, "--rounds", "1", "--local-steps", "1",
                 "--batch-size", "2", "--max-length", "64"]
-        held = in_fresh_process(f"{__name__}:simulated", argv=argv, threads=settings.threads)
-        with_one = with_one or held
+        held = [in_fresh_process(f"{__name__}:simulated", argv=argv, threads=settings.threads)
+                for _ in range(settings.repeats(3))]
+        with_one = with_one or Value.of(held, "bytes").median
         yield Row(f"{clients:,} clients", {
-            "memory ÷ 1 client": exactly(held / with_one, RATIO, better="lower", target=1.2),
-            "memory": exactly(held / 2**20, "MiB")})
+            "memory ÷ 1 client": Value.of([one / with_one for one in held], RATIO, better="lower", target=1.2),
+            "memory": Value.of([one / 2**20 for one in held], "MiB")})
 
 
 def simulated(argv: list[str], threads: int | None) -> int:

@@ -18,8 +18,6 @@ AT_ONCE = 10
 
 def measure(settings: Settings) -> Iterator[Row]:
     sizes, rank, full = ((64, 128, 256), 4, 128) if settings.quick else ((1024, 4096, 16384), 16, 4096)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     states = {size: _factors(size, rank) for size in sizes}
 
     def thin(size: int, block: int) -> None:

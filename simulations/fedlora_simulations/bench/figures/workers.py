@@ -18,8 +18,8 @@ from fedlora.training import Trainer, Training
 
 from ...processes import ProcessWorkers
 from ...worker import Blueprint, Workers, threads_each
-from ..measure import Figure, Row, Settings, Unavailable, interleaved
-from ..subjects import RANDOM_LLAMA, cut_to_length, rows_of, settle, subject
+from ..measure import Figure, Row, Settings, interleaved
+from ..subjects import cut_to_length, rows_of, settle, subject
 
 WORKERS = 2
 PRECISIONS = ("fp32", "bf16")
@@ -28,15 +28,13 @@ TARGET = 1.6
 
 
 def measure(settings: Settings) -> Iterator[Row]:
-    if settings.model == RANDOM_LLAMA:
-        raise Unavailable("workers load the base model from a folder, which a random one has not; give --model")
     clients, batches, length = (2, (2,), 16) if settings.quick else (8, (2, 8, 32), 64)
     for precision in PRECISIONS[:1] if settings.quick else PRECISIONS:
         rows = cut_to_length(rows_of(settings), clients * max(batches))
         one = subject(settings, rows, family="frozen-a", rank=2 if settings.quick else 8, precision=precision,
                       expected_batch=max(batches), max_length=length, steps=STEPS)
         workers = ProcessWorkers(Blueprint(one.plan, resolve(settings.model), settings.device, precision, None,
-                                           settings.threads or threads_each(WORKERS)), WORKERS)
+                                           worker_threads(settings.threads)), WORKERS)
         try:
             for records in batches:
                 rounds = one.rounds(rows.take(range(clients * records)), records, private=True)
@@ -49,6 +47,11 @@ def measure(settings: Settings) -> Iterator[Row]:
                     "one process": times["one"].value("ms"), "workers": times["workers"].value("ms")})
         finally:
             workers.close()
+
+
+def worker_threads(threads: int | None) -> int:
+    """Of each worker, where the one process has `threads`, or None for all cores: together they have as many."""
+    return threads_each(WORKERS) if threads is None else max(1, threads // WORKERS)
 
 
 def _alone(trainer: Trainer, rounds: Iterator[list[Training]], block: int) -> None:
