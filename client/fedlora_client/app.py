@@ -7,7 +7,7 @@ import socket
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -198,6 +198,8 @@ class Part:
         except ValueError as error:
             log.error("%s", error)
             raise Refused("policy", "see the message above") from error
+        # else a server's choice of what is trained on could change n̂, and so have rows counted
+        self._limits = replace(limits, declared_size=budget.declared_size)
         units = "records" if limits.unit == ROW else f"values of {self._owner.unit_column}"
         self._console.print(f"Declared size: {budget.declared_size:,} {units}. It is public, for the noise tells of "
                             "it; --declared-size sets it.")
