@@ -102,7 +102,7 @@ def _epsilon(history: tuple[Spend, ...], delta: float) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def prv_epsilon(history: tuple[Spend, ...], delta: float) -> float | None:
-    """PRV's upper bound; 0.0 for an empty history, None where RDP exceeds `PRV_LIMIT`, or PRV fails or is not finite."""
+    """PRV's upper bound; 0.0 for an empty history, None where RDP exceeds `PRV_LIMIT`, PRV fails or is not finite."""
     bound = rdp_epsilon(history, delta)
     if not history:
         return 0.0
