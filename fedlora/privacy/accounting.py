@@ -4,7 +4,7 @@ Unit: one training record (a row; a whole sequence for language models) of one c
 is replaced by a null record that contributes nothing; it accounts like add/remove. Replace-one is not claimed.
 
 Epsilon is PRV's upper bound (Gopi et al., NeurIPS 2021, arXiv:2106.02848, in Opacus), or RDP's (Mironov et al.,
-arXiv:1908.10530) where PRV is not finite or is the larger one. The CLT (GDP) approximation underestimates under
+arXiv:1908.10530) where PRV fails, is not finite or is the larger one. The CLT (GDP) approximation underestimates under
 sampling and is not offered.
 
 Paper   Here               Meaning
@@ -102,7 +102,7 @@ def _epsilon(history: tuple[Spend, ...], delta: float) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def prv_epsilon(history: tuple[Spend, ...], delta: float) -> float | None:
-    """PRV's upper bound; 0.0 for an empty history, None where RDP exceeds `PRV_LIMIT` or PRV is not finite."""
+    """PRV's upper bound; 0.0 for an empty history, None where RDP exceeds `PRV_LIMIT`, PRV fails or is not finite."""
     bound = rdp_epsilon(history, delta)
     if not history:
         return 0.0
@@ -114,7 +114,10 @@ def prv_epsilon(history: tuple[Spend, ...], delta: float) -> float | None:
     accountant.history = [(s.noise_multiplier, s.sampling_rate, s.steps) for s in history]
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        prv = float(accountant.get_epsilon(delta))
+        try:
+            prv = float(accountant.get_epsilon(delta))
+        except (ValueError, RuntimeError, IndexError):  # its grid is too coarse, for a tiny delta say
+            return None
     return prv if math.isfinite(prv) and prv >= 0 else None
 
 

@@ -3,8 +3,20 @@
 import math
 
 import pytest
+from opacus.accountants import PRVAccountant
 
-from fedlora.privacy.accounting import SIGMA_STEP, Accountant, Budget, Spend, calibrate, nominal_size
+from fedlora.privacy import accounting
+from fedlora.privacy.accounting import (
+    SIGMA_STEP,
+    Accountant,
+    Budget,
+    Spend,
+    _epsilon,
+    calibrate,
+    nominal_size,
+    prv_epsilon,
+    rdp_epsilon,
+)
 
 # sigma, q, steps, epsilon by dp_accounting's PLD at delta = 1e-5, epsilon by RDP (PRIVACY.md)
 PUBLISHED = [(1.0, 0.01, 500, 1.326, 1.653), (0.8, 0.02, 1000, 6.419, 7.201), (1.0, 0.01, 1, 0.199, math.inf)]
@@ -17,9 +29,38 @@ def test_epsilon_is_above_the_numerical_one_by_at_most_its_error_and_below_rdp(s
     assert pld <= accountant.epsilon(1e-5) <= min(pld + 0.02, rdp)
 
 
-def test_an_infinite_prv_falls_back_to_rdp():
-    accountant = Accountant((Spend(0.5, 0.5, 1000),))
-    assert 100 < accountant.epsilon(1e-5) < math.inf
+def test_where_epsilon_is_large_prv_is_not_asked_and_rdp_counts():
+    history = (Spend(0.5, 0.5, 1000),)
+    assert 100 < Accountant(history).epsilon(1e-5) == rdp_epsilon(history, 1e-5) < math.inf
+
+
+def test_rdp_counts_where_delta_is_so_small_that_prv_fails():
+    history = (Spend(1.0, 0.01, 500),)
+    opacus = PRVAccountant()
+    opacus.history = [(1.0, 0.01, 500)]
+    with pytest.raises(ValueError, match="small values of delta"):
+        opacus.get_epsilon(1e-14)
+    assert prv_epsilon(history, 1e-14) is None
+    assert 3 < Accountant(history).epsilon(1e-14) == rdp_epsilon(history, 1e-14) < math.inf
+    assert Accountant((Spend(calibrate(8.0, 1e-14, 0.01, 500), 0.01, 500),)).epsilon(1e-14) <= 8
+
+
+@pytest.mark.parametrize("answer", [math.inf, math.nan, -1.0, ValueError(), RuntimeError(), IndexError()], ids=repr)
+def test_rdp_counts_where_prv_is_asked_and_has_no_finite_answer(answer, monkeypatch):
+    asked = []
+
+    def get_epsilon(self, delta):
+        asked.append(self.history)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(PRVAccountant, "get_epsilon", get_epsilon)
+    history = (Spend(1.0, 0.0123, 45),)
+    for cached in (prv_epsilon, _epsilon):
+        monkeypatch.setattr(accounting, cached.__name__, cached.__wrapped__)
+    assert 0 < Accountant(history).epsilon(1e-5) == rdp_epsilon(history, 1e-5) < math.inf
+    assert asked == [[(1.0, 0.0123, 45)]]
 
 
 def test_nothing_released_costs_nothing():
