@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import figures
-from .compare import FORMAT, compare, read_result, same_setup
+from .compare import FORMAT, compare, joined, read_result, same_setup
 from .compare import table as comparison
 from .measure import Figure, Row, Settings, Unavailable, Value, machine, to_json, versions
 
@@ -89,7 +89,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=_positive, help="at most so many of everything that is repeated")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, not how fast")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write a result file, for compare")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write a result file, for compare; an "
+                        "existing one of this machine and these settings keeps its other figures")
 
 
 def _positive(text: str) -> int:
@@ -116,11 +117,11 @@ def _measure(options: argparse.Namespace) -> int:
             "format": FORMAT, "began": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(),
             "machine": machine(settings.device), "figures": {},
             "settings": {"data": options.data.name if options.data else "triage notes", "model": _model(options),
-                         "device": settings.device, "threads": settings.threads, "repeats": settings.most_repeats,
-                         "quick": settings.quick}}
+                         "device": settings.device, "threads": settings.threads, "quick": settings.quick}}
+        if options.out is not None and options.out.exists():
+            result = joined(read_result(options.out), result, options.out)
         for name, figure in chosen.items():
-            began, rows = time.monotonic(), []
-            error = None
+            began, rows, error = time.monotonic(), [], None
             try:
                 for row in figure.measure(settings):
                     rows.append(row)
@@ -133,8 +134,8 @@ def _measure(options: argparse.Namespace) -> int:
                 if options.command != "all":
                     raise
                 error, failed = f"{type(fault).__name__}: {fault}", True
-            result["figures"][name] = to_json(figure, titles[name], rows, time.monotonic() - began) | (
-                {"error": error} if error else {})
+            result["figures"][name] = to_json(figure, titles[name], rows, time.monotonic() - began) | {
+                "repeats": settings.most_repeats} | ({"error": error} if error else {})
             _save(result, options.out)
             if not options.json:
                 _show(console, f"{figure.number}. {titles[name]}", rows, error, targets=not settings.quick)

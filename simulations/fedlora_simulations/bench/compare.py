@@ -71,6 +71,18 @@ def same_setup(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return machines[0] == machines[1] and old["settings"] == new["settings"]
 
 
+def joined(old: Mapping[str, Any], new: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """A result that begins with the figures of an old one, and goes on.
+
+    Raises:
+        ValueError: they are of different machines, settings or versions. `file` is where the old one lies.
+    """
+    if not same_setup(old, new) or old["versions"] != new["versions"]:
+        raise ValueError(f"--out {file} was measured on another machine, with other settings or versions; the figures "
+                         "of one file belong together. Name another file")
+    return {**new, "began": old["began"], "figures": dict(old["figures"])}
+
+
 def _values(result: Mapping[str, Any], units: bool) -> Iterator[tuple[tuple[str, str, str], Value]]:
     for figure, measured in result["figures"].items():
         for row in measured.get("rows", ()):
