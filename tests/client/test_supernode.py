@@ -1,73 +1,102 @@
-"""What a SuperNode's messages leave on the disk for the next one, whose process knows nothing of them."""
+"""What a SuperNode's client answers, message by message: nothing is in memory between two, and nothing is forgotten."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fedlora
-from fedlora import models, wire
+from fedlora import models
 from fedlora.adapters import attach, initial_tensors
-from fedlora.options import CLIENT, build_parser, read_options
-from fedlora.plan import Refusal, RoundPlan, RunPlan, Upload
+from fedlora.adapters.private import release_layout, release_tensors
+from fedlora.options import CLIENT, options_from
+from fedlora.plan import ModelRef, Refusal, RoundPlan, RunPlan, Upload
 from fedlora.privacy import Ledger
+from fedlora.wire import Setup, digest
 from fedlora_client.supernode import SuperNodeClient
 from tests.processes import write_rows
 
+OTHER_MODEL = ModelRef("local", "0" * 64, "1" * 64, "2" * 64)
 
-class SuperNode:
-    """Each `ask` is answered as by a process of its own."""
+
+class Node:
+    """A SuperNode called north, and a server whose orders to it can be made hostile."""
 
     def __init__(self, folder, checkpoint):
-        self.folder = folder
-        data = write_rows(folder / "north.jsonl", seed=0)
-        self.options = read_options(build_parser(CLIENT, ""), CLIENT, [
-            f"--data={data}", "--name=north", f"--model={checkpoint}", f"--state={folder / 'state'}", "--threads=1",
-            "--device=cpu", "--precision=fp32", f"--simulated-ledger={folder / 'ledger'}"])
         self.plan = RunPlan(
             run_id="ab" * 8, fedlora_version=fedlora.__version__, strategy="ffa-lora", family="frozen-a", private=True,
             model=models.reference("local", checkpoint), task="classification", labels=("routine", "urgent"),
-            max_length=16, rank=2, alpha=2.0, targets=("query",), train_head=True, dropout=0.0, rounds=3,
-            max_participations=3, local_steps=1, expected_batch=8, optimizer="sgd", lr=0.1, clip_norm=0.5,
+            max_length=16, rank=2, alpha=2.0, targets=("query",), train_head=True, dropout=0.0, rounds=2,
+            max_participations=2, local_steps=2, expected_batch=8, optimizer="sgd", lr=0.1, clip_norm=0.5,
             adapter_scale=1.0, head_scale=1.0, weight_by_examples=False)
         adapted = attach(models.load(checkpoint, "classification", 2), family="frozen-a", rank=2, alpha=2.0,
                          targets=("query",), train_head=True)
-        self.state, self.layout = initial_tensors(adapted, init="orthonormal", seed=0), adapted.layout
+        self.state = initial_tensors(adapted, init="orthonormal", seed=0)
+        self.layout, self.release = adapted.layout, release_layout(adapted.layout, adapted.missing)
+        self.options = options_from({
+            "server": "SuperLink", "data": str(write_rows(folder / "north.jsonl", 0)), "name": "north", "epsilon": 200,
+            "model": str(checkpoint), "state": str(folder / "state"), "threads": 1, "device": "cpu",
+            "precision": "fp32"}, CLIENT, "--node-config")
 
-    def ask(self, round, **changes):
-        state = {**self.state, **changes}
-        digest = wire.digest({spec.name: state[spec.name] for spec in self.layout.shared})
-        return SuperNodeClient(self.options).run_round(RoundPlan(self.plan, round, 0, digest), state)
-
-    def charges(self):
-        ledger = Ledger(self.folder / "ledger" / "ledger.sqlite", simulated=True)
-        try:
-            return ledger.charges()
-        finally:
-            ledger.close()
+    def ask(self, round, attempt=0, shared=None, **changes):
+        layout = self.layout if round else self.release
+        state = self.state | (shared or {}) if round else release_tensors(self.release, self.state, seed=0)
+        shared_sha256 = digest({spec.name: state[spec.name] for spec in layout.shared})
+        order = RoundPlan(dataclasses.replace(self.plan, **changes), round, attempt, shared_sha256)
+        return SuperNodeClient(self.options).run_round(order, state)
 
     @property
     def mark(self):
-        return self.folder / "state" / self.plan.run_id / "unfinished"
+        return Path(self.options.state) / self.plan.run_id / "unfinished"
 
 
 @pytest.fixture
-def node(tmp_path, checkpoint):
-    return SuperNode(tmp_path, checkpoint("bert"))
+def node(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home" / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home" / "config"))
+    return Node(tmp_path, checkpoint("bert"))
 
 
-def test_after_a_round_that_failed_the_run_is_refused_until_the_owner_removes_the_mark(node, caplog):
+def charges(tmp_path):
+    ledger = Ledger(tmp_path / "home" / "state" / "fedlora" / "ledger.sqlite")
+    try:
+        return [(charge.round, charge.attempt, charge.state) for charge in ledger.charges()]
+    finally:
+        ledger.close()
+
+
+def test_a_supernode_follows_no_plan_but_the_one_that_its_run_began_with(node, tmp_path):
+    announced = Setup.of(node.plan)
+    assert SuperNodeClient(node.options).join(announced) == ()
+    assert node.ask(0) == Refusal("policy")  # a start from private rows, which the run was not to have
+    first = node.ask(1)
+    assert first.steps == 2
+    for changes in ({"clip_norm": 5.0}, {"local_steps": 4}, {"max_participations": 3, "rounds": 3}, {"rounds": 3},
+                    {"expected_batch": 16}, {"strategy": "fedsvd"}, {"max_length": 32}, {"private_start": True}):
+        assert node.ask(2, **changes) == Refusal("policy"), changes
+    assert node.ask(2, private=False).code == "privacy-mismatch"
+    assert node.ask(2, model=OTHER_MODEL).code == "model-mismatch"
+    assert charges(tmp_path) == [(1, 0, "released")]
+    again = node.ask(1)
+    assert {n: t.tobytes() for n, t in again.tensors.items()} == {n: t.tobytes() for n, t in first.tensors.items()}
+    assert node.ask(2).steps == 2
+    assert node.ask(2, attempt=1) == node.ask(3) == Refusal("budget")
+    assert charges(tmp_path) == [(1, 0, "released"), (2, 0, "released")]
+
+
+def test_after_a_round_that_failed_the_run_is_refused_until_the_owner_removes_the_mark(node, tmp_path, caplog):
     cut_off = {spec.name: np.full(spec.shape, 1e-45, np.float32) for spec in node.layout.shared}
-    assert node.ask(1, **cut_off) == Refusal("unavailable") and len(node.charges()) == 1
-    assert node.ask(2) == Refusal("unavailable") and len(node.charges()) == 1
-    assert str(node.mark) in caplog.text
+    assert node.ask(1, shared=cut_off) == node.ask(2) == Refusal("unavailable")
+    assert [round for round, _, _ in charges(tmp_path)] == [1] and str(node.mark) in caplog.text
     node.mark.unlink()
-    assert isinstance(node.ask(3), Upload) and not node.mark.exists()
-    [report] = (node.folder / "state").glob("*/privacy.json")
+    assert isinstance(node.ask(2), Upload) and not node.mark.exists()
+    [report] = (tmp_path / "state").glob("*/privacy.json")
     assert json.loads(report.read_text())
 
 
-def test_a_process_that_is_killed_while_it_trains_leaves_the_mark(node, monkeypatch):
+def test_a_process_that_is_killed_while_it_trains_leaves_the_mark(node, tmp_path, monkeypatch):
     def killed(*arguments, **options):
         raise SystemExit
 
@@ -75,4 +104,4 @@ def test_a_process_that_is_killed_while_it_trains_leaves_the_mark(node, monkeypa
         patched.setattr("fedlora.training.Trainer.train", killed)
         with pytest.raises(SystemExit):
             node.ask(1)
-    assert node.ask(2) == Refusal("unavailable") and len(node.charges()) == 1
+    assert node.ask(2) == Refusal("unavailable") and [round for round, _, _ in charges(tmp_path)] == [1]

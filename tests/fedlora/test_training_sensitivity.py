@@ -54,12 +54,12 @@ def movements(kind, family, task, unit, precision, rng):
             for subset in range(2**UNITS) for removed in range(UNITS) if subset >> removed & 1]
 
 
-@pytest.mark.parametrize(("precision", "families"), [("fp32", FAMILIES), ("bf16", ["lora"])])
+@pytest.mark.parametrize("precision", GAMMA)
 @pytest.mark.parametrize("unit", ["row", "patient"])
 @pytest.mark.parametrize(("kind", "task"), [("bert", "classification"), ("llama", "causal-lm")])
-def test_one_unit_moves_the_sum_by_at_most_the_clip_norm(kind, task, unit, precision, families):
+def test_one_unit_moves_the_sum_by_at_most_the_clip_norm(kind, task, unit, precision):
     rng = np.random.default_rng([len(kind), len(unit), len(precision)])
-    moved = np.array([one for family in families for one in movements(kind, family, task, unit, precision, rng)])
+    moved = np.array([one for family in FAMILIES for one in movements(kind, family, task, unit, precision, rng)])
     print(f"{len(moved)} pairs of {unit}s, {task}, {precision}: at most {moved.max():.6f} clip norms")
     assert moved.max() <= 1 + GAMMA[precision]
     assert (moved > 0.999).mean() > 0.2  # the bound is met, not just kept

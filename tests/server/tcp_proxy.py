@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
 
 
 class TcpProxy:
-    """Forwards to `target` (host:port) from `address`, and counts `bytes_up` and `bytes_down`."""
+    """Forwards to `target` (host:port) from `address`.
+
+    Attributes:
+        bytes_up, bytes_down: that came from the client and from the server.
+        swallowed_up: those of the client that never reached the server.
+    """
 
     def __init__(self, target: str) -> None:
         self._target = target.rpartition(":")[0], int(target.rpartition(":")[2])
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._open, self._mute = True, False
-        self.bytes_up = self.bytes_down = 0
+        self._open, self._mute_down, self._mute_up_from = True, False, math.inf
+        self.bytes_up = self.bytes_down = self.swallowed_up = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -31,11 +37,15 @@ class TcpProxy:
 
     def restore(self) -> None:
         """Forward again, both ways."""
-        self._open, self._mute = True, False
+        self._open, self._mute_down, self._mute_up_from = True, False, math.inf
 
     def mute_downlink(self) -> None:
         """Swallow what the server says."""
-        self._mute = True
+        self._mute_down = True
+
+    def mute_uplink_after(self, bytes_down: int) -> None:
+        """Swallow what the client says from the moment when it has been told so many bytes more."""
+        self._mute_up_from = self.bytes_down + bytes_down
 
     def _accept(self) -> None:
         while True:
@@ -53,9 +63,12 @@ class TcpProxy:
             while data := source.recv(1 << 16):
                 if down:
                     self.bytes_down += len(data)
+                    mute = self._mute_down
                 else:
                     self.bytes_up += len(data)
-                if not (down and self._mute):
+                    mute = self.bytes_down >= self._mute_up_from
+                    self.swallowed_up += mute * len(data)
+                if not mute:
                     sink.sendall(data)
         for end in (source, sink):
             with contextlib.suppress(OSError):

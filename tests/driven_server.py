@@ -1,0 +1,83 @@
+"""FedLoRA's own gRPC engine, driven by hand, and a real client process called north."""
+
+import dataclasses
+
+import fedlora
+from fedlora import models, wire
+from fedlora.adapters import attach, initial_tensors
+from fedlora.adapters.private import release_layout, release_tensors
+from fedlora.plan import RoundPlan, RunPlan
+from fedlora.privacy import Ledger
+from fedlora.wire import Setup
+from fedlora_server.grpc_engine import GrpcEngine
+from fedlora_strategies.messages import read_reply, to_record, train_message
+from tests.processes import Deployment, write_rows
+
+AGREED = ("run_id", "fedlora_version", "strategy", "private", "model", "task", "labels", "max_length", "rounds",
+          "max_participations", "local_steps", "expected_batch", "clip_norm", "private_start")
+
+
+class Server:
+    """One run of at most two rounds, with a real client process called north."""
+
+    def __init__(self, folder, checkpoint, **changes):
+        self.plan = RunPlan(**{
+            "run_id": "ab" * 8, "fedlora_version": fedlora.__version__, "strategy": "ffa-lora", "family": "frozen-a",
+            "private": True, "model": models.reference("local", checkpoint), "task": "classification",
+            "labels": ("routine", "urgent"), "max_length": 16, "rank": 2, "alpha": 2.0, "targets": ("query",),
+            "train_head": True, "dropout": 0.0, "rounds": 2, "max_participations": 2, "local_steps": 2,
+            "expected_batch": 8, "optimizer": "sgd", "lr": 0.1, "clip_norm": 0.5, "adapter_scale": 1.0,
+            "head_scale": 1.0, "weight_by_examples": False} | changes)
+        setup = Setup(**{name: getattr(self.plan, name) for name in AGREED}, announce_labels=False)
+        adapted = attach(models.load(checkpoint, "classification", 2), family="frozen-a", rank=2, alpha=2.0,
+                         targets=("query",), train_head=True)
+        self.state = initial_tensors(adapted, init="orthonormal", seed=0)
+        self.layout, self.release = adapted.layout, release_layout(adapted.layout, adapted.missing)
+        self.deployment = Deployment(folder, checkpoint)
+        self.engine = GrpcEngine("127.0.0.1:0", setup, folder / "spool")
+        self.deployment.address = self.engine.address
+        self.data = write_rows(folder / "data" / "north.jsonl", seed=0)
+
+    def client(self, *arguments):
+        self.deployment.client("north", self.data, *arguments)
+        return self
+
+    def ask(self, round, attempt=0, **changes):
+        """What the client answers to an order with a changed plan: an Upload or a Refusal."""
+        while not self.engine.idle():
+            assert self.deployment.processes["north"].poll() is None, self.deployment.log("north")
+            self.engine.wait([], 0.2)
+        sent = self.order(round, attempt, **changes)
+        while sent not in self.engine.wait([sent], 0.2):
+            pass
+        return self.reply(sent)
+
+    def order(self, round, attempt=0, **changes):
+        """Give the idle client an order, and return its message id."""
+        seat = self.engine._roster._seats[self.engine.idle()[0]]  # our own server never asks twice
+        seat.asked.clear()
+        seat.accepted = None
+        layout = self.layout if round else self.release
+        state = self.state if round else release_tensors(self.release, self.state, seed=0)
+        digest = wire.digest({spec.name: state[spec.name] for spec in layout.shared})
+        order = RoundPlan(dataclasses.replace(self.plan, **changes), round, attempt, digest)
+        self.engine.expect(layout)
+        [sent] = self.engine.push_messages([train_message(order, to_record(state), self.engine.idle()[0])])
+        return sent
+
+    def reply(self, sent):
+        """The answer to an order that has come: an Upload or a Refusal."""
+        return read_reply(next(iter(self.engine.pull_messages([sent]))))
+
+    def charges(self):
+        path = self.deployment.home("north") / "state" / "fedlora" / "ledger.sqlite"
+        if not path.exists():
+            return ()
+        ledger = Ledger(path)
+        try:
+            return ledger.charges()
+        finally:
+            ledger.close()
+
+    def log(self):
+        return self.deployment.log("north")

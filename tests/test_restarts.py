@@ -1,0 +1,297 @@
+"""A real client process that dies at the worst moments and is started again: what was spent is known, and sent once.
+
+The account of an interrupted run is held against that of an uninterrupted one, of the same processes.
+"""
+
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+from safetensors.numpy import load_file
+
+from fedlora.plan import Upload
+from fedlora.privacy import Accountant, Ledger, Spend
+from fedlora.wire import digest
+from tests.driven_server import Server
+from tests.processes import PATIENCE, Deployment, write_rows
+from tests.server.tcp_proxy import TcpProxy
+
+SMALL = ("--rank", 2, "--local-steps", 2, "--batch-size", 8, "--max-length", 16)
+EXACT = 1e-6
+PLENTY = 200
+"""An ε so large that its noise is found at once."""
+
+
+@pytest.fixture
+def deploy(tmp_path, checkpoint):
+    """Start deployments, each in a folder of its own."""
+    started = []
+
+    def deploy(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        started.append(Deployment(folder, checkpoint("bert")))
+        return started[-1]
+
+    yield deploy
+    for deployment in started:
+        deployment.__exit__()
+
+
+@dataclass
+class Account:
+    """What a simulated ledger holds of its only run."""
+
+    charges: tuple
+    epsilon: float
+
+    @property
+    def trainings(self):
+        return [(charge.round, charge.attempt, charge.state) for charge in self.charges]
+
+    @property
+    def epsilon_of_a_round(self):
+        """What an accountant that begins anew each round would print."""
+        terms = self.charges[0].terms
+        spend = Spend(terms.noise_multiplier, terms.sampling_rate, terms.local_steps)
+        return Accountant((spend,)).epsilon(terms.delta)
+
+
+def account(deployment, name):
+    path = deployment.home(name) / "ledger.sqlite"
+    if not path.exists():
+        return Account((), 0.0)
+    ledger = Ledger(path, simulated=True)
+    try:
+        charges = ledger.charges()
+        return Account(charges, ledger.epsilon(charges[0].dataset, charges[0].run_id) if charges else 0.0)
+    finally:
+        ledger.close()
+
+
+def wait_until(true, deployment, timeout_s=90.0):
+    deadline = time.monotonic() + PATIENCE * timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "\n".join(map(deployment.log, deployment.processes))
+        time.sleep(0.05)
+
+
+def kill(deployment, name):
+    deployment.processes[name].send_signal(signal.SIGKILL)
+    assert deployment.end(name) == -signal.SIGKILL
+
+
+def adapter(deployment):
+    tensors = load_file(deployment.out / "adapter" / "adapter_model.safetensors")
+    return {name: tensor.tobytes() for name, tensor in tensors.items()}
+
+
+def test_a_client_killed_between_rounds_and_after_storage_ends_with_the_same_epsilon_and_adapter(deploy, tmp_path):
+    """North is killed twice: when its first upload was acknowledged, and when its second was stored and got lost.
+
+    South is stopped meanwhile, which keeps the first round open. The last north has another noise seed, so that a
+    second training would not give what the first one stored.
+    """
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", seed) for seed, name in enumerate(("north", "south"))}
+    server = ("--min-clients", 2, "--min-replies", 2, "--seed", 5, "--rounds", 2, *SMALL)
+    whole, broken = deploy("whole"), deploy("broken")
+    for deployment in (whole, broken):
+        deployment.server(*server)
+        deployment.client("south", files["south"], seed=5)
+    whole.client("north", files["north"], seed=5)
+
+    broken.wait_for("server", "south ready")
+    broken.processes["south"].send_signal(signal.SIGSTOP)
+    proxy = TcpProxy(broken.address)
+
+    def start_north(seed):
+        broken.client("north", files["north"], "--server", proxy.address, seed=seed)
+
+    start_north(5)
+    broken.wait_for("north", "round 1/2: sent")
+    kill(broken, "north")
+    start_north(5)
+    wait_until(lambda: broken.log("server").count("north ready") == 2, broken)
+
+    proxy.mute_uplink_after(500)  # in the middle of the next order
+    broken.processes["south"].send_signal(signal.SIGCONT)
+    wait_until(lambda: account(broken, "north").trainings == [(1, 0, "released"), (2, 0, "released")], broken)
+    [stored] = (broken.folder / "state" / "north").glob("*/upload.safetensors")
+    tensors, content = load_file(stored), stored.read_bytes()
+    wait_until(lambda: proxy.swallowed_up > sum(tensor.nbytes for tensor in tensors.values()), broken)
+    kill(broken, "north")
+    proxy.restore()
+    start_north(6)
+
+    for deployment in (whole, broken):
+        assert deployment.end("server") == 0, deployment.log("server")
+        assert deployment.end("north") == deployment.end("south") == 0
+    once, again = account(whole, "north"), account(broken, "north")
+    assert again.trainings == once.trainings == [(1, 0, "released"), (2, 0, "released")]
+    assert stored.read_bytes() == content and again.charges[1].sha256 == digest(tensors)
+    assert [charge.sha256 for charge in again.charges] == [charge.sha256 for charge in once.charges]
+    assert adapter(broken) == adapter(whole)
+    assert again.epsilon == pytest.approx(once.epsilon, abs=EXACT)
+    print(f"recorded ε {again.epsilon:.3f}; a fresh engine per round would print {again.epsilon_of_a_round:.3f}")
+    assert again.epsilon_of_a_round < again.epsilon - 0.5
+
+
+def test_a_client_killed_inside_a_training_is_charged_for_exactly_one_more(deploy, tmp_path):
+    """The first north takes its records one by one, which makes its training last."""
+    deployment = deploy("run")
+    steps = 10
+    deployment.server("--min-clients", 1, "--rounds", 2, *SMALL, "--local-steps", steps, "--batch-size", 120)
+    data = write_rows(tmp_path / "data" / "north.jsonl", 0, rows=600)
+    deployment.client("north", data, "--epsilon", PLENTY, "--micro-batch", 1, seed=5)
+    wait_until(lambda: account(deployment, "north").charges, deployment)
+    kill(deployment, "north")
+    assert account(deployment, "north").trainings == [(1, 0, "reserved")]
+    deployment.client("north", data, "--epsilon", PLENTY, seed=5)
+    deployment.wait_for("server", "round 1: 1 of 1 replied")
+    spent = account(deployment, "north")
+    assert spent.trainings == [(1, 0, "reserved"), (1, 1, "released")]
+    terms = spent.charges[0].terms
+    both = Accountant((Spend(terms.noise_multiplier, terms.sampling_rate, 2 * steps),))
+    print(f"recorded ε {spent.epsilon:.3f}; a fresh engine per round would print {spent.epsilon_of_a_round:.3f}")
+    assert spent.epsilon == pytest.approx(both.epsilon(terms.delta), abs=EXACT)
+    assert spent.epsilon_of_a_round < spent.epsilon - 0.5
+
+
+LIVES = 22
+
+
+def test_a_client_killed_at_any_moment_has_been_charged_for_all_that_the_server_received(tmp_path, checkpoint):
+    """Each life lasts for a random part of the time that the first one took for three rounds."""
+    server = Server(tmp_path, checkpoint("bert"), rounds=500, max_participations=500)
+    choice, received, number, sent = random.Random(3), {}, 0, None
+
+    def go_on():
+        """Give the next order, or take the answer to the last one."""
+        nonlocal number, sent
+        if sent is None and server.engine.idle():
+            number += 1
+            sent = server.order(number)
+        elif sent is not None and server.engine.wait([sent], 0.02).get(sent, "lost") != "lost":
+            answer, sent = server.reply(sent), None
+            if isinstance(answer, Upload):
+                received[number] = digest(answer.tensors)
+
+    def check():
+        charges = server.charges()
+        begun = {charge.round: charge for charge in charges if charge.state != "voided"}
+        assert {round: begun[round].sha256 for round in received} == received
+        assert all(begun[round].state == "released" for round in received)
+        terms = charges[0].terms
+        recorded, truth = (Accountant((Spend(terms.noise_multiplier, terms.sampling_rate, steps),)).epsilon(terms.delta)
+                           for steps in (sum(charge.steps for charge in begun.values()), 2 * len(received)))
+        assert recorded >= truth > 0
+
+    began, life = time.monotonic(), None
+    try:
+        for _ in range(LIVES):
+            server.client("--epsilon", PLENTY)
+            end = None if life is None else time.monotonic() + choice.uniform(0, life)
+            while len(received) < 3 if end is None else time.monotonic() < end:
+                assert server.deployment.processes["north"].poll() is None, server.log()
+                go_on()
+            life = life or time.monotonic() - began
+            kill(server.deployment, "north")
+            while server.engine.get_node_ids():
+                server.engine.wait([], 0.02)
+            if sent is not None and server.engine.wait([sent], 0.0).get(sent) == "uploaded":
+                go_on()
+            check()
+    finally:
+        server.engine.close("the test is over")
+        server.deployment.__exit__()
+
+
+@dataclass
+class Call:
+    """A system call, and the lines at which strace saw it begin and end."""
+
+    name: str
+    arguments: str
+    begin: int
+    end: int
+
+    def wrote(self, data):
+        """Whether these bytes are among those that it was given."""
+        strings = re.findall(r'"((?:[^"\\]|\\.)*)"', self.arguments)
+        return data in "".join(strings).encode().decode("unicode_escape").encode("latin-1")
+
+
+def system_calls(log):
+    """In the order in which they began; strace splits a call that another thread's interrupts."""
+    under_way, calls = {}, []
+    for number, line in enumerate(log.read_text().splitlines()):
+        if resumed := re.match(r"(\d+) +<\.\.\. \w+ resumed>", line):
+            calls.append(Call(*under_way.pop(resumed[1]), number))
+        elif begun := re.match(r"(\d+) +(\w+)\((.*)", line):
+            thread, name, arguments = begun.groups()
+            if arguments.endswith("<unfinished ...>"):
+                under_way[thread] = name, arguments, number
+            else:
+                calls.append(Call(name, arguments, number, number))
+    return sorted(calls, key=lambda call: call.begin)
+
+
+def trace(process, log):
+    """strace of a running process, from now on."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    traced = "trace=openat,write,writev,pwrite64,sendto,sendmsg,fsync,fdatasync,rename"
+    tracer = subprocess.Popen(["strace", "-f", "-yy", "-x", "-s", "65536", "-e", traced, "-o", log,
+                               "-p", str(process.pid)], stderr=subprocess.PIPE, text=True)
+    said = tracer.stderr.readline()
+    if "attached" not in said:
+        tracer.wait()
+        pytest.skip(f"strace may not trace here: {said.strip()[:100]}")
+    return tracer
+
+
+def test_a_real_client_has_charge_update_and_witness_on_the_disk_before_a_byte_of_the_update_leaves(deploy, tmp_path):
+    """It is traced before there is a server: from its joining to the end."""
+    deployment = deploy("run")
+    data = write_rows(tmp_path / "data" / "north.jsonl", 0)
+    tracer = trace(deployment.client("north", data, "--epsilon", PLENTY, "--connect-timeout", 300), tmp_path / "calls")
+    deployment.server("--min-clients", 1, "--rounds", 1, *SMALL)
+    assert deployment.end("north") == deployment.end("server") == 0, deployment.log("north")
+    tracer.communicate()
+    [stored] = (deployment.folder / "state" / "north").glob("*/upload.safetensors")
+    update = min(load_file(stored).items())[1].tobytes()[:32]
+
+    calls = system_calls(tmp_path / "calls")
+    order = []
+
+    def first(name, where, data=b""):
+        order.append(next(call for call in calls if call.name == name and where in call.arguments and call.wrote(data)))
+
+    def synchronised(where):
+        order.append(next(call for call in calls if call.name in ("fsync", "fdatasync") and where in call.arguments
+                          and call.begin > order[-1].end))
+
+    wal, folder, witness = "ledger.sqlite-wal>", str(stored.parent), ".fedlora-witness-north.json.new"
+    first("pwrite64", wal, b'"kind":"reserved"')
+    synchronised(wal)
+    first("write", f"<{folder}/", update)  # what the training gave
+    synchronised(f"{stored}.new>")
+    first("rename", f"{stored}.new")
+    synchronised(f"<{folder}>")
+    first("pwrite64", wal, b'"kind":"stored"')
+    synchronised(wal)
+    first("write", f"{witness}>")
+    synchronised(f"{witness}>")
+    first("rename", witness)
+    synchronised(f"<{data.parent}>")
+    first("pwrite64", wal, b'"kind":"released"')
+    synchronised(wal)
+    order.append(next(call for call in calls if call.wrote(update) and folder not in call.arguments))
+    assert order[-1].name == "sendmsg" and f"{deployment.address.partition(':')[2]}]>" in order[-1].arguments
+    assert all(before.end < after.begin for before, after in pairwise(order)), order
