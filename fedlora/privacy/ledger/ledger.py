@@ -34,7 +34,8 @@ from fedlora.privacy.ledger.lifetime import (
     Lifetime,
     RunTerms,
 )
-from fedlora.privacy.ledger.witness import Witness, read_witness, replace_file, witnesses_in, write_witness
+from fedlora.privacy.ledger.witness import replace_file
+from fedlora.privacy.ledger.witnesses import Witnesses
 
 
 class Ledger:
@@ -57,9 +58,8 @@ class Ledger:
         self.path = None if path is None else Path(path).absolute()
         anew = new and not (self.path is not None and self.path.exists() and _is_whole(self.path, simulated))
         self._chain = Chain(self.path, simulated=simulated, new=anew, clock=clock)
-        self._new = new
         self._held: dict[tuple[str, str], int | None] = {}
-        self._witnesses: dict[str, Path] = {}
+        self._witnesses = Witnesses(self._chain, self.path, give_up=new)
         self._memory_key = secrets.token_bytes(32)
         with self._chain.transaction("DEFERRED") as book:
             self.ledger_id: str = book.ledger["ledger_id"]
@@ -116,63 +116,15 @@ class Ledger:
         """
         if self.simulated:
             raise LedgerError(f"{self._chain.name} is simulated: it neither reads nor writes a witness of real data")
-        path = self._witnesses[dataset] = Path(witness).absolute()
-        with self._chain.transaction() as book:
-            seen, wrong = self._look(book, path, dataset)
-            if wrong:
-                self._give_up(book, seen, wrong)
-        if wrong:
-            with self._chain.transaction() as book:
-                self._write_witness(book, dataset)
+        self._witnesses.watch(dataset, witness)
 
     def check_folder(self, folder: Path) -> None:
         """Check every witness in a folder of data, whichever dataset it was written for.
 
-        Data are so recognised where the ledger and the policy that named them were lost together.
-
         Raises:
             LedgerError: one names another ledger, or has seen more than this ledger holds, and no mark says so.
         """
-        with self._chain.transaction() as book:
-            for path in witnesses_in(folder):
-                seen, wrong = self._look(book, path)
-                if wrong and asdict(seen) not in book.marks:
-                    self._give_up(book, seen, wrong)
-
-    def _look(self, book: Book, path: Path, dataset: str | None = None) -> tuple[Witness, str]:
-        """What a witness has seen, and how that contradicts this ledger; "" where it does not."""
-        remedy = (f"Restore {self.path} as it was, or use --new-ledger and count what was spent before as lost budget; "
-                  "the mark stays")
-        try:
-            seen = read_witness(path)
-        except LedgerError as error:
-            return Witness(dataset or path.name, "unreadable", 0, ""), str(error)
-        if seen is None:
-            left = any(charge.dataset == dataset and charge.state == "released" for charge in book.charges.values())
-            missing = (f"{path} is missing, though updates made from dataset {dataset!r} have left this machine. "
-                       f"Restore it, or name its place as `witness` in policy.toml. {remedy}")
-            return Witness(dataset or path.name, "missing", 0, ""), missing if left else ""
-        if seen.ledger_id != book.ledger["ledger_id"]:
-            return seen, (f"{path} was written by another ledger, {seen.ledger_id}, with {seen.rows} rows; "
-                          f"{self._chain.name} is {book.ledger['ledger_id']}, with {book.rows}. {remedy}")
-        if dataset not in (None, seen.dataset):
-            raise LedgerError(f"{path} belongs to dataset {seen.dataset!r}, not to {dataset!r}; correct policy.toml")
-        if self._chain.row(seen.rows) != seen.head:
-            return seen, (f"{path} has seen {seen.rows} rows that {self._chain.name}, with {book.rows}, does not "
-                          f"hold: it is an older copy, or was changed. {remedy}")
-        return seen, ""
-
-    def _give_up(self, book: Book, seen: Witness, wrong: str) -> None:
-        """With --new-ledger, mark for ever what a witness knew and this ledger does not; else raise LedgerError."""
-        if not self._new:
-            raise LedgerError(wrong)
-        if asdict(seen) not in book.marks:
-            self._chain.append("mark", **asdict(seen))
-
-    def _write_witness(self, book: Book, dataset: str) -> None:
-        """Within a transaction, so that witnesses of two processes never go back."""
-        if dataset in self._witnesses:
-            write_witness(self._witnesses[dataset], Witness(dataset, book.ledger["ledger_id"], book.rows, book.head))
+        self._witnesses.check_folder(folder)
 
     def marks(self) -> tuple[Mapping, ...]:
         """What --new-ledger gave up: {dataset, ledger_id, rows, head} of each ledger that a witness still knew."""
@@ -434,11 +386,7 @@ class Ledger:
             if book.charges[sequence].state not in ("stored", "released"):
                 raise LedgerError(f"charge {sequence} is {book.charges[sequence].state}: only an update that is stored "
                                   "may leave")
-            if dataset in self._witnesses:
-                _, wrong = self._look(book, self._witnesses[dataset], dataset)
-                if wrong:
-                    raise LedgerError(wrong)
-                self._write_witness(book, dataset)
+            self._witnesses.testify(book, dataset)
             if book.charges[sequence].state == "stored":
                 self._chain.append("released", charge=sequence)
 
