@@ -21,7 +21,7 @@ from fedlora.wire import Setup
 from .cli import set_environment
 
 if TYPE_CHECKING:
-    from .app import Part
+    from .part import Part
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -65,7 +65,7 @@ class SuperNodeClient:
         set_environment(self._options)
         from rich.console import Console
 
-        from .app import DataHolder, Part
+        from .part import DataHolder, Part
 
         try:
             holder = DataHolder.of(self._options, Console(stderr=True, markup=False, highlight=False))

@@ -54,14 +54,17 @@ class Stream:
     def gaussian(self, count: int) -> np.ndarray:
         """`count` float64 values of the standard normal distribution."""
         pairs = (count + 1) // 2
-        values = np.zeros(2 * pairs)
+        values = np.zeros((2, pairs))
         for _ in range(DRAWS):
-            u = self.uniform(2 * pairs)
-            radius = np.sqrt(-2.0 * np.log(1.0 - u[:pairs]))  # 1 - u is in (0, 1]
-            angle = (2.0 * np.pi) * u[pairs:]
-            values[:pairs] += radius * np.cos(angle)
-            values[pairs:] += radius * np.sin(angle)
-        return values[:count] / np.sqrt(DRAWS)
+            u, v = self.uniform(2 * pairs).reshape(2, pairs)
+            radius = np.sqrt(np.log(1.0 - u) * (-2.0 / DRAWS))  # 1 - u is in (0, 1]
+            # cosine and sine of 2·pi·(v - 1/2) by the tangent of its half: a third of the time of both
+            tangent = np.tan(np.pi * (v - 0.5))
+            square = tangent * tangent
+            radius /= 1.0 + square
+            values[0] += radius * (1.0 - square)
+            values[1] += radius * tangent * 2.0
+        return values.ravel()[:count]
 
 
 @dataclass(frozen=True)
