@@ -1,8 +1,8 @@
 """Every flag of the three commands, declared once, and the TOML file that can stand in for them.
 
 A value comes from, in falling order: the command line, the file's table named after the command ([server], [client],
-[simulate]), the file's top level, the preset of (strategy, privacy), the default below. A key that belongs to another
-command is left to it, so that one file drives all three; a key that belongs to none is an error.
+[simulate]), the file's top level, the run that is resumed, the preset of (strategy, privacy), the default below. A key
+that belongs to another command is left to it, so that one file drives all three; one that belongs to none is an error.
 """
 
 from __future__ import annotations
@@ -159,6 +159,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--seeds", (SIMULATE,), "one run per seed", (0,), lambda text: tuple(map(_natural, _distinct(text))),
            metavar="N,…"),
     Option("--out", RUN, "folder for adapter, report and curves [runs/<time>-<strategy>]", None, Path),
+    Option("--resume", (SERVER,), "go on with the run whose --out folder this is, with the options that it was begun "
+           "with", None, Path, metavar="DIR"),
     # the data holder's side
     Option("--data", LOCAL, "folder or file: .jsonl .csv .tsv .parquet, or a hub dataset", None,
            metavar="DIR_OR_FILE"),
@@ -215,15 +217,23 @@ def build_parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def read_options(parser: argparse.ArgumentParser, command: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse `argv` over the --config file over the defaults; a bad value ends the process with code 2."""
+def read_options(parser: argparse.ArgumentParser, command: str, argv: Sequence[str] | None, *,
+                 begun_with: Callable[[Path], Mapping[str, Any]] | None = None) -> argparse.Namespace:
+    """Parse `argv` over the --config file over the defaults; a bad value ends the process with code 2.
+
+    Args:
+        begun_with: the options of the run in the folder that --resume names, which then stand in for the defaults; it
+            raises ValueError where there is none.
+    """
     given = parser.parse_args(argv)
     values = {option.key.replace("-", "_"): option.default for option in _options_of(command)}
-    if "config" in given:
-        try:
+    try:
+        if begun_with is not None and "resume" in given:
+            values |= vars(parser.parse_args(_arguments(begun_with(given.resume), command, f"--resume {given.resume}")))
+        if "config" in given:
             values |= vars(parser.parse_args(_config_arguments(given.config, command)))
-        except ValueError as error:
-            parser.error(str(error))
+    except ValueError as error:
+        parser.error(str(error))
     return argparse.Namespace(**values | vars(given))
 
 

@@ -133,8 +133,14 @@ class Deployment:
         self.out = folder / "run"
 
     def server(self, *arguments: object) -> Process:
-        process = start("server", "--model", self.checkpoint, "--address", self.address, "--out", self.out,
-                        *arguments, log=self.folder / "server.log", fresh=self.fresh)
+        return self._server("--model", self.checkpoint, "--address", self.address, "--out", self.out, *arguments)
+
+    def resume(self, *arguments: object) -> Process:
+        """A new server for the run of the one before, with no other options than these."""
+        return self._server("--resume", self.out, *arguments)
+
+    def _server(self, *arguments: object) -> Process:
+        process = start("server", *arguments, log=self.folder / "server.log", fresh=self.fresh)
         self.processes["server"] = process
         return process
 

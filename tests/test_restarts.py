@@ -1,8 +1,9 @@
-"""A real client process that dies at the worst moments and is started again: what was spent is known, and sent once.
+"""Real processes that die at the worst moments and are started again: what was spent is known, and sent once.
 
 The account of an interrupted run is held against that of an uninterrupted one, of the same processes.
 """
 
+import json
 import random
 import re
 import shutil
@@ -161,6 +162,71 @@ def test_a_client_killed_inside_a_training_is_charged_for_exactly_one_more(deplo
     print(f"recorded ε {spent.epsilon:.3f}; a fresh engine per round would print {spent.epsilon_of_a_round:.3f}")
     assert spent.epsilon == pytest.approx(both.epsilon(terms.delta), abs=EXACT)
     assert spent.epsilon_of_a_round < spent.epsilon - 0.5
+
+
+def test_a_server_killed_inside_a_round_is_taken_up_again_at_no_cost(deploy, tmp_path):
+    """In round 2 north trains, record by record, and south has sent: the new server finds both where they were."""
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", seed, rows=600)
+             for seed, name in enumerate(("north", "south"))}
+    server = ("--min-clients", 2, "--min-replies", 2, "--seed", 5, "--rounds", 3, *SMALL, "--local-steps", 10,
+              "--batch-size", 120)
+    whole, broken = deploy("whole"), deploy("broken")
+    for deployment in (whole, broken):
+        deployment.server(*server)
+        deployment.client("north", files["north"], "--epsilon", PLENTY, "--micro-batch", 1, seed=5)
+        deployment.client("south", files["south"], "--epsilon", PLENTY, seed=5)
+    broken.wait_for("south", "round 2/3: sent")
+    assert account(broken, "north").trainings[-1] == (2, 0, "reserved")
+    kill(broken, "server")
+    broken.resume()
+    for deployment in (whole, broken):
+        assert deployment.end("server") == 0, deployment.log("server")
+        assert deployment.end("north") == deployment.end("south") == 0, deployment.log("north")
+    assert "goes on after round 1 of 3" in broken.log("server")
+    assert adapter(broken) == adapter(whole)
+    for name in files:
+        assert account(broken, name).trainings == [(round, 0, "released") for round in (1, 2, 3)]
+        assert account(broken, name).epsilon == pytest.approx(account(whole, name).epsilon, abs=EXACT)
+    report = json.loads((broken.out / "report.json").read_text())
+    assert report["resumed_after_rounds"] == [1] and [line["round"] for line in report["rounds"]] == [1, 2, 3]
+
+
+def test_a_run_that_was_stopped_goes_on_when_server_and_clients_are_started_again(deploy, tmp_path):
+    """It is stopped in round 2, when south's upload is there and north's is stored and got lost."""
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", seed) for seed, name in enumerate(("north", "south"))}
+    whole, broken = deploy("whole"), deploy("broken")
+    for deployment in (whole, broken):
+        deployment.server("--min-clients", 2, "--min-replies", 2, "--seed", 5, "--rounds", 3, *SMALL)
+        deployment.client("south", files["south"], "--epsilon", PLENTY, seed=5)
+    whole.client("north", files["north"], "--epsilon", PLENTY, seed=5)
+
+    broken.wait_for("server", "south ready")
+    broken.processes["south"].send_signal(signal.SIGSTOP)
+    proxy = TcpProxy(broken.address)
+    broken.client("north", files["north"], "--epsilon", PLENTY, "--server", proxy.address, seed=5)
+    broken.wait_for("north", "round 1/3: sent")
+    proxy.mute_uplink_after(500)
+    broken.processes["south"].send_signal(signal.SIGCONT)
+    wait_until(lambda: all(account(broken, name).trainings[1:] == [(2, 0, "released")] for name in files), broken)
+    broken.processes["server"].send_signal(signal.SIGINT)
+    assert broken.end("server") == 130 and broken.end("north") == broken.end("south") == 0, broken.log("north")
+    stopped = json.loads((broken.out / "report.json").read_text())
+    assert (stopped["ended"], stopped["finished_rounds"]) == ("stopped", 1)
+
+    assert broken.resume("--rounds", 4).wait(60 * PATIENCE) == 2
+    assert "begun with rounds 3, now 4" in broken.log("server")
+    broken.resume()
+    for name, data in files.items():
+        broken.client(name, data, "--epsilon", PLENTY, seed=6)
+    for deployment in (whole, broken):
+        assert deployment.end("server") == 0, deployment.log("server")
+        assert deployment.end("north") == deployment.end("south") == 0, deployment.log("north")
+    for name in files:
+        once, again = account(whole, name), account(broken, name)
+        assert again.trainings == once.trainings == [(round, 0, "released") for round in (1, 2, 3)]
+        assert [c.sha256 for c in again.charges[:2]] == [c.sha256 for c in once.charges[:2]], "sent as it was stored"
+    report = json.loads((broken.out / "report.json").read_text())
+    assert (report["ended"], report["resumed_after_rounds"]) == ("finished", [1])
 
 
 LIVES = 22

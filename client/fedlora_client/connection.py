@@ -17,6 +17,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from queue import SimpleQueue
 
 import grpc
@@ -309,7 +310,9 @@ class Connection:
         with self._changed:
             stream.welcomed = True
             before, self._setup = self._setup, setup
-            if before is not None and before != setup:
+            # a server that takes its run up again has fixed the label set that clients were to name
+            if before is not None and setup != replace(before, labels=setup.labels,
+                                                       announce_labels=setup.announce_labels):
                 self._run_changed, self._labels = True, None
                 self._task = self._working = self._answer = None
                 self.cancelled.set()
@@ -319,7 +322,9 @@ class Connection:
 
     def _say_ready(self, stream: _Stream) -> None:
         working = None if self._working is None else wire.key_to_wire(self._working)
-        stream.send(pb.ClientFrame(ready=pb.Ready(labels=self._labels or (), working=working)))
+        assert self._setup is not None
+        labels = self._labels if self._setup.announce_labels else ()
+        stream.send(pb.ClientFrame(ready=pb.Ready(labels=labels or (), working=working)))
         stream.is_ready = True
         if self._answer is not None:
             stream.outgoing.put(self._answer_frames(stream, *self._answer))

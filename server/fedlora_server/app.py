@@ -18,6 +18,8 @@ from fedlora.data import Rows
 from fedlora.plan import GOODBYES
 from fedlora.wire import Setup
 
+from . import checkpoint
+from .checkpoint import Unfinished
 from .cohort import RoundOptions
 from .display import Display
 from .grpc_engine import GrpcEngine
@@ -49,6 +51,9 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
     Raises:
         ValueError: an option is wrong, the port is taken, or the clients named no labels.
     """
+    left = _left(options, listen)
+    if left is not None and left.plan.labels:
+        options = Namespace(**vars(options) | {"labels": options.labels or left.plan.labels})
     base = find_model(options)
     if options.task == "classification" and options.labels is not None and len(options.labels) < 2:
         raise ValueError(f"--labels names {len(options.labels)} label; classification needs at least two")
@@ -68,13 +73,17 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
                       f"{values.rounds} rounds can be done; more clients must join.", highlight=False)
     announced = options.task == "classification" and not options.labels
     federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
-                         options.seed, run_id=run_id)
-    out = claim_folder(options.out, options.strategy)
+                         options.seed, run_id=left.plan.run_id if left else run_id)
+    if left is not None:
+        left.check(federation.plan)
+        console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}",
+                      highlight=False)
+    out = options.resume or claim_folder(options.out, options.strategy)
     setup = Setup.of(federation.plan, announce_labels=announced)
     stop = threading.Event()
     display = Display(console, f"{options.strategy}, {base.reference.name}")
     try:
-        engine = (listen or _grpc(options))(setup, out / "spool", lambda event: _tell(display, event))
+        engine = (listen or _grpc(options, left))(setup, out / "spool", lambda event: _tell(display, event))
     except ValueError:
         _release(out)
         raise
@@ -91,10 +100,11 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
             if stop.is_set():
                 ended = "stopped"
                 return Served(out, None)
+            checkpoint.begin(out, vars(options), federation.plan, left.resumptions if left else ())
             engine.expect(federation.adapted.layout)
             result = run_federation(engine, federation.strategy, federation.plan, federation.state, rounds,
                                     observer=display, evaluate=evaluator(federation, rows), stop=stop, out=out,
-                                    start=federation.start)
+                                    start=federation.start, left=left)
             joined = {member.name: {"fedlora_version": member.fedlora_version, "private": member.private,
                                     "label_names": list(member.announced_labels)} for member in engine.members()}
             write_report(out, federation, result, base.loadable_name, options=resolved(options, options.strategy),
@@ -106,9 +116,20 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
     return Served(out, result)
 
 
-def _grpc(options: Namespace) -> Listen:
+def _left(options: Namespace, listen: Listen | None) -> Unfinished | None:
+    """The run that --resume names."""
+    if options.resume is None:
+        return None
+    if listen is not None:
+        raise ValueError("--resume is for fedlora-server alone: a SuperLink gives every run an id of its own")
+    if options.out is not None:
+        raise ValueError(f"--resume goes on in the run's own folder; leave --out {options.out} out")
+    return checkpoint.take_up(options.resume)
+
+
+def _grpc(options: Namespace, left: Unfinished | None) -> Listen:
     return lambda setup, spool, notify: GrpcEngine(options.address, setup, spool, insecure=options.insecure,
-                                                   notify=notify)
+                                                   notify=notify, under_way=left.under_way if left else None)
 
 
 def _release(out: Path) -> None:

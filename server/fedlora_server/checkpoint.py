@@ -1,28 +1,126 @@
-"""The state after the last finished round, as one safetensors file that is always whole."""
+"""What a run leaves in its folder while it lasts, so that a server can take it up again after a crash or a stop.
+
+    run.json                 the options and the plan; `resumed`: after which rounds the run was taken up again
+    metrics.jsonl            one line for each finished round
+    checkpoint.safetensors   the state after the last finished round
+
+The files are written in this order, the first and the last always whole. A line whose round has no checkpoint is
+dropped when the run is taken up again: that round is done anew, and clients that have trained for it send what they
+stored.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from fedlora.plan import Tensors
+from fedlora.plan import RunPlan, Tensors, from_scalars, to_scalars
 
-FILE = "checkpoint.safetensors"
+from .observer import RoundRecord, jsonable
+
+ABOUT, LINES, STATE = "run.json", "metrics.jsonl", "checkpoint.safetensors"
+_NOT_KEPT = frozenset({"config", "out", "resume"})
 
 
-def save(folder: Path, run_id: str, round: int, state: Tensors) -> Path:
+@dataclass(frozen=True)
+class Unfinished:
+    """A run as it was left.
+
+    Attributes:
+        resumed: after which rounds it was taken up before.
+        round: the last finished one; 0 if there is none.
+        state: after it; None if the run was left before its first state was written.
+        records: of the finished rounds.
+    """
+
+    plan: RunPlan
+    resumed: tuple[int, ...]
+    round: int
+    state: Tensors | None
+    records: tuple[RoundRecord, ...]
+
+    @property
+    def resumptions(self) -> tuple[int, ...]:
+        """`resumed`, once it is taken up now."""
+        return *self.resumed, self.round
+
+    @property
+    def under_way(self) -> int:
+        """The round that may have been begun."""
+        return 0 if self.state is None and self.plan.private_start else self.round + 1
+
+    def check(self, plan: RunPlan) -> None:
+        """Raises ValueError where the plan that the options give now is another one."""
+        then, now = to_scalars(self.plan), to_scalars(plan)
+        changed = [f"{name} {then[name]!r}, now {now[name]!r}" for name in then if then[name] != now[name]]
+        if changed:
+            raise ValueError(f"--resume: the run was begun with {'; '.join(changed)}, and its plan cannot change while "
+                             "it lasts. Leave these options out, or begin a new run")
+
+
+def begin(folder: Path, options: Mapping[str, object], plan: RunPlan, resumed: tuple[int, ...] = ()) -> None:
+    """Write what the run is; `options` as `vars` of those of fedlora-server."""
+    kept = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()
+            if name not in _NOT_KEPT and value not in (None, {}, ())}
+    about = {"options": jsonable(kept), "plan": to_scalars(plan), "resumed": resumed}
+    unfinished = folder / (ABOUT + ".new")
+    unfinished.write_text(json.dumps(about, indent=1) + "\n")
+    _replace(unfinished, folder / ABOUT)
+
+
+def save(folder: Path, run_id: str, round: int, state: Tensors) -> None:
     """Replace the folder's checkpoint: a reader, or a crash, finds the old one or the new one, nothing between."""
-    path, unfinished = folder / FILE, folder / (FILE + ".new")
+    unfinished = folder / (STATE + ".new")
     arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
     save_file(arrays, unfinished, metadata={"run_id": run_id, "round": str(round)})
-    with unfinished.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(unfinished, path)
-    return path
+    _replace(unfinished, folder / STATE)
+
+
+def note(folder: Path, record: RoundRecord) -> None:
+    """Add the line of a finished round."""
+    with (folder / LINES).open("a") as lines:
+        lines.write(_line(record))
+
+
+def options_of(folder: Path) -> dict[str, object]:
+    """The options with which the folder's run was begun, as `fedlora.options.read_options` takes them.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    return dict(_about(folder)["options"])
+
+
+def take_up(folder: Path) -> Unfinished:
+    """The folder's run as it was left; lines of rounds that were not finished are dropped from metrics.jsonl.
+
+    Raises:
+        ValueError: the folder holds no run, or one of another FedLoRA version.
+    """
+    about = _about(folder)
+    try:
+        plan, resumed = from_scalars(about["plan"]), tuple(about["resumed"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume: {folder / ABOUT} is not of this FedLoRA version: {error}") from None
+    if not (folder / STATE).exists():
+        return Unfinished(plan, resumed, 0, None, ())
+    run_id, round, state = load(folder)
+    if run_id != plan.run_id:
+        raise ValueError(f"--resume: {folder / STATE} is of run {run_id}, and {ABOUT} of {plan.run_id}; restore the "
+                         "one that belongs to the other")
+    records = tuple(record for record in _records(folder / LINES) if record.round <= round)
+    rewritten = folder / (LINES + ".new")
+    rewritten.write_text("".join(map(_line, records)))
+    _replace(rewritten, folder / LINES)
+    return Unfinished(plan, resumed, round, state, records)
 
 
 def load(folder: Path) -> tuple[str, int, Tensors]:
@@ -31,10 +129,51 @@ def load(folder: Path) -> tuple[str, int, Tensors]:
     Raises:
         ValueError: there is no checkpoint in the folder.
     """
-    path = folder / FILE
+    path = folder / STATE
     if not path.exists():
-        raise ValueError(f"{folder} has no {FILE}; no round of that run was finished")
+        raise ValueError(f"{folder} has no {STATE}; no round of that run was finished")
     with safe_open(path, framework="np") as stored:
         about = stored.metadata()
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
     return about["run_id"], int(about["round"]), tensors
+
+
+def _about(folder: Path) -> dict:
+    try:
+        return json.loads((folder / ABOUT).read_text())
+    except OSError:
+        raise ValueError(f"--resume: {folder} has no {ABOUT}; name the --out folder of a run whose first round had "
+                         "begun. Before that nothing is lost: start it again") from None
+    except ValueError as error:
+        raise ValueError(f"--resume: {folder / ABOUT} cannot be read: {error}") from None
+
+
+def _records(lines: Path) -> list[RoundRecord]:
+    """Those of whole lines; a crash may have cut the last one."""
+    records = []
+    for line in lines.read_text().splitlines() if lines.exists() else ():
+        try:
+            records.append(_record(json.loads(line)))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _line(record: RoundRecord) -> str:
+    return json.dumps(jsonable(asdict(record)), allow_nan=False) + "\n"
+
+
+def _record(values: dict) -> RoundRecord:
+    """Inverse of `_line`: lists are tuples again, and what JSON does not know is a number again."""
+    fields = {field.name: values[field.name] for field in dataclasses.fields(RoundRecord)}
+    numbers = {name: float(value) for name, value in fields["evaluation"].items()}
+    for name in ("update_norm", "train_loss"):
+        fields[name] = None if fields[name] is None else float(fields[name])
+    return RoundRecord(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+                       | {"evaluation": numbers})
+
+
+def _replace(written: Path, path: Path) -> None:
+    with written.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(written, path)

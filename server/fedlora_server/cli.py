@@ -7,6 +7,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedlora.options import SERVER, build_parser, read_options
 
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = build_parser(SERVER, "Coordinate a federated run.")
     parser.epilog = EXIT_CODES
-    options = read_options(parser, SERVER, argv)
+    options = read_options(parser, SERVER, argv, begun_with=_begun_with)
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own messages say more
     if not options.allow_download:
@@ -32,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"fedlora-server: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
+
+
+def _begun_with(folder: Path) -> dict[str, object]:
+    from .checkpoint import options_of
+
+    return options_of(folder)
 
 
 def _run(options: Namespace) -> int:

@@ -14,8 +14,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from fedlora.plan import Refusal, RunPlan
 from fedlora_strategies import FederatedLoRA
 
-from .engine import Engine, Outcome
-from .observer import Observer
+from .engine import Engine, Outcome, node_id
+from .observer import Observer, RoundRecord
 
 POLL_S = 0.25
 """How soon a stop is noticed while nothing else happens."""
@@ -77,11 +77,16 @@ class Ended(Exception):
 
 
 class Clients:
-    """Which clients may be asked: none more often than the plan's `max_participations`, none that declined for good."""
+    """Which clients may be asked: none more often than the plan's `max_participations`, none that declined for good.
 
-    def __init__(self, engine: Engine, plan: RunPlan, seed: int) -> None:
+    Args:
+        seed: of the cohorts.
+        before: of the rounds that an earlier server of this run finished.
+    """
+
+    def __init__(self, engine: Engine, plan: RunPlan, seed: int, before: Iterable[RoundRecord] = ()) -> None:
         self._engine, self._plan, self._seed = engine, plan, seed
-        self.participations: Counter[int] = Counter()
+        self.participations = Counter(node_id(name) for record in before if record.round for name in record.cohort)
         self.declined: set[int] = set()
 
     def eligible(self) -> list[int]:

@@ -35,18 +35,18 @@ class GrpcEngine(RosterEngine):
         spool: folder for uploads that wait to be aggregated; made if absent, emptied of them at the end.
         insecure: allow plaintext beyond this machine.
         max_clients: streams beyond this are turned away by gRPC (RESOURCE_EXHAUSTED).
-        notify: called with each `Event`, from any thread; it must be quick.
+        notify, under_way: as of `RosterEngine`.
     Raises:
         ValueError: the address is not one, is taken, or is not loopback and `insecure` is not set.
     """
 
     def __init__(self, address: str, setup: Setup, spool: Path, *, insecure: bool = False, max_clients: int = 512,
-                 notify: Callable[[Event], None] = lambda event: None) -> None:
+                 notify: Callable[[Event], None] = lambda event: None, under_way: int | None = None) -> None:
         if not wire.is_loopback(address) and not insecure:
             raise ValueError(f"{address} can be reached from other machines and the connection is not encrypted; "
                              "listen on 127.0.0.1 (through an SSH tunnel, say), or accept that with --insecure")
         assume_identity(setup.run_id)
-        super().__init__(setup, spool, notify)
+        super().__init__(setup, spool, notify, under_way=under_way)
         self._sessions: set[GrpcSession] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()

@@ -52,6 +52,7 @@ def describe(plan: RunPlan, strategy: FederatedLoRA, result: FederationResult, o
     return {
         "ended": result.ended,
         "finished_rounds": result.rounds,
+        "resumed_after_rounds": list(result.resumed),
         "evaluation": {"before": evaluated[0], "after": evaluated[-1]} if evaluated else None,
         "plan": to_scalars(plan),
         "strategy": {"exact": strategy.exact, "linear": strategy.linear},

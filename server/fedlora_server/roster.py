@@ -123,11 +123,14 @@ class Roster:
     Args:
         setup: told to every client that joins, until `fix_labels`.
         notify: called with each Event, from any thread; it must be quick.
+        under_way: the round of this run that an earlier server had begun, if any. Clients that work on it go on, and
+            can be asked as if they were idle: they have in hand what they will be asked for.
     """
 
-    def __init__(self, setup: Setup, notify: Callable[[Event], None]) -> None:
+    def __init__(self, setup: Setup, notify: Callable[[Event], None], *, under_way: int | None = None) -> None:
         self.setup = setup
         self._notify = notify
+        self._under_way = under_way
         self._changed = threading.Condition()
         self._news = self._seen = 0
         self._seats: dict[int, _Seat] = {}
@@ -192,7 +195,8 @@ class Roster:
             for order in seat.orders:
                 if order.outcome == "lost":
                     order.outcome = None
-            if working is not None and working != seat.accepted and seat.order(working) is None:
+            if (working is not None and working != seat.accepted and seat.order(working) is None
+                    and not self._left_over(seat)):
                 stream.cancel(working)
             self._dispatch(seat)
             self._new(Event("ready", seat.name, f"discloses its label names {', '.join(labels)}" if labels else ""))
@@ -275,7 +279,8 @@ class Roster:
         """Connected and ready clients, sorted by name; with `idle` only those that have nothing to do."""
         with self._changed:
             seats = [s for s in self._seats.values() if s.stream is not None and s.ready and not (
-                idle and (s.working or any(o.outcome in (None, "lost") for o in s.orders)))]
+                idle and ((s.working and not self._left_over(s))
+                          or any(o.outcome in (None, "lost") for o in s.orders)))]
         return [seat.node_id for seat in sorted(seats, key=lambda s: s.name)]
 
     def name_of(self, node: int) -> str:
@@ -339,6 +344,10 @@ class Roster:
         """The stream's seat, unless another stream has taken it over."""
         seat = self._seats.get(node_id(stream.name)) if stream.name else None
         return seat if seat is not None and seat.stream is stream else None
+
+    def _left_over(self, seat: _Seat) -> bool:
+        """Whether the client works on the round that an earlier server had begun."""
+        return seat.working is not None and seat.working[1] == self._under_way and seat.order(seat.working) is None
 
     def _dispatch(self, seat: _Seat) -> None:
         if seat.stream is None or not seat.ready or seat.working is not None:

@@ -27,14 +27,16 @@ class RosterEngine(Engine):
         setup: told to every client that joins.
         spool: folder for uploads that wait to be aggregated.
         notify: called with each `Event`, from any thread; it must be quick.
+        under_way: the round that an earlier server of this run had begun, if any (see `Roster`).
     """
 
     address: str
     """Where clients find it, for the operator."""
 
-    def __init__(self, setup: Setup, spool: Path, notify: Callable[[Event], None]) -> None:
+    def __init__(self, setup: Setup, spool: Path, notify: Callable[[Event], None], *,
+                 under_way: int | None = None) -> None:
         self._spool = spool
-        self._roster = Roster(setup, notify)
+        self._roster = Roster(setup, notify, under_way=under_way)
         self._dtype = wire.ARRAY_DTYPES[setup.wire_dtype]
         self._trained: Shapes | None = None
         self._shared: Shapes = {}

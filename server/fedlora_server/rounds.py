@@ -6,17 +6,16 @@
             too few can still answer, or the time is up: draft idle clients as the next attempt
             nobody is left to draft: say so and wait for clients
         take the uploads in order of node id, average them, take the server's step
-        write the checkpoint and a line of metrics.jsonl
+        write a line of metrics.jsonl and the checkpoint
 
 No client is asked twice for one (run, round, attempt). What was uploaded to a short round stays.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import cast
@@ -29,9 +28,10 @@ from fedlora_strategies.messages import to_record, to_tensors
 from fedlora_strategies.private_start import PrivateStart
 
 from . import checkpoint
+from .checkpoint import Unfinished
 from .cohort import Clients, Ended, OpenRound, RoundOptions
 from .engine import Engine
-from .observer import Observer, RoundRecord, jsonable
+from .observer import Observer, RoundRecord
 
 Evaluate = Callable[[Tensors], Mapping[str, float]]
 
@@ -44,11 +44,13 @@ class FederationResult:
         state: after the last finished round.
         records: one per finished round, and round 0 if the start was evaluated.
         ended: "finished", "stopped", or "wait-timeout".
+        resumed: after which rounds another server took the run up.
     """
 
     state: Tensors
     records: tuple[RoundRecord, ...]
     ended: str
+    resumed: tuple[int, ...] = ()
 
     @property
     def rounds(self) -> int:
@@ -58,7 +60,8 @@ class FederationResult:
 
 def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state: Tensors, options: RoundOptions, *,
                    observer: Observer | None = None, evaluate: Evaluate | None = None, stop: Event | None = None,
-                   out: Path | None = None, start: PrivateStart | None = None) -> FederationResult:
+                   out: Path | None = None, start: PrivateStart | None = None,
+                   left: Unfinished | None = None) -> FederationResult:
     """Run all rounds of a plan.
 
     Args:
@@ -68,17 +71,20 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
         stop: when it is set, the open round is abandoned and the state of the last finished one returned.
         out: folder for `checkpoint.safetensors` and `metrics.jsonl`.
         start: a round 0, whose outcome takes the place of `state`.
+        left: how an earlier server left this run; it goes on from there.
     """
     observer, stop = observer or Observer(), stop or Event()
-    clients = Clients(engine, plan, options.seed)
-    records: list[RoundRecord] = []
+    records: list[RoundRecord] = list(left.records) if left else []
+    clients = Clients(engine, plan, options.seed, records)
+    fresh, last = True, 0
+    if left is not None and left.state is not None:
+        fresh, last, state = False, left.round, left.state
 
     def conclude(record: RoundRecord, after: Tensors) -> None:
         records.append(record)
         if out is not None:
+            checkpoint.note(out, record)
             checkpoint.save(out, plan.run_id, record.round, after)
-            with (out / "metrics.jsonl").open("a") as lines:
-                lines.write(json.dumps(jsonable(asdict(record)), allow_nan=False) + "\n")
         observer.finished(record)
 
     def figures(round: int, of: Tensors) -> Mapping[str, float]:
@@ -102,13 +108,17 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
             update_norm=averages.get("update_norm"), train_loss=averages.get("train_loss"),
             bytes_up=engine.bytes_up - up, bytes_down=engine.bytes_down - down, seconds=time.monotonic() - began)
 
-    initial = figures(0, state)
-    if initial and start is None:
-        conclude(RoundRecord(0, evaluation=initial), state)
+    initial = figures(0, state) if fresh else {}
+    if fresh and start is None:
+        if initial:
+            conclude(RoundRecord(0, evaluation=initial), state)
+        elif out is not None:
+            checkpoint.save(out, plan.run_id, 0, state)
     ended = "finished"
     try:
-        clients.wait_for(options.min_clients, None, stop, observer)
-        if start is not None:
+        if last < plan.rounds:
+            clients.wait_for(options.min_clients, None, stop, observer)
+        if start is not None and fresh:
             engine.expect(start.layout)
             sketches, record = hold(0, start, to_record(start.tensors))
             state = state if sketches is None else start.begin(to_tensors(sketches))
@@ -116,11 +126,11 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
             clients.participations.clear()  # the release is beside the rounds
             conclude(replace(record, update_norm=None, evaluation=initial), state)  # it moves the model nowhere
         arrays = to_record(state)
-        for number in range(1, plan.rounds + 1):
+        for number in range(last + 1, plan.rounds + 1):
             averaged, record = hold(number, strategy, arrays)
             if averaged is not None:
                 arrays, state = averaged, to_tensors(averaged)
             conclude(replace(record, evaluation=figures(number, state)), state)
     except Ended as early:
         ended = early.reason
-    return FederationResult(state, tuple(records), ended)
+    return FederationResult(state, tuple(records), ended, left.resumptions if left else ())

@@ -1,0 +1,132 @@
+"""What a run leaves in its folder, and a second server that goes on with it."""
+
+import json
+
+import pytest
+
+from fedlora.options import SERVER, build_parser, read_options
+from fedlora_server import checkpoint
+from fedlora_server.cohort import RoundOptions
+from fedlora_server.observer import Observer
+from fedlora_server.rounds import run_federation
+from tests.server.test_rounds import Federation, same
+
+NAMES = "abcdef"
+
+
+class Crash(Exception):
+    """The server's end in the middle of a run."""
+
+
+class Crashing(Observer):
+    """Ends the server's work right after a round is asked for, or after its checkpoint."""
+
+    def __init__(self, *, asked=None, finished=None):
+        self.when = {"asked": asked, "finished": finished}
+
+    def asked(self, round, attempt, names):
+        if round == self.when["asked"]:
+            raise Crash
+
+    def finished(self, record):
+        if record.round == self.when["finished"]:
+            raise Crash
+
+
+def federation():
+    return Federation(NAMES, rounds=4, max_participations=2)
+
+
+def crashed(folder, observer, **options):
+    run = federation()
+    checkpoint.begin(folder, {"lr": 0.1, "labels": ("x", "y"), "eval_data": None}, run.plan)
+    with pytest.raises(Crash):
+        run.run(out=folder, observer=observer, clients_per_round=3, **options)
+    return run
+
+
+def resumed(folder, clients, **options):
+    """A new server, with the clients of the old one."""
+    run = federation()
+    for name, session in clients.sessions.items():
+        run.engine.join(name, session)
+    left = checkpoint.take_up(folder)
+    left.check(run.plan)
+    return run_federation(run.engine, run.strategy, run.plan, run.start, RoundOptions(
+        seed=5, wait_timeout_s=0.0, clients_per_round=3), out=folder, left=left, **options)
+
+
+def bare(record):
+    return record.round, record.cohort, record.uploaded, record.update_norm
+
+
+def lines(folder):
+    return [json.loads(line)["round"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("moment", [{"asked": 1}, {"finished": 1}, {"asked": 3}, {"finished": 4}])
+def test_a_run_that_is_taken_up_again_ends_as_if_nothing_had_happened(tmp_path, moment):
+    """Every client may start two of the four rounds of three, so that the cohorts tell whether that was remembered."""
+    whole = federation().run(clients_per_round=3)
+    first = crashed(tmp_path, Crashing(**moment))
+    result = resumed(tmp_path, first)
+    assert result.ended == "finished" and same(result.state, whole.state)
+    assert list(map(bare, result.records)) == list(map(bare, whole.records))
+    done = moment.get("finished", moment.get("asked", 1) - 1)
+    assert result.resumed == (done,) and lines(tmp_path) == [1, 2, 3, 4]
+    assert checkpoint.load(tmp_path)[1] == 4
+
+
+def test_what_a_crash_cut_off_is_dropped_and_done_anew(tmp_path):
+    whole = federation().run(clients_per_round=3)
+    first = crashed(tmp_path, Crashing(finished=2))
+    third = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) | {"round": 3}
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # written, and its checkpoint was not; then half a line
+        file.write(json.dumps(third) + "\n" + json.dumps(third)[:40])
+    result = resumed(tmp_path, first)
+    assert same(result.state, whole.state) and [record.round for record in result.records] == [1, 2, 3, 4]
+    assert lines(tmp_path) == [1, 2, 3, 4]
+
+
+def test_a_start_that_was_evaluated_is_not_evaluated_again(tmp_path):
+    seen = []
+
+    def evaluate(state):
+        seen.append(state)
+        return {"accuracy": 0.5, "loss": float("nan")}
+
+    first = crashed(tmp_path, Crashing(finished=1), evaluate=evaluate)
+    result = resumed(tmp_path, first, evaluate=evaluate)
+    assert len(seen) == 5 and [record.round for record in result.records] == [0, 1, 2, 3, 4]
+    assert result.records[1].evaluation["loss"] != result.records[1].evaluation["loss"], "a number again, not a number"
+
+
+def test_the_options_come_back_and_another_plan_is_refused(tmp_path):
+    run = federation()
+    options = vars(read_options(build_parser(SERVER, ""), SERVER, [
+        "--lr=0.1", "--labels=x,y", "--targets=query,value", "--round-timeout=inf", "--insecure", "--column=text=note",
+        f"--eval-data={tmp_path / 'held out.jsonl'}", "--out=elsewhere"]))
+    checkpoint.begin(tmp_path, options, run.plan)
+
+    def given(*arguments):
+        return vars(read_options(build_parser(SERVER, ""), SERVER, [f"--resume={tmp_path}", *arguments],
+                                 begun_with=checkpoint.options_of))
+
+    assert given() == options | {"out": None, "resume": tmp_path}
+    assert given("--lr=0.2", "--no-insecure") == options | {"out": None, "resume": tmp_path, "lr": 0.2,
+                                                            "insecure": False}
+    left = checkpoint.take_up(tmp_path)
+    assert left.plan == run.plan and left.state is None and left.round == 0
+    with pytest.raises(ValueError, match=r"rounds 4, now 5.*Leave these options out"):
+        left.check(Federation(NAMES, rounds=5, max_participations=2).plan)
+
+
+@pytest.mark.parametrize(("write", "message"), [
+    (lambda folder: None, r"no run.json; name the --out folder"),
+    (lambda folder: (folder / "run.json").write_text("{"), "cannot be read"),
+    (lambda folder: (folder / "run.json").write_text('{"options": {}, "plan": {}, "resumed": []}'), "version"),
+])
+def test_a_folder_without_a_run_is_refused(tmp_path, write, message):
+    write(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.take_up(tmp_path)
