@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedlora.privacy import Charge, Ledger, Policy
 from fedlora.privacy.ledger.lifetime import FILTER_ORDERS, Book, Declaration
@@ -43,7 +44,7 @@ def show_budget(options: Namespace) -> int:
     if options.json:
         print(json.dumps({"ledger": ledger.ledger_id, "simulated": ledger.simulated, "datasets": described}, indent=1))
         return 0
-    console = Console()
+    console = Console(markup=False)
     console.print(f"Ledger {ledger.ledger_id}" + (", simulated" if ledger.simulated else ""), highlight=False)
     for name, about in described.items():
         _show(console, name, about)
@@ -97,7 +98,7 @@ def _show(console: Console, name: str, about: dict) -> None:
     limit = "no lifetime budget" if about["epsilon"] is None else (
         f"ε {_text(about['spent'])} of {_text(about['epsilon'])} spent over its lifetime (RDP, δ {about['delta']:g}), "
         f"{_text(about['remaining'])} left" + (f"; closed by run {about['closed_by']}" if about["closed_by"] else ""))
-    console.print(f"\n[bold]{name}[/bold]: {limit}", highlight=False)
+    console.print(Text.assemble("\n", (name, "bold"), f": {limit}"))
     if about["overlapping"]:
         console.print(f"shares records with {', '.join(about['overlapping'])}, whose spending counts here too",
                       highlight=False)

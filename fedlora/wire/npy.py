@@ -17,7 +17,8 @@ MAGIC = b"\x93NUMPY\x01\x00"
 
 def to_npy(array: np.ndarray) -> bytes:
     """Serialise a plain array."""
-    return _written_header(array.shape, array.dtype) + array.tobytes()
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return b"".join((_written_header(array.shape, array.dtype), data))
 
 
 def from_npy(data: bytes) -> np.ndarray:

@@ -46,7 +46,7 @@ def _run(options: Namespace) -> int:
 
     from .app import serve
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     try:
         served = serve(options, console)
     except (ValueError, MemoryError) as error:

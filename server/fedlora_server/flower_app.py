@@ -28,7 +28,7 @@ def main(grid: Grid, context: Context) -> None:
         RuntimeError: the run ended early. What was finished is in --out.
     """
     options = options_from(context.run_config, SERVER, "--run-config")
-    served = serve(options, Console(stderr=True), listen=partial(SuperLinkEngine, grid),
+    served = serve(options, Console(stderr=True, markup=False), listen=partial(SuperLinkEngine, grid),
                    run_id=f"{context.run_id:016x}")
     if served.result is None or served.result.ended != "finished":
         raise RuntimeError(f"the run ended early: {served.result.ended if served.result else 'stopped'}; what was "

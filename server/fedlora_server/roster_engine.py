@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -109,8 +110,9 @@ class RosterEngine(Engine):
                 yield reply(order.outcome, order.message)
             elif order.stored is not None:
                 wire_dtype = self._roster.setup.wire_dtype
-                values = np.fromfile(order.stored.path, self._dtype)
-                order.stored.path.unlink()
+                with order.stored.path.open("rb") as file:
+                    values = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), self._dtype)
+                order.stored.path.unlink()  # the mapping stays until the reply is made
                 tensors = wire.unpacked(wire.split(order.stored.shapes, values), wire_dtype)
                 upload = Upload(*order.plan.key, tensors=tensors, **order.stored.metrics)  # type: ignore[arg-type]
                 yield reply(upload, order.message, wire_dtype)

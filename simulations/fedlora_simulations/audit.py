@@ -271,7 +271,7 @@ def _add_own(parser: ArgumentParser) -> None:
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0 nothing refuted, 1 the claim is refuted, 2 wrong input."""
     options = parser_and_options(argv)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     try:
         base = find_model(options)
         out = claim_folder(options.out, "audit")

@@ -60,7 +60,7 @@ def run(options: Namespace) -> int:
     from .comparison import save, summarize, table
     from .simulate import Method, populate, simulate
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     if (options.epsilon == float("inf")) != (options.privacy == "off"):
         raise ValueError(f"--privacy {options.privacy} and --epsilon {options.epsilon:g} contradict each other; "
                          "without privacy give both --privacy off and --epsilon inf")

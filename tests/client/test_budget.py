@@ -65,6 +65,12 @@ def test_runs_what_is_left_and_the_price_of_more(ledger, capsys):
     assert "north" in text and "11" * 8 in text and "more rounds" in text
 
 
+def test_an_id_in_brackets_is_shown_as_it_is(ledger, capsys):
+    ledger.declare("ward [7] [/bold]", epsilon=6.0, delta=1e-5)
+    assert command("budget") == 0
+    assert "ward [7] [/bold]: ε 0.00 of 6.00" in capsys.readouterr().out
+
+
 def test_the_price_of_more_rounds_is_what_the_ledger_will_charge(ledger, capsys):
     orders = (2.0, 8.0, 40.0)
     with ledger._chain.transaction():  # a budget that was begun with other orders than today's

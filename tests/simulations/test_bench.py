@@ -17,7 +17,7 @@ from fedlora_simulations.bench.figures import memory
 from fedlora_simulations.bench.figures.engine import sessions
 from fedlora_simulations.bench.figures.workers import WORKERS, worker_threads
 from fedlora_simulations.bench.fresh import forget_peak, in_fresh_process, peak_bytes, resident_bytes
-from fedlora_simulations.bench.measure import RATIO, Settings, Value, exactly, interleaved
+from fedlora_simulations.bench.measure import RATIO, Figure, Row, Settings, Unavailable, Value, exactly, interleaved
 from fedlora_simulations.bench.subjects import subject
 from tests.processes import write_rows
 
@@ -76,6 +76,17 @@ def test_a_result_file_keeps_the_figures_that_are_not_measured_again(tmp_path, c
     before = out.read_text()
     assert main(["refactorisation", "--quick", "--threads", "2", "--out", str(out)]) == 2
     assert "other settings" in capsys.readouterr().err and out.read_text() == before
+
+
+def test_what_is_missing_and_the_notes_are_shown_in_full(monkeypatch, capsys):
+    def measure(settings):
+        yield Row("a case", {"ratio": Value.of([1.0], RATIO)}, note="what the numbers need to be understood")
+        raise Unavailable("pip install 'fedlora[ray]'")
+
+    monkeypatch.setattr(memory, "FIGURE", Figure(2, measure))
+    assert main(["memory"]) == 0
+    shown = capsys.readouterr().out
+    assert "a case: what the numbers need" in shown and "'fedlora[ray]'" in shown
 
 
 def test_rows_that_are_too_few_for_all_clients_are_counted_before_any_is_measured(tmp_path, checkpoint, capsys):

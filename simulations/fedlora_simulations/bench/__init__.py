@@ -189,11 +189,14 @@ def _show(console: Console, title: str, rows: Sequence[Row], error: str | None, 
         table.add_column(name, overflow="fold")
     for row in rows:
         cells = [_cell(row.values[name], targets) if name in row.values else "" for name in names]
-        table.add_row(row.case + (f"\n[dim]{row.note}[/dim]" if row.note else ""), *cells)
+        table.add_row(row.case, *cells)
     if rows:
         console.print(table)
+    for row in rows:
+        if row.note:
+            console.print(f"{row.case}: {row.note}", style="dim", highlight=False, markup=False)
     if error:
-        console.print(f"{title}: {error}", style="red", highlight=False)
+        console.print(f"{title}: {error}", style="red", highlight=False, markup=False)
     console.print()
 
 
