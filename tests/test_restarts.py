@@ -192,26 +192,23 @@ def test_a_server_killed_inside_a_round_is_taken_up_again_at_no_cost(deploy, tmp
 
 
 def test_a_run_that_was_stopped_goes_on_when_server_and_clients_are_started_again(deploy, tmp_path):
-    """It is stopped in round 2, when south's upload is there and north's is stored and got lost."""
-    files = {name: write_rows(tmp_path / f"{name}.jsonl", seed) for seed, name in enumerate(("north", "south"))}
+    """It is stopped in round 2, while north trains, record by record, and when south has sent."""
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", seed, rows=600)
+             for seed, name in enumerate(("north", "south"))}
     whole, broken = deploy("whole"), deploy("broken")
     for deployment in (whole, broken):
-        deployment.server("--min-clients", 2, "--min-replies", 2, "--seed", 5, "--rounds", 3, *SMALL)
+        deployment.server("--min-clients", 2, "--min-replies", 2, "--seed", 5, "--rounds", 3, *SMALL,
+                          "--local-steps", 10, "--batch-size", 120)
         deployment.client("south", files["south"], "--epsilon", PLENTY, seed=5)
-    whole.client("north", files["north"], "--epsilon", PLENTY, seed=5)
-
-    broken.wait_for("server", "south ready")
-    broken.processes["south"].send_signal(signal.SIGSTOP)
-    proxy = TcpProxy(broken.address)
-    broken.client("north", files["north"], "--epsilon", PLENTY, "--server", proxy.address, seed=5)
-    broken.wait_for("north", "round 1/3: sent")
-    proxy.mute_uplink_after(500)
-    broken.processes["south"].send_signal(signal.SIGCONT)
-    wait_until(lambda: all(account(broken, name).trainings[1:] == [(2, 0, "released")] for name in files), broken)
+        deployment.client("north", files["north"], "--epsilon", PLENTY, "--micro-batch", 1, seed=5)
+    broken.wait_for("south", "round 2/3: sent")
+    assert account(broken, "north").trainings[-1] == (2, 0, "reserved")
     broken.processes["server"].send_signal(signal.SIGINT)
     assert broken.end("server") == 130 and broken.end("north") == broken.end("south") == 0, broken.log("north")
     stopped = json.loads((broken.out / "report.json").read_text())
     assert (stopped["ended"], stopped["finished_rounds"]) == ("stopped", 1)
+    assert account(broken, "north").trainings[-1] == (2, 0, "released"), "finished and kept"
+    assert "finished first and kept" in broken.log("north")
 
     assert broken.resume("--rounds", 4).wait(60 * PATIENCE) == 2
     assert "begun with rounds 3, now 4" in broken.log("server")

@@ -45,6 +45,11 @@ class Goodbye(Exception):
         """Whether the run is finished, or was stopped by its coordinator."""
         return str(self) in (GOODBYES["finished"], GOODBYES["stopped"])
 
+    @property
+    def run_may_go_on(self) -> bool:
+        """Whether the run may be taken up again, where what this client is training would be asked for."""
+        return str(self) in (GOODBYES["stopped"], GOODBYES["wait-timeout"], GOODBYES["failed"])
+
 
 class RunChanged(Exception):
     """The server came back with another run: look at `setup`, then call `ready` again."""
@@ -87,7 +92,8 @@ class Connection:
         ValueError: the server's address or the name is not one, or is not loopback and `insecure` is not set.
 
     Attributes:
-        cancelled: set while the task in hand is no longer wanted (the server said so, or it is gone for good).
+        cancelled: set while the task in hand is no longer wanted. A run that was only stopped, or whose server is gone,
+            may be taken up again: what is in hand is then worth finishing, and what was spent on it not lost.
         bytes_up, bytes_down: moved so far.
     """
 
@@ -237,7 +243,11 @@ class Connection:
         except Exception as error:
             with self._changed:
                 self._end = error
-                self.cancelled.set()
+                if not (isinstance(error, ServerUnreachable) or (isinstance(error, Goodbye) and error.run_may_go_on)):
+                    self.cancelled.set()
+                elif self._working is not None and self._task is None and self._answer is None:
+                    self._report("The server is gone. What is being trained is finished first and kept, in case that "
+                                 "its run is taken up again; Ctrl-C leaves at once.")
                 self._changed.notify_all()
 
     def _converse(self) -> str:

@@ -163,12 +163,11 @@ class OpenRound:
         """Ask until enough have uploaded; then the replies in order of node id, each read when it is its turn.
 
         Raises:
-            Ended: stopped, or nobody came for `wait_timeout_s`; open orders are cancelled.
+            Ended: stopped, or nobody came for `wait_timeout_s`. Open orders are not cancelled: clients finish what they
+                have begun and keep it, for the run may be taken up again.
         """
-        try:
-            self._run(arrays)
-        finally:
-            self._engine.cancel(list(self._open))
+        self._run(arrays)
+        self._engine.cancel(list(self._open))
         self._strategy.release(node for node in self._asks if node not in self._uploads)
         return self._engine.pull_messages(self._uploads[node] for node in sorted(self._uploads))
 
