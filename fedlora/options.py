@@ -280,6 +280,8 @@ def _config_arguments(path: Path, command: str) -> list[str]:
     values = {key: value for key, value in table.items() if key.replace("_", "-") not in others} | own
     if "config" in values:
         raise ValueError(f"--config {path}: 'config' cannot name another file")
+    if "resume" in values:
+        raise ValueError(f"--config {path}: 'resume' is a flag alone, for the run brings its own options")
     return _arguments(values, command, f"--config {path}")
 
 

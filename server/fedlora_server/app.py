@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}",
                       highlight=False)
     out = options.resume or claim_folder(options.out, options.strategy)
+    if left is None:
+        _hold(out)
     setup = Setup.of(federation.plan, announce_labels=announced)
     stop = threading.Event()
     display = Display(console, f"{options.strategy}, {base.reference.name}")
@@ -100,15 +103,16 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
             if stop.is_set():
                 ended = "stopped"
                 return Served(out, None)
-            checkpoint.begin(out, vars(options), federation.plan, left.resumptions if left else ())
+            before = left.joined if left else {}
+            if listen is None:
+                checkpoint.begin(out, vars(options), federation.plan, _joined(engine, before),
+                                 left.resumptions if left else ())
             engine.expect(federation.adapted.layout)
             result = run_federation(engine, federation.strategy, federation.plan, federation.state, rounds,
                                     observer=display, evaluate=evaluator(federation, rows), stop=stop, out=out,
                                     start=federation.start, left=left)
-            joined = {member.name: {"fedlora_version": member.fedlora_version, "private": member.private,
-                                    "label_names": list(member.announced_labels)} for member in engine.members()}
             write_report(out, federation, result, base.loadable_name, options=resolved(options, options.strategy),
-                         joined=joined)
+                         joined=_joined(engine, before))
         ended = result.ended
     finally:
         engine.close(GOODBYES[ended])
@@ -124,7 +128,24 @@ def _left(options: Namespace, listen: Listen | None) -> Unfinished | None:
         raise ValueError("--resume is for fedlora-server alone: a SuperLink gives every run an id of its own")
     if options.out is not None:
         raise ValueError(f"--resume goes on in the run's own folder; leave --out {options.out} out")
+    _hold(options.resume)
     return checkpoint.take_up(options.resume)
+
+
+def _hold(folder: Path) -> None:
+    """Keep other servers from this run, until this process ends."""
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another fedlora-server works on the run in {folder}; stop it first") from None
+
+
+def _joined(engine: RosterEngine, before: Mapping[str, Mapping[str, object]]) -> dict[str, Mapping[str, object]]:
+    """Name → what a client disclosed when it joined; label names are asked for once, maybe by an earlier server."""
+    now = {member.name: {"fedlora_version": member.fedlora_version, "private": member.private,
+                         "label_names": list(member.announced_labels)} for member in engine.members()}
+    return {**before, **{name: about | {"label_names": about["label_names"] or before.get(name, {}).get(
+        "label_names", [])} for name, about in now.items()}}
 
 
 def _grpc(options: Namespace, left: Unfinished | None) -> Listen:

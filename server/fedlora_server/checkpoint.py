@@ -1,12 +1,13 @@
 """What a run leaves in its folder while it lasts, so that a server can take it up again after a crash or a stop.
 
-    run.json                 the options and the plan; `resumed`: after which rounds the run was taken up again
+    run.json                 the options, the plan, who joined with what, and after which rounds it was taken up again
+    asked.json               whom the last round asked, written before it does
     metrics.jsonl            one line for each finished round
     checkpoint.safetensors   the state after the last finished round
 
-The files are written in this order, the first and the last always whole. A line whose round has no checkpoint is
-dropped when the run is taken up again: that round is done anew, and clients that have trained for it send what they
-stored.
+The files are written in this order, and but for the lines they are always whole. A line whose round has no checkpoint
+is dropped when the run is taken up again: the round asks the same clients for the same attempts once more, and those
+that have trained for it send what they stored.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,25 @@ from fedlora.plan import RunPlan, Tensors, from_scalars, to_scalars
 
 from .observer import RoundRecord, jsonable
 
-ABOUT, LINES, STATE = "run.json", "metrics.jsonl", "checkpoint.safetensors"
-_NOT_KEPT = frozenset({"config", "out", "resume"})
+ABOUT, ASKED, LINES, STATE = "run.json", "asked.json", "metrics.jsonl", "checkpoint.safetensors"
+_NOT_KEPT = frozenset({"config", "out", "resume", "labels"})
+"""Options that are not those of the run, or stand in its plan."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Whom a round asked.
+
+    Attributes:
+        attempts: for each attempt the names of those asked.
+        participations: name → how often it was asked in the run.
+        declined: names of those that declined for good.
+    """
+
+    round: int
+    attempts: tuple[tuple[str, ...], ...] = ()
+    participations: Mapping[str, int] = field(default_factory=dict)
+    declined: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,10 +57,14 @@ class Unfinished:
         round: the last finished one; 0 if there is none.
         state: after it; None if the run was left before its first state was written.
         records: of the finished rounds.
+        asked: by the last round that asked anybody.
+        joined: name → what a client disclosed when it joined, before the first round.
     """
 
     plan: RunPlan
     resumed: tuple[int, ...]
+    joined: Mapping[str, Mapping[str, object]]
+    asked: Asked | None
     round: int
     state: Tensors | None
     records: tuple[RoundRecord, ...]
@@ -66,14 +88,18 @@ class Unfinished:
                              "it lasts. Leave these options out, or begin a new run")
 
 
-def begin(folder: Path, options: Mapping[str, object], plan: RunPlan, resumed: tuple[int, ...] = ()) -> None:
+def begin(folder: Path, options: Mapping[str, object], plan: RunPlan, joined: Mapping[str, Mapping[str, object]],
+          resumed: tuple[int, ...] = ()) -> None:
     """Write what the run is; `options` as `vars` of those of fedlora-server."""
     kept = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()
             if name not in _NOT_KEPT and value not in (None, {}, ())}
-    about = {"options": jsonable(kept), "plan": to_scalars(plan), "resumed": resumed}
-    unfinished = folder / (ABOUT + ".new")
-    unfinished.write_text(json.dumps(about, indent=1) + "\n")
-    _replace(unfinished, folder / ABOUT)
+    about = {"options": jsonable(kept), "plan": to_scalars(plan), "joined": joined, "resumed": resumed}
+    _write(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+
+
+def remember(folder: Path, asked: Asked) -> None:
+    """Write whom a round asks."""
+    _write(folder / ASKED, json.dumps(asdict(asked)) + "\n")
 
 
 def save(folder: Path, run_id: str, round: int, state: Tensors) -> None:
@@ -88,6 +114,8 @@ def note(folder: Path, record: RoundRecord) -> None:
     """Add the line of a finished round."""
     with (folder / LINES).open("a") as lines:
         lines.write(_line(record))
+        lines.flush()
+        os.fsync(lines.fileno())
 
 
 def options_of(folder: Path) -> dict[str, object]:
@@ -96,7 +124,7 @@ def options_of(folder: Path) -> dict[str, object]:
     Raises:
         ValueError: the folder holds no run.
     """
-    return dict(_about(folder)["options"])
+    return _about(folder)["options"]
 
 
 def take_up(folder: Path) -> Unfinished:
@@ -107,20 +135,16 @@ def take_up(folder: Path) -> Unfinished:
     """
     about = _about(folder)
     try:
-        plan, resumed = from_scalars(about["plan"]), tuple(about["resumed"])
+        plan, resumed, joined = from_scalars(about["plan"]), tuple(about["resumed"]), dict(about["joined"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--resume: {folder / ABOUT} is not of this FedLoRA version: {error}") from None
-    if not (folder / STATE).exists():
-        return Unfinished(plan, resumed, 0, None, ())
-    run_id, round, state = load(folder)
+    run_id, round, state = load(folder) if (folder / STATE).exists() else (plan.run_id, -1, None)
     if run_id != plan.run_id:
         raise ValueError(f"--resume: {folder / STATE} is of run {run_id}, and {ABOUT} of {plan.run_id}; restore the "
                          "one that belongs to the other")
     records = tuple(record for record in _records(folder / LINES) if record.round <= round)
-    rewritten = folder / (LINES + ".new")
-    rewritten.write_text("".join(map(_line, records)))
-    _replace(rewritten, folder / LINES)
-    return Unfinished(plan, resumed, round, state, records)
+    _write(folder / LINES, "".join(map(_line, records)))
+    return Unfinished(plan, resumed, joined, _asked(folder), max(0, round), state, records)
 
 
 def load(folder: Path) -> tuple[str, int, Tensors]:
@@ -140,12 +164,24 @@ def load(folder: Path) -> tuple[str, int, Tensors]:
 
 def _about(folder: Path) -> dict:
     try:
-        return json.loads((folder / ABOUT).read_text())
+        about = json.loads((folder / ABOUT).read_text())
+        if not isinstance(about, dict) or not isinstance(about.get("options"), dict):
+            raise ValueError("it holds no options")
+        return about
     except OSError:
         raise ValueError(f"--resume: {folder} has no {ABOUT}; name the --out folder of a run whose first round had "
                          "begun. Before that nothing is lost: start it again") from None
     except ValueError as error:
         raise ValueError(f"--resume: {folder / ABOUT} cannot be read: {error}") from None
+
+
+def _asked(folder: Path) -> Asked | None:
+    try:
+        asked = json.loads((folder / ASKED).read_text())
+    except OSError:
+        return None
+    return Asked(asked["round"], tuple(map(tuple, asked["attempts"])), asked["participations"],
+                 tuple(asked["declined"]))
 
 
 def _records(lines: Path) -> list[RoundRecord]:
@@ -173,7 +209,19 @@ def _record(values: dict) -> RoundRecord:
                        | {"evaluation": numbers})
 
 
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(text)
+    _replace(unfinished, path)
+
+
 def _replace(written: Path, path: Path) -> None:
+    """Put a finished file in another's place, both on the disk."""
     with written.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(written, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(options)
     except KeyboardInterrupt:
-        print("fedlora-server: stopped before the first round; there is nothing to write", file=sys.stderr)
+        print("fedlora-server: stopped before a round could begin; there is nothing to write", file=sys.stderr)
         return 130
     except OSError as error:
         print(f"fedlora-server: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
@@ -53,7 +53,7 @@ def _run(options: Namespace) -> int:
         print(f"fedlora-server: {error}", file=sys.stderr)
         return 2
     if served.result is None:
-        console.print("Stopped before the first round; there is nothing to write.")
+        console.print("Stopped before a round could begin; there is nothing to write.")
         return 130
     console.print(f"{served.result.rounds} rounds finished. The adapter is {served.out / 'adapter'}, the report "
                   f"{served.out / 'report.json'}.", highlight=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from threading import Event
 
@@ -14,11 +14,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from fedlora.plan import Refusal, RunPlan
 from fedlora_strategies import FederatedLoRA
 
+from .checkpoint import Asked
 from .engine import Engine, Outcome, node_id
-from .observer import Observer, RoundRecord
+from .observer import Observer
 
 POLL_S = 0.25
 """How soon a stop is noticed while nothing else happens."""
+
+RETURN_S = 15.0
+"""How long a round that an earlier server had begun waits for those whom it had asked; living ones take seconds."""
 
 ASKS_PER_ROUND = 3
 """A client that declines, or lost the frozen tensors, is asked again in later attempts, up to so often per round."""
@@ -81,18 +85,35 @@ class Clients:
 
     Args:
         seed: of the cohorts.
-        before: of the rounds that an earlier server of this run finished.
+        keep: is given what must be known to take the run up again, before anybody is asked.
+        left: what an earlier server of this run kept last.
     """
 
-    def __init__(self, engine: Engine, plan: RunPlan, seed: int, before: Iterable[RoundRecord] = ()) -> None:
-        self._engine, self._plan, self._seed = engine, plan, seed
-        self.participations = Counter(node_id(name) for record in before if record.round for name in record.cohort)
-        self.declined: set[int] = set()
+    def __init__(self, engine: Engine, plan: RunPlan, seed: int, *, keep: Callable[[Asked], None] = lambda asked: None,
+                 left: Asked | None = None) -> None:
+        self._engine, self._plan, self._seed, self._keep = engine, plan, seed, keep
+        self._left = left
+        known = left if left is not None and left.round else Asked(0)  # a private start counts beside the rounds
+        self.participations = Counter({node_id(name): times for name, times in known.participations.items()})
+        self.declined = {node_id(name) for name in known.declined}
+        self._names = {node_id(name): name for name in (*known.participations, *known.declined)}
 
     def eligible(self) -> list[int]:
         """Idle clients that may be asked."""
         return [node for node in self._engine.idle()
                 if node not in self.declined and self.participations[node] < self._plan.max_participations]
+
+    def asked_before(self, round: int) -> tuple[tuple[str, ...], ...]:
+        """Whom an earlier server asked in this round, attempt by attempt."""
+        return self._left.attempts if self._left is not None and self._left.round == round else ()
+
+    def remember(self, round: int, attempts: Iterable[tuple[str, ...]]) -> None:
+        """Keep whom the round asks, right before it does."""
+        self._keep(Asked(round, tuple(attempts), {self._name(node): n for node, n in self.participations.items()},
+                         tuple(map(self._name, self.declined))))
+
+    def _name(self, node: int) -> str:
+        return self._names.get(node) or self._engine.name_of(node)
 
     def draw(self, round: int, nodes: Iterable[int], size: int | None) -> list[int]:
         """A cohort of at most `size` of the nodes: those with the fewest participations, ties by SHA-256.
@@ -108,14 +129,15 @@ class Clients:
 
         return sorted(nodes, key=key)[:size]
 
-    def wait_for(self, needed: int, timeout_s: float | None, stop: Event, observer: Observer) -> list[int]:
-        """Block until `needed` clients are eligible, and return all that are.
+    def wait_for(self, needed: int, timeout_s: float | None, stop: Event, observer: Observer, *,
+                 to_begin: bool = False) -> list[int]:
+        """Block until `needed` clients are eligible, or `to_begin` merely there, and return all that are.
 
         Raises:
             Ended: stopped, or `timeout_s` passed.
         """
         since, told = time.monotonic(), -1
-        while len(present := self.eligible()) < needed:
+        while len(present := list(self._engine.get_node_ids()) if to_begin else self.eligible()) < needed:
             if stop.is_set():
                 raise Ended("stopped")
             if timeout_s is not None and time.monotonic() - since >= timeout_s:
@@ -132,7 +154,6 @@ class OpenRound:
 
     Attributes:
         names of clients: cohort (all asked), uploaded, lost, refused (→ code).
-        attempts: how many times orders were sent.
     """
 
     def __init__(self, engine: Engine, strategy: FederatedLoRA, clients: Clients, number: int, options: RoundOptions,
@@ -145,7 +166,13 @@ class OpenRound:
         self._told: dict[str, str] = {}
         self._lost: set[int] = set()
         self.refused: dict[str, str] = {}
-        self.attempts = 0
+        self._attempts = list(clients.asked_before(number))
+        self._awaited = {name: attempt for attempt, names in enumerate(self._attempts) for name in names}
+
+    @property
+    def attempts(self) -> int:
+        """How many times somebody was asked."""
+        return len(self._attempts)
 
     @property
     def cohort(self) -> tuple[str, ...]:
@@ -173,14 +200,17 @@ class OpenRound:
 
     def _run(self, arrays: ArrayRecord) -> None:
         options, clients = self._options, self._clients
-        present = clients.wait_for(1, options.wait_timeout_s, self._stop, self._observer)
-        first = clients.draw(self._number, present, options.clients_per_round)
-        needed = options.min_replies or -(-len(first) // 2)
-        self._ask(first, arrays)
+        if self._awaited:
+            self._await_return()
+        else:
+            present = clients.wait_for(1, options.wait_timeout_s, self._stop, self._observer)
+            self._ask(clients.draw(self._number, present, options.clients_per_round), arrays)
+        needed = options.min_replies or -(-len(self._attempts[0]) // 2)
         deadline, alone_since, overdue = time.monotonic() + options.round_timeout_s, None, False
         while True:
             if self._stop.is_set():
                 raise Ended("stopped")
+            self._ask_again(arrays)
             forgetful = self._take_note(self._engine.wait(list(self._open), POLL_S))
             if forgetful:
                 self._ask(forgetful, arrays)
@@ -214,9 +244,35 @@ class OpenRound:
         drawn = self._clients.draw(self._number, free, None)
         return sorted(drawn, key=lambda node: self._asks[node])[:count]
 
+    def _await_return(self) -> None:
+        """Clients that an earlier server asked in this round look for this one."""
+        deadline = time.monotonic() + RETURN_S
+        while self._awaited.keys() - map(self._engine.name_of, self._engine.idle()) and time.monotonic() < deadline:
+            if self._stop.is_set():
+                raise Ended("stopped")
+            self._engine.wait((), POLL_S)
+
+    def _ask_again(self, arrays: ArrayRecord) -> None:
+        """Those of an earlier server's clients that are back, for the attempt that they know: who trained for it sends
+        what he stored, and nobody trains twice."""
+        if not self._awaited:
+            return
+        back: dict[int, list[int]] = {}
+        for node in self._engine.idle():
+            attempt = self._awaited.pop(self._engine.name_of(node), None)
+            if attempt is not None:
+                back.setdefault(attempt, []).append(node)
+        for attempt, nodes in sorted(back.items()):
+            self._send(attempt, nodes, arrays)
+
     def _ask(self, nodes: list[int], arrays: ArrayRecord) -> None:
-        nodes, attempt = sorted(nodes), self.attempts
-        self.attempts += 1
+        self._clients.participations.update(nodes)
+        self._attempts.append(tuple(sorted(map(self._engine.name_of, nodes))))
+        self._clients.remember(self._number, self._attempts)
+        self._send(self.attempts - 1, nodes, arrays)
+
+    def _send(self, attempt: int, nodes: list[int], arrays: ArrayRecord) -> None:
+        nodes = sorted(nodes)
         config = ConfigRecord({"nodes": nodes, "attempt": attempt})
         messages = self._strategy.configure_train(self._number, arrays, config, self._engine)
         names = tuple(sorted(self._engine.name_of(node) for node in nodes))
@@ -224,7 +280,6 @@ class OpenRound:
         for node, message_id in zip(nodes, self._engine.push_messages(messages), strict=True):
             self._open[message_id] = node
             self._asks[node] += 1
-            self._clients.participations[node] += 1
 
     def _take_note(self, outcomes: Mapping[str, Outcome]) -> list[int]:
         """Sort the answers; returns the nodes that must be sent the frozen tensors again."""

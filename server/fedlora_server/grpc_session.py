@@ -210,8 +210,8 @@ class GrpcSession:
         assert upload is not None
         refusal = upload.incoming.finish(checksum)
         if not upload.acknowledged:
-            refusal = self._roster.answered(self, upload.key, refusal or upload.stored()) or refusal
-            self._send_ack(upload.key, refusal)
+            refusal = self._roster.answered(self, upload.key, refusal or upload.stored(),
+                                            lambda late: self._send_ack(upload.key, late or refusal)) or refusal
         if refusal is not None:
             upload.discard()
 
@@ -219,16 +219,16 @@ class GrpcSession:
         refusal = wire.refusal_from_wire(declined.refusal)
         if declined.HasField("key"):
             key = wire.key_from_wire(declined.key)
-            self._send_ack(key, self._roster.answered(self, key, refusal))
+            self._roster.answered(self, key, refusal, lambda late: self._send_ack(key, late))
         else:
             self._roster.declined(self, refusal)
 
     def _refuse(self, refusal: Refusal) -> None:
         """Settle the upload that is coming in; the rest of it is dropped."""
         assert self._upload is not None
+        key = self._upload.key
         self._upload.acknowledged = True
-        self._roster.answered(self, self._upload.key, refusal)
-        self._send_ack(self._upload.key, refusal)
+        self._roster.answered(self, key, refusal, lambda late: self._send_ack(key, refusal))
 
     def _send_ack(self, key: Key, refusal: Refusal | None) -> None:
         ack = pb.Ack(key=wire.key_to_wire(key), refusal=None if refusal is None else wire.refusal_to_wire(refusal))

@@ -224,16 +224,21 @@ class Roster:
                 raise Refused("too-late", f"round {key[1]}, attempt {key[2]}")
             return order
 
-    def answered(self, stream: Stream, key: Key, answer: Stored | Refusal | None) -> Refusal | None:
+    def answered(self, stream: Stream, key: Key, answer: Stored | Refusal | None,
+                 acknowledge: Callable[[Refusal | None], None] = lambda late: None) -> Refusal | None:
         """The client is done with `key`; None: it sent again what had been accepted.
 
+        Args:
+            acknowledge: given what is returned, before the client's next order is on its way.
         Returns:
             Why the answer cannot be taken after all, or None.
         """
         with self._changed:
             seat = self._seat(stream)
             if seat is None:
-                return Refusal("too-late")
+                refusal = Refusal("too-late")
+                acknowledge(refusal)
+                return refusal
             if seat.working == key:
                 seat.working = None
             order = seat.order(key)
@@ -245,9 +250,11 @@ class Roster:
                 if isinstance(answer, Stored):
                     order.stored, seat.accepted = answer, key
                 order.tensors = {}
+            declined = Refusal("too-late", f"round {key[1]}, attempt {key[2]}") if late else None
+            acknowledge(declined)
             self._dispatch(seat)
             self._new(Event("refused", seat.name, str(answer)) if isinstance(answer, Refusal) and not late else None)
-            return Refusal("too-late", f"round {key[1]}, attempt {key[2]}") if late else None
+            return declined
 
     def declined(self, stream: Stream, refusal: Refusal) -> None:
         """The client will not take part at all."""
@@ -347,7 +354,7 @@ class Roster:
 
     def _left_over(self, seat: _Seat) -> bool:
         """Whether the client works on the round that an earlier server had begun."""
-        return seat.working is not None and seat.working[1] == self._under_way and seat.order(seat.working) is None
+        return seat.working is not None and seat.working[1] == self._under_way and seat.working not in seat.asked
 
     def _dispatch(self, seat: _Seat) -> None:
         if seat.stream is None or not seat.ready or seat.working is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import cast
@@ -75,7 +76,8 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
     """
     observer, stop = observer or Observer(), stop or Event()
     records: list[RoundRecord] = list(left.records) if left else []
-    clients = Clients(engine, plan, options.seed, records)
+    clients = Clients(engine, plan, options.seed, left=left.asked if left else None,
+                      keep=partial(checkpoint.remember, out) if out is not None else lambda asked: None)
     fresh, last = True, 0
     if left is not None and left.state is not None:
         fresh, last, state = False, left.round, left.state
@@ -117,7 +119,7 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
     ended = "finished"
     try:
         if last < plan.rounds:
-            clients.wait_for(options.min_clients, None, stop, observer)
+            clients.wait_for(options.min_clients, None, stop, observer, to_begin=True)
         if start is not None and fresh:
             engine.expect(start.layout)
             sketches, record = hold(0, start, to_record(start.tensors))

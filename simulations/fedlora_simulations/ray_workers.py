@@ -52,7 +52,7 @@ class RayWorkers(Workers):
         self._busy: dict[Any, tuple[Any, str]] = {}
 
     def _begin(self, address: str | None, cpus: int) -> None:
-        here = {} if address else {"num_cpus": cpus, "include_dashboard": False}
+        here: dict[str, Any] = {} if address else {"num_cpus": cpus, "include_dashboard": False}
         try:
             self._ray.init(address=address or "local", **here)
         except ConnectionError as error:

@@ -5,11 +5,13 @@ import json
 import pytest
 
 from fedlora.options import SERVER, build_parser, read_options
+from fedlora.plan import Refusal
 from fedlora_server import checkpoint
 from fedlora_server.cohort import RoundOptions
 from fedlora_server.observer import Observer
 from fedlora_server.rounds import run_federation
-from tests.server.test_rounds import Federation, same
+from tests.federation import LinearSession
+from tests.server.test_rounds import Federation, replace, same
 
 NAMES = "abcdef"
 
@@ -19,13 +21,17 @@ class Crash(Exception):
 
 
 class Crashing(Observer):
-    """Ends the server's work right after a round is asked for, or after its checkpoint."""
+    """Ends the server's work right before a round's orders, in the middle of its answers, or after its checkpoint."""
 
-    def __init__(self, *, asked=None, finished=None):
-        self.when = {"asked": asked, "finished": finished}
+    def __init__(self, *, asked=None, answered=None, finished=None):
+        self.when = {"asked": asked, "answered": answered, "finished": finished}
 
     def asked(self, round, attempt, names):
         if round == self.when["asked"]:
+            raise Crash
+
+    def answered(self, round, name, outcome):
+        if round == self.when["answered"]:
             raise Crash
 
     def finished(self, record):
@@ -33,27 +39,45 @@ class Crashing(Observer):
             raise Crash
 
 
-def federation():
-    return Federation(NAMES, rounds=4, max_participations=2)
+class Remembering(LinearSession):
+    """Sends what it trained before, as a real client does; `trained` counts its trainings."""
+
+    def __init__(self, name, layout):
+        super().__init__(name, layout)
+        self.stored, self.trained = {}, 0
+
+    def run_round(self, plan, tensors):
+        if plan.key not in self.stored:
+            self.trained += 1
+            self.stored[plan.key] = super().run_round(plan, tensors)
+        return self.stored[plan.key]
 
 
-def crashed(folder, observer, **options):
-    run = federation()
-    checkpoint.begin(folder, {"lr": 0.1, "labels": ("x", "y"), "eval_data": None}, run.plan)
-    with pytest.raises(Crash):
-        run.run(out=folder, observer=observer, clients_per_round=3, **options)
+def federation(names=NAMES, **changes):
+    run = Federation(names, **dict(rounds=4, max_participations=2) | changes)
+    for name in names:
+        replace(run, name, Remembering(name, run.layout))
     return run
 
 
-def resumed(folder, clients, **options):
+def crashed(folder, observer, run=None, **options):
+    run = run or federation()
+    checkpoint.begin(folder, {"lr": 0.1, "labels": ("x", "y"), "eval_data": None}, run.plan, {})
+    with pytest.raises(Crash):
+        run.run(out=folder, observer=observer, **dict(clients_per_round=3) | options)
+    return run
+
+
+def resumed(folder, clients, *, evaluate=None, observer=None, **options):
     """A new server, with the clients of the old one."""
-    run = federation()
+    run = Federation(clients.sessions, rounds=clients.plan.rounds, max_participations=clients.plan.max_participations)
     for name, session in clients.sessions.items():
-        run.engine.join(name, session)
+        replace(run, name, session)
     left = checkpoint.take_up(folder)
     left.check(run.plan)
     return run_federation(run.engine, run.strategy, run.plan, run.start, RoundOptions(
-        seed=5, wait_timeout_s=0.0, clients_per_round=3), out=folder, left=left, **options)
+        **dict(seed=5, wait_timeout_s=0.0, clients_per_round=3) | options), out=folder, left=left, evaluate=evaluate,
+        observer=observer)
 
 
 def bare(record):
@@ -64,7 +88,8 @@ def lines(folder):
     return [json.loads(line)["round"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("moment", [{"asked": 1}, {"finished": 1}, {"asked": 3}, {"finished": 4}])
+@pytest.mark.parametrize("moment", [{"asked": 1}, {"answered": 1}, {"finished": 1}, {"asked": 3}, {"answered": 3},
+                                    {"finished": 4}])
 def test_a_run_that_is_taken_up_again_ends_as_if_nothing_had_happened(tmp_path, moment):
     """Every client may start two of the four rounds of three, so that the cohorts tell whether that was remembered."""
     whole = federation().run(clients_per_round=3)
@@ -72,9 +97,53 @@ def test_a_run_that_is_taken_up_again_ends_as_if_nothing_had_happened(tmp_path, 
     result = resumed(tmp_path, first)
     assert result.ended == "finished" and same(result.state, whole.state)
     assert list(map(bare, result.records)) == list(map(bare, whole.records))
-    done = moment.get("finished", moment.get("asked", 1) - 1)
-    assert result.resumed == (done,) and lines(tmp_path) == [1, 2, 3, 4]
+    assert all(session.trained == 2 for session in first.sessions.values()), "none trained twice for a round"
+    [begun] = {moment.get("asked"), moment.get("answered")} - {None} or {moment["finished"] + 1}
+    assert result.resumed == (begun - 1,) and lines(tmp_path) == [1, 2, 3, 4]
     assert checkpoint.load(tmp_path)[1] == 4
+
+
+def test_the_clients_that_were_asked_are_asked_again_for_the_attempts_that_they_know(tmp_path):
+    """a declines at first, so that the round drafts one of the others as attempt 1 before the server ends."""
+    class Busy(Remembering):
+        def run_round(self, plan, tensors):
+            return Refusal("unavailable") if plan.round == 2 else super().run_round(plan, tensors)
+
+    class Drafted(Observer):
+        def answered(self, round, name, outcome):
+            if round == 2 and outcome == "uploaded" and name == drafted[0]:
+                raise Crash
+
+        def asked(self, round, attempt, names):
+            if round == 2 and attempt:
+                drafted.extend(names)
+
+    run, drafted, asked = federation("abcd", rounds=3, max_participations=3), [], []
+    [busy] = set(cohort_of(run, 2)) - set(cohort_of(run, 2)[1:])
+    replace(run, busy, Busy(busy, run.layout))
+    crashed(tmp_path, Drafted(), run, clients_per_round=2, min_replies=2)
+
+    class Told(Observer):
+        def asked(self, round, attempt, names):
+            asked.append((round, attempt, names))
+
+    result = resumed(tmp_path, run, clients_per_round=2, min_replies=2, observer=Told())
+    assert result.ended == "finished" and (2, 1, tuple(drafted)) in asked
+    assert [round for round, *_ in asked].count(2) == 2 and result.records[1].attempts == 2
+    assert run.sessions[drafted[0]].stored.keys() >= {(run.plan.run_id, 2, 1)}
+    assert all(len({key[:2] for key in session.stored}) == session.trained for session in run.sessions.values())
+
+
+def cohort_of(run, round):
+    """Who is asked in a round of two of all clients, if nothing goes wrong."""
+    whole = federation("".join(run.sessions), rounds=3, max_participations=3).run(clients_per_round=2)
+    return whole.records[round - 1].cohort
+
+
+def test_min_clients_need_only_be_there(tmp_path):
+    """After three rounds only the cohort of the fourth may still take part."""
+    first = crashed(tmp_path, Crashing(finished=3), min_clients=6)
+    assert resumed(tmp_path, first, min_clients=6).ended == "finished"
 
 
 def test_what_a_crash_cut_off_is_dropped_and_done_anew(tmp_path):
@@ -106,14 +175,15 @@ def test_the_options_come_back_and_another_plan_is_refused(tmp_path):
     options = vars(read_options(build_parser(SERVER, ""), SERVER, [
         "--lr=0.1", "--labels=x,y", "--targets=query,value", "--round-timeout=inf", "--insecure", "--column=text=note",
         f"--eval-data={tmp_path / 'held out.jsonl'}", "--out=elsewhere"]))
-    checkpoint.begin(tmp_path, options, run.plan)
+    checkpoint.begin(tmp_path, options, run.plan, {})
 
     def given(*arguments):
         return vars(read_options(build_parser(SERVER, ""), SERVER, [f"--resume={tmp_path}", *arguments],
                                  begun_with=checkpoint.options_of))
 
-    assert given() == options | {"out": None, "resume": tmp_path}
-    assert given("--lr=0.2", "--no-insecure") == options | {"out": None, "resume": tmp_path, "lr": 0.2,
+    assert read_options(build_parser(SERVER, ""), SERVER, []).resume is None
+    assert given() == options | {"out": None, "labels": None, "resume": tmp_path}
+    assert given("--lr=0.2", "--no-insecure") == options | {"out": None, "labels": None, "resume": tmp_path, "lr": 0.2,
                                                             "insecure": False}
     left = checkpoint.take_up(tmp_path)
     assert left.plan == run.plan and left.state is None and left.round == 0
@@ -124,6 +194,7 @@ def test_the_options_come_back_and_another_plan_is_refused(tmp_path):
 @pytest.mark.parametrize(("write", "message"), [
     (lambda folder: None, r"no run.json; name the --out folder"),
     (lambda folder: (folder / "run.json").write_text("{"), "cannot be read"),
+    (lambda folder: (folder / "run.json").write_text("{}"), "no options"),
     (lambda folder: (folder / "run.json").write_text('{"options": {}, "plan": {}, "resumed": []}'), "version"),
 ])
 def test_a_folder_without_a_run_is_refused(tmp_path, write, message):
