@@ -162,14 +162,11 @@ def pld_epsilon(history: tuple[Spend, ...], delta: float) -> float | None:
     sigma in [.6, 4], 5000 steps.
 
     Returns:
-        0.0 for an empty history; None where dp-accounting is not installed (`pip install 'fedlora[audit]'`), where
-        RDP exceeds `PRV_LIMIT`, or where the result is not finite.
+        0.0 for an empty history; None where RDP exceeds `PRV_LIMIT`, or where the result is not finite.
     """
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
     if rdp_epsilon(history, delta) > PRV_LIMIT:
-        return None
-    try:
-        from dp_accounting.pld import privacy_loss_distribution as pld
-    except ImportError:
         return None
     if not history:
         return 0.0

@@ -4,10 +4,9 @@ import math
 import random
 
 import pytest
+from dp_accounting.pld import privacy_loss_distribution as pld
 
 from fedlora.privacy.accounting import Spend, pld_epsilon, prv_epsilon, rdp_epsilon
-
-pld = pytest.importorskip("dp_accounting.pld.privacy_loss_distribution")
 
 GRID = 0.002
 """Most that the grid of `pld_epsilon` adds in the range below."""

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import stat
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import StringIO
@@ -17,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedlora.privacy.accounting import Accountant, Spend, pld_epsilon
+from fedlora.privacy.accounting import Accountant, Spend
 from fedlora.privacy.ledger.lifetime import filter_epsilon
 from fedlora.privacy.report import (
     Disclosure,
@@ -327,18 +326,6 @@ def test_a_private_start_is_a_training_of_round_0_and_is_named():
     assert verify(sign(report, KEY)).guarantee
     assert "Round 0 released" in markdown(report) and "Round 0" not in markdown(made())
 
-
-def test_without_dp_accounting_the_report_says_how_to_get_it(monkeypatch):
-    complete = sign(made(), KEY)
-    pld_epsilon.cache_clear()
-    monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    monkeypatch.setitem(sys.modules, "dp_accounting.pld", None)
-    report = made()
-    assert report["privacy"]["guarantee"]["accountants"]["PLD"] is None
-    assert "pip install 'fedlora[audit]'" in report["privacy"]["guarantee"]["note"]
-    assert "pip install" in markdown(report) and verify(sign(report, KEY)).guarantee
-    assert "PLD could not be recomputed here" in verify(complete).text
-    pld_epsilon.cache_clear()
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 
 from fedlora.privacy.accounting import Accountant, Spend, pld_epsilon, prv_epsilon, rdp_epsilon
 from fedlora.privacy.ledger.lifetime import filter_epsilon
@@ -77,8 +76,7 @@ def figures(label: str, steps: int, history: tuple[Spend, ...], delta: float | N
     best = "PRV" if prv is not None and prv <= rdp else "RDP"
     note = [] if prv is not None else ["PRV gives no finite figure here, RDP's is the statement"]
     if pld is None:
-        note.append("PLD is not computed for figures this large" if find_spec("dp_accounting") else
-                    "PLD, an independent check, was not computed: pip install 'fedlora[audit]'")
+        note.append("PLD is not computed for figures this large")
     return {"label": label, "steps": steps, "epsilon": stated(found[best]), "accountant": best,
             "accountants": {name: stated(value) for name, value in found.items()}, "note": "; ".join(note)}
 

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -134,7 +133,7 @@ def verify(report: Mapping, public_key: str | None = None) -> Verified:
         return Verified(author, False, None, None, None, (), _without_guarantee(report))
     checks = [*_check_figures(report, "guarantee"), *_check_figures(report, "spent"), *_check_lifetime(report)]
     epsilon, spent = (number(privacy[kind]["epsilon"]) for kind in ("guarantee", "spent"))
-    return Verified(author, True, epsilon, privacy["delta"], spent, tuple(checks), _with_guarantee(report, checks))
+    return Verified(author, True, epsilon, privacy["delta"], spent, tuple(checks), _with_guarantee(report))
 
 
 def verify_file(path: Path, console: Console, public_key: str | None = None) -> int:
@@ -219,8 +218,7 @@ def _check_figures(report: Mapping, kind: str) -> list[Check]:
     checks = [Check(claimed["label"], name, number(claimed["accountants"][name]), value)
               for name, value in found.items()]
     for check in checks:
-        unknown = check.accountant == "PLD" and find_spec("dp_accounting") is None
-        if check.stated is not None and not unknown:
+        if check.stated is not None:
             _not_below(report, f"{check.label}, {check.accountant}", check.stated,
                        math.inf if check.recomputed is None else check.recomputed)
     _require(claimed["accountant"] in ("PRV", "RDP"), f"privacy.{kind}.accountant", claimed["accountant"],
@@ -281,13 +279,11 @@ def _without_guarantee(report: Mapping) -> str:
             "wrote.")
 
 
-def _with_guarantee(report: Mapping, checks: Iterable[Check]) -> str:
+def _with_guarantee(report: Mapping) -> str:
     unit, privacy = report["unit"], report["privacy"]
-    unchecked = sorted({c.accountant for c in checks if c.stated is not None and c.recomputed is None})
-    left = f" {', '.join(unchecked)} could not be recomputed here: pip install 'fedlora[audit]'." if unchecked else ""
     guarantee = privacy["guarantee"]
     return (f"Verified: {guarantee['steps']} steps of the stated mechanism are ({shown(guarantee['epsilon'])}, "
-            f"{privacy['delta']})-differentially private for {whom(unit)}, under zero-out.{left} This proves the "
+            f"{privacy['delta']})-differentially private for {whom(unit)}, under zero-out. This proves the "
             "arithmetic and whose key signed it. It does not prove that noise was added, that the list of trainings is "
             "complete, or that the software ran as published.")
 
