@@ -68,11 +68,11 @@ def test_a_result_file_keeps_the_figures_that_are_not_measured_again(tmp_path, c
     assert main(["refactorisation", *arguments]) == 0
     first = json.loads(out.read_text())
     kept = {**first["figures"]["refactorisation"], "seconds": -1.0}
-    out.write_text(json.dumps({**first, "figures": {"kept": kept, **first["figures"]}}))
+    out.write_text(json.dumps({**first, "figures": {"kept": kept, "refactorisation": kept}}))
     assert main(["refactorisation", *arguments]) == 0
     result = json.loads(out.read_text())
     assert result["figures"]["kept"] == kept and result["began"] == first["began"]
-    assert result["figures"]["refactorisation"]["seconds"] > 0
+    assert result["figures"]["refactorisation"]["seconds"] >= 0
     before = out.read_text()
     assert main(["refactorisation", "--quick", "--threads", "2", "--out", str(out)]) == 2
     assert "other settings" in capsys.readouterr().err and out.read_text() == before
