@@ -40,7 +40,8 @@ EDITS = {
     "a charge voided": "UPDATE events SET event = replace(event, 'reserved', 'voided')",
     "less noise spent": "UPDATE events SET event = replace(event, '20.0', '40.0')",
     "a time changed": "UPDATE events SET event = replace(event, '\"time\":1', '\"time\":2') WHERE sequence = 4",
-    "a hash changed": "UPDATE events SET sha256 = 'f' || substr(sha256, 2) WHERE sequence = 4",
+    "a hash changed": "UPDATE events SET sha256 = iif(sha256 LIKE 'f%', '0', 'f') || substr(sha256, 2) "
+                      "WHERE sequence = 4",
     "a row in the middle deleted": "DELETE FROM events WHERE sequence = 5",
     "the last charge deleted": "DELETE FROM events WHERE sequence >= 7",
     "everything deleted": "DELETE FROM events",
