@@ -7,17 +7,15 @@ a crash the stored bytes are sent again at no cost.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from fedlora.files import replacing
 from fedlora.plan import RoundPlan, Tensors, Upload, upload_metrics
-from fedlora.privacy.ledger.witness import to_disk
 
 
 class MemoryState:
@@ -78,7 +76,7 @@ class FolderState:
 
     def save_upload(self, upload: Upload) -> None:
         about = {"round": upload.round, "attempt": upload.attempt} | upload_metrics(upload)
-        with _replacing(self.run_folder(upload.run_id) / "upload.safetensors") as temporary:
+        with replacing(self.run_folder(upload.run_id) / "upload.safetensors") as temporary:
             save_file(dict(upload.tensors), temporary, metadata={"upload": json.dumps(about)})
 
     def shared(self) -> tuple[str, Tensors]:
@@ -92,7 +90,7 @@ class FolderState:
 
     def save_shared(self, sha256: str, tensors: Tensors) -> None:
         """Keep the tensors in place of the ones kept before: a client needs only the latest."""
-        with _replacing(self.folder / "shared.safetensors") as temporary:
+        with replacing(self.folder / "shared.safetensors") as temporary:
             save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, temporary,
                       metadata={"sha256": sha256})
 
@@ -106,7 +104,7 @@ class FolderState:
 
     def save_said(self, run_id: str, labels: Sequence[str], refusals: Sequence[tuple[int, str]]) -> None:
         """Keep what was announced and refused, for the run's privacy report."""
-        with _replacing(self.run_folder(run_id) / "said.json") as temporary:
+        with replacing(self.run_folder(run_id) / "said.json") as temporary:
             temporary.write_text(json.dumps({"labels": labels, "refusals": refusals}), encoding="utf-8")
 
     def unfinished(self, run_id: str) -> Path:
@@ -115,7 +113,7 @@ class FolderState:
 
     def save_unfinished(self, run_id: str) -> None:
         """Set the mark."""
-        with _replacing(self.unfinished(run_id)) as temporary:
+        with replacing(self.unfinished(run_id)) as temporary:
             temporary.touch()
 
     def close(self) -> None:
@@ -136,14 +134,3 @@ def _lock(path: Path):
     handle = path.open("w")
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return handle
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path whose content then takes the place of `path`, and is on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    yield temporary
-    to_disk(temporary)
-    os.replace(temporary, path)
-    to_disk(path.parent)

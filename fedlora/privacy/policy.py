@@ -35,8 +35,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedlora.files import replace_file
 from fedlora.plan import ROW, check_unit
-from fedlora.privacy.ledger.witness import replace_file
 
 
 class Forbidden(ValueError):

@@ -23,11 +23,15 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from fedlora.files import replace_file, replacing
 from fedlora.plan import RunPlan, Tensors, from_scalars, to_scalars
 
 from .observer import RoundRecord, jsonable
 
 ABOUT, ASKED, LINES, STATE = "run.json", "asked.json", "metrics.jsonl", "checkpoint.safetensors"
+_MODE = 0o666
+"""Nothing here is secret: files as the process's umask has them."""
+
 _NOT_KEPT = frozenset({"config", "out", "resume", "labels"})
 """Options that are not those of the run, or stand in its plan."""
 
@@ -94,20 +98,19 @@ def begin(folder: Path, options: Mapping[str, object], plan: RunPlan, joined: Ma
     kept = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()
             if name not in _NOT_KEPT and value not in (None, {}, ())}
     about = {"options": jsonable(kept), "plan": to_scalars(plan), "joined": joined, "resumed": resumed}
-    _write(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+    replace_file(folder / ABOUT, f"{json.dumps(about, indent=1)}\n".encode(), _MODE)
 
 
 def remember(folder: Path, asked: Asked) -> None:
     """Write whom a round asks."""
-    _write(folder / ASKED, json.dumps(asdict(asked)) + "\n")
+    replace_file(folder / ASKED, f"{json.dumps(asdict(asked))}\n".encode(), _MODE)
 
 
 def save(folder: Path, run_id: str, round: int, state: Tensors) -> None:
     """Replace the folder's checkpoint: a reader, or a crash, finds the old one or the new one, nothing between."""
-    unfinished = folder / (STATE + ".new")
     arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
-    save_file(arrays, unfinished, metadata={"run_id": run_id, "round": str(round)})
-    _replace(unfinished, folder / STATE)
+    with replacing(folder / STATE) as unfinished:
+        save_file(arrays, unfinished, metadata={"run_id": run_id, "round": str(round)})
 
 
 def note(folder: Path, record: RoundRecord) -> None:
@@ -143,7 +146,7 @@ def take_up(folder: Path) -> Unfinished:
         raise ValueError(f"--resume: {folder / STATE} is of run {run_id}, and {ABOUT} of {plan.run_id}; restore the "
                          "one that belongs to the other")
     records = tuple(record for record in _records(folder / LINES) if record.round <= round)
-    _write(folder / LINES, "".join(map(_line, records)))
+    replace_file(folder / LINES, "".join(map(_line, records)).encode(), _MODE)
     return Unfinished(plan, resumed, joined, _asked(folder), max(0, round), state, records)
 
 
@@ -207,21 +210,3 @@ def _record(values: dict) -> RoundRecord:
         fields[name] = None if fields[name] is None else float(fields[name])
     return RoundRecord(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
                        | {"evaluation": numbers})
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".new")
-    unfinished.write_text(text)
-    _replace(unfinished, path)
-
-
-def _replace(written: Path, path: Path) -> None:
-    """Put a finished file in another's place, both on the disk."""
-    with written.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(written, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -17,9 +17,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from fedlora.files import to_disk
 from fedlora.privacy.ledger.lifetime import Book, LedgerError, chained
 from fedlora.privacy.ledger.network import network_file_system
-from fedlora.privacy.ledger.witness import to_disk
 
 FORMAT = 2
 """Of a new ledger. Format 1 had no places of data, and no relation and accountant of a run: it is read with those that

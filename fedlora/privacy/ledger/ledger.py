@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from fedlora.files import replace_file
 from fedlora.plan import ROW, check_unit, unit_column
 from fedlora.privacy.accounting import Accountant, Spend
 from fedlora.privacy.ledger.chain import Chain, beside, take_lock
@@ -34,7 +35,6 @@ from fedlora.privacy.ledger.lifetime import (
     Lifetime,
     RunTerms,
 )
-from fedlora.privacy.ledger.witness import replace_file
 from fedlora.privacy.ledger.witnesses import Witnesses
 
 

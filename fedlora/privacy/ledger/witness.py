@@ -7,10 +7,10 @@ together, or a copy of the data on another machine, are outside of what it can t
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fedlora.files import replace_file
 from fedlora.privacy.ledger.lifetime import LedgerError
 
 
@@ -55,28 +55,3 @@ def write_witness(path: Path, witness: Witness) -> None:
     except OSError as error:
         raise LedgerError(f"{path}, the ledger's witness, cannot be written ({error.strerror}), so nothing may leave; "
                           "make room or make its folder writable, or set `witness` in policy.toml") from error
-
-
-def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Atomically put `content` in place of the file; it is on the disk when this returns.
-
-    Args:
-        mode: of a file that is made, less the process's umask.
-    """
-    temporary = path.with_name(path.name + ".new")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with open(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(handle)
-    os.replace(temporary, path)
-    to_disk(path.parent)
-
-
-def to_disk(path: Path) -> None:
-    """Make a file's content last, or a folder's created, renamed and removed names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

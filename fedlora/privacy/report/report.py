@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fedlora
+from fedlora.files import replace_file
 from fedlora.privacy.ledger.lifetime import FILTER_ORDERS
-from fedlora.privacy.ledger.witness import replace_file
 from fedlora.privacy.report.figures import (
     LABELS,
     RELATION,

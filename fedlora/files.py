@@ -1,0 +1,44 @@
+"""Files that are replaced as a whole: whoever reads, and whatever crashes, finds the old one or the new one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path whose content then takes the place of `path`, and is on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".new")
+    yield temporary
+    to_disk(temporary)
+    os.replace(temporary, path)
+    to_disk(path.parent)
+
+
+def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Atomically put `content` in place of the file; it is on the disk when this returns.
+
+    Args:
+        mode: of a file that is made, less the process's umask.
+    """
+    temporary = path.with_name(path.name + ".new")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with open(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(handle)
+    os.replace(temporary, path)
+    to_disk(path.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Make a file's content last, or a folder's created, renamed and removed names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
