@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from fedlora.plan import Upload
 from fedlora.privacy import Accountant, Ledger, Spend
+from fedlora.privacy.report import verify
 from fedlora.wire import digest
 from tests.driven_server import Server
 from tests.processes import PATIENCE, Deployment, write_rows
@@ -144,15 +145,21 @@ def test_a_client_killed_between_rounds_and_after_storage_ends_with_the_same_eps
 
 
 def test_a_client_killed_inside_a_training_is_charged_for_exactly_one_more(deploy, tmp_path):
-    """The first north takes its records one by one, which makes its training last."""
+    """The first north takes its records one by one, which makes its training last. It leaves a report all the same."""
     deployment = deploy("run")
     steps = 10
     deployment.server("--min-clients", 1, "--rounds", 2, *SMALL, "--local-steps", steps, "--batch-size", 120)
     data = write_rows(tmp_path / "data" / "north.jsonl", 0, rows=600)
     deployment.client("north", data, "--epsilon", PLENTY, "--micro-batch", 1, seed=5)
-    wait_until(lambda: account(deployment, "north").charges, deployment)
+    state = deployment.folder / "state" / "north"
+    wait_until(lambda: list(state.glob("*/privacy.json")), deployment)
     kill(deployment, "north")
     assert account(deployment, "north").trainings == [(1, 0, "reserved")]
+    [left] = state.glob("*/privacy.json")
+    report = json.loads(left.read_text())
+    verify(report)
+    [training] = report["trainings"]
+    assert (training["state"], training["steps"], training["upload"]) == ("reserved", steps, None)
     deployment.client("north", data, "--epsilon", PLENTY, seed=5)
     deployment.wait_for("server", "round 1: 1 of 1 replied")
     spent = account(deployment, "north")

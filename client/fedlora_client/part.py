@@ -147,11 +147,17 @@ class Part:
 
     def answer(self, plan: RoundPlan, tensors: Tensors,
                stop: Callable[[], bool] = lambda: False) -> Upload | Refusal:
-        """Train, or say why not; whatever goes wrong here stays in the local log, and sets `failed`."""
+        """Train, or say why not; whatever goes wrong here stays in the local log, and sets `failed`.
+
+        The privacy report lists a training before it reads a record, and an upload before it leaves, so that a process
+        that is killed and never started again has left it.
+        """
         try:
             if self._session is None or self._session.run.run_id != plan.run.run_id:
                 self._session = self._open(plan.run)
-            return self._session.run_round(plan, tensors, stop)
+            answer = self._session.run_round(plan, tensors, stop, charged=self._write_report)
+            self._write_report()
+            return answer
         except Refused as refused:
             return refused.refusal
         except (ValueError, MemoryError) as error:
@@ -199,19 +205,27 @@ class Part:
             self.leave_report()
 
     def leave_report(self) -> None:
-        """Write the privacy report of what was done so far."""
+        """Bring the privacy report up to date, with its picture, and say where it is."""
+        report = self._write_report()
+        if report is None or self._session is None:
+            return
+        try:
+            draw_spending(report.with_suffix(".png"), self._session)
+        except (ValueError, OSError) as error:
+            log.error("The picture of what was spent could not be drawn: %s", error)
+        self._console.print(f"What left this machine, and what it cost: {report.with_suffix('.md')}", soft_wrap=True)
+
+    def _write_report(self) -> Path | None:
+        """The privacy report of what was done so far; None where there is nothing to report, or it cannot be."""
         session = self._session
         if session is None:
-            return
-        folder = self._state.run_folder(session.run.run_id)
+            return None
         try:
-            report = write_privacy_report(folder, session, server=self._options.server, labels=self._labels,
-                                          refusals=self._refusals)
-            draw_spending(folder / "privacy.png", session)
-            self._console.print(f"What left this machine, and what it cost: {report.with_suffix('.md')}",
-                                soft_wrap=True)
+            return write_privacy_report(self._state.run_folder(session.run.run_id), session,
+                                        server=self._options.server, labels=self._labels, refusals=self._refusals)
         except (ValueError, OSError) as error:
             log.error("The privacy report could not be written: %s", error)
+            return None
 
     def _spent(self) -> str:
         if self._session is None or not self._limits.private or self._streams.predictable:

@@ -174,14 +174,15 @@ class ClientSession:
         """Spent so far in this run; infinite without privacy."""
         return self.ledger.epsilon(self.dataset, self.run.run_id)
 
-    def run_round(self, plan: RoundPlan, tensors: Tensors,
-                  stop: Callable[[], bool] = lambda: False) -> Upload | Refusal:
+    def run_round(self, plan: RoundPlan, tensors: Tensors, stop: Callable[[], bool] = lambda: False,
+                  charged: Callable[[], object] = lambda: None) -> Upload | Refusal:
         """Train once for `plan`, starting from `tensors`.
 
         Args:
             plan: the order; a repeated (run, round, attempt) gets the stored upload, or is refused.
             tensors: the trained tensors, and the shared ones unless this client holds them already.
             stop: asked between micro-batches; True abandons the round (which stays charged).
+            charged: called before the training, its charge on the disk.
         Returns:
             What may be sent: the upload, or why there is none.
         Raises:
@@ -190,6 +191,7 @@ class ClientSession:
         training = self.begin(plan, tensors)
         if not isinstance(training, Training):
             return training
+        charged()
         trainer = self.trainer if plan.round else self._release_trainer()
         return self.finish(plan, trainer.run(training, stop))
 

@@ -16,13 +16,11 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from fedlora.files import replace_file
 from fedlora.plan import ROW, check_unit, unit_column
 from fedlora.privacy.accounting import Accountant, Spend
 from fedlora.privacy.ledger.chain import Chain, beside, take_lock
@@ -35,6 +33,7 @@ from fedlora.privacy.ledger.lifetime import (
     Lifetime,
     RunTerms,
 )
+from fedlora.privacy.ledger.register import Register
 from fedlora.privacy.ledger.witnesses import Witnesses
 
 
@@ -60,7 +59,7 @@ class Ledger:
         self._chain = Chain(self.path, simulated=simulated, new=anew, clock=clock)
         self._held: dict[tuple[str, str], int | None] = {}
         self._witnesses = Witnesses(self._chain, self.path, give_up=new)
-        self._memory_key = secrets.token_bytes(32)
+        self._register = Register(self._chain, self.path)
         with self._chain.transaction("DEFERRED") as book:
             self.ledger_id: str = book.ledger["ledger_id"]
             self.created_anew: bool = book.ledger["anew"]
@@ -137,20 +136,7 @@ class Ledger:
         Raises:
             LedgerError: the key is missing or another one, so that overlaps could no longer be seen.
         """
-        if self.path is None:
-            return self._memory_key
-        file = beside(self.path, "-key")
-        with self._chain.transaction() as book:
-            if book.key_sha256 is None and not file.exists():
-                replace_file(file, secrets.token_bytes(32))
-            key = file.read_bytes() if file.exists() else b""
-            sha256 = hashlib.sha256(key).hexdigest()
-            if len(key) != 32 or book.key_sha256 not in (None, sha256):
-                raise LedgerError(f"{file} is missing or not the key with which this ledger began, so datasets that "
-                                  "share records could not be recognised; restore it")
-            if book.key_sha256 is None:
-                self._chain.append("key", sha256=sha256)
-            return key
+        return self._register.key()
 
     def datasets(self) -> dict[str, str | None]:
         """Every id that the ledger holds anything of, and where its data were last; None where that is not known.
@@ -167,32 +153,7 @@ class Ledger:
         Args:
             place: of the data, as policy.toml has it; None leaves it unknown.
         """
-        rows = sorted({(dataset, bytes(digest)) for digest in digests})
-        if any(len(digest) != 16 for _, digest in rows):
-            raise ValueError("a fingerprint has 16 bytes")
-        with self._chain.transaction() as book:
-            self._check_fingerprints(book, dataset)
-            if place is not None and book.places.get(dataset) != place:
-                self._chain.append("data", dataset=dataset, place=place)
-            before = self._chain.db.total_changes
-            self._chain.db.executemany("INSERT OR IGNORE INTO fingerprints VALUES (?, ?)", rows)
-            if self._chain.db.total_changes == before:
-                return
-            shares = [name for name, in self._chain.db.execute(
-                "SELECT DISTINCT other.dataset FROM fingerprints AS mine JOIN fingerprints AS other USING (digest) "
-                "WHERE mine.dataset = ? AND other.dataset <> mine.dataset ORDER BY 1", (dataset,))]
-            records, sha256 = self._registered(dataset)
-            self._chain.append("register", dataset=dataset, records=records, sha256=sha256, shares=shares)
-
-    def _check_fingerprints(self, book: Book, *datasets: str) -> None:
-        if any(self._registered(name) != book.registered.get(name, self._registered(""))
-               for name in {*datasets, *book.registered}):
-            raise LedgerError(f"the fingerprints in {self._chain.name} were changed; restore it from a backup")
-
-    def _registered(self, dataset: str) -> tuple[int, str]:
-        found = [digest for digest, in self._chain.db.execute(
-            "SELECT digest FROM fingerprints WHERE dataset = ? ORDER BY digest", (dataset,))]
-        return len(found), hashlib.sha256(b"".join(found)).hexdigest()
+        self._register.add(dataset, digests, place)
 
     def overlapping(self, dataset: str) -> tuple[str, ...]:
         """The other datasets that share at least one record with it, less those declared distinct by either."""
@@ -456,7 +417,7 @@ def _is_whole(path: Path, simulated: bool) -> bool:
     try:
         ledger.fingerprint_key()
         with ledger._chain.transaction("DEFERRED") as book:
-            ledger._check_fingerprints(book)
+            ledger._register.check(book)
         return True
     except LedgerError:
         return False

@@ -1,0 +1,77 @@
+"""The register of fingerprints: which datasets of a ledger share records, known by keyed hashes of them alone."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedlora.files import replace_file
+from fedlora.privacy.ledger.chain import Chain, beside
+from fedlora.privacy.ledger.lifetime import Book, LedgerError
+
+DIGEST_BYTES = 16
+
+
+class Register:
+    """The fingerprints beside one ledger's events, which name how many there are of each dataset, and their hash.
+
+    Args:
+        chain: the ledger's.
+        ledger: its file, beside which the key lies; None in memory.
+    """
+
+    def __init__(self, chain: Chain, ledger: Path | None) -> None:
+        self._chain, self._file = chain, None if ledger is None else beside(ledger, "-key")
+        self._memory_key = secrets.token_bytes(32)
+
+    def key(self) -> bytes:
+        """As `Ledger.fingerprint_key`."""
+        if self._file is None:
+            return self._memory_key
+        with self._chain.transaction() as book:
+            if book.key_sha256 is None and not self._file.exists():
+                replace_file(self._file, secrets.token_bytes(32))
+            key = self._file.read_bytes() if self._file.exists() else b""
+            sha256 = hashlib.sha256(key).hexdigest()
+            if len(key) != 32 or book.key_sha256 not in (None, sha256):
+                raise LedgerError(f"{self._file} is missing or not the key with which this ledger began, so datasets "
+                                  "that share records could not be recognised; restore it")
+            if book.key_sha256 is None:
+                self._chain.append("key", sha256=sha256)
+            return key
+
+    def add(self, dataset: str, digests: Iterable[bytes], place: str | None) -> None:
+        """As `Ledger.register`."""
+        rows = sorted({(dataset, bytes(digest)) for digest in digests})
+        if any(len(digest) != DIGEST_BYTES for _, digest in rows):
+            raise ValueError(f"a fingerprint has {DIGEST_BYTES} bytes")
+        with self._chain.transaction() as book:
+            self.check(book, dataset)
+            if place is not None and book.places.get(dataset) != place:
+                self._chain.append("data", dataset=dataset, place=place)
+            before = self._chain.db.total_changes
+            self._chain.db.executemany("INSERT OR IGNORE INTO fingerprints VALUES (?, ?)", rows)
+            if self._chain.db.total_changes == before:
+                return
+            shares = [name for name, in self._chain.db.execute(
+                "SELECT DISTINCT other.dataset FROM fingerprints AS mine JOIN fingerprints AS other USING (digest) "
+                "WHERE mine.dataset = ? AND other.dataset <> mine.dataset ORDER BY 1", (dataset,))]
+            records, sha256 = self._held(dataset)
+            self._chain.append("register", dataset=dataset, records=records, sha256=sha256, shares=shares)
+
+    def check(self, book: Book, *datasets: str) -> None:
+        """Hold the fingerprints of these and of every registered dataset against the events, within a transaction.
+
+        Raises:
+            LedgerError: they were changed.
+        """
+        if any(self._held(name) != book.registered.get(name, self._held(""))
+               for name in {*datasets, *book.registered}):
+            raise LedgerError(f"the fingerprints in {self._chain.name} were changed; restore it from a backup")
+
+    def _held(self, dataset: str) -> tuple[int, str]:
+        found = [digest for digest, in self._chain.db.execute(
+            "SELECT digest FROM fingerprints WHERE dataset = ? ORDER BY digest", (dataset,))]
+        return len(found), hashlib.sha256(b"".join(found)).hexdigest()
