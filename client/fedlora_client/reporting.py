@@ -92,6 +92,7 @@ def draw_spending(path: Path, session: ClientSession) -> None:
     axes.axhline(spent[-1], color="tab:red", linewidth=0.8, label=f"guarantee at the maximum: {spent[-1]:.2f}")
     axes.set(xlabel="rounds started", ylabel=f"ε at δ = {terms.delta:g}", ylim=(0, None),
              title=f"{session.dataset}, run {session.run.run_id}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -226,9 +226,10 @@ class Ledger:
                 left.append(f"{name!r}: limit {state.epsilon:g} at delta {state.delta:g}, spent {state.spent:.4g}, "
                             f"with all that unfinished runs may begin {state.committed:.4g}, remaining "
                             f"{state.remaining:.4g}{closed}")
+        apart = ", or declare the others distinct there if they describe other people" if len(left) > 1 else ""
         raise BudgetExhausted(f"run {terms.run_id} with at most {terms.max_participations} x {terms.local_steps} steps "
                               f"does not fit the lifetime of dataset {'; '.join(left)}. Ask for less epsilon, or raise "
-                              "epsilon in policy.toml, which the ledger records")
+                              f"epsilon in policy.toml, which the ledger records{apart}")
 
     def _hold(self, key: tuple[str, str]) -> int | None:
         if self.path is None:
