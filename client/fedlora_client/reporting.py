@@ -78,6 +78,7 @@ def draw_spending(path: Path, session: ClientSession) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     terms, started, most = session.terms, len(session.started), session.terms.max_participations
     if terms.noise_multiplier is None or terms.delta is None or session.streams.predictable or not started:
@@ -92,7 +93,7 @@ def draw_spending(path: Path, session: ClientSession) -> None:
     axes.axhline(spent[-1], color="tab:red", linewidth=0.8, label=f"guarantee at the maximum: {spent[-1]:.2f}")
     axes.set(xlabel="rounds started", ylabel=f"ε at δ = {terms.delta:g}", ylim=(0, None),
              title=f"{session.dataset}, run {session.run.run_id}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

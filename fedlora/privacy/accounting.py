@@ -198,9 +198,12 @@ def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
         if high > 1e6:
             raise ValueError(f"epsilon {epsilon} at delta {delta} cannot be reached in {steps} steps at sampling rate "
                              f"{sampling_rate}; allow more epsilon, a larger delta or fewer steps")
-    while spent(0.9 * high, rdp_epsilon) <= epsilon:
-        high *= 0.9
-    low = 0.9 * high  # RDP(low) > epsilon >= RDP(high) >= PRV(high)
+    while spent(high / 2, rdp_epsilon) <= epsilon:
+        high /= 2
+    low = high / 2
+    while low < 0.9 * high:  # RDP(low) > epsilon >= RDP(high) >= PRV(high)
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if spent(middle, rdp_epsilon) <= epsilon else (middle, high)
     while spent(low) <= epsilon:
         low, high = 0.9 * low, low
     root = brentq(lambda sigma: math.log(spent(sigma) / epsilon), low, high, xtol=SIGMA_STEP / 4)

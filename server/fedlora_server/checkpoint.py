@@ -95,8 +95,7 @@ class Unfinished:
 def begin(folder: Path, options: Mapping[str, object], plan: RunPlan, joined: Mapping[str, Mapping[str, object]],
           resumed: tuple[int, ...] = ()) -> None:
     """Write what the run is; `options` as `vars` of those of fedlora-server."""
-    kept = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()
-            if name not in _NOT_KEPT and value not in (None, {}, ())}
+    kept = {name: value for name, value in options.items() if name not in _NOT_KEPT and value not in (None, {}, ())}
     about = {"options": jsonable(kept), "plan": to_scalars(plan), "joined": joined, "resumed": resumed}
     replace_file(folder / ABOUT, f"{json.dumps(about, indent=1)}\n".encode(), _MODE)
 

@@ -155,9 +155,8 @@ def planned(options: Namespace, strategy: str) -> Preset:
 
 
 def resolved(options: Namespace, strategy: str) -> dict[str, object]:
-    """The options as a report shows them: the preset's values stand where none were given, and paths are text."""
-    values = vars(options) | {"strategy": strategy} | dataclasses.asdict(planned(options, strategy))
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    """The options as a report shows them: the preset's values stand where none were given."""
+    return vars(options) | {"strategy": strategy} | dataclasses.asdict(planned(options, strategy))
 
 
 def make_plan(options: Namespace, strategy: str, reference: ModelRef, labels: tuple[str, ...],

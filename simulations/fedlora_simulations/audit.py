@@ -30,6 +30,7 @@ from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.plan import Refused
 from fedlora.privacy import Accountant, Budget, Ledger, nominal_size
 from fedlora_server.cohort import RoundOptions
+from fedlora_server.observer import jsonable
 from fedlora_server.planning import BaseModel, claim_folder, find_model, planned, prepare
 from fedlora_server.rounds import run_federation
 
@@ -288,10 +289,9 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    about = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     whole = [audit.to_dict() for audit in audits]
     short = [{key: value for key, value in one.items() if key not in ("scores", "included")} for one in whole]
-    result: dict[str, object] = {"options": about, "confidence": CONFIDENCE}
+    result: dict[str, object] = {"options": jsonable(vars(options)), "confidence": CONFIDENCE}
     (out / "audit.json").write_text(json.dumps(result | {"audits": whole}, indent=1, default=str))
     plot(out / "audit.png", audits)
     if options.json:

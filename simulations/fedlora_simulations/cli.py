@@ -8,7 +8,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
 from fedlora.options import SIMULATE, build_parser, read_options
 
@@ -91,13 +90,9 @@ def run(options: Namespace) -> int:
                           highlight=False)
     comparisons = [summarize(done) for done in runs.values()]
     Console().print(table(comparisons))
-    save(out, comparisons, {"options": {k: _plain(v) for k, v in vars(options).items()}})
+    save(out, comparisons, {"options": vars(options)})
     console.print(f"Adapters, reports and the comparison are in {out}", highlight=False)
     return 0
-
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
 
 
 if __name__ == "__main__":
