@@ -57,7 +57,8 @@ class RayWorkers(Workers):
             self._ray.init(address=address or "local", **here)
         except ConnectionError as error:
             raise ValueError(f"--ray-address {address}: no Ray cluster answers there ({error}). Start one with "
-                             "`ray start --head`, or leave the flag out") from None
+                             "`ray start --head`, leave the flag out, or set RAY_AUTH_MODE=token if that cluster asks "
+                             "for tokens (with --ray-address auto Ray finds out by itself)") from None
         except Exception as error:  # Ray raises nothing narrower where its own processes do not start in time
             raise ValueError(f"Ray could not be started: {error}") from error
 
