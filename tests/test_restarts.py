@@ -233,7 +233,7 @@ def test_a_run_that_was_stopped_goes_on_when_server_and_clients_are_started_agai
     assert (report["ended"], report["resumed_after_rounds"]) == ("finished", [1])
 
 
-LIVES = 12
+LIVES = 22
 
 
 def test_a_client_killed_at_any_moment_has_been_charged_for_all_that_the_server_received(tmp_path, checkpoint):
