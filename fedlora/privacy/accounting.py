@@ -19,12 +19,14 @@ import functools
 import json
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
 
 RDP_ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 64), 80, 96, 128, 192, 256, 384, 512)
+INTEGER_ORDERS = tuple(order for order in RDP_ORDERS if order % 1 == 0)
+"""Of those, the ones whose divergence is a short sum."""
 
 PRV_LIMIT = 64.0
 """Where RDP already says more than this, PRV is slow, tends to be infinite, and is not asked."""
@@ -189,28 +191,42 @@ def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ValueError(f"epsilon is {epsilon!r}; noise can be calibrated to a positive, finite epsilon only")
 
-    def spent(sigma: float, bound=_epsilon) -> float:
-        return bound((Spend(sigma, sampling_rate, steps),), delta)
+    def fits(sigma: float) -> bool:  # by RDP alone, at its quick orders
+        return rdp_epsilon((Spend(sigma, sampling_rate, steps),), delta, INTEGER_ORDERS) <= epsilon
 
     high = 1.0
-    while spent(high, rdp_epsilon) > epsilon:
+    while not fits(high):
         high *= 2
         if high > 1e6:
             raise ValueError(f"epsilon {epsilon} at delta {delta} cannot be reached in {steps} steps at sampling rate "
                              f"{sampling_rate}; allow more epsilon, a larger delta or fewer steps")
-    while spent(high / 2, rdp_epsilon) <= epsilon:
+    while fits(high / 2):
         high /= 2
     low = high / 2
-    while low < 0.9 * high:  # RDP(low) > epsilon >= RDP(high) >= PRV(high)
+    while low < 0.9 * high:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if spent(middle, rdp_epsilon) <= epsilon else (middle, high)
-    while spent(low) <= epsilon:
-        low, high = 0.9 * low, low
-    root = brentq(lambda sigma: math.log(spent(sigma) / epsilon), low, high, xtol=SIGMA_STEP / 4)
-    multiple = max(1, math.floor(root / SIGMA_STEP))
-    while spent(multiple * SIGMA_STEP) > epsilon:
-        multiple += 1
-    return multiple * SIGMA_STEP
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return SIGMA_STEP * _least_multiple(epsilon, math.floor(low / SIGMA_STEP), math.ceil(high / SIGMA_STEP),
+                                        lambda multiple: _epsilon(
+                                            (Spend(multiple * SIGMA_STEP, sampling_rate, steps),), delta))
+
+
+def _least_multiple(epsilon: float, low: int, high: int, spent: Callable[[int], float]) -> int:
+    """The smallest multiple of `SIGMA_STEP` that spends at most `epsilon`, where `high` does; `low` is a guess.
+
+    Epsilon is almost a power of sigma over a few percent of it, so that three or four evaluations find it.
+    """
+    while low and spent(low) <= epsilon:
+        low, high = math.floor(0.9 * low), low
+    interpolations = 6
+    while high - low > 1:
+        guess = (low + high) // 2
+        if low and interpolations and math.isfinite(spent(low)) and spent(high) > 0:
+            interpolations -= 1
+            share = math.log(spent(low) / epsilon) / math.log(spent(low) / spent(high))
+            guess = min(max(math.ceil(low * (high / low) ** share), low + 1), high - 1)
+        low, high = (low, guess) if spent(guess) <= epsilon else (guess, high)
+    return high
 
 
 def nominal_size(records: int) -> int:

@@ -29,9 +29,9 @@ class Preset:
     targets: tuple[str, ...]
 
 
-def _open(rank: int, alpha: float, init: str, lr: float, *, rounds: int = 25, targets: str = "auto") -> Preset:
+def _open(rank: int, alpha: float, init: str, lr: float, *, targets: str = "auto") -> Preset:
     return Preset(rank, alpha, init, "adamw", lr, local_steps=8, batch_size=64, clip_norm=1.0, head_scale=1.0,
-                  rounds=rounds, lr_schedule="linear", targets=(targets,))
+                  rounds=25, lr_schedule="linear", targets=(targets,))
 
 
 def _private(rank: int, alpha: float, init: str, lr: float, *, clip_norm: float, head_scale: float) -> Preset:
@@ -45,7 +45,7 @@ def _private(rank: int, alpha: float, init: str, lr: float, *, clip_norm: float,
 PRESETS: Mapping[tuple[str, bool], Preset] = {
     ("fedavg-lora", False): _open(8, 16.0, "kaiming", 2e-3),
     ("ffa-lora", False): _open(8, 16.0, "kaiming", 1e-2),
-    ("fed-sb", False): _open(16, 64.0, "orthonormal", 2e-2, rounds=20, targets="all"),
+    ("fed-sb", False): _open(16, 64.0, "orthonormal", 2e-2, targets="all"),
     ("fedsvd", False): _open(8, 16.0, "orthonormal", 7e-3),
     ("fedavg-lora", True): _private(1, 10.0, "kaiming", 1.7e-2, clip_norm=6.0, head_scale=3.5),
     ("ffa-lora", True): _private(2, 8.0, "kaiming", 3e-2, clip_norm=3.0, head_scale=2.0),
