@@ -38,7 +38,7 @@ from .tensors import (
     size_of,
     split,
 )
-from .transport import CHANNEL_OPTIONS, JOIN_TIMEOUT_S, SERVER_OPTIONS, STALL_TIMEOUT_S, is_loopback
+from .transport import CHANNEL_OPTIONS, JOIN_TIMEOUT_S, SERVER_OPTIONS, STALL_TIMEOUT_S, is_loopback, share_arenas
 
 __all__ = [
     "ARRAY_DTYPES",
@@ -77,6 +77,7 @@ __all__ = [
     "setup_to_wire",
     "shapes_from",
     "shapes_of",
+    "share_arenas",
     "size_of",
     "split",
     "task_to_wire",

@@ -18,16 +18,21 @@ MAGIC = b"\x93NUMPY\x01\x00"
 def to_npy(array: np.ndarray) -> bytes:
     """Serialise a plain array."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    return b"".join((_written_header(array.shape, array.dtype), data))
+    return b"".join((npy_header(array.shape, array.dtype), data))
 
 
-def from_npy(data: bytes) -> np.ndarray:
+def npy_size(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Bytes of such an array in this format."""
+    return len(npy_header(shape, dtype)) + math.prod(shape) * dtype.itemsize
+
+
+def from_npy(data: bytes | memoryview) -> np.ndarray:
     """A read-only view of the bytes where they are plain and in C order, else a read-only copy in C order.
 
     Raises:
         ValueError: the bytes are no such array, or code would be needed to decode them.
     """
-    start = data[:10 + int.from_bytes(data[8:10], "little")]
+    start = bytes(data[:10 + int.from_bytes(data[8:10], "little")])
     if start.startswith(MAGIC):
         shape, fortran, dtype = _parsed_header(start)
         if not fortran and len(data) == len(start) + math.prod(shape) * dtype.itemsize:
@@ -41,7 +46,8 @@ def from_npy(data: bytes) -> np.ndarray:
 
 
 @lru_cache(maxsize=1024)
-def _written_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """What stands before an array's values in C order."""
     stream = BytesIO()
     description = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(stream, {"descr": description, "fortran_order": False, "shape": shape})

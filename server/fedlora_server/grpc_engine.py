@@ -27,7 +27,8 @@ CLOSE_TIMEOUT_S = 2.0
 
 
 class GrpcEngine(RosterEngine):
-    """Listens from the moment it is made, until `close`.
+    """Listens from the moment it is made, until `close`. This process' threads share memory from then on
+    (`wire.share_arenas`).
 
     Args:
         address: host:port; port 0 takes a free one (see `address`).
@@ -46,6 +47,7 @@ class GrpcEngine(RosterEngine):
             raise ValueError(f"{address} can be reached from other machines and the connection is not encrypted; "
                              "listen on 127.0.0.1 (through an SSH tunnel, say), or accept that with --insecure")
         assume_identity(setup.run_id)
+        wire.share_arenas()
         super().__init__(setup, spool, notify, under_way=under_way)
         self._sessions: set[GrpcSession] = set()
         self._lock = threading.Lock()

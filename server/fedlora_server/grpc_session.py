@@ -8,12 +8,10 @@ header if that shows it, and the stream goes on.
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
-from typing import BinaryIO
 
 import grpc
 
@@ -21,7 +19,8 @@ from fedlora import wire
 from fedlora.plan import Refusal, Refused
 from fedlora.wire import Incoming, Key, Repeats, Shapes, WireError, pb
 
-from .roster import Order, Roster, Stored
+from .roster import Order, Roster
+from .spool import SpoolFile, Stored, new_upload
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +36,7 @@ class _Upload:
     def __init__(self, key: Key, shapes: Shapes, wire_dtype: str, metrics: dict[str, int | float],
                  folder: Path | None, refusal: Refusal | None) -> None:
         self.key, self.metrics, self.acknowledged = key, metrics, False
-        self.file: BinaryIO | None = None
-        if folder is not None and refusal is None:
-            self.file = tempfile.NamedTemporaryFile(dir=folder, suffix=".upload", delete=False, buffering=0)  # type: ignore[assignment]  # noqa: SIM115
+        self.file = None if folder is None or refusal else SpoolFile(new_upload(folder), shapes, wire_dtype)
         self.incoming = Incoming(shapes, self._store, wire_dtype, refusal)
 
     def _store(self, data: memoryview) -> None:
@@ -47,19 +44,23 @@ class _Upload:
             try:
                 self.file.write(data)
             except OSError as error:
-                log.error("An upload could not be stored in %s: %s", self.file.name, error.strerror)
-                self.incoming.refusal = Refusal("unavailable", "the server cannot store the upload")
+                self.incoming.refusal = _not_stored(error)
 
-    def stored(self) -> Stored | None:
-        if self.file is None:
-            return None
-        self.file.close()
-        return Stored(Path(self.file.name), self.incoming.shapes, self.metrics)
+    def stored(self) -> Stored | Refusal | None:
+        """What came, whole and checked; None where it had been accepted before."""
+        try:
+            return None if self.file is None else self.file.stored(self.metrics)
+        except OSError as error:
+            return _not_stored(error)
 
     def discard(self) -> None:
         if self.file is not None:
-            self.file.close()
-            Path(self.file.name).unlink(missing_ok=True)
+            self.file.discard()
+
+
+def _not_stored(error: OSError) -> Refusal:
+    log.error("An upload could not be stored: %s", error)
+    return Refusal("unavailable", "the server cannot store the upload")
 
 
 class GrpcSession:
@@ -208,9 +209,10 @@ class GrpcSession:
     def _on_end(self, checksum: int) -> None:
         upload, self._upload = self._upload, None
         assert upload is not None
-        refusal = upload.incoming.finish(checksum)
+        answer = upload.incoming.finish(checksum) or upload.stored()
+        refusal = answer if isinstance(answer, Refusal) else None
         if not upload.acknowledged:
-            refusal = self._roster.answered(self, upload.key, refusal or upload.stored(),
+            refusal = self._roster.answered(self, upload.key, answer,
                                             lambda late: self._send_ack(upload.key, late or refusal)) or refusal
         if refusal is not None:
             upload.discard()

@@ -10,16 +10,16 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Protocol
 
 from flwr.app import Message
 
 from fedlora import wire
 from fedlora.plan import PROTOCOL, Refusal, Refused, RoundPlan, Tensors
-from fedlora.wire import Key, Repeats, Setup, Shapes, pb
+from fedlora.wire import Key, Repeats, Setup, pb
 
 from .engine import Outcome, node_id
+from .spool import Stored
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,6 @@ class Event:
     kind: str
     name: str
     detail: str = ""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An accepted upload in the spool: the tensors' bytes in a file, and the rest."""
-
-    path: Path
-    shapes: Shapes
-    metrics: dict[str, int | float]
 
 
 @dataclass

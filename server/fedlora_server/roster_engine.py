@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 from flwr.app import Message
 
 from fedlora import wire
@@ -109,18 +107,13 @@ class RosterEngine(Engine):
             if isinstance(order.outcome, Refusal):
                 yield reply(order.outcome, order.message)
             elif order.stored is not None:
-                wire_dtype = self._roster.setup.wire_dtype
-                with order.stored.path.open("rb") as file:
-                    values = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), self._dtype)
-                order.stored.path.unlink()  # the mapping stays until the reply is made
-                tensors = wire.unpacked(wire.split(order.stored.shapes, values), wire_dtype)
-                upload = Upload(*order.plan.key, tensors=tensors, **order.stored.metrics)  # type: ignore[arg-type]
-                yield reply(upload, order.message, wire_dtype)
+                upload = Upload(*order.plan.key, tensors={}, **order.stored.metrics)  # type: ignore[arg-type]
+                yield reply(upload, order.message, arrays=order.stored.take())
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         for order in self._roster.cancel(message_ids):
             if order.stored is not None:
-                order.stored.path.unlink(missing_ok=True)
+                order.stored.discard()
 
     def _clear_spool(self) -> None:
         for left in self._spool.glob("*.upload"):

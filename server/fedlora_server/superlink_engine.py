@@ -11,7 +11,6 @@ cannot tell a node to stop; what comes for a cancelled order is dropped, and the
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,8 +26,9 @@ from fedlora.wire import Key, Setup, pb
 from fedlora_strategies.messages import is_undelivered, join_message, read_join_reply, read_reply, train_message
 
 from .engine import Outcome
-from .roster import Event, Order, Stored
+from .roster import Event, Order
 from .roster_engine import RosterEngine
+from .spool import Stored, new_upload, store
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class SuperLinkEngine(RosterEngine):
         except ValueError as error:
             answer = Refusal("invalid-tensors", wire.clean(str(error)))
         if self._roster.answered(node, key, answer) is not None and isinstance(answer, Stored):
-            answer.path.unlink()
+            answer.discard()
 
     def _store(self, node: _Node, key: Key, upload: Upload) -> Stored:
         """Check an upload as the gRPC service does and put it into the spool.
@@ -195,10 +195,5 @@ class SuperLinkEngine(RosterEngine):
         assert self._layout is not None
         self._layout.check(upload.tensors, "trained")
         metrics = wire.metrics_from_wire(wire.upload_to_wire(upload), private=self._roster.setup.private)
-        shapes = wire.shapes_of(upload.tensors)
-        self._roster.count(node, up=wire.size_of(shapes, self._wire_dtype))
-        arrays = wire.packed(upload.tensors, self._wire_dtype)
-        with tempfile.NamedTemporaryFile(dir=self._spool, suffix=".upload", delete=False) as file:
-            for name in shapes:
-                file.write(arrays[name].tobytes())
-        return Stored(Path(file.name), shapes, metrics)
+        self._roster.count(node, up=wire.size_of(wire.shapes_of(upload.tensors), self._wire_dtype))
+        return store(new_upload(self._spool), wire.packed(upload.tensors, self._wire_dtype), self._wire_dtype, metrics)

@@ -8,35 +8,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 from flwr.app import Message, RecordDict
 
 from fedlora.adapters import AdapterLayout
-from fedlora.plan import Refusal, RoundPlan, Tensors, Upload
-from fedlora.wire import Shapes, shapes_of, size_of, split, unpacked
+from fedlora.plan import Refusal, RoundPlan, Tensors, Upload, upload_metrics
+from fedlora.wire import packed, shapes_of, size_of, unpacked
 from fedlora_client.flower_app import Session
 from fedlora_server.engine import Engine, Outcome, node_id
+from fedlora_server.spool import Stored, store
 from fedlora_strategies.messages import assign_id, assume_identity, read_train_messages
 from fedlora_strategies.messages import reply as to_reply
 
 
 @dataclass
 class _Order:
-    """What a client is asked, and what became of it; of an upload, everything but the tensors, which are in the spool.
-
-    Its message keeps the metadata alone, which the reply needs.
-    """
+    """What a client is asked, and what became of it. Its message keeps the metadata alone, which the reply needs."""
 
     message: Message
     plan: RoundPlan
     arrays: Tensors
     outcome: Outcome | None = None
-    upload: Upload | None = None
-    shapes: Shapes = field(default_factory=dict)
+    stored: Stored | None = None
 
 
 class InProcessEngine(Engine):
@@ -132,16 +128,14 @@ class InProcessEngine(Engine):
         if isinstance(answer, Refusal):
             return answer
         order = self._orders[message_id]
-        order.shapes = shapes_of(answer.tensors)
-        self._bytes_up += size_of(order.shapes, order.plan.run.wire_dtype)
+        wire_dtype = order.plan.run.wire_dtype
+        self._bytes_up += size_of(shapes_of(answer.tensors), wire_dtype)
         try:
             self._layout.check(answer.tensors, "trained")
         except ValueError as error:
             return Refusal("invalid-tensors", str(error))
-        with self._file(message_id).open("wb") as spooled:
-            for name in order.shapes:
-                spooled.write(answer.tensors[name].data)
-        order.upload = replace(answer, tensors={})
+        order.stored = store(Path(self._spool.name) / f"{message_id}.upload", packed(answer.tensors, wire_dtype),
+                             wire_dtype, upload_metrics(answer))
         return "uploaded"
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
@@ -152,16 +146,15 @@ class InProcessEngine(Engine):
             del self._orders[message_id]
             if isinstance(order.outcome, Refusal):
                 yield to_reply(order.outcome, order.message)
-            elif order.upload is not None:
-                file = self._file(message_id)
-                tensors = split(order.shapes, np.fromfile(file, np.float32))
-                file.unlink()
-                yield to_reply(replace(order.upload, tensors=tensors), order.message, order.plan.run.wire_dtype)
+            elif order.stored is not None:
+                upload = Upload(*order.plan.key, tensors={}, **order.stored.metrics)  # type: ignore[arg-type]
+                yield to_reply(upload, order.message, arrays=order.stored.take())
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         for message_id in list(message_ids):
-            self._orders.pop(message_id, None)
-            self._file(message_id).unlink(missing_ok=True)
+            order = self._orders.pop(message_id, None)
+            if order is not None and order.stored is not None:
+                order.stored.discard()
 
     def close(self, reason: str) -> None:
         self._orders.clear()
@@ -169,6 +162,3 @@ class InProcessEngine(Engine):
 
     def _of(self, node: int) -> list[_Order]:
         return [order for order in self._orders.values() if order.message.metadata.dst_node_id == node]
-
-    def _file(self, message_id: str) -> Path:
-        return Path(self._spool.name) / f"{message_id}.upload"

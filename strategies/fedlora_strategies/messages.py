@@ -67,18 +67,25 @@ def assign_id(message: Message, message_id: str) -> None:
 
 
 def to_record(tensors: Tensors, wire_dtype: str = "fp32") -> ArrayRecord:
-    """Serialise the tensors in C order. Messages may share the record: its arrays are immutable bytes.
+    """Serialise the tensors in C order. Messages may share the record: its arrays are immutable bytes."""
+    return record_of((name, array.dtype, array.shape, to_npy(array))
+                     for name, array in packed(tensors, wire_dtype).items())
 
-    Filled in past the checks of Flower's constructors, which take longer than all else that a small reply costs.
+
+def record_of(arrays: Iterable[tuple[str, np.dtype, tuple[int, ...], bytes | memoryview]]) -> ArrayRecord:
+    """Arrays that are in the .npy format already: name, dtype, shape and data of each.
+
+    Filled in past the checks of Flower's constructors, which take longer than all else that a small reply costs, and
+    refuse a view of what is in memory already. Flower's own code reads both.
     """
     record = ArrayRecord()
-    record.__dict__["_data"].update((name, _to_array(array)) for name, array in packed(tensors, wire_dtype).items())
+    record.__dict__["_data"].update((name, _to_array(dtype, shape, data)) for name, dtype, shape, data in arrays)
     return record
 
 
-def _to_array(array: np.ndarray) -> Array:
+def _to_array(dtype: np.dtype, shape: tuple[int, ...], data: bytes | memoryview) -> Array:
     made = Array.__new__(Array)
-    made.__dict__.update(dtype=_name_of(array.dtype), shape=array.shape, stype=NUMPY, data=to_npy(array))
+    made.__dict__.update(dtype=_name_of(dtype), shape=shape, stype=NUMPY, data=data)
     return made
 
 
@@ -149,12 +156,14 @@ def read_train_messages(messages: Iterable[Message]) -> Iterator[tuple[Message, 
         yield message, plans[id(config)][1], decoded[id(arrays)][1]
 
 
-def reply(answer: Upload | Refusal, to: Message, wire_dtype: str = "fp32") -> Message:
-    """The reply to an order, from what a client answered in a run of this wire dtype."""
+def reply(answer: Upload | Refusal, to: Message, wire_dtype: str = "fp32",
+          arrays: ArrayRecord | None = None) -> Message:
+    """The reply to an order, from what a client answered in a run of this wire dtype. `arrays`: an upload's tensors as
+    they travel, in place of its own."""
     if isinstance(answer, Refusal):
         return Message(Error(REFUSED, f"{answer.code}: {answer.detail}"), reply_to=to)
     content = RecordDict({
-        "arrays": to_record(answer.tensors, wire_dtype),
+        "arrays": to_record(answer.tensors, wire_dtype) if arrays is None else arrays,
         "config": ConfigRecord({name: getattr(answer, name) for name in UPLOAD_KEY}),
         "metrics": MetricRecord({**upload_metrics(answer)}),
     })

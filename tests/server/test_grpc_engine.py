@@ -1,5 +1,6 @@
 """The gRPC engine with real connections: what arrives, who is noticed, and that nobody trains twice for one order."""
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from fedlora_server.engine import node_id
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import read_reply, to_record, train_message
 from tests.federation import layout_of, plan_of, start_of
+from tests.fedlora.ledgers import full_disk
 from tests.server.federated_clients import setup_of, start_client
 from tests.server.tcp_proxy import TcpProxy
 
@@ -88,6 +90,20 @@ def test_what_is_sent_comes_back_in_the_order_asked_and_leaves_no_file(engine, p
     assert engine.bytes_up > 3 * 4 * LAYOUT.num_trained < engine.bytes_down
     engine.close("all done")
     assert [process.wait(PATIENCE_S) for process in processes] == [0, 0, 0], "no client imports Flower or torch"
+
+
+def test_an_upload_that_a_full_disk_cannot_take_is_declined_and_the_next_one_is_taken(engine, tmp_path):
+    connection = connect(engine, "north")
+    for attempt, disk, expected in ((0, full_disk, "unavailable"), (1, contextlib.nullcontext, None)):
+        sent, = engine.push_messages([order(node_id("north"), attempt=attempt)])
+        plan, _ = connection.next_task()
+        with disk():
+            refusal = connection.send(Upload(*plan.key, tensors=UPLOAD, steps=1, num_examples=10))
+        assert (refusal and refusal.code) == expected
+        assert getattr(outcome(engine, sent), "code", None) == expected
+        assert len(list((tmp_path / "spool").iterdir())) == (expected is None)
+        assert read_reply(*engine.pull_messages([sent])) is not None
+    connection.leave()
 
 
 def test_a_killed_client_is_noticed_in_seconds(engine, processes):

@@ -8,7 +8,8 @@ import fedlora
 from fedlora.plan import PROTOCOL, Refusal
 from fedlora.wire import Setup, pb
 from fedlora_server.engine import node_id
-from fedlora_server.roster import Order, Roster, Stored
+from fedlora_server.roster import Order, Roster
+from fedlora_server.spool import Stored
 from tests.federation import plan_of
 
 RUN = plan_of("ffa-lora")
@@ -55,7 +56,7 @@ def test_a_client_at_work_for_the_open_round_goes_on_and_counts_as_idle(tmp_path
     roster.push([order(3)])
     assert line.said == [] and roster.nodes(idle=True) == [], "it has in hand what it is asked for"
     assert roster.expected(line, key(3)) is not None
-    assert roster.answered(line, key(3), Stored(tmp_path / "upload", {}, {})) is None
+    assert roster.answered(line, key(3), Stored(tmp_path / "upload", {}, "fp32", {})) is None
     assert roster.wait(["3/0"], 0.0) == {"3/0": "uploaded"}
 
 

@@ -59,6 +59,7 @@ def raw(address: str, name: str, size: int) -> None:
 
 
 def main(kind: str, address: str, clients: str, size: str, first: str) -> None:
+    wire.share_arenas()
     behaviour: Callable[[str, str, int], None] = {"fedlora": echo, "raw": raw}[kind]
     threads = [threading.Thread(target=behaviour, args=(address, f"client-{int(first) + i}", int(size)))
                for i in range(int(clients))]

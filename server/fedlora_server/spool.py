@@ -1,0 +1,109 @@
+"""Uploads that wait to be aggregated, each in a file: its tensors one after the other, as in .npy files.
+
+Replies read the file where the operating system has it, without a copy, so that memory grows neither with the number
+of clients nor, beyond one upload, with what they send.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import ArrayRecord
+
+from fedlora.plan import Tensors
+from fedlora.wire import ARRAY_DTYPES, Shapes, shapes_of
+from fedlora.wire.npy import npy_header, npy_size
+from fedlora.wire.tensors import chunks
+from fedlora_strategies.messages import record_of
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An upload in the spool: the tensors' file, and the rest."""
+
+    path: Path
+    shapes: Shapes
+    wire_dtype: str
+    metrics: Mapping[str, int | float]
+
+    def take(self) -> ArrayRecord:
+        """The tensors as they travelled; the file is removed, and its memory free once the record is gone."""
+        with self.path.open("rb") as file:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self.path.unlink()
+        dtype, arrays, start = ARRAY_DTYPES[self.wire_dtype], [], 0
+        for name, shape in self.shapes.items():
+            stop = start + npy_size(shape, dtype)
+            arrays.append((name, dtype, shape, content[start:stop]))
+            start = stop
+        return record_of(arrays)
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class SpoolFile:
+    """An upload that is being stored. Every method but `discard` raises OSError where the disk does.
+
+    Args:
+        path: of the file, which must not be there yet.
+        shapes: in the order in which the tensors come.
+    """
+
+    def __init__(self, path: Path, shapes: Shapes, wire_dtype: str) -> None:
+        self._shapes, self._wire_dtype = shapes, wire_dtype
+        self._to_come = iter(shapes.values())
+        self._missing_bytes = 0  # of the tensor that is being written
+        self._file = open(path, "xb", opener=_for_this_user)  # noqa: SIM115
+
+    def write(self, data: memoryview) -> None:
+        """The next bytes of the tensors, which follow one another."""
+        dtype = ARRAY_DTYPES[self._wire_dtype]
+        while data:
+            if not self._missing_bytes:
+                shape = next(self._to_come)
+                header = npy_header(shape, dtype)
+                self._file.write(header)
+                self._missing_bytes = npy_size(shape, dtype) - len(header)
+            piece, data = data[:self._missing_bytes], data[self._missing_bytes:]
+            self._file.write(piece)
+            self._missing_bytes -= len(piece)
+
+    def stored(self, metrics: Mapping[str, int | float]) -> Stored:
+        """Close the file, all of whose tensors are written."""
+        self._file.close()
+        return Stored(Path(self._file.name), self._shapes, self._wire_dtype, metrics)
+
+    def discard(self) -> None:
+        """Remove the file, also one that is `stored`."""
+        Path(self._file.name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def store(path: Path, arrays: Tensors, wire_dtype: str, metrics: Mapping[str, int | float]) -> Stored:
+    """Put packed arrays into the spool. Raises OSError where the disk does, and leaves nothing then."""
+    spooled = SpoolFile(path, shapes_of(arrays), wire_dtype)
+    try:
+        for pieces in chunks(arrays):
+            for piece in pieces:
+                spooled.write(piece)
+        return spooled.stored(metrics)
+    except OSError:
+        spooled.discard()
+        raise
+
+
+def new_upload(spool: Path) -> Path:
+    """A path in the spool that no other upload has."""
+    return spool / f"{secrets.token_hex(8)}.upload"
+
+
+def _for_this_user(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
