@@ -36,7 +36,6 @@ from .tensors import (
     shapes_from,
     shapes_of,
     size_of,
-    split,
 )
 from .transport import CHANNEL_OPTIONS, JOIN_TIMEOUT_S, SERVER_OPTIONS, STALL_TIMEOUT_S, is_loopback, share_arenas
 
@@ -79,7 +78,6 @@ __all__ = [
     "shapes_of",
     "share_arenas",
     "size_of",
-    "split",
     "task_to_wire",
     "tensor_frames",
     "unpacked",

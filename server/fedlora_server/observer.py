@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class RoundRecord:
@@ -38,11 +40,14 @@ class RoundRecord:
 
 
 def jsonable(value: object) -> object:
-    """The value with paths, and numbers that JSON does not know (a diverged loss), as text."""
+    """The value with numpy's numbers as Python's; paths, and numbers that JSON does not know (a diverged loss), as
+    text."""
     if isinstance(value, Mapping):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [jsonable(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
         return str(value)
     return value

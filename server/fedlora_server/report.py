@@ -36,7 +36,7 @@ def write_report(out: Path, federation: Federation, result: FederationResult, ba
     """
     folder = adapters.export(federation.adapted, result.state, out / "adapter", base)
     report = describe(federation.plan, federation.strategy, result, options or {}, joined or {})
-    text = json.dumps(jsonable(report), indent=1, default=str, allow_nan=False)
+    text = json.dumps(jsonable(report), indent=1, allow_nan=False)
     (out / "report.json").write_text(text + "\n")
     plan = federation.plan
     curves.draw(out / "curves.png", result.records,

@@ -292,10 +292,10 @@ def main(argv: Sequence[str]) -> int:
     whole = [audit.to_dict() for audit in audits]
     short = [{key: value for key, value in one.items() if key not in ("scores", "included")} for one in whole]
     result: dict[str, object] = {"options": jsonable(vars(options)), "confidence": CONFIDENCE}
-    (out / "audit.json").write_text(json.dumps(result | {"audits": whole}, indent=1, default=str))
+    (out / "audit.json").write_text(json.dumps(result | {"audits": whole}, indent=1))
     plot(out / "audit.png", audits)
     if options.json:
-        print(json.dumps(result | {"audits": short}, indent=1, default=str))
+        print(json.dumps(result | {"audits": short}, indent=1))
     else:
         Console().print(show(audits))
     console.print(f"audit.json and audit.png are in {out}", highlight=False)

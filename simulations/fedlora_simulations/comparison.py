@@ -92,7 +92,7 @@ def save(folder: Path, comparisons: Sequence[Comparison], about: Mapping[str, ob
     runs = [asdict(c) | {"epsilon": None if math.isinf(c.epsilon) else c.epsilon} for c in comparisons]
     (folder / "comparison.json").write_text(json.dumps(jsonable({
         **about, "noise": "seeded and repeatable: no ε holds for these very outputs", "methods": runs}),
-        indent=1, default=str, allow_nan=False))
+        indent=1, allow_nan=False))
     if comparisons[0].metric:
         _plot(folder / "comparison.png", comparisons)
 
