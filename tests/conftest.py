@@ -13,6 +13,11 @@ from tests.tiny import tiny_checkpoint
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """More than there are cores: tests of real processes wait for them most of the time."""
+    return (os.cpu_count() or 1) + 2
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of the tiny checkpoint of a kind, written once per session. Read it only."""
