@@ -334,8 +334,8 @@ class Connection:
         working = None if self._working is None else wire.key_to_wire(self._working)
         assert self._setup is not None
         labels = self._labels if self._setup.announce_labels else ()
+        stream.is_ready = True  # before it is said: the first task may come at once
         stream.send(pb.ClientFrame(ready=pb.Ready(labels=labels or (), working=working)))
-        stream.is_ready = True
         if self._answer is not None:
             stream.outgoing.put(self._answer_frames(stream, *self._answer))
 
