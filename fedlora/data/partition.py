@@ -20,7 +20,8 @@ def partition(n: int, labels: Sequence[str | int | None] | None, scheme: str, cl
 
     Args:
         n: number of rows.
-        labels: one per row, None for an unlabelled row; only the schemes by label need them.
+        labels: one per row; only the schemes by label need them. None is a label like others: leave out rows that
+            will not be trained on.
         scheme: "iid", "dirichlet:α" with α > 0, or "shards:k" with k >= 1.
 
     Raises:

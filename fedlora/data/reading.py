@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from array import array
 from collections.abc import Iterator, Mapping
@@ -25,10 +26,14 @@ LAYOUTS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 
 Layout = tuple[str, tuple[str, ...]]
 
+log = logging.getLogger(__name__)
+
 
 def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = None, unit: str | None = None,
          allow_download: bool = False) -> Rows:
     """Read and check all rows of a file, a folder (its files in the order of their names) or a hub dataset.
+
+    Files of other kinds in a folder, and folders in it, are not read; a warning names them.
 
     Args:
         path: a .jsonl, .csv, .tsv or .parquet file, a folder of such, or "org/dataset[/config][:split]".
@@ -41,19 +46,23 @@ def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = Non
         ValueError: with file, line and remedy, never with a row's text or id.
     """
     names = dict(columns or {})
-    known = {name for _, layout in LAYOUTS[task] for name in layout}
-    if task == "classification":
-        known.add("label")
+    known = _column_names(task)
     if unknown := sorted(set(names) - known):
         raise ValueError(f"--column {unknown[0]}=… names no column of {task}. Those are: {', '.join(sorted(known))}")
 
     reader = _Reader(task, names, unit)
-    for file, stream in _sources(path, allow_download):
+    wanted = {names.get(name, name) for name in known} | ({unit} if unit else set())
+    for file, stream in _sources(path, wanted, allow_download):
         reader.add(file, stream)
     return reader.rows()
 
 
-def _sources(path: Path | str, allow_download: bool) -> Iterator[tuple[str, Iterator[Record]]]:
+def _column_names(task: str) -> set[str]:
+    names = {name for _, columns in LAYOUTS[task] for name in columns}
+    return names | {"label"} if task == "classification" else names
+
+
+def _sources(path: Path | str, wanted: set[str], allow_download: bool) -> Iterator[tuple[str, Iterator[Record]]]:
     local = Path(path).expanduser()
     accepted = ", ".join(SUFFIXES)
     if local.is_dir():
@@ -62,15 +71,27 @@ def _sources(path: Path | str, allow_download: bool) -> Iterator[tuple[str, Iter
         if not files:
             raise ValueError(f"{path} is a folder without a file that ends in {accepted}. "
                              "Put the data there, or name another folder")
-        yield from ((str(f), records(f)) for f in files)
+        if left := _left_out(local):
+            log.warning("%s: left out: %s%s. Files are read that end in %s and lie in the folder itself", path,
+                        ", ".join(left[:3]), f" and {len(left) - 3} more" if len(left) > 3 else "", accepted)
+        yield from ((str(f), records(f, wanted)) for f in files)
     elif local.exists():
         if local.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path} ends in {local.suffix or 'no suffix'!r}. Give a file that ends in {accepted}")
-        yield str(path), records(local)
+        yield str(path), records(local, wanted)
     elif _is_hub_name(str(path)):
         yield str(path), hub_records(str(path), allow_download=allow_download)
     else:
         raise ValueError(f"{path} does not exist. Name a file that ends in {accepted}, or a folder of such files")
+
+
+def _left_out(folder: Path) -> list[str]:
+    """What a folder holds that its owner may take for data, and that is not read: other files, folders of data."""
+    def data(path: Path) -> bool:
+        return path.suffix.lower() in SUFFIXES
+
+    return [f"{one.name}/" if one.is_dir() else one.name for one in sorted(folder.iterdir())
+            if not one.name.startswith(".") and (any(map(data, one.rglob("*"))) if one.is_dir() else not data(one))]
 
 
 def _is_hub_name(name: str) -> bool:
@@ -118,7 +139,7 @@ class _Reader:
         if found is None:
             raise self._no_layout(file, present)
         if self.unit is not None and self.unit not in present:
-            raise ValueError(f"{place(file, 1)}: there is no column {self.unit}; {show_columns(present)}. "
+            raise ValueError(f"{place(file, 1)}: there is no column {self.unit}; {self._columns(file, present)}. "
                              "Name yours with --privacy-unit column:NAME")
         if self.layout is not None and self.layout != found:
             raise ValueError(f"{file} has the columns {' + '.join(found[1])}, {self.files[0]} has "
@@ -129,8 +150,13 @@ class _Reader:
     def _no_layout(self, file: str, present: tuple[str, ...]) -> ValueError:
         wanted = ", or ".join(" + ".join(self.names.get(n, n) for n in cols) for _, cols in LAYOUTS[self.task])
         example = LAYOUTS[self.task][-1][1][0] if self.task == "causal-lm" else "text"
-        return ValueError(f"{place(file, 1)}: {self.task} needs the columns {wanted}; {show_columns(present)}. "
+        return ValueError(f"{place(file, 1)}: {self.task} needs the columns {wanted}; "
+                          f"{self._columns(file, present)}. "
                           f"Name yours with --column {example}=NAME")
+
+    def _columns(self, file: str, present: tuple[str, ...]) -> str:
+        mine = {*self.names.values()} | ({self.unit} if self.unit else set())
+        return show_columns(file, present, mine.union(*map(_column_names, LAYOUTS)))
 
     def _check_optional(self, file: str, layout: Layout, present: tuple[str, ...]) -> None:
         """A row may lack its label or the second of a pair; a file whose rows all do has no such column."""
@@ -138,7 +164,7 @@ class _Reader:
             raise self._no_layout(file, present)
         label = self.names.get("label", "label")
         if self.task == "classification" and label not in present:
-            raise ValueError(f"{place(file, 1)}: there is no column {label}; {show_columns(present)}. "
+            raise ValueError(f"{place(file, 1)}: there is no column {label}; {self._columns(file, present)}. "
                              "Name yours with --column label=NAME")
 
     def _add_row(self, where: str, layout: Layout, row: Mapping[str, Any]) -> None:
@@ -153,9 +179,10 @@ class _Reader:
                 self.seconds.append(values[1])
         if self.task == "classification":
             try:
-                self.labels.append(normalize_label(row.get(self.names.get("label", "label"))))
+                label = normalize_label(row.get(self.names.get("label", "label")))
             except TypeError as error:
                 raise ValueError(f"{where}: the label is {error}. Write it as a whole number or a name") from None
+            self.labels.append(None if label is None else _whole(where, "the label", label))
         if self.unit is not None:
             self.units.append(_unit(where, self.unit, row.get(self.unit)))
 
@@ -197,7 +224,7 @@ def _unit(where: str, column: str, value: Any) -> str:
     if name is None:
         raise ValueError(f"{where}: {column} is missing or empty, so it is not known whose row this is. Fill it, or "
                          "remove the row")
-    return name
+    return _whole(where, column, name)
 
 
 def _checked(where: str, column: str, value: Any) -> str:
@@ -207,10 +234,14 @@ def _checked(where: str, column: str, value: Any) -> str:
         raise ValueError(f"{where}: {column} is of type {type(value).__name__}. It must be a string")
     if not value.strip():
         raise ValueError(f"{where}: {column} is empty. Fill it, or remove the row")
+    return _whole(where, column, value)
+
+
+def _whole(where: str, what: str, value: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{where}: {column} holds half of a Unicode surrogate pair (an escape like \\ud83d alone). "
+        raise ValueError(f"{where}: {what} holds half of a Unicode surrogate pair (an escape like \\ud83d alone). "
                          "Write the whole character") from None
     return value
 
@@ -223,7 +254,8 @@ def _conversation(where: str, value: Any) -> tuple[Message, ...]:
     for turn in value:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise ValueError(f"{where}: a message has no role. Give each a role and a content")
-        turns.append((turn["role"], _checked(where, "content of a message", turn.get("content"))))
+        turns.append((_whole(where, "role of a message", turn["role"]),
+                      _checked(where, "content of a message", turn.get("content"))))
     if all(role != "assistant" for role, _ in turns):
         raise ValueError(f"{where}: no message has the role assistant, so there is nothing to learn from. "
                          "Add the answer, or remove the row")

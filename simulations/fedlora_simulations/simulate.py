@@ -88,7 +88,7 @@ class Population:
 
 
 def populate(options: Namespace, seed: int) -> Population:
-    """Read --data and --eval-data, and deal the former out by --partition.
+    """Read --data and --eval-data, and deal the former out by --partition, but for rows that lack a label.
 
     Raises:
         ValueError: there is nothing to read, no label, or no such partition.
@@ -107,7 +107,11 @@ def populate(options: Namespace, seed: int) -> Population:
             raise ValueError(f"--partition files needs differently named files, one for each client; --data "
                              f"{options.data} has {len(stems)} and --clients is {options.clients}")
         return Population(rows, dict(zip(stems, rows.by_file(), strict=True)), labels, held_out(options))
-    parts = _deal(rows, options.partition, options.clients or 2, seed)
+    dealt = np.array([row for row in range(len(rows)) if rows.labels is None or rows.labels[row] is not None], np.int64)
+    if not len(dealt):
+        raise ValueError(f"--data {options.data} has no row with a label; fill the label column (--column label=NAME "
+                         "names another)")
+    parts = [dealt[part] for part in _deal(rows.take(dealt), options.partition, options.clients or 2, seed)]
     return Population(rows, {f"client-{i}": part for i, part in enumerate(parts)}, labels, held_out(options))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
+import logging
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +16,8 @@ from fedlora.data import label_names, normalize_label, normalize_unit, read
 
 SECRET = "Mrs Zyxwv"
 NOTES = [("chest pain,\tsweating", 1), (f'{SECRET} said "no"\nand left', 0), ("line\u2028separator and ünïcode", 1)]
+LINES = [(text.replace("\t", " ").replace("\n", " "), label) for text, label in NOTES]
+"""What TSV can hold."""
 
 
 def write_lines(path: Path, *lines: object) -> Path:
@@ -45,8 +49,9 @@ def refusal(path: Path | str, task: str = "classification", **options) -> str:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
 def test_every_format_gives_the_same_rows(tmp_path, suffix):
-    rows = read(write(tmp_path / f"a{suffix}", ["text", "label"], NOTES), "classification")
-    assert rows.texts == tuple(text for text, _ in NOTES)
+    notes = LINES if suffix == ".tsv" else NOTES
+    rows = read(write(tmp_path / f"a{suffix}", ["text", "label"], notes), "classification")
+    assert rows.texts == tuple(text for text, _ in notes)
     assert rows.labels == ("1", "0", "1")
     assert (rows.kind, rows.seconds, rows.messages, len(rows)) == ("text", None, None, 3)
 
@@ -137,9 +142,23 @@ def test_a_missing_column_lists_those_present(tmp_path):
     assert "no column label" in refusal(path) and "its columns are: text, class" in refusal(path)
 
 
-def test_a_file_without_header_is_not_quoted_as_one(tmp_path):
-    path = write_lines(tmp_path / "a.csv", f"{SECRET} has had chest pain since noon,1", "another,0")
-    assert "add a header line" in refusal(path)
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("first", [(f"{SECRET} has had chest pain since noon", "1"), (f"{SECRET} has HIV", "positive"),
+                                   (SECRET,), (f"{SECRET} has had pain since noon, without relief", "label")])
+def test_a_file_without_header_is_not_quoted_as_one(tmp_path, suffix, first):
+    path = write(tmp_path / f"a{suffix}", list(first), [("another", "0")[:len(first)]])
+    for message in (refusal(path), refusal(path, "causal-lm"), refusal(path, columns={"text": "note"}, unit="patient")):
+        assert "add" in message and "header line" in message and "has HIV" not in message and f"{path}:1" in message
+
+
+def test_a_header_with_one_usual_or_mapped_name_is_listed_in_any_capitals(tmp_path):
+    assert "its columns are: Text, Klass" in refusal(write(tmp_path / "a.csv", ["Text", "Klass"], [("x", 1)]))
+    path = write(tmp_path / "b.tsv", ["note", "klass"], [("x", 1)])
+    assert "does not look like column names" in refusal(path)
+    assert "its columns are: note, klass" in refusal(path, columns={"text": "note"})
+    assert "its columns are: note, klass" in refusal(path, columns={"text": "note", "label": "klass"}, unit="patient")
+    path = write(tmp_path / "c.csv", ["patient", "note"], [("p", "x")])
+    assert "its columns are: patient, note" in refusal(path, unit="patient")
 
 
 def test_causal_rows_are_texts_completions_or_conversations(tmp_path):
@@ -172,7 +191,9 @@ def test_a_conversation_needs_roles_contents_and_an_answer(tmp_path, turns):
     (f'{{"text": null, "label": 1, "x": "{SECRET}"}}', "missing or empty"),
     (f'{{"label": 1, "x": "{SECRET}"}}', "missing or empty"),
     (f'{{"text": " ", "label": 1, "x": "{SECRET}"}}', "is empty"),
-    (f'{{"text": "{SECRET} \\ud83d", "label": 1}}', "surrogate"),
+    (f'{{"text": "{SECRET} \\ud83d", "label": 1}}', "text holds half of a Unicode surrogate"),
+    (f'{{"text": "{SECRET}", "label": "\\ud83d"}}', "the label holds half of a Unicode surrogate"),
+    (f'{{"text": "{SECRET}", "label": 1}}\r{{"text": "{SECRET}", "label": 1}}', "carriage return"),
     (f"{SECRET}\0", "zero byte")])
 def test_a_bad_jsonl_line_is_named_and_not_quoted(tmp_path, line, said):
     path = write_lines(tmp_path / "a.jsonl", {"text": "fine", "label": 1}, line, {"text": "fine", "label": 1})
@@ -197,6 +218,48 @@ def test_a_bad_csv_row_is_named(tmp_path, body, line, said):
     assert said in refusal(path) and f"{path}:{line}" in refusal(path)
 
 
+@pytest.mark.parametrize(("body", "texts"), [
+    ('"quoted start\t1\nsecond row ends"\t0\nthird\t1\n', ('"quoted start', 'second row ends"', "third")),
+    ('"said ""no"""\t1\r\nsaid "no"\t1\r\n5" wound\t0\r\n', ('said "no"', 'said "no"', '5" wound')),
+    ('"a" and "b"\t1\n"a""\t1\n"\t0\n', ('"a" and "b"', '"a""', '"'))])
+def test_a_line_of_tsv_is_a_row_whatever_its_quotation_marks(tmp_path, body, texts):
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b"text\tlabel\n" + body.encode())
+    rows = read(path, "classification")
+    assert rows.texts == texts and [rows.where(i) for i in range(3)] == [f"{path}:{line}" for line in (2, 3, 4)]
+
+
+@pytest.mark.parametrize(("columns", "row", "line"), [
+    (["text", "label"], (f"{SECRET}\tx", 1), 3), (["text", "label"], (f"{SECRET}\nx", 1), 3),
+    (["label", "text"], (1, f"{SECRET}\nx"), 4), (["text"], (f"{SECRET}\tx",), 3), (["text"], (f"{SECRET}\nx",), 3)])
+def test_a_quoted_tsv_field_with_a_tab_or_a_line_break_is_refused(tmp_path, columns, row, line):
+    path = write(tmp_path / "a.tsv", columns, [(1,) * len(columns), row])
+    message = refusal(path, "classification" if len(columns) > 1 else "causal-lm")
+    assert f"{path}:{line}" in message and "Replace them with blanks, or write the file as .jsonl or .csv" in message
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize(("ends", "line"), [("\r\r", 1), ("\n\r", 2)])
+def test_lines_that_end_in_a_carriage_return_alone_are_said_to(tmp_path, suffix, ends, line):
+    path = tmp_path / f"a{suffix}"
+    first, second = ends
+    path.write_bytes(f"text,label{first}{SECRET},1{second}other,0\n".replace(",", "," if suffix == ".csv" else "\t")
+                     .encode())
+    message = refusal(path)
+    assert f"{path}:{line} holds a carriage return" in message and f"tr '\\r' '\\n' < a{suffix}" in message
+
+
+@pytest.mark.parametrize(("suffix", "header", "said"), [
+    (".csv", "text;label", "a semicolon and no comma. Separate the fields by commas,"),
+    (".csv", '"text";"label"', "a semicolon and no comma"),
+    (".csv", "text\tlabel", "a tab and no comma. Separate the fields by commas (or name the file .tsv)"),
+    (".tsv", "text,label", "a comma and no tab. Separate the fields by tabs (or name the file .csv)"),
+    (".tsv", "text;label", "a semicolon and no tab")])
+def test_a_header_with_another_separator_is_told_which_one_is_needed(tmp_path, suffix, header, said):
+    path = write_lines(tmp_path / f"a{suffix}", header, f"{SECRET}, she said;1")
+    assert f"{path}:1 has {said}" in refusal(path)
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
 def test_text_that_is_not_utf8_is_named_by_line_and_byte(tmp_path, suffix):
     path = write(tmp_path / f"a{suffix}", ["text", "label"], [("x", 1), ("y", 0)])
@@ -207,7 +270,7 @@ def test_text_that_is_not_utf8_is_named_by_line_and_byte(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
 def test_a_utf8_mark_is_dropped_and_utf16_refused(tmp_path, suffix):
-    path = write(tmp_path / f"a{suffix}", ["text", "label"], NOTES)
+    path = write(tmp_path / f"a{suffix}", ["text", "label"], LINES)
     content = path.read_bytes().decode("utf-8")
     path.write_bytes(content.encode("utf-8-sig"))
     assert len(read(path, "classification")) == 3
@@ -224,6 +287,40 @@ def test_damaged_parquet_is_an_error(tmp_path):
     assert "damaged or not parquet" in refusal(path)
     pq.write_table(pa.table({"text": [b"bytes"], "label": [1]}), path)
     assert "of type bytes" in refusal(path) and f"{path}:row 1" in refusal(path)
+
+
+def test_of_a_parquet_file_only_the_needed_columns_are_read(tmp_path):
+    path, far = tmp_path / "a.parquet", pa.array([2**31 - 1, 0], pa.date32())  # Python's dates end with the year 9999
+    pq.write_table(pa.table({"note": ["x", "y"], "label": [1, 0], "seen": far, "patient": ["p", "q"]}), path)
+    rows = read(path, "classification", columns={"text": "note"}, unit="patient")
+    assert (rows.texts, rows.labels, rows.units) == (("x", "y"), ("1", "0"), ("p", "q"))
+    assert "its columns are: note, label, seen, patient" in refusal(path)
+    message = refusal(path, columns={"text": "note"}, unit="seen")
+    assert f"{path}:row 1 or one after it" in message and "columns note, label, seen. Write it as" in message
+    pq.write_table(pa.table({"label": [datetime.date(2020, 1, 1)], "text": ["x"]}), path)
+    assert "the label is of type date" in refusal(path)
+
+
+def test_a_folder_says_what_of_it_is_not_read(tmp_path, caplog):
+    write(tmp_path / "a.csv", ["text", "label"], NOTES)
+    (tmp_path / ".hidden.txt").write_text("x")
+    (tmp_path / "state" / "deep").mkdir(parents=True)
+    (tmp_path / "state" / "deep" / "x.json").write_text("x")
+    with caplog.at_level(logging.WARNING):
+        assert len(read(tmp_path, "classification")) == 3
+    assert not caplog.messages
+
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    write(tmp_path / "sub" / "deep" / "z.csv", ["text", "label"], NOTES)
+    (tmp_path / "b.json").write_text(SECRET)
+    with caplog.at_level(logging.WARNING):
+        read(tmp_path, "classification")
+    assert "left out: b.json, sub/. Files are read that end in .jsonl, .csv, .tsv, .parquet" in caplog.messages[-1]
+    for name in ("c.jsonl.gz", "d.txt"):
+        (tmp_path / name).write_text(SECRET)
+    with caplog.at_level(logging.WARNING):
+        read(tmp_path, "classification")
+    assert "left out: b.json, c.jsonl.gz, d.txt and 1 more. Files" in caplog.messages[-1] and len(caplog.messages) == 2
 
 
 def test_paths_that_hold_nothing_say_what_is_accepted(tmp_path):
@@ -301,6 +398,14 @@ def test_a_row_without_an_id_of_its_unit_is_refused(tmp_path, value):
     message = refusal(path, unit="patient")
     assert f"{path}:2" in message and "patient" in message and ("Fill it" in message or "Write it as" in message)
     assert "1e" not in message and "0.5" not in message
+
+
+def test_an_id_or_a_role_with_half_a_character_is_refused(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"text": SECRET, "label": 1, "patient": "\ud83d"})
+    assert f"{path}:1: patient holds half of a Unicode surrogate" in refusal(path, unit="patient")
+    path = write_lines(tmp_path / "b.jsonl", {"messages": [{"role": "\ud83d", "content": SECRET},
+                                                           {"role": "assistant", "content": SECRET}]})
+    assert f"{path}:1: role of a message holds half of a Unicode surrogate" in refusal(path, "causal-lm")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
