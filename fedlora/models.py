@@ -164,7 +164,12 @@ def check_task(path: Path, task: str, max_length: int | None = None) -> None:
         ValueError: an encoder for causal-lm, a model type that transformers does not know for the task, or records
             longer than the model's positions.
     """
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise _damaged(path / "config.json")
     model_type = config.get("model_type")
     encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if task == "causal-lm":
@@ -178,7 +183,7 @@ def check_task(path: Path, task: str, max_length: int | None = None) -> None:
         raise ValueError(f"{path} has model type {model_type!r}, which transformers does not offer for {task} without "
                          "code from the model's own repository, and that is never run. Choose another model.")
     positions = config.get("max_position_embeddings", config.get("n_positions"))
-    if positions is not None and any(name in model_type for name in ("roberta", "camembert")):
+    if positions is not None and any(name in str(model_type) for name in ("roberta", "camembert")):
         positions -= (config.get("pad_token_id", 1) or 0) + 1  # these count positions from the pad token's id + 1
     if max_length is not None and positions is not None and max_length > positions:
         raise ValueError(f"max_length is {max_length}, and {path} has {positions} positions; lower --max-length.")
@@ -203,10 +208,15 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
     kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
     labels = {} if task == "causal-lm" else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     with _silent_transformers():
-        model, info = kind.from_pretrained(  # type: ignore[misc]
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            output_loading_info=True, **labels)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        try:
+            model, info = kind.from_pretrained(  # type: ignore[misc]
+                path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+                output_loading_info=True, **labels)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        except (MemoryError, RuntimeError):
+            raise
+        except Exception as error:  # safetensors', tokenizers' and transformers' own, some of them bare
+            raise _damaged(path, error) from error
     absent = set(info["missing_keys"]) | {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     missing = tuple(sorted(absent & {name for name, _ in model.named_parameters()}))
     embedding = model.get_input_embeddings().weight
@@ -221,6 +231,12 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return LoadedModel(model.eval(), tokenizer, missing, task, path)
+
+
+def _damaged(path: Path, error: Exception | None = None) -> ValueError:
+    why = f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})" if error else ""
+    return ValueError(f"{path} cannot be read{why}: it is damaged or was not fetched whole, as a pointer of Git LFS is "
+                      "in place of its file. Fetch the model again.")
 
 
 def _from_hub(repository: str, commit: str | None, allow_download: bool) -> Path:

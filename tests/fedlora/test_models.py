@@ -181,6 +181,15 @@ def test_sharded_weights_load_and_are_pinned_by_their_sorted_list(folder, checkp
         models.resolve(str(folder))
 
 
+@pytest.mark.parametrize(("file", "content"), [
+    ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), ("config.json", "{"), ("config.json", "[]"),
+    ("tokenizer.json", "{")])
+def test_a_damaged_file_is_an_error_that_says_to_fetch_the_model_again(file, content, folder):
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=r"own.* cannot be read.*Fetch the model again"):
+        models.load(folder, "classification", 2)
+
+
 def test_shards_outside_the_folder_are_refused(folder):
     (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
