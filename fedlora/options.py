@@ -46,11 +46,27 @@ _finite = _number(float, 0, 1e300, open_low=True)
 _names = lambda text: tuple(part.strip() for part in text.split(",") if part.strip())  # noqa: E731
 
 
-def _distinct(text: str) -> tuple[str, ...]:
-    names = _names(text)
-    if not names or len(set(names)) < len(names):
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a value, or leave the option out")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_text(text))
+
+
+def _distinct(text: str, each: Callable[[str], Any] = str) -> tuple:
+    values = tuple(map(each, _names(text)))
+    if not values or len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"{text!r} must name at least one, and none twice")
-    return names
+    return values
+
+
+def _labels(text: str) -> tuple[str, ...]:
+    from fedlora.data.rows import normalize_label  # --help needs no numpy
+
+    return _distinct(text, lambda name: normalize_label(name) or name)
 
 
 def _init(text: str) -> str:
@@ -96,7 +112,7 @@ class Option:
     commands: tuple[str, ...]
     help: str
     default: Any = None
-    parse: Callable[[str], Any] | None = str
+    parse: Callable[[str], Any] | None = _text
     choices: Sequence[str] | None = None
     metavar: str | None = None
 
@@ -108,7 +124,7 @@ class Option:
 RUN, ALL, LOCAL = (SERVER, SIMULATE), (SERVER, CLIENT, SIMULATE), (CLIENT, SIMULATE)
 
 OPTIONS: tuple[Option, ...] = (
-    Option("--config", ALL, "a TOML file with any of these options", parse=Path, metavar="FILE.toml"),
+    Option("--config", ALL, "a TOML file with any of these options", parse=_path, metavar="FILE.toml"),
     # what is trained
     Option("--strategy", (SERVER,), "how uploads are combined", "fedsvd", choices=STRATEGIES),
     Option("--strategy", (SIMULATE,), "one or more, separated by commas, each if need be with a start of its own: "
@@ -117,8 +133,9 @@ OPTIONS: tuple[Option, ...] = (
            choices=("required", "off")),
     Option("--model", RUN, "alias (minilm), folder, or hub id[@commit]", "minilm"),
     Option("--task", RUN, "what the model learns", "classification", choices=TASKS),
-    Option("--labels", RUN, "the label set; without it clients announce their label names", None, _names,
+    Option("--labels", (SERVER,), "the label set; without it clients announce their label names", None, _labels,
            metavar="A,B,…"),
+    Option("--labels", (SIMULATE,), "the label set [that of --data]", None, _labels, metavar="A,B,…"),
     Option("--max-length", RUN, "tokens kept of a record", 128, count),
     Option("--rank", RUN, "rank of the adapters [preset]", None, count),
     Option("--alpha", RUN, "the update is scaled by alpha / rank [preset]", None, _finite),
@@ -153,14 +170,16 @@ OPTIONS: tuple[Option, ...] = (
     Option("--address", (SERVER,), "where to listen", "127.0.0.1:9092", metavar="HOST:PORT"),
     Option("--insecure", (SERVER, CLIENT), "allow plaintext beyond this machine", False, None),
     # what is left behind
-    Option("--eval-data", RUN, "held-out rows: shows accuracy after each round", None, Path),
+    Option("--eval-data", RUN, "held-out rows: shows accuracy after each round", None, _path),
     Option("--eval-every", RUN, "rounds between two evaluations; the last round always has one", 1, count),
     Option("--seed", (SERVER,), "of the shared tensors and the cohorts", 0, _natural),
-    Option("--seeds", (SIMULATE,), "one run per seed", (0,), lambda text: tuple(map(_natural, _distinct(text))),
+    Option("--seeds", (SIMULATE,), "one run per seed", (0,), lambda text: _distinct(text, _natural),
            metavar="N,…"),
-    Option("--out", RUN, "folder for adapter, report and curves [runs/<time>-<strategy>]", None, Path),
+    Option("--out", (SERVER,), "folder for adapter, report and curves [runs/<time>-<strategy>]", None, _path),
+    Option("--out", (SIMULATE,), "folder for adapters, reports and the comparison [runs/<time>-simulation]", None,
+           _path),
     Option("--resume", (SERVER,), "go on with the run whose --out folder this is, with the options that it was begun "
-           "with", None, Path, metavar="DIR"),
+           "with", None, _path, metavar="DIR"),
     # the data holder's side
     Option("--data", LOCAL, "folder or file: .jsonl .csv .tsv .parquet, or a hub dataset", None,
            metavar="DIR_OR_FILE"),
@@ -181,16 +200,16 @@ OPTIONS: tuple[Option, ...] = (
     Option("--precision", LOCAL, "auto takes bf16 where the hardware has it", "auto", choices=("auto", "fp32", "bf16")),
     Option("--threads", LOCAL, "CPU threads", None, count),
     Option("--micro-batch", LOCAL, "records computed at once [a bound on tokens, by device]", None, count),
-    Option("--state", (CLIENT,), "folder of this client's uploads and reports [by --name]", None, Path),
+    Option("--state", (CLIENT,), "folder of this client's uploads and reports [by --name]", None, _path),
     Option("--policy", (CLIENT,), "what this machine's owner allows [policy.toml in the user's configuration]", None,
-           Path, metavar="FILE.toml"),
+           _path, metavar="FILE.toml"),
     Option("--new-ledger", (CLIENT,), "go on where the ledger, or its witness, is lost; every report will say so",
            False, None),
     Option("--simulated-ledger", (CLIENT,), "keep a ledger for made-up data in this folder, apart from the real one",
-           None, Path, metavar="DIR"),
+           None, _path, metavar="DIR"),
     Option("--connect-timeout", (CLIENT,), "seconds to keep trying for a server", 120.0, _positive),
     # simulation
-    Option("--clients", (SIMULATE,), "simulated clients [one per file with --partition files]", None, count),
+    Option("--clients", (SIMULATE,), "simulated clients [2; with --partition files one for each]", None, count),
     Option("--batch-clients", (SIMULATE,), "clients whose steps share one pass of the base model, for clients with few "
            "tokens a step; equal to 1 but for rounding", 1, count),
     Option("--engine", (SIMULATE,), "who trains: this process and the --workers it starts here, or as many workers of "
@@ -303,6 +322,8 @@ def _arguments(values: Mapping[str, Any], command: str, source: str) -> list[str
             if isinstance(value, dict):
                 value = ",".join(f"{k}={v}" for k, v in value.items())
             elif isinstance(value, list):
+                if split := [item for item in value if "," in str(item)]:
+                    raise ValueError(f"{source}: {key} holds {split[0]!r}, which its comma would make two of")
                 value = ",".join(map(str, value))
             arguments.append(f"--{name}={value}")
     return arguments

@@ -39,7 +39,9 @@ def test_lists_tables_and_booleans_read_as_their_flags_do(tmp_path):
 
 @pytest.mark.parametrize(("text", "names"), [
     ("roundz = 3", ["roundz", "rounds"]), ("rounds = 0", ["--rounds", "'0'"]), ("strategy = 'fedprox'", ["fedprox"]),
-    ("= 3", ["not TOML"]), ("insecure = 1", ["insecure", "true or false"]), ("[server]\ndata = 'x'", ["'data'"])])
+    ("= 3", ["not TOML"]),
+    ("labels = ['a,b', 'c']", ["labels", "'a,b'", "comma"]), ("out = ''", ["--out", "empty"]),
+    ("insecure = 1", ["insecure", "true or false"]), ("[server]\ndata = 'x'", ["'data'"])])
 def test_a_wrong_file_ends_with_code_2_and_names_what_is_wrong(tmp_path, capsys, text, names):
     with pytest.raises(SystemExit) as exit_:
         options("server", config(tmp_path, text))
@@ -49,12 +51,22 @@ def test_a_wrong_file_ends_with_code_2_and_names_what_is_wrong(tmp_path, capsys,
 
 
 @pytest.mark.parametrize("argv", [["--epsilon", "0"], ["--epsilon", "nan"], ["--epsilon", "-1"], ["--delta", "1.5"],
-                                  ["--micro-batch", "2.5"], ["--column", "text"], ["--config", "missing.toml"]])
+                                  ["--micro-batch", "2.5"], ["--column", "text"], ["--config", "missing.toml"],
+                                  ["--data", ""], ["--name", " "]])
 def test_a_wrong_value_ends_with_code_2(argv, capsys):
     with pytest.raises(SystemExit) as exit_:
         options("client", *argv)
     assert exit_.value.code == 2
     assert argv[-1] in capsys.readouterr().err
+
+
+def test_seeds_and_labels_are_compared_as_what_they_mean(capsys):
+    assert options("simulate", "--seeds", "1,02").seeds == (1, 2)
+    assert options("server", "--labels", "0.0, 1.0").labels == ("0", "1")
+    for flag, value in (("--seeds", "1,01"), ("--labels", "1,1.0")):
+        with pytest.raises(SystemExit) as exit_:
+            options("simulate", flag, value)
+        assert exit_.value.code == 2 and "none twice" in capsys.readouterr().err
 
 
 def test_epsilon_may_be_infinite():
