@@ -280,9 +280,11 @@ class Budget:
         """
         q = min(1.0, expected_batch / self.declared_size)
         if q > self.max_sampling_rate:
+            largest = math.floor(self.max_sampling_rate * self.declared_size)
+            remedy = (f"an expected batch of at most {largest} would fit" if largest else
+                      f"it takes {math.ceil(expected_batch / self.max_sampling_rate)} of them")
             raise ValueError(f"an expected batch of {expected_batch} out of {self.declared_size} declared records "
-                             f"samples each with probability {q:.3f}, above {self.max_sampling_rate}; an expected "
-                             f"batch of at most {math.floor(self.max_sampling_rate * self.declared_size)} would fit")
+                             f"samples each with probability {q:.3f}, above {self.max_sampling_rate}; {remedy}")
         return q
 
     def noise_multiplier(self, expected_batch: int, steps: int) -> float:
