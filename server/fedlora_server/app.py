@@ -53,6 +53,18 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
         ValueError: an option is wrong, the port is taken, or the clients named no labels.
     """
     left = _left(options, listen)
+    out = options.resume or claim_folder(options.out, options.strategy)
+    try:
+        if left is None:
+            _hold(out)
+        return _serve(options, console, out, left, listen, run_id)
+    finally:
+        with suppress(OSError):  # taken away where it is empty, so that the same command can be given again
+            out.rmdir()
+
+
+def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | None, listen: Listen | None,
+           run_id: str | None) -> Served:
     if left is not None and left.plan.labels:
         options = Namespace(**vars(options) | {"labels": options.labels or left.plan.labels})
     base = find_model(options)
@@ -62,8 +74,6 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
         console.print("Accuracy will not be shown: no --eval-data. Give it a file of held-out rows with labels.")
     rows = held_out(options)
     values = planned(options, options.strategy)
-    if options.task == "causal-lm" and options.head == "train":
-        raise ValueError("--head train needs --task classification; a causal language model has no task head")
     rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
                           min_clients=options.min_clients, min_replies=options.min_replies,
                           round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
@@ -79,20 +89,14 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
         left.check(federation.plan)
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}",
                       highlight=False)
-    out = options.resume or claim_folder(options.out, options.strategy)
-    if left is None:
-        _hold(out)
     setup = Setup.of(federation.plan, announce_labels=announced)
     stop = threading.Event()
     display = Display(console, f"{options.strategy}, {base.reference.name}")
-    try:
-        engine = (listen or _grpc(options, left))(setup, out / "spool", lambda event: _tell(display, event))
-    except ValueError:
-        _release(out)
-        raise
+    engine = (listen or _grpc(options, left))(setup, out / "spool", lambda event: _tell(display, event))
     ended = "failed"
     try:
-        console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", highlight=False)
+        console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", highlight=False,
+                      soft_wrap=True)
         with _stopped_by_signals(stop, console), display:
             if announced:
                 ended = "labels"
@@ -116,7 +120,6 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
         ended = result.ended
     finally:
         engine.close(GOODBYES[ended])
-        _release(out)
     return Served(out, result)
 
 
@@ -151,12 +154,6 @@ def _joined(engine: RosterEngine, before: Mapping[str, Mapping[str, object]]) ->
 def _grpc(options: Namespace, left: Unfinished | None) -> Listen:
     return lambda setup, spool, notify: GrpcEngine(options.address, setup, spool, insecure=options.insecure,
                                                    notify=notify, under_way=left.under_way if left else None)
-
-
-def _release(out: Path) -> None:
-    """Take an empty --out away, so that the same command can be given again."""
-    with suppress(OSError):
-        out.rmdir()
 
 
 def _freeze_labels(engine: RosterEngine, options: Namespace, held_out: Rows | None, display: Display,

@@ -18,9 +18,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fedlora.files import replace_file, replacing
@@ -136,6 +137,14 @@ def take_up(folder: Path) -> Unfinished:
         ValueError: the folder holds no run, or one of another FedLoRA version.
     """
     about = _about(folder)
+    try:
+        return _take_up(folder, about)
+    except (SafetensorError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--resume: {folder} is damaged ({type(error).__name__}: {error}); restore {STATE}, {ASKED} "
+                         f"and {LINES} from a copy, or begin a new run") from error
+
+
+def _take_up(folder: Path, about: Mapping[str, Any]) -> Unfinished:
     try:
         plan, resumed, joined = from_scalars(about["plan"]), tuple(about["resumed"]), dict(about["joined"])
     except (ValueError, KeyError, TypeError) as error:

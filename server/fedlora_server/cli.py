@@ -55,9 +55,14 @@ def _run(options: Namespace) -> int:
     if served.result is None:
         console.print("Stopped before a round could begin; there is nothing to write.")
         return 130
-    console.print(f"{served.result.rounds} rounds finished. The adapter is {served.out / 'adapter'}, the report "
-                  f"{served.out / 'report.json'}.", highlight=False, soft_wrap=True)
-    return {"finished": 0, "wait-timeout": 1, "stopped": 130}[served.result.ended]
+    result, out = served.result, served.out
+    adapter = f"The adapter is {out / 'adapter'}, the" if result.rounds else "There is no adapter yet. The"
+    console.print(f"{result.rounds} rounds finished. {adapter} report {out / 'report.json'}.", highlight=False,
+                  soft_wrap=True)
+    if result.ended != "finished":
+        why = "Too few clients were left for --wait-timeout" if result.ended == "wait-timeout" else "It was stopped"
+        console.print(f"{why}; fedlora-server --resume {out} goes on.", highlight=False, soft_wrap=True)
+    return {"finished": 0, "wait-timeout": 1, "stopped": 130}[result.ended]
 
 
 if __name__ == "__main__":

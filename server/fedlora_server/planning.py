@@ -135,8 +135,8 @@ def planned(options: Namespace, strategy: str) -> Preset:
     """The preset of (strategy, --privacy), with the values that flags override.
 
     Raises:
-        ValueError: --max-participations is more than the rounds, --dropout is asked for with privacy, or --init dp
-            without.
+        ValueError: --max-participations is more than the rounds, --dropout is asked for with privacy, --init dp
+            without, or a head that the task does not have is to be trained.
     """
     chosen = preset(strategy, options.privacy == "required")
     given = {name: value for field in dataclasses.fields(Preset)
@@ -148,6 +148,8 @@ def planned(options: Namespace, strategy: str) -> Preset:
     if options.dropout and options.privacy == "required":
         raise ValueError(f"--dropout {options.dropout:g} and privacy exclude each other: a record's mask depends on "
                          "the others in its batch, which no ε covers. Leave --dropout out, or choose --privacy off")
+    if options.task == "causal-lm" and options.head == "train":
+        raise ValueError("--head train needs --task classification; a causal language model has no task head")
     if values.init == PRIVATE_START and options.privacy != "required":
         raise ValueError(f"--init {PRIVATE_START} is a start from noised gradients, and without privacy there is no "
                          "noise; choose --init orthonormal, weight or public:FILE")

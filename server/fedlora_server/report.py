@@ -24,17 +24,17 @@ ENDINGS = {"finished": "", "stopped": ", stopped early", "wait-timeout": ", ende
 
 def write_report(out: Path, federation: Federation, result: FederationResult, base: str, *,
                  options: Mapping[str, object] | None = None,
-                 joined: Mapping[str, Mapping[str, object]] | None = None) -> Path:
-    """Write `adapter/`, `report.json` and `curves.png`; also for a run that ended early.
+                 joined: Mapping[str, Mapping[str, object]] | None = None) -> None:
+    """Write `adapter/`, `report.json` and `curves.png`; also for a run that ended early, but for the adapter where
+    no round was finished.
 
     Args:
         base: the base model's hub id or folder, named in the adapter's configuration.
         options: of the command, with the preset's values (`planning.resolved`).
         joined: client name → what it disclosed when it joined.
-    Returns:
-        the adapter's folder.
     """
-    folder = adapters.export(federation.adapted, result.state, out / "adapter", base)
+    if result.rounds:
+        adapters.export(federation.adapted, result.state, out / "adapter", base)
     report = describe(federation.plan, federation.strategy, result, options or {}, joined or {})
     text = json.dumps(jsonable(report), indent=1, allow_nan=False)
     (out / "report.json").write_text(text + "\n")
@@ -42,7 +42,6 @@ def write_report(out: Path, federation: Federation, result: FederationResult, ba
     curves.draw(out / "curves.png", result.records,
                 f"{plan.strategy}, {'private' if plan.private else 'not private'}, {plan.model.name}: "
                 f"{result.rounds} of {plan.rounds} rounds{ENDINGS[result.ended]}")
-    return folder
 
 
 def describe(plan: RunPlan, strategy: FederatedLoRA, result: FederationResult, options: Mapping[str, object],

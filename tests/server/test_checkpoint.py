@@ -201,3 +201,14 @@ def test_a_folder_without_a_run_is_refused(tmp_path, write, message):
     write(tmp_path)
     with pytest.raises(ValueError, match=message):
         checkpoint.take_up(tmp_path)
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    ("checkpoint.safetensors", "x" * 100), ("asked.json", "{}"), ("asked.json", "[]"),
+    ("metrics.jsonl", '{"round": 1}\n')])
+def test_a_damaged_file_of_a_run_is_named_and_stays(tmp_path, file, content):
+    crashed(tmp_path, Crashing(asked=2))
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=rf"--resume: {tmp_path} is damaged .*{file}"):
+        checkpoint.take_up(tmp_path)
+    assert (tmp_path / file).read_text() == content
