@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
+import shutil
+import signal
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedlora.options import SIMULATE, build_parser, read_options
 
@@ -26,8 +31,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(SIMULATE, "Simulate federations: every method on the same split, seed by seed.")
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
     parser.epilog = ("fedlora-simulate bench --help: what privacy and federation cost in time and memory; "
-                     "fedlora-simulate audit --help: an empirical lower bound on ε")
+                     "fedlora-simulate audit --help: an empirical lower bound on ε. "
+                     "Exit codes: 0 done, 1 a worker process was lost, 2 wrong input, 130 interrupted")
     options = read_options(parser, SIMULATE, argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    clients = logging.getLogger("fedlora_client")
+    level = clients.level
+    clients.setLevel(logging.CRITICAL)  # what they say is raised here, and said once
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("fedlora-simulate: interrupted; finished rounds are in --out", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"fedlora-simulate: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    finally:
+        clients.setLevel(level)
+
+
+def _run(options: Namespace) -> int:
     from fedlora.plan import Refused
 
     from .worker import WorkerLost
@@ -44,17 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = refused.__cause__ or refused
         print(f"fedlora-simulate: the clients refuse to take part: {reason}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("fedlora-simulate: interrupted; finished rounds are in --out", file=sys.stderr)
-        return 130
 
 
 def run(options: Namespace) -> int:
     """Run every method with every seed and compare."""
     from rich.console import Console
 
+    from fedlora.training import resolve_device, resolve_precision
     from fedlora_server.display import Display
-    from fedlora_server.planning import check_start, claim_folder, find_model
+    from fedlora_server.planning import check_start, claim_folder, find_model, planned
 
     from .comparison import save, summarize, table
     from .simulate import Method, populate, simulate
@@ -66,25 +88,33 @@ def run(options: Namespace) -> int:
     base = find_model(options)
     methods = [Method.parse(text) for text in options.strategy]
     for method in methods:
+        planned(method.options(options), method.strategy)
         check_start(method.options(options))
+    resolve_precision(options.precision, resolve_device(options.device))
+    population = populate(options, options.seeds[0])
     out = claim_folder(options.out, "simulation")
     if options.eval_data is None:
         console.print("Without --eval-data no accuracy is shown; give it a file of held-out rows.")
     runs: dict[Method, list] = {method: [] for method in methods}
     for seed in options.seeds:
-        population = populate(options, seed)
+        if seed != options.seeds[0]:
+            population = populate(options, seed)
         sizes = ", ".join(f"{name} {len(part)}" for name, part in population.parts.items())
         console.print(f"seed {seed}: {len(population.rows)} rows: {sizes}", highlight=False)
         for method in methods:
             folder = out / re.sub(r"[^\w.-]+", "-", f"{method}-seed{seed}")
             folder.mkdir(parents=True)
             began = time.monotonic()
-            with Display(console, f"{method}, seed {seed}") as display:
-                done = simulate(options, method, seed, base, population, observer=display, out=folder)
-            if done.result.ended != "finished":
-                raise ValueError(f"{method} ended after {done.result.rounds} of {done.federation.plan.rounds} rounds: "
-                                 "too few clients could still take part. Lower --min-replies, or raise "
-                                 "--max-participations")
+            try:
+                with Display(console, f"{method}, seed {seed}") as display:
+                    done = simulate(options, method, seed, base, population, observer=display, out=folder)
+                if done.result.ended != "finished":
+                    raise ValueError(f"{method} ended after {done.result.rounds} of {done.federation.plan.rounds} "
+                                     "rounds: too few clients could still take part. Lower --min-replies, or raise "
+                                     "--max-participations")
+            except BaseException:
+                _take_away(folder)
+                raise
             runs[method].append(done)
             console.print(f"{method}, seed {seed}: {done.result.rounds} rounds in {time.monotonic() - began:.0f} s",
                           highlight=False)
@@ -93,6 +123,21 @@ def run(options: Namespace) -> int:
     save(out, comparisons, {"options": vars(options)})
     console.print(f"Adapters, reports and the comparison are in {out}", highlight=False)
     return 0
+
+
+def _take_away(folder: Path) -> None:
+    """A run's folder where no round was finished, and that of all runs where there is no other, so that the same
+    command can be given again."""
+    from fedlora_server.checkpoint import load
+
+    try:
+        finished = load(folder)[1]
+    except ValueError:
+        finished = 0
+    if not finished:
+        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import resource
 from types import SimpleNamespace
 
@@ -42,6 +43,16 @@ def test_a_runs_report_says_all_that_is_needed_to_repeat_it(arguments, tmp_path)
     assert shown["ffa-lora-orthonormal-seed3"]["init"] == "orthonormal"
     assert shown["fed-sb-seed3"]["init"] == preset("fed-sb", True).init
     assert [options["strategy"] for options in shown.values()] == ["ffa-lora", "fed-sb"]
+
+
+@pytest.mark.parametrize("wrong", [
+    "--partition=nonsense", "--batch-size=64", "--min-replies=3", "--clients=200", "--init=dp", "--device=cuda"])
+def test_what_cannot_be_run_leaves_no_folder_and_is_said_once(arguments, tmp_path, capfd, wrong):
+    off = ["--privacy=off", "--epsilon=inf"] if wrong == "--init=dp" else []
+    assert main([*arguments, "--rounds=1", wrong, *off]) == 2
+    assert not (tmp_path / "out").exists()
+    written = capfd.readouterr().err
+    assert "Traceback" not in written and len(re.findall("ERROR|fedlora-simulate:", written)) == 1, written
 
 
 def test_no_clock_decides_how_a_round_ends(arguments, tmp_path, monkeypatch):
