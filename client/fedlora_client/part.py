@@ -20,7 +20,7 @@ from fedlora.models import LoadedModel
 from fedlora.plan import ROW, Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload
 from fedlora.privacy import INSECURE_SEED_VARIABLE, Budget, RunStreams, run_streams
 from fedlora.tasks import task_for
-from fedlora.training import Trainer
+from fedlora.training import Trainer, resolve_device, resolve_precision
 from fedlora.wire import Setup
 
 from .owner import Owner, limits_of, unit_count
@@ -30,6 +30,9 @@ from .session import ClientSession, Limits
 from .state import FolderState
 
 log = logging.getLogger(__name__)
+
+LONGEST_LABEL, MOST_LABELS, ROWS_PER_LABEL = 64, 1000, 5
+"""Characters of a label name, names, and rows for each on average, with which a label column is announced."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class DataHolder:
         if options.data is None:
             raise ValueError("--data is missing: name the folder or file with your training rows")
         name = options.name or socket.gethostname()
+        resolve_precision(options.precision, resolve_device(options.device))  # not in round 1
         owner = Owner(options)
         limits = limits_of(options, owner)
         streams = run_streams(name)
@@ -116,7 +120,7 @@ class Part:
         self._session: ClientSession | None = None
         self.failed = False
         self._labels, self._refusals = self._state.said(setup.run_id)
-        self.announced = data.label_names(self._rows) if setup.announce_labels else ()
+        self.announced = names_to_announce(self._rows) if setup.announce_labels else ()
         if self.announced:
             self._labels = self.announced
             self._state.save_said(setup.run_id, self._labels, self._refusals)
@@ -125,12 +129,12 @@ class Part:
     def _check_size(self) -> Budget:
         """Say which size is public, and refuse at once where the run would sample the units too often."""
         limits = self._limits
+        budget = limits.budget(unit_count(self._rows))
         try:
-            budget = limits.budget(unit_count(self._rows))
             budget.sampling_rate(self._setup.expected_batch)
         except ValueError as error:
             log.error("%s", error)
-            raise Refused("policy", "see the message above") from error
+            raise Refused("policy") from error
         # else a server's choice of what is trained on could change n̂, and so have rows counted
         self._limits = replace(limits, declared_size=budget.declared_size)
         units = "records" if limits.unit == ROW else f"values of {self._owner.unit_column}"
@@ -275,6 +279,26 @@ class Part:
                     f"norm in place of {session.noise_for_run:.3f}. `fedlora-client budget` shows what is left.",
                     style="yellow")
         return session
+
+
+def names_to_announce(rows: Rows) -> tuple[str, ...]:
+    """The label names that the server asked for, where they can be names: texts must not leave this machine as such.
+
+    Raises:
+        ValueError: one is long or not printable, or there are too many for so few rows. None is shown.
+    """
+    remedy = "It would be told to the server. Name the right column with --column label=NAME, or have the server " \
+             "started with --labels"
+    names, labelled = data.label_names(rows), 0
+    for row, label in enumerate(rows.labels or ()):
+        labelled += label is not None
+        if label is not None and not (len(label) <= LONGEST_LABEL and label.isprintable()):
+            raise ValueError(f"{rows.where(row)}: the label is no name of a class: it has {len(label)} characters, and "
+                             f"at most {LONGEST_LABEL} printable ones are announced. {remedy}")
+    if len(names) > max(2, min(MOST_LABELS, labelled // ROWS_PER_LABEL)):
+        raise ValueError(f"the label column has {len(names)} different values in {labelled} rows, and looks like texts "
+                         f"(at most {MOST_LABELS} names are announced, of {ROWS_PER_LABEL} rows each). {remedy}")
+    return names
 
 
 def model_folder(model: str | None, planned: str) -> Path | None:
