@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedlora.privacy import renyi
+
 RDP_ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 64), 80, 96, 128, 192, 256, 384, 512)
-INTEGER_ORDERS = tuple(order for order in RDP_ORDERS if order % 1 == 0)
-"""Of those, the ones whose divergence is a short sum."""
 
 PRV_LIMIT = 64.0
 """Where RDP already says more than this, PRV is slow, tends to be infinite, and is not asked."""
@@ -34,7 +34,7 @@ PRV_LIMIT = 64.0
 SIGMA_STEP = 1e-3
 """Noise multipliers are calibrated to multiples of this."""
 
-# Opacus is imported where it is called: importing it imports torch, which reading a ledger does not need.
+# PRV is imported where it is called: it imports torch, which reading a ledger does not need.
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ def prv_epsilon(history: tuple[Spend, ...], delta: float) -> float | None:
         return 0.0
     if bound > PRV_LIMIT:
         return None
-    from opacus.accountants import PRVAccountant
+    from fedlora.privacy.prv import QuickPRVAccountant
 
-    accountant = PRVAccountant()
+    accountant = QuickPRVAccountant()
     accountant.history = [(s.noise_multiplier, s.sampling_rate, s.steps) for s in history]
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
@@ -125,21 +125,7 @@ def prv_epsilon(history: tuple[Spend, ...], delta: float) -> float | None:
 
 def rdp(spend: Spend, orders: tuple[float, ...] = RDP_ORDERS) -> np.ndarray:
     """[len(orders)] Rényi divergence of `spend` at each order; infinite at an order where it cannot be computed."""
-    return spend.steps * np.array([_rdp_of_a_step(spend.noise_multiplier, spend.sampling_rate, float(order))
-                                   for order in orders])
-
-
-@functools.lru_cache(maxsize=65536)
-def _rdp_of_a_step(noise_multiplier: float, sampling_rate: float, order: float) -> float:
-    from opacus.accountants.analysis.rdp import compute_rdp
-
-    try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            value = float(compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=order))
-    except (ValueError, OverflowError, ZeroDivisionError):  # cancellation or overflow in Opacus' sums
-        return math.inf
-    return value if value >= 0 else math.inf  # a negative or undefined divergence is a rounding error, not a gift
+    return spend.steps * renyi.divergence(spend.noise_multiplier, spend.sampling_rate, orders)
 
 
 def rdp_epsilon(history: tuple[Spend, ...], delta: float, orders: tuple[float, ...] = RDP_ORDERS) -> float:
@@ -148,12 +134,7 @@ def rdp_epsilon(history: tuple[Spend, ...], delta: float, orders: tuple[float, .
         raise ValueError(f"delta is {delta!r}; it must be in (0, 1)")
     if not history:
         return 0.0
-    from opacus.accountants.analysis.rdp import get_privacy_spent
-
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # "the optimal order is the largest": the bound still holds
-        epsilon, _ = get_privacy_spent(orders=orders, rdp=sum(rdp(s, orders) for s in history), delta=delta)
-    return max(0.0, float(epsilon)) if math.isfinite(epsilon) else math.inf
+    return renyi.epsilon(orders, np.sum([rdp(spend, orders) for spend in history], axis=0), delta)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -191,8 +172,8 @@ def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ValueError(f"epsilon is {epsilon!r}; noise can be calibrated to a positive, finite epsilon only")
 
-    def fits(sigma: float) -> bool:  # by RDP alone, at its quick orders
-        return rdp_epsilon((Spend(sigma, sampling_rate, steps),), delta, INTEGER_ORDERS) <= epsilon
+    def fits(sigma: float) -> bool:  # by RDP alone, which takes milliseconds
+        return rdp_epsilon((Spend(sigma, sampling_rate, steps),), delta) <= epsilon
 
     high = 1.0
     while not fits(high):
