@@ -1,6 +1,7 @@
 import os
 import signal
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,30 @@ from tests.tiny import tiny_checkpoint
 # a shell script's background jobs, and what they start, ignore Ctrl-C; tests send it to their processes
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+WAITING = frozenset({"test_bench", "test_end_to_end", "test_hostile_server", "test_restarts", "test_superlink",
+                     "test_workers"})
+"""Modules whose tests start processes and wait for them."""
+
 
 def pytest_xdist_auto_num_workers() -> int:
     """More than there are cores: tests of real processes wait for them most of the time."""
     return (os.cpu_count() or 1) + 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread the tests that wait for processes evenly over the run, between the modules of the others: they would come
+    last, and then all wait at once."""
+    waiting = [item for item in items if item.path.stem in WAITING]
+    others = [item for item in items if item.path.stem not in WAITING]
+    items.clear()
+    done = placed = 0
+    for _, module in groupby(others, key=lambda item: item.path):
+        items += (tests := list(module))
+        done += len(tests)
+        stop = len(waiting) * done // len(others)
+        items += waiting[placed:stop]
+        placed = stop
+    items += waiting[placed:]
 
 
 @pytest.fixture(scope="session")

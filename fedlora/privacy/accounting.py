@@ -21,10 +21,14 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedlora.privacy import renyi
+
+if TYPE_CHECKING:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 RDP_ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 64), 80, 96, 128, 192, 256, 384, 512)
 
@@ -147,8 +151,6 @@ def pld_epsilon(history: tuple[Spend, ...], delta: float) -> float | None:
     Returns:
         0.0 for an empty history; None where RDP exceeds `PRV_LIMIT`, or where the result is not finite.
     """
-    from dp_accounting.pld import privacy_loss_distribution as pld
-
     if rdp_epsilon(history, delta) > PRV_LIMIT:
         return None
     if not history:
@@ -156,11 +158,17 @@ def pld_epsilon(history: tuple[Spend, ...], delta: float) -> float | None:
     # The grid has to be fine beside the standard deviation of a step's privacy loss, about q sqrt(exp(1/sigma^2) - 1).
     variance = sum(s.steps * s.sampling_rate**2 * math.expm1(min(50.0, s.noise_multiplier**-2)) for s in history)
     interval = min(5e-4, max(2e-6, 0.1 * math.sqrt(variance / sum(s.steps for s in history))))
-    losses = [pld.from_gaussian_mechanism(s.noise_multiplier, sampling_prob=s.sampling_rate,
-                                          value_discretization_interval=interval).self_compose(s.steps)
-              for s in history]
+    losses = [_loss_of_a_step(s.noise_multiplier, s.sampling_rate, interval).self_compose(s.steps) for s in history]
     epsilon = float(functools.reduce(lambda a, b: a.compose(b), losses).get_epsilon_for_delta(delta))
     return epsilon if math.isfinite(epsilon) else None
+
+
+@functools.lru_cache(maxsize=8)  # a client asks for one and the same after each round
+def _loss_of_a_step(noise_multiplier: float, sampling_rate: float, interval: float) -> PrivacyLossDistribution:
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    return from_gaussian_mechanism(noise_multiplier, sampling_prob=sampling_rate,
+                                   value_discretization_interval=interval)
 
 
 @functools.lru_cache(maxsize=1024)
