@@ -106,7 +106,7 @@ def _accuracy(settings: Settings, strategy: str, wire_dtype: str) -> float:
     options = read_options(build_parser(SIMULATE, ""), SIMULATE, [
         *SHORT, f"--model={settings.model}", f"--device={settings.device}", f"--wire-dtype={wire_dtype}",
         *([f"--threads={settings.threads}"] if settings.threads else []),
-        *(["--rounds=1", "--batch-size=4"] if settings.quick else [])])
+        *(["--rounds=1", "--batch-size=4", "--rank=4"] if settings.quick else [])])
     population = Population(train, {f"client-{i}": part for i, part in enumerate(parts)}, label_names(rows), held_out)
     done = simulate(options, Method(strategy, None), 0, find_model(options), population)
     return done.result.records[-1].evaluation["accuracy"]
