@@ -50,28 +50,32 @@ def divergence(noise_multiplier: float, sampling_rate: float, orders: tuple[floa
 @functools.lru_cache(maxsize=4096)
 def _divergence(sigma: float, q: float, orders: tuple[float, ...]) -> np.ndarray:
     alphas = np.array(orders)
-    if q == 1:
-        values = alphas / (2 * sigma**2)
-    else:
-        values = np.full(len(alphas), math.inf)
-        whole = alphas % 1 == 0
-        with np.errstate(all="ignore"):
+    values = np.full(len(alphas), math.inf)
+    with np.errstate(all="ignore"):
+        if q == 1:
+            values = alphas / (2 * sigma**2)
+        else:
+            whole = alphas % 1 == 0
             for places, log_moment in ((whole, _of_whole_orders), (~whole, _of_other_orders)):
                 if places.any():
                     values[places] = log_moment(alphas[places], q, sigma) / (alphas[places] - 1)
-        values[~(values >= 0)] = math.inf
+    values[~(values >= 0)] = math.inf
     values.flags.writeable = False
     return values
 
 
-def epsilon(orders: Sequence[float], divergences: np.ndarray, delta: float) -> float:
-    """The least epsilon that any order gives at `delta`, at least 0; infinite where none is finite.
+def conversion(orders: Sequence[float], delta: float) -> np.ndarray:
+    """[len(orders)] What is to be added to the divergence at each order, for an epsilon at `delta`.
 
     Balle, Barthe, Gaboardi, Hsu, Sato 2020, arXiv:1905.09982, theorem 21.
     """
     alphas = np.asarray(orders, dtype=np.float64)
-    bounds = divergences - (math.log(delta) + np.log(alphas)) / (alphas - 1) + np.log1p(-1 / alphas)
-    return max(0.0, float(np.min(bounds)))
+    return np.log1p(-1 / alphas) - (math.log(delta) + np.log(alphas)) / (alphas - 1)
+
+
+def epsilon(orders: Sequence[float], divergences: np.ndarray, delta: float) -> float:
+    """The least epsilon that any order gives at `delta`, at least 0; infinite where none is finite."""
+    return max(0.0, float(np.min(divergences + conversion(orders, delta))))
 
 
 def _of_whole_orders(alphas: np.ndarray, q: float, sigma: float) -> np.ndarray:

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from fedlora.privacy import renyi
 from fedlora.privacy.accounting import Accountant, Spend, rdp
 
 FILTER_ORDERS = (2, 2.5, 3, 3.5, 4, 5, 7, 9, 13, 17, 25, 33, 65, 129)
@@ -389,6 +390,5 @@ def filter_epsilon(spends: Collection[Sequence[Spend] | None], delta: float | No
     if not parts:
         return 0.0
     assert delta is not None, "a finite spend has a delta"
-    a = np.array(orders, dtype=float)
-    conversion = np.log1p(-1 / a) - (math.log(delta / len(orders)) + np.log(a)) / (a - 1)  # Balle et al. 2020, Thm 21
+    conversion = renyi.conversion(orders, delta / len(orders))
     return float(np.min(np.sum(parts, axis=0) + np.maximum(conversion, 0.0)))
