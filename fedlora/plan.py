@@ -26,6 +26,12 @@ WIRE_DTYPES = ("fp32", "bf16")
 ROW, COLUMN = "row", "column:"
 """Units of privacy: each row, or "column:NAME" for all rows of a client with one value in that column together."""
 
+LEAST_SCALE, MOST_SCALE = 1e-6, 1e16
+"""Of clip norms and of the factors on gradients: far outside of what trains, and well within what numbers can hold."""
+
+MOST_STEPS = 100_000
+"""Of one client in one run: what an accountant takes seconds for."""
+
 Tensors = Mapping[str, "np.ndarray"]
 """Named float32 arrays in C order; names are those of `fedlora.adapters.AdapterLayout`."""
 
@@ -147,8 +153,13 @@ class RunPlan:
         require(self.wire_dtype in WIRE_DTYPES, "wire_dtype", f"choose one of {', '.join(WIRE_DTYPES)}")
         for name in ("max_length", "rank", "rounds", "max_participations", "local_steps", "expected_batch"):
             require(getattr(self, name) >= 1, name, "it must be at least 1")
-        for name in ("alpha", "lr", "clip_norm", "adapter_scale", "head_scale"):
+        require(self.most_trainings * self.local_steps <= MOST_STEPS, "local_steps",
+                f"with {self.most_trainings} trainings of a client it would do more than {MOST_STEPS:,} steps")
+        for name in ("alpha", "lr"):
             require(math.isfinite(getattr(self, name)) and getattr(self, name) > 0, name, "it must be positive")
+        for name in ("clip_norm", "adapter_scale", "head_scale"):
+            require(LEAST_SCALE <= getattr(self, name) <= MOST_SCALE, name,
+                    f"it must be from {LEAST_SCALE:g} to {MOST_SCALE:g}")
         require(0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
         require(len(set(self.labels)) == len(self.labels), "labels", "a label is named twice")
         require(len(set(self.targets)) == len(self.targets), "targets", "a target is named twice")

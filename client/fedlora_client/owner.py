@@ -105,8 +105,7 @@ class Owner:
         """
         try:
             self.policy.check_proposal(strategy=setup.strategy, model_sha256=setup.model.weights_sha256,
-                                       server=self._server,
-                                       rounds=setup.max_participations + setup.private_start,
+                                       server=self._server, rounds=setup.most_trainings,
                                        announces_labels=setup.announce_labels, private_start=setup.private_start)
         except Forbidden as error:
             log.error("%s", error)
@@ -156,7 +155,7 @@ class Owner:
 
     def approve(self, terms: RunTerms) -> None:
         """Raises Forbidden where the policy does not allow the run's terms."""
-        self.policy.check_terms(sampling_rate=terms.sampling_rate, noise_multiplier=terms.noise_multiplier)
+        self.policy.check_terms(terms.noise_multiplier)
 
     @property
     def _beside(self) -> Path:
@@ -170,7 +169,9 @@ class Owner:
 
 def limits_of(options: Namespace, owner: Owner) -> Limits:
     """What the command line and the policy allow together."""
-    return Limits.of(options, owner.unit, announce_size=owner.policy.announce_size)
+    policy = owner.policy
+    return Limits.of(options, owner.unit, max_sampling_rate=policy.max_sampling_rate,
+                     announce_size=policy.announce_size)
 
 
 def unit_count(rows: Rows) -> int:

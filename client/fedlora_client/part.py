@@ -133,7 +133,7 @@ class Part:
         try:
             budget.sampling_rate(self._setup.expected_batch)
         except ValueError as error:
-            log.error("%s", error)
+            log.error("%s, or a higher max-sampling-rate in %s", error, self._owner.policy.path)
             raise Refused("policy") from error
         # else a server's choice of what is trained on could change n̂, and so have rows counted
         self._limits = replace(limits, declared_size=budget.declared_size)
@@ -147,7 +147,7 @@ class Part:
         setup = self._setup
         if self._budget is not None:
             with suppress(ValueError):  # the session says it, if it is asked
-                self._budget.noise_multiplier(setup.expected_batch, setup.max_participations * setup.local_steps)
+                self._budget.noise_multiplier(setup.expected_batch, setup.most_trainings * setup.local_steps)
 
     def answer(self, plan: RoundPlan, tensors: Tensors,
                stop: Callable[[], bool] = lambda: False) -> Upload | Refusal:

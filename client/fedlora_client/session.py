@@ -11,14 +11,25 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fedlora.adapters import AdapterLayout
 from fedlora.adapters.private import release_layout, release_plan
 from fedlora.plan import ROW, Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload, to_scalars
-from fedlora.privacy import SIGMA_STEP, Budget, BudgetExhausted, Forbidden, Ledger, RunStreams, RunTerms
+from fedlora.privacy import (
+    MOST_SAMPLING_RATE,
+    SIGMA_STEP,
+    Budget,
+    BudgetExhausted,
+    Forbidden,
+    Ledger,
+    RunStreams,
+    RunTerms,
+)
 from fedlora.privacy.ledger import Reservation
 from fedlora.tasks import Records
 from fedlora.training import Trainer, Training, TrainResult
@@ -44,6 +55,7 @@ class Limits:
         max_clip_norm: the plan's clip norm is lowered to at most this.
         unit: "row", or "column:NAME".
         rows_per_unit: most rows of one unit that enter a step.
+        max_sampling_rate: a private plan that would sample more often is refused.
         announce_size: whether uploads state sigma and delta, which tell n̂.
     """
 
@@ -53,13 +65,14 @@ class Limits:
     max_clip_norm: float = float("inf")
     unit: str = ROW
     rows_per_unit: int = 8
+    max_sampling_rate: float = MOST_SAMPLING_RATE
     announce_size: bool = True
 
     @classmethod
-    def of(cls, options: Namespace, unit: str, *, announce_size: bool = True) -> Limits:
-        """The options of fedlora-client or fedlora-simulate as limits."""
+    def of(cls, options: Namespace, unit: str, **allowed: Any) -> Limits:
+        """The options of fedlora-client or fedlora-simulate as limits, and other attributes."""
         return cls(options.epsilon, options.delta, options.declared_size, options.max_clip_norm or float("inf"),
-                   unit=unit, rows_per_unit=options.rows_per_unit, announce_size=announce_size)
+                   unit=unit, rows_per_unit=options.rows_per_unit, **allowed)
 
     @property
     def private(self) -> bool:
@@ -67,7 +80,8 @@ class Limits:
 
     def budget(self, units: int) -> Budget:
         """Of one run on so many units of privacy. Raises ValueError where there can be none."""
-        return Budget.declare(units, epsilon=self.epsilon, delta=self.delta, declared_size=self.declared_size)
+        return Budget.declare(units, epsilon=self.epsilon, delta=self.delta, declared_size=self.declared_size,
+                              max_sampling_rate=self.max_sampling_rate)
 
     def check(self, run_is_private: bool) -> None:
         """Refuse a plan whose privacy contradicts --epsilon."""
@@ -232,6 +246,9 @@ class ClientSession:
         if result.steps < self.run.local_steps:
             log.info("Round %d was stopped before its last step; it stays charged.", plan.round)
             return Refusal("unavailable")
+        if result.nonfinite:
+            log.warning("Round %d: the gradients of %d drawn records were not finite and count as zero.", plan.round,
+                        result.nonfinite)
         private, announced = self.run.private, self.limits.announce_size
         tensors = result.tensors
         if plan.round == 0:
@@ -275,7 +292,7 @@ class ClientSession:
     def _again(self, plan: RoundPlan) -> Upload | Refusal:
         """The identical bytes of an order that was trained before, at no cost; none if it was not finished."""
         stored = self.state.stored_upload(plan)
-        if stored is None:
+        if stored is None or not self.ledger.is_stored(self.dataset, *plan.key):
             log.warning("Round %d, attempt %d was begun before and not finished; it is not trained twice.",
                         plan.round, plan.attempt)
             return Refusal("unavailable")
@@ -316,10 +333,11 @@ def _within_lifetime(ledger: Ledger, dataset: str, terms: RunTerms) -> RunTerms:
         return terms
     assert terms.noise_multiplier is not None
     low = high = round(terms.noise_multiplier / SIGMA_STEP)
+    most = math.floor(MOST_EXTRA_NOISE * terms.noise_multiplier / SIGMA_STEP)
     while not ledger.fits(dataset, with_noise(high)):
-        low, high = high, 2 * high
-        if low * SIGMA_STEP > MOST_EXTRA_NOISE * terms.noise_multiplier:
+        if high == most:
             return terms
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if ledger.fits(dataset, with_noise(middle)) else (middle, high)

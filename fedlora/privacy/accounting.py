@@ -16,7 +16,6 @@ n-hat   declared_size      public nominal number of records; the exact one stays
 from __future__ import annotations
 
 import functools
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -34,6 +33,9 @@ RDP_ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 64), 80, 96, 128,
 
 PRV_LIMIT = 64.0
 """Where RDP already says more than this, PRV is slow, tends to be infinite, and is not asked."""
+
+MOST_SAMPLING_RATE = 0.2
+"""Where the owner says nothing else: above it, sampling hardly hides a record."""
 
 SIGMA_STEP = 1e-3
 """Noise multipliers are calibrated to multiples of this."""
@@ -60,7 +62,7 @@ class Spend:
 
 
 class Accountant:
-    """The record of everything released, kept for as long as the data may be used. It survives JSON."""
+    """Adds up what was spent."""
 
     def __init__(self, history: tuple[Spend, ...] = ()) -> None:
         self._history = list(history)
@@ -69,12 +71,8 @@ class Accountant:
     def history(self) -> tuple[Spend, ...]:
         return tuple(self._history)
 
-    @property
-    def steps(self) -> int:
-        return sum(spend.steps for spend in self._history)
-
     def add(self, noise_multiplier: float, sampling_rate: float, steps: int) -> None:
-        """Charge steps. Do it, and persist it, before anything that they produced leaves the machine."""
+        """Add steps."""
         spend = Spend(float(noise_multiplier), float(sampling_rate), steps)
         last = self._history[-1] if self._history else None
         if last and (last.noise_multiplier, last.sampling_rate) == (spend.noise_multiplier, spend.sampling_rate):
@@ -85,18 +83,6 @@ class Accountant:
     def epsilon(self, delta: float) -> float:
         """Upper bound on epsilon at `delta` of everything charged so far; 0.0 for an empty history."""
         return _epsilon(self.history, delta)
-
-    def to_json(self) -> str:
-        return json.dumps([[s.noise_multiplier, s.sampling_rate, s.steps] for s in self._history])
-
-    @classmethod
-    def from_json(cls, text: str) -> Accountant:
-        """Inverse of `to_json`. Raises ValueError where the text is not such a history."""
-        try:
-            return cls(tuple(Spend(float(sigma), float(q), steps) for sigma, q, steps in json.loads(text)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"this is not an accountant's history ({error}); restore the file, or start a new state "
-                             "folder and count what was already spent as lost budget") from error
 
 
 @functools.lru_cache(maxsize=4096)
@@ -122,7 +108,7 @@ def prv_epsilon(history: tuple[Spend, ...], delta: float) -> float | None:
         warnings.simplefilter("ignore")
         try:
             prv = float(accountant.get_epsilon(delta))
-        except (ValueError, RuntimeError, IndexError):  # its grid is too coarse, for a tiny delta say
+        except (ValueError, RuntimeError, IndexError, MemoryError):  # its grid is too coarse, for a tiny delta say
             return None
     return prv if math.isfinite(prv) and prv >= 0 else None
 
@@ -239,7 +225,7 @@ class Budget:
     epsilon: float
     delta: float
     declared_size: int
-    max_sampling_rate: float = 0.2
+    max_sampling_rate: float = MOST_SAMPLING_RATE
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
@@ -254,7 +240,7 @@ class Budget:
 
     @classmethod
     def declare(cls, records: int, *, epsilon: float, delta: float | None = None, declared_size: int | None = None,
-                max_sampling_rate: float = 0.2) -> Budget:
+                max_sampling_rate: float = MOST_SAMPLING_RATE) -> Budget:
         """Fill in the defaults: declared size `nominal_size(records)`, delta = min(1e-5, 0.1 / declared size)."""
         size = nominal_size(records) if declared_size is None else declared_size
         if size < 1:

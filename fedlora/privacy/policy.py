@@ -37,6 +37,7 @@ from typing import Any
 
 from fedlora.files import replace_file
 from fedlora.plan import ROW, check_unit
+from fedlora.privacy.accounting import MOST_SAMPLING_RATE
 
 
 class Forbidden(ValueError):
@@ -90,7 +91,7 @@ class Policy:
     path: Path
     min_noise_multiplier: float = 0.0
     max_rounds: float = math.inf
-    max_sampling_rate: float = 0.2
+    max_sampling_rate: float = MOST_SAMPLING_RATE
     strategies: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None
     servers: tuple[str, ...] | None = None
@@ -156,15 +157,12 @@ class Policy:
         if private_start and not self.private_start:
             self._forbid("private-start = false", "the server asks for a start from noised gradients of these records")
 
-    def check_terms(self, *, sampling_rate: float, noise_multiplier: float | None) -> None:
+    def check_terms(self, noise_multiplier: float | None) -> None:
         """What follows from the proposal and the budget, before any record is trained on.
 
         Raises:
             Forbidden: as `check_proposal`.
         """
-        if sampling_rate > self.max_sampling_rate and noise_multiplier is not None:
-            self._forbid(f"max-sampling-rate = {self.max_sampling_rate:g}",
-                         f"the server's batch would sample each record with rate {sampling_rate:.4g}")
         if noise_multiplier is not None and noise_multiplier < self.min_noise_multiplier:
             self._forbid(f"min-noise-multiplier = {self.min_noise_multiplier:g}",
                          f"this run would need only {noise_multiplier:.4g}; a lower --epsilon gives more")

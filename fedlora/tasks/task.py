@@ -19,8 +19,10 @@ _CHUNK = 1024
 
 _EVALUATION_BATCH = 64
 _EVALUATION_TOKENS = 8192
-_EVALUATION_OUTPUTS = 2**26
-"""Of a batch in evaluation: most records, padded tokens, and values that the model gives for them."""
+"""Of a batch in evaluation: most records, and padded tokens."""
+
+_OUTPUTS = 2**26
+"""Most values that the model gives for a batch, but for that of a single record: a vocabulary's are many."""
 
 _EVALUATION_BUCKET = 8
 
@@ -66,6 +68,11 @@ class Task(ABC):
         """About how many values the model gives for a token."""
         return 1
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a batch, padded, so that what the model gives for them fits into memory."""
+        return max(1, _OUTPUTS // self.outputs_per_token)
+
     @memory_advice("evaluation", "lower --max-length, choose a smaller --model, or leave out --eval-data")
     @torch.no_grad()
     def evaluate(self, model: torch.nn.Module, records: Records, *, micro_batch: int | None = None,
@@ -86,7 +93,7 @@ class Task(ABC):
                     else torch.autocast(torch.device(device).type, dtype=autocast_dtype))
         sums: dict[str, float] = {}
         try:
-            tokens = min(_EVALUATION_TOKENS, _EVALUATION_OUTPUTS // self.outputs_per_token)
+            tokens = min(_EVALUATION_TOKENS, self.most_tokens)
             for length, indices in _by_length(records.lengths, self.max_length, most=micro_batch or _EVALUATION_BATCH,
                                               tokens=None if micro_batch else tokens):
                 batch = self.collate(records, indices, length, device)

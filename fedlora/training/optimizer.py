@@ -20,11 +20,11 @@ from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
 from fedlora.privacy.streams import Stream
-from fedlora.training.per_example import GradientBuffer
+from fedlora.training.per_example import GradientBuffer, row_norms
 from fedlora.training.tripwires import NoisePool, StepTripwires
 
 CLIP_MARGIN = 1e-5
-"""A clipped record is left this much below the clip norm, relatively: more than float32 can lose."""
+"""A clipped record is left this much below the clip norm, relatively: more than its norm and its factor can be off."""
 
 
 class PerRecordOptimizer(DPOptimizer):
@@ -42,7 +42,7 @@ class PerRecordOptimizer(DPOptimizer):
         noise: where the Gaussians come from.
         pool: of the run's noise, for the tripwire; None for a new one.
     Attributes:
-        units, clipped: units summed, and those of them that were longer than C. Counted since the start; private.
+        clipped: units that were longer than C, counted since the start. Private.
         nonfinite: records whose gradient was not finite and counted as zero. Private, too.
     """
 
@@ -65,7 +65,7 @@ class PerRecordOptimizer(DPOptimizer):
         self._drawn_noise: torch.Tensor | None = None
         self._tripwires = StepTripwires(buffer, scales=scales, clip_norm=clip_norm, noise_multiplier=noise_multiplier,
                                         expected_batch_size=expected_batch_size, pool=pool or NoisePool())
-        self.units = self.clipped = self.nonfinite = 0
+        self.clipped = self.nonfinite = 0
 
     @property
     def clipped_sum(self) -> torch.Tensor:
@@ -115,21 +115,17 @@ class PerRecordOptimizer(DPOptimizer):
             rows = self.buffer.rows
         else:
             return
-        squares = sum(scale**2 * torch.linalg.vector_norm(rows[:, span], dim=1).square()
-                      for span, scale in self._groups)
-        assert isinstance(squares, torch.Tensor)
-        norms = squares.sqrt()
+        norms = torch.stack([scale * row_norms(rows[:, span]) for span, scale in self._groups]).norm(dim=0)
         finite = norms.isfinite()
         refused = int((~finite).sum())
         if refused:
-            rows[~finite] = 0  # 0 · inf is not 0
+            rows[~finite.to(rows.device)] = 0  # 0 · inf is not 0
             norms = norms.where(finite, 0.0)
         bound = self.max_grad_norm * (1 - CLIP_MARGIN)
         factors = bound / norms.clamp(min=bound)
         for span, scale in self._groups:
-            self._sum[span] += (factors * scale) @ rows[:, span]
+            self._sum[span] += (factors * scale).to(rows) @ rows[:, span]
         self._tripwires.check_shares(rows, factors)
-        self.units += len(rows)
         self.clipped += int((norms > bound).sum())
         self.nonfinite += refused
 

@@ -26,6 +26,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+_PIECE = 256
+"""So many squares are summed in float32."""
+
+_SMALL = 1e-9
+"""A row this long or longer loses less than a millionth of its norm with its values below 1e-19, if they are fewer
+than a hundred million."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -109,6 +116,28 @@ class GradientBuffer:
         else:
             target.copy_(product)
             self._written.add(id(parameter))
+
+
+def row_norms(rows: torch.Tensor) -> torch.Tensor:
+    """L2 norm of each row of [rows, values] float32, right to 1e-6 of itself, in float64.
+
+    A long sum of float32 squares comes out too small: those here are of `_PIECE` values. Squares of values below 1e-19
+    vanish: a row that could consist of them is taken in float64. Not finite where a value is not, or is above 1e19.
+    """
+    whole = rows.shape[1] // _PIECE * _PIECE
+    pieces = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, _PIECE)), dim=2)
+    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
+    parts = torch.cat([pieces, rest], dim=1)
+    norms = torch.linalg.vector_norm(_wide(parts), dim=1)
+    small = norms < _SMALL
+    if bool(small.any()):
+        norms[small] = torch.linalg.vector_norm(_wide(rows[small.to(rows.device)]), dim=1)
+    return norms
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """In float64; on the CPU where the device has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 class PerExampleLinear(nn.Linear):

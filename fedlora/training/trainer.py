@@ -31,7 +31,7 @@ from fedlora.training.precision import (
 )
 from fedlora.training.sampling import Draw, Sampler, micro_batches
 from fedlora.training.steps import PlainStep, PrivateStep, Step
-from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, NoisePool, tells
+from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, NoisePool, alarm, tells
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 """Most padded tokens of a micro-batch where --micro-batch is not given. A constant, so that runs repeat bit for bit."""
@@ -193,6 +193,8 @@ class Trainer:
             step.close()
             for parameter in parameters:
                 parameter.grad = None
+        if rows and step.nonfinite == rows:
+            raise alarm("none of the drawn records has a finite gradient: only noise would be left")
         frozen.check()
         gradients.check()
         self.noise_pool.check()
@@ -242,7 +244,7 @@ class Trainer:
         if self.micro_batch is not None:
             return micro_batches(lengths, places, self.task.max_length, most=self.micro_batch)
         return micro_batches(lengths, places, self.task.max_length, most=self.most_rows,
-                             tokens=MICRO_BATCH_TOKENS[self.device.type])
+                             tokens=min(MICRO_BATCH_TOKENS[self.device.type], self.task.most_tokens))
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The precision's context, to call the model in."""

@@ -24,7 +24,7 @@ from torch import nn
 
 from fedlora.adapters import AdaptedModel, AdapterLayout
 from fedlora.tasks import Records
-from fedlora.training.per_example import GradientBuffer
+from fedlora.training.per_example import GradientBuffer, row_norms
 
 STANDARD_ERRORS = 5.0
 """By so much may the pooled deviation of the noise be off: by chance less than once in a million rounds."""
@@ -94,12 +94,11 @@ class StepTripwires:
         Args:
             rows, factors: [units, values] and [units], as they were multiplied.
         """
-        squares = torch.zeros(len(rows), device=rows.device)
+        shares = torch.zeros_like(factors)
         for start, stop, scale in self._spans:
-            squares += (torch.linalg.vector_norm(rows[:, start:stop], dim=1) * (factors * scale)).square()
-        largest = float(squares.max().sqrt()) if len(rows) else 0.0
-        if not largest <= self._clip_norm:
-            raise alarm(f"a record's share of the sum is {largest / self._clip_norm:.6g} times the clip norm")
+            shares += (row_norms(rows[:, start:stop]) * (factors * scale)).square()
+        if not bool((shares.sqrt() <= self._clip_norm).all()):
+            raise alarm("a record's share of the sum is longer than the clip norm")
 
     def check_applied(self, clipped_sum: torch.Tensor, noise: torch.Tensor | None) -> None:
         """The gradients that the optimizer was just given are (sum + noise) / b, unscaled.

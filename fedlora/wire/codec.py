@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError
 
 from fedlora.plan import (
+    LEAST_SCALE,
+    MOST_SCALE,
+    MOST_STEPS,
     PROTOCOL,
     STRATEGIES,
     TASKS,
@@ -86,15 +89,24 @@ class Setup:
         for name in ("max_length", "rounds", "max_participations", "local_steps", "expected_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
-            raise ValueError(f"clip_norm is {self.clip_norm}; it must be positive")
+        if not LEAST_SCALE <= self.clip_norm <= MOST_SCALE:
+            raise ValueError(f"clip_norm is {self.clip_norm}; it must be from {LEAST_SCALE:g} to {MOST_SCALE:g}")
+        if self.most_trainings * self.local_steps > MOST_STEPS:
+            raise ValueError(f"{self.most_trainings} trainings of {self.local_steps} steps are more than "
+                             f"{MOST_STEPS:,} steps")
+
+    @property
+    def most_trainings(self) -> int:
+        """What one client may begin at most, as in `RunPlan`."""
+        return self.max_participations + self.private_start
 
 
 def parse(kind: type[Frame], data: bytes) -> Frame:
     """Decode one frame.
 
     Raises:
-        WireError: it is not one, or it is empty or has fields this version does not know.
+        WireError: it is not one, or it is empty or of a kind this version does not know. Fields that this version does
+            not know are dropped.
     """
     try:
         frame = kind.FromString(data)
@@ -146,9 +158,6 @@ def plan_from_wire(task: pb.Task) -> RoundPlan:
             for f in pb.RunPlan.DESCRIPTOR.fields}
     try:
         run: RunPlan = from_scalars(flat)
-    except ValueError as error:
-        raise WireError(f"the round's plan is not valid: {error}") from None
-    try:
         return RoundPlan(run=run, round=task.round, attempt=task.attempt, shared_sha256=task.shared_sha256)
     except ValueError as error:
         raise WireError(f"the round's plan is not valid: {error}") from None

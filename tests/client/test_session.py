@@ -13,13 +13,13 @@ from fedlora.adapters import attach, attach_planned, initial_tensors
 from fedlora.adapters.private import release_layout, release_plan, release_tensors
 from fedlora.data import Rows
 from fedlora.plan import WIRE_DTYPES, ModelRef, Refusal, Refused, RoundPlan, RunPlan, Upload
-from fedlora.privacy import Accountant, Forbidden, Ledger, RunStreams, Spend, calibrate
+from fedlora.privacy import Accountant, Forbidden, Ledger, RunStreams, RunTerms, Spend, calibrate
 from fedlora.privacy.report import verify
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
 from fedlora.wire import digest, rounded
 from fedlora_client.reporting import write_privacy_report
-from fedlora_client.session import ClientSession, Limits
+from fedlora_client.session import ClientSession, Limits, _within_lifetime
 from fedlora_client.state import FolderState, MemoryState
 
 WORDS = ("good", "bad", "the", "film", "was", "very", "day")
@@ -99,6 +99,27 @@ def test_an_order_that_was_begun_and_not_finished_stays_charged_and_is_not_train
     assert restarted.epsilon() > 0 and restarted.started == ((1, 0),)
     assert restarted.run_round(desk.order(1), desk.start) == Refusal("unavailable")
     assert isinstance(restarted.run_round(desk.order(1, attempt=1), desk.start), Upload)
+
+
+def test_an_upload_that_the_ledger_does_not_know_is_not_sent(desk, monkeypatch):
+    """The process died after its file was written and before the ledger noted it."""
+    def killed(upload):
+        save_upload(upload)
+        raise KeyboardInterrupt
+
+    save_upload = desk.state.save_upload
+    monkeypatch.setattr(desk.state, "save_upload", killed)
+    with pytest.raises(KeyboardInterrupt):
+        desk.session().run_round(desk.order(1), desk.start)
+    assert desk.state.stored_upload(desk.order(1)) is not None
+    assert desk.session().run_round(desk.order(1), desk.start) == Refusal("unavailable")
+
+
+def test_gradients_that_are_not_finite_are_told_in_the_local_log(desk, caplog, monkeypatch):
+    trained = desk.trainer.run
+    monkeypatch.setattr(desk.trainer, "run", lambda *given: dataclasses.replace(trained(*given), nonfinite=3))
+    assert isinstance(desk.session().run_round(desk.order(1), desk.start), Upload)
+    assert "gradients of 3 drawn records were not finite" in caplog.text
 
 
 def test_the_charge_is_on_the_disk_before_a_record_is_read(desk):
@@ -186,6 +207,11 @@ def test_a_batch_too_large_for_the_declared_size_is_refused_and_the_log_names_th
     assert "at most 12" in caplog.text
 
 
+def test_the_owner_may_allow_a_higher_sampling_rate(desk):
+    plan = make_plan(expected_batch=30)
+    assert desk.session(plan=plan, max_sampling_rate=0.5).terms.sampling_rate == 0.5
+
+
 def test_dropout_is_refused_under_privacy_alone_as_its_masks_depend_on_other_records(desk, caplog):
     with pytest.raises(Refused) as refused:
         desk.session(plan=make_plan(dropout=0.1))
@@ -224,6 +250,16 @@ def test_a_run_after_another_gets_the_noise_that_the_lifetime_leaves_room_for_an
     with pytest.raises(Refused, match="budget"):
         desk.session(plan=make_plan(run_id="12" * 8))
     assert "lifetime" in caplog.text
+
+
+@pytest.mark.parametrize(("least", "found"), [(9.7, 9.7), (10.0, 10.0), (12.3, 1.0)])
+def test_more_than_ten_times_the_noise_is_not_taken_on(least, found):
+    class Left:
+        def fits(self, dataset, terms):
+            return terms.noise_multiplier >= least
+
+    wanted = RunTerms("r", "p", "row", 1000, 0.1, 1.0, 1e-5, 1.0, {"adapter": 1.0}, 1, 1)
+    assert _within_lifetime(Left(), "north", wanted).noise_multiplier == pytest.approx(found)
 
 
 def test_restarts_between_rounds_cost_nothing_where_a_fresh_engine_would_have_forgotten(desk, tmp_path):

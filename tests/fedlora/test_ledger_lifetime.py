@@ -176,6 +176,18 @@ def test_a_sole_run_may_spend_what_prv_allows_and_closes_the_budget(path):
     train(ledger, 2)
 
 
+def test_a_limit_that_is_lowered_while_a_run_lasts_is_closed_by_it(path):
+    ledger, run = opened(path, epsilon=10.0), sole()
+    ledger.begin_run("a", run)
+    assert ledger.lifetime("a").closed_by is None
+    ledger.declare("a", epsilon=1.0, delta=DELTA, witness=witness_of(path.parent, "a"))
+    train(ledger, 1)
+    ledger.end_run("a", "r1")
+    assert ledger.lifetime("a").closed_by == "r1"
+    with pytest.raises(BudgetExhausted, match="closed by run r1"):
+        ledger.begin_run("a", terms("r2", noise_multiplier=1000.0, max_participations=1))
+
+
 def test_a_second_run_is_never_admitted_by_prv(path):
     ledger = opened(path, epsilon=1.0)
     ledger.begin_run("a", terms("r0", noise_multiplier=1000.0, max_participations=1))

@@ -38,7 +38,8 @@ def test_plans_survive_flat_scalars():
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("rank", 0), ("lr", -1.0), ("lr", float("nan")), ("clip_norm", float("inf")), ("dropout", 1.0), ("rounds", 0),
+    ("rank", 0), ("lr", -1.0), ("lr", float("nan")), ("clip_norm", float("inf")), ("clip_norm", 1e-30),
+    ("adapter_scale", 1e-30), ("head_scale", float("nan")), ("local_steps", 10**6), ("dropout", 1.0), ("rounds", 0),
     ("run_id", "AB" * 8), ("strategy", "fedprox"), ("task", "chess"), ("optimizer", "lion"), ("labels", ("a",)),
     ("labels", ("a", "a")), ("targets", ("q", "q")), ("weight_by_examples", True), ("lr_schedule", "cosine"),
     ("wire_dtype", "int8"), ("labels", ("a", "\x1b[2J")), ("targets", ("query", "a\nb")),

@@ -21,11 +21,9 @@ def policy(folder, text):
 def test_a_missing_policy_allows_what_the_defaults_allow(tmp_path):
     empty = Policy.read(tmp_path / "none.toml")
     empty.check_proposal(**PROPOSAL | {"announces_labels": True, "private_start": True})
-    empty.check_terms(sampling_rate=0.2, noise_multiplier=0.1)
-    empty.check_terms(sampling_rate=1.0, noise_multiplier=None)
-    with pytest.raises(Forbidden, match="max-sampling-rate"):
-        empty.check_terms(sampling_rate=0.21, noise_multiplier=1.0)
-    assert empty.max_rounds == math.inf and not empty.datasets
+    empty.check_terms(0.1)
+    empty.check_terms(None)
+    assert (empty.max_rounds, empty.max_sampling_rate) == (math.inf, 0.2) and not empty.datasets
 
 
 @pytest.mark.parametrize(("line", "proposal"), [
@@ -46,9 +44,9 @@ def test_a_proposal_at_the_limits_is_allowed(tmp_path):
 @pytest.mark.parametrize("noise_multiplier", [0.49, None])
 def test_too_little_noise_is_forbidden(tmp_path, noise_multiplier):
     demanding = policy(tmp_path, "min-noise-multiplier = 0.5")
-    demanding.check_terms(sampling_rate=0.1, noise_multiplier=0.5)
+    demanding.check_terms(0.5)
     with pytest.raises(Forbidden, match="min-noise-multiplier"):
-        demanding.check_terms(sampling_rate=0.1, noise_multiplier=noise_multiplier)
+        demanding.check_terms(noise_multiplier)
 
 
 def test_a_data_set_is_found_by_its_place_whatever_the_spelling(tmp_path):

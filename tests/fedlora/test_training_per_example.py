@@ -7,7 +7,7 @@ from opacus import GradSampleModule
 from torch import nn
 
 from fedlora.adapters import FAMILIES
-from fedlora.training.per_example import GradientBuffer, per_example
+from fedlora.training.per_example import GradientBuffer, per_example, row_norms
 from tests.fedlora.private_training import CASES, brute_force_row, make_records, make_trainer, per_record_rows, plan
 
 
@@ -107,6 +107,23 @@ def test_a_tensor_that_no_gradient_reaches_is_noticed():
     nn.functional.linear(torch.randn(3, 5), layer.weight).sum().backward()
     with pytest.raises(RuntimeError, match="no gradient reached 2 of 2"):
         buffer.check_complete()
+
+
+@pytest.mark.parametrize("values", [1, 255, 256, 1000, 3_000_000])
+@pytest.mark.parametrize("size", [1.0, 1e-12, 1e-22, 1e-30, 1e15])
+def test_norms_are_right_however_many_and_however_small_the_values_are(values, size):
+    """Float32's own sum of a million equal squares is 5e-4 too small, and squares of 1e-23 are 0 there."""
+    rows = torch.stack([torch.full((values,), 0.3), torch.randn(values), torch.zeros(values)]) * size
+    rows[1, 0] = 0
+    expected = torch.linalg.vector_norm(rows.double(), dim=1)
+    assert row_norms(rows).dtype == torch.float64
+    torch.testing.assert_close(row_norms(rows), expected, rtol=1e-6, atol=0)
+
+
+def test_a_row_with_large_and_vanishing_values_and_one_without_finite_ones():
+    rows = torch.full((3, 1000), 1e-21)
+    rows[0, 0], rows[1, 5], rows[2, 7] = 1e-8, float("inf"), float("nan")
+    assert row_norms(rows)[0].item() == pytest.approx(1e-8, rel=1e-6) and not row_norms(rows)[1:].isfinite().any()
 
 
 def test_a_layer_that_is_not_plain_is_refused():

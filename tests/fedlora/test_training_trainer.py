@@ -7,6 +7,7 @@ import torch
 from fedlora.adapters import FAMILIES
 from fedlora.privacy import Stream
 from fedlora.training.optimizer import PerRecordOptimizer
+from fedlora.training.per_example import GradientBuffer
 from tests.fedlora.private_training import (
     CASES,
     brute_force_row,
@@ -70,6 +71,24 @@ def test_a_clipped_record_uses_the_whole_clip_norm(private):
     run = plan(run.family, clip_norm=1e-3)
     for record in range(8):
         assert clipped_sum(trainer, run, records, [record]).norm() >= 1e-3 * (1 - 2e-5)
+
+
+@pytest.mark.parametrize(("clip_norm", "scale"), [(1.0, 1.0), (1e-6, 1e-6), (1e-6, 1e16), (1e6, 1.0)])
+@pytest.mark.parametrize("size", [1.0, 1e-24])
+@pytest.mark.parametrize("values", [10, 2_000_000])
+def test_no_share_is_above_the_clip_norm_whatever_the_server_chooses(clip_norm, scale, size, values):
+    """It names clip norm and scale, and sends tensors that make gradients as small as it likes."""
+    parameter = torch.nn.Parameter(torch.zeros(values))
+    buffer = GradientBuffer([(parameter, "adapter")])
+    optimizer = PerRecordOptimizer(torch.optim.SGD([parameter], lr=1.0), buffer, scales={"adapter": scale},
+                                   clip_norm=clip_norm, noise_multiplier=1.0, expected_batch_size=1,
+                                   noise=Stream.derived(0, "a", 1, "noise"))
+    buffer.arm(1)
+    buffer.write_product(parameter, torch.full((1, 1, 1), size), torch.full((1, 1, values), 0.3))
+    length = scale * size * 0.3 * values**0.5
+    optimizer.clip_and_accumulate()
+    share = optimizer.clipped_sum.norm().item()
+    assert share <= clip_norm and share == pytest.approx(min(length, clip_norm), rel=1e-4)
 
 
 @pytest.mark.parametrize("head_scale", [1e-3, 1.0, 1e3])

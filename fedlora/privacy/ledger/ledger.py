@@ -248,12 +248,16 @@ class Ledger:
         """End the runs whose process is gone: what they have not begun is free again."""
         for key, run in book.runs.items():
             if run.active and key != but and key not in self._held and self.path is not None:
-                file = self._lock_file(key)
-                handle = take_lock(file)
+                handle = take_lock(self._lock_file(key))
                 if handle is not None:
                     self._chain.append("end", dataset=key[0], run_id=key[1])
-                    file.unlink()  # locks are taken within transactions only, so nobody else has it open
-                    os.close(handle)
+                    self._let_go(key, handle)
+
+    def _let_go(self, key: tuple[str, str], handle: int | None) -> None:
+        """Within a transaction, for locks are taken within them only, so that nobody else has the file open."""
+        if handle is not None:
+            self._lock_file(key).unlink()
+            os.close(handle)
 
     def end_run(self, dataset: str, run_id: str) -> None:
         """Free what the run has not begun. It may be begun again, where it still fits."""
@@ -263,9 +267,7 @@ class Ledger:
                 raise LedgerError(f"run {run_id} of dataset {dataset!r} is not held by this process; begin it first")
             if book.runs[key].active:
                 self._chain.append("end", dataset=dataset, run_id=run_id)
-        handle = self._held.pop(key)
-        if handle is not None:
-            os.close(handle)
+            self._let_go(key, self._held.pop(key))
 
     def terms(self, dataset: str, run_id: str) -> RunTerms | None:
         """The terms with which the run was begun; None for an unknown run."""
@@ -325,9 +327,17 @@ class Ledger:
             if run.begun >= run.terms.max_participations:
                 raise BudgetExhausted(f"run {run_id} of dataset {dataset!r} has begun {run.begun} trainings, the most "
                                       "that its noise was calibrated to; take part in a new run")
-            self._admitted(book, dataset, run.terms)
+            closes = self._admitted(book, dataset, run.terms)
+            if not closes <= run.closes:  # a limit was lowered since, or more data overlap
+                self._chain.append("run", dataset=dataset, terms=asdict(run.terms), closes=sorted(closes))
             sequence = self._chain.append("reserved", dataset=dataset, run_id=run_id, round=round, attempt=attempt)
         return Reservation(self, dataset, sequence)
+
+    def is_stored(self, dataset: str, run_id: str, round: int, attempt: int) -> bool:
+        """Whether the finished update of this training was stored, so that it may be sent again."""
+        with self._chain.transaction("DEFERRED") as book:
+            charge = book.charge(dataset, run_id, round, attempt)
+        return charge is not None and charge.sha256 is not None
 
     def released_again(self, dataset: str, run_id: str, round: int, attempt: int, sha256: str | None = None) -> None:
         """Right before a stored update leaves, in this process or a later one. It costs nothing more.

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedlora.plan import MOST_STEPS
 from fedlora.privacy.report.figures import (
     LABELS,
     RELATION,
@@ -40,9 +41,6 @@ from fedlora.versions import versions
 
 TOLERANCE = 1e-6
 """A stated epsilon may be this much below the recomputed one: another processor rounds the same sums differently."""
-
-MOST_STEPS = 10_000_000
-"""No run has more; a report that claims more would only keep whoever verifies it busy."""
 
 _NUMBER = (int, float)
 _MAYBE = (*_NUMBER, type(None))
