@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path whose content then takes the place of `path`, and is on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    yield temporary
-    to_disk(temporary)
-    os.replace(temporary, path)
-    to_disk(path.parent)
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
     """Atomically put `content` in place of the file; it is on the disk when this returns.
 
     Args:
+        path: its folder is made if need be.
         mode: of a file that is made, less the process's umask.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".new")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with open(handle, "wb") as file:

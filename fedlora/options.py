@@ -104,6 +104,13 @@ def _columns(text: str) -> dict[str, str]:
     return pairs
 
 
+class _Merged(argparse.Action):
+    """Given twice, the mappings add up."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, getattr(namespace, self.dest, {}) | values)
+
+
 @dataclass(frozen=True)
 class Option:
     """One flag: `commands` are those that have it; a default of None means the preset's value or none at all."""
@@ -231,7 +238,8 @@ def build_parser(command: str, description: str) -> argparse.ArgumentParser:
             parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, help=option.help)
             continue
         default = "" if option.default in (None, {}) else f" [{_shown(option.default)}]"
-        parser.add_argument(option.flag, type=option.parse, choices=option.choices, metavar=option.metavar,
+        parser.add_argument(option.flag, action=_Merged if option.parse is _columns else "store", type=option.parse,
+                            choices=option.choices, metavar=option.metavar,
                             help=(option.help + default).replace("%", "%%"))
     return parser
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_bytes
 
-from fedlora.files import replacing
+from fedlora.files import replace_file
 from fedlora.plan import RoundPlan, Tensors, Upload, upload_metrics
 
 
@@ -76,8 +76,8 @@ class FolderState:
 
     def save_upload(self, upload: Upload) -> None:
         about = {"round": upload.round, "attempt": upload.attempt} | upload_metrics(upload)
-        with replacing(self.run_folder(upload.run_id) / "upload.safetensors") as temporary:
-            save_file(dict(upload.tensors), temporary, metadata={"upload": json.dumps(about)})
+        replace_file(self.run_folder(upload.run_id) / "upload.safetensors",
+                     to_bytes(dict(upload.tensors), metadata={"upload": json.dumps(about)}))
 
     def shared(self) -> tuple[str, Tensors]:
         """The frozen tensors that were received last, and their digest; ("", {}) if none were."""
@@ -90,9 +90,8 @@ class FolderState:
 
     def save_shared(self, sha256: str, tensors: Tensors) -> None:
         """Keep the tensors in place of the ones kept before: a client needs only the latest."""
-        with replacing(self.folder / "shared.safetensors") as temporary:
-            save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, temporary,
-                      metadata={"sha256": sha256})
+        arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        replace_file(self.folder / "shared.safetensors", to_bytes(arrays, metadata={"sha256": sha256}))
 
     def said(self, run_id: str) -> tuple[tuple[str, ...], list[tuple[int, str]]]:
         """The label names announced in the run, and the (round, code) of each refusal sent, by whatever process."""
@@ -104,8 +103,8 @@ class FolderState:
 
     def save_said(self, run_id: str, labels: Sequence[str], refusals: Sequence[tuple[int, str]]) -> None:
         """Keep what was announced and refused, for the run's privacy report."""
-        with replacing(self.run_folder(run_id) / "said.json") as temporary:
-            temporary.write_text(json.dumps({"labels": labels, "refusals": refusals}), encoding="utf-8")
+        replace_file(self.run_folder(run_id) / "said.json",
+                     json.dumps({"labels": labels, "refusals": refusals}).encode())
 
     def unfinished(self, run_id: str) -> Path:
         """The mark of a round that is under way, or was never finished; see `Part.answer_unattended`."""
@@ -113,8 +112,7 @@ class FolderState:
 
     def save_unfinished(self, run_id: str) -> None:
         """Set the mark."""
-        with replacing(self.unfinished(run_id)) as temporary:
-            temporary.touch()
+        replace_file(self.unfinished(run_id), b"")
 
     def close(self) -> None:
         """Let another process have the folder."""

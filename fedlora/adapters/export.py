@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters.attach import AdaptedModel
+from fedlora.files import replace_file
 from fedlora.plan import Tensors
 
 _PREFIX = "base_model.model."  # where PEFT's files say that the base model's own names begin
@@ -58,8 +59,8 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
         fan_in_fan_out=bool(bases) and all(isinstance(base, Conv1D) for base in bases))
     out_dir.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(out_dir))
-    save_file({name: value.contiguous() for name, value in files.items()}, out_dir / "adapter_model.safetensors",
-              metadata={"format": "pt"})
+    weights = to_bytes({name: value.contiguous() for name, value in files.items()}, metadata={"format": "pt"})
+    replace_file(out_dir / "adapter_model.safetensors", weights, 0o666)
     return out_dir
 
 

@@ -65,9 +65,9 @@ def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int,
             B = orthonormal_rows(gaussian(seed, f"{module}.B", (layout.rank, d_out))).T
         else:
             A = torch.from_numpy(_stream(seed, f"{module}.A").uniform(-1, 1, (layout.rank, d_in)) / d_in**0.5)
-        tensors[f"{module}.A"] = _float32(A)
+        tensors[f"{module}.A"] = float32(A)
         if layout.family.name == "bra":
-            tensors[f"{module}.B"] = _float32(B)
+            tensors[f"{module}.B"] = float32(B)
             tensors[f"{module}.R"] = np.zeros((layout.rank, layout.rank), np.float32)
         else:
             tensors[f"{module}.B"] = np.zeros((d_out, layout.rank), np.float32)
@@ -75,7 +75,7 @@ def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int,
     for name in (f"head.{missing}" for missing in adapted.missing):
         shape = tensors[name].shape
         if len(shape) >= 2:
-            tensors[name] = _float32(spread * gaussian(seed, name, shape))
+            tensors[name] = float32(spread * gaussian(seed, name, shape))
         else:
             tensors[name] = np.full(shape, 0 if name.endswith("bias") else 1, np.float32)
     return tensors
@@ -91,5 +91,6 @@ def gaussian(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(_stream(seed, name).standard_normal(shape))
 
 
-def _float32(values: torch.Tensor) -> np.ndarray:
+def float32(values: torch.Tensor) -> np.ndarray:
+    """As it travels."""
     return np.ascontiguousarray(values.cpu().numpy(), dtype=np.float32)

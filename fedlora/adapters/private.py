@@ -22,7 +22,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from fedlora.adapters.initial import gaussian
+from fedlora.adapters.initial import float32, gaussian
 from fedlora.adapters.layout import FAMILIES, AdapterLayout
 from fedlora.algebra import orthonormal_rows, row_signs
 from fedlora.plan import RunPlan, Tensors
@@ -73,7 +73,7 @@ def release_tensors(layout: AdapterLayout, state: Tensors, seed: int) -> dict[st
     for spec in layout.trained:
         rows, columns = sorted(spec.shape)
         drawn = orthonormal_rows(gaussian(seed, f"sketch/{spec.name}", (rows, columns)))
-        tensors[spec.name] = _float32(drawn if spec.shape == (rows, columns) else drawn.T)
+        tensors[spec.name] = float32(drawn if spec.shape == (rows, columns) else drawn.T)
     return tensors
 
 
@@ -96,8 +96,4 @@ def private_start(layout: AdapterLayout, state: Tensors, sketches: Tensors) -> d
 def _leading_rows(sketch: np.ndarray) -> np.ndarray:
     """The right singular vectors of (r, n), the leading one first, signs fixed."""
     rows = torch.linalg.svd(torch.from_numpy(np.asarray(sketch, np.float64)), full_matrices=False)[2]
-    return _float32(rows * row_signs(rows)[:, None])
-
-
-def _float32(values: torch.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(values.numpy(), dtype=np.float32)
+    return float32(rows * row_signs(rows)[:, None])

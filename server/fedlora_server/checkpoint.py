@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_bytes
 
-from fedlora.files import replace_file, replacing
+from fedlora.files import replace_file
 from fedlora.plan import RunPlan, Tensors, from_scalars, to_scalars
 
 from .observer import RoundRecord, jsonable
@@ -109,8 +109,7 @@ def remember(folder: Path, asked: Asked) -> None:
 def save(folder: Path, run_id: str, round: int, state: Tensors) -> None:
     """Replace the folder's checkpoint: a reader, or a crash, finds the old one or the new one, nothing between."""
     arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
-    with replacing(folder / STATE) as unfinished:
-        save_file(arrays, unfinished, metadata={"run_id": run_id, "round": str(round)})
+    replace_file(folder / STATE, to_bytes(arrays, metadata={"run_id": run_id, "round": str(round)}), _MODE)
 
 
 def note(folder: Path, record: RoundRecord) -> None:

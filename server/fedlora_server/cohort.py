@@ -22,7 +22,7 @@ POLL_S = 0.25
 """How soon a stop is noticed while nothing else happens."""
 
 RETURN_S = 15.0
-"""How long a round that an earlier server had begun waits for those whom it had asked; living ones take seconds."""
+"""How long a server that takes up a run waits for the clients of the earlier one; living ones take seconds."""
 
 ASKS_PER_ROUND = 3
 """A client that declines, or lost the frozen tensors, is asked again in later attempts, up to so often per round."""
@@ -41,7 +41,8 @@ class RoundOptions:
     Attributes:
         seed: of the cohorts.
         clients_per_round: size of a cohort; None takes every eligible client.
-        min_clients: round 1 waits, without limit, until so many are connected.
+        min_clients: round 1 waits, without limit, until so many are connected; a run that is taken up after it, for
+            `RETURN_S`.
         min_replies: uploads without which no round closes; None for half of the cohort, rounded up.
         round_timeout_s: after it, a round closes with at least `min_replies`, or drafts.
         wait_timeout_s: how long a round with nobody at work and nobody left to ask waits before the run ends.
@@ -134,13 +135,15 @@ class Clients:
         """Block until `needed` clients are eligible, or `to_begin` merely there, and return all that are.
 
         Raises:
-            Ended: stopped, or `timeout_s` passed.
+            Ended: stopped, or `timeout_s` passed; `to_begin` whoever is there by then is enough.
         """
         since, told = time.monotonic(), -1
         while len(present := list(self._engine.get_node_ids()) if to_begin else self.eligible()) < needed:
             if stop.is_set():
                 raise Ended("stopped")
             if timeout_s is not None and time.monotonic() - since >= timeout_s:
+                if to_begin:
+                    break
                 raise Ended("wait-timeout")
             if told != len(present):
                 told = len(present)

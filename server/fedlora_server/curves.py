@@ -53,7 +53,9 @@ def _evaluation(name: str) -> Panel:
         rounds, values = zip(*points, strict=True)
         axes.plot(rounds, values, color=LOSS if name == "loss" else LEARNED, lw=2, marker="o", ms=3.5)
         axes.margins(y=0.1)
-        axes.set_title(f"{name} on the server's data: {values[0]:.3f} before, {values[-1]:.3f} after")
+        before = "" if rounds[0] else f"{values[0]:.3f} before, "
+        after = "after" if rounds[-1] == records[-1].round else f"after round {rounds[-1]}"
+        axes.set_title(f"{name} on the server's data: {before}{values[-1]:.3f} {after}")
 
     return panel
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import secrets
 import time
 from argparse import Namespace
@@ -67,15 +68,20 @@ def claim_folder(out: Path | None, name: str) -> Path:
     Raises:
         ValueError: it is not empty, or cannot be made.
     """
-    folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        taken = any(folder.iterdir())
-    except OSError as error:
-        raise ValueError(f"--out {folder} cannot be used: {error.strerror}; name another folder") from None
-    if taken:
-        raise ValueError(f"--out {folder} is not empty; name another folder, so that no earlier result is lost")
-    return folder
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    for number in itertools.count(1):
+        folder = out or Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True, exist_ok=out is not None)
+            taken = any(folder.iterdir())
+        except OSError as error:
+            if out is None and isinstance(error, FileExistsError):
+                continue  # another command was given in the same second
+            raise ValueError(f"--out {folder} cannot be used: {error.strerror}; name another folder") from None
+        if taken:
+            raise ValueError(f"--out {folder} is not empty; name another folder, so that no earlier result is lost")
+        return folder
+    raise AssertionError
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,8 @@ def planned(options: Namespace, strategy: str) -> Preset:
 
     Raises:
         ValueError: --max-participations is more than the rounds, --dropout is asked for with privacy, --init dp
-            without, or a head that the task does not have is to be trained.
+            without, another --init does not fit the strategy or --targets, or a head that the task does not have is to
+            be trained.
     """
     chosen = preset(strategy, options.privacy == "required")
     given = {name: value for field in dataclasses.fields(Preset)
@@ -150,6 +157,11 @@ def planned(options: Namespace, strategy: str) -> Preset:
                          "the others in its batch, which no ε covers. Leave --dropout out, or choose --privacy off")
     if options.task == "causal-lm" and options.head == "train":
         raise ValueError("--head train needs --task classification; a causal language model has no task head")
+    if values.init == "kaiming" and STRATEGY_CLASSES[strategy].family == "bra":
+        raise ValueError(f"--init kaiming is for trained factors, and {strategy} freezes both; choose --init "
+                         "orthonormal, weight, public:FILE or dp")
+    if values.init.startswith(PREFIX) and values.targets == ("none",):
+        raise ValueError(f"--init {values.init} starts the adapters, and --targets none leaves none; leave one out")
     if values.init == PRIVATE_START and options.privacy != "required":
         raise ValueError(f"--init {PRIVATE_START} is a start from noised gradients, and without privacy there is no "
                          "noise; choose --init orthonormal, weight or public:FILE")

@@ -47,12 +47,13 @@ def write_report(out: Path, federation: Federation, result: FederationResult, ba
 def describe(plan: RunPlan, strategy: FederatedLoRA, result: FederationResult, options: Mapping[str, object],
              joined: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
     """All that is needed to read and to repeat the run. ε is each client's own business and not known here."""
-    evaluated = [record.evaluation for record in result.records if record.evaluation]
+    evaluated = [record for record in result.records if record.evaluation]
     return {
         "ended": result.ended,
         "finished_rounds": result.rounds,
         "resumed_after_rounds": list(result.resumed),
-        "evaluation": {"before": evaluated[0], "after": evaluated[-1]} if evaluated else None,
+        "evaluation": {"before": None if evaluated[0].round else evaluated[0].evaluation,
+                       "after": evaluated[-1].evaluation, "after_round": evaluated[-1].round} if evaluated else None,
         "plan": to_scalars(plan),
         "strategy": {"exact": strategy.exact, "linear": strategy.linear},
         "options": dict(options),

@@ -30,7 +30,7 @@ from fedlora_strategies.private_start import PrivateStart
 
 from . import checkpoint
 from .checkpoint import Unfinished
-from .cohort import Clients, Ended, OpenRound, RoundOptions
+from .cohort import RETURN_S, Clients, Ended, OpenRound, RoundOptions
 from .engine import Engine
 from .observer import Observer, RoundRecord
 
@@ -119,7 +119,7 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
     ended = "finished"
     try:
         if last < plan.rounds:
-            clients.wait_for(options.min_clients, None, stop, observer, to_begin=True)
+            clients.wait_for(options.min_clients, RETURN_S if last else None, stop, observer, to_begin=True)
         if start is not None and fresh:
             engine.expect(start.layout)
             sketches, record = hold(0, start, to_record(start.tensors))

@@ -18,13 +18,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from fedlora import data
+from fedlora.adapters.private import PRIVATE_START
 from fedlora.data import Rows
 from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.plan import Refused
@@ -40,9 +41,6 @@ from .canaries import KINDS, CanaryTrainer, craft
 from .in_process import InProcessEngine
 from .one_run import Guesses, Membership, membership
 from .simulate import Method, make_sessions
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 CONFIDENCE = 0.95
 ROUNDS, LR = 10, 0.5
@@ -213,7 +211,8 @@ def _right(guesses: Guesses) -> str:
 
 def plot(path: Path, audits: Sequence[Audit]) -> None:
     """Scores of canaries in and out for each run, and bounds beside claims."""
-    figure, axes = plt.subplots(1, len(audits) + 1, figsize=(4.2 * (len(audits) + 1), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * (len(audits) + 1), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(audits) + 1)
     for axis, audit in zip(axes, audits, strict=False):
         edges = np.histogram_bin_edges(audit.scores, 40)
         axis.hist(audit.scores[audit.included], edges, alpha=0.6, label="in the data")
@@ -234,7 +233,6 @@ def plot(path: Path, audits: Sequence[Audit]) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def parser_and_options(argv: Sequence[str]) -> Namespace:
@@ -253,6 +251,8 @@ def parser_and_options(argv: Sequence[str]) -> Namespace:
         parser.error("--data is missing: name a folder or file of the audited client's rows")
     if len(options.strategy) > 1:
         parser.error(f"--strategy names {len(options.strategy)} strategies; audit one at a time")
+    if PRIVATE_START in (options.init, Method.parse(options.strategy[0]).init):
+        parser.error(f"--init {PRIVATE_START} is a release of its own, which is not attacked; choose another start")
     if math.isinf(options.epsilon):
         parser.error("--epsilon inf: the run without privacy is done anyway; give the ε whose claim is audited")
     if options.count < 100 or options.rows < 1 or options.seed < 0:

@@ -88,7 +88,8 @@ def craft(kind: str, count: int, like: Rows, labels: Sequence[str], tokenizer: A
 
 def _words(tokenizer: Any) -> list[int]:
     """Ids of tokens that are words or parts of words; all but the special ones where there are hardly any."""
-    plain = [i for i in range(len(tokenizer)) if i not in set(tokenizer.all_special_ids)]
+    special = set(tokenizer.all_special_ids)
+    plain = [i for i in range(len(tokenizer)) if i not in special]
     names = tokenizer.convert_ids_to_tokens(plain)
     words = [i for i, name in zip(plain, names, strict=True) if name.isalpha() and len(name) > 1]
     return words if len(words) >= 20 else plain

@@ -13,8 +13,16 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedlora.options import SIMULATE, build_parser, read_options
+
+if TYPE_CHECKING:  # --help needs none of them
+    from rich.console import Console
+
+    from fedlora_server.planning import BaseModel
+
+    from .simulate import Method, Population, Simulated
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,11 +83,10 @@ def run(options: Namespace) -> int:
     from rich.console import Console
 
     from fedlora.training import resolve_device, resolve_precision
-    from fedlora_server.display import Display
-    from fedlora_server.planning import check_start, claim_folder, find_model, planned
+    from fedlora_server.planning import check_start, claim_folder, find_model, planned, prepare
 
     from .comparison import save, summarize, table
-    from .simulate import Method, populate, simulate
+    from .simulate import Method, populate
 
     console = Console(stderr=True, markup=False)
     if (options.epsilon == float("inf")) != (options.privacy == "off"):
@@ -92,37 +99,51 @@ def run(options: Namespace) -> int:
         check_start(method.options(options))
     resolve_precision(options.precision, resolve_device(options.device))
     population = populate(options, options.seeds[0])
+    for method in methods[1:]:  # the first one's turn comes at once
+        prepare(method.options(options), method.strategy, base, population.labels, options.seeds[0])
     out = claim_folder(options.out, "simulation")
     if options.eval_data is None:
         console.print("Without --eval-data no accuracy is shown; give it a file of held-out rows.")
-    runs: dict[Method, list] = {method: [] for method in methods}
-    for seed in options.seeds:
-        if seed != options.seeds[0]:
-            population = populate(options, seed)
-        sizes = ", ".join(f"{name} {len(part)}" for name, part in population.parts.items())
-        console.print(f"seed {seed}: {len(population.rows)} rows: {sizes}", highlight=False)
-        for method in methods:
-            folder = out / re.sub(r"[^\w.-]+", "-", f"{method}-seed{seed}")
-            folder.mkdir(parents=True)
-            began = time.monotonic()
-            try:
-                with Display(console, f"{method}, seed {seed}") as display:
-                    done = simulate(options, method, seed, base, population, observer=display, out=folder)
-                if done.result.ended != "finished":
-                    raise ValueError(f"{method} ended after {done.result.rounds} of {done.federation.plan.rounds} "
-                                     "rounds: too few clients could still take part. Lower --min-replies, or raise "
-                                     "--max-participations")
-            except BaseException:
-                _take_away(folder)
-                raise
-            runs[method].append(done)
-            console.print(f"{method}, seed {seed}: {done.result.rounds} rounds in {time.monotonic() - began:.0f} s",
-                          highlight=False)
-    comparisons = [summarize(done) for done in runs.values()]
-    Console().print(table(comparisons))
-    save(out, comparisons, {"options": vars(options)})
+    runs: dict[Method, list[Simulated]] = {method: [] for method in methods}
+    try:
+        for seed in options.seeds:
+            if seed != options.seeds[0]:
+                population = populate(options, seed)
+            sizes = ", ".join(f"{name} {len(part)}" for name, part in population.parts.items())
+            console.print(f"seed {seed}: {len(population.rows)} rows: {sizes}", highlight=False)
+            for method in methods:
+                runs[method].append(_run_one(options, method, seed, base, population, out, console))
+    finally:  # what is finished counts, also where the rest fails
+        comparisons = [summarize(done) for done in runs.values() if done]
+        if comparisons:
+            Console().print(table(comparisons))
+            save(out, comparisons, {"options": vars(options)})
     console.print(f"Adapters, reports and the comparison are in {out}", highlight=False)
     return 0
+
+
+def _run_one(options: Namespace, method: Method, seed: int, base: BaseModel, population: Population, out: Path,
+             console: Console) -> Simulated:
+    """One method with one seed, into a folder of its own below `out`."""
+    from fedlora_server.display import Display
+
+    from .simulate import simulate
+
+    folder = out / re.sub(r"[^\w.-]+", "-", f"{method}-seed{seed}")
+    folder.mkdir(parents=True)
+    began = time.monotonic()
+    try:
+        with Display(console, f"{method}, seed {seed}") as display:
+            done = simulate(options, method, seed, base, population, observer=display, out=folder)
+        if done.result.ended != "finished":
+            raise ValueError(f"{method} ended after {done.result.rounds} of {done.federation.plan.rounds} rounds: too "
+                             "few clients could still take part. Lower --min-replies, or raise --max-participations")
+    except BaseException:
+        _take_away(folder)
+        raise
+    console.print(f"{method}, seed {seed}: {done.result.rounds} rounds in {time.monotonic() - began:.0f} s",
+                  highlight=False)
+    return done
 
 
 def _take_away(folder: Path) -> None:

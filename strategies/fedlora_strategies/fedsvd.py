@@ -42,6 +42,10 @@ class FedSVD(FederatedLoRA):
         super().__init__(plan, layout, min_nodes=min_nodes)
         if warmup < 0 or period < 1:
             raise ValueError(f"warmup is {warmup} and period is {period}; warmup must be at least 0, period 1")
+        sides = [side for spec in layout.state if spec.group == "adapter" for side in spec.shape]
+        if min(sides, default=layout.rank) < layout.rank:
+            raise ValueError(f"rank {layout.rank} exceeds the smaller side of an adapted layer, {min(sides)}: A cannot "
+                             "have orthonormal rows. Choose a smaller --rank")
         self.warmup, self.period = warmup, period
 
     def server_step(self, mean: Tensors, shared: Tensors, server_round: int) -> Tensors:

@@ -60,6 +60,12 @@ def test_a_wrong_value_ends_with_code_2(argv, capsys):
     assert argv[-1] in capsys.readouterr().err
 
 
+def test_columns_given_one_by_one_add_up():
+    for command in ("server", "client", "simulate"):
+        given = options(command, "--column=text=note", "--column=label=triage", "--column=text=words")
+        assert given.column == {"text": "words", "label": "triage"}
+
+
 def test_seeds_and_labels_are_compared_as_what_they_mean(capsys):
     assert options("simulate", "--seeds", "1,02").seeds == (1, 2)
     assert options("server", "--labels", "0.0, 1.0").labels == ("0", "1")

@@ -2,11 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from fedlora.options import SERVER, build_parser, read_options
 from fedlora.plan import Refusal
-from fedlora_server import checkpoint
+from fedlora_server import checkpoint, rounds
 from fedlora_server.cohort import RoundOptions
 from fedlora_server.observer import Observer
 from fedlora_server.rounds import run_federation
@@ -144,6 +145,21 @@ def test_min_clients_need_only_be_there(tmp_path):
     """After three rounds only the cohort of the fourth may still take part."""
     first = crashed(tmp_path, Crashing(finished=3), min_clients=6)
     assert resumed(tmp_path, first, min_clients=6).ended == "finished"
+
+
+def test_a_run_goes_on_without_a_client_that_does_not_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "RETURN_S", 0.2)
+    first = crashed(tmp_path, Crashing(finished=1), federation(max_participations=4), min_clients=6)
+    result = resumed(tmp_path, first, min_clients=7)
+    assert result.ended == "finished" and result.rounds == 4
+
+
+def test_what_is_left_is_as_readable_as_the_umask_has_it_and_a_full_disk_is_an_error_of_the_system(tmp_path):
+    federation().run(out=tmp_path)
+    assert (tmp_path / "checkpoint.safetensors").stat().st_mode == (tmp_path / "metrics.jsonl").stat().st_mode
+    (tmp_path / "checkpoint.safetensors.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, "ab" * 8, 1, {"x": np.zeros(1, np.float32)})
 
 
 def test_what_a_crash_cut_off_is_dropped_and_done_anew(tmp_path):

@@ -45,12 +45,21 @@ def test_the_report_sums_up_the_rounds_and_says_what_was_disclosed():
     result = FederationResult(start_of(layout, 0), records, "stopped")
     report = describe(plan, FedSB(plan, layout), result, {"seed": 3}, {"b": {"labels": ("no", "yes")}})
     assert report["ended"] == "stopped" and report["finished_rounds"] == 2 and report["options"] == {"seed": 3}
-    assert report["evaluation"] == {"before": {"accuracy": 0.5}, "after": {"accuracy": 0.75}}
+    assert report["evaluation"] == {"before": {"accuracy": 0.5}, "after": {"accuracy": 0.75}, "after_round": 2}
     assert report["bytes"] == {"up": 2400, "down": 6800} and report["seconds"] == 3.0
     assert report["plan"]["run_id"] == plan.run_id and report["versions"]["flwr"].startswith("1.41")
     assert report["disclosed"] == {
         "b": {"joined_with": {"labels": ("no", "yes")}},
         "a": {"rounds": {"1": {"steps": 4, "delta": 1e-5}, "2": {"steps": 4, "delta": 1e-5}}}}
+
+
+def test_figures_of_another_round_than_the_first_and_the_last_are_not_called_so(tmp_path):
+    plan, layout = plan_of("fed-sb"), layout_of("bra")
+    records = (record(1), record(2, evaluation={"accuracy": 0.75}), record(3))
+    result = FederationResult(start_of(layout, 0), records, "stopped")
+    assert describe(plan, FedSB(plan, layout), result, {}, {})["evaluation"] == {
+        "before": None, "after": {"accuracy": 0.75}, "after_round": 2}
+    curves.draw(tmp_path / "curves.png", records, "resumed, stopped")
 
 
 def test_nothing_is_disclosed_by_a_run_without_rounds():

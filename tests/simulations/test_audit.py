@@ -223,7 +223,8 @@ def audit_of(printed):
 @pytest.mark.parametrize(("more", "names"), [
     (["--epsilon=inf"], "--epsilon"), (["--clients=3"], "--clients"), (["--seeds=1,2"], "--seed S"),
     (["--strategy=fed-sb,fedsvd"], "one at a time"), (["--count=5"], "--count"), (["--canaries=loud"], "loud"),
-    (["--privacy=off"], "--privacy"), (["--task=causal-lm"], "--task")])
+    (["--privacy=off"], "--privacy"), (["--task=causal-lm"], "--task"), (["--init=dp"], "--init"),
+    (["--strategy=fed-sb:dp"], "--init")])
 def test_wrong_options_end_with_code_2_and_are_named(arguments, more, names, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["audit", *arguments, *more])

@@ -3,6 +3,7 @@
 import json
 import threading
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,6 +189,16 @@ def test_seconds_of_different_machines_are_not_compared(result_file, capsys):
     assert main(["compare", result_file("old.json", 1.0, unit="s", cores=2),
                  result_file("new.json", 9.0, unit="s", cores=4)]) == 0
     assert "0 values" in capsys.readouterr().out
+
+
+def test_a_figure_that_no_longer_works_is_worse(result_file, tmp_path, capsys):
+    old, new = result_file("old.json", 1.0), tmp_path / "new.json"
+    result = json.loads(Path(old).read_text())
+    for figure in result["figures"].values():
+        figure |= {"rows": [], "error": "RuntimeError: no longer"}
+    new.write_text(json.dumps(result))
+    assert main(["compare", old, str(new)]) == 1 and "RuntimeError: no longer" in capsys.readouterr().out
+    assert main(["compare", str(new), str(new)]) == 0
 
 
 def test_what_is_no_result_file_is_named(result_file, tmp_path, capsys):

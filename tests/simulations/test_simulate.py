@@ -1,14 +1,17 @@
 """The command `fedlora-simulate` as a researcher calls it."""
 
+import dataclasses
 import itertools
 import json
+import math
 import re
 import resource
 from types import SimpleNamespace
 
 import pytest
 
-from fedlora_server import cohort
+from fedlora_server import cohort, planning
+from fedlora_simulations import comparison, simulate
 from fedlora_simulations.cli import main
 from fedlora_simulations.simulate import allow_open_files
 from fedlora_strategies.presets import preset
@@ -46,13 +49,48 @@ def test_a_runs_report_says_all_that_is_needed_to_repeat_it(arguments, tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [
-    "--partition=nonsense", "--batch-size=64", "--min-replies=3", "--clients=200", "--init=dp", "--device=cuda"])
+    "--partition=nonsense", "--batch-size=64", "--min-replies=3", "--clients=200", "--init=dp", "--device=cuda",
+    "--labels=routine", "--strategy=ffa-lora,fed-sb:kaiming", "--strategy=ffa-lora,fedsvd:kaiming --rank=40",
+    "--init=public:rows.jsonl --targets=none"])
 def test_what_cannot_be_run_leaves_no_folder_and_is_said_once(arguments, tmp_path, capfd, wrong):
     off = ["--privacy=off", "--epsilon=inf"] if wrong == "--init=dp" else []
-    assert main([*arguments, "--rounds=1", wrong, *off]) == 2
+    assert main([*arguments, "--rounds=1", *wrong.split(), *off]) == 2
     assert not (tmp_path / "out").exists()
     written = capfd.readouterr().err
     assert "Traceback" not in written and len(re.findall("ERROR|fedlora-simulate:", written)) == 1, written
+
+
+def test_a_comparison_is_left_of_what_was_finished_before_a_run_failed(arguments, tmp_path, monkeypatch, capsys):
+    def failing(options, method, *others, **named):
+        if method.strategy == "fed-sb":
+            raise ValueError("the disk is full")
+        return simulated(options, method, *others, **named)
+
+    simulated = simulate.simulate
+    monkeypatch.setattr(simulate, "simulate", failing)
+    assert main([*arguments, "--strategy=ffa-lora,fed-sb", "--rounds=1"]) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    [done] = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
+    assert done["method"] == "ffa-lora" and (tmp_path / "out" / "comparison.png").exists()
+    assert not (tmp_path / "out" / "fed-sb-seed0").exists()
+
+
+def test_a_method_that_diverged_is_drawn_as_such(tmp_path):
+    one = comparison.Comparison("fed-sb", "perplexity", (40.0, 42.0), (99.0, 99.0), ((0, 99.0, 0.0), (1, 41.0, 1.4)),
+                                8.0, 10, 40.0, 40.0, 1, 1.0)
+    other = dataclasses.replace(one, method="fedsvd", values=(math.inf, math.nan), curve=((0, 99.0, 0.0),
+                                                                                         (1, math.inf, math.nan)))
+    comparison.save(tmp_path, [one, other], {})
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "comparison.json").read_text())["methods"][0]["values"] == [40.0, 42.0]
+
+
+def test_simulations_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "time", SimpleNamespace(strftime=lambda form: "20260101-000000"))
+    claimed = [planning.claim_folder(None, "demo") for _ in range(3)]
+    assert [folder.name for folder in claimed] == [f"20260101-000000-demo{end}" for end in ("", "-2", "-3")]
+    assert all(folder.is_dir() for folder in claimed)
 
 
 def test_no_clock_decides_how_a_round_ends(arguments, tmp_path, monkeypatch):

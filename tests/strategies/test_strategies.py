@@ -107,6 +107,12 @@ def test_the_refactorisation_leaves_a_zero_B_and_its_A_as_they_are():
     np.testing.assert_array_equal(after["q.B"], 0.0)
 
 
+def test_a_rank_above_a_layers_smaller_side_is_refused_at_once():
+    plan, layout = plan_of("fedsvd"), layout_of("frozen-a", rank=COLUMNS + 1)
+    with pytest.raises(ValueError, match="smaller side"):
+        FedSVD(plan, layout)
+
+
 def test_the_refactorisation_of_a_rank_deficient_B_keeps_the_update_and_the_row_space():
     generator = np.random.default_rng(4)
     A, column = generator.standard_normal((3, COLUMNS)), generator.standard_normal((ROWS, 1))

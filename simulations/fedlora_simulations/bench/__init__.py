@@ -22,6 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.files import replace_file
+
 from . import figures
 from .compare import FORMAT, compare, joined, read_result, same_setup
 from .compare import table as comparison
@@ -73,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     changes = commands.add_parser("compare", help="which figures got worse from one result file to another",
                                   description="Compares two result files ratio by ratio; and, of one machine and the "
                                               "same settings, seconds and bytes too. Exit code 1 if any median got "
-                                              "worse and the quartiles do not overlap.")
+                                              "worse and the quartiles do not overlap, or a figure fails that did "
+                                              "not.")
     changes.add_argument("old", type=Path, metavar="OLD.json")
     changes.add_argument("new", type=Path, metavar="NEW.json")
     changes.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -153,7 +156,7 @@ def _console() -> Console:
 
 def _save(result: Mapping[str, Any], out: Path | None) -> None:
     if out is not None:
-        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        replace_file(out, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode(), 0o666)
 
 
 def _settings(options: argparse.Namespace, folder: Path) -> Settings:
@@ -224,10 +227,12 @@ def _compare(options: argparse.Namespace) -> int:
     old, new = read_result(options.old), read_result(options.new)
     changes = compare(old, new)
     worse = sum(change.verdict == "worse" for change in changes)
+    broken = [name for name, figure in new["figures"].items()
+              if "error" in figure and "error" not in old["figures"].get(name, {"error": ""})]
     if options.json:
         print(json.dumps([{"figure": c.figure, "case": c.case, "value": c.name, "verdict": c.verdict,
                            "old": c.old and c.old.median, "new": c.new and c.new.median} for c in changes], indent=1))
-        return int(worse > 0)
+        return int(worse > 0 or bool(broken))
     console = _console()
     console.print(comparison(changes))
     for key in ("machine", "settings", "versions"):
@@ -235,5 +240,8 @@ def _compare(options: argparse.Namespace) -> int:
             console.print(f"{key}: {old[key]} → {new[key]}", style="dim", highlight=False)
     if not same_setup(old, new):
         console.print("Another machine or other settings: only ratios are compared.", highlight=False)
+    for name in broken:
+        console.print(f"{name} could be measured, and now not: {new['figures'][name]['error']}", style="red",
+                      highlight=False, markup=False)
     console.print(f"{len(changes)} values, {worse} worse by more than the spread", highlight=False)
-    return int(worse > 0)
+    return int(worse > 0 or bool(broken))

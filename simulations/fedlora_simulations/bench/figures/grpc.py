@@ -62,9 +62,7 @@ def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
     layout = AdapterLayout(FAMILIES["frozen-a"], 8, 1.0, (TensorSpec("layer.B", shape, "adapter"),), ())
     run = plan("ffa-lora", "frozen-a", private=False)
     record = to_record(tensors(layout.trained, 0))
-    setup = wire.Setup(announce_labels=False, **{name: getattr(run, name) for name in (
-        "run_id", "fedlora_version", "strategy", "private", "model", "task", "labels", "max_length", "rounds",
-        "max_participations", "local_steps", "expected_batch", "clip_norm")})
+    setup = wire.Setup.of(run)
     number = 0
 
     def round_trip(block: int) -> None:

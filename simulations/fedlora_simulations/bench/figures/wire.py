@@ -68,9 +68,7 @@ def _round(strategy: str, rank: int, wire_dtype: str, *, quick: bool) -> tuple[t
     family = STRATEGY_CLASSES[strategy].family
     run = plan(strategy, family, rank=rank, rounds=ROUNDS, max_participations=ROUNDS, wire_dtype=wire_dtype)
     adapter = layout(family, rank=rank, **({"layers": 1, "width": 64} if quick else MINILM))
-    setup = wire.Setup(announce_labels=False, **{name: getattr(run, name) for name in (
-        "run_id", "fedlora_version", "strategy", "private", "model", "task", "labels", "max_length", "rounds",
-        "max_participations", "local_steps", "expected_batch", "clip_norm", "wire_dtype")})
+    setup = wire.Setup.of(run)
     with TemporaryDirectory(prefix="fedlora-spool-") as spool:
         engine = GrpcEngine("127.0.0.1:0", setup, Path(spool))
         engine.expect(adapter)
