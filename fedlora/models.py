@@ -206,12 +206,12 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
     """
     check_task(path, task)
     kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
-    labels = {} if task == "causal-lm" else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    labels = {} if task == "causal-lm" else {"num_labels": num_labels}
     with _silent_transformers():
         try:
             model, info = kind.from_pretrained(  # type: ignore[misc]
                 path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-                output_loading_info=True, **labels)
+                output_loading_info=True, ignore_mismatched_sizes=True, **labels)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         except (MemoryError, RuntimeError):
             raise
@@ -220,15 +220,22 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
     absent = set(info["missing_keys"]) | {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     missing = tuple(sorted(absent & {name for name, _ in model.named_parameters()}))
     embedding = model.get_input_embeddings().weight
-    if any(parameter is embedding for name, parameter in model.named_parameters() if name in missing) or (
-            task == "causal-lm" and missing):
-        raise ValueError(f"the weights in {path} lack {missing[0]}{' and more' if len(missing) > 1 else ''}: they are "
-                         "not those of its config.json. Fetch the model again.")
+    if (any(parameter is embedding for name, parameter in model.named_parameters() if name in missing)
+            or any(part.isdigit() for name in missing if name.startswith(f"{model.base_model_prefix}.")
+                   for part in name.split("."))  # of a layer
+            or (task == "causal-lm" and missing)):
+        raise ValueError(f"the weights in {path} are not those of its config.json: they lack {missing[0]}"
+                         f"{' and more' if len(missing) > 1 else ''}, or have it in another size. Fetch the model "
+                         "again.")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer in {path} has neither a pad token nor an end-of-sequence token; set one "
                              "with tokenizer.pad_token = … and save it again.")
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id >= len(embedding):
+        raise ValueError(f"the tokenizer in {path} pads with token {tokenizer.pad_token_id}, and the model has "
+                         f"embeddings for {len(embedding)}; set another one with tokenizer.pad_token = "
+                         "tokenizer.eos_token and save it again, or resize the model's embeddings.")
     model.config.pad_token_id = tokenizer.pad_token_id
     return LoadedModel(model.eval(), tokenizer, missing, task, path)
 

@@ -261,8 +261,11 @@ class Part:
             return Trainer(attach_planned(model, plan), task, device=options.device, precision=options.precision,
                            micro_batch=options.micro_batch, threads=options.threads)
 
+        own = trainer(run, loaded)
+        if run.private:
+            own.rehearse()
         session = ClientSession(
-            run, trainer(run, loaded), records, self._limits, self._state, self._streams, self._owner.ledger,
+            run, own, records, self._limits, self._state, self._streams, self._owner.ledger,
             self._owner.dataset, approve=self._owner.approve,
             release=lambda: trainer(release_plan(run), models.load(self._model_path, run.task, len(run.labels))))
         terms = session.terms

@@ -74,10 +74,7 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
 
 def draw_spending(path: Path, session: ClientSession) -> None:
     """ε against the rounds that this client started, under the guarantee at the run's maximum."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     terms, started, most = session.terms, len(session.started), session.terms.max_participations
@@ -86,7 +83,8 @@ def draw_spending(path: Path, session: ClientSession) -> None:
     rounds = sorted({started, *np.linspace(1, most, min(most, POINTS), dtype=int).tolist()})
     spent = [Accountant((Spend(terms.noise_multiplier, terms.sampling_rate, terms.local_steps * count),)).epsilon(
         terms.delta) for count in rounds]
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
     axes.plot(rounds, spent, color="0.7", linestyle="--", label="if every round is started")
     until = rounds.index(started) + 1
     axes.plot(rounds[:until], spent[:until], marker="o", markersize=3, label=f"{started} rounds started")
@@ -96,7 +94,6 @@ def draw_spending(path: Path, session: ClientSession) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _lifetime(ledger: Ledger, dataset: str, delta: float | None) -> LifetimeAccount | None:

@@ -31,7 +31,7 @@ _CONVENTIONS = (
     ("q_proj", "v_proj"),  # Llama, Qwen2, Mistral, Gemma, OPT
     ("c_attn",),  # GPT-2
     ("q_lin", "v_lin"),  # DistilBERT
-    ("query_proj", "value_proj"),  # DeBERTa
+    ("value_proj",),  # DeBERTa, whose query_proj is given the relative positions too, which belong to no record
     ("query_key_value",),  # GPT-NeoX, BLOOM, Falcon
     ("qkv_proj",),  # Phi-3
 )

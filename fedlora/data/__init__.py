@@ -2,6 +2,6 @@
 
 from fedlora.data.partition import partition
 from fedlora.data.reading import read
-from fedlora.data.rows import Rows, check_labels, label_names, normalize_label, normalize_unit
+from fedlora.data.rows import Rows, check_labels, in_order, label_names, normalize_label, normalize_unit
 
-__all__ = ["Rows", "check_labels", "label_names", "normalize_label", "normalize_unit", "partition", "read"]
+__all__ = ["Rows", "check_labels", "in_order", "label_names", "normalize_label", "normalize_unit", "partition", "read"]

@@ -133,9 +133,11 @@ class _Reader:
         self._check_optional(file, layout, tuple(present))
 
     def _find_layout(self, file: str, present: tuple[str, ...]) -> Layout:
-        """The first layout whose columns are in a file's first row, but for those that a row may lack."""
+        """The first layout that has all columns which --column names, and whose own are in a file's first row, but for
+        those that a row may lack."""
         found = next((one for one in LAYOUTS[self.task]
-                      if all(self.names.get(n, n) in present for n in _required(one))), None)
+                      if self.names.keys() - {"label"} <= set(one[1])
+                      and all(self.names.get(n, n) in present for n in _required(one))), None)
         if found is None:
             raise self._no_layout(file, present)
         if self.unit is not None and self.unit not in present:

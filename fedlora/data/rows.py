@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,8 +110,16 @@ def normalize_unit(value: object) -> str | None:
 
 
 def label_names(rows: Rows) -> tuple[str, ...]:
-    """The names of the labels that occur, sorted; () if there are none."""
-    return tuple(sorted({label for label in rows.labels or () if label is not None}))
+    """The names of the labels that occur, in `in_order`; () if there are none."""
+    return in_order({label for label in rows.labels or () if label is not None})
+
+
+def in_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Labels as a classifier's outputs are numbered where nobody says otherwise: by value if all are whole numbers,
+    else by name."""
+    names = set(labels)
+    numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
 
 def check_labels(rows: Rows, allowed: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -27,8 +28,8 @@ class CausalLM(Task):
 
     def encode(self, rows: Rows) -> Records:
         """Tokenise, append the end-of-text token, cut on the right. Rows without an answer token left are left out."""
-        tokens: list[list[int]] = []
-        answers: list[list[int]] = []
+        tokens: list[np.ndarray] = []  # a list of Python's integers takes ten times the memory
+        answers: list[np.ndarray] = []
         kept: list[int] = []
         for chunk in self._chunks(rows):
             texts = [rows.texts[row] for row in chunk]
@@ -43,8 +44,8 @@ class CausalLM(Task):
             for row, (ids, learned) in zip(chunk, encoded, strict=True):
                 ids, learned = ids[:self.max_length], learned[:self.max_length]
                 if any(learned[1:]):  # nothing stands before the first token to predict it from
-                    tokens.append(ids)
-                    answers.append(learned)
+                    tokens.append(np.array(ids, np.int32))
+                    answers.append(np.array(learned, np.uint8))
                     kept.append(row)
         return pack(tokens, self.tokenizer.pad_token_id, answers=answers, left_out=len(rows) - len(tokens),
                     units=rows.take(kept).units)
@@ -84,7 +85,7 @@ class CausalLM(Task):
         learned = [int(any(start <= begin < stop for start, stop in spans))
                    for begin, _ in encoded["offset_mapping"]]
         ids = list(encoded["input_ids"])
-        if self.tokenizer.eos_token not in text:
+        if self.tokenizer.eos_token not in text and turns[-1]["role"] == "assistant":
             ids, learned = self._ended(ids), [*learned, 1]
         return ids, learned
 

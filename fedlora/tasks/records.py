@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+Tokens = Sequence[int] | np.ndarray
+"""One text's token ids, or one value for each."""
+
 IGNORED = -100
 """Label of a token that no loss is taken on."""
 
@@ -74,15 +77,15 @@ class Batch:
         return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
-def pack(sequences: Sequence[Sequence[int]], pad_id: int, *, labels: Sequence[int] | None = None,
-         segments: Sequence[Sequence[int]] | None = None, answers: Sequence[Sequence[int]] | None = None,
-         left_out: int = 0, units: Sequence[str] | None = None) -> Records:
+def pack(sequences: Sequence[Tokens], pad_id: int, *, labels: Sequence[int] | None = None,
+         segments: Sequence[Tokens] | None = None, answers: Sequence[Tokens] | None = None, left_out: int = 0,
+         units: Sequence[str] | None = None) -> Records:
     """Lists of token ids, and what belongs to each token, as flat arrays.
 
     Args:
         units: the id of each sequence's unit; they are numbered in the order of the ids.
     """
-    def flat(lists: Sequence[Sequence[int]] | None, dtype: type) -> np.ndarray | None:
+    def flat(lists: Sequence[Tokens] | None, dtype: type) -> np.ndarray | None:
         return None if lists is None else np.concatenate([np.asarray(one, dtype=dtype) for one in [[], *lists]],
                                                          dtype=dtype)
 

@@ -31,7 +31,7 @@ from fedlora.training.per_example import GradientBuffer, PerExampleLinear
 from fedlora.training.sampling import Draw, Sampler
 from fedlora.training.steps import PlainStep, PrivateStep
 from fedlora.training.trainer import Trainer, Training, TrainResult, optimizer, plain_divisor, training_advice
-from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, tells
+from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, check_finite, tells
 
 
 class Routes:
@@ -162,6 +162,7 @@ class _Client:
     def result(self) -> TrainResult:
         self.gradients.check()
         self.step.close()
+        check_finite(self.rows, self.step.nonfinite)
         total = sum(self.drawn)
         return TrainResult(
             tensors={name: parameter.detach().cpu().numpy().copy() for name, parameter in self.parameters.items()},

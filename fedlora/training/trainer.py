@@ -20,8 +20,9 @@ from fedlora.memory import memory_advice
 from fedlora.plan import RunPlan, Tensors
 from fedlora.privacy.streams import RunStreams, Stream
 from fedlora.tasks import Records, Task
+from fedlora.tasks.records import pack
 from fedlora.training.optimizer import PerRecordOptimizer
-from fedlora.training.per_example import GradientBuffer, per_example
+from fedlora.training.per_example import GradientBuffer, per_example, row_norms
 from fedlora.training.precision import (
     ROUNDING,
     attend_in_float32,
@@ -31,7 +32,7 @@ from fedlora.training.precision import (
 )
 from fedlora.training.sampling import Draw, Sampler, micro_batches
 from fedlora.training.steps import PlainStep, PrivateStep, Step
-from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, NoisePool, alarm, tells
+from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, NoisePool, check_finite, tells
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 """Most padded tokens of a micro-batch where --micro-batch is not given. A constant, so that runs repeat bit for bit."""
@@ -39,6 +40,9 @@ MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 BUFFER_BYTES = 256 * 2**20
 """Most memory for the gradients of a micro-batch's records where --micro-batch is not given; and as much again for the
 gradients of units that have several records."""
+
+_APART = {"fp32": 1e-3, "bf16": 0.3}
+"""By so much, relative to its norm, may a record's gradient differ by what it is padded to."""
 
 ROWS_PER_UNIT = 8
 """Most records of one unit in a step, where it is not given."""
@@ -131,6 +135,46 @@ class Trainer:
         """For `Task.evaluate` on this trainer's model."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
+    def rehearse(self) -> None:
+        """See on made-up records that each has its own gradient and no other's: before a real one is charged.
+
+        Raises:
+            ValueError: it has not, as in a model that moves or mixes its batch; or gradients are not finite.
+        """
+        random, tokenizer = np.random.default_rng(0), self.task.tokenizer
+        embedded: int = self.adapted.model.get_input_embeddings().weight.shape[0]  # type: ignore
+        words = np.setdiff1d(np.arange(min(len(tokenizer), embedded)), tokenizer.all_special_ids)
+        length = max(2, min(7, self.task.max_length))
+        tokens = [random.choice(words, size).tolist() for size in (length, max(2, length - 3), length)]
+        kind = {"labels": [0, 1, 0]} if self.task.name == "classification" else {
+            "answers": [[0] + [1] * (len(one) - 1) for one in tokens]}
+        records = pack(tokens, tokenizer.pad_token_id, **kind)  # type: ignore[arg-type]
+        before = self.adapted.read("state")
+        self.adapted.write({name: (0.1 * random.standard_normal(array.shape)).astype(np.float32)
+                            for name, array in before.items()})
+        try:
+            together = self._gradients(records, np.arange(3), length)
+            alone = torch.cat([self._gradients(records, np.array([i]), len(tokens[i])) for i in range(3)])
+        finally:
+            self.buffer.disarm()
+            self.adapted.write(before)
+        if not bool(together.isfinite().all()):
+            raise ValueError("the model's gradients on made-up records are not finite; choose another --model, or "
+                             "--precision fp32")
+        if not bool((row_norms(together - alone) <= _APART[self.precision] * row_norms(alone)).all()):
+            raise ValueError("the model does not keep the records of a batch apart: the gradient of one depends on the "
+                             "others, so that no clipping protects it. Choose other --targets, or another --model")
+
+    def _gradients(self, records: Records, indices: np.ndarray, length: int) -> torch.Tensor:
+        """[records, values]: of each of these records."""
+        self.buffer.arm(len(indices))
+        with self.autocast():
+            losses = self.task.per_record_loss(self.adapted.model,
+                                               self.task.collate(records, indices, length, self.device))
+        losses.sum().backward()
+        self.buffer.check_complete()
+        return self.buffer.rows.clone()
+
     def run(self, training: Training, stop: Callable[[], bool] = lambda: False) -> TrainResult:
         """`train` as one client wants it in one round, from the tensors that it starts with."""
         layout = self.adapted.layout
@@ -193,8 +237,7 @@ class Trainer:
             step.close()
             for parameter in parameters:
                 parameter.grad = None
-        if rows and step.nonfinite == rows:
-            raise alarm("none of the drawn records has a finite gradient: only noise would be left")
+        check_finite(rows, step.nonfinite)
         frozen.check()
         gradients.check()
         self.noise_pool.check()

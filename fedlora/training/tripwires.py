@@ -45,6 +45,12 @@ def alarm(found: str) -> RuntimeError:
                         "targets, and the versions of torch, transformers, peft and opacus")
 
 
+def check_finite(drawn: int, nonfinite: int) -> None:
+    """Of a round's records."""
+    if drawn and nonfinite == drawn:
+        raise alarm("none of the drawn records has a finite gradient: only noise would be left")
+
+
 class NoisePool:
     """Sum of squares of the noise of a run, in units of its intended standard deviation."""
 

@@ -24,7 +24,17 @@ from .checkpoint import Unfinished
 from .cohort import RoundOptions
 from .display import Display
 from .grpc_engine import GrpcEngine
-from .planning import ANY_LABELS, claim_folder, evaluator, find_model, held_out, planned, prepare, resolved
+from .planning import (
+    ANY_LABELS,
+    claim_folder,
+    evaluator,
+    find_model,
+    held_out,
+    planned,
+    prepare,
+    resolved,
+    without_effect,
+)
 from .report import write_report
 from .roster import Event
 from .roster_engine import RosterEngine
@@ -74,6 +84,8 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
         console.print("Accuracy will not be shown: no --eval-data. Give it a file of held-out rows with labels.")
     rows = held_out(options)
     values = planned(options, options.strategy)
+    for told in without_effect(options):
+        console.print(told, highlight=False)
     rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
                           min_clients=options.min_clients, min_replies=options.min_replies,
                           round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
@@ -171,7 +183,7 @@ def _freeze_labels(engine: RosterEngine, options: Namespace, held_out: Rows | No
             told = len(ready)
             display.waiting(options.min_clients, told, None)
         engine.wait((), 0.25)
-    labels = tuple(sorted({label for member in ready[:options.min_clients] for label in member.announced_labels}))
+    labels = data.in_order(label for member in ready[:options.min_clients] for label in member.announced_labels)
     if len(labels) < 2:
         raise ValueError(f"the first {options.min_clients} clients announced {len(labels)} label names together; "
                          "classification needs two. Name them with --labels")

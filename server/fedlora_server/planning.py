@@ -22,6 +22,7 @@ from fedlora.data import Rows
 from fedlora.models import LoadedModel
 from fedlora.plan import ModelRef, RunPlan, Tensors
 from fedlora.tasks import Records, Task, task_for
+from fedlora.training import Trainer
 from fedlora_strategies import STRATEGY_CLASSES, FederatedLoRA
 from fedlora_strategies.presets import Preset, preset
 from fedlora_strategies.private_start import PrivateStart
@@ -117,6 +118,8 @@ def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[st
     plan = make_plan(options, strategy, base.reference, labels, loaded, run_id or secrets.token_hex(8))
     adapted = attach_planned(loaded, plan)
     task, init = task_for(plan, loaded.tokenizer), planned(options, strategy).init
+    if plan.private:
+        Trainer(adapted, task, device="cpu", precision="fp32").rehearse()
     if plan.private_start or (init.startswith(PREFIX) and labels is ANY_LABELS):
         init = "orthonormal"
     rows = _public_rows(options, init, labels)
@@ -145,7 +148,7 @@ def planned(options: Namespace, strategy: str) -> Preset:
             without, another --init does not fit the strategy or --targets, or a head that the task does not have is to
             be trained.
     """
-    chosen = preset(strategy, options.privacy == "required")
+    chosen = preset(strategy, options.privacy == "required", options.init)
     given = {name: value for field in dataclasses.fields(Preset)
              if (value := getattr(options, name := field.name)) is not None}
     values = dataclasses.replace(chosen, **given)
@@ -166,6 +169,20 @@ def planned(options: Namespace, strategy: str) -> Preset:
         raise ValueError(f"--init {PRIVATE_START} is a start from noised gradients, and without privacy there is no "
                          "noise; choose --init orthonormal, weight or public:FILE")
     return values
+
+
+def without_effect(options: Namespace) -> list[str]:
+    """What was asked for and changes nothing in this run, as sentences."""
+    private, head = options.privacy == "required", options.task == "classification" and options.head != "freeze"
+    reasons = {
+        "without privacy nothing is clipped and noised": () if private else (
+            "clip_norm", "head_scale", "max_clip_norm", "delta"),
+        "no head is trained": ("head_scale",) if private and not head else (),
+        "--targets none leaves no adapter": ("rank", "alpha", "init") if options.targets == ("none",) else (),
+        "nothing is evaluated without --eval-data": ("eval_every",) if not options.eval_data and options.eval_every > 1
+        else ()}
+    return [f"--{name.replace('_', '-')} has no effect: {reason}." for reason, names in reasons.items()
+            for name in names if getattr(options, name, None) is not None]
 
 
 def resolved(options: Namespace, strategy: str) -> dict[str, object]:

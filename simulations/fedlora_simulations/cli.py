@@ -83,7 +83,7 @@ def run(options: Namespace) -> int:
     from rich.console import Console
 
     from fedlora.training import resolve_device, resolve_precision
-    from fedlora_server.planning import check_start, claim_folder, find_model, planned, prepare
+    from fedlora_server.planning import check_start, claim_folder, find_model, planned, prepare, without_effect
 
     from .comparison import save, summarize, table
     from .simulate import Method, populate
@@ -102,6 +102,8 @@ def run(options: Namespace) -> int:
     for method in methods[1:]:  # the first one's turn comes at once
         prepare(method.options(options), method.strategy, base, population.labels, options.seeds[0])
     out = claim_folder(options.out, "simulation")
+    for told in without_effect(options):
+        console.print(told, highlight=False)
     if options.eval_data is None:
         console.print("Without --eval-data no accuracy is shown; give it a file of held-out rows.")
     runs: dict[Method, list[Simulated]] = {method: [] for method in methods}

@@ -37,7 +37,7 @@ ALONE_S = 30.0
 
 TASK = ("--task", "classification", "--labels", ",".join(triage.LABELS), "--max-length", "64")
 
-SHORT = ("--rounds", "4", "--local-steps", "8", "--batch-size", "160")
+SHORT = ("--rounds", "3", "--local-steps", "8", "--batch-size", "160")
 """What suits the demo's three small hospitals and its few minutes better than the strategy's preset."""
 
 OWN = {"fed-sb": ("--targets", "all", "--lr", "0.02"), "fedsvd": ("--lr", "0.045")}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import resource
 import secrets
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fedlora import data
 from fedlora.adapters import attach_planned
@@ -21,9 +23,10 @@ from fedlora.adapters.private import release_plan
 from fedlora.data import Rows
 from fedlora.models import load
 from fedlora.plan import ROW, Tensors, unit_column
-from fedlora.privacy import Ledger
+from fedlora.privacy import Ledger, nominal_size
 from fedlora.tasks import Records, Task
 from fedlora.training import BatchedTrainer, Trainer
+from fedlora_client.owner import unit_count
 from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import MemoryState
 from fedlora_server.cohort import RoundOptions
@@ -38,6 +41,8 @@ from .ray_workers import RayWorkers
 from .streams import ComparedStreams
 from .worker import Blueprint, ThisProcess, Workers, threads_each
 from .worker_engine import WorkerEngine
+
+log = logging.getLogger(__name__)
 
 OTHER_FILES = 256
 """Open files that a simulation needs beside those of its clients, at most."""
@@ -83,7 +88,10 @@ class Population:
     def records(self, task: Task) -> Mapping[str, Records]:
         """Client name → encoded rows; encoded once, whatever runs with them."""
         for name in self.parts.keys() - self._encoded.keys():
-            self._encoded[name] = task.encode(self.rows.take(self.parts[name]))
+            self._encoded[name] = records = task.encode(self.rows.take(self.parts[name]))
+            if records.left_out:
+                log.warning("%s: %d rows are left out: no label, or no answer within --max-length", name,
+                            records.left_out)
         return self._encoded
 
 
@@ -160,6 +168,8 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
         Refused: the clients' privacy limits do not allow the plan.
     """
     options = method.options(options)
+    if options.threads is not None:  # before the start is drawn, too
+        torch.set_num_threads(options.threads)
     run_id = hashlib.sha256(f"simulation {method} {seed}".encode()).hexdigest()[:16]
     federation = prepare(options, method.strategy, base, population.labels, seed, run_id=run_id)
     kind = BatchedTrainer if options.batch_clients > 1 else Trainer
@@ -168,7 +178,9 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     allow_open_files(len(population.parts) + OTHER_FILES)
     ledger = Ledger(out / "ledger.sqlite" if out else None, simulated=True)
     release = cache(lambda: release_trainer(options, federation, base))
-    sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed, ledger, release)
+    sizes = {name: unit_count(population.rows.take(part)) for name, part in population.parts.items()}
+    sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed, ledger, release,
+                             sizes)
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
                         min_replies=options.min_replies, evaluate_every=options.eval_every,
@@ -236,12 +248,24 @@ def release_trainer(options: Namespace, federation: Federation, base: BaseModel)
 
 
 def make_sessions(options: Namespace, federation: Federation, trainer: Trainer, records: Mapping[str, Records],
-                  seed: int, ledger: Ledger, release: Callable[[], Trainer] | None = None) -> dict[str, ClientSession]:
-    """A session for each client; all share the trainers, the cache of frozen tensors and a simulated ledger."""
+                  seed: int, ledger: Ledger, release: Callable[[], Trainer] | None = None,
+                  sizes: Mapping[str, int] | None = None) -> dict[str, ClientSession]:
+    """A session for each client; all share the trainers, the cache of frozen tensors and a simulated ledger.
+
+    Args:
+        sizes: units of privacy of each, from which its declared size is rounded where none is given, as a deployed
+            client does; None for those among its records.
+    """
     limits = Limits.of(options, options.privacy_unit or ROW)
+
+    def limits_of(name: str) -> Limits:
+        if sizes is None or options.declared_size is not None or not limits.private:
+            return limits
+        return replace(limits, declared_size=nominal_size(sizes[name]))
+
     shared: dict[str, Tensors] = {}
     run = secrets.token_hex(8)
-    return {name: ClientSession(federation.plan, trainer, own, limits, MemoryState(shared),
+    return {name: ClientSession(federation.plan, trainer, own, limits_of(name), MemoryState(shared),
                                 ComparedStreams(name, seed, run), ledger, name, release=release)
             for name, own in records.items()}
 

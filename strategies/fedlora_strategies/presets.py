@@ -55,8 +55,11 @@ PRESETS: Mapping[tuple[str, bool], Preset] = {
 }
 
 
-def preset(strategy: str, private: bool) -> Preset:
+def preset(strategy: str, private: bool, init: str | None = None) -> Preset:
     """The preset of a strategy, with or without privacy.
+
+    FFA-LoRA from orthonormal rows is FedSVD without its refactorisation, and has FedSVD's: the two differ in nothing
+    else.
 
     Raises:
         ValueError: there is no such strategy.
@@ -64,4 +67,4 @@ def preset(strategy: str, private: bool) -> Preset:
     if (strategy, private) not in PRESETS:
         names = ", ".join(dict.fromkeys(name for name, _ in PRESETS))
         raise ValueError(f"there is no strategy {strategy!r}; choose one of {names}")
-    return PRESETS[strategy, private]
+    return PRESETS["fedsvd" if (strategy, init) == ("ffa-lora", "orthonormal") else strategy, private]

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from fedlora import models
 from fedlora.adapters import FAMILIES, attach, automatic_targets, export
-from tests.fedlora.test_adapters import CASES, LABELS, adapted_model, batch, logits, random_state
+from tests.fedlora.test_adapters import CASES, LABELS, adapted_model, logits, random_state
 from tests.tiny import tiny_checkpoint
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedlora.data import label_names, normalize_label, normalize_unit, read
+from fedlora.data import in_order, label_names, normalize_label, normalize_unit, read
 
 SECRET = "Mrs Zyxwv"
 NOTES = [("chest pain,\tsweating", 1), (f'{SECRET} said "no"\nand left', 0), ("line\u2028separator and ünïcode", 1)]
@@ -422,3 +422,30 @@ def test_a_missing_unit_column_lists_those_present(tmp_path):
     assert "--privacy-unit column:NAME" in message and f"{path}:1" in message
     write(tmp_path / "b.csv", ["text", "label"], [("x", 1)])
     assert f"{tmp_path / 'b.csv'}:1: there is no column pid" in refusal(tmp_path, unit="pid")
+
+
+@pytest.mark.parametrize(("labels", "ordered"), [
+    (["10", "9", "0", "-1"], ("-1", "0", "9", "10")), (["10", "9", "b"], ("10", "9", "b")), ([], ())])
+def test_whole_numbers_are_ordered_by_value_and_names_by_name(labels, ordered):
+    assert in_order(labels) == ordered
+
+
+@pytest.mark.parametrize(("task", "columns", "kind"), [
+    ("classification", {"text_a": "one", "text_b": "two"}, "pair"), ("classification", {"text": "one"}, "text"),
+    ("classification", {"label": "label"}, "text"), ("causal-lm", {"text": "one"}, "text"),
+    ("causal-lm", {"prompt": "one", "completion": "two"}, "completion")])
+def test_columns_that_are_named_are_those_that_are_read(tmp_path, task, columns, kind):
+    """Though others with the usual names are there too."""
+    turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}]
+    row = {"text": "id-1", "messages": turns, "one": "first", "two": "second", "label": 1}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    found = read(file, task, columns=columns)
+    assert found.kind == kind and found.texts == (("id-1",) if columns.keys() == {"label"} else ("first",))
+
+
+def test_columns_of_two_layouts_fit_none(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"one": "a", "two": "b", "label": 1}\n')
+    with pytest.raises(ValueError, match="needs the columns"):
+        read(file, "classification", columns={"text": "one", "text_b": "two"})

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedlora import models
 from fedlora.plan import ModelRef, Refused
@@ -229,3 +229,25 @@ def test_another_model_is_refused_with_both_hashes(folder, tmp_path):
         models.obtain(ref, path=folder)
     assert ref.weights_sha256 in str(refused.value)
     assert models.reference("local", folder).weights_sha256 in str(refused.value)
+
+
+@pytest.mark.parametrize(("change", "task"), [
+    ({"num_hidden_layers": 3}, "classification"), ({"intermediate_size": 48}, "classification"),
+    ({"num_hidden_layers": 3}, "causal-lm"), ({"intermediate_size": 48}, "causal-lm")])
+def test_weights_that_lack_what_the_config_has_are_refused(change, task, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("bert" if task == "classification" else "llama"), tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match="not those of its config"):
+        models.load(folder, task, 2)
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_a_pad_token_that_the_model_has_no_embedding_for_is_refused(task, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<more{i}>" for i in range(20)])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="pads with token"):
+        models.load(folder, task, 2)

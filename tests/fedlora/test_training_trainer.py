@@ -1,11 +1,18 @@
 """The private step: sensitivity, noise, and what does not matter; and the non-private step beside it."""
 
+import shutil
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel, DebertaV2Config
 
-from fedlora.adapters import FAMILIES
+from fedlora.adapters import FAMILIES, attach, automatic_targets
+from fedlora.models import load
 from fedlora.privacy import Stream
+from fedlora.tasks import task_for
+from fedlora.training import Trainer
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.per_example import GradientBuffer
 from tests.fedlora.private_training import (
@@ -287,3 +294,49 @@ def test_noise_and_its_stream_come_together():
         _train(trainer, plan("lora"), make_records(trainer), noise=None)
 
 
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("kind", "task"), CASES)
+def test_a_rehearsal_passes_and_leaves_everything_as_it_was(kind, task, family, precision):
+    trainer = make_trainer(kind, plan(family, task), precision=precision)
+    before = trainer.adapted.read("state")
+    trainer.rehearse()
+    after = trainer.adapted.read("state")
+    assert all(np.array_equal(before[name], after[name]) for name in before) and not trainer.buffer.armed
+
+
+def test_a_model_that_mixes_its_records_is_refused_in_the_rehearsal(monkeypatch):
+    trainer = make_trainer("bert", plan("lora"))
+    alone = trainer.task.per_record_loss
+    monkeypatch.setattr(trainer.task, "per_record_loss", lambda model, batch: (
+        (losses := alone(model, batch)) * (1 + 0.1 * losses.flip(0).detach())))
+    with pytest.raises(ValueError, match="does not keep the records of a batch apart"):
+        trainer.rehearse()
+
+
+def test_a_model_of_nonsense_is_refused_in_the_rehearsal():
+    trainer = make_trainer("llama", plan("lora"))
+    with torch.no_grad():
+        trainer.adapted.model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        trainer.rehearse()
+
+
+@pytest.mark.parametrize(("targets", "refused"), [(("value_proj",), False), (("query_proj", "value_proj"), True)])
+def test_deberta_gives_its_queries_rows_of_no_record(targets, refused, checkpoint, tmp_path):
+    """They are applied to the relative positions too."""
+    small = DebertaV2Config(vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                            intermediate_size=64, max_position_embeddings=64, relative_attention=True,
+                            pos_att_type=["p2c", "c2p"], share_att_key=True, position_biased_input=False,
+                            type_vocab_size=0)
+    folder = shutil.copytree(checkpoint("roberta"), tmp_path / "deberta")
+    AutoModel.from_config(small).save_pretrained(folder)
+    model = load(folder, "classification", 2)
+    assert automatic_targets(model.model) == ("value_proj",)
+    run = plan("lora", targets=targets)
+    trainer = Trainer(attach(model, family="lora", rank=2, alpha=2.0, targets=targets, train_head=True),
+                      task_for(run, model.tokenizer), device="cpu", precision="fp32")
+    with pytest.raises(ValueError, match="Choose other --targets") if refused else nullcontext():
+        trainer.rehearse()

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.privacy import calibrate
 from fedlora_server import cohort, planning
 from fedlora_simulations import comparison, simulate
 from fedlora_simulations.cli import main
@@ -83,6 +85,28 @@ def test_a_method_that_diverged_is_drawn_as_such(tmp_path):
     comparison.save(tmp_path, [one, other], {})
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "comparison.json").read_text())["methods"][0]["values"] == [40.0, 42.0]
+
+
+def test_options_that_change_nothing_are_said(arguments, tmp_path, capfd):
+    assert main([*arguments, "--rounds=1", "--strategy=ffa-lora", "--privacy=off", "--epsilon=inf", "--clip-norm=1",
+                 "--targets=none", "--alpha=3"]) == 0
+    told = capfd.readouterr().err
+    for option in ("--clip-norm", "--rank", "--alpha"):
+        assert f"{option} has no effect" in told
+    assert told.count("has no effect") == 3
+
+
+def test_a_simulated_client_declares_the_size_that_a_deployed_one_would(arguments, tmp_path, checkpoint):
+    """Which is not to depend on --max-length, by which a server could have rows counted."""
+    rows = [{"prompt": "word " * (40 if i < 30 else 1), "completion": "yes"} for i in range(150)]
+    (tmp_path / "causal.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    given = [f"--model={checkpoint('llama')}", "--task=causal-lm", f"--data={tmp_path / 'causal.jsonl'}",
+             f"--out={tmp_path / 'out'}", *SMALL, "--clients=1", "--max-length=32", "--strategy=ffa-lora", "--rounds=1"]
+    options = read_options(build_parser(SIMULATE, ""), SIMULATE, given)
+    done = simulate.simulate(options, simulate.Method.parse("ffa-lora"), 0, planning.find_model(options),
+                             simulate.populate(options, 0))
+    rate = 8 / 150
+    assert done.noise_multipliers["client-0"] == calibrate(8.0, 1e-5, rate, 1)
 
 
 def test_simulations_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):

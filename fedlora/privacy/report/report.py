@@ -165,17 +165,15 @@ class Disclosure:
     value: str
 
 
-def announced(*, client: str, private: bool, labels: Sequence[str] | None = None, declared_size: int | None = None,
+def announced(*, client: str, private: bool, labels: Sequence[str] | None = None,
               protocol: int | None = None) -> tuple[Disclosure, ...]:
-    """What a client says when it joins. `labels` and `declared_size` are None where they were not announced."""
+    """What a client says when it joins. `labels` is None where they were not announced."""
     said = [Disclosure("client name", client), Disclosure("FedLoRA version", fedlora.__version__),
             Disclosure("whether it trains under differential privacy", "yes" if private else "no")]
     if protocol is not None:
         said.append(Disclosure("protocol version", str(protocol)))
     if labels is not None:
         said.append(Disclosure("label names", ", ".join(labels)))
-    if declared_size is not None:
-        said.append(Disclosure("declared size", str(declared_size)))
     return tuple(said)
 
 

@@ -16,7 +16,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from fedlora.adapters import AdaptedModel, attach, automatic_targets, initial_tensors
-from fedlora.data import Rows, read
+from fedlora.data import Rows, label_names, read
 from fedlora.models import load, reference, resolve
 from fedlora.plan import RunPlan
 from fedlora.privacy import RunStreams, Stream
@@ -74,7 +74,7 @@ def rows_of(settings: Settings) -> Rows:
 def cut_to_length(rows: Rows, count: int) -> Rows:
     """`count` texts, each of many rows after one another, for records that fill any --max-length; labels by turns."""
     joined = [" ".join(rows.texts[(start + i) % len(rows)] for i in range(64)) for start in range(count)]
-    names = sorted({label for label in rows.labels or () if label is not None})
+    names = label_names(rows)
     taken = rows.take([i % len(rows) for i in range(count)])
     return replace(taken, texts=tuple(joined), labels=tuple(names[i % len(names)] for i in range(count)))
 
@@ -87,7 +87,7 @@ def subject(settings: Settings, rows: Rows, *, family: str, rank: int, precision
         rows: encoded at most `max_length` tokens long.
         steps: local steps of a round.
     """
-    labels = tuple(sorted({label for label in rows.labels or () if label is not None}))
+    labels = label_names(rows)
     folder = resolve(settings.model)
     loaded, model = load(folder, "classification", len(labels)), reference(settings.model, folder)
     targets = automatic_targets(loaded.model)
