@@ -1,8 +1,10 @@
-"""Files that are replaced as a whole: whoever reads, and whatever crashes, finds the old one or the new one."""
+"""Files that are replaced as a whole: whoever reads, and whatever crashes, finds the old one or the new one; and how
+many may be open."""
 
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 
@@ -15,11 +17,16 @@ def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".new")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with open(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(handle)
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(handle)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        temporary.unlink(missing_ok=True)  # a full disk is to have its space again
+        raise
     os.replace(temporary, path)
     to_disk(path.parent)
 
@@ -31,3 +38,19 @@ def to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process have so many files open.
+
+    Raises:
+        ValueError: the system does not allow it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    except (ValueError, OSError):
+        raise ValueError(f"so many clients need {count} open files and this system allows {hard}; use fewer --clients, "
+                         "or have the hard limit of `ulimit -n` raised") from None

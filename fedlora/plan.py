@@ -29,6 +29,12 @@ ROW, COLUMN = "row", "column:"
 LEAST_SCALE, MOST_SCALE = 1e-6, 1e16
 """Of clip norms and of the factors on gradients: far outside of what trains, and well within what numbers can hold."""
 
+MOST_RANK = 4096
+"""Of an adapter: a plan may not have a client take memory without end."""
+
+LONGEST_LABEL, MOST_ANNOUNCED, MOST_LABELS = 64, 1000, 5000
+"""Characters of a label name that a client announces, names that it does, and names that a server may give."""
+
 MOST_STEPS = 100_000
 """Of one client in one run: what an accountant takes seconds for."""
 
@@ -153,6 +159,8 @@ class RunPlan:
         require(self.wire_dtype in WIRE_DTYPES, "wire_dtype", f"choose one of {', '.join(WIRE_DTYPES)}")
         for name in ("max_length", "rank", "rounds", "max_participations", "local_steps", "expected_batch"):
             require(getattr(self, name) >= 1, name, "it must be at least 1")
+        require(self.rank <= MOST_RANK, "rank", f"it must be at most {MOST_RANK}")
+        require(len(self.labels) <= MOST_LABELS, "labels", f"at most {MOST_LABELS} can be told apart")
         require(self.most_trainings * self.local_steps <= MOST_STEPS, "local_steps",
                 f"with {self.most_trainings} trainings of a client it would do more than {MOST_STEPS:,} steps")
         for name in ("alpha", "lr"):

@@ -17,7 +17,17 @@ from fedlora.adapters import attach_planned
 from fedlora.adapters.private import release_plan
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
-from fedlora.plan import ROW, Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload
+from fedlora.plan import (
+    LONGEST_LABEL,
+    MOST_ANNOUNCED,
+    ROW,
+    Refusal,
+    Refused,
+    RoundPlan,
+    RunPlan,
+    Tensors,
+    Upload,
+)
 from fedlora.privacy import INSECURE_SEED_VARIABLE, Budget, RunStreams, run_streams
 from fedlora.tasks import task_for
 from fedlora.training import Trainer, resolve_device, resolve_precision
@@ -31,8 +41,8 @@ from .state import FolderState
 
 log = logging.getLogger(__name__)
 
-LONGEST_LABEL, MOST_LABELS, ROWS_PER_LABEL = 64, 1000, 5
-"""Characters of a label name, names, and rows for each on average, with which a label column is announced."""
+ROWS_PER_LABEL = 5
+"""So many rows has each label name on average, or the column is not announced."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,7 @@ class Part:
             return answer
         except Refused as refused:
             return refused.refusal
-        except (ValueError, MemoryError) as error:
+        except (ValueError, MemoryError, OSError) as error:
             log.error("%s", error)
         except Exception:
             log.exception("Round %d failed; the server is told only that this client is unavailable.", plan.round)
@@ -191,7 +201,10 @@ class Part:
         """One line for this client's own user; `moved` ends it."""
         if isinstance(answer, Refusal):
             self._refusals.append((plan.round, answer.code))
-            self._state.save_said(plan.run.run_id, self._labels, self._refusals)
+            try:
+                self._state.save_said(plan.run.run_id, self._labels, self._refusals)
+            except OSError as error:
+                log.error("The refusal could not be noted for the privacy report: %s", error)
             line = f"declined: {answer}"
         elif declined is not None:
             line = f"trained, but the server declined the upload: {declined}"
@@ -298,9 +311,9 @@ def names_to_announce(rows: Rows) -> tuple[str, ...]:
         if label is not None and not (len(label) <= LONGEST_LABEL and label.isprintable()):
             raise ValueError(f"{rows.where(row)}: the label is no name of a class: it has {len(label)} characters, and "
                              f"at most {LONGEST_LABEL} printable ones are announced. {remedy}")
-    if len(names) > max(2, min(MOST_LABELS, labelled // ROWS_PER_LABEL)):
+    if len(names) > max(2, min(MOST_ANNOUNCED, labelled // ROWS_PER_LABEL)):
         raise ValueError(f"the label column has {len(names)} different values in {labelled} rows, and looks like texts "
-                         f"(at most {MOST_LABELS} names are announced, of {ROWS_PER_LABEL} rows each). {remedy}")
+                         f"(at most {MOST_ANNOUNCED} names are announced, of {ROWS_PER_LABEL} rows each). {remedy}")
     return names
 
 

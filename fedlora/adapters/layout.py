@@ -10,6 +10,9 @@ import numpy as np
 
 from fedlora.plan import Tensors
 
+MOST_VALUE = 1e18
+"""Of a tensor, in magnitude: sums and products of larger ones leave float32's range, and would end a run."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -97,7 +100,8 @@ class AdapterLayout:
             tensors: what came.
             which: "trained", "shared" or "state": what should have come.
         Raises:
-            ValueError: a name is missing or unknown; a shape, dtype or byte order is wrong; a value is not finite.
+            ValueError: a name is missing or unknown; a shape, dtype or byte order is wrong; a value is not finite or
+                beyond `MOST_VALUE`.
         """
         specs = {spec.name: spec for spec in getattr(self, which)}
         if tensors.keys() != specs.keys():
@@ -110,8 +114,8 @@ class AdapterLayout:
                 raise ValueError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}; it must be float32")
             if array.shape != spec.shape:
                 raise ValueError(f"{name} has shape {array.shape}; it must be {spec.shape}")
-            if not np.isfinite(array).all():
-                raise ValueError(f"{name} holds a value that is not finite")
+            if array.size and not (array.min() >= -MOST_VALUE and array.max() <= MOST_VALUE):  # nor not-a-number
+                raise ValueError(f"{name} holds a value that is not finite or is beyond {MOST_VALUE:g}")
 
 
 def _some(names: set[str]) -> str:

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from fedlora.plan import (
     LEAST_SCALE,
+    MOST_LABELS,
     MOST_SCALE,
     MOST_STEPS,
     PROTOCOL,
@@ -141,7 +142,9 @@ def setup_from_wire(welcome: pb.Welcome) -> Setup:
         raise WireError(f"the server's welcome is not valid: {error}") from None
 
 
-def labels_from_wire(labels) -> tuple[str, ...]:
+def labels_from_wire(labels, most: int = MOST_LABELS) -> tuple[str, ...]:
+    if len(labels) > most:
+        raise WireError(f"{len(labels)} label names are more than the {most} that may be")
     if len(set(labels)) != len(labels) or not all(label and len(label) <= 200 and label.isprintable()
                                                   for label in labels):
         raise WireError("a label is repeated, empty, longer than 200 characters or not printable")

@@ -33,13 +33,15 @@ def from_npy(data: bytes | memoryview) -> np.ndarray:
         ValueError: the bytes are no such array, or code would be needed to decode them.
     """
     start = bytes(data[:10 + int.from_bytes(data[8:10], "little")])
-    if start.startswith(MAGIC):
-        shape, fortran, dtype = _parsed_header(start)
-        if not fortran and len(data) == len(start) + math.prod(shape) * dtype.itemsize:
-            return np.frombuffer(data, dtype, offset=len(start)).reshape(shape)
     try:
+        if start.startswith(MAGIC):
+            shape, fortran, dtype = _parsed_header(start)
+            if not fortran and len(data) == len(start) + math.prod(shape) * dtype.itemsize:
+                return np.frombuffer(data, dtype, offset=len(start)).reshape(shape)
         array = np.asarray(np.load(BytesIO(data), allow_pickle=False), order="C")
-    except (EOFError, OSError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # numpy parses the header as Python, and takes the memory that it asks for
         raise ValueError(f"{len(data)} bytes that are no array in the .npy format") from error
     array.flags.writeable = False
     return array

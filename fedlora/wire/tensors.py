@@ -209,4 +209,5 @@ def _bytes_of(name: str, array: np.ndarray, *allowed: np.dtype) -> memoryview:
 
 
 def _some(names: Sequence[str]) -> str:
-    return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "none"
+    shown = ", ".join(name[:80] for name in names[:3])
+    return (shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "none"

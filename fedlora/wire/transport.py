@@ -9,9 +9,10 @@ import os
 
 from .tensors import MAX_FRAME_BYTES
 
-KEEPALIVE_S, KEEPALIVE_TIMEOUT_S = 5, 10
+KEEPALIVE_S, KEEPALIVE_TIMEOUT_S = 5, 30
 """A side that says nothing is pinged after the first, and given up when the ping is not answered within the second.
-A process that dies closes its socket, which is noticed at once; the pings are for cables and sleeping machines."""
+A process that dies closes its socket, which is noticed at once; the pings are for cables and sleeping machines. Their
+answers wait behind up to 5 MB that sockets and tunnels hold, which a link of 250 kB/s takes 20 s for."""
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
@@ -21,6 +22,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),  # a minute by default, whatever keepalive_timeout says
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.enable_http_proxy", 0),  # http_proxy would have loopback's plaintext sent to another machine
     ("grpc.use_local_subchannel_pool", 1),  # a new channel tries at once, without the back-off of the ones before
 )
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (

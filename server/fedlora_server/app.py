@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedlora import data
 from fedlora.data import Rows
-from fedlora.plan import GOODBYES
+from fedlora.plan import GOODBYES, MOST_ANNOUNCED
 from fedlora.wire import Setup
 
 from . import checkpoint
@@ -184,6 +184,9 @@ def _freeze_labels(engine: RosterEngine, options: Namespace, held_out: Rows | No
             display.waiting(options.min_clients, told, None)
         engine.wait((), 0.25)
     labels = data.in_order(label for member in ready[:options.min_clients] for label in member.announced_labels)
+    if len(labels) > MOST_ANNOUNCED:
+        raise ValueError(f"the first {options.min_clients} clients announced {len(labels)} label names together, more "
+                         f"than {MOST_ANNOUNCED}. Name them with --labels")
     if len(labels) < 2:
         raise ValueError(f"the first {options.min_clients} clients announced {len(labels)} label names together; "
                          "classification needs two. Name them with --labels")

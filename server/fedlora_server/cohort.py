@@ -213,8 +213,9 @@ class OpenRound:
         while True:
             if self._stop.is_set():
                 raise Ended("stopped")
-            self._ask_again(arrays)
-            forgetful = self._take_note(self._engine.wait(list(self._open), POLL_S))
+            outcomes = self._engine.wait(list(self._open), POLL_S)
+            self._ask_again(arrays)  # before others are drafted in their place
+            forgetful = self._take_note(outcomes)
             if forgetful:
                 self._ask(forgetful, arrays)
             pending = sum(node not in self._lost for node in self._open.values())
@@ -243,7 +244,8 @@ class OpenRound:
     def _draft(self, count: int) -> list[int]:
         """Idle clients for a further attempt, those first that were not asked in this round."""
         busy = {*self._open.values(), *self._uploads}
-        free = [n for n in self._clients.eligible() if n not in busy and self._asks[n] < ASKS_PER_ROUND]
+        free = [n for n in self._clients.eligible() if n not in busy and self._asks[n] < ASKS_PER_ROUND
+                and self._engine.name_of(n) not in self._awaited]  # who has trained already is asked for that
         drawn = self._clients.draw(self._number, free, None)
         return sorted(drawn, key=lambda node: self._asks[node])[:count]
 

@@ -6,6 +6,7 @@ from the spool, `grpc_session` speaks with one client, and this file binds the p
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +16,16 @@ from pathlib import Path
 import grpc
 
 from fedlora import wire
+from fedlora.files import allow_open_files
 from fedlora.wire import Setup
 from fedlora_strategies.messages import assume_identity
 
 from .grpc_session import GrpcSession
 from .roster import Event
 from .roster_engine import RosterEngine
+
+OTHER_FILES = 128
+"""Open files beside each client's connection and upload, at most."""
 
 CLOSE_TIMEOUT_S = 2.0
 """How long clients have to hear the goodbye."""
@@ -48,6 +53,8 @@ class GrpcEngine(RosterEngine):
                              "listen on 127.0.0.1 (through an SSH tunnel, say), or accept that with --insecure")
         assume_identity(setup.run_id)
         wire.share_arenas()
+        with contextlib.suppress(ValueError):  # it may never come to so many
+            allow_open_files(2 * max_clients + OTHER_FILES)
         super().__init__(setup, spool, notify, under_way=under_way)
         self._sessions: set[GrpcSession] = set()
         self._lock = threading.Lock()

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 import grpc
 
 from fedlora import wire
-from fedlora.plan import Refusal, Refused
+from fedlora.plan import MOST_ANNOUNCED, Refusal, Refused
 from fedlora.wire import Incoming, Key, Repeats, Shapes, WireError, pb
 
 from .roster import Order, Roster
@@ -36,7 +36,12 @@ class _Upload:
     def __init__(self, key: Key, shapes: Shapes, wire_dtype: str, metrics: dict[str, int | float],
                  folder: Path | None, refusal: Refusal | None) -> None:
         self.key, self.metrics, self.acknowledged = key, metrics, False
-        self.file = None if folder is None or refusal else SpoolFile(new_upload(folder), shapes, wire_dtype)
+        self.file = None
+        if folder is not None and refusal is None:
+            try:
+                self.file = SpoolFile(new_upload(folder), shapes, wire_dtype)
+            except OSError as error:
+                refusal = _not_stored(error)
         self.incoming = Incoming(shapes, self._store, wire_dtype, refusal)
 
     def _store(self, data: memoryview) -> None:
@@ -155,7 +160,7 @@ class GrpcSession:
             self._on_join(frame.join)
         elif kind == "ready":
             working = wire.key_from_wire(frame.ready.working) if frame.ready.HasField("working") else None
-            self._roster.ready(self, wire.labels_from_wire(frame.ready.labels), working)
+            self._roster.ready(self, wire.labels_from_wire(frame.ready.labels, MOST_ANNOUNCED), working)
         elif kind == "upload":
             self._on_upload(frame.upload)
         elif kind == "chunk":

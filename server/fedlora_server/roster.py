@@ -180,6 +180,8 @@ class Roster:
                 return
             if labels and not seat.setup.announce_labels:
                 raise wire.WireError("labels were announced though nobody asked for them")
+            if seat.ready:
+                raise wire.WireError("a client is ready once on a stream")
             seat.ready, seat.labels = True, labels or seat.labels
             seat.ready_at = seat.ready_at or time.time()
             seat.working = working

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 
 from fedlora import wire
 from fedlora.adapters import AdapterLayout
-from fedlora.plan import Refusal, Refused, Upload
+from fedlora.plan import MOST_ANNOUNCED, Refusal, Refused, Upload
 from fedlora.wire import Key, Setup, pb
 from fedlora_strategies.messages import is_undelivered, join_message, read_join_reply, read_reply, train_message
 
@@ -163,12 +163,14 @@ class SuperLinkEngine(RosterEngine):
                 raise Refused(answer.code, wire.clean(answer.detail))
             join, ready = (wire.parse(pb.ClientFrame, frame) for frame in answer)
             self._roster.join(node, join.join, node.told)
-            self._roster.ready(node, wire.labels_from_wire(ready.ready.labels), None)
+            self._roster.ready(node, wire.labels_from_wire(ready.ready.labels, MOST_ANNOUNCED), None)
         except Refused as refused:
             self._notify(Event("declined", node.name or f"SuperNode {node.flower_id}", str(refused.refusal)))
-        except ValueError as error:
+        except Exception as error:
             self._roster.gone(node)
-            self._notify(Event("refused", f"SuperNode {node.flower_id}", str(error)))
+            if not isinstance(error, ValueError):
+                log.exception("What SuperNode %d said could not be read", node.flower_id)
+            self._notify(Event("refused", f"SuperNode {node.flower_id}", wire.clean(str(error))))
 
     def _on_answer(self, node: _Node, key: Key, reply: Message) -> None:
         answer: Stored | Refusal
@@ -179,6 +181,9 @@ class SuperLinkEngine(RosterEngine):
             answer = refused.refusal
         except ValueError as error:
             answer = Refusal("invalid-tensors", wire.clean(str(error)))
+        except Exception:  # a reply that nobody thought of must not end the run of all the others
+            log.exception("The reply of client %r could not be read", node.name)
+            answer = Refusal("invalid-tensors")
         if self._roster.answered(node, key, answer) is not None and isinstance(answer, Stored):
             answer.discard()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import resource
 import secrets
 import time
 from argparse import Namespace
@@ -21,6 +20,7 @@ from fedlora import data
 from fedlora.adapters import attach_planned
 from fedlora.adapters.private import release_plan
 from fedlora.data import Rows
+from fedlora.files import allow_open_files
 from fedlora.models import load
 from fedlora.plan import ROW, Tensors, unit_column
 from fedlora.privacy import Ledger, nominal_size
@@ -202,22 +202,6 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
         engine.close("the run is over")
         ledger.close()
     return simulated
-
-
-def allow_open_files(count: int) -> None:
-    """Let this process have so many files open; the ledger holds one for each client's run.
-
-    Raises:
-        ValueError: the system does not allow it.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= count:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
-    except (ValueError, OSError):
-        raise ValueError(f"so many clients need {count} open files and this system allows {hard}; use fewer --clients, "
-                         "or have the hard limit of `ulimit -n` raised") from None
 
 
 def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer: Trainer,

@@ -30,6 +30,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapters import AdapterLayout
+from fedlora.adapters.layout import MOST_VALUE
 from fedlora.algebra import WeightedMean
 from fedlora.plan import Refusal, RoundPlan, RunPlan, Tensors, Upload, upload_metrics
 from fedlora.wire import digest
@@ -266,7 +267,7 @@ class _Figures:
     def add(self, upload: Upload) -> None:
         self.replies += 1
         self.steps += upload.steps
-        if upload.train_loss is not None and math.isfinite(upload.train_loss):
+        if upload.train_loss is not None and abs(upload.train_loss) < MOST_VALUE:
             self.losses.append(upload.train_loss)
 
     def to_dict(self) -> dict[str, int | float]:

@@ -3,7 +3,8 @@
 import pytest
 
 from fedlora import data
-from fedlora_client.part import LONGEST_LABEL, names_to_announce
+from fedlora.plan import LONGEST_LABEL
+from fedlora_client.part import names_to_announce
 
 
 def rows(tmp_path, labels):

@@ -35,7 +35,9 @@ def test_fortran_order_becomes_c_order_both_ways():
         assert from_npy(data).flags.c_contiguous
 
 
-@pytest.mark.parametrize("data", [b"", b"\x93NUMPY\x01\x00", saved(np.ones(4))[:-1], b"x" * 200])
+@pytest.mark.parametrize("data", [b"", b"\x93NUMPY\x01\x00", saved(np.ones(4))[:-1], b"x" * 200,
+                                  b"\x93NUMPY\x01\x00\x06\x00(((   ",
+                                  saved(np.ones(4)).replace(b"(4,), }" + b" " * 20, b"(%d,), }" % 2**60 + b" " * 3)])
 def test_what_is_no_array_is_an_error(data):
     with pytest.raises(ValueError):
         from_npy(data)

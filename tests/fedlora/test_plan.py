@@ -38,6 +38,7 @@ def test_plans_survive_flat_scalars():
 
 
 @pytest.mark.parametrize(("field", "value"), [
+    ("rank", 10**6), ("labels", tuple(map(str, range(10**4)))),
     ("rank", 0), ("lr", -1.0), ("lr", float("nan")), ("clip_norm", float("inf")), ("clip_norm", 1e-30),
     ("adapter_scale", 1e-30), ("head_scale", float("nan")), ("local_steps", 10**6), ("dropout", 1.0), ("rounds", 0),
     ("run_id", "AB" * 8), ("strategy", "fedprox"), ("task", "chess"), ("optimizer", "lion"), ("labels", ("a",)),

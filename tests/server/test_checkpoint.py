@@ -7,10 +7,12 @@ import pytest
 
 from fedlora.options import SERVER, build_parser, read_options
 from fedlora.plan import Refusal
-from fedlora_server import checkpoint, rounds
+from fedlora_server import checkpoint, cohort, rounds
 from fedlora_server.cohort import RoundOptions
+from fedlora_server.engine import node_id
 from fedlora_server.observer import Observer
 from fedlora_server.rounds import run_federation
+from fedlora_simulations.in_process import InProcessEngine
 from tests.federation import LinearSession
 from tests.server.test_rounds import Federation, replace, same
 
@@ -152,6 +154,29 @@ def test_a_run_goes_on_without_a_client_that_does_not_come_back(tmp_path, monkey
     first = crashed(tmp_path, Crashing(finished=1), federation(max_participations=4), min_clients=6)
     result = resumed(tmp_path, first, min_clients=7)
     assert result.ended == "finished" and result.rounds == 4
+
+
+def test_a_client_that_is_back_late_sends_what_it_trained_and_is_not_drafted(tmp_path, monkeypatch):
+    """It comes while the round waits, when others would be drafted in its place."""
+    monkeypatch.setattr(cohort, "RETURN_S", 0.0)
+    first = crashed(tmp_path, Crashing(answered=3))
+    whole, late = federation().run(clients_per_round=3), []
+
+    def idle(self):
+        return [node for node in listed(self) if node not in late]
+
+    def wait(self, message_ids, timeout_s):
+        late.clear()
+        return waited(self, message_ids, timeout_s)
+
+    listed, waited = InProcessEngine.idle, InProcessEngine.wait
+    monkeypatch.setattr(InProcessEngine, "idle", idle)
+    monkeypatch.setattr(InProcessEngine, "wait", wait)
+    late.extend(map(node_id, NAMES))
+    result = resumed(tmp_path, first)
+    assert result.ended == "finished" and same(result.state, whole.state)
+    assert all(session.trained == 2 for session in first.sessions.values()), "none trained twice for a round"
+    assert [record.attempts for record in result.records] == [1, 1, 1, 1]
 
 
 def test_what_is_left_is_as_readable_as_the_umask_has_it_and_a_full_disk_is_an_error_of_the_system(tmp_path):

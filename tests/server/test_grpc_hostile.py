@@ -100,9 +100,10 @@ CHUNK = pb.ClientFrame(chunk=pb.Chunk(data=bytes(64))).SerializeToString()
     [JOIN, READY, *upload_frames()[:1], b"\x22\x05\x0a\x03abc"],
     [join_frame("").SerializeToString()], [join_frame("\x1b[2J").SerializeToString()],
     [join_frame("x" * 65).SerializeToString()], [join_frame(process=b"short").SerializeToString()],
-    [JOIN, pb.ClientFrame(ready=pb.Ready(labels=["a"])).SerializeToString()],
+    [JOIN, pb.ClientFrame(ready=pb.Ready(labels=["a"])).SerializeToString()], [JOIN, READY, READY],
+    [JOIN, pb.ClientFrame(ready=pb.Ready(labels=map(str, range(1001)))).SerializeToString()],
     [JOIN, pb.ClientFrame(declined=pb.Declined(refusal=pb.Refusal(code="rm -rf"))).SerializeToString()],
-], ids=range(16))
+], ids=range(18))
 def test_a_client_that_breaks_the_protocol_loses_its_stream(engine, frames):
     _, status = converse(engine.address, frames)
     assert status == grpc.StatusCode.INVALID_ARGUMENT
@@ -126,6 +127,23 @@ def test_an_upload_that_nobody_asked_for_is_too_late_and_the_stream_goes_on(engi
     heard, status = converse(engine.address, [JOIN, READY, *upload_frames(), *upload_frames()])
     assert [frame.ack.refusal.code for frame in heard[1:]] == ["too-late", "too-late"]
     assert status == grpc.StatusCode.OK or heard[-1].WhichOneof("kind") == "ack"
+
+
+def test_an_upload_that_cannot_be_stored_is_refused_and_the_stream_goes_on(engine, monkeypatch):
+    with monkeypatch.context() as without, ThreadPoolExecutor() as pool:
+        without.setattr(engine, "_spool", engine._spool / "taken away")
+        client = Connection(engine.address, "unlucky", private=False)
+        client.join()
+        client.ready()
+        while node_id("unlucky") not in engine.idle():
+            engine.wait([], 0.1)
+        order = RoundPlan(RUN, 1, 0, wire.digest({}))
+        [sent] = engine.push_messages([train_message(order, to_record(STATE), node_id("unlucky"))])
+        plan, _ = client.next_task()
+        answer = pool.submit(client.send, Upload(*plan.key, tensors=UPLOAD, steps=1)).result(10.0)
+        assert answer is not None and answer.code == "unavailable"
+        engine.cancel([sent])
+        client.leave()
 
 
 def test_an_upload_that_announces_a_petabyte_is_refused_from_its_header(engine):

@@ -215,6 +215,7 @@ def test_a_cancelled_order_keeps_its_node_busy_until_it_answers_and_adds_nothing
     (lambda upload: upload.tensors.update({"head.out.bias": np.full(3, np.nan, np.float32)}), "invalid-tensors",
      "not finite"),
     (lambda upload: dataclasses.replace(upload, round=2), "invalid-tensors", "round 2"),
+    (lambda upload: dataclasses.replace(upload, num_examples=1.5), "invalid-tensors", ""),
     (lambda upload: dataclasses.replace(upload, steps=-1), "invalid-tensors", "negative")])
 def test_an_upload_that_does_not_fit_becomes_a_refusal(engine_of, change, code, text):
     node = LinearNode("a")

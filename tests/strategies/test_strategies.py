@@ -261,6 +261,8 @@ def broken(tensors, kind):
     array = tensors[name]
     if kind == "not finite":
         return {**tensors, name: np.where(np.arange(array.size).reshape(array.shape) == 1, np.float32("nan"), array)}
+    if kind == "huge":
+        return {**tensors, name: np.full(array.shape, 3e38, np.float32)}
     if kind == "misshaped":
         return {**tensors, name: array[:-1]}
     if kind == "float64":
@@ -270,7 +272,7 @@ def broken(tensors, kind):
     return {**tensors, "base.weight": array}
 
 
-@pytest.mark.parametrize("kind", ["not finite", "misshaped", "float64", "missing", "unknown"])
+@pytest.mark.parametrize("kind", ["not finite", "huge", "misshaped", "float64", "missing", "unknown"])
 def test_a_broken_upload_adds_nothing(kind):
     engine, strategy, state = federation("ffa-lora")
     replies = uploads_of(engine, strategy, state)
