@@ -60,6 +60,6 @@ def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path):
     state = FolderState(tmp_path)
     state.save_shared("a" * 64, {"x": np.ones(3, np.float32)})
     (tmp_path / "shared.safetensors.new").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left.*shared.safetensors"):
+    with pytest.raises(OSError, match=r"No space left.*shared\.safetensors"):
         state.save_shared("b" * 64, {"x": np.zeros(3, np.float32)})
     assert state.shared()[0] == "a" * 64 and not (tmp_path / "shared.safetensors.new").exists()
