@@ -26,8 +26,9 @@ WIRE_DTYPES = ("fp32", "bf16")
 ROW, COLUMN = "row", "column:"
 """Units of privacy: each row, or "column:NAME" for all rows of a client with one value in that column together."""
 
-LEAST_SCALE, MOST_SCALE = 1e-6, 1e16
-"""Of clip norms and of the factors on gradients: far outside of what trains, and well within what numbers can hold."""
+LEAST_SCALE, MOST_CLIP_NORM, MOST_SCALE = 1e-6, 1e6, 1e16
+"""Of clip norms and of the factors on gradients: far outside of what trains, and well within what numbers can hold. The
+start from noised gradients scales by 1e10 clip norms."""
 
 MOST_RANK = 4096
 """Of an adapter: a plan may not have a client take memory without end."""
@@ -165,9 +166,8 @@ class RunPlan:
                 f"with {self.most_trainings} trainings of a client it would do more than {MOST_STEPS:,} steps")
         for name in ("alpha", "lr"):
             require(math.isfinite(getattr(self, name)) and getattr(self, name) > 0, name, "it must be positive")
-        for name in ("clip_norm", "adapter_scale", "head_scale"):
-            require(LEAST_SCALE <= getattr(self, name) <= MOST_SCALE, name,
-                    f"it must be from {LEAST_SCALE:g} to {MOST_SCALE:g}")
+        for name, most in (("clip_norm", MOST_CLIP_NORM), ("adapter_scale", MOST_SCALE), ("head_scale", MOST_SCALE)):
+            require(LEAST_SCALE <= getattr(self, name) <= most, name, f"it must be from {LEAST_SCALE:g} to {most:g}")
         require(0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
         require(len(set(self.labels)) == len(self.labels), "labels", "a label is named twice")
         require(len(set(self.targets)) == len(self.targets), "targets", "a target is named twice")

@@ -68,14 +68,22 @@ def test_rows_outside_the_runs_labels_are_named_in_the_clients_own_log_alone(ser
     assert "north.jsonl:" in server.log() and "Allowed are: calm, routine" in server.log()
 
 
-def test_a_client_whose_round_failed_leaves_so_that_a_server_cannot_have_one_after_another_charged(serve):
+def test_tensors_that_cut_the_adapter_off_get_noise_and_no_word_of_it(serve):
+    """Whether they do depends on the records, so that a server which chooses them could read it off a refusal."""
     server = serve()
     for spec in server.layout.shared:
-        server.state[spec.name] = np.full(spec.shape, 1e-45, np.float32)  # cuts the adapter off: a tripwire fires
+        server.state[spec.name] = np.full(spec.shape, 1e-45, np.float32)
+    assert server.client().ask(1).steps == 2
+    assert "no gradient for" in server.log() and len(server.charges()) == 1
+
+
+def test_a_client_whose_round_failed_leaves_so_that_a_server_cannot_have_one_after_another_charged(serve):
+    server = serve()
+    (server.deployment.folder / "state" / "north" / server.plan.run_id / "upload.safetensors.new").mkdir(parents=True)
     assert server.client().ask(1) == Refusal("unavailable")
     assert server.deployment.end("north", 60) == 1
     assert len(server.charges()) == 1
-    assert "Nothing of this round was released" in server.log() and "start this client again" in server.log()
+    assert "Is a directory" in server.log() and "start this client again" in server.log()
 
 
 @pytest.mark.parametrize("changes", [{}, {"private_start": True}], ids=["unannounced", "announced too late"])

@@ -130,6 +130,10 @@ class Owner:
             if self._known is None:
                 self.ledger.watch(self.dataset, self._witness())
             else:
+                if budget is not None and self._known.delta >= 1 / budget.declared_size:
+                    raise ValueError(f"[dataset.{self.dataset}] in {self.policy.path} has delta {self._known.delta:g}, "
+                                     f"and with {budget.declared_size:,} declared records publishing one of them in "
+                                     "full would satisfy it; lower it below one in so many")
                 self.ledger.declare(self.dataset, epsilon=self._known.epsilon, delta=self._known.delta,
                                     unit=self._known.unit, distinct=self._known.distinct, witness=self._witness())
         self.ledger.register(self.dataset, fingerprints(rows, self.ledger.fingerprint_key(), rows.units),

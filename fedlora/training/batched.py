@@ -31,7 +31,7 @@ from fedlora.training.per_example import GradientBuffer, PerExampleLinear
 from fedlora.training.sampling import Draw, Sampler
 from fedlora.training.steps import PlainStep, PrivateStep
 from fedlora.training.trainer import Trainer, Training, TrainResult, optimizer, plain_divisor, training_advice
-from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, check_finite, tells
+from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, tell_finite, tells
 
 
 class Routes:
@@ -160,9 +160,9 @@ class _Client:
         self.loss, self.rows = self.loss + self._losses, self.rows + len(self._draw.indices)
 
     def result(self) -> TrainResult:
-        self.gradients.check()
+        self.gradients.tell()
         self.step.close()
-        check_finite(self.rows, self.step.nonfinite)
+        tell_finite(self.rows, self.step.nonfinite)
         total = sum(self.drawn)
         return TrainResult(
             tensors={name: parameter.detach().cpu().numpy().copy() for name, parameter in self.parameters.items()},

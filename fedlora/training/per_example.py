@@ -88,6 +88,10 @@ class GradientBuffer:
         self._rows = self._storage[:records]
         self._written = set()
 
+    def keep(self, records: int) -> None:
+        """After the backward pass: the rows beyond these belong to no record."""
+        self._rows = self.rows[:records]
+
     def disarm(self) -> None:
         self._rows = None
 

@@ -11,6 +11,11 @@ from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.sampling import Draw
 from fedlora.training.tripwires import GradientTripwire
 
+ROWS = 4
+"""A private micro-batch has a multiple of so many rows. CPUs multiply matrices of one to three rows more than that in
+another way, so that a record that comes or goes would change the rounding of the others; and a server can choose
+tensors that make much of it."""
+
 
 class Step(ABC):
     """A round's steps, one after the other: for each group of a draw open, (begin, add)*, shut; then finish.
@@ -27,8 +32,12 @@ class Step(ABC):
         """Before the micro-batches of a draw, or of a group of its units."""
         self.group = group
 
-    def begin(self, records: int) -> None:  # noqa: B027 (a step may have nothing to do here)
-        """Before the forward pass of a micro-batch."""
+    def rows(self, records: int) -> int:
+        """How many rows a micro-batch of so many records is to have."""
+        return records
+
+    def begin(self, rows: int) -> None:  # noqa: B027 (a step may have nothing to do here)
+        """Before the forward pass of a micro-batch of so many rows."""
 
     @abstractmethod
     def add(self, per_record: torch.Tensor, places: np.ndarray) -> None:
@@ -90,11 +99,15 @@ class PrivateStep(Step):
         if group.owners is not None:
             self.optimizer.open_units(len(group))
 
-    def begin(self, records: int) -> None:
-        self.optimizer.buffer.arm(records)
+    def rows(self, records: int) -> int:
+        return -(-records // ROWS) * ROWS
+
+    def begin(self, rows: int) -> None:
+        self.optimizer.buffer.arm(rows)
 
     def add(self, per_record: torch.Tensor, places: np.ndarray) -> None:
         per_record.sum().backward()
+        self.optimizer.buffer.keep(len(per_record))
         self.take(places)
 
     def take(self, places: np.ndarray) -> None:

@@ -32,7 +32,7 @@ from fedlora.training.precision import (
 )
 from fedlora.training.sampling import Draw, Sampler, micro_batches
 from fedlora.training.steps import PlainStep, PrivateStep, Step
-from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, NoisePool, check_finite, tells
+from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, NoisePool, tell_finite, tells
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 """Most padded tokens of a micro-batch where --micro-batch is not given. A constant, so that runs repeat bit for bit."""
@@ -139,7 +139,8 @@ class Trainer:
         """See on made-up records that each has its own gradient and no other's: before a real one is charged.
 
         Raises:
-            ValueError: it has not, as in a model that moves or mixes its batch; or gradients are not finite.
+            ValueError: it has not, as in a model that moves or mixes its batch; or gradients are not finite, or do not
+                reach a tensor.
         """
         random, tokenizer = np.random.default_rng(0), self.task.tokenizer
         embedded: int = self.adapted.model.get_input_embeddings().weight.shape[0]  # type: ignore
@@ -161,6 +162,10 @@ class Trainer:
         if not bool(together.isfinite().all()):
             raise ValueError("the model's gradients on made-up records are not finite; choose another --model, or "
                              "--precision fp32")
+        cut_off = sum(not bool(together[:, slot.columns].any()) for slot in self.buffer.slots)
+        if cut_off:
+            raise ValueError(f"{cut_off} of the {len(self.buffer.slots)} tensors that are to be trained have no part "
+                             "in the loss, and would be trained on noise alone; choose other --targets")
         if not bool((row_norms(together - alone) <= _APART[self.precision] * row_norms(alone)).all()):
             raise ValueError("the model does not keep the records of a batch apart: the gradient of one depends on the "
                              "others, so that no clipping protects it. Choose other --targets, or another --model")
@@ -237,9 +242,9 @@ class Trainer:
             step.close()
             for parameter in parameters:
                 parameter.grad = None
-        check_finite(rows, step.nonfinite)
+        tell_finite(rows, step.nonfinite)
+        gradients.tell()
         frozen.check()
-        gradients.check()
         self.noise_pool.check()
         total = sum(drawn)
         return TrainResult(
@@ -266,11 +271,13 @@ class Trainer:
             for length, places in self.layout(records, group.indices):
                 if stop():
                     return None
-                batch = self.task.collate(records, group.indices[places], length, self.device)
-                step.begin(len(places))
+                rows = np.resize(group.indices[places], step.rows(len(places)))  # repeated, and dropped again
+                batch = self.task.collate(records, rows, length, self.device)
+                step.begin(len(rows))
                 with self.autocast():
                     per_record = self.task.per_record_loss(self.adapted.model, batch)
-                assert per_record.shape == (len(places),), "a task gives one loss for each record"
+                assert per_record.shape == (len(rows),), "a task gives one loss for each record"
+                per_record = per_record[:len(places)]
                 step.add(per_record, places)
                 losses += float(per_record.detach().sum())
             step.shut()

@@ -9,12 +9,15 @@ gradients       the clipped sum of each trained tensor, and 0             an ada
 frozen          frozen tensors after the round, and before it             an optimizer or a wrapper moves them
 owners          the tensors that train, and the model's                   the model was copied after it was wrapped
 
-They see private values, tell nobody, and can only stop a round: RuntimeError. They cannot show that no fault of
-another kind exists.
+They see private values, tell nobody, and can only stop a round: RuntimeError. The gradients, which depend on the
+records' content even where nothing is wrong, are told in the local log alone: a server chooses the tensors that a round
+starts from, and could read an answer that fails to come. `Trainer.rehearse` looks for the same faults on made-up
+records. None of it can show that no fault of another kind exists.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -25,6 +28,8 @@ from torch import nn
 from fedlora.adapters import AdaptedModel, AdapterLayout
 from fedlora.tasks import Records
 from fedlora.training.per_example import GradientBuffer, row_norms
+
+log = logging.getLogger(__name__)
 
 STANDARD_ERRORS = 5.0
 """By so much may the pooled deviation of the noise be off: by chance less than once in a million rounds."""
@@ -45,10 +50,10 @@ def alarm(found: str) -> RuntimeError:
                         "targets, and the versions of torch, transformers, peft and opacus")
 
 
-def check_finite(drawn: int, nonfinite: int) -> None:
-    """Of a round's records."""
+def tell_finite(drawn: int, nonfinite: int) -> None:
+    """Of a round's records: in the local log."""
     if drawn and nonfinite == drawn:
-        raise alarm("none of the drawn records has a finite gradient: only noise would be left")
+        log.error("None of the drawn records has a finite gradient: what is released is noise alone.")
 
 
 class NoisePool:
@@ -169,13 +174,13 @@ class GradientTripwire:
             elif telling and all(bool(other.any()) for other in self._blockers[name]):
                 self._missed.add(name)
 
-    def check(self) -> None:
-        """At the round's end."""
+    def tell(self) -> None:
+        """At the round's end, in the local log."""
         missed = sorted(self._missed & self._waiting)
         if missed:
-            raise alarm(f"the drawn records have a loss but no gradient for {len(missed)} of {len(self._names)} "
-                        f"trained tensors ({', '.join(missed[:3])}{', …' if len(missed) > 3 else ''}): they are cut "
-                        "off from it, and would be trained on noise alone")
+            log.error("The drawn records have a loss but no gradient for %d of %d trained tensors (%s%s): these were "
+                      "trained on noise alone. Please report this with the model's type and the targets.",
+                      len(missed), len(self._names), ", ".join(missed[:3]), ", …" if len(missed) > 3 else "")
 
 
 def tells(records: Records, indices: np.ndarray, losses: float) -> bool:

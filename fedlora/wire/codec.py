@@ -16,8 +16,8 @@ from google.protobuf.message import DecodeError
 
 from fedlora.plan import (
     LEAST_SCALE,
+    MOST_CLIP_NORM,
     MOST_LABELS,
-    MOST_SCALE,
     MOST_STEPS,
     PROTOCOL,
     STRATEGIES,
@@ -90,8 +90,8 @@ class Setup:
         for name in ("max_length", "rounds", "max_participations", "local_steps", "expected_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not LEAST_SCALE <= self.clip_norm <= MOST_SCALE:
-            raise ValueError(f"clip_norm is {self.clip_norm}; it must be from {LEAST_SCALE:g} to {MOST_SCALE:g}")
+        if not LEAST_SCALE <= self.clip_norm <= MOST_CLIP_NORM:
+            raise ValueError(f"clip_norm is {self.clip_norm}; it must be from {LEAST_SCALE:g} to {MOST_CLIP_NORM:g}")
         if self.most_trainings * self.local_steps > MOST_STEPS:
             raise ValueError(f"{self.most_trainings} trainings of {self.local_steps} steps are more than "
                              f"{MOST_STEPS:,} steps")

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import fedlora
@@ -40,9 +39,9 @@ class Node:
             "model": str(checkpoint), "state": str(folder / "state"), "threads": 1, "device": "cpu",
             "precision": "fp32"}, CLIENT, "--node-config")
 
-    def ask(self, round, attempt=0, shared=None, **changes):
+    def ask(self, round, attempt=0, **changes):
         layout = self.layout if round else self.release
-        state = self.state | (shared or {}) if round else release_tensors(self.release, self.state, seed=0)
+        state = self.state if round else release_tensors(self.release, self.state, seed=0)
         shared_sha256 = digest({spec.name: state[spec.name] for spec in layout.shared})
         order = RoundPlan(dataclasses.replace(self.plan, **changes), round, attempt, shared_sha256)
         return SuperNodeClient(self.options).run_round(order, state)
@@ -86,9 +85,15 @@ def test_a_supernode_follows_no_plan_but_the_one_that_its_run_began_with(node, t
     assert charges(tmp_path) == [(1, 0, "released"), (2, 0, "released")]
 
 
-def test_after_a_round_that_failed_the_run_is_refused_until_the_owner_removes_the_mark(node, tmp_path, caplog):
-    cut_off = {spec.name: np.full(spec.shape, 1e-45, np.float32) for spec in node.layout.shared}
-    assert node.ask(1, shared=cut_off) == node.ask(2) == Refusal("unavailable")
+def test_after_a_round_that_failed_the_run_is_refused_until_the_owner_removes_the_mark(node, tmp_path, caplog,
+                                                                                       monkeypatch):
+    def failing(*arguments, **options):
+        raise RuntimeError("a fault of the machine")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedlora.training.Trainer.train", failing)
+        assert node.ask(1) == Refusal("unavailable")
+    assert node.ask(2) == Refusal("unavailable")
     assert [round for round, _, _ in charges(tmp_path)] == [1] and str(node.mark) in caplog.text
     node.mark.unlink()
     assert isinstance(node.ask(2), Upload) and not node.mark.exists()

@@ -242,14 +242,13 @@ def test_an_optimizer_of_other_parameters_is_refused():
                            clip_norm=1.0, noise_multiplier=1.0, expected_batch_size=4, noise=Stream.from_os())
 
 
-def test_a_loss_that_is_cut_off_from_the_adapters_is_noticed_before_noise(monkeypatch):
+def test_a_loss_that_is_cut_off_from_the_adapters_is_noticed_before_anything_is_charged(monkeypatch):
     run = plan("lora")
     trainer = make_trainer("bert", run)
-    records = make_records(trainer)
     loss = trainer.task.per_record_loss
     monkeypatch.setattr(trainer.task, "per_record_loss", lambda *given: loss(*given) * 0 + 1)
-    with pytest.raises(RuntimeError, match="no gradient"):
-        _train(trainer, run, records, rate=1.0)
+    with pytest.raises(ValueError, match="have no part in the loss"):
+        trainer.rehearse()
 
 
 def test_adapter_dropout_repeats_with_the_sampling_stream_and_ends_with_the_round():
@@ -340,3 +339,21 @@ def test_deberta_gives_its_queries_rows_of_no_record(targets, refused, checkpoin
                       task_for(run, model.tokenizer), device="cpu", precision="fp32")
     with pytest.raises(ValueError, match="Choose other --targets") if refused else nullcontext():
         trainer.rehearse()
+
+
+@pytest.mark.parametrize("units", [None, np.array([0, 0, 1, 1, 2, 2, 3])])
+@pytest.mark.parametrize("count", range(1, 8))
+def test_micro_batches_have_a_multiple_of_four_rows_of_which_each_record_counts_once(count, units, monkeypatch):
+    trainer = make_trainer("bert", plan("lora"))
+    records, seen, collate = make_records(trainer), [], trainer.task.collate
+    monkeypatch.setattr(trainer.task, "collate", lambda records, rows, *others: (
+        seen.append(len(rows)), collate(records, rows, *others))[1])
+    owners = None if units is None else units[:count]
+    run = plan("lora", clip_norm=1e6)
+    total = clipped_sum(trainer, run, records, range(count), owners)
+    assert seen and all(rows % 4 == 0 for rows in seen)
+    if units is None:
+        alone = sum(clipped_sum(trainer, run, records, [i]) for i in range(count))
+        torch.testing.assert_close(total, alone, rtol=1e-4, atol=1e-6)
+    else:
+        assert torch.isfinite(total).all() and total.any()

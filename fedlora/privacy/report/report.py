@@ -53,6 +53,8 @@ NOT_COVERED = (
     "Timing and availability: how long a round takes, whether and when this client answers or declines.",
     "Floating point: noise is drawn as real numbers would be, and rounded; each value is a sum of several draws, which "
     "makes an attack on the rounding expensive, not impossible.",
+    "Rounding: one record's presence can change how others are rounded. With tensors as training leaves them that is "
+    "far below the clip norm; with tensors that a server makes to magnify it, it was not ruled out on every processor.",
     "Edited rows: a record that was changed counts as another record; the dataset's name covers both, if it is kept.",
     "Someone with records at several institutions is protected by the sum of their budgets, not by each one.",
     "Another machine, user or ledger: what was released from the same data there is not counted here.",
@@ -229,7 +231,7 @@ def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_
             "rounding_cover": mechanism.rounding_cover},
         "randomness": {"predictable": predictable is not None, "why": predictable, **_sources(predictable)},
         "trainings": rows,
-        "lifetime": None if lifetime is None else _lifetime(lifetime, delta, hide_rate),
+        "lifetime": None if lifetime is None else _lifetime(lifetime, delta),
         "left_without_noise": [{"what": d.what, "value": d.value}
                                for d in (*disclosed, *_while_running(private, trainings, refusals, terms_announced))],
         "not_covered": list(NOT_COVERED),
@@ -261,7 +263,7 @@ def _fill_lifetime(report: dict, known: LifetimeAccount) -> None:
     account["spent"] = stated(spent)
 
 
-def _lifetime(account: LifetimeAccount, delta: float | None, hide_rate: bool) -> dict:
+def _lifetime(account: LifetimeAccount, delta: float | None) -> dict:
     return {
         "epsilon": None if account.epsilon in (None, math.inf) else account.epsilon,
         "delta": delta if account.delta is None else account.delta,
@@ -269,7 +271,7 @@ def _lifetime(account: LifetimeAccount, delta: float | None, hide_rate: bool) ->
         "accountant": "RDP filter at fixed orders, or PRV for the only run where that closed the budget",
         "orders": list(account.orders),
         "charges": [{"dataset": c.dataset, "run": c.run_id, "noise_multiplier": c.noise_multiplier,
-                     "sampling_rate": None if hide_rate and c.noise_multiplier is None else c.sampling_rate,
+                     "sampling_rate": None if c.noise_multiplier is None else c.sampling_rate,  # it would tell n
                      "steps": c.steps} for c in account.charges],
         "overlapping": list(account.overlapping), "distinct": list(account.distinct), "closed_by": account.closed_by,
         "ledger": account.ledger_id, "new_ledger": account.new_ledger, "simulated": account.simulated}

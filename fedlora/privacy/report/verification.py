@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedlora.plan import MOST_STEPS
+from fedlora.privacy.ledger.lifetime import FILTER_ORDERS
 from fedlora.privacy.report.figures import (
     LABELS,
     RELATION,
@@ -232,8 +233,10 @@ def _check_lifetime(report: Mapping) -> list[Check]:
         return []
     _require(account["delta"] is not None and 0 < account["delta"] < 1, "lifetime.delta", account["delta"],
              "it must be in (0, 1)")
-    _require(bool(account["orders"]) and min(account["orders"]) > 1, "lifetime.orders", account["orders"],
-             "Rényi orders are above 1")
+    _require(tuple(account["orders"]) == FILTER_ORDERS, "lifetime.orders", account["orders"],
+             "other orders could be chosen after the fact")
+    most = max((charge["steps"] for charge in account["charges"]), default=0)
+    _require(most <= MOST_STEPS, "lifetime.charges steps", most, f"more than {MOST_STEPS} are not computed")
     own = [c for c in account["charges"] if c["run"] == report["run"]["id"]]
     _covers([(c["noise_multiplier"], c["sampling_rate"], c["steps"]) for c in own],
             planned(report) if begun(report) and account["closed_by"] == report["run"]["id"] else begun(report),
