@@ -343,7 +343,7 @@ def test_deberta_gives_its_queries_rows_of_no_record(targets, refused, checkpoin
 
 @pytest.mark.parametrize("units", [None, np.array([0, 0, 1, 1, 2, 2, 3])])
 @pytest.mark.parametrize("count", range(1, 8))
-def test_micro_batches_have_a_multiple_of_four_rows_of_which_each_record_counts_once(count, units, monkeypatch):
+def test_small_micro_batches_have_a_multiple_of_four_rows_of_which_each_record_counts_once(count, units, monkeypatch):
     trainer = make_trainer("bert", plan("lora"))
     records, seen, collate = make_records(trainer), [], trainer.task.collate
     monkeypatch.setattr(trainer.task, "collate", lambda records, rows, *others: (

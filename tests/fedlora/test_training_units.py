@@ -11,6 +11,7 @@ from fedlora.privacy import Stream
 from fedlora.training import trainer as trainer_module
 from fedlora.training.per_example import row_norms
 from fedlora.training.sampling import Draw, Sampler, micro_batches, poisson
+from fedlora.training.steps import rows_of
 from tests.fedlora.private_training import (
     CASES,
     brute_force_row,
@@ -209,7 +210,7 @@ def test_a_run_by_rows_is_bit_for_bit_the_steps_written_out(patients, micro_batc
         total = torch.zeros(buffer.values, dtype=torch.float64)
         for length, part in micro_batches(records.lengths, indices, 32, most=micro_batch or 10**6,
                                           tokens=None if micro_batch else 2048):
-            four_by_four = np.resize(part, -(-len(part) // 4) * 4)
+            four_by_four = np.resize(part, rows_of(len(part)))
             buffer.arm(len(four_by_four))
             with trainer.autocast():
                 losses = trainer.task.per_record_loss(trainer.adapted.model,
