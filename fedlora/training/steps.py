@@ -13,7 +13,7 @@ from fedlora.training.tripwires import GradientTripwire
 
 ROWS, FEW = 4, 8
 """A private micro-batch of few records, less than `FEW` for each thread, has a multiple of `ROWS` rows. CPUs multiply
-the one to three rows beyond a multiple in another way (measured: with 1 and 2 threads none of 12 and more rows), so that
+the one to three rows beyond a multiple in another way (with 1 and 2 threads none of 12 and more rows), so that
 one record that comes or goes would change the others' rounding, and a server can choose tensors that make much of it.
 """
 
