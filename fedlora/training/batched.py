@@ -246,13 +246,8 @@ class BatchedTrainer(Trainer):
                      clients: Sequence[_Client], routes: Routes) -> None:
         """Owners ascend, so that each client's rows are neighbours."""
         routes.owners = torch.from_numpy(owners).to(self.device)
-        self.buffer.arm(len(indices))
-        with self.autocast():
-            losses = self.task.per_record_loss(self.adapted.model,
-                                               self.task.collate(records, indices, length, self.device))
-        losses.sum().backward()
-        self.buffer.check_complete()
+        losses = self.fill_buffer(records, indices, length)
         present, starts = np.unique(owners, return_index=True)
         for k, start, end in zip(present, starts, [*starts[1:], len(owners)], strict=True):
-            clients[k].take(self.buffer.rows[start:end], losses.detach()[start:end], places[start:end])
+            clients[k].take(self.buffer.rows[start:end], losses[start:end], places[start:end])
         self.buffer.disarm()

@@ -170,14 +170,19 @@ class Trainer:
             raise ValueError("the model does not keep the records of a batch apart: the gradient of one depends on the "
                              "others, so that no clipping protects it. Choose other --targets, or another --model")
 
-    def _gradients(self, records: Records, indices: np.ndarray, length: int) -> torch.Tensor:
-        """[records, values]: of each of these records."""
+    def fill_buffer(self, records: Records, indices: np.ndarray, length: int) -> torch.Tensor:
+        """Leave the gradient of each of these records in the buffer, which is armed then; returns [records] losses."""
         self.buffer.arm(len(indices))
         with self.autocast():
             losses = self.task.per_record_loss(self.adapted.model,
                                                self.task.collate(records, indices, length, self.device))
         losses.sum().backward()
         self.buffer.check_complete()
+        return losses.detach()
+
+    def _gradients(self, records: Records, indices: np.ndarray, length: int) -> torch.Tensor:
+        """[records, values]: of each of these records."""
+        self.fill_buffer(records, indices, length)
         return self.buffer.rows.clone()
 
     def run(self, training: Training, stop: Callable[[], bool] = lambda: False) -> TrainResult:
