@@ -112,7 +112,6 @@ def _lifetime(ledger: Ledger, dataset: str, delta: float | None) -> LifetimeAcco
     return LifetimeAccount(
         epsilon=state.epsilon if state.epsilon != float("inf") else None, delta=state.delta or delta,
         charges=charges, spent=state.spent, remaining=state.remaining, overlapping=overlapping,
-        distinct=state.declared[-1].distinct if state.declared else (), closed_by=state.closed_by,
-        ledger_id=ledger.ledger_id,
+        distinct=ledger.distinct(dataset), closed_by=state.closed_by, ledger_id=ledger.ledger_id,
         new_ledger=given_up or ("begun anew by --new-ledger" if ledger.created_anew else None),
         simulated=ledger.simulated, orders=state.declared[0].orders if state.declared else FILTER_ORDERS)

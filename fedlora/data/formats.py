@@ -231,7 +231,8 @@ def _parquet(file: Path, wanted: Collection[str]) -> Iterator[Record]:
 def hub_records(name: str, *, allow_download: bool) -> Iterator[Record]:
     """Rows of a dataset on the Hugging Face hub, named "org/dataset", "org/dataset/config", with ":split" or without.
 
-    The split is "train" unless named. Only data files are read, never a loading script.
+    The split is "train" unless named. Only data files are read, never a loading script. Where the dataset numbers
+    its classes, -1 is a missing label, as the hub has it.
 
     Args:
         allow_download: False takes what the hub's cache on this machine has, and asks no one else.
@@ -254,4 +255,6 @@ def hub_records(name: str, *, allow_download: bool) -> Iterator[Record]:
                          ) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-    yield from enumerate(loaded, start=1)
+    classes = [column for column, feature in loaded.features.items() if isinstance(feature, datasets.ClassLabel)]
+    for number, row in enumerate(loaded, start=1):
+        yield number, row | {column: None for column in classes if row[column] == -1}

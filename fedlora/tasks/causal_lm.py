@@ -67,8 +67,9 @@ class CausalLM(Task):
     def _conversation(self, messages: tuple[Message, ...], where: str) -> tuple[list[int], list[int]]:
         """The chat template's text; the answer is every assistant turn with the template's end mark.
 
-        A turn's characters are found by rendering the conversation up to it. Templates that rewrite earlier turns
-        (dropping their reasoning, say) allow that for the last one only.
+        A turn's characters are found by rendering the conversation up to it, less the end-of-text token that some
+        templates write after the last turn. Templates that rewrite earlier turns (dropping their reasoning, say)
+        allow that for the last one only.
         """
         turns = [{"role": role, "content": content} for role, content in messages]
         text = self._render(turns, where)
@@ -76,6 +77,8 @@ class CausalLM(Task):
         for i in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
             before = self._render(turns[:i], where, generation=True) if i else ""
             until = self._render(turns[:i + 1], where)
+            if not text.startswith(until):
+                until = until.removesuffix(self.tokenizer.eos_token)
             if text.startswith(before) and text.startswith(until):
                 spans.append((len(before), len(until)))
         if not spans:

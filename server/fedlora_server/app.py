@@ -78,8 +78,6 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
     if left is not None and left.plan.labels:
         options = Namespace(**vars(options) | {"labels": options.labels or left.plan.labels})
     base = find_model(options)
-    if options.task == "classification" and options.labels is not None and len(options.labels) < 2:
-        raise ValueError(f"--labels names {len(options.labels)} label; classification needs at least two")
     if options.eval_data is None:
         console.print("Accuracy will not be shown: no --eval-data. Give it a file of held-out rows with labels.")
     rows = held_out(options)
@@ -106,32 +104,34 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
     display = Display(console, f"{options.strategy}, {base.reference.name}")
     engine = (listen or _grpc(options, left))(setup, out / "spool", lambda event: _tell(display, event))
     ended = "failed"
-    try:
-        console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", highlight=False,
-                      soft_wrap=True)
-        with _stopped_by_signals(stop, console), display:
-            if announced:
-                ended = "labels"
-                labels = _freeze_labels(engine, options, rows, display, stop)
-                ended = "failed"
-                if labels:
-                    federation = prepare(options, options.strategy, base, labels, options.seed, run_id=setup.run_id)
-            if stop.is_set():
-                ended = "stopped"
-                return Served(out, None)
-            before = left.joined if left else {}
-            if listen is None:
-                checkpoint.begin(out, vars(options), federation.plan, _joined(engine, before),
-                                 left.resumptions if left else ())
-            engine.expect(federation.adapted.layout)
-            result = run_federation(engine, federation.strategy, federation.plan, federation.state, rounds,
-                                    observer=display, evaluate=evaluator(federation, rows), stop=stop, out=out,
-                                    start=federation.start, left=left)
-            write_report(out, federation, result, base.loadable_name, options=resolved(options, options.strategy),
-                         joined=_joined(engine, before))
-        ended = result.ended
-    finally:
-        engine.close(GOODBYES[ended])
+    with _stopped_by_signals(stop, console):
+        try:
+            console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", highlight=False,
+                          soft_wrap=True)
+            with display:
+                if announced:
+                    ended = "labels"
+                    labels = _freeze_labels(engine, options, rows, display, stop)
+                    ended = "failed"
+                    if labels:
+                        federation = prepare(options, options.strategy, base, labels, options.seed,
+                                             run_id=setup.run_id)
+                if stop.is_set():
+                    ended = "stopped"
+                    return Served(out, None)
+                before = left.joined if left else {}
+                if listen is None:
+                    checkpoint.begin(out, vars(options), federation.plan, _joined(engine, before),
+                                     left.resumptions if left else ())
+                engine.expect(federation.adapted.layout)
+                result = run_federation(engine, federation.strategy, federation.plan, federation.state, rounds,
+                                        observer=display, evaluate=evaluator(federation, rows), stop=stop, out=out,
+                                        start=federation.start, left=left)
+                write_report(out, federation, result, base.loadable_name, options=resolved(options, options.strategy),
+                             joined=_joined(engine, before))
+            ended = result.ended
+        finally:
+            engine.close(GOODBYES[ended])
     return Served(out, result)
 
 

@@ -145,8 +145,8 @@ def planned(options: Namespace, strategy: str) -> Preset:
 
     Raises:
         ValueError: --max-participations is more than the rounds, --dropout is asked for with privacy, --init dp
-            without, another --init does not fit the strategy or --targets, or a head that the task does not have is to
-            be trained.
+            without, another --init does not fit the strategy or --targets, a head that the task does not have is to
+            be trained, or --labels names one label.
     """
     chosen = preset(strategy, options.privacy == "required", options.init)
     given = {name: value for field in dataclasses.fields(Preset)
@@ -158,6 +158,8 @@ def planned(options: Namespace, strategy: str) -> Preset:
     if options.dropout and options.privacy == "required":
         raise ValueError(f"--dropout {options.dropout:g} and privacy exclude each other: a record's mask depends on "
                          "the others in its batch, which no ε covers. Leave --dropout out, or choose --privacy off")
+    if options.task == "classification" and options.labels is not None and len(options.labels) < 2:
+        raise ValueError(f"--labels names {len(options.labels)} label; classification needs at least two")
     if options.task == "causal-lm" and options.head == "train":
         raise ValueError("--head train needs --task classification; a causal language model has no task head")
     if values.init == "kaiming" and STRATEGY_CLASSES[strategy].family == "bra":

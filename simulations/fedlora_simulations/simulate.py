@@ -107,8 +107,7 @@ def populate(options: Namespace, seed: int) -> Population:
                      unit=unit_column(options.privacy_unit or ROW), allow_download=options.allow_download)
     labels = options.labels or data.label_names(rows)
     if options.task == "classification" and len(labels) < 2:
-        raise ValueError(f"--labels names {len(labels)} label; classification needs at least two" if options.labels else
-                         f"--data {options.data} has {len(labels)} different labels; classification needs at least two "
+        raise ValueError(f"--data {options.data} has {len(labels)} different labels; classification needs at least two "
                          "(--column label=NAME names another column)")
     if options.partition == "files":
         stems = [Path(file).stem for file in rows.files]

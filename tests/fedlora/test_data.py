@@ -366,6 +366,17 @@ def test_the_hub_is_asked_only_where_that_is_allowed_and_one_that_cannot_be_reac
     assert asked == [True, False] and not datasets.config.HF_HUB_OFFLINE
 
 
+def test_a_hub_datasets_label_of_minus_1_is_missing(monkeypatch):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"]),
+                                  "stars": datasets.Value("int64")})
+    hub = datasets.Dataset.from_dict({"text": ["x", "y", "z"], "label": [0, -1, 1], "stars": [-1, 0, 1]}, features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    assert read("org/name", "classification").labels == ("0", None, "1")
+    assert read("org/name", "classification", columns={"label": "stars"}).labels == ("-1", "0", "1")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
 def test_every_format_gives_the_same_units(tmp_path, suffix):
     ids = ["p 1", " p 1 ", "p 2", "7"]

@@ -283,6 +283,7 @@ def test_a_shared_record_makes_two_datasets_pay_for_each_other_unless_they_are_d
     assert not ledger.fits("a", terms(noise_multiplier=10.0))
     ledger.declare("b", epsilon=100.0, delta=DELTA, distinct=["a"])
     assert ledger.overlapping("a") == () and ledger.lifetime("a").spent == 0
+    assert ledger.distinct("a") == ("b",) and ledger.distinct("b") == ("a",), "the reports of both name it"
     assert opened(path, epsilon=2.0).lifetime("b").declared[-1].distinct == ("a",)
 
 

@@ -217,6 +217,15 @@ def test_a_template_that_rewrites_earlier_turns_is_learned_in_the_last(tmp_path)
     assert tokenizer.decode(records.tokens[records.answers == 0]) == "[user]uuu;[assistant]aaa;[user]uuu;[assistant]"
 
 
+def test_a_template_that_ends_every_conversation_in_the_end_token_is_learned_in_all_of_the_assistants_turns(tmp_path):
+    tokenizer, _ = loaded(tmp_path, "llama", "causal-lm")
+    tokenizer.chat_template = ("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }};{% endfor %}"
+                               "{% if add_generation_prompt %}[assistant]{% else %}{{ eos_token }}{% endif %}")
+    turns = [{"role": role, "content": role[0] * 3} for role in ("user", "assistant", "user", "assistant")]
+    records = CausalLM(tokenizer, 256).encode(rows_of(tmp_path, "causal-lm", {"messages": turns}))
+    assert tokenizer.decode(records.tokens[records.answers == 1]) == "aaa;aaa;</s>"
+
+
 def test_a_template_that_fails_does_not_quote_the_conversation(tmp_path):
     tokenizer, _ = loaded(tmp_path, "llama", "causal-lm")
     rows = rows_of(tmp_path, "causal-lm", {"messages": [{"role": "assistant", "content": "secret"}]})

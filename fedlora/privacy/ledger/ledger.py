@@ -160,6 +160,11 @@ class Ledger:
         with self._chain.transaction("DEFERRED") as book:
             return book.overlapping(dataset)
 
+    def distinct(self, dataset: str) -> tuple[str, ...]:
+        """The datasets that this one declares distinct, and those that declare it so."""
+        with self._chain.transaction("DEFERRED") as book:
+            return book.distinct(dataset)
+
     def lifetime(self, dataset: str) -> Lifetime:
         """Limit, spent and remaining epsilon of a dataset, with all that overlaps it."""
         with self._chain.transaction("DEFERRED") as book:

@@ -298,12 +298,13 @@ class Book:
 
     def overlapping(self, dataset: str) -> tuple[str, ...]:
         """The datasets that share a record with this one, unless either of the two declares them distinct."""
-        def distinct(a: str, b: str) -> bool:
-            declared = self.declared(a)
-            return declared is not None and b in declared.distinct
+        return tuple(sorted(self.shares.get(dataset, set()) - set(self.distinct(dataset))))
 
-        return tuple(sorted(other for other in self.shares.get(dataset, ())
-                            if not distinct(dataset, other) and not distinct(other, dataset)))
+    def distinct(self, dataset: str) -> tuple[str, ...]:
+        """The datasets that this one declares distinct, and those that declare it so."""
+        own = self.declared(dataset)
+        by_others = {other for other in self.declarations if dataset in self.declarations[other][-1].distinct}
+        return tuple(sorted(by_others | set(own.distinct if own else ())))
 
     def counted(self, dataset: str) -> list[Run]:
         """The runs whose trainings someone in `dataset` pays for."""
