@@ -114,8 +114,18 @@ class AdapterLayout:
                 raise ValueError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}; it must be float32")
             if array.shape != spec.shape:
                 raise ValueError(f"{name} has shape {array.shape}; it must be {spec.shape}")
-            if array.size and not (array.min() >= -MOST_VALUE and array.max() <= MOST_VALUE):  # nor not-a-number
+            if not _within(array, MOST_VALUE):
                 raise ValueError(f"{name} holds a value that is not finite or is beyond {MOST_VALUE:g}")
+
+
+def _within(array: np.ndarray, most: float) -> bool:
+    """Whether every value is a number of at most this magnitude.
+
+    A sum of squares bounds each of them, and takes a third of the time of a minimum and a maximum; where it is too
+    large, or not a number, they decide.
+    """
+    values = array.reshape(-1)
+    return bool(np.dot(values, values) < most or np.all(np.abs(values) <= most))
 
 
 def _some(names: set[str]) -> str:

@@ -220,6 +220,7 @@ def test_check_accepts_the_state_and_nothing_else(checkpoint):
     layout.check(adapted.read("trained"), "trained")
     layout.check(adapted.read("shared"), "shared")
     name, shape = layout.trained[0].name, layout.trained[0].shape
+    layout.check(state | {name: np.full(shape, -1e18, np.float32)}, "state")
     not_finite = np.zeros(shape, np.float32)
     not_finite.flat[-1] = np.nan
     for wrong, message in [
@@ -228,6 +229,8 @@ def test_check_accepts_the_state_and_nothing_else(checkpoint):
             ({name: np.zeros((*shape, 1), np.float32)}, "must be"),
             ({name: not_finite}, "not finite"),
             ({name: np.full(shape, np.inf, np.float32)}, "not finite"),
+            ({name: np.where(np.arange(np.prod(shape)).reshape(shape) == 1, np.float32(-1.1e18), np.float32(0))},
+             "not finite or is beyond"),
             ({name: [0.0]}, "must be float32"),
             ({"x" * 10_000: np.zeros(1, np.float32)}, "unknown")]:
         with pytest.raises(ValueError, match=message) as error:
