@@ -267,7 +267,8 @@ REFUSALS: Mapping[str, str] = {
     "name-in-use": "another live client has this name",
     "labels": "the client's labels are not in the plan's label set",
 }
-"""Every code with which one side declines, and its fixed meaning. None of them depends on a private row's content."""
+"""Every code with which one side declines, and its fixed meaning. None depends on a private row's content but "labels",
+which tells that some row has a label outside the plan's set."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from fedlora.plan import Tensors
 MOST_VALUE = 1e18
 """Of a tensor, in magnitude: sums and products of larger ones leave float32's range, and would end a run."""
 
+MOST_TRAINED = 1e16
+"""Of a tensor that a client sends: FedSVD gathers up to √rank times as much in one value of the next state."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -101,8 +104,9 @@ class AdapterLayout:
             which: "trained", "shared" or "state": what should have come.
         Raises:
             ValueError: a name is missing or unknown; a shape, dtype or byte order is wrong; a value is not finite or
-                beyond `MOST_VALUE`.
+                beyond `MOST_VALUE`, or of "trained" beyond `MOST_TRAINED`.
         """
+        most = MOST_TRAINED if which == "trained" else MOST_VALUE
         specs = {spec.name: spec for spec in getattr(self, which)}
         if tensors.keys() != specs.keys():
             raise ValueError(f"the {which} tensors' names do not fit the adapter: "
@@ -114,8 +118,8 @@ class AdapterLayout:
                 raise ValueError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}; it must be float32")
             if array.shape != spec.shape:
                 raise ValueError(f"{name} has shape {array.shape}; it must be {spec.shape}")
-            if not _within(array, MOST_VALUE):
-                raise ValueError(f"{name} holds a value that is not finite or is beyond {MOST_VALUE:g}")
+            if not _within(array, most):
+                raise ValueError(f"{name} holds a value that is not finite or is beyond {most:g}")
 
 
 def _within(array: np.ndarray, most: float) -> bool:
@@ -125,7 +129,8 @@ def _within(array: np.ndarray, most: float) -> bool:
     large, or not a number, they decide.
     """
     values = array.reshape(-1)
-    return bool(np.dot(values, values) < most or np.all(np.abs(values) <= most))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.dot(values, values) < most or np.all(np.abs(values) <= most))
 
 
 def _some(names: set[str]) -> str:

@@ -26,6 +26,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedlora.training.few_rows import FilledLinear, filled
+
 _PIECE = 256
 """So many squares are summed in float32."""
 
@@ -189,19 +191,20 @@ class _LinearPerExample(torch.autograd.Function):
             bias = None if bias is None else bias.to(precision)
         ctx.save_for_backward(inputs, weight)
         ctx.layer = layer
-        return F.linear(inputs, weight, bias)
+        return F.linear(filled(inputs), weight, bias)[:len(inputs)]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:  # type: ignore[override]
         inputs, weight = ctx.saved_tensors
         ctx.layer.write(inputs, gradient)
-        return (gradient @ weight if ctx.needs_input_grad[0] else None), None, None, None
+        onward = (filled(gradient) @ weight)[:len(gradient)] if ctx.needs_input_grad[0] else None
+        return onward, None, None, None
 
 
 def per_example(leaves: Sequence[nn.Linear], buffer: GradientBuffer) -> None:
     """Have these layers write to `buffer` whenever it is armed: the class is swapped in place, parameters stay."""
     for leaf in leaves:
-        if type(leaf) not in (nn.Linear, PerExampleLinear):
+        if type(leaf) not in (nn.Linear, FilledLinear, PerExampleLinear):
             raise ValueError(f"a trained layer is a {type(leaf).__name__}; per-record gradients need nn.Linear itself")
         leaf.__class__ = PerExampleLinear
         leaf.buffer = buffer  # type: ignore[assignment]

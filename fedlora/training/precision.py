@@ -22,7 +22,7 @@ ROUNDING = {"fp32": 0.0, "bf16": 0.01}
 micro-batch and so the rounding of the others. Measured on MiniLM, 96 records of SST-2, each clipped: at most 0.004 in
 bf16. It is added to the noise, and never subtracted from what is accounted for. In fp32 it is below `CLIP_MARGIN`. That
 is of tensors as training leaves them: a server that sends tensors made to magnify rounding could have more, but for
-what `fedlora.training.steps.ROWS` prevents."""
+what `fedlora.training.few_rows` prevents."""
 
 
 def resolve_device(device: str) -> torch.device:

@@ -16,7 +16,8 @@ import numpy as np
 from fedlora.privacy.streams import Stream
 
 LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""The lengths to which records are padded; beyond the last, multiples of it."""
+"""The lengths to which records are padded; beyond the last, multiples of it. Multiples of four, as
+`fedlora.training.few_rows` needs."""
 
 
 @dataclass(frozen=True)

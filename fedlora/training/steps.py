@@ -7,20 +7,10 @@ from abc import ABC, abstractmethod
 import numpy as np
 import torch
 
+from fedlora.training.few_rows import rows_of
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.sampling import Draw
 from fedlora.training.tripwires import GradientTripwire
-
-ROWS, FEW = 4, 8
-"""A private micro-batch of few records, less than `FEW` for each thread, has a multiple of `ROWS` rows. CPUs multiply
-the one to three rows beyond a multiple in another way (with 1 and 2 threads none of 12 and more rows), so that
-one record that comes or goes would change the others' rounding, and a server can choose tensors that make much of it.
-"""
-
-
-def rows_of(records: int) -> int:
-    """How many rows a private micro-batch of so many records has."""
-    return records if records >= FEW * torch.get_num_threads() else -(-records // ROWS) * ROWS
 
 
 class Step(ABC):
@@ -38,8 +28,8 @@ class Step(ABC):
         """Before the micro-batches of a draw, or of a group of its units."""
         self.group = group
 
-    def rows(self, records: int) -> int:
-        """How many rows a micro-batch of so many records is to have."""
+    def rows(self, records: int, length: int) -> int:
+        """How many rows a micro-batch of so many records, padded to this length, is to have."""
         return records
 
     def begin(self, rows: int) -> None:  # noqa: B027 (a step may have nothing to do here)
@@ -105,8 +95,8 @@ class PrivateStep(Step):
         if group.owners is not None:
             self.optimizer.open_units(len(group))
 
-    def rows(self, records: int) -> int:
-        return rows_of(records)
+    def rows(self, records: int, length: int) -> int:
+        return rows_of(records, length)
 
     def begin(self, rows: int) -> None:
         self.optimizer.buffer.arm(rows)

@@ -21,6 +21,7 @@ from fedlora.plan import RunPlan, Tensors
 from fedlora.privacy.streams import RunStreams, Stream
 from fedlora.tasks import Records, Task
 from fedlora.tasks.records import pack
+from fedlora.training.few_rows import fill_rows
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.per_example import GradientBuffer, per_example, row_norms
 from fedlora.training.precision import (
@@ -123,6 +124,7 @@ class Trainer:
         self.buffer = GradientBuffer(self._parameters)
         self.noise_pool = NoisePool()
         per_example([leaf for leaf, _ in adapted.trained_leaves()], self.buffer)
+        fill_rows(adapted.model)
         if self.precision == "bf16":
             # what travels stays in float32
             keep = {id(adapted.parameter(spec.name)) for spec in adapted.layout.state}
@@ -276,7 +278,7 @@ class Trainer:
             for length, places in self.layout(records, group.indices):
                 if stop():
                     return None
-                rows = np.resize(group.indices[places], step.rows(len(places)))  # repeated, and dropped again
+                rows = np.resize(group.indices[places], step.rows(len(places), length))  # repeated, and dropped again
                 batch = self.task.collate(records, rows, length, self.device)
                 step.begin(len(rows))
                 with self.autocast():

@@ -216,7 +216,8 @@ def metrics_from_wire(upload: pb.Upload, *, private: bool) -> dict[str, int | fl
     """The scalars of an upload, by the names of `fedlora.plan.UPLOAD_METRICS`.
 
     Raises:
-        Refused: "privacy-mismatch", a private upload discloses more than it may or says nothing of its noise.
+        Refused: "privacy-mismatch", a private upload discloses more than it may, or states no noise. It may leave both
+            δ and σ unsaid.
         WireError: a value cannot be.
     """
     metrics: dict[str, int | float] = {"steps": upload.steps}
@@ -225,9 +226,11 @@ def metrics_from_wire(upload: pb.Upload, *, private: bool) -> dict[str, int | fl
             metrics[name] = getattr(upload, name)
     if not all(math.isfinite(v) and (v >= 0 or k == "train_loss") for k, v in metrics.items()):
         raise WireError("a metric is not finite or negative")
-    noised = metrics.get("noise_multiplier", 0) > 0 and 0 < metrics.get("delta", 0) < 1
+    unsaid = "noise_multiplier" not in metrics and "delta" not in metrics
+    noised = unsaid or (metrics.get("noise_multiplier", 0) > 0 and 0 < metrics.get("delta", 0) < 1)
     if private and ("num_examples" in metrics or "train_loss" in metrics or not noised):
-        raise Refused("privacy-mismatch", "a private upload carries delta, noise_multiplier and steps, nothing else")
+        raise Refused("privacy-mismatch", "a private upload carries steps, delta and noise_multiplier (both or "
+                                          "neither), nothing else")
     return metrics
 
 

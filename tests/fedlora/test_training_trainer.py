@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 from transformers import AutoModel, DebertaV2Config
 
 from fedlora.adapters import FAMILIES, attach, automatic_targets
@@ -15,6 +16,7 @@ from fedlora.tasks import task_for
 from fedlora.training import Trainer
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.per_example import GradientBuffer
+from fedlora.training.sampling import LENGTHS
 from tests.fedlora.private_training import (
     CASES,
     brute_force_row,
@@ -341,17 +343,20 @@ def test_deberta_gives_its_queries_rows_of_no_record(targets, refused, checkpoin
         trainer.rehearse()
 
 
+@pytest.mark.parametrize("max_length", [32, 22])
 @pytest.mark.parametrize("units", [None, np.array([0, 0, 1, 1, 2, 2, 3])])
 @pytest.mark.parametrize("count", range(1, 8))
-def test_small_micro_batches_have_a_multiple_of_four_rows_of_which_each_record_counts_once(count, units, monkeypatch):
-    trainer = make_trainer("bert", plan("lora"))
-    records, seen, collate = make_records(trainer), [], trainer.task.collate
-    monkeypatch.setattr(trainer.task, "collate", lambda records, rows, *others: (
-        seen.append(len(rows)), collate(records, rows, *others))[1])
-    owners = None if units is None else units[:count]
-    run = plan("lora", clip_norm=1e6)
-    total = clipped_sum(trainer, run, records, range(count), owners)
-    assert seen and all(rows % 4 == 0 for rows in seen)
+def test_few_rows_are_multiplied_as_a_multiple_of_four_and_each_record_counts_once(count, units, max_length,
+                                                                                   monkeypatch):
+    run = plan("lora", clip_norm=1e6, max_length=max_length)
+    trainer = make_trainer("bert", run)
+    records, seen, linear = make_records(trainer), [], functional.linear
+    monkeypatch.setattr(functional, "linear", lambda inputs, *others: (
+        seen.append(inputs.shape[:-1].numel()), linear(inputs, *others))[1])
+    total = clipped_sum(trainer, run, records, range(count), None if units is None else units[:count])
+    assert all(length % 4 == 0 for length in LENGTHS)
+    assert min(seen) <= 8, "the head's rows are few"
+    assert all(rows % 4 == 0 for rows in seen)
     if units is None:
         alone = sum(clipped_sum(trainer, run, records, [i]) for i in range(count))
         torch.testing.assert_close(total, alone, rtol=1e-4, atol=1e-6)

@@ -218,7 +218,9 @@ def test_a_private_upload_discloses_nothing_that_is_not_noised():
 
     noised = {"delta": 1e-5, "noise_multiplier": 1.0}
     assert wire.metrics_from_wire(upload(**noised), private=True) == {"steps": 2, **noised}
-    for metrics in ({}, {**noised, "num_examples": 7}, {**noised, "train_loss": 0.5}, {**noised, "delta": 0.0}):
+    assert wire.metrics_from_wire(upload(), private=True) == {"steps": 2}, "announce-size = false"
+    for metrics in ({"delta": 1e-5}, {"noise_multiplier": 1.0}, {**noised, "num_examples": 7},
+                    {**noised, "train_loss": 0.5}, {**noised, "delta": 0.0}, {**noised, "noise_multiplier": 0.0}):
         with pytest.raises(Refused, match="privacy-mismatch"):
             wire.metrics_from_wire(upload(**metrics), private=True)
     with pytest.raises(WireError):

@@ -9,6 +9,7 @@ import pytest
 from flwr.app import ConfigRecord
 
 from fedlora.adapters import TensorSpec
+from fedlora.adapters.layout import MOST_TRAINED
 from fedlora.plan import WIRE_DTYPES, Upload
 from fedlora.wire import rounded, unpacked
 from fedlora_simulations.in_process import InProcessEngine
@@ -285,6 +286,18 @@ def test_a_broken_upload_adds_nothing(kind):
     others = [r for r in uploads_of(engine, strategy, state) if r.metadata.src_node_id != bad.metadata.src_node_id]
     without, _ = strategy.aggregate_train(1, others)
     assert arrays == without
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_largest_upload_that_is_taken_leaves_a_state_to_go_on_with(name):
+    engine, strategy, state = federation(name)
+    replies = uploads_of(engine, strategy, state)[:1]
+    largest = {key: np.full(array.shape, MOST_TRAINED, np.float32)
+               for key, array in to_tensors(replies[0].content["arrays"]).items()}
+    replies[0].content["arrays"] = to_record(largest)
+    arrays, metrics = strategy.aggregate_train(1, replies)
+    assert metrics["replies"] == 1
+    strategy.layout.check(to_tensors(arrays), "state")
 
 
 @pytest.mark.parametrize("change", [{"round": 2}, {"run_id": "f" * 16}])
