@@ -118,6 +118,15 @@ def hub_name(ref: ModelRef) -> str | None:
     return {"minilm": MINILM_REPOSITORY, "local": None}.get(ref.name, ref.name.partition("@")[0])
 
 
+def most_adapter_bytes(path: Path) -> int:
+    """A bound on the tensors that a run on this model can need: four times its weights, and not below 64 MiB.
+
+    An adapter of full rank has at most twice as many values as the weight that it adapts, in float32 where that may be
+    in a smaller format.
+    """
+    return max(64 << 20, 4 * sum(file.stat().st_size for file in _weight_files(path)))
+
+
 def verify(ref: ModelRef, path: Path) -> None:
     """Check that the model in a folder is the plan's, by content.
 

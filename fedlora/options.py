@@ -169,7 +169,8 @@ OPTIONS: tuple[Option, ...] = (
     # who takes part
     Option("--min-clients", (SERVER,), "clients to wait for before round 1", 2, count),
     Option("--clients-per-round", RUN, "size of a round's cohort [all]", None, count),
-    Option("--min-replies", RUN, "uploads that close a round [half the cohort, rounded up]", None, count),
+    Option("--min-replies", RUN, "uploads that close a round once nobody else trains, or --round-timeout is over "
+           "[half the cohort, rounded up]", None, count),
     Option("--max-participations", RUN, "most rounds one client may start; privacy is calibrated to it [rounds]",
            None, count),
     Option("--round-timeout", (SERVER,), "seconds before idle clients are drafted for missing ones", 600.0, _positive),

@@ -82,15 +82,23 @@ def test_a_client_killed_in_round_2_does_not_keep_the_run_from_its_adapter(deplo
     assert deployment.end("hospital-0") == deployment.end("hospital-2") == 0
 
 
-def test_ctrl_c_at_the_server_writes_the_last_finished_round_and_tells_the_clients(deployment, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_server_writes_the_last_finished_round_and_tells_the_clients(deployment, tmp_path, stop):
+    policy = deployment.home("hospital-0") / "config" / "fedlora" / "policy.toml"
+    policy.parent.mkdir(parents=True)
+    policy.write_text("announce-size = false\n")
     deployment.server("--min-clients", 2, *SMALL, "--rounds", 500)
     for file in hospitals(tmp_path, 2):
         deployment.client(file.stem, file)
     deployment.wait_for("server", "round 2: 2 of 2 replied")
-    deployment.processes["server"].send_signal(signal.SIGINT)
+    deployment.processes["server"].send_signal(stop)
     assert deployment.end("server", 30) == 130
     assert (deployment.out / "adapter" / "adapter_model.safetensors").exists()
-    assert json.loads((deployment.out / "report.json").read_text())["ended"] == "stopped"
+    report = json.loads((deployment.out / "report.json").read_text())
+    assert report["ended"] == "stopped"
+    disclosed = report["rounds"][-1]["disclosed"]
+    assert disclosed["hospital-0"].keys() == {"steps"}
+    assert disclosed["hospital-1"].keys() == {"steps", "delta", "noise_multiplier"}
     assert deployment.end("hospital-0", 30) == deployment.end("hospital-1", 30) == 0
     assert "the coordinator stopped the run" in deployment.log("hospital-0")
 

@@ -3,12 +3,14 @@
 The server is driven by hand, so that each order can be made hostile.
 """
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from fedlora import models
+from fedlora.adapters import TensorSpec
 from fedlora.plan import Refusal
 from tests.driven_server import Server
 
@@ -59,6 +61,16 @@ def test_a_plan_that_is_not_what_was_said_when_joining_is_declined(serve, said, 
     assert server.deployment.end("north", 60) == 4
     assert server.charges() == ()
     assert any(f"The plan's {field} is not what the server said" in server.log() for field in changes)
+
+
+def test_more_tensors_than_the_base_model_could_need_are_refused_from_their_header(serve):
+    server = serve()
+    large = TensorSpec("classifier.extra", (17 << 20,), "head")
+    server.layout = dataclasses.replace(server.layout, shared=(*server.layout.shared, large))
+    server.state[large.name] = np.zeros(large.shape, np.float32)
+    answer = server.client().ask(1)
+    assert answer.code == "invalid-tensors" and f"takes {64 << 20}" in answer.detail
+    assert server.charges() == ()
 
 
 def test_rows_outside_the_runs_labels_are_named_in_the_clients_own_log_alone(serve):

@@ -58,6 +58,7 @@ def _serve(holder: DataHolder, setup: Setup, connection: Connection) -> None:
     except Refused as refused:
         connection.decline(refused.refusal)
         raise
+    connection.max_tensor_bytes = part.most_tensor_bytes
     connection.ready(part.announced)
     console = holder.console
     console.print(f"Joined {holder.options.server} as {holder.name}; waiting to be asked.")

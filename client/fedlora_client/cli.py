@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         code = _run(options)
     except KeyboardInterrupt:
-        print("fedlora-client: left; what was spent and sent is in --state", file=sys.stderr)
+        print("fedlora-client: left; what was spent is in the ledger, what was sent in --state", file=sys.stderr)
         code = 130
     # Everything that matters is on the disk; gRPC's threads, rarely, keep an interpreter from ending by itself.
     sys.stdout.flush()

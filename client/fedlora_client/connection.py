@@ -87,19 +87,18 @@ class Connection:
         connect_timeout_s: how long a server is looked for, at first and again whenever it is lost.
         report: given a line for the user now and then, from another thread.
         insecure: allow plaintext beyond this machine.
-        max_tensor_bytes: a task with more is refused from its header.
     Raises:
         ValueError: the server's address or the name is not one, or is not loopback and `insecure` is not set.
 
     Attributes:
+        max_tensor_bytes: a task with more is refused from its header, before memory is taken for it.
         cancelled: set while the task in hand is no longer wanted. A run that was only stopped, or whose server is gone,
             may be taken up again: what is in hand is then worth finishing, and what was spent on it not lost.
         bytes_up, bytes_down: moved so far.
     """
 
     def __init__(self, server: str, name: str, *, private: bool, connect_timeout_s: float = 60.0,
-                 report: Callable[[str], None] = lambda line: None, insecure: bool = False,
-                 max_tensor_bytes: int = 8 << 30) -> None:
+                 report: Callable[[str], None] = lambda line: None, insecure: bool = False) -> None:
         if not wire.is_loopback(server) and not insecure:
             raise ValueError(f"{server} is another machine and the connection would not be encrypted; go through a "
                              "tunnel to 127.0.0.1, or accept that with --insecure")
@@ -108,7 +107,7 @@ class Connection:
         self.cancelled = threading.Event()
         self.bytes_up = self.bytes_down = 0
         self._private, self._connect_timeout_s, self._report = private, connect_timeout_s, report
-        self._max_tensor_bytes = max_tensor_bytes
+        self.max_tensor_bytes = 8 << 30
         self._process = secrets.token_bytes(16)
         self._changed = threading.Condition()
         self._stream = _Stream()
@@ -373,8 +372,8 @@ class Connection:
             raise WireError("the plan's wire dtype is not that of the server's welcome")
         stream.plan = plan
         size = wire.size_of(shapes, plan.run.wire_dtype)
-        if size > self._max_tensor_bytes:
-            refusal = Refusal("invalid-tensors", f"{size} bytes of tensors; this client takes {self._max_tensor_bytes}")
+        if size > self.max_tensor_bytes:
+            refusal = Refusal("invalid-tensors", f"{size} bytes of tensors; this client takes {self.max_tensor_bytes}")
             stream.incoming, stream.tensors = Incoming(shapes, lambda data: None, plan.run.wire_dtype, refusal), {}
         else:
             stream.incoming, stream.tensors = wire.receive_in_memory(shapes, plan.run.wire_dtype)

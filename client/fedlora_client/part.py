@@ -110,6 +110,7 @@ class Part:
 
     Attributes:
         announced: label names that the server asked for, disclosed when ready; else ().
+        most_tensor_bytes: what an order may bring at most.
         failed: whether a round went wrong here. To go on is for the owner to decide: the server could have one failing
             round after another charged, and chooses the tensors on which it fails or not.
     """
@@ -121,6 +122,7 @@ class Part:
         self._model_path = models.obtain(setup.model, path=model_folder(options.model, setup.model.name),
                                          allow_download=options.allow_download)
         models.check_task(self._model_path, setup.task, setup.max_length)
+        self.most_tensor_bytes = models.most_adapter_bytes(self._model_path)
         self._options, self._setup, self._owner, self._limits = options, setup, owner, limits
         self._state, self._streams, self._console = holder.state, holder.streams, console
         self._rows = _read(options, setup, owner.unit_column)

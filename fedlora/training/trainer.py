@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -98,6 +99,10 @@ class TrainResult:
     nonfinite: int
 
 
+training_advice = partial(memory_advice, "training", "lower --micro-batch (the result stays the same), lower "
+                                                     "--max-length at the server, or use --precision bf16")
+
+
 class Trainer:
     """One per process: holds the model and its buffers over rounds and over simulated clients.
 
@@ -109,6 +114,7 @@ class Trainer:
         threads: of the CPU; None leaves PyTorch's default.
     """
 
+    @training_advice()
     def __init__(self, adapted: AdaptedModel, task: Task, *, device: str = "auto", precision: str = "auto",
                  micro_batch: int | None = None, threads: int | None = None) -> None:
         if micro_batch is not None and micro_batch < 1:
@@ -118,6 +124,12 @@ class Trainer:
         self.adapted, self.task, self.micro_batch = adapted, task, micro_batch
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
+        if self.precision == "bf16":  # before they are moved: the device never holds them in float32
+            # what travels stays in float32
+            keep = {id(adapted.parameter(spec.name)) for spec in adapted.layout.state}
+            store_frozen_weights(adapted.model, torch.bfloat16, keep=keep)
+            if self.device.type == "cpu":
+                attend_in_float32(adapted.model)
         model: nn.Module = adapted.model
         model.to(self.device).eval()
         self._parameters = [(parameter, spec.group) for spec, parameter in adapted.trained_parameters()]
@@ -125,18 +137,13 @@ class Trainer:
         self.noise_pool = NoisePool()
         per_example([leaf for leaf, _ in adapted.trained_leaves()], self.buffer)
         fill_rows(adapted.model)
-        if self.precision == "bf16":
-            # what travels stays in float32
-            keep = {id(adapted.parameter(spec.name)) for spec in adapted.layout.state}
-            store_frozen_weights(adapted.model, torch.bfloat16, keep=keep)
-            if self.device.type == "cpu":
-                attend_in_float32(adapted.model)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         """For `Task.evaluate` on this trainer's model."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
+    @training_advice()
     def rehearse(self) -> None:
         """See on made-up records that each has its own gradient and no other's: before a real one is charged.
 
@@ -202,6 +209,7 @@ class Trainer:
         """`run` for several clients."""
         return [self.run(training) for training in trainings]
 
+    @training_advice()
     def train(self, run: RunPlan, records: Records, *, sampling_rate: float, noise_multiplier: float | None,
               clip_norm: float, sampling: Stream, noise: Stream | None, lr: float | None = None,
               rows_per_unit: int = ROWS_PER_UNIT, stop: Callable[[], bool] = lambda: False) -> TrainResult:
@@ -236,7 +244,7 @@ class Trainer:
         drawn: list[int] = []
         loss, rows = 0.0, 0
         try:
-            with self._dropout(run.dropout, sampling), training_advice():
+            with self._dropout(run.dropout, sampling):
                 for _ in range(run.local_steps):
                     draw = sampler.draw()
                     losses = self._accumulate(step, records, draw, stop)
@@ -339,9 +347,3 @@ def optimizer(name: str, lr: float, parameters: list[nn.Parameter]) -> torch.opt
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=lr)
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-
-
-def training_advice() -> contextlib.AbstractContextManager[None]:
-    """Out of memory names the flags that help."""
-    return memory_advice("training", "lower --micro-batch (the result stays the same), lower --max-length at the "
-                                     "server, or use --precision bf16")

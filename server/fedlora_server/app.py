@@ -79,7 +79,8 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
         options = Namespace(**vars(options) | {"labels": options.labels or left.plan.labels})
     base = find_model(options)
     if options.eval_data is None:
-        console.print("Accuracy will not be shown: no --eval-data. Give it a file of held-out rows with labels.")
+        figure, rows_with = ("Accuracy", " with labels") if options.task == "classification" else ("Perplexity", "")
+        console.print(f"{figure} will not be shown: no --eval-data. Give it a file of held-out rows{rows_with}.")
     rows = held_out(options)
     values = planned(options, options.strategy)
     for told in without_effect(options):

@@ -287,6 +287,9 @@ def test_out_of_memory_names_the_flags_that_help(monkeypatch):
     monkeypatch.setattr(trainer.task, "per_record_loss", exhausted)
     with pytest.raises(MemoryError, match=r"--micro-batch.*--max-length.*--precision"):
         _train(trainer, run, make_records(trainer), rate=1.0)
+    monkeypatch.setattr(trainer.adapted.model, "to", exhausted)
+    with pytest.raises(MemoryError, match="--precision bf16"):
+        Trainer(trainer.adapted, trainer.task, device="cpu", precision="fp32")
 
 
 def test_noise_and_its_stream_come_together():

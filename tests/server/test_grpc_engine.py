@@ -240,7 +240,7 @@ def test_a_server_that_sends_values_that_are_not_finite_is_refused_by_the_client
 
 
 def test_a_client_refuses_more_tensors_than_it_takes(engine):
-    connect(engine, "north", max_tensor_bytes=16)
+    connect(engine, "north").max_tensor_bytes = 16
     [sent] = engine.push_messages([order(node_id("north"))])
     assert outcome(engine, sent).code == "invalid-tensors"
 
