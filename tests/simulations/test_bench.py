@@ -201,6 +201,16 @@ def test_a_figure_that_no_longer_works_is_worse(result_file, tmp_path, capsys):
     assert main(["compare", str(new), str(new)]) == 0
 
 
+def test_a_value_that_is_gone_is_worse_and_a_figure_that_was_left_out_is_named(result_file, tmp_path, capsys):
+    old, new = result_file("old.json", 1.0), tmp_path / "new.json"
+    result = json.loads(Path(old).read_text())
+    (row,) = result["figures"]["step"]["rows"]
+    new.write_text(json.dumps(result | {"figures": {"step": {"rows": [row | {"case": "another"}]}}}))
+    assert main(["compare", old, str(new)]) == 1 and "1 gone" in capsys.readouterr().out
+    new.write_text(json.dumps(result | {"figures": {}}))
+    assert main(["compare", old, str(new)]) == 0 and "Not measured again: step" in capsys.readouterr().out
+
+
 def test_what_is_no_result_file_is_named(result_file, tmp_path, capsys):
     other = tmp_path / "other.json"
     other.write_text("[1]")

@@ -227,12 +227,14 @@ def _compare(options: argparse.Namespace) -> int:
     old, new = read_result(options.old), read_result(options.new)
     changes = compare(old, new)
     worse = sum(change.verdict == "worse" for change in changes)
+    gone = sum(change.verdict == "gone" and change.figure in new["figures"] for change in changes)
+    left_out = [name for name in old["figures"] if name not in new["figures"]]
     broken = [name for name, figure in new["figures"].items()
               if "error" in figure and "error" not in old["figures"].get(name, {"error": ""})]
     if options.json:
         print(json.dumps([{"figure": c.figure, "case": c.case, "value": c.name, "verdict": c.verdict,
                            "old": c.old and c.old.median, "new": c.new and c.new.median} for c in changes], indent=1))
-        return int(worse > 0 or bool(broken))
+        return int(bool(worse or gone or broken))
     console = _console()
     console.print(comparison(changes))
     for key in ("machine", "settings", "versions"):
@@ -243,5 +245,7 @@ def _compare(options: argparse.Namespace) -> int:
     for name in broken:
         console.print(f"{name} could be measured, and now not: {new['figures'][name]['error']}", style="red",
                       highlight=False, markup=False)
-    console.print(f"{len(changes)} values, {worse} worse by more than the spread", highlight=False)
-    return int(worse > 0 or bool(broken))
+    if left_out:
+        console.print(f"Not measured again: {', '.join(left_out)}", highlight=False)
+    console.print(f"{len(changes)} values, {worse} worse by more than the spread, {gone} gone", highlight=False)
+    return int(bool(worse or gone or broken))

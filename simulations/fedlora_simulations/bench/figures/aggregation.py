@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Message
@@ -28,9 +29,14 @@ DIFFERENT = 4
 
 
 class Server:
-    """A strategy in its first round, and its clients' uploads."""
+    """A strategy in its first round, and its clients' uploads.
 
-    def __init__(self, layers: int, width: int, rank: int, clients: int) -> None:
+    Args:
+        copied: each upload has memory of its own, as from an engine, so that one that is kept is seen.
+    """
+
+    def __init__(self, layers: int, width: int, rank: int, clients: int, *, copied: bool = False) -> None:
+        self.copied = copied
         run = plan("fedavg-lora", "lora", rank=rank, private=False)
         assume_identity(run.run_id)
         self.clients, self.run_id = clients, run.run_id
@@ -50,7 +56,8 @@ class Server:
         for number, order in enumerate(orders):
             assign_id(order, str(number))
             message = reply(Upload(self.run_id, 1, 0, tensors={}, steps=1), order)
-            message.content["arrays"] = self.records[number % len(self.records)]
+            chosen = number % len(self.records)
+            message.content["arrays"] = to_record(self.uploads[chosen]) if self.copied else self.records[chosen]
             yield message
 
     def bare_sum(self, dtype: type, block: int = 0) -> dict[str, np.ndarray]:
@@ -63,7 +70,7 @@ class Server:
 
 
 def measure(settings: Settings) -> Iterator[Row]:
-    shape = {"layers": 2, "width": 64, "rank": 4} if settings.quick else {**SEVEN_B, "rank": 16}
+    shape: dict[str, Any] = {"layers": 2, "width": 64, "rank": 4} if settings.quick else {**SEVEN_B, "rank": 16}
     counts = (2, 4) if settings.quick else (10, 100, 1000)
     least = None
     for clients in counts:
@@ -88,8 +95,8 @@ def measure(settings: Settings) -> Iterator[Row]:
 
 
 def peak(layers: int, width: int, rank: int, clients: int) -> int:
-    """The most bytes that one round of aggregation takes beyond the uploads, which are there before."""
-    server = Server(layers, width, rank, clients)
+    """The most bytes that one round of aggregation takes, an upload at a time in them."""
+    server = Server(layers, width, rank, clients, copied=True)
     forget_peak()
     before = resident_bytes()
     server.aggregate()
