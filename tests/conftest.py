@@ -50,3 +50,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return folders[kind]
 
     return folder_of
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round in this process is told of each client that has trained, as of those that take their time."""
+    monkeypatch.setattr("fedlora_simulations.in_process.TURN_S", 0.0)

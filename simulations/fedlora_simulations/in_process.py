@@ -23,6 +23,10 @@ from fedlora_server.spool import Stored, store
 from fedlora_strategies.messages import assign_id, assume_identity, read_train_messages
 from fedlora_strategies.messages import reply as to_reply
 
+TURN_S = 0.05
+"""So long may clients train one after the other before the round is told: whoever waits looks at all of them each time,
+which would cost quadratically many looks where a training takes no time."""
+
 
 @dataclass
 class _Order:
@@ -106,12 +110,17 @@ class InProcessEngine(Engine):
         return pushed
 
     def wait(self, message_ids: Iterable[str], timeout_s: float) -> Mapping[str, Outcome]:
-        """Let one pending client train, whatever time it takes; with none pending nothing new will ever come."""
+        """Let pending clients train: one, whatever time it takes, and further ones while `TURN_S` is not over. With
+        none pending nothing new will ever come."""
         wanted = [m for m in message_ids if m in self._orders]
-        pending = next((m for m in wanted if self._orders[m].outcome is None), None)
-        if pending is not None:
-            self._train(pending)
-        else:
+        until, trained = time.monotonic() + TURN_S, False
+        for message_id in wanted:
+            if self._orders[message_id].outcome is None:
+                self._train(message_id)
+                trained = True
+                if time.monotonic() >= until:
+                    break
+        if not trained:
             time.sleep(timeout_s)
         outcomes = {m: self._orders[m].outcome for m in wanted}
         return {m: outcome for m, outcome in outcomes.items() if outcome is not None}

@@ -16,6 +16,8 @@ from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies import STRATEGY_CLASSES
 from tests.federation import LinearSession, layout_of, plan_of, start_of
 
+pytestmark = pytest.mark.usefixtures("one_at_a_time")
+
 
 class Federation:
     """Linear clients named after the letters, and everything that the loop tells."""

@@ -5,6 +5,7 @@ import pytest
 
 from fedlora.plan import Refusal, RoundPlan
 from fedlora_server.engine import node_id
+from fedlora_simulations import in_process
 from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies.messages import read_reply, to_record, train_message
 from tests.federation import LinearSession, layout_of, plan_of, start_of
@@ -34,9 +35,12 @@ def test_clients_are_idle_by_name_and_busy_while_they_are_asked(engine):
         engine.name_of(5)
 
 
-def test_wait_lets_one_client_train_at_a_time(engine):
+def test_wait_lets_clients_train_until_its_turn_is_over(engine, monkeypatch):
+    monkeypatch.setattr(in_process, "TURN_S", 0.0)
     pushed = engine.push_messages(orders(engine))
     assert [len(engine.wait(pushed, 0.0)) for _ in range(4)] == [1, 2, 3, 3]
+    monkeypatch.setattr(in_process, "TURN_S", 60.0)
+    assert len(engine.wait(engine.push_messages(orders(engine, attempt=1)), 0.0)) == 3
 
 
 def test_replies_come_in_the_order_asked_and_once(engine):

@@ -115,6 +115,7 @@ def push(engine, names="abcde", attempt=0):
     return engine.push_messages([train_message(plan, arrays, node_id(name)) for name in names])
 
 
+@pytest.mark.usefixtures("one_at_a_time")
 def test_outcomes_are_told_one_by_one_in_the_order_asked_whichever_worker_is_first(engine):
     pushed = push(engine)
     told = [list(engine.wait(pushed, 0.0)) for _ in pushed]
@@ -137,6 +138,7 @@ def test_all_workers_are_busy_before_the_first_is_waited_for(engine):
     assert busy == [3, 3, 3, 2, 1]
 
 
+@pytest.mark.usefixtures("one_at_a_time")
 def test_a_worker_is_given_as_many_clients_at_a_time_as_it_may_have(engine):
     engine._group = 2
     pushed = push(engine)
@@ -154,6 +156,7 @@ def test_what_a_cancelled_order_gives_is_dropped(engine):
     assert len(list(engine.pull_messages(pushed))) == 1
 
 
+@pytest.mark.usefixtures("one_at_a_time")
 def test_a_client_that_comes_back_gives_what_it_trained_meanwhile(engine):
     pushed = push(engine)
     engine.wait(pushed, 0.0)
