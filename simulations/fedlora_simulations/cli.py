@@ -86,7 +86,7 @@ def run(options: Namespace) -> int:
     from fedlora_server.planning import check_start, claim_folder, find_model, planned, prepare, without_effect
 
     from .comparison import save, summarize, table
-    from .simulate import Method, populate
+    from .simulate import Method, check_sizes, populate
 
     console = Console(stderr=True, markup=False)
     if (options.epsilon == float("inf")) != (options.privacy == "off"):
@@ -98,9 +98,12 @@ def run(options: Namespace) -> int:
         planned(method.options(options), method.strategy)
         check_start(method.options(options))
     resolve_precision(options.precision, resolve_device(options.device))
-    population = populate(options, options.seeds[0])
+    first = populate(options, options.seeds[0])
+    populations = {seed: first if seed == options.seeds[0] else first.dealt(options, seed) for seed in options.seeds}
+    for seed, population in populations.items():
+        check_sizes(options, methods, population, seed)
     for method in methods[1:]:  # the first one's turn comes at once
-        prepare(method.options(options), method.strategy, base, population.labels, options.seeds[0])
+        prepare(method.options(options), method.strategy, base, first.labels, options.seeds[0])
     out = claim_folder(options.out, "simulation")
     for told in without_effect(options):
         console.print(told, highlight=False)
@@ -109,8 +112,7 @@ def run(options: Namespace) -> int:
     runs: dict[Method, list[Simulated]] = {method: [] for method in methods}
     try:
         for seed in options.seeds:
-            if seed != options.seeds[0]:
-                population = populate(options, seed)
+            population = populations.pop(seed)
             sizes = ", ".join(f"{name} {len(part)}" for name, part in population.parts.items())
             console.print(f"seed {seed}: {len(population.rows)} rows: {sizes}", highlight=False)
             for method in methods:

@@ -10,7 +10,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import MemoryState
 from fedlora_server.cohort import RoundOptions
 from fedlora_server.observer import Observer
-from fedlora_server.planning import BaseModel, Federation, evaluator, held_out, prepare, resolved
+from fedlora_server.planning import BaseModel, Federation, evaluator, held_out, planned, prepare, resolved
 from fedlora_server.report import write_report
 from fedlora_server.rounds import FederationResult, run_federation
 
@@ -85,6 +85,15 @@ class Population:
     held_out: Rows | None
     _encoded: dict[str, Records] = field(default_factory=dict)
 
+    def dealt(self, options: Namespace, seed: int) -> Population:
+        """The same rows, as they are dealt with another seed."""
+        return Population(self.rows, _deal(options, self.rows, seed), self.labels, self.held_out)
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Client name → its units of privacy."""
+        return {name: unit_count(self.rows.take(part)) for name, part in self.parts.items()}
+
     def records(self, task: Task) -> Mapping[str, Records]:
         """Client name → encoded rows; encoded once, whatever runs with them."""
         for name in self.parts.keys() - self._encoded.keys():
@@ -109,22 +118,45 @@ def populate(options: Namespace, seed: int) -> Population:
     if options.task == "classification" and len(labels) < 2:
         raise ValueError(f"--data {options.data} has {len(labels)} different labels; classification needs at least two "
                          "(--column label=NAME names another column)")
+    return Population(rows, _deal(options, rows, seed), labels, held_out(options))
+
+
+def check_sizes(options: Namespace, methods: Sequence[Method], population: Population, seed: int) -> None:
+    """Refuse what a client would, before anything is trained for hours.
+
+    Raises:
+        ValueError: with this seed's split a method would sample a client's units too often.
+    """
+    limits = Limits.of(options, options.privacy_unit or ROW)
+    if not limits.private:
+        return
+    for method in methods:
+        batch = planned(method.options(options), method.strategy).batch_size
+        for name, size in population.sizes.items():
+            try:
+                limits.budget(size).sampling_rate(batch)
+            except ValueError as error:
+                raise ValueError(f"with seed {seed}, {name} has {size} of the records or units, too few for {method}: "
+                                 f"{error}. Lower --batch-size, or deal them more evenly (--partition)") from None
+
+
+def _deal(options: Namespace, rows: Rows, seed: int) -> dict[str, np.ndarray]:
+    """Client name → its rows' indices. All rows of one unit go to the same client, but where files are the clients."""
     if options.partition == "files":
         stems = [Path(file).stem for file in rows.files]
         if len(set(stems)) < len(stems) or options.clients not in (None, len(stems)):
             raise ValueError(f"--partition files needs differently named files, one for each client; --data "
                              f"{options.data} has {len(stems)} and --clients is {options.clients}")
-        return Population(rows, dict(zip(stems, rows.by_file(), strict=True)), labels, held_out(options))
+        return dict(zip(stems, rows.by_file(), strict=True))
     dealt = np.array([row for row in range(len(rows)) if rows.labels is None or rows.labels[row] is not None], np.int64)
     if not len(dealt):
         raise ValueError(f"--data {options.data} has no row with a label; fill the label column (--column label=NAME "
                          "names another)")
-    parts = [dealt[part] for part in _deal(rows.take(dealt), options.partition, options.clients or 2, seed)]
-    return Population(rows, {f"client-{i}": part for i, part in enumerate(parts)}, labels, held_out(options))
+    parts = _split(rows.take(dealt), options.partition, options.clients or 2, seed)
+    return {f"client-{i}": dealt[part] for i, part in enumerate(parts)}
 
 
-def _deal(rows: Rows, partition: str, clients: int, seed: int) -> list[np.ndarray]:
-    """The rows' indices for each client; all rows of one unit go to the same client."""
+def _split(rows: Rows, partition: str, clients: int, seed: int) -> list[np.ndarray]:
     if rows.units is None:
         return data.partition(len(rows), rows.labels, partition, clients, seed)
     _, first, unit_of = np.unique(np.array(rows.units), return_index=True, return_inverse=True)
@@ -177,9 +209,8 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     allow_open_files(len(population.parts) + OTHER_FILES)
     ledger = Ledger(out / "ledger.sqlite" if out else None, simulated=True)
     release = cache(lambda: release_trainer(options, federation, base))
-    sizes = {name: unit_count(population.rows.take(part)) for name, part in population.parts.items()}
     sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed, ledger, release,
-                             sizes)
+                             population.sizes)
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
                         min_replies=options.min_replies, evaluate_every=options.eval_every,
