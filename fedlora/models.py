@@ -119,12 +119,11 @@ def hub_name(ref: ModelRef) -> str | None:
 
 
 def most_adapter_bytes(path: Path) -> int:
-    """A bound on the tensors that a run on this model can need: four times its weights, and not below 64 MiB.
+    """A bound on the tensors that a run on this model can need: four times its weights, from 64 MiB to 8 GiB.
 
-    An adapter of full rank has at most twice as many values as the weight that it adapts, in float32 where that may be
-    in a smaller format.
+    An adapter that takes more would be larger than what it adapts.
     """
-    return max(64 << 20, 4 * sum(file.stat().st_size for file in _weight_files(path)))
+    return min(8 << 30, max(64 << 20, 4 * sum(file.stat().st_size for file in _weight_files(path))))
 
 
 def verify(ref: ModelRef, path: Path) -> None:

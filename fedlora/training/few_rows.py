@@ -9,6 +9,8 @@ repeated records; what has one row for each record, as a task's head, by rows of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -29,13 +31,18 @@ def filled(values: torch.Tensor) -> torch.Tensor:
     return F.pad(values, (0, 0, 0, more))
 
 
+def multiplied(values: torch.Tensor, multiply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`multiply(values)`, by way of `filled`."""
+    rows = filled(values)
+    product = multiply(rows)
+    return product if rows is values else product[:len(values)].clone()
+
+
 class FilledLinear(nn.Linear):
     """A frozen linear layer. Made by `fill_rows`, which swaps the class of a plain one."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        rows = filled(inputs)
-        outputs = super().forward(rows)
-        return outputs if rows is inputs else outputs[:len(inputs)]
+        return multiplied(inputs, super().forward)
 
 
 def fill_rows(model: nn.Module) -> None:

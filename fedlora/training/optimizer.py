@@ -89,7 +89,7 @@ class PerRecordOptimizer(DPOptimizer):
         """Add the armed buffer's records to the gradients of their units, and release the buffer.
 
         Args:
-            owners: [records] which of the open units each belongs to.
+            owners: [records] which of the open units each belongs to, ascending.
             weights: [records] its factor in that unit's gradient.
         """
         assert self._units is not None, "no units are open"
@@ -99,11 +99,14 @@ class PerRecordOptimizer(DPOptimizer):
         if refused := int((~finite).sum()):
             rows[~finite] = 0  # 0 · inf is not 0
             self.nonfinite += refused
-        present, places = np.unique(owners, return_inverse=True)
-        mean = np.zeros((len(present), len(rows)), dtype=np.float32)
-        mean[places, np.arange(len(rows))] = weights
-        # each unit once, so that the order of additions is fixed on a GPU too
-        self._units.index_add_(0, torch.from_numpy(present).to(rows.device), torch.from_numpy(mean).to(rows) @ rows)
+        rows *= torch.from_numpy(weights).to(rows)[:, None]
+        _, first, counts = np.unique(owners, return_index=True, return_counts=True)
+        turn_of = np.arange(len(owners)) - np.repeat(first, counts)
+        # one record of each unit at a time: the order of a unit's additions is fixed, on a GPU too, and its own
+        for turn in range(counts.max()):
+            chosen = np.flatnonzero(turn_of == turn)
+            self._units.index_add_(0, torch.from_numpy(owners[chosen]).to(rows.device),
+                                   rows[torch.from_numpy(chosen).to(rows.device)])
         self.buffer.disarm()
 
     def clip_and_accumulate(self) -> None:

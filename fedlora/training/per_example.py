@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedlora.training.few_rows import FilledLinear, filled
+from fedlora.training.few_rows import FilledLinear, multiplied
 
 _PIECE = 256
 """So many squares are summed in float32."""
@@ -191,13 +191,13 @@ class _LinearPerExample(torch.autograd.Function):
             bias = None if bias is None else bias.to(precision)
         ctx.save_for_backward(inputs, weight)
         ctx.layer = layer
-        return F.linear(filled(inputs), weight, bias)[:len(inputs)]
+        return multiplied(inputs, lambda rows: F.linear(rows, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:  # type: ignore[override]
         inputs, weight = ctx.saved_tensors
         ctx.layer.write(inputs, gradient)
-        onward = (filled(gradient) @ weight)[:len(gradient)] if ctx.needs_input_grad[0] else None
+        onward = multiplied(gradient, lambda rows: rows @ weight) if ctx.needs_input_grad[0] else None
         return onward, None, None, None
 
 

@@ -82,20 +82,26 @@ def store_frozen_weights(model: nn.Module, dtype: torch.dtype, keep: Collection[
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
-def attend_in_float32(model: PreTrainedModel) -> None:
-    """On a CPU: keep the fused attention in float32 while the linear layers compute in bfloat16.
+def attend_on_cpu(model: PreTrainedModel) -> None:
+    """On a CPU: fused attention in float32, whatever the linear layers compute in, and always with a mask.
 
     PyTorch 2.13's fused attention has a backward pass for bfloat16 on CPUs that takes up to ten times as long as the
-    one for float32 (sequences of 16 to 64 tokens), and more than half of a whole step. Models that do not use it are
-    left as they are.
+    one for float32 (sequences of 16 to 64 tokens), and more than half of a whole step. transformers leaves the mask out
+    where no record of a batch is padded, which rounds a decoder's attention in another way: one record would change the
+    others' gradients. Models that do not use it are left as they are.
     """
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(_FLOAT32_ATTENTION, _float32_attention)
-        AttentionMaskInterface.register(_FLOAT32_ATTENTION, sdpa_mask)
-        model.set_attn_implementation(_FLOAT32_ATTENTION)
+        AttentionInterface.register(_CPU_ATTENTION, _float32_attention)
+        AttentionMaskInterface.register(_CPU_ATTENTION, _full_mask)
+        model.set_attn_implementation(_CPU_ATTENTION)
 
 
-_FLOAT32_ATTENTION = "fedlora_float32_sdpa"
+_CPU_ATTENTION = "fedlora_cpu_sdpa"
+
+
+def _full_mask(*arguments: Any, **options: Any) -> torch.Tensor | None:
+    """transformers' own, which is never left out."""
+    return sdpa_mask(*arguments, **options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
 def _float32_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,

@@ -27,7 +27,7 @@ from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.per_example import GradientBuffer, per_example, row_norms
 from fedlora.training.precision import (
     ROUNDING,
-    attend_in_float32,
+    attend_on_cpu,
     resolve_device,
     resolve_precision,
     store_frozen_weights,
@@ -128,8 +128,8 @@ class Trainer:
             # what travels stays in float32
             keep = {id(adapted.parameter(spec.name)) for spec in adapted.layout.state}
             store_frozen_weights(adapted.model, torch.bfloat16, keep=keep)
-            if self.device.type == "cpu":
-                attend_in_float32(adapted.model)
+        if self.device.type == "cpu":
+            attend_on_cpu(adapted.model)
         model: nn.Module = adapted.model
         model.to(self.device).eval()
         self._parameters = [(parameter, spec.group) for spec, parameter in adapted.trained_parameters()]

@@ -110,15 +110,16 @@ class InProcessEngine(Engine):
         return pushed
 
     def wait(self, message_ids: Iterable[str], timeout_s: float) -> Mapping[str, Outcome]:
-        """Let pending clients train: one, whatever time it takes, and further ones while `TURN_S` is not over. With
-        none pending nothing new will ever come."""
+        """Let pending clients train: one, whatever time it takes, and further ones while `TURN_S` is not over and all
+        of them upload: after any other answer the round may want to ask somebody else first, whatever the clock says.
+        With none pending nothing new will ever come."""
         wanted = [m for m in message_ids if m in self._orders]
         until, trained = time.monotonic() + TURN_S, False
         for message_id in wanted:
             if self._orders[message_id].outcome is None:
                 self._train(message_id)
                 trained = True
-                if time.monotonic() >= until:
+                if time.monotonic() >= until or self._orders[message_id].outcome != "uploaded":
                     break
         if not trained:
             time.sleep(timeout_s)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModel, DebertaV2Config
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fedlora.adapters import FAMILIES, attach, automatic_targets
 from fedlora.models import load
 from fedlora.privacy import Stream
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
+from fedlora.training import precision as precision_module
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.per_example import GradientBuffer
 from fedlora.training.sampling import LENGTHS
@@ -365,3 +367,15 @@ def test_few_rows_are_multiplied_as_a_multiple_of_four_and_each_record_counts_on
         torch.testing.assert_close(total, alone, rtol=1e-4, atol=1e-6)
     else:
         assert torch.isfinite(total).all() and total.any()
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_has_a_mask_whether_or_not_a_record_of_the_batch_is_padded(kind, precision, monkeypatch):
+    run = plan("lora")
+    trainer, seen = make_trainer(kind, run, precision=precision), []
+    monkeypatch.setattr(precision_module, "sdpa_attention_forward", lambda module, query, key, value, mask, **options: (
+        seen.append(mask), sdpa_attention_forward(module, query, key, value, mask, **options))[1])
+    records = make_records(trainer)
+    clipped_sum(trainer, run, records, np.flatnonzero(records.lengths == 8))
+    assert seen and all(mask is not None for mask in seen)

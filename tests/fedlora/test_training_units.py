@@ -11,7 +11,6 @@ from fedlora.privacy import Stream
 from fedlora.training import trainer as trainer_module
 from fedlora.training.per_example import row_norms
 from fedlora.training.sampling import Draw, Sampler, micro_batches, poisson
-from fedlora.training.steps import rows_of
 from tests.fedlora.private_training import (
     CASES,
     brute_force_row,
@@ -210,13 +209,12 @@ def test_a_run_by_rows_is_bit_for_bit_the_steps_written_out(patients, micro_batc
         total = torch.zeros(buffer.values, dtype=torch.float64)
         for length, part in micro_batches(records.lengths, indices, 32, most=micro_batch or 10**6,
                                           tokens=None if micro_batch else 2048):
-            four_by_four = np.resize(part, rows_of(len(part)))
-            buffer.arm(len(four_by_four))
+            buffer.arm(len(part))
             with trainer.autocast():
                 losses = trainer.task.per_record_loss(trainer.adapted.model,
-                                                      trainer.task.collate(records, four_by_four, length))
-            losses[:len(part)].sum().backward()
-            rows = buffer.rows[:len(part)]
+                                                      trainer.task.collate(records, part, length))
+            losses.sum().backward()
+            rows = buffer.rows
             norms = torch.stack([scale * row_norms(rows[:, span]) for span, scale in spans]).norm(dim=0)
             factors = run.clip_norm * (1 - 1e-5) / norms.clamp(min=run.clip_norm * (1 - 1e-5))
             for span, scale in spans:
@@ -245,3 +243,26 @@ def test_units_cannot_be_left_open():
 def test_a_unit_gives_at_least_one_record():
     with pytest.raises(ValueError, match=r"--rows-per-unit is 0; it must be at least 1"):
         Sampler(3, np.array([0, 0, 1]), 0.5, 0, Stream(b"k" * 32))
+
+
+def test_a_units_gradient_has_the_same_bits_whatever_the_others_are():
+    trainer, run = make_trainer("bert", plan("lora")), plan("lora")
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(3, trainer.buffer.values, generator=generator)
+    own[2] = -own[:2].sum(0) * (1 + 1e-6)  # what is left is rounding for the most part
+
+    def gathered(before, after):
+        optimizer = make_optimizer(trainer, run)
+        rows = torch.cat([torch.randn(before, own.shape[1], generator=generator), own,
+                          torch.randn(after, own.shape[1], generator=generator)])
+        optimizer.open_units(before + 1 + after)
+        trainer.buffer.arm(len(rows))
+        trainer.buffer.rows.copy_(rows)
+        trainer.buffer._written = {id(slot.parameter) for slot in trainer.buffer.slots}
+        optimizer.gather(np.array([*range(before), *[before] * 3, *range(before + 1, before + 1 + after)]),
+                         np.array([1.0] * before + [1 / 3] * 3 + [1.0] * after))
+        return optimizer._units[before]
+
+    alone = gathered(0, 0)
+    assert alone.any()
+    assert all(torch.equal(gathered(before, after), alone) for before in range(6) for after in (0, 1, 5))

@@ -41,6 +41,9 @@ def test_wait_lets_clients_train_until_its_turn_is_over(engine, monkeypatch):
     assert [len(engine.wait(pushed, 0.0)) for _ in range(4)] == [1, 2, 3, 3]
     monkeypatch.setattr(in_process, "TURN_S", 60.0)
     assert len(engine.wait(engine.push_messages(orders(engine, attempt=1)), 0.0)) == 3
+    engine._sessions[node_id("b")].run_round = lambda *_: Refusal("unavailable")
+    pushed = engine.push_messages(orders(engine, attempt=2))
+    assert [len(engine.wait(pushed, 0.0)) for _ in range(2)] == [2, 3], "what the clock says decides no draft"
 
 
 def test_replies_come_in_the_order_asked_and_once(engine):

@@ -227,7 +227,8 @@ def _compare(options: argparse.Namespace) -> int:
     old, new = read_result(options.old), read_result(options.new)
     changes = compare(old, new)
     worse = sum(change.verdict == "worse" for change in changes)
-    gone = sum(change.verdict == "gone" and change.figure in new["figures"] for change in changes)
+    gone = sum(change.verdict == "gone" and change.figure in new["figures"] for change in changes
+               if old["settings"] == new["settings"])
     left_out = [name for name in old["figures"] if name not in new["figures"]]
     broken = [name for name, figure in new["figures"].items()
               if "error" in figure and "error" not in old["figures"].get(name, {"error": ""})]

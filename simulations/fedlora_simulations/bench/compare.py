@@ -1,10 +1,10 @@
 """fedlora-simulate bench compare: two result files, value by value.
 
 A value got worse if its median did, and the quartiles of the two measurements are further apart than its tolerance;
-likewise better. One that a figure had and no longer has counts as worse: else whatever cannot be measured any more
-would pass. A figure that was not measured again at all is only named. Seconds and bytes belong to the machine: they are
-compared only between results of one machine with the same settings, and with a tolerance of their own, as nothing that
-was measured in turn cancels what it did meanwhile.
+likewise better. One that a figure had and, with the same settings, no longer has counts as worse: else whatever cannot
+be measured any more would pass. A figure that was not measured again at all is only named. Seconds and bytes belong to
+the machine: they are compared only between results of one machine with the same settings, and with a tolerance of their
+own, as nothing that was measured in turn cancels what it did meanwhile.
 """
 
 from __future__ import annotations
