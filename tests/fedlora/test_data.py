@@ -2,49 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import json
 import logging
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedlora.data import in_order, label_names, normalize_label, normalize_unit, read
+from fedlora.data import in_order, label_names, normalize_label, read
+from tests.fedlora.data_files import SECRET, refusal, write, write_lines
 
-SECRET = "Mrs Zyxwv"
 NOTES = [("chest pain,\tsweating", 1), (f'{SECRET} said "no"\nand left', 0), ("line\u2028separator and ünïcode", 1)]
 LINES = [(text.replace("\t", " ").replace("\n", " "), label) for text, label in NOTES]
 """What TSV can hold."""
-
-
-def write_lines(path: Path, *lines: object) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), "utf-8")
-    return path
-
-
-def write(path: Path, columns: list[str], rows: list[tuple]) -> Path:
-    if path.suffix == ".jsonl":
-        return write_lines(path, *(dict(zip(columns, row, strict=True)) for row in rows))
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist([dict(zip(columns, row, strict=True)) for row in rows]), path)
-        return path
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
-        writer.writerows([columns, *rows])
-    return path
-
-
-def refusal(path: Path | str, task: str = "classification", **options) -> str:
-    with pytest.raises(ValueError) as caught:
-        read(path, task, **options)
-    seen: BaseException | None = caught.value
-    while seen is not None:
-        assert SECRET not in str(seen)
-        seen = None if seen.__suppress_context__ else seen.__context__
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
@@ -375,64 +346,6 @@ def test_a_hub_datasets_label_of_minus_1_is_missing(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
     assert read("org/name", "classification").labels == ("0", None, "1")
     assert read("org/name", "classification", columns={"label": "stars"}).labels == ("-1", "0", "1")
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
-def test_every_format_gives_the_same_units(tmp_path, suffix):
-    ids = ["p 1", " p 1 ", "p 2", "7"]
-    path = write(tmp_path / f"a{suffix}", ["text", "label", "patient"], [(f"note {i}", 1, i) for i in ids])
-    rows = read(path, "classification", unit="patient")
-    assert rows.units == ("p 1", "p 1", "p 2", "7")
-    assert rows.take([3, 0]).units == ("7", "p 1")
-    assert read(path, "classification").units is None and read(path, "causal-lm", unit="patient").units == rows.units
-
-
-@pytest.mark.parametrize(("value", "name"), [
-    (7, "7"), (7.0, "7"), ("7", "7"), (" 7 ", "7"), ("7.0", "7"), ("007", "007"), ("P1", "P1"), (-3, "-3"),
-    ("e\u0301", "\u00e9"), (2**60 + 1, str(2**60 + 1)), (str(2**60 + 1), str(2**60 + 1)),
-    (None, None), ("", None), (" ", None), (float("nan"), None), ("nan", None), ("NA", None), ("null", None)])
-def test_unit_ids_are_normalised(value, name):
-    assert normalize_unit(value) == name
-
-
-def test_one_id_is_one_unit_in_all_files_and_formats_of_a_folder(tmp_path):
-    write(tmp_path / "a.csv", ["text", "label", "patient"], [("x", 1, "7"), ("y", 1, "8")])
-    write(tmp_path / "b.jsonl", ["text", "label", "patient"], [("x", 1, 7)])
-    write(tmp_path / "c.parquet", ["text", "label", "patient"], [("x", 1, 7.0)])
-    assert read(tmp_path, "classification", unit="patient").units == ("7", "8", "7", "7")
-
-
-@pytest.mark.parametrize("value", [None, "", " ", "NaN", 0.5, True, [SECRET], 1e300])
-def test_a_row_without_an_id_of_its_unit_is_refused(tmp_path, value):
-    path = write_lines(tmp_path / "a.jsonl", {"text": "x", "label": 1, "patient": SECRET},
-                       {"text": SECRET, "label": 1, "patient": value})
-    message = refusal(path, unit="patient")
-    assert f"{path}:2" in message and "patient" in message and ("Fill it" in message or "Write it as" in message)
-    assert "1e" not in message and "0.5" not in message
-
-
-def test_an_id_or_a_role_with_half_a_character_is_refused(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"text": SECRET, "label": 1, "patient": "\ud83d"})
-    assert f"{path}:1: patient holds half of a Unicode surrogate" in refusal(path, unit="patient")
-    path = write_lines(tmp_path / "b.jsonl", {"messages": [{"role": "\ud83d", "content": SECRET},
-                                                           {"role": "assistant", "content": SECRET}]})
-    assert f"{path}:1: role of a message holds half of a Unicode surrogate" in refusal(path, "causal-lm")
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
-def test_an_empty_id_is_refused_in_every_format(tmp_path, suffix):
-    path = write(tmp_path / f"a{suffix}", ["text", "label", "patient"], [("x", 1, "p"), (SECRET, 1, None)])
-    message = refusal(path, unit="patient")
-    assert f"{path}:{'row 2' if suffix == '.parquet' else 3}" in message and "Fill it, or remove the row" in message
-
-
-def test_a_missing_unit_column_lists_those_present(tmp_path):
-    path = write(tmp_path / "a.csv", ["text", "label", "pid"], [(SECRET, 1, "p")])
-    message = refusal(path, unit="patient_id")
-    assert "no column patient_id" in message and "its columns are: text, label, pid" in message
-    assert "--privacy-unit column:NAME" in message and f"{path}:1" in message
-    write(tmp_path / "b.csv", ["text", "label"], [("x", 1)])
-    assert f"{tmp_path / 'b.csv'}:1: there is no column pid" in refusal(tmp_path, unit="pid")
 
 
 @pytest.mark.parametrize(("labels", "ordered"), [
