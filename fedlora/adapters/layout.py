@@ -125,8 +125,8 @@ class AdapterLayout:
 def _within(array: np.ndarray, most: float) -> bool:
     """Whether every value is a number of at most this magnitude.
 
-    A sum of squares bounds each of them, and takes a third of the time of a minimum and a maximum; where it is too
-    large, or not a number, they decide.
+    A sum of squares bounds each of them, in a third of the time that a minimum and a maximum take. Where it is too
+    large or not a number, each value is looked at.
     """
     values = array.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):

@@ -24,18 +24,11 @@ def rows_of(records: int, length: int) -> int:
     return _multiple(records) if length % ROWS else records
 
 
-def filled(values: torch.Tensor) -> torch.Tensor:
-    """[records, d] with rows of zeros at the end, where they are few, on a CPU; any other tensor as it is."""
-    if values.dim() != 2 or values.device.type != "cpu" or (more := _multiple(len(values)) - len(values)) == 0:
-        return values
-    return F.pad(values, (0, 0, 0, more))
-
-
 def multiplied(values: torch.Tensor, multiply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """`multiply(values)`, by way of `filled`."""
-    rows = filled(values)
-    product = multiply(rows)
-    return product if rows is values else product[:len(values)].clone()
+    """`multiply(values)`; few [records, d] on a CPU have rows of zeros at the end meanwhile."""
+    if values.dim() != 2 or values.device.type != "cpu" or (more := _multiple(len(values)) - len(values)) == 0:
+        return multiply(values)
+    return multiply(F.pad(values, (0, 0, 0, more)))[:len(values)].clone()
 
 
 class FilledLinear(nn.Linear):
