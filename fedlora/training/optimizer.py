@@ -13,6 +13,7 @@ for its step, its queue of skipped steps (micro-batches of one draw) and its pas
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ from fedlora.training.tripwires import NoisePool, StepTripwires
 
 CLIP_MARGIN = 1e-5
 """A clipped record is left this much below the clip norm, relatively: more than its norm and its factor can be off."""
+
+
+_DRAWING = ThreadPoolExecutor(thread_name_prefix="noise")
+"""Draws noise while a GPU computes: of a hundred thousand values it takes milliseconds, as a whole step may."""
 
 
 class PerRecordOptimizer(DPOptimizer):
@@ -42,7 +47,7 @@ class PerRecordOptimizer(DPOptimizer):
         noise: where the Gaussians come from.
         pool: of the run's noise, for the tripwire; None for a new one.
     Attributes:
-        clipped: units that were longer than C, counted since the start. Private.
+        draws_ahead: whether a step's noise is drawn while its gradients are computed.
         nonfinite: records whose gradient was not finite and counted as zero. Private, too.
     """
 
@@ -63,9 +68,17 @@ class PerRecordOptimizer(DPOptimizer):
                                 dtype=torch.float32 if device.type == "mps" else torch.float64)
         self._units: torch.Tensor | None = None
         self._drawn_noise: torch.Tensor | None = None
+        self.draws_ahead = device.type != "cpu"
+        self._coming_noise: Future[torch.Tensor] | None = None
+        self._clipped = torch.zeros((), dtype=torch.int64, device=device)
         self._tripwires = StepTripwires(buffer, scales=scales, clip_norm=clip_norm, noise_multiplier=noise_multiplier,
                                         expected_batch_size=expected_batch_size, pool=pool or NoisePool())
-        self.clipped = self.nonfinite = 0
+        self.nonfinite = 0
+
+    @property
+    def clipped(self) -> int:
+        """Units that were longer than C, counted since the start. Private."""
+        return int(self._clipped)
 
     @property
     def clipped_sum(self) -> torch.Tensor:
@@ -95,10 +108,7 @@ class PerRecordOptimizer(DPOptimizer):
         assert self._units is not None, "no units are open"
         self.buffer.check_complete()
         rows = self.buffer.rows
-        finite = torch.linalg.vector_norm(rows, dim=1).isfinite()
-        if refused := int((~finite).sum()):
-            rows[~finite] = 0  # 0 · inf is not 0
-            self.nonfinite += refused
+        self._refuse(rows, torch.linalg.vector_norm(rows, dim=1).isfinite())
         rows *= torch.from_numpy(weights).to(rows)[:, None]
         _, first, counts = np.unique(owners, return_index=True, return_counts=True)
         turn_of = np.arange(len(owners)) - np.repeat(first, counts)
@@ -120,22 +130,40 @@ class PerRecordOptimizer(DPOptimizer):
             return
         norms = torch.stack([scale * row_norms(rows[:, span]) for span, scale in self._groups]).norm(dim=0)
         finite = norms.isfinite()
-        refused = int((~finite).sum())
-        if refused:
-            rows[~finite.to(rows.device)] = 0  # 0 · inf is not 0
+        if self._refuse(rows, finite):
             norms = norms.where(finite, 0.0)
         bound = self.max_grad_norm * (1 - CLIP_MARGIN)
         factors = bound / norms.clamp(min=bound)
         for span, scale in self._groups:
             self._sum[span] += (factors * scale).to(rows) @ rows[:, span]
-        self._tripwires.check_shares(rows, factors)
-        self.clipped += int((norms > bound).sum())
-        self.nonfinite += refused
+        self._tripwires.note_shares(rows, factors)
+        self._clipped += (norms > bound).sum().to(self._clipped.device)
+
+    def _refuse(self, rows: torch.Tensor, finite: torch.Tensor) -> bool:
+        """Take rows that are not finite for zero, and count them; whether there are any. The host waits here alone."""
+        if bool(finite.all()):
+            return False
+        rows[~finite.to(rows.device)] = 0  # 0 · inf is not 0
+        self.nonfinite += int((~finite).sum())
+        return True
+
+    def expect_noise(self) -> None:
+        """At the beginning of a step, or of a part of it."""
+        if self.draws_ahead and self._coming_noise is None:
+            self._coming_noise = _DRAWING.submit(self._draw_noise)
+
+    def _draw_noise(self) -> torch.Tensor:
+        """[values] of the standard normal distribution, in the processor's memory; pinned, if it goes to CUDA: then
+        the copy need not be waited for."""
+        noise = torch.from_numpy(self.noise.gaussian(self.buffer.values))
+        return noise.pin_memory() if self._sum.device.type == "cuda" else noise
 
     def add_noise(self) -> None:
         """Noise on every coordinate in the scaled space, then back to the parameters' own scale."""
-        noise = torch.from_numpy(self.noise.gaussian(self.buffer.values)).to(self._sum)
-        self._drawn_noise = self.noise_multiplier * self.max_grad_norm * noise
+        coming, self._coming_noise = self._coming_noise, None
+        noise = self._draw_noise() if coming is None else coming.result()
+        self._drawn_noise = self.noise_multiplier * self.max_grad_norm * noise.to(
+            self._sum.device, self._sum.dtype, non_blocking=True)
         noised = self._sum + self._drawn_noise
         for span, scale in self._groups:
             noised[span] /= scale
@@ -146,6 +174,7 @@ class PerRecordOptimizer(DPOptimizer):
         """As Opacus': clip, and unless this step is to be skipped, add noise and let the wrapped optimizer step."""
         result = super().step(closure)
         if not self._is_last_step_skipped:
+            self._tripwires.check_shares()
             self._tripwires.check_applied(self._sum, self._drawn_noise)
             self._drawn_noise = None
         return result

@@ -92,6 +92,7 @@ class PrivateStep(Step):
 
     def open(self, group: Draw) -> None:
         super().open(group)
+        self.optimizer.expect_noise()
         if group.owners is not None:
             self.optimizer.open_units(len(group))
 

@@ -278,7 +278,7 @@ class Trainer:
 
     def _accumulate(self, step: Step, records: Records, draw: Draw, stop: Callable[[], bool]) -> float | None:
         """Sum the drawn units' gradients; returns the sum of their records' losses, or None if stopped."""
-        losses = 0.0
+        losses: list[torch.Tensor] = []
         if stop():
             return None
         for group in draw.groups(self.most_rows):
@@ -294,9 +294,9 @@ class Trainer:
                 assert per_record.shape == (len(rows),), "a task gives one loss for each record"
                 per_record = per_record[:len(places)]
                 step.add(per_record, places)
-                losses += float(per_record.detach().sum())
+                losses.append(per_record.detach().sum())
             step.shut()
-        return losses
+        return sum(torch.stack(losses).tolist()) if losses else 0.0
 
     @property
     def most_rows(self) -> int:

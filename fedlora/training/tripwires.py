@@ -62,9 +62,10 @@ class NoisePool:
     def __init__(self) -> None:
         self.values, self.squares = 0, 0.0
 
-    def add(self, noise: torch.Tensor, deviation: float) -> None:
-        self.values += noise.numel()
-        self.squares += float(torch.linalg.vector_norm(noise)) ** 2 / deviation**2
+    def add(self, values: int, norm: float, deviation: float) -> None:
+        """Of noise of so many values: its norm, and the standard deviation that it should have."""
+        self.values += values
+        self.squares += norm**2 / deviation**2
 
     def check(self) -> None:
         """Raises RuntimeError if the deviation is not the intended one."""
@@ -92,6 +93,7 @@ class StepTripwires:
         self._clip_norm, self._divisor = float(clip_norm), float(expected_batch_size)
         self._deviation = float(noise_multiplier) * float(clip_norm)
         self._pool = pool
+        self._longest: list[torch.Tensor] = []  # share of each part of the present step, squared
         self._spans: list[tuple[int, int, float]] = []  # columns of one scale
         for slot in buffer.slots:
             start, scale = slot.columns.start, float(scales[slot.group])
@@ -99,8 +101,8 @@ class StepTripwires:
                 start = self._spans.pop()[0]
             self._spans.append((start, slot.columns.stop, scale))
 
-    def check_shares(self, rows: torch.Tensor, factors: torch.Tensor) -> None:
-        """Each unit's share of the sum, factor · scale · row, is within the clip norm.
+    def note_shares(self, rows: torch.Tensor, factors: torch.Tensor) -> None:
+        """How long the longest of the units' shares of the sum is, factor · scale · row.
 
         Args:
             rows, factors: [units, values] and [units], as they were multiplied.
@@ -108,7 +110,12 @@ class StepTripwires:
         shares = torch.zeros_like(factors)
         for start, stop, scale in self._spans:
             shares += (row_norms(rows[:, start:stop]) * (factors * scale)).square()
-        if not bool((shares.sqrt() <= self._clip_norm).all()):
+        self._longest.append(shares.max())
+
+    def check_shares(self) -> None:
+        """No share of the step was longer than the clip norm."""
+        longest, self._longest = self._longest, []
+        if longest and not float(torch.stack(longest).max().sqrt()) <= self._clip_norm:
             raise alarm("a record's share of the sum is longer than the clip norm")
 
     def check_applied(self, clipped_sum: torch.Tensor, noise: torch.Tensor | None) -> None:
@@ -128,10 +135,12 @@ class StepTripwires:
         error = (added - noise).abs_()
         error -= _ROUNDING * clipped_sum.abs()
         error -= _ROUNDING * noise.abs()
-        if not float(error.max()) <= 0:
+        norm = torch.linalg.vector_norm
+        largest, length, noise_length = torch.stack([error.max(), norm(clipped_sum), norm(added)]).tolist()
+        if not largest <= 0:
             raise alarm("the applied gradient is not the clipped sum with the drawn noise")
-        if self._deviation > _LEAST_NOISE * float(clipped_sum.norm()) / math.sqrt(self._values):
-            self._pool.add(added, self._deviation)
+        if self._deviation > _LEAST_NOISE * length / math.sqrt(self._values):
+            self._pool.add(self._values, noise_length, self._deviation)
 
 
 class GradientTripwire:
@@ -165,11 +174,13 @@ class GradientTripwire:
 
     def note(self, clipped_sum: torch.Tensor, *, telling: bool) -> None:
         """After a draw, before the step: the tensors hold what the gradients were taken at."""
-        for slot in self._slots:
+        waiting = [slot for slot in self._slots if self._names[id(slot.parameter)] in self._waiting]
+        if not waiting:
+            return
+        reached = torch.stack([clipped_sum[slot.columns].any() for slot in waiting]).tolist()
+        for slot, has_gradient in zip(waiting, reached, strict=True):
             name = self._names[id(slot.parameter)]
-            if name not in self._waiting:
-                continue
-            if bool(clipped_sum[slot.columns].any()):
+            if has_gradient:
                 self._waiting.discard(name)
             elif telling and all(bool(other.any()) for other in self._blockers[name]):
                 self._missed.add(name)

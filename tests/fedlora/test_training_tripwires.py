@@ -73,13 +73,13 @@ def test_clipping_that_leaves_out_the_head_is_found(private, monkeypatch):
         if rows is not None:  # the head's part is hidden from the norm, and put back with its clip factor
             head = next(span for span, scale in self._groups if scale == run.head_scale)
             kept = rows[:, head].clone()
-            check = self._tripwires.check_shares
+            check = self._tripwires.note_shares
             rows[:, head] = 0
-            self._tripwires.check_shares = lambda rows, factors: (rows[:, head].copy_(kept), check(rows, factors))
+            self._tripwires.note_shares = lambda rows, factors: (rows[:, head].copy_(kept), check(rows, factors))
             try:
                 PerRecordOptimizer.clip_and_accumulate(self)
             finally:
-                del self._tripwires.check_shares
+                del self._tripwires.note_shares
         else:
             PerRecordOptimizer.clip_and_accumulate(self)
 
