@@ -7,6 +7,7 @@ clients, whose tensors are written in turn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -117,8 +118,14 @@ class AdaptedModel:
         Args:
             which: "trained", "shared" or "state".
         """
-        return {spec.name: self.parameter(spec.name).detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
-                for spec in getattr(self.layout, which)}
+        specs = getattr(self.layout, which)
+        if not specs:
+            return {}
+        # in one piece: a GPU would be waited for once for each
+        values = torch.cat([self.parameter(spec.name).detach().float().flatten() for spec in specs]).cpu()
+        sizes = [math.prod(spec.shape) for spec in specs]
+        return {spec.name: part.reshape(spec.shape).numpy().copy()
+                for spec, part in zip(specs, values.split(sizes), strict=True)}
 
     def trained_parameters(self) -> list[tuple[TensorSpec, nn.Parameter]]:
         """Spec and parameter of every trained tensor, in the order of `layout.trained`."""

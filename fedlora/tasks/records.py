@@ -70,6 +70,11 @@ class Batch:
     attention_mask: torch.Tensor | None = None
     token_type_ids: torch.Tensor | None = None
 
+    def to(self, device: str | torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in (  # type: ignore[arg-type]
+            self.input_ids, self.labels, self.attention_mask, self.token_type_ids)))
+
     def inputs(self) -> dict[str, torch.Tensor]:
         """The model's keyword arguments: all but the labels."""
         given = {"input_ids": self.input_ids, "attention_mask": self.attention_mask,

@@ -19,7 +19,7 @@ k        owners   [records]
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,9 +88,6 @@ class _LinearRouted(torch.autograd.Function):
 class _Share(GradientBuffer):
     """One client's tensors, and its rows of the buffer that all clients share."""
 
-    def show(self, rows: torch.Tensor) -> None:
-        self._rows = rows
-
     def check_complete(self) -> None:
         """It was asked of the shared buffer."""
 
@@ -108,7 +105,7 @@ class _SummedStep(PlainStep):
         rows = self._share.rows
         self._sum += torch.from_numpy(self.group.weights[places]).to(rows) @ rows
 
-    def finish(self, *, telling: bool) -> None:
+    def finish(self, *, telling: Callable[[], bool]) -> None:
         for slot in self._share.slots:
             slot.parameter.grad = (self._sum[slot.columns] / self.divisor).view_as(slot.parameter)
         super().finish(telling=telling)
@@ -149,17 +146,18 @@ class _Client:
 
     def take(self, rows: torch.Tensor, losses: torch.Tensor, places: np.ndarray) -> None:
         """Its part of a micro-batch: gradients and losses by record, and where they stand in the open group."""
-        self.share.show(rows)
+        self.share.show(rows, frozenset())
         self.step.take(places)
         self.share.disarm()
         self._losses += float(losses.sum())
 
     def finish(self) -> None:
-        self.step.finish(telling=tells(self.records, self._draw.indices, self._losses))
+        self.step.finish(telling=lambda: tells(self.records, self._draw.indices, self._losses))
         self.drawn.append(len(self._draw))
         self.loss, self.rows = self.loss + self._losses, self.rows + len(self._draw.indices)
 
     def result(self) -> TrainResult:
+        self.step.check()
         self.gradients.tell()
         self.step.close()
         tell_finite(self.rows, self.step.nonfinite)

@@ -46,9 +46,10 @@ class PerRecordOptimizer(DPOptimizer):
         expected_batch_size: b.
         noise: where the Gaussians come from.
         pool: of the run's noise, for the tripwire; None for a new one.
+    On a GPU the host never waits for what it computes, but where it asks: for `clipped`, `nonfinite` and `check`.
+
     Attributes:
         draws_ahead: whether a step's noise is drawn while its gradients are computed.
-        nonfinite: records whose gradient was not finite and counted as zero. Private, too.
     """
 
     def __init__(self, optimizer: Optimizer, buffer: GradientBuffer, *, scales: Mapping[str, float], clip_norm: float,
@@ -70,15 +71,19 @@ class PerRecordOptimizer(DPOptimizer):
         self._drawn_noise: torch.Tensor | None = None
         self.draws_ahead = device.type != "cpu"
         self._coming_noise: Future[torch.Tensor] | None = None
-        self._clipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._clipped, self._nonfinite = torch.zeros(2, dtype=torch.int64, device=device)
         self._tripwires = StepTripwires(buffer, scales=scales, clip_norm=clip_norm, noise_multiplier=noise_multiplier,
                                         expected_batch_size=expected_batch_size, pool=pool or NoisePool())
-        self.nonfinite = 0
 
     @property
     def clipped(self) -> int:
         """Units that were longer than C, counted since the start. Private."""
         return int(self._clipped)
+
+    @property
+    def nonfinite(self) -> int:
+        """Records whose gradient was not finite and counted as zero. Private, too."""
+        return int(self._nonfinite)
 
     @property
     def clipped_sum(self) -> torch.Tensor:
@@ -130,8 +135,8 @@ class PerRecordOptimizer(DPOptimizer):
             return
         norms = torch.stack([scale * row_norms(rows[:, span]) for span, scale in self._groups]).norm(dim=0)
         finite = norms.isfinite()
-        if self._refuse(rows, finite):
-            norms = norms.where(finite, 0.0)
+        self._refuse(rows, finite)
+        norms = norms.where(finite, 0.0)
         bound = self.max_grad_norm * (1 - CLIP_MARGIN)
         factors = bound / norms.clamp(min=bound)
         for span, scale in self._groups:
@@ -139,13 +144,12 @@ class PerRecordOptimizer(DPOptimizer):
         self._tripwires.note_shares(rows, factors)
         self._clipped += (norms > bound).sum().to(self._clipped.device)
 
-    def _refuse(self, rows: torch.Tensor, finite: torch.Tensor) -> bool:
-        """Take rows that are not finite for zero, and count them; whether there are any. The host waits here alone."""
-        if bool(finite.all()):
-            return False
-        rows[~finite.to(rows.device)] = 0  # 0 · inf is not 0
-        self.nonfinite += int((~finite).sum())
-        return True
+    def _refuse(self, rows: torch.Tensor, finite: torch.Tensor) -> None:
+        """Take rows that are not finite for zero, and count them."""
+        finite = finite.to(rows.device)
+        if rows.device.type == "cuda" or not bool(finite.all()):  # to write them all costs less than to wait
+            rows.masked_fill_(~finite[:, None], 0)  # 0 · inf is not 0
+            self._nonfinite += (~finite).sum()
 
     def expect_noise(self) -> None:
         """At the beginning of a step, or of a part of it."""
@@ -167,22 +171,25 @@ class PerRecordOptimizer(DPOptimizer):
         noised = self._sum + self._drawn_noise
         for span, scale in self._groups:
             noised[span] /= scale
+        noised = noised.float()
         for slot in self.buffer.slots:
-            slot.parameter.grad = noised[slot.columns].view_as(slot.parameter).to(slot.parameter.dtype)
+            slot.parameter.grad = noised[slot.columns].view_as(slot.parameter)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """As Opacus': clip, and unless this step is to be skipped, add noise and let the wrapped optimizer step."""
         result = super().step(closure)
         if not self._is_last_step_skipped:
-            self._tripwires.check_shares()
-            self._tripwires.check_applied(self._sum, self._drawn_noise)
+            self._tripwires.note_applied(self._sum, self._drawn_noise)
             self._drawn_noise = None
         return result
 
+    def check(self) -> None:
+        """After the last step: the tripwires of all. Raises RuntimeError."""
+        self._tripwires.check()
+
     def scale_grad(self) -> None:
-        for slot in self.buffer.slots:
-            assert slot.parameter.grad is not None
-            slot.parameter.grad /= self.expected_batch_size
+        torch._foreach_div_([slot.parameter.grad for slot in self.buffer.slots],  # type: ignore[misc]
+                            self.expected_batch_size)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the finished draw; between micro-batches of one draw only the buffer is released."""

@@ -82,6 +82,11 @@ class GradientBuffer:
         assert self._rows is not None, "the buffer is not armed"
         return self._rows
 
+    @property
+    def written(self) -> frozenset[int]:
+        """Ids of the parameters whose gradients the armed buffer has."""
+        return frozenset(self._written)
+
     def arm(self, records: int) -> None:
         """Expect the gradients of this many records."""
         device = self.slots[0].parameter.device
@@ -89,6 +94,10 @@ class GradientBuffer:
             self._storage = torch.empty(records, self.values, device=device)
         self._rows = self._storage[:records]
         self._written = set()
+
+    def show(self, rows: torch.Tensor, written: frozenset[int]) -> None:
+        """Be armed with rows that have these parameters' gradients already."""
+        self._rows, self._written = rows, set(written)
 
     def keep(self, records: int) -> None:
         """After the backward pass: the rows beyond these belong to no record."""

@@ -22,7 +22,7 @@ ROUNDING = {"fp32": 0.0, "bf16": 0.01}
 micro-batch and so the rounding of the others. Measured on MiniLM, 96 records of SST-2, each clipped: at most 0.004 in
 bf16. It is added to the noise, and never subtracted from what is accounted for. In fp32 it is below `CLIP_MARGIN`. That
 is of tensors as training leaves them: a server that sends tensors made to magnify rounding could have more, but for
-what `fedlora.training.few_rows` prevents."""
+what `fedlora.training.few_rows` prevents, and on CUDA the one shape that all micro-batches of a length have."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -82,21 +82,21 @@ def store_frozen_weights(model: nn.Module, dtype: torch.dtype, keep: Collection[
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
-def attend_on_cpu(model: PreTrainedModel) -> None:
-    """On a CPU: fused attention in float32, whatever the linear layers compute in, and always with a mask.
+def attend_with_mask(model: PreTrainedModel, device: torch.device) -> None:
+    """Fused attention always with a mask; on a CPU in float32, whatever the linear layers compute in.
+
+    transformers leaves the mask out where no record of a batch is padded, which rounds a decoder's attention in another
+    way: one record would change the others' gradients. And to see whether any is, the host waits for a GPU.
 
     PyTorch 2.13's fused attention has a backward pass for bfloat16 on CPUs that takes up to ten times as long as the
-    one for float32 (sequences of 16 to 64 tokens), and more than half of a whole step. transformers leaves the mask out
-    where no record of a batch is padded, which rounds a decoder's attention in another way: one record would change the
-    others' gradients. Models that do not use it are left as they are.
+    one for float32 (sequences of 16 to 64 tokens), and more than half of a whole step. Models that do not use fused
+    attention are left as they are.
     """
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(_CPU_ATTENTION, _float32_attention)
-        AttentionMaskInterface.register(_CPU_ATTENTION, _full_mask)
-        model.set_attn_implementation(_CPU_ATTENTION)
-
-
-_CPU_ATTENTION = "fedlora_cpu_sdpa"
+        name = "fedlora_sdpa_float32" if device.type == "cpu" else "fedlora_sdpa"
+        AttentionInterface.register(name, _float32_attention if device.type == "cpu" else sdpa_attention_forward)
+        AttentionMaskInterface.register(name, _full_mask)
+        model.set_attn_implementation(name)
 
 
 def _full_mask(*arguments: Any, **options: Any) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ padded to a length that depends on its own length alone, so that no other record
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,9 @@ from fedlora.privacy.streams import Stream
 LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """The lengths to which records are padded; beyond the last, multiples of it. Multiples of four, as
 `fedlora.training.few_rows` needs."""
+
+GRAPH_LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
+"""The same on CUDA, where a graph is recorded for each, and padding costs less than a micro-batch more."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +120,19 @@ def subsets(sizes: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def padded_lengths(lengths: np.ndarray, max_length: int) -> np.ndarray:
+def padded_lengths(lengths: np.ndarray, max_length: int, ladder: Sequence[int] = LENGTHS) -> np.ndarray:
     """The padded length of each record: a function of its own length and the plan's constant `max_length`."""
-    ladder = np.array([*LENGTHS, *range(2 * LENGTHS[-1], max_length + LENGTHS[-1], LENGTHS[-1])])
-    return np.minimum(ladder[np.searchsorted(ladder, lengths)], max_length)
+    steps = np.array([*ladder, *range(2 * ladder[-1], max_length + ladder[-1], ladder[-1])])
+    return np.minimum(steps[np.searchsorted(steps, lengths)], max_length)
 
 
-def micro_batches(lengths: np.ndarray, indices: np.ndarray, max_length: int, *, most: int,
-                  tokens: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+def records_at_once(length: int, most: int, tokens: int | None) -> int:
+    """Most records of a micro-batch that is padded to this length; arguments as of `micro_batches`."""
+    return most if tokens is None else max(1, min(most, tokens // length))
+
+
+def micro_batches(lengths: np.ndarray, indices: np.ndarray, max_length: int, *, most: int, tokens: int | None = None,
+                  ladder: Sequence[int] = LENGTHS) -> Iterator[tuple[int, np.ndarray]]:
     """Split drawn records into parts of one padded length each, as even as can be.
 
     Args:
@@ -132,12 +140,12 @@ def micro_batches(lengths: np.ndarray, indices: np.ndarray, max_length: int, *, 
         indices: of the drawn records.
         most: most records in a part.
         tokens: most padded tokens in a part, if that leaves at least one record; None for any number.
+        ladder: the lengths to which records are padded.
     Yields:
         (padded length, indices of the part)
     """
-    padded = padded_lengths(lengths[indices], max_length)
+    padded = padded_lengths(lengths[indices], max_length, ladder)
     for length in np.unique(padded):
         bucket = indices[padded == length]
-        size = most if tokens is None else max(1, min(most, tokens // int(length)))
-        for part in np.array_split(bucket, -(-len(bucket) // size)):
+        for part in np.array_split(bucket, -(-len(bucket) // records_at_once(int(length), most, tokens))):
             yield int(length), part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from fedlora.training.tripwires import GradientTripwire
 
 
 class Step(ABC):
-    """A round's steps, one after the other: for each group of a draw open, (begin, add)*, shut; then finish.
+    """A round's steps: for each group of a draw open, (begin, a pass, take)*, shut; then finish. After all, check.
 
     Attributes:
         clipped: units whose gradient was longer than the clip norm.
@@ -35,25 +36,31 @@ class Step(ABC):
     def begin(self, rows: int) -> None:  # noqa: B027 (a step may have nothing to do here)
         """Before the forward pass of a micro-batch of so many rows."""
 
-    @abstractmethod
-    def add(self, per_record: torch.Tensor, places: np.ndarray) -> None:
-        """Backward pass of a micro-batch.
+    def weights(self, places: np.ndarray, rows: int) -> torch.Tensor | None:
+        """[rows] float32: of the losses in the sum whose gradient is taken; None for ones.
 
         Args:
-            per_record: [records] losses.
-            places: [records] where the records stand in the group.
+            places: [records] where the first of the rows' records stand in the group; the other rows are to be dropped.
         """
+        return None
+
+    @abstractmethod
+    def take(self, places: np.ndarray) -> None:
+        """After the backward pass of a micro-batch, whoever did it; `places` as above."""
 
     def shut(self) -> None:  # noqa: B027
         """The group is complete."""
 
     @abstractmethod
-    def finish(self, *, telling: bool) -> None:
+    def finish(self, *, telling: Callable[[], bool]) -> None:
         """The draw is complete; it may have been empty.
 
         Args:
             telling: see `fedlora.training.tripwires.tells`.
         """
+
+    def check(self) -> None:  # noqa: B027
+        """After the last step: raises RuntimeError if any was not what it should be."""
 
     def close(self) -> None:  # noqa: B027
         """No more steps; drop what is unfinished."""
@@ -66,12 +73,15 @@ class PlainStep(Step):
         self.optimizer, self.divisor = optimizer, divisor
         self.optimizer.zero_grad()
 
-    def add(self, per_record: torch.Tensor, places: np.ndarray) -> None:
-        if self.group.owners is not None:
-            per_record = per_record * torch.from_numpy(self.group.weights[places]).to(per_record)
-        (per_record.sum() / self.divisor).backward()
+    def weights(self, places: np.ndarray, rows: int) -> torch.Tensor:
+        weights = torch.zeros(rows)
+        weights[:len(places)] = torch.from_numpy(self.group.weights[places] / self.divisor)
+        return weights
 
-    def finish(self, *, telling: bool) -> None:
+    def take(self, places: np.ndarray) -> None:
+        """Autograd has added it up."""
+
+    def finish(self, *, telling: Callable[[], bool]) -> None:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:  # an empty draw is a step with a zero gradient, as in the private case
@@ -89,6 +99,7 @@ class PrivateStep(Step):
 
     def __init__(self, optimizer: PerRecordOptimizer, gradients: GradientTripwire) -> None:
         self.optimizer, self.gradients = optimizer, gradients
+        self._refused = 0
 
     def open(self, group: Draw) -> None:
         super().open(group)
@@ -102,17 +113,9 @@ class PrivateStep(Step):
     def begin(self, rows: int) -> None:
         self.optimizer.buffer.arm(rows)
 
-    def add(self, per_record: torch.Tensor, places: np.ndarray) -> None:
-        per_record.sum().backward()
-        self.optimizer.buffer.keep(len(per_record))
-        self.take(places)
-
     def take(self, places: np.ndarray) -> None:
-        """Sum up the gradients that are in the buffer; after the backward pass, whoever did it.
-
-        Args:
-            places: [records] where the buffer's records stand in the group.
-        """
+        """Sum up the gradients that are in the buffer."""
+        self.optimizer.buffer.keep(len(places))
         if self.group.owners is None:
             self._sum_up()
         else:
@@ -127,13 +130,17 @@ class PrivateStep(Step):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def finish(self, *, telling: bool) -> None:
+    def finish(self, *, telling: Callable[[], bool]) -> None:
         optimizer = self.optimizer
-        self.gradients.note(optimizer.clipped_sum, telling=telling and optimizer.nonfinite == self.nonfinite)
-        self.nonfinite = optimizer.nonfinite
+        if self.gradients.waiting:
+            refused, self._refused = self._refused, optimizer.nonfinite
+            self.gradients.note(optimizer.clipped_sum, telling=refused == self._refused and telling())
         optimizer.signal_skip_step(False)
         optimizer.step()
         optimizer.zero_grad()
+
+    def check(self) -> None:
+        self.optimizer.check()
 
     def close(self) -> None:
         self.optimizer.buffer.disarm()

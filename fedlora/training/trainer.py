@@ -8,6 +8,8 @@ Everything else in `TrainResult` is private.
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,22 +23,25 @@ from fedlora.memory import memory_advice
 from fedlora.plan import RunPlan, Tensors
 from fedlora.privacy.streams import RunStreams, Stream
 from fedlora.tasks import Records, Task
-from fedlora.tasks.records import pack
+from fedlora.tasks.records import Batch, pack
 from fedlora.training.few_rows import fill_rows
+from fedlora.training.graphs import GraphedPass
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.per_example import GradientBuffer, per_example, row_norms
 from fedlora.training.precision import (
     ROUNDING,
-    attend_on_cpu,
+    attend_with_mask,
     resolve_device,
     resolve_precision,
     store_frozen_weights,
 )
-from fedlora.training.sampling import Draw, Sampler, micro_batches
+from fedlora.training.sampling import GRAPH_LENGTHS, LENGTHS, Draw, Sampler, micro_batches, records_at_once
 from fedlora.training.steps import PlainStep, PrivateStep, Step
 from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, NoisePool, tell_finite, tells
 
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
+log = logging.getLogger(__name__)
+
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 2048, "mps": 4096}
 """Most padded tokens of a micro-batch where --micro-batch is not given. A constant, so that runs repeat bit for bit."""
 
 BUFFER_BYTES = 256 * 2**20
@@ -128,13 +133,17 @@ class Trainer:
             # what travels stays in float32
             keep = {id(adapted.parameter(spec.name)) for spec in adapted.layout.state}
             store_frozen_weights(adapted.model, torch.bfloat16, keep=keep)
-        if self.device.type == "cpu":
-            attend_on_cpu(adapted.model)
+        if self.device.type != "mps":
+            attend_with_mask(adapted.model, self.device)
         model: nn.Module = adapted.model
         model.to(self.device).eval()
         self._parameters = [(parameter, spec.group) for spec, parameter in adapted.trained_parameters()]
         self.buffer = GradientBuffer(self._parameters)
         self.noise_pool = NoisePool()
+        self._few_shapes = self.device.type == "cuda"
+        self._graphed = GraphedPass(self._compute, self.device) if self._few_shapes else None
+        self._dropping = False
+        self._most_in_a_shape = self.most_rows
         per_example([leaf for leaf, _ in adapted.trained_leaves()], self.buffer)
         fill_rows(adapted.model)
 
@@ -182,12 +191,30 @@ class Trainer:
     def fill_buffer(self, records: Records, indices: np.ndarray, length: int) -> torch.Tensor:
         """Leave the gradient of each of these records in the buffer, which is armed then; returns [records] losses."""
         self.buffer.arm(len(indices))
-        with self.autocast():
-            losses = self.task.per_record_loss(self.adapted.model,
-                                               self.task.collate(records, indices, length, self.device))
-        losses.sum().backward()
+        losses = self._compute(self.task.collate(records, indices, length, self.device), None)
         self.buffer.check_complete()
+        return losses
+
+    def _compute(self, batch: Batch, weights: torch.Tensor | None) -> torch.Tensor:
+        """[records] losses, after the backward pass of their sum, weighted if there are weights."""
+        with self.autocast():
+            losses = self.task.per_record_loss(self.adapted.model, batch)
+        assert losses.shape == batch.input_ids.shape[:1], "a task gives one loss for each record"
+        (losses if weights is None else losses * weights).sum().backward()
         return losses.detach()
+
+    def _pass(self, batch: Batch, weights: torch.Tensor | None) -> torch.Tensor:
+        """`_compute` of a batch in the processor's memory, by a CUDA graph where one can be recorded."""
+        if self._graphed is not None and not self._dropping:
+            try:
+                return self._graphed(batch, weights, self.buffer)
+            except RuntimeError as error:  # what is wrong with the pass itself, it will say again
+                log.info("Training goes on without CUDA graphs: %s", type(error).__name__)
+                log.debug("Why no CUDA graph was recorded", exc_info=True)
+                self._graphed = None
+                if self.buffer.armed:
+                    self.buffer.arm(len(batch.input_ids))
+        return self._compute(batch.to(self.device), None if weights is None else weights.to(self.device))
 
     def _gradients(self, records: Records, indices: np.ndarray, length: int) -> torch.Tensor:
         """[records, values]: of each of these records."""
@@ -231,6 +258,8 @@ class Trainer:
             raise ValueError("a noise multiplier and a noise stream belong together; give both or neither")
         if not 0 < sampling_rate <= 1:
             raise ValueError(f"sampling_rate is {sampling_rate!r}; it must be in (0, 1]")
+        units = 1 if records.units is None else rows_per_unit
+        self._most_in_a_shape = 2 ** math.ceil(math.log2(run.expected_batch * units))
         parameters = [parameter for parameter, _ in self._parameters]
         frozen = FrozenTripwire(self.adapted, parameters)
         gradients = GradientTripwire(self.adapted.layout, self.adapted.parameters(), self.buffer)
@@ -242,17 +271,20 @@ class Trainer:
             step = self.private_step(run, inner, self.buffer, gradients, clip_norm=clip_norm,
                                      noise_multiplier=noise_multiplier, noise=noise)
         drawn: list[int] = []
-        loss, rows = 0.0, 0
+        losses, rows = [], 0
         try:
             with self._dropout(run.dropout, sampling):
                 for _ in range(run.local_steps):
                     draw = sampler.draw()
-                    losses = self._accumulate(step, records, draw, stop)
-                    if losses is None:
+                    loss = self._accumulate(step, records, draw, stop)
+                    if loss is None:
                         break
-                    step.finish(telling=tells(records, draw.indices, losses))
+                    step.finish(telling=lambda draw=draw, loss=loss:  # type: ignore[misc]
+                                tells(records, draw.indices, float(loss)))
                     drawn.append(len(draw))
-                    loss, rows = loss + losses, rows + len(draw.indices)
+                    losses.append(loss)
+                    rows += len(draw.indices)
+            step.check()
         finally:  # a round that failed must leave no record's gradient to the next one
             step.close()
             for parameter in parameters:
@@ -264,8 +296,8 @@ class Trainer:
         total = sum(drawn)
         return TrainResult(
             tensors=self.adapted.read("trained"), steps=len(drawn), drawn=tuple(drawn),
-            mean_loss=loss / rows if rows else float("nan"), clipped_share=step.clipped / total if total else 0.0,
-            nonfinite=step.nonfinite)
+            mean_loss=sum(map(float, losses)) / rows if rows else float("nan"),
+            clipped_share=step.clipped / total if total else 0.0, nonfinite=step.nonfinite)
 
     def private_step(self, run: RunPlan, inner: torch.optim.Optimizer, buffer: GradientBuffer,
                      gradients: GradientTripwire, *, clip_norm: float, noise_multiplier: float,
@@ -276,7 +308,7 @@ class Trainer:
             noise_multiplier=noise_multiplier * (1 + ROUNDING[self.precision]),
             expected_batch_size=run.expected_batch, noise=noise, pool=self.noise_pool), gradients)
 
-    def _accumulate(self, step: Step, records: Records, draw: Draw, stop: Callable[[], bool]) -> float | None:
+    def _accumulate(self, step: Step, records: Records, draw: Draw, stop: Callable[[], bool]) -> torch.Tensor | None:
         """Sum the drawn units' gradients; returns the sum of their records' losses, or None if stopped."""
         losses: list[torch.Tensor] = []
         if stop():
@@ -286,17 +318,15 @@ class Trainer:
             for length, places in self.layout(records, group.indices):
                 if stop():
                     return None
-                rows = np.resize(group.indices[places], step.rows(len(places), length))  # repeated, and dropped again
-                batch = self.task.collate(records, rows, length, self.device)
-                step.begin(len(rows))
-                with self.autocast():
-                    per_record = self.task.per_record_loss(self.adapted.model, batch)
-                assert per_record.shape == (len(rows),), "a task gives one loss for each record"
-                per_record = per_record[:len(places)]
-                step.add(per_record, places)
-                losses.append(per_record.detach().sum())
+                count = len(places)
+                rows = self._at_once(length) if self._few_shapes else step.rows(count, length)
+                repeated = np.resize(group.indices[places], rows)  # the first ones again, and dropped again
+                step.begin(rows)
+                per_record = self._pass(self.task.collate(records, repeated, length), step.weights(places, rows))
+                losses.append(per_record[:count].sum())
+                step.take(places)
             step.shut()
-        return sum(torch.stack(losses).tolist()) if losses else 0.0
+        return torch.stack(losses).sum() if losses else torch.zeros(())
 
     @property
     def most_rows(self) -> int:
@@ -305,11 +335,22 @@ class Trainer:
 
     def layout(self, records: Records, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(padded length, places in `indices`) of each micro-batch of these records."""
-        lengths, places = records.lengths[indices], np.arange(len(indices))
+        most, tokens = self._bounds
+        return micro_batches(records.lengths[indices], np.arange(len(indices)), self.task.max_length, most=most,
+                             tokens=tokens, ladder=GRAPH_LENGTHS if self._few_shapes else LENGTHS)
+
+    @property
+    def _bounds(self) -> tuple[int, int | None]:
+        """Most records and padded tokens of a micro-batch."""
         if self.micro_batch is not None:
-            return micro_batches(lengths, places, self.task.max_length, most=self.micro_batch)
-        return micro_batches(lengths, places, self.task.max_length, most=self.most_rows,
-                             tokens=min(MICRO_BATCH_TOKENS[self.device.type], self.task.most_tokens))
+            return self.micro_batch, None
+        most = min(self.most_rows, self._most_in_a_shape) if self._few_shapes else self.most_rows
+        return most, min(MICRO_BATCH_TOKENS[self.device.type], self.task.most_tokens)
+
+    def _at_once(self, length: int) -> int:
+        """Rows of every micro-batch of this length where shapes are few: as many as it may have, of which there are
+        more than a plan's batches need only up to a power of two."""
+        return records_at_once(length, *self._bounds)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The precision's context, to call the model in."""
@@ -324,6 +365,7 @@ class Trainer:
             yield
             return
         layers = [module for name, module in self.adapted.model.named_modules() if ".lora_dropout." in name]
+        self._dropping = True
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(int(seed.uniform(1)[0] * 2**53))
@@ -332,6 +374,7 @@ class Trainer:
             try:
                 yield
             finally:
+                self._dropping = False
                 for layer in layers:
                     layer.eval()
 

@@ -93,7 +93,8 @@ class StepTripwires:
         self._clip_norm, self._divisor = float(clip_norm), float(expected_batch_size)
         self._deviation = float(noise_multiplier) * float(clip_norm)
         self._pool = pool
-        self._longest: list[torch.Tensor] = []  # share of each part of the present step, squared
+        self._longest: list[torch.Tensor] = []  # share of each part of a step, squared
+        self._applied: list[torch.Tensor] = []  # of each step: largest error; norms of the sum and of the noise
         self._spans: list[tuple[int, int, float]] = []  # columns of one scale
         for slot in buffer.slots:
             start, scale = slot.columns.start, float(scales[slot.group])
@@ -112,14 +113,8 @@ class StepTripwires:
             shares += (row_norms(rows[:, start:stop]) * (factors * scale)).square()
         self._longest.append(shares.max())
 
-    def check_shares(self) -> None:
-        """No share of the step was longer than the clip norm."""
-        longest, self._longest = self._longest, []
-        if longest and not float(torch.stack(longest).max().sqrt()) <= self._clip_norm:
-            raise alarm("a record's share of the sum is longer than the clip norm")
-
-    def check_applied(self, clipped_sum: torch.Tensor, noise: torch.Tensor | None) -> None:
-        """The gradients that the optimizer was just given are (sum + noise) / b, unscaled.
+    def note_applied(self, clipped_sum: torch.Tensor, noise: torch.Tensor | None) -> None:
+        """By how much the gradients that the optimizer was just given are not (sum + noise) / b, unscaled.
 
         Args:
             clipped_sum, noise: [values], in the scaled space.
@@ -136,11 +131,23 @@ class StepTripwires:
         error -= _ROUNDING * clipped_sum.abs()
         error -= _ROUNDING * noise.abs()
         norm = torch.linalg.vector_norm
-        largest, length, noise_length = torch.stack([error.max(), norm(clipped_sum), norm(added)]).tolist()
-        if not largest <= 0:
-            raise alarm("the applied gradient is not the clipped sum with the drawn noise")
-        if self._deviation > _LEAST_NOISE * length / math.sqrt(self._values):
-            self._pool.add(self._values, noise_length, self._deviation)
+        self._applied.append(torch.stack([error.max(), norm(clipped_sum), norm(added)]))
+
+    def check(self) -> None:
+        """What was noted of the steps so far; the first that the host must wait for, on a GPU.
+
+        Raises:
+            RuntimeError: a share is longer than the clip norm, or a step was another than that of the drawn noise.
+        """
+        longest, self._longest = self._longest, []
+        if longest and not float(torch.stack(longest).max().sqrt()) <= self._clip_norm:
+            raise alarm("a record's share of the sum is longer than the clip norm")
+        applied, self._applied = self._applied, []
+        for largest, length, noise_length in torch.stack(applied).tolist() if applied else ():
+            if not largest <= 0:
+                raise alarm("the applied gradient is not the clipped sum with the drawn noise")
+            if self._deviation > _LEAST_NOISE * length / math.sqrt(self._values):
+                self._pool.add(self._values, noise_length, self._deviation)
 
 
 class GradientTripwire:
@@ -172,15 +179,19 @@ class GradientTripwire:
         self._waiting = set(self._names.values())
         self._missed: set[str] = set()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether some tensor has not had a gradient yet."""
+        return bool(self._waiting)
+
     def note(self, clipped_sum: torch.Tensor, *, telling: bool) -> None:
         """After a draw, before the step: the tensors hold what the gradients were taken at."""
-        waiting = [slot for slot in self._slots if self._names[id(slot.parameter)] in self._waiting]
-        if not waiting:
-            return
-        reached = torch.stack([clipped_sum[slot.columns].any() for slot in waiting]).tolist()
-        for slot, has_gradient in zip(waiting, reached, strict=True):
+        nonzero = torch.cumsum(clipped_sum != 0, 0)[[slot.columns.stop - 1 for slot in self._slots]].tolist()
+        for slot, before, until in zip(self._slots, [0, *nonzero], nonzero, strict=False):
             name = self._names[id(slot.parameter)]
-            if has_gradient:
+            if name not in self._waiting:
+                continue
+            if until > before:
                 self._waiting.discard(name)
             elif telling and all(bool(other.any()) for other in self._blockers[name]):
                 self._missed.add(name)
@@ -229,8 +240,9 @@ class FrozenTripwire:
 
     def _seen(self) -> tuple[object, ...]:
         writes = [(parameter.data_ptr(), parameter._version) for parameter in (*self._base, *self._shared)]
-        sample = torch.cat(self._first).float() if self._first else torch.empty(0)
-        return writes, _checksum(sample), [_checksum(parameter.detach()) for parameter in self._shared]
+        sampled = [torch.cat(self._first).float()] if self._first else []
+        sums = [_checksum(values) for values in (*sampled, *(parameter.detach() for parameter in self._shared))]
+        return writes, torch.stack(sums).tolist() if sums else []
 
     def check(self) -> None:
         """At the round's end."""
@@ -238,7 +250,7 @@ class FrozenTripwire:
             raise alarm("frozen tensors of the model were changed during the round")
 
 
-def _checksum(values: torch.Tensor) -> int:
+def _checksum(values: torch.Tensor) -> torch.Tensor:
     """Sum of the bit patterns, so that not-a-number equals itself."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return int(values.contiguous().view(bits).sum(dtype=torch.int64))
+    return values.contiguous().view(bits).sum(dtype=torch.int64)

@@ -50,7 +50,8 @@ def loaded(kind: str, task: str) -> LoadedModel:
 
 
 def make_trainer(kind: str, run: RunPlan, *, precision: str = "fp32", micro_batch: int | None = None,
-                 model: LoadedModel | None = None, kind_of_trainer: type[Trainer] = Trainer) -> Trainer:
+                 model: LoadedModel | None = None, kind_of_trainer: type[Trainer] = Trainer,
+                 device: str = "cpu") -> Trainer:
     """A trainer whose trained and frozen tensors are all random and not small, so that no gradient is 0."""
     model = model or loaded(kind, run.task)
     adapted = attach(model, family=run.family, rank=run.rank, alpha=run.alpha, dropout=run.dropout,
@@ -58,7 +59,7 @@ def make_trainer(kind: str, run: RunPlan, *, precision: str = "fp32", micro_batc
     generator = np.random.default_rng(0)
     adapted.write({spec.name: (0.3 * generator.standard_normal(spec.shape)).astype(np.float32)
                    for spec in adapted.layout.state})
-    return kind_of_trainer(adapted, task_for(run, model.tokenizer), device="cpu", precision=precision,
+    return kind_of_trainer(adapted, task_for(run, model.tokenizer), device=device, precision=precision,
                            micro_batch=micro_batch, threads=1)
 
 

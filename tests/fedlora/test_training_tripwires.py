@@ -98,6 +98,20 @@ def test_a_model_without_any_finite_gradient_is_told(private, caplog):
 
 # noise
 
+def test_noise_that_is_drawn_while_gradients_are_computed_is_the_same(private, monkeypatch):
+    def __init__(self, *given, **options):
+        PerRecordOptimizer.__init__(self, *given, **options)
+        assert not self.draws_ahead, "a processor that computes has no time to spare"
+        self.draws_ahead = True
+
+    trainer, run, records = private
+    start, now = trainer.adapted.read("state"), _train(trainer, run, records)
+    trainer.adapted.write(start)
+    _faulty(monkeypatch, __init__=__init__)
+    ahead = _train(trainer, run, records)
+    assert all(np.array_equal(now.tensors[name], ahead.tensors[name]) for name in now.tensors)
+
+
 def _without_noise(self):
     for slot in self.buffer.slots:
         slot.parameter.grad = self._sum[slot.columns].view_as(slot.parameter).float()

@@ -1,0 +1,130 @@
+"""Passes that are recorded once for each shape and replayed end where passes that are run each time end.
+
+Without a GPU the recording is played by one that computes again on the memory that it was recorded with: what is copied
+where, what is shown to the buffer and what stays of a recording are then tested on any machine.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora.privacy import Stream
+from fedlora.training.graphs import GraphedPass
+from tests.fedlora.private_training import CASES, make_records, make_trainer, plan
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+def played(compute):
+    """A recording on a CPU."""
+    compute()  # warms up, and leaves gradients behind
+    losses = compute().clone()
+    return lambda: losses.copy_(compute()), losses
+
+
+def graphed_trainer(kind, run, *, record=played, **options):
+    trainer = make_trainer(kind, run, **options)
+    trainer._few_shapes, trainer._graphed = True, GraphedPass(trainer._compute, trainer.device, record)
+    return trainer
+
+
+def train(trainer, run, records, sigma=1.0, key=1, rate=0.7):
+    return trainer.train(run, records, sampling_rate=rate, noise_multiplier=sigma, clip_norm=run.clip_norm,
+                         sampling=Stream.derived(key, "a", 1, "sampling"),
+                         noise=None if sigma is None else Stream.derived(key, "a", 1, "noise"))
+
+
+def assert_same(one, other, tolerance=1e-4):
+    assert (one.steps, one.drawn, one.nonfinite) == (other.steps, other.drawn, other.nonfinite)
+    assert one.clipped_share == other.clipped_share
+    assert one.mean_loss == pytest.approx(other.mean_loss, rel=tolerance, nan_ok=True)
+    for name in one.tensors:
+        np.testing.assert_allclose(one.tensors[name], other.tensors[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("units", [False, True], ids=["records", "units"])
+@pytest.mark.parametrize("sigma", [1.0, None], ids=["private", "plain"])
+@pytest.mark.parametrize(("kind", "task"), CASES)
+def test_replayed_rounds_are_those_of_passes_that_are_run(kind, task, sigma, units):
+    run = plan("lora", task, local_steps=3)
+    trainers = [make_trainer(kind, run), graphed_trainer(kind, run)]
+    records = make_records(trainers[0], count=12)
+    if units:
+        records = dataclasses.replace(records, units=np.arange(12) // 3)
+    for key in (1, 2):
+        assert_same(*(train(trainer, run, records, sigma, key) for trainer in trainers))
+    graphs = trainers[1]._graphed._graphs.values()
+    assert {graph.batch.input_ids.shape[1] for graph in graphs} == {16, 32}, "one for each length, used in both rounds"
+
+
+def test_one_trainer_may_train_with_and_without_privacy_by_turns():
+    run = plan(local_steps=2)
+    trainers = [make_trainer("bert", run), graphed_trainer("bert", run)]
+    records = make_records(trainers[0])
+    for key, sigma in enumerate([None, 1.0, None, 1.0]):
+        assert_same(*(train(trainer, run, records, sigma, key) for trainer in trainers))
+
+
+def test_records_that_are_not_finite_count_as_zero_in_a_replay_too():
+    run = plan(local_steps=2)
+    trainers = [make_trainer("bert", run), graphed_trainer("bert", run)]
+    records = make_records(trainers[0])
+    for trainer in trainers:
+        with torch.no_grad():
+            trainer.adapted.model.get_input_embeddings().weight[records.tokens[records.offsets[2]]] = torch.inf
+    assert_same(*(train(trainer, run, records, rate=1.0) for trainer in trainers))
+
+
+@pytest.mark.parametrize("sigma", [1.0, None], ids=["private", "plain"])
+def test_a_pass_that_cannot_be_recorded_goes_on_without_graphs(sigma, caplog):
+    def refused(compute):
+        compute()
+        raise RuntimeError("this pass waits for the GPU")
+
+    run = plan(local_steps=2)
+    trainers = [make_trainer("bert", run), graphed_trainer("bert", run, record=refused)]
+    records = make_records(trainers[0])
+    caplog.set_level("INFO")
+    assert_same(*(train(trainer, run, records, sigma) for trainer in trainers))
+    assert trainers[1]._graphed is None and "without CUDA graphs" in caplog.text
+
+
+@on_cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("kind", "task"), CASES)
+def test_cuda_graphs_are_recorded_and_train_as_without(kind, task, precision):
+    run = plan("lora", task, local_steps=3)
+    trainers = [make_trainer(kind, run, device="cuda", precision=precision) for _ in range(2)]
+    trainers[1]._graphed = None
+    records = make_records(trainers[0], count=12)
+    for key, sigma in enumerate([1.0, None, 1.0]):
+        assert_same(*(train(trainer, run, records, sigma, key) for trainer in trainers),
+                    tolerance=1e-3 if precision == "fp32" else 2e-2)
+    assert trainers[0]._graphed is not None, "the pass was not recorded"
+
+
+@on_cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("kind", "task"), CASES)
+def test_no_records_gradient_on_cuda_depends_on_which_others_there_are(kind, task, precision):
+    run = plan("lora", task, clip_norm=1e6, head_scale=1.0)
+    trainer = make_trainer(kind, run, device="cuda", precision=precision)
+    records = make_records(trainer, count=24)
+
+    def gradients(indices):
+        found = {}
+        for length, places in trainer.layout(records, indices):
+            size = trainer._at_once(length)
+            trainer.buffer.arm(size)
+            trainer._pass(trainer.task.collate(records, np.resize(indices[places], size), length), None)
+            for row, place in zip(trainer.buffer.rows, places, strict=False):
+                found[int(indices[place])] = row.clone()
+        trainer.buffer.disarm()
+        return found
+
+    rows = gradients(np.arange(24))
+    for left_out in range(0, 24, 5):
+        for index, row in gradients(np.delete(np.arange(24), left_out)).items():
+            assert torch.equal(row, rows[index])
