@@ -157,7 +157,6 @@ class _Client:
         self.loss, self.rows = self.loss + self._losses, self.rows + len(self._draw.indices)
 
     def result(self) -> TrainResult:
-        self.step.check()
         self.gradients.tell()
         self.step.close()
         tell_finite(self.rows, self.step.nonfinite)
@@ -196,6 +195,8 @@ class BatchedTrainer(Trainer):
             for _ in range(one.run.local_steps):
                 self._step(records, clients, routes)
             frozen.check()
+            for client in clients:
+                client.step.check()
             self.noise_pool.check()
             return [client.result() for client in clients]
 

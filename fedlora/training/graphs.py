@@ -6,7 +6,8 @@ each shape [records, length] and then replayed on other records, which are copie
 micro-batches on CUDA are filled up to a few shapes, which has another merit: no record's gradient depends on how many
 others there are.
 
-A pass that makes the host wait for the GPU, or does anything else that cannot be recorded, goes on without graphs.
+A pass that makes the host wait for the GPU, or does anything else that cannot be recorded, goes on without graphs; so
+does one with dropout, whose random numbers are to repeat with the round's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,57 +46,61 @@ class _Graph:
 
 
 class GraphedPass:
-    """`compute` for batches in the processor's memory, recorded for each of their shapes.
+    """Passes over batches in the processor's memory, recorded for each of their shapes.
 
     Args:
-        compute: what is recorded; its batch is on the device.
         record: how: given a computation that may be repeated, returns its replay and its result.
     """
 
-    def __init__(self, compute: Compute, device: torch.device,
+    def __init__(self, device: torch.device,
                  record: Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]] | None = None) -> None:
-        self._compute, self._device = compute, device
+        self._device = device
         self._record = record or _CudaRecorder(device)
         self._graphs: dict[tuple[object, ...], _Graph] = {}
         self._gradients: dict[int, torch.Tensor] = {}
 
-    def __call__(self, batch: Batch, weights: torch.Tensor | None, buffer: GradientBuffer) -> torch.Tensor:
+    def __call__(self, compute: Compute, batch: Batch, weights: torch.Tensor | None,
+                 buffer: GradientBuffer) -> torch.Tensor:
         """[records] losses, to be used before the next call; the gradients are in the buffer, if it is armed, or in
         the parameters.
 
+        Args:
+            compute: what is recorded; always of one model, and given its batch on the device.
         Raises:
             RuntimeError: the pass cannot be recorded, or fails.
         """
         if not buffer.armed:
             self._accumulate_in_place(buffer)
+        if batch.attention_mask is None:  # one graph for batches with and without padding
+            batch = replace(batch, attention_mask=torch.ones_like(batch.input_ids))
         shape = (*batch.input_ids.shape, batch.token_type_ids is None, weights is None, id(buffer), buffer.armed)
         graph = self._graphs.get(shape)
         if graph is None:
-            graph = self._graphs[shape] = self._recorded(batch, weights, buffer)
-        _copy(batch.attention_mask, graph.batch.attention_mask)
+            graph = self._graphs[shape] = self._recorded(compute, batch, weights, buffer)
         for given, read in ((batch.input_ids, graph.batch.input_ids), (batch.labels, graph.batch.labels),
+                            (batch.attention_mask, graph.batch.attention_mask),
                             (batch.token_type_ids, graph.batch.token_type_ids), (weights, graph.weights)):
-            if read is not None:
-                _copy(given, read)
+            if given is not None and read is not None:
+                read.copy_(without_waiting(given, self._device), non_blocking=True)
         graph.replay()
         if graph.rows is not None:
             buffer.show(graph.rows, graph.written)
         return graph.losses
 
-    def _recorded(self, batch: Batch, weights: torch.Tensor | None, buffer: GradientBuffer) -> _Graph:
-        mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-        read = Batch(batch.input_ids, batch.labels, mask, batch.token_type_ids).to(self._device)
+    def _recorded(self, compute: Compute, batch: Batch, weights: torch.Tensor | None,
+                  buffer: GradientBuffer) -> _Graph:
+        read = batch.to(self._device)
         weights = None if weights is None else weights.to(self._device)
         armed = buffer.armed
 
-        def compute() -> torch.Tensor:
+        def again() -> torch.Tensor:
             if armed:
                 buffer.arm(len(read.input_ids))
-            return self._compute(read, weights)
+            return compute(read, weights)
 
         before = [gradient.clone() for gradient in self._gradients.values()]
         try:
-            replay, losses = self._record(compute)
+            replay, losses = self._record(again)
         finally:
             for gradient, kept in zip(self._gradients.values(), before, strict=True):
                 gradient.copy_(kept)
@@ -109,15 +114,12 @@ class GraphedPass:
                 self._gradients[id(parameter)] = torch.zeros_like(parameter)
             if parameter.grad is None:
                 parameter.grad = self._gradients[id(parameter)].zero_()
+            assert parameter.grad is self._gradients[id(parameter)], "another gradient would be stepped with"
 
 
-def _copy(given: torch.Tensor | None, read: torch.Tensor | None) -> None:
-    """Without waiting for the GPU; nothing given are ones."""
-    assert read is not None
-    if given is None:
-        read.fill_(1)
-    else:
-        read.copy_(given.pin_memory() if read.is_cuda else given, non_blocking=True)
+def without_waiting(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; a copy to CUDA is done when its turn comes, and not waited for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 class _CudaRecorder:
@@ -129,18 +131,24 @@ class _CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, compute: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
-        with torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                compute()  # what is set up by a first pass must not be recorded
-                with _no_waiting():
-                    compute()
-            torch.cuda.current_stream().wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: another thread may meanwhile ask for memory, as that which draws noise does
-            with _no_collection(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream,
-                                                    capture_error_mode="thread_local"):
-                losses = compute()
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(here):  # whatever happens, this is the current one afterwards
+            try:
+                with torch.cuda.stream(self._stream):
+                    compute()  # what is set up by a first pass must not be recorded
+                    with _no_waiting():
+                        expected = compute()
+                # thread_local: another thread may meanwhile ask for memory, as that which draws noise does
+                with _no_collection(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream,
+                                                        capture_error_mode="thread_local"):
+                    losses = compute()
+            finally:  # what it has begun must not go on beside a pass without graphs
+                here.wait_stream(self._stream)
+            graph.replay()
+        if not torch.allclose(losses, expected, rtol=0.01, atol=1e-3, equal_nan=True):
+            raise RuntimeError("a replay gives other losses than the pass that was recorded")
         return graph.replay, losses
 
 
@@ -159,7 +167,8 @@ def _no_collection() -> Iterator[None]:
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """RuntimeError where the host would wait for the GPU; in a recording it would be an error that damages more."""
+    """RuntimeError where the host would wait for the GPU; in a recording it would be an error that damages more. All
+    threads are held to it: none but this one's backward pass may wait meanwhile."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # says that the mode is a prototype

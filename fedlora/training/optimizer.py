@@ -21,6 +21,7 @@ from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
 from fedlora.privacy.streams import Stream
+from fedlora.training.graphs import without_waiting
 from fedlora.training.per_example import GradientBuffer, row_norms
 from fedlora.training.tripwires import NoisePool, StepTripwires
 
@@ -46,7 +47,8 @@ class PerRecordOptimizer(DPOptimizer):
         expected_batch_size: b.
         noise: where the Gaussians come from.
         pool: of the run's noise, for the tripwire; None for a new one.
-    On a GPU the host never waits for what it computes, but where it asks: for `clipped`, `nonfinite` and `check`.
+    On CUDA the host waits for the GPU where it is asked for `clipped`, `nonfinite` and `check`, and nowhere else.
+
 
     Attributes:
         draws_ahead: whether a step's noise is drawn while its gradients are computed.
@@ -114,14 +116,14 @@ class PerRecordOptimizer(DPOptimizer):
         self.buffer.check_complete()
         rows = self.buffer.rows
         self._refuse(rows, torch.linalg.vector_norm(rows, dim=1).isfinite())
-        rows *= torch.from_numpy(weights).to(rows)[:, None]
+        rows *= without_waiting(torch.from_numpy(weights).float(), rows.device)[:, None]
         _, first, counts = np.unique(owners, return_index=True, return_counts=True)
         turn_of = np.arange(len(owners)) - np.repeat(first, counts)
         # one record of each unit at a time: the order of a unit's additions is fixed, on a GPU too, and its own
         for turn in range(counts.max()):
             chosen = np.flatnonzero(turn_of == turn)
-            self._units.index_add_(0, torch.from_numpy(owners[chosen]).to(rows.device),
-                                   rows[torch.from_numpy(chosen).to(rows.device)])
+            mine, theirs = (without_waiting(torch.from_numpy(which), rows.device) for which in (chosen, owners[chosen]))
+            self._units.index_add_(0, theirs, rows[mine])
         self.buffer.disarm()
 
     def clip_and_accumulate(self) -> None:
@@ -167,7 +169,7 @@ class PerRecordOptimizer(DPOptimizer):
         coming, self._coming_noise = self._coming_noise, None
         noise = self._draw_noise() if coming is None else coming.result()
         self._drawn_noise = self.noise_multiplier * self.max_grad_norm * noise.to(
-            self._sum.device, self._sum.dtype, non_blocking=True)
+            self._sum.device, self._sum.dtype, non_blocking=noise.is_pinned())
         noised = self._sum + self._drawn_noise
         for span, scale in self._groups:
             noised[span] /= scale

@@ -31,6 +31,9 @@ from fedlora.training.few_rows import FilledLinear, multiplied
 _PIECE = 256
 """So many squares are summed in float32."""
 
+_LARGE = 1e19
+"""A row this long counts as not finite: its clip factor would be a float32 of few digits, or 0."""
+
 _SMALL = 1e-9
 """A row this long or longer loses less than a millionth of its norm with its values below 1e-19, if they are fewer
 than a hundred million."""
@@ -137,11 +140,11 @@ def row_norms(rows: torch.Tensor) -> torch.Tensor:
     """L2 norm of each row of [rows, values] float32, right to 1e-6 of itself, in float64.
 
     A long sum of float32 squares comes out too small: those here are of `_PIECE` values. Squares of values below 1e-19
-    vanish: a row that could consist of them is taken in float64. Not finite where a value is not, or, but on CUDA, is
-    above 1e19.
+    vanish: a row that could consist of them is taken in float64. Not finite where a value is not, or is above 1e19.
     """
     if rows.device.type == "cuda":  # memory, not arithmetic, takes the time there, and the host need not wait
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        exact = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return exact.where(exact < _LARGE, torch.inf)
     whole = rows.shape[1] // _PIECE * _PIECE
     pieces = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, _PIECE)), dim=2)
     rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)

@@ -141,7 +141,7 @@ class Trainer:
         self.buffer = GradientBuffer(self._parameters)
         self.noise_pool = NoisePool()
         self._few_shapes = self.device.type == "cuda"
-        self._graphed = GraphedPass(self._compute, self.device) if self._few_shapes else None
+        self._graphed = GraphedPass(self.device) if self._few_shapes else None
         self._dropping = False
         self._most_in_a_shape = self.most_rows
         per_example([leaf for leaf, _ in adapted.trained_leaves()], self.buffer)
@@ -207,7 +207,7 @@ class Trainer:
         """`_compute` of a batch in the processor's memory, by a CUDA graph where one can be recorded."""
         if self._graphed is not None and not self._dropping:
             try:
-                return self._graphed(batch, weights, self.buffer)
+                return self._graphed(self._compute, batch, weights, self.buffer)
             except RuntimeError as error:  # what is wrong with the pass itself, it will say again
                 log.info("Training goes on without CUDA graphs: %s", type(error).__name__)
                 log.debug("Why no CUDA graph was recorded", exc_info=True)
@@ -258,8 +258,6 @@ class Trainer:
             raise ValueError("a noise multiplier and a noise stream belong together; give both or neither")
         if not 0 < sampling_rate <= 1:
             raise ValueError(f"sampling_rate is {sampling_rate!r}; it must be in (0, 1]")
-        units = 1 if records.units is None else rows_per_unit
-        self._most_in_a_shape = 2 ** math.ceil(math.log2(run.expected_batch * units))
         parameters = [parameter for parameter, _ in self._parameters]
         frozen = FrozenTripwire(self.adapted, parameters)
         gradients = GradientTripwire(self.adapted.layout, self.adapted.parameters(), self.buffer)
@@ -272,6 +270,8 @@ class Trainer:
                                      noise_multiplier=noise_multiplier, noise=noise)
         drawn: list[int] = []
         losses, rows = [], 0
+        rows_of_a_draw = run.expected_batch * (1 if records.units is None else rows_per_unit)
+        self._most_in_a_shape = 2 ** math.ceil(math.log2(rows_of_a_draw))
         try:
             with self._dropout(run.dropout, sampling):
                 for _ in range(run.local_steps):
@@ -286,6 +286,7 @@ class Trainer:
                     rows += len(draw.indices)
             step.check()
         finally:  # a round that failed must leave no record's gradient to the next one
+            self._most_in_a_shape = self.most_rows
             step.close()
             for parameter in parameters:
                 parameter.grad = None
@@ -342,14 +343,15 @@ class Trainer:
     @property
     def _bounds(self) -> tuple[int, int | None]:
         """Most records and padded tokens of a micro-batch."""
+        most = self.most_rows if self.micro_batch is None else self.micro_batch
+        if self._few_shapes:  # shapes are filled up
+            most = min(most, self._most_in_a_shape)
         if self.micro_batch is not None:
-            return self.micro_batch, None
-        most = min(self.most_rows, self._most_in_a_shape) if self._few_shapes else self.most_rows
+            return most, None
         return most, min(MICRO_BATCH_TOKENS[self.device.type], self.task.most_tokens)
 
     def _at_once(self, length: int) -> int:
-        """Rows of every micro-batch of this length where shapes are few: as many as it may have, of which there are
-        more than a plan's batches need only up to a power of two."""
+        """Rows of every micro-batch of this length where shapes are few: as many as it may have."""
         return records_at_once(length, *self._bounds)
 
     def autocast(self) -> contextlib.AbstractContextManager:

@@ -103,7 +103,7 @@ class StepTripwires:
             self._spans.append((start, slot.columns.stop, scale))
 
     def note_shares(self, rows: torch.Tensor, factors: torch.Tensor) -> None:
-        """How long the longest of the units' shares of the sum is, factor · scale · row.
+        """Measure the units' shares of the sum, factor · scale · row, for `check`.
 
         Args:
             rows, factors: [units, values] and [units], as they were multiplied.
@@ -114,7 +114,7 @@ class StepTripwires:
         self._longest.append(shares.max())
 
     def note_applied(self, clipped_sum: torch.Tensor, noise: torch.Tensor | None) -> None:
-        """By how much the gradients that the optimizer was just given are not (sum + noise) / b, unscaled.
+        """Measure for `check` whether the gradients that the optimizer was just given are (sum + noise) / b, unscaled.
 
         Args:
             clipped_sum, noise: [values], in the scaled space.

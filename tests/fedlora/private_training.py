@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +64,11 @@ def make_trainer(kind: str, run: RunPlan, *, precision: str = "fp32", micro_batc
                            micro_batch=micro_batch, threads=1)
 
 
-def make_records(trainer: Trainer, *, count: int = len(LENGTHS), seed: int = 1) -> Records:
+def make_records(trainer: Trainer, *, count: int = len(LENGTHS), seed: int = 1,
+                 lengths: Sequence[int] = LENGTHS) -> Records:
     """Random tokens, which is all that a gradient needs; half of a language model's tokens are prompt."""
     generator = np.random.default_rng(seed)
-    lengths = [LENGTHS[i % len(LENGTHS)] for i in range(count)]
+    lengths = [lengths[i % len(lengths)] for i in range(count)]
     tokens = [generator.integers(10, VOCABULARY, size=n).tolist() for n in lengths]
     pad = trainer.task.tokenizer.pad_token_id
     if trainer.task.name == "classification":

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from fedlora.adapters import FAMILIES
-from fedlora.privacy import RunStreams
+from fedlora.privacy import RunStreams, Stream
 from fedlora.tasks import concatenate
 from fedlora.training import BatchedTrainer, Training
+from fedlora.training import trainer as trainer_module
+from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.per_example import PerExampleLinear
 from tests.fedlora.private_training import CASES, make_records, make_trainer, plan
 
@@ -141,3 +143,28 @@ def test_concatenated_records_are_the_records_one_after_the_other():
     last = trainer.task.collate(several[2], np.arange(9), 32)
     same = trainer.task.collate(whole, np.arange(17, 26), 32)
     assert torch.equal(last.input_ids, same.input_ids) and torch.equal(last.labels, same.labels)
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    (lambda noise: 0 * noise, "standard deviation"),
+    (lambda noise: 1.5 * noise, "standard deviation"),
+    (lambda noise: np.nan * noise, "not the clipped sum with the drawn noise"),
+])
+def test_noise_that_is_not_what_it_should_be_is_found_before_the_round_is_released(fault, said, monkeypatch):
+    trainer, trainings = make()
+    gaussian = Stream.gaussian
+    monkeypatch.setattr(Stream, "gaussian", lambda self, count: fault(gaussian(self, count)))
+    with pytest.raises(RuntimeError, match=said):
+        trainer.run_all(trainings)
+
+
+def test_a_step_that_is_not_made_as_it_should_be_is_found_before_the_round_is_released(monkeypatch):
+    def scaled_twice(self):
+        PerRecordOptimizer.scale_grad(self)
+        PerRecordOptimizer.scale_grad(self)
+
+    trainer, trainings = make()
+    monkeypatch.setattr(trainer_module, "PerRecordOptimizer",
+                        type("Faulty", (PerRecordOptimizer,), {"scale_grad": scaled_twice}))
+    with pytest.raises(RuntimeError, match="not the clipped sum with the drawn noise"):
+        trainer.run_all(trainings)

@@ -5,6 +5,8 @@ where, what is shown to the buffer and what stays of a recording are then tested
 """
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ def played(compute):
 
 def graphed_trainer(kind, run, *, record=played, **options):
     trainer = make_trainer(kind, run, **options)
-    trainer._few_shapes, trainer._graphed = True, GraphedPass(trainer._compute, trainer.device, record)
+    trainer._few_shapes, trainer._graphed = True, GraphedPass(trainer.device, record)
     return trainer
 
 
@@ -65,6 +67,34 @@ def test_one_trainer_may_train_with_and_without_privacy_by_turns():
     records = make_records(trainers[0])
     for key, sigma in enumerate([None, 1.0, None, 1.0]):
         assert_same(*(train(trainer, run, records, sigma, key) for trainer in trainers))
+    assert {graph.rows is None for graph in trainers[1]._graphed._graphs.values()} == {True, False}
+
+
+def test_what_a_graph_reads_is_this_batchs_mask_and_segments_and_no_other():
+    run = plan(local_steps=2)
+    trainers = [make_trainer("bert", run, micro_batch=1), graphed_trainer("bert", run, micro_batch=1)]
+    records = make_records(trainers[0], lengths=(9, 16, 12, 32, 20, 32, 16, 7))  # some fill what others are padded to
+    random = np.random.default_rng(0)
+    records = dataclasses.replace(records, segments=random.integers(0, 2, len(records.tokens), dtype=np.uint8))
+    assert_same(*(train(trainer, run, records, rate=1.0) for trainer in trainers))
+    assert {tuple(graph.batch.input_ids.shape) for graph in trainers[1]._graphed._graphs.values()} == {(1, 16), (1, 32)}
+
+
+def test_a_micro_batch_is_filled_up_to_what_a_plan_needs_and_not_to_all_that_is_allowed():
+    run = plan(expected_batch=3)
+    trainer = graphed_trainer("bert", run, micro_batch=1000)
+    train(trainer, run, make_records(trainer), rate=1.0)
+    assert {graph.batch.input_ids.shape[0] for graph in trainer._graphed._graphs.values()} == {4}
+    assert trainer._at_once(16) == 1000, "what others ask of the trainer does not depend on what was trained before"
+
+
+def test_dropout_has_no_graphs():
+    run = plan(local_steps=2, dropout=0.3)
+    one, other = graphed_trainer("bert", run), graphed_trainer("bert", run)
+    other._graphed = None
+    records = make_records(one)
+    assert_same(train(one, run, records), train(other, run, records), tolerance=0)
+    assert not one._graphed._graphs
 
 
 def test_records_that_are_not_finite_count_as_zero_in_a_replay_too():
@@ -128,3 +158,17 @@ def test_no_records_gradient_on_cuda_depends_on_which_others_there_are(kind, tas
     for left_out in range(0, 24, 5):
         for index, row in gradients(np.delete(np.arange(24), left_out)).items():
             assert torch.equal(row, rows[index])
+
+
+@on_cuda
+def test_a_trainer_that_is_not_used_any_more_takes_its_graphs_with_it():
+    run = plan()
+    trainer = make_trainer("bert", run, device="cuda")
+    train(trainer, run, make_records(trainer))
+    there = weakref.ref(trainer)
+    gc.disable()
+    try:
+        del trainer
+        assert there() is None
+    finally:
+        gc.enable()
