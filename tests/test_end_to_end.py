@@ -103,6 +103,30 @@ def test_a_stopped_server_writes_the_last_finished_round_and_tells_the_clients(d
     assert "the coordinator stopped the run" in deployment.log("hospital-0")
 
 
+def test_a_second_signal_ends_a_server_at_once_whoever_does_not_answer(deployment, tmp_path):
+    deployment.server("--min-clients", 1, *SMALL, "--rounds", 500)
+    deployment.client("north", hospitals(tmp_path, 1)[0])
+    deployment.wait_for("server", "round 1: 1 of 1 replied")
+    deployment.processes["north"].send_signal(signal.SIGSTOP)  # the goodbye waits for it
+    deployment.processes["server"].send_signal(signal.SIGINT)
+    deployment.wait_for("server", "Again to stop at once")
+    deployment.processes["server"].send_signal(signal.SIGINT)
+    assert deployment.end("server", 1) == 130
+    assert not (deployment.out / "report.json").exists(), "the first signal was enough: this test shows nothing"
+
+
+def test_without_labels_the_server_takes_the_union_of_what_clients_say_they_disclose(deployment, tmp_path):
+    deployment.server("--min-clients", 2, *SMALL, "--rounds", 1)
+    for name, labels in {"north": ("routine", "urgent"), "south": ("routine", "acute")}.items():
+        deployment.client(name, write_rows(tmp_path / name / "rows.jsonl", 1, labels=labels))
+    assert deployment.end("server") == 0, deployment.log("server")
+    assert "Disclosed to the server: the label names routine, urgent" in deployment.log("north")
+    assert "south ready: discloses its label names acute, routine" in deployment.log("server")
+    report = json.loads((deployment.out / "report.json").read_text())
+    assert report["plan"]["labels"] == ["acute", "routine", "urgent"]
+    assert report["disclosed"]["north"]["joined_with"]["label_names"] == ["routine", "urgent"]
+
+
 def test_a_client_leaves_politely_and_a_restarted_one_goes_on_with_its_account(deployment, tmp_path):
     deployment.server("--min-clients", 2, "--min-replies", 1, *SMALL, "--rounds", 500)
     files = hospitals(tmp_path, 2)
