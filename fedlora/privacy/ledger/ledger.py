@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from fedlora.plan import ROW, check_unit, unit_column
@@ -34,6 +35,7 @@ from fedlora.privacy.ledger.lifetime import (
     RunTerms,
 )
 from fedlora.privacy.ledger.register import Register
+from fedlora.privacy.ledger.reservation import Reservation
 from fedlora.privacy.ledger.witnesses import Witnesses
 
 
@@ -336,7 +338,7 @@ class Ledger:
             if not closes <= run.closes:  # a limit was lowered since, or more data overlap
                 self._chain.append("run", dataset=dataset, terms=asdict(run.terms), closes=sorted(closes))
             sequence = self._chain.append("reserved", dataset=dataset, run_id=run_id, round=round, attempt=attempt)
-        return Reservation(self, dataset, sequence)
+        return Reservation(self._chain, sequence, partial(self._release, dataset, sequence))
 
     def is_stored(self, dataset: str, run_id: str, round: int, attempt: int) -> bool:
         """Whether the finished update of this training was stored, so that it may be sent again."""
@@ -366,62 +368,6 @@ class Ledger:
             self._witnesses.testify(book, dataset)
             if book.charges[sequence].state == "stored":
                 self._chain.append("released", charge=sequence)
-
-
-class Reservation:
-    """One charged training. Made by `Ledger.reserve`; of no use after the process ends."""
-
-    def __init__(self, ledger: Ledger, dataset: str, sequence: int) -> None:
-        self._ledger, self._dataset, self.sequence = ledger, dataset, sequence
-        self._state = "reserved"
-
-    def _step(self, *, expected: str, to: str) -> None:
-        self._ledger._chain.check_process()
-        if self._state != expected:
-            raise LedgerError(f"charge {self.sequence} is {self._state} and cannot become {to}; a second training "
-                              "needs a charge of its own")
-        self._state = to
-
-    def begin(self) -> None:
-        """Right before the first record is read. From here on it is spent, and good for one training.
-
-        Raises:
-            LedgerError: it has begun before, or was voided.
-        """
-        with self._ledger._chain.mutex:
-            self._step(expected="reserved", to="begun")
-
-    def void(self) -> None:
-        """Nothing was read and nothing will be: take the charge back.
-
-        Raises:
-            LedgerError: it has begun, or the disk failed; then it stays charged, and is of no more use.
-        """
-        with self._ledger._chain.mutex:
-            self._step(expected="reserved", to="voided")  # whatever the disk says: it can no longer begin
-            with self._ledger._chain.transaction():
-                self._ledger._chain.append("voided", charge=self.sequence)
-
-    def stored(self, sha256: str) -> None:
-        """The finished, noised update is on the disk; `sha256` (64 hex digits) is that of its bytes.
-
-        Raises:
-            LedgerError: the training has not begun, or the disk failed.
-        """
-        with self._ledger._chain.mutex:
-            if self._state != "begun":
-                raise LedgerError(f"charge {self.sequence} is {self._state}: call begin before the training")
-            with self._ledger._chain.transaction():
-                self._ledger._chain.append("stored", charge=self.sequence, sha256=sha256)
-            self._state = "stored"
-
-    def released(self) -> None:
-        """Right before the update leaves: the witness, then the ledger. Again, for sending again: no cost.
-
-        Raises:
-            LedgerError: it was not stored, or witness or ledger cannot be written; nothing may leave then.
-        """
-        self._ledger._release(self._dataset, self.sequence)
 
 
 def _is_whole(path: Path, simulated: bool) -> bool:
