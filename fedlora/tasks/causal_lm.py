@@ -132,7 +132,7 @@ class CausalLM(Task):
         if logits.is_cuda:
             losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED,
                                      reduction="none").view_as(targets)
-            return losses.sum(1), answer.sum(1).float()
-        losses = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
-        losses[answer] = F.cross_entropy(logits[answer].float(), targets[answer], reduction="none")
+        else:
+            losses = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
+            losses[answer] = F.cross_entropy(logits[answer].float(), targets[answer], reduction="none")
         return losses.sum(1), answer.sum(1).float()

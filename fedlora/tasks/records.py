@@ -70,16 +70,17 @@ class Batch:
     attention_mask: torch.Tensor | None = None
     token_type_ids: torch.Tensor | None = None
 
-    def to(self, device: str | torch.device) -> Batch:
-        """The same on another device."""
-        return Batch(*(None if tensor is None else tensor.to(device) for tensor in (  # type: ignore[arg-type]
-            self.input_ids, self.labels, self.attention_mask, self.token_type_ids)))
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """The model's keyword arguments: all but the labels."""
-        given = {"input_ids": self.input_ids, "attention_mask": self.attention_mask,
-                 "token_type_ids": self.token_type_ids}
-        return {name: tensor for name, tensor in given.items() if tensor is not None}
+        return {name: tensor for name, tensor in self.tensors().items() if name != "labels"}
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
 
 def pack(sequences: Sequence[Tokens], pad_id: int, *, labels: Sequence[int] | None = None,

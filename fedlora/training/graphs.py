@@ -77,11 +77,11 @@ class GraphedPass:
         graph = self._graphs.get(shape)
         if graph is None:
             graph = self._graphs[shape] = self._recorded(compute, batch, weights, buffer)
-        for given, read in ((batch.input_ids, graph.batch.input_ids), (batch.labels, graph.batch.labels),
-                            (batch.attention_mask, graph.batch.attention_mask),
-                            (batch.token_type_ids, graph.batch.token_type_ids), (weights, graph.weights)):
-            if given is not None and read is not None:
-                read.copy_(without_waiting(given, self._device), non_blocking=True)
+        read = graph.batch.tensors()
+        for name, given in batch.tensors().items():
+            read[name].copy_(without_waiting(given, self._device), non_blocking=True)
+        if weights is not None and graph.weights is not None:
+            graph.weights.copy_(without_waiting(weights, self._device), non_blocking=True)
         graph.replay()
         if graph.rows is not None:
             buffer.show(graph.rows, graph.written)

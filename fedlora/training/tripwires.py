@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -187,7 +188,7 @@ class GradientTripwire:
     def note(self, clipped_sum: torch.Tensor, *, telling: bool) -> None:
         """After a draw, before the step: the tensors hold what the gradients were taken at."""
         nonzero = torch.cumsum(clipped_sum != 0, 0)[[slot.columns.stop - 1 for slot in self._slots]].tolist()
-        for slot, before, until in zip(self._slots, [0, *nonzero], nonzero, strict=False):
+        for slot, (before, until) in zip(self._slots, pairwise([0, *nonzero]), strict=True):
             name = self._names[id(slot.parameter)]
             if name not in self._waiting:
                 continue

@@ -109,11 +109,7 @@ def record_gradients(trainer: Trainer, records: Records) -> torch.Tensor:
     """[records, values] float32 on the CPU: the gradient of each record's loss at the model's present tensors."""
     rows = torch.empty(len(records), trainer.buffer.values)
     for length, part in trainer.layout(records, np.arange(len(records))):
-        trainer.buffer.arm(len(part))
-        with trainer.autocast():
-            batch = trainer.task.collate(records, part, length, trainer.device)
-            losses = trainer.task.per_record_loss(trainer.adapted.model, batch)
-        losses.sum().backward()
+        trainer.fill_buffer(records, part, length)
         rows[torch.from_numpy(part)] = trainer.buffer.rows.cpu()
         trainer.buffer.disarm()
     return rows
