@@ -53,8 +53,8 @@ class Process(Protocol):
     def kill(self) -> None: ...
 
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.warm"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.warm"])
 
 
 class Forked:
@@ -62,7 +62,7 @@ class Forked:
 
     def __init__(self, command: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         log.write_bytes(b"")  # there at once, as whoever waits for a word in it expects
-        self._process = _FORKS.Process(target=_run, args=(command, arguments, log, environment), daemon=True)
+        self._process = FORKS.Process(target=_run, args=(command, arguments, log, environment), daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

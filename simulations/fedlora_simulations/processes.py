@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+import sys
 import traceback
 from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 
-from fedlora.training import Training, TrainResult
+from fedlora.training import Training, TrainResult, resolve_device
 
 from .worker import Blueprint, Worker, WorkerLost, Workers
 
@@ -16,11 +17,16 @@ from .worker import Blueprint, Worker, WorkerLost, Workers
 class ProcessWorkers(Workers):
     """Starts `count` processes, which end with this one. Each builds its trainer when it has its first training.
 
-    They are spawned: a fork of a process in which PyTorch has threads or a GPU may hang.
+    They are never forked from this process: PyTorch's threads would be missing in them. On Linux without a GPU they are
+    forked from one that has imported the libraries and done no more, which saves every worker, of every run, the time
+    and the memory of that; elsewhere each begins with its imports.
     """
 
     def __init__(self, blueprint: Blueprint, count: int) -> None:
-        context = get_context("spawn")
+        imported_once = sys.platform == "linux" and resolve_device(blueprint.device).type == "cpu"
+        context = get_context("forkserver" if imported_once else "spawn")
+        if imported_once:
+            context.set_forkserver_preload([Worker.__module__])
         self._processes = {}
         for index in range(count):
             ours, theirs = context.Pipe()

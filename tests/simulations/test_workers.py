@@ -171,6 +171,8 @@ def test_a_client_that_comes_back_gives_what_it_trained_meanwhile(engine):
 class Doomed:
     """A blueprint whose trainer cannot be built."""
 
+    device = "cpu"
+
     def __init__(self, error):
         self.error = error
 
