@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 
 from fedlora.training import Training, TrainResult, resolve_device
 
@@ -23,9 +24,9 @@ class ProcessWorkers(Workers):
     """
 
     def __init__(self, blueprint: Blueprint, count: int) -> None:
-        imported_once = sys.platform == "linux" and resolve_device(blueprint.device).type == "cpu"
-        context = get_context("forkserver" if imported_once else "spawn")
-        if imported_once:
+        context: ForkServerContext | SpawnContext = get_context("spawn")
+        if sys.platform == "linux" and resolve_device(blueprint.device).type == "cpu":
+            context = get_context("forkserver")
             context.set_forkserver_preload([Worker.__module__])
         self._processes = {}
         for index in range(count):
