@@ -20,7 +20,7 @@ from fedlora import wire
 from fedlora.adapters import FAMILIES, AdapterLayout, TensorSpec
 from fedlora.plan import RoundPlan
 from fedlora_server.grpc_engine import GrpcEngine
-from fedlora_strategies.messages import to_record, train_message
+from fedlora_strategies.messages import to_record, train_messages
 
 from ..federations import plan, tensors
 from ..grpc_clients import RAW_OPTIONS
@@ -69,7 +69,7 @@ def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
         nonlocal number
         number += 1
         order = RoundPlan(run, number, 0, wire.digest({}))
-        ids = engine.push_messages(train_message(order, record, node) for node in engine.idle())
+        ids = engine.push_messages(train_messages(order, ((node, record) for node in engine.idle())))
         while len(outcomes := engine.wait(ids, 1.0)) < clients:
             _check(processes)
         assert set(outcomes.values()) == {"uploaded"}
