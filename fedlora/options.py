@@ -3,6 +3,7 @@
 A value comes from, in falling order: the command line, the file's table named after the command ([server], [client],
 [simulate]), the file's top level, the run that is resumed, the preset of (strategy, privacy), the default below. A key
 that belongs to another command is left to it, so that one file drives all three; one that belongs to none is an error.
+The server's `seed` is also the one seed of a simulation, if `seeds` names none.
 """
 
 from __future__ import annotations
@@ -230,10 +231,17 @@ OPTIONS: tuple[Option, ...] = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line: the usage would be thirty more."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def build_parser(command: str, description: str) -> argparse.ArgumentParser:
     """The parser of one command. Its defaults are all absent, so that `read_options` can tell what was given."""
-    parser = argparse.ArgumentParser(prog=f"fedlora-{command}", description=description, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
+    parser = _Parser(prog=f"fedlora-{command}", description=description, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS)
     for option in _options_of(command):
         if option.parse is None:
             parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, help=option.help)
@@ -298,7 +306,9 @@ def _config_arguments(path: Path, command: str) -> list[str]:
     except OSError as error:
         raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not TOML: {error}") from None
+        hint = "; beside a table [server], the client's `server` belongs under [client]" if "overwrite" in str(
+            error) else ""
+        raise ValueError(f"--config {path} is not TOML: {error}{hint}") from None
     own = table.pop(command, {})
     for other in {SERVER, CLIENT, SIMULATE} - {command}:
         table.pop(other, None) if isinstance(table.get(other), dict) else None
@@ -306,6 +316,8 @@ def _config_arguments(path: Path, command: str) -> list[str]:
         table[command], own = own, {}
     others = {option.key for option in OPTIONS} - {option.key for option in _options_of(command)}
     values = {key: value for key, value in table.items() if key.replace("_", "-") not in others} | own
+    if command == SIMULATE and "seed" in table:
+        values = {"seeds": table["seed"]} | values
     if "config" in values:
         raise ValueError(f"--config {path}: 'config' cannot name another file")
     if "resume" in values:
@@ -320,7 +332,7 @@ def _arguments(values: Mapping[str, Any], command: str, source: str) -> list[str
     for key, value in values.items():
         name = key.replace("_", "-")
         if name not in here:
-            close = difflib.get_close_matches(name, here, n=1)
+            close = difflib.get_close_matches(name, [option.key for option in OPTIONS], n=1)
             raise ValueError(f"{source}: {key!r} is not an option of fedlora-{command}"
                              + (f"; did you mean {close[0]!r}?" if close else ""))
         if here[name].parse is None:

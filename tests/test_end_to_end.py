@@ -40,21 +40,22 @@ def charges(deployment, name):
         ledger.close()
 
 
-@pytest.mark.parametrize(("method", "wire_dtype"), [
-    ("fedavg-lora", "fp32"), ("ffa-lora", "fp32"), ("fed-sb", "fp32"), ("fedsvd", "fp32"), ("fedsvd", "bf16"),
-    ("fed-sb:dp", "fp32")])
-def test_simulation_and_grpc_end_with_the_same_adapter(deployment, tmp_path, method, wire_dtype):
+@pytest.mark.parametrize(("method", "wire_dtype", "cohort"), [
+    ("fedavg-lora", "fp32", 3), ("ffa-lora", "fp32", 3), ("fed-sb", "fp32", 2), ("fedsvd", "fp32", 3),
+    ("fedsvd", "bf16", 3), ("fed-sb:dp", "fp32", 3)])
+def test_simulation_and_grpc_end_with_the_same_adapter(deployment, tmp_path, method, wire_dtype, cohort):
     strategy, _, init = method.partition(":")
     start = ("--init", init) if init else ()
     files = [write_rows(tmp_path / "data" / f"hospital-{i}.jsonl", seed=i) for i in range(3)]
-    deployment.server("--strategy", strategy, *start, "--min-clients", 3, "--min-replies", 3, "--seed", 5,
-                      "--wire-dtype", wire_dtype, *SMALL)
+    small = [*SMALL, "--min-replies", cohort, *(("--clients-per-round", cohort) if cohort < 3 else ())]
+    deployment.server("--strategy", strategy, *start, "--min-clients", 3, "--seed", 5,
+                      "--wire-dtype", wire_dtype, *small)
     for file in files:
         deployment.client(file.stem, file, seed=5)
     assert deployment.end("server") == 0, deployment.log("server")
     arguments = [f"--strategy={method}", f"--model={deployment.checkpoint}", f"--data={tmp_path / 'data'}",
                  "--partition=files", "--threads=1", "--device=cpu", "--precision=fp32", f"--wire-dtype={wire_dtype}",
-                 *map(str, SMALL)]
+                 *map(str, small)]
     options = read_options(build_parser(SIMULATE, ""), SIMULATE, arguments)
     simulate(options, Method.parse(method), 5, find_model(options), populate(options, 5), out=tmp_path)
     simulated, deployed = (load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -175,7 +176,8 @@ def test_a_taken_port_is_exit_code_2_and_names_the_port(deployment):
     (["--task", "causal-lm"], "is an encoder"), (["--labels", "one"], "at least two"),
     (["--eval-data", "missing.jsonl"], "missing.jsonl"), (["--rank", "0"], "--rank"),
     (["--max-participations", "9", "--rounds", "3"], "more than the 3 rounds"), (["--max-length", "9999"], "9999"),
-    (["--dropout", "0.1"], "--privacy off")])
+    (["--dropout", "0.1"], "--privacy off"), (["--min-replies", "3", "--clients-per-round", "2"], "--min-replies is 3"),
+    (["--address", "0.0.0.0:9092"], "--insecure")])
 def test_what_cannot_work_fails_before_the_port_is_bound(deployment, arguments, message):
     deployment.server(*arguments)
     assert deployment.end("server", 60) == 2

@@ -80,8 +80,7 @@ def _verify(arguments: Sequence[str]) -> int:
 
 
 def _run(options: Namespace) -> int:
-    from rich.console import Console
-
+    from fedlora.console import messages
     from fedlora.plan import Refused
     from fedlora.wire import WireError
 
@@ -89,7 +88,7 @@ def _run(options: Namespace) -> int:
     from .connection import ServerUnreachable
 
     try:
-        take_part(options, Console(stderr=True, markup=False, highlight=False))
+        take_part(options, messages())
     except (ValueError, MemoryError, WireError) as error:
         print(f"fedlora-client: {error}", file=sys.stderr)
         return 2

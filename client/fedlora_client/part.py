@@ -70,6 +70,9 @@ class DataHolder:
         """
         if options.data is None:
             raise ValueError("--data is missing: name the folder or file with your training rows")
+        data.check_there(options.data)
+        if options.model and options.model.startswith(("/", ".")) and not Path(options.model).is_dir():
+            raise ValueError(f"--model {options.model} is no folder; give that of the base model, or leave it out")
         name = options.name or socket.gethostname()
         resolve_precision(options.precision, resolve_device(options.device))  # not in round 1
         owner = Owner(options)
@@ -288,9 +291,10 @@ class Part:
             unit = "record" if self._limits.unit == ROW else self._owner.unit_column
             self._console.print(
                 f"Private: every {unit} is sampled with rate {terms.sampling_rate:.4g}, clipped to "
-                f"{terms.clip_norm:g}, and hidden by noise of {terms.noise_multiplier:.3f} × that; all "
-                f"{run.max_participations} rounds{' and the start' if run.private_start else ''} together cost at "
-                f"most ε {self._limits.epsilon:g} at δ {terms.delta:g}.")
+                f"{terms.clip_norm:g}, and hidden by noise of {terms.noise_multiplier:.3f} × that"
+                + ("." if self._streams.predictable else
+                   f"; all {run.max_participations} rounds{' and the start' if run.private_start else ''} together "
+                   f"cost at most ε {self._limits.epsilon:g} at δ {terms.delta:g}."))
             if terms.noise_multiplier != session.noise_for_run:
                 self._console.print(
                     f"The lifetime budget leaves less than that: the noise is {terms.noise_multiplier:.3f} × the clip "

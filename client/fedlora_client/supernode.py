@@ -63,12 +63,12 @@ class SuperNodeClient:
         """What `act` does with this client's part in the run. What goes wrong is told here, and to the server only
         what a refusal says."""
         set_environment(self._options)
-        from rich.console import Console
+        from fedlora.console import messages
 
         from .part import DataHolder, Part
 
         try:
-            holder = DataHolder.of(self._options, Console(stderr=True, markup=False, highlight=False))
+            holder = DataHolder.of(self._options, messages())
             try:
                 return act(Part(holder, setup))
             finally:

@@ -79,10 +79,16 @@ def _sources(path: Path | str, wanted: set[str], allow_download: bool) -> Iterat
         if local.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path} ends in {local.suffix or 'no suffix'!r}. Give a file that ends in {accepted}")
         yield str(path), records(local, wanted)
-    elif _is_hub_name(str(path)):
-        yield str(path), hub_records(str(path), allow_download=allow_download)
     else:
-        raise ValueError(f"{path} does not exist. Name a file that ends in {accepted}, or a folder of such files")
+        check_there(path)
+        yield str(path), hub_records(str(path), allow_download=allow_download)
+
+
+def check_there(path: Path | str) -> None:
+    """Raises ValueError where `path` is neither a file or folder nor a name that the hub could know."""
+    if not Path(path).expanduser().exists() and not _is_hub_name(str(path)):
+        raise ValueError(f"{path} does not exist. Name a file that ends in {', '.join(SUFFIXES)}, or a folder of such "
+                         "files")
 
 
 def _left_out(folder: Path) -> list[str]:

@@ -37,7 +37,15 @@ from .tensors import (
     shapes_of,
     size_of,
 )
-from .transport import CHANNEL_OPTIONS, JOIN_TIMEOUT_S, SERVER_OPTIONS, STALL_TIMEOUT_S, is_loopback, share_arenas
+from .transport import (
+    CHANNEL_OPTIONS,
+    JOIN_TIMEOUT_S,
+    NOTICED_WITHIN_S,
+    SERVER_OPTIONS,
+    STALL_TIMEOUT_S,
+    is_loopback,
+    share_arenas,
+)
 
 __all__ = [
     "ARRAY_DTYPES",
@@ -45,6 +53,7 @@ __all__ = [
     "CHUNK_BYTES",
     "JOIN_TIMEOUT_S",
     "MAX_FRAME_BYTES",
+    "NOTICED_WITHIN_S",
     "SERVER_OPTIONS",
     "SERVICE",
     "STALL_TIMEOUT_S",

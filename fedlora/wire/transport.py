@@ -13,6 +13,7 @@ KEEPALIVE_S, KEEPALIVE_TIMEOUT_S = 5, 30
 """A side that says nothing is pinged after the first, and given up when the ping is not answered within the second.
 A process that dies closes its socket, which is noticed at once; the pings are for cables and sleeping machines. Their
 answers wait behind up to 5 MB that sockets and tunnels hold, which a link of 250 kB/s takes 20 s for."""
+NOTICED_WITHIN_S = KEEPALIVE_S + KEEPALIVE_TIMEOUT_S
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),

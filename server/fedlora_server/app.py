@@ -23,7 +23,7 @@ from . import checkpoint
 from .checkpoint import Unfinished
 from .cohort import RoundOptions
 from .display import Display
-from .grpc_engine import GrpcEngine
+from .grpc_engine import GrpcEngine, check_address
 from .planning import (
     ANY_LABELS,
     claim_folder,
@@ -77,6 +77,12 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
            run_id: str | None) -> Served:
     if left is not None and left.plan.labels:
         options = Namespace(**vars(options) | {"labels": options.labels or left.plan.labels})
+    if listen is None:
+        check_address(options.address, insecure=options.insecure)
+    rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
+                          min_clients=options.min_clients, min_replies=options.min_replies,
+                          round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
+                          evaluate_every=options.eval_every)
     base = find_model(options)
     if options.eval_data is None:
         figure, rows_with = ("Accuracy", " with labels") if options.task == "classification" else ("Perplexity", "")
@@ -84,22 +90,17 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
     rows = held_out(options)
     values = planned(options, options.strategy)
     for told in without_effect(options):
-        console.print(told, highlight=False)
-    rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
-                          min_clients=options.min_clients, min_replies=options.min_replies,
-                          round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
-                          evaluate_every=options.eval_every)
+        console.print(told)
     most = options.max_participations or values.rounds
     if (possible := rounds.rounds_within(values.rounds, most)) < values.rounds:
         console.print(f"With {options.min_clients} clients and --max-participations {most}, only {possible} of the "
-                      f"{values.rounds} rounds can be done; more clients must join.", highlight=False)
+                      f"{values.rounds} rounds can be done; more clients must join.")
     announced = options.task == "classification" and not options.labels
     federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
                          options.seed, run_id=left.plan.run_id if left else run_id)
     if left is not None:
         left.check(federation.plan)
-        console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}",
-                      highlight=False)
+        console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
     setup = Setup.of(federation.plan, announce_labels=announced)
     stop = threading.Event()
     display = Display(console, f"{options.strategy}, {base.reference.name}")
@@ -107,8 +108,7 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
     ended = "failed"
     with _stopped_by_signals(stop, console):
         try:
-            console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", highlight=False,
-                          soft_wrap=True)
+            console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", soft_wrap=True)
             with display:
                 if announced:
                     ended = "labels"

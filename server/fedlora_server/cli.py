@@ -42,11 +42,11 @@ def _begun_with(folder: Path) -> dict[str, object]:
 
 
 def _run(options: Namespace) -> int:
-    from rich.console import Console
+    from fedlora.console import messages
 
     from .app import serve
 
-    console = Console(stderr=True, markup=False)
+    console = messages()
     try:
         served = serve(options, console)
     except (ValueError, MemoryError) as error:
@@ -57,11 +57,11 @@ def _run(options: Namespace) -> int:
         return 130
     result, out = served.result, served.out
     adapter = f"The adapter is {out / 'adapter'}, the" if result.rounds else "There is no adapter yet. The"
-    console.print(f"{result.rounds} rounds finished. {adapter} report {out / 'report.json'}.", highlight=False,
+    console.print(f"{result.rounds} rounds finished. {adapter} report {out / 'report.json'}.",
                   soft_wrap=True)
     if result.ended != "finished":
         why = "Too few clients were left for --wait-timeout" if result.ended == "wait-timeout" else "It was stopped"
-        console.print(f"{why}; fedlora-server --resume {out} goes on.", highlight=False, soft_wrap=True)
+        console.print(f"{why}; fedlora-server --resume {out} goes on.", soft_wrap=True)
     return {"finished": 0, "wait-timeout": 1, "stopped": 130}[result.ended]
 
 

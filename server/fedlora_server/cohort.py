@@ -61,10 +61,10 @@ class RoundOptions:
         for name in ("clients_per_round", "min_clients", "min_replies", "evaluate_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.clients_per_round and self.min_replies and self.min_replies > self.clients_per_round:
-            raise ValueError(f"min_replies is {self.min_replies}, more than the {self.clients_per_round} clients that "
-                             "are asked in a round; lower --min-replies or raise --clients-per-round")
+            raise ValueError(f"--min-replies is {self.min_replies}, more than the {self.clients_per_round} clients "
+                             "that are asked in a round; lower --min-replies or raise --clients-per-round")
 
     def rounds_within(self, plan_rounds: int, max_participations: int) -> int:
         """How many rounds `min_clients` clients can close if each starts at most `max_participations`."""
@@ -98,6 +98,7 @@ class Clients:
         self.participations = Counter({node_id(name): times for name, times in known.participations.items()})
         self.declined = {node_id(name) for name in known.declined}
         self._names = {node_id(name): name for name in (*known.participations, *known.declined)}
+        self._connected = 0
 
     def eligible(self) -> list[int]:
         """Idle clients that may be asked."""
@@ -120,12 +121,12 @@ class Clients:
         """A cohort of at most `size` of the nodes: those with the fewest participations, ties by SHA-256.
 
         Balanced, because privacy is calibrated to the most participations that any client can have: with stable
-        membership nobody takes part more often than ⌈rounds · size / clients⌉ times. It depends on the seed, the run,
-        the round and the names alone, so simulation and deployment draw the same.
+        membership nobody takes part more often than ⌈rounds · size / clients⌉ times. It depends on the seed, the round
+        and the names alone, so that simulation and deployment draw the same, and compared methods too.
         """
 
         def key(node: int) -> tuple[int, bytes]:
-            text = f"{self._seed}/{self._plan.run_id}/{round}/{self._engine.name_of(node)}"
+            text = f"{self._seed}/{round}/{self._engine.name_of(node)}"
             return self.participations[node], hashlib.sha256(text.encode()).digest()
 
         return sorted(nodes, key=key)[:size]
@@ -150,6 +151,12 @@ class Clients:
                 observer.waiting(needed, told, timeout_s)
             self._engine.wait((), POLL_S)
         return present
+
+    def tell_if_fewer(self, round: int, needed: int, observer: Observer) -> None:
+        """Say, once, that fewer clients are connected than the run waited for."""
+        before, self._connected = self._connected, len(list(self._engine.get_node_ids()))
+        if self._connected < needed and self._connected != before:
+            observer.fewer(round, self._connected, needed)
 
 
 class OpenRound:
@@ -207,6 +214,7 @@ class OpenRound:
             self._await_return()
         else:
             present = clients.wait_for(1, options.wait_timeout_s, self._stop, self._observer)
+            clients.tell_if_fewer(self._number, options.min_clients, self._observer)
             self._ask(clients.draw(self._number, present, options.clients_per_round), arrays)
         needed = options.min_replies or -(-len(self._attempts[0]) // 2)
         deadline, alone_since, overdue = time.monotonic() + options.round_timeout_s, None, False

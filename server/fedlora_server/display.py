@@ -63,6 +63,10 @@ class Display(Observer):
         self._say(f"round {round}: {what} {', '.join(names) if len(names) <= 8 else len(names)}",
                   quiet=attempt == 0 and self._live is None)
 
+    def fewer(self, round: int, connected: int, needed: int) -> None:
+        self._say(f"round {round}: {connected} client{'s' * (connected != 1)} connected, fewer than --min-clients "
+                  f"{needed}; the run goes on (--min-replies is what a round cannot do without)")
+
     def overdue(self, round: int, missing: int, pending: int) -> None:
         self._say(f"round {round} takes longer than --round-timeout: {missing} more upload{'s' * (missing != 1)} "
                   f"needed, {pending} client{'s' * (pending != 1)} still training, and nobody is left to draft")

@@ -9,8 +9,8 @@ from functools import partial
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from rich.console import Console
 
+from fedlora.console import messages
 from fedlora.options import SERVER, options_from
 
 from .app import serve
@@ -28,8 +28,7 @@ def main(grid: Grid, context: Context) -> None:
         RuntimeError: the run ended early. What was finished is in --out.
     """
     options = options_from(context.run_config, SERVER, "--run-config")
-    served = serve(options, Console(stderr=True, markup=False), listen=partial(SuperLinkEngine, grid),
-                   run_id=f"{context.run_id:016x}")
+    served = serve(options, messages(), listen=partial(SuperLinkEngine, grid), run_id=f"{context.run_id:016x}")
     if served.result is None or served.result.ended != "finished":
         raise RuntimeError(f"the run ended early: {served.result.ended if served.result else 'stopped'}; what was "
                            f"finished is in {served.out}")

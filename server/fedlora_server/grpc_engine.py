@@ -31,6 +31,13 @@ CLOSE_TIMEOUT_S = 2.0
 """How long clients have to hear the goodbye."""
 
 
+def check_address(address: str, *, insecure: bool) -> None:
+    """Raises ValueError where `address` is not one, or is not loopback and `insecure` is not set."""
+    if not wire.is_loopback(address) and not insecure:
+        raise ValueError(f"{address} can be reached from other machines and the connection is not encrypted; "
+                         "listen on 127.0.0.1 (through an SSH tunnel, say), or accept that with --insecure")
+
+
 class GrpcEngine(RosterEngine):
     """Listens from the moment it is made, until `close`. This process' threads share memory from then on
     (`wire.share_arenas`).
@@ -48,9 +55,7 @@ class GrpcEngine(RosterEngine):
 
     def __init__(self, address: str, setup: Setup, spool: Path, *, insecure: bool = False, max_clients: int = 512,
                  notify: Callable[[Event], None] = lambda event: None, under_way: int | None = None) -> None:
-        if not wire.is_loopback(address) and not insecure:
-            raise ValueError(f"{address} can be reached from other machines and the connection is not encrypted; "
-                             "listen on 127.0.0.1 (through an SSH tunnel, say), or accept that with --insecure")
+        check_address(address, insecure=insecure)
         assume_identity(setup.run_id)
         wire.share_arenas()
         with contextlib.suppress(ValueError):  # it may never come to so many

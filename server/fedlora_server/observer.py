@@ -62,6 +62,9 @@ class Observer:
     def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
         """Orders were sent; attempt 0 is the round's cohort, later ones are drafts."""
 
+    def fewer(self, round: int, connected: int, needed: int) -> None:
+        """Only `connected` clients are there, fewer than the `needed` that the run waited for; it goes on with them."""
+
     def overdue(self, round: int, missing: int, pending: int) -> None:
         """The round's time is up with `missing` uploads too few and nobody to draft; `pending` clients still train."""
 

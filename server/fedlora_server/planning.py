@@ -43,7 +43,7 @@ class BaseModel:
     @property
     def loadable_name(self) -> str:
         """What the exported adapter names as its base: a hub id where there is one, else the folder."""
-        return models.hub_name(self.reference) or str(self.path)
+        return models.hub_name(self.reference) or str(self.path.resolve())
 
 
 def find_model(options: Namespace) -> BaseModel:

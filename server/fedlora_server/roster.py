@@ -162,7 +162,8 @@ class Roster:
                 self._seats[node] = seat
             elif seat.stream is not None and seat.process != join.process:
                 raise Refused("name-in-use", f"a client named {join.name!r} is connected; choose another --name, or "
-                                             "stop the other client first")
+                                             "stop the other client first. (One whose machine is gone is forgotten "
+                                             f"within {wire.NOTICED_WITHIN_S} s.)")
             elif seat.stream is not None:
                 self._vacate(seat)
             if seat.process != join.process:

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from fedlora import data
 from fedlora.adapters.private import PRIVATE_START
+from fedlora.console import messages
 from fedlora.data import Rows
 from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.plan import Refused
@@ -272,7 +273,7 @@ def _add_own(parser: ArgumentParser) -> None:
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0 nothing refuted, 1 the claim is refuted, 2 wrong input."""
     options = parser_and_options(argv)
-    console = Console(stderr=True, markup=False)
+    console = messages()
     try:
         base = find_model(options)
         out = claim_folder(options.out, "audit")
@@ -280,7 +281,7 @@ def main(argv: Sequence[str]) -> int:
         for private in (True, False):
             audits.append(run_audit(options, base, private=private))
             console.print(f"{'private' if private else 'not private'}: {audits[-1].rounds} rounds in "
-                          f"{audits[-1].seconds:.0f} s", highlight=False)
+                          f"{audits[-1].seconds:.0f} s")
     except (ValueError, MemoryError) as error:
         print(f"fedlora-simulate audit: {error}", file=sys.stderr)
         return 2
@@ -298,7 +299,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(result | {"audits": short}, indent=1))
     else:
         Console().print(show(audits))
-    console.print(f"audit.json and audit.png are in {out}", highlight=False)
+    console.print(f"audit.json and audit.png are in {out}")
     if not audits[0].holds:
         console.print("The claim is refuted: this client lost more privacy than its accountant says.", style="bold red")
         return 1

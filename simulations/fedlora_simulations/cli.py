@@ -82,13 +82,14 @@ def run(options: Namespace) -> int:
     """Run every method with every seed and compare."""
     from rich.console import Console
 
+    from fedlora.console import messages
     from fedlora.training import resolve_device, resolve_precision
     from fedlora_server.planning import check_start, claim_folder, find_model, planned, prepare, without_effect
 
     from .comparison import save, summarize, table
     from .simulate import Method, check_sizes, populate
 
-    console = Console(stderr=True, markup=False)
+    console = messages()
     if (options.epsilon == float("inf")) != (options.privacy == "off"):
         raise ValueError(f"--privacy {options.privacy} and --epsilon {options.epsilon:g} contradict each other; "
                          "without privacy give both --privacy off and --epsilon inf")
@@ -106,7 +107,7 @@ def run(options: Namespace) -> int:
         prepare(method.options(options), method.strategy, base, first.labels, options.seeds[0])
     out = claim_folder(options.out, "simulation")
     for told in without_effect(options):
-        console.print(told, highlight=False)
+        console.print(told)
     if options.eval_data is None:
         console.print("Without --eval-data no accuracy is shown; give it a file of held-out rows.")
     runs: dict[Method, list[Simulated]] = {method: [] for method in methods}
@@ -114,7 +115,7 @@ def run(options: Namespace) -> int:
         for seed in options.seeds:
             population = populations.pop(seed)
             sizes = ", ".join(f"{name} {len(part)}" for name, part in population.parts.items())
-            console.print(f"seed {seed}: {len(population.rows)} rows: {sizes}", highlight=False)
+            console.print(f"seed {seed}: {len(population.rows)} rows: {sizes}")
             for method in methods:
                 runs[method].append(_run_one(options, method, seed, base, population, out, console))
     finally:  # what is finished counts, also where the rest fails
@@ -122,7 +123,7 @@ def run(options: Namespace) -> int:
         if comparisons:
             Console().print(table(comparisons))
             save(out, comparisons, {"options": vars(options)})
-    console.print(f"Adapters, reports and the comparison are in {out}", highlight=False)
+    console.print(f"Adapters, reports and the comparison are in {out}")
     return 0
 
 
@@ -145,8 +146,7 @@ def _run_one(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     except BaseException:
         _take_away(folder)
         raise
-    console.print(f"{method}, seed {seed}: {done.result.rounds} rounds in {time.monotonic() - began:.0f} s",
-                  highlight=False)
+    console.print(f"{method}, seed {seed}: {done.result.rounds} rounds in {time.monotonic() - began:.0f} s")
     return done
 
 

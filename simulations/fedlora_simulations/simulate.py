@@ -215,7 +215,8 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
                         min_replies=options.min_replies, evaluate_every=options.eval_every,
                         round_timeout_s=math.inf, wait_timeout_s=0.0)  # no clock decides, and nobody new can come
-    engine = _engine(options, federation, base, trainer, release, sessions)
+    count = min(options.workers, len(sessions))
+    engine = _engine(options, federation, base, trainer, release, sessions, count)
     try:
         began = time.monotonic()
         result = run_federation(engine, federation.strategy, federation.plan, federation.state, loop,
@@ -226,8 +227,10 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
             noise_multipliers={name: session.terms.noise_multiplier for name, session in sessions.items()},
             bytes_up=engine.bytes_up, bytes_down=engine.bytes_down, seconds=time.monotonic() - began)
         if out is not None:
+            computed = {"device": str(trainer.device), "precision": trainer.precision,
+                        "threads": _threads(options, count)}
             write_report(out, federation, result, base.loadable_name,
-                         options=resolved(options, method.strategy) | {"seed": seed})
+                         options=resolved(options, method.strategy) | {"seed": seed} | computed)
     finally:
         engine.close("the run is over")
         ledger.close()
@@ -235,15 +238,14 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
 
 
 def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer: Trainer,
-            release: Callable[[], Trainer], sessions: Mapping[str, ClientSession]) -> InProcessEngine:
+            release: Callable[[], Trainer], sessions: Mapping[str, ClientSession], count: int) -> InProcessEngine:
+    """Args: count: of workers."""
     run_id, layout = federation.plan.run_id, federation.adapted.layout
-    count = min(options.workers, len(sessions))
     if options.ray_address and options.engine != "ray":
         raise ValueError(f"--ray-address {options.ray_address} needs --engine ray")
     if options.engine == "ray" or count > 1:
-        threads = options.threads or (1 if options.ray_address else threads_each(count))
         blueprint = Blueprint(federation.plan, base.path, options.device, options.precision, options.micro_batch,
-                              threads, together=options.batch_clients > 1)
+                              _threads(options, count), together=options.batch_clients > 1)
         workers: Workers = (RayWorkers(blueprint, count, options.ray_address) if options.engine == "ray"
                             else ProcessWorkers(blueprint, count))
     elif options.batch_clients > 1:
@@ -251,6 +253,13 @@ def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer
     else:
         return InProcessEngine(sessions, run_id, layout)
     return WorkerEngine(sessions, run_id, layout, workers, group=options.batch_clients)
+
+
+def _threads(options: Namespace, workers: int) -> int:
+    """Of whoever trains: each of so many workers, or this process."""
+    if options.threads is None and options.engine != "ray" and workers == 1:
+        return torch.get_num_threads()
+    return options.threads or (1 if options.ray_address else threads_each(workers))
 
 
 def release_trainer(options: Namespace, federation: Federation, base: BaseModel) -> Trainer:

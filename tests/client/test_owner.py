@@ -6,11 +6,14 @@ from argparse import Namespace
 import pytest
 
 from fedlora import data
+from fedlora.console import messages
+from fedlora.options import CLIENT, build_parser, read_options
 from fedlora.plan import ModelRef, Refused
 from fedlora.privacy import Budget, Ledger, LedgerError, Policy, RunTerms
 from fedlora.wire import Setup
 from fedlora_client import places
 from fedlora_client.owner import Owner, limits_of, unit_count
+from fedlora_client.part import DataHolder
 from tests.processes import write_rows
 
 BUDGET = Budget.declare(120, epsilon=8.0)
@@ -195,3 +198,13 @@ def test_the_proposal_is_held_against_the_policy_before_the_data_is_read(tmp_pat
         owner.check_proposal(setup)
     assert str(refused.value.refusal.code) == "policy" and not refused.value.refusal.detail
     assert "strategies" in caplog.text and str(path) in caplog.text
+
+
+def test_a_mistyped_data_set_is_named_before_a_server_is_called_or_a_file_is_made(tmp_path):
+    given = read_options(build_parser(CLIENT, ""), CLIENT, [f"--data={tmp_path / 'typo.jsonl'}"])
+    with pytest.raises(ValueError, match=r"typo\.jsonl does not exist"):
+        DataHolder.of(given, messages())
+    given = read_options(build_parser(CLIENT, ""), CLIENT, [f"--data={tmp_path}", f"--model={tmp_path / 'nowhere'}"])
+    with pytest.raises(ValueError, match=r"--model .*nowhere is no folder"):
+        DataHolder.of(given, messages())
+    assert list(tmp_path.iterdir()) == []

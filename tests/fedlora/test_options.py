@@ -31,6 +31,18 @@ def test_a_flag_overrides_the_command_s_table_which_overrides_the_top_level(tmp_
     assert options("server", file).seed == 1
 
 
+@pytest.mark.parametrize(("text", "seeds"), [("seed = 5", (5,)), ("seed = 5\nseeds = [1, 2]", (1, 2)),
+                                             ("seed = 5\n[simulate]\nseeds = [3]", (3,)), ("[server]\nseed = 5", (0,))])
+def test_the_seed_of_a_shared_file_is_the_one_seed_of_a_simulation_that_names_none(tmp_path, text, seeds):
+    assert options("simulate", config(tmp_path, text)).seeds == seeds
+
+
+def test_a_wrong_value_is_told_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        options("client", "--epsilon", "0")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_lists_tables_and_booleans_read_as_their_flags_do(tmp_path):
     file = config(tmp_path, 'labels = ["no", "yes"]\ninsecure = true\ncolumn = {text = "note"}\n')
     read = options("server", file)
@@ -39,7 +51,7 @@ def test_lists_tables_and_booleans_read_as_their_flags_do(tmp_path):
 
 @pytest.mark.parametrize(("text", "names"), [
     ("roundz = 3", ["roundz", "rounds"]), ("rounds = 0", ["--rounds", "'0'"]), ("strategy = 'fedprox'", ["fedprox"]),
-    ("= 3", ["not TOML"]),
+    ("= 3", ["not TOML"]), ("server = 'h:1'\n[server]\nseed = 1", ["not TOML", "under [client]"]),
     ("labels = ['a,b', 'c']", ["labels", "'a,b'", "comma"]), ("out = ''", ["--out", "empty"]),
     ("insecure = 1", ["insecure", "true or false"]), ("[server]\ndata = 'x'", ["'data'"])])
 def test_a_wrong_file_ends_with_code_2_and_names_what_is_wrong(tmp_path, capsys, text, names):
@@ -58,6 +70,12 @@ def test_a_wrong_value_ends_with_code_2(argv, capsys):
         options("client", *argv)
     assert exit_.value.code == 2
     assert argv[-1] in capsys.readouterr().err
+
+
+def test_a_mistyped_option_of_another_command_is_named_too(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        options("client", config(tmp_path, "roundz = 3"))
+    assert "did you mean 'rounds'?" in capsys.readouterr().err
 
 
 def test_columns_given_one_by_one_add_up():

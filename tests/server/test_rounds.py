@@ -252,6 +252,25 @@ def test_clients_that_are_slower_than_both_time_limits_are_waited_for_while_they
     assert told == [(1, 2, 2), (2, 2, 2)], "said once in each round"
 
 
+def test_a_run_that_goes_on_with_fewer_clients_than_it_waited_for_says_so_once():
+    federation, told = Federation("abc", rounds=4, max_participations=4), []
+    leave = federation.engine.leave
+    replace(federation, "a", Calling("a", federation.layout, lambda plan: plan.round == 2 and leave("b")))
+
+    class Watch(Observer):
+        def fewer(self, round, connected, needed):
+            told.append((round, connected, needed))
+
+    result = federation.run(min_clients=3, observer=Watch())
+    assert result.ended == "finished" and told == [(3, 2, 3)]
+
+
+def test_compared_runs_have_the_same_cohorts():
+    cohorts = [[record.cohort for record in Federation("abcdef", strategy, rounds=6, run_id=run_id).run(
+        clients_per_round=2).records] for strategy, run_id in (("fedsvd", "0" * 16), ("ffa-lora", "1" * 16))]
+    assert cohorts[0] == cohorts[1] and len(set(cohorts[0])) > 2
+
+
 def test_a_stop_returns_the_state_of_the_last_finished_round():
     whole = Federation("abc", rounds=1).run()
     federation, stop = Federation("abc", rounds=3), Event()
@@ -322,7 +341,7 @@ def test_a_private_run_records_no_loss_and_no_counts():
 
 @pytest.mark.parametrize("name", ["clients_per_round", "min_clients", "min_replies"])
 def test_options_below_one_are_refused(name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
         RoundOptions(seed=0, **{name: 0})
 
 
