@@ -13,8 +13,8 @@ from tests.tiny import tiny_checkpoint
 # a shell script's background jobs, and what they start, ignore Ctrl-C; tests send it to their processes
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-WAITING = frozenset({"test_bench", "test_end_to_end", "test_hostile_server", "test_restarts", "test_superlink",
-                     "test_workers"})
+WAITING = frozenset({"test_bench", "test_demo", "test_end_to_end", "test_hostile_server", "test_restarts",
+                     "test_superlink", "test_workers"})
 """Modules whose tests start processes and wait for them."""
 
 

