@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -301,13 +302,15 @@ def _shown(default: Any) -> str:
 
 def _config_arguments(path: Path, command: str) -> list[str]:
     """The file's values as command-line arguments, so that file and flags are checked by the same code."""
+    text = ""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        hint = "; beside a table [server], the client's `server` belongs under [client]" if "overwrite" in str(
-            error) else ""
+        both = all(re.search(rf"(?m)^\s*{start}", text) for start in (r"server\s*=", r"\[server\]"))
+        hint = "; beside a table [server], the client's `server` belongs under [client]" if both else ""
         raise ValueError(f"--config {path} is not TOML: {error}{hint}") from None
     own = table.pop(command, {})
     for other in {SERVER, CLIENT, SIMULATE} - {command}:
