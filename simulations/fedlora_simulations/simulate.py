@@ -257,9 +257,11 @@ def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer
 
 def _threads(options: Namespace, workers: int) -> int:
     """Of whoever trains: each of so many workers, or this process."""
-    if options.threads is None and options.engine != "ray" and workers == 1:
+    if options.threads is not None:
+        return options.threads
+    if options.engine != "ray" and workers == 1:
         return torch.get_num_threads()
-    return options.threads or (1 if options.ray_address else threads_each(workers))
+    return 1 if options.ray_address else threads_each(workers)
 
 
 def release_trainer(options: Namespace, federation: Federation, base: BaseModel) -> Trainer:

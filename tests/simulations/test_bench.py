@@ -1,6 +1,5 @@
 """Every figure of the benchmark runs at tiny sizes and says what it must; nothing is asserted of how fast."""
 
-import importlib
 import json
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -19,21 +18,16 @@ from fedlora_simulations.bench.federations import layout, plan, tensors
 from fedlora_simulations.bench.figures import memory
 from fedlora_simulations.bench.figures.engine import sessions
 from fedlora_simulations.bench.figures.workers import WORKERS, worker_threads
-from fedlora_simulations.bench.fresh import forget_peak, in_fresh_process, peak_bytes, resident_bytes
+from fedlora_simulations.bench.fresh import call, forget_peak, in_fresh_process, peak_bytes, resident_bytes
 from fedlora_simulations.bench.measure import RATIO, Figure, Row, Settings, Unavailable, Value, exactly, interleaved
 from fedlora_simulations.bench.subjects import subject
 from tests.processes import FORKS, write_rows
 
 
-def call(function, arguments):
-    module, _, name = function.partition(":")
-    return json.loads(json.dumps(getattr(importlib.import_module(module), name)(**json.loads(arguments))))
-
-
 def in_forked_process(function, **arguments):
     """`in_fresh_process` without the seconds of an interpreter's imports."""
     with ProcessPoolExecutor(1, mp_context=FORKS) as process:
-        return process.submit(call, function, json.dumps(arguments)).result()
+        return json.loads(process.submit(call, function, json.dumps(arguments)).result())
 
 
 @pytest.mark.parametrize("figure", figure_titles())

@@ -28,6 +28,12 @@ def in_fresh_process(function: str, **arguments: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def call(function: str, arguments: str) -> str:
+    """Call `module:function` here; keyword arguments and result as JSON."""
+    module, _, name = function.partition(":")
+    return json.dumps(getattr(importlib.import_module(module), name)(**json.loads(arguments)))
+
+
 def peak_bytes() -> int:
     """The most memory that this process held resident at any one time, or since `forget_peak`."""
     try:
@@ -62,5 +68,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    module, _, name = sys.argv[1].partition(":")
-    print(json.dumps(getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))))
+    print(call(*sys.argv[1:]))
