@@ -30,7 +30,7 @@ from fedlora.plan import (
 )
 from fedlora.privacy import INSECURE_SEED_VARIABLE, Budget, RunStreams, run_streams
 from fedlora.tasks import task_for
-from fedlora.training import Trainer, resolve_device, resolve_precision
+from fedlora.training import Trainer, check_computing
 from fedlora.wire import Setup
 
 from .owner import Owner, limits_of, unit_count
@@ -74,7 +74,7 @@ class DataHolder:
         if options.model and options.model.startswith(("/", ".")) and not Path(options.model).is_dir():
             raise ValueError(f"--model {options.model} is no folder; give that of the base model, or leave it out")
         name = options.name or socket.gethostname()
-        resolve_precision(options.precision, resolve_device(options.device))  # not in round 1
+        check_computing(options.device, options.precision, options.compile)  # not in round 1
         owner = Owner(options)
         limits = limits_of(options, owner)
         streams = run_streams(name)
@@ -277,7 +277,7 @@ class Part:
         def trainer(plan: RunPlan, model: LoadedModel) -> Trainer:
             options = self._options
             return Trainer(attach_planned(model, plan), task, device=options.device, precision=options.precision,
-                           micro_batch=options.micro_batch, threads=options.threads)
+                           micro_batch=options.micro_batch, threads=options.threads, compiled=options.compile)
 
         own = trainer(run, loaded)
         if run.private:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ class _Client:
         self._losses += float(losses.sum())
 
     def finish(self) -> None:
-        self.step.finish(telling=lambda: tells(self.records, self._draw.indices, self._losses))
+        self.step.finish(telling=partial(tells, self.records, self._draw.indices, self._losses))
         self.drawn.append(len(self._draw))
         self.loss, self.rows = self.loss + self._losses, self.rows + len(self._draw.indices)
 

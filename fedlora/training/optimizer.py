@@ -49,9 +49,9 @@ class PerRecordOptimizer(DPOptimizer):
         pool: of the run's noise, for the tripwire; None for a new one.
     On CUDA the host waits for the GPU where it is asked for `clipped`, `nonfinite` and `check`, and nowhere else.
 
-
     Attributes:
         draws_ahead: whether a step's noise is drawn while its gradients are computed.
+        refused: [] `nonfinite`, where it is counted. Private.
     """
 
     def __init__(self, optimizer: Optimizer, buffer: GradientBuffer, *, scales: Mapping[str, float], clip_norm: float,
@@ -73,7 +73,7 @@ class PerRecordOptimizer(DPOptimizer):
         self._drawn_noise: torch.Tensor | None = None
         self.draws_ahead = device.type != "cpu"
         self._coming_noise: Future[torch.Tensor] | None = None
-        self._clipped, self._nonfinite = torch.zeros(2, dtype=torch.int64, device=device)
+        self._clipped, self.refused = torch.zeros(2, dtype=torch.int64, device=device)
         self._tripwires = StepTripwires(buffer, scales=scales, clip_norm=clip_norm, noise_multiplier=noise_multiplier,
                                         expected_batch_size=expected_batch_size, pool=pool or NoisePool())
 
@@ -85,7 +85,7 @@ class PerRecordOptimizer(DPOptimizer):
     @property
     def nonfinite(self) -> int:
         """Records whose gradient was not finite and counted as zero. Private, too."""
-        return int(self._nonfinite)
+        return int(self.refused)
 
     @property
     def clipped_sum(self) -> torch.Tensor:
@@ -151,7 +151,7 @@ class PerRecordOptimizer(DPOptimizer):
         finite = finite.to(rows.device)
         if rows.device.type == "cuda" or not bool(finite.all()):  # to write them all costs less than to wait
             rows.masked_fill_(~finite[:, None], 0)  # 0 · inf is not 0
-            self._nonfinite += (~finite).sum()
+            self.refused += (~finite).sum()
 
     def expect_noise(self) -> None:
         """At the beginning of a step, or of a part of it."""

@@ -56,7 +56,7 @@ class Step(ABC):
         """The draw is complete; it may have been empty.
 
         Args:
-            telling: see `fedlora.training.tripwires.tells`.
+            telling: see `fedlora.training.tripwires.tells`; may be asked at the round's end.
         """
 
     def check(self) -> None:  # noqa: B027
@@ -99,7 +99,6 @@ class PrivateStep(Step):
 
     def __init__(self, optimizer: PerRecordOptimizer, gradients: GradientTripwire) -> None:
         self.optimizer, self.gradients = optimizer, gradients
-        self._refused = 0
 
     def open(self, group: Draw) -> None:
         super().open(group)
@@ -133,8 +132,7 @@ class PrivateStep(Step):
     def finish(self, *, telling: Callable[[], bool]) -> None:
         optimizer = self.optimizer
         if self.gradients.waiting:
-            refused, self._refused = self._refused, optimizer.nonfinite
-            self.gradients.note(optimizer.clipped_sum, telling=refused == self._refused and telling())
+            self.gradients.note(optimizer.clipped_sum, optimizer.refused, telling=telling)
         optimizer.signal_skip_step(False)
         optimizer.step()
         optimizer.zero_grad()

@@ -24,6 +24,7 @@ from fedlora.plan import RunPlan, Tensors
 from fedlora.privacy.streams import RunStreams, Stream
 from fedlora.tasks import Records, Task
 from fedlora.tasks.records import Batch, pack
+from fedlora.training.compiled import CompiledBlocks, check_compiles
 from fedlora.training.few_rows import fill_rows
 from fedlora.training.graphs import GraphedPass
 from fedlora.training.optimizer import PerRecordOptimizer
@@ -117,11 +118,14 @@ class Trainer:
         device, precision: as on the command line; "auto" is resolved.
         micro_batch: most records computed at once; None for a bound on tokens.
         threads: of the CPU; None leaves PyTorch's default.
+        compiled: have the model's blocks compiled, on CUDA.
+    Raises:
+        ValueError: this machine cannot compute so.
     """
 
     @training_advice()
     def __init__(self, adapted: AdaptedModel, task: Task, *, device: str = "auto", precision: str = "auto",
-                 micro_batch: int | None = None, threads: int | None = None) -> None:
+                 micro_batch: int | None = None, threads: int | None = None, compiled: bool = False) -> None:
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"--micro-batch is {micro_batch}; it must be at least 1")
         if threads is not None:
@@ -142,10 +146,14 @@ class Trainer:
         self.noise_pool = NoisePool()
         self._few_shapes = self.device.type == "cuda"
         self._graphed = GraphedPass(self.device) if self._few_shapes else None
+        self._blocks: CompiledBlocks | None = None
         self._dropping = False
         self._most_in_a_shape = self.most_rows
         per_example([leaf for leaf, _ in adapted.trained_leaves()], self.buffer)
         fill_rows(adapted.model)
+        if compiled:
+            check_compiles(self.device)
+            self._blocks = CompiledBlocks(model, [leaf for leaf, _ in adapted.trained_leaves()])
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -205,16 +213,22 @@ class Trainer:
 
     def _pass(self, batch: Batch, weights: torch.Tensor | None) -> torch.Tensor:
         """`_compute` of a batch in the processor's memory, by a CUDA graph where one can be recorded."""
+        compute = self._compute if self._blocks is None or self._dropping else self._compute_compiled
         if self._graphed is not None and not self._dropping:
             try:
-                return self._graphed(self._compute, batch, weights, self.buffer)
+                return self._graphed(compute, batch, weights, self.buffer)
             except RuntimeError as error:  # what is wrong with the pass itself, it will say again
                 log.info("Training goes on without CUDA graphs: %s", type(error).__name__)
                 log.debug("Why no CUDA graph was recorded", exc_info=True)
                 self._graphed = None
                 if self.buffer.armed:
                     self.buffer.arm(len(batch.input_ids))
-        return self._compute(batch.to(self.device), None if weights is None else weights.to(self.device))
+        return compute(batch.to(self.device), None if weights is None else weights.to(self.device))
+
+    def _compute_compiled(self, batch: Batch, weights: torch.Tensor | None) -> torch.Tensor:
+        assert self._blocks is not None
+        with self._blocks():
+            return self._compute(batch, weights)
 
     def _gradients(self, records: Records, indices: np.ndarray, length: int) -> torch.Tensor:
         """[records, values]: of each of these records."""
@@ -284,6 +298,7 @@ class Trainer:
                     drawn.append(len(draw))
                     losses.append(loss)
                     rows += len(draw.indices)
+            frozen.check()  # first: launched while a GPU is still at work
             step.check()
         finally:  # a round that failed must leave no record's gradient to the next one
             self._most_in_a_shape = self.most_rows
@@ -292,7 +307,6 @@ class Trainer:
                 parameter.grad = None
         tell_finite(rows, step.nonfinite)
         gradients.tell()
-        frozen.check()
         self.noise_pool.check()
         total = sum(drawn)
         return TrainResult(
@@ -385,6 +399,14 @@ def plain_divisor(run: RunPlan, records: Records, sampling_rate: float) -> float
     """By which a step without privacy is divided: the expected batch; a client with fewer units than that uses all of
     them, and their mean."""
     return run.expected_batch if sampling_rate < 1 else records.units_count
+
+
+def check_computing(device: str, precision: str, compiled: bool) -> None:
+    """ValueError where this machine cannot train so; asked before anything is loaded. Arguments as of `Trainer`."""
+    resolved = resolve_device(device)
+    resolve_precision(precision, resolved)
+    if compiled:
+        check_compiles(resolved)
 
 
 def optimizer(name: str, lr: float, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

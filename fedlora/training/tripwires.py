@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -166,44 +165,65 @@ class GradientTripwire:
     """
 
     def __init__(self, layout: AdapterLayout, parameters: Mapping[str, torch.Tensor], buffer: GradientBuffer) -> None:
-        self._slots = buffer.slots
-        self._names = {id(parameters[spec.name]): spec.name for spec in layout.trained}
+        names = {id(parameters[spec.name]): spec.name for spec in layout.trained}
+        self._trained = [names[id(slot.parameter)] for slot in buffer.slots]
+        self._ends = torch.tensor([slot.columns.stop - 1 for slot in buffer.slots],
+                                  device=buffer.slots[0].parameter.device)
         state = layout.state
         weights = {spec.name for spec in state if spec.group == "head" and spec.name.endswith(".weight")}
-        self._blockers: dict[str, list[torch.Tensor]] = {}
+        self._blockers: dict[str, set[str]] = {}
         for spec in layout.trained:
             others = weights if spec.group == "adapter" or spec.name in weights else set()
             if spec.group == "adapter":
                 module = spec.name.rpartition(".")[0]
                 others = others | {other.name for other in state if other.name.rpartition(".")[0] == module}
-            self._blockers[spec.name] = [parameters[name] for name in sorted(others - {spec.name})]
-        self._waiting = set(self._names.values())
-        self._missed: set[str] = set()
+            self._blockers[spec.name] = others - {spec.name}
+        self._blocking = {name: parameters[name].detach() for name in sorted(set().union(*self._blockers.values()))}
+        self._waiting, self._missed = set(self._trained), set[str]()
+        self._notes: list[tuple[torch.Tensor, Callable[[], bool]]] = []
+        self._refused = 0
 
     @property
     def waiting(self) -> bool:
-        """Whether some tensor has not had a gradient yet."""
+        """Whether some tensor is not known to have had a gradient."""
         return bool(self._waiting)
 
-    def note(self, clipped_sum: torch.Tensor, *, telling: bool) -> None:
-        """After a draw, before the step: the tensors hold what the gradients were taken at."""
-        nonzero = torch.cumsum(clipped_sum != 0, 0)[[slot.columns.stop - 1 for slot in self._slots]].tolist()
-        for slot, (before, until) in zip(self._slots, pairwise([0, *nonzero]), strict=True):
-            name = self._names[id(slot.parameter)]
-            if name not in self._waiting:
-                continue
-            if until > before:
-                self._waiting.discard(name)
-            elif telling and all(bool(other.any()) for other in self._blockers[name]):
-                self._missed.add(name)
+    def note(self, clipped_sum: torch.Tensor, refused: torch.Tensor, *, telling: Callable[[], bool]) -> None:
+        """After a draw, before the step: the tensors hold what the gradients were taken at.
+
+        Args:
+            clipped_sum: [values]
+            refused: [] how many records' gradients were not finite, in the round so far.
+            telling: `tells` of this draw; asked once its sum is known, if it matters.
+        """
+        seen = [torch.cumsum(clipped_sum != 0, 0)[self._ends], refused.view(1)]
+        if self._blocking:
+            seen.append(torch.stack(torch._foreach_norm(list(self._blocking.values()), ord=math.inf)) != 0)
+        self._notes.append((torch.cat(seen), telling))
+        if clipped_sum.device.type != "cuda":  # a GPU would be waited for: it is asked at the round's end
+            self._read()
+
+    def _read(self) -> None:
+        """Take in what was noted."""
+        notes, self._notes = self._notes, []
+        for seen, telling in notes:
+            nonzero, (refused, *has_values) = np.split(seen.cpu().numpy(), [len(self._ends)])
+            finite, self._refused = refused == self._refused, refused
+            reached = {name for name, more in zip(self._trained, np.diff(nonzero, prepend=0), strict=True) if more}
+            at_zero = {name for name, has in zip(self._blocking, has_values, strict=True) if not has}
+            self._waiting -= reached
+            missed = {name for name in self._waiting if not self._blockers[name] & at_zero}
+            if missed and finite and telling():
+                self._missed |= missed
 
     def tell(self) -> None:
         """At the round's end, in the local log."""
+        self._read()
         missed = sorted(self._missed & self._waiting)
         if missed:
             log.error("The drawn records have a loss but no gradient for %d of %d trained tensors (%s%s): these were "
                       "trained on noise alone. Please report this with the model's type and the targets.",
-                      len(missed), len(self._names), ", ".join(missed[:3]), ", …" if len(missed) > 3 else "")
+                      len(missed), len(self._trained), ", ".join(missed[:3]), ", …" if len(missed) > 3 else "")
 
 
 def tells(records: Records, indices: np.ndarray, losses: float) -> bool:

@@ -49,7 +49,7 @@ MOST_GRADIENT_BYTES = 8 * 2**30
 
 FIXED = ("privacy", "task", "seeds", "clients", "partition", "eval_data", "local_steps", "optimizer", "lr_schedule",
          "clients_per_round", "min_replies", "max_participations", "dropout", "privacy_unit", "workers",
-         "batch_clients", "engine", "ray_address")
+         "batch_clients", "engine", "ray_address", "compile")
 """Options of a simulation that an audit sets itself: one client, one step of SGD a round."""
 
 

@@ -83,7 +83,7 @@ def run(options: Namespace) -> int:
     from rich.console import Console
 
     from fedlora.console import messages
-    from fedlora.training import resolve_device, resolve_precision
+    from fedlora.training import check_computing
     from fedlora_server.planning import check_start, claim_folder, find_model, planned, prepare, without_effect
 
     from .comparison import save, summarize, table
@@ -98,7 +98,9 @@ def run(options: Namespace) -> int:
     for method in methods:
         planned(method.options(options), method.strategy)
         check_start(method.options(options))
-    resolve_precision(options.precision, resolve_device(options.device))
+    check_computing(options.device, options.precision, options.compile)
+    if options.compile and options.batch_clients > 1:
+        raise ValueError("--compile and --batch-clients do not go together: steps that clients share have many shapes")
     first = populate(options, options.seeds[0])
     populations = {seed: first if seed == options.seeds[0] else first.dealt(options, seed) for seed in options.seeds}
     for seed, population in populations.items():

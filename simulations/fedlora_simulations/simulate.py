@@ -205,7 +205,7 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     federation = prepare(options, method.strategy, base, population.labels, seed, run_id=run_id)
     kind = BatchedTrainer if options.batch_clients > 1 else Trainer
     trainer = kind(federation.adapted, federation.task, device=options.device, precision=options.precision,
-                   micro_batch=options.micro_batch, threads=options.threads)
+                   micro_batch=options.micro_batch, threads=options.threads, compiled=options.compile)
     allow_open_files(len(population.parts) + OTHER_FILES)
     ledger = Ledger(out / "ledger.sqlite" if out else None, simulated=True)
     release = cache(lambda: release_trainer(options, federation, base))
@@ -245,7 +245,7 @@ def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer
         raise ValueError(f"--ray-address {options.ray_address} needs --engine ray")
     if options.engine == "ray" or count > 1:
         blueprint = Blueprint(federation.plan, base.path, options.device, options.precision, options.micro_batch,
-                              _threads(options, count), together=options.batch_clients > 1)
+                              _threads(options, count), options.compile, together=options.batch_clients > 1)
         workers: Workers = (RayWorkers(blueprint, count, options.ray_address) if options.engine == "ray"
                             else ProcessWorkers(blueprint, count))
     elif options.batch_clients > 1:
@@ -269,7 +269,7 @@ def release_trainer(options: Namespace, federation: Federation, base: BaseModel)
     plan = release_plan(federation.plan)
     adapted = attach_planned(load(base.path, plan.task, len(plan.labels)), plan)
     return Trainer(adapted, federation.task, device=options.device, precision=options.precision,
-                   micro_batch=options.micro_batch, threads=options.threads)
+                   micro_batch=options.micro_batch, threads=options.threads, compiled=options.compile)
 
 
 def make_sessions(options: Namespace, federation: Federation, trainer: Trainer, records: Mapping[str, Records],

@@ -29,7 +29,7 @@ class Blueprint:
     Attributes:
         plan: of the run.
         model: folder of the base model.
-        device, precision, micro_batch: as of `Trainer`. With several GPUs, workers take them in turn.
+        device, precision, micro_batch, compiled: as of `Trainer`. With several GPUs, workers take them in turn.
         threads: of each worker.
         together: whether the trainings that a worker is given at a time are done in lockstep.
     """
@@ -40,6 +40,7 @@ class Blueprint:
     precision: str
     micro_batch: int | None
     threads: int
+    compiled: bool = False
     together: bool = False
 
     def build(self, index: int) -> Trainer:
@@ -54,7 +55,8 @@ class Blueprint:
         loaded = load(self.model, self.plan.task, len(self.plan.labels))
         kind = BatchedTrainer if self.together else Trainer
         return kind(attach_planned(loaded, self.plan), task_for(self.plan, loaded.tokenizer), device=device,
-                    precision=self.precision, micro_batch=self.micro_batch, threads=self.threads)
+                    precision=self.precision, micro_batch=self.micro_batch, threads=self.threads,
+                    compiled=self.compiled)
 
 
 class Worker:

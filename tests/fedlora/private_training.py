@@ -52,7 +52,7 @@ def loaded(kind: str, task: str) -> LoadedModel:
 
 def make_trainer(kind: str, run: RunPlan, *, precision: str = "fp32", micro_batch: int | None = None,
                  model: LoadedModel | None = None, kind_of_trainer: type[Trainer] = Trainer,
-                 device: str = "cpu") -> Trainer:
+                 device: str = "cpu", compiled: bool = False) -> Trainer:
     """A trainer whose trained and frozen tensors are all random and not small, so that no gradient is 0."""
     model = model or loaded(kind, run.task)
     adapted = attach(model, family=run.family, rank=run.rank, alpha=run.alpha, dropout=run.dropout,
@@ -61,7 +61,7 @@ def make_trainer(kind: str, run: RunPlan, *, precision: str = "fp32", micro_batc
     adapted.write({spec.name: (0.3 * generator.standard_normal(spec.shape)).astype(np.float32)
                    for spec in adapted.layout.state})
     return kind_of_trainer(adapted, task_for(run, model.tokenizer), device=device, precision=precision,
-                           micro_batch=micro_batch, threads=1)
+                           micro_batch=micro_batch, threads=1, compiled=compiled)
 
 
 def make_records(trainer: Trainer, *, count: int = len(LENGTHS), seed: int = 1,

@@ -30,7 +30,7 @@ def in_forked_process(function, **arguments):
         return json.loads(process.submit(call, function, json.dumps(arguments)).result())
 
 
-@pytest.mark.parametrize("figure", figure_titles())
+@pytest.mark.parametrize("figure", [name for name in figure_titles() if name != "compiled"])
 def test_a_figure_gives_ratios_with_their_spread(figure, checkpoint, tmp_path, capsys, monkeypatch):
     if figure in ("aggregation", "memory", "population"):
         monkeypatch.setattr(f"fedlora_simulations.bench.figures.{figure}.in_fresh_process", in_forked_process)
@@ -49,6 +49,19 @@ def test_a_figure_gives_ratios_with_their_spread(figure, checkpoint, tmp_path, c
     assert any(value.unit == RATIO for value in values)
     assert all(value.low <= value.median <= value.high for value in values)
     assert measured["title"] in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_what_is_for_cuda_alone_is_said_without_it(checkpoint, capsys):
+    assert main(["compiled", "--quick", "--model", str(checkpoint("bert")), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["figures"]["compiled"]
+    assert measured["rows"] == [] and "--device cuda" in measured["error"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_compiled_blocks_are_measured_on_cuda(checkpoint, capsys):
+    assert main(["compiled", "--quick", "--device", "cuda", "--model", str(checkpoint("bert")), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["figures"]["compiled"]["rows"]) == 2
 
 
 def test_json_on_stdout_is_the_result_and_nothing_else(checkpoint, capsys):

@@ -20,8 +20,9 @@ from .subjects import Subject
 MODES = ("hooks", "ghost")
 
 
-def opacus_step(subject: Subject, mode: str) -> Callable[[int], None]:
-    """A private step of Opacus on all of the subject's records at once; the subject's own trainer is of no use after.
+def opacus_round(subject: Subject, mode: str) -> Callable[[int], None]:
+    """A round's private steps by Opacus, each on all of the subject's records at once; the subject's own trainer is of
+    no use after.
 
     The model is the same, with its weights in the same precision and attention; only the clipping differs.
 
@@ -49,14 +50,15 @@ def opacus_step(subject: Subject, mode: str) -> Callable[[int], None]:
         ghost = DPOptimizerFastGradientClipping(inner, **private)
         optimizer, criterion = ghost, DPLossFastGradientClipping(module, ghost, loss)
 
-    def step(block: int) -> None:
-        with subject.trainer.autocast():
-            logits = module(**batch.inputs()).logits
-        criterion(logits.float(), batch.labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def train(block: int) -> None:
+        for _ in range(run.local_steps):
+            with subject.trainer.autocast():
+                logits = module(**batch.inputs()).logits
+            criterion(logits.float(), batch.labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    return step
+    return train
 
 
 class PublishedLoop:

@@ -80,12 +80,13 @@ def cut_to_length(rows: Rows, count: int) -> Rows:
 
 
 def subject(settings: Settings, rows: Rows, *, family: str, rank: int, precision: str, expected_batch: int,
-            max_length: int, steps: int = 1, micro_batch: int | None = None) -> Subject:
+            max_length: int, steps: int = 1, micro_batch: int | None = None, compiled: bool = False) -> Subject:
     """Load, adapt and encode.
 
     Args:
         rows: encoded at most `max_length` tokens long.
         steps: local steps of a round.
+        micro_batch, compiled: as of `Trainer`.
     """
     labels = label_names(rows)
     folder = resolve(settings.model)
@@ -97,7 +98,7 @@ def subject(settings: Settings, rows: Rows, *, family: str, rank: int, precision
     adapted.write(initial_tensors(adapted, init="orthonormal", seed=0))
     task = task_for(run, loaded.tokenizer)
     trainer = Trainer(adapted, task, device=settings.device, precision=precision, micro_batch=micro_batch,
-                      threads=settings.threads)
+                      threads=settings.threads, compiled=compiled)
     return Subject(adapted, run, task.encode(rows), trainer)
 
 

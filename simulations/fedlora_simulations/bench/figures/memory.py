@@ -16,7 +16,7 @@ import torch
 
 from ..fresh import forget_peak, in_fresh_process, peak_bytes, resident_bytes
 from ..measure import RATIO, Figure, Row, Settings, Unavailable, Value
-from ..peers import MODES, opacus_step
+from ..peers import MODES, opacus_round
 from ..subjects import cut_to_length, rows_of, subject
 from .step import FAMILIES, PRECISIONS, TARGET
 
@@ -65,7 +65,7 @@ def step(variant: str, family: str, rank: int, precision: str, records: int, len
     rows = cut_to_length(rows_of(chosen), records)
     one = subject(chosen, rows, family=family, rank=rank, precision=precision, expected_batch=records,
                   max_length=length, micro_batch=records)
-    train = opacus_step(one, variant) if variant in MODES else partial(one.train, private=variant == "private")
+    train = opacus_round(one, variant) if variant in MODES else partial(one.train, private=variant == "private")
     on_gpu = chosen.device == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,58 @@
+"""Compiled blocks train as the model's own; that they are compiled well is for a GPU (`test_training_graphs`)."""
+
+import pytest
+from torch._dynamo.utils import counters
+
+from fedlora.training import check_computing
+from fedlora.training.compiled import CompiledBlocks
+from tests.fedlora.private_training import make_records, make_trainer, plan
+from tests.fedlora.test_training_graphs import assert_same, graphed_trainer, train
+
+
+def compiled_trainer(kind, run, **options):
+    trainer = graphed_trainer(kind, run, **options)
+    trainer._blocks = CompiledBlocks(trainer.adapted.model, [leaf for leaf, _ in trainer.adapted.trained_leaves()],
+                                     backend="aot_eager")
+    return trainer
+
+
+@pytest.mark.parametrize(("kind", "task"), [("bert", "classification"), ("modernbert", "classification"),
+                                            ("llama", "causal-lm"), ("gpt2", "causal-lm")])
+def test_rounds_of_compiled_blocks_are_those_of_the_models_own(kind, task):
+    run = plan("lora", task, local_steps=2)
+    trainers = [make_trainer(kind, run), compiled_trainer(kind, run)]
+    records = make_records(trainers[0], lengths=(9, 12, 16, 7))  # one padded length: each takes seconds
+    counters.clear()
+    for key, sigma in enumerate([1.0, None]):
+        assert_same(*(train(trainer, run, records, sigma, key) for trainer in trainers))
+    assert counters["stats"]["unique_graphs"] and not counters["inductor"]
+    assert trainers[1]._graphed is not None
+
+
+def test_only_training_is_compiled():
+    run = plan(local_steps=1)
+    trainer = compiled_trainer("bert", run)
+    records = make_records(trainer)
+    train(trainer, run, records)
+    assert not any("forward" in module.__dict__ for module in trainer.adapted.model.modules())
+    counters.clear()
+    trainer.rehearse()
+    trainer.task.evaluate(trainer.adapted.model, records)
+    assert not counters["stats"]
+
+
+def test_what_a_pass_raises_leaves_the_model_as_it_was():
+    run = plan()
+    trainer = compiled_trainer("bert", run)
+    with pytest.raises(ZeroDivisionError), trainer._blocks():
+        assert any("forward" in module.__dict__ for module in trainer.adapted.model.modules())
+        _ = 1 / 0
+    assert not any("forward" in module.__dict__ for module in trainer.adapted.model.modules())
+
+
+def test_without_cuda_it_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="--compile with --device cpu"):
+        check_computing("cpu", "fp32", compiled=True)
+    with pytest.raises(ValueError, match="--compile with --device cpu"):
+        make_trainer("bert", plan(), compiled=True)
+    check_computing("cpu", "fp32", compiled=False)
