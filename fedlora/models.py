@@ -245,6 +245,7 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
                          f"embeddings for {len(embedding)}; set another one with tokenizer.pad_token = "
                          "tokenizer.eos_token and save it again, or resize the model's embeddings.")
     model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False  # of keys and values: for generation, which nobody does here
     return LoadedModel(model.eval(), tokenizer, missing, task, path)
 
 

@@ -210,8 +210,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--precision", LOCAL, "auto takes bf16 where the hardware has it", "auto", choices=("auto", "fp32", "bf16")),
     Option("--threads", LOCAL, "CPU threads", None, count),
     Option("--micro-batch", LOCAL, "records computed at once [a bound on tokens, by device]", None, count),
-    Option("--compile", LOCAL, "torch.compile the model's blocks, on CUDA: seconds for each padded length, then faster "
-           "rounds; equal but for rounding", False, None),
+    Option("--compile", LOCAL, "torch.compile the model's blocks, on CUDA: up to half a minute for each padded length, "
+           "then faster steps; equal but for rounding", False, None),
     Option("--state", (CLIENT,), "folder of this client's uploads and reports [by --name]", None, _path),
     Option("--policy", (CLIENT,), "what this machine's owner allows [policy.toml in the user's configuration]", None,
            _path, metavar="FILE.toml"),

@@ -36,9 +36,14 @@ class SuperNodeClient:
     Attributes:
         name: this client's at the server.
         private: whether it trains under differential privacy.
+    Raises:
+        ValueError: an option is not for SuperNodes.
     """
 
     def __init__(self, options: Namespace) -> None:
+        if options.compile:
+            raise ValueError("--compile: a SuperNode starts a process for each message, which would compile anew; "
+                             "leave it out")
         self._options = options
         self.name: str = options.name or socket.gethostname()
         self.private: bool = options.epsilon != float("inf")

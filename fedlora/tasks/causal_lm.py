@@ -126,7 +126,7 @@ class CausalLM(Task):
         Only logits of answer tokens are widened to float32; on CUDA all, since the host would have to wait to know how
         many there are.
         """
-        logits = model(**batch.inputs(), use_cache=False).logits[:, :-1]
+        logits = model(**batch.inputs()).logits[:, :-1]
         targets = batch.labels[:, 1:]
         answer = targets != IGNORED
         if logits.is_cuda:

@@ -3,7 +3,8 @@
 Normalisations, activations, rotations and casts take a GPU about as long as a model's products in bf16; compiled, they
 are done in a few passes over memory. Each padded length is compiled for itself, and for the first of its micro-batches:
 what a record's gradient is rounded to does not depend on what was trained before. The trained layers are left out, as
-their backward pass writes to the gradient buffer; so are evaluation and rehearsal, whose shapes are many.
+their backward pass writes to the gradient buffer; so are evaluation, whose shapes are many, and passes with dropout,
+whose random numbers are to repeat with the round's.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-_MOST_SHAPES = 64
-"""Of one kind of block; PyTorch would give up after eight."""
+_MOST_VERSIONS = 256
+"""Of one kind of block in one process: with each padded length, with and without privacy, of every model trained there.
+Beyond PyTorch's limit, which is eight, it would silently go on without compiling."""
 
 
 class CompiledBlocks:
@@ -35,7 +37,7 @@ class CompiledBlocks:
     def __call__(self) -> Iterator[None]:
         """In it, the blocks are compiled ones."""
         try:
-            with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES):
+            with torch._dynamo.config.patch(recompile_limit=_MOST_VERSIONS):
                 for module, forward in self._forwards:
                     module.forward = forward  # type: ignore[method-assign]
                 yield

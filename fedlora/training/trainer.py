@@ -213,17 +213,21 @@ class Trainer:
 
     def _pass(self, batch: Batch, weights: torch.Tensor | None) -> torch.Tensor:
         """`_compute` of a batch in the processor's memory, by a CUDA graph where one can be recorded."""
-        compute = self._compute if self._blocks is None or self._dropping else self._compute_compiled
-        if self._graphed is not None and not self._dropping:
+        while self._graphed is not None and not self._dropping:
             try:
+                compute = self._compute if self._blocks is None else self._compute_compiled
                 return self._graphed(compute, batch, weights, self.buffer)
             except RuntimeError as error:  # what is wrong with the pass itself, it will say again
-                log.info("Training goes on without CUDA graphs: %s", type(error).__name__)
-                log.debug("Why no CUDA graph was recorded", exc_info=True)
-                self._graphed = None
+                if self._blocks is not None:
+                    log.warning("Training goes on without --compile: %s", type(error).__name__)
+                    self._blocks = None
+                else:
+                    log.info("Training goes on without CUDA graphs: %s", type(error).__name__)
+                    self._graphed = None
+                log.debug("Why", exc_info=True)
                 if self.buffer.armed:
                     self.buffer.arm(len(batch.input_ids))
-        return compute(batch.to(self.device), None if weights is None else weights.to(self.device))
+        return self._compute(batch.to(self.device), None if weights is None else weights.to(self.device))
 
     def _compute_compiled(self, batch: Batch, weights: torch.Tensor | None) -> torch.Tensor:
         assert self._blocks is not None
@@ -293,8 +297,7 @@ class Trainer:
                     loss = self._accumulate(step, records, draw, stop)
                     if loss is None:
                         break
-                    step.finish(telling=lambda draw=draw, loss=loss:  # type: ignore[misc]
-                                tells(records, draw.indices, float(loss)))
+                    step.finish(telling=partial(tells, records, draw.indices, loss))
                     drawn.append(len(draw))
                     losses.append(loss)
                     rows += len(draw.indices)

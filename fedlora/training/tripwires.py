@@ -134,7 +134,7 @@ class StepTripwires:
         self._applied.append(torch.stack([error.max(), norm(clipped_sum), norm(added)]))
 
     def check(self) -> None:
-        """What was noted of the steps so far; the first that the host must wait for, on a GPU.
+        """What was noted of the steps so far.
 
         Raises:
             RuntimeError: a share is longer than the clip norm, or a step was another than that of the drawn noise.
@@ -162,6 +162,9 @@ class GradientTripwire:
         layout: names the tensors.
         parameters: name → what holds the tensor's present value, for all of `layout.state`.
         buffer: says where their sums are.
+
+    Attributes:
+        reads_late: whether what was noted is read at the round's end: the host would have to wait for a GPU.
     """
 
     def __init__(self, layout: AdapterLayout, parameters: Mapping[str, torch.Tensor], buffer: GradientBuffer) -> None:
@@ -182,6 +185,7 @@ class GradientTripwire:
         self._waiting, self._missed = set(self._trained), set[str]()
         self._notes: list[tuple[torch.Tensor, Callable[[], bool]]] = []
         self._refused = 0
+        self.reads_late = self._ends.is_cuda
 
     @property
     def waiting(self) -> bool:
@@ -200,7 +204,7 @@ class GradientTripwire:
         if self._blocking:
             seen.append(torch.stack(torch._foreach_norm(list(self._blocking.values()), ord=math.inf)) != 0)
         self._notes.append((torch.cat(seen), telling))
-        if clipped_sum.device.type != "cuda":  # a GPU would be waited for: it is asked at the round's end
+        if not self.reads_late:
             self._read()
 
     def _read(self) -> None:
@@ -226,7 +230,7 @@ class GradientTripwire:
                       len(missed), len(self._trained), ", ".join(missed[:3]), ", …" if len(missed) > 3 else "")
 
 
-def tells(records: Records, indices: np.ndarray, losses: float) -> bool:
+def tells(records: Records, indices: np.ndarray, losses: float | torch.Tensor) -> bool:
     """Whether a draw's gradients should reach every tensor: a loss, and a text with two tokens to attend to.
 
     A last token of a language model's text is attended to by none; like tokens may be attended to in any way.

@@ -181,6 +181,8 @@ def without_effect(options: Namespace) -> list[str]:
             "clip_norm", "head_scale", "max_clip_norm", "delta"),
         "no head is trained": ("head_scale",) if private and not head else (),
         "--targets none leaves no adapter": ("rank", "alpha", "init") if options.targets == ("none",) else (),
+        "a pass with dropout is not compiled": ("compile",) if options.dropout and getattr(
+            options, "compile", False) else (),
         "nothing is evaluated without --eval-data": ("eval_every",) if not options.eval_data and options.eval_every > 1
         else ()}
     return [f"--{name.replace('_', '-')} has no effect: {reason}." for reason, names in reasons.items()

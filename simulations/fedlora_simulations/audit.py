@@ -49,7 +49,7 @@ MOST_GRADIENT_BYTES = 8 * 2**30
 
 FIXED = ("privacy", "task", "seeds", "clients", "partition", "eval_data", "local_steps", "optimizer", "lr_schedule",
          "clients_per_round", "min_replies", "max_participations", "dropout", "privacy_unit", "workers",
-         "batch_clients", "engine", "ray_address", "compile")
+         "batch_clients", "engine", "ray_address")
 """Options of a simulation that an audit sets itself: one client, one step of SGD a round."""
 
 
@@ -121,7 +121,8 @@ def run_audit(options: Namespace, base: BaseModel, *, private: bool) -> Audit:
     inside = torch.from_numpy(canaries.included)
     trainer = CanaryTrainer(
         adapted, task, first=len(own), directions=None if canaries.directions is None else canaries.directions[inside],
-        device=options.device, precision=options.precision, micro_batch=options.micro_batch, threads=options.threads)
+        device=options.device, precision=options.precision, micro_batch=options.micro_batch, threads=options.threads,
+        compiled=options.compile)
     training = task.encode(canaries.training_rows(own))
     ledger = Ledger(None, simulated=True)
     session = make_sessions(options, federation, trainer, {"audited": training}, seed, ledger)["audited"]

@@ -87,7 +87,7 @@ def run(options: Namespace) -> int:
     from fedlora_server.planning import check_start, claim_folder, find_model, planned, prepare, without_effect
 
     from .comparison import save, summarize, table
-    from .simulate import Method, check_sizes, populate
+    from .simulate import Method, check_sizes, compiles_here, populate
 
     console = messages()
     if (options.epsilon == float("inf")) != (options.privacy == "off"):
@@ -98,9 +98,9 @@ def run(options: Namespace) -> int:
     for method in methods:
         planned(method.options(options), method.strategy)
         check_start(method.options(options))
-    check_computing(options.device, options.precision, options.compile)
     if options.compile and options.batch_clients > 1:
         raise ValueError("--compile and --batch-clients do not go together: steps that clients share have many shapes")
+    check_computing(options.device, options.precision, compiles_here(options))
     first = populate(options, options.seeds[0])
     populations = {seed: first if seed == options.seeds[0] else first.dealt(options, seed) for seed in options.seeds}
     for seed, population in populations.items():

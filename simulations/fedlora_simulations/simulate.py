@@ -205,7 +205,7 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     federation = prepare(options, method.strategy, base, population.labels, seed, run_id=run_id)
     kind = BatchedTrainer if options.batch_clients > 1 else Trainer
     trainer = kind(federation.adapted, federation.task, device=options.device, precision=options.precision,
-                   micro_batch=options.micro_batch, threads=options.threads, compiled=options.compile)
+                   micro_batch=options.micro_batch, threads=options.threads, compiled=compiles_here(options))
     allow_open_files(len(population.parts) + OTHER_FILES)
     ledger = Ledger(out / "ledger.sqlite" if out else None, simulated=True)
     release = cache(lambda: release_trainer(options, federation, base))
@@ -264,12 +264,17 @@ def _threads(options: Namespace, workers: int) -> int:
     return 1 if options.ray_address else threads_each(workers)
 
 
+def compiles_here(options: Namespace) -> bool:
+    """Ray's workers may have GPUs where this process has none."""
+    return options.compile and options.engine != "ray"
+
+
 def release_trainer(options: Namespace, federation: Federation, base: BaseModel) -> Trainer:
     """Of the round before the first, on a base model of its own; where workers train, this process needs none."""
     plan = release_plan(federation.plan)
     adapted = attach_planned(load(base.path, plan.task, len(plan.labels)), plan)
     return Trainer(adapted, federation.task, device=options.device, precision=options.precision,
-                   micro_batch=options.micro_batch, threads=options.threads, compiled=options.compile)
+                   micro_batch=options.micro_batch, threads=options.threads, compiled=compiles_here(options))
 
 
 def make_sessions(options: Namespace, federation: Federation, trainer: Trainer, records: Mapping[str, Records],

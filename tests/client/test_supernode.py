@@ -66,6 +66,12 @@ def charges(tmp_path):
         ledger.close()
 
 
+def test_a_supernode_compiles_nothing(node):
+    node.options.compile = True
+    with pytest.raises(ValueError, match="--compile: a SuperNode starts a process for each message"):
+        SuperNodeClient(node.options)
+
+
 def test_a_supernode_follows_no_plan_but_the_one_that_its_run_began_with(node, tmp_path):
     announced = Setup.of(node.plan)
     assert SuperNodeClient(node.options).join(announced) == ()

@@ -1,10 +1,13 @@
 """Compiled blocks train as the model's own; that they are compiled well is for a GPU (`test_training_graphs`)."""
 
 import pytest
+import torch
 from torch._dynamo.utils import counters
 
+from fedlora.models import load
 from fedlora.training import check_computing
 from fedlora.training.compiled import CompiledBlocks
+from tests import tiny
 from tests.fedlora.private_training import make_records, make_trainer, plan
 from tests.fedlora.test_training_graphs import assert_same, graphed_trainer, train
 
@@ -27,6 +30,35 @@ def test_rounds_of_compiled_blocks_are_those_of_the_models_own(kind, task):
         assert_same(*(train(trainer, run, records, sigma, key) for trainer in trainers))
     assert counters["stats"]["unique_graphs"] and not counters["inductor"]
     assert trainers[1]._graphed is not None
+
+
+def test_later_blocks_need_no_more_versions(monkeypatch, tmp_path):
+    """Each version counts towards a limit, beyond which PyTorch compiles no more. The first block has one of its own,
+    as no gradient leaves it."""
+    run = plan("lora", local_steps=1)
+    versions = []
+    for layers in (2, 4):
+        torch._dynamo.reset()
+        counters.clear()
+        monkeypatch.setattr(tiny, "LAYERS", layers)
+        checkpoint = tiny.tiny_checkpoint("llama", tmp_path / str(layers))
+        trainer = compiled_trainer("llama", run, model=load(checkpoint, run.task, 2))
+        train(trainer, run, make_records(trainer, lengths=(9, 12, 16, 7)))
+        versions.append(counters["stats"]["unique_graphs"])
+    assert versions[0] == versions[1] > 0
+
+
+def test_what_cannot_be_compiled_is_trained_without(caplog):
+    run = plan(local_steps=2)
+    trainers = [make_trainer("bert", run), compiled_trainer("bert", run)]
+
+    def refuses(*_):
+        raise RuntimeError("no such kernel")
+
+    trainers[1]._blocks = CompiledBlocks(trainers[1].adapted.model, [], backend=refuses)
+    records = make_records(trainers[0])
+    assert_same(*(train(trainer, run, records) for trainer in trainers))
+    assert trainers[1]._blocks is None and trainers[1]._graphed is not None and "without --compile" in caplog.text
 
 
 def test_only_training_is_compiled():

@@ -131,9 +131,16 @@ def test_cuda_graphs_are_recorded_and_train_as_without(kind, task, precision, co
                 for also in (compiled, False)]
     trainers[1]._graphed = None
     records = make_records(trainers[0], count=12)
-    tolerance = 1e-3 if precision == "fp32" else 0.1 if compiled else 2e-2  # fused, less is rounded to bf16
     for key, sigma in enumerate([1.0, None, 1.0]):
-        assert_same(*(train(trainer, run, records, sigma, key) for trainer in trainers), tolerance)
+        start = trainers[0].adapted.read("trained")
+        trainers[1].adapted.write(start)
+        one, other = (train(trainer, run, records, sigma, key) for trainer in trainers)
+        if compiled and precision == "bf16":  # fused, less is rounded to bf16
+            moved, by = (np.concatenate([(result.tensors[name] - start[name]).ravel() for name in start])
+                         for result in (one, other))
+            assert np.linalg.norm(moved - by) <= 0.25 * np.linalg.norm(by)
+        else:
+            assert_same(one, other, tolerance=1e-3 if precision == "fp32" else 2e-2)
     assert trainers[0]._graphed is not None, "the pass was not recorded"
 
 

@@ -11,9 +11,12 @@ from torch import nn
 from fedlora.adapters import FAMILIES
 from fedlora.privacy import Stream
 from fedlora.tasks.records import pack
+from fedlora.training import batched as batched_module
 from fedlora.training import trainer as trainer_module
 from fedlora.training.optimizer import PerRecordOptimizer
+from fedlora.training.tripwires import GradientTripwire
 from tests.fedlora.private_training import clipped_sum, make_records, make_trainer, plan
+from tests.fedlora.test_training_batched import make as make_clients
 
 NOTHING = "Nothing of this round was released"
 
@@ -206,12 +209,25 @@ def test_a_small_deviation_of_the_noise_is_found_over_the_run_and_right_noise_is
 
 # gradients
 
+@pytest.fixture(params=[False, True], ids=["at once", "at the end"])
+def reading(request, monkeypatch):
+    """When what was noted is read: as without a GPU, and as with one."""
+    make = GradientTripwire.__init__
+
+    def __init__(self, *given):
+        make(self, *given)
+        self.reads_late = request.param
+
+    monkeypatch.setattr(GradientTripwire, "__init__", __init__)
+
+
 def _module_of(trainer, factor):
     """The first adapted module with this factor, and the factor's parameter."""
     name = next(spec.name for spec in trainer.adapted.layout.trained if spec.name.endswith(f".{factor}"))
     return name, trainer.adapted.parameter(name)
 
 
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_that_the_loss_does_not_depend_on_is_told(family, caplog):
     run = plan(family, local_steps=2)
@@ -225,6 +241,23 @@ def test_an_adapter_that_the_loss_does_not_depend_on_is_told(family, caplog):
         trainer.rehearse()
 
 
+@pytest.mark.usefixtures("reading")
+def test_of_clients_in_lockstep_each_is_told_of_its_own_draws(caplog, monkeypatch):
+    trainer, trainings = make_clients(family="frozen-a")
+    name, _ = _module_of(trainer, "B")
+    trainer.adapted.model.get_submodule(name.rpartition(".")[0]).scaling["default"] = 0.0
+    asked = []
+    monkeypatch.setattr(batched_module, "tells", lambda records, indices, losses: asked.append(
+        (records, len(indices), losses)) or len(indices) > 0)
+    results = trainer.run_all(trainings)
+    assert len(re.findall(r"no gradient for 1 of", caplog.text)) == len(trainings)
+    drawn = [(id(one.records), count) for one, result in zip(trainings, results, strict=True)
+             for count in result.drawn]
+    assert sorted((id(records), count) for records, count, _ in asked) == sorted(drawn)
+    assert len({losses for _, count, losses in asked if count}) == len([count for _, count in drawn if count])
+
+
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("factor", ["A", "B"])
 def test_a_single_tensor_without_gradient_is_told(factor, monkeypatch, caplog):
     run = plan("lora")
@@ -236,6 +269,7 @@ def test_a_single_tensor_without_gradient_is_told(factor, monkeypatch, caplog):
     _told(trainer, run, make_records(trainer), rf"no gradient for 1 of \d+ trained tensors \({name}\)", caplog)
 
 
+@pytest.mark.usefixtures("reading")
 def test_a_head_without_gradient_is_told(monkeypatch, caplog):
     run = plan("frozen-a")
     trainer = make_trainer("bert", run)
@@ -246,6 +280,7 @@ def test_a_head_without_gradient_is_told(monkeypatch, caplog):
     _told(trainer, run, make_records(trainer), r"no gradient for 2 of \d+ .*head\.", caplog)
 
 
+@pytest.mark.usefixtures("reading")
 def test_a_has_no_gradient_while_b_is_zero_and_that_is_no_fault(caplog):
     run = plan("lora")
     trainer = make_trainer("bert", run)

@@ -51,7 +51,6 @@ def test_a_figure_gives_ratios_with_their_spread(figure, checkpoint, tmp_path, c
     assert measured["title"] in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_what_is_for_cuda_alone_is_said_without_it(checkpoint, capsys):
     assert main(["compiled", "--quick", "--model", str(checkpoint("bert")), "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)["figures"]["compiled"]

@@ -13,9 +13,10 @@ import pytest
 from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.privacy import calibrate
 from fedlora_server import cohort, planning
+from fedlora_server.planning import without_effect
 from fedlora_simulations import comparison, simulate
 from fedlora_simulations.cli import main
-from fedlora_simulations.simulate import allow_open_files
+from fedlora_simulations.simulate import allow_open_files, compiles_here
 from fedlora_strategies.presets import preset
 from tests.processes import write_rows
 
@@ -97,6 +98,23 @@ def test_options_that_change_nothing_are_said(arguments, tmp_path, capfd):
     for option in ("--clip-norm", "--rank", "--alpha"):
         assert f"{option} has no effect" in told
     assert told.count("has no effect") == 3
+
+
+@pytest.mark.parametrize("given, said", [
+    (["--compile"], "--compile with --device cpu"),
+    (["--compile", "--batch-clients=2"], "--compile and --batch-clients do not go together"),
+])
+def test_compiling_where_it_cannot_be_is_refused_at_once(arguments, given, said, tmp_path, capfd):
+    assert main([*arguments, *given]) == 2
+    assert said in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_compiling_is_left_to_rays_workers_and_of_no_effect_with_dropout():
+    options = read_options(build_parser("simulate", ""), "simulate", ["--compile", "--engine=ray", "--dropout=0.1"])
+    assert not compiles_here(options)
+    assert without_effect(options) == ["--compile has no effect: a pass with dropout is not compiled."]
+    options = read_options(build_parser("simulate", ""), "simulate", ["--compile"])
+    assert compiles_here(options) and not without_effect(options)
 
 
 def test_a_simulated_client_declares_the_size_that_a_deployed_one_would(arguments, tmp_path, checkpoint):
