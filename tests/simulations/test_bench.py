@@ -13,7 +13,7 @@ import torch
 from fedlora.data import read
 from fedlora.plan import RoundPlan
 from fedlora.wire import digest
-from fedlora_simulations.bench import figure_titles, main
+from fedlora_simulations.bench import figure_titles, main, subjects
 from fedlora_simulations.bench.federations import layout, plan, tensors
 from fedlora_simulations.bench.figures import memory
 from fedlora_simulations.bench.figures.engine import sessions
@@ -108,6 +108,13 @@ def test_what_is_missing_and_the_notes_are_shown_in_full(monkeypatch, capsys):
     assert main(["memory"]) == 0
     shown = capsys.readouterr().out
     assert "a case: what the numbers need" in shown and "'fedlora[ray]'" in shown
+
+
+@pytest.mark.parametrize(("chosen", "quick", "measured"), [
+    ("bf16", False, ("fp32", "bf16")), ("fp32", False, ("fp32",)), ("fp32", True, ("fp32", "bf16"))])
+def test_bf16_is_measured_where_the_device_has_it(chosen, quick, measured, monkeypatch):
+    monkeypatch.setattr(subjects, "resolve_precision", lambda precision, device: chosen)
+    assert subjects.precisions(Settings(Path("rows.jsonl"), quick=quick)) == measured
 
 
 def test_rows_that_are_too_few_for_all_clients_are_counted_before_any_is_measured(tmp_path, checkpoint, capsys):

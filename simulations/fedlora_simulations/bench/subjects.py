@@ -21,7 +21,7 @@ from fedlora.models import load, reference, resolve
 from fedlora.plan import RunPlan
 from fedlora.privacy import RunStreams, Stream
 from fedlora.tasks import Records, task_for
-from fedlora.training import Trainer, Training, TrainResult
+from fedlora.training import Trainer, Training, TrainResult, resolve_precision
 
 from .federations import FAMILY_STRATEGIES, plan
 from .measure import Settings
@@ -58,6 +58,13 @@ class Subject:
                             clip_norm=self.plan.clip_norm, lr=self.plan.lr, rows_per_unit=1,
                             streams=RunStreams(f"client-{k}", 0), round=number, attempt=0)
                    for k, own in enumerate(parts)]
+
+
+def precisions(settings: Settings) -> tuple[str, ...]:
+    """In which to train: bf16 only where the device has it. Elsewhere it is emulated, many times slower than fp32, and
+    chosen by nobody; a quick measurement has it all the same."""
+    has_bf16 = resolve_precision("auto", settings.device) == "bf16"
+    return ("fp32", "bf16") if has_bf16 or settings.quick else ("fp32",)
 
 
 def settle(device: str) -> Callable[[], object]:

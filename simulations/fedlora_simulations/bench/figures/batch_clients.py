@@ -12,10 +12,9 @@ from functools import partial
 from fedlora.training import BatchedTrainer, Training
 
 from ..measure import Figure, Row, Settings, interleaved
-from ..subjects import cut_to_length, rows_of, settle, subject
+from ..subjects import cut_to_length, precisions, rows_of, settle, subject
 
 FAMILIES = (("frozen-a", 8), ("bra", 32))
-PRECISIONS = ("fp32", "bf16")
 STEPS = 4
 TARGET = 1.3
 
@@ -25,7 +24,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     rows = cut_to_length(rows_of(settings), clients * records)
     for family, rank in FAMILIES:
         rank = 2 if settings.quick else rank
-        for precision in PRECISIONS:
+        for precision in precisions(settings):
             one = subject(settings, rows, family=family, rank=rank, precision=precision, expected_batch=records,
                           max_length=length, steps=STEPS)
             trainer = BatchedTrainer(one.adapted, one.trainer.task, device=settings.device, precision=precision,

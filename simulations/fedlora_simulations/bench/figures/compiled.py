@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 from ..measure import Figure, Row, Settings, Unavailable, Value, interleaved
-from ..subjects import cut_to_length, rows_of, settle, subject
-from .step import PRECISIONS, STEPS
+from ..subjects import cut_to_length, precisions, rows_of, settle, subject
+from .step import STEPS
 
 
 def measure(settings: Settings) -> Iterator[Row]:
@@ -22,7 +22,7 @@ def measure(settings: Settings) -> Iterator[Row]:
         raise Unavailable("--compile is for CUDA, where micro-batches have few shapes; measure it with --device cuda")
     records, length, rank = (4, 16, 2) if settings.quick else (32, 64, 8)
     rows = cut_to_length(rows_of(settings), records)
-    for precision in PRECISIONS:
+    for precision in precisions(settings):
         made = partial(subject, settings, rows, family="frozen-a", rank=rank, precision=precision,
                        expected_batch=records, max_length=length, micro_batch=records, steps=STEPS["cuda"])
         plain, compiled = made(), made(compiled=True)

@@ -17,8 +17,8 @@ import torch
 from ..fresh import forget_peak, in_fresh_process, peak_bytes, resident_bytes
 from ..measure import RATIO, Figure, Row, Settings, Unavailable, Value
 from ..peers import MODES, opacus_round
-from ..subjects import cut_to_length, rows_of, subject
-from .step import FAMILIES, PRECISIONS, TARGET
+from ..subjects import cut_to_length, precisions, rows_of, subject
+from .step import FAMILIES, TARGET
 
 STEPS = 3
 
@@ -31,8 +31,9 @@ def measure(settings: Settings) -> Iterator[Row]:
         raise Unavailable("this system cannot tell a step's peak of memory from that of loading the model (it takes "
                           "/proc/self/clear_refs to be writable, as on Linux); measure it on Linux or with --device "
                           "cuda")
-    cases = list(itertools.product(FAMILIES, (64, 128), PRECISIONS))
-    for (family, rank), length, precision in [(FAMILIES[0], 16, PRECISIONS[0])] if settings.quick else cases:
+    cases = [(FAMILIES[0], 16, "fp32")] if settings.quick else itertools.product(
+        FAMILIES, (64, 128), precisions(settings))
+    for (family, rank), length, precision in cases:
         records = 4 if settings.quick else 32
         held = _held(settings, family=family, rank=rank, precision=precision, records=records, length=length)
         yield Row(f"{family} r={rank}, {records} × {length}, {precision}", {

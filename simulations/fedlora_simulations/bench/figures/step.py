@@ -12,10 +12,9 @@ from functools import partial
 
 from ..measure import Figure, Row, Settings, Value, interleaved
 from ..peers import MODES, opacus_round
-from ..subjects import cut_to_length, rows_of, settle, subject
+from ..subjects import cut_to_length, precisions, rows_of, settle, subject
 
 FAMILIES = (("frozen-a", 8), ("bra", 32))
-PRECISIONS = ("fp32", "bf16")
 TARGET = 1.02
 STEPS = {"cpu": 1, "cuda": 4}
 """Of a round."""
@@ -28,7 +27,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     for family, rank in FAMILIES:
         rank = 2 if settings.quick else rank
         for length in lengths:
-            for precision in PRECISIONS:
+            for precision in precisions(settings):
                 made = partial(subject, settings, rows, family=family, rank=rank, precision=precision,
                                expected_batch=records, max_length=length, micro_batch=records, steps=steps)
                 one = made()

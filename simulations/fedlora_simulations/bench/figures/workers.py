@@ -19,17 +19,16 @@ from fedlora.training import Trainer, Training
 from ...processes import ProcessWorkers
 from ...worker import Blueprint, Workers, threads_each
 from ..measure import Figure, Row, Settings, interleaved
-from ..subjects import cut_to_length, rows_of, settle, subject
+from ..subjects import cut_to_length, precisions, rows_of, settle, subject
 
 WORKERS = 2
-PRECISIONS = ("fp32", "bf16")
 STEPS = 4
 TARGET = 1.6
 
 
 def measure(settings: Settings) -> Iterator[Row]:
     clients, batches, length = (2, (2,), 16) if settings.quick else (8, (2, 8, 32), 64)
-    for precision in PRECISIONS[:1] if settings.quick else PRECISIONS:
+    for precision in ("fp32",) if settings.quick else precisions(settings):
         rows = cut_to_length(rows_of(settings), clients * max(batches))
         one = subject(settings, rows, family="frozen-a", rank=2 if settings.quick else 8, precision=precision,
                       expected_batch=max(batches), max_length=length, steps=STEPS)
