@@ -6,6 +6,7 @@ Every machine of a cluster needs the same FedLoRA, and the base model in the sam
 from __future__ import annotations
 
 import os
+import socket
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from fedlora.training import Training, TrainResult
 
 from .worker import Blueprint, Worker, WorkerLost, Workers
 
+_ANSWERS_WITHIN_S = 20.0
 
 class RayWorkers(Workers):
     """Starts `count` actors, each with one copy of the base model, which end with `close`.
@@ -53,9 +55,12 @@ class RayWorkers(Workers):
 
     def _begin(self, address: str | None, cpus: int) -> None:
         here: dict[str, Any] = {} if address else {"num_cpus": cpus, "include_dashboard": False}
+        host, _, port = (address or "").removeprefix("ray://").rpartition(":")
         try:
+            if host and port.isdigit():  # Ray would try for many minutes
+                socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS_WITHIN_S).close()
             self._ray.init(address=address or "local", **here)
-        except ConnectionError as error:
+        except (ConnectionError, TimeoutError, socket.gaierror) as error:
             raise ValueError(f"--ray-address {address}: no Ray cluster answers there ({error}). Start one with "
                              "`ray start --head`, leave the flag out, or set RAY_AUTH_MODE=token if that cluster asks "
                              "for tokens (with --ray-address auto Ray finds out by itself)") from None
