@@ -1,10 +1,10 @@
 """The model's blocks by `torch.compile`, on CUDA: fewer kernels, where `fedlora.training.graphs` launches them sooner.
 
 Normalisations, activations, rotations and casts take a GPU about as long as a model's products in bf16; compiled, they
-are done in a few passes over memory. Each padded length is compiled for itself, and for the first of its micro-batches:
-what a record's gradient is rounded to does not depend on what was trained before. The trained layers are left out, as
-their backward pass writes to the gradient buffer; so are evaluation, whose shapes are many, and passes with dropout,
-whose random numbers are to repeat with the round's.
+are done in a few passes over memory. Each padded length is compiled for itself, when its first micro-batch comes: what
+a record's gradient is rounded to does not depend on what was trained before. The trained layers are left out, as their
+backward pass writes to the gradient buffer; so are evaluation and rehearsal, whose shapes are many, and passes with
+dropout, whose random numbers are to repeat with the round's.
 """
 
 from __future__ import annotations

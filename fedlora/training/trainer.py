@@ -149,11 +149,12 @@ class Trainer:
         self._blocks: CompiledBlocks | None = None
         self._dropping = False
         self._most_in_a_shape = self.most_rows
-        per_example([leaf for leaf, _ in adapted.trained_leaves()], self.buffer)
+        leaves = [leaf for leaf, _ in adapted.trained_leaves()]
+        per_example(leaves, self.buffer)
         fill_rows(adapted.model)
         if compiled:
             check_compiles(self.device)
-            self._blocks = CompiledBlocks(model, [leaf for leaf, _ in adapted.trained_leaves()])
+            self._blocks = CompiledBlocks(model, leaves)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

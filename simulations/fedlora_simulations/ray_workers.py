@@ -20,6 +20,7 @@ from .worker import Blueprint, Worker, WorkerLost, Workers
 
 _ANSWERS_WITHIN_S = 20.0
 
+
 class RayWorkers(Workers):
     """Starts `count` actors, each with one copy of the base model, which end with `close`.
 

@@ -162,9 +162,9 @@ class Times:
         """The same of CPU time, which other processes disturb less; work in child processes is not in it."""
         return _ratio(self.cpu, other.cpu, factor, better, target)
 
-    def value(self, unit: str = "s") -> Value:
-        """The wall seconds, or with unit "ms" milliseconds."""
-        return Value.of([second * {"s": 1.0, "ms": 1e3}[unit] for second in self.wall], unit)
+    def value(self, unit: str = "s", *, parts: int = 1) -> Value:
+        """The wall seconds, or with unit "ms" milliseconds, of each of so many equal parts."""
+        return Value.of([second * {"s": 1.0, "ms": 1e3}[unit] / parts for second in self.wall], unit)
 
 
 def _ratio(mine: Sequence[float], others: Sequence[float], factor: float, better: str, target: float | None) -> Value:

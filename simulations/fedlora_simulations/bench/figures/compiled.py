@@ -39,7 +39,7 @@ def measure(settings: Settings) -> Iterator[Row]:
                             settings.repeats(15), settle=settle(settings.device))
         yield Row(f"frozen-a r={rank}, {records} × {length}, {precision}", {
             "plain ÷ compiled": times["plain"].over(times["compiled"], better="higher"),
-            "compiled": Value.of([1e3 * second / STEPS["cuda"] for second in times["compiled"].wall], "ms"),
+            "compiled": times["compiled"].value("ms", parts=STEPS["cuda"]),
             "to compile": Value.of([first - without], "s")})
 
 

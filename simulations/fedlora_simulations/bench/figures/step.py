@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from ..measure import Figure, Row, Settings, Value, interleaved
+from ..measure import Figure, Row, Settings, interleaved
 from ..peers import MODES, opacus_round
 from ..subjects import cut_to_length, precisions, rows_of, settle, subject
 
@@ -40,7 +40,7 @@ def measure(settings: Settings) -> Iterator[Row]:
                     "private ÷ plain": times["private"].over(times["plain"], target=TARGET),
                     "CPU time": times["private"].cpu_over(times["plain"]),
                     **{f"Opacus {mode} ÷ plain": peers[mode].over(peers["plain"]) for mode in MODES},
-                    "plain": Value.of([1e3 * second / steps for second in times["plain"].wall], "ms")})
+                    "plain": times["plain"].value("ms", parts=steps)})
 
 
 FIGURE = Figure(1, measure)
