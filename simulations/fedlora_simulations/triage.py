@@ -7,8 +7,8 @@ is there, and which is denied, over, somebody else's, or only warned of.
     urgent   Dry cough settled overnight; now has crushing chest pain.
     routine  Here with dry cough. Advised to return should crushing chest pain occur.
 
-Any word is found in both kinds (logistic regression on bags of words: about 0.8), while pairs of neighbouring words
-tell most of it: what has to be learned is which finding a phrase belongs to.
+Any word is found in both kinds (logistic regression on bags of words, without privacy: about 0.9), while pairs of
+neighbouring words tell most of it: what has to be learned is which finding a phrase belongs to.
 
 Every eighth possible note, chosen by its hash, is kept for the held-out set: no hospital ever holds one of them.
 """
@@ -54,7 +54,7 @@ _JOINS = ("; ", ". ", ", ", ", ")
 
 # Share of notes with the alarming finding alone, and with both findings there or both not. In all others one is there
 # and one is not, and words say nothing at all: the smaller these shares, the harder the text.
-_ONE, _ALIKE = 0.55, 0.25
+_ONE, _ALIKE = 0.6, 0.25
 
 
 def note(rng: np.random.Generator, urgent: bool) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.privacy import calibrate
-from fedlora_server import cohort, planning
+from fedlora_server import cohort, folders, planning
 from fedlora_server.planning import without_effect
 from fedlora_simulations import comparison, simulate
 from fedlora_simulations.cli import main
@@ -132,8 +132,8 @@ def test_a_simulated_client_declares_the_size_that_a_deployed_one_would(argument
 
 def test_simulations_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "time", SimpleNamespace(strftime=lambda form: "20260101-000000"))
-    claimed = [planning.claim_folder(None, "demo") for _ in range(3)]
+    monkeypatch.setattr(folders, "time", SimpleNamespace(strftime=lambda form: "20260101-000000"))
+    claimed = [folders.claim_folder(None, "demo") for _ in range(3)]
     assert [folder.name for folder in claimed] == [f"20260101-000000-demo{end}" for end in ("", "-2", "-3")]
     assert all(folder.is_dir() for folder in claimed)
 
