@@ -112,25 +112,25 @@ class AdapterLayout:
             raise ValueError(f"the {which} tensors' names do not fit the adapter: "
                              f"{_some(specs.keys() - tensors.keys())} missing, "
                              f"{_some(tensors.keys() - specs.keys())} unknown")
-        for name, spec in specs.items():
-            array = tensors[name]
-            if not isinstance(array, np.ndarray) or array.dtype != np.dtype(np.float32):
-                raise ValueError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}; it must be float32")
-            if array.shape != spec.shape:
-                raise ValueError(f"{name} has shape {array.shape}; it must be {spec.shape}")
-            if not _within(array, most):
-                raise ValueError(f"{name} holds a value that is not finite or is beyond {most:g}")
+        with np.errstate(over="ignore", invalid="ignore"):
+            for name, spec in specs.items():
+                array = tensors[name]
+                if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+                    raise ValueError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}; it must be float32")
+                if array.shape != spec.shape:
+                    raise ValueError(f"{name} has shape {array.shape}; it must be {spec.shape}")
+                if not _within(array, most):
+                    raise ValueError(f"{name} holds a value that is not finite or is beyond {most:g}")
 
 
 def _within(array: np.ndarray, most: float) -> bool:
-    """Whether every value is a number of at most this magnitude.
+    """Whether every value is a number of at most this magnitude. Called with numpy's warnings off.
 
     A sum of squares bounds each of them, in a third of the time that a minimum and a maximum take. Where it is too
     large or not a number, each value is looked at.
     """
     values = array.reshape(-1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.dot(values, values) < most or np.all(np.abs(values) <= most))
+    return bool(np.dot(values, values) < most or np.all(np.abs(values) <= most))
 
 
 def _some(names: set[str]) -> str:

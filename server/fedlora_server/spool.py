@@ -40,12 +40,7 @@ class Stored:
         with self.path.open("rb") as file:
             content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         self.path.unlink()
-        dtype, arrays, start = ARRAY_DTYPES[self.wire_dtype], [], 0
-        for name, shape in self.shapes.items():
-            stop = start + npy_size(shape, dtype)
-            arrays.append((name, dtype, shape, content[start:stop]))
-            start = stop
-        return record_of(arrays)
+        return read_record(content, self.shapes, self.wire_dtype)
 
     def discard(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -101,6 +96,16 @@ def store(path: Path, arrays: Tensors, wire_dtype: str, metrics: Mapping[str, in
     except OSError:
         spooled.discard()
         raise
+
+
+def read_record(content: memoryview, shapes: Shapes, wire_dtype: str) -> ArrayRecord:
+    """Tensors that stand one after the other as in .npy files, without a copy."""
+    dtype, arrays, start = ARRAY_DTYPES[wire_dtype], [], 0
+    for name, shape in shapes.items():
+        stop = start + npy_size(shape, dtype)
+        arrays.append((name, dtype, shape, content[start:stop]))
+        start = stop
+    return record_of(arrays)
 
 
 def new_upload(spool: Path) -> Path:

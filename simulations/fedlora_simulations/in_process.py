@@ -1,31 +1,37 @@
 """An engine with all clients in this process: they share one base model and train one after the other.
 
-Same round loop, same orders and same client sessions as over gRPC. Uploads wait in files, so memory does not grow with
+Same round loop, same orders and same client sessions as over gRPC. Uploads wait in a file, so memory does not grow with
 the number of clients. An exception in a client's code is not sanitised here: it reaches the researcher.
 """
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
+from typing import IO
 
-from flwr.app import Message, RecordDict
+import numpy as np
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal, RoundPlan, Tensors, Upload, upload_metrics
-from fedlora.wire import packed, shapes_of, size_of, unpacked
+from fedlora.wire import Shapes, packed, shapes_of, size_of, unpacked
+from fedlora.wire.npy import npy_header
 from fedlora_client.flower_app import Session
 from fedlora_server.engine import Engine, Outcome, node_id
-from fedlora_server.spool import Stored, store
+from fedlora_server.spool import read_record
 from fedlora_strategies.messages import assign_id, assume_identity, read_train_messages
 from fedlora_strategies.messages import reply as to_reply
 
 TURN_S = 0.05
 """So long may clients train one after the other before the round is told: whoever waits looks at all of them each time,
 which would cost quadratically many looks where a training takes no time."""
+
+_BUFFER_BYTES = 128 * 1024
+"""Of the spool's file: a small adapter's many tensors are written at once."""
 
 
 @dataclass
@@ -36,7 +42,60 @@ class _Order:
     plan: RoundPlan
     arrays: Tensors
     outcome: Outcome | None = None
-    stored: Stored | None = None
+    stored: _Stored | None = None
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where an upload is in the spool's file, and the rest of it."""
+
+    start: int
+    stop: int
+    shapes: Shapes
+    wire_dtype: str
+    metrics: Mapping[str, int | float]
+
+
+class _Spool:
+    """Uploads that wait to be aggregated, in one file without a name: making a file for each took longer than all else.
+
+    Once none waits, the next upload begins a new file. The old one's space is free when its last record is gone.
+    """
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._waiting = 0
+
+    def put(self, upload: Upload, wire_dtype: str) -> _Stored:
+        if not self._waiting:
+            self.close()
+            self._file = TemporaryFile(prefix="fedlora-spool-", buffering=_BUFFER_BYTES)  # noqa: SIM115
+        assert self._file is not None
+        shapes, arrays, start = shapes_of(upload.tensors), packed(upload.tensors, wire_dtype), self._file.tell()
+        for name, shape in shapes.items():
+            self._file.write(npy_header(shape, arrays[name].dtype))
+            self._file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+        stop = self._file.tell()
+        self._file.write(bytes(-stop % mmap.ALLOCATIONGRANULARITY))
+        self._file.flush()
+        self._waiting += 1
+        return _Stored(start, stop, shapes, wire_dtype, upload_metrics(upload))
+
+    def take(self, stored: _Stored) -> ArrayRecord:
+        """The tensors as they travelled, read from the file where the operating system has it."""
+        assert self._file is not None
+        self._waiting -= 1
+        content = mmap.mmap(self._file.fileno(), stored.stop - stored.start, access=mmap.ACCESS_READ,
+                            offset=stored.start)
+        return read_record(memoryview(content), stored.shapes, stored.wire_dtype)
+
+    def discard(self) -> None:
+        """One of those that wait will not be taken."""
+        self._waiting -= 1
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class InProcessEngine(Engine):
@@ -55,7 +114,7 @@ class InProcessEngine(Engine):
         self._sessions = {node_id(name): session for name, session in sessions.items()}
         self._orders: dict[str, _Order] = {}
         self._count = self._bytes_up = self._bytes_down = 0
-        self._spool = TemporaryDirectory(prefix="fedlora-spool-")
+        self._spool = _Spool()
 
     def expect(self, layout: AdapterLayout) -> None:
         self._layout = layout
@@ -144,8 +203,7 @@ class InProcessEngine(Engine):
             self._layout.check(answer.tensors, "trained")
         except ValueError as error:
             return Refusal("invalid-tensors", str(error))
-        order.stored = store(Path(self._spool.name) / f"{message_id}.upload", packed(answer.tensors, wire_dtype),
-                             wire_dtype, upload_metrics(answer))
+        order.stored = self._spool.put(answer, wire_dtype)
         return "uploaded"
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
@@ -158,17 +216,17 @@ class InProcessEngine(Engine):
                 yield to_reply(order.outcome, order.message)
             elif order.stored is not None:
                 upload = Upload(*order.plan.key, tensors={}, **order.stored.metrics)  # type: ignore[arg-type]
-                yield to_reply(upload, order.message, arrays=order.stored.take())
+                yield to_reply(upload, order.message, arrays=self._spool.take(order.stored))
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         for message_id in list(message_ids):
             order = self._orders.pop(message_id, None)
             if order is not None and order.stored is not None:
-                order.stored.discard()
+                self._spool.discard()
 
     def close(self, reason: str) -> None:
         self._orders.clear()
-        self._spool.cleanup()
+        self._spool.close()
 
     def _of(self, node: int) -> list[_Order]:
         return [order for order in self._orders.values() if order.message.metadata.dst_node_id == node]

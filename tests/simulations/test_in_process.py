@@ -66,6 +66,30 @@ def test_a_reply_from_the_spool_is_what_the_client_sent(engine):
     assert all(np.array_equal(got.tensors[name], sent.tensors[name]) for name in sent.tensors)
 
 
+def test_replies_keep_their_values_and_the_spool_begins_anew_when_none_waits(engine):
+    def ask(names, attempt):
+        pushed = engine.push_messages(orders(engine, names, attempt))
+        while len(engine.wait(pushed, 0.0)) < len(names):
+            pass
+        return pushed
+
+    a, b, c = ask("abc", 0)
+    first = list(engine.pull_messages([b]))
+    engine.cancel([c])
+    [left] = ask("c", 1)  # beside a's, which still waits
+    kept = {name: array.copy() for name, array in read_reply(first[0]).tensors.items()}
+    engine.cancel([a])
+    [second] = engine.pull_messages([left])
+    old = engine._spool._file
+    again = list(engine.pull_messages(ask("abc", 2)))
+    assert old.closed and not engine._spool._file.closed and len(again) == 3
+    values = [read_reply(reply).tensors for reply in (*first, second)]
+    assert all(np.array_equal(values[0][name], kept[name]) for name in kept)
+    plan = RoundPlan(plan_of("fedavg-lora", run_id="0" * 16), 1, 1, "0" * 64)
+    sent = LinearSession("c", layout_of("lora")).run_round(plan, start_of(layout_of("lora"), 0))
+    assert all(np.array_equal(values[1][name], sent.tensors[name]) for name in sent.tensors)
+
+
 @pytest.mark.parametrize(("wire_dtype", "width"), [("fp32", 4), ("bf16", 2)])
 def test_bytes_are_those_of_the_values_in_the_wire_dtype(wire_dtype, width):
     layout, plan = layout_of("lora"), plan_of("fedavg-lora", run_id="0" * 16, wire_dtype=wire_dtype)
