@@ -22,7 +22,7 @@ from fedlora.wire.npy import npy_header, npy_size
 from fedlora.wire.tensors import chunks
 from fedlora_strategies.messages import record_of
 
-_BUFFER_BYTES = 128 * 1024
+BUFFER_BYTES = 128 * 1024
 """Of each file: a small adapter's many tensors are written at once, and hundreds of open files stay small."""
 
 
@@ -58,7 +58,7 @@ class SpoolFile:
         self._shapes, self._wire_dtype = shapes, wire_dtype
         self._to_come = iter(shapes.values())
         self._missing_bytes = 0  # of the tensor that is being written
-        self._file = open(path, "xb", buffering=_BUFFER_BYTES, opener=_for_this_user)  # noqa: SIM115
+        self._file = open(path, "xb", buffering=BUFFER_BYTES, opener=_for_this_user)  # noqa: SIM115
 
     def write(self, data: memoryview) -> None:
         """The next bytes of the tensors, which follow one another."""

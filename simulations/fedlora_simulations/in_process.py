@@ -22,16 +22,13 @@ from fedlora.wire import Shapes, packed, shapes_of, size_of, unpacked
 from fedlora.wire.npy import npy_header
 from fedlora_client.flower_app import Session
 from fedlora_server.engine import Engine, Outcome, node_id
-from fedlora_server.spool import read_record
+from fedlora_server.spool import BUFFER_BYTES, read_record
 from fedlora_strategies.messages import assign_id, assume_identity, read_train_messages
 from fedlora_strategies.messages import reply as to_reply
 
 TURN_S = 0.05
 """So long may clients train one after the other before the round is told: whoever waits looks at all of them each time,
 which would cost quadratically many looks where a training takes no time."""
-
-_BUFFER_BYTES = 128 * 1024
-"""Of the spool's file: a small adapter's many tensors are written at once."""
 
 
 @dataclass
@@ -69,7 +66,7 @@ class _Spool:
     def put(self, upload: Upload, wire_dtype: str) -> _Stored:
         if not self._waiting:
             self.close()
-            self._file = TemporaryFile(prefix="fedlora-spool-", buffering=_BUFFER_BYTES)  # noqa: SIM115
+            self._file = TemporaryFile(prefix="fedlora-spool-", buffering=BUFFER_BYTES)  # noqa: SIM115
         assert self._file is not None
         shapes, arrays, start = shapes_of(upload.tensors), packed(upload.tensors, wire_dtype), self._file.tell()
         for name, shape in shapes.items():
