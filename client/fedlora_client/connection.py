@@ -268,7 +268,7 @@ class Connection:
                     stream.last_frame_at = time.monotonic()
                     chunk = wire.chunk_of(data) if stream.incoming else None
                     if chunk is not None:
-                        self._on_chunk(stream, chunk)
+                        self._on_chunk(stream, *chunk)
                     else:
                         self._on_frame(stream, wire.parse(pb.ServerFrame, data))
                 return "the server closed the stream"
@@ -301,13 +301,13 @@ class Connection:
         if (kind == "welcome") == stream.welcomed:
             raise WireError("the server's stream begins with one Welcome")
         if (kind in ("chunk", "end")) != (stream.incoming is not None) and kind not in ("ack", "cancel"):
-            raise WireError("a Task is followed by its chunks and an End")
+            raise WireError("a Task is followed by its chunks")
         if kind == "welcome":
             self._on_welcome(stream, wire.setup_from_wire(frame.welcome))
         elif kind == "task":
             self._on_task(stream, frame.task)
         elif kind == "chunk":
-            self._on_chunk(stream, memoryview(frame.chunk.data))
+            self._on_chunk(stream, *wire.chunk_from(frame.chunk))
         elif kind == "end":
             self._on_end(stream, frame.end.checksum)
         elif kind == "ack":
@@ -378,9 +378,11 @@ class Connection:
         else:
             stream.incoming, stream.tensors = wire.receive_in_memory(shapes, plan.run.wire_dtype)
 
-    def _on_chunk(self, stream: _Stream, data: memoryview) -> None:
+    def _on_chunk(self, stream: _Stream, data: memoryview, checksum: int | None) -> None:
         assert stream.incoming is not None
         stream.incoming.add(data)
+        if checksum is not None:
+            self._on_end(stream, checksum)
 
     def _on_end(self, stream: _Stream, checksum: int) -> None:
         assert stream.incoming is not None and stream.plan is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -266,30 +266,59 @@ def check_name(name: str) -> None:
 
 
 def tensor_frames(arrays: Tensors) -> Iterator[bytes]:
-    """The serialized Chunk and End frames of packed arrays, after a Task or an Upload (the same in both directions).
+    """The serialized frames of packed arrays, after a Task or an Upload (the same in both directions).
 
-    A chunk's frame is put together by hand: the tensors' bytes are then copied once, not three times.
+    A chunk's frame is put together by hand: the tensors' bytes are then copied once, or twice in a last chunk that
+    holds several tensors, and not three times.
     """
-    checksum = 0
+    checksum, left = 0, sum(array.nbytes for array in arrays.values())
+    if not left:
+        yield pb.ServerFrame(end=pb.End()).SerializeToString()
     for pieces in chunks(arrays):
         size = sum(map(len, pieces))
-        inner = b"\x0a" + _varint(size)  # Chunk.data
-        frame = b"".join((b"\x22", _varint(len(inner) + size), inner, *pieces))  # frame.chunk
-        checksum = add_to_checksum(checksum, memoryview(frame)[-size:])
+        left -= size
+        if left:
+            frame = _chunk_frame(size, pieces)
+            checksum = add_to_checksum(checksum, memoryview(frame)[-size:])
+        else:
+            data = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+            checksum = add_to_checksum(checksum, data)
+            frame = _chunk_frame(size, [data], _CHECKSUM + checksum.to_bytes(8, "little"))
         yield frame
-    yield pb.ServerFrame(end=pb.End(checksum=checksum)).SerializeToString()
 
 
-def chunk_of(frame: bytes) -> memoryview | None:
-    """The data of a frame that is a Chunk and nothing else, as a view; None for every other frame."""
+_CHUNK, _DATA, _CHECKSUM = b"\x22", b"\x0a", b"\x11"
+"""Protobuf's tags of a frame's chunk and of a chunk's fields."""
+
+
+def _chunk_frame(size: int, pieces: Iterable[bytes | memoryview], checksum: bytes = b"") -> bytes:
+    inner = _DATA + _varint(size)
+    return b"".join((_CHUNK, _varint(len(inner) + size + len(checksum)), inner, *pieces, checksum))
+
+
+def chunk_of(frame: bytes) -> tuple[memoryview, int | None] | None:
+    """The data of a frame that is a Chunk and nothing else, as a view, and the checksum of a last one.
+
+    None for every other frame, and for a Chunk that was not written in the usual way.
+    """
     view = memoryview(frame)
-    if view[:1] != b"\x22":
+    if view[:1] != _CHUNK:
         return None
     size, start = _read_varint(view, 1)
-    if start + size != len(view) or view[start:start + 1] != b"\x0a":
+    if start + size != len(view) or view[start:start + 1] != _DATA:
         return None
     size, start = _read_varint(view, start + 1)
-    return view[start:] if start + size == len(view) else None
+    data, rest = view[start:start + size], view[start + size:]
+    if size < 0 or len(data) != size:
+        return None
+    if not rest:
+        return data, None
+    return (data, int.from_bytes(rest[1:], "little")) if len(rest) == 9 and rest[:1] == _CHECKSUM else None
+
+
+def chunk_from(chunk: pb.Chunk) -> tuple[memoryview, int | None]:
+    """The same of a Chunk that was decoded."""
+    return memoryview(chunk.data), chunk.checksum if chunk.HasField("checksum") else None
 
 
 def _varint(value: int) -> bytes:

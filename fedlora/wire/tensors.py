@@ -126,7 +126,7 @@ def check_shapes(shapes: Shapes, expected: Shapes) -> None:
 class Incoming:
     """The receiving end of one transfer. It writes checked chunks on; a refusal once given sticks.
 
-    After a refusal, chunks that are under way are dropped until the sender's End.
+    After a refusal, chunks that are under way are dropped until the sender ends the transfer.
 
     Args:
         shapes: from the header.

@@ -130,7 +130,7 @@ class GrpcSession:
                 self._roster.count(self, up=len(data) + FRAME_PREFIX_BYTES)
                 chunk = wire.chunk_of(data) if self._upload else None
                 if chunk is not None:
-                    self._on_chunk(chunk)
+                    self._on_chunk(*chunk)
                 else:
                     self._on_frame(wire.parse(pb.ClientFrame, data))
                 if self._left:
@@ -155,7 +155,7 @@ class GrpcSession:
         if (kind == "join") == bool(self.name):
             raise WireError("a stream begins with one Join")
         if (kind in ("chunk", "end")) != (self._upload is not None):
-            raise WireError("an Upload is followed by its chunks and an End, and only then by anything else")
+            raise WireError("an Upload is followed by its chunks, and only then by anything else")
         if kind == "join":
             self._on_join(frame.join)
         elif kind == "ready":
@@ -164,7 +164,7 @@ class GrpcSession:
         elif kind == "upload":
             self._on_upload(frame.upload)
         elif kind == "chunk":
-            self._on_chunk(memoryview(frame.chunk.data))
+            self._on_chunk(*wire.chunk_from(frame.chunk))
         elif kind == "end":
             self._on_end(frame.end.checksum)
         elif kind == "declined":
@@ -200,7 +200,7 @@ class GrpcSession:
         if refusal is not None:
             self._refuse(refusal)
 
-    def _on_chunk(self, data: memoryview) -> None:
+    def _on_chunk(self, data: memoryview, checksum: int | None) -> None:
         assert self._upload is not None
         incoming = self._upload.incoming
         incoming.add(data)
@@ -210,6 +210,8 @@ class GrpcSession:
             self._drained_bytes += len(data)
             if self._drained_bytes > DRAINED_BYTES:
                 raise WireError("an upload went on after it had been refused")
+        if checksum is not None:
+            self._on_end(checksum)
 
     def _on_end(self, checksum: int) -> None:
         upload, self._upload = self._upload, None

@@ -44,12 +44,13 @@ def receive(tensors, frames, wire_dtype="fp32"):
     """What a receiver makes of serialized tensor frames: (refusal or None, tensors)."""
     incoming, received = wire.receive_in_memory(wire.shapes_of(tensors), wire_dtype)
     for data in frames:
-        chunk = wire.chunk_of(data)
+        frame = wire.parse(pb.ServerFrame, data)
+        chunk, checksum = wire.chunk_of(data) or (None, frame.end.checksum)
         if chunk is not None:
             incoming.add(chunk)
-        else:
-            return incoming.finish(wire.parse(pb.ServerFrame, data).end.checksum), wire.unpacked(received, wire_dtype)
-    raise AssertionError("no End")
+        if checksum is not None:
+            return incoming.finish(checksum), wire.unpacked(received, wire_dtype)
+    raise AssertionError("no checksum")
 
 
 def test_the_generated_code_is_that_of_the_proto(tmp_path):
@@ -115,19 +116,34 @@ def test_tensors_survive_the_wire(shapes, wire_dtype):
 @pytest.mark.parametrize("sizes", [(CHUNK_BYTES // 4,), (CHUNK_BYTES // 4 + 1, 7), (3, CHUNK_BYTES // 2, 1)])
 def test_chunks_are_full_but_the_last_and_are_plain_protobuf(sizes):
     tensors = draw({f"t{i}": (size,) for i, size in enumerate(sizes)})
-    *chunks, end = frames_of(tensors)
-    lengths = [len(pb.ClientFrame.FromString(frame).chunk.data) for frame in chunks]
+    frames = list(frames_of(tensors))
+    chunks = [pb.ClientFrame.FromString(frame).chunk for frame in frames]
+    lengths = [len(chunk.data) for chunk in chunks]
     assert sum(lengths) == 4 * sum(sizes) and all(length == CHUNK_BYTES for length in lengths[:-1])
-    assert chunks == [pb.ServerFrame(chunk=pb.Chunk(data=bytes(wire.chunk_of(f)))).SerializeToString() for f in chunks]
-    assert receive(tensors, [*chunks, end])[0] is None
+    assert [chunk.HasField("checksum") for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert frames == [pb.ServerFrame(chunk=chunk).SerializeToString() for chunk in chunks]
+    assert receive(tensors, frames)[0] is None
 
 
-@given(st.binary(max_size=40) | st.binary(max_size=300).map(
-    lambda data: pb.ClientFrame(chunk=pb.Chunk(data=data)).SerializeToString()))
-def test_the_quick_way_to_read_a_chunk_agrees_with_protobuf(data):
-    quick = wire.chunk_of(data)
-    if quick is not None:
-        assert pb.ClientFrame.FromString(data).chunk.data == bytes(quick)
+def test_a_transfer_of_no_tensors_is_an_end():
+    [frame] = frames_of({})
+    assert wire.parse(pb.ServerFrame, frame).WhichOneof("kind") == "end"
+
+
+@given(st.binary(max_size=40) | st.builds(
+    lambda data, checksum: pb.ClientFrame(chunk=pb.Chunk(data=data, checksum=checksum)).SerializeToString(),
+    st.binary(max_size=300), st.none() | st.integers(0, 2**64 - 1)), st.integers(0, 40))
+def test_the_quick_way_to_read_a_chunk_agrees_with_protobuf(data, cut):
+    for frame in (data, data[:-cut or None]):
+        quick = wire.chunk_of(frame)
+        if quick is not None:
+            assert (bytes(quick[0]), quick[1]) == wire.chunk_from(pb.ClientFrame.FromString(frame).chunk)
+
+
+@given(st.binary(min_size=1, max_size=300), st.none() | st.integers(0, 2**64 - 1))
+def test_every_chunk_that_protobuf_writes_is_read_the_quick_way(data, checksum):
+    frame = pb.ServerFrame(chunk=pb.Chunk(data=data, checksum=checksum)).SerializeToString()
+    assert wire.chunk_of(frame) == (data, checksum)
 
 
 @given(shapes_strategy, st.randoms())
@@ -180,11 +196,12 @@ def test_a_value_that_is_not_finite_is_refused_with_its_tensors_name(bad, wire_d
 
 def test_a_changed_bit_is_refused():
     tensors = draw({"a": (50,)})
-    chunk, end = frames_of(tensors)
-    changed = bytearray(chunk)
-    changed[-1] ^= 1
-    refusal, _ = receive(tensors, [bytes(changed), end])
-    assert refusal.code == "invalid-tensors"
+    [chunk] = frames_of(tensors)
+    for place in (-1, -12):  # of the checksum, of the last value
+        changed = bytearray(chunk)
+        changed[place] ^= 1
+        refusal, _ = receive(tensors, [bytes(changed)])
+        assert refusal.code == "invalid-tensors"
 
 
 def test_too_many_too_few_and_broken_bytes_end_the_transfer():

@@ -92,18 +92,20 @@ READY = pb.ClientFrame(ready=pb.Ready()).SerializeToString()
 JOIN = join_frame().SerializeToString()
 END = pb.ClientFrame(end=pb.End()).SerializeToString()
 CHUNK = pb.ClientFrame(chunk=pb.Chunk(data=bytes(64))).SerializeToString()
+EARLY = pb.ClientFrame(chunk=pb.Chunk(data=bytes(4), checksum=0)).SerializeToString()
+LONG = pb.ClientFrame(chunk=pb.Chunk(data=bytes(1 << 20))).SerializeToString()
 
 
 @pytest.mark.parametrize("frames", [
     [b"\xff\xff\xff"], [b""], [READY], [CHUNK], [END], [JOIN, JOIN], [JOIN, CHUNK], [JOIN, READY, END],
-    [JOIN, READY, *upload_frames()[:1], READY],
+    [JOIN, READY, *upload_frames()[:1], READY], [JOIN, READY, *upload_frames(), CHUNK],
     [JOIN, READY, *upload_frames()[:1], b"\x22\x05\x0a\x03abc"],
     [join_frame("").SerializeToString()], [join_frame("\x1b[2J").SerializeToString()],
     [join_frame("x" * 65).SerializeToString()], [join_frame(process=b"short").SerializeToString()],
     [JOIN, pb.ClientFrame(ready=pb.Ready(labels=["a"])).SerializeToString()], [JOIN, READY, READY],
     [JOIN, pb.ClientFrame(ready=pb.Ready(labels=map(str, range(1001)))).SerializeToString()],
     [JOIN, pb.ClientFrame(declined=pb.Declined(refusal=pb.Refusal(code="rm -rf"))).SerializeToString()],
-], ids=range(18))
+], ids=range(19))
 def test_a_client_that_breaks_the_protocol_loses_its_stream(engine, frames):
     _, status = converse(engine.address, frames)
     assert status == grpc.StatusCode.INVALID_ARGUMENT
@@ -153,7 +155,7 @@ def test_an_upload_that_announces_a_petabyte_is_refused_from_its_header(engine):
 
 
 client_frames = st.sampled_from([
-    JOIN, READY, END, CHUNK, *upload_frames(), b"\x22", b"\x22\x02\x0a\x00",
+    JOIN, READY, END, CHUNK, EARLY, *upload_frames(), b"\x22", b"\x22\x02\x0a\x00",
     pb.ClientFrame(declined=pb.Declined(key=KEY, refusal=pb.Refusal(code="policy"))).SerializeToString(),
     pb.ClientFrame(ready=pb.Ready(working=KEY)).SerializeToString(),
     pb.ClientFrame(leave=pb.Leave()).SerializeToString()]) | st.binary(max_size=60)
@@ -233,12 +235,12 @@ def changed_task(**changes) -> pb.Task:
 @pytest.mark.parametrize("frames", [
     [b"\xff\xff"], [b""], [CHUNK], [END],
     [*task_frames()[:1], b"\x22\x05\x0a\x03abc"], task_frames()[:1] + task_frames()[:1],
-    [*task_frames()[:2], CHUNK], task_frames()[:1] + task_frames()[-1:],
+    [*task_frames()[:1], LONG], [*task_frames()[:1], END], [*task_frames()[:1], EARLY],
     task_frames(changed_task(strategy="mine-bitcoin")), task_frames(changed_task(lr=float("nan"))),
     task_frames(changed_task(rank=0)), task_frames(changed_task(run_id="f" * 16)),
     task_frames(changed_task(wire_dtype="bf16")), task_frames(changed_task(fedlora_version="\x1b[2J")),
     task_frames(wire.task_to_wire(RoundPlan(RUN, 1, 0, wire.digest({})), {"\x1b[2J": (1,)})),
-], ids=range(15))
+], ids=range(16))
 def test_a_server_that_breaks_the_protocol_gets_a_typed_error_at_the_client(frames):
     assert isinstance(meet(frames), WireError)
 
@@ -281,7 +283,7 @@ def test_a_server_that_does_not_welcome_is_a_typed_error():
     assert isinstance(meet([CHUNK], welcome=False), WireError)
 
 
-server_frames = st.sampled_from([*task_frames(), CHUNK, END, *(frame.SerializeToString() for frame in (
+server_frames = st.sampled_from([*task_frames(), CHUNK, EARLY, END, *(frame.SerializeToString() for frame in (
     pb.ServerFrame(cancel=KEY), pb.ServerFrame(ack=pb.Ack(key=KEY)), pb.ServerFrame(goodbye=pb.Goodbye(reason="\x07")),
     pb.ServerFrame(refused=pb.Refusal(code="policy"))))]) | st.binary(max_size=60)
 
