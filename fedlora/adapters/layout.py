@@ -96,6 +96,7 @@ class AdapterLayout:
         """Number of trained values: the length of one record's gradient."""
         return sum(spec.size for spec in self.trained)
 
+    @np.errstate(over="ignore", invalid="ignore")
     def check(self, tensors: Tensors, which: str) -> None:
         """Check arrays from the other side, whole, before any of them is used.
 
@@ -112,15 +113,14 @@ class AdapterLayout:
             raise ValueError(f"the {which} tensors' names do not fit the adapter: "
                              f"{_some(specs.keys() - tensors.keys())} missing, "
                              f"{_some(tensors.keys() - specs.keys())} unknown")
-        with np.errstate(over="ignore", invalid="ignore"):
-            for name, spec in specs.items():
-                array = tensors[name]
-                if not isinstance(array, np.ndarray) or array.dtype != np.float32:
-                    raise ValueError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}; it must be float32")
-                if array.shape != spec.shape:
-                    raise ValueError(f"{name} has shape {array.shape}; it must be {spec.shape}")
-                if not _within(array, most):
-                    raise ValueError(f"{name} holds a value that is not finite or is beyond {most:g}")
+        for name, spec in specs.items():
+            array = tensors[name]
+            if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+                raise ValueError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}; it must be float32")
+            if array.shape != spec.shape:
+                raise ValueError(f"{name} has shape {array.shape}; it must be {spec.shape}")
+            if not _within(array, most):
+                raise ValueError(f"{name} holds a value that is not finite or is beyond {most:g}")
 
 
 def _within(array: np.ndarray, most: float) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -268,32 +268,26 @@ def check_name(name: str) -> None:
 def tensor_frames(arrays: Tensors) -> Iterator[bytes]:
     """The serialized frames of packed arrays, after a Task or an Upload (the same in both directions).
 
-    A chunk's frame is put together by hand: the tensors' bytes are then copied once, or twice in a last chunk that
-    holds several tensors, and not three times.
+    A chunk's frame is put together by hand: the tensors' bytes are then copied once, or twice where a chunk holds
+    several tensors, and not three times.
     """
     checksum, left = 0, sum(array.nbytes for array in arrays.values())
     if not left:
         yield pb.ServerFrame(end=pb.End()).SerializeToString()
     for pieces in chunks(arrays):
-        size = sum(map(len, pieces))
-        left -= size
-        if left:
-            frame = _chunk_frame(size, pieces)
-            checksum = add_to_checksum(checksum, memoryview(frame)[-size:])
-        else:
-            data = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
-            checksum = add_to_checksum(checksum, data)
-            frame = _chunk_frame(size, [data], _CHECKSUM + checksum.to_bytes(8, "little"))
-        yield frame
+        data = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+        checksum = add_to_checksum(checksum, data)
+        left -= len(data)
+        yield _chunk_frame(data, b"" if left else _CHECKSUM + checksum.to_bytes(8, "little"))
 
 
 _CHUNK, _DATA, _CHECKSUM = b"\x22", b"\x0a", b"\x11"
 """Protobuf's tags of a frame's chunk and of a chunk's fields."""
 
 
-def _chunk_frame(size: int, pieces: Iterable[bytes | memoryview], checksum: bytes = b"") -> bytes:
-    inner = _DATA + _varint(size)
-    return b"".join((_CHUNK, _varint(len(inner) + size + len(checksum)), inner, *pieces, checksum))
+def _chunk_frame(data: memoryview, rest: bytes) -> bytes:
+    start = _DATA + _varint(len(data))
+    return b"".join((_CHUNK, _varint(len(start) + len(data) + len(rest)), start, data, rest))
 
 
 def chunk_of(frame: bytes) -> tuple[memoryview, int | None] | None:

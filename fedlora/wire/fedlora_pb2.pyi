@@ -275,7 +275,5 @@ class Chunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class End(_message.Message):
-    __slots__ = ("checksum",)
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
-    checksum: int
-    def __init__(self, checksum: _Optional[int] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...

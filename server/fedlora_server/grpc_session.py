@@ -166,7 +166,7 @@ class GrpcSession:
         elif kind == "chunk":
             self._on_chunk(*wire.chunk_from(frame.chunk))
         elif kind == "end":
-            self._on_end(frame.end.checksum)
+            self._on_end(checksum=0)  # of no bytes
         elif kind == "declined":
             self._on_declined(frame.declined)
         elif kind == "leave":

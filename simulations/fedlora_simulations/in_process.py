@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from tempfile import TemporaryFile
 from typing import IO
 
-import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal, RoundPlan, Tensors, Upload, upload_metrics
 from fedlora.wire import Shapes, packed, shapes_of, size_of, unpacked
-from fedlora.wire.npy import npy_header
+from fedlora.wire.npy import to_npy
 from fedlora_client.flower_app import Session
 from fedlora_server.engine import Engine, Outcome, node_id
 from fedlora_server.spool import BUFFER_BYTES, read_record
@@ -69,9 +68,8 @@ class _Spool:
             self._file = TemporaryFile(prefix="fedlora-spool-", buffering=BUFFER_BYTES)  # noqa: SIM115
         assert self._file is not None
         shapes, arrays, start = shapes_of(upload.tensors), packed(upload.tensors, wire_dtype), self._file.tell()
-        for name, shape in shapes.items():
-            self._file.write(npy_header(shape, arrays[name].dtype))
-            self._file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+        for name in shapes:
+            self._file.write(to_npy(arrays[name]))
         stop = self._file.tell()
         self._file.write(bytes(-stop % mmap.ALLOCATIONGRANULARITY))
         self._file.flush()

@@ -75,4 +75,4 @@ def test_a_bag_of_words_does_not_find_the_label(written):
     words = text.CountVectorizer()
     seen = words.fit_transform([text for rows in hospitals for text in rows.texts])
     model = linear.LogisticRegression(max_iter=1000).fit(seen, [label for rows in hospitals for label in rows.labels])
-    assert model.score(words.transform(held_out.texts), held_out.labels) < 0.95
+    assert model.score(words.transform(held_out.texts), held_out.labels) < 0.92
