@@ -15,6 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
+import fedlora_simulations.processes as simulated
+
 PATIENCE = 4
 """Time limits end tests that hang; machines under load are slower than those on which the limits were chosen."""
 
@@ -53,11 +55,12 @@ class Process(Protocol):
     def kill(self) -> None: ...
 
 
-SERVERS = ("flwr", "fedlora_server", "fedlora_strategies")
+SERVERS = ("flwr", "fedlora_server", "fedlora_strategies", "fedlora_simulations")
 """Packages that a client has to do without."""
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.warm"])
+simulated.PRELOADED = ["tests.warm"]  # a process has one fork server, whoever needs it first
+FORKS.set_forkserver_preload(simulated.PRELOADED)
 
 
 class Forked:

@@ -14,6 +14,9 @@ from fedlora.training import Training, TrainResult, resolve_device
 
 from .worker import Blueprint, Worker, WorkerLost, Workers
 
+PRELOADED = [Worker.__module__]
+"""What the process from which workers are forked imports, before the first of them."""
+
 
 class ProcessWorkers(Workers):
     """Starts `count` processes, which end with this one. Each builds its trainer when it has its first training.
@@ -27,7 +30,7 @@ class ProcessWorkers(Workers):
         context: ForkServerContext | SpawnContext = get_context("spawn")
         if sys.platform == "linux" and resolve_device(blueprint.device).type == "cpu":
             context = get_context("forkserver")
-            context.set_forkserver_preload([Worker.__module__])
+            context.set_forkserver_preload(PRELOADED)
         self._processes = {}
         for index in range(count):
             ours, theirs = context.Pipe()
