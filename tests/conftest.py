@@ -20,7 +20,7 @@ WAITING = frozenset({"test_bench", "test_demo", "test_end_to_end", "test_hostile
 
 def pytest_xdist_auto_num_workers() -> int:
     """More than there are cores: tests of real processes wait for them most of the time."""
-    return (os.cpu_count() or 1) + 2
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
