@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the commands' --help reads this module and needs no numpy
     import numpy as np
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the wire protocol. Two sides with different numbers refuse each other."""
 
 STRATEGIES = ("fedavg-lora", "ffa-lora", "fed-sb", "fedsvd")

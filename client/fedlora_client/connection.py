@@ -266,11 +266,11 @@ class Connection:
                 for data in call:
                     self.bytes_down += len(data) + FRAME_PREFIX_BYTES
                     stream.last_frame_at = time.monotonic()
-                    chunk = wire.chunk_of(data) if stream.incoming else None
+                    frame, chunk = wire.read_frame(pb.ServerFrame, data)
+                    if frame is not None:
+                        self._on_frame(stream, frame)
                     if chunk is not None:
                         self._on_chunk(stream, *chunk)
-                    else:
-                        self._on_frame(stream, wire.parse(pb.ServerFrame, data))
                 return "the server closed the stream"
             except grpc.RpcError as error:
                 if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
@@ -300,20 +300,18 @@ class Connection:
             raise Goodbye(wire.clean(frame.goodbye.reason))
         if (kind == "welcome") == stream.welcomed:
             raise WireError("the server's stream begins with one Welcome")
-        if (kind in ("chunk", "end")) != (stream.incoming is not None) and kind not in ("ack", "cancel"):
+        if (kind == "end") != (stream.incoming is not None) and kind not in ("ack", "cancel"):
             raise WireError("a Task is followed by its chunks")
         if kind == "welcome":
             self._on_welcome(stream, wire.setup_from_wire(frame.welcome))
         elif kind == "task":
             self._on_task(stream, frame.task)
-        elif kind == "chunk":
-            self._on_chunk(stream, *wire.chunk_from(frame.chunk))
         elif kind == "end":
             self._on_end(stream, checksum=0)  # of no bytes
         elif kind == "ack":
             self._on_ack(frame.ack)
         elif kind == "cancel":
-            self._on_cancel(wire.key_from_wire(frame.cancel))
+            self._on_cancel(self._key(frame.cancel))
 
     def _on_welcome(self, stream: _Stream, setup: Setup) -> None:
         with self._changed:
@@ -350,15 +348,15 @@ class Connection:
             yield pb.ClientFrame(declined=declined).SerializeToString()
             return
         assert self._setup is not None
-        yield pb.ClientFrame(upload=stream.sent.shorten(wire.upload_to_wire(answer))).SerializeToString()
-        for frame in wire.tensor_frames(wire.packed(answer.tensors, self._setup.wire_dtype)):
+        head = pb.ClientFrame(upload=stream.sent.shorten(wire.upload_to_wire(answer))).SerializeToString()
+        frames = wire.transfer_frames(head, wire.packed(answer.tensors, self._setup.wire_dtype))
+        yield next(frames)
+        for frame in frames:
             given = self._answer
             if given is None or given[0] != key:  # refused while under way
-                break
+                yield pb.ClientFrame(end=pb.End()).SerializeToString()
+                return
             yield frame
-        else:
-            return
-        yield pb.ClientFrame(end=pb.End()).SerializeToString()
 
     def _on_task(self, stream: _Stream, task: pb.Task) -> None:
         task = stream.received.restore(task)
@@ -379,7 +377,8 @@ class Connection:
             stream.incoming, stream.tensors = wire.receive_in_memory(shapes, plan.run.wire_dtype)
 
     def _on_chunk(self, stream: _Stream, data: memoryview, checksum: int | None) -> None:
-        assert stream.incoming is not None
+        if stream.incoming is None:
+            raise WireError("a chunk belongs to no Task")
         stream.incoming.add(data)
         if checksum is not None:
             self._on_end(stream, checksum)
@@ -408,8 +407,12 @@ class Connection:
             else:
                 self.cancelled.set()
 
+    def _key(self, key: pb.Key) -> Key:
+        assert self._setup is not None
+        return wire.key_from_wire(key, self._setup.run_id)
+
     def _on_ack(self, ack: pb.Ack) -> None:
-        key = wire.key_from_wire(ack.key)
+        key = self._key(ack.key)
         with self._changed:
             if self._answer is not None and self._answer[0] == key:
                 self._working = self._answer = None

@@ -37,11 +37,13 @@ from fedlora.plan import (
 )
 
 from . import fedlora_pb2 as pb
-from .tensors import Shapes, WireError, add_to_checksum, chunks, header_of, shapes_of
+from .tensors import CHUNK_BYTES, Shapes, WireError, add_to_checksum, chunks, header_of, shapes_of
 
 SERVICE = "/fedlora.Federation/Session"
 MAX_NAME, MAX_TEXT = 64, 2000
 Key = tuple[str, int, int]
+Chunk = tuple[memoryview, int | None]
+"""The bytes, and the checksum of a transfer's last one."""
 Frame = TypeVar("Frame", pb.ClientFrame, pb.ServerFrame)
 Headed = TypeVar("Headed", pb.Task, pb.Upload)
 
@@ -103,19 +105,43 @@ class Setup:
 
 
 def parse(kind: type[Frame], data: bytes) -> Frame:
-    """Decode one frame.
+    """Decode a frame that carries no chunk.
 
     Raises:
-        WireError: it is not one, or it is empty or of a kind this version does not know. Fields that this version does
+        WireError: it does, or as `read_frame`.
+    """
+    frame, chunk = read_frame(kind, data)
+    if frame is None or chunk is not None:
+        raise WireError("a frame brings a chunk where none may come")
+    return frame
+
+
+def read_frame(kind: type[Frame], data: bytes) -> tuple[Frame | None, Chunk | None]:
+    """Decode one frame of a stream.
+
+    A chunk that stands at the start, where `transfer_frames` puts it, is read by hand and not copied.
+
+    Returns:
+        What the frame says, None if nothing but a chunk; and its chunk, to be taken after that.
+    Raises:
+        WireError: it is no frame, or it is empty or of a kind this version does not know. Fields that this version does
             not know are dropped.
     """
+    chunk, rest = _leading_chunk(memoryview(data))
+    if chunk is not None and not rest:
+        return None, chunk
     try:
-        frame = kind.FromString(data)
+        frame = kind.FromString(bytes(rest))
     except DecodeError:
         raise WireError("a frame could not be decoded") from None
-    if frame.WhichOneof("kind") is None:
+    if frame.HasField("chunk"):
+        if chunk is not None:
+            raise WireError("a frame has two chunks")
+        chunk = memoryview(frame.chunk.data), frame.chunk.checksum if frame.chunk.HasField("checksum") else None
+    says = frame.WhichOneof("kind") is not None
+    if not says and chunk is None:
         raise WireError("a frame is empty or of a kind that this version does not know")
-    return frame
+    return frame if says else None, chunk
 
 
 def setup_to_wire(setup: Setup) -> pb.Welcome:
@@ -235,11 +261,12 @@ def metrics_from_wire(upload: pb.Upload, *, private: bool) -> dict[str, int | fl
 
 
 def key_to_wire(key: Key) -> pb.Key:
-    return pb.Key(run_id=key[0], round=key[1], attempt=key[2])
+    return pb.Key(round=key[1], attempt=key[2])
 
 
-def key_from_wire(key: pb.Key) -> Key:
-    return key.run_id, key.round, key.attempt
+def key_from_wire(key: pb.Key, run_id: str) -> Key:
+    """Of the run that the stream's Welcome named."""
+    return run_id, key.round, key.attempt
 
 
 def refusal_to_wire(refusal: Refusal) -> pb.Refusal:
@@ -265,54 +292,52 @@ def check_name(name: str) -> None:
                          "and with no space at either end")
 
 
-def tensor_frames(arrays: Tensors) -> Iterator[bytes]:
-    """The serialized frames of packed arrays, after a Task or an Upload (the same in both directions).
+def transfer_frames(head: bytes, arrays: Tensors) -> Iterator[bytes]:
+    """The serialized frames of a transfer, the same in both directions; a small one is a single frame.
 
-    A chunk's frame is put together by hand: the tensors' bytes are then copied once, or twice where a chunk holds
+    A chunk is put into its frame by hand: the tensors' bytes are then copied once, or twice where a chunk holds
     several tensors, and not three times.
+
+    Args:
+        head: the serialized frame of the Task or Upload.
+        arrays: packed; what `head` names.
     """
     checksum, left = 0, sum(array.nbytes for array in arrays.values())
+    together = 0 < left <= CHUNK_BYTES and len(head) <= CHUNK_BYTES // 2
+    if not together:
+        yield head
     if not left:
         yield pb.ServerFrame(end=pb.End()).SerializeToString()
     for pieces in chunks(arrays):
         data = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
         checksum = add_to_checksum(checksum, data)
         left -= len(data)
-        yield _chunk_frame(data, b"" if left else _CHECKSUM + checksum.to_bytes(8, "little"))
+        start, rest = _DATA + _varint(len(data)), b"" if left else _CHECKSUM + checksum.to_bytes(8, "little")
+        size = len(start) + len(data) + len(rest)
+        yield b"".join((_CHUNK, _varint(size), start, data, rest, head if together else b""))
 
 
 _CHUNK, _DATA, _CHECKSUM = b"\x22", b"\x0a", b"\x11"
 """Protobuf's tags of a frame's chunk and of a chunk's fields."""
 
 
-def _chunk_frame(data: memoryview, rest: bytes) -> bytes:
-    start = _DATA + _varint(len(data))
-    return b"".join((_CHUNK, _varint(len(start) + len(data) + len(rest)), start, data, rest))
-
-
-def chunk_of(frame: bytes) -> tuple[memoryview, int | None] | None:
-    """The data of a frame that is a Chunk and nothing else, as a view, and the checksum of a last one.
-
-    None for every other frame, and for a Chunk that was not written in the usual way.
-    """
-    view = memoryview(frame)
-    if view[:1] != _CHUNK:
-        return None
-    size, start = _read_varint(view, 1)
-    if start + size != len(view) or view[start:start + 1] != _DATA:
-        return None
-    size, start = _read_varint(view, start + 1)
-    data, rest = view[start:start + size], view[start + size:]
-    if size < 0 or len(data) != size:
-        return None
+def _leading_chunk(frame: memoryview) -> tuple[Chunk | None, memoryview]:
+    """The chunk at the start of a frame, and what follows it; none where it was not written in the usual way."""
+    if frame[:1] != _CHUNK:
+        return None, frame
+    size, start = _read_varint(frame, 1)
+    stop = start + size
+    if size < 0 or stop > len(frame) or frame[start:start + 1] != _DATA:
+        return None, frame
+    size, start = _read_varint(frame, start + 1)
+    data, rest = frame[start:start + size], frame[start + size:stop]
+    if size < 0 or start + size > stop:
+        return None, frame
     if not rest:
-        return data, None
-    return (data, int.from_bytes(rest[1:], "little")) if len(rest) == 9 and rest[:1] == _CHECKSUM else None
-
-
-def chunk_from(chunk: pb.Chunk) -> tuple[memoryview, int | None]:
-    """The same of a Chunk that was decoded."""
-    return memoryview(chunk.data), chunk.checksum if chunk.HasField("checksum") else None
+        return (data, None), frame[stop:]
+    if len(rest) == 9 and rest[:1] == _CHECKSUM:
+        return (data, int.from_bytes(rest[1:], "little")), frame[stop:]
+    return None, frame
 
 
 def _varint(value: int) -> bytes:

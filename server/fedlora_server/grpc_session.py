@@ -128,11 +128,11 @@ class GrpcSession:
             for data in requests:
                 self.last_frame_at = time.monotonic()
                 self._roster.count(self, up=len(data) + FRAME_PREFIX_BYTES)
-                chunk = wire.chunk_of(data) if self._upload else None
+                frame, chunk = wire.read_frame(pb.ClientFrame, data)
+                if frame is not None:
+                    self._on_frame(frame)
                 if chunk is not None:
                     self._on_chunk(*chunk)
-                else:
-                    self._on_frame(wire.parse(pb.ClientFrame, data))
                 if self._left:
                     break
         except WireError as error:
@@ -154,17 +154,15 @@ class GrpcSession:
         kind = frame.WhichOneof("kind")
         if (kind == "join") == bool(self.name):
             raise WireError("a stream begins with one Join")
-        if (kind in ("chunk", "end")) != (self._upload is not None):
+        if (kind == "end") != (self._upload is not None):
             raise WireError("an Upload is followed by its chunks, and only then by anything else")
         if kind == "join":
             self._on_join(frame.join)
         elif kind == "ready":
-            working = wire.key_from_wire(frame.ready.working) if frame.ready.HasField("working") else None
+            working = self._key(frame.ready.working) if frame.ready.HasField("working") else None
             self._roster.ready(self, wire.labels_from_wire(frame.ready.labels, MOST_ANNOUNCED), working)
         elif kind == "upload":
             self._on_upload(frame.upload)
-        elif kind == "chunk":
-            self._on_chunk(*wire.chunk_from(frame.chunk))
         elif kind == "end":
             self._on_end(checksum=0)  # of no bytes
         elif kind == "declined":
@@ -185,7 +183,7 @@ class GrpcSession:
 
     def _on_upload(self, upload: pb.Upload) -> None:
         upload = self._received.restore(upload)
-        key, shapes = wire.key_from_wire(upload.key), wire.shapes_from(upload.tensors)
+        key, shapes = self._key(upload.key), wire.shapes_from(upload.tensors)
         metrics: dict[str, int | float] = {}
         refusal, folder = None, None
         try:
@@ -201,7 +199,8 @@ class GrpcSession:
             self._refuse(refusal)
 
     def _on_chunk(self, data: memoryview, checksum: int | None) -> None:
-        assert self._upload is not None
+        if self._upload is None:
+            raise WireError("a chunk belongs to no Upload")
         incoming = self._upload.incoming
         incoming.add(data)
         if incoming.refusal is not None and not self._upload.acknowledged:
@@ -227,10 +226,13 @@ class GrpcSession:
     def _on_declined(self, declined: pb.Declined) -> None:
         refusal = wire.refusal_from_wire(declined.refusal)
         if declined.HasField("key"):
-            key = wire.key_from_wire(declined.key)
+            key = self._key(declined.key)
             self._roster.answered(self, key, refusal, lambda late: self._send_ack(key, late))
         else:
             self._roster.declined(self, refusal)
+
+    def _key(self, key: pb.Key) -> Key:
+        return wire.key_from_wire(key, self._roster.setup.run_id)
 
     def _refuse(self, refusal: Refusal) -> None:
         """Settle the upload that is coming in; the rest of it is dropped."""

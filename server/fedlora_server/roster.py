@@ -69,8 +69,7 @@ class Order:
     def frames(self, sent: Repeats) -> Iterator[bytes]:
         """To be sent on the stream on which `sent` was sent before."""
         task = sent.shorten(wire.task_to_wire(self.plan, wire.shapes_of(self.tensors)))
-        yield pb.ServerFrame(task=task).SerializeToString()
-        yield from wire.tensor_frames(self.tensors)
+        yield from wire.transfer_frames(pb.ServerFrame(task=task).SerializeToString(), self.tensors)
 
 
 class Stream(Protocol):

@@ -25,7 +25,8 @@ RUN = RunPlan(
     local_steps=2, expected_batch=32, optimizer="adamw", lr=0.01, clip_norm=1.0, adapter_scale=1.0, head_scale=0.5,
     weight_by_examples=False)
 
-KEY = pb.Key(run_id=RUN.run_id, round=1, attempt=0)
+KEY = pb.Key(round=1, attempt=0)
+HEAD = pb.ServerFrame(task=pb.Task(round=1)).SerializeToString()
 
 shapes_strategy = st.dictionaries(st.text(min_size=1, max_size=8),
                                   st.lists(st.integers(1, 40), max_size=3).map(tuple), max_size=6)
@@ -37,20 +38,22 @@ def draw(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndar
 
 
 def frames_of(tensors, wire_dtype="fp32"):
-    return wire.tensor_frames(wire.packed(tensors, wire_dtype))
+    return wire.transfer_frames(HEAD, wire.packed(tensors, wire_dtype))
 
 
 def receive(tensors, frames, wire_dtype="fp32"):
-    """What a receiver makes of serialized tensor frames: (refusal or None, tensors)."""
+    """What a receiver makes of a transfer's serialized frames: (refusal or None, tensors)."""
     incoming, received = wire.receive_in_memory(wire.shapes_of(tensors), wire_dtype)
+    says = []
     for data in frames:
-        chunk, checksum = wire.chunk_of(data) or (None, 0)
+        frame, chunk = wire.read_frame(pb.ServerFrame, data)
+        says += [frame.WhichOneof("kind")] if frame else []
         if chunk is not None:
-            incoming.add(chunk)
-        else:
-            assert wire.parse(pb.ServerFrame, data).HasField("end")
-        if checksum is not None:
-            return incoming.finish(checksum), wire.unpacked(received, wire_dtype)
+            incoming.add(chunk[0])
+        ended = 0 if says[-1] == "end" else chunk and chunk[1]
+        if ended is not None:
+            assert says == ["task", "end"][:len(says)]
+            return incoming.finish(ended), wire.unpacked(received, wire_dtype)
     raise AssertionError("no checksum")
 
 
@@ -114,37 +117,65 @@ def test_tensors_survive_the_wire(shapes, wire_dtype):
     assert all(np.array_equal(received[name], arrived[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("sizes", [(CHUNK_BYTES // 4,), (CHUNK_BYTES // 4 + 1, 7), (3, CHUNK_BYTES // 2, 1)])
+@pytest.mark.parametrize("sizes", [(CHUNK_BYTES // 4,), (CHUNK_BYTES // 4 + 1, 7), (3, CHUNK_BYTES // 2, 1), (5, 6)])
 def test_chunks_are_full_but_the_last_and_are_plain_protobuf(sizes):
     tensors = draw({f"t{i}": (size,) for i, size in enumerate(sizes)})
-    frames = list(frames_of(tensors))
-    chunks = [pb.ClientFrame.FromString(frame).chunk for frame in frames]
+    sent = list(frames_of(tensors))
+    frames = [pb.ServerFrame.FromString(frame) for frame in sent]
+    chunks = [frame.chunk for frame in frames if frame.HasField("chunk")]
     lengths = [len(chunk.data) for chunk in chunks]
     assert sum(lengths) == 4 * sum(sizes) and all(length == CHUNK_BYTES for length in lengths[:-1])
     assert [chunk.HasField("checksum") for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
-    assert frames == [pb.ServerFrame(chunk=chunk).SerializeToString() for chunk in chunks]
-    assert receive(tensors, frames)[0] is None
+    assert [frame.HasField("task") for frame in frames] == [True] + [False] * (len(frames) - 1)
+    assert sum(map(len, sent)) == sum(frame.ByteSize() for frame in frames)
+    assert receive(tensors, sent)[0] is None
+
+
+@pytest.mark.parametrize(("size", "head", "frames"), [
+    (CHUNK_BYTES // 4, 10, 1), (CHUNK_BYTES // 4 + 1, 10, 3), (1, CHUNK_BYTES, 2)])
+def test_a_small_transfer_is_one_frame_and_none_is_above_the_limit(size, head, frames):
+    head = pb.ServerFrame(task=pb.Task(shared_sha256="a" * head)).SerializeToString()
+    sent = list(wire.transfer_frames(head, draw({"a": (size,)})))
+    assert len(sent) == frames and max(map(len, sent)) < wire.MAX_FRAME_BYTES
 
 
 def test_a_transfer_of_no_tensors_is_an_end():
-    [frame] = frames_of({})
-    assert wire.parse(pb.ServerFrame, frame).WhichOneof("kind") == "end"
+    head, end = frames_of({})
+    assert head == HEAD and pb.ServerFrame.FromString(end).WhichOneof("kind") == "end"
 
 
-@given(st.binary(max_size=40) | st.builds(
-    lambda data, checksum: pb.ClientFrame(chunk=pb.Chunk(data=data, checksum=checksum)).SerializeToString(),
-    st.binary(max_size=300), st.none() | st.integers(0, 2**64 - 1)), st.integers(0, 40))
-def test_the_quick_way_to_read_a_chunk_agrees_with_protobuf(data, cut):
-    for frame in (data, data[:-cut or None]):
-        quick = wire.chunk_of(frame)
-        if quick is not None:
-            assert (bytes(quick[0]), quick[1]) == wire.chunk_from(pb.ClientFrame.FromString(frame).chunk)
+frames_strategy = st.builds(
+    lambda data, checksum, says: pb.ClientFrame(chunk=pb.Chunk(data=data, checksum=checksum), **says), st.binary(
+        max_size=300), st.none() | st.integers(0, 2**64 - 1), st.sampled_from([{}, {"upload": pb.Upload(steps=3)}]))
 
 
-@given(st.binary(min_size=1, max_size=300), st.none() | st.integers(0, 2**64 - 1))
-def test_every_chunk_that_protobuf_writes_is_read_the_quick_way(data, checksum):
-    frame = pb.ServerFrame(chunk=pb.Chunk(data=data, checksum=checksum)).SerializeToString()
-    assert wire.chunk_of(frame) == (data, checksum)
+@given(st.binary(max_size=40) | frames_strategy.map(lambda frame: frame.SerializeToString()), st.integers(0, 40))
+def test_whatever_is_read_is_what_protobuf_reads(data, cut):
+    for sent in (data, data[:-cut or None], data[-cut:] + data[:-cut or None]):
+        try:
+            frame, chunk = wire.read_frame(pb.ClientFrame, sent)
+        except WireError:
+            continue
+        whole = pb.ClientFrame.FromString(sent)
+        assert whole.HasField("chunk") == (chunk is not None)
+        if chunk is not None:
+            theirs = whole.chunk.checksum if whole.chunk.HasField("checksum") else None
+            assert (bytes(chunk[0]), chunk[1]) == (whole.chunk.data, theirs)
+        assert (frame.WhichOneof("kind") if frame else None) == whole.WhichOneof("kind")
+
+
+@given(frames_strategy)
+def test_protobufs_own_frames_and_ours_are_read_alike(frame):
+    says = pb.ClientFrame()
+    says.CopyFrom(frame)
+    says.ClearField("chunk")
+    ours = pb.ClientFrame(chunk=frame.chunk).SerializeToString() + says.SerializeToString()  # the chunk first
+    for sent in (frame.SerializeToString(), ours):
+        read, chunk = wire.read_frame(pb.ClientFrame, sent)
+        assert chunk == (frame.chunk.data, frame.chunk.checksum if frame.chunk.HasField("checksum") else None)
+        assert read == (says if says.WhichOneof("kind") else None) or read.upload == says.upload
+        with pytest.raises(WireError, match="chunk"):
+            wire.parse(pb.ClientFrame, sent)
 
 
 @given(shapes_strategy, st.randoms())
@@ -164,7 +195,7 @@ def test_the_digest_depends_on_names_shapes_and_values():
 
 
 def test_only_tensors_of_float32_are_packed_and_only_arrays_of_the_runs_dtype_unpacked():
-    for wrong in (wire.digest, lambda it: list(wire.tensor_frames(it)), partial(frames_of, wire_dtype="bf16")):
+    for wrong in (wire.digest, lambda it: list(wire.transfer_frames(HEAD, it)), partial(frames_of, wire_dtype="bf16")):
         with pytest.raises(ValueError, match="float64"):
             wrong({"x": np.zeros(3)})
     for wire_dtype, other in (("fp32", "bf16"), ("bf16", "fp32")):
@@ -197,10 +228,10 @@ def test_a_value_that_is_not_finite_is_refused_with_its_tensors_name(bad, wire_d
 
 def test_a_changed_bit_is_refused():
     tensors = draw({"a": (50,)})
-    [chunk] = frames_of(tensors)
+    [frame] = frames_of(tensors)
     for place in (-1, -12):  # of the checksum, of the last value
-        changed = bytearray(chunk)
-        changed[place] ^= 1
+        changed = bytearray(frame)
+        changed[place - len(HEAD)] ^= 1
         refusal, _ = receive(tensors, [bytes(changed)])
         assert refusal.code == "invalid-tensors"
 

@@ -26,7 +26,7 @@ RUN = plan_of("ffa-lora")
 LAYOUT = layout_of("frozen-a")
 STATE = start_of(LAYOUT, seed=1)
 UPLOAD = {spec.name: STATE[spec.name] for spec in LAYOUT.trained}
-KEY = pb.Key(run_id=RUN.run_id, round=1, attempt=0)
+KEY = pb.Key(round=1, attempt=0)
 TASK = wire.task_to_wire(RoundPlan(RUN, 1, 0, wire.digest({})), wire.shapes_of(STATE))
 
 
@@ -36,8 +36,12 @@ def join_frame(name: str = "mallory", **changes) -> pb.ClientFrame:
 
 
 def upload_frames(tensors=UPLOAD) -> list[bytes]:
+    return list(wire.transfer_frames(upload_head(tensors), tensors))
+
+
+def upload_head(tensors=UPLOAD) -> bytes:
     upload = wire.upload_to_wire(Upload(RUN.run_id, 1, 0, tensors, steps=1))
-    return [pb.ClientFrame(upload=upload).SerializeToString(), *wire.tensor_frames(tensors)]
+    return pb.ClientFrame(upload=upload).SerializeToString()
 
 
 def converse(address: str, frames: list[bytes]) -> tuple[list[pb.ServerFrame], grpc.StatusCode]:
@@ -98,14 +102,15 @@ LONG = pb.ClientFrame(chunk=pb.Chunk(data=bytes(1 << 20))).SerializeToString()
 
 @pytest.mark.parametrize("frames", [
     [b"\xff\xff\xff"], [b""], [READY], [CHUNK], [END], [JOIN, JOIN], [JOIN, CHUNK], [JOIN, READY, END],
-    [JOIN, READY, *upload_frames()[:1], READY], [JOIN, READY, *upload_frames(), CHUNK],
-    [JOIN, READY, *upload_frames()[:1], b"\x22\x05\x0a\x03abc"],
+    [JOIN, READY, upload_head(), READY], [JOIN, READY, *upload_frames(), CHUNK],
+    [JOIN, READY, upload_head(), b"\x22\x05\x0a\x03abc"], [JOIN, READY, CHUNK + END],
+    [JOIN, READY, upload_head(), CHUNK + CHUNK + READY],
     [join_frame("").SerializeToString()], [join_frame("\x1b[2J").SerializeToString()],
     [join_frame("x" * 65).SerializeToString()], [join_frame(process=b"short").SerializeToString()],
     [JOIN, pb.ClientFrame(ready=pb.Ready(labels=["a"])).SerializeToString()], [JOIN, READY, READY],
     [JOIN, pb.ClientFrame(ready=pb.Ready(labels=map(str, range(1001)))).SerializeToString()],
     [JOIN, pb.ClientFrame(declined=pb.Declined(refusal=pb.Refusal(code="rm -rf"))).SerializeToString()],
-], ids=range(19))
+], ids=range(21))
 def test_a_client_that_breaks_the_protocol_loses_its_stream(engine, frames):
     _, status = converse(engine.address, frames)
     assert status == grpc.StatusCode.INVALID_ARGUMENT
@@ -155,7 +160,7 @@ def test_an_upload_that_announces_a_petabyte_is_refused_from_its_header(engine):
 
 
 client_frames = st.sampled_from([
-    JOIN, READY, END, CHUNK, EARLY, *upload_frames(), b"\x22", b"\x22\x02\x0a\x00",
+    JOIN, READY, END, CHUNK, EARLY, *upload_frames(), upload_head(), CHUNK + READY, b"\x22", b"\x22\x02\x0a\x00",
     pb.ClientFrame(declined=pb.Declined(key=KEY, refusal=pb.Refusal(code="policy"))).SerializeToString(),
     pb.ClientFrame(ready=pb.Ready(working=KEY)).SerializeToString(),
     pb.ClientFrame(leave=pb.Leave()).SerializeToString()]) | st.binary(max_size=60)
@@ -222,7 +227,11 @@ def meet(frames: list[bytes], **kwargs):
 
 
 def task_frames(task: pb.Task = TASK, tensors=STATE) -> list[bytes]:
-    return [pb.ServerFrame(task=task).SerializeToString(), *wire.tensor_frames(tensors)]
+    return list(wire.transfer_frames(task_head(task), tensors))
+
+
+def task_head(task: pb.Task = TASK) -> bytes:
+    return pb.ServerFrame(task=task).SerializeToString()
 
 
 def changed_task(**changes) -> pb.Task:
@@ -234,13 +243,13 @@ def changed_task(**changes) -> pb.Task:
 
 @pytest.mark.parametrize("frames", [
     [b"\xff\xff"], [b""], [CHUNK], [END],
-    [*task_frames()[:1], b"\x22\x05\x0a\x03abc"], task_frames()[:1] + task_frames()[:1],
-    [*task_frames()[:1], LONG], [*task_frames()[:1], END], [*task_frames()[:1], EARLY],
+    [task_head(), b"\x22\x05\x0a\x03abc"], [task_head(), task_head()], [CHUNK + END],
+    [task_head(), LONG], [task_head(), END], [task_head(), EARLY], [EARLY + task_head()],
     task_frames(changed_task(strategy="mine-bitcoin")), task_frames(changed_task(lr=float("nan"))),
     task_frames(changed_task(rank=0)), task_frames(changed_task(run_id="f" * 16)),
     task_frames(changed_task(wire_dtype="bf16")), task_frames(changed_task(fedlora_version="\x1b[2J")),
     task_frames(wire.task_to_wire(RoundPlan(RUN, 1, 0, wire.digest({})), {"\x1b[2J": (1,)})),
-], ids=range(16))
+], ids=range(18))
 def test_a_server_that_breaks_the_protocol_gets_a_typed_error_at_the_client(frames):
     assert isinstance(meet(frames), WireError)
 
@@ -283,9 +292,10 @@ def test_a_server_that_does_not_welcome_is_a_typed_error():
     assert isinstance(meet([CHUNK], welcome=False), WireError)
 
 
-server_frames = st.sampled_from([*task_frames(), CHUNK, EARLY, END, *(frame.SerializeToString() for frame in (
-    pb.ServerFrame(cancel=KEY), pb.ServerFrame(ack=pb.Ack(key=KEY)), pb.ServerFrame(goodbye=pb.Goodbye(reason="\x07")),
-    pb.ServerFrame(refused=pb.Refusal(code="policy"))))]) | st.binary(max_size=60)
+server_frames = st.sampled_from([*task_frames(), task_head(), CHUNK, EARLY, END, *(
+    pb.ServerFrame(**frame).SerializeToString() for frame in (
+        {"cancel": KEY}, {"ack": pb.Ack(key=KEY)}, {"goodbye": pb.Goodbye(reason="\x07")},
+        {"refused": pb.Refusal(code="policy")}))]) | st.binary(max_size=60)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

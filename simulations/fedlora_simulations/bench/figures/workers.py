@@ -1,7 +1,8 @@
 """Two worker processes (--workers) with half of the cores each, against one process that has them all.
 
 A round of 8 clients, 4 steps each. One process leaves cores idle while it is in Python, draws noise, or multiplies
-matrices too small to share out; workers do not, but compete for caches and memory. With a GPU they share it.
+matrices too small to share out; workers do not, but compete for caches and memory, and on many machines two cores are
+two threads of one: a worker does half of the round alone, for comparison. With a GPU they share it.
 
 Measure it on a machine that does nothing else: where cores are shared with other work, the threads of one process wait,
 spinning, for the one that is not scheduled, and the ratio says little of the workers. (At a load of 8 on two cores, 8
@@ -40,9 +41,11 @@ def measure(settings: Settings) -> Iterator[Row]:
                 times = interleaved({
                     "one": partial(_alone, one.trainer, rounds),
                     "workers": partial(_shared_out, workers, rounds),
+                    "half": partial(_half, workers, rounds),
                 }, settings.repeats(5), settle=settle(settings.device))
                 yield Row(f"{clients} clients × {records} × {length}, {precision}", {
                     "one process ÷ workers": times["one"].over(times["workers"], better="higher", target=TARGET),
+                    "side by side ÷ half of it on one worker": times["workers"].over(times["half"]),
                     "one process": times["one"].value("ms"), "workers": times["workers"].value("ms")})
         finally:
             workers.close()
@@ -65,6 +68,14 @@ def _shared_out(workers: Workers, rounds: Iterator[list[Training]], block: int) 
             workers.start("", [waiting.pop()])
         workers.done()
         left -= 1
+
+
+def _half(workers: Workers, rounds: Iterator[list[Training]], block: int) -> None:
+    """While the other worker has nothing to do."""
+    trainings = next(rounds)
+    for training in trainings[:len(trainings) // WORKERS]:
+        workers.start("", [training])
+        workers.done()
 
 
 FIGURE = Figure(12, measure)
