@@ -192,8 +192,9 @@ def plan_from_wire(task: pb.Task) -> RoundPlan:
         raise WireError(f"the round's plan is not valid: {error}") from None
 
 
-REPEATED = ("run", "shared_sha256", "tensors")
-"""Fields of a Task or an Upload that are left out where they are those of the last one on the same stream."""
+REPEATED = ("run", "shared_sha256", "tensors", "delta", "noise_multiplier")
+"""Fields of a Task or an Upload that are left out where they are those of the last one on the same stream. Who says one
+says it every time."""
 
 
 class Repeats:

@@ -94,6 +94,15 @@ def test_what_a_stream_said_before_is_left_out_and_the_other_end_knows_it(orders
         before = digit, shapes
 
 
+def test_an_upload_states_its_noise_once_on_a_stream_until_it_changes():
+    sent, received = wire.Repeats(), wire.Repeats()
+    for number, (noise, said) in enumerate([(1.0, True), (1.0, False), (1.5, True), (1.5, False)]):
+        upload = wire.upload_to_wire(Upload(RUN.run_id, number, 0, {}, steps=2, delta=1e-5, noise_multiplier=noise))
+        short = sent.shorten(upload)
+        assert received.restore(pb.Upload.FromString(short.SerializeToString())) == upload
+        assert short.HasField("noise_multiplier") == said and short.steps == 2
+
+
 def test_a_stream_that_leaves_out_what_it_never_said_is_refused():
     with pytest.raises(WireError):
         wire.plan_from_wire(wire.Repeats().restore(pb.Task(round=1)))

@@ -1,6 +1,6 @@
 """Bytes of a round over gRPC against the values that it moves, in fp32 and bf16, and what bf16 does to accuracy.
 
-Counted are whole gRPC messages, of the rounds after the first: names, plan and frozen tensors travel once. Accuracy is
+Counted are whole gRPC messages, of the rounds after the first: plan and frozen tensors travel once. Accuracy is
 compared without privacy, where no noise hides the rounding, on as many rows of each label: a model that names one label
 for all of them, and so loses nothing by rounding, does not reach the target.
 
@@ -34,7 +34,8 @@ from ..federations import MINILM, Echo, layout, plan, tensors
 from ..measure import RATIO, Figure, Row, Settings, Value, exactly
 from ..subjects import rows_of
 
-ROUNDS = 4
+ROUNDS = 20
+"""As many as the private presets have."""
 CASES = (*((strategy, 8) for strategy in STRATEGIES), ("fed-sb", 32))
 """Strategies, and ranks of the adapters whose bytes are counted."""
 
