@@ -22,6 +22,7 @@ import matplotlib.backends.backend_agg  # noqa: E402
 import matplotlib.figure  # noqa: E402, F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
+import fedlora_server.app  # noqa: E402, F401
 import fedlora_simulations.worker  # noqa: E402, F401
 
 get_checkpoint_conversion_mapping("bert")  # builds those of all models, once a process
