@@ -8,8 +8,6 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny models only lose by more threads
 
-from tests.tiny import tiny_checkpoint
-
 # a shell script's background jobs, and what they start, ignore Ctrl-C; tests send it to their processes
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -42,6 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of the tiny checkpoint of a kind, written once per session. Read it only."""
+    from tests.tiny import tiny_checkpoint  # imports torch, which the process that hands out the tests does not need
+
     folders: dict[str, Path] = {}
 
     def folder_of(kind: str) -> Path:
