@@ -3,7 +3,6 @@
 from . import fedlora_pb2 as pb
 from .codec import (
     SERVICE,
-    Chunk,
     Key,
     Repeats,
     Setup,
@@ -58,7 +57,6 @@ __all__ = [
     "SERVER_OPTIONS",
     "SERVICE",
     "STALL_TIMEOUT_S",
-    "Chunk",
     "Incoming",
     "Key",
     "Repeats",

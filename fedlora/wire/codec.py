@@ -294,7 +294,8 @@ def check_name(name: str) -> None:
 
 
 def transfer_frames(head: bytes, arrays: Tensors) -> Iterator[bytes]:
-    """The serialized frames of a transfer, the same in both directions; a small one is a single frame.
+    """The serialized frames of a transfer, the same in both directions; a small one is a single frame, which stays
+    below `MAX_FRAME_BYTES`.
 
     A chunk is put into its frame by hand: the tensors' bytes are then copied once, or twice where a chunk holds
     several tensors, and not three times.
