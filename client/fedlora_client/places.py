@@ -15,6 +15,11 @@ def signing_key() -> Path:
     return _state() / "signing-key.pem"
 
 
+def batch_invariance() -> Path:
+    """What was shown of this machine's arithmetic; see `fedlora.training.batch_invariance`."""
+    return _state() / "batch-invariance.json"
+
+
 def policy() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "fedlora" / "policy.toml"
 

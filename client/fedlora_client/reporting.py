@@ -22,7 +22,6 @@ from fedlora.privacy.report import (
     sign,
     write_report,
 )
-from fedlora.training.precision import ROUNDING
 from fedlora.wire import ARRAY_DTYPES
 
 from . import places
@@ -54,7 +53,7 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
     trainings = [Training(c.round, c.attempt, c.state, c.steps, c.time, terms.noise_multiplier, terms.sampling_rate,
                           width * sizes[c.round > 0] if c.sha256 else None, c.sha256)
                  for c in ledger.charges(dataset, run.run_id)]
-    precision = session.trainer.precision
+    shapes = session.trainer.shapes
     report = privacy_report(
         dataset=dataset, run_id=run.run_id, client=name, server=server, plan_sha256=terms.plan_sha256,
         strategy=run.strategy, base_model=asdict(run.model), unit=unit,
@@ -63,7 +62,7 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
             noise_multiplier=terms.noise_multiplier, sampling_rate=terms.sampling_rate,
             expected_batch=run.expected_batch, local_steps=terms.local_steps,
             max_participations=terms.max_participations, clip_norm=terms.clip_norm, scales=terms.scales,
-            precision=precision, rounding_cover=ROUNDING[precision]),
+            precision=session.trainer.precision, rows=shapes.rows, one_at_a_time=shapes.one_at_a_time),
         trainings=trainings, lifetime=_lifetime(ledger, dataset, terms.delta),
         disclosed=announced(client=name, private=run.private, labels=labels or None, protocol=PROTOCOL),
         terms_announced=session.limits.announce_size,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.adapters import AdapterLayout
+from fedlora.adapters.layout import MOST_RECEIVED, MOST_VALUE
 from fedlora.adapters.private import release_layout, release_plan
 from fedlora.plan import ROW, Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload, to_scalars
 from fedlora.privacy import (
@@ -202,16 +203,19 @@ class ClientSession:
         Raises:
             LedgerError: the charge cannot be written; nothing was trained.
         """
-        training = self.begin(plan, tensors)
+        prepared: list[Trainer] = []
+        training = self.begin(plan, tensors, lambda: prepared.append(self._prepared_trainer(plan)))
         if not isinstance(training, Training):
             return training
         charged()
-        trainer = self.trainer if plan.round else self._release_trainer()
-        return self.finish(plan, trainer.run(training, stop))
+        return self.finish(plan, prepared[0].run(training, stop))
 
-    def begin(self, plan: RoundPlan, tensors: Tensors) -> Training | Upload | Refusal:
+    def begin(self, plan: RoundPlan, tensors: Tensors,
+              prepare: Callable[[], object] = lambda: None) -> Training | Upload | Refusal:
         """All of `run_round` that comes before the training, up to the charge, which is on the disk.
 
+        Args:
+            prepare: called right before the charge: what can fail without a record is to fail there.
         Returns:
             What is to be trained now, once, by whatever trainer, and then given to `finish`; or the answer.
         """
@@ -227,6 +231,7 @@ class ClientSession:
             start = self._complete(plan, tensors, layout if plan.round else self.release_layout)
         except Refused as refused:
             return refused.refusal
+        prepare()
         try:
             reservation = self.ledger.reserve(self.dataset, self.run.run_id, plan.round, plan.attempt)
         except BudgetExhausted as error:
@@ -283,11 +288,18 @@ class ClientSession:
         """What travels in round 0."""
         return release_layout(self.trainer.adapted.layout, self.trainer.adapted.missing)
 
-    def _release_trainer(self) -> Trainer:
-        """For round 0: another adapter on a base model of its own, needed once."""
-        if self._release is None:
-            raise ValueError("this session was made without a trainer for a private start; give it `release`")
-        return self._release()
+    def _prepared_trainer(self, plan: RoundPlan) -> Trainer:
+        """The round's, shown to be batch-invariant. Round 0 has another adapter on a base model of its own, needed
+        once."""
+        trainer, run = self.trainer, self.run
+        if plan.round == 0:
+            if self._release is None:
+                raise ValueError("this session was made without a trainer for a private start; give it `release`")
+            trainer, run = self._release(), release_plan(self.run)
+        if run.private:
+            rows_per_unit = 1 if self.records.units is None else self.limits.rows_per_unit
+            trainer.show_batch_invariance(run, rows_per_unit)
+        return trainer
 
     def _again(self, plan: RoundPlan) -> Upload | Refusal:
         """The identical bytes of an order that was trained before, at no cost; none if it was not finished."""
@@ -309,7 +321,7 @@ class ClientSession:
         if shared.keys() != names:
             raise Refused("missing-tensors")
         try:
-            layout.check({**tensors, **shared}, "state")
+            layout.check({**tensors, **shared}, "state", most=MOST_RECEIVED if self.run.private else MOST_VALUE)
         except ValueError as error:
             raise Refused("invalid-tensors", str(error)) from error
         if (digest(shared) if received or not names else held_sha256) != plan.shared_sha256:

@@ -17,6 +17,11 @@ MOST_TRAINED = 1e16
 """Of a tensor that a client sends: FedSVD gathers up to √rank times as much in one value of the next state."""
 
 
+MOST_RECEIVED = 1e4
+"""Of a tensor from which a client trains privately: far above what training makes. The second line behind
+`fedlora.training.batch_invariance`: what could be rounded by other records cannot be magnified much either."""
+
+
 @dataclass(frozen=True)
 class Family:
     """An adapter family: how the update of a target weight is factored, and which factors train.
@@ -97,17 +102,19 @@ class AdapterLayout:
         return sum(spec.size for spec in self.trained)
 
     @np.errstate(over="ignore", invalid="ignore")
-    def check(self, tensors: Tensors, which: str) -> None:
+    def check(self, tensors: Tensors, which: str, most: float | None = None) -> None:
         """Check arrays from the other side, whole, before any of them is used.
 
         Args:
             tensors: what came.
             which: "trained", "shared" or "state": what should have come.
+            most: largest magnitude of a value; None for `MOST_VALUE`, or of "trained" `MOST_TRAINED`.
         Raises:
             ValueError: a name is missing or unknown; a shape, dtype or byte order is wrong; a value is not finite or
-                beyond `MOST_VALUE`, or of "trained" beyond `MOST_TRAINED`.
+                beyond `most`.
         """
-        most = MOST_TRAINED if which == "trained" else MOST_VALUE
+        if most is None:
+            most = MOST_TRAINED if which == "trained" else MOST_VALUE
         specs = {spec.name: spec for spec in getattr(self, which)}
         if tensors.keys() != specs.keys():
             raise ValueError(f"the {which} tensors' names do not fit the adapter: "
@@ -120,7 +127,8 @@ class AdapterLayout:
             if array.shape != spec.shape:
                 raise ValueError(f"{name} has shape {array.shape}; it must be {spec.shape}")
             if not _within(array, most):
-                raise ValueError(f"{name} holds a value that is not finite or is beyond {most:g}")
+                raise ValueError(f"{name} holds a value that is not finite or is beyond {most:g}; if training made "
+                                 "it so, a lower learning rate helps")
 
 
 def _within(array: np.ndarray, most: float) -> bool:

@@ -61,13 +61,13 @@ class Batch:
     Attributes:
         input_ids: [records, length] int64, padded on the right.
         labels: [records] int64 classes, or [records, length] int64 tokens to predict, `IGNORED` elsewhere.
-        attention_mask: [records, length] int64; None if nothing is padded.
+        attention_mask: [records, length] int64, also where nothing is padded: what a model does must not follow that.
         token_type_ids: [records, length] int64, if the model takes them.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    attention_mask: torch.Tensor | None = None
+    attention_mask: torch.Tensor
     token_type_ids: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -116,30 +116,38 @@ def concatenate(several: Sequence[Records]) -> Records:
                    answers=joined("answers"), left_out=sum(one.left_out for one in several))
 
 
-def collate(records: Records, indices: Sequence[int] | np.ndarray, length: int,
-            device: str | torch.device = "cpu") -> Batch:
-    """Records `indices`, padded on the right to `length` tokens.
+def collate(records: Records, indices: Sequence[int] | np.ndarray, length: int, device: str | torch.device = "cpu", *,
+            rows: int | None = None, filler: int = 0) -> Batch:
+    """Records `indices`, padded on the right to `length` tokens, and constant rows after them.
 
     Args:
         length: at least the longest of these records.
+        rows: of the batch; None for one for each record.
+        filler: the token that each further row consists of; its label is 0, or that token at every position.
     """
     index = np.asarray(indices, dtype=np.int64)
-    lengths = records.lengths[index]
-    assert len(index) and lengths.max() <= length, "a batch has records, and none is longer than its length"
+    count = len(index) if rows is None else rows
+    lengths = np.full(count, length)
+    lengths[:len(index)] = records.lengths[index]
+    assert count >= len(index) and lengths.max(initial=0) <= length, "no record is longer than its batch, or left out"
     inside = np.arange(length) < lengths[:, None]
-    source = (records.offsets[index, None] + np.arange(length))[inside]
+    own = inside[:len(index)]
+    source = (records.offsets[index, None] + np.arange(length))[own]
 
-    def padded(values: np.ndarray, fill: int) -> torch.Tensor:
-        full = np.full(inside.shape, fill, dtype=np.int64)
-        full[inside] = values[source]
+    def padded(values: np.ndarray, fill: int, further: int) -> torch.Tensor:
+        full = np.full(inside.shape, further, dtype=np.int64)
+        full[:len(index)] = fill
+        full[:len(index)][own] = values[source]
         return torch.from_numpy(full).to(device)
 
     if records.answers is None:
         assert records.labels is not None
-        labels = torch.from_numpy(records.labels[index]).to(device)
+        labels = torch.zeros(count, dtype=torch.int64)
+        labels[:len(index)] = torch.from_numpy(records.labels[index])
+        labels = labels.to(device)
     else:
-        labels = padded(np.where(records.answers, records.tokens, IGNORED), IGNORED)
+        labels = padded(np.where(records.answers, records.tokens, IGNORED), IGNORED, filler)
     return Batch(
-        input_ids=padded(records.tokens, records.pad_id), labels=labels,
-        attention_mask=None if inside.all() else torch.from_numpy(inside.astype(np.int64)).to(device),
-        token_type_ids=None if records.segments is None else padded(records.segments, 0))
+        input_ids=padded(records.tokens, records.pad_id, filler), labels=labels,
+        attention_mask=torch.from_numpy(inside.astype(np.int64)).to(device),
+        token_type_ids=None if records.segments is None else padded(records.segments, 0, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -59,9 +60,16 @@ class Task(ABC):
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """The evaluation's figures from the sums of `measure`."""
 
-    def collate(self, records: Records, indices: np.ndarray, length: int, device: str | torch.device = "cpu") -> Batch:
-        """See `fedlora.tasks.records.collate`."""
-        return collate(records, indices, length, device)
+    def collate(self, records: Records, indices: np.ndarray, length: int, device: str | torch.device = "cpu", *,
+                rows: int | None = None) -> Batch:
+        """See `fedlora.tasks.records.collate`; further rows consist of the first ordinary token."""
+        return collate(records, indices, length, device, rows=rows, filler=self.filler)
+
+    @functools.cached_property
+    def filler(self) -> int:
+        """The first token that has no special meaning."""
+        special = set(self.tokenizer.all_special_ids)
+        return next(token for token in range(len(self.tokenizer)) if token not in special)
 
     @property
     def outputs_per_token(self) -> int:

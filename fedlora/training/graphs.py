@@ -17,7 +17,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -71,8 +71,6 @@ class GraphedPass:
         """
         if not buffer.armed:
             self._accumulate_in_place(buffer)
-        if batch.attention_mask is None:  # one graph for batches with and without padding
-            batch = replace(batch, attention_mask=torch.ones_like(batch.input_ids))
         shape = (*batch.input_ids.shape, batch.token_type_ids is None, weights is None, id(buffer), buffer.armed)
         graph = self._graphs.get(shape)
         if graph is None:

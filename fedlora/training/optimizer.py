@@ -132,17 +132,20 @@ class PerRecordOptimizer(DPOptimizer):
             rows, self._units = self._units, None
         elif self.buffer.armed:
             self.buffer.check_complete()
-            rows = self.buffer.rows
+            rows = self.buffer.computed  # norms are taken in the shape of the micro-batch, whatever fills it
         else:
             return
         norms = torch.stack([scale * row_norms(rows[:, span]) for span, scale in self._groups]).norm(dim=0)
+        if self.buffer.armed:
+            rows = self.buffer.rows
+            norms = norms[:len(rows)]
         finite = norms.isfinite()
         self._refuse(rows, finite)
         norms = norms.where(finite, 0.0)
         bound = self.max_grad_norm * (1 - CLIP_MARGIN)
         factors = bound / norms.clamp(min=bound)
         for span, scale in self._groups:
-            self._sum[span] += (factors * scale).to(rows) @ rows[:, span]
+            _add_weighted(self._sum[span], factors * scale, rows[:, span])
         self._tripwires.note_shares(rows, factors)
         self._clipped += (norms > bound).sum().to(self._clipped.device)
 
@@ -199,6 +202,18 @@ class PerRecordOptimizer(DPOptimizer):
         if not self._is_last_step_skipped:
             self._sum.zero_()
         self.original_optimizer.zero_grad(set_to_none)
+
+
+def _add_weighted(total: torch.Tensor, factors: torch.Tensor, rows: torch.Tensor) -> None:
+    """total [values] += factors [records] @ rows [records, values], in total's precision.
+
+    In float32 the sum of a micro-batch would be rounded by which records it has.
+    """
+    if rows.device.type == "cpu":  # a product would first widen all rows, which takes ten times as long
+        for factor, row in zip(factors.tolist(), rows, strict=True):
+            total.add_(row, alpha=factor)
+    else:
+        total += factors.to(total) @ rows.to(total.dtype)
 
 
 def _spans(buffer: GradientBuffer, scales: Mapping[str, float]) -> list[tuple[slice, float]]:

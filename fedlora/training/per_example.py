@@ -26,8 +26,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedlora.training.few_rows import FilledLinear, multiplied
-
 _PIECE = 256
 """So many squares are summed in float32."""
 
@@ -72,6 +70,7 @@ class GradientBuffer:
         self.values = start
         self._storage = torch.empty(0, start)
         self._rows: torch.Tensor | None = None
+        self._records = 0
         self._written: set[int] = set()
         self._slot_of = {id(slot.parameter): slot for slot in slots}
 
@@ -82,6 +81,11 @@ class GradientBuffer:
     @property
     def rows(self) -> torch.Tensor:
         """The records' gradients: [records, values]. Overwritten by the next micro-batch."""
+        return self.computed[:self._records]
+
+    @property
+    def computed(self) -> torch.Tensor:
+        """[at least records, values]: those of the rows that only fill a micro-batch up stand after the records'."""
         assert self._rows is not None, "the buffer is not armed"
         return self._rows
 
@@ -95,16 +99,15 @@ class GradientBuffer:
         device = self.slots[0].parameter.device
         if len(self._storage) < records or self._storage.device != device:
             self._storage = torch.empty(records, self.values, device=device)
-        self._rows = self._storage[:records]
-        self._written = set()
+        self.show(self._storage[:records], frozenset())
 
     def show(self, rows: torch.Tensor, written: frozenset[int]) -> None:
         """Be armed with rows that have these parameters' gradients already."""
-        self._rows, self._written = rows, set(written)
+        self._rows, self._records, self._written = rows, len(rows), set(written)
 
     def keep(self, records: int) -> None:
         """After the backward pass: the rows beyond these belong to no record."""
-        self._rows = self.rows[:records]
+        self._records = records
 
     def disarm(self) -> None:
         self._rows = None
@@ -128,7 +131,7 @@ class GradientBuffer:
         slot = self._slot_of[id(parameter)]
         # not `out=` the rows: a product into memory that is not contiguous is taken record by record on a CPU
         product = torch.bmm(left, right).flatten(1)
-        target = self.rows[:, slot.columns]
+        target = self.computed[:, slot.columns]
         if id(parameter) in self._written:
             target += product
         else:
@@ -177,7 +180,7 @@ class PerExampleLinear(nn.Linear):
         Raises:
             ValueError: the first axis is not the records'.
         """
-        records = len(self.buffer.rows)
+        records = len(self.buffer.computed)
         if len(values) != records:
             raise ValueError(f"a trained layer was given {len(values)} rows for {records} records, as by a model that "
                              "flattens its batch: gradients would go to the wrong record. Choose other --targets")
@@ -206,20 +209,20 @@ class _LinearPerExample(torch.autograd.Function):
             bias = None if bias is None else bias.to(precision)
         ctx.save_for_backward(inputs, weight)
         ctx.layer = layer
-        return multiplied(inputs, lambda rows: F.linear(rows, weight, bias))
+        return F.linear(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:  # type: ignore[override]
         inputs, weight = ctx.saved_tensors
         ctx.layer.write(inputs, gradient)
-        onward = multiplied(gradient, lambda rows: rows @ weight) if ctx.needs_input_grad[0] else None
+        onward = gradient @ weight if ctx.needs_input_grad[0] else None
         return onward, None, None, None
 
 
 def per_example(leaves: Sequence[nn.Linear], buffer: GradientBuffer) -> None:
     """Have these layers write to `buffer` whenever it is armed: the class is swapped in place, parameters stay."""
     for leaf in leaves:
-        if type(leaf) not in (nn.Linear, FilledLinear, PerExampleLinear):
+        if type(leaf) not in (nn.Linear, PerExampleLinear):
             raise ValueError(f"a trained layer is a {type(leaf).__name__}; per-record gradients need nn.Linear itself")
         leaf.__class__ = PerExampleLinear
         leaf.buffer = buffer  # type: ignore[assignment]

@@ -17,13 +17,6 @@ from transformers.pytorch_utils import Conv1D
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 
-ROUNDING = {"fp32": 0.0, "bf16": 0.01}
-"""How much more than the clip norm one record could move the sum, relatively: its presence changes the shape of its
-micro-batch and so the rounding of the others. Measured on MiniLM, 96 records of SST-2, each clipped: at most 0.004 in
-bf16. It is added to the noise, and never subtracted from what is accounted for. In fp32 it is below `CLIP_MARGIN`. That
-is of tensors as training leaves them: a server that sends tensors made to magnify rounding could have more, but for
-what `fedlora.training.few_rows` prevents, and on CUDA the one shape that all micro-batches of a length have."""
-
 
 def resolve_device(device: str) -> torch.device:
     """"auto" takes CUDA, then Apple's MPS, then the CPU.

@@ -8,7 +8,7 @@ padded to a length that depends on its own length alone, so that no other record
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,7 @@ import numpy as np
 from fedlora.privacy.streams import Stream
 
 LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""The lengths to which records are padded; beyond the last, multiples of it. Multiples of four, as
-`fedlora.training.few_rows` needs."""
+"""The lengths to which records are padded; beyond the last, multiples of it."""
 
 GRAPH_LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 """The same on CUDA, where a graph is recorded for each, and padding costs less than a micro-batch more."""
@@ -126,20 +125,29 @@ def padded_lengths(lengths: np.ndarray, max_length: int, ladder: Sequence[int] =
     return np.minimum(steps[np.searchsorted(steps, lengths)], max_length)
 
 
+def lengths_up_to(max_length: int, ladder: Sequence[int] = LENGTHS) -> list[int]:
+    """Every padded length that a record of at most so many tokens can have, ascending."""
+    return np.unique(padded_lengths(np.arange(1, max_length + 1), max_length, ladder)).tolist()
+
+
 def records_at_once(length: int, most: int, tokens: int | None) -> int:
-    """Most records of a micro-batch that is padded to this length; arguments as of `micro_batches`."""
+    """Most records of a micro-batch that is padded to this length.
+
+    Args:
+        most: most records.
+        tokens: most padded tokens, if that leaves at least one record; None for any number.
+    """
     return most if tokens is None else max(1, min(most, tokens // length))
 
 
-def micro_batches(lengths: np.ndarray, indices: np.ndarray, max_length: int, *, most: int, tokens: int | None = None,
+def micro_batches(lengths: np.ndarray, indices: np.ndarray, max_length: int, at_once: Callable[[int], int],
                   ladder: Sequence[int] = LENGTHS) -> Iterator[tuple[int, np.ndarray]]:
     """Split drawn records into parts of one padded length each, as even as can be.
 
     Args:
         lengths: [n] number of tokens of every record, none above max_length.
         indices: of the drawn records.
-        most: most records in a part.
-        tokens: most padded tokens in a part, if that leaves at least one record; None for any number.
+        at_once: padded length → most records in a part.
         ladder: the lengths to which records are padded.
     Yields:
         (padded length, indices of the part)
@@ -147,5 +155,5 @@ def micro_batches(lengths: np.ndarray, indices: np.ndarray, max_length: int, *, 
     padded = padded_lengths(lengths[indices], max_length, ladder)
     for length in np.unique(padded):
         bucket = indices[padded == length]
-        for part in np.array_split(bucket, -(-len(bucket) // records_at_once(int(length), most, tokens))):
+        for part in np.array_split(bucket, -(-len(bucket) // at_once(int(length)))):
             yield int(length), part

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from fedlora.training.few_rows import rows_of
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.sampling import Draw
 from fedlora.training.tripwires import GradientTripwire
@@ -18,20 +18,18 @@ class Step(ABC):
     """A round's steps: for each group of a draw open, (begin, a pass, take)*, shut; then finish. After all, check.
 
     Attributes:
+        private: whether each record's gradient is clipped; micro-batches then have the shapes shown for it.
         clipped: units whose gradient was longer than the clip norm.
         nonfinite: records whose gradient was not finite, and counted as zero.
     """
 
+    private: ClassVar[bool]
     clipped = 0
     nonfinite = 0
 
     def open(self, group: Draw) -> None:
         """Before the micro-batches of a draw, or of a group of its units."""
         self.group = group
-
-    def rows(self, records: int, length: int) -> int:
-        """How many rows a micro-batch of so many records, padded to this length, is to have."""
-        return records
 
     def begin(self, rows: int) -> None:  # noqa: B027 (a step may have nothing to do here)
         """Before the forward pass of a micro-batch of so many rows."""
@@ -69,6 +67,8 @@ class Step(ABC):
 class PlainStep(Step):
     """Autograd's sum over the units, divided by the same constant as the private step."""
 
+    private = False
+
     def __init__(self, optimizer: torch.optim.Optimizer, divisor: float) -> None:
         self.optimizer, self.divisor = optimizer, divisor
         self.optimizer.zero_grad()
@@ -97,6 +97,8 @@ class PrivateStep(Step):
         gradients: is told of each draw.
     """
 
+    private = True
+
     def __init__(self, optimizer: PerRecordOptimizer, gradients: GradientTripwire) -> None:
         self.optimizer, self.gradients = optimizer, gradients
 
@@ -105,9 +107,6 @@ class PrivateStep(Step):
         self.optimizer.expect_noise()
         if group.owners is not None:
             self.optimizer.open_units(len(group))
-
-    def rows(self, records: int, length: int) -> int:
-        return rows_of(records, length)
 
     def begin(self, rows: int) -> None:
         self.optimizer.buffer.arm(rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,27 +23,48 @@ from fedlora.memory import memory_advice
 from fedlora.plan import RunPlan, Tensors
 from fedlora.privacy.streams import RunStreams, Stream
 from fedlora.tasks import Records, Task
-from fedlora.tasks.records import Batch, pack
+from fedlora.tasks.records import Batch
+from fedlora.training.batch_invariance import (
+    IN_MEMORY,
+    Findings,
+    Shapes,
+    content_dependent,
+    key_of,
+    made_up_records,
+    show_shapes,
+)
 from fedlora.training.compiled import CompiledBlocks, check_compiles
-from fedlora.training.few_rows import fill_rows
 from fedlora.training.graphs import GraphedPass
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.per_example import GradientBuffer, per_example, row_norms
-from fedlora.training.precision import (
-    ROUNDING,
-    attend_with_mask,
-    resolve_device,
-    resolve_precision,
-    store_frozen_weights,
+from fedlora.training.precision import attend_with_mask, resolve_device, resolve_precision, store_frozen_weights
+from fedlora.training.sampling import (
+    GRAPH_LENGTHS,
+    LENGTHS,
+    Draw,
+    Sampler,
+    lengths_up_to,
+    micro_batches,
+    records_at_once,
 )
-from fedlora.training.sampling import GRAPH_LENGTHS, LENGTHS, Draw, Sampler, micro_batches, records_at_once
 from fedlora.training.steps import PlainStep, PrivateStep, Step
-from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, NoisePool, tell_finite, tells
+from fedlora.training.tripwires import (
+    FrozenTripwire,
+    GradientTripwire,
+    NoisePool,
+    check_owners,
+    tell_finite,
+    tells,
+)
 
 log = logging.getLogger(__name__)
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 2048, "mps": 4096}
 """Most padded tokens of a micro-batch where --micro-batch is not given. A constant, so that runs repeat bit for bit."""
+
+PRIVATE_TOKENS = {"cpu": 256, "cuda": 2048, "mps": 512}
+"""The same with privacy, where a micro-batch of one record is filled up to as many. Less costs more passes, more costs
+more filling."""
 
 BUFFER_BYTES = 256 * 2**20
 """Most memory for the gradients of a micro-batch's records where --micro-batch is not given; and as much again for the
@@ -119,13 +140,15 @@ class Trainer:
         micro_batch: most records computed at once; None for a bound on tokens.
         threads: of the CPU; None leaves PyTorch's default.
         compiled: have the model's blocks compiled, on CUDA.
+        findings: what was shown of batch invariance before.
     Raises:
         ValueError: this machine cannot compute so.
     """
 
     @training_advice()
     def __init__(self, adapted: AdaptedModel, task: Task, *, device: str = "auto", precision: str = "auto",
-                 micro_batch: int | None = None, threads: int | None = None, compiled: bool = False) -> None:
+                 micro_batch: int | None = None, threads: int | None = None, compiled: bool = False,
+                 findings: Findings = IN_MEMORY) -> None:
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"--micro-batch is {micro_batch}; it must be at least 1")
         if threads is not None:
@@ -149,9 +172,11 @@ class Trainer:
         self._blocks: CompiledBlocks | None = None
         self._dropping = False
         self._most_in_a_shape = self.most_rows
+        self._findings = findings
+        self._shapes = Shapes({})
+        self._shown_for: tuple[object, ...] = ()
         leaves = [leaf for leaf, _ in adapted.trained_leaves()]
         per_example(leaves, self.buffer)
-        fill_rows(adapted.model)
         if compiled:
             check_compiles(self.device)
             self._blocks = CompiledBlocks(model, leaves)
@@ -169,23 +194,11 @@ class Trainer:
             ValueError: it has not, as in a model that moves or mixes its batch; or gradients are not finite, or do not
                 reach a tensor.
         """
-        random, tokenizer = np.random.default_rng(0), self.task.tokenizer
-        embedded: int = self.adapted.model.get_input_embeddings().weight.shape[0]  # type: ignore
-        words = np.setdiff1d(np.arange(min(len(tokenizer), embedded)), tokenizer.all_special_ids)
-        length = max(2, min(7, self.task.max_length))
-        tokens = [random.choice(words, size).tolist() for size in (length, max(2, length - 3), length)]
-        kind = {"labels": [0, 1, 0]} if self.task.name == "classification" else {
-            "answers": [[0] + [1] * (len(one) - 1) for one in tokens]}
-        records = pack(tokens, tokenizer.pad_token_id, **kind)  # type: ignore[arg-type]
-        before = self.adapted.read("state")
-        self.adapted.write({name: (0.1 * random.standard_normal(array.shape)).astype(np.float32)
-                            for name, array in before.items()})
-        try:
+        length = max(2, min(8, self.task.max_length))
+        records = self._made_up([length, length])
+        with self._random_tensors():
             together = self._gradients(records, np.arange(3), length)
-            alone = torch.cat([self._gradients(records, np.array([i]), len(tokens[i])) for i in range(3)])
-        finally:
-            self.buffer.disarm()
-            self.adapted.write(before)
+            alone = torch.cat([self._gradients(records, np.array([i]), int(records.lengths[i])) for i in range(3)])
         if not bool(together.isfinite().all()):
             raise ValueError("the model's gradients on made-up records are not finite; choose another --model, or "
                              "--precision fp32")
@@ -196,6 +209,70 @@ class Trainer:
         if not bool((row_norms(together - alone) <= _APART[self.precision] * row_norms(alone)).all()):
             raise ValueError("the model does not keep the records of a batch apart: the gradient of one depends on the "
                              "others, so that no clipping protects it. Choose other --targets, or another --model")
+
+    @training_advice()
+    def show_batch_invariance(self, run: RunPlan, rows_per_unit: int = 1) -> Shapes:
+        """Find the shapes of private micro-batches, and show on this machine that they are batch-invariant.
+
+        See `fedlora.training.batch_invariance`. `train` asks for it, and before that whoever charges for a training.
+        What was shown before is remembered; the largest shape is computed in any case, so that memory that is lacking
+        is lacking now.
+
+        Args:
+            run: the plan that will be trained.
+            rows_per_unit: most records of one unit in a step; 1 where each record is a unit.
+        Raises:
+            ValueError: this machine computes no shape so.
+            MemoryError: naming the flags that help.
+        """
+        shown_for = (run, rows_per_unit, self.micro_batch, self.most_rows, torch.get_num_threads())
+        if self._shown_for == shown_for:
+            return self._shapes
+        lengths = lengths_up_to(self.task.max_length, self._ladder)
+        most = self._most_of_a_draw(run, rows_per_unit)
+        one_at_a_time = content_dependent(self.adapted.model)
+        first = {length: 1 if one_at_a_time else self._private_rows(length, most) for length in lengths}
+        key = key_of(run, self.adapted.model, first, device=self.device, precision=self.precision,
+                     compiled=self._blocks is not None)
+        shapes, records = self._findings.get(key), self._made_up(lengths)
+        with self._random_tensors():
+            if shapes is None or sorted(shapes.rows) != lengths:
+                shapes = show_shapes(self._filled_up, records, lengths, first.__getitem__, one_at_a_time)
+                self._findings.put(key, shapes)
+            else:
+                largest = max(lengths, key=lambda length: length * shapes.rows[length])
+                self._filled_up(records, np.array([2 * lengths.index(largest)]), largest, shapes.rows[largest])
+        self._shapes, self._shown_for = shapes, shown_for
+        return shapes
+
+    @property
+    def shapes(self) -> Shapes:
+        """What `show_batch_invariance` found last."""
+        return self._shapes
+
+    def _filled_up(self, records: Records, indices: np.ndarray, length: int,
+                   rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """([rows, values] gradients, [rows] losses) of these records and filler rows after them."""
+        self.buffer.arm(rows)
+        losses = self._pass(self.task.collate(records, indices, length, rows=rows), None)
+        self.buffer.check_complete()
+        return self.buffer.computed, losses
+
+    def _made_up(self, lengths: Sequence[int]) -> Records:
+        embeddings: int = self.adapted.model.get_input_embeddings().weight.shape[0]  # type: ignore
+        return made_up_records(self.task, embeddings, lengths)
+
+    @contextlib.contextmanager
+    def _random_tensors(self) -> Iterator[None]:
+        """In it, the model holds random tensors, through which a record's rounding reaches all of its gradient."""
+        random, before = np.random.default_rng(0), self.adapted.read("state")
+        self.adapted.write({name: (0.1 * random.standard_normal(array.shape)).astype(np.float32)
+                            for name, array in before.items()})
+        try:
+            yield
+        finally:
+            self.buffer.disarm()
+            self.adapted.write(before)
 
     def fill_buffer(self, records: Records, indices: np.ndarray, length: int) -> torch.Tensor:
         """Leave the gradient of each of these records in the buffer, which is armed then; returns [records] losses."""
@@ -273,6 +350,13 @@ class Trainer:
             MemoryError: naming the flags that help.
             RuntimeError: a tripwire found a fault (`fedlora.training.tripwires`).
         """
+        rows_of_a_unit = 1 if records.units is None else rows_per_unit
+        if noise is not None:
+            if run.dropout:
+                raise ValueError(f"dropout is {run.dropout:g}: a record's mask depends on the others in its batch, so "
+                                 "that no clipping protects it. Train privately with dropout 0")
+            check_owners(self.adapted, [parameter for parameter, _ in self._parameters])
+            self.show_batch_invariance(run, rows_of_a_unit)
         if (noise_multiplier is None) != (noise is None):
             raise ValueError("a noise multiplier and a noise stream belong together; give both or neither")
         if not 0 < sampling_rate <= 1:
@@ -289,8 +373,7 @@ class Trainer:
                                      noise_multiplier=noise_multiplier, noise=noise)
         drawn: list[int] = []
         losses, rows = [], 0
-        rows_of_a_draw = run.expected_batch * (1 if records.units is None else rows_per_unit)
-        self._most_in_a_shape = 2 ** math.ceil(math.log2(rows_of_a_draw))
+        self._most_in_a_shape = self._most_of_a_draw(run, rows_of_a_unit)
         try:
             with self._dropout(run.dropout, sampling):
                 for _ in range(run.local_steps):
@@ -324,8 +407,8 @@ class Trainer:
         """The step that clips and noises what the buffer holds; arguments as of `train`."""
         return PrivateStep(PerRecordOptimizer(
             inner, buffer, scales={"adapter": run.adapter_scale, "head": run.head_scale}, clip_norm=clip_norm,
-            noise_multiplier=noise_multiplier * (1 + ROUNDING[self.precision]),
-            expected_batch_size=run.expected_batch, noise=noise, pool=self.noise_pool), gradients)
+            noise_multiplier=noise_multiplier, expected_batch_size=run.expected_batch, noise=noise,
+            pool=self.noise_pool), gradients)
 
     def _accumulate(self, step: Step, records: Records, draw: Draw, stop: Callable[[], bool]) -> torch.Tensor | None:
         """Sum the drawn units' gradients; returns the sum of their records' losses, or None if stopped."""
@@ -334,14 +417,15 @@ class Trainer:
             return None
         for group in draw.groups(self.most_rows):
             step.open(group)
-            for length, places in self.layout(records, group.indices):
+            for length, places in self.layout(records, group.indices, private=step.private):
                 if stop():
                     return None
                 count = len(places)
-                rows = self._at_once(length) if self._few_shapes else step.rows(count, length)
-                repeated = np.resize(group.indices[places], rows)  # the first ones again, and dropped again
+                filled = step.private or self._few_shapes
+                rows = self._at_once(length, private=step.private) if filled else count
                 step.begin(rows)
-                per_record = self._pass(self.task.collate(records, repeated, length), step.weights(places, rows))
+                batch = self.task.collate(records, group.indices[places], length, rows=rows)
+                per_record = self._pass(batch, step.weights(places, rows))
                 losses.append(per_record[:count].sum())
                 step.take(places)
             step.shut()
@@ -352,25 +436,42 @@ class Trainer:
         """How many gradients are held at once."""
         return max(1, BUFFER_BYTES // (4 * self.buffer.values))
 
-    def layout(self, records: Records, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def layout(self, records: Records, indices: np.ndarray, *,
+               private: bool = False) -> Iterator[tuple[int, np.ndarray]]:
         """(padded length, places in `indices`) of each micro-batch of these records."""
-        most, tokens = self._bounds
-        return micro_batches(records.lengths[indices], np.arange(len(indices)), self.task.max_length, most=most,
-                             tokens=tokens, ladder=GRAPH_LENGTHS if self._few_shapes else LENGTHS)
+        return micro_batches(records.lengths[indices], np.arange(len(indices)), self.task.max_length,
+                             partial(self._at_once, private=private), self._ladder)
 
     @property
-    def _bounds(self) -> tuple[int, int | None]:
-        """Most records and padded tokens of a micro-batch."""
+    def _ladder(self) -> tuple[int, ...]:
+        return GRAPH_LENGTHS if self._few_shapes else LENGTHS
+
+    def _at_once(self, length: int, *, private: bool = False) -> int:
+        """Most records of a micro-batch of this length; with privacy, and where shapes are few, its rows."""
+        if private:
+            assert length in self.shapes.rows, "private training follows show_batch_invariance"
+            return self.shapes.rows[length]
         most = self.most_rows if self.micro_batch is None else self.micro_batch
         if self._few_shapes:  # shapes are filled up
             most = min(most, self._most_in_a_shape)
-        if self.micro_batch is not None:
-            return most, None
-        return most, min(MICRO_BATCH_TOKENS[self.device.type], self.task.most_tokens)
+        return records_at_once(length, most, self._tokens(MICRO_BATCH_TOKENS))
 
-    def _at_once(self, length: int) -> int:
-        """Rows of every micro-batch of this length where shapes are few: as many as it may have."""
-        return records_at_once(length, *self._bounds)
+    def _private_rows(self, length: int, most_of_a_draw: int) -> int:
+        """Rows of the first shape to try for private micro-batches of this length: a power of two, which processors
+        split evenly, unless --micro-batch says otherwise. It follows from public values alone."""
+        if self.micro_batch is not None:
+            return min(self.micro_batch, most_of_a_draw)
+        rows = records_at_once(length, min(self.most_rows, most_of_a_draw), self._tokens(PRIVATE_TOKENS))
+        return 2 ** int(math.log2(rows))
+
+    def _tokens(self, most: Mapping[str, int]) -> int | None:
+        """Most padded tokens of a micro-batch."""
+        return None if self.micro_batch is not None else min(most[self.device.type], self.task.most_tokens)
+
+    @staticmethod
+    def _most_of_a_draw(run: RunPlan, rows_per_unit: int) -> int:
+        """A power of two that the records of most draws are fewer than, or as many."""
+        return 2 ** math.ceil(math.log2(run.expected_batch * rows_per_unit))
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The precision's context, to call the model in."""

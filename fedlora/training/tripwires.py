@@ -245,6 +245,13 @@ def tells(records: Records, indices: np.ndarray, losses: float | torch.Tensor) -
                for start, end in zip(starts, ends, strict=True) if end > start)
 
 
+def check_owners(adapted: AdaptedModel, trained: Sequence[nn.Parameter]) -> None:
+    """Raises RuntimeError unless these are the model's trained tensors, in order."""
+    if [id(parameter) for _, parameter in adapted.trained_parameters()] != [id(parameter) for parameter in trained]:
+        raise alarm("the tensors that would be trained are not the model's: it was copied or changed after it was "
+                    "prepared")
+
+
 class FrozenTripwire:
     """Frozen tensors are after a round what they were before it. Made before the round.
 
@@ -253,12 +260,9 @@ class FrozenTripwire:
     """
 
     def __init__(self, adapted: AdaptedModel, trained: Sequence[nn.Parameter]) -> None:
-        held = [parameter for _, parameter in adapted.trained_parameters()]
-        if [id(parameter) for parameter in held] != [id(parameter) for parameter in trained]:
-            raise alarm("the tensors that would be trained are not the model's: it was copied or changed after it was "
-                        "prepared")
+        check_owners(adapted, trained)
         self._shared = [adapted.parameter(spec.name) for spec in adapted.layout.shared]
-        skip = {id(parameter) for parameter in (*held, *self._shared)}
+        skip = {id(parameter) for parameter in (*trained, *self._shared)}
         self._base = [parameter for parameter in adapted.model.parameters() if id(parameter) not in skip]
         self._first = [parameter.detach().flatten()[:_SAMPLE] for parameter in self._base]
         self._before = self._seen()

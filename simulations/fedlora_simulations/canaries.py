@@ -118,15 +118,17 @@ class CanaryTrainer(Trainer):
         if options["noise_multiplier"] is None:
             # autograd's sum has no gradients of records to replace; without noise and clipping the private step is it
             options |= {"noise_multiplier": 0.0, "clip_norm": NO_CLIPPING, "noise": Stream(bytes(32))}
-        assert isinstance(self.buffer, _InjectingBuffer)
+        assert isinstance(self.buffer, _InjectingBuffer) and records.units is None
+        self.show_batch_invariance(run)  # of gradients as they are
         self.buffer.first, self.buffer.directions = self._first, self._directions
         try:
             return super().train(run, records, **options)
         finally:
             self.buffer.directions = None
 
-    def layout(self, records: Records, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        for length, places in super().layout(records, indices):
+    def layout(self, records: Records, indices: np.ndarray, *,
+               private: bool = False) -> Iterator[tuple[int, np.ndarray]]:
+        for length, places in super().layout(records, indices, private=private):
             if isinstance(self.buffer, _InjectingBuffer):
                 self.buffer.part = indices[places]
             yield length, places

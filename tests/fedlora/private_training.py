@@ -86,6 +86,7 @@ def make_optimizer(trainer: Trainer, run: RunPlan, *, noise_multiplier: float = 
 
 def clipped_sum(trainer: Trainer, run: RunPlan, records: Records, indices, owners=None) -> torch.Tensor:
     """[values] float64: what the noise would be added to if exactly these records, of these units, were drawn."""
+    trainer.show_batch_invariance(run)
     optimizer = make_optimizer(trainer, run)
     adapted = trainer.adapted
     step = PrivateStep(optimizer, GradientTripwire(adapted.layout, adapted.parameters(), trainer.buffer))

@@ -40,7 +40,7 @@ KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 RUN = "0123456789abcdef"
 MECHANISM = Mechanism(noise_multiplier=1.0, sampling_rate=0.01, expected_batch=50, local_steps=10,
                       max_participations=50, clip_norm=0.5, scales={"adapter": 1.0, "head": 0.1}, precision="bf16",
-                      rounding_cover=0.01)
+                      rows={8: 32, 16: 16})
 
 
 def training(round, state="released", **changes):
@@ -68,7 +68,7 @@ def made(**changes):
 
 def not_private():
     """A run without noise, over 4,321 records whose number nobody declared."""
-    off = replace(MECHANISM, noise_multiplier=None, sampling_rate=50 / 4321, rounding_cover=0.0)
+    off = replace(MECHANISM, noise_multiplier=None, sampling_rate=50 / 4321, rows={})
     return made(mechanism=off, delta=None, declared_size=None, disclosed=announced(client="north", private=False),
                 trainings=[training(1, noise_multiplier=None, sampling_rate=50 / 4321)],
                 lifetime=replace(LIFETIME, epsilon=None, charges=(LifetimeCharge("ward-7", RUN, None, 50 / 4321, 10),)))
@@ -253,7 +253,7 @@ def test_the_page_has_the_jsons_figures():
     lifetime = report["lifetime"]
     spent, remaining = re.search(r"spent ([\d.]+), remaining ([\d.]+)", page).groups()
     assert 0 <= float(spent) - lifetime["spent"] < 1e-3 and 0 <= lifetime["remaining"] - float(remaining) < 1e-3
-    for value in (RUN, "5000", "1e-05", "0.5", "head × 0.1", "1.01", "ward-7-old", "ward-8", "127.0.0.1:9092",
+    for value in (RUN, "5000", "1e-05", "0.5", "head × 0.1", "8 tokens × 32", "ward-7-old", "ward-8", "127.0.0.1:9092",
                   public_key(KEY), "296000 bytes", "2 uploads"):
         assert value in page, value
     for item in report["left_without_noise"]:
@@ -391,7 +391,7 @@ def test_verifying_a_file_prints_the_figures_and_answers_with_an_exit_code(tmp_p
         "not json": "{",
         "binary": "\x00[/]",
         "another": "[]",
-        "newer": json.dumps({**report, "version": 2}),
+        "newer": json.dumps({**report, "version": 3}),
     }.items():
         (tmp_path / "broken.json").write_text(broken)
         code, text = said(tmp_path / "broken.json")

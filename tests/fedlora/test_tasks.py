@@ -115,11 +115,11 @@ def test_a_batch_of_pairs_is_what_the_tokenizer_makes(tmp_path, kind):
         assert torch.equal(batch.inputs()[name], tensor)
 
 
-def test_a_full_batch_has_no_mask_and_keeps_the_order_asked_for(tmp_path):
+def test_a_batch_has_a_mask_also_where_it_is_full_and_keeps_the_order_asked_for(tmp_path):
     tokenizer, _ = loaded(tmp_path, "bert", "classification")
     records = Classification(tokenizer, ("a", "b", "c"), 64).encode(classification_rows(tmp_path))
     batch = collate(records, np.array([2, 2]), int(records.lengths[2]))
-    assert batch.attention_mask is None and torch.equal(batch.input_ids[0], batch.input_ids[1])
+    assert batch.attention_mask.all() and torch.equal(batch.input_ids[0], batch.input_ids[1])
     batch = collate(records, [3, 0], 32)
     assert batch.attention_mask.sum(1).tolist() == records.lengths[[3, 0]].tolist()
     assert batch.labels.tolist() == records.labels[[3, 0]].tolist()

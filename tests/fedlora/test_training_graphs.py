@@ -93,7 +93,7 @@ def test_dropout_has_no_graphs():
     one, other = graphed_trainer("bert", run), graphed_trainer("bert", run)
     other._graphed = None
     records = make_records(one)
-    assert_same(train(one, run, records), train(other, run, records), tolerance=0)
+    assert_same(train(one, run, records, None), train(other, run, records, None), tolerance=0)
     assert not one._graphed._graphs
 
 
@@ -152,13 +152,14 @@ def test_no_records_gradient_on_cuda_depends_on_which_others_there_are(kind, tas
     run = plan("lora", task, clip_norm=1e6, head_scale=1.0)
     trainer = make_trainer(kind, run, device="cuda", precision=precision, compiled=compiled)
     records = make_records(trainer, count=24)
+    assert set(trainer.show_batch_invariance(run).rows.values()) == {4}, "no shape had to be made smaller"
 
     def gradients(indices):
         found = {}
-        for length, places in trainer.layout(records, indices):
-            size = trainer._at_once(length)
+        for length, places in trainer.layout(records, indices, private=True):
+            size = trainer.shapes.rows[length]
             trainer.buffer.arm(size)
-            trainer._pass(trainer.task.collate(records, np.resize(indices[places], size), length), None)
+            trainer._pass(trainer.task.collate(records, indices[places], length, rows=size), None)
             for row, place in zip(trainer.buffer.rows, places, strict=False):
                 found[int(indices[place])] = row.clone()
         trainer.buffer.disarm()

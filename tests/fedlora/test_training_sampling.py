@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedlora.privacy import Stream
-from fedlora.training.sampling import LENGTHS, Sampler, micro_batches, padded_lengths, poisson
+from fedlora.training.sampling import (
+    LENGTHS,
+    Sampler,
+    lengths_up_to,
+    micro_batches,
+    padded_lengths,
+    poisson,
+    records_at_once,
+)
 
 
 def test_each_record_is_drawn_on_its_own_with_the_same_probability():
@@ -33,7 +41,7 @@ def test_every_record_is_in_exactly_one_part_and_no_part_is_too_large(lengths, m
     lengths = np.array(lengths)
     indices = np.arange(len(lengths))
     seen = []
-    for length, part in micro_batches(lengths, indices, 5000, most=most, tokens=tokens):
+    for length, part in micro_batches(lengths, indices, 5000, lambda length: records_at_once(length, most, tokens)):
         assert 1 <= len(part) <= most
         assert tokens is None or len(part) == 1 or len(part) * length <= tokens
         assert (lengths[part] <= length).all() and length <= 5000
@@ -42,7 +50,7 @@ def test_every_record_is_in_exactly_one_part_and_no_part_is_too_large(lengths, m
 
 
 def test_nothing_drawn_is_nothing_to_compute():
-    assert list(micro_batches(np.array([3, 4]), np.array([], dtype=np.int64), 8, most=4)) == []
+    assert list(micro_batches(np.array([3, 4]), np.array([], dtype=np.int64), 8, lambda length: 4)) == []
 
 
 def test_the_padded_length_is_a_function_of_the_records_own_length():
@@ -53,6 +61,12 @@ def test_the_padded_length_is_a_function_of_the_records_own_length():
     rng = np.random.default_rng(0)
     order = rng.permutation(3000)
     assert np.array_equal(padded_lengths(lengths[order], 3000), padded[order])
+
+
+@given(st.integers(1, 3000))
+def test_the_padded_lengths_of_a_plan_are_those_that_its_records_can_have(max_length):
+    assert lengths_up_to(max_length) == sorted(set(padded_lengths(np.arange(1, max_length + 1), max_length)))
+    assert lengths_up_to(max_length)[-1] == max_length
 
 
 def _draws(units, rate, k, steps, key=b"k" * 32):

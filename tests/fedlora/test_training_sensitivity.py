@@ -1,7 +1,7 @@
 """What the noise covers: how far one unit of privacy can move the sum, over thousands of random pairs of neighbours.
 
 For each pair both sums are computed from the start, by the trainer's own path: without the unit, the others stand in
-other micro-batches, with another number of rows, and so are rounded otherwise.
+other places of other micro-batches.
 """
 
 import numpy as np
@@ -10,12 +10,8 @@ import torch
 
 from fedlora.adapters import FAMILIES
 from fedlora.tasks.records import pack
-from fedlora.training.precision import ROUNDING
 from tests.fedlora.private_training import clipped_sum, make_trainer, plan
 from tests.tiny import VOCABULARY
-
-GAMMA = {"fp32": 1e-4} | {"bf16": ROUNDING["bf16"]}
-"""Largest relative violation of the clip norm; in bf16 the noise covers it, in fp32 it is claimed."""
 
 UNITS, PRESENT = 6, 5
 """Of a random draw, all 2^6 subsets of 6 units are summed, beside 5 units that are always there: that makes 6 · 2^5
@@ -54,14 +50,14 @@ def movements(kind, family, task, unit, precision, rng):
             for subset in range(2**UNITS) for removed in range(UNITS) if subset >> removed & 1]
 
 
-@pytest.mark.parametrize("precision", GAMMA)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("unit", ["row", "patient"])
 @pytest.mark.parametrize(("kind", "task"), [("bert", "classification"), ("llama", "causal-lm")])
 def test_one_unit_moves_the_sum_by_at_most_the_clip_norm(kind, task, unit, precision):
     rng = np.random.default_rng([len(kind), len(unit), len(precision)])
     moved = np.array([one for family in FAMILIES for one in movements(kind, family, task, unit, precision, rng)])
     print(f"{len(moved)} pairs of {unit}s, {task}, {precision}: at most {moved.max():.6f} clip norms")
-    assert moved.max() <= 1 + GAMMA[precision]
+    assert moved.max() <= 1
     assert (moved > 0.999).mean() > 0.2  # the bound is met, not just kept
 
 
@@ -89,4 +85,4 @@ def test_gradients_of_any_size_are_held_by_the_clip_norm(unit):
         for removed in range(3):
             others = [u for u in range(UNITS + PRESENT) if u != removed]
             moved = whole - sum_of(trainer, run, records, owners, others, unit)
-            assert moved.norm() <= run.clip_norm * (1 + GAMMA["fp32"])
+            assert moved.norm() <= run.clip_norm

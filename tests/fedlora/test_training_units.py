@@ -198,7 +198,6 @@ def test_a_run_by_rows_is_bit_for_bit_the_steps_written_out(patients, micro_batc
     result = _train(trainer, run, records, rate=0.3)
     trainer.adapted.write(start)
     sampling, noise = Stream.derived(1, "a", 1, "sampling"), Stream.derived(1, "a", 1, "noise")
-    gamma = trainer_module.ROUNDING[precision]
     buffer, drawn = trainer.buffer, []
     scales = {"adapter": run.adapter_scale, "head": run.head_scale}
     spans = [(slice(min(s.columns.start for s in group), max(s.columns.stop for s in group)), scales[group[0].group])
@@ -207,20 +206,21 @@ def test_a_run_by_rows_is_bit_for_bit_the_steps_written_out(patients, micro_batc
         indices = poisson(24, 0.3, sampling)
         drawn.append(len(indices))
         total = torch.zeros(buffer.values, dtype=torch.float64)
-        for length, part in micro_batches(records.lengths, indices, 32, most=micro_batch or 10**6,
-                                          tokens=None if micro_batch else 2048):
-            buffer.arm(len(part))
+        for length, part in micro_batches(records.lengths, indices, 32, trainer.shapes.rows.__getitem__):
+            count = trainer.shapes.rows[length]
+            buffer.arm(count)
             with trainer.autocast():
                 losses = trainer.task.per_record_loss(trainer.adapted.model,
-                                                      trainer.task.collate(records, part, length))
+                                                      trainer.task.collate(records, part, length, rows=count))
             losses.sum().backward()
-            rows = buffer.rows
+            rows = buffer.computed
             norms = torch.stack([scale * row_norms(rows[:, span]) for span, scale in spans]).norm(dim=0)
             factors = run.clip_norm * (1 - 1e-5) / norms.clamp(min=run.clip_norm * (1 - 1e-5))
-            for span, scale in spans:
-                total[span] += (factors * scale).float() @ rows[:, span]
+            for row, factor in zip(rows[:len(part)], factors, strict=False):
+                for span, scale in spans:
+                    total[span] += float(factor * scale) * row[span].double()
             buffer.disarm()
-        noised = total + (1.0 * (1 + gamma)) * run.clip_norm * torch.from_numpy(noise.gaussian(buffer.values))
+        noised = total + 1.0 * run.clip_norm * torch.from_numpy(noise.gaussian(buffer.values))
         for span, scale in spans:
             noised[span] /= scale
         with torch.no_grad():

@@ -12,7 +12,11 @@ from collections.abc import Iterable, Mapping
 from fedlora.privacy.accounting import Accountant, Spend, pld_epsilon, prv_epsilon, rdp_epsilon
 from fedlora.privacy.ledger.lifetime import filter_epsilon
 
-SCHEMA, VERSION = "fedlora privacy report", 1
+SCHEMA, VERSION = "fedlora privacy report", 2
+READABLE = (1, 2)
+"""Versions that can be verified. In the first, more noise covered what rounding was measured to add in bf16
+(`rounding_cover`); since the second, a record's arithmetic is shown to depend on no other (`batch_invariance`)."""
+
 RELATION = "zero-out: one unit is replaced by one that contributes nothing (accounts like adding or removing it)"
 LABELS = {"guarantee": "guarantee at the run's maximum", "spent": "spent so far"}
 STATES = ("reserved", "stored", "released", "voided")

@@ -51,14 +51,22 @@ def _mechanism(report: Mapping) -> str:
              f"noise multiplier {_or_none(mechanism['noise_multiplier'])}, clip norm "
              f"{mechanism['clip_norm']!r} on all groups together ({scales or 'no scales'}); at most "
              f"{mechanism['max_participations']} rounds of {mechanism['local_steps']} steps.",
-             f"- computed in {_text(mechanism['precision'])}; noise larger than accounted for by the factor "
-             f"{1 + mechanism['rounding_cover']!r}, for rounding." if mechanism["noise_multiplier"] is not None else "",
+             f"- computed in {_text(mechanism['precision'])}. {_independence(mechanism['batch_invariance'])}"
+             if mechanism["noise_multiplier"] is not None else "",
              "- Round 0 released random projections of the gradient, for the adapters to start from: every record's "
              "are scaled to the clip norm, and their sum is noised as in any round."
              if any(training["round"] == 0 for training in report["trainings"]) else "",
              f"- at most {unit['rows_per_unit']} rows of one unit in a step." if unit["rows_per_unit"] else "",
              f"- Randomness: {_text(source['generator'])}; key: {_text(source['key'])}; {_text(source['gaussian'])}."]
     return "## Mechanism\n\n" + "\n".join(filter(None, lines))
+
+
+def _independence(found: Mapping) -> str:
+    """That no record's arithmetic depends on another's, and in which shapes."""
+    rows = ", ".join(f"{length} tokens × {rows}" for length, rows in sorted(
+        found["rows"].items(), key=lambda item: int(item[0])))
+    alone = f" One record at a time: {_text(found['one_at_a_time'])}." if found["one_at_a_time"] else ""
+    return f"Shown {_text(found['shown'])} ({rows}).{alone}"
 
 
 def _trainings(report: Mapping) -> str:

@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import fedlora
@@ -49,12 +49,17 @@ ADVERSARY = (
 
 SAMPLER = "Poisson: each {unit} enters each step on its own with the sampling rate; an empty draw is noised as well"
 
+BATCH_INVARIANCE = (
+    "before the first training, on made-up records, on this machine and with this model: a record's gradient, norm and "
+    "loss have the same bits at every place of a micro-batch and beside any others. Each padded length has one number "
+    "of rows, filled with constant ones")
+
 NOT_COVERED = (
     "Timing and availability: how long a round takes, whether and when this client answers or declines.",
     "Floating point: noise is drawn as real numbers would be, and rounded; each value is a sum of several draws, which "
     "makes an attack on the rounding expensive, not impossible.",
-    "Rounding: one record's presence can change how others are rounded. With tensors as training leaves them that is "
-    "far below the clip norm; with tensors that a server makes to magnify it, it was not ruled out on every processor.",
+    "Rounding: that no record's depends on others was seen on made-up records, bit for bit; a processor that computes "
+    "otherwise from time to time is not covered.",
     "Edited rows: a record that was changed counts as another record; the dataset's name covers both, if it is kept.",
     "Someone with records at several institutions is protected by the sum of their budgets, not by each one.",
     "Another machine, user or ledger: what was released from the same data there is not counted here.",
@@ -75,7 +80,9 @@ class Mechanism:
         clip_norm: L2 bound of one unit's scaled gradient.
         scales: group of tensors → data-independent factor on its gradients before clipping.
         precision: "fp32" or "bf16".
-        rounding_cover: the noise is larger than accounted for by this factor (see `training.precision.ROUNDING`).
+        rows: padded length → rows of every micro-batch, shown to be batch-invariant
+            (`fedlora.training.batch_invariance`); none where privacy is off.
+        one_at_a_time: why micro-batches have a single record; "" where that is not so by rule.
     """
 
     noise_multiplier: float | None
@@ -86,7 +93,8 @@ class Mechanism:
     clip_norm: float
     scales: Mapping[str, float]
     precision: str = "fp32"
-    rounding_cover: float = 0.0
+    rows: Mapping[int, int] = field(default_factory=dict)
+    one_at_a_time: str = ""
 
 
 @dataclass(frozen=True)
@@ -228,7 +236,9 @@ def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_
             "clip_norm": mechanism.clip_norm,
             "scales": dict(mechanism.scales),
             "precision": mechanism.precision,
-            "rounding_cover": mechanism.rounding_cover},
+            "batch_invariance": {"shown": BATCH_INVARIANCE if mechanism.rows else "nothing: privacy is off",
+                                 "rows": {str(length): rows for length, rows in sorted(mechanism.rows.items())},
+                                 "one_at_a_time": mechanism.one_at_a_time or None}},
         "randomness": {"predictable": predictable is not None, "why": predictable, **_sources(predictable)},
         "trainings": rows,
         "lifetime": None if lifetime is None else _lifetime(lifetime, delta),

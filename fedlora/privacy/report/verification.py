@@ -19,6 +19,7 @@ from fedlora.plan import MOST_STEPS
 from fedlora.privacy.ledger.lifetime import FILTER_ORDERS
 from fedlora.privacy.report.figures import (
     LABELS,
+    READABLE,
     RELATION,
     SCHEMA,
     STATES,
@@ -57,7 +58,8 @@ SHAPE: dict = {
     "adversary": str,
     "mechanism": {"name": str, "sampler": str, "noise_multiplier": _MAYBE, "sampling_rate": _MAYBE,
                   "expected_batch": int, "local_steps": int, "max_participations": int, "clip_norm": _NUMBER,
-                  "scales": {...: _NUMBER}, "precision": str, "rounding_cover": _NUMBER},
+                  "scales": {...: _NUMBER}, "precision": str,
+                  "batch_invariance": {"shown": str, "rows": {...: int}, "one_at_a_time": _TEXT}},
     "randomness": {"predictable": bool, "why": _TEXT, "generator": str, "key": str, "gaussian": str},
     "trainings": [{"round": int, "attempt": int, "state": str, "time": str, "steps": int, "noise_multiplier": _MAYBE,
                    "sampling_rate": _MAYBE, "upload": ({"bytes": (int, type(None)), "sha256": str}, None)}],
@@ -73,6 +75,11 @@ SHAPE: dict = {
     "versions": {...: _TEXT},
     "signature": {"algorithm": str, "public_key": str, "value": str},
 }
+"""Of the version that is written."""
+
+_FIRST_MECHANISM = {name: kind for name, kind in SHAPE["mechanism"].items() if name != "batch_invariance"}
+SHAPES = {1: {**SHAPE, "mechanism": {**_FIRST_MECHANISM, "rounding_cover": _NUMBER}}, VERSION: SHAPE}
+"""Of each version that can be read."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +125,15 @@ def verify(report: Mapping, public_key: str | None = None) -> Verified:
     """
     if not isinstance(report, Mapping) or report.get("schema") != SCHEMA:
         raise ValueError(f"this is not a {SCHEMA}; name a client's privacy.json")
-    if report.get("version") != VERSION:
-        raise ValueError(f"the report has version {report.get('version')!r} and this FedLoRA reads {VERSION}; verify "
-                         "it with the FedLoRA version that it names")
+    version = report.get("version")
+    if version not in READABLE or isinstance(version, bool):
+        raise ValueError(f"the report has version {version!r} and this FedLoRA reads "
+                         f"{' and '.join(map(str, READABLE))}; verify it with the FedLoRA version that it names")
     author = check_signature(report)
     if public_key is not None and public_key.strip().lower() != author:
         raise ValueError(f"the report is signed by {author}, not by {public_key.strip().lower()}; it is another "
                          "client's, or its author has a new key: ask")
-    _fit(report, SHAPE, "report")
+    _fit(report, SHAPES[version], "report")
     _check_facts(report)
     privacy = report["privacy"]
     if privacy["no_guarantee"] is not None:
@@ -171,8 +179,12 @@ def _check_facts(report: Mapping) -> None:
         _require(mechanism[field] >= 1, f"mechanism.{field}", mechanism[field], "it must be at least 1")
     for field, value in {"clip_norm": mechanism["clip_norm"], **mechanism["scales"]}.items():
         _require(value > 0, f"mechanism {field}", value, "it must be positive")
-    _require(mechanism["rounding_cover"] >= 0, "mechanism.rounding_cover", mechanism["rounding_cover"],
-             "less noise than accounted for is no cover")
+    if "rounding_cover" in mechanism:
+        _require(mechanism["rounding_cover"] >= 0, "mechanism.rounding_cover", mechanism["rounding_cover"],
+                 "less noise than accounted for is no cover")
+    else:
+        for length, rows in mechanism["batch_invariance"]["rows"].items():
+            _require(rows >= 1, f"mechanism.batch_invariance.rows {length}", rows, "a micro-batch has at least one row")
     seen: set[tuple[int, int]] = set()
     for training in report["trainings"]:
         key = training["round"], training["attempt"]
@@ -303,7 +315,7 @@ def _fit(value: object, shape: object, where: str) -> None:
             shape = dict.fromkeys(value, shape[...])
         if set(value) != set(shape):
             raise ValueError(f"{where} lacks {sorted(set(shape) - set(value))} and has unknown "
-                             f"{sorted(set(value) - set(shape))}; it is not a version {VERSION} report")
+                             f"{sorted(set(value) - set(shape))}; it is not a report of the version that it states")
         for name, inner in shape.items():
             _fit(value[name], inner, f"{where}.{name}")
     elif isinstance(shape, list):

@@ -46,6 +46,9 @@ class NoTrainer:
     def __init__(self, layout: AdapterLayout) -> None:
         self.adapted = SimpleNamespace(layout=layout)
 
+    def show_batch_invariance(self, run: RunPlan, rows_per_unit: int) -> None:
+        """There is no arithmetic."""
+
     def run(self, training: Training, stop: Callable[[], bool] = lambda: False) -> TrainResult:
         trained = {spec.name: training.start[spec.name] for spec in self.adapted.layout.trained}
         return TrainResult(trained, training.run.local_steps, (), 0.0, 0.0, 0)

@@ -1,0 +1,225 @@
+"""Batch invariance: in no bit does a record's gradient depend on how many others there are, which, or on its place.
+
+A matrix product may be rounded otherwise for 15 rows than for 16, and a server can send tensors that magnify the
+difference until one record's presence moves the sum by many clip norms. Bounds on tensors only make that harder.
+So every private micro-batch of one padded length has one shape: what the drawn records leave free is filled with
+constant rows, whose gradients are dropped. That makes the number of records meaningless. Companions and places are
+compared bit for bit on made-up records, on the machine and with the model, precision and settings that will train,
+before the first charge. Where some bit differs, half as many rows are tried, down to one record at a time.
+
+Models whose inner shapes follow the content (mixtures of experts, quantised products) run one record at a time by rule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlora.files import replace_file
+from fedlora.plan import RunPlan
+from fedlora.tasks import Records, Task
+from fedlora.tasks.records import pack
+from fedlora.training.per_example import row_norms
+from fedlora.versions import environment
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "peft", "opacus", "numpy")
+
+SETTINGS = ("ATEN_", "BLIS_", "CUBLAS_", "CUDA_", "DNNL_", "GOTO_", "KMP_", "MKL_", "NVIDIA_", "OMP_", "ONEDNN_",
+            "OPENBLAS_", "PYTORCH_", "TORCH")
+"""Beginnings of the environment variables that can change how these libraries compute."""
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes of private micro-batches on one machine, shown to be batch-invariant there.
+
+    Attributes:
+        rows: padded length → rows, the same whatever is drawn.
+        one_at_a_time: why every micro-batch has a single record; "" where that is not so by rule.
+    """
+
+    rows: Mapping[int, int]
+    one_at_a_time: str = ""
+
+
+Gradients = Callable[[Records, np.ndarray, int, int], tuple[torch.Tensor, torch.Tensor]]
+"""(records, indices, padded length, rows) → ([rows, values] gradients, [rows] losses) of a micro-batch of these records
+and filler rows after them, computed as in training."""
+
+
+def show_shapes(gradients: Gradients, records: Records, lengths: Sequence[int], most_rows: Callable[[int], int],
+                one_at_a_time: str) -> Shapes:
+    """Find the largest shape of each padded length in which this machine computes each record on its own.
+
+    Args:
+        records: made up, see `made_up_records`; 2·i and 2·i + 1 are those of lengths[i].
+        most_rows: padded length → rows of the first shape to try.
+        one_at_a_time: as of `Shapes`.
+    Raises:
+        ValueError: not even the same record alone has the same gradient twice.
+    """
+    rows = {}
+    for place, length in enumerate(lengths):
+        first = 1 if one_at_a_time else most_rows(length)
+        rows[length] = next((count for count in _halves(first)
+                             if _is_invariant(gradients, records, 2 * place, length, count)), 0)
+        if not rows[length]:
+            raise ValueError(f"this machine does not compute the same gradient twice, even for one record of {length} "
+                             "tokens alone, so that no clipping could protect it. Choose another --device or "
+                             "--precision, or another --model")
+        if rows[length] < first:
+            log.warning("Records of %d tokens are trained %d at a time in place of %d: in larger micro-batches this "
+                        "machine rounds a record's gradient by its place or its companions.", length, rows[length],
+                        first)
+    return Shapes(rows, one_at_a_time)
+
+
+def _halves(rows: int) -> Iterator[int]:
+    while rows:
+        yield rows
+        rows //= 2
+
+
+def _is_invariant(gradients: Gradients, records: Records, looked_at: int, length: int, rows: int) -> bool:
+    """Whether a record has the same gradient, norm and loss at every place, and beside copies, others and fillers."""
+    count = max(1, rows - rows // 4)
+    copies = np.full(rows, looked_at)
+    mixed = np.where(np.arange(count) % 2, looked_at + 1, looked_at)
+    expected: torch.Tensor | None = None
+    for indices, every in ((copies, 1), (mixed, 2)):
+        found = _results(gradients, records, indices, length, rows)[:len(indices):every]
+        expected = found[:1].clone() if expected is None else expected
+        if not torch.equal(found, expected.expand_as(found)):
+            return False
+    return True
+
+
+def _results(gradients: Gradients, records: Records, indices: np.ndarray, length: int, rows: int) -> torch.Tensor:
+    """[rows, values + 2] bit patterns: gradients, norms and losses."""
+    found, losses = gradients(records, indices, length, rows)
+    norms = row_norms(found).to(found)
+    return torch.cat([found, norms[:, None], losses.float()[:, None]], dim=1).view(torch.int32)
+
+
+def made_up_records(task: Task, embeddings: int, lengths: Sequence[int], *, seed: int = 0) -> Records:
+    """Two records of random ordinary tokens for each length: a full one less one token, and a shorter one.
+
+    Args:
+        embeddings: number of tokens that the model knows.
+    """
+    random, tokenizer = np.random.default_rng(seed), task.tokenizer
+    words = np.setdiff1d(np.arange(min(len(tokenizer), embeddings)), tokenizer.all_special_ids)
+    sizes = [max(2, min(size, length)) for length in lengths for size in (length - 1, length * 2 // 3)]
+    tokens = [random.choice(words, size).tolist() for size in sizes]
+    kind: dict[str, Any] = {"labels": [i % 2 for i in range(len(tokens))]} if task.name == "classification" else {
+        "answers": [[0] + [1] * (len(one) - 1) for one in tokens]}
+    return pack(tokens, tokenizer.pad_token_id, **kind)
+
+
+def content_dependent(model: nn.Module) -> str:
+    """Why a model's inner shapes follow the content of a micro-batch; "" where nothing says so."""
+    config = getattr(model, "config", None)
+    experts = next((name for name in _EXPERTS if (getattr(config, name, None) or 0) > 1), None)
+    if experts:
+        return f"the model is a mixture of experts ({experts} = {getattr(config, experts)})"
+    if getattr(config, "quantization_config", None) is not None:
+        return "the model is quantised, and scales can follow the content of a micro-batch"
+    if any("quantized.dynamic" in type(module).__module__ for module in model.modules()):
+        return "the model is quantised dynamically, and scales follow the content of a micro-batch"
+    return ""
+
+
+@dataclass
+class Findings:
+    """Shapes that were shown before, under everything that they depend on.
+
+    Args:
+        file: where they are kept between processes; None keeps them in memory. A file that cannot be read or written
+            costs the check again, and nothing else.
+    """
+
+    file: Path | None = None
+    _known: dict[str, Shapes] = field(default_factory=dict)
+
+    def get(self, key: str) -> Shapes | None:
+        if self.file is not None and key not in self._known:
+            self._known |= self._read()
+        return self._known.get(key)
+
+    def put(self, key: str, shapes: Shapes) -> None:
+        self._known[key] = shapes
+        if self.file is None:
+            return
+        kept = {name: asdict(one) for name, one in (self._read() | {key: shapes}).items()}
+        try:
+            replace_file(self.file, json.dumps(kept, indent=1).encode())
+        except OSError as error:
+            log.warning("%s could not be written (%s): what was shown is not remembered.", self.file, error.strerror)
+
+    def _read(self) -> dict[str, Shapes]:
+        assert self.file is not None
+        try:
+            table = json.loads(self.file.read_text(encoding="utf-8"))
+            found = {key: Shapes({int(length): int(rows) for length, rows in one["rows"].items()},
+                                 str(one["one_at_a_time"])) for key, one in table.items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {}
+        return {key: one for key, one in found.items() if all(rows >= 1 for rows in one.rows.values())}
+
+
+IN_MEMORY = Findings()
+"""What was shown in this process, where no file is named."""
+
+
+def key_of(run: RunPlan, model: nn.Module, shapes: Mapping[int, int], *, device: torch.device, precision: str,
+           compiled: bool) -> str:
+    """SHA-256 over what the rounding of a pass can depend on.
+
+    Args:
+        shapes: padded length → rows of the first shape to try.
+    """
+    config = {name: value for name, value in model.config.to_dict().items()  # type: ignore[union-attr, operator]
+              if name != "_name_or_path"}
+    about = {
+        "model": asdict(run.model), "config": config, "class": type(model).__name__,
+        "attention": model.config._attn_implementation,  # type: ignore[union-attr]
+        "task": run.task, "labels": len(run.labels), "family": run.family, "rank": run.rank,
+        "targets": sorted(run.targets), "head": run.train_head, "shapes": {str(n): rows for n, rows in shapes.items()},
+        "precision": precision, "compiled": compiled, "device": _device(device), "versions": environment(PACKAGES),
+        "threads": torch.get_num_threads(), "build": torch.__config__.show(),
+        "switches": [torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision(),
+                     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
+                     torch.are_deterministic_algorithms_enabled(), torch.is_inference_mode_enabled()],
+        "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)}}
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _device(device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return ["cuda", properties.name, f"{properties.major}.{properties.minor}", str(torch.version.cuda)]
+    return [device.type, platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor()]
+
+
+def _processor() -> str:
+    """Its name and instruction sets, where the system tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "; ".join(next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags"))
