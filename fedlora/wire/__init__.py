@@ -6,6 +6,7 @@ from .codec import (
     Key,
     Repeats,
     Setup,
+    anchor_from_wire,
     check_name,
     clean,
     key_from_wire,
@@ -24,6 +25,7 @@ from .codec import (
     upload_to_wire,
 )
 from .dtypes import ARRAY_DTYPES, packed, rounded, unpacked
+from .schema import SCHEMA, SPOKEN, is_spoken, spoken_by
 from .tensors import (
     CHUNK_BYTES,
     MAX_FRAME_BYTES,
@@ -54,8 +56,10 @@ __all__ = [
     "JOIN_TIMEOUT_S",
     "MAX_FRAME_BYTES",
     "NOTICED_WITHIN_S",
+    "SCHEMA",
     "SERVER_OPTIONS",
     "SERVICE",
+    "SPOKEN",
     "STALL_TIMEOUT_S",
     "Incoming",
     "Key",
@@ -63,11 +67,13 @@ __all__ = [
     "Setup",
     "Shapes",
     "WireError",
+    "anchor_from_wire",
     "check_name",
     "check_shapes",
     "clean",
     "digest",
     "is_loopback",
+    "is_spoken",
     "key_from_wire",
     "key_to_wire",
     "labels_from_wire",
@@ -87,6 +93,7 @@ __all__ = [
     "shapes_of",
     "share_arenas",
     "size_of",
+    "spoken_by",
     "task_to_wire",
     "transfer_frames",
     "unpacked",

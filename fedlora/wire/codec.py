@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError
 
 from fedlora.plan import (
+    ANCHOR_BYTES,
     LEAST_SCALE,
     MOST_CLIP_NORM,
     MOST_LABELS,
@@ -37,6 +38,7 @@ from fedlora.plan import (
 )
 
 from . import fedlora_pb2 as pb
+from .schema import SCHEMA, SPOKEN, is_spoken, spoken_by
 from .tensors import CHUNK_BYTES, Shapes, WireError, add_to_checksum, chunks, header_of, shapes_of
 
 SERVICE = "/fedlora.Federation/Session"
@@ -50,11 +52,13 @@ Headed = TypeVar("Headed", pb.Task, pb.Upload)
 
 @dataclass(frozen=True)
 class Setup:
-    """What a client is told when it joins, before it reads its data; every field but two as in `RunPlan`.
+    """What a client is told when it joins, before it reads its data; every field but three as in `RunPlan`.
 
     Attributes:
         labels: the fixed label set in order, or () where there is none (yet).
         announce_labels: clients must name their labels when they are ready, which discloses them.
+        anchor: the last one that the server was sent under this client's name, b"" if none was; None where it keeps
+            none, and none is to be sent.
     """
 
     run_id: str
@@ -73,12 +77,13 @@ class Setup:
     clip_norm: float
     wire_dtype: str = "fp32"
     private_start: bool = False
-    protocol: int = PROTOCOL
+    anchor: bytes | None = None
 
     @classmethod
     def of(cls, plan: RunPlan, *, announce_labels: bool = False) -> Setup:
         """What a plan proposes; its labels are left out where the clients are to name theirs."""
-        shared = {f.name: getattr(plan, f.name) for f in dataclasses.fields(cls) if f.name != "announce_labels"}
+        own = ("announce_labels", "anchor")
+        shared = {f.name: getattr(plan, f.name) for f in dataclasses.fields(cls) if f.name not in own}
         labels = {"labels": () if announce_labels else plan.labels, "announce_labels": announce_labels}
         return cls(**shared | labels)
 
@@ -87,6 +92,8 @@ class Setup:
         if self.strategy not in STRATEGIES or self.task not in TASKS or self.wire_dtype not in WIRE_DTYPES:
             raise ValueError(f"strategy {self.strategy!r}, task {self.task!r} or wire dtype {self.wire_dtype!r} is not "
                              "known; update FedLoRA")
+        if self.anchor is not None:
+            _check_anchor(self.anchor)
         if self.announce_labels and (self.labels or self.task != "classification"):
             raise ValueError("labels are announced only for a classification without a fixed label set")
         for name in ("max_length", "rounds", "max_participations", "local_steps", "expected_batch"):
@@ -124,8 +131,9 @@ def read_frame(kind: type[Frame], data: bytes) -> tuple[Frame | None, Chunk | No
     Returns:
         What the frame says, None if nothing but a chunk; and its chunk, to be taken after that.
     Raises:
-        WireError: it is no frame, or it is empty or of a kind this version does not know. Fields that this version does
-            not know are dropped.
+        WireError: it is no frame, it is empty or of a kind that this version does not know, or it has a field, at any
+            depth, that this version does not know. What another version says of itself is let through without them,
+            for the reader to answer by name.
     """
     chunk, rest = _leading_chunk(memoryview(data))
     if chunk is not None and not rest:
@@ -141,25 +149,45 @@ def read_frame(kind: type[Frame], data: bytes) -> tuple[Frame | None, Chunk | No
     says = frame.WhichOneof("kind") is not None
     if not says and chunk is None:
         raise WireError("a frame is empty or of a kind that this version does not know")
+    if _drop_unknown(frame) and not _is_of_another_version(frame):
+        raise WireError("a frame has a field that this version does not know; both sides need the same FedLoRA version")
     return frame if says else None, chunk
+
+
+def _drop_unknown(frame: pb.ClientFrame | pb.ServerFrame) -> bool:
+    """Remove what this version's .proto does not have, at any depth; whether there was anything."""
+    size = frame.ByteSize()
+    frame.DiscardUnknownFields()
+    return frame.ByteSize() != size
+
+
+def _is_of_another_version(frame: pb.ClientFrame | pb.ServerFrame) -> bool:
+    """Whether a frame ends the conversation because the two versions differ, once it is looked at."""
+    kind = frame.WhichOneof("kind")
+    if kind in ("join", "welcome"):
+        return not is_spoken(getattr(frame, kind))
+    return kind == "refused" and frame.refused.code == "version-mismatch"  # type: ignore[union-attr]
 
 
 def setup_to_wire(setup: Setup) -> pb.Welcome:
     fields = {f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)}
-    return pb.Welcome(**(fields | {"model": pb.Model(**dataclasses.asdict(setup.model))}))
+    return pb.Welcome(protocol=PROTOCOL, schema=SCHEMA,
+                      **(fields | {"model": pb.Model(**dataclasses.asdict(setup.model))}))
 
 
 def setup_from_wire(welcome: pb.Welcome) -> Setup:
     """What a server says of itself and its run.
 
     Raises:
-        Refused: "version-mismatch": it speaks another version of the protocol.
+        Refused: "version-mismatch": it speaks another version of the protocol, or has another schema.
         WireError: it is not valid.
     """
-    if welcome.protocol != PROTOCOL:
-        raise Refused("version-mismatch", f"the server runs FedLoRA {clean(welcome.fedlora_version)} (protocol "
-                                          f"{welcome.protocol}), this client protocol {PROTOCOL}")
+    if not is_spoken(welcome):
+        raise Refused("version-mismatch", f"the server runs FedLoRA {clean(welcome.fedlora_version)} "
+                                          f"({spoken_by(welcome)}), this client {SPOKEN}")
     fields = {f.name: getattr(welcome, f.name) for f in dataclasses.fields(Setup)}
+    if not welcome.HasField("anchor"):
+        fields["anchor"] = None
     model = {f.name: getattr(welcome.model, f.name) for f in dataclasses.fields(ModelRef)}
     try:
         return Setup(**(fields | {"model": ModelRef(**model), "labels": labels_from_wire(welcome.labels),
@@ -235,8 +263,17 @@ class Repeats:
 
 
 def upload_to_wire(upload: Upload) -> pb.Upload:
-    return pb.Upload(key=key_to_wire((upload.run_id, upload.round, upload.attempt)),
+    return pb.Upload(key=key_to_wire((upload.run_id, upload.round, upload.attempt)), anchor=upload.anchor,
                      tensors=header_of(shapes_of(upload.tensors)), **upload_metrics(upload))  # type: ignore[arg-type]
+
+
+def anchor_from_wire(upload: pb.Upload) -> bytes:
+    """The anchor of an upload, unread; b"" where it brings none. Raises WireError for another length."""
+    try:
+        _check_anchor(upload.anchor)
+    except ValueError as error:
+        raise WireError(str(error)) from None
+    return upload.anchor
 
 
 def metrics_from_wire(upload: pb.Upload, *, private: bool) -> dict[str, int | float]:
@@ -284,6 +321,12 @@ def refusal_from_wire(refusal: pb.Refusal) -> Refusal:
 def clean(text: str) -> str:
     """Text of the other side, fit to be printed."""
     return "".join(c if c.isprintable() else " " for c in text[:MAX_TEXT])
+
+
+def _check_anchor(sealed: bytes) -> None:
+    """Raises ValueError for anything but an anchor's length, or nothing."""
+    if len(sealed) not in (0, ANCHOR_BYTES):
+        raise ValueError(f"an anchor of {len(sealed)} bytes; it has {ANCHOR_BYTES}, or none")
 
 
 def check_name(name: str) -> None:
