@@ -124,7 +124,8 @@ def with_unknown_inside(number: int, message: Message) -> bytes:
     [with_unknown_inside(1, join_frame().join)], [JOIN + UNKNOWN], [JOIN, with_unknown_inside(2, pb.Ready())],
     [JOIN, READY, with_unknown_inside(3, pb.Upload(key=KEY, steps=1))], [JOIN, READY, upload_head() + UNKNOWN],
     [JOIN, READY, upload_head(), CHUNK[:1] + bytes([CHUNK[1] + len(UNKNOWN)]) + CHUNK[2:] + UNKNOWN],
-], ids=range(27))
+    [JOIN, READY, pb.ClientFrame(upload=pb.Upload(key=KEY, anchor=bytes(67))).SerializeToString()],
+], ids=range(28))
 def test_a_client_that_breaks_the_protocol_loses_its_stream(engine, frames):
     _, status = converse(engine.address, frames)
     assert status == grpc.StatusCode.INVALID_ARGUMENT
