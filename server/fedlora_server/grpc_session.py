@@ -224,6 +224,8 @@ class GrpcSession:
         assert upload is not None
         answer = upload.incoming.finish(checksum) or upload.stored()
         refusal = answer if isinstance(answer, Refusal) else None
+        if refusal is not None:
+            upload.discard()  # before the client hears of it, and may be asked for the next
         if not upload.acknowledged:
             refusal = self._roster.answered(self, upload.key, answer,
                                             lambda late: self._send_ack(upload.key, late or refusal)) or refusal
@@ -245,6 +247,7 @@ class GrpcSession:
         """Settle the upload that is coming in; the rest of it is dropped."""
         assert self._upload is not None
         key = self._upload.key
+        self._upload.discard()
         self._upload.acknowledged = True
         self._roster.answered(self, key, refusal, lambda late: self._send_ack(key, refusal))
 
