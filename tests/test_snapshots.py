@@ -91,7 +91,7 @@ def test_a_snapshot_of_all_that_an_owner_has_is_refused_when_it_is_put_back_unti
     north.serve("third")
     assert north.take_part() == 4
     log = deployment.log("north")
-    assert "keeps an anchor" in log and "--new-ledger" in log and "Traceback" not in log
+    assert "the server keeps its anchor" in log and "--new-ledger" in log and "Traceback" not in log
     assert "north declined: the client's policy does not allow this [policy]" in deployment.log("server")
     assert north.charges() == 1, "nothing is charged, nor read"
 

@@ -13,18 +13,16 @@ from .codec import (
     key_to_wire,
     labels_from_wire,
     metrics_from_wire,
-    parse,
     plan_from_wire,
-    read_frame,
     refusal_from_wire,
     refusal_to_wire,
     setup_from_wire,
     setup_to_wire,
     task_to_wire,
-    transfer_frames,
     upload_to_wire,
 )
 from .dtypes import ARRAY_DTYPES, packed, rounded, unpacked
+from .frames import parse, read_frame, transfer_frames
 from .schema import SCHEMA, SPOKEN, is_spoken, spoken_by
 from .tensors import (
     CHUNK_BYTES,

@@ -13,12 +13,16 @@ import sqlite3
 import threading
 from pathlib import Path
 
+from fedlora.plan import ANCHOR_BYTES
+
 log = logging.getLogger(__name__)
 
 WAIT_S = 1.0
 """How long another server's write is waited for; each takes microseconds."""
 
-_TABLE = "CREATE TABLE IF NOT EXISTS anchors (name TEXT PRIMARY KEY, sealed BLOB NOT NULL) WITHOUT ROWID"
+_TABLE = f"""
+    CREATE TABLE IF NOT EXISTS anchors (name TEXT PRIMARY KEY,
+        sealed BLOB NOT NULL CHECK (typeof(sealed) = 'blob' AND length(sealed) = {ANCHOR_BYTES})) WITHOUT ROWID"""
 _KEEP = "INSERT INTO anchors VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed"
 
 

@@ -64,9 +64,9 @@ class Witnesses:
         with self._chain.transaction() as book:
             seen = Witness("", book.ledger["ledger_id"], rows, head)
             if self._chain.row(rows) != head and asdict(seen) not in book.marks:
-                self._give_up(book, seen, f"updates have left since {self._chain.name} was as it is now: the server "
-                                          f"keeps an anchor of {rows} rows, and it has {book.rows}, or others. It is "
-                                          f"an older copy, or was changed. {self._remedy}")
+                self._give_up(book, seen, f"updates have left that {self._chain.name}, with {book.rows} rows, does not "
+                                          f"know: the server keeps its anchor of {rows} rows, so it is an older copy, "
+                                          f"or was changed. {self._remedy}")
 
     def testify(self, book: Book, dataset: str) -> None:
         """Right before an update leaves, within the transaction, so that witnesses of two processes never go back.
