@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the commands' --help reads this module and needs no numpy
     import numpy as np
 
-PROTOCOL = 4
-"""Version of the wire protocol. Two sides with different numbers refuse each other."""
+PROTOCOL = 5
+"""Version of the wire protocol. Two sides with different numbers refuse each other. It rises with each change of the
+.proto's messages, of a plan's meaning, or of what is answered to what."""
+CONTINUED = (4, PROTOCOL)
+"""Protocols under which a run may have been begun that this version takes up again: their plans mean the same."""
 
 STRATEGIES = ("fedavg-lora", "ffa-lora", "fed-sb", "fedsvd")
 TASKS = ("classification", "causal-lm")
@@ -35,6 +38,9 @@ MOST_RANK = 4096
 
 LONGEST_LABEL, MOST_ANNOUNCED, MOST_LABELS = 64, 1000, 5000
 """Characters of a label name that a client announces, names that it does, and names that a server may give."""
+
+ANCHOR_BYTES = 68
+"""Of a ledger's sealed anchor (`fedlora.privacy.ledger.anchor`), whatever it holds."""
 
 MOST_STEPS = 100_000
 """Of one client in one run: what an accountant takes seconds for."""
@@ -113,6 +119,7 @@ class RunPlan:
         wire_dtype: what adapter tensors travel as, in both directions: "fp32", or "bf16" (`fedlora.wire.dtypes`).
         private_start: round 0 comes first, one participation beside `max_participations` in which clients release
             noised gradients for the adapters to start from (`fedlora.adapters.private`). Only with privacy.
+        protocol: that was spoken when the run began; one of `CONTINUED`.
     """
 
     run_id: str
@@ -150,6 +157,7 @@ class RunPlan:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; {remedy}")
 
         check_run_id(self.run_id)
+        require(self.protocol in CONTINUED, "protocol", f"this version knows {', '.join(map(str, CONTINUED))}")
         require(self.fedlora_version.isprintable(), "fedlora_version", "it must be printable")
         for name in ("labels", "targets"):
             require(all(map(str.isprintable, getattr(self, name))), name, "each must be printable")
@@ -241,6 +249,8 @@ class Upload:
         steps: optimiser steps done.
         delta, noise_multiplier: of the client's guarantee; None without privacy.
         num_examples, train_loss: only without privacy, else None.
+        anchor: of the client's ledger, sealed, for the server to keep; empty where it has no real one, or nobody keeps
+            it. Made when the upload leaves, and not stored with it.
     """
 
     run_id: str
@@ -252,6 +262,7 @@ class Upload:
     noise_multiplier: float | None = None
     num_examples: int | None = None
     train_loss: float | None = None
+    anchor: bytes = b""
 
 
 REFUSALS: Mapping[str, str] = {
@@ -368,7 +379,7 @@ def round_from_scalars(flat: Mapping[str, object]) -> RoundPlan:
 
 
 UPLOAD_METRICS = ("steps", "delta", "noise_multiplier", "num_examples", "train_loss")
-"""The only scalars that may leave a client beside its tensors; those that are None are left out."""
+"""The only scalars that may leave a client beside its tensors; those that are None are left out. The anchor is none."""
 
 
 def upload_metrics(upload: Upload) -> dict[str, int | float]:

@@ -110,7 +110,7 @@ def start(command: str, *arguments: object, log: Path, seed: int | None = None, 
 
     Args:
         seed: makes a client's noise predictable.
-        home: where the user's ledger, policy and key are.
+        home: where the user's ledger, policy and key are, or what a server keeps for its clients.
         fresh: run the installed command, as a user does, in place of a fork that saves its imports.
     """
     environment = {"COLUMNS": "200"}
@@ -147,7 +147,8 @@ class Deployment:
         return self._server("--resume", self.out, *arguments)
 
     def _server(self, *arguments: object) -> Process:
-        process = start("server", *arguments, log=self.folder / "server.log", fresh=self.fresh)
+        process = start("server", *arguments, log=self.folder / "server.log", home=self.home("server"),
+                        fresh=self.fresh)
         self.processes["server"] = process
         return process
 

@@ -254,8 +254,9 @@ class Connection:
         stream = _Stream()
         with self._changed:
             self._stream = stream
-        stream.send(pb.ClientFrame(join=pb.Join(protocol=PROTOCOL, fedlora_version=fedlora.__version__, name=self.name,
-                                                process=self._process, private=self._private)))
+        stream.send(pb.ClientFrame(join=pb.Join(protocol=PROTOCOL, schema=wire.SCHEMA, name=self.name,
+                                                fedlora_version=fedlora.__version__, process=self._process,
+                                                private=self._private)))
         with grpc.insecure_channel(self.server, options=wire.CHANNEL_OPTIONS) as channel:  # TLS: grpc.secure_channel
             call = channel.stream_stream(wire.SERVICE)(self._requests(stream))
             stream.call = call
@@ -318,7 +319,7 @@ class Connection:
             stream.welcomed = True
             before, self._setup = self._setup, setup
             # a server that takes its run up again has fixed the label set that clients were to name
-            if before is not None and setup != replace(before, labels=setup.labels,
+            if before is not None and setup != replace(before, labels=setup.labels, anchor=setup.anchor,
                                                        announce_labels=setup.announce_labels):
                 self._run_changed, self._labels = True, None
                 self._task = self._working = self._answer = None

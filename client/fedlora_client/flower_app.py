@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 import fedlora
 from fedlora.options import CLIENT, options_from
 from fedlora.plan import PROTOCOL, Refusal, Refused, RoundPlan, Tensors, Upload, round_from_scalars, upload_metrics
-from fedlora.wire import Setup, packed, parse, pb, setup_from_wire, unpacked
+from fedlora.wire import SCHEMA, Setup, packed, parse, pb, setup_from_wire, unpacked
 from fedlora.wire.npy import from_npy, to_npy
 
 from .supernode import SuperNodeClient
@@ -52,12 +52,15 @@ def join(message: Message, node: Node) -> Message:
         ValueError: the message is not a welcome.
     """
     [config] = message.content.values()
+    if set(config) != {"welcome"}:
+        raise ValueError(f"a welcome holds exactly one frame, not {sorted(config)}; both sides need the same FedLoRA "
+                         "version")
     frame = parse(pb.ServerFrame, config["welcome"])  # type: ignore[arg-type]
     answer = node.join(setup_from_wire(frame.welcome))
     if isinstance(answer, Refusal):
         return _refused(answer, message)
-    joining = pb.Join(protocol=PROTOCOL, fedlora_version=fedlora.__version__, name=node.name, private=node.private,
-                      process=message.metadata.dst_node_id.to_bytes(16, "big"))
+    joining = pb.Join(protocol=PROTOCOL, schema=SCHEMA, fedlora_version=fedlora.__version__, name=node.name,
+                      private=node.private, process=message.metadata.dst_node_id.to_bytes(16, "big"))
     frames = {"join": pb.ClientFrame(join=joining), "ready": pb.ClientFrame(ready=pb.Ready(labels=answer))}
     config = ConfigRecord({key: frame.SerializeToString() for key, frame in frames.items()})
     return Message(RecordDict({"config": config}), reply_to=message)

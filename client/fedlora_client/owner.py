@@ -9,6 +9,7 @@ from pathlib import Path
 from fedlora.data import Rows
 from fedlora.plan import ROW, Refused, unit_column
 from fedlora.privacy import Budget, DatasetPolicy, Forbidden, Ledger, Policy, RunTerms
+from fedlora.privacy.ledger import LedgerError
 from fedlora.privacy.ledger.fingerprints import fingerprints
 from fedlora.privacy.ledger.witness import witness_file, witnesses_in
 from fedlora.privacy.policy import absolute
@@ -110,6 +111,25 @@ class Owner:
         except Forbidden as error:
             log.error("%s", error)
             raise Refused("policy") from None
+
+    def check_anchor(self, sealed: bytes | None) -> None:
+        """Before the data is read, hold the ledger against what the server keeps of it.
+
+        Args:
+            sealed: as `Setup.anchor`.
+        Raises:
+            Refused: "policy"; the reason is in the local log.
+        """
+        if not sealed or self.ledger.simulated:
+            return
+        try:
+            known = self.ledger.check_anchor(sealed)
+        except LedgerError as error:
+            log.error("%s", error)
+            raise Refused("policy") from None
+        if not known:
+            log.warning("The server keeps an anchor under this client's name that is not of this ledger's key: another "
+                        "ledger's, or changed. It is ignored, and replaced with the next upload.")
 
     def take_charge(self, rows: Rows, budget: Budget | None) -> list[str]:
         """Tell the ledger whose data this is. The first private use writes the policy.

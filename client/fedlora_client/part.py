@@ -123,6 +123,7 @@ class Part:
         options, owner, limits, console = holder.options, holder.owner, holder.limits, holder.console
         limits.check(setup.private)
         owner.check_proposal(setup)
+        owner.check_anchor(setup.anchor)
         self._model_path = models.obtain(setup.model, path=model_folder(options.model, setup.model.name),
                                          allow_download=options.allow_download)
         models.check_task(self._model_path, setup.task, setup.max_length)
@@ -288,7 +289,7 @@ class Part:
             own.show_batch_invariance(run, 1 if records.units is None else self._limits.rows_per_unit)
         session = ClientSession(
             run, own, records, self._limits, self._state, self._streams, self._owner.ledger,
-            self._owner.dataset, approve=self._owner.approve,
+            self._owner.dataset, approve=self._owner.approve, anchors=self._setup.anchor is not None,
             release=lambda: trainer(release_plan(run), models.load(self._model_path, run.task, len(run.labels))))
         terms = session.terms
         if run.private:

@@ -65,7 +65,7 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
             precision=session.trainer.precision, rows=shapes.rows, one_at_a_time=shapes.one_at_a_time),
         trainings=trainings, lifetime=_lifetime(ledger, dataset, terms.delta),
         disclosed=announced(client=name, private=run.private, labels=labels or None, protocol=PROTOCOL),
-        terms_announced=session.limits.announce_size,
+        terms_announced=session.limits.announce_size, anchored=session.anchors,
         rows_per_unit=None if unit == ROW else session.limits.rows_per_unit,
         predictable=INSECURE_SEED_VARIABLE if session.streams.predictable else None, refusals=refusals)
     return write_report(folder, sign(report, load_or_create_key(places.signing_key())))

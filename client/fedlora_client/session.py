@@ -104,6 +104,7 @@ class ClientSession:
         streams: where this client draws its random numbers from, under its name.
         ledger, dataset: what this run is charged to.
         approve: asked once the noise is known; raises `Forbidden` where the owner's policy does not allow it.
+        anchors: the server keeps anchors.
     Raises:
         Refused: "privacy-mismatch"; "policy" where the plan cannot be followed within the limits, "budget" where the
             lifetime budget does not allow it (the reason is in the local log).
@@ -112,12 +113,14 @@ class ClientSession:
         terms: sampling rate, noise and clip norm, fixed for the run.
         noise_for_run: the noise multiplier that --epsilon alone asks for; that of `terms` is larger where the lifetime
             budget leaves less.
+        anchors: whether uploads carry the ledger's anchor. Nothing decides it but that the ledger is real and the
+            server keeps it.
     """
 
     def __init__(self, run: RunPlan, trainer: Trainer, records: Records, limits: Limits, state: State,
                  streams: RunStreams, ledger: Ledger, dataset: str, *,
                  approve: Callable[[RunTerms], None] = lambda terms: None,
-                 release: Callable[[], Trainer] | None = None) -> None:
+                 release: Callable[[], Trainer] | None = None, anchors: bool = False) -> None:
         limits.check(run.private)
         if run.private and run.dropout:
             log.error("The plan has dropout %g: a record's mask depends on the others in its batch, so that ε would "
@@ -128,7 +131,7 @@ class ClientSession:
         self.run, self.trainer, self.records = run, trainer, records
         self.limits, self.state, self.streams = limits, state, streams
         self.ledger, self.dataset = ledger, dataset
-        self._release = release
+        self._release, self.anchors = release, anchors and not ledger.simulated
         self._begun: dict[tuple[str, int, int], tuple[Reservation, Tensors]] = {}
         self.terms = self._settle()
         try:
@@ -267,7 +270,7 @@ class ClientSession:
         self.state.save_upload(upload)
         reservation.stored(digest(upload.tensors))
         reservation.released()
-        return upload
+        return self._anchored(upload)
 
     def _check_turn(self, plan: RoundPlan, started: list[int]) -> None:
         """Whether it may be begun, after the rounds that were. Raises Refused; the reason is in the local log."""
@@ -310,7 +313,11 @@ class ClientSession:
             return Refusal("unavailable")
         self.ledger.released_again(self.dataset, *plan.key, digest(stored.tensors))
         log.info("Round %d was trained before; the stored upload is sent again at no cost.", plan.round)
-        return stored
+        return self._anchored(stored)
+
+    def _anchored(self, upload: Upload) -> Upload:
+        """The upload as it leaves, now that its release is on the disk."""
+        return dataclasses.replace(upload, anchor=self.ledger.anchor()) if self.anchors else upload
 
     def _complete(self, plan: RoundPlan, tensors: Tensors, layout: AdapterLayout) -> Tensors:
         """The received tensors, with the shared ones that did not travel added from the cache, checked."""

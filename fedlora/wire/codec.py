@@ -1,4 +1,4 @@
-"""Frames to and from the values of `fedlora.plan`. Whatever does not decode to a valid value is a `WireError`.
+"""Messages to and from the values of `fedlora.plan`. Whatever does not decode to a valid value is a `WireError`.
 
 Everything that a person will read (names, labels, details, reasons) is refused or cleaned where it holds characters
 that could steer a terminal.
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from google.protobuf.message import DecodeError
-
 from fedlora.plan import (
+    ANCHOR_BYTES,
     LEAST_SCALE,
     MOST_CLIP_NORM,
     MOST_LABELS,
@@ -28,7 +26,6 @@ from fedlora.plan import (
     Refused,
     RoundPlan,
     RunPlan,
-    Tensors,
     Upload,
     check_run_id,
     from_scalars,
@@ -37,24 +34,24 @@ from fedlora.plan import (
 )
 
 from . import fedlora_pb2 as pb
-from .tensors import CHUNK_BYTES, Shapes, WireError, add_to_checksum, chunks, header_of, shapes_of
+from .schema import SCHEMA, SPOKEN, is_spoken, spoken_by
+from .tensors import Shapes, WireError, header_of, shapes_of
 
 SERVICE = "/fedlora.Federation/Session"
 MAX_NAME, MAX_TEXT = 64, 2000
 Key = tuple[str, int, int]
-Chunk = tuple[memoryview, int | None]
-"""The bytes, and the checksum of a transfer's last one."""
-Frame = TypeVar("Frame", pb.ClientFrame, pb.ServerFrame)
 Headed = TypeVar("Headed", pb.Task, pb.Upload)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a client is told when it joins, before it reads its data; every field but two as in `RunPlan`.
+    """What a client is told when it joins, before it reads its data; every field but three as in `RunPlan`.
 
     Attributes:
         labels: the fixed label set in order, or () where there is none (yet).
         announce_labels: clients must name their labels when they are ready, which discloses them.
+        anchor: the last one that the server was sent under this client's name, b"" if none was; None where it keeps
+            none, and none is to be sent.
     """
 
     run_id: str
@@ -73,12 +70,13 @@ class Setup:
     clip_norm: float
     wire_dtype: str = "fp32"
     private_start: bool = False
-    protocol: int = PROTOCOL
+    anchor: bytes | None = None
 
     @classmethod
     def of(cls, plan: RunPlan, *, announce_labels: bool = False) -> Setup:
         """What a plan proposes; its labels are left out where the clients are to name theirs."""
-        shared = {f.name: getattr(plan, f.name) for f in dataclasses.fields(cls) if f.name != "announce_labels"}
+        own = ("announce_labels", "anchor")
+        shared = {f.name: getattr(plan, f.name) for f in dataclasses.fields(cls) if f.name not in own}
         labels = {"labels": () if announce_labels else plan.labels, "announce_labels": announce_labels}
         return cls(**shared | labels)
 
@@ -87,6 +85,8 @@ class Setup:
         if self.strategy not in STRATEGIES or self.task not in TASKS or self.wire_dtype not in WIRE_DTYPES:
             raise ValueError(f"strategy {self.strategy!r}, task {self.task!r} or wire dtype {self.wire_dtype!r} is not "
                              "known; update FedLoRA")
+        if self.anchor is not None:
+            _check_anchor(self.anchor)
         if self.announce_labels and (self.labels or self.task != "classification"):
             raise ValueError("labels are announced only for a classification without a fixed label set")
         for name in ("max_length", "rounds", "max_participations", "local_steps", "expected_batch"):
@@ -104,62 +104,25 @@ class Setup:
         return self.max_participations + self.private_start
 
 
-def parse(kind: type[Frame], data: bytes) -> Frame:
-    """Decode a frame that carries no chunk.
-
-    Raises:
-        WireError: it does, or as `read_frame`.
-    """
-    frame, chunk = read_frame(kind, data)
-    if frame is None or chunk is not None:
-        raise WireError("a frame brings a chunk where none may come")
-    return frame
-
-
-def read_frame(kind: type[Frame], data: bytes) -> tuple[Frame | None, Chunk | None]:
-    """Decode one frame of a stream.
-
-    A chunk that stands at the start, where `transfer_frames` puts it, is read by hand and not copied.
-
-    Returns:
-        What the frame says, None if nothing but a chunk; and its chunk, to be taken after that.
-    Raises:
-        WireError: it is no frame, or it is empty or of a kind this version does not know. Fields that this version does
-            not know are dropped.
-    """
-    chunk, rest = _leading_chunk(memoryview(data))
-    if chunk is not None and not rest:
-        return None, chunk
-    try:
-        frame = kind.FromString(bytes(rest))
-    except DecodeError:
-        raise WireError("a frame could not be decoded") from None
-    if frame.HasField("chunk"):
-        if chunk is not None:
-            raise WireError("a frame has two chunks")
-        chunk = memoryview(frame.chunk.data), frame.chunk.checksum if frame.chunk.HasField("checksum") else None
-    says = frame.WhichOneof("kind") is not None
-    if not says and chunk is None:
-        raise WireError("a frame is empty or of a kind that this version does not know")
-    return frame if says else None, chunk
-
-
 def setup_to_wire(setup: Setup) -> pb.Welcome:
     fields = {f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)}
-    return pb.Welcome(**(fields | {"model": pb.Model(**dataclasses.asdict(setup.model))}))
+    return pb.Welcome(protocol=PROTOCOL, schema=SCHEMA,
+                      **(fields | {"model": pb.Model(**dataclasses.asdict(setup.model))}))
 
 
 def setup_from_wire(welcome: pb.Welcome) -> Setup:
     """What a server says of itself and its run.
 
     Raises:
-        Refused: "version-mismatch": it speaks another version of the protocol.
+        Refused: "version-mismatch": it speaks another version of the protocol, or has another schema.
         WireError: it is not valid.
     """
-    if welcome.protocol != PROTOCOL:
-        raise Refused("version-mismatch", f"the server runs FedLoRA {clean(welcome.fedlora_version)} (protocol "
-                                          f"{welcome.protocol}), this client protocol {PROTOCOL}")
+    if not is_spoken(welcome):
+        raise Refused("version-mismatch", f"the server runs FedLoRA {clean(welcome.fedlora_version)} "
+                                          f"({spoken_by(welcome)}), this client {SPOKEN}")
     fields = {f.name: getattr(welcome, f.name) for f in dataclasses.fields(Setup)}
+    if not welcome.HasField("anchor"):
+        fields["anchor"] = None
     model = {f.name: getattr(welcome.model, f.name) for f in dataclasses.fields(ModelRef)}
     try:
         return Setup(**(fields | {"model": ModelRef(**model), "labels": labels_from_wire(welcome.labels),
@@ -235,8 +198,17 @@ class Repeats:
 
 
 def upload_to_wire(upload: Upload) -> pb.Upload:
-    return pb.Upload(key=key_to_wire((upload.run_id, upload.round, upload.attempt)),
+    return pb.Upload(key=key_to_wire((upload.run_id, upload.round, upload.attempt)), anchor=upload.anchor,
                      tensors=header_of(shapes_of(upload.tensors)), **upload_metrics(upload))  # type: ignore[arg-type]
+
+
+def anchor_from_wire(upload: pb.Upload) -> bytes:
+    """The anchor of an upload, unread; b"" where it brings none. Raises WireError for another length."""
+    try:
+        _check_anchor(upload.anchor)
+    except ValueError as error:
+        raise WireError(str(error)) from None
+    return upload.anchor
 
 
 def metrics_from_wire(upload: pb.Upload, *, private: bool) -> dict[str, int | float]:
@@ -286,76 +258,14 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text[:MAX_TEXT])
 
 
+def _check_anchor(sealed: bytes) -> None:
+    """Raises ValueError for anything but an anchor's length, or nothing."""
+    if len(sealed) not in (0, ANCHOR_BYTES):
+        raise ValueError(f"an anchor of {len(sealed)} bytes; it has {ANCHOR_BYTES}, or none")
+
+
 def check_name(name: str) -> None:
     """Raises ValueError unless `name` can be a client's."""
     if not (0 < len(name) <= MAX_NAME and name.isprintable() and name == name.strip()):
         raise ValueError(f"the client's name has {len(name)} characters; --name must have 1 to {MAX_NAME}, printable "
                          "and with no space at either end")
-
-
-def transfer_frames(head: bytes, arrays: Tensors) -> Iterator[bytes]:
-    """The serialized frames of a transfer, the same in both directions; a small one is a single frame, which stays
-    below `MAX_FRAME_BYTES`.
-
-    A chunk is put into its frame by hand: the tensors' bytes are then copied once, or twice where a chunk holds
-    several tensors, and not three times.
-
-    Args:
-        head: the serialized frame of the Task or Upload.
-        arrays: packed; what `head` names.
-    """
-    checksum, left = 0, sum(array.nbytes for array in arrays.values())
-    together = 0 < left <= CHUNK_BYTES and len(head) <= CHUNK_BYTES // 2
-    if not together:
-        yield head
-    if not left:
-        yield pb.ServerFrame(end=pb.End()).SerializeToString()
-    for pieces in chunks(arrays):
-        data = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
-        checksum = add_to_checksum(checksum, data)
-        left -= len(data)
-        start, rest = _DATA + _varint(len(data)), b"" if left else _CHECKSUM + checksum.to_bytes(8, "little")
-        size = len(start) + len(data) + len(rest)
-        yield b"".join((_CHUNK, _varint(size), start, data, rest, head if together else b""))
-
-
-_CHUNK, _DATA, _CHECKSUM = b"\x22", b"\x0a", b"\x11"
-"""Protobuf's tags of a frame's chunk and of a chunk's fields."""
-
-
-def _leading_chunk(frame: memoryview) -> tuple[Chunk | None, memoryview]:
-    """The chunk at the start of a frame, and what follows it; none where it was not written in the usual way."""
-    if frame[:1] != _CHUNK:
-        return None, frame
-    size, start = _read_varint(frame, 1)
-    stop = start + size
-    if size < 0 or stop > len(frame) or frame[start:start + 1] != _DATA:
-        return None, frame
-    size, start = _read_varint(frame, start + 1)
-    data, rest = frame[start:start + size], frame[start + size:stop]
-    if size < 0 or start + size > stop:
-        return None, frame
-    if not rest:
-        return (data, None), frame[stop:]
-    if len(rest) == 9 and rest[:1] == _CHECKSUM:
-        return (data, int.from_bytes(rest[1:], "little")), frame[stop:]
-    return None, frame
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _read_varint(view: memoryview, start: int) -> tuple[int, int]:
-    """The value of at most 4 bytes at `start`, and where it ends; a longer one reads as -1."""
-    value = 0
-    for i, byte in enumerate(view[start:start + 4]):
-        value |= (byte & 0x7F) << 7 * i
-        if byte < 0x80:
-            return value, start + i + 1
-    return -1, start

@@ -45,21 +45,23 @@ class ServerFrame(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refusal, _Mapping]] = ..., task: _Optional[_Union[Task, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Key, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class Join(_message.Message):
-    __slots__ = ("protocol", "fedlora_version", "name", "process", "private")
+    __slots__ = ("protocol", "fedlora_version", "name", "process", "private", "schema")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
     PRIVATE_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     fedlora_version: str
     name: str
     process: bytes
     private: bool
-    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., name: _Optional[str] = ..., process: _Optional[bytes] = ..., private: _Optional[bool] = ...) -> None: ...
+    schema: bytes
+    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., name: _Optional[str] = ..., process: _Optional[bytes] = ..., private: _Optional[bool] = ..., schema: _Optional[bytes] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "fedlora_version", "run_id", "strategy", "model", "task", "private", "labels", "announce_labels", "max_length", "rounds", "max_participations", "local_steps", "expected_batch", "clip_norm", "wire_dtype", "private_start")
+    __slots__ = ("protocol", "fedlora_version", "run_id", "strategy", "model", "task", "private", "labels", "announce_labels", "max_length", "rounds", "max_participations", "local_steps", "expected_batch", "clip_norm", "wire_dtype", "private_start", "schema", "anchor")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +79,8 @@ class Welcome(_message.Message):
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     PRIVATE_START_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    ANCHOR_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     fedlora_version: str
     run_id: str
@@ -94,7 +98,9 @@ class Welcome(_message.Message):
     clip_norm: float
     wire_dtype: str
     private_start: bool
-    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., run_id: _Optional[str] = ..., strategy: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., task: _Optional[str] = ..., private: _Optional[bool] = ..., labels: _Optional[_Iterable[str]] = ..., announce_labels: _Optional[bool] = ..., max_length: _Optional[int] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., clip_norm: _Optional[float] = ..., wire_dtype: _Optional[str] = ..., private_start: _Optional[bool] = ...) -> None: ...
+    schema: bytes
+    anchor: bytes
+    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., run_id: _Optional[str] = ..., strategy: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., task: _Optional[str] = ..., private: _Optional[bool] = ..., labels: _Optional[_Iterable[str]] = ..., announce_labels: _Optional[bool] = ..., max_length: _Optional[int] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., clip_norm: _Optional[float] = ..., wire_dtype: _Optional[str] = ..., private_start: _Optional[bool] = ..., schema: _Optional[bytes] = ..., anchor: _Optional[bytes] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "weights_sha256", "config_sha256", "tokenizer_sha256")
@@ -215,7 +221,7 @@ class RunPlan(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., fedlora_version: _Optional[str] = ..., strategy: _Optional[str] = ..., family: _Optional[str] = ..., private: _Optional[bool] = ..., model_name: _Optional[str] = ..., model_weights_sha256: _Optional[str] = ..., model_config_sha256: _Optional[str] = ..., model_tokenizer_sha256: _Optional[str] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_head: _Optional[bool] = ..., dropout: _Optional[float] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., optimizer: _Optional[str] = ..., lr: _Optional[float] = ..., clip_norm: _Optional[float] = ..., adapter_scale: _Optional[float] = ..., head_scale: _Optional[float] = ..., weight_by_examples: _Optional[bool] = ..., lr_schedule: _Optional[str] = ..., wire_dtype: _Optional[str] = ..., private_start: _Optional[bool] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class Upload(_message.Message):
-    __slots__ = ("key", "tensors", "steps", "delta", "noise_multiplier", "num_examples", "train_loss")
+    __slots__ = ("key", "tensors", "steps", "delta", "noise_multiplier", "num_examples", "train_loss", "anchor")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +229,7 @@ class Upload(_message.Message):
     NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
+    ANCHOR_FIELD_NUMBER: _ClassVar[int]
     key: Key
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
     steps: int
@@ -230,7 +237,8 @@ class Upload(_message.Message):
     noise_multiplier: float
     num_examples: int
     train_loss: float
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., steps: _Optional[int] = ..., delta: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., num_examples: _Optional[int] = ..., train_loss: _Optional[float] = ...) -> None: ...
+    anchor: bytes
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., steps: _Optional[int] = ..., delta: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., num_examples: _Optional[int] = ..., train_loss: _Optional[float] = ..., anchor: _Optional[bytes] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "detail")

@@ -16,10 +16,11 @@ from rich.console import Console
 
 from fedlora import data
 from fedlora.data import Rows
-from fedlora.plan import GOODBYES, MOST_ANNOUNCED
+from fedlora.plan import GOODBYES, MOST_ANNOUNCED, PROTOCOL
 from fedlora.wire import Setup
 
 from . import checkpoint
+from .anchors import default_place
 from .checkpoint import Unfinished
 from .cohort import RoundOptions
 from .display import Display
@@ -96,8 +97,9 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
         console.print(f"With {options.min_clients} clients and --max-participations {most}, only {possible} of the "
                       f"{values.rounds} rounds can be done; more clients must join.")
     announced = options.task == "classification" and not options.labels
+    protocol = left.plan.protocol if left else PROTOCOL  # clients of a run know its plan by every value in it
     federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
-                         options.seed, run_id=left.plan.run_id if left else run_id)
+                         options.seed, run_id=left.plan.run_id if left else run_id, protocol=protocol)
     if left is not None:
         left.check(federation.plan)
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
@@ -116,7 +118,7 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
                     ended = "failed"
                     if labels:
                         federation = prepare(options, options.strategy, base, labels, options.seed,
-                                             run_id=setup.run_id)
+                                             run_id=setup.run_id, protocol=protocol)
                 if stop.is_set():
                     ended = "stopped"
                     return Served(out, None)
@@ -166,7 +168,8 @@ def _joined(engine: RosterEngine, before: Mapping[str, Mapping[str, object]]) ->
 
 def _grpc(options: Namespace, left: Unfinished | None) -> Listen:
     return lambda setup, spool, notify: GrpcEngine(options.address, setup, spool, insecure=options.insecure,
-                                                   notify=notify, under_way=left.under_way if left else None)
+                                                   notify=notify, under_way=left.under_way if left else None,
+                                                   anchors=default_place())
 
 
 def _freeze_labels(engine: RosterEngine, options: Namespace, held_out: Rows | None, display: Display,

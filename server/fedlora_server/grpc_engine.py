@@ -20,6 +20,7 @@ from fedlora.files import allow_open_files
 from fedlora.wire import Setup
 from fedlora_strategies.messages import assume_identity
 
+from .anchors import Anchors
 from .grpc_session import GrpcSession
 from .roster import Event
 from .roster_engine import RosterEngine
@@ -48,13 +49,15 @@ class GrpcEngine(RosterEngine):
         spool: folder for uploads that wait to be aggregated; made if absent, emptied of them at the end.
         insecure: allow plaintext beyond this machine.
         max_clients: streams beyond this are turned away by gRPC (RESOURCE_EXHAUSTED).
+        anchors: the file that keeps clients' anchors beyond this run; None forgets them with this process.
         notify, under_way: as of `RosterEngine`.
     Raises:
         ValueError: the address is not one, is taken, or is not loopback and `insecure` is not set.
     """
 
     def __init__(self, address: str, setup: Setup, spool: Path, *, insecure: bool = False, max_clients: int = 512,
-                 notify: Callable[[Event], None] = lambda event: None, under_way: int | None = None) -> None:
+                 notify: Callable[[Event], None] = lambda event: None, under_way: int | None = None,
+                 anchors: Path | None = None) -> None:
         check_address(address, insecure=insecure)
         assume_identity(setup.run_id)
         wire.share_arenas()
@@ -62,6 +65,7 @@ class GrpcEngine(RosterEngine):
             allow_open_files(2 * max_clients + OTHER_FILES)
         super().__init__(setup, spool, notify, under_way=under_way)
         self._sessions: set[GrpcSession] = set()
+        self._anchors = Anchors(anchors)
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._server = grpc.server(ThreadPoolExecutor(max_clients + 8, thread_name_prefix="fedlora-stream"),
@@ -97,10 +101,11 @@ class GrpcEngine(RosterEngine):
         while self._sessions and time.monotonic() < deadline:
             time.sleep(0.01)
         self._server.stop(grace=0.5).wait()
+        self._anchors.close()
         self._clear_spool()
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        session = GrpcSession(self._roster, context, lambda: self._trained or {}, self._spool)
+        session = GrpcSession(self._roster, context, lambda: self._trained or {}, self._spool, self._anchors)
         with self._lock:
             if self._closed.is_set():
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the server is closing")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -19,6 +20,7 @@ from fedlora import wire
 from fedlora.plan import MOST_ANNOUNCED, Refusal, Refused
 from fedlora.wire import Incoming, Key, Repeats, Shapes, WireError, pb
 
+from .anchors import Anchors
 from .roster import Order, Roster
 from .spool import SpoolFile, Stored, new_upload
 
@@ -74,13 +76,15 @@ class GrpcSession:
     Args:
         trained: gives the shapes that an upload must have, none before the layout is known.
         spool: folder for uploads.
+        anchors: where uploads' anchors go. Nothing else here, and no strategy, sees them.
     """
 
     def __init__(self, roster: Roster, context: grpc.ServicerContext, trained: Callable[[], Shapes],
-                 spool: Path) -> None:
+                 spool: Path, anchors: Anchors) -> None:
         self.name, self.process = "", b""
         self.started_at = self.last_frame_at = time.monotonic()
         self._roster, self._context, self._trained, self._spool = roster, context, trained, spool
+        self._anchors = anchors
         self._outgoing: SimpleQueue[Iterable[bytes] | None] = SimpleQueue()
         self._failure: tuple[grpc.StatusCode, str] | None = None
         self._sent, self._received = Repeats(), Repeats()
@@ -179,9 +183,12 @@ class GrpcSession:
             self.close()
             self._left = True
         else:
+            setup = replace(setup, anchor=self._anchors.newest(self.name))
             self.send([pb.ServerFrame(welcome=wire.setup_to_wire(setup)).SerializeToString()])
 
     def _on_upload(self, upload: pb.Upload) -> None:
+        if anchor := wire.anchor_from_wire(upload):  # whatever becomes of the upload: the client let it go
+            self._anchors.keep(self.name, anchor)
         upload = self._received.restore(upload)
         key, shapes = self._key(upload.key), wire.shapes_from(upload.tensors)
         metrics: dict[str, int | float] = {}
@@ -217,6 +224,8 @@ class GrpcSession:
         assert upload is not None
         answer = upload.incoming.finish(checksum) or upload.stored()
         refusal = answer if isinstance(answer, Refusal) else None
+        if refusal is not None:
+            upload.discard()  # before the client hears of it, and may be asked for the next
         if not upload.acknowledged:
             refusal = self._roster.answered(self, upload.key, answer,
                                             lambda late: self._send_ack(upload.key, late or refusal)) or refusal
@@ -238,6 +247,7 @@ class GrpcSession:
         """Settle the upload that is coming in; the rest of it is dropped."""
         assert self._upload is not None
         key = self._upload.key
+        self._upload.discard()
         self._upload.acknowledged = True
         self._roster.answered(self, key, refusal, lambda late: self._send_ack(key, refusal))
 

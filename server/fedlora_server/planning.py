@@ -18,7 +18,7 @@ from fedlora.adapters.private import PRIVATE_START
 from fedlora.adapters.public import PREFIX, public_start, read_public
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
-from fedlora.plan import ModelRef, RunPlan, Tensors
+from fedlora.plan import PROTOCOL, ModelRef, RunPlan, Tensors
 from fedlora.tasks import Records, Task, task_for
 from fedlora.training import Trainer
 from fedlora_strategies import STRATEGY_CLASSES, FederatedLoRA
@@ -78,7 +78,7 @@ class Federation:
 
 
 def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[str, ...], seed: int, *,
-            run_id: str | None = None) -> Federation:
+            run_id: str | None = None, protocol: int = PROTOCOL) -> Federation:
     """Load the base model, attach the adapters, and draw every tensor that is not in the base checkpoint.
 
     Args:
@@ -87,11 +87,12 @@ def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[st
         labels: the frozen label set; () for causal language models; `ANY_LABELS` for a rehearsal.
         seed: of the shared tensors.
         run_id: 16 hexadecimal digits; None draws them.
+        protocol: with which the run began.
     Raises:
         ValueError: the options do not fit the model, the task or each other.
     """
     loaded = models.load(base.path, options.task, len(labels))
-    plan = make_plan(options, strategy, base.reference, labels, loaded, run_id or secrets.token_hex(8))
+    plan = make_plan(options, strategy, base.reference, labels, loaded, run_id or secrets.token_hex(8), protocol)
     adapted = attach_planned(loaded, plan)
     task, init = task_for(plan, loaded.tokenizer), planned(options, strategy).init
     if plan.private:
@@ -171,7 +172,7 @@ def resolved(options: Namespace, strategy: str) -> dict[str, object]:
 
 
 def make_plan(options: Namespace, strategy: str, reference: ModelRef, labels: tuple[str, ...],
-              loaded: LoadedModel, run_id: str) -> RunPlan:
+              loaded: LoadedModel, run_id: str, protocol: int = PROTOCOL) -> RunPlan:
     """The plan that options and the preset give together."""
     values = planned(options, strategy)
     named = {("auto",): automatic_targets, ("all",): all_targets, ("none",): lambda model: ()}
@@ -187,7 +188,7 @@ def make_plan(options: Namespace, strategy: str, reference: ModelRef, labels: tu
         local_steps=values.local_steps, expected_batch=values.batch_size, optimizer=values.optimizer, lr=values.lr,
         clip_norm=values.clip_norm, adapter_scale=1.0, head_scale=values.head_scale, weight_by_examples=not private,
         lr_schedule=values.lr_schedule, wire_dtype=options.wire_dtype,
-        private_start=values.init == PRIVATE_START)
+        private_start=values.init == PRIVATE_START, protocol=protocol)
 
 
 def held_out(options: Namespace) -> Rows | None:

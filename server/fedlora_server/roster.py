@@ -15,7 +15,7 @@ from typing import Protocol
 from flwr.app import Message
 
 from fedlora import wire
-from fedlora.plan import PROTOCOL, Refusal, Refused, RoundPlan, Tensors
+from fedlora.plan import Refusal, Refused, RoundPlan, Tensors
 from fedlora.wire import Key, Repeats, Setup, pb
 
 from .engine import Outcome, node_id
@@ -140,9 +140,9 @@ class Roster:
             WireError: the name or the token is not one.
         """
         ours, theirs = self.setup.fedlora_version, wire.clean(join.fedlora_version)
-        if join.protocol != PROTOCOL or ours.split(".")[:2] != theirs.split(".")[:2]:
-            raise Refused("version-mismatch", f"the server runs FedLoRA {ours} (protocol {PROTOCOL}), the client "
-                                              f"FedLoRA {theirs} (protocol {join.protocol}); install the same version")
+        if not wire.is_spoken(join) or ours.split(".")[:2] != theirs.split(".")[:2]:
+            raise Refused("version-mismatch", f"the server runs FedLoRA {ours} ({wire.SPOKEN}), the client FedLoRA "
+                                              f"{theirs} ({wire.spoken_by(join)}); install the same version")
         try:
             wire.check_name(join.name)
         except ValueError as error:

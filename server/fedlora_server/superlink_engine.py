@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -161,9 +162,10 @@ class SuperLinkEngine(RosterEngine):
             answer = read_join_reply(reply)
             if isinstance(answer, Refusal):
                 raise Refused(answer.code, wire.clean(answer.detail))
-            join, ready = (wire.parse(pb.ClientFrame, frame) for frame in answer)
-            self._roster.join(node, join.join, node.told)
-            self._roster.ready(node, wire.labels_from_wire(ready.ready.labels, MOST_ANNOUNCED), None)
+            join, ready = (partial(wire.parse, pb.ClientFrame, frame) for frame in answer)
+            self._roster.join(node, join().join, node.told)
+            labels = ready().ready.labels  # read only where the versions fit
+            self._roster.ready(node, wire.labels_from_wire(labels, MOST_ANNOUNCED), None)
         except Refused as refused:
             self._notify(Event("declined", node.name or f"SuperNode {node.flower_id}", str(refused.refusal)))
         except Exception as error:

@@ -10,6 +10,7 @@ from fedlora.console import messages
 from fedlora.options import CLIENT, build_parser, read_options
 from fedlora.plan import ModelRef, Refused
 from fedlora.privacy import Budget, Ledger, LedgerError, Policy, RunTerms
+from fedlora.privacy.ledger.anchor import seal
 from fedlora.wire import Setup
 from fedlora_client import places
 from fedlora_client.owner import Owner, limits_of, unit_count
@@ -184,6 +185,28 @@ def test_a_simulated_ledger_is_refused_for_data_that_the_policy_names_or_a_witne
 def test_a_simulated_ledger_touches_neither_the_policy_nor_the_real_ledger(north, tmp_path):
     owner, _ = opened(north, simulated_ledger=tmp_path / "simulated")
     assert owner.ledger.simulated and not places.policy().exists() and not places.ledger().exists()
+
+
+def test_an_anchor_ahead_of_the_ledger_is_refused_and_a_foreign_one_ignored_with_a_word(north, tmp_path, caplog):
+    real = Owner(options(north))
+    ahead = seal(real.ledger.fingerprint_key(), 99, "ab" * 32)
+    real.check_anchor(None)
+    real.check_anchor(b"")
+    real.check_anchor(real.ledger.anchor())
+    assert not caplog.records
+    real.check_anchor(seal(bytes(32), 99, "ab" * 32))
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "not of this ledger's key" in caplog.text
+    with pytest.raises(Refused, match="policy"):
+        real.check_anchor(ahead)
+    assert "--new-ledger" in caplog.text and str(real.ledger.path) in caplog.text
+    real.ledger.close()
+    decided = Owner(options(north, new_ledger=True))
+    decided.check_anchor(ahead)
+    assert [mark["rows"] for mark in decided.ledger.marks()] == [99]
+    decided.ledger.close()
+    simulated = Owner(options(north, simulated_ledger=tmp_path / "simulated"))
+    simulated.check_anchor(ahead)
+    simulated.ledger.close()
 
 
 def test_the_proposal_is_held_against_the_policy_before_the_data_is_read(tmp_path, caplog):

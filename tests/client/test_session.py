@@ -14,6 +14,7 @@ from fedlora.adapters.private import release_layout, release_plan, release_tenso
 from fedlora.data import Rows
 from fedlora.plan import WIRE_DTYPES, ModelRef, Refusal, Refused, RoundPlan, RunPlan, Upload
 from fedlora.privacy import Accountant, Forbidden, Ledger, RunStreams, RunTerms, Spend, calibrate
+from fedlora.privacy.ledger.anchor import unseal
 from fedlora.privacy.report import verify
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
@@ -55,10 +56,10 @@ class Desk:
         self.trained = {spec.name: self.start[spec.name] for spec in adapted.layout.trained}
         self.shared_sha256 = digest(shared)
 
-    def session(self, plan=None, seed=7, approve=lambda terms: None, **limits):
+    def session(self, plan=None, seed=7, approve=lambda terms: None, anchors=False, **limits):
         limits = Limits(**{"epsilon": 8.0} | limits)
         return ClientSession(plan or self.plan, self.trainer, self.records, limits, self.state,
-                             RunStreams("north", seed), self.ledger, "north", approve=approve)
+                             RunStreams("north", seed), self.ledger, "north", approve=approve, anchors=anchors)
 
     def order(self, round, attempt=0, plan=None):
         return RoundPlan(plan or self.plan, round, attempt, self.shared_sha256)
@@ -90,6 +91,25 @@ def test_a_repeated_order_gets_the_identical_bytes_at_no_cost_even_after_a_resta
     assert restarted.epsilon() == spent
     [charge] = desk.ledger.charges()
     assert charge.sha256 == digest(first.tensors) == digest(rounded(first.tensors, wire_dtype))
+
+
+def test_a_real_ledgers_anchor_is_made_when_an_upload_leaves_and_tells_of_its_release(desk, tmp_path):
+    """Also of one that is sent again, which it is not stored with."""
+    desk.ledger = Ledger(tmp_path / "real" / "ledger.sqlite")
+    session = desk.session(anchors=True)
+    first = session.run_round(desk.order(1), desk.start)
+    again = desk.session(anchors=True).run_round(desk.order(1), desk.start)
+    assert desk.state.stored_upload(desk.order(1)).anchor == b"" != first.anchor != again.anchor != b""
+    book = desk.ledger.book()
+    assert [charge.state for charge in book.charges.values()] == ["released"]
+    told = [unseal(desk.ledger.fingerprint_key(), upload.anchor) for upload in (first, again)]
+    assert told == [(book.rows, book.head)] * 2, "sending again adds no row"
+
+
+def test_only_a_real_ledger_sends_an_anchor_and_only_where_the_server_keeps_it(desk, tmp_path):
+    assert desk.session(anchors=True).run_round(desk.order(1), desk.start).anchor == b""
+    desk.ledger, desk.state = Ledger(tmp_path / "real" / "ledger.sqlite"), MemoryState({})
+    assert desk.session(anchors=False).run_round(desk.order(1), desk.start).anchor == b""
 
 
 def test_an_order_that_was_begun_and_not_finished_stays_charged_and_is_not_trained_twice(desk):

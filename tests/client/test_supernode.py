@@ -77,7 +77,7 @@ def test_a_supernode_follows_no_plan_but_the_one_that_its_run_began_with(node, t
     assert SuperNodeClient(node.options).join(announced) == ()
     assert node.ask(0) == Refusal("policy")  # a start from private rows, which the run was not to have
     first = node.ask(1)
-    assert first.steps == 2
+    assert first.steps == 2 and first.anchor == b"", "nobody would keep it"
     for changes in ({"clip_norm": 5.0}, {"local_steps": 4}, {"max_participations": 3, "rounds": 3}, {"rounds": 3},
                     {"expected_batch": 16}, {"strategy": "fedsvd"}, {"max_length": 32}, {"private_start": True}):
         assert node.ask(2, **changes) == Refusal("policy"), changes

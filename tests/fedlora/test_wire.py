@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedlora
 from fedlora import wire
-from fedlora.plan import WIRE_DTYPES, ModelRef, Refused, RoundPlan, RunPlan, Upload, to_scalars
+from fedlora.plan import ANCHOR_BYTES, PROTOCOL, WIRE_DTYPES, ModelRef, Refused, RoundPlan, RunPlan, Upload, to_scalars
 from fedlora.wire import CHUNK_BYTES, Setup, WireError, pb
+from fedlora.wire.schema import canonical
 
 RUN = RunPlan(
     run_id="0123456789abcdef", fedlora_version="0.1.0", strategy="fedsvd", family="frozen-a", private=True,
@@ -69,7 +73,92 @@ def test_the_generated_code_is_that_of_the_proto(tmp_path):
 
 def test_the_proto_has_exactly_the_fields_of_the_plan():
     assert [f.name for f in pb.RunPlan.DESCRIPTOR.fields] == list(to_scalars(RUN))
-    assert {f.name for f in pb.Welcome.DESCRIPTOR.fields} == {f.name for f in dataclasses.fields(Setup)}
+    assert ({f.name for f in pb.Welcome.DESCRIPTOR.fields}
+            == {f.name for f in dataclasses.fields(Setup)} | {"protocol", "schema"})
+
+
+PUBLISHED = {5: "180033d786f88ed0e0a5c13ce83c658fe9e28af713b988b1fbbdeecd52371a28"}
+"""Protocol → digest of the .proto with which it was published."""
+
+
+def test_the_proto_does_not_change_without_the_protocols_number():
+    assert wire.SCHEMA.hex() == PUBLISHED.get(PROTOCOL), (
+        f"fedlora.proto no longer is that of protocol {PROTOCOL}, and whoever speaks it is refused: raise PROTOCOL in "
+        f"fedlora/plan.py (and see whether CONTINUED still holds), then add the line {PROTOCOL + 1}: "
+        f"{wire.SCHEMA.hex()!r} to PUBLISHED. A line that was published is never changed")
+
+
+def dynamic(change):
+    """The messages of a .proto that was changed, made without protoc."""
+    file = descriptor_pb2.FileDescriptorProto()
+    pb.DESCRIPTOR.CopyToProto(file)
+    change({message.name: message for message in file.message_type})
+    return DescriptorPool().AddSerializedFile(file.SerializeToString())
+
+
+def add_field(messages):
+    messages["Tensor"].field.add(name="owner", number=3, type=9, label=1)
+
+
+def take_presence_away(messages):
+    chunk = messages["Chunk"]
+    chunk.ClearField("oneof_decl")
+    chunk.field[1].ClearField("oneof_index")
+    chunk.field[1].ClearField("proto3_optional")
+
+
+def leave_the_oneof(messages):
+    messages["ServerFrame"].field[0].ClearField("oneof_index")
+
+
+@pytest.mark.parametrize("change", [
+    add_field, take_presence_away, leave_the_oneof, lambda messages: messages["RunPlan"].field.pop(),
+    lambda messages: setattr(messages["Key"].field[0], "number", 7),
+    lambda messages: setattr(messages["Key"].field[0], "name", "turn"),
+    lambda messages: setattr(messages["Key"].field[0], "type", 4),
+    lambda messages: setattr(messages["Tensor"].field[0], "label", 3)],
+    ids=["added", "presence", "oneof", "removed", "number", "name", "type", "repeated"])
+def test_the_schemas_digest_depends_on_all_that_decides_how_bytes_are_read(change):
+    assert canonical(dynamic(change)) != canonical(pb.DESCRIPTOR) == canonical(dynamic(lambda messages: None))
+
+
+def test_the_schemas_digest_does_not_depend_on_the_order_of_the_file():
+    def reverse(messages):
+        fields = [*reversed(messages["RunPlan"].field)]
+        del messages["RunPlan"].field[:]
+        messages["RunPlan"].field.extend(fields)
+
+    assert canonical(dynamic(reverse)) == canonical(pb.DESCRIPTOR)
+
+
+def test_a_field_that_this_version_does_not_know_is_refused_at_any_depth():
+    newer = dynamic(add_field).message_types_by_name
+    task = GetMessageClass(newer["ServerFrame"])(task=dict(tensors=[dict(name="a", shape=[3], owner="me")]))
+    upload = GetMessageClass(newer["ClientFrame"])(upload=dict(tensors=[dict(name="a", shape=[3], owner="me")]))
+    for kind, frame in ((pb.ServerFrame, task), (pb.ClientFrame, upload)):
+        for sent in (frame.SerializeToString(), b"\x22\x06\x0a\x04abcd" + frame.SerializeToString()):
+            with pytest.raises(WireError, match="does not know"):
+                wire.read_frame(kind, sent)
+
+
+@pytest.mark.parametrize("frame", [
+    pb.ClientFrame(join=pb.Join(protocol=PROTOCOL + 1)), pb.ClientFrame(join=pb.Join(protocol=PROTOCOL)),
+    pb.ServerFrame(welcome=pb.Welcome(protocol=PROTOCOL + 1, schema=wire.SCHEMA)),
+    pb.ServerFrame(refused=pb.Refusal(code="version-mismatch"))], ids=range(4))
+def test_another_version_is_heard_out_before_its_unknown_fields_are_refused(frame):
+    """Else neither side could say by name what does not fit."""
+    read, _ = wire.read_frame(type(frame), frame.SerializeToString() + b"\xa0\x06\x01")
+    assert read == frame
+
+
+@pytest.mark.parametrize("frame", [
+    pb.ClientFrame(join=pb.Join(protocol=PROTOCOL, schema=wire.SCHEMA)), wire.Setup, pb.ServerFrame(refused=pb.Refusal(
+        code="policy")), pb.ClientFrame(ready=pb.Ready()), pb.ClientFrame(chunk=pb.Chunk(data=b"abcd"))], ids=range(5))
+def test_nobody_else_may_say_what_this_version_does_not_know(frame):
+    if frame is wire.Setup:
+        frame = pb.ServerFrame(welcome=wire.setup_to_wire(Setup.of(RUN)))
+    with pytest.raises(WireError, match="does not know"):
+        wire.read_frame(type(frame), frame.SerializeToString() + b"\xa0\x06\x01")
 
 
 def test_a_round_plan_survives_the_wire():
@@ -114,7 +203,32 @@ def test_a_setup_survives_the_wire():
     setup = Setup(run_id=RUN.run_id, fedlora_version="0.1.0", strategy="fedsvd", private=True, model=RUN.model,
                   task="classification", labels=(), announce_labels=True, max_length=64, rounds=3,
                   max_participations=3, local_steps=2, expected_batch=32, clip_norm=1.0, wire_dtype="bf16")
-    assert wire.setup_from_wire(wire.setup_to_wire(setup)) == setup
+    for anchor in (None, b"", bytes(ANCHOR_BYTES)):
+        setup = dataclasses.replace(setup, anchor=anchor)
+        assert wire.setup_from_wire(wire.setup_to_wire(setup)) == setup
+
+
+def test_an_anchor_has_one_length_on_the_wire():
+    upload = Upload(RUN.run_id, 1, 0, {}, steps=1)
+    for anchor in (b"", bytes(ANCHOR_BYTES)):
+        assert wire.anchor_from_wire(wire.upload_to_wire(dataclasses.replace(upload, anchor=anchor))) == anchor
+    for length in (1, ANCHOR_BYTES - 1, ANCHOR_BYTES + 1, 1000):
+        with pytest.raises(WireError, match=f"{length} bytes"):
+            wire.anchor_from_wire(pb.Upload(anchor=bytes(length)))
+        welcome = wire.setup_to_wire(Setup.of(RUN))
+        welcome.anchor = bytes(length)
+        with pytest.raises(WireError, match=f"{length} bytes"):
+            wire.setup_from_wire(welcome)
+
+
+def test_a_run_that_was_begun_by_the_version_before_is_proposed_in_this_ones_words():
+    begun = dataclasses.replace(RUN, protocol=PROTOCOL - 1)
+    assert wire.setup_from_wire(wire.setup_to_wire(Setup.of(begun))) == Setup.of(RUN)
+    plan = RoundPlan(begun, 2, 0, "a" * 64)
+    assert wire.plan_from_wire(wire.task_to_wire(plan, {})) == plan, "the plan is the one that clients know"
+    for other in (PROTOCOL + 1, 3, 0):
+        with pytest.raises(ValueError, match="protocol"):
+            dataclasses.replace(RUN, protocol=other)
 
 
 @given(shapes_strategy, st.sampled_from(WIRE_DTYPES))

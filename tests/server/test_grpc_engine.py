@@ -349,7 +349,7 @@ def test_once_the_labels_are_fixed_new_clients_are_asked_for_none_and_old_ones_c
     until(lambda: len(engine.get_node_ids()) == 1, engine)
     for name in ("early", "late"):  # a new process of the same client is asked for none either
         late = Connection(engine.address, name, private=False)
-        assert late.join() == setup_of(RUN, labels=("no", "yes"))
+        assert late.join() == setup_of(RUN, labels=("no", "yes"), anchor=b"")
         late.ready()
     until(lambda: len(engine.get_node_ids()) == 3, engine)
     assert {m.name: m.announced_labels for m in engine.members()} == {

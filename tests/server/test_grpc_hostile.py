@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +32,8 @@ TASK = wire.task_to_wire(RoundPlan(RUN, 1, 0, wire.digest({})), wire.shapes_of(S
 
 
 def join_frame(name: str = "mallory", **changes) -> pb.ClientFrame:
-    fields = dict(protocol=PROTOCOL, fedlora_version=fedlora.__version__, name=name, process=bytes(16), private=False)
+    fields = dict(protocol=PROTOCOL, schema=wire.SCHEMA, fedlora_version=fedlora.__version__, name=name,
+                  process=bytes(16), private=False)
     return pb.ClientFrame(join=pb.Join(**(fields | changes)))
 
 
@@ -98,6 +100,15 @@ END = pb.ClientFrame(end=pb.End()).SerializeToString()
 CHUNK = pb.ClientFrame(chunk=pb.Chunk(data=bytes(64))).SerializeToString()
 EARLY = pb.ClientFrame(chunk=pb.Chunk(data=bytes(4), checksum=0)).SerializeToString()
 LONG = pb.ClientFrame(chunk=pb.Chunk(data=bytes(1 << 20))).SerializeToString()
+UNKNOWN = b"\xa0\x06\x01"
+"""A field 100, which no message has; appended to a message's bytes it is that message's."""
+
+
+def with_unknown_inside(number: int, message: Message) -> bytes:
+    """A frame whose message of this number has a field more than this version knows."""
+    inside = message.SerializeToString() + UNKNOWN
+    assert len(inside) < 1 << 14
+    return bytes([number << 3 | 2, len(inside) & 0x7F | 0x80, len(inside) >> 7]) + inside
 
 
 @pytest.mark.parametrize("frames", [
@@ -110,7 +121,11 @@ LONG = pb.ClientFrame(chunk=pb.Chunk(data=bytes(1 << 20))).SerializeToString()
     [JOIN, pb.ClientFrame(ready=pb.Ready(labels=["a"])).SerializeToString()], [JOIN, READY, READY],
     [JOIN, pb.ClientFrame(ready=pb.Ready(labels=map(str, range(1001)))).SerializeToString()],
     [JOIN, pb.ClientFrame(declined=pb.Declined(refusal=pb.Refusal(code="rm -rf"))).SerializeToString()],
-], ids=range(21))
+    [with_unknown_inside(1, join_frame().join)], [JOIN + UNKNOWN], [JOIN, with_unknown_inside(2, pb.Ready())],
+    [JOIN, READY, with_unknown_inside(3, pb.Upload(key=KEY, steps=1))], [JOIN, READY, upload_head() + UNKNOWN],
+    [JOIN, READY, upload_head(), CHUNK[:1] + bytes([CHUNK[1] + len(UNKNOWN)]) + CHUNK[2:] + UNKNOWN],
+    [JOIN, READY, pb.ClientFrame(upload=pb.Upload(key=KEY, anchor=bytes(67))).SerializeToString()],
+], ids=range(28))
 def test_a_client_that_breaks_the_protocol_loses_its_stream(engine, frames):
     _, status = converse(engine.address, frames)
     assert status == grpc.StatusCode.INVALID_ARGUMENT
@@ -122,12 +137,18 @@ def test_a_frame_above_the_limit_is_refused_unread(engine):
     assert status == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-@pytest.mark.parametrize("changes", [
-    {"protocol": PROTOCOL + 1}, {"protocol": PROTOCOL - 1}, {"fedlora_version": "7.3.0"}])
-def test_versions_that_do_not_fit_are_refused_by_name(engine, changes):
-    [heard], _ = converse(engine.address, [join_frame(**changes).SerializeToString()])
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"protocol": PROTOCOL + 1}, str(PROTOCOL + 1)), ({"protocol": PROTOCOL - 1, "schema": b""}, str(PROTOCOL - 1)),
+    ({"fedlora_version": "7.3.0"}, "7.3.0"), ({"schema": b"\xab" * 32}, "schema abababab"),
+    ({"schema": b""}, "schema unnamed")])
+@pytest.mark.parametrize("more", [b"", UNKNOWN], ids=["known fields", "a field more"])
+def test_versions_that_do_not_fit_are_refused_by_name(engine, changes, named, more):
+    if more and "fedlora_version" in changes:
+        changes = changes | {"schema": b"\xcd" * 32}  # a version with the same schema has no field more
+    frame = with_unknown_inside(1, join_frame(**changes).join) if more else join_frame(**changes).SerializeToString()
+    [heard], _ = converse(engine.address, [frame])
     assert heard.refused.code == "version-mismatch"
-    assert fedlora.__version__ in heard.refused.detail and str(next(iter(changes.values()))) in heard.refused.detail
+    assert fedlora.__version__ in heard.refused.detail and named in heard.refused.detail
 
 
 def test_an_upload_that_nobody_asked_for_is_too_late_and_the_stream_goes_on(engine):
@@ -249,7 +270,10 @@ def changed_task(**changes) -> pb.Task:
     task_frames(changed_task(rank=0)), task_frames(changed_task(run_id="f" * 16)),
     task_frames(changed_task(wire_dtype="bf16")), task_frames(changed_task(fedlora_version="\x1b[2J")),
     task_frames(wire.task_to_wire(RoundPlan(RUN, 1, 0, wire.digest({})), {"\x1b[2J": (1,)})),
-], ids=range(18))
+    [with_unknown_inside(3, TASK)], [task_head() + UNKNOWN], [with_unknown_inside(6, pb.Ack(key=KEY))],
+    [with_unknown_inside(8, pb.Goodbye(reason="finished"))],
+    [with_unknown_inside(3, pb.Task.FromString(b"\x0a\x03" + UNKNOWN + TASK.SerializeToString()))],
+], ids=range(23))
 def test_a_server_that_breaks_the_protocol_gets_a_typed_error_at_the_client(frames):
     assert isinstance(meet(frames), WireError)
 
@@ -263,12 +287,29 @@ def test_what_is_no_fedlora_server_is_named_so():
     server.stop(0)
 
 
-def test_a_server_of_another_version_is_refused_by_name():
-    older = wire.setup_to_wire(setup_of(RUN))
-    older.protocol, older.fedlora_version = PROTOCOL - 1, "0.0.9"
-    older.ClearField("wire_dtype")  # as an older version, which does not know it, would send it
-    met = meet([pb.ServerFrame(welcome=older).SerializeToString()], welcome=False)
-    assert isinstance(met, Refused) and met.refusal.code == "version-mismatch" and "0.0.9" in met.refusal.detail
+@pytest.mark.parametrize("more", [b"", UNKNOWN], ids=["known fields", "a field more"])
+@pytest.mark.parametrize("changes", [{"protocol": PROTOCOL - 1, "schema": b""}, {"protocol": PROTOCOL + 1},
+                                     {"schema": b"\xab" * 32}], ids=["older", "newer", "drifted"])
+def test_a_server_of_another_version_is_refused_by_name(changes, more):
+    other = wire.setup_to_wire(setup_of(RUN))
+    other.fedlora_version = "0.0.9"
+    other.ClearField("wire_dtype")  # as an older version, which does not know it, would send it
+    for name, value in changes.items():
+        setattr(other, name, value)
+    frame = with_unknown_inside(1, other) if more else pb.ServerFrame(welcome=other).SerializeToString()
+    met = meet([frame], welcome=False)
+    assert isinstance(met, Refused) and met.refusal.code == "version-mismatch"
+    assert all(said in met.refusal.detail for said in ("0.0.9", f"protocol {other.protocol}", wire.SPOKEN))
+
+
+def test_a_server_of_this_version_whose_welcome_has_a_field_more_is_a_typed_error():
+    met = meet([with_unknown_inside(1, wire.setup_to_wire(setup_of(RUN)))], welcome=False)
+    assert isinstance(met, WireError) and "does not know" in str(met)
+
+
+def test_a_newer_servers_refusal_is_heard_though_it_says_more():
+    met = meet([with_unknown_inside(2, pb.Refusal(code="version-mismatch", detail="install 2.0"))], welcome=False)
+    assert isinstance(met, Refused) and "install 2.0" in str(met)
 
 
 @pytest.mark.parametrize("run_id", ["../../../elsewhere", "/etc", "", "AB" * 8, "a" * 15, "\x1b[2J" + "a" * 12,

@@ -6,7 +6,7 @@ import pytest
 
 import fedlora
 from fedlora.plan import PROTOCOL, Refusal
-from fedlora.wire import Setup, pb
+from fedlora.wire import SCHEMA, Setup, pb
 from fedlora_server.engine import node_id
 from fedlora_server.roster import Order, Roster
 from fedlora_server.spool import Stored
@@ -44,8 +44,8 @@ def order(round, attempt=0):
 def back(working, *, under_way=3):
     """A roster that goes on with a run, and north, which still works for its earlier server."""
     roster, line = Roster(Setup.of(RUN), lambda event: None, under_way=under_way), Line()
-    roster.join(line, pb.Join(protocol=PROTOCOL, fedlora_version=fedlora.__version__, name="north", process=b"n" * 16,
-                              private=True))
+    roster.join(line, pb.Join(protocol=PROTOCOL, schema=SCHEMA, fedlora_version=fedlora.__version__, name="north",
+                              process=b"n" * 16, private=True))
     roster.ready(line, (), working)
     return roster, line
 

@@ -12,6 +12,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedlora.plan import Refusal, RoundPlan
+from fedlora.wire import pb
 from fedlora_client.flower_app import client_app
 from fedlora_server.cohort import RoundOptions
 from fedlora_server.engine import node_id
@@ -169,6 +170,42 @@ def test_a_private_run_turns_a_node_without_privacy_away(engine_of):
     engine = engine_of(SuperLink({1: LinearNode("a")}), private=True)
     until(engine, lambda: engine.events)
     assert engine.events[0].kind == "declined" and "privacy-mismatch" in engine.events[0].detail
+
+
+class Drifted(SuperLink):
+    """One of the two sides, whose frame `key` is rewritten on the way, has another schema and says more."""
+
+    def __init__(self, nodes, key):
+        super().__init__(nodes)
+        self.key = key
+
+    def rewritten(self, message):
+        kind = pb.ServerFrame if self.key == "welcome" else pb.ClientFrame
+        config = message.content["config"]
+        frame = kind.FromString(config[self.key])
+        if self.key != "ready":
+            getattr(frame, self.key).schema = b"\xab" * 32
+        config[self.key] = frame.SerializeToString() + b"\xa0\x06\x01"
+        return message
+
+    def push_messages(self, messages):
+        return super().push_messages([self.rewritten(m) for m in messages] if self.key == "welcome" else messages)
+
+    def pull_messages(self, message_ids):
+        replies = super().pull_messages(message_ids)
+        return replies if self.key == "welcome" else [self.rewritten(reply) for reply in replies]
+
+
+@pytest.mark.parametrize(("key", "kind", "detail"), [
+    ("welcome", "declined", "version-mismatch"), ("join", "declined", "version-mismatch"),
+    ("ready", "refused", "does not know")])
+def test_a_node_of_another_schema_is_turned_away_by_name_and_trains_nothing(engine_of, key, kind, detail):
+    node = LinearNode("a")
+    engine = engine_of(Drifted({1: node}, key))
+    until(engine, lambda: any(event.kind == kind for event in engine.events))
+    [event] = [event for event in engine.events if event.kind == kind]
+    assert detail in event.detail and (key == "ready" or "schema abababab" in event.detail)
+    assert engine.idle() == [] and node.keys == [] and len(node.welcomed) == (key != "welcome")
 
 
 def test_labels_are_announced_only_where_they_are_asked_for(engine_of):

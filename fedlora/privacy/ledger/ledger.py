@@ -24,6 +24,7 @@ from pathlib import Path
 
 from fedlora.plan import ROW, check_unit, unit_column
 from fedlora.privacy.accounting import Accountant, Spend
+from fedlora.privacy.ledger.anchor import seal, unseal
 from fedlora.privacy.ledger.chain import Chain, beside, take_lock
 from fedlora.privacy.ledger.lifetime import (
     FILTER_ORDERS,
@@ -127,8 +128,34 @@ class Ledger:
         """
         self._witnesses.check_folder(folder)
 
+    def anchor(self) -> bytes:
+        """How far this ledger has come, sealed for a server to keep; b"" where it is simulated.
+
+        Raises:
+            LedgerError: as `fingerprint_key`.
+        """
+        if self.simulated:
+            return b""
+        key = self.fingerprint_key()
+        with self._chain.transaction("DEFERRED") as book:
+            return seal(key, book.rows, book.head)
+
+    def check_anchor(self, sealed: bytes) -> bool:
+        """Hold this ledger against the last anchor that a server has of it.
+
+        Returns:
+            False where the anchor is not of this ledger's key, and tells nothing.
+        Raises:
+            LedgerError: it has seen more than this ledger holds, and no mark says so; or as `fingerprint_key`.
+        """
+        known = unseal(self.fingerprint_key(), sealed)
+        if known is not None:
+            self._witnesses.check_anchor(*known)
+        return known is not None
+
     def marks(self) -> tuple[Mapping, ...]:
-        """What --new-ledger gave up: {dataset, ledger_id, rows, head} of each ledger that a witness still knew."""
+        """What --new-ledger gave up: {dataset, ledger_id, rows, head} of each ledger that a witness still knew. Of an
+        anchor the dataset is ""."""
         with self._chain.transaction("DEFERRED") as book:
             return tuple(book.marks)
 

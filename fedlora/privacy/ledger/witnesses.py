@@ -1,4 +1,7 @@
-"""Witnesses against a ledger: what they have seen is checked, and they are written before each update leaves."""
+"""Witnesses against a ledger: what they have seen is checked, and they are written before each update leaves.
+
+They are files beside the data, and the anchor that a server gives back.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +55,19 @@ class Witnesses:
                 if wrong and asdict(seen) not in book.marks:
                     self._give_up(book, seen, wrong)
 
+    def check_anchor(self, rows: int, head: str) -> None:
+        """Check what a server kept of this ledger, by the rows and the head that it had then.
+
+        Raises:
+            LedgerError: the ledger does not hold them, and no mark says so.
+        """
+        with self._chain.transaction() as book:
+            seen = Witness("", book.ledger["ledger_id"], rows, head)
+            if self._chain.row(rows) != head and asdict(seen) not in book.marks:
+                self._give_up(book, seen, f"updates have left that {self._chain.name}, with {book.rows} rows, does not "
+                                          f"know: the server keeps its anchor of {rows} rows, so it is an older copy, "
+                                          f"or was changed. {self._remedy}")
+
     def testify(self, book: Book, dataset: str) -> None:
         """Right before an update leaves, within the transaction, so that witnesses of two processes never go back.
 
@@ -66,8 +82,7 @@ class Witnesses:
 
     def _look(self, book: Book, path: Path, dataset: str | None = None) -> tuple[Witness, str]:
         """What a witness has seen, and how that contradicts this ledger; "" where it does not."""
-        remedy = (f"Restore {self._ledger} as it was, or use --new-ledger and count what was spent before as lost "
-                  "budget; the mark stays")
+        remedy = self._remedy
         try:
             seen = read_witness(path)
         except LedgerError as error:
@@ -86,6 +101,11 @@ class Witnesses:
             return seen, (f"{path} has seen {seen.rows} rows that {self._chain.name}, with {book.rows}, does not "
                           f"hold: it is an older copy, or was changed. {remedy}")
         return seen, ""
+
+    @property
+    def _remedy(self) -> str:
+        return (f"Restore {self._ledger} as it was, or use --new-ledger and count what was spent before as lost "
+                "budget; the mark stays")
 
     def _give_up(self, book: Book, seen: Witness, wrong: str) -> None:
         """With --new-ledger, mark for ever what a witness knew and this ledger does not; else raise LedgerError."""

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import fedlora
 from fedlora.files import replace_file
+from fedlora.plan import ANCHOR_BYTES
 from fedlora.privacy.ledger.lifetime import FILTER_ORDERS
 from fedlora.privacy.report.figures import (
     LABELS,
@@ -63,6 +64,10 @@ NOT_COVERED = (
     "Edited rows: a record that was changed counts as another record; the dataset's name covers both, if it is kept.",
     "Someone with records at several institutions is protected by the sum of their budgets, not by each one.",
     "Another machine, user or ledger: what was released from the same data there is not counted here.",
+    "Restored copies: ledger, policy, witness and key that are put back together to an earlier state are noticed by "
+    "the newest anchor that a server has of this client, and not where that server is another one, a Flower SuperLink, "
+    "or knows the client by another name, where it hands back an older anchor or none, or where the copy is from "
+    "before the key was made.",
     "Tuning: if values were chosen by looking at results on this data, that choice is not counted.",
     "The arithmetic assumes that the software ran as published; this report cannot prove that noise was added.",
 )
@@ -181,7 +186,7 @@ def announced(*, client: str, private: bool, labels: Sequence[str] | None = None
     said = [Disclosure("client name", client), Disclosure("FedLoRA version", fedlora.__version__),
             Disclosure("whether it trains under differential privacy", "yes" if private else "no")]
     if protocol is not None:
-        said.append(Disclosure("protocol version", str(protocol)))
+        said.append(Disclosure("protocol version", f"{protocol}, and the SHA-256 of its .proto"))
     if labels is not None:
         said.append(Disclosure("label names", ", ".join(labels)))
     return tuple(said)
@@ -191,8 +196,8 @@ def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_
                    base_model: Mapping[str, str], unit: str, declared_size: int | None, delta: float | None,
                    mechanism: Mechanism, trainings: Sequence[Training], lifetime: LifetimeAccount | None,
                    disclosed: Sequence[Disclosure], rows_per_unit: int | None = None, terms_announced: bool = True,
-                   predictable: str | None = None, refusals: Sequence[tuple[int | None, str]] = (),
-                   now: float | None = None) -> dict:
+                   anchored: bool = False, predictable: str | None = None,
+                   refusals: Sequence[tuple[int | None, str]] = (), now: float | None = None) -> dict:
     """The report of one client about one run, unsigned.
 
     Args:
@@ -202,6 +207,7 @@ def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_
         delta: None only where privacy is off.
         rows_per_unit: most rows of one unit that a step uses, where units themselves are sampled.
         terms_announced: whether uploads state the noise multiplier and delta.
+        anchored: whether uploads carry the ledger's sealed anchor.
         predictable: why whoever knows the seed can subtract the noise ("a simulation", the variable's name); None
             where randomness is the operating system's. If it is set, no epsilon is printed.
         disclosed: see `announced`; participation and what uploads carry are added here.
@@ -243,7 +249,8 @@ def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_
         "trainings": rows,
         "lifetime": None if lifetime is None else _lifetime(lifetime, delta),
         "left_without_noise": [{"what": d.what, "value": d.value}
-                               for d in (*disclosed, *_while_running(private, trainings, refusals, terms_announced))],
+                               for d in (*disclosed, *_while_running(private, trainings, refusals, terms_announced,
+                                                                     anchored))],
         "not_covered": list(NOT_COVERED),
         "versions": environment(PACKAGES),
     }
@@ -295,7 +302,7 @@ def _sources(predictable: str | None) -> dict[str, str]:
 
 
 def _while_running(private: bool, trainings: Sequence[Training], refusals: Sequence[tuple[int | None, str]],
-                   terms_announced: bool) -> list[Disclosure]:
+                   terms_announced: bool, anchored: bool) -> list[Disclosure]:
     sent = [t for t in trainings if t.state == "released"]
     said = [Disclosure("the fact and time of participation",
                        f"{len(sent)} uploads, the first at {_iso(sent[0].time)}, the last at {_iso(sent[-1].time)}; "
@@ -309,6 +316,10 @@ def _while_running(private: bool, trainings: Sequence[Training], refusals: Seque
     if sent and not private:
         said.append(Disclosure("in each upload: steps, the exact number of records, the mean training loss, and the "
                                "tensors themselves", "not repeated here; privacy was off"))
+    if sent and anchored:
+        said.append(Disclosure(f"sealed anchor, {ANCHOR_BYTES} bytes in each upload", "how many rows this client's "
+                               "ledger has and the hash of the last, encrypted with a key that only this client has; "
+                               "the server hands the last one back when this client joins"))
     said += [Disclosure("refusal" if at is None else f"refusal in round {at}", code) for at, code in refusals]
     return said
 
