@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NewType
 
 if TYPE_CHECKING:  # the commands' --help reads this module and needs no numpy
     import numpy as np
@@ -47,6 +47,10 @@ MOST_STEPS = 100_000
 
 Tensors = Mapping[str, "np.ndarray"]
 """Named float32 arrays in C order; names are those of `fedlora.adapters.AdapterLayout`."""
+
+Released = NewType("Released", Tensors)
+"""Tensors that have left a client; under privacy, through the noise. Server steps are given these and what the server
+made itself, so that all they do is post-processing."""
 
 
 def check_unit(unit: str) -> None:
@@ -256,7 +260,7 @@ class Upload:
     run_id: str
     round: int
     attempt: int
-    tensors: Tensors
+    tensors: Released
     steps: int
     delta: float | None = None
     noise_multiplier: float | None = None

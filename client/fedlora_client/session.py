@@ -20,7 +20,7 @@ from typing import Any
 from fedlora.adapters import AdapterLayout
 from fedlora.adapters.layout import MOST_RECEIVED, MOST_VALUE
 from fedlora.adapters.private import release_layout, release_plan
-from fedlora.plan import ROW, Refusal, Refused, RoundPlan, RunPlan, Tensors, Upload, to_scalars
+from fedlora.plan import ROW, Refusal, Refused, Released, RoundPlan, RunPlan, Tensors, Upload, to_scalars
 from fedlora.privacy import (
     MOST_SAMPLING_RATE,
     SIGMA_STEP,
@@ -262,7 +262,7 @@ class ClientSession:
         if plan.round == 0:
             tensors = {name: array - start[name] for name, array in tensors.items()}
         upload = Upload(
-            *plan.key, tensors=rounded(tensors, self.run.wire_dtype), steps=result.steps,
+            *plan.key, tensors=Released(rounded(tensors, self.run.wire_dtype)), steps=result.steps,
             delta=self.terms.delta if announced else None,
             noise_multiplier=self.terms.noise_multiplier if announced else None,
             num_examples=None if private else self.records.units_count,

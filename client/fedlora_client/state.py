@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save as to_bytes
 
 from fedlora.files import replace_file
-from fedlora.plan import RoundPlan, Tensors, Upload, upload_metrics
+from fedlora.plan import Released, RoundPlan, Tensors, Upload, upload_metrics
 
 
 class MemoryState:
@@ -72,7 +72,7 @@ class FolderState:
             if (plan.run.run_id, about.pop("round"), about.pop("attempt")) != plan.key:
                 return None
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
-        return Upload(*plan.key, tensors=tensors, **about)
+        return Upload(*plan.key, tensors=Released(tensors), **about)
 
     def save_upload(self, upload: Upload) -> None:
         about = {"round": upload.round, "attempt": upload.attempt} | upload_metrics(upload)

@@ -25,7 +25,7 @@ import torch
 from fedlora.adapters.initial import float32, gaussian
 from fedlora.adapters.layout import FAMILIES, AdapterLayout
 from fedlora.algebra import orthonormal_rows, row_signs
-from fedlora.plan import RunPlan, Tensors
+from fedlora.plan import Released, RunPlan, Tensors
 
 PRIVATE_START = "dp"
 """Of --init."""
@@ -77,7 +77,7 @@ def release_tensors(layout: AdapterLayout, state: Tensors, seed: int) -> dict[st
     return tensors
 
 
-def private_start(layout: AdapterLayout, state: Tensors, sketches: Tensors) -> dict[str, np.ndarray]:
+def private_start(layout: AdapterLayout, state: Tensors, sketches: Released) -> dict[str, np.ndarray]:
     """The state that a run starts from.
 
     Args:

@@ -11,7 +11,7 @@ from flwr.app import Message
 
 from fedlora import wire
 from fedlora.adapters import AdapterLayout
-from fedlora.plan import Refusal, RoundPlan, Tensors, Upload
+from fedlora.plan import Refusal, Released, RoundPlan, Tensors, Upload
 from fedlora.wire import Setup, Shapes
 from fedlora_strategies.messages import assign_id, read_train_messages, reply
 
@@ -107,7 +107,7 @@ class RosterEngine(Engine):
             if isinstance(order.outcome, Refusal):
                 yield reply(order.outcome, order.message)
             elif order.stored is not None:
-                upload = Upload(*order.plan.key, tensors={}, **order.stored.metrics)  # type: ignore[arg-type]
+                upload = Upload(*order.plan.key, tensors=Released({}), **order.stored.metrics)  # type: ignore[arg-type]
                 yield reply(upload, order.message, arrays=order.stored.take())
 
     def cancel(self, message_ids: Iterable[str]) -> None:

@@ -23,7 +23,7 @@ from typing import cast
 
 from flwr.app import ArrayRecord
 
-from fedlora.plan import RunPlan, Tensors
+from fedlora.plan import Released, RunPlan, Tensors
 from fedlora_strategies import FederatedLoRA
 from fedlora_strategies.messages import to_record, to_tensors
 from fedlora_strategies.private_start import PrivateStart
@@ -123,7 +123,7 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
         if start is not None and fresh:
             engine.expect(start.layout)
             sketches, record = hold(0, start, to_record(start.tensors))
-            state = state if sketches is None else start.begin(to_tensors(sketches))
+            state = state if sketches is None else start.begin(Released(to_tensors(sketches)))
             engine.expect(strategy.layout)
             clients.participations.clear()  # the release is beside the rounds
             conclude(replace(record, update_norm=None, evaluation=initial), state)  # it moves the model nowhere

@@ -16,7 +16,7 @@ from typing import IO
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedlora.adapters import AdapterLayout
-from fedlora.plan import Refusal, RoundPlan, Tensors, Upload, upload_metrics
+from fedlora.plan import Refusal, Released, RoundPlan, Tensors, Upload, upload_metrics
 from fedlora.wire import Shapes, packed, shapes_of, size_of, unpacked
 from fedlora.wire.npy import to_npy
 from fedlora_client.flower_app import Session
@@ -210,7 +210,7 @@ class InProcessEngine(Engine):
             if isinstance(order.outcome, Refusal):
                 yield to_reply(order.outcome, order.message)
             elif order.stored is not None:
-                upload = Upload(*order.plan.key, tensors={}, **order.stored.metrics)  # type: ignore[arg-type]
+                upload = Upload(*order.plan.key, tensors=Released({}), **order.stored.metrics)  # type: ignore[arg-type]
                 yield to_reply(upload, order.message, arrays=self._spool.take(order.stored))
 
     def cancel(self, message_ids: Iterable[str]) -> None:

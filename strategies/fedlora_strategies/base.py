@@ -32,7 +32,7 @@ from flwr.serverapp.strategy import Strategy
 from fedlora.adapters import AdapterLayout
 from fedlora.adapters.layout import MOST_VALUE
 from fedlora.algebra import WeightedMean
-from fedlora.plan import Refusal, RoundPlan, RunPlan, Tensors, Upload, upload_metrics
+from fedlora.plan import Refusal, Released, RoundPlan, RunPlan, Tensors, Upload, upload_metrics
 from fedlora.wire import digest
 
 from .messages import read_reply, to_record, to_tensors, train_messages
@@ -116,7 +116,7 @@ class FederatedLoRA(Strategy):
         self._round: _Round | None = None
 
     @abstractmethod
-    def server_step(self, mean: Tensors, shared: Tensors, server_round: int) -> Tensors:
+    def server_step(self, mean: Released, shared: Tensors, server_round: int) -> Tensors:
         """The next state from the mean of the uploads and the round's shared tensors."""
 
     @property
@@ -193,7 +193,7 @@ class FederatedLoRA(Strategy):
             figures.add(upload)
         if not figures.replies:
             return None, None
-        averaged = mean.result()
+        averaged = Released(mean.result())
         state = self.server_step(averaged, under_way.shared, server_round)
         self.layout.check(state, "state")
         metrics = {**figures.to_dict(), "rejected": len(self.rejected),

@@ -15,7 +15,7 @@ own: the starts here are independent of the data, or noised and charged (`fedlor
 
 from __future__ import annotations
 
-from fedlora.plan import Tensors
+from fedlora.plan import Released, Tensors
 
 from .base import FederatedLoRA
 
@@ -27,5 +27,5 @@ class FedSB(FederatedLoRA):
     linear = True
     exact = True
 
-    def server_step(self, mean: Tensors, shared: Tensors, server_round: int) -> Tensors:
+    def server_step(self, mean: Released, shared: Tensors, server_round: int) -> Tensors:
         return {**shared, **mean}

@@ -12,7 +12,7 @@ privacy the noise of both factors meets in the product.
 
 from __future__ import annotations
 
-from fedlora.plan import Tensors
+from fedlora.plan import Released, Tensors
 
 from .base import FederatedLoRA
 
@@ -24,5 +24,5 @@ class FedAvgLoRA(FederatedLoRA):
     linear = True
     exact = False
 
-    def server_step(self, mean: Tensors, shared: Tensors, server_round: int) -> Tensors:
+    def server_step(self, mean: Released, shared: Tensors, server_round: int) -> Tensors:
         return {**shared, **mean}

@@ -19,7 +19,7 @@ import torch
 
 from fedlora.adapters import AdapterLayout
 from fedlora.algebra import Factors, reorthogonalize
-from fedlora.plan import RunPlan, Tensors
+from fedlora.plan import Released, RunPlan, Tensors
 
 from .base import FederatedLoRA
 
@@ -48,7 +48,7 @@ class FedSVD(FederatedLoRA):
                              "have orthonormal rows. Choose a smaller --rank")
         self.warmup, self.period = warmup, period
 
-    def server_step(self, mean: Tensors, shared: Tensors, server_round: int) -> Tensors:
+    def server_step(self, mean: Released, shared: Tensors, server_round: int) -> Tensors:
         state = {**shared, **mean}
         if server_round <= self.warmup or (server_round - self.warmup) % self.period:
             return state

@@ -12,7 +12,7 @@ Exact: (Σ p_k B_k) A = Σ p_k (B_k A). Privacy noise enters the update linearly
 
 from __future__ import annotations
 
-from fedlora.plan import Tensors
+from fedlora.plan import Released, Tensors
 
 from .base import FederatedLoRA
 
@@ -24,5 +24,5 @@ class FFALoRA(FederatedLoRA):
     linear = True
     exact = True
 
-    def server_step(self, mean: Tensors, shared: Tensors, server_round: int) -> Tensors:
+    def server_step(self, mean: Released, shared: Tensors, server_round: int) -> Tensors:
         return {**shared, **mean}

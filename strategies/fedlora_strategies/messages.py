@@ -30,6 +30,7 @@ from fedlora.plan import (
     REFUSALS,
     UPLOAD_METRICS,
     Refusal,
+    Released,
     RoundPlan,
     Tensors,
     Upload,
@@ -216,7 +217,7 @@ def read_reply(message: Message, wire_dtype: str = "fp32") -> Upload | Refusal:
         raise ValueError(f"a reply discloses {sorted(unknown)}; only {', '.join(UPLOAD_METRICS)} may be sent")
     if type(metrics.get("steps")) is not int or any(isinstance(value, list) for value in metrics.values()):
         raise ValueError("a reply's metrics must be single numbers, among them the whole number of steps")
-    return Upload(tensors=to_tensors(arrays, wire_dtype), **config, **metrics)
+    return Upload(tensors=Released(to_tensors(arrays, wire_dtype)), **config, **metrics)
 
 
 def _refusal(error: Error) -> Refusal:

@@ -13,7 +13,7 @@ import dataclasses
 
 from fedlora.adapters import AdaptedModel
 from fedlora.adapters.private import private_start, release_layout, release_tensors
-from fedlora.plan import RunPlan, Tensors
+from fedlora.plan import Released, RunPlan, Tensors
 
 from .base import FederatedLoRA
 
@@ -41,9 +41,9 @@ class PrivateStart(FederatedLoRA):
         self.tensors = release_tensors(layout, state, seed)
         self._run_layout, self._state = adapted.layout, state
 
-    def server_step(self, mean: Tensors, shared: Tensors, server_round: int) -> Tensors:
+    def server_step(self, mean: Released, shared: Tensors, server_round: int) -> Tensors:
         return {**shared, **mean}
 
-    def begin(self, sketches: Tensors) -> Tensors:
+    def begin(self, sketches: Released) -> Tensors:
         """The state that round 1 starts from."""
         return private_start(self._run_layout, self._state, sketches)

@@ -1,5 +1,6 @@
 """What the server steps do to the update, stated as theorems."""
 
+import inspect
 import itertools
 import mmap
 import tracemalloc
@@ -12,12 +13,14 @@ from flwr.app import ConfigRecord
 
 from fedlora.adapters import TensorSpec
 from fedlora.adapters.layout import MOST_TRAINED
+from fedlora.adapters.private import private_start
 from fedlora.plan import WIRE_DTYPES, Upload
 from fedlora.wire import rounded, unpacked
 from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies import STRATEGY_CLASSES, FedAvgLoRA, FedSB, FedSVD, FFALoRA
 from fedlora_strategies.fedsvd import refactorise
 from fedlora_strategies.messages import assume_identity, read_train_messages, reply, to_record, to_tensors
+from fedlora_strategies.private_start import PrivateStart
 from tests.federation import COLUMNS, ROWS, LinearSession, layout_of, plan_of, start_of, update_of
 
 ALL = sorted(STRATEGY_CLASSES)
@@ -428,3 +431,11 @@ def test_uploads_keep_their_values_through_messages():
     arrays, _ = strategy.aggregate_train(1, [reply(replace(upload, num_examples=3), message)])
     for name, value in tensors.items():
         np.testing.assert_array_equal(to_tensors(arrays)[name], value)
+
+
+@pytest.mark.parametrize("step", [*(cls.server_step for cls in (*STRATEGY_CLASSES.values(), PrivateStart)),
+                                  private_start, PrivateStart.begin])
+def test_what_a_server_computes_with_has_left_the_clients_or_is_its_own(step):
+    """No step is given an upload, which has more in it than tensors, nor anything that a client keeps."""
+    taken = {given.annotation for given in inspect.signature(step).parameters.values() if given.name != "self"}
+    assert "Released" in taken and taken <= {"Released", "Tensors", "AdapterLayout", "int"}

@@ -8,7 +8,7 @@ import numpy as np
 
 import fedlora
 from fedlora.adapters import FAMILIES, AdapterLayout, TensorSpec
-from fedlora.plan import ModelRef, RoundPlan, RunPlan, Tensors, Upload
+from fedlora.plan import ModelRef, Released, RoundPlan, RunPlan, Tensors, Upload
 
 FAMILY_STRATEGIES = {"lora": "fedavg-lora", "frozen-a": "ffa-lora", "bra": "fed-sb"}
 """Of adapters → a strategy that trains them."""
@@ -53,5 +53,5 @@ class Echo:
         self._trained = [spec.name for spec in layout.trained]
 
     def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload:
-        return Upload(*plan.key, tensors={name: tensors[name] for name in self._trained}, steps=1, delta=1e-5,
+        return Upload(*plan.key, tensors=Released({name: tensors[name] for name in self._trained}), steps=1, delta=1e-5,
                       noise_multiplier=1.0)

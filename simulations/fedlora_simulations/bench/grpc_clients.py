@@ -17,7 +17,7 @@ from queue import SimpleQueue
 import grpc
 
 from fedlora import wire
-from fedlora.plan import Upload
+from fedlora.plan import Released, Upload
 from fedlora_client.connection import Connection, Goodbye
 
 RAW_OPTIONS = (("grpc.max_receive_message_length", wire.MAX_FRAME_BYTES),
@@ -32,7 +32,7 @@ def echo(address: str, name: str, size: int) -> None:
         connection.ready()
         while True:
             plan, tensors = connection.next_task()
-            connection.send(Upload(*plan.key, tensors=tensors, steps=1))
+            connection.send(Upload(*plan.key, tensors=Released(tensors), steps=1))
     except Goodbye:
         return
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Message
 
-from fedlora.plan import Upload
+from fedlora.plan import Released, Upload
 from fedlora_strategies import FedAvgLoRA
 from fedlora_strategies.messages import assign_id, assume_identity, reply, to_record
 
@@ -55,7 +55,7 @@ class Server:
     def _replies(self, orders: list[Message]) -> Iterator[Message]:
         for number, order in enumerate(orders):
             assign_id(order, str(number))
-            message = reply(Upload(self.run_id, 1, 0, tensors={}, steps=1), order)
+            message = reply(Upload(self.run_id, 1, 0, tensors=Released({}), steps=1), order)
             chosen = number % len(self.records)
             message.content["arrays"] = to_record(self.uploads[chosen]) if self.copied else self.records[chosen]
             yield message
