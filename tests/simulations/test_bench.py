@@ -12,10 +12,11 @@ import torch
 
 from fedlora.data import read
 from fedlora.plan import RoundPlan
+from fedlora.training import Trainer
 from fedlora.wire import digest
-from fedlora_simulations.bench import figure_titles, main, subjects
+from fedlora_simulations.bench import figure_titles, hostile, main, subjects
 from fedlora_simulations.bench.federations import layout, plan, tensors
-from fedlora_simulations.bench.figures import memory
+from fedlora_simulations.bench.figures import independence, memory
 from fedlora_simulations.bench.figures.engine import sessions
 from fedlora_simulations.bench.figures.workers import WORKERS, worker_threads
 from fedlora_simulations.bench.fresh import call, forget_peak, in_fresh_process, peak_bytes, resident_bytes
@@ -145,6 +146,27 @@ def test_one_block_has_the_same_records_and_new_noise(tmp_path, checkpoint):
     (drawn, first), (again, second), (plainly, plain), (_, plain_again) = map(trained, (True, True, False, False))
     assert drawn == again == plainly
     assert not np.array_equal(first, second) and np.array_equal(plain, plain_again)
+
+
+@pytest.mark.parametrize("search", [independence.by_decision, independence.by_gradients])
+def test_the_search_finds_arithmetic_that_depends_on_how_many_records_there_are(search, tmp_path, checkpoint,
+                                                                                monkeypatch):
+    """The rounding is made to: it is otherwise in trainings of 16 records and more, whatever the trainer computes."""
+    train, trained = Trainer.train, []
+
+    def counting(self, run, records, **arguments):
+        trained.append(len(records))
+        return train(self, run, records, **arguments)
+
+    monkeypatch.setattr(Trainer, "train", counting)
+    write_rows(tmp_path / "rows.jsonl", seed=0)
+    one = subject(Settings(tmp_path, str(checkpoint("bert")), threads=1), read(tmp_path, "classification"),
+                  family="lora", rank=2, precision="fp32", expected_batch=16, max_length=16)
+    with hostile.rounding_otherwise(one, lambda rows: trained[-1] >= 16):
+        found = {records: search(one, independence.Case("", "", "fp32", 1, True, records, "last", "one", 10), "cpu")
+                 for records in (15, 16)}
+    assert found[15].equal and found[15].ratio <= 1
+    assert not found[16].equal and found[16].ratio > 10
 
 
 @pytest.mark.parametrize("threads, each", [(1, 1), (2, 1), (5, 2), (8, 4)])

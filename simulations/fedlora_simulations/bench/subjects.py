@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from fedlora.adapters import AdaptedModel, attach, automatic_targets, initial_tensors
 from fedlora.data import Rows, label_names, read
@@ -87,7 +87,8 @@ def cut_to_length(rows: Rows, count: int) -> Rows:
 
 
 def subject(settings: Settings, rows: Rows, *, family: str, rank: int, precision: str, expected_batch: int,
-            max_length: int, steps: int = 1, micro_batch: int | None = None, compiled: bool = False) -> Subject:
+            max_length: int, steps: int = 1, micro_batch: int | None = None, compiled: bool = False,
+            train_head: bool = True) -> Subject:
     """Load, adapt and encode.
 
     Args:
@@ -100,8 +101,9 @@ def subject(settings: Settings, rows: Rows, *, family: str, rank: int, precision
     loaded, model = load(folder, "classification", len(labels)), reference(settings.model, folder)
     targets = automatic_targets(loaded.model)
     run = plan(FAMILY_STRATEGIES[family], family, model=model, labels=labels, max_length=max_length, rank=rank,
-               alpha=float(rank), targets=targets, local_steps=steps, expected_batch=expected_batch)
-    adapted = attach(loaded, family=family, rank=rank, alpha=float(rank), targets=targets, train_head=True)
+               alpha=float(rank), targets=targets, train_head=train_head, local_steps=steps,
+               expected_batch=expected_batch)
+    adapted = attach(loaded, family=family, rank=rank, alpha=float(rank), targets=targets, train_head=train_head)
     adapted.write(initial_tensors(adapted, init="orthonormal", seed=0))
     task = task_for(run, loaded.tokenizer)
     trainer = Trainer(adapted, task, device=settings.device, precision=precision, micro_batch=micro_batch,
@@ -111,20 +113,37 @@ def subject(settings: Settings, rows: Rows, *, family: str, rank: int, precision
 
 def save_random_llama(rows: Rows, folder: Path, *, device: str, quick: bool) -> None:
     """Write `RANDOM_LLAMA` as `save_pretrained` does, weights in bf16 as they are published; `quick`: a tiny one."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.train_from_iterator(rows.texts[:2000], BpeTrainer(
-        vocab_size=8000, special_tokens=["<pad>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False))
+    tokenizer = _tokenizer(rows)
     sizes: dict[str, Any] = dict(vocab_size=128_256, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
                  num_key_value_heads=8, intermediate_size=8192)
     if quick:
         sizes = dict(vocab_size=8000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, intermediate_size=64)
     config = LlamaConfig(**sizes, max_position_embeddings=2048, tie_word_embeddings=True,
-                         pad_token_id=tokenizer.token_to_id("<pad>"))
+                         pad_token_id=tokenizer.pad_token_id)
     devices = [device] if device == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):  # drawn where it will be: seconds
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="right").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_random_bert(rows: Rows, folder: Path) -> None:
+    """Write a tiny BERT with random weights as `save_pretrained` does: hidden size 64, 2 layers."""
+    tokenizer = _tokenizer(rows)
+    config = BertConfig(vocab_size=8000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=128, initializer_range=0.2, pad_token_id=tokenizer.pad_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(rows: Rows) -> PreTrainedTokenizerFast:
+    """Made from the rows; at most 8,000 tokens."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(rows.texts[:2000], BpeTrainer(
+        vocab_size=8000, special_tokens=["<pad>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="right")

@@ -1,0 +1,269 @@
+"""How far one record moves the clipped sum, of tensors made for that.
+
+‖S − S′‖ / C, with S the sum before noise and S′ the same without one record: what the noise is measured for is 1. The
+tensors come from three searches: by hypothesis, by gradients, and by the decision of a steep head between two roundings
+of what it is given. What a client would refuse for its size is counted, and computed all the same. The last row is of a
+processor that rounds otherwise from 16 rows on, as some do, emulated where this one does not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlora.data import Rows
+from fedlora.plan import Tensors
+from fedlora.tasks import Records
+from fedlora.tasks.records import pack
+
+from ..hostile import (
+    KINDS,
+    adapters,
+    head_inputs,
+    magnified,
+    most_different_layer,
+    rounding_otherwise,
+    structured,
+    threshold_head,
+    train,
+)
+from ..measure import RATIO, Figure, Row, Settings, Unavailable, exactly
+from ..subjects import Subject, precisions, rows_of, save_random_bert, subject
+
+INPUTS, INPUTS_QUICK = 1500, 24
+MOST_RECORDS = 64
+GIVEN_MODEL = 0.14
+"""Share of the inputs for --model; the others are for a tiny random one, which computes a hundred times as fast."""
+
+EMULATED = 0.04
+"""Share of bf16 in those where the device emulates it: a single input takes half a minute then."""
+
+EMULATED_ROWS = 16
+"""From so many rows on, the emulated processor rounds otherwise."""
+
+GENERATORS = ("hypothesis", "gradients", "decision")
+PLACES = ("first", "middle", "last", "random")
+TOKENS = {"cpu": (6, 11, 16), "cuda": (6, 20, 40)}
+"""Of texts, each with another padded length."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input but for its tensors: what is trained on, and how."""
+
+    generator: str
+    model: str
+    precision: str
+    threads: int
+    head: bool
+    records: int
+    place: str
+    lengths: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one input. `refused`: a client would not take the tensors; `equal`: the others' gradients, bit for bit."""
+
+    case: Case
+    ratio: float
+    equal: bool
+    refused: bool
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Records with and without one; all of one length are one text, so that one decision is that of all."""
+
+    with_it: Records
+    without: Records
+    text: np.ndarray
+
+
+def cases(total: int, models: Sequence[str], threads: Sequence[int], *, bf16: float) -> list[Case]:
+    """Every value of every field as often as any other, record counts within each generator; but for the models, and
+    for the share of bf16 in the inputs for the first."""
+    random = np.random.default_rng(22)
+
+    def spread(values: Sequence[Any], count: int) -> list[Any]:
+        return [values[i] for i in random.permutation(np.resize(np.arange(len(values)), count))]
+
+    found: list[Case] = []
+    for i, generator in enumerate(GENERATORS):
+        count = total // len(GENERATORS) + (i < total % len(GENERATORS))
+        given = round(count * GIVEN_MODEL)
+        rounded = round(bf16 * given)
+        drawn = [[models[0]] * given + [models[1]] * (count - given),
+                 spread(["bf16"] * rounded + ["fp32"] * (given - rounded), given) + spread(
+                     ("fp32", "bf16"), count - given)]
+        drawn += [spread(values, given) + spread(values, count - given) for values in (
+            tuple(threads), (True, False), tuple(range(1, MOST_RECORDS + 1)), PLACES, ("one", "several"), range(2**16))]
+        found += [Case(generator, *fields) for fields in zip(*drawn, strict=True)]
+    return found
+
+
+def neighbours(one: Subject, case: Case, device: str, labels: Sequence[int] | int | None = None) -> Neighbours:
+    """The case's records; random labels, unless there is one for all."""
+    random = np.random.default_rng(case.seed)
+    tokenizer = one.trainer.task.tokenizer
+    embedded: int = one.adapted.model.get_input_embeddings().weight.shape[0]  # type: ignore
+    words = np.setdiff1d(np.arange(min(len(tokenizer), embedded)), tokenizer.all_special_ids)
+    texts = [random.choice(words, length) for length in TOKENS[device]]
+    which = random.integers(0, len(texts) if case.lengths == "several" else 1, case.records)
+    gone = {"first": 0, "middle": case.records // 2, "last": case.records - 1,
+            "random": int(random.integers(case.records))}[case.place]
+    chosen = random.integers(0, 2, case.records) if labels is None else np.full(case.records, labels)
+    kept = [i for i in range(case.records) if i != gone]
+
+    def records(indices: Sequence[int]) -> Records:
+        return pack([texts[which[i]] for i in indices], tokenizer.pad_token_id,
+                    labels=[int(chosen[i]) for i in indices])
+
+    return Neighbours(records(range(case.records)), records(kept), texts[which[gone]])
+
+
+def outcome(one: Subject, case: Case, pair: Neighbours, state: Tensors) -> Outcome:
+    """What the record that comes or goes does to the sum."""
+    try:
+        one.adapted.layout.check(state, "state")
+        refused = False
+    except ValueError:
+        refused = True
+    present, absent = (train(one, records, state) for records in (pair.with_it, pair.without))
+    ratio = float((present.clipped - absent.clipped).norm()) / one.plan.clip_norm
+    return Outcome(case, ratio, not absent.gradients - present.gradients, refused)
+
+
+def by_decision(one: Subject, case: Case, device: str) -> Outcome:
+    """Adapters of zeros, as a run starts with (A too where it trains beside the head), and a steep head."""
+    pair = neighbours(one, case, device, 0)
+    state = adapters(one, 0.0 if case.head else 1.0, case.seed)
+    if not case.head:
+        state |= {name: np.zeros_like(array) for name, array in state.items() if name.endswith(".B")}
+    return _decided(one, case, pair, state, device)
+
+
+def by_gradients(one: Subject, case: Case, device: str) -> Outcome:
+    """Random adapters that are made to magnify the roundings in which the two batches differ most, and a steep head."""
+    pair = neighbours(one, case, device, 0)
+    state = adapters(one, 10.0 ** (case.seed % 5 - 1), case.seed)
+    layer, difference = most_different_layer(one, pair.with_it, pair.without, state, pair.text)
+    if layer is not None and difference is not None and bool(difference.isfinite().all()):
+        state = magnified(one, state, pair.text, pair.with_it.pad_id, layer, difference)
+    return _decided(one, case, pair, state, device)
+
+
+def _decided(one: Subject, case: Case, pair: Neighbours, state: Mapping[str, np.ndarray], device: str) -> Outcome:
+    present, absent = (head_inputs(one, records, state, pair.text) for records in (pair.with_it, pair.without))
+    head, label = threshold_head(one, present, absent)
+    return outcome(one, case, neighbours(one, case, device, label), {**state, **head})
+
+
+def by_hypothesis(one: Subject, chosen: Sequence[Case], device: str) -> list[Outcome]:
+    """Tensors that hypothesis draws, and draws nearer to those that moved the sum most."""
+    try:
+        from hypothesis import HealthCheck, Phase, given, settings, target
+        from hypothesis import strategies as st
+    except ImportError:
+        raise Unavailable("hypothesis searches for the tensors: pip install hypothesis") from None
+    found: list[Outcome] = []
+    coming = iter(chosen)
+    kinds = st.tuples(st.sampled_from(KINDS), st.integers(-20, 17), st.integers(0, 2**32 - 1))
+
+    @settings(max_examples=len(chosen), database=None, derandomize=True, deadline=None,
+              phases=(Phase.generate, Phase.target), suppress_health_check=list(HealthCheck))
+    @given(st.fixed_dictionaries({part: kinds for part in ("A", "B", "weight", "bias")}))
+    def search(drawn: Mapping[str, tuple[str, int, int]]) -> None:
+        if (case := next(coming, None)) is not None:
+            parts = {spec.name: (spec.shape, drawn.get(spec.name.rpartition(".")[2], drawn["B"]))
+                     for spec in one.adapted.layout.state}
+            state = {name: structured(shape, kind, exponent, seed + number)
+                     for number, (name, (shape, (kind, exponent, seed))) in enumerate(parts.items())}
+            found.append(outcome(one, case, neighbours(one, case, device), state))
+            target(min(found[-1].ratio, 100.0))
+
+    search()
+    for case in coming:  # hypothesis stops early where it has drawn all that there is
+        found.append(outcome(one, case, neighbours(one, case, device), adapters(one, 1.0, case.seed)))
+    return found
+
+
+def outcomes(one: Subject, chosen: Sequence[Case], device: str) -> list[Outcome]:
+    """Of cases of one model, precision, number of threads and kind of head, which `one` is."""
+    by: Mapping[str, Callable[[Subject, Case, str], Outcome]] = {"decision": by_decision, "gradients": by_gradients}
+    found = by_hypothesis(one, drawn, device) if (drawn := [c for c in chosen if c.generator == "hypothesis"]) else []
+    return found + [by[case.generator](one, case, device) for case in chosen if case.generator in by]
+
+
+def measure(settings: Settings) -> Iterator[Row]:
+    rows = rows_of(settings)
+    tiny = settings.data.parent / "tiny-bert"
+    save_random_bert(rows, tiny)
+    models = {Path(settings.model).name: settings.model, "tiny BERT": str(tiny)}
+    before = torch.get_num_threads()
+    threads = (settings.threads or before,) if settings.threads or settings.device == "cuda" else (1, 2)
+    chosen = cases(INPUTS_QUICK if settings.quick else INPUTS, list(models), threads,
+                   bf16=0.5 if len(precisions(settings)) == 2 else EMULATED)
+
+    def group(case: Case) -> tuple[str, str, int]:
+        return case.model, case.precision, case.threads
+
+    try:
+        for key, of_group in itertools.groupby(sorted(chosen, key=group, reverse=True), group):  # the slowest last
+            yield from _rows(settings, rows, key, list(of_group), models)
+        yield _emulated(settings, rows, str(tiny), threads[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rows(settings: Settings, rows: Rows, key: tuple[str, str, int], chosen: Sequence[Case],
+          models: Mapping[str, str]) -> Iterator[Row]:
+    name, precision, threads = key
+    found: list[Outcome] = []
+    made = partial(subject, replace(settings, model=models[name], threads=threads), rows, family="lora", rank=4,
+                   precision=precision, expected_batch=MOST_RECORDS, max_length=48)
+    for head in (True, False):
+        one = made(train_head=head)
+        one.trainer.rehearse()  # as a client does before its first charge
+        found += outcomes(one, [case for case in chosen if case.head == head], settings.device)
+    for generator in GENERATORS:
+        those = [one for one in found if one.case.generator == generator]
+        if not those:
+            continue
+        yield _row(f"{name}, {precision}, threads {threads}, {generator}", those)
+
+
+def _emulated(settings: Settings, rows: Rows, model: str, threads: int) -> Row:
+    """Every number of records, the last one gone."""
+    one = subject(replace(settings, model=model, threads=threads), rows, family="lora", rank=4, precision="fp32",
+                  expected_batch=MOST_RECORDS, max_length=48)
+    one.trainer.rehearse()
+    with rounding_otherwise(one, lambda rows: rows >= EMULATED_ROWS):
+        found = [by_decision(one, Case("decision", "tiny BERT", "fp32", threads, True, records, "last", "one", records),
+                             settings.device)
+                 for records in (range(14, 19) if settings.quick else range(1, MOST_RECORDS + 1))]
+    return _row(f"tiny BERT, fp32, threads {threads}, decision, another processor", found)
+
+
+def _row(name: str, found: Sequence[Outcome]) -> Row:
+    worst = max(found, key=lambda one: one.ratio)
+    case = worst.case
+    return Row(name, {
+        "largest ‖S − S′‖ / C": exactly(worst.ratio, RATIO, better="lower", target=1.0),
+        "inputs": exactly(len(found), "inputs"),
+        "above 1": exactly(sum(one.ratio > 1 for one in found), "inputs", better="lower"),
+        "others bit-equal": exactly(sum(one.equal for one in found), "inputs"),
+        "refused for size": exactly(sum(one.refused for one in found), "inputs")},
+        note=f"largest of {case.records} records, the {case.place} one gone, texts of {case.lengths} padded length"
+             f"{'s'[:case.lengths == 'several']}, head {'trained' if case.head else 'fixed'}, seed {case.seed}")
+
+
+FIGURE = Figure(15, measure)

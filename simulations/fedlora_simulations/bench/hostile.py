@@ -1,0 +1,290 @@
+"""Tensors of a hostile server, made so that one record that comes or goes changes the others' gradients by rounding.
+
+Whatever makes a processor round a batch of n records otherwise than one of n - 1 moves an activation by its last bits.
+`threshold_head` makes that a decision: between the two roundings of one feature it puts the boundary of a classifier so
+steep that a record's loss is nothing on one side, and its gradient as long as the clip norm, or longer, on the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlora.plan import Tensors
+from fedlora.privacy import Stream
+from fedlora.tasks import Records
+from fedlora.training.optimizer import PerRecordOptimizer
+
+from .subjects import Subject
+
+STEEP = 2.0**34
+"""Of the head: about 1.7e10. A power of two multiplies without rounding."""
+
+_ASCENTS, _STEP = 2, 0.5
+"""Steps up the gradient, each of so much of a tensor's norm."""
+
+_VISIBLE = 1e-3
+"""Root mean square to which a difference of roundings is magnified while its effect is differentiated."""
+
+_NOISE = itertools.count()
+
+Row = tuple[torch.Tensor, torch.Tensor]
+"""[length] token ids of a record of a pass, and what was seen of it."""
+
+Watch = Callable[[Callable[[str], Callable[[torch.Tensor], None]]], list[Any]]
+"""Places hooks, given what notes the values of a name; returns their handles."""
+
+
+@dataclass(frozen=True)
+class Summed:
+    """What a step of `Trainer.train` had summed up right before its noise.
+
+    Attributes:
+        clipped: [values] float64.
+        gradients: how often each record's gradient occurred, by a hash of its bits.
+    """
+
+    clipped: torch.Tensor
+    gradients: Counter[int]
+
+
+@contextlib.contextmanager
+def sums() -> Iterator[list[Summed]]:
+    """Of each private step that is done meanwhile: what its noise is added to. Nothing is changed."""
+    clip, add = PerRecordOptimizer.clip_and_accumulate, PerRecordOptimizer.add_noise
+    seen: list[Summed] = []
+    gradients: Counter[int] = Counter()
+
+    def clipping(self: PerRecordOptimizer) -> None:
+        if self.buffer.armed:
+            gradients.update(hash(row.tobytes()) for row in self.buffer.rows.cpu().numpy())
+        clip(self)
+
+    def noising(self: PerRecordOptimizer) -> None:
+        seen.append(Summed(self.clipped_sum.cpu().clone(), Counter(gradients)))
+        gradients.clear()
+        add(self)
+
+    PerRecordOptimizer.clip_and_accumulate, PerRecordOptimizer.add_noise = clipping, noising  # type: ignore
+    try:
+        yield seen
+    finally:
+        PerRecordOptimizer.clip_and_accumulate, PerRecordOptimizer.add_noise = clip, add  # type: ignore
+
+
+def train(subject: Subject, records: Records, state: Tensors) -> Summed:
+    """One private step of all records from these tensors, as a client trains, up to its noise.
+
+    A tripwire that ends the round then is no matter: nothing would be released, and the sum was formed.
+    """
+    subject.adapted.write(state)
+    logging.disable(logging.ERROR)  # that hostile tensors cut the adapter off is no news
+    try:
+        with sums() as seen, contextlib.suppress(RuntimeError):
+            subject.trainer.train(
+                subject.plan, records, sampling_rate=1.0, noise_multiplier=1.0, clip_norm=subject.plan.clip_norm,
+                sampling=Stream.derived(0, "hostile", 0, "sampling"),
+                noise=Stream.derived(0, "hostile", next(_NOISE), "noise"))
+    finally:
+        logging.disable(logging.NOTSET)
+    assert len(seen) == 1, "a plan of one step has one sum"
+    return seen[0]
+
+
+@contextlib.contextmanager
+def _watched(subject: Subject, watch: Watch) -> Iterator[dict[str, list[Row]]]:
+    """What hooks see of each record, by name; `watch` places them. CUDA graphs, which call no hook, are left out."""
+    seen: dict[str, list[Row]] = {}
+    ids: list[torch.Tensor] = []
+
+    def note(name: str) -> Callable[[torch.Tensor], None]:
+        def take(values: torch.Tensor) -> None:
+            if len(ids) and len(values) >= len(ids[0]):
+                seen.setdefault(name, []).extend(zip(ids[0], values.detach().float().cpu(), strict=False))
+        return take
+
+    def begin(module: nn.Module, arguments: Any, named: Mapping[str, Any]) -> None:
+        ids[:] = [named["input_ids"].cpu()]
+
+    trainer: Any = subject.trainer
+    graphed, trainer._graphed = trainer._graphed, None
+    hooks = [subject.adapted.model.register_forward_pre_hook(begin, with_kwargs=True), *watch(note)]
+    try:
+        yield seen
+    finally:
+        trainer._graphed = graphed
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def rounding_otherwise(subject: Subject, rows: Callable[[int], bool]) -> Iterator[None]:
+    """As on a processor whose linear layers round one row for each record otherwise for some numbers of rows: by one
+    unit in the last place, upwards. So do some with 16 rows and more."""
+    def hook(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
+        if output.dim() != 2 or not rows(len(output)):
+            return output
+        return output + (torch.nextafter(output, torch.full_like(output, torch.inf)) - output).detach()
+
+    hooks = [module.register_forward_hook(hook) for name, module in subject.adapted.model.named_modules()
+             if isinstance(module, nn.Linear) and name != subject.adapted.head]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+def head_inputs(subject: Subject, records: Records, state: Tensors, text: np.ndarray) -> torch.Tensor:
+    """[rows, d]: what the classifier's last layer is given for each record that is this text."""
+    assert subject.adapted.head is not None
+    head = subject.adapted.model.get_submodule(subject.adapted.head)
+    pad = records.pad_id
+
+    def watch(note: Callable[[str], Callable]) -> list[Any]:
+        take = note("head")
+        return [head.register_forward_pre_hook(lambda _, given: take(given[0]))]
+
+    with _watched(subject, watch) as seen:
+        train(subject, records, state)
+    found = [values if values.dim() == 1 else values[len(text) - 1] for ids, values in seen.get("head", ())
+             if _is(ids, text, pad)]
+    return torch.stack(found) if found else torch.zeros(0, int(head.weight.shape[1]))  # type: ignore
+
+
+def _is(ids: torch.Tensor, text: np.ndarray, pad: int) -> bool:
+    return len(ids) >= len(text) and ids[:len(text)].tolist() == text.tolist() and bool((ids[len(text):] == pad).all())
+
+
+def threshold_head(subject: Subject, present: torch.Tensor, absent: torch.Tensor,
+                   scale: float = STEEP) -> tuple[dict[str, np.ndarray], int]:
+    """A head that decides between the roundings of one feature with a further record present, and with it absent.
+
+    Args:
+        present, absent: [rows, d] of `head_inputs`; none of `absent` where there is no other record.
+    Returns:
+        Its tensors, and the label that is wrong for all where the record is present, and right where it is not.
+    """
+    absent = absent if len(absent) else present
+    one, other = present.median(0).values, absent.median(0).values
+    up = one > other
+    apart = torch.where(up, present > other, present < other).float().mean(0)
+    apart += torch.where(up, absent < one, absent > one).float().mean(0)
+    gap = (one - other).abs() / one.abs().clamp(min=1e-6)
+    feature = int((apart + gap.clamp(max=0.5)).argmax())
+    low, high = sorted((float(one[feature]), float(other[feature])))
+    shapes = {spec.name: spec.shape for spec in subject.adapted.layout.state}
+    weight = np.zeros(shapes[f"head.{subject.adapted.head}.weight"], np.float32)
+    weight[:2, feature] = scale, -scale
+    tensors = {f"head.{subject.adapted.head}.weight": weight}
+    edges = np.array([-scale * low, scale * high])
+    if (bias := f"head.{subject.adapted.head}.bias") in shapes:
+        tensors[bias] = np.resize(edges, shapes[bias]).astype(np.float32)
+    else:  # another feature, that both have alike, takes its place
+        alike = torch.where(one == other, one.abs(), 0.0)
+        alike[feature] = 0.0
+        constant = int(alike.argmax())
+        if float(alike[constant]):
+            weight[:2, constant] = edges / float(one[constant])
+    return tensors, int(float(one[feature]) > float(other[feature]))
+
+
+def most_different_layer(subject: Subject, with_it: Records, without: Records, state: Tensors,
+                         text: np.ndarray) -> tuple[str | None, torch.Tensor | None]:
+    """The linear layer of whose outputs for this text the most bits differ, and the difference; (None, None) if none
+    does."""
+    layers = {name: module for name, module in subject.adapted.model.named_modules()
+              if isinstance(module, nn.Linear) and name != subject.adapted.head}
+
+    def watch(note: Callable[[str], Callable]) -> list[Any]:
+        def hook(name: str) -> Callable:
+            take = note(name)
+            return lambda _, given, output: take(output)
+
+        return [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+
+    outputs = []
+    for records in (with_it, without):
+        with _watched(subject, watch) as seen:
+            train(subject, records, state)
+        outputs.append({name: values for name, rows in seen.items()
+                        for ids, values in reversed(rows) if _is(ids, text, records.pad_id)})
+    both = outputs[0].keys() & outputs[1].keys()
+    share = {name: float((outputs[0][name] != outputs[1][name]).float().mean()) for name in sorted(both)}
+    if not share or not any(share.values()):
+        return None, None
+    name = max(share, key=lambda one: share[one])
+    return name, outputs[0][name] - outputs[1][name]
+
+
+def magnified(subject: Subject, state: Tensors, text: np.ndarray, pad: int, layer: str,
+              difference: torch.Tensor) -> dict[str, np.ndarray]:
+    """The tensors after a few steps up the gradient of how far this difference in a layer moves the head's input."""
+    adapted, model = subject.adapted, subject.adapted.model
+    module, head = model.get_submodule(layer), model.get_submodule(adapted.head or "")
+    device = subject.trainer.device
+    length = difference.shape[0] if difference.dim() == 2 else len(text)
+    ids = torch.full((1, length), pad)
+    ids[0, :len(text)] = torch.from_numpy(text.astype(np.int64))
+    attended = (torch.arange(length) < len(text)).long()[None]
+    shift = (difference * (_VISIBLE / float(difference.square().mean().sqrt()))).to(device)
+    moved = dict(state)
+    for _ in range(_ASCENTS):
+        adapted.write(moved)
+        given: list[torch.Tensor] = []
+        seeing = head.register_forward_pre_hook(lambda _, inputs, given=given: given.append(inputs[0]))
+        try:
+            for shifted in (False, True):
+                hook = module.register_forward_hook(lambda _, inputs, output: output + shift.to(output.dtype))
+                if not shifted:
+                    hook.remove()
+                with subject.trainer.autocast():
+                    model(input_ids=ids.to(device), attention_mask=attended.to(device))
+                hook.remove()
+        finally:
+            seeing.remove()
+        trained = [(spec.name, one) for spec, one in adapted.trained_parameters() if spec.group == "adapter"]
+        effect = (given[1].float() - given[0].float()).norm()
+        if not effect.requires_grad or not bool(effect.isfinite()):
+            return moved
+        slopes = torch.autograd.grad(effect, [parameter for _, parameter in trained], allow_unused=True)
+        for (name, parameter), slope in zip(trained, slopes, strict=True):
+            if slope is not None and bool(slope.isfinite().all()) and float(slope.norm()):
+                size = float(parameter.detach().norm()) or 1.0
+                moved[name] = (parameter.detach() + _STEP * size * slope / slope.norm()).float().cpu().numpy()
+    return moved
+
+
+def adapters(subject: Subject, scale: float, seed: int) -> dict[str, np.ndarray]:
+    """All tensors: random adapters of this scale, 0 for none, and a head of zeros."""
+    random = np.random.default_rng(seed)
+    return {spec.name: (scale * random.standard_normal(spec.shape) if spec.group == "adapter" else
+                        np.zeros(spec.shape)).astype(np.float32) for spec in subject.adapted.layout.state}
+
+
+def structured(shape: tuple[int, ...], kind: str, exponent: int, seed: int) -> np.ndarray:
+    """Values of about 10^exponent of a kind of `KINDS`, float32."""
+    random = np.random.default_rng(seed)
+    values = random.standard_normal(shape)
+    if kind == "zeros":
+        values = np.zeros(shape)
+    elif kind == "equal":
+        values = np.ones(shape)
+    elif kind == "sparse":
+        values *= random.random(shape) < 0.02
+    elif kind == "cancelling":  # neighbours that differ by a few units in the last place, with opposite signs
+        flat = values.reshape(-1)
+        flat[1::2] = -flat[:-1:2][:len(flat[1::2])] * (1 + 2.0**-23 * random.integers(-4, 5, len(flat[1::2])))
+    return (values * 10.0**exponent).clip(-1e17, 1e17).astype(np.float32)
+
+
+KINDS = ("random", "zeros", "equal", "sparse", "cancelling")

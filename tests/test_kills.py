@@ -1,0 +1,21 @@
+"""A sample of `tests.kills`: a client killed after its first charge, wherever, has been charged for all that left."""
+
+import pytest
+
+from fedlora.plan import PROTOCOL
+from tests.kills import campaign, restored_snapshot
+
+SAMPLE = [("once that is noted", 2), ("after the witness", 1), ("while sending", 1), ("during the training", 1)]
+
+
+def test_kills_after_a_charge_never_let_more_updates_leave_than_were_charged(tmp_path, checkpoint):
+    counted = campaign(tmp_path, checkpoint("bert"), SAMPLE)
+    assert counted.states["reserved"] >= 1, "the one that was killed in its training stays charged"
+    assert counted.charges > len(counted.left)
+
+
+@pytest.mark.skipif(PROTOCOL == 4, reason="a server keeps no anchor before protocol 5")
+def test_a_ledger_that_was_restored_with_its_witness_is_refused(tmp_path, checkpoint):
+    code, counted, log = restored_snapshot(tmp_path, checkpoint("bert"))
+    assert code not in (None, 0), log
+    assert counted.charges < len(counted.left), "the ledger has forgotten what had left"
