@@ -20,7 +20,7 @@ AGREED = ("run_id", "fedlora_version", "strategy", "private", "model", "task", "
 class Server:
     """One run of at most two rounds, with a real client process called north."""
 
-    def __init__(self, folder, checkpoint, **changes):
+    def __init__(self, folder, checkpoint, announce=False, **changes):
         self.plan = RunPlan(**{
             "run_id": "ab" * 8, "fedlora_version": fedlora.__version__, "strategy": "ffa-lora", "family": "frozen-a",
             "private": True, "model": models.reference("local", checkpoint), "task": "classification",
@@ -28,7 +28,8 @@ class Server:
             "train_head": True, "dropout": 0.0, "rounds": 2, "max_participations": 2, "local_steps": 2,
             "expected_batch": 8, "optimizer": "sgd", "lr": 0.1, "clip_norm": 0.5, "adapter_scale": 1.0,
             "head_scale": 1.0, "weight_by_examples": False} | changes)
-        setup = Setup(**{name: getattr(self.plan, name) for name in AGREED}, announce_labels=False)
+        setup = Setup(**{name: getattr(self.plan, name) for name in AGREED}
+                      | ({"labels": ()} if announce else {}), announce_labels=announce)
         adapted = attach(models.load(checkpoint, "classification", 2), family="frozen-a", rank=2, alpha=2.0,
                          targets=("query",), train_head=True)
         self.state = initial_tensors(adapted, init="orthonormal", seed=0)
@@ -38,8 +39,8 @@ class Server:
         self.deployment.address = self.engine.address
         self.data = write_rows(folder / "data" / "north.jsonl", seed=0)
 
-    def client(self, *arguments):
-        self.deployment.client("north", self.data, *arguments)
+    def client(self, *arguments, **options):
+        self.deployment.client("north", self.data, *arguments, **options)
         return self
 
     def ask(self, round, attempt=0, **changes):

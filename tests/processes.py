@@ -151,9 +151,14 @@ class Deployment:
         self.processes["server"] = process
         return process
 
-    def client(self, name: str, data: Path, *arguments: object, seed: int | None = None) -> Process:
+    def client(self, name: str, data: Path, *arguments: object, seed: int | None = None,
+               defaults: bool = True) -> Process:
+        """Start a client; `defaults` are what an owner declares of the rows of `write_rows`."""
         if seed is not None:
             arguments = (*arguments, "--simulated-ledger", self.home(name))
+        for flag, *value in (("--yes",), ("--declared-size", 120), ("--labels", "routine,urgent")):
+            if defaults and flag not in arguments:
+                arguments = (*arguments, flag, *value)
         process = start("client", "--data", data, "--name", name, "--server", self.address, "--model", self.checkpoint,
                         "--state", self.folder / "state" / name, "--threads", 1, "--device", "cpu",
                         "--precision", "fp32", *arguments, log=self.folder / f"{name}.log", seed=seed,

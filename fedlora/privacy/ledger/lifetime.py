@@ -321,17 +321,30 @@ class Book:
         for name in (dataset, *self.overlapping(dataset)):
             if self.other_unit(name, terms) is not None:
                 return None
-            limit = self.declared(name)
-            if limit is None or limit.epsilon == math.inf:
-                continue
-            others = [run.terms.spends(run.committed) for run in self.counted(name)
-                      if (run.dataset, run.terms.run_id) != (dataset, terms.run_id)]
-            if filter_epsilon([*others, planned], limit.delta, limit.orders) <= limit.epsilon:
+            limit, others = self.declared(name), self._beside(name, dataset, terms)
+            if limit is None or self._room(limit, [*others, planned]):
                 continue
             if others or planned is None or Accountant(planned).epsilon(limit.delta) > limit.epsilon:
                 return None
             closes.add(name)
         return frozenset(closes)
+
+    def room_for(self, runs: int, dataset: str, terms: RunTerms) -> bool:
+        """Whether so many runs on these terms fit every lifetime concerned, one after the other: by the filter alone,
+        since a run that closes a budget leaves room for none."""
+        planned = terms.spends(terms.max_participations)
+        return all((limit := self.declared(name)) is None
+                   or self._room(limit, [*self._beside(name, dataset, terms), *[planned] * runs])
+                   for name in (dataset, *self.overlapping(dataset)))
+
+    @staticmethod
+    def _room(limit: Declaration, spends: Collection[Sequence[Spend] | None]) -> bool:
+        return limit.epsilon == math.inf or filter_epsilon(spends, limit.delta, limit.orders) <= limit.epsilon
+
+    def _beside(self, name: str, dataset: str, terms: RunTerms) -> list[tuple[Spend, ...] | None]:
+        """What the budget of `name` holds for other runs than this one of `dataset`."""
+        return [run.terms.spends(run.committed) for run in self.counted(name)
+                if (run.dataset, run.terms.run_id) != (dataset, terms.run_id)]
 
     def other_unit(self, name: str, terms: RunTerms) -> tuple[str, str] | None:
         """(dataset, unit) of a limit or a run that protects another unit than this run, and has one budget with `name`.
