@@ -11,8 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny 
 # a shell script's background jobs, and what they start, ignore Ctrl-C; tests send it to their processes
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-WAITING = frozenset({"test_bench", "test_demo", "test_end_to_end", "test_hostile_server", "test_restarts",
-                     "test_superlink", "test_workers"})
+WAITING = frozenset({"test_bench", "test_demo", "test_end_to_end", "test_hostile_server", "test_neighbours",
+                     "test_restarts", "test_superlink", "test_workers"})
 """Modules whose tests start processes and wait for them."""
 
 

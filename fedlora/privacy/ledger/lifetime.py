@@ -158,6 +158,7 @@ class Lifetime:
         remaining: epsilon less committed, 0 where the budget is closed; None without a limit.
         closed_by: the run that was admitted as the only one and closed the budget.
         declared: all declarations, the first one first.
+        charged: epsilon of the trainings that were begun alone, whatever closed the budget.
     """
 
     epsilon: float | None
@@ -167,6 +168,7 @@ class Lifetime:
     remaining: float | None
     closed_by: str | None
     declared: tuple[Declaration, ...]
+    charged: float
 
 
 @dataclass
@@ -370,13 +372,14 @@ class Book:
             return filtered
 
         spent, committed = epsilon(run.charged for run in runs), epsilon(run.committed for run in runs)
+        charged = epsilon(run.begun for run in runs)
         if limit is None:
-            return Lifetime(None, None, spent, committed, None, None, ())
+            return Lifetime(None, None, spent, committed, None, None, (), charged)
         filtered = filter_epsilon([run.terms.spends(run.committed) for run in runs], limit.delta, orders)
         closing = next((run for run in runs if dataset in run.closes), None) if filtered > limit.epsilon else None
         remaining = 0.0 if closing else max(0.0, limit.epsilon - committed)
         return Lifetime(limit.epsilon, limit.delta, spent, committed, remaining,
-                        closing.terms.run_id if closing else None, tuple(self.declarations[dataset]))
+                        closing.terms.run_id if closing else None, tuple(self.declarations[dataset]), charged)
 
     def spent_after(self, dataset: str, further: Sequence[Spend]) -> float:
         """Epsilon spent once this is spent too, by the filter; infinite where a run had no noise."""
