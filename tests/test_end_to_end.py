@@ -203,6 +203,7 @@ def test_clients_that_do_not_fit_are_turned_away_with_what_to_change(deployment,
     deployment.wait_for("server", "twin ready")
     deployment.folder = tmp_path / "second"
     deployment.folder.mkdir()
+    [file] = hospitals(deployment.folder, 1)  # a witness lies beside the first one's
     other = write_rows(tmp_path / "other.jsonl", 1, rows=5)
     with other.open("a") as more:
         more.write(json.dumps({"text": f"{secret} acute", "label": secret}) + "\n")

@@ -32,7 +32,7 @@ KINDS = {
         "others": {"empty": ("\u200b", "\u200b"), "overlong": ("a", LONG), "long prompt": (LONG, "x")}}}
 
 PLANS = {
-    "classification": {"run_id": "ef" * 8, "labels": ("calm", "urgent"), "max_length": 3, "expected_batch": 3,
+    "classification": {"run_id": "ef" * 8, "labels": ("calm", "urgent"), "max_length": 1, "expected_batch": 3,
                        "targets": ("query", "value"), "clip_norm": 1e-6, "local_steps": 3},
     "causal-lm": {"run_id": "ef" * 8, "max_length": 12, "expected_batch": 3, "clip_norm": 1e-6, "local_steps": 3,
                   "task": "causal-lm", "labels": (), "targets": ("q_proj",), "train_head": False}}

@@ -109,7 +109,7 @@ def ask_size(console: Console, proposal: int, units: str) -> int:
                   "number, and tells of it; it stays the same when a few are added or removed.", soft_wrap=True)
     while True:
         try:
-            answer = console.input(f"Declared size [{proposal}]: ").strip().replace(",", "")
+            answer = console.input(f"Declared size [{proposal}]: ", markup=False).strip().replace(",", "")
         except EOFError:
             raise ValueError("no size was declared; name it with --declared-size") from None
         if not answer:
@@ -122,6 +122,6 @@ def ask_size(console: Console, proposal: int, units: str) -> int:
 def ask_whether(console: Console) -> bool:
     """Whether to take part, from whoever sits at the terminal; only yes is yes."""
     try:
-        return console.input("Take part? [y/N]: ").strip().lower() in ("y", "yes")
+        return console.input("Take part? [y/N]: ", markup=False).strip().lower() in ("y", "yes")
     except EOFError:
         return False

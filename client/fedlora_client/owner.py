@@ -70,7 +70,7 @@ class Owner:
                 raise ValueError(f"{where}[dataset.{real.id}] in {path} gives {real.data} a lifetime budget, and a "
                                  "simulated ledger would not charge it. Leave the option out")
         if Path(self._data).exists() and (left := witnesses_in(self._beside)):
-            raise ValueError(f"{where}{left[0]} says that updates have left under a real ledger, and a simulated one "
+            raise ValueError(f"{where}{left[0]} says that a real ledger is kept for these data, and a simulated one "
                              "would not charge it. Leave the option out, or put made-up data in a folder of its own")
 
     def _check_unit(self) -> None:

@@ -204,7 +204,7 @@ class Part:
             return ()
         if setup.announce_labels:
             if declared is not None or not setup.private:
-                return declared or names_to_announce(rows)
+                return data.in_order(declared or names_to_announce(rows))
             log.error("The server asks for the label names, and under privacy none is told because a row has it. %s",
                       how_to_declare(rows))
             raise Refused("labels")

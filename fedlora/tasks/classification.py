@@ -52,13 +52,14 @@ class Classification(Task):
         for chunk in self._chunks(rows):
             labelled = [row for row in chunk if rows.labels[row] in classes]
             for row, (ids, types) in self._each(labelled, tokenize, unusable):
+                ids = ids[:self.max_length]  # tokenizers cut nothing where their special tokens alone are more
                 if not ids:
                     if unusable is not None:
                         unusable["no token"] += 1
                     continue
                 tokens.append(np.array(ids, np.int32))
                 if types is not None:
-                    segments.append(np.array(types, np.uint8))
+                    segments.append(np.array(types[:self.max_length], np.uint8))
                 kept.append(row)
                 classes_of_kept.append(classes[rows.labels[row]])  # type: ignore[index]
         return pack(tokens, self.tokenizer.pad_token_id, labels=classes_of_kept,

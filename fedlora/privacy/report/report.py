@@ -52,8 +52,9 @@ SAMPLER = "Poisson: each {unit} enters each step on its own with the sampling ra
 NOT_COVERED = (
     "Timing and availability: how long a round takes, whether and when this client answers; a machine that runs out of "
     "memory in a round; an owner who leaves after having read the data.",
-    "Whether this client comes at all: it does not where its files cannot be read, or do not fit what their owner "
-    "declares of them; nor where another data set of this machine that shares records has used up its budget.",
+    "Whether this client comes at all: it does not where its files cannot be read, have other columns than task and "
+    "model need, or do not fit what their owner declares of them; nor where another data set of this machine that "
+    "shares records has used up its budget.",
     "Floating point: noise is drawn as real numbers would be, and rounded; each value is a sum of several draws, which "
     "makes an attack on the rounding expensive, not impossible.",
     "Rounding: one record's presence can change how others are rounded. With tensors as training leaves them that is "
