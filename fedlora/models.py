@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import logging as transformers_logging
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -224,10 +224,9 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
             model, info = kind.from_pretrained(  # type: ignore[misc]
                 path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
                 output_loading_info=True, ignore_mismatched_sizes=True, **labels)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         except (MemoryError, RuntimeError):
             raise
-        except Exception as error:  # safetensors', tokenizers' and transformers' own, some of them bare
+        except Exception as error:  # safetensors' and transformers' own, some of them bare
             raise _damaged(path, error) from error
     absent = set(info["missing_keys"]) | {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     missing = tuple(sorted(absent & {name for name, _ in model.named_parameters()}))
@@ -240,18 +239,48 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
                          f"{' and more' if len(missing) > 1 else ''}, or have it in another size. Fetch the model "
                          "again.")
     _check_weights(path, model)
+    tokenizer = _tokenizer(path, len(embedding))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False  # of keys and values: for generation, which nobody does here
+    return LoadedModel(model.eval(), tokenizer, missing, task, path)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load` gives, without the model: quick enough to be done before anything else.
+
+    Raises:
+        ValueError: it has no token to pad with, or tokens beyond the embeddings that config.json gives the model.
+    """
+    with _silent_transformers():
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            embedded = getattr(config.get_text_config(), "vocab_size", None)
+        except Exception as error:  # transformers' own, some of them bare
+            raise _damaged(path, error) from error
+    return _tokenizer(path, embedded)
+
+
+def _tokenizer(path: Path, embedded: int | None) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a token to pad with, held against the number of the model's embeddings if that is known."""
+    with _silent_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # tokenizers' and transformers' own, some of them bare
+            raise _damaged(path, error) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer in {path} has neither a pad token nor an end-of-sequence token; set one "
                              "with tokenizer.pad_token = … and save it again.")
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id >= len(embedding):
+    if embedded is not None and tokenizer.pad_token_id >= embedded:
         raise ValueError(f"the tokenizer in {path} pads with token {tokenizer.pad_token_id}, and the model has "
-                         f"embeddings for {len(embedding)}; set another one with tokenizer.pad_token = "
+                         f"embeddings for {embedded}; set another one with tokenizer.pad_token = "
                          "tokenizer.eos_token and save it again, or resize the model's embeddings.")
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.use_cache = False  # of keys and values: for generation, which nobody does here
-    return LoadedModel(model.eval(), tokenizer, missing, task, path)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if embedded is not None and largest >= embedded:  # else the record that has it ends the round that draws it
+        raise ValueError(f"the tokenizer in {path} has tokens up to {largest}, and the model has embeddings for "
+                         f"{embedded}; resize the model's embeddings (resize_token_embeddings) and save both again.")
+    return tokenizer
 
 
 def _check_weights(path: Path, model: PreTrainedModel) -> None:

@@ -141,9 +141,11 @@ OPTIONS: tuple[Option, ...] = (
     Option("--privacy", RUN, "whether clients must train under differential privacy", "required",
            choices=("required", "off")),
     Option("--model", RUN, "alias (minilm), folder, or hub id[@commit]", "minilm"),
-    Option("--task", RUN, "what the model learns", "classification", choices=TASKS),
+    Option("--task", ALL, "what the model learns", "classification", choices=TASKS),
     Option("--labels", (SERVER,), "the label set; without it clients announce their label names", None, _labels,
            metavar="A,B,…"),
+    Option("--labels", (CLIENT,), "the label names in --data: its rows and the server's set are held against them, and "
+           "they are announced where the server asks [as the policy has it]", None, _labels, metavar="A,B,…"),
     Option("--labels", (SIMULATE,), "the label set [that of --data]", None, _labels, metavar="A,B,…"),
     Option("--max-length", RUN, "tokens kept of a record", 128, count),
     Option("--rank", RUN, "rank of the adapters [preset]", None, count),
@@ -198,8 +200,11 @@ OPTIONS: tuple[Option, ...] = (
     Option("--name", (CLIENT,), "this client's name at the server [host name]"),
     Option("--epsilon", LOCAL, "privacy budget of the run; inf turns privacy off", 8.0, _positive),
     Option("--delta", LOCAL, "[min(1e-5, 0.1 / declared size)]", None, _number(float, 0, 1, open_low=True)),
-    Option("--declared-size", LOCAL, "public number of records, or of units [rounded down to two digits]", None,
-           count),
+    Option("--declared-size", (CLIENT,), "public number of records, or of units [as the policy has it, or asked for]",
+           None, count),
+    Option("--declared-size", (SIMULATE,), "public number of records, or of units, of each client [rounded down to two "
+           "digits]", None, count),
+    Option("--yes", (CLIENT,), "take part without being asked first, when what the run costs was shown", False, None),
     Option("--privacy-unit", LOCAL, "what is protected as one: row, or column:NAME for all rows with one value there "
            "[row]", None, _unit, metavar="UNIT"),
     Option("--rows-per-unit", LOCAL, "most rows of one unit that enter a step", 8, count),

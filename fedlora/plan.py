@@ -280,10 +280,10 @@ REFUSALS: Mapping[str, str] = {
     "version-mismatch": "the two sides' versions do not fit each other",
     "privacy-mismatch": "the client's --epsilon contradicts the server's --privacy",
     "name-in-use": "another live client has this name",
-    "labels": "the client's labels are not in the plan's label set",
+    "labels": "the labels that the client declares do not fit the plan's label set, or it declares none",
 }
-"""Every code with which one side declines, and its fixed meaning. None depends on a private row's content but "labels",
-which tells that some row has a label outside the plan's set."""
+"""Every code with which one side declines, and its fixed meaning. Under privacy none depends on a row's content;
+without it "labels" can tell that some row has a label outside the plan's set."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 
 import fedlora
 from fedlora import models, wire
-from fedlora.adapters import attach, initial_tensors
+from fedlora.adapters import attach_planned, initial_tensors
 from fedlora.adapters.private import release_layout, release_tensors
 from fedlora.plan import RoundPlan, RunPlan
 from fedlora.privacy import Ledger
@@ -17,10 +17,22 @@ AGREED = ("run_id", "fedlora_version", "strategy", "private", "model", "task", "
           "max_participations", "local_steps", "expected_batch", "clip_norm", "private_start")
 
 
+class RecordingEngine(GrpcEngine):
+    """Keeps what clients send: the frames of each of their streams, as bytes."""
+
+    def __init__(self, *arguments, **options):
+        self.streams = []
+        super().__init__(*arguments, **options)
+
+    def _read(self, session, requests):
+        self.streams.append(frames := [])
+        super()._read(session, (frames.append(data) or data for data in requests))
+
+
 class Server:
     """One run of at most two rounds, with a real client process called north."""
 
-    def __init__(self, folder, checkpoint, **changes):
+    def __init__(self, folder, checkpoint, announce=False, **changes):
         self.plan = RunPlan(**{
             "run_id": "ab" * 8, "fedlora_version": fedlora.__version__, "strategy": "ffa-lora", "family": "frozen-a",
             "private": True, "model": models.reference("local", checkpoint), "task": "classification",
@@ -28,19 +40,38 @@ class Server:
             "train_head": True, "dropout": 0.0, "rounds": 2, "max_participations": 2, "local_steps": 2,
             "expected_batch": 8, "optimizer": "sgd", "lr": 0.1, "clip_norm": 0.5, "adapter_scale": 1.0,
             "head_scale": 1.0, "weight_by_examples": False} | changes)
-        setup = Setup(**{name: getattr(self.plan, name) for name in AGREED}, announce_labels=False)
-        adapted = attach(models.load(checkpoint, "classification", 2), family="frozen-a", rank=2, alpha=2.0,
-                         targets=("query",), train_head=True)
-        self.state = initial_tensors(adapted, init="orthonormal", seed=0)
-        self.layout, self.release = adapted.layout, release_layout(adapted.layout, adapted.missing)
+        setup = Setup(**{name: getattr(self.plan, name) for name in AGREED}
+                      | ({"labels": ()} if announce else {}), announce_labels=announce)
+        self.prepare(checkpoint)
         self.deployment = Deployment(folder, checkpoint)
-        self.engine = GrpcEngine("127.0.0.1:0", setup, folder / "spool")
+        self.engine = RecordingEngine("127.0.0.1:0", setup, folder / "spool")
         self.deployment.address = self.engine.address
         self.data = write_rows(folder / "data" / "north.jsonl", seed=0)
 
-    def client(self, *arguments):
-        self.deployment.client("north", self.data, *arguments)
+    def prepare(self, checkpoint):
+        """The tensors that the plan's first round starts from."""
+        adapted = attach_planned(models.load(checkpoint, self.plan.task, len(self.plan.labels)), self.plan)
+        self.state = initial_tensors(adapted, init="orthonormal", seed=0)
+        self.layout, self.release = adapted.layout, release_layout(adapted.layout, adapted.missing)
+
+    def client(self, *arguments, **options):
+        self.deployment.client("north", self.data, *arguments, **options)
         return self
+
+    def wait_until_ready(self, times):
+        """Until the client has said so over so many streams."""
+        while len(self.engine.streams) < times or not self.engine.idle():
+            assert self.deployment.processes["north"].poll() is None, self.log()
+            self.engine.wait([], 0.05)
+
+    def come_back_with(self, **changes):
+        """Break the connection, and welcome the same client process to another run."""
+        setup = dataclasses.replace(self.engine._roster.setup, **changes)
+        self.engine._roster.setup = setup
+        for seat in self.engine._roster._seats.values():
+            seat.setup = setup
+        for session in list(self.engine._sessions):
+            session._context.cancel()
 
     def ask(self, round, attempt=0, **changes):
         """What the client answers to an order with a changed plan: an Upload or a Refusal."""

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 import fedlora_simulations.processes as simulated
+from fedlora.privacy.accounting import nominal_size
 
 PATIENCE = 4
 """Time limits end tests that hang; machines under load are slower than those on which the limits were chosen."""
@@ -152,9 +153,15 @@ class Deployment:
         self.processes["server"] = process
         return process
 
-    def client(self, name: str, data: Path, *arguments: object, seed: int | None = None) -> Process:
+    def client(self, name: str, data: Path, *arguments: object, seed: int | None = None,
+               defaults: bool = True) -> Process:
+        """Start a client; `defaults` are what an owner declares of rows of `write_rows`."""
+        size = nominal_size(data.read_bytes().count(b"\n") or 1) if data.is_file() else 120
         if seed is not None:
             arguments = (*arguments, "--simulated-ledger", self.home(name))
+        for flag, *value in (("--yes",), ("--declared-size", size), ("--labels", "routine,urgent")):
+            if defaults and flag not in arguments:
+                arguments = (*arguments, flag, *value)
         process = start("client", "--data", data, "--name", name, "--server", self.address, "--model", self.checkpoint,
                         "--state", self.folder / "state" / name, "--threads", 1, "--device", "cpu",
                         "--precision", "fp32", *arguments, log=self.folder / f"{name}.log", seed=seed,

@@ -119,7 +119,8 @@ def test_a_second_signal_ends_a_server_at_once_whoever_does_not_answer(deploymen
 def test_without_labels_the_server_takes_the_union_of_what_clients_say_they_disclose(deployment, tmp_path):
     deployment.server("--min-clients", 2, *SMALL, "--rounds", 1)
     for name, labels in {"north": ("routine", "urgent"), "south": ("routine", "acute")}.items():
-        deployment.client(name, write_rows(tmp_path / name / "rows.jsonl", 1, labels=labels))
+        deployment.client(name, write_rows(tmp_path / name / "rows.jsonl", 1, labels=labels), "--labels",
+                          ",".join(labels))
     assert deployment.end("server") == 0, deployment.log("server")
     assert "Disclosed to the server: the label names routine, urgent" in deployment.log("north")
     assert "south ready: discloses its label names acute, routine" in deployment.log("server")
@@ -202,6 +203,7 @@ def test_clients_that_do_not_fit_are_turned_away_with_what_to_change(deployment,
     deployment.wait_for("server", "twin ready")
     deployment.folder = tmp_path / "second"
     deployment.folder.mkdir()
+    [file] = hospitals(deployment.folder, 1)  # a witness lies beside the first one's
     other = write_rows(tmp_path / "other.jsonl", 1, rows=5)
     with other.open("a") as more:
         more.write(json.dumps({"text": f"{secret} acute", "label": secret}) + "\n")

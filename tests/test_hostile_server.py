@@ -73,11 +73,28 @@ def test_more_tensors_than_the_base_model_could_need_are_refused_from_their_head
     assert server.charges() == ()
 
 
-def test_rows_outside_the_runs_labels_are_named_in_the_clients_own_log_alone(serve):
-    server = serve().client()
-    assert server.ask(1, labels=("calm", "routine")) == Refusal("labels")
+def test_labels_are_refused_by_what_is_declared_alone(serve):
+    server = serve(labels=("calm", "routine")).client("--labels", "routine,urgent")
     assert server.deployment.end("north", 60) == 4
-    assert "north.jsonl:" in server.log() and "Allowed are: calm, routine" in server.log()
+    assert "urgent are not in the server's set, which is: calm, routine" in server.log()
+    assert [member.ready_at for member in server.engine.members()] == [None] and server.charges() == ()
+
+
+def test_a_plan_with_other_labels_than_the_server_said_is_declined(serve):
+    server = serve().client()
+    assert server.ask(1, labels=("calm", "routine")) == Refusal("policy")
+    assert server.deployment.end("north", 60) == 4
+
+
+def test_under_privacy_no_label_name_is_announced_because_a_row_has_it(serve):
+    server = serve(announce=True)
+    for flag in ((), ("--labels", "routine,urgent")):
+        server.client("--simulated-ledger", server.deployment.folder / "simulated", *flag, defaults=False)
+        if not flag:  # as an owner who declares nothing
+            assert server.deployment.end("north", 60) == 4
+            assert 'labels = ["routine", "urgent"]' in server.log() and "labels]" in server.log()
+    assert server.ask(1).steps == 2
+    assert [member.announced_labels for member in server.engine.members()] == [("routine", "urgent")]
 
 
 def test_tensors_that_cut_the_adapter_off_get_noise_and_no_word_of_it(serve):
@@ -127,12 +144,28 @@ def test_a_plan_that_changes_between_rounds_is_declined(serve):
     assert len(server.charges()) == 1
 
 
-def test_another_model_is_declined_before_the_data_is_read(serve):
-    server = serve(model=OTHER_MODEL)
-    server.data.write_text("not a row\n")
-    server.client()
+def test_another_model_is_declined(serve):
+    server = serve(model=OTHER_MODEL).client()
     assert server.deployment.end("north", 60) == 4
-    assert "model-mismatch" in server.log() and "0" * 64 in server.log() and "not a row" not in server.log()
+    assert "model-mismatch" in server.log() and "0" * 64 in server.log()
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("not a row\n", "north.jsonl:1 is not valid JSON"), ('{"text": "calm", "label": "secret"}\n', "north.jsonl:1: the "
+     "label is not in the label set"), ('{"prompt": "calm", "completion": "now"}\n', "--task causal-lm")])
+def test_what_is_wrong_with_the_files_is_said_before_a_server_is_called(serve, content, message):
+    server = serve()
+    server.data.write_text(content)
+    server.client()
+    assert server.deployment.end("north", 60) == 2
+    assert message in server.log() and "secret" not in server.log() and server.engine.members() == []
+
+
+def test_a_server_with_another_task_is_declined(serve):
+    server = serve().client("--task", "causal-lm")
+    assert server.deployment.end("north", 60) == 4
+    assert "this client's --task is causal-lm" in server.log()
+    assert [member.ready_at for member in server.engine.members()] == [None]
 
 
 POLICIES = {"min-noise-multiplier = 50.0": "min-noise-multiplier", 'servers = ["10.0.0.1:9092"]': "servers",
@@ -144,10 +177,8 @@ def test_what_the_owners_policy_forbids_is_declined_with_a_bare_code(serve, tmp_
     path = tmp_path / "policy.toml"
     path.write_text(policy + "\n")
     server = serve(private_start="start" in policy).client("--policy", path)
-    if "noise" in policy:  # known once the terms are computed
-        assert server.ask(1) == Refusal("policy")
     assert server.deployment.end("north", 60) == 4
-    assert server.charges() == ()
+    assert server.charges() == () and [member.ready_at for member in server.engine.members()] == [None]
     assert POLICIES[policy] in server.log() and str(path) in server.log() and "Traceback" not in server.log()
 
 
@@ -156,5 +187,6 @@ def test_a_run_beyond_the_lifetime_is_declined_and_the_log_says_what_is_left(ser
     server = serve()
     path.write_text(f"[dataset.north]\ndata = {json.dumps(str(server.data))}\nepsilon = 0.001\ndelta = 1e-5\n")
     server.client("--policy", path)
-    assert server.ask(1) == Refusal("budget")
+    assert server.deployment.end("north", 60) == 4
     assert server.charges() == () and "lifetime" in server.log() and str(path.name) in server.log()
+    assert [member.ready_at for member in server.engine.members()] == [None]  # who waits for clients does not count it

@@ -340,8 +340,9 @@ def test_a_real_client_has_charge_update_and_witness_on_the_disk_before_a_byte_o
     calls = system_calls(tmp_path / "calls")
     order = []
 
-    def first(name, where, data=b""):
-        order.append(next(call for call in calls if call.name == name and where in call.arguments and call.wrote(data)))
+    def first(name, where, data=b"", after=-1):
+        order.append(next(call for call in calls if call.name == name and where in call.arguments and call.wrote(data)
+                          and call.begin > after))
 
     def synchronised(where):
         order.append(next(call for call in calls if call.name in ("fsync", "fdatasync") and where in call.arguments
@@ -356,9 +357,9 @@ def test_a_real_client_has_charge_update_and_witness_on_the_disk_before_a_byte_o
     synchronised(f"<{folder}>")
     first("pwrite64", wal, b'"kind":"stored"')
     synchronised(wal)
-    first("write", f"{witness}>")
+    first("write", f"{witness}>", after=order[-1].end)  # it was tried when joining
     synchronised(f"{witness}>")
-    first("rename", witness)
+    first("rename", witness, after=order[-1].end)
     synchronised(f"<{data.parent}>")
     first("pwrite64", wal, b'"kind":"released"')
     synchronised(wal)

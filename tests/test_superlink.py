@@ -98,7 +98,8 @@ def test_supernodes_and_simulation_end_with_the_same_adapter(tmp_path, checkpoin
         for seed, name in enumerate(nodes):
             data = write_rows(tmp_path / "data" / f"{name}.jsonl", seed)
             flower.supernode(name, 5, data=str(data), model=str(model), state=str(tmp_path / "state" / name),
-                             threads=1, device="cpu", precision="fp32", **{"simulated-ledger": str(tmp_path / name)})
+                             threads=1, device="cpu", precision="fp32", labels="routine,urgent",
+                             **{"simulated-ledger": str(tmp_path / name)})
         flower.run(strategy="fedsvd", model=str(model), seed=5, out=str(tmp_path / "run"), **SMALL,
                    **{"min-clients": 2, "min-replies": 2})
         flower.wait_until((tmp_path / "run" / "report.json").exists, timeout_s=180)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 
 from rich.console import Console
@@ -26,7 +27,7 @@ def take_part(options: Namespace, console: Console) -> None:
         Refused: one side declined; the code says why.
         ServerUnreachable: no server within --connect-timeout.
     """
-    holder = DataHolder.of(options, console)
+    holder = DataHolder.of(options, console, asks=sys.stdin.isatty() and sys.stdout.isatty())
     owner, limits = holder.owner, holder.limits
     connection = Connection(options.server, holder.name, private=limits.private, insecure=options.insecure,
                             connect_timeout_s=options.connect_timeout,
@@ -62,7 +63,6 @@ def _serve(holder: DataHolder, setup: Setup, connection: Connection) -> None:
     connection.ready(part.announced)
     console = holder.console
     console.print(f"Joined {holder.options.server} as {holder.name}; waiting to be asked.")
-    part.foresee()
     try:
         while True:
             plan, tensors = connection.next_task()

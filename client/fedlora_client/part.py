@@ -1,12 +1,18 @@
-"""A data holder's part in a run: check the proposal, read the data, load the model, answer orders, write the report."""
+"""A data holder's part in a run: read the data, check the proposal, load the model, answer orders, write the report.
+
+What is wrong with the data is said before a server is called. From then on no row ends, delays or changes an answer:
+each follows from the options, the policy, the ledger and what the server proposes, and a row that a private run cannot
+use is its null record.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,17 +34,28 @@ from fedlora.plan import (
     Tensors,
     Upload,
 )
-from fedlora.privacy import INSECURE_SEED_VARIABLE, Budget, RunStreams, run_streams
-from fedlora.tasks import task_for
+from fedlora.privacy import (
+    INSECURE_SEED_VARIABLE,
+    Budget,
+    BudgetExhausted,
+    Forbidden,
+    RunStreams,
+    four_digits,
+    nominal_size,
+    run_streams,
+)
+from fedlora.tasks import Records, task_for
 from fedlora.training import Trainer, check_computing
 from fedlora.training.batch_invariance import Findings
 from fedlora.wire import Setup
 
+from .admission import Cost, ask_size, ask_whether, panel
 from .owner import Owner, limits_of, unit_count
 from .places import batch_invariance, default_state
 from .reporting import draw_spending, write_privacy_report
-from .session import ClientSession, Limits
+from .session import ClientSession
 from .state import FolderState
+from .terms import Limits, private_terms
 
 log = logging.getLogger(__name__)
 
@@ -52,22 +69,26 @@ class DataHolder:
 
     Attributes:
         options: of fedlora-client.
+        rows: of --data.
         console: where the data holder is told what happens.
+        asks: whether someone sits at a terminal.
     """
 
     options: Namespace
     owner: Owner
+    rows: Rows
     limits: Limits
     state: FolderState
     streams: RunStreams
     console: Console
+    asks: bool
 
     @classmethod
-    def of(cls, options: Namespace, console: Console) -> DataHolder:
-        """Open the policy, the ledger and the state, and say what does not protect.
+    def of(cls, options: Namespace, console: Console, *, asks: bool = False) -> DataHolder:
+        """Open the policy, the ledger and the state, read the data, and say what does not protect.
 
         Raises:
-            ValueError: an option is wrong, or one of them cannot be used.
+            ValueError: an option is wrong, the data are, or one of them cannot be used.
         """
         if options.data is None:
             raise ValueError("--data is missing: name the folder or file with your training rows")
@@ -91,7 +112,22 @@ class DataHolder:
         if owner.ledger.simulated:
             console.print("The ledger is a simulated one (--simulated-ledger): no lifetime budget protects this data.",
                           style="yellow")
-        return cls(options, owner, limits, FolderState(options.state or default_state(name)), streams, console)
+        charged = limits.private and not owner.ledger.simulated
+        if charged and not asks and not (options.yes and owner.declared_size):
+            raise ValueError("there is no terminal to ask at: --yes takes part without being asked, --declared-size N "
+                             f"(or declared-size in {owner.policy.path}) names the public size of the data. Where a "
+                             "real ledger is charged, both are needed")
+        rows = data.read(options.data, options.task, columns=options.column, unit=owner.unit_column,
+                         allow_download=options.allow_download)
+        if rows.labels is not None and not data.label_names(rows):
+            raise ValueError(f"--data {options.data} has no labels; classification needs a label column "
+                             "(--column label=NAME names another)")
+        if limits.declared_size is not None and limits.private:
+            limits.budget(limits.declared_size)  # raises where there can be none
+        for line in owner.recognise(rows):
+            console.print(line, soft_wrap=True)
+        return cls(options, owner, rows, limits, FolderState(options.state or default_state(name)), streams, console,
+                   asks and charged)
 
     @property
     def name(self) -> str:
@@ -105,12 +141,11 @@ class DataHolder:
 
 
 class Part:
-    """This client's part in one run: the data read and checked, the model loaded once the plan is known.
+    """This client's part in one run: admitted before it is ready, the model loaded once the plan is known.
 
     Raises:
-        Refused: the proposal does not fit this client's limits, model or labels; nothing was read before the first two
-            were checked.
-        ValueError: the data cannot be used.
+        Refused: the proposal does not fit this client's limits, task, model, labels or budget, or its owner says no.
+        ValueError: without privacy, the data do not fit the proposal; or the owner's files cannot be written.
 
     Attributes:
         announced: label names that the server asked for, disclosed when ready; else ().
@@ -121,51 +156,113 @@ class Part:
 
     def __init__(self, holder: DataHolder, setup: Setup) -> None:
         options, owner, limits, console = holder.options, holder.owner, holder.limits, holder.console
-        limits.check(setup.private)
-        owner.check_proposal(setup)
-        owner.check_anchor(setup.anchor)
-        self._model_path = models.obtain(setup.model, path=model_folder(options.model, setup.model.name),
-                                         allow_download=options.allow_download)
-        models.check_task(self._model_path, setup.task, setup.max_length)
-        self.most_tensor_bytes = models.most_adapter_bytes(self._model_path)
         self._options, self._setup, self._owner, self._limits = options, setup, owner, limits
-        self._state, self._streams, self._console = holder.state, holder.streams, console
-        self._rows = _read(options, setup, owner.unit_column)
-        self._budget = budget = self._check_size() if setup.private else None
-        for line in owner.take_charge(self._rows, budget):
-            console.print(line, soft_wrap=True)
+        self._state, self._streams, self._console, self._rows = holder.state, holder.streams, console, holder.rows
         self._session: ClientSession | None = None
         self._findings = Findings(batch_invariance())
         self.failed = False
+        limits.check(setup.private)
+        if setup.task != options.task:
+            log.error("The server's task is %s and this client's --task is %s.", setup.task, options.task)
+            raise Refused("policy")
+        owner.check_proposal(setup)
+        owner.check_anchor(setup.anchor)
+        self._model_path = self._find_model()
+        self.most_tensor_bytes = models.most_adapter_bytes(self._model_path)
         self._labels, self._refusals = self._state.said(setup.run_id)
-        self.announced = names_to_announce(self._rows) if setup.announce_labels else ()
+        self.announced = self._check_labels()
+        budget = self._admit(holder) if setup.private else None
+        for line in owner.take_charge(budget):
+            console.print(line, soft_wrap=True)
         if self.announced:
             self._labels = self.announced
             self._state.save_said(setup.run_id, self._labels, self._refusals)
             console.print(f"Disclosed to the server: the label names {', '.join(self.announced)}")
 
-    def _check_size(self) -> Budget:
-        """Say which size is public, and refuse at once where the run would sample the units too often."""
-        limits = self._limits
-        budget = limits.budget(unit_count(self._rows))
+    def _find_model(self) -> Path:
+        """The folder of the base model, which can do the task with any row."""
+        setup, options = self._setup, self._options
+        path = models.obtain(setup.model, path=model_folder(options.model, setup.model.name),
+                             allow_download=options.allow_download)
         try:
-            budget.sampling_rate(self._setup.expected_batch)
+            models.check_task(path, setup.task, setup.max_length)
+            tokenizer = models.load_tokenizer(path)
+            if self._rows.kind == "messages" and not tokenizer.chat_template:
+                raise ValueError(f"the tokenizer in {path} has no chat template, and --data holds messages; give "
+                                 "prompt and completion instead")
         except ValueError as error:
-            log.error("%s, or a higher max-sampling-rate in %s", error, self._owner.policy.path)
-            raise Refused("policy") from error
-        # else a server's choice of what is trained on could change n̂, and so have rows counted
-        self._limits = replace(limits, declared_size=budget.declared_size)
-        units = "records" if limits.unit == ROW else f"values of {self._owner.unit_column}"
-        self._console.print(f"Declared size: {budget.declared_size:,} {units}. It is public, for the noise tells of "
-                            "it; --declared-size sets it.")
+            log.error("%s", error)
+            raise Refused("unavailable") from None
+        return path
+
+    def _check_labels(self) -> tuple[str, ...]:
+        """Hold the declared labels against the server's set; what is announced, where it asks for that.
+
+        Raises:
+            Refused: "labels", by what is declared alone.
+            ValueError: without privacy, by what the rows hold.
+        """
+        setup, rows, declared = self._setup, self._rows, self._owner.labels
+        if setup.task != "classification":
+            return ()
+        if setup.announce_labels:
+            if declared is not None or not setup.private:
+                return data.in_order(declared or names_to_announce(rows))
+            log.error("The server asks for the label names, and under privacy none is told because a row has it. %s",
+                      how_to_declare(rows))
+            raise Refused("labels")
+        check_declared(declared, setup.labels)
+        if not setup.private:
+            data.check_labels(rows, setup.labels)
+        elif others := data.labelled_otherwise(rows, setup.labels):
+            self._console.print(f"{len(others):,} OF {len(rows):,} ROWS HAVE A LABEL THAT THE SERVER'S SET LACKS, and "
+                                f"are not trained on ({rows.where(others[0])} is the first). The set is: "
+                                f"{', '.join(setup.labels)}.", style="bold red", soft_wrap=True)
+        return ()
+
+    def _admit(self, holder: DataHolder) -> Budget:
+        """Say what the run costs, and take it on.
+
+        Raises:
+            Refused: "policy" or "budget": what was promised or is left does not allow it, or the owner says no.
+        """
+        owner, setup, console = self._owner, self._setup, self._console
+        units = "records" if self._limits.unit == ROW else f"values of {owner.unit_column}"
+        budget = self._declare_size(holder, units)
+        try:
+            fresh = private_terms(self._limits, budget, setup)
+        except ValueError as error:
+            log.error("%s, or a higher max-sampling-rate in %s", error, owner.policy.path)
+            raise Refused("policy") from None
+        try:
+            terms, book = owner.settle(fresh, budget)
+            owner.approve(terms)
+        except BudgetExhausted as error:
+            log.error("%s", error)
+            raise Refused("budget") from None
+        except Forbidden as error:
+            log.error("%s", error)
+            raise Refused("policy") from None
+        if owner.ledger.terms(owner.dataset, setup.run_id) is not None:
+            return budget  # the owner was asked when it began
+        cost = Cost.of(book, owner.dataset, terms)
+        assert cost is not None, "what was settled fits"
+        console.print(panel(cost, owner.dataset, f"{budget.declared_size:,} {units}"))
+        if holder.asks and not self._options.yes and not ask_whether(console):
+            log.error("The owner does not take part in run %s.", setup.run_id)
+            raise Refused("policy")
         return budget
 
-    def foresee(self) -> None:
-        """Use the time until the first order: the noise of the run takes seconds to find, and is remembered."""
-        setup = self._setup
-        if self._budget is not None:
-            with suppress(ValueError):  # the session says it, if it is asked
-                self._budget.noise_multiplier(setup.expected_batch, setup.most_trainings * setup.local_steps)
+    def _declare_size(self, holder: DataHolder, units: str) -> Budget:
+        """The budget of the run, whose public size is declared, asked for, or the default."""
+        owner, count = self._owner, unit_count(self._rows)
+        if owner.declared_size is None and holder.asks:
+            size = owner.declared_size = ask_size(self._console, nominal_size(count), units)
+            if owner.listed:  # else it is written when the data set is adopted
+                self._console.print(f"To be asked no more, write declared-size = {size} under "
+                                    f"[dataset.{owner.dataset}] in {owner.policy.path}.", soft_wrap=True)
+        self._limits = replace(self._limits, declared_size=owner.declared_size or nominal_size(count))
+        return self._limits.budget(count)
 
     def answer(self, plan: RoundPlan, tensors: Tensors,
                stop: Callable[[], bool] = lambda: False) -> Upload | Refusal:
@@ -253,29 +350,48 @@ class Part:
             return None
 
     def _spent(self) -> str:
-        if self._session is None or not self._limits.private or self._streams.predictable:
-            return "no privacy" if self._session else "nothing spent"
-        return (f"ε {self._session.epsilon():.2f} of {self._limits.epsilon:g} spent "
-                f"(δ {self._session.terms.delta:g})")
+        session = self._session
+        if session is None or not self._limits.private or self._streams.predictable:
+            return "no privacy" if session else "nothing charged"
+        return (f"{session.released} updates released, ε {four_digits(session.epsilon())} charged of "
+                f"{four_digits(session.reserved())} reserved (δ {session.terms.delta:g})")
 
-    def _open(self, run: RunPlan) -> ClientSession:
-        """Load the model once for the run."""
-        for field in ("model", "private", "task", "strategy", "max_length", "rounds", "max_participations",
-                      "local_steps", "expected_batch", "clip_norm", "wire_dtype", "private_start"):
+    def _check_plan(self, run: RunPlan) -> None:
+        """Raises Refused where the plan is not what the server said when this client joined, or lacks a label."""
+        said = ["model", "private", "task", "strategy", "max_length", "rounds", "max_participations", "local_steps",
+                "expected_batch", "clip_norm", "wire_dtype", "private_start"]
+        for field in [*said, *(["labels"] if self._setup.labels else [])]:
             if getattr(run, field) != getattr(self._setup, field):
                 log.error("The plan's %s is not what the server said when this client joined.", field)
                 raise Refused("policy")
         if run.task == "classification":
-            try:
-                data.check_labels(self._rows, run.labels)
-            except ValueError as error:
-                log.error("%s", error)
-                raise Refused("labels") from None
+            check_declared(self._owner.labels, run.labels)
+            if not run.private:
+                try:
+                    data.check_labels(self._rows, run.labels)
+                except ValueError as error:
+                    log.error("%s", error)
+                    raise Refused("labels") from None
+
+    def _tell_unusable(self, records: Records, unusable: Counter[str] | None) -> None:
+        """On this machine alone."""
+        if unusable is None and records.left_out:
+            self._console.print(f"{records.left_out} rows are left out: no label, or no answer within --max-length.")
+        if unusable is not None and records.left_out:
+            kinds = ", ".join(f"{kind}: {count:,}" for kind, count in unusable.items() if count)
+            self._console.print(f"{records.left_out:,} of {len(self._rows):,} rows are not trained on ({kinds}).")
+        if unusable is not None and not len(records):
+            self._console.print("NO ROW CAN BE TRAINED ON: what this client sends is noise alone, and is charged.",
+                                style="bold red")
+
+    def _open(self, run: RunPlan) -> ClientSession:
+        """Load the model once for the run."""
+        self._check_plan(run)
         loaded = models.load(self._model_path, run.task, len(run.labels))
         task = task_for(run, loaded.tokenizer)
-        records = task.encode(self._rows)
-        if records.left_out:
-            self._console.print(f"{records.left_out} rows are left out: no label, or no answer within --max-length.")
+        unusable: Counter[str] | None = Counter() if run.private else None
+        records = task.encode(self._rows, unusable)
+        self._tell_unusable(records, unusable)
 
         def trainer(plan: RunPlan, model: LoadedModel) -> Trainer:
             options = self._options
@@ -306,6 +422,24 @@ class Part:
                     f"norm in place of {session.noise_for_run:.3f}. `fedlora-client budget` shows what is left.",
                     style="yellow")
         return session
+
+
+def check_declared(declared: Sequence[str] | None, labels: Sequence[str]) -> None:
+    """Raises Refused, by what is declared alone, where the server's set lacks one of the declared labels."""
+    if lacking := [name for name in declared or () if name not in labels]:
+        log.error("The declared labels %s are not in the server's set, which is: %s.", ", ".join(lacking),
+                  ", ".join(labels))
+        raise Refused("labels")
+
+
+def how_to_declare(rows: Rows) -> str:
+    """For the owner's eyes: the labels that the files hold, where they can be names."""
+    try:
+        names = json.dumps(names_to_announce(rows), ensure_ascii=False)
+    except ValueError as error:
+        return str(error)
+    return (f"The files hold labels = {names}. If the server may know them, write that into policy.toml, or name them "
+            "with --labels")
 
 
 def names_to_announce(rows: Rows) -> tuple[str, ...]:
@@ -341,15 +475,3 @@ def model_folder(model: str | None, planned: str) -> Path | None:
                          "model, or leave it out")
     return None
 
-
-def _read(options: Namespace, setup: Setup, unit_column: str | None) -> Rows:
-    """The training rows, checked against what the server said."""
-    rows = data.read(options.data, setup.task, columns=options.column, unit=unit_column,
-                     allow_download=options.allow_download)
-    if setup.task == "classification":
-        if rows.labels is None or not data.label_names(rows):
-            raise ValueError(f"--data {options.data} has no labels; classification needs a label column "
-                             "(--column label=NAME names another)")
-        if setup.labels:
-            data.check_labels(rows, setup.labels)
-    return rows

@@ -11,86 +11,22 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
-from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from fedlora.adapters import AdapterLayout
 from fedlora.adapters.layout import MOST_RECEIVED, MOST_VALUE
 from fedlora.adapters.private import release_layout, release_plan
-from fedlora.plan import ROW, Refusal, Refused, Released, RoundPlan, RunPlan, Tensors, Upload, to_scalars
-from fedlora.privacy import (
-    MOST_SAMPLING_RATE,
-    SIGMA_STEP,
-    Budget,
-    BudgetExhausted,
-    Forbidden,
-    Ledger,
-    RunStreams,
-    RunTerms,
-)
+from fedlora.plan import Refusal, Refused, Released, RoundPlan, RunPlan, Tensors, Upload, to_scalars
+from fedlora.privacy import Accountant, BudgetExhausted, Forbidden, Ledger, RunStreams, RunTerms
 from fedlora.privacy.ledger import Reservation
 from fedlora.tasks import Records
 from fedlora.training import Trainer, Training, TrainResult
 from fedlora.wire import digest, rounded
 
 from .state import State
+from .terms import Limits, private_terms, with_room
 
 log = logging.getLogger(__name__)
-
-MOST_EXTRA_NOISE = 10
-"""Where the lifetime budget leaves room only for more than so many times the noise of --epsilon, it is exhausted: who
-wants such a run asks for less epsilon."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the data holder allows, whatever a server proposes.
-
-    Attributes:
-        epsilon: most that one run may spend; infinite turns privacy off.
-        delta: None for min(1e-5, 0.1 / n̂).
-        declared_size: the public n̂; None for the number of units, rounded down to two significant digits.
-        max_clip_norm: the plan's clip norm is lowered to at most this.
-        unit: "row", or "column:NAME".
-        rows_per_unit: most rows of one unit that enter a step.
-        max_sampling_rate: a private plan that would sample more often is refused.
-        announce_size: whether uploads state sigma and delta, which tell n̂.
-    """
-
-    epsilon: float
-    delta: float | None = None
-    declared_size: int | None = None
-    max_clip_norm: float = float("inf")
-    unit: str = ROW
-    rows_per_unit: int = 8
-    max_sampling_rate: float = MOST_SAMPLING_RATE
-    announce_size: bool = True
-
-    @classmethod
-    def of(cls, options: Namespace, unit: str, **allowed: Any) -> Limits:
-        """The options of fedlora-client or fedlora-simulate as limits, and other attributes."""
-        return cls(options.epsilon, options.delta, options.declared_size, options.max_clip_norm or float("inf"),
-                   unit=unit, rows_per_unit=options.rows_per_unit, **allowed)
-
-    @property
-    def private(self) -> bool:
-        return self.epsilon != float("inf")
-
-    def budget(self, units: int) -> Budget:
-        """Of one run on so many units of privacy. Raises ValueError where there can be none."""
-        return Budget.declare(units, epsilon=self.epsilon, delta=self.delta, declared_size=self.declared_size,
-                              max_sampling_rate=self.max_sampling_rate)
-
-    def check(self, run_is_private: bool) -> None:
-        """Refuse a plan whose privacy contradicts --epsilon."""
-        if self.private != run_is_private:
-            servers = "required" if run_is_private else "off"
-            raise Refused("privacy-mismatch", f"the server runs with --privacy {servers} and this client with "
-                                              f"--epsilon {self.epsilon:g}; change one of the two flags")
-
 
 class ClientSession:
     """One client's part in one run.
@@ -126,7 +62,7 @@ class ClientSession:
             log.error("The plan has dropout %g: a record's mask depends on the others in its batch, so that ε would "
                       "not cover it; refused.", run.dropout)
             raise Refused("policy")
-        if not len(records):
+        if not (len(records) or run.private):  # a private client trains on none: noise alone
             raise ValueError("no row can be trained on: each lacks a label, or an answer within --max-length")
         self.run, self.trainer, self.records = run, trainer, records
         self.limits, self.state, self.streams = limits, state, streams
@@ -150,7 +86,9 @@ class ClientSession:
         self.noise_for_run = fresh.noise_multiplier
         known = self.ledger.terms(self.dataset, self.run.run_id)
         if known is None:
-            return fresh if fresh.noise_multiplier is None else _within_lifetime(self.ledger, self.dataset, fresh)
+            found = fresh if fresh.noise_multiplier is None else with_room(
+                fresh, lambda terms: self.ledger.fits(self.dataset, terms))
+            return found or fresh  # for `Ledger.begin_run` to refuse
         if known.plan_sha256 != fresh.plan_sha256:
             log.error("The server changed the plan of run %s while it lasts; refused.", self.run.run_id)
             raise Refused("policy")
@@ -162,24 +100,21 @@ class ClientSession:
         return known
 
     def _terms_for_this_run(self) -> RunTerms:
-        """The noise suits --epsilon and the run's most participations exactly, whatever was spent before."""
-        limits, run = self.limits, self.run
+        """Of this plan, whatever was spent before."""
+        limits, run, count = self.limits, self.run, self.records.units_count
         plan_sha256 = hashlib.sha256(json.dumps(to_scalars(run), sort_keys=True).encode()).hexdigest()
-        count = self.records.units_count
-        size, delta, noise_multiplier = limits.declared_size or count, None, None
-        rate = min(1.0, run.expected_batch / size)
+        scales = {"adapter": run.adapter_scale, "head": run.head_scale}
         if run.private:
             try:
-                budget = limits.budget(count)
-                size, rate, delta = budget.declared_size, budget.sampling_rate(run.expected_batch), budget.delta
-                noise_multiplier = budget.noise_multiplier(run.expected_batch, run.most_trainings * run.local_steps)
+                return private_terms(limits, limits.budget(count), run, plan_sha256, scales)
             except ValueError as error:
                 log.error("%s", error)
                 raise Refused("policy") from error
+        size = limits.declared_size or count
         return RunTerms(
-            run_id=run.run_id, plan_sha256=plan_sha256, unit=limits.unit, declared_size=size, sampling_rate=rate,
-            noise_multiplier=noise_multiplier, delta=delta, clip_norm=min(run.clip_norm, limits.max_clip_norm),
-            scales={"adapter": run.adapter_scale, "head": run.head_scale}, local_steps=run.local_steps,
+            run_id=run.run_id, plan_sha256=plan_sha256, unit=limits.unit, declared_size=size,
+            sampling_rate=min(1.0, run.expected_batch / size), noise_multiplier=None, delta=None,
+            clip_norm=min(run.clip_norm, limits.max_clip_norm), scales=scales, local_steps=run.local_steps,
             max_participations=run.most_trainings)
 
     @property
@@ -189,8 +124,18 @@ class ClientSession:
                      if charge.state != "voided")
 
     def epsilon(self) -> float:
-        """Spent so far in this run; infinite without privacy."""
+        """Charged so far in this run; infinite without privacy."""
         return self.ledger.epsilon(self.dataset, self.run.run_id)
+
+    def reserved(self) -> float:
+        """Epsilon of all that the run may begin: held for it while it lasts. Infinite without privacy."""
+        spends = self.terms.spends(self.terms.max_participations)
+        return float("inf") if spends is None else Accountant(spends).epsilon(self.terms.delta or 0.0)
+
+    @property
+    def released(self) -> int:
+        """Updates that have left this machine, or are about to."""
+        return sum(charge.state == "released" for charge in self.ledger.charges(self.dataset, self.run.run_id))
 
     def run_round(self, plan: RoundPlan, tensors: Tensors, stop: Callable[[], bool] = lambda: False,
                   charged: Callable[[], object] = lambda: None) -> Upload | Refusal:
@@ -205,6 +150,7 @@ class ClientSession:
             What may be sent: the upload, or why there is none.
         Raises:
             LedgerError: the charge cannot be written; nothing was trained.
+            ValueError: the disk has no room for the upload; nothing was charged.
         """
         prepared: list[Trainer] = []
         training = self.begin(plan, tensors, lambda: prepared.append(self._prepared_trainer(plan)))
@@ -228,12 +174,13 @@ class ClientSession:
         started = self.started
         if (plan.round, plan.attempt) in started:
             return self._again(plan)
-        layout = self.trainer.adapted.layout
+        layout = self.trainer.adapted.layout if plan.round else self.release_layout
         try:
             self._check_turn(plan, [round for round, _ in started])
-            start = self._complete(plan, tensors, layout if plan.round else self.release_layout)
+            start = self._complete(plan, tensors, layout)
         except Refused as refused:
             return refused.refusal
+        self.state.check_room(4 * layout.num_trained)
         prepare()
         try:
             reservation = self.ledger.reserve(self.dataset, self.run.run_id, plan.round, plan.attempt)
@@ -338,26 +285,3 @@ class ClientSession:
         if received:
             self.state.save_shared(plan.shared_sha256, shared)
         return {**tensors, **shared}
-
-
-def _within_lifetime(ledger: Ledger, dataset: str, terms: RunTerms) -> RunTerms:
-    """The terms with the smallest noise, not below theirs, that the lifetime budget leaves room for.
-
-    If it is out of reach they come back as they are, for `Ledger.begin_run` to refuse.
-    """
-    def with_noise(multiple: int) -> RunTerms:
-        return dataclasses.replace(terms, noise_multiplier=multiple * SIGMA_STEP)
-
-    if ledger.fits(dataset, terms):
-        return terms
-    assert terms.noise_multiplier is not None
-    low = high = round(terms.noise_multiplier / SIGMA_STEP)
-    most = math.floor(MOST_EXTRA_NOISE * terms.noise_multiplier / SIGMA_STEP)
-    while not ledger.fits(dataset, with_noise(high)):
-        if high == most:
-            return terms
-        low, high = high, min(2 * high, most)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if ledger.fits(dataset, with_noise(middle)) else (middle, high)
-    return with_noise(high)

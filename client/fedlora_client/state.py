@@ -7,6 +7,7 @@ a crash the stored bytes are sent again at no cost.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from safetensors.numpy import save as to_bytes
 
 from fedlora.files import replace_file
 from fedlora.plan import Released, RoundPlan, Tensors, Upload, upload_metrics
+
+SPARE_BYTES = 2**20
+"""Beside the upload: for reports, and for the ledger where it is on the same disk."""
 
 
 class MemoryState:
@@ -36,6 +40,9 @@ class MemoryState:
 
     def save_upload(self, upload: Upload) -> None:
         """Keeps nothing."""
+
+    def check_room(self, upload_bytes: int) -> None:
+        """Nothing is kept, so that there is always room."""
 
     def shared(self) -> tuple[str, Tensors]:
         """The frozen tensors that were received last, by whichever client, and their digest; ("", {}) if none were."""
@@ -73,6 +80,18 @@ class FolderState:
                 return None
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
         return Upload(*plan.key, tensors=Released(tensors), **about)
+
+    def check_room(self, upload_bytes: int) -> None:
+        """Asked before a training is charged, that it need not end for want of room. The size is that of any upload.
+
+        Raises:
+            ValueError: the disk has no room for an upload of so many bytes beside the last one.
+        """
+        free = shutil.disk_usage(self.folder).free
+        if free < upload_bytes + SPARE_BYTES:
+            raise ValueError(f"--state {self.folder} has room for {free:,} bytes, and an upload of {upload_bytes:,} is "
+                             "to be kept there before it leaves. Nothing was charged: make room, or name another "
+                             "folder")
 
     def save_upload(self, upload: Upload) -> None:
         about = {"round": upload.round, "attempt": upload.attempt} | upload_metrics(upload)

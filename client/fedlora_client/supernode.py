@@ -3,7 +3,8 @@
 Nothing stays in memory between two messages: policy, ledger and state are opened, the data is read and checked, and
 the model loaded, each time anew. The charges, the frozen tensors, the last upload and what was announced or refused
 are on the disk, where fedlora-client has them too. A SuperNode answers every run that its SuperLink submits; what
-bounds them all together is the data set's lifetime budget. A round that fails is the last of its run here, until the
+bounds them all together is the data set's lifetime budget. Nobody is there to be asked, so that a real ledger needs
+`yes` and `declared-size` in the node's configuration. A round that fails is the last of its run here, until the
 owner says otherwise.
 """
 

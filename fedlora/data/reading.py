@@ -158,9 +158,10 @@ class _Reader:
     def _no_layout(self, file: str, present: tuple[str, ...]) -> ValueError:
         wanted = ", or ".join(" + ".join(self.names.get(n, n) for n in cols) for _, cols in LAYOUTS[self.task])
         example = LAYOUTS[self.task][-1][1][0] if self.task == "causal-lm" else "text"
+        other = "" if self.task == "causal-lm" else ", or train a language model with --task causal-lm"
         return ValueError(f"{place(file, 1)}: {self.task} needs the columns {wanted}; "
                           f"{self._columns(file, present)}. "
-                          f"Name yours with --column {example}=NAME")
+                          f"Name yours with --column {example}=NAME{other}")
 
     def _columns(self, file: str, present: tuple[str, ...]) -> str:
         mine = {*self.names.values()} | ({self.unit} if self.unit else set())

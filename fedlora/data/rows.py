@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,8 +74,18 @@ def place(file: str, line: int) -> str:
     return f"{file}:{line}" if file.lower().endswith((".jsonl", ".csv", ".tsv")) else f"{file}:row {line}"
 
 
+def spelling(text: str) -> str:
+    """The one form of all ways to write a name that look alike: NFKC, without characters of category Cf (zero-width
+    blanks, byte-order marks, soft hyphens) and without outer blanks. Capitals are kept."""
+    if text.isascii():
+        return text.strip()
+    composed = unicodedata.normalize("NFKC", text)
+    visible = "".join(character for character in composed if unicodedata.category(character) != "Cf")
+    return unicodedata.normalize("NFKC", visible).strip()
+
+
 def normalize_label(value: object) -> str | None:
-    """0, 0.0, "0", "0.0" and " 0 " are all "0"; a name loses surrounding blanks; null and "" are None.
+    """0, 0.0, "0", "0.0" and " 0 " are all "0"; a name is brought to its one `spelling`; null and "" are None.
 
     Raises:
         TypeError: the value is neither a whole number nor a string. The message names the type, never the value.
@@ -83,7 +93,7 @@ def normalize_label(value: object) -> str | None:
     if value is None or (isinstance(value, float) and value != value):
         return None
     if isinstance(value, str):
-        name = value.strip()
+        name = spelling(value)
         return re.sub(r"^([+-]?\d+)\.0+$", r"\1", name) or None
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -95,8 +105,8 @@ def normalize_label(value: object) -> str | None:
 def normalize_unit(value: object) -> str | None:
     """As `normalize_label`: 7, 7.0 and " 7 " are one id. None where there is no id, or a word that stands for none.
 
-    Two ways to write one person's id would make two units of that person, each protected on its own only; so strings
-    are also brought to one form of Unicode. Leading zeros and capitals are kept, since codes may differ in them.
+    Two ways to write one person's id would make two units of that person, each protected on its own only. Leading zeros
+    and capitals are kept, since codes may differ in them.
 
     Raises:
         TypeError: the value is neither a whole number nor a string, or a number too large to be exact. The message
@@ -105,7 +115,6 @@ def normalize_unit(value: object) -> str | None:
     if isinstance(value, float) and abs(value) >= 2**53:
         raise TypeError("a number too large to be exact")
     name = normalize_label(value)
-    name = None if name is None else unicodedata.normalize("NFC", name).strip()
     return None if name is None or name.casefold() in _NO_UNIT else name
 
 
@@ -122,10 +131,14 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
 
+def labelled_otherwise(rows: Rows, allowed: Collection[str]) -> list[int]:
+    """The rows that have a label, and none of the allowed ones."""
+    names = {*allowed, None}
+    return [row for row, label in enumerate(rows.labels or ()) if label not in names]
+
+
 def check_labels(rows: Rows, allowed: Sequence[str]) -> None:
     """Raises ValueError for the first label outside the allowed ones, naming file, line and what is allowed."""
-    for row, label in enumerate(rows.labels or ()):
-        if label is not None and label not in allowed:
-            raise ValueError(f"{rows.where(row)}: the label is not in the label set. Allowed are: "
-                             f"{', '.join(allowed)}. Correct the row, or have the server started with --labels that "
-                             "include it")
+    for row in labelled_otherwise(rows, allowed)[:1]:
+        raise ValueError(f"{rows.where(row)}: the label is not in the label set. Allowed are: {', '.join(allowed)}. "
+                         "Correct the row, or add its label wherever --labels are named")

@@ -7,6 +7,7 @@ from fedlora.privacy.accounting import (
     Budget,
     Spend,
     calibrate,
+    four_digits,
     nominal_size,
 )
 from fedlora.privacy.ledger import BudgetExhausted, Charge, Ledger, LedgerError, Lifetime, RunTerms
@@ -15,4 +16,4 @@ from fedlora.privacy.streams import INSECURE_SEED_VARIABLE, RunStreams, Stream, 
 
 __all__ = ["INSECURE_SEED_VARIABLE", "MOST_SAMPLING_RATE", "SIGMA_STEP", "Accountant", "Budget", "BudgetExhausted",
            "Charge", "DatasetPolicy", "Forbidden", "Ledger", "LedgerError", "Lifetime", "Policy", "RunStreams",
-           "RunTerms", "Spend", "Stream", "calibrate", "nominal_size", "run_streams"]
+           "RunTerms", "Spend", "Stream", "calibrate", "four_digits", "nominal_size", "run_streams"]

@@ -208,6 +208,16 @@ def _least_multiple(epsilon: float, low: int, high: int, spent: Callable[[int], 
     return high
 
 
+def four_digits(epsilon: float, *, down: bool = False) -> str:
+    """Epsilon as a person reads it, rounded up: a text never promises more than what was computed. `down` for what is
+    left, or may be asked for."""
+    if math.isinf(epsilon):
+        return "infinite"
+    places = 3 if epsilon <= 0 else max(0, 3 - math.floor(math.log10(epsilon)))
+    scaled = round(epsilon * 10**places, 6)
+    return f"{(math.floor if down else math.ceil)(scaled) / 10**places:.{places}f}"
+
+
 def nominal_size(records: int) -> int:
     """The default declared size: `records` rounded down to two significant digits (14,812 becomes 14,000)."""
     if records < 1:

@@ -15,6 +15,8 @@
     epsilon = 8.0                         # lifetime, over all runs
     delta = 1e-5
     unit = "column:patient_id"            # or "row", the default
+    declared-size = 1300                  # public number of units, from which the noise is computed
+    labels = ["routine", "urgent"]        # names that may be told to a server; every labelled row has one of them
     distinct = ["south"]                  # data sets that describe other people even where rows are alike
     witness = "/backed-up/folder"         # default: beside the data
 
@@ -29,14 +31,15 @@ import math
 import re
 import stat
 import tomllib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedlora.data.rows import normalize_label
 from fedlora.files import replace_file
-from fedlora.plan import ROW, check_unit
+from fedlora.plan import LONGEST_LABEL, MOST_ANNOUNCED, ROW, check_unit
 from fedlora.privacy.accounting import MOST_SAMPLING_RATE
 
 
@@ -53,6 +56,8 @@ class DatasetPolicy:
         data: the folder or file, as an absolute path.
         epsilon, delta: of everything that is ever released from it.
         unit: "row", or "column:NAME" where all rows with one value there are one unit of privacy.
+        declared_size: the public number of units; None where the command line names it, or it is asked for.
+        labels: the label names, normalised; None where they are not declared.
         distinct: ids of data sets that share nobody with this one.
         witness: folder of the ledger's witness file.
     """
@@ -64,6 +69,8 @@ class DatasetPolicy:
     unit: str = ROW
     distinct: tuple[str, ...] = ()
     witness: Path | None = None
+    declared_size: int | None = None
+    labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.id):
@@ -73,12 +80,21 @@ class DatasetPolicy:
         if not 0 < self.delta < 1:
             raise ValueError(f"[dataset.{self.id}] delta is {self.delta!r}; it must be between 0 and 1")
         check_unit(self.unit)
+        if self.declared_size is not None and self.declared_size < 1:
+            raise ValueError(f"[dataset.{self.id}] declared-size is {self.declared_size}; it must be at least 1")
+        if self.labels is not None:
+            object.__setattr__(self, "labels", tuple(normalize_label(name) or "" for name in self.labels))
+            check_label_names(self.labels or (), f"[dataset.{self.id}] labels")
 
     def toml(self) -> str:
         """Its table in policy.toml."""
         lines = [f"[dataset.{self.id}]", f"data = {_string(self.data)}",
                  f"epsilon = {self.epsilon!r}  # lifetime, over all runs; raise it to allow more. Raising is recorded",
                  f"delta = {self.delta!r}", f"unit = {_string(self.unit)}"]
+        if self.declared_size is not None:
+            lines.append(f"declared-size = {self.declared_size}  # public; the noise is computed from it")
+        if self.labels is not None:
+            lines.append(f"labels = [{', '.join(map(_string, self.labels))}]")
         if self.distinct:
             lines.append(f"distinct = [{', '.join(map(_string, self.distinct))}]")
         return "\n".join(lines) + "\n"
@@ -172,7 +188,7 @@ class Policy:
     def _forbid(self, limit: str, found: str) -> None:
         raise Forbidden(f"the policy {self.path} has {limit}, and {found}. Change the policy if that is what you want")
 
-    def adopt(self, data: str, *, epsilon: float, delta: float, unit: str,
+    def adopt(self, data: str, *, epsilon: float, delta: float, unit: str, declared_size: int | None = None,
               taken: Collection[str] = ()) -> DatasetPolicy:
         """Declare a data set that the file does not name, with the first run's ε as its lifetime.
 
@@ -189,7 +205,8 @@ class Policy:
                 current = Policy.read(path)
                 if (known := current.dataset_at(data)) is not None:
                     return known
-                declared = DatasetPolicy(current.free_id(data, taken), absolute(data), epsilon, delta, unit)
+                declared = DatasetPolicy(current.free_id(data, taken), absolute(data), epsilon, delta, unit,
+                                         declared_size=declared_size)
                 before, mode = (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) if path.exists() else (b"", 0o600)
                 replace_file(path, before + f"\n{declared.toml()}".encode(), mode)
         except OSError as error:
@@ -211,6 +228,17 @@ def _string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def check_label_names(names: Sequence[str], source: str) -> None:
+    """Raises ValueError for names that a server cannot be told, under `source`: where they stand."""
+    if not names or "" in names or len(set(names)) < len(names):
+        raise ValueError(f"{source} must name at least one label, none twice, and none empty")
+    if wrong := [name for name in names if len(name) > LONGEST_LABEL or not name.isprintable()]:
+        raise ValueError(f"{source} holds {wrong[0][:LONGEST_LABEL]!r}; a label name has at most {LONGEST_LABEL} "
+                         "printable characters")
+    if len(names) > MOST_ANNOUNCED:
+        raise ValueError(f"{source} holds {len(names)} names; a server takes at most {MOST_ANNOUNCED}")
+
+
 def absolute(data: str) -> str:
     """How a data set's place is written down: an absolute path without links, or a hub name as it is."""
     path = Path(data).expanduser()
@@ -224,7 +252,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
 
 _DATASET_FIELDS: Mapping[str, tuple[type, ...]] = {
     "data": (str,), "epsilon": (int, float), "delta": (int, float), "unit": (str,), "distinct": (list,),
-    "witness": (str,)}
+    "witness": (str,), "declared-size": (int,), "labels": (list,)}
 
 
 def _parse(path: Path, table: Mapping[str, Any]) -> Policy:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,27 +28,31 @@ class CausalLM(Task):
             raise ValueError("the tokenizer has no end-of-text token, so a model would never learn to stop. "
                              "Choose a model made for text generation")
 
-    def encode(self, rows: Rows) -> Records:
+    def encode(self, rows: Rows, unusable: Counter[str] | None = None) -> Records:
         """Tokenise, append the end-of-text token, cut on the right. Rows without an answer token left are left out."""
         tokens: list[np.ndarray] = []  # a list of Python's integers takes ten times the memory
         answers: list[np.ndarray] = []
         kept: list[int] = []
-        for chunk in self._chunks(rows):
-            texts = [rows.texts[row] for row in chunk]
+
+        def tokenize(some: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+            texts = [rows.texts[row] for row in some]
             if rows.messages is not None:
-                encoded = [self._conversation(rows.messages[row], rows.where(row)) for row in chunk]
-            elif rows.seconds is None:
-                encoded = [(ids := self._ended(one), [1] * len(ids)) for one in self._tokenize(texts, special=True)]
-            else:
-                prompts = self._tokenize(texts, special=True)
-                completions = self._tokenize([rows.seconds[row] for row in chunk], special=False)
-                encoded = [self._completion(*both) for both in zip(prompts, completions, strict=True)]
-            for row, (ids, learned) in zip(chunk, encoded, strict=True):
+                return [self._conversation(rows.messages[row], rows.where(row)) for row in some]
+            if rows.seconds is None:
+                return [(ids := self._ended(one), [1] * len(ids)) for one in self._tokenize(texts, special=True)]
+            prompts = self._tokenize(texts, special=True)
+            completions = self._tokenize([rows.seconds[row] for row in some], special=False)
+            return [self._completion(*both) for both in zip(prompts, completions, strict=True)]
+
+        for chunk in self._chunks(rows):
+            for row, (ids, learned) in self._each(chunk, tokenize, unusable):
                 ids, learned = ids[:self.max_length], learned[:self.max_length]
                 if any(learned[1:]):  # nothing stands before the first token to predict it from
                     tokens.append(np.array(ids, np.int32))
                     answers.append(np.array(learned, np.uint8))
                     kept.append(row)
+                elif unusable is not None:
+                    unusable["no answer within the run's maximum length"] += 1
         return pack(tokens, self.tokenizer.pad_token_id, answers=answers, left_out=len(rows) - len(tokens),
                     units=rows.take(kept).units)
 

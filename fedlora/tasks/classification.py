@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from fedlora.data import Rows, check_labels
+from fedlora.data import Rows, check_labels, labelled_otherwise
 from fedlora.tasks.records import Batch, Records, pack
 from fedlora.tasks.task import Task
 
@@ -23,32 +24,44 @@ class Classification(Task):
         super().__init__(tokenizer, max_length)
         self.labels = tuple(labels)
 
-    def encode(self, rows: Rows) -> Records:
+    def encode(self, rows: Rows, unusable: Counter[str] | None = None) -> Records:
         """Tokenise texts or pairs, with the tokenizer's special tokens. Rows without a label are left out.
 
         Raises:
-            ValueError: a label is outside the set; names file and line and the allowed labels.
+            ValueError: a label is outside the set, without `unusable`; names file and line and the allowed labels.
         """
         if rows.labels is None or rows.kind not in ("text", "pair"):
             raise ValueError(f"these rows were read as {rows.kind} without labels; classification needs text and label")
         classes = {name: index for index, name in enumerate(self.labels)}
-        check_labels(rows, self.labels)
+        if unusable is None:
+            check_labels(rows, self.labels)
+        else:
+            unusable["no label"] += rows.labels.count(None)
+            unusable["a label outside of the run's set"] += len(labelled_otherwise(rows, self.labels))
         tokens: list[np.ndarray] = []  # a list of Python's integers takes ten times the memory
         segments: list[np.ndarray] = []
         kept: list[int] = []
         classes_of_kept: list[int] = []
+
+        def tokenize(some: Sequence[int]) -> list[tuple[list[int], list[int] | None]]:
+            columns = [[column[row] for row in some] for column in (rows.texts, rows.seconds) if column is not None]
+            found = self.tokenizer(*columns, truncation=True, max_length=self.max_length, return_attention_mask=False)
+            types = found.get("token_type_ids") if rows.kind == "pair" else None
+            return list(zip(found["input_ids"], types or [None] * len(some), strict=True))
+
         for chunk in self._chunks(rows):
-            labelled = [row for row in chunk if rows.labels[row] is not None]
-            if not labelled:
-                continue
-            columns = [[column[row] for row in labelled] for column in (rows.texts, rows.seconds) if column is not None]
-            encoded = self.tokenizer(*columns, truncation=True, max_length=self.max_length,
-                                     return_attention_mask=False)
-            tokens += [np.array(ids, np.int32) for ids in encoded["input_ids"]]
-            if rows.kind == "pair":
-                segments += [np.array(ids, np.uint8) for ids in encoded.get("token_type_ids", [])]
-            kept += labelled
-            classes_of_kept += [classes[label] for row in labelled if (label := rows.labels[row]) is not None]
+            labelled = [row for row in chunk if rows.labels[row] in classes]
+            for row, (ids, types) in self._each(labelled, tokenize, unusable):
+                ids = ids[:self.max_length]  # tokenizers cut nothing where their special tokens alone are more
+                if not ids:
+                    if unusable is not None:
+                        unusable["no token"] += 1
+                    continue
+                tokens.append(np.array(ids, np.int32))
+                if types is not None:
+                    segments.append(np.array(types[:self.max_length], np.uint8))
+                kept.append(row)
+                classes_of_kept.append(classes[rows.labels[row]])  # type: ignore[index]
         return pack(tokens, self.tokenizer.pad_token_id, labels=classes_of_kept,
                     segments=segments or None, left_out=len(rows) - len(kept),
                     units=rows.take(kept).units)

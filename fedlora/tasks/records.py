@@ -26,7 +26,7 @@ class Records:
         labels: [n] int64 index into the label set; None for language models.
         segments: [total] uint8, 1 for tokens of a pair's second text, if the model tells them apart; else None.
         answers: [total] uint8, 1 for the tokens that a language model is to predict; else None.
-        left_out: how many rows were not taken, for want of a label or of an answer within the maximum length.
+        left_out: how many rows were not taken, see `Task.encode`.
         units: [n] int64, which unit of privacy (a patient, say) each record belongs to, from 0 to `units_count` - 1,
             each of which has at least one record; None if each record is a unit of its own.
     """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ _OUTPUTS = 2**26
 
 _EVALUATION_BUCKET = 8
 
+Encoded = TypeVar("Encoded")
+
 
 class Task(ABC):
     """Holds a tokenizer and the plan's part that says what a record is.
@@ -45,8 +48,15 @@ class Task(ABC):
         self.max_length = max_length
 
     @abstractmethod
-    def encode(self, rows: Rows) -> Records:
-        """Tokenise rows; those that cannot be trained on are left out and counted."""
+    def encode(self, rows: Rows, unusable: Counter[str] | None = None) -> Records:
+        """Tokenise rows; those that cannot be trained on are left out and counted.
+
+        Args:
+            unusable: takes the number of rows left out, by kind, and with it no row is an error: for private training,
+                where each is the null record, and an answer that one of them decides would tell of it.
+        Raises:
+            ValueError: without `unusable`, for a row that its owner should correct; with file and line.
+        """
 
     @abstractmethod
     def per_record_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -112,6 +122,24 @@ class Task(ABC):
         finally:
             model.train(training)
         return self.summarize(sums)
+
+    def _each(self, rows: Sequence[int], encode: Callable[[Sequence[int]], Sequence[Encoded]],
+              unusable: Counter[str] | None) -> Iterator[tuple[int, Encoded]]:
+        """(row, what `encode` makes of it); but for those that it fails on, where `unusable` counts them."""
+        if not rows:
+            return
+        try:
+            encoded = encode(rows)
+        except BaseException as error:  # tokenizers in Rust panic past `Exception`
+            if unusable is None or isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            if len(rows) == 1:
+                unusable["the tokenizer or its chat template fails"] += 1
+            else:
+                for row in rows:
+                    yield from self._each([row], encode, unusable)
+            return
+        yield from zip(rows, encoded, strict=True)
 
     def _chunks(self, rows: Rows) -> Iterator[range]:
         for start in range(0, len(rows), _CHUNK):

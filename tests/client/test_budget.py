@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedlora.privacy import Accountant, Ledger, RunTerms
+from fedlora.privacy import Accountant, Ledger, RunTerms, four_digits
 from fedlora_client import places
 from fedlora_client.cli import main
 
@@ -60,15 +62,25 @@ def test_runs_what_is_left_and_the_price_of_more(ledger, capsys):
     assert north["remaining"] == pytest.approx(6.0 - north["spent"])
     prices = [north["spent_after_further_rounds"][rounds] for rounds in ("1", "5", "20")]
     assert north["spent"] < prices[0] < prices[1] < prices[2]
+    assert (north["updates_released"], north["charged"], north["reserved"]) == (0, north["spent"], north["spent"])
+    assert north["no_forecast"] is None
     assert command("budget") == 0
     text = capsys.readouterr().out
     assert "north" in text and "11" * 8 in text and "more rounds" in text
+    assert f"0 updates released, ε {four_digits(north['spent'])} charged" in text
+
+
+@given(st.floats(1e-6, 1e4))
+def test_a_figure_has_four_digits_and_never_promises_more_than_was_computed(epsilon):
+    up, down = float(four_digits(epsilon)), float(four_digits(epsilon, down=True))
+    assert down * (1 - 1e-9) <= epsilon <= up * (1 + 1e-9) and up - down <= 1.001e-3 * epsilon
+    assert len(four_digits(epsilon).replace(".", "").lstrip("0")) in (4, 5)  # 9.9999 is 10.000
 
 
 def test_an_id_in_brackets_is_shown_as_it_is(ledger, capsys):
     ledger.declare("ward [7] [/bold]", epsilon=6.0, delta=1e-5)
     assert command("budget") == 0
-    assert "ward [7] [/bold]: ε 0.00 of 6.00" in capsys.readouterr().out
+    assert "ward [7] [/bold]: 0 updates released, ε 0.000 charged, 0.000 reserved" in capsys.readouterr().out
 
 
 def test_the_price_of_more_rounds_is_what_the_ledger_will_charge(ledger, capsys):
@@ -81,7 +93,7 @@ def test_the_price_of_more_rounds_is_what_the_ledger_will_charge(ledger, capsys)
     spend(ledger, "north", "22" * 8, 3)
     assert shown == {"3": pytest.approx(ledger.lifetime("north").spent)}
     assert command("budget", "--rounds", "3") == 0
-    assert "spent after 3 more rounds" in capsys.readouterr().out
+    assert "charged after 3 more rounds" in capsys.readouterr().out
 
 
 def test_a_run_that_closed_a_budget_counts_in_full_and_a_closed_budget_has_no_price(ledger, capsys):
@@ -91,6 +103,11 @@ def test_a_run_that_closed_a_budget_counts_in_full_and_a_closed_budget_has_no_pr
     spend(ledger, "north", "11" * 8, 1, noise_multiplier=1.0)
     closed = budget(capsys)["north"]
     assert closed["closed_by"] == "11" * 8 and closed["remaining"] == 0 and closed["spent_after_further_rounds"] == {}
+    assert closed["charged"] == pytest.approx(Accountant(terms.spends(1)).epsilon(1e-5))
+    assert closed["charged"] < closed["reserved"] <= limit
+    assert closed["runs"][0]["reserved"] == closed["reserved"] and closed["runs"][0]["charged"] == closed["charged"]
+    assert command("budget", "--rounds", "3") == 0
+    assert f"no forecast: run {'11' * 8} closed the budget" in capsys.readouterr().out
     places.policy().parent.mkdir(parents=True)
     places.policy().write_text('[dataset.north]\ndata = "x"\nepsilon = 50.0\ndelta = 1e-5\n')
     reopened = budget(capsys, "--rounds", "1")["north"]
@@ -124,6 +141,9 @@ def test_a_run_without_privacy_is_infinite(ledger, capsys):
     south = json.loads(capsys.readouterr().out)["datasets"]["south"]
     assert south["spent"] == "inf" and south["epsilon"] is None and south["runs"][0]["epsilon"] == "inf"
     assert command("budget") == 0
+    assert "no forecast: the last run had no noise" in capsys.readouterr().out
+    ledger.declare("north", epsilon=6.0, delta=1e-5)
+    assert "no run has been charged yet" in budget(capsys)["north"]["no_forecast"]
 
 
 def test_a_simulated_ledger_is_asked_for_by_name(ledger, tmp_path, capsys):

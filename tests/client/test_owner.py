@@ -34,12 +34,12 @@ def north(tmp_path):
 def options(path, **changes):
     return Namespace(**{"data": str(path), "epsilon": 8.0, "delta": None, "declared_size": None, "max_clip_norm": None,
                         "policy": None, "new_ledger": False, "simulated_ledger": None, "privacy_unit": None,
-                        "rows_per_unit": 8, "server": "127.0.0.1:9092"} | changes)
+                        "rows_per_unit": 8, "server": "127.0.0.1:9092", "labels": None} | changes)
 
 
 def opened(path, budget=BUDGET, unit=None, **changes):
     owner = Owner(options(path, **changes))
-    told = owner.take_charge(data.read(path, "classification", unit=unit), budget)
+    told = owner.recognise(data.read(path, "classification", unit=unit)) + owner.take_charge(budget)
     owner.ledger.close()
     return owner, " ".join(told)
 
@@ -51,7 +51,7 @@ def test_the_first_private_use_gives_the_data_set_its_epsilon_for_life_and_the_s
     assert (declared.id, declared.epsilon, declared.delta) == ("notes", 8.0, BUDGET.delta)
     again, told = opened(north, epsilon=3.0)
     assert again.dataset == owner.dataset and "now gives" not in told
-    assert "ε 0.00 of 8 spent, 8.00 left" in told
+    assert "8.000 of ε 8 left" in told
     assert f"raise epsilon under [dataset.notes] in {places.policy()}" in told
 
 
@@ -69,7 +69,7 @@ def test_the_unit_of_the_budget_is_the_unit_of_every_run(north):
     owner, _ = opened(north, unit="patient", privacy_unit="column:patient")
     assert limits_of(options(north), owner).unit == "column:patient" and owner.unit_column == "patient"
     rows = data.read(north, "classification", unit="patient")
-    assert unit_count(rows) == 40
+    assert unit_count(rows) == 40 and unit_count(data.read(north, "classification")) == 120
     assert Owner(options(north)).unit == "column:patient"
     with pytest.raises(ValueError, match="--privacy-unit row"):
         Owner(options(north, privacy_unit="row"))
@@ -104,7 +104,8 @@ def released(owner, epsilon=8.0):
 def spent(path, epsilon=8.0):
     """A whole run on the data, after which the witness lies beside them."""
     owner = Owner(options(path, epsilon=epsilon))
-    owner.take_charge(data.read(path, "classification"), BUDGET if epsilon != math.inf else None)
+    owner.recognise(data.read(path, "classification"))
+    owner.take_charge(BUDGET if epsilon != math.inf else None)
     released(owner, epsilon)
     return owner
 
@@ -125,7 +126,7 @@ def test_a_lost_policy_is_an_error_that_says_what_to_write_and_the_limit_stays(n
     with places.policy().open("a") as file:
         file.write(str(error.value).partition("\n\n")[2])
     assert Policy.read(places.policy()).dataset_at(str(north)).id == owner.dataset
-    assert "of 8 spent" in opened(north, epsilon=50.0)[1]
+    assert "of ε 8 left" in opened(north, epsilon=50.0)[1]
 
 
 def test_a_policy_that_is_named_must_be_there(north, tmp_path):

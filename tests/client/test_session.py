@@ -20,8 +20,9 @@ from fedlora.tasks import task_for
 from fedlora.training import Trainer
 from fedlora.wire import digest, rounded
 from fedlora_client.reporting import write_privacy_report
-from fedlora_client.session import ClientSession, Limits, _within_lifetime
+from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import FolderState, MemoryState
+from fedlora_client.terms import with_room
 
 WORDS = ("good", "bad", "the", "film", "was", "very", "day")
 
@@ -272,14 +273,11 @@ def test_a_run_after_another_gets_the_noise_that_the_lifetime_leaves_room_for_an
     assert "lifetime" in caplog.text
 
 
-@pytest.mark.parametrize(("least", "found"), [(9.7, 9.7), (10.0, 10.0), (12.3, 1.0)])
+@pytest.mark.parametrize(("least", "found"), [(9.7, 9.7), (10.0, 10.0), (12.3, None)])
 def test_more_than_ten_times_the_noise_is_not_taken_on(least, found):
-    class Left:
-        def fits(self, dataset, terms):
-            return terms.noise_multiplier >= least
-
     wanted = RunTerms("r", "p", "row", 1000, 0.1, 1.0, 1e-5, 1.0, {"adapter": 1.0}, 1, 1)
-    assert _within_lifetime(Left(), "north", wanted).noise_multiplier == pytest.approx(found)
+    terms = with_room(wanted, lambda other: other.noise_multiplier >= least)
+    assert (terms and terms.noise_multiplier) == (found and pytest.approx(found))
 
 
 def test_restarts_between_rounds_cost_nothing_where_a_fresh_engine_would_have_forgotten(desk, tmp_path):

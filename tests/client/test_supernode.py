@@ -37,7 +37,7 @@ class Node:
         self.options = options_from({
             "server": "SuperLink", "data": str(write_rows(folder / "north.jsonl", 0)), "name": "north", "epsilon": 200,
             "model": str(checkpoint), "state": str(folder / "state"), "threads": 1, "device": "cpu",
-            "precision": "fp32"}, CLIENT, "--node-config")
+            "precision": "fp32", "yes": True, "declared-size": 120}, CLIENT, "--node-config")
 
     def ask(self, round, attempt=0, **changes):
         layout = self.layout if round else self.release

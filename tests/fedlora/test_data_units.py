@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import unicodedata
 
-from fedlora.data import normalize_unit, read
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.data import normalize_label, normalize_unit, read
+from fedlora.options import CLIENT, build_parser, read_options
+from fedlora.privacy import DatasetPolicy
 from tests.fedlora.data_files import SECRET, refusal, write, write_lines
 
 
@@ -24,6 +30,37 @@ def test_every_format_gives_the_same_units(tmp_path, suffix):
     (None, None), ("", None), (" ", None), (float("nan"), None), ("nan", None), ("NA", None), ("null", None)])
 def test_unit_ids_are_normalised(value, name):
     assert normalize_unit(value) == name
+
+
+INVISIBLE = ("\u200b", "\ufeff", "\u00ad", "\u200d", "\u2060", "\u202e")
+FULL_WIDTH = {ord(character): ord(character) + 0xFEE0 for character in map(chr, range(0x21, 0x7F))}
+
+
+@given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1), st.data())
+def test_an_id_and_a_label_are_the_same_however_they_are_spelled(name, data):
+    spelled = "".join(data.draw(st.sampled_from([character, character.translate(FULL_WIDTH)]))
+                      + data.draw(st.sampled_from(["", *INVISIBLE])) for character in name)
+    spelled = data.draw(st.sampled_from(["", " ", "\u3000", "\ufeff "])) + spelled
+    assert normalize_unit(spelled) == normalize_unit(name) and normalize_label(spelled) == normalize_label(name)
+
+
+@given(st.text(), st.sampled_from(INVISIBLE))
+def test_the_spelling_of_a_name_is_its_own_and_has_nothing_invisible(name, invisible):
+    label = normalize_label(name)
+    if label is not None:
+        assert normalize_label(label) == label == normalize_label(invisible + label)
+        assert not any(unicodedata.category(character) == "Cf" for character in label)
+
+
+def test_one_patient_is_one_unit_and_one_declared_label_however_they_are_spelled(tmp_path):
+    sevens = ["7", "7\u200b", "\ufeff7", "7\u00ad", "\uff17"]
+    path = write(tmp_path / "a.csv", ["text", "label", "patient"], [("x", one, one) for one in sevens])
+    rows = read(path, "classification", unit="patient")
+    assert set(rows.units) == set(rows.labels) == {"7"}
+    declared = DatasetPolicy("a", "a", 1.0, 1e-5, labels=("\uff17", "8"))
+    assert declared.labels == ("7", "8")
+    given = read_options(build_parser(CLIENT, ""), CLIENT, ["--labels=\uff17\u200b,8"])
+    assert given.labels == ("7", "8")
 
 
 def test_one_id_is_one_unit_in_all_files_and_formats_of_a_folder(tmp_path):

@@ -237,7 +237,7 @@ def test_a_private_run_beside_one_without_noise_has_an_infinite_lifetime():
     report = made(lifetime=replace(LIFETIME, charges=(*LIFETIME.charges, LifetimeCharge("ward-7", "a" * 16, None, 0.01,
                                                                                      10))))
     assert report["lifetime"]["spent"] == "infinite" and report["lifetime"]["remaining"] == 0
-    assert verify(sign(report, KEY)).guarantee and "spent infinite" in markdown(report)
+    assert verify(sign(report, KEY)).guarantee and "counted infinite" in markdown(report)
 
 
 def test_the_page_has_the_jsons_figures():
@@ -251,7 +251,7 @@ def test_the_page_has_the_jsons_figures():
         assert cells[1] == str(figures["steps"])
         assert all(0 <= float(cell) - value < 1e-3 for cell, value in zip(cells[2:], stated, strict=True))
     lifetime = report["lifetime"]
-    spent, remaining = re.search(r"spent ([\d.]+), remaining ([\d.]+)", page).groups()
+    spent, remaining = re.search(r"counted ([\d.]+), remaining ([\d.]+)", page).groups()
     assert 0 <= float(spent) - lifetime["spent"] < 1e-3 and 0 <= lifetime["remaining"] - float(remaining) < 1e-3
     for value in (RUN, "5000", "1e-05", "0.5", "head × 0.1", "8 tokens × 32", "ward-7-old", "ward-8", "127.0.0.1:9092",
                   public_key(KEY), "296000 bytes", "2 uploads"):

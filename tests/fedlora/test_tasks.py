@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,48 @@ def test_a_template_that_fails_does_not_quote_the_conversation(tmp_path):
         with pytest.raises(ValueError, match=remedy) as error:
             CausalLM(tokenizer, 64).encode(rows)
         assert "secret" not in str(error.value) and "rows.jsonl:1" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_record_is_longer_than_the_maximum_length_however_short_that_is(tmp_path, kind):
+    tokenizer, _ = loaded(tmp_path, kind, "classification")
+    rows = rows_of(tmp_path, "classification", *({"text_a": text, "text_b": text * 3, "label": "a"} for text in TEXTS))
+    for length in (1, 2, 3):
+        records = Classification(tokenizer, ("a", "b"), length).encode(rows)
+        assert len(records) == len(TEXTS) and records.lengths.max() <= length
+        assert records.segments is None or len(records.segments) == len(records.tokens)
+
+
+def same(these, those):
+    """Whether two clients would train on the same."""
+    return all(np.array_equal(getattr(these, name), getattr(those, name))
+               for name in ("tokens", "offsets", "labels", "segments", "answers", "units"))
+
+
+def test_where_no_row_may_be_an_error_those_that_fail_are_counted_and_the_others_are_as_if_alone(tmp_path):
+    tokenizer, _ = loaded(tmp_path, "llama", "causal-lm")
+    tokenizer.chat_template = "{% if 'odd' in messages[0]['content'] %}{{ raise_exception('x') }}{% endif %}" + (
+        tokenizer.chat_template)
+    rows = rows_of(tmp_path, "causal-lm", *(
+        {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "rest"}]}
+        for content in ("calm", "odd", "a long day " * 20, "now")))
+    task, unusable = CausalLM(tokenizer, 40), Counter()
+    assert same(task.encode(rows, unusable), task.encode(rows.take([0, 3])))
+    assert unusable == {"the tokenizer or its chat template fails": 1, "no answer within the run's maximum length": 1}
+    nobody = task.encode(rows.take([1, 2]), unusable)
+    assert (len(nobody), nobody.left_out, nobody.units_count, len(nobody.tokens)) == (0, 2, 0, 0)
+
+
+def test_a_label_outside_of_the_set_is_counted_where_no_row_may_be_an_error(tmp_path):
+    tokenizer, _ = loaded(tmp_path, "bert", "classification")
+    rows = rows_of(tmp_path, "classification", *(
+        {"text": text, "label": label, "patient": patient}
+        for text, label, patient in (("x", "a", 1), ("y", "other", 2), ("z", None, 2), ("calm", "c", 1))),
+        unit="patient")
+    task, unusable = Classification(tokenizer, ("a", "c"), 8), Counter()
+    assert same(task.encode(rows, unusable), task.encode(rows.take([0, 3])))
+    assert +unusable == {"no label": 1, "a label outside of the run's set": 1}
+    assert task.encode(rows.take([1, 2]), unusable).units_count == 0
 
 
 def test_a_prompt_that_fills_the_maximum_length_leaves_the_row_out(tmp_path):

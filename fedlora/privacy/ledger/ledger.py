@@ -153,6 +153,15 @@ class Ledger:
             self._witnesses.check_anchor(*known)
         return known is not None
 
+    def testify(self, dataset: str) -> None:
+        """Write the dataset's witness now, so that a folder that cannot be written is known before anything is spent.
+
+        Raises:
+            LedgerError: it contradicts the ledger, or cannot be written.
+        """
+        with self._chain.transaction() as book:
+            self._witnesses.testify(book, dataset)
+
     def marks(self) -> tuple[Mapping, ...]:
         """What --new-ledger gave up: {dataset, ledger_id, rows, head} of each ledger that a witness still knew. Of an
         anchor the dataset is ""."""
@@ -204,6 +213,12 @@ class Ledger:
         with self._chain.transaction("DEFERRED") as book:
             return copy.deepcopy(book)
 
+    def current(self, dataset: str, run_id: str) -> Book:
+        """`book`, after the runs whose process is gone have ended, but for this one."""
+        with self._chain.transaction() as book:
+            self._end_dead(book, (dataset, run_id))
+            return copy.deepcopy(book)
+
     # Runs
 
     def fits(self, dataset: str, terms: RunTerms) -> bool:
@@ -233,37 +248,13 @@ class Ledger:
                         self._held[key] = self._hold(key)
                     self._end_dead(book, key)
                     if known is None or not known.active:
-                        closes = self._admitted(book, dataset, terms)
+                        closes = admitted(book, dataset, terms)
                         self._chain.append("run", dataset=dataset, terms=asdict(terms), closes=sorted(closes))
             except BaseException:
                 handle = self._held.pop(key, None) if fresh else None
                 if handle is not None:
                     os.close(handle)
                 raise
-
-    def _admitted(self, book: Book, dataset: str, terms: RunTerms) -> frozenset[str]:
-        closes = book.admit(dataset, terms)
-        if closes is not None:
-            return closes
-        left = []
-        for name in (dataset, *book.overlapping(dataset)):
-            if other := book.other_unit(name, terms):
-                where, unit = other
-                apart = f", or declare {where!r} distinct in policy.toml if it describes other people"
-                raise BudgetExhausted(f"run {terms.run_id} of dataset {dataset!r} protects {_whom(terms.unit)}, and "
-                                      f"the budget of {where!r} is or was spent for {_whom(unit)}; what one costs the "
-                                      f"other is not known. Take part with --privacy-unit {unit}"
-                                      f"{apart if where != dataset else ''}")
-            state = book.lifetime(name)
-            if state.epsilon is not None:
-                closed = f", closed by run {state.closed_by}" if state.closed_by else ""
-                left.append(f"{name!r}: limit {state.epsilon:g} at delta {state.delta:g}, spent {state.spent:.4g}, "
-                            f"with all that unfinished runs may begin {state.committed:.4g}, remaining "
-                            f"{state.remaining:.4g}{closed}")
-        apart = ", or declare the others distinct there if they describe other people" if len(left) > 1 else ""
-        raise BudgetExhausted(f"run {terms.run_id} with at most {terms.max_participations} x {terms.local_steps} steps "
-                              f"does not fit the lifetime of dataset {'; '.join(left)}. Ask for less epsilon, or raise "
-                              f"epsilon in policy.toml, which the ledger records{apart}")
 
     def _hold(self, key: tuple[str, str]) -> int | None:
         if self.path is None:
@@ -361,7 +352,7 @@ class Ledger:
             if run.begun >= run.terms.max_participations:
                 raise BudgetExhausted(f"run {run_id} of dataset {dataset!r} has begun {run.begun} trainings, the most "
                                       "that its noise was calibrated to; take part in a new run")
-            closes = self._admitted(book, dataset, run.terms)
+            closes = admitted(book, dataset, run.terms)
             if not closes <= run.closes:  # a limit was lowered since, or more data overlap
                 self._chain.append("run", dataset=dataset, terms=asdict(run.terms), closes=sorted(closes))
             sequence = self._chain.append("reserved", dataset=dataset, run_id=run_id, round=round, attempt=attempt)
@@ -395,6 +386,36 @@ class Ledger:
             self._witnesses.testify(book, dataset)
             if book.charges[sequence].state == "stored":
                 self._chain.append("released", charge=sequence)
+
+
+def admitted(book: Book, dataset: str, terms: RunTerms) -> frozenset[str]:
+    """The budgets that the run would close, as `Book.admit`.
+
+    Raises:
+        BudgetExhausted: it does not fit; with what is left, and the remedy.
+    """
+    closes = book.admit(dataset, terms)
+    if closes is not None:
+        return closes
+    left = []
+    for name in (dataset, *book.overlapping(dataset)):
+        if other := book.other_unit(name, terms):
+            where, unit = other
+            apart = f", or declare {where!r} distinct in policy.toml if it describes other people"
+            raise BudgetExhausted(f"run {terms.run_id} of dataset {dataset!r} protects {_whom(terms.unit)}, and "
+                                  f"the budget of {where!r} is or was spent for {_whom(unit)}; what one costs the "
+                                  f"other is not known. Take part with --privacy-unit {unit}"
+                                  f"{apart if where != dataset else ''}")
+        state = book.lifetime(name)
+        if state.epsilon is not None:
+            closed = f", closed by run {state.closed_by}" if state.closed_by else ""
+            left.append(f"{name!r}: limit {state.epsilon:g} at delta {state.delta:g}, spent {state.spent:.4g}, "
+                        f"with all that unfinished runs may begin {state.committed:.4g}, remaining "
+                        f"{state.remaining:.4g}{closed}")
+    apart = ", or declare the others distinct there if they describe other people" if len(left) > 1 else ""
+    raise BudgetExhausted(f"run {terms.run_id} with at most {terms.max_participations} x {terms.local_steps} steps "
+                          f"does not fit the lifetime of dataset {'; '.join(left)}. Ask for less epsilon, or raise "
+                          f"epsilon in policy.toml, which the ledger records{apart}")
 
 
 def _is_whole(path: Path, simulated: bool) -> bool:

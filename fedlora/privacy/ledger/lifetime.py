@@ -158,6 +158,7 @@ class Lifetime:
         remaining: epsilon less committed, 0 where the budget is closed; None without a limit.
         closed_by: the run that was admitted as the only one and closed the budget.
         declared: all declarations, the first one first.
+        charged: epsilon of the trainings that were begun alone, whatever closed the budget.
     """
 
     epsilon: float | None
@@ -167,6 +168,7 @@ class Lifetime:
     remaining: float | None
     closed_by: str | None
     declared: tuple[Declaration, ...]
+    charged: float
 
 
 @dataclass
@@ -321,17 +323,30 @@ class Book:
         for name in (dataset, *self.overlapping(dataset)):
             if self.other_unit(name, terms) is not None:
                 return None
-            limit = self.declared(name)
-            if limit is None or limit.epsilon == math.inf:
-                continue
-            others = [run.terms.spends(run.committed) for run in self.counted(name)
-                      if (run.dataset, run.terms.run_id) != (dataset, terms.run_id)]
-            if filter_epsilon([*others, planned], limit.delta, limit.orders) <= limit.epsilon:
+            limit, others = self.declared(name), self._beside(name, dataset, terms)
+            if limit is None or self._room(limit, [*others, planned]):
                 continue
             if others or planned is None or Accountant(planned).epsilon(limit.delta) > limit.epsilon:
                 return None
             closes.add(name)
         return frozenset(closes)
+
+    def room_for(self, runs: int, dataset: str, terms: RunTerms) -> bool:
+        """Whether so many runs on these terms fit every lifetime concerned, one after the other: by the filter alone,
+        since a run that closes a budget leaves room for none."""
+        planned = terms.spends(terms.max_participations)
+        return all((limit := self.declared(name)) is None
+                   or self._room(limit, [*self._beside(name, dataset, terms), *[planned] * runs])
+                   for name in (dataset, *self.overlapping(dataset)))
+
+    @staticmethod
+    def _room(limit: Declaration, spends: Collection[Sequence[Spend] | None]) -> bool:
+        return limit.epsilon == math.inf or filter_epsilon(spends, limit.delta, limit.orders) <= limit.epsilon
+
+    def _beside(self, name: str, dataset: str, terms: RunTerms) -> list[tuple[Spend, ...] | None]:
+        """What the budget of `name` holds for other runs than this one of `dataset`."""
+        return [run.terms.spends(run.committed) for run in self.counted(name)
+                if (run.dataset, run.terms.run_id) != (dataset, terms.run_id)]
 
     def other_unit(self, name: str, terms: RunTerms) -> tuple[str, str] | None:
         """(dataset, unit) of a limit or a run that protects another unit than this run, and has one budget with `name`.
@@ -357,13 +372,14 @@ class Book:
             return filtered
 
         spent, committed = epsilon(run.charged for run in runs), epsilon(run.committed for run in runs)
+        charged = epsilon(run.begun for run in runs)
         if limit is None:
-            return Lifetime(None, None, spent, committed, None, None, ())
+            return Lifetime(None, None, spent, committed, None, None, (), charged)
         filtered = filter_epsilon([run.terms.spends(run.committed) for run in runs], limit.delta, orders)
         closing = next((run for run in runs if dataset in run.closes), None) if filtered > limit.epsilon else None
         remaining = 0.0 if closing else max(0.0, limit.epsilon - committed)
         return Lifetime(limit.epsilon, limit.delta, spent, committed, remaining,
-                        closing.terms.run_id if closing else None, tuple(self.declarations[dataset]))
+                        closing.terms.run_id if closing else None, tuple(self.declarations[dataset]), charged)
 
     def spent_after(self, dataset: str, further: Sequence[Spend]) -> float:
         """Epsilon spent once this is spent too, by the filter; infinite where a run had no noise."""

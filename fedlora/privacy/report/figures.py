@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from fedlora.privacy.accounting import Accountant, Spend, pld_epsilon, prv_epsilon, rdp_epsilon
+from fedlora.privacy.accounting import Accountant, Spend, four_digits, pld_epsilon, prv_epsilon, rdp_epsilon
 from fedlora.privacy.ledger.lifetime import filter_epsilon
 
 SCHEMA, VERSION = "fedlora privacy report", 2
@@ -101,11 +101,9 @@ def number(epsilon: float | str | None) -> float | None:
 
 
 def shown(epsilon: float | str | None) -> str:
-    """Epsilon to three decimals, rounded up: what a person reads never promises more than the JSON."""
+    """Epsilon in four digits, rounded up: what a person reads never promises more than the JSON."""
     value = number(epsilon)
-    if value is None:
-        return "not computed"
-    return "infinite" if math.isinf(value) else f"{math.ceil(round(value * 1000, 6)) / 1000:.3f}"
+    return "not computed" if value is None else four_digits(value)
 
 
 def accountants(history: tuple[Spend, ...], delta: float) -> dict[str, float | None]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
+from fedlora.privacy.accounting import four_digits
 from fedlora.privacy.report.figures import LABELS, shown, whom
 from fedlora.privacy.report.signing import digest
 
@@ -34,12 +34,16 @@ def _statement(report: Mapping) -> str:
         found = privacy[kind]
         by = [shown(found["accountants"][name]) for name in ("PRV", "RDP", "PLD")]
         rows.append(f"| {label} | {found['steps']} | **{shown(found['epsilon'])}** | {' | '.join(by)} |")
+    released = sum(training["state"] == "released" for training in report["trainings"])
+    apart = (f"Updates released: {released}. Charged for what was begun: ε {shown(privacy['spent']['epsilon'])}. "
+             f"Reserved, the most that this run may begin: ε {shown(guarantee['epsilon'])}.")
     notes = "; ".join(sorted({privacy[kind]["note"] for kind in LABELS if privacy[kind]["note"]}))
     return "\n\n".join(filter(None, [
         f"**ε = {shown(guarantee['epsilon'])} at δ = {privacy['delta']!r}** ({guarantee['accountant']}) is guaranteed "
         f"for {_text(whom(unit))}, whatever else is known. Relation: {_text(unit['relation'])}. Stopping early is "
         "covered by it; the smaller figure is what was spent so far.",
-        "\n".join(rows), _text(notes) and f"{_text(notes)}.", f"**Against whom.** {_text(report['adversary'])}"]))
+        "\n".join(rows), apart, _text(notes) and f"{_text(notes)}.",
+        f"**Against whom.** {_text(report['adversary'])}"]))
 
 
 def _mechanism(report: Mapping) -> str:
@@ -103,8 +107,8 @@ def _lifetime(report: Mapping) -> str:
     lines = []
     if report["privacy"]["no_guarantee"] is None:
         limit = "no limit was declared" if account["epsilon"] is None else f"limit ε = {account['epsilon']!r}"
-        left = "" if account["remaining"] is None else f", remaining {_down(account['remaining'])}"
-        lines.append(f"- {limit} at δ = {account['delta']!r}; spent {shown(account['spent'])}{left} "
+        left = "" if account["remaining"] is None else f", remaining {four_digits(account['remaining'], down=True)}"
+        lines.append(f"- {limit} at δ = {account['delta']!r}; counted {shown(account['spent'])}{left} "
                      f"({_text(account['accountant'])}).")
     for name, words in (("overlapping", "shares records with, and is charged for"),
                         ("distinct", "declared distinct by the owner, and not charged for")):
@@ -133,10 +137,6 @@ def _closing(report: Mapping) -> str:
             f"`{digest(report)}`. {signed} `fedlora-client verify privacy.json` recomputes every ε above from the "
             "signed history; that proves the arithmetic, not that noise was added.\n\n"
             "Read and approved: ______________________________   Date: ______________")
-
-
-def _down(value: float) -> str:
-    return f"{math.floor(round(value * 1000, 6)) / 1000:.3f}"
 
 
 def _or_none(value: float | None) -> str:

@@ -56,7 +56,11 @@ BATCH_INVARIANCE = (
     "of rows, filled with constant ones")
 
 NOT_COVERED = (
-    "Timing and availability: how long a round takes, whether and when this client answers or declines.",
+    "Timing and availability: how long a round takes, whether and when this client answers; a machine that runs out of "
+    "memory in a round; an owner who leaves after having read the data.",
+    "Whether this client comes at all: it does not where its files cannot be read, have other columns than task and "
+    "model need, or do not fit what their owner declares of them; nor where another data set of this machine that "
+    "shares records has used up its budget.",
     "Floating point: noise is drawn as real numbers would be, and rounded; each value is a sum of several draws, which "
     "makes an attack on the rounding expensive, not impossible.",
     "Rounding: that no record's depends on others was seen on made-up records, bit for bit; a processor that computes "
