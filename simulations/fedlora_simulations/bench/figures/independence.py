@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedlora.adapters.layout import MOST_RECEIVED
 from fedlora.data import Rows
 from fedlora.plan import Tensors
 from fedlora.tasks import Records
@@ -133,7 +134,7 @@ def neighbours(one: Subject, case: Case, device: str, labels: Sequence[int] | in
 def outcome(one: Subject, case: Case, pair: Neighbours, state: Tensors) -> Outcome:
     """What the record that comes or goes does to the sum."""
     try:
-        one.adapted.layout.check(state, "state")
+        one.adapted.layout.check(state, "state", most=MOST_RECEIVED)
         refused = False
     except ValueError:
         refused = True
