@@ -123,7 +123,7 @@ def _run(ledger: Ledger, book: Book, charges: Sequence[Charge]) -> dict:
 
 
 def _show(console: Console, name: str, about: dict) -> None:
-    counts = f"{about['updates_released']} updates released, ε {_text(about['charged'])} charged"
+    counts = f"updates released: {about['updates_released']}; ε {_text(about['charged'])} charged"
     limit = f"no lifetime budget; {counts}" if about["epsilon"] is None else (
         f"{counts}, {_text(about['reserved'])} reserved of its lifetime's {about['epsilon']} (RDP, δ "
         f"{about['delta']:g}), {_text(about['remaining'], down=True)} left")

@@ -353,7 +353,7 @@ class Part:
         session = self._session
         if session is None or not self._limits.private or self._streams.predictable:
             return "no privacy" if session else "nothing charged"
-        return (f"{session.released} updates released, ε {four_digits(session.epsilon())} charged of "
+        return (f"updates released: {session.released}; ε {four_digits(session.epsilon())} charged of "
                 f"{four_digits(session.reserved())} reserved (δ {session.terms.delta:g})")
 
     def _check_plan(self, run: RunPlan) -> None:

@@ -155,7 +155,7 @@ def test_at_a_terminal_the_owner_is_asked_for_the_size_and_once_a_run_whether_to
     server.deployment.log = lambda name: willing.text
     assert server.ask(1).steps == 2
     assert Policy.read(policy).dataset_at(str(server.data)).declared_size == 130
-    willing.expect("1 updates released, ε ")
+    willing.expect("updates released: 1; ε ")
     willing.kill()
     again = Terminal(server)
     again.expect("waiting to be asked")

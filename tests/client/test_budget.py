@@ -67,7 +67,7 @@ def test_runs_what_is_left_and_the_price_of_more(ledger, capsys):
     assert command("budget") == 0
     text = capsys.readouterr().out
     assert "north" in text and "11" * 8 in text and "more rounds" in text
-    assert f"0 updates released, ε {four_digits(north['spent'])} charged" in text
+    assert f"updates released: 0; ε {four_digits(north['spent'])} charged" in text
 
 
 @given(st.floats(1e-6, 1e4))
@@ -80,7 +80,7 @@ def test_a_figure_has_four_digits_and_never_promises_more_than_was_computed(epsi
 def test_an_id_in_brackets_is_shown_as_it_is(ledger, capsys):
     ledger.declare("ward [7] [/bold]", epsilon=6.0, delta=1e-5)
     assert command("budget") == 0
-    assert "ward [7] [/bold]: 0 updates released, ε 0.000 charged, 0.000 reserved" in capsys.readouterr().out
+    assert "ward [7] [/bold]: updates released: 0; ε 0.000 charged, 0.000 reserved" in capsys.readouterr().out
 
 
 def test_the_price_of_more_rounds_is_what_the_ledger_will_charge(ledger, capsys):
