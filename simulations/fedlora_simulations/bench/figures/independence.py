@@ -82,7 +82,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Records with and without one; all of one length are one text, so that one decision is that of all."""
+    """Records with and without one, which is `text`."""
 
     with_it: Records
     without: Records
@@ -111,24 +111,25 @@ def cases(total: int, models: Sequence[str], threads: Sequence[int], *, bf16: fl
     return found
 
 
-def neighbours(one: Subject, case: Case, device: str, labels: Sequence[int] | int | None = None) -> Neighbours:
-    """The case's records; random labels, unless there is one for all."""
+def neighbours(one: Subject, case: Case, device: str, label: int | None = None) -> Neighbours:
+    """The case's records: with one label for all those of one length are one text, so that one decision is that of all;
+    else texts and labels are random."""
     random = np.random.default_rng(case.seed)
     tokenizer = one.trainer.task.tokenizer
     embedded: int = one.adapted.model.get_input_embeddings().weight.shape[0]  # type: ignore
     words = np.setdiff1d(np.arange(min(len(tokenizer), embedded)), tokenizer.all_special_ids)
     texts = [random.choice(words, length) for length in TOKENS[device]]
     which = random.integers(0, len(texts) if case.lengths == "several" else 1, case.records)
+    content = [texts[kind] if label is not None else random.choice(words, len(texts[kind])) for kind in which]
     gone = {"first": 0, "middle": case.records // 2, "last": case.records - 1,
             "random": int(random.integers(case.records))}[case.place]
-    chosen = random.integers(0, 2, case.records) if labels is None else np.full(case.records, labels)
+    chosen = random.integers(0, 2, case.records) if label is None else np.full(case.records, label)
     kept = [i for i in range(case.records) if i != gone]
 
     def records(indices: Sequence[int]) -> Records:
-        return pack([texts[which[i]] for i in indices], tokenizer.pad_token_id,
-                    labels=[int(chosen[i]) for i in indices])
+        return pack([content[i] for i in indices], tokenizer.pad_token_id, labels=[int(chosen[i]) for i in indices])
 
-    return Neighbours(records(range(case.records)), records(kept), texts[which[gone]])
+    return Neighbours(records(range(case.records)), records(kept), content[gone])
 
 
 def outcome(one: Subject, case: Case, pair: Neighbours, state: Tensors) -> Outcome:
