@@ -18,8 +18,12 @@ from fedlora.privacy.streams import Stream
 LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """The lengths to which records are padded; beyond the last, multiples of it."""
 
+PRIVATE_LENGTHS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""The same with privacy, where micro-batches of each length are filled up: fewer lengths need less filling."""
+
 GRAPH_LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
-"""The same on CUDA, where a graph is recorded for each, and padding costs less than a micro-batch more."""
+"""The same on CUDA, with privacy or without: a graph is recorded for each, and padding costs less than a micro-batch
+more."""
 
 
 @dataclass(frozen=True)

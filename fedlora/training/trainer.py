@@ -41,6 +41,7 @@ from fedlora.training.precision import attend_with_mask, resolve_device, resolve
 from fedlora.training.sampling import (
     GRAPH_LENGTHS,
     LENGTHS,
+    PRIVATE_LENGTHS,
     Draw,
     Sampler,
     lengths_up_to,
@@ -62,7 +63,7 @@ log = logging.getLogger(__name__)
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 2048, "mps": 4096}
 """Most padded tokens of a micro-batch where --micro-batch is not given. A constant, so that runs repeat bit for bit."""
 
-PRIVATE_TOKENS = {"cpu": 256, "cuda": 2048, "mps": 512}
+PRIVATE_TOKENS = {"cpu": 512, "cuda": 2048, "mps": 512}
 """The same with privacy, where a micro-batch of one record is filled up to as many. Less costs more passes, more costs
 more filling."""
 
@@ -228,7 +229,7 @@ class Trainer:
         shown_for = (run, rows_per_unit, self.micro_batch, self.most_rows, torch.get_num_threads())
         if self._shown_for == shown_for:
             return self._shapes
-        lengths = lengths_up_to(self.task.max_length, self._ladder)
+        lengths = lengths_up_to(self.task.max_length, self._ladder(private=True))
         most = self._most_of_a_draw(run, rows_per_unit)
         one_at_a_time = content_dependent(self.adapted.model)
         first = {length: 1 if one_at_a_time else self._private_rows(length, most) for length in lengths}
@@ -440,11 +441,11 @@ class Trainer:
                private: bool = False) -> Iterator[tuple[int, np.ndarray]]:
         """(padded length, places in `indices`) of each micro-batch of these records."""
         return micro_batches(records.lengths[indices], np.arange(len(indices)), self.task.max_length,
-                             partial(self._at_once, private=private), self._ladder)
+                             partial(self._at_once, private=private), self._ladder(private))
 
-    @property
-    def _ladder(self) -> tuple[int, ...]:
-        return GRAPH_LENGTHS if self._few_shapes else LENGTHS
+    def _ladder(self, private: bool) -> tuple[int, ...]:
+        """The lengths to which records are padded."""
+        return GRAPH_LENGTHS if self._few_shapes else PRIVATE_LENGTHS if private else LENGTHS
 
     def _at_once(self, length: int, *, private: bool = False) -> int:
         """Most records of a micro-batch of this length; with privacy, and where shapes are few, its rows."""

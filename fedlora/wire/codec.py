@@ -45,7 +45,7 @@ Headed = TypeVar("Headed", pb.Task, pb.Upload)
 
 @dataclass(frozen=True)
 class Setup:
-    """What a client is told when it joins, before it reads its data; every field but three as in `RunPlan`.
+    """What a client is told when it joins, before it is ready; every field but three as in `RunPlan`.
 
     Attributes:
         labels: the fixed label set in order, or () where there is none (yet).

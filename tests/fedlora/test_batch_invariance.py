@@ -15,7 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from fedlora.training import batch_invariance
 from fedlora.training.batch_invariance import Findings, content_dependent
 from fedlora.training.per_example import row_norms
-from fedlora.training.sampling import lengths_up_to
+from fedlora.training.sampling import PRIVATE_LENGTHS, lengths_up_to
 from tests.fedlora.private_training import CASES, clipped_sum, make_records, make_trainer, plan
 
 BIG = plan("lora", expected_batch=32, clip_norm=1e3)
@@ -67,7 +67,8 @@ def test_the_check_leaves_the_tensors_as_they_were():
     trainer = fresh()
     before = trainer.adapted.read("state")
     shapes = trainer.show_batch_invariance(BIG)
-    assert sorted(shapes.rows) == lengths_up_to(32) and not shapes.one_at_a_time and not trainer.buffer.armed
+    assert sorted(shapes.rows) == lengths_up_to(32, PRIVATE_LENGTHS)
+    assert not shapes.one_at_a_time and not trainer.buffer.armed
     assert all(np.array_equal(array, before[name]) for name, array in trainer.adapted.read("state").items())
 
 

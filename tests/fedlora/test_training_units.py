@@ -10,7 +10,7 @@ from fedlora.adapters import FAMILIES
 from fedlora.privacy import Stream
 from fedlora.training import trainer as trainer_module
 from fedlora.training.per_example import row_norms
-from fedlora.training.sampling import Draw, Sampler, micro_batches, poisson
+from fedlora.training.sampling import PRIVATE_LENGTHS, Draw, Sampler, micro_batches, poisson
 from tests.fedlora.private_training import (
     CASES,
     brute_force_row,
@@ -206,7 +206,8 @@ def test_a_run_by_rows_is_bit_for_bit_the_steps_written_out(patients, micro_batc
         indices = poisson(24, 0.3, sampling)
         drawn.append(len(indices))
         total = torch.zeros(buffer.values, dtype=torch.float64)
-        for length, part in micro_batches(records.lengths, indices, 32, trainer.shapes.rows.__getitem__):
+        for length, part in micro_batches(records.lengths, indices, 32, trainer.shapes.rows.__getitem__,
+                                          PRIVATE_LENGTHS):
             count = trainer.shapes.rows[length]
             buffer.arm(count)
             with trainer.autocast():
