@@ -124,7 +124,7 @@ def made_up_records(task: Task, embeddings: int, lengths: Sequence[int], *, seed
     """
     random, tokenizer = np.random.default_rng(seed), task.tokenizer
     words = np.setdiff1d(np.arange(min(len(tokenizer), embeddings)), tokenizer.all_special_ids)
-    sizes = [max(2, min(size, length)) for length in lengths for size in (length - 1, length * 2 // 3)]
+    sizes = [max(min(2, length), size) for length in lengths for size in (length - 1, length * 2 // 3)]
     tokens = [random.choice(words, size).tolist() for size in sizes]
     kind: dict[str, Any] = {"labels": [i % 2 for i in range(len(tokens))]} if task.name == "classification" else {
         "answers": [[0] + [1] * (len(one) - 1) for one in tokens]}
