@@ -129,16 +129,12 @@ class CausalLM(Task):
     def _token_losses(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Per record, the sum of its answer tokens' losses and their number: [records] float32 each.
 
-        Only logits of answer tokens are widened to float32; on CUDA all, since the host would have to wait to know how
-        many there are.
+        Every token's loss is computed, so that no shape follows how many answer tokens a batch has: on CUDA the host
+        would have to wait to know, and a record's rounding must not depend on the answers of others.
         """
         logits = model(**batch.inputs()).logits[:, :-1]
         targets = batch.labels[:, 1:]
         answer = targets != IGNORED
-        if logits.is_cuda:
-            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED,
-                                     reduction="none").view_as(targets)
-        else:
-            losses = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
-            losses[answer] = F.cross_entropy(logits[answer].float(), targets[answer], reduction="none")
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED,
+                                 reduction="none").view_as(targets)
         return losses.sum(1), answer.sum(1).float()
