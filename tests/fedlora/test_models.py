@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -251,3 +252,11 @@ def test_a_pad_token_that_the_model_has_no_embedding_for_is_refused(task, checkp
     tokenizer.save_pretrained(folder)
     with pytest.raises(ValueError, match="pads with token"):
         models.load(folder, task, 2)
+
+
+def test_threads_may_load_models_at_the_same_time(checkpoint):
+    folder = checkpoint("gpt2")
+    with ThreadPoolExecutor(4) as several:
+        loaded = list(several.map(lambda _: models.load(folder, "causal-lm", 0).model, range(12)))
+    assert all(model.get_output_embeddings().weight is model.get_input_embeddings().weight for model in loaded)
+    assert not models.load(folder, "causal-lm", 0).missing, "and nothing of it is left behind"
