@@ -139,7 +139,7 @@ class Owner:
             raise Refused("policy") from None
 
     def check_anchor(self, sealed: bytes | None) -> None:
-        """Before the data is read, hold the ledger against what the server keeps of it.
+        """Before anything is charged, hold the ledger against what the server keeps of it.
 
         Args:
             sealed: as `Setup.anchor`.

@@ -62,30 +62,28 @@ Gradients = Callable[[Records, np.ndarray, int, int], tuple[torch.Tensor, torch.
 and filler rows after them, computed as in training."""
 
 
-def show_shapes(gradients: Gradients, records: Records, lengths: Sequence[int], most_rows: Callable[[int], int],
-                one_at_a_time: str) -> Shapes:
+def show_shapes(gradients: Gradients, records: Records, first: Mapping[int, int], one_at_a_time: str) -> Shapes:
     """Find the largest shape of each padded length in which this machine computes each record on its own.
 
     Args:
-        records: made up, see `made_up_records`; 2·i and 2·i + 1 are those of lengths[i].
-        most_rows: padded length → rows of the first shape to try.
+        records: made up, see `made_up_records`; 2·i and 2·i + 1 are those of the i-th length.
+        first: padded length → rows of the first shape to try.
         one_at_a_time: as of `Shapes`.
     Raises:
         ValueError: not even the same record alone has the same gradient twice.
     """
     rows = {}
-    for place, length in enumerate(lengths):
-        first = 1 if one_at_a_time else most_rows(length)
-        rows[length] = next((count for count in _halves(first)
+    for place, (length, most) in enumerate(first.items()):
+        rows[length] = next((count for count in _halves(most)
                              if _is_invariant(gradients, records, 2 * place, length, count)), 0)
         if not rows[length]:
             raise ValueError(f"this machine does not compute the same gradient twice, even for one record of {length} "
                              "tokens alone, so that no clipping could protect it. Choose another --device or "
                              "--precision, or another --model")
-        if rows[length] < first:
+        if rows[length] < most:
             log.warning("Records of %d tokens are trained %d at a time in place of %d: in larger micro-batches this "
                         "machine rounds a record's gradient by its place or its companions.", length, rows[length],
-                        first)
+                        most)
     return Shapes(rows, one_at_a_time)
 
 

@@ -238,7 +238,7 @@ class Trainer:
         shapes, records = self._findings.get(key), self._made_up(lengths)
         with self._random_tensors():
             if shapes is None or sorted(shapes.rows) != lengths:
-                shapes = show_shapes(self._filled_up, records, lengths, first.__getitem__, one_at_a_time)
+                shapes = show_shapes(self._filled_up, records, first, one_at_a_time)
                 self._findings.put(key, shapes)
             else:
                 largest = max(lengths, key=lambda length: length * shapes.rows[length])
