@@ -63,7 +63,7 @@ class Inputs:
         for client in range(CLIENTS):
             file = write_rows(folder / "rows" / f"client-{client}.jsonl", seed=client)
             rows = [json.loads(line) for line in file.read_text().splitlines()]
-            file.write_text("".join(json.dumps(row | {"patient": f"p{i % 40}"}) + "\n" for i, row in enumerate(rows)))
+            file.write_text("".join(json.dumps(row | {"patient": f"p{i % 80}"}) + "\n" for i, row in enumerate(rows)))
             texts = folder / "texts" / file.name
             texts.parent.mkdir(exist_ok=True)
             texts.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
@@ -126,8 +126,11 @@ class Tree:
             self._inputs.folder / "rows" / f"client-{n}.jsonl", "--model", model, "--threads", 1, "--simulated-ledger",
             out.with_suffix(f".ledger-{n}"), "--yes", "--declared-size", 120, "--labels", "routine,urgent")
             for n in range(CLIENTS)]
-        for process in (server, *clients):
-            _finish(process)
+        try:
+            for process in (*clients, server):  # a server waits for clients that have failed
+                _finish(process)
+        finally:
+            server.kill()
         return _sha256(out / "adapter" / "adapter_model.safetensors")
 
     def _start(self, package: str, *arguments: object) -> subprocess.Popen[str]:

@@ -5,7 +5,7 @@ import dataclasses
 import fedlora
 from fedlora import models, wire
 from fedlora.adapters import attach_planned, initial_tensors
-from fedlora.adapters.private import release_layout, release_tensors
+from fedlora.adapters.private import sketch_layout, sketch_tensors
 from fedlora.plan import RoundPlan, RunPlan
 from fedlora.privacy import Ledger
 from fedlora.wire import Setup
@@ -44,7 +44,7 @@ class Server:
                       | ({"labels": ()} if announce else {}), announce_labels=announce)
         self.prepare(checkpoint)
         self.deployment = Deployment(folder, checkpoint)
-        self.engine = RecordingEngine("127.0.0.1:0", setup, folder / "spool")
+        self.engine = RecordingEngine("127.0.0.1:0", setup, folder / "uploads")
         self.deployment.address = self.engine.address
         self.data = write_rows(folder / "data" / "north.jsonl", seed=0)
 
@@ -52,7 +52,7 @@ class Server:
         """The tensors that the plan's first round starts from."""
         adapted = attach_planned(models.load(checkpoint, self.plan.task, len(self.plan.labels)), self.plan)
         self.state = initial_tensors(adapted, init="orthonormal", seed=0)
-        self.layout, self.release = adapted.layout, release_layout(adapted.layout, adapted.missing)
+        self.layout, self.sketches = adapted.layout, sketch_layout(adapted.layout, adapted.missing)
 
     def client(self, *arguments, **options):
         self.deployment.client("north", self.data, *arguments, **options)
@@ -66,9 +66,9 @@ class Server:
 
     def come_back_with(self, **changes):
         """Break the connection, and welcome the same client process to another run."""
-        setup = dataclasses.replace(self.engine._roster.setup, **changes)
-        self.engine._roster.setup = setup
-        for seat in self.engine._roster._seats.values():
+        setup = dataclasses.replace(self.engine._registry.setup, **changes)
+        self.engine._registry.setup = setup
+        for seat in self.engine._registry._seats.values():
             seat.setup = setup
         for session in list(self.engine._sessions):
             session._context.cancel()
@@ -85,12 +85,12 @@ class Server:
 
     def order(self, round, attempt=0, **changes):
         """Give the idle client an order, and return its message id."""
-        seat = self.engine._roster._seats[self.engine.idle()[0]]  # our own server never asks twice
+        seat = self.engine._registry._seats[self.engine.idle()[0]]  # our own server never asks twice
         seat.asked.clear()
         seat.accepted = None
-        layout = self.layout if round else self.release
-        state = self.state if round else release_tensors(self.release, self.state, seed=0)
-        digest = wire.digest({spec.name: state[spec.name] for spec in layout.shared})
+        layout = self.layout if round else self.sketches
+        state = self.state if round else sketch_tensors(self.sketches, self.state, seed=0)
+        digest = wire.tensors_digest({spec.name: state[spec.name] for spec in layout.frozen})
         order = RoundPlan(dataclasses.replace(self.plan, **changes), round, attempt, digest)
         self.engine.expect(layout)
         [sent] = self.engine.push_messages([train_message(order, to_record(state), self.engine.idle()[0])])

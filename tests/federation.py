@@ -6,7 +6,7 @@ import numpy as np
 
 from fedlora.adapters import FAMILIES, AdapterLayout, TensorSpec
 from fedlora.plan import ModelRef, Refusal, RoundPlan, RunPlan, Tensors, Upload
-from fedlora.wire import digest, rounded
+from fedlora.wire import rounded, tensors_digest
 from fedlora_strategies import STRATEGY_CLASSES
 
 ROWS, COLUMNS = 7, 5
@@ -64,10 +64,10 @@ def update_of(state: Mapping[str, np.ndarray], module: str) -> np.ndarray:
 class LinearSession:
     """A real client of a tiny problem: least squares of each module's update against its own data.
 
-    Behaves as `fedlora_client.session.ClientSession`: keeps the shared tensors it was sent, trains once per key.
+    Behaves as `fedlora_client.session.ClientSession`: keeps the frozen tensors it was sent, trains once per key.
 
     Attributes:
-        forgets_in: round at whose first attempt the shared tensors are lost; 0 for none.
+        forgets_in: round at whose first attempt the frozen tensors are lost; 0 for none.
     """
 
     def __init__(self, name: str, layout: AdapterLayout, *, records: int = 12) -> None:
@@ -84,16 +84,16 @@ class LinearSession:
     def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
         if (plan.round, plan.attempt) == (self.forgets_in, 0):
             self.held.clear()
-        names = {spec.name for spec in self.layout.shared}
+        names = {spec.name for spec in self.layout.frozen}
         received = {name: array for name, array in tensors.items() if name in names}
         if received:
-            assert digest(received) == plan.shared_sha256
-            self.held = {plan.shared_sha256: received}
-        elif names and plan.shared_sha256 not in self.held:
+            assert tensors_digest(received) == plan.frozen_sha256
+            self.held = {plan.frozen_sha256: received}
+        elif names and plan.frozen_sha256 not in self.held:
             return Refusal("missing-tensors")
         assert (plan.round, plan.attempt) not in self.keys, "trained twice for one (run, round, attempt)"
         self.keys.append((plan.round, plan.attempt))
-        state = {**tensors, **self.held.get(plan.shared_sha256, {})}
+        state = {**tensors, **self.held.get(plan.frozen_sha256, {})}
         for _ in range(plan.run.local_steps):
             state = {**state, **self._step(state, plan.run.lr)}
         trained = rounded({spec.name: np.asarray(state[spec.name], np.float32) for spec in self.layout.trained},

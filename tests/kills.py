@@ -32,7 +32,7 @@ _RESERVATION, _UPDATES = "fedlora.privacy.ledger.reservation:Reservation", "fedl
 POINTS: Mapping[str, tuple[str, str]] = {
     "before it begins": (f"{_RESERVATION}.begin", BEFORE),
     "once it has begun": (f"{_RESERVATION}.begin", AFTER),
-    "during the training": ("fedlora.training.steps:PrivateStep.finish", BEFORE),
+    "during the training": ("fedlora.training.accumulation:PrivateStep.finish", BEFORE),
     "after the training": ("fedlora.training.trainer:Trainer.run", AFTER),
     "before the update is kept": (f"{_UPDATES}.save_upload", BEFORE),
     "before that is noted": (f"{_RESERVATION}.stored", BEFORE),
@@ -101,20 +101,20 @@ def client_that_dies(point: str, occurrence: int, arguments: Sequence[str], log:
 
 def server_that_tells(told: Path, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
     """fedlora-server, which writes down the SHA-256 of every update that it has received whole."""
-    from fedlora.wire import digest
-    from fedlora_server.spool import SpoolFile, read_record
+    from fedlora.wire import tensors_digest
+    from fedlora_server.upload_store import IncomingUpload, read_record
     from fedlora_strategies.messages import to_tensors
 
-    stored = SpoolFile.stored
+    stored = IncomingUpload.stored
 
     def telling(self: Any, metrics: Any) -> Any:
         found = stored(self, metrics)
         tensors = to_tensors(read_record(memoryview(found.path.read_bytes()), found.shapes, found.wire_dtype))
         with told.open("a") as lines:
-            lines.write(json.dumps([digest(tensors), dict(metrics)]) + "\n")
+            lines.write(json.dumps([tensors_digest(tensors), dict(metrics)]) + "\n")
         return found
 
-    SpoolFile.stored = telling  # type: ignore[method-assign]
+    IncomingUpload.stored = telling  # type: ignore[method-assign]
     processes._run("server", arguments, log, environment)
 
 

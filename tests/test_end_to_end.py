@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.privacy import Ledger
 from fedlora.privacy.report import verify
-from fedlora_server.planning import find_model
-from fedlora_simulations.simulate import Method, populate, simulate
+from fedlora_server.run_setup import find_model
+from fedlora_simulations.population import Method, populate
+from fedlora_simulations.simulate import simulate
 from tests.processes import Deployment, write_rows
 
 SMALL = ("--rank", 2, "--rounds", 2, "--local-steps", 2, "--batch-size", 8, "--max-length", 16)

@@ -66,7 +66,7 @@ def test_a_plan_that_is_not_what_was_said_when_joining_is_declined(serve, said, 
 def test_more_tensors_than_the_base_model_could_need_are_refused_from_their_header(serve):
     server = serve()
     large = TensorSpec("classifier.extra", (17 << 20,), "head")
-    server.layout = dataclasses.replace(server.layout, shared=(*server.layout.shared, large))
+    server.layout = dataclasses.replace(server.layout, frozen=(*server.layout.frozen, large))
     server.state[large.name] = np.zeros(large.shape, np.float32)
     answer = server.client().ask(1)
     assert answer.code == "invalid-tensors" and f"takes {64 << 20}" in answer.detail
@@ -100,7 +100,7 @@ def test_under_privacy_no_label_name_is_announced_because_a_row_has_it(serve):
 def test_tensors_that_cut_the_adapter_off_get_noise_and_no_word_of_it(serve):
     """Whether they do depends on the records, so that a server which chooses them could read it off a refusal."""
     server = serve()
-    for spec in server.layout.shared:
+    for spec in server.layout.frozen:
         server.state[spec.name] = np.full(spec.shape, 1e-45, np.float32)
     assert server.client().ask(1).steps == 2
     assert "no gradient for" in server.log() and len(server.charges()) == 1
@@ -126,7 +126,7 @@ def test_a_start_from_private_rows_that_was_not_agreed_is_declined(serve, change
 def test_an_agreed_start_is_released_once_and_never_after_the_first_round(serve):
     server = serve(private_start=True).client()
     released = server.ask(0)
-    assert {n: t.shape for n, t in released.tensors.items()} == {s.name: s.shape for s in server.release.trained}
+    assert {n: t.shape for n, t in released.tensors.items()} == {s.name: s.shape for s in server.sketches.trained}
     assert server.ask(0).tensors.keys() == released.tensors.keys() and len(server.charges()) == 1
     assert server.ask(0, attempt=1) == Refusal("unavailable") and len(server.charges()) == 1
     for number in (1, 2):

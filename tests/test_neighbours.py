@@ -13,7 +13,7 @@ import pytest
 from fedlora import models
 from fedlora.options import CLIENT, options_from
 from fedlora.plan import Refusal, RoundPlan, Upload, upload_metrics
-from fedlora.wire import Setup, digest, pb, read_frame
+from fedlora.wire import Setup, pb, read_frame, tensors_digest
 from fedlora_client.supernode import SuperNodeClient
 from tests.driven_server import Server
 
@@ -128,7 +128,7 @@ def test_what_a_supernode_answers_does_not_depend_on_a_row(tmp_path, checkpoint,
     server = Server(tmp_path / "server", folder, **PLANS[task])
     server.engine.close("it is not called")
     layout, state = server.layout, server.state
-    order = RoundPlan(server.plan, 1, 0, digest({spec.name: state[spec.name] for spec in layout.shared}))
+    order = RoundPlan(server.plan, 1, 0, tensors_digest({spec.name: state[spec.name] for spec in layout.frozen}))
     asked = dataclasses.replace(Setup.of(server.plan), labels=(), announce_labels=True) if server.plan.labels else None
     found = {}
     for name, rows in neighbours(task).items():

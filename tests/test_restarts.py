@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from fedlora.plan import Upload
 from fedlora.privacy import Accountant, Ledger, Spend
 from fedlora.privacy.report import verify
-from fedlora.wire import digest
+from fedlora.wire import tensors_digest
 from tests.driven_server import Server
 from tests.processes import PATIENCE, Deployment, write_rows
 from tests.server.tcp_proxy import TcpProxy
@@ -136,7 +136,7 @@ def test_a_client_killed_between_rounds_and_after_storage_ends_with_the_same_eps
         assert deployment.end("north") == deployment.end("south") == 0
     once, again = account(whole, "north"), account(broken, "north")
     assert again.trainings == once.trainings == [(1, 0, "released"), (2, 0, "released")]
-    assert stored.read_bytes() == content and again.charges[1].sha256 == digest(tensors)
+    assert stored.read_bytes() == content and again.charges[1].sha256 == tensors_digest(tensors)
     assert [charge.sha256 for charge in again.charges] == [charge.sha256 for charge in once.charges]
     assert adapter(broken) == adapter(whole)
     assert again.epsilon == pytest.approx(once.epsilon, abs=EXACT)
@@ -250,7 +250,7 @@ def test_a_client_killed_at_any_moment_has_been_charged_for_all_that_the_server_
         elif sent is not None and server.engine.wait([sent], 0.02).get(sent, "lost") != "lost":
             answer, sent = server.reply(sent), None
             if isinstance(answer, Upload):
-                received[number] = digest(answer.tensors)
+                received[number] = tensors_digest(answer.tensors)
 
     def check():
         charges = server.charges()

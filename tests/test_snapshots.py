@@ -11,7 +11,7 @@ from fedlora.plan import ANCHOR_BYTES, PROTOCOL
 from fedlora.privacy import DatasetPolicy, Ledger
 from fedlora_server import checkpoint
 from fedlora_server.anchors import Anchors
-from fedlora_server.planning import find_model, prepare
+from fedlora_server.run_setup import find_model, prepare
 from tests.processes import Deployment, write_rows
 
 SMALL = ("--rank", 2, "--local-steps", 2, "--batch-size", 8, "--max-length", 16)

@@ -19,8 +19,9 @@ from safetensors.numpy import load_file
 
 from fedlora.options import OPTIONS, SERVER, SIMULATE, build_parser, read_options
 from fedlora.privacy import INSECURE_SEED_VARIABLE, Ledger
-from fedlora_server.planning import find_model
-from fedlora_simulations.simulate import Method, populate, simulate
+from fedlora_server.run_setup import find_model
+from fedlora_simulations.population import Method, populate
+from fedlora_simulations.simulate import simulate
 from tests.processes import PATIENCE, free_port, write_rows
 
 APP = Path(__file__).parent.parent / "simulations" / "flower_app"

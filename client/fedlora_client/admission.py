@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from fedlora.privacy import Accountant, RunTerms, four_digits
-from fedlora.privacy.ledger.lifetime import Book, Run
+from fedlora.privacy.ledger.lifetime_budget import Book, Run
 
 from .terms import with_room
 

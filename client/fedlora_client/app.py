@@ -11,7 +11,7 @@ from fedlora.plan import Refusal, Refused
 from fedlora.wire import Setup
 
 from .connection import Connection, Goodbye, RunChanged
-from .part import DataHolder, Part
+from .participation import DataHolder, Participation
 
 
 class EndedEarly(Exception):
@@ -55,7 +55,7 @@ def take_part(options: Namespace, console: Console) -> None:
 def _serve(holder: DataHolder, setup: Setup, connection: Connection) -> None:
     """Answer the orders of one run; ends with an exception of the connection."""
     try:
-        part = Part(holder, setup)
+        part = Participation(holder, setup)
     except Refused as refused:
         connection.decline(refused.refusal)
         raise
@@ -65,7 +65,7 @@ def _serve(holder: DataHolder, setup: Setup, connection: Connection) -> None:
     console.print(f"Joined {holder.options.server} as {holder.name}; waiting to be asked.")
     try:
         while True:
-            plan, tensors = connection.next_task()
+            plan, tensors = connection.next_request()
             with console.status(f"round {plan.round}: training"):
                 answer = part.answer(plan, tensors, connection.cancelled.is_set)
             declined = connection.send(answer)

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.privacy import Accountant, Charge, Ledger, Lifetime, Policy, four_digits
-from fedlora.privacy.ledger.lifetime import FILTER_ORDERS, Book, Declaration
+from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS, Book, Declaration
 
-from . import places
+from . import paths
 
 AHEAD = (1, 5, 20)
 """Numbers of further rounds whose price is shown where none is asked for."""
@@ -26,13 +26,13 @@ AHEAD = (1, 5, 20)
 def show_budget(options: Namespace) -> int:
     """Show the ledger; returns the exit code."""
     folder: Path | None = options.simulated_ledger
-    path = folder / "ledger.sqlite" if folder else places.ledger()
+    path = folder / "ledger.sqlite" if folder else paths.ledger()
     if not path.exists():
         print(f"fedlora-client: there is no ledger at {path}: nothing was spent by this user on this machine",
               file=sys.stderr)
         return 0
     try:
-        policy = Policy.read(places.named_policy(options))
+        policy = Policy.read(paths.named_policy(options))
         ledger = Ledger(path, simulated=folder is not None)
         book = _with_limits(ledger.book(), policy)
         names = sorted({charge.dataset for charge in ledger.charges()} | book.declarations.keys())

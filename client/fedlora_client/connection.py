@@ -4,11 +4,11 @@
     setup = connection.join()                    # read the data, then
     connection.ready(labels)
     while True:
-        plan, tensors = connection.next_task()
+        plan, tensors = connection.next_request()
         refusal = connection.send(train(plan, tensors, stop=connection.cancelled.is_set))
 
-A stream that breaks is opened again with the same process token. A task that this process has in hand is then neither
-sent nor trained again: its answer, the identical bytes, follows on the new stream.
+A stream that breaks is opened again with the same process token. A request that this process has in hand is then
+neither sent nor trained again: its answer, the identical bytes, follows on the new stream.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _Stream:
         self.welcomed = False
         self.is_ready = False
         self.last_frame_at = time.monotonic()
-        self.plan: RoundPlan | None = None  # of the task that is coming in
+        self.plan: RoundPlan | None = None  # of the request that is coming in
         self.incoming: Incoming | None = None
         self.sent, self.received = Repeats(), Repeats()
         self.tensors: dict[str, np.ndarray] = {}
@@ -91,9 +91,9 @@ class Connection:
         ValueError: the server's address or the name is not one, or is not loopback and `insecure` is not set.
 
     Attributes:
-        max_tensor_bytes: a task with more is refused from its header, before memory is taken for it.
-        cancelled: set while the task in hand is no longer wanted. A run that was only stopped, or whose server is gone,
-            may be taken up again: what is in hand is then worth finishing, and what was spent on it not lost.
+        max_tensor_bytes: a request with more is refused from its header, before memory is taken for it.
+        cancelled: set while the request in hand is no longer wanted. A run that was only stopped, or whose server is
+            gone, may be taken up again: what is in hand is then worth finishing, and what was spent on it not lost.
         bytes_up, bytes_down: moved so far.
     """
 
@@ -117,7 +117,7 @@ class Connection:
         self._setup: Setup | None = None
         self._run_changed = False
         self._labels: tuple[str, ...] | None = None  # None: not ready
-        self._task: tuple[RoundPlan, Tensors] | None = None
+        self._request: tuple[RoundPlan, Tensors] | None = None
         self._working: Key | None = None  # received, and its answer not acknowledged
         self._answer: tuple[Key, Upload | Refusal] | None = None
         self._acks: dict[Key, Refusal | None] = {}
@@ -141,7 +141,7 @@ class Connection:
             return self._setup
 
     def ready(self, labels: tuple[str, ...] = ()) -> None:
-        """Say that tasks may come. `labels` (if the setup asks for them) are disclosed."""
+        """Say that requests may come. `labels` (if the setup asks for them) are disclosed."""
         with self._changed:
             self._wait(lambda: True)
             self._labels = labels
@@ -153,7 +153,7 @@ class Connection:
         self._stream.send(pb.ClientFrame(declined=pb.Declined(refusal=wire.refusal_to_wire(refusal))))
         self.leave()
 
-    def next_task(self) -> tuple[RoundPlan, Tensors]:
+    def next_request(self) -> tuple[RoundPlan, Tensors]:
         """Block until the server asks for a round. Clears `cancelled`.
 
         Returns:
@@ -163,14 +163,14 @@ class Connection:
             Goodbye, RunChanged, ServerUnreachable, Refused, WireError.
         """
         with self._changed:
-            self._wait(lambda: self._task is not None)
-            assert self._task is not None
-            task, self._task = self._task, None
+            self._wait(lambda: self._request is not None)
+            assert self._request is not None
+            request, self._request = self._request, None
             self.cancelled.clear()
-            return task
+            return request
 
     def send(self, answer: Upload | Refusal) -> Refusal | None:
-        """Answer the task in hand and wait until the server has acknowledged it, over as many streams as it takes.
+        """Answer the request in hand and wait until the server has acknowledged it, over as many streams as it takes.
 
         Returns:
             None if the answer was accepted, else why not ("too-late", "invalid-tensors", …).
@@ -244,7 +244,7 @@ class Connection:
                 self._end = error
                 if not (isinstance(error, ServerUnreachable) or (isinstance(error, Goodbye) and error.run_may_go_on)):
                     self.cancelled.set()
-                elif self._working is not None and self._task is None and self._answer is None:
+                elif self._working is not None and self._request is None and self._answer is None:
                     self._report("The server is gone. What is being trained is finished first and kept, in case that "
                                  "its run is taken up again; Ctrl-C leaves at once.")
                 self._changed.notify_all()
@@ -305,8 +305,8 @@ class Connection:
             raise WireError("a Task is followed by its chunks")
         if kind == "welcome":
             self._on_welcome(stream, wire.setup_from_wire(frame.welcome))
-        elif kind == "task":
-            self._on_task(stream, frame.task)
+        elif kind == "request":
+            self._on_request(stream, frame.request)
         elif kind == "end":
             self._on_end(stream, checksum=0)  # of no bytes
         elif kind == "ack":
@@ -322,7 +322,7 @@ class Connection:
             if before is not None and setup != replace(before, labels=setup.labels, anchor=setup.anchor,
                                                        announce_labels=setup.announce_labels):
                 self._run_changed, self._labels = True, None
-                self._task = self._working = self._answer = None
+                self._request = self._working = self._answer = None
                 self.cancelled.set()
             elif self._labels is not None:
                 self._say_ready(stream)
@@ -332,7 +332,7 @@ class Connection:
         working = None if self._working is None else wire.key_to_wire(self._working)
         assert self._setup is not None
         labels = self._labels if self._setup.announce_labels else ()
-        stream.is_ready = True  # before it is said: the first task may come at once
+        stream.is_ready = True  # before it is said: the first request may come at once
         stream.send(pb.ClientFrame(ready=pb.Ready(labels=labels or (), working=working)))
         if self._answer is not None:
             stream.outgoing.put(self._answer_frames(stream, *self._answer))
@@ -359,14 +359,14 @@ class Connection:
                 return
             yield frame
 
-    def _on_task(self, stream: _Stream, task: pb.Task) -> None:
-        task = stream.received.restore(task)
-        plan, shapes = wire.plan_from_wire(task), wire.shapes_from(task.tensors)
+    def _on_request(self, stream: _Stream, request: pb.TrainRequest) -> None:
+        request = stream.received.restore(request)
+        plan, shapes = wire.plan_from_wire(request), wire.shapes_from(request.tensors)
         assert self._setup is not None
         if not stream.is_ready or plan.run.run_id != self._setup.run_id:
-            raise WireError("the server sent a task before Ready, or of another run")
+            raise WireError("the server sent a request before Ready, or of another run")
         if self._working is not None and plan.key != self._working:
-            raise WireError("the server sent a task while another is in hand")
+            raise WireError("the server sent a request while another is in hand")
         if plan.run.wire_dtype != self._setup.wire_dtype:
             raise WireError("the plan's wire dtype is not that of the server's welcome")
         stream.plan = plan
@@ -395,15 +395,15 @@ class Connection:
             if refusal is not None:
                 self._give(plan.key, refusal)
             else:
-                self._task = plan, tensors
+                self._request = plan, tensors
             self._changed.notify_all()
 
     def _on_cancel(self, key: Key) -> None:
         with self._changed:
             if key != self._working:
                 return
-            if self._task is not None:  # nobody has begun with it
-                self._task = None
+            if self._request is not None:  # nobody has begun with it
+                self._request = None
                 self._give(key, Refusal("unavailable"))
             else:
                 self.cancelled.set()

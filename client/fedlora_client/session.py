@@ -15,13 +15,13 @@ from collections.abc import Callable
 
 from fedlora.adapters import AdapterLayout
 from fedlora.adapters.layout import MOST_RECEIVED, MOST_VALUE
-from fedlora.adapters.private import release_layout, release_plan
+from fedlora.adapters.private import sketch_layout, sketch_plan
 from fedlora.plan import Refusal, Refused, Released, RoundPlan, RunPlan, Tensors, Upload, to_scalars
 from fedlora.privacy import Accountant, BudgetExhausted, Forbidden, Ledger, RunStreams, RunTerms
 from fedlora.privacy.ledger import Reservation
 from fedlora.tasks import Records
-from fedlora.training import Trainer, Training, TrainResult
-from fedlora.wire import digest, rounded
+from fedlora.training import Trainer, TrainingJob, TrainResult
+from fedlora.wire import rounded, tensors_digest
 
 from .state import State
 from .terms import Limits, private_terms, with_room
@@ -33,7 +33,7 @@ class ClientSession:
 
     Args:
         run: the plan of the run; a round that carries another is refused.
-        trainer: the process's trainer, shared by all simulated clients.
+        trainer: the process's trainer, frozen by all simulated clients.
         records: this client's encoded training records.
         limits: what this client allows.
         state: where the last upload and the frozen tensors are kept.
@@ -56,7 +56,7 @@ class ClientSession:
     def __init__(self, run: RunPlan, trainer: Trainer, records: Records, limits: Limits, state: State,
                  streams: RunStreams, ledger: Ledger, dataset: str, *,
                  approve: Callable[[RunTerms], None] = lambda terms: None,
-                 release: Callable[[], Trainer] | None = None, anchors: bool = False) -> None:
+                 sketch_trainer: Callable[[], Trainer] | None = None, anchors: bool = False) -> None:
         limits.check(run.private)
         if run.private and run.dropout:
             log.error("The plan has dropout %g: a record's mask depends on the others in its batch, so that ε would "
@@ -67,7 +67,7 @@ class ClientSession:
         self.run, self.trainer, self.records = run, trainer, records
         self.limits, self.state, self.streams = limits, state, streams
         self.ledger, self.dataset = ledger, dataset
-        self._release, self.anchors = release, anchors and not ledger.simulated
+        self._sketch_trainer, self.anchors = sketch_trainer, anchors and not ledger.simulated
         self._begun: dict[tuple[str, int, int], tuple[Reservation, Tensors]] = {}
         self.terms = self._settle()
         try:
@@ -143,7 +143,7 @@ class ClientSession:
 
         Args:
             plan: the order; a repeated (run, round, attempt) gets the stored upload, or is refused.
-            tensors: the trained tensors, and the shared ones unless this client holds them already.
+            tensors: the trained tensors, and the frozen ones unless this client holds them already.
             stop: asked between micro-batches; True abandons the round (which stays charged).
             charged: called before the training, its charge on the disk.
         Returns:
@@ -154,13 +154,13 @@ class ClientSession:
         """
         prepared: list[Trainer] = []
         training = self.begin(plan, tensors, lambda: prepared.append(self._prepared_trainer(plan)))
-        if not isinstance(training, Training):
+        if not isinstance(training, TrainingJob):
             return training
         charged()
         return self.finish(plan, prepared[0].run(training, stop))
 
     def begin(self, plan: RoundPlan, tensors: Tensors,
-              prepare: Callable[[], object] = lambda: None) -> Training | Upload | Refusal:
+              prepare: Callable[[], object] = lambda: None) -> TrainingJob | Upload | Refusal:
         """All of `run_round` that comes before the training, up to the charge, which is on the disk.
 
         Args:
@@ -174,7 +174,7 @@ class ClientSession:
         started = self.started
         if (plan.round, plan.attempt) in started:
             return self._again(plan)
-        layout = self.trainer.adapted.layout if plan.round else self.release_layout
+        layout = self.trainer.adapted.layout if plan.round else self.sketch_layout
         try:
             self._check_turn(plan, [round for round, _ in started])
             start = self._complete(plan, tensors, layout)
@@ -189,8 +189,8 @@ class ClientSession:
             return Refusal("budget")
         reservation.begin()
         self._begun[plan.key] = reservation, start
-        terms, run = self.terms, self.run if plan.round else release_plan(self.run)
-        return Training(
+        terms, run = self.terms, self.run if plan.round else sketch_plan(self.run)
+        return TrainingJob(
             run, self.records, start, sampling_rate=terms.sampling_rate, noise_multiplier=terms.noise_multiplier,
             clip_norm=terms.clip_norm, lr=plan.lr if plan.round else run.lr,
             rows_per_unit=self.limits.rows_per_unit, streams=self.streams, round=plan.round, attempt=plan.attempt)
@@ -215,7 +215,7 @@ class ClientSession:
             num_examples=None if private else self.records.units_count,
             train_loss=None if private else result.mean_loss)
         self.state.save_upload(upload)
-        reservation.stored(digest(upload.tensors))
+        reservation.stored(tensors_digest(upload.tensors))
         reservation.released()
         return self._anchored(upload)
 
@@ -234,18 +234,18 @@ class ClientSession:
             raise Refused("budget")
 
     @property
-    def release_layout(self) -> AdapterLayout:
+    def sketch_layout(self) -> AdapterLayout:
         """What travels in round 0."""
-        return release_layout(self.trainer.adapted.layout, self.trainer.adapted.missing)
+        return sketch_layout(self.trainer.adapted.layout, self.trainer.adapted.missing)
 
     def _prepared_trainer(self, plan: RoundPlan) -> Trainer:
         """The round's, shown to be batch-invariant. Round 0 has another adapter on a base model of its own, needed
         once."""
         trainer, run = self.trainer, self.run
         if plan.round == 0:
-            if self._release is None:
+            if self._sketch_trainer is None:
                 raise ValueError("this session was made without a trainer for a private start; give it `release`")
-            trainer, run = self._release(), release_plan(self.run)
+            trainer, run = self._sketch_trainer(), sketch_plan(self.run)
         if run.private:
             rows_per_unit = 1 if self.records.units is None else self.limits.rows_per_unit
             trainer.show_batch_invariance(run, rows_per_unit)
@@ -258,7 +258,7 @@ class ClientSession:
             log.warning("Round %d, attempt %d was begun before and not finished; it is not trained twice.",
                         plan.round, plan.attempt)
             return Refusal("unavailable")
-        self.ledger.released_again(self.dataset, *plan.key, digest(stored.tensors))
+        self.ledger.released_again(self.dataset, *plan.key, tensors_digest(stored.tensors))
         log.info("Round %d was trained before; the stored upload is sent again at no cost.", plan.round)
         return self._anchored(stored)
 
@@ -267,21 +267,21 @@ class ClientSession:
         return dataclasses.replace(upload, anchor=self.ledger.anchor()) if self.anchors else upload
 
     def _complete(self, plan: RoundPlan, tensors: Tensors, layout: AdapterLayout) -> Tensors:
-        """The received tensors, with the shared ones that did not travel added from the cache, checked."""
-        names = {spec.name for spec in layout.shared}
+        """The received tensors, with the frozen ones that did not travel added from the cache, checked."""
+        names = {spec.name for spec in layout.frozen}
         received = {name: array for name, array in tensors.items() if name in names}
-        held_sha256, held = self.state.shared()
-        shared = {name: array for name, array in {**held, **received}.items() if name in names}
-        if shared.keys() != names:
+        held_sha256, held = self.state.frozen()
+        frozen = {name: array for name, array in {**held, **received}.items() if name in names}
+        if frozen.keys() != names:
             raise Refused("missing-tensors")
         try:
-            layout.check({**tensors, **shared}, "state", most=MOST_RECEIVED if self.run.private else MOST_VALUE)
+            layout.check({**tensors, **frozen}, "state", most=MOST_RECEIVED if self.run.private else MOST_VALUE)
         except ValueError as error:
             raise Refused("invalid-tensors", str(error)) from error
-        if (digest(shared) if received or not names else held_sha256) != plan.shared_sha256:
+        if (tensors_digest(frozen) if received or not names else held_sha256) != plan.frozen_sha256:
             if received.keys() != names:  # what is held is not what the server believes
                 raise Refused("missing-tensors")
             raise Refused("invalid-tensors", "the frozen tensors do not have the digest that the order names")
         if received:
-            self.state.save_shared(plan.shared_sha256, shared)
-        return {**tensors, **shared}
+            self.state.save_frozen(plan.frozen_sha256, frozen)
+        return {**tensors, **frozen}

@@ -29,11 +29,11 @@ class MemoryState:
     the base model.
 
     Args:
-        shared: the cache of frozen tensors, one for all simulated clients.
+        frozen: the cache of frozen tensors, one for all simulated clients.
     """
 
-    def __init__(self, shared: dict[str, Tensors]) -> None:
-        self._shared = shared
+    def __init__(self, frozen: dict[str, Tensors]) -> None:
+        self._frozen = frozen
 
     def stored_upload(self, plan: RoundPlan) -> None:
         """None: a round that was trained before is not sent again."""
@@ -44,15 +44,15 @@ class MemoryState:
     def check_room(self, upload_bytes: int) -> None:
         """Nothing is kept, so that there is always room."""
 
-    def shared(self) -> tuple[str, Tensors]:
+    def frozen(self) -> tuple[str, Tensors]:
         """The frozen tensors that were received last, by whichever client, and their digest; ("", {}) if none were."""
-        return next(iter(self._shared.items()), ("", {}))
+        return next(iter(self._frozen.items()), ("", {}))
 
-    def save_shared(self, sha256: str, tensors: Tensors) -> None:
+    def save_frozen(self, sha256: str, tensors: Tensors) -> None:
         """Keep the tensors in place of the ones kept before."""
-        if sha256 not in self._shared:
-            self._shared.clear()
-            self._shared[sha256] = tensors
+        if sha256 not in self._frozen:
+            self._frozen.clear()
+            self._frozen[sha256] = tensors
 
 
 class FolderState:
@@ -98,19 +98,19 @@ class FolderState:
         replace_file(self.run_folder(upload.run_id) / "upload.safetensors",
                      to_bytes(dict(upload.tensors), metadata={"upload": json.dumps(about)}))
 
-    def shared(self) -> tuple[str, Tensors]:
+    def frozen(self) -> tuple[str, Tensors]:
         """The frozen tensors that were received last, and their digest; ("", {}) if none were."""
-        path = self.folder / "shared.safetensors"
+        path = self.folder / "frozen.safetensors"
         if not path.exists():
             return "", {}
         with safe_open(path, framework="np") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
             return stored.metadata()["sha256"], tensors
 
-    def save_shared(self, sha256: str, tensors: Tensors) -> None:
+    def save_frozen(self, sha256: str, tensors: Tensors) -> None:
         """Keep the tensors in place of the ones kept before: a client needs only the latest."""
         arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-        replace_file(self.folder / "shared.safetensors", to_bytes(arrays, metadata={"sha256": sha256}))
+        replace_file(self.folder / "frozen.safetensors", to_bytes(arrays, metadata={"sha256": sha256}))
 
     def said(self, run_id: str) -> tuple[tuple[str, ...], list[tuple[int, str]]]:
         """The label names announced in the run, and the (round, code) of each refusal sent, by whatever process."""
@@ -126,7 +126,7 @@ class FolderState:
                      json.dumps({"labels": labels, "refusals": refusals}).encode())
 
     def unfinished(self, run_id: str) -> Path:
-        """The mark of a round that is under way, or was never finished; see `Part.answer_unattended`."""
+        """The mark of a round that is under way, or was never finished; see `Participation.answer_unattended`."""
         return self.run_folder(run_id) / "unfinished"
 
     def save_unfinished(self, run_id: str) -> None:

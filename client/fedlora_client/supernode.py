@@ -22,7 +22,7 @@ from fedlora.wire import Setup
 from .cli import set_environment
 
 if TYPE_CHECKING:
-    from .part import Part
+    from .participation import Participation
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -57,7 +57,7 @@ class SuperNodeClient:
     def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
         """Train once for `plan`, as `ClientSession.run_round` does, and bring the run's privacy report up to date."""
 
-        def train(part: Part) -> Upload | Refusal:
+        def train(part: Participation) -> Upload | Refusal:
             answer = part.answer_unattended(plan, tensors)
             part.report(plan, answer)
             part.leave_report()
@@ -65,18 +65,18 @@ class SuperNodeClient:
 
         return self._take_part(Setup.of(plan.run), train)
 
-    def _take_part(self, setup: Setup, act: Callable[[Part], Answer]) -> Answer | Refusal:
+    def _take_part(self, setup: Setup, act: Callable[[Participation], Answer]) -> Answer | Refusal:
         """What `act` does with this client's part in the run. What goes wrong is told here, and to the server only
         what a refusal says."""
         set_environment(self._options)
         from fedlora.console import messages
 
-        from .part import DataHolder, Part
+        from .participation import DataHolder, Participation
 
         try:
             holder = DataHolder.of(self._options, messages())
             try:
-                return act(Part(holder, setup))
+                return act(Participation(holder, setup))
             finally:
                 holder.close()
         except Refused as refused:

@@ -116,7 +116,7 @@ class AdaptedModel:
         """Copies of the parameters, float32, in the layout's order.
 
         Args:
-            which: "trained", "shared" or "state".
+            which: "trained", "frozen" or "state".
         """
         specs = getattr(self.layout, which)
         if not specs:
@@ -210,7 +210,7 @@ def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets
     model.requires_grad_(False)
 
     trained: list[TensorSpec] = []
-    shared: list[TensorSpec] = []
+    frozen: list[TensorSpec] = []
     leaves: dict[str, tuple[nn.Module, str]] = {}
 
     def register(name: str, module: nn.Module, parameter_name: str, group: str, trains: bool) -> None:
@@ -218,7 +218,7 @@ def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets
         parameter.data = parameter.data.float()
         parameter.requires_grad_(trains)
         leaves[name] = (module, parameter_name)
-        (trained if trains else shared).append(TensorSpec(name, tuple(parameter.shape), group))
+        (trained if trains else frozen).append(TensorSpec(name, tuple(parameter.shape), group))
 
     for module_name in modules:
         layer = cast(LoraLayer, model.get_submodule(module_name))
@@ -239,7 +239,7 @@ def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets
         return spec.name
 
     layout = AdapterLayout(FAMILIES[family], rank, alpha / rank, tuple(sorted(trained, key=by_name)),
-                           tuple(sorted(shared, key=by_name)))
+                           tuple(sorted(frozen, key=by_name)))
     return AdaptedModel(loaded, layout, head, leaves)
 
 

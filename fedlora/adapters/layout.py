@@ -75,7 +75,7 @@ class AdapterLayout:
         rank: r.
         scaling: s = alpha / r, the factor on the low-rank update.
         trained: what a client trains and uploads, sorted by name.
-        shared: what is fixed during a round (frozen factors, frozen parameters missing from the checkpoint), sorted
+        frozen: what is fixed during a round (frozen factors, frozen parameters missing from the checkpoint), sorted
             by name.
     """
 
@@ -83,12 +83,12 @@ class AdapterLayout:
     rank: int
     scaling: float
     trained: tuple[TensorSpec, ...]
-    shared: tuple[TensorSpec, ...]
+    frozen: tuple[TensorSpec, ...]
 
     @property
     def state(self) -> tuple[TensorSpec, ...]:
-        """Trained and shared together, sorted by name."""
-        return tuple(sorted(self.trained + self.shared, key=lambda spec: spec.name))
+        """Trained and frozen together, sorted by name."""
+        return tuple(sorted(self.trained + self.frozen, key=lambda spec: spec.name))
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -107,7 +107,7 @@ class AdapterLayout:
 
         Args:
             tensors: what came.
-            which: "trained", "shared" or "state": what should have come.
+            which: "trained", "frozen" or "state": what should have come.
             most: largest magnitude of a value; None for `MOST_VALUE`, or of "trained" `MOST_TRAINED`.
         Raises:
             ValueError: a name is missing or unknown; a shape, dtype or byte order is wrong; a value is not finite or

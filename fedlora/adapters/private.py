@@ -41,7 +41,7 @@ STEP = 1e-2
 and P."""
 
 
-def release_plan(run: RunPlan) -> RunPlan:
+def sketch_plan(run: RunPlan) -> RunPlan:
     """The plan of the release within a run: what it and all clients compute by, whatever the server sends."""
     scale = run.clip_norm / (SCALING * LEAST_NORM)
     return dataclasses.replace(run, family="lora", alpha=run.rank * SCALING, train_head=False, dropout=0.0,
@@ -49,8 +49,8 @@ def release_plan(run: RunPlan) -> RunPlan:
                                adapter_scale=scale)
 
 
-def release_layout(layout: AdapterLayout, missing: tuple[str, ...]) -> AdapterLayout:
-    """The layout of `attach` by `release_plan`: both factors travel; heads that no checkpoint has are fixed.
+def sketch_layout(layout: AdapterLayout, missing: tuple[str, ...]) -> AdapterLayout:
+    """The layout of `attach` by `sketch_plan`: both factors travel; heads that no checkpoint has are fixed.
 
     Args:
         layout: of the run.
@@ -62,14 +62,14 @@ def release_layout(layout: AdapterLayout, missing: tuple[str, ...]) -> AdapterLa
                          tuple(spec for spec in layout.state if spec.name in heads))
 
 
-def release_tensors(layout: AdapterLayout, state: Tensors, seed: int) -> dict[str, np.ndarray]:
+def sketch_tensors(layout: AdapterLayout, state: Tensors, seed: int) -> dict[str, np.ndarray]:
     """Q and P, in the places of B and A, and the heads that the run starts with.
 
     Args:
-        layout: of the release.
+        layout: of the sketches.
         state: of the run's start.
     """
-    tensors = {spec.name: state[spec.name] for spec in layout.shared}
+    tensors = {spec.name: state[spec.name] for spec in layout.frozen}
     for spec in layout.trained:
         rows, columns = sorted(spec.shape)
         drawn = orthonormal_rows(gaussian(seed, f"sketch/{spec.name}", (rows, columns)))

@@ -19,12 +19,12 @@ import numpy as np
 from fedlora.data.formats import SUFFIXES, Record, hub_records, records, show_columns
 from fedlora.data.rows import Message, Rows, normalize_label, normalize_unit, place
 
-LAYOUTS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+KINDS_OF_ROWS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "classification": (("text", ("text",)), ("pair", ("text_a", "text_b")), ("pair", ("sentence1", "sentence2"))),
     "causal-lm": (("messages", ("messages",)), ("completion", ("prompt", "completion")), ("text", ("text",))),
 }
 
-Layout = tuple[str, tuple[str, ...]]
+KindOfRows = tuple[str, tuple[str, ...]]
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = Non
 
 
 def _column_names(task: str) -> set[str]:
-    names = {name for _, columns in LAYOUTS[task] for name in columns}
+    names = {name for _, columns in KINDS_OF_ROWS[task] for name in columns}
     return names | {"label"} if task == "classification" else names
 
 
@@ -108,13 +108,13 @@ def _is_hub_name(name: str) -> bool:
 
 
 class _Reader:
-    """Collects checked rows; one layout for all files."""
+    """Collects checked rows; one kind for all files."""
 
     def __init__(self, task: str, names: Mapping[str, str], unit: str | None) -> None:
         self.task = task
         self.names = names
         self.unit = unit
-        self.layout: Layout | None = None
+        self.kind_of_rows: KindOfRows | None = None
         self.files: list[str] = []
         self.file_of, self.lines = array("q"), array("q")
         self.texts: list[str] = []
@@ -125,23 +125,23 @@ class _Reader:
 
     def add(self, file: str, stream: Iterator[Record]) -> None:
         self.files.append(file)
-        layout: Layout | None = None
+        kind_of_rows: KindOfRows | None = None
         present: dict[str, None] = {}
         for line, row in stream:
-            if layout is None:
-                layout = self._find_layout(file, tuple(row))
+            if kind_of_rows is None:
+                kind_of_rows = self._find_layout(file, tuple(row))
             present.update(dict.fromkeys(row))
-            self._add_row(place(file, line), layout, row)
+            self._add_row(place(file, line), kind_of_rows, row)
             self.file_of.append(len(self.files) - 1)
             self.lines.append(line)
-        if layout is None:
+        if kind_of_rows is None:
             raise ValueError(f"{file} holds no rows. Add some, or take the file away")
-        self._check_optional(file, layout, tuple(present))
+        self._check_optional(file, kind_of_rows, tuple(present))
 
-    def _find_layout(self, file: str, present: tuple[str, ...]) -> Layout:
-        """The first layout that has all columns which --column names, and whose own are in a file's first row, but for
+    def _find_layout(self, file: str, present: tuple[str, ...]) -> KindOfRows:
+        """The first kind that has all columns which --column names, and whose own are in a file's first row, but for
         those that a row may lack."""
-        found = next((one for one in LAYOUTS[self.task]
+        found = next((one for one in KINDS_OF_ROWS[self.task]
                       if self.names.keys() - {"label"} <= set(one[1])
                       and all(self.names.get(n, n) in present for n in _required(one))), None)
         if found is None:
@@ -149,15 +149,15 @@ class _Reader:
         if self.unit is not None and self.unit not in present:
             raise ValueError(f"{place(file, 1)}: there is no column {self.unit}; {self._columns(file, present)}. "
                              "Name yours with --privacy-unit column:NAME")
-        if self.layout is not None and self.layout != found:
+        if self.kind_of_rows is not None and self.kind_of_rows != found:
             raise ValueError(f"{file} has the columns {' + '.join(found[1])}, {self.files[0]} has "
-                             f"{' + '.join(self.layout[1])}. Use the same columns in all files of a folder")
-        self.layout = found
+                             f"{' + '.join(self.kind_of_rows[1])}. Use the same columns in all files of a folder")
+        self.kind_of_rows = found
         return found
 
     def _no_layout(self, file: str, present: tuple[str, ...]) -> ValueError:
-        wanted = ", or ".join(" + ".join(self.names.get(n, n) for n in cols) for _, cols in LAYOUTS[self.task])
-        example = LAYOUTS[self.task][-1][1][0] if self.task == "causal-lm" else "text"
+        wanted = ", or ".join(" + ".join(self.names.get(n, n) for n in cols) for _, cols in KINDS_OF_ROWS[self.task])
+        example = KINDS_OF_ROWS[self.task][-1][1][0] if self.task == "causal-lm" else "text"
         other = "" if self.task == "causal-lm" else ", or train a language model with --task causal-lm"
         return ValueError(f"{place(file, 1)}: {self.task} needs the columns {wanted}; "
                           f"{self._columns(file, present)}. "
@@ -165,24 +165,24 @@ class _Reader:
 
     def _columns(self, file: str, present: tuple[str, ...]) -> str:
         mine = {*self.names.values()} | ({self.unit} if self.unit else set())
-        return show_columns(file, present, mine.union(*map(_column_names, LAYOUTS)))
+        return show_columns(file, present, mine.union(*map(_column_names, KINDS_OF_ROWS)))
 
-    def _check_optional(self, file: str, layout: Layout, present: tuple[str, ...]) -> None:
+    def _check_optional(self, file: str, kind_of_rows: KindOfRows, present: tuple[str, ...]) -> None:
         """A row may lack its label or the second of a pair; a file whose rows all do has no such column."""
-        if any(self.names.get(name, name) not in present for name in layout[1]):
+        if any(self.names.get(name, name) not in present for name in kind_of_rows[1]):
             raise self._no_layout(file, present)
         label = self.names.get("label", "label")
         if self.task == "classification" and label not in present:
             raise ValueError(f"{place(file, 1)}: there is no column {label}; {self._columns(file, present)}. "
                              "Name yours with --column label=NAME")
 
-    def _add_row(self, where: str, layout: Layout, row: Mapping[str, Any]) -> None:
-        kind, columns = layout
+    def _add_row(self, where: str, kind_of_rows: KindOfRows, row: Mapping[str, Any]) -> None:
+        kind, columns = kind_of_rows
         if kind == "messages":
             self.texts.append("")
             self.messages.append(_conversation(where, row.get(self.names.get(columns[0], columns[0]))))
         else:
-            values = [self._text(where, name, row, required=name in _required(layout)) for name in columns]
+            values = [self._text(where, name, row, required=name in _required(kind_of_rows)) for name in columns]
             self.texts.append(values[0] or "")
             if len(values) == 2:
                 self.seconds.append(values[1])
@@ -203,8 +203,8 @@ class _Reader:
         return _checked(where, column, value)
 
     def rows(self) -> Rows:
-        assert self.layout is not None
-        kind, columns = self.layout
+        assert self.kind_of_rows is not None
+        kind, columns = self.kind_of_rows
         if kind == "pair" and all(second is None for second in self.seconds):
             kind = "text"  # GLUE's single-sentence tasks keep an empty sentence2
         elif None in self.seconds:
@@ -219,9 +219,9 @@ class _Reader:
                     lines=np.array(self.lines, dtype=np.int64), units=None if self.unit is None else tuple(self.units))
 
 
-def _required(layout: Layout) -> tuple[str, ...]:
+def _required(kind_of_rows: KindOfRows) -> tuple[str, ...]:
     """The columns that each row has; the second of a pair may be empty or absent."""
-    kind, columns = layout
+    kind, columns = kind_of_rows
     return columns[:1] if kind == "pair" else columns
 
 

@@ -12,8 +12,28 @@ from fedlora.privacy.accounting import (
 )
 from fedlora.privacy.ledger import BudgetExhausted, Charge, Ledger, LedgerError, Lifetime, RunTerms
 from fedlora.privacy.policy import DatasetPolicy, Forbidden, Policy
-from fedlora.privacy.streams import INSECURE_SEED_VARIABLE, RunStreams, Stream, run_streams
+from fedlora.privacy.rng import INSECURE_SEED_VARIABLE, RandomStream, RunStreams, run_streams
 
-__all__ = ["INSECURE_SEED_VARIABLE", "MOST_SAMPLING_RATE", "SIGMA_STEP", "Accountant", "Budget", "BudgetExhausted",
-           "Charge", "DatasetPolicy", "Forbidden", "Ledger", "LedgerError", "Lifetime", "Policy", "RunStreams",
-           "RunTerms", "Spend", "Stream", "calibrate", "four_digits", "nominal_size", "run_streams"]
+__all__ = [
+    "INSECURE_SEED_VARIABLE",
+    "MOST_SAMPLING_RATE",
+    "SIGMA_STEP",
+    "Accountant",
+    "Budget",
+    "BudgetExhausted",
+    "Charge",
+    "DatasetPolicy",
+    "Forbidden",
+    "Ledger",
+    "LedgerError",
+    "Lifetime",
+    "Policy",
+    "RandomStream",
+    "RunStreams",
+    "RunTerms",
+    "Spend",
+    "calibrate",
+    "four_digits",
+    "nominal_size",
+    "run_streams",
+]

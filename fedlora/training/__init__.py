@@ -1,8 +1,8 @@
 """Training on private data: per-record gradients, clipping, noise."""
 
-from fedlora.training.batched import BatchedTrainer
+from fedlora.training.multi_client import MultiClientTrainer
 from fedlora.training.precision import resolve_device, resolve_precision
-from fedlora.training.trainer import Trainer, Training, TrainResult, check_computing
+from fedlora.training.trainer import Trainer, TrainingJob, TrainResult, check_computing
 
-__all__ = ["BatchedTrainer", "TrainResult", "Trainer", "Training", "check_computing", "resolve_device",
+__all__ = ["MultiClientTrainer", "TrainResult", "Trainer", "TrainingJob", "check_computing", "resolve_device",
            "resolve_precision"]

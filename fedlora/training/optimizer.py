@@ -20,10 +20,10 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
-from fedlora.privacy.streams import Stream
+from fedlora.privacy.rng import RandomStream
 from fedlora.training.graphs import without_waiting
 from fedlora.training.per_example import GradientBuffer, row_norms
-from fedlora.training.tripwires import NoisePool, StepTripwires
+from fedlora.training.runtime_checks import NoisePool, StepChecks
 
 CLIP_MARGIN = 1e-5
 """A clipped record is left this much below the clip norm, relatively: more than its norm and its factor can be off."""
@@ -46,7 +46,7 @@ class PerRecordOptimizer(DPOptimizer):
         noise_multiplier: sigma, in units of clip_norm.
         expected_batch_size: b.
         noise: where the Gaussians come from.
-        pool: of the run's noise, for the tripwire; None for a new one.
+        pool: of the run's noise, for the runtime check; None for a new one.
     On CUDA the host waits for the GPU where it is asked for `clipped`, `nonfinite` and `check`, and nowhere else.
 
     Attributes:
@@ -55,7 +55,7 @@ class PerRecordOptimizer(DPOptimizer):
     """
 
     def __init__(self, optimizer: Optimizer, buffer: GradientBuffer, *, scales: Mapping[str, float], clip_norm: float,
-                 noise_multiplier: float, expected_batch_size: float, noise: Stream,
+                 noise_multiplier: float, expected_batch_size: float, noise: RandomStream,
                  pool: NoisePool | None = None) -> None:
         super().__init__(optimizer, noise_multiplier=noise_multiplier, max_grad_norm=clip_norm,
                          expected_batch_size=expected_batch_size)  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ class PerRecordOptimizer(DPOptimizer):
         self.draws_ahead = device.type != "cpu"
         self._coming_noise: Future[torch.Tensor] | None = None
         self._clipped, self.refused = torch.zeros(2, dtype=torch.int64, device=device)
-        self._tripwires = StepTripwires(buffer, scales=scales, clip_norm=clip_norm, noise_multiplier=noise_multiplier,
+        self._checks = StepChecks(buffer, scales=scales, clip_norm=clip_norm, noise_multiplier=noise_multiplier,
                                         expected_batch_size=expected_batch_size, pool=pool or NoisePool())
 
     @property
@@ -146,7 +146,7 @@ class PerRecordOptimizer(DPOptimizer):
         factors = bound / norms.clamp(min=bound)
         for span, scale in self._groups:
             _add_weighted(self._sum[span], factors * scale, rows[:, span])
-        self._tripwires.note_shares(rows, factors)
+        self._checks.note_shares(rows, factors)
         self._clipped += (norms > bound).sum().to(self._clipped.device)
 
     def _refuse(self, rows: torch.Tensor, finite: torch.Tensor) -> None:
@@ -184,13 +184,13 @@ class PerRecordOptimizer(DPOptimizer):
         """As Opacus': clip, and unless this step is to be skipped, add noise and let the wrapped optimizer step."""
         result = super().step(closure)
         if not self._is_last_step_skipped:
-            self._tripwires.note_applied(self._sum, self._drawn_noise)
+            self._checks.note_applied(self._sum, self._drawn_noise)
             self._drawn_noise = None
         return result
 
     def check(self) -> None:
-        """After the last step: the tripwires of all. Raises RuntimeError."""
-        self._tripwires.check()
+        """After the last step: the runtime checks of all. Raises RuntimeError."""
+        self._checks.check()
 
     def scale_grad(self) -> None:
         torch._foreach_div_([slot.parameter.grad for slot in self.buffer.slots],  # type: ignore[misc]

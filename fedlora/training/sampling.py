@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlora.privacy.streams import Stream
+from fedlora.privacy.rng import RandomStream
 
 LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """The lengths to which records are padded; beyond the last, multiples of it."""
@@ -76,7 +76,7 @@ class Sampler:
     """
 
     def __init__(self, records: int, units: np.ndarray | None, sampling_rate: float, rows_per_unit: int,
-                 stream: Stream) -> None:
+                 stream: RandomStream) -> None:
         if units is not None and rows_per_unit < 1:
             raise ValueError(f"--rows-per-unit is {rows_per_unit}; it must be at least 1")
         self.records, self.units = records, units
@@ -100,7 +100,7 @@ class Sampler:
                     np.repeat(np.arange(len(drawn)), np.minimum(sizes, k)))
 
 
-def poisson(count: int, sampling_rate: float, stream: Stream) -> np.ndarray:
+def poisson(count: int, sampling_rate: float, stream: RandomStream) -> np.ndarray:
     """Those of range(count), ascending, that are drawn for one step; may be none."""
     return np.flatnonzero(stream.uniform(count) < sampling_rate)
 

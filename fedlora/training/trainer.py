@@ -21,9 +21,10 @@ from torch import nn
 from fedlora.adapters import AdaptedModel
 from fedlora.memory import memory_advice
 from fedlora.plan import RunPlan, Tensors
-from fedlora.privacy.streams import RunStreams, Stream
+from fedlora.privacy.rng import RandomStream, RunStreams
 from fedlora.tasks import Records, Task
 from fedlora.tasks.records import Batch
+from fedlora.training.accumulation import PlainStep, PrivateStep, Step
 from fedlora.training.batch_invariance import (
     IN_MEMORY,
     Findings,
@@ -38,6 +39,14 @@ from fedlora.training.graphs import GraphedPass
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.per_example import GradientBuffer, per_example, row_norms
 from fedlora.training.precision import attend_with_mask, resolve_device, resolve_precision, store_frozen_weights
+from fedlora.training.runtime_checks import (
+    FrozenCheck,
+    GradientCheck,
+    NoisePool,
+    check_owners,
+    tell_finite,
+    tells,
+)
 from fedlora.training.sampling import (
     GRAPH_LENGTHS,
     LENGTHS,
@@ -47,15 +56,6 @@ from fedlora.training.sampling import (
     lengths_up_to,
     micro_batches,
     records_at_once,
-)
-from fedlora.training.steps import PlainStep, PrivateStep, Step
-from fedlora.training.tripwires import (
-    FrozenTripwire,
-    GradientTripwire,
-    NoisePool,
-    check_owners,
-    tell_finite,
-    tells,
 )
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ ROWS_PER_UNIT = 8
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingJob:
     """What one client has trained in one round: settled, charged, and good for one training in any process.
 
     Attributes:
@@ -101,7 +101,7 @@ class Training:
     round: int
     attempt: int
 
-    def stream(self, purpose: str) -> Stream:
+    def stream(self, purpose: str) -> RandomStream:
         """For "sampling" or "noise"; made anew by each call."""
         return self.streams.stream(self.round, purpose, self.attempt)
 
@@ -318,7 +318,7 @@ class Trainer:
         self.fill_buffer(records, indices, length)
         return self.buffer.rows.clone()
 
-    def run(self, training: Training, stop: Callable[[], bool] = lambda: False) -> TrainResult:
+    def run(self, training: TrainingJob, stop: Callable[[], bool] = lambda: False) -> TrainResult:
         """`train` as one client wants it in one round, from the tensors that it starts with."""
         layout = self.adapted.layout
         assert (training.run.family, training.run.scaling) == (layout.family.name, layout.scaling), "another adapter's"
@@ -329,13 +329,13 @@ class Trainer:
             rows_per_unit=training.rows_per_unit, sampling=training.stream("sampling"),
             noise=None if training.noise_multiplier is None else training.stream("noise"), stop=stop)
 
-    def run_all(self, trainings: Sequence[Training]) -> list[TrainResult]:
+    def run_all(self, trainings: Sequence[TrainingJob]) -> list[TrainResult]:
         """`run` for several clients."""
         return [self.run(training) for training in trainings]
 
     @training_advice()
     def train(self, run: RunPlan, records: Records, *, sampling_rate: float, noise_multiplier: float | None,
-              clip_norm: float, sampling: Stream, noise: Stream | None, lr: float | None = None,
+              clip_norm: float, sampling: RandomStream, noise: RandomStream | None, lr: float | None = None,
               rows_per_unit: int = ROWS_PER_UNIT, stop: Callable[[], bool] = lambda: False) -> TrainResult:
         """Do the plan's local steps from the tensors that the model now holds, with a fresh optimiser.
 
@@ -349,7 +349,7 @@ class Trainer:
             stop: asked between micro-batches; True discards the unfinished step and returns.
         Raises:
             MemoryError: naming the flags that help.
-            RuntimeError: a tripwire found a fault (`fedlora.training.tripwires`).
+            RuntimeError: a runtime check found a fault (`fedlora.training.runtime_checks`).
         """
         rows_of_a_unit = 1 if records.units is None else rows_per_unit
         if noise is not None:
@@ -363,8 +363,8 @@ class Trainer:
         if not 0 < sampling_rate <= 1:
             raise ValueError(f"sampling_rate is {sampling_rate!r}; it must be in (0, 1]")
         parameters = [parameter for parameter, _ in self._parameters]
-        frozen = FrozenTripwire(self.adapted, parameters)
-        gradients = GradientTripwire(self.adapted.layout, self.adapted.parameters(), self.buffer)
+        frozen = FrozenCheck(self.adapted, parameters)
+        gradients = GradientCheck(self.adapted.layout, self.adapted.parameters(), self.buffer)
         sampler = Sampler(len(records), records.units, sampling_rate, rows_per_unit, sampling)
         inner = optimizer(run.optimizer, lr or run.lr, parameters)
         if noise_multiplier is None or noise is None:
@@ -403,8 +403,8 @@ class Trainer:
             clipped_share=step.clipped / total if total else 0.0, nonfinite=step.nonfinite)
 
     def private_step(self, run: RunPlan, inner: torch.optim.Optimizer, buffer: GradientBuffer,
-                     gradients: GradientTripwire, *, clip_norm: float, noise_multiplier: float,
-                     noise: Stream) -> PrivateStep:
+                     gradients: GradientCheck, *, clip_norm: float, noise_multiplier: float,
+                     noise: RandomStream) -> PrivateStep:
         """The step that clips and noises what the buffer holds; arguments as of `train`."""
         return PrivateStep(PerRecordOptimizer(
             inner, buffer, scales={"adapter": run.adapter_scale, "head": run.head_scale}, clip_norm=clip_norm,
@@ -418,7 +418,7 @@ class Trainer:
             return None
         for group in draw.groups(self.most_rows):
             step.open(group)
-            for length, places in self.layout(records, group.indices, private=step.private):
+            for length, places in self.micro_batches(records, group.indices, private=step.private):
                 if stop():
                     return None
                 count = len(places)
@@ -437,7 +437,7 @@ class Trainer:
         """How many gradients are held at once."""
         return max(1, BUFFER_BYTES // (4 * self.buffer.values))
 
-    def layout(self, records: Records, indices: np.ndarray, *,
+    def micro_batches(self, records: Records, indices: np.ndarray, *,
                private: bool = False) -> Iterator[tuple[int, np.ndarray]]:
         """(padded length, places in `indices`) of each micro-batch of these records."""
         return micro_batches(records.lengths[indices], np.arange(len(indices)), self.task.max_length,
@@ -481,7 +481,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     @contextlib.contextmanager
-    def _dropout(self, rate: float, seed: Stream) -> Iterator[None]:
+    def _dropout(self, rate: float, seed: RandomStream) -> Iterator[None]:
         """Adapter dropout alone is in training mode, and repeats with the sampling stream."""
         if rate == 0:
             yield

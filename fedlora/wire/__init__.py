@@ -16,9 +16,9 @@ from .codec import (
     plan_from_wire,
     refusal_from_wire,
     refusal_to_wire,
+    request_to_wire,
     setup_from_wire,
     setup_to_wire,
-    task_to_wire,
     upload_to_wire,
 )
 from .dtypes import ARRAY_DTYPES, packed, rounded, unpacked
@@ -31,11 +31,11 @@ from .tensors import (
     Shapes,
     WireError,
     check_shapes,
-    digest,
     receive_in_memory,
     shapes_from,
     shapes_of,
     size_of,
+    tensors_digest,
 )
 from .transport import (
     CHANNEL_OPTIONS,
@@ -69,7 +69,6 @@ __all__ = [
     "check_name",
     "check_shapes",
     "clean",
-    "digest",
     "is_loopback",
     "is_spoken",
     "key_from_wire",
@@ -84,6 +83,7 @@ __all__ = [
     "receive_in_memory",
     "refusal_from_wire",
     "refusal_to_wire",
+    "request_to_wire",
     "rounded",
     "setup_from_wire",
     "setup_to_wire",
@@ -92,7 +92,7 @@ __all__ = [
     "share_arenas",
     "size_of",
     "spoken_by",
-    "task_to_wire",
+    "tensors_digest",
     "transfer_frames",
     "unpacked",
     "upload_to_wire",

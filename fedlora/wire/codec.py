@@ -40,7 +40,7 @@ from .tensors import Shapes, WireError, header_of, shapes_of
 SERVICE = "/fedlora.Federation/Session"
 MAX_NAME, MAX_TEXT = 64, 2000
 Key = tuple[str, int, int]
-Headed = TypeVar("Headed", pb.Task, pb.Upload)
+Headed = TypeVar("Headed", pb.TrainRequest, pb.Upload)
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class Setup:
     def of(cls, plan: RunPlan, *, announce_labels: bool = False) -> Setup:
         """What a plan proposes; its labels are left out where the clients are to name theirs."""
         own = ("announce_labels", "anchor")
-        shared = {f.name: getattr(plan, f.name) for f in dataclasses.fields(cls) if f.name not in own}
+        said = {f.name: getattr(plan, f.name) for f in dataclasses.fields(cls) if f.name not in own}
         labels = {"labels": () if announce_labels else plan.labels, "announce_labels": announce_labels}
-        return cls(**shared | labels)
+        return cls(**said | labels)
 
     def __post_init__(self) -> None:
         check_run_id(self.run_id)
@@ -140,28 +140,28 @@ def labels_from_wire(labels, most: int = MOST_LABELS) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def task_to_wire(plan: RoundPlan, shapes: Shapes) -> pb.Task:
-    return pb.Task(run=pb.RunPlan(**to_scalars(plan.run)), round=plan.round, attempt=plan.attempt,  # type: ignore[arg-type]
-                   shared_sha256=plan.shared_sha256, tensors=header_of(shapes))
+def request_to_wire(plan: RoundPlan, shapes: Shapes) -> pb.TrainRequest:
+    return pb.TrainRequest(run=pb.RunPlan(**to_scalars(plan.run)), round=plan.round, attempt=plan.attempt,  # type: ignore[arg-type]
+                   frozen_sha256=plan.frozen_sha256, tensors=header_of(shapes))
 
 
-def plan_from_wire(task: pb.Task) -> RoundPlan:
-    flat = {f.name: list(getattr(task.run, f.name)) if f.is_repeated else getattr(task.run, f.name)
+def plan_from_wire(request: pb.TrainRequest) -> RoundPlan:
+    flat = {f.name: list(getattr(request.run, f.name)) if f.is_repeated else getattr(request.run, f.name)
             for f in pb.RunPlan.DESCRIPTOR.fields}
     try:
         run: RunPlan = from_scalars(flat)
-        return RoundPlan(run=run, round=task.round, attempt=task.attempt, shared_sha256=task.shared_sha256)
+        return RoundPlan(run=run, round=request.round, attempt=request.attempt, frozen_sha256=request.frozen_sha256)
     except ValueError as error:
         raise WireError(f"the round's plan is not valid: {error}") from None
 
 
-REPEATED = ("run", "shared_sha256", "tensors", "delta", "noise_multiplier")
-"""Fields of a Task or an Upload that are left out where they are those of the last one on the same stream. Who says one
-says it every time."""
+REPEATED = ("run", "frozen_sha256", "tensors", "delta", "noise_multiplier")
+"""Fields of a TrainRequest or an Upload that are left out where they are those of the last one on the same stream. Who
+says one says it every time."""
 
 
 class Repeats:
-    """What either end of a stream remembers of the last Task, or Upload, so that what stays the same travels once.
+    """What either end of a stream remembers of the last TrainRequest, or Upload, so that what stays travels once.
 
     Names, shapes and the plan would outweigh a small adapter. A stream is ordered and ends when it breaks, so that
     both ends remember the same.

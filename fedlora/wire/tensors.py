@@ -42,7 +42,7 @@ def size_of(shapes: Shapes, wire_dtype: str) -> int:
     return ARRAY_DTYPES[wire_dtype].itemsize * sum(math.prod(shape) for shape in shapes.values())
 
 
-def digest(tensors: Tensors) -> str:
+def tensors_digest(tensors: Tensors) -> str:
     """SHA-256 (hex) of names, shapes and float32 bytes, whatever they travelled as. The mapping's order is no matter.
 
     Raises:

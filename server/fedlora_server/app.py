@@ -22,11 +22,14 @@ from fedlora.wire import Setup
 from . import checkpoint
 from .anchors import default_place
 from .checkpoint import Unfinished
-from .cohort import RoundOptions
-from .display import Display
+from .client_registry import Event
 from .folders import claim_folder
 from .grpc_engine import GrpcEngine, check_address
-from .planning import (
+from .registry_engine import RegistryEngine
+from .report import write_report
+from .round_state import RoundOptions
+from .rounds import FederationResult, run_federation
+from .run_setup import (
     ANY_LABELS,
     evaluator,
     find_model,
@@ -36,12 +39,9 @@ from .planning import (
     resolved,
     without_effect,
 )
-from .report import write_report
-from .roster import Event
-from .roster_engine import RosterEngine
-from .rounds import FederationResult, run_federation
+from .trackers.console import Display
 
-Listen = Callable[[Setup, Path, Callable[[Event], None]], RosterEngine]
+Listen = Callable[[Setup, Path, Callable[[Event], None]], RegistryEngine]
 """Makes the engine from what clients are told, the folder for uploads, and whom to tell of events."""
 
 
@@ -106,7 +106,7 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
     setup = Setup.of(federation.plan, announce_labels=announced)
     stop = threading.Event()
     display = Display(console, f"{options.strategy}, {base.reference.name}")
-    engine = (listen or _grpc(options, left))(setup, out / "spool", lambda event: _tell(display, event))
+    engine = (listen or _grpc(options, left))(setup, out / "uploads", lambda event: _tell(display, event))
     ended = "failed"
     with _stopped_by_signals(stop, console):
         try:
@@ -158,7 +158,7 @@ def _hold(folder: Path) -> None:
         raise ValueError(f"another fedlora-server works on the run in {folder}; stop it first") from None
 
 
-def _joined(engine: RosterEngine, before: Mapping[str, Mapping[str, object]]) -> dict[str, Mapping[str, object]]:
+def _joined(engine: RegistryEngine, before: Mapping[str, Mapping[str, object]]) -> dict[str, Mapping[str, object]]:
     """Name → what a client disclosed when it joined; label names are asked for once, maybe by an earlier server."""
     now = {member.name: {"fedlora_version": member.fedlora_version, "private": member.private,
                          "label_names": list(member.announced_labels)} for member in engine.members()}
@@ -167,12 +167,12 @@ def _joined(engine: RosterEngine, before: Mapping[str, Mapping[str, object]]) ->
 
 
 def _grpc(options: Namespace, left: Unfinished | None) -> Listen:
-    return lambda setup, spool, notify: GrpcEngine(options.address, setup, spool, insecure=options.insecure,
+    return lambda setup, uploads, notify: GrpcEngine(options.address, setup, uploads, insecure=options.insecure,
                                                    notify=notify, under_way=left.under_way if left else None,
                                                    anchors=default_place())
 
 
-def _freeze_labels(engine: RosterEngine, options: Namespace, held_out: Rows | None, display: Display,
+def _freeze_labels(engine: RegistryEngine, options: Namespace, held_out: Rows | None, display: Display,
                    stop: threading.Event) -> tuple[str, ...]:
     """The union of the label names that the first --min-clients clients announced; () if stopped before.
 

@@ -1,13 +1,13 @@
 """What carries messages between the round loop and the clients: a Flower `Grid` that also says who is there.
 
-Flower's `Grid` can push messages and pull replies. A federation that must survive dead clients, draft idle ones and
+Flower's `Grid` can push messages and pull replies. A federation that must survive dead clients, ask backup clients and
 keep its memory flat needs a little more, and `Engine` is that little. The round loop is written against it alone, so
 that it runs unchanged over gRPC (`grpc_engine.GrpcEngine`) and in one process (`fedlora_simulations.in_process`).
 
 A message has one of four states, and `wait` tells of the last three:
 
     pending     asked, not answered
-    "uploaded"  the reply is here, checked and waiting in the spool
+    "uploaded"  the reply is here, checked and waiting in the upload store
     Refusal     the client, or the engine on its behalf, declined
     "lost"      the client is gone. If it comes back before `cancel`, it is asked again with the same (run, round,
                 attempt), re-sends what it has or goes on training, and the state may still become one of the others.
@@ -85,7 +85,7 @@ class Engine(Grid):
 
     @abstractmethod
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """The replies, in the order asked, each read from the spool only when the iterator reaches it.
+        """The replies, in the order asked, each read from the upload store only when the iterator reaches it.
 
         "uploaded" and a Refusal give what `fedlora_strategies.messages.reply` makes of the upload or the refusal; other
         states give nothing. A reply is forgotten once it has been given.

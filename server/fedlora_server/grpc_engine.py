@@ -1,7 +1,7 @@
 """The gRPC engine: a Flower `Grid` over FedLoRA's own wire, with persistent clients and an audited schema.
 
-`roster` knows who was asked what, `roster_engine` checks what the strategy wants to send and gives replies back lazily
-from the spool, `grpc_session` speaks with one client, and this file binds the port.
+`client_registry` knows who was asked what, `registry_engine` checks what the strategy wants to send and gives replies
+back lazily from the upload store, `grpc_session` speaks with one client, and this file binds the port.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from fedlora.wire import Setup
 from fedlora_strategies.messages import assume_identity
 
 from .anchors import Anchors
+from .client_registry import Event
 from .grpc_session import GrpcSession
-from .roster import Event
-from .roster_engine import RosterEngine
+from .registry_engine import RegistryEngine
 
 OTHER_FILES = 128
 """Open files beside each client's connection and upload, at most."""
@@ -39,23 +39,23 @@ def check_address(address: str, *, insecure: bool) -> None:
                          "listen on 127.0.0.1 (through an SSH tunnel, say), or accept that with --insecure")
 
 
-class GrpcEngine(RosterEngine):
+class GrpcEngine(RegistryEngine):
     """Listens from the moment it is made, until `close`. This process' threads share memory from then on
     (`wire.share_arenas`).
 
     Args:
         address: host:port; port 0 takes a free one (see `address`).
         setup: told to every client that joins.
-        spool: folder for uploads that wait to be aggregated; made if absent, emptied of them at the end.
+        uploads: folder for uploads that wait to be aggregated; made if absent, emptied of them at the end.
         insecure: allow plaintext beyond this machine.
         max_clients: streams beyond this are turned away by gRPC (RESOURCE_EXHAUSTED).
         anchors: the file that keeps clients' anchors beyond this run; None forgets them with this process.
-        notify, under_way: as of `RosterEngine`.
+        notify, under_way: as of `RegistryEngine`.
     Raises:
         ValueError: the address is not one, is taken, or is not loopback and `insecure` is not set.
     """
 
-    def __init__(self, address: str, setup: Setup, spool: Path, *, insecure: bool = False, max_clients: int = 512,
+    def __init__(self, address: str, setup: Setup, uploads: Path, *, insecure: bool = False, max_clients: int = 512,
                  notify: Callable[[Event], None] = lambda event: None, under_way: int | None = None,
                  anchors: Path | None = None) -> None:
         check_address(address, insecure=insecure)
@@ -63,7 +63,7 @@ class GrpcEngine(RosterEngine):
         wire.share_arenas()
         with contextlib.suppress(ValueError):  # it may never come to so many
             allow_open_files(2 * max_clients + OTHER_FILES)
-        super().__init__(setup, spool, notify, under_way=under_way)
+        super().__init__(setup, uploads, notify, under_way=under_way)
         self._sessions: set[GrpcSession] = set()
         self._anchors = Anchors(anchors)
         self._lock = threading.Lock()
@@ -74,7 +74,7 @@ class GrpcEngine(RosterEngine):
         handler = grpc.stream_stream_rpc_method_handler(self._serve)  # frames as bytes: the session decodes them
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
         self.address = f"{address.rpartition(':')[0]}:{self._bind(address)}"
-        spool.mkdir(parents=True, exist_ok=True)
+        uploads.mkdir(parents=True, exist_ok=True)
         self._server.start()
         threading.Thread(target=self._watch, name="fedlora-deadlines", daemon=True).start()
 
@@ -102,10 +102,10 @@ class GrpcEngine(RosterEngine):
             time.sleep(0.01)
         self._server.stop(grace=0.5).wait()
         self._anchors.close()
-        self._clear_spool()
+        self._clear_uploads()
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        session = GrpcSession(self._roster, context, lambda: self._trained or {}, self._spool, self._anchors)
+        session = GrpcSession(self._registry, context, lambda: self._trained or {}, self._uploads, self._anchors)
         with self._lock:
             if self._closed.is_set():
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the server is closing")

@@ -21,8 +21,8 @@ from fedlora.plan import MOST_ANNOUNCED, Refusal, Refused
 from fedlora.wire import Incoming, Key, Repeats, Shapes, WireError, pb
 
 from .anchors import Anchors
-from .roster import Order, Roster
-from .spool import SpoolFile, Stored, new_upload
+from .client_registry import ClientRegistry, PendingRequest
+from .upload_store import IncomingUpload, Stored, new_upload
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class _Upload:
         self.file = None
         if folder is not None and refusal is None:
             try:
-                self.file = SpoolFile(new_upload(folder), shapes, wire_dtype)
+                self.file = IncomingUpload(new_upload(folder), shapes, wire_dtype)
             except OSError as error:
                 refusal = _not_stored(error)
         self.incoming = Incoming(shapes, self._store, wire_dtype, refusal)
@@ -71,19 +71,19 @@ def _not_stored(error: OSError) -> Refusal:
 
 
 class GrpcSession:
-    """A `Stream` of the roster.
+    """A `Stream` of the registry.
 
     Args:
         trained: gives the shapes that an upload must have, none before the layout is known.
-        spool: folder for uploads.
+        uploads: folder for uploads.
         anchors: where uploads' anchors go. Nothing else here, and no strategy, sees them.
     """
 
-    def __init__(self, roster: Roster, context: grpc.ServicerContext, trained: Callable[[], Shapes],
-                 spool: Path, anchors: Anchors) -> None:
+    def __init__(self, registry: ClientRegistry, context: grpc.ServicerContext, trained: Callable[[], Shapes],
+                 uploads: Path, anchors: Anchors) -> None:
         self.name, self.process = "", b""
         self.started_at = self.last_frame_at = time.monotonic()
-        self._roster, self._context, self._trained, self._spool = roster, context, trained, spool
+        self._registry, self._context, self._trained, self._uploads = registry, context, trained, uploads
         self._anchors = anchors
         self._outgoing: SimpleQueue[Iterable[bytes] | None] = SimpleQueue()
         self._failure: tuple[grpc.StatusCode, str] | None = None
@@ -96,7 +96,7 @@ class GrpcSession:
         """Queue frames; an iterator is asked for each only when the one before has been sent."""
         self._outgoing.put(frames)
 
-    def ask(self, order: Order) -> None:
+    def ask(self, order: PendingRequest) -> None:
         self.send(order.frames(self._sent))
 
     def cancel(self, key: Key) -> None:
@@ -121,7 +121,7 @@ class GrpcSession:
         """The frames for gRPC to send, until the stream is to end."""
         while (frames := self._outgoing.get()) is not None:
             for frame in frames:
-                self._roster.count(self, down=len(frame) + FRAME_PREFIX_BYTES)
+                self._registry.count(self, down=len(frame) + FRAME_PREFIX_BYTES)
                 yield frame
         if self._failure is not None:
             self._context.abort(*self._failure)
@@ -131,7 +131,7 @@ class GrpcSession:
         try:
             for data in requests:
                 self.last_frame_at = time.monotonic()
-                self._roster.count(self, up=len(data) + FRAME_PREFIX_BYTES)
+                self._registry.count(self, up=len(data) + FRAME_PREFIX_BYTES)
                 frame, chunk = wire.read_frame(pb.ClientFrame, data)
                 if frame is not None:
                     self._on_frame(frame)
@@ -151,7 +151,7 @@ class GrpcSession:
                 self._upload.discard()
             if self._failure is not None:
                 log.warning("The stream of client %r was ended: %s", self.name, self._failure[1])
-            self._roster.gone(self, "left" if self._left else "lost")
+            self._registry.gone(self, "left" if self._left else "lost")
             self.close()
 
     def _on_frame(self, frame: pb.ClientFrame) -> None:
@@ -164,7 +164,7 @@ class GrpcSession:
             self._on_join(frame.join)
         elif kind == "ready":
             working = self._key(frame.ready.working) if frame.ready.HasField("working") else None
-            self._roster.ready(self, wire.labels_from_wire(frame.ready.labels, MOST_ANNOUNCED), working)
+            self._registry.ready(self, wire.labels_from_wire(frame.ready.labels, MOST_ANNOUNCED), working)
         elif kind == "upload":
             self._on_upload(frame.upload)
         elif kind == "end":
@@ -176,7 +176,7 @@ class GrpcSession:
 
     def _on_join(self, join: pb.Join) -> None:
         try:
-            setup = self._roster.join(self, join)
+            setup = self._registry.join(self, join)
         except Refused as refused:
             log.warning("A client that calls itself %r was turned away: %s", wire.clean(join.name), refused.refusal)
             self.send([pb.ServerFrame(refused=wire.refusal_to_wire(refused.refusal)).SerializeToString()])
@@ -194,13 +194,13 @@ class GrpcSession:
         metrics: dict[str, int | float] = {}
         refusal, folder = None, None
         try:
-            if self._roster.expected(self, key) is not None:
-                folder = self._spool
+            if self._registry.expected(self, key) is not None:
+                folder = self._uploads
             wire.check_shapes(shapes, self._trained())
-            metrics = wire.metrics_from_wire(upload, private=self._roster.setup.private)
+            metrics = wire.metrics_from_wire(upload, private=self._registry.setup.private)
         except Refused as refused:
             refusal = refused.refusal
-        wire_dtype = self._roster.setup.wire_dtype
+        wire_dtype = self._registry.setup.wire_dtype
         self._upload, self._drained_bytes = _Upload(key, shapes, wire_dtype, metrics, folder, refusal), 0
         if refusal is not None:
             self._refuse(refusal)
@@ -227,7 +227,7 @@ class GrpcSession:
         if refusal is not None:
             upload.discard()  # before the client hears of it, and may be asked for the next
         if not upload.acknowledged:
-            refusal = self._roster.answered(self, upload.key, answer,
+            refusal = self._registry.answered(self, upload.key, answer,
                                             lambda late: self._send_ack(upload.key, late or refusal)) or refusal
         if refusal is not None:
             upload.discard()
@@ -236,12 +236,12 @@ class GrpcSession:
         refusal = wire.refusal_from_wire(declined.refusal)
         if declined.HasField("key"):
             key = self._key(declined.key)
-            self._roster.answered(self, key, refusal, lambda late: self._send_ack(key, late))
+            self._registry.answered(self, key, refusal, lambda late: self._send_ack(key, late))
         else:
-            self._roster.declined(self, refusal)
+            self._registry.declined(self, refusal)
 
     def _key(self, key: pb.Key) -> Key:
-        return wire.key_from_wire(key, self._roster.setup.run_id)
+        return wire.key_from_wire(key, self._registry.setup.run_id)
 
     def _refuse(self, refusal: Refusal) -> None:
         """Settle the upload that is coming in; the rest of it is dropped."""
@@ -249,7 +249,7 @@ class GrpcSession:
         key = self._upload.key
         self._upload.discard()
         self._upload.acknowledged = True
-        self._roster.answered(self, key, refusal, lambda late: self._send_ack(key, refusal))
+        self._registry.answered(self, key, refusal, lambda late: self._send_ack(key, refusal))
 
     def _send_ack(self, key: Key, refusal: Refusal | None) -> None:
         ack = pb.Ack(key=wire.key_to_wire(key), refusal=None if refusal is None else wire.refusal_to_wire(refusal))

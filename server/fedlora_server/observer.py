@@ -15,7 +15,7 @@ class RoundRecord:
     """What happened in one round. Round 0 is before the first: an evaluation, or a private start too.
 
     Attributes:
-        cohort: names asked, the drafted ones last; attempts: how many times somebody was asked.
+        cohort: names asked, backup clients last; attempts: how many times somebody was asked.
         uploaded, lost: names. refused: name → refusal code. rejected: name → why its upload added nothing.
         disclosed: name → what its upload said beside the tensors.
         update_norm: L2 norm of the change of all trained tensors; train_loss: mean, only without privacy.
@@ -60,13 +60,13 @@ class Observer:
         """Nobody can be asked: `present` clients could take part and `needed` are. None: it waits without limit."""
 
     def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
-        """Orders were sent; attempt 0 is the round's cohort, later ones are drafts."""
+        """Orders were sent; attempt 0 is the round's cohort, later ones are of backup clients."""
 
     def fewer(self, round: int, connected: int, needed: int) -> None:
         """Only `connected` clients are there, fewer than the `needed` that the run waited for; it goes on with them."""
 
     def overdue(self, round: int, missing: int, pending: int) -> None:
-        """The round's time is up with `missing` uploads too few and nobody to draft; `pending` clients still train."""
+        """The round's time is up with `missing` uploads too few and no backup client; `pending` clients still train."""
 
     def answered(self, round: int, name: str, outcome: str) -> None:
         """A client's state changed: "uploaded", "lost" or a refusal's text."""

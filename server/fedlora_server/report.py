@@ -12,10 +12,10 @@ from fedlora.plan import RunPlan, to_scalars
 from fedlora.versions import environment
 from fedlora_strategies import FederatedLoRA
 
-from . import curves
 from .observer import RoundRecord, jsonable
-from .planning import Federation
 from .rounds import FederationResult
+from .run_setup import Federation
+from .trackers import plots
 
 PACKAGES = ("flwr", "grpcio", "numpy", "opacus", "peft", "torch", "transformers")
 
@@ -30,7 +30,7 @@ def write_report(out: Path, federation: Federation, result: FederationResult, ba
 
     Args:
         base: the base model's hub id or folder, named in the adapter's configuration.
-        options: of the command, with the preset's values (`planning.resolved`).
+        options: of the command, with the preset's values (`run_setup.resolved`).
         joined: client name → what it disclosed when it joined.
     """
     if result.rounds:
@@ -39,7 +39,7 @@ def write_report(out: Path, federation: Federation, result: FederationResult, ba
     text = json.dumps(jsonable(report), indent=1, allow_nan=False)
     (out / "report.json").write_text(text + "\n")
     plan = federation.plan
-    curves.draw(out / "curves.png", result.records,
+    plots.draw(out / "curves.png", result.records,
                 f"{plan.strategy}, {'private' if plan.private else 'not private'}, {plan.model.name}: "
                 f"{result.rounds} of {plan.rounds} rounds{ENDINGS[result.ended]}")
 

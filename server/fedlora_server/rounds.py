@@ -3,8 +3,8 @@
     for each round
         draw the cohort from the eligible clients that are idle
         send the orders and wait
-            too few can still answer, or the time is up: draft idle clients as the next attempt
-            nobody is left to draft: say so and wait for clients
+            too few can still answer, or the time is up: ask idle clients as backups, as the next attempt
+            no backup client is left: say so and wait for clients
         take the uploads in order of node id, average them, take the server's step
         write a line of metrics.jsonl and the checkpoint
 
@@ -30,9 +30,9 @@ from fedlora_strategies.private_start import PrivateStart
 
 from . import checkpoint
 from .checkpoint import Unfinished
-from .cohort import RETURN_S, Clients, Ended, OpenRound, RoundOptions
 from .engine import Engine
 from .observer import Observer, RoundRecord
+from .round_state import RETURN_S, Clients, Ended, OpenRound, RoundOptions
 
 Evaluate = Callable[[Tensors], Mapping[str, float]]
 

@@ -1,8 +1,8 @@
 """The SuperLink engine: the clients are Flower SuperNodes, reached through the Grid of a ServerApp.
 
 Flower knows nodes by numbers of its own and carries messages. Who a node is and which of its answers count is decided
-as over gRPC, by the same roster and the same checks: each node that appears is asked to join, and is known by its name
-from then on, so that uploads are averaged in the same order whatever numbers Flower gives.
+as over gRPC, by the same registry and the same checks: each node that appears is asked to join, and is known by its
+name from then on, so that uploads are averaged in the same order whatever numbers Flower gives.
 
 One thread speaks with the SuperLink, over HTTP: it looks every second who is there and what was answered. Flower
 cannot tell a node to stop; what comes for a cancelled order is dropped, and the node counts as busy until then.
@@ -26,10 +26,10 @@ from fedlora.plan import MOST_ANNOUNCED, Refusal, Refused, Upload
 from fedlora.wire import Key, Setup, pb
 from fedlora_strategies.messages import is_undelivered, join_message, read_join_reply, read_reply, train_message
 
+from .client_registry import Event, PendingRequest
 from .engine import Outcome
-from .roster import Event, Order
-from .roster_engine import RosterEngine
-from .spool import Stored, new_upload, store
+from .registry_engine import RegistryEngine
+from .upload_store import Stored, new_upload, store
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +40,15 @@ REPLIES_AT_ONCE = 8
 
 
 class _Node:
-    """A SuperNode as the roster's `Stream`. `name` is empty until it has joined."""
+    """A SuperNode as the registry's `Stream`. `name` is empty until it has joined."""
 
-    def __init__(self, flower_id: int, told: Setup, outgoing: SimpleQueue[tuple[_Node, Order]]) -> None:
+    def __init__(self, flower_id: int, told: Setup, outgoing: SimpleQueue[tuple[_Node, PendingRequest]]) -> None:
         self.flower_id, self.told = flower_id, told
         self.name, self.process = "", b""
         self.cancelled: Key | None = None
         self._outgoing = outgoing
 
-    def ask(self, order: Order) -> None:
+    def ask(self, order: PendingRequest) -> None:
         self._outgoing.put((self, order))
 
     def cancel(self, key: Key) -> None:
@@ -59,28 +59,28 @@ class _Node:
         """There is no connection."""
 
 
-class SuperLinkEngine(RosterEngine):
+class SuperLinkEngine(RegistryEngine):
     """Looks for nodes from the moment it is made, until `close`.
 
     Args:
         grid: of the ServerApp; used by this engine alone.
         setup: what each node is told when it is asked to join; `run_id` is the plan's, not Flower's.
-        spool: folder for uploads that wait to be aggregated; made if absent, emptied of them at the end.
+        uploads: folder for uploads that wait to be aggregated; made if absent, emptied of them at the end.
         notify: called with each `Event`, from any thread; it must be quick.
     """
 
     address = "Flower's SuperLink"
 
-    def __init__(self, grid: Grid, setup: Setup, spool: Path, notify: Callable[[Event], None]) -> None:
-        super().__init__(setup, spool, notify)
+    def __init__(self, grid: Grid, setup: Setup, uploads: Path, notify: Callable[[Event], None]) -> None:
+        super().__init__(setup, uploads, notify)
         self._grid, self._notify, self._wire_dtype = grid, notify, setup.wire_dtype
         self._layout: AdapterLayout | None = None
         self._nodes: dict[int, _Node] = {}
-        self._outgoing: SimpleQueue[tuple[_Node, Order]] = SimpleQueue()
+        self._outgoing: SimpleQueue[tuple[_Node, PendingRequest]] = SimpleQueue()
         self._asked: dict[str, tuple[_Node, Key | None]] = {}  # by Flower's message id; no key: asked to join
         self._failure: Exception | None = None
         self._closed = threading.Event()
-        spool.mkdir(parents=True, exist_ok=True)
+        uploads.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._keep_looking, name="fedlora-superlink", daemon=True)
         self._thread.start()
 
@@ -97,7 +97,7 @@ class SuperLinkEngine(RosterEngine):
     def close(self, reason: str) -> None:
         self._closed.set()
         self._thread.join()
-        self._clear_spool()
+        self._clear_uploads()
 
     # The engine's thread.
 
@@ -116,14 +116,14 @@ class SuperLinkEngine(RosterEngine):
         for flower_id in self._nodes.keys() - present:
             self._lose(self._nodes[flower_id])
         for flower_id in sorted(present - self._nodes.keys()):
-            node = self._nodes[flower_id] = _Node(flower_id, self._roster.setup, self._outgoing)
+            node = self._nodes[flower_id] = _Node(flower_id, self._registry.setup, self._outgoing)
             welcome = pb.ServerFrame(welcome=wire.setup_to_wire(node.told)).SerializeToString()
             self._post(node, None, join_message(welcome, flower_id))
 
     def _lose(self, node: _Node) -> None:
         del self._nodes[node.flower_id]
         self._asked = {id: asked for id, asked in self._asked.items() if asked[0] is not node}
-        self._roster.gone(node)
+        self._registry.gone(node)
 
     def _send(self) -> None:
         while True:
@@ -132,10 +132,10 @@ class SuperLinkEngine(RosterEngine):
             except Empty:
                 return
             if order.plan.key == node.cancelled:
-                self._roster.answered(node, order.plan.key, Refusal("too-late"))
+                self._registry.answered(node, order.plan.key, Refusal("too-late"))
             elif self._nodes.get(node.flower_id) is node:
                 arrays = order.message.content["arrays"]
-                self._roster.count(node, down=wire.size_of(wire.shapes_of(order.tensors), self._wire_dtype))
+                self._registry.count(node, down=wire.size_of(wire.shapes_of(order.tensors), self._wire_dtype))
                 self._post(node, order.plan.key, train_message(order.plan, arrays, node.flower_id))  # type: ignore[arg-type]
 
     def _post(self, node: _Node, key: Key | None, message: Message) -> None:
@@ -163,13 +163,13 @@ class SuperLinkEngine(RosterEngine):
             if isinstance(answer, Refusal):
                 raise Refused(answer.code, wire.clean(answer.detail))
             join, ready = (partial(wire.parse, pb.ClientFrame, frame) for frame in answer)
-            self._roster.join(node, join().join, node.told)
+            self._registry.join(node, join().join, node.told)
             labels = ready().ready.labels  # read only where the versions fit
-            self._roster.ready(node, wire.labels_from_wire(labels, MOST_ANNOUNCED), None)
+            self._registry.ready(node, wire.labels_from_wire(labels, MOST_ANNOUNCED), None)
         except Refused as refused:
             self._notify(Event("declined", node.name or f"SuperNode {node.flower_id}", str(refused.refusal)))
         except Exception as error:
-            self._roster.gone(node)
+            self._registry.gone(node)
             if not isinstance(error, ValueError):
                 log.exception("What SuperNode %d said could not be read", node.flower_id)
             self._notify(Event("refused", f"SuperNode {node.flower_id}", wire.clean(str(error))))
@@ -186,11 +186,11 @@ class SuperLinkEngine(RosterEngine):
         except Exception:  # a reply that nobody thought of must not end the run of all the others
             log.exception("The reply of client %r could not be read", node.name)
             answer = Refusal("invalid-tensors")
-        if self._roster.answered(node, key, answer) is not None and isinstance(answer, Stored):
+        if self._registry.answered(node, key, answer) is not None and isinstance(answer, Stored):
             answer.discard()
 
     def _store(self, node: _Node, key: Key, upload: Upload) -> Stored:
-        """Check an upload as the gRPC service does and put it into the spool.
+        """Check an upload as the gRPC service does and put it into the store.
 
         Raises:
             Refused, ValueError: it does not fit the order, the layout or the run's privacy.
@@ -198,9 +198,10 @@ class SuperLinkEngine(RosterEngine):
         if (upload.run_id, upload.round, upload.attempt) != key:
             raise ValueError(f"the upload is for round {upload.round}, attempt {upload.attempt} of run "
                              f"{upload.run_id}; {key} was ordered")
-        self._roster.expected(node, key)
+        self._registry.expected(node, key)
         assert self._layout is not None
         self._layout.check(upload.tensors, "trained")
-        metrics = wire.metrics_from_wire(wire.upload_to_wire(upload), private=self._roster.setup.private)
-        self._roster.count(node, up=wire.size_of(wire.shapes_of(upload.tensors), self._wire_dtype))
-        return store(new_upload(self._spool), wire.packed(upload.tensors, self._wire_dtype), self._wire_dtype, metrics)
+        metrics = wire.metrics_from_wire(wire.upload_to_wire(upload), private=self._registry.setup.private)
+        self._registry.count(node, up=wire.size_of(wire.shapes_of(upload.tensors), self._wire_dtype))
+        arrays = wire.packed(upload.tensors, self._wire_dtype)
+        return store(new_upload(self._uploads), arrays, self._wire_dtype, metrics)

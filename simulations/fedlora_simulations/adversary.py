@@ -108,7 +108,7 @@ class Watched:
 def record_gradients(trainer: Trainer, records: Records) -> torch.Tensor:
     """[records, values] float32 on the CPU: the gradient of each record's loss at the model's present tensors."""
     rows = torch.empty(len(records), trainer.buffer.values)
-    for length, part in trainer.layout(records, np.arange(len(records))):
+    for length, part in trainer.micro_batches(records, np.arange(len(records))):
         trainer.fill_buffer(records, part, length)
         rows[torch.from_numpy(part)] = trainer.buffer.rows.cpu()
         trainer.buffer.disarm()
@@ -119,7 +119,7 @@ def record_gradients(trainer: Trainer, records: Records) -> torch.Tensor:
 def record_losses(trainer: Trainer, records: Records) -> np.ndarray:
     """[records] the loss of each at the model's present tensors."""
     losses = np.empty(len(records))
-    for length, part in trainer.layout(records, np.arange(len(records))):
+    for length, part in trainer.micro_batches(records, np.arange(len(records))):
         with trainer.autocast():
             batch = trainer.task.collate(records, part, length, trainer.device)
             losses[part] = trainer.task.per_record_loss(trainer.adapted.model, batch).cpu().numpy()

@@ -31,18 +31,19 @@ from fedlora.data import Rows
 from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.plan import Refused
 from fedlora.privacy import Accountant, Budget, Ledger, nominal_size
-from fedlora_server.cohort import RoundOptions
 from fedlora_server.folders import claim_folder
 from fedlora_server.observer import jsonable
-from fedlora_server.planning import BaseModel, find_model, planned, prepare
+from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import run_federation
+from fedlora_server.run_setup import BaseModel, find_model, planned, prepare
 
 from . import one_run
 from .adversary import BACKGROUND, LEAST_REST, Watched, record_losses
 from .canaries import KINDS, CanaryTrainer, craft
 from .in_process import InProcessEngine
 from .one_run import Guesses, Membership, membership
-from .simulate import Method, make_sessions
+from .population import Method
+from .simulate import make_sessions
 
 CONFIDENCE = 0.95
 ROUNDS, LR = 10, 0.5

@@ -21,7 +21,7 @@ import torch
 from fedlora.adapters import AdaptedModel
 from fedlora.data import Rows
 from fedlora.plan import RunPlan
-from fedlora.privacy import Stream
+from fedlora.privacy import RandomStream
 from fedlora.tasks import Records, Task
 from fedlora.training import Trainer, TrainResult
 from fedlora.training.per_example import GradientBuffer, per_example
@@ -82,7 +82,7 @@ def craft(kind: str, count: int, like: Rows, labels: Sequence[str], tokenizer: A
     if kind == "gradient":
         directions = torch.from_numpy(random.standard_normal((count, values), dtype=np.float32))
         directions *= LENGTH * max(1.0, clip_norm) / directions.norm(dim=1, keepdim=True)
-    coins = Stream.derived(seed, "audit", 0, "inclusion").uniform(count) < 0.5
+    coins = RandomStream.derived(seed, "audit", 0, "inclusion").uniform(count) < 0.5
     return Canaries(rows, coins, directions)
 
 
@@ -117,7 +117,7 @@ class CanaryTrainer(Trainer):
             return super().train(run, records, **options)
         if options["noise_multiplier"] is None:
             # autograd's sum has no gradients of records to replace; without noise and clipping the private step is it
-            options |= {"noise_multiplier": 0.0, "clip_norm": NO_CLIPPING, "noise": Stream(bytes(32))}
+            options |= {"noise_multiplier": 0.0, "clip_norm": NO_CLIPPING, "noise": RandomStream(bytes(32))}
         assert isinstance(self.buffer, _InjectingBuffer) and records.units is None
         self.show_batch_invariance(run)  # of gradients as they are
         self.buffer.first, self.buffer.directions = self._first, self._directions
@@ -126,9 +126,9 @@ class CanaryTrainer(Trainer):
         finally:
             self.buffer.directions = None
 
-    def layout(self, records: Records, indices: np.ndarray, *,
+    def micro_batches(self, records: Records, indices: np.ndarray, *,
                private: bool = False) -> Iterator[tuple[int, np.ndarray]]:
-        for length, places in super().layout(records, indices, private=private):
+        for length, places in super().micro_batches(records, indices, private=private):
             if isinstance(self.buffer, _InjectingBuffer):
                 self.buffer.part = indices[places]
             yield length, places

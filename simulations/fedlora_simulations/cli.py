@@ -20,9 +20,10 @@ from fedlora.options import SIMULATE, build_parser, read_options
 if TYPE_CHECKING:  # --help needs none of them
     from rich.console import Console
 
-    from fedlora_server.planning import BaseModel
+    from fedlora_server.run_setup import BaseModel
 
-    from .simulate import Method, Population, Simulated
+    from .population import Method, Population
+    from .simulate import Simulated
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,10 +86,11 @@ def run(options: Namespace) -> int:
     from fedlora.console import messages
     from fedlora.training import check_computing
     from fedlora_server.folders import claim_folder
-    from fedlora_server.planning import check_start, find_model, planned, prepare, without_effect
+    from fedlora_server.run_setup import check_start, find_model, planned, prepare, without_effect
 
     from .comparison import save, summarize, table
-    from .simulate import Method, check_sizes, compiles_here, populate
+    from .population import Method, check_sizes, populate
+    from .simulate import compiles_here
 
     console = messages()
     if (options.epsilon == float("inf")) != (options.privacy == "off"):
@@ -133,7 +135,7 @@ def run(options: Namespace) -> int:
 def _run_one(options: Namespace, method: Method, seed: int, base: BaseModel, population: Population, out: Path,
              console: Console) -> Simulated:
     """One method with one seed, into a folder of its own below `out`."""
-    from fedlora_server.display import Display
+    from fedlora_server.trackers.console import Display
 
     from .simulate import simulate
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from fedlora_server.display import quantity
 from fedlora_server.observer import jsonable
+from fedlora_server.trackers.console import quantity
 
-from .simulate import Simulated, mean_and_deviation
+from .simulate import Simulated
 
 
 @dataclass(frozen=True)
@@ -123,3 +124,9 @@ def _plot(path: Path, comparisons: Sequence[Comparison]) -> None:
     figure.suptitle(("not private" if math.isinf(epsilon) else f"ε = {epsilon:.1f} per client")
                     + f", mean and deviation of {counted}", fontsize=11)
     figure.savefig(path, dpi=150)
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation over seeds; the deviation of a single value is 0."""
+    with np.errstate(invalid="ignore"):  # of infinite values
+        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

@@ -23,8 +23,8 @@ from rich.table import Table
 from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.plan import STRATEGIES, Refused
 from fedlora.privacy import Ledger
-from fedlora_server.display import quantity
 from fedlora_server.folders import claim_folder
+from fedlora_server.trackers.console import quantity
 
 from . import triage
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns 0 if the federation finished."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--strategy", default="fedsvd", choices=STRATEGIES)
-    parser.add_argument("--seed", type=int, default=0, help="of the notes and the shared tensors")
+    parser.add_argument("--seed", type=int, default=0, help="of the notes and the frozen tensors")
     parser.add_argument("--out", type=Path, help="[runs/<time>-demo]")
     parser.add_argument("--no-control", action="store_true", help="leave the run with frozen adapters out")
     options = parser.parse_args(argv)
@@ -119,9 +119,10 @@ def _federate(strategy: str, seed: int, out: Path, notes: Sequence[Path], held_o
 
 def _head_alone(strategy: str, seed: int, out: Path, held_out: Path) -> float:
     """Held-out accuracy of the same federation, simulated, with nothing but the classifier's last layer trained."""
-    from fedlora_server.planning import find_model  # PyTorch: not before the server and the clients have started
+    from fedlora_server.run_setup import find_model  # PyTorch: not before the server and the clients have started
 
-    from .simulate import Method, populate, simulate
+    from .population import Method, populate
+    from .simulate import simulate
 
     arguments = [f"--strategy={strategy}", f"--epsilon={EPSILON}", "--partition=files", f"--data={out / 'data'}",
                  f"--eval-data={held_out}", *_training(strategy), "--targets=none", "--eval-every=1000"]

@@ -21,7 +21,7 @@ from fedlora.wire import Shapes, packed, shapes_of, size_of, unpacked
 from fedlora.wire.npy import to_npy
 from fedlora_client.flower_app import Session
 from fedlora_server.engine import Engine, Outcome, node_id
-from fedlora_server.spool import BUFFER_BYTES, read_record
+from fedlora_server.upload_store import BUFFER_BYTES, read_record
 from fedlora_strategies.messages import assign_id, assume_identity, read_train_messages
 from fedlora_strategies.messages import reply as to_reply
 
@@ -31,7 +31,7 @@ which would cost quadratically many looks where a training takes no time."""
 
 
 @dataclass
-class _Order:
+class _PendingRequest:
     """What a client is asked, and what became of it. Its message keeps the metadata alone, which the reply needs."""
 
     message: Message
@@ -43,7 +43,7 @@ class _Order:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where an upload is in the spool's file, and the rest of it."""
+    """Where an upload is in the store's file, and the rest of it."""
 
     start: int
     stop: int
@@ -52,7 +52,7 @@ class _Stored:
     metrics: Mapping[str, int | float]
 
 
-class _Spool:
+class _UploadStore:
     """Uploads that wait to be aggregated, in one file without a name: making a file for each took longer than all else.
 
     Once none waits, the next upload begins a new file. The old one's space is free when its last record is gone.
@@ -65,7 +65,7 @@ class _Spool:
     def put(self, upload: Upload, wire_dtype: str) -> _Stored:
         if not self._waiting:
             self.close()
-            self._file = TemporaryFile(prefix="fedlora-spool-", buffering=BUFFER_BYTES)  # noqa: SIM115
+            self._file = TemporaryFile(prefix="fedlora-uploads-", buffering=BUFFER_BYTES)  # noqa: SIM115
         assert self._file is not None
         shapes, arrays, start = shapes_of(upload.tensors), packed(upload.tensors, wire_dtype), self._file.tell()
         for name in shapes:
@@ -107,9 +107,9 @@ class InProcessEngine(Engine):
         self._layout = layout
         self._names = {node_id(name): name for name in sessions}
         self._sessions = {node_id(name): session for name, session in sessions.items()}
-        self._orders: dict[str, _Order] = {}
+        self._orders: dict[str, _PendingRequest] = {}
         self._count = self._bytes_up = self._bytes_down = 0
-        self._spool = _Spool()
+        self._uploads = _UploadStore()
 
     def expect(self, layout: AdapterLayout) -> None:
         self._layout = layout
@@ -158,7 +158,8 @@ class InProcessEngine(Engine):
             self._count += 1
             assign_id(message, f"{self._count}")
             message.content = RecordDict()
-            self._orders[f"{self._count}"] = _Order(message, plan, arrays, None if node in self._sessions else "lost")
+            self._orders[f"{self._count}"] = _PendingRequest(
+                message, plan, arrays, None if node in self._sessions else "lost")
             self._bytes_down += sum(array.nbytes for array in arrays.values())
             pushed.append(f"{self._count}")
         return pushed
@@ -188,7 +189,7 @@ class InProcessEngine(Engine):
             order.outcome = self._accept(message_id, answer)
 
     def _accept(self, message_id: str, answer: Upload | Refusal) -> Outcome:
-        """Check an upload and put it into the spool."""
+        """Check an upload and put it into the store."""
         if isinstance(answer, Refusal):
             return answer
         order = self._orders[message_id]
@@ -198,7 +199,7 @@ class InProcessEngine(Engine):
             self._layout.check(answer.tensors, "trained")
         except ValueError as error:
             return Refusal("invalid-tensors", str(error))
-        order.stored = self._spool.put(answer, wire_dtype)
+        order.stored = self._uploads.put(answer, wire_dtype)
         return "uploaded"
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
@@ -211,17 +212,17 @@ class InProcessEngine(Engine):
                 yield to_reply(order.outcome, order.message)
             elif order.stored is not None:
                 upload = Upload(*order.plan.key, tensors=Released({}), **order.stored.metrics)  # type: ignore[arg-type]
-                yield to_reply(upload, order.message, arrays=self._spool.take(order.stored))
+                yield to_reply(upload, order.message, arrays=self._uploads.take(order.stored))
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         for message_id in list(message_ids):
             order = self._orders.pop(message_id, None)
             if order is not None and order.stored is not None:
-                self._spool.discard()
+                self._uploads.discard()
 
     def close(self, reason: str) -> None:
         self._orders.clear()
-        self._spool.close()
+        self._uploads.close()
 
-    def _of(self, node: int) -> list[_Order]:
+    def _of(self, node: int) -> list[_PendingRequest]:
         return [order for order in self._orders.values() if order.message.metadata.dst_node_id == node]

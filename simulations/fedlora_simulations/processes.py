@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 
-from fedlora.training import Training, TrainResult, resolve_device
+from fedlora.training import TrainingJob, TrainResult, resolve_device
 
 from .worker import Blueprint, Worker, WorkerLost, Workers
 
@@ -46,7 +46,7 @@ class ProcessWorkers(Workers):
     def free(self) -> int:
         return len(self._free)
 
-    def start(self, key: str, trainings: Sequence[Training]) -> None:
+    def start(self, key: str, trainings: Sequence[TrainingJob]) -> None:
         worker = self._free.pop()
         self._busy[worker] = key
         try:

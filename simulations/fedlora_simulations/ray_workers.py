@@ -14,7 +14,7 @@ from typing import Any
 import fedlora
 from fedlora import models
 from fedlora.plan import Refused
-from fedlora.training import Training, TrainResult
+from fedlora.training import TrainingJob, TrainResult
 
 from .worker import Blueprint, Worker, WorkerLost, Workers
 
@@ -83,7 +83,7 @@ class RayWorkers(Workers):
     def free(self) -> int:
         return len(self._free)
 
-    def start(self, key: str, trainings: Sequence[Training]) -> None:
+    def start(self, key: str, trainings: Sequence[TrainingJob]) -> None:
         actor = self._free.pop()
         self._busy[actor.run.remote(trainings)] = actor, key
 
@@ -115,7 +115,7 @@ class _Actor:
         self._blueprint, self._index = blueprint, index
         self._worker: Worker | None = None
 
-    def run(self, trainings: Sequence[Training]) -> list[TrainResult] | Exception:
+    def run(self, trainings: Sequence[TrainingJob]) -> list[TrainResult] | Exception:
         try:
             if self._worker is None:
                 _check(self._blueprint)

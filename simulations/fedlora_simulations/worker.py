@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from fedlora.adapters import attach_planned
-from fedlora.adapters.private import release_plan
+from fedlora.adapters.private import sketch_plan
 from fedlora.models import load
 from fedlora.plan import RunPlan
 from fedlora.tasks import task_for
-from fedlora.training import BatchedTrainer, Trainer, Training, TrainResult, resolve_device
+from fedlora.training import MultiClientTrainer, Trainer, TrainingJob, TrainResult, resolve_device
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Blueprint:
         if device == "cuda":
             device = f"cuda:{index % torch.cuda.device_count()}"
         loaded = load(self.model, self.plan.task, len(self.plan.labels))
-        kind = BatchedTrainer if self.together else Trainer
+        kind = MultiClientTrainer if self.together else Trainer
         return kind(attach_planned(loaded, self.plan), task_for(self.plan, loaded.tokenizer), device=device,
                     precision=self.precision, micro_batch=self.micro_batch, threads=self.threads,
                     compiled=self.compiled)
@@ -68,17 +68,17 @@ class Worker:
     def __init__(self, blueprint: Blueprint, index: int) -> None:
         self._blueprint, self._index = blueprint, index
         self._trainer: Trainer | None = None
-        self._releases = False
+        self._sketches = False
 
-    def train(self, trainings: Sequence[Training]) -> list[TrainResult]:
+    def train(self, trainings: Sequence[TrainingJob]) -> list[TrainResult]:
         """The results of trainings of one round, in order."""
-        releases = any(training.round == 0 for training in trainings)  # all of them or none
-        if self._trainer is None or releases is not self._releases:
+        sketches = any(training.round == 0 for training in trainings)  # all of them or none
+        if self._trainer is None or sketches is not self._sketches:
             self._trainer = None  # its memory first
             blueprint = self._blueprint
-            if releases:
-                blueprint = replace(blueprint, plan=release_plan(blueprint.plan))
-            self._trainer, self._releases = blueprint.build(self._index), releases
+            if sketches:
+                blueprint = replace(blueprint, plan=sketch_plan(blueprint.plan))
+            self._trainer, self._sketches = blueprint.build(self._index), sketches
         return self._trainer.run_all(trainings)
 
 
@@ -91,7 +91,7 @@ class Workers(ABC):
         """How many have nothing to do."""
 
     @abstractmethod
-    def start(self, key: str, trainings: Sequence[Training]) -> None:
+    def start(self, key: str, trainings: Sequence[TrainingJob]) -> None:
         """Have a free worker do these trainings, with `Trainer.run_all`."""
 
     @abstractmethod
@@ -112,24 +112,24 @@ class ThisProcess(Workers):
     """No worker at all: the trainings are done here, while they are waited for.
 
     Args:
-        release: gives the trainer of a private start.
+        sketch_trainer: gives the trainer of a private start.
     """
 
-    def __init__(self, trainer: Trainer, release: Callable[[], Trainer]) -> None:
-        self._trainer, self._release = trainer, release
-        self._started: tuple[str, Sequence[Training]] | None = None
+    def __init__(self, trainer: Trainer, sketch_trainer: Callable[[], Trainer]) -> None:
+        self._trainer, self._sketch_trainer = trainer, sketch_trainer
+        self._started: tuple[str, Sequence[TrainingJob]] | None = None
 
     @property
     def free(self) -> int:
         return int(self._started is None)
 
-    def start(self, key: str, trainings: Sequence[Training]) -> None:
+    def start(self, key: str, trainings: Sequence[TrainingJob]) -> None:
         self._started = key, trainings
 
     def done(self) -> tuple[str, list[TrainResult]]:
         assert self._started is not None, "nothing was started"
         (key, trainings), self._started = self._started, None
-        trainer = self._trainer if trainings[0].round else self._release()
+        trainer = self._trainer if trainings[0].round else self._sketch_trainer()
         return key, trainer.run_all(trainings)
 
     def close(self) -> None:

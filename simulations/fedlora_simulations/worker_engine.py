@@ -7,7 +7,7 @@ from typing import cast
 
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal, RoundPlan, Upload
-from fedlora.training import Training
+from fedlora.training import TrainingJob
 from fedlora.wire import unpacked
 from fedlora_client.session import ClientSession
 from fedlora_server.engine import Outcome
@@ -49,10 +49,10 @@ class WorkerEngine(InProcessEngine):
         waiting = (message_id for message_id, order in self._orders.items() if order.outcome is None
                    and message_id not in self._begun and message_id not in self._outcomes)
         while self._workers.free:
-            trainings: dict[str, Training] = {}
+            trainings: dict[str, TrainingJob] = {}
             while len(trainings) < self._group and (message_id := next(waiting, None)) is not None:
                 answer = self._begin(message_id)
-                if isinstance(answer, Training):
+                if isinstance(answer, TrainingJob):
                     trainings[message_id] = answer
                 else:
                     self._outcomes[message_id] = self._accept(message_id, answer)
@@ -62,11 +62,11 @@ class WorkerEngine(InProcessEngine):
             self._groups[first] = list(trainings)
             self._workers.start(first, list(trainings.values()))
 
-    def _begin(self, message_id: str) -> Training | Upload | Refusal:
+    def _begin(self, message_id: str) -> TrainingJob | Upload | Refusal:
         order = self._orders[message_id]
         session = cast(ClientSession, self._sessions[order.message.metadata.dst_node_id])
         answer = session.begin(order.plan, unpacked(order.arrays, order.plan.run.wire_dtype))
-        if isinstance(answer, Training):
+        if isinstance(answer, TrainingJob):
             self._begun[message_id] = session, order.plan
         return answer
 

@@ -2,12 +2,12 @@
 
 A strategy is an adapter family plus a server step. This file translates messages; the steps are in one file each.
 
-    state    every tensor that is not in the base checkpoint = trained + shared, as one ArrayRecord between rounds
+    state    every tensor that is not in the base checkpoint = trained + frozen, as one ArrayRecord between rounds
     trained  moved by the clients, uploaded by each, averaged
-    shared   the same for everybody and frozen during a round; a node is sent only those that it does not hold yet
+    frozen   the same for everybody and frozen during a round; a node is sent only those that it does not hold yet
 
 What travels in a bf16 run is rounded (`fedlora.wire.dtypes`). The server's own state stays float32. Clients start from
-the rounded values and train against the rounded shared tensors, so the server step takes the shared tensors as they
+the rounded values and train against the rounded frozen tensors, so the server step takes the frozen tensors as they
 were sent.
 
 The mean is taken in float64 in order of node id (a hash of the client's name), never in order of arrival. A reply
@@ -33,7 +33,7 @@ from fedlora.adapters import AdapterLayout
 from fedlora.adapters.layout import MOST_VALUE
 from fedlora.algebra import WeightedMean
 from fedlora.plan import Refusal, Released, RoundPlan, RunPlan, Tensors, Upload, upload_metrics
-from fedlora.wire import digest
+from fedlora.wire import tensors_digest
 
 from .messages import read_reply, to_record, to_tensors, train_messages
 
@@ -53,13 +53,13 @@ class Traffic:
 class _Round:
     """The round that is under way: what was sent, and from which nodes a reply may still come.
 
-    `trained` is the server's own; `shared` and `arrays` are what clients are sent, and hold.
+    `trained` is the server's own; `frozen` and `arrays` are what clients are sent, and hold.
     """
 
     number: int
     trained: Tensors
-    shared: Tensors
-    shared_sha256: str
+    frozen: Tensors
+    frozen_sha256: str
     arrays: ArrayRecord
     changed: frozenset[str]
     before_sha256: str
@@ -67,13 +67,13 @@ class _Round:
     _records: dict[frozenset[str], ArrayRecord] = field(default_factory=dict)
 
     def arrays_for(self, held_sha256: str | None) -> ArrayRecord:
-        """What a node must be sent that holds the shared tensors of this digest: the trained, and those it lacks.
+        """What a node must be sent that holds the frozen tensors of this digest: the trained, and those it lacks.
 
-        Of the shared ones none to a node that holds this round's, the changed ones to one that holds the last
+        Of the frozen ones none to a node that holds this round's, the changed ones to one that holds the last
         round's, else all. Nodes that lack the same share one record.
         """
-        lacking = {self.shared_sha256: frozenset(), self.before_sha256: self.changed}.get(
-            held_sha256 or "", frozenset(self.shared))
+        lacking = {self.frozen_sha256: frozenset(), self.before_sha256: self.changed}.get(
+            held_sha256 or "", frozenset(self.frozen))
         if lacking not in self._records:
             names = (*self.trained, *sorted(lacking))
             self._records[lacking] = ArrayRecord({name: self.arrays[name] for name in names})
@@ -88,7 +88,7 @@ class FederatedLoRA(Strategy):
         linear: whether the server step needs nothing but the weighted sum of the uploads; only then can secure
             aggregation serve it.
         exact: whether the mean of the merged models is the merged mean.
-        moves_shared: whether the server step changes the adapters' shared tensors, which then travel again.
+        refreshes_frozen: whether the server step changes the adapters' frozen tensors, which then travel again.
         rejected: node id → why its reply of the last round added nothing.
         disclosed: node id → what its accepted upload of the last round said beside the tensors.
 
@@ -101,7 +101,7 @@ class FederatedLoRA(Strategy):
     family: ClassVar[str]
     linear: ClassVar[bool]
     exact: ClassVar[bool]
-    moves_shared: ClassVar[bool] = False
+    refreshes_frozen: ClassVar[bool] = False
 
     def __init__(self, plan: RunPlan, layout: AdapterLayout, *, min_nodes: int = 1) -> None:
         for given in (plan.family, layout.family.name):
@@ -112,25 +112,25 @@ class FederatedLoRA(Strategy):
         self.rejected: dict[int, str] = {}
         self.disclosed: dict[int, dict[str, int | float]] = {}
         self._held: dict[int, str] = {}
-        self._shared: tuple[Tensors, str] = ({}, "")
+        self._frozen: tuple[Tensors, str] = ({}, "")
         self._round: _Round | None = None
 
     @abstractmethod
-    def server_step(self, mean: Released, shared: Tensors, server_round: int) -> Tensors:
-        """The next state from the mean of the uploads and the round's shared tensors."""
+    def server_step(self, mean: Released, frozen: Tensors, server_round: int) -> Tensors:
+        """The next state from the mean of the uploads and the round's frozen tensors."""
 
     @property
     def traffic(self) -> Traffic:
         """Values per client and round, as in the communication table of METHODS."""
         up = self.layout.num_trained
-        moved = sum(spec.size for spec in self.layout.shared if self.moves_shared and spec.group == "adapter")
-        return Traffic(up, up + moved, sum(spec.size for spec in self.layout.shared) - moved)
+        moved = sum(spec.size for spec in self.layout.frozen if self.refreshes_frozen and spec.group == "adapter")
+        return Traffic(up, up + moved, sum(spec.size for spec in self.layout.frozen) - moved)
 
     def forget(self, node_id: int) -> None:
-        """The node does not hold the shared tensors (any more): they travel with its next message."""
+        """The node does not hold the frozen tensors (any more): they travel with its next message."""
         self._held.pop(node_id, None)
 
-    def release(self, node_ids: Iterable[int]) -> None:
+    def expect_none_of(self, node_ids: Iterable[int]) -> None:
         """No reply will come from these nodes in this round: the others' replies need not wait for theirs."""
         if self._round:
             self._round.awaited.difference_update(node_ids)
@@ -153,7 +153,7 @@ class FederatedLoRA(Strategy):
         given = cast(list[int], config["nodes"]) if "nodes" in config else self._wait_for_nodes(grid)
         nodes, attempt = sorted(given), cast(int, config.get("attempt", 0))
         under_way.awaited.update(nodes)
-        order = RoundPlan(self.plan, server_round, attempt, under_way.shared_sha256)
+        order = RoundPlan(self.plan, server_round, attempt, under_way.frozen_sha256)
         return train_messages(order, ((node, under_way.arrays_for(self._held.get(node))) for node in nodes))
 
     def _begin(self, server_round: int, arrays: ArrayRecord) -> _Round:
@@ -163,12 +163,12 @@ class FederatedLoRA(Strategy):
             arrays = to_record(state, wire_dtype)
         sent = to_tensors(arrays, wire_dtype)
         trained = {spec.name: state[spec.name] for spec in self.layout.trained}
-        shared = {spec.name: sent[spec.name] for spec in self.layout.shared}
-        before, before_sha256 = self._shared
-        changed = frozenset(name for name, array in shared.items()
+        frozen = {spec.name: sent[spec.name] for spec in self.layout.frozen}
+        before, before_sha256 = self._frozen
+        changed = frozenset(name for name, array in frozen.items()
                             if name not in before or not np.array_equal(array, before[name]))
-        self._shared = shared, digest(shared)
-        return _Round(server_round, trained, shared, self._shared[1], arrays, changed, before_sha256, set())
+        self._frozen = frozen, tensors_digest(frozen)
+        return _Round(server_round, trained, frozen, self._frozen[1], arrays, changed, before_sha256, set())
 
     def _wait_for_nodes(self, grid: Grid) -> list[int]:
         while len(nodes := list(grid.get_node_ids())) < self.min_nodes:
@@ -194,7 +194,7 @@ class FederatedLoRA(Strategy):
         if not figures.replies:
             return None, None
         averaged = Released(mean.result())
-        state = self.server_step(averaged, under_way.shared, server_round)
+        state = self.server_step(averaged, under_way.frozen, server_round)
         self.layout.check(state, "state")
         metrics = {**figures.to_dict(), "rejected": len(self.rejected),
                    "update_norm": _distance(averaged, under_way.trained)}
@@ -236,7 +236,7 @@ class FederatedLoRA(Strategy):
             raise ValueError(f"the upload's number of examples is {answer.num_examples}; weighting by examples "
                              "needs at least 1")
         self.layout.check(answer.tensors, "trained")
-        self._held[node] = under_way.shared_sha256
+        self._held[node] = under_way.frozen_sha256
         self.disclosed[node] = upload_metrics(answer)
         return answer
 

@@ -27,5 +27,5 @@ class FedSB(FederatedLoRA):
     linear = True
     exact = True
 
-    def server_step(self, mean: Released, shared: Tensors, server_round: int) -> Tensors:
-        return {**shared, **mean}
+    def server_step(self, mean: Released, frozen: Tensors, server_round: int) -> Tensors:
+        return {**frozen, **mean}

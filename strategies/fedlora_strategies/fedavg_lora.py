@@ -24,5 +24,5 @@ class FedAvgLoRA(FederatedLoRA):
     linear = True
     exact = False
 
-    def server_step(self, mean: Released, shared: Tensors, server_round: int) -> Tensors:
-        return {**shared, **mean}
+    def server_step(self, mean: Released, frozen: Tensors, server_round: int) -> Tensors:
+        return {**frozen, **mean}

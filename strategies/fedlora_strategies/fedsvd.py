@@ -35,7 +35,7 @@ class FedSVD(FederatedLoRA):
     family = "frozen-a"
     linear = True
     exact = True
-    moves_shared = True
+    refreshes_frozen = True
 
     def __init__(self, plan: RunPlan, layout: AdapterLayout, *, warmup: int = 0, period: int = 1,
                  min_nodes: int = 1) -> None:
@@ -48,8 +48,8 @@ class FedSVD(FederatedLoRA):
                              "have orthonormal rows. Choose a smaller --rank")
         self.warmup, self.period = warmup, period
 
-    def server_step(self, mean: Released, shared: Tensors, server_round: int) -> Tensors:
-        state = {**shared, **mean}
+    def server_step(self, mean: Released, frozen: Tensors, server_round: int) -> Tensors:
+        state = {**frozen, **mean}
         if server_round <= self.warmup or (server_round - self.warmup) % self.period:
             return state
         for module in self.layout.modules:

@@ -135,7 +135,7 @@ def train_message(plan: RoundPlan, arrays: ArrayRecord, node_id: int) -> Message
 
 
 def read_train_messages(messages: Iterable[Message]) -> Iterator[tuple[Message, RoundPlan, Tensors]]:
-    """Each order, its plan and its arrays as they travel; inverse of `train_messages`. A shared record is read once.
+    """Each order, its plan and its arrays as they travel; inverse of `train_messages`. A frozen record is read once.
 
     Raises:
         ValueError: anything but exactly one ArrayRecord and one ConfigRecord with `RoundPlan`'s fields, or an array

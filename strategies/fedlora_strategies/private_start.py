@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.private import private_start, release_layout, release_tensors
+from fedlora.adapters.private import private_start, sketch_layout, sketch_tensors
 from fedlora.plan import Released, RunPlan, Tensors
 
 from .base import FederatedLoRA
@@ -35,14 +35,14 @@ class PrivateStart(FederatedLoRA):
     exact = True
 
     def __init__(self, plan: RunPlan, adapted: AdaptedModel, state: Tensors, seed: int) -> None:
-        layout = release_layout(adapted.layout, adapted.missing)
+        layout = sketch_layout(adapted.layout, adapted.missing)
         super().__init__(dataclasses.replace(plan, family=self.family), layout)
         self.plan = plan  # what clients have agreed to
-        self.tensors = release_tensors(layout, state, seed)
+        self.tensors = sketch_tensors(layout, state, seed)
         self._run_layout, self._state = adapted.layout, state
 
-    def server_step(self, mean: Released, shared: Tensors, server_round: int) -> Tensors:
-        return {**shared, **mean}
+    def server_step(self, mean: Released, frozen: Tensors, server_round: int) -> Tensors:
+        return {**frozen, **mean}
 
     def begin(self, sketches: Released) -> Tensors:
         """The state that round 1 starts from."""

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.privacy import Accountant, Ledger, RunTerms, four_digits
-from fedlora_client import places
+from fedlora_client import paths
 from fedlora_client.cli import main
 
 
@@ -15,7 +15,7 @@ from fedlora_client.cli import main
 def ledger(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    ledger = Ledger(places.ledger())
+    ledger = Ledger(paths.ledger())
     yield ledger
     ledger.close()
 
@@ -108,8 +108,8 @@ def test_a_run_that_closed_a_budget_counts_in_full_and_a_closed_budget_has_no_pr
     assert closed["runs"][0]["reserved"] == closed["reserved"] and closed["runs"][0]["charged"] == closed["charged"]
     assert command("budget", "--rounds", "3") == 0
     assert f"no forecast: run {'11' * 8} closed the budget" in capsys.readouterr().out
-    places.policy().parent.mkdir(parents=True)
-    places.policy().write_text('[dataset.north]\ndata = "x"\nepsilon = 50.0\ndelta = 1e-5\n')
+    paths.policy().parent.mkdir(parents=True)
+    paths.policy().write_text('[dataset.north]\ndata = "x"\nepsilon = 50.0\ndelta = 1e-5\n')
     reopened = budget(capsys, "--rounds", "1")["north"]
     ledger.declare("north", epsilon=50.0, delta=1e-5)
     before = ledger.lifetime("north").spent
@@ -121,8 +121,8 @@ def test_a_run_that_closed_a_budget_counts_in_full_and_a_closed_budget_has_no_pr
 def test_limits_are_the_policys_where_it_has_them_and_looking_declares_nothing(ledger, capsys):
     ledger.declare("north", epsilon=6.0, delta=1e-5)
     spend(ledger, "north", "11" * 8, 2)
-    places.policy().parent.mkdir(parents=True)
-    places.policy().write_text('[dataset.north]\ndata = "x"\nepsilon = 9.0\ndelta = 1e-6\n')
+    paths.policy().parent.mkdir(parents=True)
+    paths.policy().write_text('[dataset.north]\ndata = "x"\nepsilon = 9.0\ndelta = 1e-6\n')
     shown = budget(capsys)["north"]
     assert (shown["epsilon"], shown["delta"]) == (9.0, 1e-6)
     assert shown["remaining"] == pytest.approx(9.0 - shown["spent"])
@@ -155,10 +155,10 @@ def test_a_simulated_ledger_is_asked_for_by_name(ledger, tmp_path, capsys):
 
 
 def test_a_damaged_ledger_or_policy_is_an_error_with_its_place(ledger, capsys):
-    places.policy().parent.mkdir(parents=True)
-    places.policy().write_text("max-rouns = 3\n")
+    paths.policy().parent.mkdir(parents=True)
+    paths.policy().write_text("max-rouns = 3\n")
     assert command("budget") == 2
-    assert str(places.policy()) in capsys.readouterr().err
+    assert str(paths.policy()) in capsys.readouterr().err
 
 
 def test_what_is_no_report_is_not_verified(tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 
 from fedlora import models
 from fedlora.adapters import attach, attach_planned, initial_tensors
-from fedlora.adapters.private import release_layout, release_plan, release_tensors
+from fedlora.adapters.private import sketch_layout, sketch_plan, sketch_tensors
 from fedlora.data import Rows
 from fedlora.plan import WIRE_DTYPES, ModelRef, Refusal, Refused, RoundPlan, RunPlan, Upload
 from fedlora.privacy import Accountant, Forbidden, Ledger, RunStreams, RunTerms, Spend, calibrate
@@ -18,9 +18,9 @@ from fedlora.privacy.ledger.anchor import unseal
 from fedlora.privacy.report import verify
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
-from fedlora.wire import digest, rounded
-from fedlora_client.reporting import write_privacy_report
+from fedlora.wire import rounded, tensors_digest
 from fedlora_client.session import ClientSession, Limits
+from fedlora_client.session_report import write_privacy_report
 from fedlora_client.state import FolderState, MemoryState
 from fedlora_client.terms import with_room
 
@@ -53,9 +53,9 @@ class Desk:
         self.start = initial_tensors(adapted, init="orthonormal", seed=0)
         task = task_for(self.plan, loaded.tokenizer)
         self.trainer, self.records = Trainer(adapted, task, device="cpu", precision="fp32"), task.encode(rows())
-        shared = {spec.name: self.start[spec.name] for spec in adapted.layout.shared}
+        shared = {spec.name: self.start[spec.name] for spec in adapted.layout.frozen}
         self.trained = {spec.name: self.start[spec.name] for spec in adapted.layout.trained}
-        self.shared_sha256 = digest(shared)
+        self.frozen_sha256 = tensors_digest(shared)
 
     def session(self, plan=None, seed=7, approve=lambda terms: None, anchors=False, **limits):
         limits = Limits(**{"epsilon": 8.0} | limits)
@@ -63,7 +63,7 @@ class Desk:
                              RunStreams("north", seed), self.ledger, "north", approve=approve, anchors=anchors)
 
     def order(self, round, attempt=0, plan=None):
-        return RoundPlan(plan or self.plan, round, attempt, self.shared_sha256)
+        return RoundPlan(plan or self.plan, round, attempt, self.frozen_sha256)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_repeated_order_gets_the_identical_bytes_at_no_cost_even_after_a_resta
     assert {n: t.tobytes() for n, t in again.tensors.items()} == {n: t.tobytes() for n, t in first.tensors.items()}
     assert restarted.epsilon() == spent
     [charge] = desk.ledger.charges()
-    assert charge.sha256 == digest(first.tensors) == digest(rounded(first.tensors, wire_dtype))
+    assert charge.sha256 == tensors_digest(first.tensors) == tensors_digest(rounded(first.tensors, wire_dtype))
 
 
 def test_a_real_ledgers_anchor_is_made_when_an_upload_leaves_and_tells_of_its_release(desk, tmp_path):
@@ -173,14 +173,14 @@ def test_shared_tensors_that_changed_travel_alone_and_are_completed_from_what_is
     assert len(names) > 1
     held, changed = {name: desk.start[name] for name in names}, {names[0]: -desk.start[names[0]]}
     other = {name: 2 * array for name, array in held.items()}
-    desk.shared_sha256 = digest(held | changed)
+    desk.frozen_sha256 = tensors_digest(held | changed)
     assert session.run_round(desk.order(1), {**desk.trained, **changed}) == Refusal("missing-tensors")
-    desk.state.save_shared(digest(other), other)
+    desk.state.save_frozen(tensors_digest(other), other)
     assert session.run_round(desk.order(1), {**desk.trained, **changed}) == Refusal("missing-tensors")
     assert session.started == ()
-    desk.state.save_shared(digest(held), held)
+    desk.state.save_frozen(tensors_digest(held), held)
     assert isinstance(session.run_round(desk.order(1), {**desk.trained, **changed}), Upload)
-    assert desk.state.shared()[0] == desk.shared_sha256
+    assert desk.state.frozen()[0] == desk.frozen_sha256
 
 
 def test_tensors_that_do_not_fit_are_refused_before_anything_is_charged(desk):
@@ -211,7 +211,7 @@ def test_shared_tensors_that_are_not_the_named_ones_are_refused_and_not_kept(des
     name = next(iter(desk.start.keys() - desk.trained.keys()))
     answer = desk.session().run_round(desk.order(1), {**desk.start, name: desk.start[name] * 2})
     assert isinstance(answer, Refusal) and answer.code == "invalid-tensors"
-    assert desk.state.shared() == ("", {})
+    assert desk.state.frozen() == ("", {})
 
 
 def test_privacy_of_the_two_sides_must_agree(desk):
@@ -323,21 +323,21 @@ def test_a_report_says_what_uploads_stated_and_verifies(desk, tmp_path, monkeypa
 
 def test_a_private_start_costs_one_participation_more_and_all_together_fit_epsilon(desk, checkpoint):
     plan = make_plan(private_start=True)
-    layout = release_layout(desk.trainer.adapted.layout, desk.trainer.adapted.missing)
-    tensors = release_tensors(layout, desk.start, seed=0)
+    layout = sketch_layout(desk.trainer.adapted.layout, desk.trainer.adapted.missing)
+    tensors = sketch_tensors(layout, desk.start, seed=0)
     made = []
 
-    def release():
-        adapted = attach_planned(models.load(checkpoint("bert"), "classification", 2), release_plan(plan))
+    def sketch_trainer():
+        adapted = attach_planned(models.load(checkpoint("bert"), "classification", 2), sketch_plan(plan))
         made.append(Trainer(adapted, desk.trainer.task, device="cpu", precision="fp32"))
         return made[-1]
 
     session = ClientSession(plan, desk.trainer, desk.records, Limits(8.0), desk.state, RunStreams("north", 7),
-                            desk.ledger, "north", release=release)
+                            desk.ledger, "north", sketch_trainer=sketch_trainer)
     assert session.terms.noise_multiplier == calibrate(8.0, session.terms.delta, session.terms.sampling_rate,
                                                        (1 + plan.max_participations) * plan.local_steps)
-    shared_sha256 = digest({spec.name: tensors[spec.name] for spec in layout.shared})
-    sent = session.run_round(RoundPlan(plan, 0, 0, shared_sha256), tensors)
+    frozen_sha256 = tensors_digest({spec.name: tensors[spec.name] for spec in layout.frozen})
+    sent = session.run_round(RoundPlan(plan, 0, 0, frozen_sha256), tensors)
     layout.check(sent.tensors, "trained")
     assert (sent.steps, session.started, session.ledger.charges()[0].state) == (2, ((0, 0),), "released")
     for number in (1, 2):

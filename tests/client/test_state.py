@@ -9,7 +9,7 @@ from fedlora_client.state import FolderState, MemoryState
 RUN = "0123456789abcdef"
 
 
-class Order:
+class PendingRequest:
     """The part of a RoundPlan that the state looks at."""
 
     def __init__(self, round, attempt):
@@ -25,18 +25,18 @@ def test_an_upload_is_given_back_for_its_own_round_and_attempt_only(tmp_path):
     state = FolderState(tmp_path)
     tensors = {"a.B": np.arange(6, dtype=np.float32).reshape(2, 3)}
     state.save_upload(Upload(RUN, 3, 1, tensors, steps=4, delta=1e-5, noise_multiplier=1.0))
-    again = state.stored_upload(Order(3, 1))
+    again = state.stored_upload(PendingRequest(3, 1))
     assert again.steps == 4 and again.delta == 1e-5 and again.num_examples is None
     assert again.tensors["a.B"].tobytes() == tensors["a.B"].tobytes()
-    assert state.stored_upload(Order(3, 0)) is None and state.stored_upload(Order(2, 1)) is None
+    assert state.stored_upload(PendingRequest(3, 0)) is None and state.stored_upload(PendingRequest(2, 1)) is None
 
 
 def test_only_the_latest_shared_tensors_are_kept(state):
-    assert state.shared() == ("", {})
+    assert state.frozen() == ("", {})
     for value in (1, 2):
         tensors = {"a.A": np.full((2, 2), value, np.float32)}
-        state.save_shared(str(value) * 64, tensors)
-        sha256, held = state.shared()
+        state.save_frozen(str(value) * 64, tensors)
+        sha256, held = state.frozen()
         assert sha256 == str(value) * 64 and np.array_equal(held["a.A"], tensors["a.A"])
 
 
@@ -44,7 +44,7 @@ def test_a_new_process_finds_what_the_old_one_left_and_nothing_unfinished_is_the
     old = FolderState(tmp_path)
     old.save_upload(Upload(RUN, 1, 0, {"a.B": np.ones((1, 2), np.float32)}, steps=4))
     del old
-    assert FolderState(tmp_path).stored_upload(Order(1, 0)).steps == 4
+    assert FolderState(tmp_path).stored_upload(PendingRequest(1, 0)).steps == 4
     assert [path.name for path in (tmp_path / RUN).iterdir()] == ["upload.safetensors"]
 
 
@@ -58,8 +58,8 @@ def test_two_clients_cannot_share_a_state_folder(tmp_path):
 
 def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path):
     state = FolderState(tmp_path)
-    state.save_shared("a" * 64, {"x": np.ones(3, np.float32)})
-    (tmp_path / "shared.safetensors.new").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"No space left.*shared\.safetensors"):
-        state.save_shared("b" * 64, {"x": np.zeros(3, np.float32)})
-    assert state.shared()[0] == "a" * 64 and not (tmp_path / "shared.safetensors.new").exists()
+    state.save_frozen("a" * 64, {"x": np.ones(3, np.float32)})
+    (tmp_path / "frozen.safetensors.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left.*frozen\.safetensors"):
+        state.save_frozen("b" * 64, {"x": np.zeros(3, np.float32)})
+    assert state.frozen()[0] == "a" * 64 and not (tmp_path / "frozen.safetensors.new").exists()

@@ -9,11 +9,11 @@ import pytest
 import fedlora
 from fedlora import models
 from fedlora.adapters import attach, initial_tensors
-from fedlora.adapters.private import release_layout, release_tensors
+from fedlora.adapters.private import sketch_layout, sketch_tensors
 from fedlora.options import CLIENT, options_from
 from fedlora.plan import ModelRef, Refusal, RoundPlan, RunPlan, Upload
 from fedlora.privacy import Ledger
-from fedlora.wire import Setup, digest
+from fedlora.wire import Setup, tensors_digest
 from fedlora_client.supernode import SuperNodeClient
 from tests.processes import write_rows
 
@@ -33,17 +33,17 @@ class Node:
         adapted = attach(models.load(checkpoint, "classification", 2), family="frozen-a", rank=2, alpha=2.0,
                          targets=("query",), train_head=True)
         self.state = initial_tensors(adapted, init="orthonormal", seed=0)
-        self.layout, self.release = adapted.layout, release_layout(adapted.layout, adapted.missing)
+        self.layout, self.sketches = adapted.layout, sketch_layout(adapted.layout, adapted.missing)
         self.options = options_from({
             "server": "SuperLink", "data": str(write_rows(folder / "north.jsonl", 0)), "name": "north", "epsilon": 200,
             "model": str(checkpoint), "state": str(folder / "state"), "threads": 1, "device": "cpu",
             "precision": "fp32", "yes": True, "declared-size": 120}, CLIENT, "--node-config")
 
     def ask(self, round, attempt=0, **changes):
-        layout = self.layout if round else self.release
-        state = self.state if round else release_tensors(self.release, self.state, seed=0)
-        shared_sha256 = digest({spec.name: state[spec.name] for spec in layout.shared})
-        order = RoundPlan(dataclasses.replace(self.plan, **changes), round, attempt, shared_sha256)
+        layout = self.layout if round else self.sketches
+        state = self.state if round else sketch_tensors(self.sketches, self.state, seed=0)
+        frozen_sha256 = tensors_digest({spec.name: state[spec.name] for spec in layout.frozen})
+        order = RoundPlan(dataclasses.replace(self.plan, **changes), round, attempt, frozen_sha256)
         return SuperNodeClient(self.options).run_round(order, state)
 
     @property

@@ -13,14 +13,14 @@ import torch
 from fedlora.adapters import attach, automatic_targets
 from fedlora.models import LoadedModel, load
 from fedlora.plan import ModelRef, RunPlan
-from fedlora.privacy import Stream
+from fedlora.privacy import RandomStream
 from fedlora.tasks import Records, task_for
 from fedlora.tasks.records import pack
 from fedlora.training import Trainer
+from fedlora.training.accumulation import PrivateStep
 from fedlora.training.optimizer import PerRecordOptimizer
+from fedlora.training.runtime_checks import GradientCheck
 from fedlora.training.sampling import Draw
-from fedlora.training.steps import PrivateStep
-from fedlora.training.tripwires import GradientTripwire
 from tests.tiny import DECODERS, ENCODERS, VOCABULARY, tiny_checkpoint
 
 CASES = [(kind, "classification") for kind in (*ENCODERS, *DECODERS)] + [(kind, "causal-lm") for kind in DECODERS]
@@ -81,7 +81,7 @@ def make_optimizer(trainer: Trainer, run: RunPlan, *, noise_multiplier: float = 
     return PerRecordOptimizer(
         torch.optim.SGD(parameters, lr=run.lr), trainer.buffer, clip_norm=run.clip_norm,
         scales={"adapter": run.adapter_scale, "head": run.head_scale}, noise_multiplier=noise_multiplier,
-        expected_batch_size=run.expected_batch, noise=Stream(b"n" * 32))
+        expected_batch_size=run.expected_batch, noise=RandomStream(b"n" * 32))
 
 
 def clipped_sum(trainer: Trainer, run: RunPlan, records: Records, indices, owners=None) -> torch.Tensor:
@@ -89,7 +89,7 @@ def clipped_sum(trainer: Trainer, run: RunPlan, records: Records, indices, owner
     trainer.show_batch_invariance(run)
     optimizer = make_optimizer(trainer, run)
     adapted = trainer.adapted
-    step = PrivateStep(optimizer, GradientTripwire(adapted.layout, adapted.parameters(), trainer.buffer))
+    step = PrivateStep(optimizer, GradientCheck(adapted.layout, adapted.parameters(), trainer.buffer))
     draw = Draw(np.asarray(indices, dtype=np.int64), None if owners is None else np.asarray(owners, dtype=np.int64))
     trainer._accumulate(step, records, draw, lambda: False)
     return optimizer.clipped_sum.clone()
@@ -99,7 +99,7 @@ def per_record_rows(trainer: Trainer, records: Records, indices) -> torch.Tensor
     """[records, values]: gradients as the buffer holds them, in the order of `indices`."""
     indices = np.asarray(indices, dtype=np.int64)
     rows = torch.empty(len(indices), trainer.buffer.values)
-    for length, places in trainer.layout(records, indices):
+    for length, places in trainer.micro_batches(records, indices):
         trainer.buffer.arm(len(places))
         with trainer.autocast():
             losses = trainer.task.per_record_loss(trainer.adapted.model,

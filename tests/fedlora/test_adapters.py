@@ -100,7 +100,7 @@ def test_the_number_of_trained_values_is_the_one_of_the_table(family, up):
     ("modernbert", {"head.head.dense.weight", "head.head.norm.weight"}), ("llama", set()), ("gpt2", set())])
 def test_only_the_final_linear_trains_and_the_rest_of_a_missing_head_is_shared(kind, frozen, checkpoint):
     adapted = adapted_model(checkpoint(kind), "classification")
-    assert {spec.name for spec in adapted.layout.shared if spec.group == "head"} == frozen
+    assert {spec.name for spec in adapted.layout.frozen if spec.group == "head"} == frozen
     final = {"bert": "classifier", "roberta": "classifier.out_proj", "modernbert": "classifier"}.get(kind, "score")
     assert adapted.head == final
     trained = {spec.name for spec in adapted.layout.trained if spec.group == "head"}
@@ -109,7 +109,7 @@ def test_only_the_final_linear_trains_and_the_rest_of_a_missing_head_is_shared(k
 
 def test_a_frozen_head_is_shared(checkpoint):
     layout = adapted_model(checkpoint("bert"), "classification", train_head=False).layout
-    assert {spec.name for spec in layout.shared} == {"head.classifier.weight", "head.classifier.bias"}
+    assert {spec.name for spec in layout.frozen} == {"head.classifier.weight", "head.classifier.bias"}
     assert all(spec.group == "adapter" for spec in layout.trained)
 
 
@@ -218,7 +218,7 @@ def test_check_accepts_the_state_and_nothing_else(checkpoint):
     layout, state = adapted.layout, random_state(adapted)
     layout.check(state, "state")
     layout.check(adapted.read("trained"), "trained")
-    layout.check(adapted.read("shared"), "shared")
+    layout.check(adapted.read("frozen"), "frozen")
     name, shape = layout.trained[0].name, layout.trained[0].shape
     layout.check(state | {name: np.full(shape, -1e18, np.float32)}, "state")
     not_finite = np.zeros(shape, np.float32)

@@ -8,10 +8,10 @@ import torch
 
 from fedlora import models
 from fedlora.adapters import attach_planned, initial_tensors
-from fedlora.adapters.private import private_start, release_layout, release_plan, release_tensors
+from fedlora.adapters.private import private_start, sketch_layout, sketch_plan, sketch_tensors
 from fedlora.data import Rows
 from fedlora.plan import ModelRef, RunPlan
-from fedlora.privacy import Stream
+from fedlora.privacy import RandomStream
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
 
@@ -38,9 +38,9 @@ def case(checkpoint, family, strategy, **changes):
     return plan, adapted, initial_tensors(adapted, init="orthonormal", seed=3)
 
 
-def release(checkpoint, plan, layout, tensors):
+def released(checkpoint, plan, layout, tensors):
     """By how much the release's steps move the factors, with hardly any noise; and the records."""
-    own = release_plan(plan)
+    own = sketch_plan(plan)
     loaded = models.load(checkpoint("bert"), "classification", 2)
     adapted = attach_planned(loaded, own)
     assert adapted.layout == layout
@@ -49,16 +49,16 @@ def release(checkpoint, plan, layout, tensors):
     adapted.write(tensors)
     result = Trainer(adapted, task, device="cpu", precision="fp32").train(
         own, records, sampling_rate=1.0, noise_multiplier=1e-9, clip_norm=own.clip_norm,
-        sampling=Stream.derived(0, "a", 0, "sampling"), noise=Stream.derived(0, "a", 0, "noise"))
+        sampling=RandomStream.derived(0, "a", 0, "sampling"), noise=RandomStream.derived(0, "a", 0, "noise"))
     return {name: array.astype(np.float64) - tensors[name] for name, array in result.tensors.items()}, task, records
 
 
 @pytest.mark.parametrize(("family", "strategy"), [("bra", "fed-sb"), ("frozen-a", "ffa-lora"), ("lora", "fedavg-lora")])
 def test_the_release_is_the_mean_of_each_records_normalised_sketches_at_the_base_model(checkpoint, family, strategy):
     plan, adapted, state = case(checkpoint, family, strategy)
-    layout = release_layout(adapted.layout, adapted.missing)
-    tensors = release_tensors(layout, state, seed=5)
-    moved, task, records = release(checkpoint, plan, layout, tensors)
+    layout = sketch_layout(adapted.layout, adapted.missing)
+    tensors = sketch_tensors(layout, state, seed=5)
+    moved, task, records = released(checkpoint, plan, layout, tensors)
     base = models.load(checkpoint("bert"), "classification", 2).model
     with torch.no_grad():
         for name in adapted.missing:
@@ -84,10 +84,10 @@ def test_the_release_is_the_mean_of_each_records_normalised_sketches_at_the_base
 
 def test_a_second_step_releases_the_same_sketches(checkpoint):
     plan, adapted, state = case(checkpoint, "bra", "fed-sb")
-    layout = release_layout(adapted.layout, adapted.missing)
-    tensors = release_tensors(layout, state, seed=5)
-    one, _, _ = release(checkpoint, plan, layout, tensors)
-    two, _, _ = release(checkpoint, dataclasses.replace(plan, local_steps=2), layout, tensors)
+    layout = sketch_layout(adapted.layout, adapted.missing)
+    tensors = sketch_tensors(layout, state, seed=5)
+    one, _, _ = released(checkpoint, plan, layout, tensors)
+    two, _, _ = released(checkpoint, dataclasses.replace(plan, local_steps=2), layout, tensors)
     for name in one:
         np.testing.assert_allclose(two[name], 2 * one[name], atol=0.02 * np.abs(one[name]).max())
 
@@ -95,8 +95,8 @@ def test_a_second_step_releases_the_same_sketches(checkpoint):
 @pytest.mark.parametrize(("family", "strategy"), [("bra", "fed-sb"), ("frozen-a", "ffa-lora")])
 def test_the_start_spans_a_gradient_of_low_rank_and_moves_nothing_yet(checkpoint, family, strategy):
     _, adapted, state = case(checkpoint, family, strategy)
-    layout = release_layout(adapted.layout, adapted.missing)
-    drawn, rng, sketches, gradients = release_tensors(layout, state, seed=5), np.random.default_rng(1), {}, {}
+    layout = sketch_layout(adapted.layout, adapted.missing)
+    drawn, rng, sketches, gradients = sketch_tensors(layout, state, seed=5), np.random.default_rng(1), {}, {}
     for module in layout.modules:
         d_out, d_in = drawn[f"{module}.B"].shape[0], drawn[f"{module}.A"].shape[1]
         G = gradients[module] = rng.standard_normal((d_out, RANK - 1)) @ rng.standard_normal((RANK - 1, d_in))

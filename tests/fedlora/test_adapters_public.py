@@ -13,7 +13,7 @@ from fedlora.adapters.public import ROWS, mean_gradients, public_start, read_pub
 from fedlora.data import Rows
 from fedlora.options import SERVER, SIMULATE, build_parser, read_options
 from fedlora.tasks import CausalLM, Classification
-from fedlora_server.planning import find_model, prepare
+from fedlora_server.run_setup import find_model, prepare
 
 LABELS = ("no", "yes")
 RANK = 3

@@ -18,7 +18,7 @@ import pytest
 
 import fedlora.privacy.ledger
 from fedlora.privacy.ledger import Ledger, LedgerError
-from fedlora.privacy.ledger.lifetime import FILTER_ORDERS, filter_epsilon
+from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS, filter_epsilon
 from fedlora.privacy.ledger.witness import read_witness
 
 from .ledgers import DELTA, ended, forked, gaussian_epsilon, terms, witness_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.privacy.ledger import Ledger, LedgerError
-from fedlora.privacy.ledger.lifetime import chained
+from fedlora.privacy.ledger.lifetime_budget import chained
 from fedlora.privacy.ledger.network import bsd_mounts, file_system, is_network, linux_mounts
 
 from .ledgers import DELTA, SHA, opened, terms, train, witness_of
@@ -345,7 +345,7 @@ def test_macs_mounts_are_understood():
 
 
 def test_a_real_ledger_on_a_network_file_system_is_refused(path, monkeypatch):
-    monkeypatch.setattr("fedlora.privacy.ledger.chain.network_file_system", lambda place: "nfs4")
+    monkeypatch.setattr("fedlora.privacy.ledger.hash_chain.network_file_system", lambda place: "nfs4")
     with pytest.raises(LedgerError, match=r"network file system.*nfs4.*local disk"):
         Ledger(path)
     Ledger(path, simulated=True)

@@ -82,7 +82,7 @@ def test_a_linear_schedule_falls_from_the_rate_in_equal_steps():
 
 @pytest.mark.parametrize("sha256", ["", "../../models/model", "/tmp/model", "D" * 64, "d" * 63])
 def test_the_digest_of_the_shared_tensors_cannot_be_a_path(sha256):
-    with pytest.raises(ValueError, match="shared_sha256"):
+    with pytest.raises(ValueError, match="frozen_sha256"):
         RoundPlan(make_plan(), 1, 0, sha256)
 
 

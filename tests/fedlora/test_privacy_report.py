@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fedlora.privacy.accounting import Accountant, Spend
-from fedlora.privacy.ledger.lifetime import filter_epsilon
+from fedlora.privacy.ledger.lifetime_budget import filter_epsilon
 from fedlora.privacy.report import (
     Disclosure,
     LifetimeAccount,
     LifetimeCharge,
     Mechanism,
-    Training,
+    TrainingEntry,
     announced,
     load_or_create_key,
     markdown,
@@ -45,7 +45,7 @@ MECHANISM = Mechanism(noise_multiplier=1.0, sampling_rate=0.01, expected_batch=5
 
 def training(round, state="released", **changes):
     stored = {"upload_bytes": 148_000, "upload_sha256": f"{round:064x}"} if state in ("stored", "released") else {}
-    return Training(**{"round": round, "attempt": 0, "state": state, "steps": 10, "time": 1.7e9 + 60 * round,
+    return TrainingEntry(**{"round": round, "attempt": 0, "state": state, "steps": 10, "time": 1.7e9 + 60 * round,
                        "noise_multiplier": 1.0, "sampling_rate": 0.01, **stored, **changes})
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.privacy import Stream
+from fedlora.privacy import RandomStream
 from fedlora.training.graphs import GraphedPass
 from tests.fedlora.private_training import CASES, make_records, make_trainer, plan
 
@@ -34,8 +34,8 @@ def graphed_trainer(kind, run, *, record=played, **options):
 
 def train(trainer, run, records, sigma=1.0, key=1, rate=0.7):
     return trainer.train(run, records, sampling_rate=rate, noise_multiplier=sigma, clip_norm=run.clip_norm,
-                         sampling=Stream.derived(key, "a", 1, "sampling"),
-                         noise=None if sigma is None else Stream.derived(key, "a", 1, "noise"))
+                         sampling=RandomStream.derived(key, "a", 1, "sampling"),
+                         noise=None if sigma is None else RandomStream.derived(key, "a", 1, "noise"))
 
 
 def assert_same(one, other, tolerance=1e-4):
@@ -156,7 +156,7 @@ def test_no_records_gradient_on_cuda_depends_on_which_others_there_are(kind, tas
 
     def gradients(indices):
         found = {}
-        for length, places in trainer.layout(records, indices, private=True):
+        for length, places in trainer.micro_batches(records, indices, private=True):
             size = trainer.shapes.rows[length]
             trainer.buffer.arm(size)
             trainer._pass(trainer.task.collate(records, indices[places], length, rows=size), None)

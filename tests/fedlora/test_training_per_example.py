@@ -43,7 +43,7 @@ def test_every_row_is_what_opacus_hooks_compute(kind, task, family):
         leaf.__class__ = nn.Linear  # Opacus knows no subclasses
         leaf.train()  # and records nothing in evaluation mode
     hooked = GradSampleModule(trainer.adapted.model, loss_reduction="sum", strict=False)
-    for length, part in trainer.layout(records, indices):
+    for length, part in trainer.micro_batches(records, indices):
         trainer.task.per_record_loss(hooked, trainer.task.collate(records, part, length)).sum().backward()
         oracle = torch.cat([slot.parameter.grad_sample.flatten(1) for slot in trainer.buffer.slots], dim=1)
         assert _relative_errors(rows[part], oracle) < 1e-5

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedlora.privacy import Stream
+from fedlora.privacy import RandomStream
 from fedlora.training.sampling import (
     LENGTHS,
     Sampler,
@@ -19,7 +19,7 @@ from fedlora.training.sampling import (
 
 
 def test_each_record_is_drawn_on_its_own_with_the_same_probability():
-    stream, q, steps, records = Stream(b"k" * 32), 0.03, 4000, 50
+    stream, q, steps, records = RandomStream(b"k" * 32), 0.03, 4000, 50
     counts = np.zeros(records)
     sizes = np.zeros(steps)
     for step in range(steps):
@@ -32,8 +32,8 @@ def test_each_record_is_drawn_on_its_own_with_the_same_probability():
 
 
 def test_rate_one_draws_all_and_a_tiny_rate_none():
-    assert np.array_equal(poisson(7, 1.0, Stream(b"k" * 32)), np.arange(7))
-    assert len(poisson(7, 1e-15, Stream(b"k" * 32))) == 0
+    assert np.array_equal(poisson(7, 1.0, RandomStream(b"k" * 32)), np.arange(7))
+    assert len(poisson(7, 1e-15, RandomStream(b"k" * 32))) == 0
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=50), st.integers(1, 60), st.sampled_from([None, 512, 4096]))
@@ -70,13 +70,13 @@ def test_the_padded_lengths_of_a_plan_are_those_that_its_records_can_have(max_le
 
 
 def _draws(units, rate, k, steps, key=b"k" * 32):
-    sampler = Sampler(len(units), np.asarray(units), rate, k, Stream(key))
+    sampler = Sampler(len(units), np.asarray(units), rate, k, RandomStream(key))
     return [sampler.draw() for _ in range(steps)]
 
 
 def test_rows_as_units_are_drawn_by_the_same_numbers_as_ever():
-    stream = Stream(b"k" * 32)
-    sampler = Sampler(50, None, 0.3, 8, Stream(b"k" * 32))
+    stream = RandomStream(b"k" * 32)
+    sampler = Sampler(50, None, 0.3, 8, RandomStream(b"k" * 32))
     for _ in range(20):
         draw = sampler.draw()
         assert np.array_equal(draw.indices, poisson(50, 0.3, stream)) and draw.owners is None

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fedlora.adapters import FAMILIES, attach, automatic_targets
 from fedlora.models import load
-from fedlora.privacy import Stream
+from fedlora.privacy import RandomStream
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
 from fedlora.training import precision as precision_module
@@ -30,8 +30,8 @@ from tests.fedlora.private_training import (
 
 
 def _train(trainer, run, records, *, rate=0.5, sigma=1.0, key=1, **options):
-    streams = {"sampling": Stream.derived(key, "a", 1, "sampling"),
-               "noise": None if sigma is None else Stream.derived(key, "a", 1, "noise")}
+    streams = {"sampling": RandomStream.derived(key, "a", 1, "sampling"),
+               "noise": None if sigma is None else RandomStream.derived(key, "a", 1, "noise")}
     return trainer.train(run, records, sampling_rate=rate, noise_multiplier=sigma, clip_norm=run.clip_norm,
                          **(streams | options))
 
@@ -91,7 +91,7 @@ def test_no_share_is_above_the_clip_norm_whatever_the_server_chooses(clip_norm, 
     buffer = GradientBuffer([(parameter, "adapter")])
     optimizer = PerRecordOptimizer(torch.optim.SGD([parameter], lr=1.0), buffer, scales={"adapter": scale},
                                    clip_norm=clip_norm, noise_multiplier=1.0, expected_batch_size=1,
-                                   noise=Stream.derived(0, "a", 1, "noise"))
+                                   noise=RandomStream.derived(0, "a", 1, "noise"))
     buffer.arm(1)
     buffer.write_product(parameter, torch.full((1, 1, 1), size), torch.full((1, 1, values), 0.3))
     length = scale * size * 0.3 * values**0.5
@@ -129,7 +129,7 @@ def test_order_and_split_of_a_drawn_batch_do_not_matter(kind, task, precision):
 def test_an_empty_draw_releases_noise_alone_and_is_a_step(private):
     trainer, run, records = private
     start = _flat(trainer, trainer.adapted.read("trained"))
-    noise = Stream.derived(1, "a", 1, "noise").gaussian(len(start))
+    noise = RandomStream.derived(1, "a", 1, "noise").gaussian(len(start))
     result = _train(trainer, run, records, rate=1e-12, sigma=2.0)
     assert result.drawn == (0,) and result.steps == 1
     scale = np.concatenate([np.full(slot.parameter.numel(), run.head_scale if slot.group == "head" else 1.0)
@@ -241,7 +241,7 @@ def test_an_optimizer_of_other_parameters_is_refused():
     copies = [torch.nn.Parameter(slot.parameter.detach().clone()) for slot in trainer.buffer.slots]
     with pytest.raises(RuntimeError, match="does not hold"):
         PerRecordOptimizer(torch.optim.SGD(copies, lr=0.1), trainer.buffer, scales={"adapter": 1.0, "head": 1.0},
-                           clip_norm=1.0, noise_multiplier=1.0, expected_batch_size=4, noise=Stream.from_os())
+                           clip_norm=1.0, noise_multiplier=1.0, expected_batch_size=4, noise=RandomStream.from_os())
 
 
 def test_a_loss_that_is_cut_off_from_the_adapters_is_noticed_before_anything_is_charged(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlora.adapters import FAMILIES
-from fedlora.privacy import Stream
+from fedlora.privacy import RandomStream
 from fedlora.training import trainer as trainer_module
 from fedlora.training.per_example import row_norms
 from fedlora.training.sampling import PRIVATE_LENGTHS, Draw, Sampler, micro_batches, poisson
@@ -27,8 +27,8 @@ owners = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 3, 4])
 
 def _train(trainer, run, records, *, rate=0.5, sigma=1.0, key=1, **options):
     return trainer.train(run, records, sampling_rate=rate, noise_multiplier=sigma, clip_norm=run.clip_norm,
-                         sampling=Stream.derived(key, "a", 1, "sampling"),
-                         noise=None if sigma is None else Stream.derived(key, "a", 1, "noise"), **options)
+                         sampling=RandomStream.derived(key, "a", 1, "sampling"),
+                         noise=None if sigma is None else RandomStream.derived(key, "a", 1, "noise"), **options)
 
 
 def _sum_of(trainer, run, records):
@@ -75,7 +75,7 @@ def test_a_unit_may_be_spread_over_buckets_micro_batches_and_groups(kind, task, 
     run = plan("lora", task)
     trainer = make_trainer(kind, run)
     records = make_records(trainer, count=len(owners))
-    lengths = [{length for length, places in trainer.layout(records, np.flatnonzero(owners == unit))}
+    lengths = [{length for length, places in trainer.micro_batches(records, np.flatnonzero(owners == unit))}
                for unit in range(5)]
     assert max(map(len, lengths)) >= 3
     expected = _sum_of(trainer, run, records)
@@ -106,7 +106,7 @@ def test_an_empty_draw_releases_noise_alone_and_is_a_step(patients):
     start = trainer.adapted.read("trained")
     result = _train(trainer, run, records, rate=1e-12, sigma=2.0)
     assert result.drawn == (0,) and result.steps == 1 and np.isnan(result.mean_loss)
-    noise = Stream.derived(1, "a", 1, "noise").gaussian(trainer.buffer.values)
+    noise = RandomStream.derived(1, "a", 1, "noise").gaussian(trainer.buffer.values)
     names = {id(parameter): spec.name for spec, parameter in trainer.adapted.trained_parameters()}
     for slot in trainer.buffer.slots:
         scale = run.head_scale if slot.group == "head" else run.adapter_scale
@@ -197,7 +197,7 @@ def test_a_run_by_rows_is_bit_for_bit_the_steps_written_out(patients, micro_batc
     start = trainer.adapted.read("state")
     result = _train(trainer, run, records, rate=0.3)
     trainer.adapted.write(start)
-    sampling, noise = Stream.derived(1, "a", 1, "sampling"), Stream.derived(1, "a", 1, "noise")
+    sampling, noise = RandomStream.derived(1, "a", 1, "sampling"), RandomStream.derived(1, "a", 1, "noise")
     buffer, drawn = trainer.buffer, []
     scales = {"adapter": run.adapter_scale, "head": run.head_scale}
     spans = [(slice(min(s.columns.start for s in group), max(s.columns.stop for s in group)), scales[group[0].group])
@@ -243,7 +243,7 @@ def test_units_cannot_be_left_open():
 
 def test_a_unit_gives_at_least_one_record():
     with pytest.raises(ValueError, match=r"--rows-per-unit is 0; it must be at least 1"):
-        Sampler(3, np.array([0, 0, 1]), 0.5, 0, Stream(b"k" * 32))
+        Sampler(3, np.array([0, 0, 1]), 0.5, 0, RandomStream(b"k" * 32))
 
 
 def test_a_units_gradient_has_the_same_bits_whatever_the_others_are():

@@ -30,7 +30,7 @@ RUN = RunPlan(
     weight_by_examples=False)
 
 KEY = pb.Key(round=1, attempt=0)
-HEAD = pb.ServerFrame(task=pb.Task(round=1)).SerializeToString()
+HEAD = pb.ServerFrame(request=pb.TrainRequest(round=1)).SerializeToString()
 
 shapes_strategy = st.dictionaries(st.text(min_size=1, max_size=8),
                                   st.lists(st.integers(1, 40), max_size=3).map(tuple), max_size=6)
@@ -56,7 +56,7 @@ def receive(tensors, frames, wire_dtype="fp32"):
             incoming.add(chunk[0])
         ended = 0 if says[-1] == "end" else chunk and chunk[1]
         if ended is not None:
-            assert says == ["task", "end"][:len(says)]
+            assert says == ["request", "end"][:len(says)]
             return incoming.finish(ended), wire.unpacked(received, wire_dtype)
     raise AssertionError("no checksum")
 
@@ -77,7 +77,8 @@ def test_the_proto_has_exactly_the_fields_of_the_plan():
             == {f.name for f in dataclasses.fields(Setup)} | {"protocol", "schema"})
 
 
-PUBLISHED = {5: "180033d786f88ed0e0a5c13ce83c658fe9e28af713b988b1fbbdeecd52371a28"}
+PUBLISHED = {5: "180033d786f88ed0e0a5c13ce83c658fe9e28af713b988b1fbbdeecd52371a28",
+             6: "f3ef97c3e44b21a7d3928c526a12fed0c0a5fd1c188f720972947ca66d36af0b"}
 """Protocol → digest of the .proto with which it was published."""
 
 
@@ -133,7 +134,7 @@ def test_the_schemas_digest_does_not_depend_on_the_order_of_the_file():
 
 def test_a_field_that_this_version_does_not_know_is_refused_at_any_depth():
     newer = dynamic(add_field).message_types_by_name
-    task = GetMessageClass(newer["ServerFrame"])(task=dict(tensors=[dict(name="a", shape=[3], owner="me")]))
+    task = GetMessageClass(newer["ServerFrame"])(request=dict(tensors=[dict(name="a", shape=[3], owner="me")]))
     upload = GetMessageClass(newer["ClientFrame"])(upload=dict(tensors=[dict(name="a", shape=[3], owner="me")]))
     for kind, frame in ((pb.ServerFrame, task), (pb.ClientFrame, upload)):
         for sent in (frame.SerializeToString(), b"\x22\x06\x0a\x04abcd" + frame.SerializeToString()):
@@ -163,8 +164,8 @@ def test_nobody_else_may_say_what_this_version_does_not_know(frame):
 
 def test_a_round_plan_survives_the_wire():
     plan = RoundPlan(dataclasses.replace(RUN, wire_dtype="bf16"), 2, 1, "a" * 64)
-    data = wire.task_to_wire(plan, {"x": (2, 3)}).SerializeToString()
-    task = pb.Task.FromString(data)
+    data = wire.request_to_wire(plan, {"x": (2, 3)}).SerializeToString()
+    task = pb.TrainRequest.FromString(data)
     assert wire.plan_from_wire(task) == plan
     assert wire.shapes_from(task.tensors) == {"x": (2, 3)}
 
@@ -175,9 +176,9 @@ def test_what_a_stream_said_before_is_left_out_and_the_other_end_knows_it(orders
     sent, received = wire.Repeats(), wire.Repeats()
     before = None
     for number, (digit, shapes) in enumerate(orders, start=first):
-        task = wire.task_to_wire(RoundPlan(RUN, number, 0, 64 * digit), shapes)
+        task = wire.request_to_wire(RoundPlan(RUN, number, 0, 64 * digit), shapes)
         short = sent.shorten(task)
-        assert received.restore(pb.Task.FromString(short.SerializeToString())) == task
+        assert received.restore(pb.TrainRequest.FromString(short.SerializeToString())) == task
         assert short.HasField("run") == (before is None)
         assert (len(short.SerializeToString()) < 10) == (before == (digit, shapes))
         before = digit, shapes
@@ -194,7 +195,7 @@ def test_an_upload_states_its_noise_once_on_a_stream_until_it_changes():
 
 def test_a_stream_that_leaves_out_what_it_never_said_is_refused():
     with pytest.raises(WireError):
-        wire.plan_from_wire(wire.Repeats().restore(pb.Task(round=1)))
+        wire.plan_from_wire(wire.Repeats().restore(pb.TrainRequest(round=1)))
     with pytest.raises(Refused, match="missing"):
         wire.check_shapes(wire.shapes_from(wire.Repeats().restore(pb.Upload(key=KEY, steps=1)).tensors), {"a": (3,)})
 
@@ -225,7 +226,7 @@ def test_a_run_that_was_begun_by_the_version_before_is_proposed_in_this_ones_wor
     begun = dataclasses.replace(RUN, protocol=PROTOCOL - 1)
     assert wire.setup_from_wire(wire.setup_to_wire(Setup.of(begun))) == Setup.of(RUN)
     plan = RoundPlan(begun, 2, 0, "a" * 64)
-    assert wire.plan_from_wire(wire.task_to_wire(plan, {})) == plan, "the plan is the one that clients know"
+    assert wire.plan_from_wire(wire.request_to_wire(plan, {})) == plan, "the plan is the one that clients know"
     for other in (PROTOCOL + 1, 3, 0):
         with pytest.raises(ValueError, match="protocol"):
             dataclasses.replace(RUN, protocol=other)
@@ -249,7 +250,7 @@ def test_chunks_are_full_but_the_last_and_are_plain_protobuf(sizes):
     lengths = [len(chunk.data) for chunk in chunks]
     assert sum(lengths) == 4 * sum(sizes) and all(length == CHUNK_BYTES for length in lengths[:-1])
     assert [chunk.HasField("checksum") for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
-    assert [frame.HasField("task") for frame in frames] == [True] + [False] * (len(frames) - 1)
+    assert [frame.HasField("request") for frame in frames] == [True] + [False] * (len(frames) - 1)
     assert sum(map(len, sent)) == sum(frame.ByteSize() for frame in frames)
     assert receive(tensors, sent)[0] is None
 
@@ -257,7 +258,7 @@ def test_chunks_are_full_but_the_last_and_are_plain_protobuf(sizes):
 @pytest.mark.parametrize(("size", "head", "frames"), [
     (CHUNK_BYTES // 4, 10, 1), (CHUNK_BYTES // 4 + 1, 10, 3), (1, CHUNK_BYTES, 2)])
 def test_a_small_transfer_is_one_frame_and_none_is_above_the_limit(size, head, frames):
-    head = pb.ServerFrame(task=pb.Task(shared_sha256="a" * head)).SerializeToString()
+    head = pb.ServerFrame(request=pb.TrainRequest(frozen_sha256="a" * head)).SerializeToString()
     sent = list(wire.transfer_frames(head, draw({"a": (size,)})))
     assert len(sent) == frames and max(map(len, sent)) < wire.MAX_FRAME_BYTES
 
@@ -306,19 +307,20 @@ def test_the_digest_does_not_depend_on_the_order(shapes, random):
     tensors = draw(shapes)
     shuffled = list(tensors.items())
     random.shuffle(shuffled)
-    assert wire.digest(dict(shuffled)) == wire.digest(tensors)
+    assert wire.tensors_digest(dict(shuffled)) == wire.tensors_digest(tensors)
 
 
 def test_the_digest_depends_on_names_shapes_and_values():
     zeros = np.zeros((2, 3), np.float32)
     variants = [{"x": zeros}, {"y": zeros}, {"x": zeros.T}, {"x": zeros + 1}, {"x": zeros[:1], "y": zeros[1:]}, {}]
-    assert len({wire.digest(tensors) for tensors in variants}) == len(variants)
+    assert len({wire.tensors_digest(tensors) for tensors in variants}) == len(variants)
     strided = np.arange(12, dtype=np.float32).reshape(3, 4).T
-    assert wire.digest({"x": strided}) == wire.digest({"x": np.ascontiguousarray(strided)})
+    assert wire.tensors_digest({"x": strided}) == wire.tensors_digest({"x": np.ascontiguousarray(strided)})
 
 
 def test_only_tensors_of_float32_are_packed_and_only_arrays_of_the_runs_dtype_unpacked():
-    for wrong in (wire.digest, lambda it: list(wire.transfer_frames(HEAD, it)), partial(frames_of, wire_dtype="bf16")):
+    for wrong in (wire.tensors_digest, lambda it: list(wire.transfer_frames(HEAD, it)),
+                  partial(frames_of, wire_dtype="bf16")):
         with pytest.raises(ValueError, match="float64"):
             wrong({"x": np.zeros(3)})
     for wire_dtype, other in (("fp32", "bf16"), ("bf16", "fp32")):
@@ -413,7 +415,7 @@ def test_any_bytes_decode_to_a_value_or_a_wire_error(data):
             wire.parse(kind, data)
         except WireError:
             continue
-    for kind, decode in ((pb.Task, wire.plan_from_wire), (pb.Welcome, wire.setup_from_wire),
+    for kind, decode in ((pb.TrainRequest, wire.plan_from_wire), (pb.Welcome, wire.setup_from_wire),
                          (pb.Refusal, wire.refusal_from_wire), (pb.Ready, lambda m: wire.labels_from_wire(m.labels)),
                          (pb.Upload, lambda m: wire.shapes_from(m.tensors))):
         try:

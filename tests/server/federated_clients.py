@@ -42,7 +42,7 @@ def echo(address: str, name: str, behaviour: str) -> int:
         connection.ready()
         while True:
             try:
-                plan, tensors = connection.next_task()
+                plan, tensors = connection.next_request()
                 assert plan.key not in done, "trained twice for one order"
                 done.add(plan.key)
                 print("task", *plan.key, flush=True)

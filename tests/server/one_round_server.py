@@ -18,16 +18,16 @@ from tests.federation import layout_of, plan_of, start_of
 from tests.server.federated_clients import setup_of
 
 
-def main(address: str, run_id: str, spool: str, when: str) -> None:
+def main(address: str, run_id: str, uploads: str, when: str) -> None:
     run, layout = plan_of("ffa-lora", run_id=run_id), layout_of("frozen-a")
     sys.stdin.readline()
-    engine = GrpcEngine(address, setup_of(run), Path(spool))
+    engine = GrpcEngine(address, setup_of(run), Path(uploads))
     engine.expect(layout)
     print("listening", flush=True)
     while not engine.idle():
         engine.wait([], 1.0)
     state = to_record(start_of(layout, seed=0))
-    order = RoundPlan(run, 1, 0, wire.digest({}))
+    order = RoundPlan(run, 1, 0, wire.tensors_digest({}))
     sent = engine.push_messages([train_message(order, state, engine.idle()[0])])
     while engine.wait(sent, 1.0).get(sent[0]) != "uploaded":
         pass

@@ -99,9 +99,9 @@ class Server:
         node = node_id(self.client.name)
         while node not in self.engine.idle():
             self.engine.wait([], 0.05)
-        plan = RoundPlan(self.run, round, 0, wire.digest({}))
+        plan = RoundPlan(self.run, round, 0, wire.tensors_digest({}))
         [sent] = self.engine.push_messages([train_message(plan, to_record(STATE), node)])
-        got, _ = self.client.next_task()
+        got, _ = self.client.next_request()
         upload = Upload(*got.key, tensors=UPLOAD, steps=1, num_examples=10, anchor=sealed)
         assert self.client.send(upload) is None
         while sent not in self.engine.wait([sent], 0.05):
@@ -151,7 +151,7 @@ def test_no_strategy_sees_an_anchor(tmp_path, path):
         server.join()
         server.client.ready()
         message = server.ask(1, sealed)
-    order = train_message(RoundPlan(server.run, 1, 0, wire.digest({})), to_record(STATE), node_id("north"))
+    order = train_message(RoundPlan(server.run, 1, 0, wire.tensors_digest({})), to_record(STATE), node_id("north"))
     made = reply(Upload(server.run.run_id, 1, 0, UPLOAD, steps=1, num_examples=10, anchor=sealed), order)
     for seen in (message, made):
         assert set(seen.content["config"]) == {"run_id", "round", "attempt"}

@@ -7,9 +7,9 @@ import pytest
 
 from fedlora.plan import WIRE_DTYPES, Upload
 from fedlora_client.connection import Connection, Goodbye
-from fedlora_server.cohort import RoundOptions
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.observer import Observer
+from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import run_federation
 from fedlora_strategies import STRATEGY_CLASSES
 from tests.federation import layout_of, plan_of
@@ -45,7 +45,7 @@ def serve(address, layout):
         connection.join()
         connection.ready()
         while True:
-            plan, _ = connection.next_task()
+            plan, _ = connection.next_request()
             connection.send(Upload(*plan.key, tensors=tensors, steps=1, num_examples=1))
     except Goodbye:
         pass

@@ -7,10 +7,10 @@ import pytest
 
 from fedlora.options import SERVER, build_parser, read_options
 from fedlora.plan import Refusal
-from fedlora_server import checkpoint, cohort, rounds
-from fedlora_server.cohort import RoundOptions
+from fedlora_server import checkpoint, round_state, rounds
 from fedlora_server.engine import node_id
 from fedlora_server.observer import Observer
+from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import run_federation
 from fedlora_simulations.in_process import InProcessEngine
 from tests.federation import LinearSession
@@ -107,33 +107,33 @@ def test_a_run_that_is_taken_up_again_ends_as_if_nothing_had_happened(tmp_path, 
 
 
 def test_the_clients_that_were_asked_are_asked_again_for_the_attempts_that_they_know(tmp_path):
-    """a declines at first, so that the round drafts one of the others as attempt 1 before the server ends."""
+    """a declines at first, so that the round asks one of the others as backup as attempt 1 before the server ends."""
     class Busy(Remembering):
         def run_round(self, plan, tensors):
             return Refusal("unavailable") if plan.round == 2 else super().run_round(plan, tensors)
 
-    class Drafted(Observer):
+    class BackupAsked(Observer):
         def answered(self, round, name, outcome):
-            if round == 2 and outcome == "uploaded" and name == drafted[0]:
+            if round == 2 and outcome == "uploaded" and name == backups[0]:
                 raise Crash
 
         def asked(self, round, attempt, names):
             if round == 2 and attempt:
-                drafted.extend(names)
+                backups.extend(names)
 
-    run, drafted, asked = federation("abcd", rounds=3, max_participations=3), [], []
+    run, backups, asked = federation("abcd", rounds=3, max_participations=3), [], []
     [busy] = set(cohort_of(run, 2)) - set(cohort_of(run, 2)[1:])
     replace(run, busy, Busy(busy, run.layout))
-    crashed(tmp_path, Drafted(), run, clients_per_round=2, min_replies=2)
+    crashed(tmp_path, BackupAsked(), run, clients_per_round=2, min_replies=2)
 
     class Told(Observer):
         def asked(self, round, attempt, names):
             asked.append((round, attempt, names))
 
     result = resumed(tmp_path, run, clients_per_round=2, min_replies=2, observer=Told())
-    assert result.ended == "finished" and (2, 1, tuple(drafted)) in asked
+    assert result.ended == "finished" and (2, 1, tuple(backups)) in asked
     assert [round for round, *_ in asked].count(2) == 2 and result.records[1].attempts == 2
-    assert run.sessions[drafted[0]].stored.keys() >= {(run.plan.run_id, 2, 1)}
+    assert run.sessions[backups[0]].stored.keys() >= {(run.plan.run_id, 2, 1)}
     assert all(len({key[:2] for key in session.stored}) == session.trained for session in run.sessions.values())
 
 
@@ -156,9 +156,9 @@ def test_a_run_goes_on_without_a_client_that_does_not_come_back(tmp_path, monkey
     assert result.ended == "finished" and result.rounds == 4
 
 
-def test_a_client_that_is_back_late_sends_what_it_trained_and_is_not_drafted(tmp_path, monkeypatch):
-    """It comes while the round waits, when others would be drafted in its place."""
-    monkeypatch.setattr(cohort, "RETURN_S", 0.0)
+def test_a_client_that_is_back_late_sends_what_it_trained_and_is_no_backup(tmp_path, monkeypatch):
+    """It comes while the round waits, when backup clients would be asked in its place."""
+    monkeypatch.setattr(round_state, "RETURN_S", 0.0)
     first = crashed(tmp_path, Crashing(answered=3))
     whole, late = federation().run(clients_per_round=3), []
 

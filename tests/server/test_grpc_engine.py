@@ -32,7 +32,7 @@ PATIENCE_S = 20.0
 
 @pytest.fixture
 def engine(tmp_path):
-    engine = GrpcEngine("127.0.0.1:0", setup_of(RUN), tmp_path / "spool")
+    engine = GrpcEngine("127.0.0.1:0", setup_of(RUN), tmp_path / "uploads")
     engine.expect(LAYOUT)
     yield engine
     engine.close("the test is over")
@@ -55,7 +55,7 @@ def until(condition, engine: GrpcEngine) -> None:
 
 
 def order(node: int, number: int = 1, attempt: int = 0, state=STATE):
-    return train_message(RoundPlan(RUN, number, attempt, wire.digest({})), to_record(state), node)
+    return train_message(RoundPlan(RUN, number, attempt, wire.tensors_digest({})), to_record(state), node)
 
 
 def connect(engine: GrpcEngine, name: str, address: str | None = None, **kwargs) -> Connection:
@@ -79,14 +79,14 @@ def test_what_is_sent_comes_back_in_the_order_asked_and_leaves_no_file(engine, p
     assert [engine.name_of(node) for node in nodes] == names
     sent = engine.push_messages(order(node) for node in nodes)
     until(lambda: len(engine.wait(sent, 0.1)) == 3, engine)
-    assert len(list((tmp_path / "spool").iterdir())) == 3
+    assert len(list((tmp_path / "uploads").iterdir())) == 3
     replies = engine.pull_messages(reversed(sent))
     first = next(replies)
-    assert len(list((tmp_path / "spool").iterdir())) == 2, "a reply is read only when the iterator reaches it"
+    assert len(list((tmp_path / "uploads").iterdir())) == 2, "a reply is read only when the iterator reaches it"
     uploads = [read_reply(message) for message in (first, *replies)]
     assert first.metadata.src_node_id == nodes[-1]
     assert all(np.array_equal(upload.tensors[name], UPLOAD[name]) for upload in uploads for name in UPLOAD)
-    assert not list((tmp_path / "spool").iterdir())
+    assert not list((tmp_path / "uploads").iterdir())
     assert engine.bytes_up > 3 * 4 * LAYOUT.num_trained < engine.bytes_down
     engine.close("all done")
     assert [process.wait(PATIENCE_S) for process in processes] == [0, 0, 0], "no client imports Flower or torch"
@@ -96,12 +96,12 @@ def test_an_upload_that_a_full_disk_cannot_take_is_declined_and_the_next_one_is_
     connection = connect(engine, "north")
     for attempt, disk, expected in ((0, full_disk, "unavailable"), (1, contextlib.nullcontext, None)):
         sent, = engine.push_messages([order(node_id("north"), attempt=attempt)])
-        plan, _ = connection.next_task()
+        plan, _ = connection.next_request()
         with disk():
             refusal = connection.send(Upload(*plan.key, tensors=UPLOAD, steps=1, num_examples=10))
         assert (refusal and refusal.code) == expected
         assert getattr(outcome(engine, sent), "code", None) == expected
-        assert len(list((tmp_path / "spool").iterdir())) == (expected is None)
+        assert len(list((tmp_path / "uploads").iterdir())) == (expected is None)
         assert read_reply(*engine.pull_messages([sent])) is not None
     connection.leave()
 
@@ -120,7 +120,7 @@ def test_a_task_that_comes_while_ready_is_still_being_said_is_taken(engine, monk
     connection = Connection(engine.address, "north", private=False, connect_timeout_s=10)
     connection.join()
     connection.ready()
-    assert connection.next_task()[0].round == 1
+    assert connection.next_request()[0].round == 1
     connection.leave()
 
 
@@ -183,10 +183,10 @@ def test_a_cancelled_client_stops_and_is_idle_again(engine, processes):
 def test_an_upload_for_a_closed_round_is_refused_and_adds_nothing(engine, tmp_path):
     connection = connect(engine, "north")
     [sent] = engine.push_messages([order(node_id("north"))])
-    plan, _ = connection.next_task()
+    plan, _ = connection.next_request()
     engine.cancel([sent])
     assert connection.send(Upload(*plan.key, tensors=UPLOAD, steps=1)).code == "too-late"
-    assert not list((tmp_path / "spool").iterdir())
+    assert not list((tmp_path / "uploads").iterdir())
     until(engine.idle, engine)
 
 
@@ -200,14 +200,14 @@ def test_an_upload_for_a_closed_round_is_refused_and_adds_nothing(engine, tmp_pa
 def test_a_bad_upload_is_refused_and_the_client_stays(engine, spoil, tmp_path):
     connection = connect(engine, "north")
     [sent] = engine.push_messages([order(node_id("north"))])
-    plan, _ = connection.next_task()
+    plan, _ = connection.next_request()
     assert connection.send(Upload(*plan.key, tensors=spoil(UPLOAD), steps=1)).code == "invalid-tensors"
     assert isinstance(outcome(engine, sent), Refusal) and outcome(engine, sent).code == "invalid-tensors"
     [reply] = engine.pull_messages([sent])
     assert read_reply(reply).code == "invalid-tensors"
-    assert not list((tmp_path / "spool").iterdir())
+    assert not list((tmp_path / "uploads").iterdir())
     [sent] = engine.push_messages([order(node_id("north"), number=2)])
-    plan, _ = connection.next_task()
+    plan, _ = connection.next_request()
     assert connection.send(Upload(*plan.key, tensors=UPLOAD, steps=1)) is None
     assert outcome(engine, sent) == "uploaded"
 
@@ -217,7 +217,7 @@ def test_an_upload_that_is_refused_while_it_is_under_way_is_not_sent_to_its_end(
     large = {**UPLOAD, "head.out.bias": np.zeros(64 << 20, np.float32)}
     for number, tensors, code in [(1, large, "invalid-tensors"), (2, UPLOAD, None)]:
         engine.push_messages([order(node_id("north"), number)])
-        plan, _ = connection.next_task()
+        plan, _ = connection.next_request()
         refusal = connection.send(Upload(*plan.key, tensors=tensors, steps=1))
         assert (refusal.code if refusal else None) == code
     assert connection.bytes_up < large["head.out.bias"].nbytes
@@ -226,7 +226,7 @@ def test_an_upload_that_is_refused_while_it_is_under_way_is_not_sent_to_its_end(
 def test_a_refusal_reaches_the_round_loop(engine):
     connection = connect(engine, "north")
     [sent] = engine.push_messages([order(node_id("north"))])
-    connection.next_task()
+    connection.next_request()
     assert connection.send(Refusal("budget")) is None
     assert outcome(engine, sent) == Refusal("budget")
 
@@ -249,7 +249,7 @@ def test_a_broken_link_costs_no_second_training_and_no_second_download(engine):
     proxy = TcpProxy(engine.address)
     connection = connect(engine, "north", proxy.address)
     [sent] = engine.push_messages([order(node_id("north"))])
-    plan, _ = connection.next_task()
+    plan, _ = connection.next_request()
     down = connection.bytes_down
     proxy.cut()
     assert outcome(engine, sent) == "lost"
@@ -271,7 +271,7 @@ def test_an_upload_whose_acknowledgement_was_lost_is_accepted_once(engine):
     proxy = TcpProxy(engine.address)
     connection = connect(engine, "north", proxy.address)
     [sent] = engine.push_messages([order(node_id("north"))])
-    plan, _ = connection.next_task()
+    plan, _ = connection.next_request()
     proxy.mute_downlink()
     answers: list[Refusal | None] = []
     thread = threading.Thread(target=lambda: answers.append(
@@ -344,7 +344,7 @@ def test_once_the_labels_are_fixed_new_clients_are_asked_for_none_and_old_ones_c
     proxy.restore()
     until(lambda: len(engine.idle()) == 2, engine)
     engine.push_messages(order(node_id(name)) for name in ("early", "slow"))
-    assert early.next_task()[0] == slow.next_task()[0]
+    assert early.next_request()[0] == slow.next_request()[0]
     early.leave()
     until(lambda: len(engine.get_node_ids()) == 1, engine)
     for name in ("early", "late"):  # a new process of the same client is asked for none either
@@ -391,7 +391,7 @@ def test_closing_tells_clients_and_a_client_that_leaves_is_not_lost(tmp_path):
     south = connect(engine, "south")
     engine.close("interrupted by its operator")
     with pytest.raises(Goodbye, match="interrupted by its operator"):
-        south.next_task()
+        south.next_request()
     assert south.cancelled.is_set()
     engine.close("twice does no harm")
     assert "lost" not in [kind for kind, _ in events]

@@ -28,7 +28,7 @@ LAYOUT = layout_of("frozen-a")
 STATE = start_of(LAYOUT, seed=1)
 UPLOAD = {spec.name: STATE[spec.name] for spec in LAYOUT.trained}
 KEY = pb.Key(round=1, attempt=0)
-TASK = wire.task_to_wire(RoundPlan(RUN, 1, 0, wire.digest({})), wire.shapes_of(STATE))
+REQUEST = wire.request_to_wire(RoundPlan(RUN, 1, 0, wire.tensors_digest({})), wire.shapes_of(STATE))
 
 
 def join_frame(name: str = "mallory", **changes) -> pb.ClientFrame:
@@ -69,7 +69,7 @@ def converse(address: str, frames: list[bytes]) -> tuple[list[pb.ServerFrame], g
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    engine = GrpcEngine("127.0.0.1:0", setup_of(RUN), tmp_path_factory.mktemp("spool"))
+    engine = GrpcEngine("127.0.0.1:0", setup_of(RUN), tmp_path_factory.mktemp("uploads"))
     engine.expect(LAYOUT)
     yield engine
     engine.close("done")
@@ -82,9 +82,9 @@ def assert_still_works(engine: GrpcEngine, number: int) -> None:
     honest.ready()
     while node_id("honest") not in engine.idle():
         engine.wait([], 0.1)
-    order = RoundPlan(RUN, number, 0, wire.digest({}))
+    order = RoundPlan(RUN, number, 0, wire.tensors_digest({}))
     [sent] = engine.push_messages([train_message(order, to_record(STATE), node_id("honest"))])
-    plan, tensors = honest.next_task()
+    plan, tensors = honest.next_request()
     assert all(np.array_equal(tensors[name], STATE[name]) for name in STATE)
     assert honest.send(Upload(*plan.key, tensors=UPLOAD, steps=1)) is None
     assert engine.wait([sent], 5.0) == {sent: "uploaded"}
@@ -159,15 +159,15 @@ def test_an_upload_that_nobody_asked_for_is_too_late_and_the_stream_goes_on(engi
 
 def test_an_upload_that_cannot_be_stored_is_refused_and_the_stream_goes_on(engine, monkeypatch):
     with monkeypatch.context() as without, ThreadPoolExecutor() as pool:
-        without.setattr(engine, "_spool", engine._spool / "taken away")
+        without.setattr(engine, "_uploads", engine._uploads / "taken away")
         client = Connection(engine.address, "unlucky", private=False)
         client.join()
         client.ready()
         while node_id("unlucky") not in engine.idle():
             engine.wait([], 0.1)
-        order = RoundPlan(RUN, 1, 0, wire.digest({}))
+        order = RoundPlan(RUN, 1, 0, wire.tensors_digest({}))
         [sent] = engine.push_messages([train_message(order, to_record(STATE), node_id("unlucky"))])
-        plan, _ = client.next_task()
+        plan, _ = client.next_request()
         answer = pool.submit(client.send, Upload(*plan.key, tensors=UPLOAD, steps=1)).result(10.0)
         assert answer is not None and answer.code == "unavailable"
         engine.cancel([sent])
@@ -240,39 +240,39 @@ def meet(frames: list[bytes], **kwargs):
         try:
             connection.join()
             connection.ready()
-            return connection.next_task()
+            return connection.next_request()
         except (WireError, Refused, Goodbye, RunChanged, ServerUnreachable) as error:
             return error
         finally:
             connection.leave()
 
 
-def task_frames(task: pb.Task = TASK, tensors=STATE) -> list[bytes]:
-    return list(wire.transfer_frames(task_head(task), tensors))
+def request_frames(request: pb.TrainRequest = REQUEST, tensors=STATE) -> list[bytes]:
+    return list(wire.transfer_frames(request_head(request), tensors))
 
 
-def task_head(task: pb.Task = TASK) -> bytes:
-    return pb.ServerFrame(task=task).SerializeToString()
+def request_head(request: pb.TrainRequest = REQUEST) -> bytes:
+    return pb.ServerFrame(request=request).SerializeToString()
 
 
-def changed_task(**changes) -> pb.Task:
-    task = pb.Task.FromString(TASK.SerializeToString())
+def changed_request(**changes) -> pb.TrainRequest:
+    request = pb.TrainRequest.FromString(REQUEST.SerializeToString())
     for name, value in changes.items():
-        setattr(task.run if name in pb.RunPlan.DESCRIPTOR.fields_by_name else task, name, value)
-    return task
+        setattr(request.run if name in pb.RunPlan.DESCRIPTOR.fields_by_name else request, name, value)
+    return request
 
 
 @pytest.mark.parametrize("frames", [
     [b"\xff\xff"], [b""], [CHUNK], [END],
-    [task_head(), b"\x22\x05\x0a\x03abc"], [task_head(), task_head()], [CHUNK + END],
-    [task_head(), LONG], [task_head(), END], [task_head(), EARLY], [EARLY + task_head()],
-    task_frames(changed_task(strategy="mine-bitcoin")), task_frames(changed_task(lr=float("nan"))),
-    task_frames(changed_task(rank=0)), task_frames(changed_task(run_id="f" * 16)),
-    task_frames(changed_task(wire_dtype="bf16")), task_frames(changed_task(fedlora_version="\x1b[2J")),
-    task_frames(wire.task_to_wire(RoundPlan(RUN, 1, 0, wire.digest({})), {"\x1b[2J": (1,)})),
-    [with_unknown_inside(3, TASK)], [task_head() + UNKNOWN], [with_unknown_inside(6, pb.Ack(key=KEY))],
+    [request_head(), b"\x22\x05\x0a\x03abc"], [request_head(), request_head()], [CHUNK + END],
+    [request_head(), LONG], [request_head(), END], [request_head(), EARLY], [EARLY + request_head()],
+    request_frames(changed_request(strategy="mine-bitcoin")), request_frames(changed_request(lr=float("nan"))),
+    request_frames(changed_request(rank=0)), request_frames(changed_request(run_id="f" * 16)),
+    request_frames(changed_request(wire_dtype="bf16")), request_frames(changed_request(fedlora_version="\x1b[2J")),
+    request_frames(wire.request_to_wire(RoundPlan(RUN, 1, 0, wire.tensors_digest({})), {"\x1b[2J": (1,)})),
+    [with_unknown_inside(3, REQUEST)], [request_head() + UNKNOWN], [with_unknown_inside(6, pb.Ack(key=KEY))],
     [with_unknown_inside(8, pb.Goodbye(reason="finished"))],
-    [with_unknown_inside(3, pb.Task.FromString(b"\x0a\x03" + UNKNOWN + TASK.SerializeToString()))],
+    [with_unknown_inside(3, pb.TrainRequest.FromString(b"\x0a\x03" + UNKNOWN + REQUEST.SerializeToString()))],
 ], ids=range(23))
 def test_a_server_that_breaks_the_protocol_gets_a_typed_error_at_the_client(frames):
     assert isinstance(meet(frames), WireError)
@@ -333,7 +333,7 @@ def test_a_server_that_does_not_welcome_is_a_typed_error():
     assert isinstance(meet([CHUNK], welcome=False), WireError)
 
 
-server_frames = st.sampled_from([*task_frames(), task_head(), CHUNK, EARLY, END, *(
+server_frames = st.sampled_from([*request_frames(), request_head(), CHUNK, EARLY, END, *(
     pb.ServerFrame(**frame).SerializeToString() for frame in (
         {"cancel": KEY}, {"ack": pb.Ack(key=KEY)}, {"goodbye": pb.Goodbye(reason="\x07")},
         {"refused": pb.Refusal(code="policy")}))]) | st.binary(max_size=60)

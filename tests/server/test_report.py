@@ -9,10 +9,10 @@ import pytest
 
 from fedlora.adapters import attach, initial_tensors
 from fedlora.models import load
-from fedlora_server import curves
 from fedlora_server.observer import RoundRecord
 from fedlora_server.report import describe, disclosures, write_report
 from fedlora_server.rounds import FederationResult
+from fedlora_server.trackers import plots
 from fedlora_strategies import FedSB
 from tests.federation import layout_of, plan_of, start_of
 from tests.tiny import tiny_checkpoint
@@ -35,7 +35,7 @@ def test_curves_are_drawn_for_any_number_of_rounds(tmp_path, names, rounds):
     evaluation = {name: 0.5 for name in names}
     records = [RoundRecord(0, evaluation=evaluation)] if names else []
     records += [record(number, evaluation=evaluation) for number in range(1, rounds + 1)]
-    width, height = size_of(curves.draw(tmp_path / "curves.png", records, "a run"))
+    width, height = size_of(plots.draw(tmp_path / "curves.png", records, "a run"))
     assert width > 1000 and height > 400
 
 
@@ -59,7 +59,7 @@ def test_figures_of_another_round_than_the_first_and_the_last_are_not_called_so(
     result = FederationResult(start_of(layout, 0), records, "stopped")
     assert describe(plan, FedSB(plan, layout), result, {}, {})["evaluation"] == {
         "before": None, "after": {"accuracy": 0.75}, "after_round": 2}
-    curves.draw(tmp_path / "curves.png", records, "resumed, stopped")
+    plots.draw(tmp_path / "curves.png", records, "resumed, stopped")
 
 
 def test_nothing_is_disclosed_by_a_run_without_rounds():

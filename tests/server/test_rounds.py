@@ -9,8 +9,8 @@ import pytest
 
 from fedlora.plan import Refusal
 from fedlora_server import checkpoint
-from fedlora_server.cohort import RoundOptions
 from fedlora_server.observer import Observer
+from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import run_federation
 from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies import STRATEGY_CLASSES
@@ -126,7 +126,7 @@ def test_a_round_closes_with_half_of_its_cohort_when_the_others_are_lost():
     assert all(record.uploaded == tuple(sorted((first, second))) for record in result.records)
 
 
-def test_a_short_round_keeps_its_uploads_and_drafts_idle_clients_with_the_next_attempt():
+def test_a_short_round_keeps_its_uploads_and_asks_backup_clients_with_the_next_attempt():
     federation = Federation("abcd", rounds=1)
     first = Federation("abcd", rounds=1).run(clients_per_round=2).records[0].cohort
     for name in first[:1]:
@@ -135,11 +135,11 @@ def test_a_short_round_keeps_its_uploads_and_drafts_idle_clients_with_the_next_a
     [record] = result.records
     assert record.attempts == 2 and record.refused == {first[0]: "unavailable"}
     assert first[1] in record.uploaded and len(record.uploaded) == 2
-    [drafted] = set(record.uploaded) - set(first)
-    assert federation.keys()[drafted] == [(1, 1)] and federation.keys()[first[1]] == [(1, 0)]
+    [backup] = set(record.uploaded) - set(first)
+    assert federation.keys()[backup] == [(1, 1)] and federation.keys()[first[1]] == [(1, 0)]
 
 
-def test_nobody_trains_twice_for_one_key_and_the_free_are_drafted_before_those_that_declined():
+def test_nobody_trains_twice_for_one_key_and_free_backups_are_asked_before_those_that_declined():
     federation = Federation("abc", rounds=1)
     replace(federation, "a", Declining("a", federation.layout, "unavailable", times=1))
     replace(federation, "b", Declining("b", federation.layout, "unavailable", times=1))

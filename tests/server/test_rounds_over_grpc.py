@@ -7,8 +7,8 @@ import pytest
 
 from fedlora.plan import WIRE_DTYPES
 from fedlora_client.connection import Connection, Goodbye
-from fedlora_server.cohort import RoundOptions
 from fedlora_server.grpc_engine import GrpcEngine
+from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import run_federation
 from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies import STRATEGY_CLASSES
@@ -23,7 +23,7 @@ def serve(session, address, rounds):
         connection.join()
         connection.ready()
         for _ in range(rounds):
-            plan, tensors = connection.next_task()
+            plan, tensors = connection.next_request()
             connection.send(session.run_round(plan, tensors))
         connection.leave()
     except Goodbye:

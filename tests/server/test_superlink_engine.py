@@ -14,8 +14,8 @@ from flwr.serverapp import Grid
 from fedlora.plan import Refusal, RoundPlan
 from fedlora.wire import pb
 from fedlora_client.flower_app import client_app
-from fedlora_server.cohort import RoundOptions
 from fedlora_server.engine import node_id
+from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import run_federation
 from fedlora_server.superlink_engine import SuperLinkEngine
 from fedlora_simulations.in_process import InProcessEngine
@@ -96,7 +96,7 @@ def engine_of(tmp_path):
 
     def make(grid, plan=PLAN, layout=LAYOUT, **setup):
         events = []
-        engine = SuperLinkEngine(grid, setup_of(plan, **setup), tmp_path / "spool", events.append)
+        engine = SuperLinkEngine(grid, setup_of(plan, **setup), tmp_path / "uploads", events.append)
         made.append(engine)
         engine.events = events
         engine.expect(layout)
@@ -105,7 +105,7 @@ def engine_of(tmp_path):
     yield make
     for engine in made:
         engine.close("the test is over")
-    assert not (tmp_path / "spool").exists(), "an upload was left behind"
+    assert not (tmp_path / "uploads").exists(), "an upload was left behind"
 
 
 def until(engine, true):
@@ -244,7 +244,7 @@ def test_a_cancelled_order_keeps_its_node_busy_until_it_answers_and_adds_nothing
     assert engine.idle() == []
     node.answers.set()
     until_idle(engine, "a")
-    assert engine.wait([pushed], 0.0) == {} and not list((tmp_path / "spool").iterdir())
+    assert engine.wait([pushed], 0.0) == {} and not list((tmp_path / "uploads").iterdir())
 
 
 @pytest.mark.parametrize(("change", "code", "text"), [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from fedlora_server.planning import find_model
+from fedlora_server.run_setup import find_model
 from fedlora_simulations import audit, one_run
 from fedlora_simulations.adversary import evidence
 from fedlora_simulations.canaries import LENGTH, CanaryTrainer
@@ -152,7 +152,7 @@ def test_without_privacy_at_least_one_is_lost(arguments, kind):
 
 
 def broken(**factors):
-    """A trainer that is given another noise or clip norm than the client accounts for, out of the tripwires' sight."""
+    """A trainer that is given another noise or clip norm than the client accounts for, out of the checks' sight."""
     def train(self, run, records, *, noise_multiplier, clip_norm, **options):
         return original(self, run, records, noise_multiplier=noise_multiplier * factors.get("noise", 1.0),
                         clip_norm=clip_norm * factors.get("clip", 1.0), **options)

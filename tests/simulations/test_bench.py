@@ -13,7 +13,7 @@ import torch
 from fedlora.data import read
 from fedlora.plan import RoundPlan
 from fedlora.training import Trainer
-from fedlora.wire import digest
+from fedlora.wire import tensors_digest
 from fedlora_simulations.bench import figure_titles, hostile, main, subjects
 from fedlora_simulations.bench.federations import layout, plan, tensors
 from fedlora_simulations.bench.figures import independence, memory
@@ -178,7 +178,7 @@ def test_a_session_that_trains_nothing_is_charged_for_it():
     run, shape = plan("ffa-lora", "frozen-a"), layout("frozen-a", layers=1, width=8, rank=2)
     start = tensors(shape.state, 0)
     first, other = sessions(run, shape, 2).values()
-    order = RoundPlan(run, 1, 0, digest({spec.name: start[spec.name] for spec in shape.shared}))
+    order = RoundPlan(run, 1, 0, tensors_digest({spec.name: start[spec.name] for spec in shape.frozen}))
     upload = first.run_round(order, start)
     assert {name: array.tobytes() for name, array in upload.tensors.items()} == {
         spec.name: start[spec.name].tobytes() for spec in shape.trained}

@@ -43,7 +43,7 @@ def test_wait_lets_clients_train_until_its_turn_is_over(engine, monkeypatch):
     assert len(engine.wait(engine.push_messages(orders(engine, attempt=1)), 0.0)) == 3
     engine._sessions[node_id("b")].run_round = lambda *_: Refusal("unavailable")
     pushed = engine.push_messages(orders(engine, attempt=2))
-    assert [len(engine.wait(pushed, 0.0)) for _ in range(2)] == [2, 3], "what the clock says decides no draft"
+    assert [len(engine.wait(pushed, 0.0)) for _ in range(2)] == [2, 3], "what the clock says decides no backup"
 
 
 def test_replies_come_in_the_order_asked_and_once(engine):
@@ -56,7 +56,7 @@ def test_replies_come_in_the_order_asked_and_once(engine):
     assert len(list(engine.pull_messages(pushed))) == 1
 
 
-def test_a_reply_from_the_spool_is_what_the_client_sent(engine):
+def test_a_reply_from_the_store_is_what_the_client_sent(engine):
     layout, [message] = layout_of("lora"), orders(engine, "a")
     plan = RoundPlan(plan_of("fedavg-lora", run_id="0" * 16), 1, 0, "0" * 64)
     sent = LinearSession("a", layout).run_round(plan, start_of(layout, 0))
@@ -66,7 +66,7 @@ def test_a_reply_from_the_spool_is_what_the_client_sent(engine):
     assert all(np.array_equal(got.tensors[name], sent.tensors[name]) for name in sent.tensors)
 
 
-def test_replies_keep_their_values_and_the_spool_begins_anew_when_none_waits(engine):
+def test_replies_keep_their_values_and_the_store_begins_anew_when_none_waits(engine):
     def ask(names, attempt):
         pushed = engine.push_messages(orders(engine, names, attempt))
         while len(engine.wait(pushed, 0.0)) < len(names):
@@ -80,9 +80,9 @@ def test_replies_keep_their_values_and_the_spool_begins_anew_when_none_waits(eng
     kept = {name: array.copy() for name, array in read_reply(first[0]).tensors.items()}
     engine.cancel([a])
     [second] = engine.pull_messages([left])
-    old = engine._spool._file
+    old = engine._uploads._file
     again = list(engine.pull_messages(ask("abc", 2)))
-    assert old.closed and not engine._spool._file.closed and len(again) == 3
+    assert old.closed and not engine._uploads._file.closed and len(again) == 3
     values = [read_reply(reply).tensors for reply in (*first, second)]
     assert all(np.array_equal(values[0][name], kept[name]) for name in kept)
     plan = RoundPlan(plan_of("fedavg-lora", run_id="0" * 16), 1, 1, "0" * 64)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedlora.options import SIMULATE, build_parser, read_options
-from fedlora_simulations.simulate import populate
+from fedlora_simulations.population import populate
 
 
 def dealt(path, labels, *arguments):

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from fedlora.options import SIMULATE, build_parser, read_options
-from fedlora_server.planning import find_model
+from fedlora_server.run_setup import find_model
+from fedlora_simulations.population import Method, populate
 from fedlora_simulations.ray_workers import RayWorkers
-from fedlora_simulations.simulate import Method, populate, simulate
+from fedlora_simulations.simulate import simulate
 from fedlora_simulations.worker import Blueprint, WorkerLost
 from tests.federation import plan_of
 from tests.processes import write_rows

@@ -12,9 +12,9 @@ import pytest
 
 from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.privacy import calibrate
-from fedlora_server import cohort, folders, planning
-from fedlora_server.planning import without_effect
-from fedlora_simulations import comparison, simulate
+from fedlora_server import folders, round_state, run_setup
+from fedlora_server.run_setup import without_effect
+from fedlora_simulations import comparison, population, simulate
 from fedlora_simulations.cli import main
 from fedlora_simulations.simulate import allow_open_files, compiles_here
 from fedlora_strategies.presets import preset
@@ -124,8 +124,8 @@ def test_a_simulated_client_declares_the_size_that_a_deployed_one_would(argument
     given = [f"--model={checkpoint('llama')}", "--task=causal-lm", f"--data={tmp_path / 'causal.jsonl'}",
              f"--out={tmp_path / 'out'}", *SMALL, "--clients=1", "--max-length=32", "--strategy=ffa-lora", "--rounds=1"]
     options = read_options(build_parser(SIMULATE, ""), SIMULATE, given)
-    done = simulate.simulate(options, simulate.Method.parse("ffa-lora"), 0, planning.find_model(options),
-                             simulate.populate(options, 0))
+    done = simulate.simulate(options, population.Method.parse("ffa-lora"), 0, run_setup.find_model(options),
+                             population.populate(options, 0))
     rate = 8 / 150
     assert done.noise_multipliers["client-0"] == calibrate(8.0, 1e-5, rate, 1)
 
@@ -140,7 +140,7 @@ def test_simulations_of_the_same_second_have_folders_of_their_own(tmp_path, monk
 
 def test_no_clock_decides_how_a_round_ends(arguments, tmp_path, monkeypatch):
     every_look_is_a_day_later = SimpleNamespace(monotonic=itertools.count(step=86400).__next__)
-    monkeypatch.setattr(cohort, "time", every_look_is_a_day_later)
+    monkeypatch.setattr(round_state, "time", every_look_is_a_day_later)
     assert main([*arguments, "--strategy=ffa-lora", "--rounds=1"]) == 0
     lines = (tmp_path / "out" / "ffa-lora-seed0" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["uploaded"] == ["client-0", "client-1"]

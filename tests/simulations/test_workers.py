@@ -12,11 +12,12 @@ import pytest
 from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.plan import RoundPlan
 from fedlora.privacy import Ledger
-from fedlora.training import Training, TrainResult
+from fedlora.training import TrainingJob, TrainResult
 from fedlora_server.engine import node_id
-from fedlora_server.planning import find_model
+from fedlora_server.run_setup import find_model
+from fedlora_simulations.population import Method, populate
 from fedlora_simulations.processes import ProcessWorkers
-from fedlora_simulations.simulate import Method, populate, simulate
+from fedlora_simulations.simulate import simulate
 from fedlora_simulations.worker import WorkerLost, Workers, threads_each
 from fedlora_simulations.worker_engine import WorkerEngine
 from fedlora_strategies.messages import to_record, train_message
@@ -72,7 +73,7 @@ class StagedSession(LinearSession):
 
     def begin(self, plan, tensors):
         self.upload = self.run_round(plan, tensors)
-        return Training(plan.run, self.name, tensors, 1.0, None, 1.0, 1.0, 1, None, plan.round, plan.attempt)
+        return TrainingJob(plan.run, self.name, tensors, 1.0, None, 1.0, 1.0, 1, None, plan.round, plan.attempt)
 
     def finish(self, plan, result):
         assert result.tensors == {"trained by": self.name}

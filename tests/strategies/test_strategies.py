@@ -57,12 +57,12 @@ def test_the_mean_of_merged_models_is_the_merged_mean_for_exact_strategies_only(
     layout = layout_of(plan.family)
     strategy = STRATEGY_CLASSES[name](plan, layout)
     state = start_of(layout, 0)
-    shared = {s.name: state[s.name].astype(np.float64) for s in layout.shared}
+    frozen = {s.name: state[s.name].astype(np.float64) for s in layout.frozen}
     uploads, weights = random_uploads(layout, 3, seed=5), np.array([0.5, 0.3, 0.2])
     mean = {key: sum(p * u[key] for p, u in zip(weights, uploads, strict=True)) for key in uploads[0]}
-    after = strategy.server_step(mean, shared, server_round=1)
+    after = strategy.server_step(mean, frozen, server_round=1)
     for module in layout.modules:
-        merged = sum(p * update_of({**shared, **u}, module) for p, u in zip(weights, uploads, strict=True))
+        merged = sum(p * update_of({**frozen, **u}, module) for p, u in zip(weights, uploads, strict=True))
         error = np.linalg.norm(update_of(after, module) - merged) / np.linalg.norm(merged)
         assert error < 1e-13 if strategy.exact else error > 0.1
     assert strategy.exact == (name != "fedavg-lora")
@@ -154,8 +154,8 @@ def test_fedsvd_and_orthonormal_ffa_move_the_update_identically_under_clipped_sg
             rotation = states[i][f"{module}.A"] @ states[0][f"{module}.A"].T
             local = [trained(states[i], d, n, rotation) for d, n in zip(clients, noise, strict=True)]
             mean = {s.name: np.mean([u[s.name] for u in local], axis=0) for s in strategy.layout.trained}
-            shared = {s.name: states[i][s.name] for s in strategy.layout.shared}
-            states[i] = dict(strategy.server_step(mean, shared, round))
+            frozen = {s.name: states[i][s.name] for s in strategy.layout.frozen}
+            states[i] = dict(strategy.server_step(mean, frozen, round))
         np.testing.assert_allclose(update_of(states[1], module), update_of(states[0], module), atol=1e-13)
     assert np.linalg.norm(update_of(states[0], module)) > 0.1
     assert np.linalg.norm(states[1][f"{module}.A"] - start[f"{module}.A"]) > 0.1, "A was never refactorised"
@@ -164,10 +164,10 @@ def test_fedsvd_and_orthonormal_ffa_move_the_update_identically_under_clipped_sg
 def test_fedsvd_refactorises_after_its_warmup_in_every_period():
     plan, layout = plan_of("fedsvd"), layout_of("frozen-a")
     strategy = FedSVD(plan, layout, warmup=2, period=3)
-    shared = {s.name: start_of(layout, 0)[s.name] for s in layout.shared}
+    frozen = {s.name: start_of(layout, 0)[s.name] for s in layout.frozen}
     mean = {k: v.astype(np.float32) for k, v in random_uploads(layout, 1, 0)[0].items()}
     changed = [r for r in range(1, 10)
-               if not np.array_equal(strategy.server_step(mean, shared, r)[f"{MODULE}.A"], shared[f"{MODULE}.A"])]
+               if not np.array_equal(strategy.server_step(mean, frozen, r)[f"{MODULE}.A"], frozen[f"{MODULE}.A"])]
     assert changed == [5, 8]
     with pytest.raises(ValueError, match="period"):
         FedSVD(plan, layout, period=0)
@@ -187,7 +187,7 @@ def test_any_order_of_uploads_gives_the_same_bits(name):
 def test_a_frozen_head_travels_once_beside_the_factor_that_moves():
     layout = layout_of("frozen-a")
     frozen = TensorSpec("head.dense.weight", (4, 4), "head")
-    layout = replace(layout, shared=(*layout.shared, frozen))
+    layout = replace(layout, frozen=(*layout.frozen, frozen))
     plan = plan_of("fedsvd")
     strategy = FedSVD(plan, layout)
     assume_identity(plan.run_id)
@@ -197,7 +197,7 @@ def test_a_frozen_head_travels_once_beside_the_factor_that_moves():
     for number in (1, 2, 3):
         message = next(iter(strategy.configure_train(number, to_record(state), ConfigRecord({"nodes": [node]}), None)))
         sent.append(set(message.content["arrays"]) - {spec.name for spec in layout.trained})
-        strategy._held[node] = strategy._round.shared_sha256
+        strategy._held[node] = strategy._round.frozen_sha256
         state = state | {f"{module}.A": state[f"{module}.A"] + 1 for module in layout.modules}
     moving = {f"{module}.A" for module in layout.modules}
     assert sent == [moving | {frozen.name}, moving, moving]

@@ -31,7 +31,7 @@ def fingerprints(rows: Rows, key: bytes, units: Sequence[str] | None) -> list[by
     if units is not None and len(units) != len(rows):
         raise ValueError(f"there are {len(units)} units for {len(rows)} rows; each row belongs to one")
 
-    def digest(purpose: bytes, parts: Sequence[str]) -> bytes:
+    def keyed_hash(purpose: bytes, parts: Sequence[str]) -> bytes:
         content = json.dumps([normalized(part) for part in parts]).encode()
         return hashlib.blake2b(content, digest_size=16, key=key, person=purpose).digest()
 
@@ -40,12 +40,12 @@ def fingerprints(rows: Rows, key: bytes, units: Sequence[str] | None) -> list[by
             return [text for _, text in rows.messages[row]]
         return [rows.texts[row]] if rows.seconds is None else [rows.texts[row], rows.seconds[row]]
 
-    found = [digest(b"row", content(row)) for row in range(len(rows))]
+    found = [keyed_hash(b"row", content(row)) for row in range(len(rows))]
     for row, unit in enumerate(units or ()):
         if not normalized(unit):
             raise ValueError(f"{rows.where(row)}: the row's unit is empty, so nobody's budget would pay for it; give "
                              "it an id, or remove the row")
-    return found + [digest(b"unit", [unit]) for unit in dict.fromkeys(normalized(unit) for unit in units or ())]
+    return found + [keyed_hash(b"unit", [unit]) for unit in dict.fromkeys(normalized(unit) for unit in units or ())]
 
 
 def normalized(text: str) -> str:

@@ -25,8 +25,8 @@ from pathlib import Path
 from fedlora.plan import ROW, check_unit, unit_column
 from fedlora.privacy.accounting import Accountant, Spend
 from fedlora.privacy.ledger.anchor import seal, unseal
-from fedlora.privacy.ledger.chain import Chain, beside, take_lock
-from fedlora.privacy.ledger.lifetime import (
+from fedlora.privacy.ledger.hash_chain import HashChain, beside, take_lock
+from fedlora.privacy.ledger.lifetime_budget import (
     FILTER_ORDERS,
     Book,
     BudgetExhausted,
@@ -35,7 +35,7 @@ from fedlora.privacy.ledger.lifetime import (
     Lifetime,
     RunTerms,
 )
-from fedlora.privacy.ledger.register import Register
+from fedlora.privacy.ledger.overlap_index import OverlapIndex
 from fedlora.privacy.ledger.reservation import Reservation
 from fedlora.privacy.ledger.witnesses import Witnesses
 
@@ -59,10 +59,10 @@ class Ledger:
             raise LedgerError("a ledger in memory forgets what was spent; give it a path, or mark it simulated")
         self.path = None if path is None else Path(path).absolute()
         anew = new and not (self.path is not None and self.path.exists() and _is_whole(self.path, simulated))
-        self._chain = Chain(self.path, simulated=simulated, new=anew, clock=clock)
+        self._chain = HashChain(self.path, simulated=simulated, new=anew, clock=clock)
         self._held: dict[tuple[str, str], int | None] = {}
         self._witnesses = Witnesses(self._chain, self.path, give_up=new)
-        self._register = Register(self._chain, self.path)
+        self._register = OverlapIndex(self._chain, self.path)
         with self._chain.transaction("DEFERRED") as book:
             self.ledger_id: str = book.ledger["ledger_id"]
             self.created_anew: bool = book.ledger["anew"]

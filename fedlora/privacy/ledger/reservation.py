@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedlora.privacy.ledger.chain import Chain
-from fedlora.privacy.ledger.lifetime import LedgerError
+from fedlora.privacy.ledger.hash_chain import HashChain
+from fedlora.privacy.ledger.lifetime_budget import LedgerError
 
 
 class Reservation:
@@ -16,7 +16,7 @@ class Reservation:
         release: writes the witness, then the ledger, or raises LedgerError.
     """
 
-    def __init__(self, chain: Chain, sequence: int, release: Callable[[], None]) -> None:
+    def __init__(self, chain: HashChain, sequence: int, release: Callable[[], None]) -> None:
         self._chain, self.sequence, self._release = chain, sequence, release
         self._state = "reserved"
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedlora.files import replace_file
-from fedlora.privacy.ledger.lifetime import LedgerError
+from fedlora.privacy.ledger.lifetime_budget import LedgerError
 
 
 @dataclass(frozen=True)

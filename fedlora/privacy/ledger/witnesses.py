@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from fedlora.privacy.ledger.chain import Chain
-from fedlora.privacy.ledger.lifetime import Book, LedgerError
+from fedlora.privacy.ledger.hash_chain import HashChain
+from fedlora.privacy.ledger.lifetime_budget import Book, LedgerError
 from fedlora.privacy.ledger.witness import Witness, read_witness, witnesses_in, write_witness
 
 
@@ -22,7 +22,7 @@ class Witnesses:
         give_up: --new-ledger: go on where a witness contradicts the ledger, and mark that for ever.
     """
 
-    def __init__(self, chain: Chain, ledger: Path | None, *, give_up: bool) -> None:
+    def __init__(self, chain: HashChain, ledger: Path | None, *, give_up: bool) -> None:
         self._chain, self._ledger, self._gives_up = chain, ledger, give_up
         self._files: dict[str, Path] = {}
 

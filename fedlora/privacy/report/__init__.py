@@ -6,7 +6,7 @@ from fedlora.privacy.report.report import (
     LifetimeAccount,
     LifetimeCharge,
     Mechanism,
-    Training,
+    TrainingEntry,
     announced,
     privacy_report,
     write_report,
@@ -14,6 +14,6 @@ from fedlora.privacy.report.report import (
 from fedlora.privacy.report.signing import canonical, load_or_create_key, public_key, sign
 from fedlora.privacy.report.verification import Verified, verify, verify_file
 
-__all__ = ["Disclosure", "LifetimeAccount", "LifetimeCharge", "Mechanism", "Training", "Verified", "announced",
+__all__ = ["Disclosure", "LifetimeAccount", "LifetimeCharge", "Mechanism", "TrainingEntry", "Verified", "announced",
            "canonical", "load_or_create_key", "markdown", "privacy_report", "public_key", "sign", "verify",
            "verify_file", "write_report"]

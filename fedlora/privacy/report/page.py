@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from fedlora.privacy.accounting import four_digits
 from fedlora.privacy.report.figures import LABELS, shown, whom
-from fedlora.privacy.report.signing import digest
+from fedlora.privacy.report.signing import document_digest
 
 MOST_LINES = 12
 """Of trainings; the rest is in privacy.json."""
@@ -134,8 +134,8 @@ def _closing(report: Mapping) -> str:
     signature = report.get("signature")
     signed = f"Ed25519 public key `{signature['public_key']}`." if signature else "Not signed."
     return (f"---\n\n{_text(found)}. SHA-256 of privacy.json without its signature (canonical form): "
-            f"`{digest(report)}`. {signed} `fedlora-client verify privacy.json` recomputes every ε above from the "
-            "signed history; that proves the arithmetic, not that noise was added.\n\n"
+            f"`{document_digest(report)}`. {signed} `fedlora-client verify privacy.json` recomputes every ε above from "
+            "the signed history; that proves the arithmetic, not that noise was added.\n\n"
             "Read and approved: ______________________________   Date: ______________")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import fedlora
 from fedlora.files import replace_file
 from fedlora.plan import ANCHOR_BYTES
-from fedlora.privacy.ledger.lifetime import FILTER_ORDERS
+from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
 from fedlora.privacy.report.figures import (
     LABELS,
     RELATION,
@@ -37,7 +37,7 @@ from fedlora.privacy.report.figures import (
 )
 from fedlora.privacy.report.page import markdown
 from fedlora.privacy.report.verification import verify
-from fedlora.privacy.streams import DRAWS
+from fedlora.privacy.rng import DRAWS
 from fedlora.versions import environment
 
 PACKAGES = ("torch", "opacus", "numpy", "scipy", "cryptography", "dp-accounting")
@@ -107,7 +107,7 @@ class Mechanism:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingEntry:
     """A training that was begun, in the order of the ledger.
 
     Attributes:
@@ -198,7 +198,7 @@ def announced(*, client: str, private: bool, labels: Sequence[str] | None = None
 
 def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_sha256: str, strategy: str,
                    base_model: Mapping[str, str], unit: str, declared_size: int | None, delta: float | None,
-                   mechanism: Mechanism, trainings: Sequence[Training], lifetime: LifetimeAccount | None,
+                   mechanism: Mechanism, trainings: Sequence[TrainingEntry], lifetime: LifetimeAccount | None,
                    disclosed: Sequence[Disclosure], rows_per_unit: int | None = None, terms_announced: bool = True,
                    anchored: bool = False, predictable: str | None = None,
                    refusals: Sequence[tuple[int | None, str]] = (), now: float | None = None) -> dict:
@@ -305,7 +305,7 @@ def _sources(predictable: str | None) -> dict[str, str]:
             "gaussian": f"Box-Muller in float64, each value a sum of {DRAWS} draws (arXiv:2107.10138)"}
 
 
-def _while_running(private: bool, trainings: Sequence[Training], refusals: Sequence[tuple[int | None, str]],
+def _while_running(private: bool, trainings: Sequence[TrainingEntry], refusals: Sequence[tuple[int | None, str]],
                    terms_announced: bool, anchored: bool) -> list[Disclosure]:
     sent = [t for t in trainings if t.state == "released"]
     said = [Disclosure("the fact and time of participation",

@@ -31,7 +31,7 @@ def canonical(document: Mapping) -> bytes:
         raise ValueError(f"this is not plain JSON ({error}); a document is signed as JSON alone") from None
 
 
-def digest(document: Mapping) -> str:
+def document_digest(document: Mapping) -> str:
     """SHA-256 of the document without its signature, in hexadecimal digits."""
     return hashlib.sha256(canonical({k: v for k, v in document.items() if k != "signature"})).hexdigest()
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedlora.plan import MOST_STEPS
-from fedlora.privacy.ledger.lifetime import FILTER_ORDERS
+from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
 from fedlora.privacy.report.figures import (
     LABELS,
     READABLE,

@@ -31,7 +31,7 @@ def echo(address: str, name: str, size: int) -> None:
         connection.join()
         connection.ready()
         while True:
-            plan, tensors = connection.next_task()
+            plan, tensors = connection.next_request()
             connection.send(Upload(*plan.key, tensors=Released(tensors), steps=1))
     except Goodbye:
         return

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fedlora.plan import Tensors
-from fedlora.privacy import Stream
+from fedlora.privacy import RandomStream
 from fedlora.tasks import Records
 from fedlora.training.optimizer import PerRecordOptimizer
 
@@ -84,7 +84,7 @@ def sums() -> Iterator[list[Summed]]:
 def train(subject: Subject, records: Records, state: Tensors) -> Summed:
     """One private step of all records from these tensors, as a client trains, up to its noise.
 
-    A tripwire that ends the round then is no matter: nothing would be released, and the sum was formed.
+    A runtime check that ends the round then is no matter: nothing would be released, and the sum was formed.
     """
     subject.adapted.write(state)
     logging.disable(logging.ERROR)  # that hostile tensors cut the adapter off is no news
@@ -92,8 +92,8 @@ def train(subject: Subject, records: Records, state: Tensors) -> Summed:
         with sums() as seen, contextlib.suppress(RuntimeError):
             subject.trainer.train(
                 subject.plan, records, sampling_rate=1.0, noise_multiplier=1.0, clip_norm=subject.plan.clip_norm,
-                sampling=Stream.derived(0, "hostile", 0, "sampling"),
-                noise=Stream.derived(0, "hostile", next(_NOISE), "noise"))
+                sampling=RandomStream.derived(0, "hostile", 0, "sampling"),
+                noise=RandomStream.derived(0, "hostile", next(_NOISE), "noise"))
     finally:
         logging.disable(logging.NOTSET)
     assert len(seen) == 1, "a plan of one step has one sum"

@@ -19,9 +19,9 @@ from fedlora.adapters import AdaptedModel, attach, automatic_targets, initial_te
 from fedlora.data import Rows, label_names, read
 from fedlora.models import load, reference, resolve
 from fedlora.plan import RunPlan
-from fedlora.privacy import RunStreams, Stream
+from fedlora.privacy import RandomStream, RunStreams
 from fedlora.tasks import Records, task_for
-from fedlora.training import Trainer, Training, TrainResult, resolve_precision
+from fedlora.training import Trainer, TrainingJob, TrainResult, resolve_precision
 
 from .federations import FAMILY_STRATEGIES, plan
 from .measure import Settings
@@ -42,19 +42,19 @@ class Subject:
 
     def train(self, block: int, *, private: bool, sampling_rate: float = 1.0) -> TrainResult:
         """One round of the plan's steps from whatever the adapter holds; the same records are drawn in a block, with
-        and without privacy. The noise is new each time: noise that repeats would set off the trainer's tripwire."""
+        and without privacy. The noise is new each time: noise that repeats would set off a runtime check."""
         return self.trainer.train(
             self.plan, self.records, sampling_rate=sampling_rate, noise_multiplier=1.0 if private else None,
-            clip_norm=self.plan.clip_norm, sampling=Stream.derived(0, "bench", block, "sampling"),
-            noise=Stream.derived(0, "bench", next(self._trained), "noise") if private else None)
+            clip_norm=self.plan.clip_norm, sampling=RandomStream.derived(0, "bench", block, "sampling"),
+            noise=RandomStream.derived(0, "bench", next(self._trained), "noise") if private else None)
 
-    def rounds(self, rows: Rows, records: int, *, private: bool) -> Iterator[list[Training]]:
+    def rounds(self, rows: Rows, records: int, *, private: bool) -> Iterator[list[TrainingJob]]:
         """Round after round of clients that have `records` of the rows each, with noise of their own; all rounds start
         from one state."""
         start, encode = self.adapted.read("state"), self.trainer.task.encode
         parts = [encode(rows.take(range(first, first + records))) for first in range(0, len(rows), records)]
         for number in itertools.count(1):
-            yield [Training(self.plan, own, start, sampling_rate=1.0, noise_multiplier=1.0 if private else None,
+            yield [TrainingJob(self.plan, own, start, sampling_rate=1.0, noise_multiplier=1.0 if private else None,
                             clip_norm=self.plan.clip_norm, lr=self.plan.lr, rows_per_unit=1,
                             streams=RunStreams(f"client-{k}", 0), round=number, attempt=0)
                    for k, own in enumerate(parts)]

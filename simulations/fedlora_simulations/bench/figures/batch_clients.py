@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from fedlora.training import BatchedTrainer, Training
+from fedlora.training import MultiClientTrainer, TrainingJob
 
 from ..measure import Figure, Row, Settings, interleaved
 from ..subjects import cut_to_length, precisions, rows_of, settle, subject
@@ -27,7 +27,7 @@ def measure(settings: Settings) -> Iterator[Row]:
         for precision in precisions(settings):
             one = subject(settings, rows, family=family, rank=rank, precision=precision, expected_batch=records,
                           max_length=length, steps=STEPS)
-            trainer = BatchedTrainer(one.adapted, one.trainer.task, device=settings.device, precision=precision,
+            trainer = MultiClientTrainer(one.adapted, one.trainer.task, device=settings.device, precision=precision,
                                      threads=settings.threads)
             for private in (True, False):
                 rounds = one.rounds(rows, records, private=private)
@@ -43,12 +43,12 @@ def measure(settings: Settings) -> Iterator[Row]:
                     "together": times["together"].value("ms")})
 
 
-def _sequential(trainer: BatchedTrainer, rounds: Iterator[list[Training]], block: int) -> None:
+def _sequential(trainer: MultiClientTrainer, rounds: Iterator[list[TrainingJob]], block: int) -> None:
     for training in next(rounds):
         trainer.run(training)
 
 
-def _together(trainer: BatchedTrainer, rounds: Iterator[list[Training]], block: int) -> None:
+def _together(trainer: MultiClientTrainer, rounds: Iterator[list[TrainingJob]], block: int) -> None:
     trainer.run_all(next(rounds))
 
 

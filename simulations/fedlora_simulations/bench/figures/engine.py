@@ -1,4 +1,4 @@
-"""What a client-round costs in process without training: messages, checks, the spool and the mean; MiniLM, r = 8.
+"""What a client-round costs in process without training: messages, checks, the uploads and the mean; MiniLM, r = 8.
 
 Clients that echo what they are sent, and real sessions beside them, whose trainer gives back what it was to start from:
 these add what a client keeps books of, so ledger, reservation and digests. What a client-round costs must not grow with
@@ -18,11 +18,11 @@ from fedlora.adapters import AdapterLayout
 from fedlora.plan import RunPlan, Tensors
 from fedlora.privacy import Ledger, RunStreams
 from fedlora.tasks import Records
-from fedlora.training import Training, TrainResult
+from fedlora.training import TrainingJob, TrainResult
 from fedlora_client.flower_app import Session
 from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import MemoryState
-from fedlora_server.cohort import RoundOptions
+from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import run_federation
 from fedlora_strategies import FFALoRA
 from fedlora_strategies.presets import preset
@@ -49,7 +49,7 @@ class NoTrainer:
     def show_batch_invariance(self, run: RunPlan, rows_per_unit: int) -> None:
         """There is no arithmetic."""
 
-    def run(self, training: Training, stop: Callable[[], bool] = lambda: False) -> TrainResult:
+    def run(self, training: TrainingJob, stop: Callable[[], bool] = lambda: False) -> TrainResult:
         trained = {spec.name: training.start[spec.name] for spec in self.adapted.layout.trained}
         return TrainResult(trained, training.run.local_steps, (), 0.0, 0.0, 0)
 

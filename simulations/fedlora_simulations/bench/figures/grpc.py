@@ -57,7 +57,7 @@ def _measured(clients: int, size: int, repeats: int) -> dict[str, Times]:
 
 @contextlib.contextmanager
 def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
-    """A round: every client is sent the tensors and sends them back; the replies are read from the spool."""
+    """A round: every client is sent the tensors and sends them back; the replies are read from the upload store."""
     shape = (size // 32, 8)
     layout = AdapterLayout(FAMILIES["frozen-a"], 8, 1.0, (TensorSpec("layer.B", shape, "adapter"),), ())
     run = plan("ffa-lora", "frozen-a", private=False)
@@ -68,7 +68,7 @@ def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
     def round_trip(block: int) -> None:
         nonlocal number
         number += 1
-        order = RoundPlan(run, number, 0, wire.digest({}))
+        order = RoundPlan(run, number, 0, wire.tensors_digest({}))
         ids = engine.push_messages(train_messages(order, ((node, record) for node in engine.idle())))
         while len(outcomes := engine.wait(ids, 1.0)) < clients:
             _check(processes)
@@ -77,8 +77,8 @@ def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
         while len(engine.idle()) < clients:
             engine.wait([], 1.0)
 
-    with TemporaryDirectory(prefix="fedlora-spool-") as spool:
-        engine = GrpcEngine("127.0.0.1:0", setup, Path(spool))
+    with TemporaryDirectory(prefix="fedlora-uploads-") as uploads:
+        engine = GrpcEngine("127.0.0.1:0", setup, Path(uploads))
         engine.expect(layout)
         with _clients("fedlora", engine.address, clients, size) as processes:
             while len(engine.idle()) < clients:

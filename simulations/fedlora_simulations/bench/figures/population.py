@@ -39,9 +39,10 @@ def measure(settings: Settings) -> Iterator[Row]:
 
 def simulated(argv: list[str], threads: int | None) -> int:
     """Run the simulation; the most bytes that its process held."""
-    from fedlora_server.planning import find_model
+    from fedlora_server.run_setup import find_model
 
-    from ...simulate import Method, populate, simulate
+    from ...population import Method, populate
+    from ...simulate import simulate
 
     argv = [*argv, *(["--threads", str(threads)] if threads else [])]
     options = read_options(build_parser(SIMULATE, "one round of each client"), SIMULATE, argv)

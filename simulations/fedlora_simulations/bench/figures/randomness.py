@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fedlora.privacy import Stream
+from fedlora.privacy import RandomStream
 
 from ..measure import Figure, Row, Settings, interleaved
 from ..subjects import rows_of, settle, subject
@@ -16,7 +16,7 @@ UNITS = 60_000
 """Of the data set that is sampled from; every one of them takes a random number in each step."""
 
 
-class _Unsafe(Stream):
+class _Unsafe(RandomStream):
     """PyTorch's default generator behind a stream's interface: one draw for each value. For comparison only."""
 
     def __init__(self, seed: int) -> None:
@@ -38,18 +38,19 @@ def measure(settings: Settings) -> Iterator[Row]:
                       expected_batch=batch, max_length=length)
         values = one.adapted.layout.num_trained
 
-        def step(make: type[Stream], block: int) -> None:
-            sampling, noise = (_Unsafe(2 * block + i) if make is _Unsafe else Stream.from_os() for i in range(2))
+        def step(make: type[RandomStream], block: int) -> None:
+            sampling, noise = (_Unsafe(2 * block + i) if make is _Unsafe else RandomStream.from_os() for i in range(2))
             sampling.uniform(units - batch)  # for the units that the trainer's few records stand for
             one.trainer.train(one.plan, one.records, sampling_rate=1.0, noise_multiplier=1.0,  # noqa: B023
                               clip_norm=one.plan.clip_norm, sampling=sampling, noise=noise)  # noqa: B023
 
         def draws(block: int) -> None:
-            Stream.from_os().uniform(units)
-            Stream.from_os().gaussian(values)  # noqa: B023
+            RandomStream.from_os().uniform(units)
+            RandomStream.from_os().gaussian(values)  # noqa: B023
 
-        times = interleaved({"safe": lambda block: step(Stream, block), "unsafe": lambda block: step(_Unsafe, block),
-                             "draws": draws}, settings.repeats(9), settle=settle(settings.device))
+        times = interleaved({"safe": lambda block: step(RandomStream, block),
+                             "unsafe": lambda block: step(_Unsafe, block), "draws": draws},
+                            settings.repeats(9), settle=settle(settings.device))
         yield Row(f"{family} r={rank}, {values:,} values, batch {batch} of {units:,}", {
             "cryptographic ÷ torch": times["safe"].cpu_over(times["unsafe"]),
             "share of the step": times["draws"].cpu_over(times["safe"]),

@@ -57,9 +57,10 @@ def first_step(data: str, model: str, device: str, threads: int, batch: int) -> 
     from fedlora import models
     from fedlora.options import SIMULATE, build_parser, read_options
     from fedlora.training import Trainer
-    from fedlora_server.planning import find_model
+    from fedlora_server.run_setup import find_model
 
-    from ...simulate import Method, populate, simulate
+    from ...population import Method, populate
+    from ...simulate import simulate
 
     options = read_options(build_parser(SIMULATE, ""), SIMULATE, [
         f"--data={data}", f"--model={model}", f"--device={device}", f"--threads={threads}", "--clients=1",

@@ -23,13 +23,14 @@ from fedlora.data import Rows, label_names, partition
 from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.plan import STRATEGIES, WIRE_DTYPES
 from fedlora_client.connection import Connection, Goodbye
-from fedlora_server.cohort import RoundOptions
 from fedlora_server.grpc_engine import GrpcEngine
-from fedlora_server.planning import find_model
+from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import run_federation
+from fedlora_server.run_setup import find_model
 from fedlora_strategies import STRATEGY_CLASSES
 
-from ...simulate import Method, Population, simulate
+from ...population import Method, Population
+from ...simulate import simulate
 from ..federations import MINILM, Echo, layout, plan, tensors
 from ..measure import RATIO, Figure, Row, Settings, Value, exactly
 from ..subjects import rows_of
@@ -79,8 +80,8 @@ def _round(strategy: str, rank: int, wire_dtype: str, *, quick: bool) -> tuple[t
     run = plan(strategy, family, rank=rank, rounds=ROUNDS, max_participations=ROUNDS, wire_dtype=wire_dtype)
     adapter = layout(family, rank=rank, **({"layers": 1, "width": 64} if quick else MINILM))
     setup = wire.Setup.of(run)
-    with TemporaryDirectory(prefix="fedlora-spool-") as spool:
-        engine = GrpcEngine("127.0.0.1:0", setup, Path(spool))
+    with TemporaryDirectory(prefix="fedlora-uploads-") as uploads:
+        engine = GrpcEngine("127.0.0.1:0", setup, Path(uploads))
         engine.expect(adapter)
         client = threading.Thread(target=_serve, args=(engine.address, Echo(adapter)), daemon=True)
         client.start()
@@ -101,7 +102,7 @@ def _serve(address: str, session: Echo) -> None:
         connection.join()
         connection.ready()
         while True:
-            order, received = connection.next_task()
+            order, received = connection.next_request()
             connection.send(session.run_round(order, received))
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from fedlora.models import resolve
-from fedlora.training import Trainer, Training
+from fedlora.training import Trainer, TrainingJob
 
 from ...processes import ProcessWorkers
 from ...worker import Blueprint, Workers, threads_each
@@ -58,11 +58,11 @@ def worker_threads(threads: int | None) -> int:
     return threads_each(WORKERS) if threads is None else max(1, threads // WORKERS)
 
 
-def _alone(trainer: Trainer, rounds: Iterator[list[Training]], block: int) -> None:
+def _alone(trainer: Trainer, rounds: Iterator[list[TrainingJob]], block: int) -> None:
     trainer.run_all(next(rounds))
 
 
-def _shared_out(workers: Workers, rounds: Iterator[list[Training]], block: int) -> None:
+def _shared_out(workers: Workers, rounds: Iterator[list[TrainingJob]], block: int) -> None:
     waiting = next(rounds)
     left = len(waiting)
     while left:
@@ -72,7 +72,7 @@ def _shared_out(workers: Workers, rounds: Iterator[list[Training]], block: int) 
         left -= 1
 
 
-def _half(workers: Workers, rounds: Iterator[list[Training]], block: int) -> None:
+def _half(workers: Workers, rounds: Iterator[list[TrainingJob]], block: int) -> None:
     """While the other worker has nothing to do."""
     trainings = next(rounds)
     for training in trainings[:len(trainings) // WORKERS]:

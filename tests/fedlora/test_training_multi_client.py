@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fedlora.adapters import FAMILIES
-from fedlora.privacy import RunStreams, Stream
+from fedlora.privacy import RandomStream, RunStreams
 from fedlora.tasks import concatenate
-from fedlora.training import BatchedTrainer, Training
+from fedlora.training import MultiClientTrainer, TrainingJob
 from fedlora.training import trainer as trainer_module
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.per_example import PerExampleLinear
@@ -21,7 +21,7 @@ COUNTS = (12, 5, 9)
 
 def make(kind="bert", task="classification", *, family="lora", units=False, **changes):
     run = plan(family, task, **{"local_steps": 3, "optimizer": "adamw", "lr": 1e-2} | changes)
-    trainer = make_trainer(kind, run, kind_of_trainer=BatchedTrainer)
+    trainer = make_trainer(kind, run, kind_of_trainer=MultiClientTrainer)
     return trainer, [training(trainer, run, number, units) for number in range(len(COUNTS))]
 
 
@@ -33,7 +33,7 @@ def training(trainer, run, number, units=False):
     generator = np.random.default_rng(number)
     own = {name: array + 0.1 * generator.standard_normal(array.shape).astype(np.float32)
            for name, array in trainer.adapted.read("trained").items()}
-    return Training(run, records, trainer.adapted.read("shared") | own, sampling_rate=(0.5, 1.0, 0.2)[number],
+    return TrainingJob(run, records, trainer.adapted.read("frozen") | own, sampling_rate=(0.5, 1.0, 0.2)[number],
                     noise_multiplier=0.7 if run.private else None, clip_norm=run.clip_norm * (1 + number),
                     lr=run.lr * (1 + number), rows_per_unit=2, streams=RunStreams(f"client-{number}", 3), round=1,
                     attempt=0)
@@ -73,7 +73,7 @@ def test_together_is_alone_for_every_model(kind, task):
 def test_units_of_several_records_are_drawn_and_clipped_as_alone_and_may_take_turns(private, monkeypatch):
     trainer, trainings = make(units=True, private=private)
     alone = [trainer.run(one) for one in trainings]
-    monkeypatch.setattr(BatchedTrainer, "most_rows", 3)  # one unit of each client at a time
+    monkeypatch.setattr(MultiClientTrainer, "most_rows", 3)  # one unit of each client at a time
     for mine, one in zip(trainer.run_all(trainings), alone, strict=True):
         assert_same(mine, one)
 
@@ -98,7 +98,7 @@ def test_a_client_s_result_does_not_depend_on_who_trains_with_it():
 
 def test_in_bf16_too_up_to_its_rounding():
     run = plan("lora", optimizer="sgd", lr=0.1)
-    trainer = make_trainer("bert", run, precision="bf16", kind_of_trainer=BatchedTrainer)
+    trainer = make_trainer("bert", run, precision="bf16", kind_of_trainer=MultiClientTrainer)
     trainings = [training(trainer, run, number) for number in range(3)]
     for mine, one in zip(trainer.run_all(trainings), trainings, strict=True):
         for name, array in trainer.run(one).tensors.items():
@@ -117,7 +117,7 @@ def test_the_model_is_a_plain_one_again_even_after_a_failure(monkeypatch):
 def test_what_does_not_go_together_is_refused():
     trainer, (one, other, _) = make(family="frozen-a")
     longer = dataclasses.replace(other, run=dataclasses.replace(other.run, local_steps=9))
-    frozen = next(spec.name for spec in trainer.adapted.layout.shared)
+    frozen = next(spec.name for spec in trainer.adapted.layout.frozen)
     stale = dataclasses.replace(other, start=other.start | {frozen: other.start[frozen] + 1})
     for misfit in (longer, stale):
         with pytest.raises(ValueError, match="one plan and the same frozen tensors"):
@@ -152,8 +152,8 @@ def test_concatenated_records_are_the_records_one_after_the_other():
 ])
 def test_noise_that_is_not_what_it_should_be_is_found_before_the_round_is_released(fault, said, monkeypatch):
     trainer, trainings = make()
-    gaussian = Stream.gaussian
-    monkeypatch.setattr(Stream, "gaussian", lambda self, count: fault(gaussian(self, count)))
+    gaussian = RandomStream.gaussian
+    monkeypatch.setattr(RandomStream, "gaussian", lambda self, count: fault(gaussian(self, count)))
     with pytest.raises(RuntimeError, match=said):
         trainer.run_all(trainings)
 

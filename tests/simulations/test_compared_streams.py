@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from fedlora.options import SIMULATE, build_parser, read_options
-from fedlora.privacy import RunStreams, Stream
-from fedlora_server.planning import find_model
-from fedlora_simulations.simulate import Method, populate, simulate
-from fedlora_simulations.streams import ComparedStreams
+from fedlora.privacy import RandomStream, RunStreams
+from fedlora_server.run_setup import find_model
+from fedlora_simulations.compared_streams import ComparedStreams
+from fedlora_simulations.population import Method, populate
+from fedlora_simulations.simulate import simulate
 from tests.processes import write_rows
 
 
@@ -42,11 +43,11 @@ def test_a_simulation_whose_clients_share_random_numbers_ends_with_an_error(tmp_
     chosen = options(tmp_path, checkpoint)
     method, base, population = Method.parse("fed-sb"), find_model(chosen), populate(chosen, 0)
     assert simulate(chosen, method, 0, base, population).result.ended == "finished"
-    derived = Stream.derived
+    derived = RandomStream.derived
 
     def one_for_all(seed, name, round, kind, attempt=0):
         return derived(seed, "everybody" if kind == purpose else name, round, kind, attempt)
 
-    monkeypatch.setattr(Stream, "derived", one_for_all)
+    monkeypatch.setattr(RandomStream, "derived", one_for_all)
     with pytest.raises(RuntimeError, match=f"{purpose} of 'client-1' in round 1.* repeats the {purpose} of 'client-0'"):
         simulate(chosen, method, 0, base, population)

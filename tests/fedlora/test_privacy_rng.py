@@ -4,40 +4,41 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedlora.privacy.streams import INSECURE_SEED_VARIABLE, RunStreams, Stream, run_streams
+from fedlora.privacy.rng import INSECURE_SEED_VARIABLE, RandomStream, RunStreams, run_streams
 
 
 def test_a_fixed_key_gives_identical_bits():
-    for draw in (Stream.uniform, Stream.gaussian):
-        first, second = draw(Stream(b"k" * 32), 1001), draw(Stream(b"k" * 32), 1001)
+    for draw in (RandomStream.uniform, RandomStream.gaussian):
+        first, second = draw(RandomStream(b"k" * 32), 1001), draw(RandomStream(b"k" * 32), 1001)
         assert first.dtype == np.float64 and first.tobytes() == second.tobytes()
 
 
 def test_a_stream_never_repeats_itself():
-    stream = Stream(b"k" * 32)
+    stream = RandomStream(b"k" * 32)
     assert len(np.unique(np.concatenate([stream.uniform(1000) for _ in range(5)]))) == 5000
 
 
 def test_uniforms_are_uniform_in_the_half_open_unit_interval():
-    u = Stream(b"k" * 32).uniform(200_000)
+    u = RandomStream(b"k" * 32).uniform(200_000)
     assert u.min() >= 0 and u.max() < 1
     assert stats.kstest(u, "uniform").pvalue > 1e-3
 
 
 def test_gaussians_are_standard_normal():
-    z = Stream(b"k" * 32).gaussian(200_001)
+    z = RandomStream(b"k" * 32).gaussian(200_001)
     assert len(z) == 200_001
     assert stats.kstest(z, "norm").pvalue > 1e-3
     assert abs(z.std() - 1) < 0.01
 
 
 @pytest.mark.parametrize("other", [
-    Stream.derived(1, "b", 3, "noise"), Stream.derived(2, "a", 3, "noise"), Stream.derived(1, "a", 4, "noise"),
-    Stream.derived(1, "a", 3, "sampling"), Stream.derived(1, "a", 3, "noise", 1), Stream.from_os(),
+    RandomStream.derived(1, "b", 3, "noise"), RandomStream.derived(2, "a", 3, "noise"),
+    RandomStream.derived(1, "a", 4, "noise"),
+    RandomStream.derived(1, "a", 3, "sampling"), RandomStream.derived(1, "a", 3, "noise", 1), RandomStream.from_os(),
 ])
 def test_different_streams_are_uncorrelated(other):
     n = 100_000
-    correlation = np.corrcoef(Stream.derived(1, "a", 3, "noise").gaussian(n), other.gaussian(n))[0, 1]
+    correlation = np.corrcoef(RandomStream.derived(1, "a", 3, "noise").gaussian(n), other.gaussian(n))[0, 1]
     assert abs(correlation) < 5 / np.sqrt(n)
 
 
@@ -59,4 +60,4 @@ def test_the_insecure_variable_makes_a_deployed_client_equal_to_a_simulated_one(
 
 def test_a_short_key_is_refused():
     with pytest.raises(ValueError, match="32"):
-        Stream(b"short")
+        RandomStream(b"short")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from fedlora.training.optimizer import PerRecordOptimizer
+from fedlora.training.runtime_checks import GradientCheck
 from fedlora.training.sampling import Draw
-from fedlora.training.tripwires import GradientTripwire
 
 
 class Step(ABC):
@@ -54,7 +54,7 @@ class Step(ABC):
         """The draw is complete; it may have been empty.
 
         Args:
-            telling: see `fedlora.training.tripwires.tells`; may be asked at the round's end.
+            telling: see `fedlora.training.runtime_checks.tells`; may be asked at the round's end.
         """
 
     def check(self) -> None:  # noqa: B027
@@ -99,7 +99,7 @@ class PrivateStep(Step):
 
     private = True
 
-    def __init__(self, optimizer: PerRecordOptimizer, gradients: GradientTripwire) -> None:
+    def __init__(self, optimizer: PerRecordOptimizer, gradients: GradientCheck) -> None:
         self.optimizer, self.gradients = optimizer, gradients
 
     def open(self, group: Draw) -> None:

@@ -19,7 +19,7 @@ from fedlora.plan import Refusal, Refused, RoundPlan, Tensors
 from fedlora.wire import Key, Repeats, Setup, pb
 
 from .engine import Outcome, node_id
-from .spool import Stored
+from .upload_store import Stored
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Event:
 
 
 @dataclass
-class Order:
+class PendingRequest:
     """One message to one client, until its reply is pulled or it is cancelled. `outcome` None: pending."""
 
     message_id: str
@@ -68,17 +68,17 @@ class Order:
 
     def frames(self, sent: Repeats) -> Iterator[bytes]:
         """To be sent on the stream on which `sent` was sent before."""
-        task = sent.shorten(wire.task_to_wire(self.plan, wire.shapes_of(self.tensors)))
-        yield from wire.transfer_frames(pb.ServerFrame(task=task).SerializeToString(), self.tensors)
+        request = sent.shorten(wire.request_to_wire(self.plan, wire.shapes_of(self.tensors)))
+        yield from wire.transfer_frames(pb.ServerFrame(request=request).SerializeToString(), self.tensors)
 
 
-class Stream(Protocol):
-    """What the roster needs of a client's stream. The calls are made under the roster's lock and must be quick."""
+class ClientStream(Protocol):
+    """What the registry needs of a client's stream. The calls are made under the registry's lock and must be quick."""
 
     name: str
     process: bytes
 
-    def ask(self, order: Order) -> None: ...
+    def ask(self, order: PendingRequest) -> None: ...
     def cancel(self, key: Key) -> None: ...
     def close(self) -> None: ...
 
@@ -94,20 +94,20 @@ class _Seat:
     joined_at: float
     ready_at: float | None = None
     labels: tuple[str, ...] = ()
-    stream: Stream | None = None
+    stream: ClientStream | None = None
     ready: bool = False
     working: Key | None = None  # asked over this stream and not answered
     accepted: Key | None = None  # the last upload taken, to answer an identical one
-    orders: list[Order] = field(default_factory=list)
+    orders: list[PendingRequest] = field(default_factory=list)
     asked: set[Key] = field(default_factory=set)
     bytes_up: int = 0
     bytes_down: int = 0
 
-    def order(self, key: Key) -> Order | None:
+    def order(self, key: Key) -> PendingRequest | None:
         return next((order for order in self.orders if order.plan.key == key), None)
 
 
-class Roster:
+class ClientRegistry:
     """Seats by node id.
 
     Args:
@@ -124,11 +124,11 @@ class Roster:
         self._changed = threading.Condition()
         self._news = self._seen = 0
         self._seats: dict[int, _Seat] = {}
-        self._orders: dict[str, Order] = {}
+        self._orders: dict[str, PendingRequest] = {}
 
     # What the streams report.
 
-    def join(self, stream: Stream, join: pb.Join, told: Setup | None = None) -> Setup:
+    def join(self, stream: ClientStream, join: pb.Join, told: Setup | None = None) -> Setup:
         """Give the stream its name's seat.
 
         Args:
@@ -172,8 +172,8 @@ class Roster:
             self._new(Event("rejoined" if again else "joined", seat.name))
             return seat.setup
 
-    def ready(self, stream: Stream, labels: tuple[str, ...], working: Key | None) -> None:
-        """The client has read its data; `working` names the task that it still has in hand, if any."""
+    def ready(self, stream: ClientStream, labels: tuple[str, ...], working: Key | None) -> None:
+        """The client has read its data; `working` names the request that it still has in hand, if any."""
         with self._changed:
             seat = self._seat(stream)
             if seat is None:
@@ -194,7 +194,7 @@ class Roster:
             self._dispatch(seat)
             self._new(Event("ready", seat.name, f"discloses its label names {', '.join(labels)}" if labels else ""))
 
-    def gone(self, stream: Stream, kind: str = "lost") -> None:
+    def gone(self, stream: ClientStream, kind: str = "lost") -> None:
         """The stream ended. What the client was asked is lost, until it comes back."""
         with self._changed:
             seat = self._seat(stream)
@@ -202,7 +202,7 @@ class Roster:
                 self._vacate(seat)
                 self._new(Event(kind, seat.name))
 
-    def expected(self, stream: Stream, key: Key) -> Order | None:
+    def expected(self, stream: ClientStream, key: Key) -> PendingRequest | None:
         """The order that an upload with this key would answer; None if it was accepted before.
 
         Raises:
@@ -217,7 +217,7 @@ class Roster:
                 raise Refused("too-late", f"round {key[1]}, attempt {key[2]}")
             return order
 
-    def answered(self, stream: Stream, key: Key, answer: Stored | Refusal | None,
+    def answered(self, stream: ClientStream, key: Key, answer: Stored | Refusal | None,
                  acknowledge: Callable[[Refusal | None], None] = lambda late: None) -> Refusal | None:
         """The client is done with `key`; None: it sent again what had been accepted.
 
@@ -249,12 +249,12 @@ class Roster:
             self._new(Event("refused", seat.name, str(answer)) if isinstance(answer, Refusal) and not late else None)
             return declined
 
-    def declined(self, stream: Stream, refusal: Refusal) -> None:
+    def declined(self, stream: ClientStream, refusal: Refusal) -> None:
         """The client will not take part at all."""
         with self._changed:
             self._new(Event("declined", stream.name, str(refusal)))
 
-    def count(self, stream: Stream, up: int = 0, down: int = 0) -> None:
+    def count(self, stream: ClientStream, up: int = 0, down: int = 0) -> None:
         seat = self._seats.get(node_id(stream.name)) if stream.name else None
         if seat is not None:
             with self._changed:
@@ -289,7 +289,7 @@ class Roster:
                 raise ValueError(f"no client with node id {node} has joined; ids are those of get_node_ids()")
             return self._seats[node].name
 
-    def push(self, orders: Collection[Order]) -> None:
+    def push(self, orders: Collection[PendingRequest]) -> None:
         with self._changed:
             for order in orders:
                 if order.plan.key in self._seats[order.node_id].asked:
@@ -313,7 +313,7 @@ class Roster:
             orders = {i: self._orders[i] for i in message_ids if i in self._orders}
             return {i: order.outcome for i, order in orders.items() if order.outcome is not None}
 
-    def take(self, message_id: str) -> Order | None:
+    def take(self, message_id: str) -> PendingRequest | None:
         """Forget an answered order and return it; None if it is not answered."""
         with self._changed:
             order = self._orders.get(message_id)
@@ -322,7 +322,7 @@ class Roster:
             self._forget(order)
             return order
 
-    def cancel(self, message_ids: Iterable[str]) -> list[Order]:
+    def cancel(self, message_ids: Iterable[str]) -> list[PendingRequest]:
         """Forget the orders, telling clients that work on them to stop. Returns them."""
         with self._changed:
             orders = [self._orders[i] for i in message_ids if i in self._orders]
@@ -334,13 +334,13 @@ class Roster:
             self._new(None)
             return orders
 
-    def streams(self) -> list[Stream]:
+    def streams(self) -> list[ClientStream]:
         with self._changed:
             return [seat.stream for seat in self._seats.values() if seat.stream is not None]
 
     # Under the lock.
 
-    def _seat(self, stream: Stream) -> _Seat | None:
+    def _seat(self, stream: ClientStream) -> _Seat | None:
         """The stream's seat, unless another stream has taken it over."""
         seat = self._seats.get(node_id(stream.name)) if stream.name else None
         return seat if seat is not None and seat.stream is stream else None
@@ -365,7 +365,7 @@ class Roster:
             if order.outcome is None:
                 order.outcome = "lost"
 
-    def _forget(self, order: Order) -> None:
+    def _forget(self, order: PendingRequest) -> None:
         del self._orders[order.message_id]
         self._seats[order.node_id].orders.remove(order)
 

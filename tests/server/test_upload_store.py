@@ -1,4 +1,4 @@
-"""The spool: what is stored comes back bit for bit, out of the file itself, and a full disk leaves nothing behind."""
+"""The uploads: what is stored comes back bit for bit, out of the file itself, and a full disk leaves nothing behind."""
 
 import gc
 from io import BytesIO
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedlora.wire import packed
-from fedlora_server.spool import SpoolFile, new_upload, store
+from fedlora_server.upload_store import IncomingUpload, new_upload, store
 from fedlora_strategies.messages import to_arrays, to_record
 from tests.fedlora.ledgers import full_disk
 
@@ -21,10 +21,10 @@ TENSORS = {f"layer.{i}": RANDOM.standard_normal(shape, dtype=np.float32)
 def test_pieces_of_any_size_come_back_as_the_record_that_was_sent(tmp_path, wire_dtype, piece):
     arrays = packed(TENSORS, wire_dtype)
     data = memoryview(b"".join(array.tobytes() for array in arrays.values()))
-    spooled = SpoolFile(new_upload(tmp_path), {name: array.shape for name, array in arrays.items()}, wire_dtype)
+    incoming = IncomingUpload(new_upload(tmp_path), {name: array.shape for name, array in arrays.items()}, wire_dtype)
     for start in range(0, len(data), piece):
-        spooled.write(data[start:start + piece])
-    record = spooled.stored({"steps": 1}).take()
+        incoming.write(data[start:start + piece])
+    record = incoming.stored({"steps": 1}).take()
     assert not list(tmp_path.iterdir())
     sent = to_record(arrays)
     assert {name: (a.dtype, a.shape, a.stype, bytes(a.data)) for name, a in record.items()} == {

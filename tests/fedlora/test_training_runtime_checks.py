@@ -1,4 +1,4 @@
-"""Each tripwire with the fault that it is for, really made; and what looks like a fault and is none."""
+"""Each runtime check with the fault that it is for, really made; and what looks like a fault and is none."""
 
 import dataclasses
 import re
@@ -9,22 +9,22 @@ import torch
 from torch import nn
 
 from fedlora.adapters import FAMILIES
-from fedlora.privacy import Stream
+from fedlora.privacy import RandomStream
 from fedlora.tasks.records import pack
-from fedlora.training import batched as batched_module
+from fedlora.training import multi_client
 from fedlora.training import trainer as trainer_module
 from fedlora.training.optimizer import PerRecordOptimizer
-from fedlora.training.tripwires import GradientTripwire
+from fedlora.training.runtime_checks import GradientCheck
 from tests.fedlora.private_training import clipped_sum, make_records, make_trainer, plan
-from tests.fedlora.test_training_batched import make as make_clients
+from tests.fedlora.test_training_multi_client import make as make_clients
 
 NOTHING = "Nothing of this round was released"
 
 
 def _train(trainer, run, records, *, rate=1.0, sigma=1.0, key=1, noise=None):
     return trainer.train(run, records, sampling_rate=rate, noise_multiplier=sigma, clip_norm=run.clip_norm,
-                         sampling=Stream.derived(key, "a", 1, "sampling"),
-                         noise=None if sigma is None else noise or Stream.derived(key, "a", 1, "noise"))
+                         sampling=RandomStream.derived(key, "a", 1, "sampling"),
+                         noise=None if sigma is None else noise or RandomStream.derived(key, "a", 1, "noise"))
 
 
 def _alarm(trainer, run, records, said, **options):
@@ -76,13 +76,13 @@ def test_clipping_that_leaves_out_the_head_is_found(private, monkeypatch):
         if rows is not None:  # the head's part is hidden from the norm, and put back with its clip factor
             head = next(span for span, scale in self._groups if scale == run.head_scale)
             kept = rows[:, head].clone()
-            check = self._tripwires.note_shares
+            check = self._checks.note_shares
             rows[:, head] = 0
-            self._tripwires.note_shares = lambda rows, factors: (rows[:, head].copy_(kept), check(rows, factors))
+            self._checks.note_shares = lambda rows, factors: (rows[:, head].copy_(kept), check(rows, factors))
             try:
                 PerRecordOptimizer.clip_and_accumulate(self)
             finally:
-                del self._tripwires.note_shares
+                del self._checks.note_shares
         else:
             PerRecordOptimizer.clip_and_accumulate(self)
 
@@ -164,7 +164,7 @@ def test_a_hook_that_changes_the_noised_gradient_is_found(private, monkeypatch):
 
 @pytest.mark.parametrize("factor", [0.0, 0.8, 1.25])
 def test_noise_of_another_deviation_is_found(private, monkeypatch, factor):
-    class Tampered(Stream):
+    class Tampered(RandomStream):
         def gaussian(self, count):
             return factor * super().gaussian(count)
 
@@ -193,7 +193,7 @@ def test_a_small_deviation_of_the_noise_is_found_over_the_run_and_right_noise_is
     assert pool.values == 100 * trainer.buffer.values
     assert abs((pool.squares / pool.values) ** 0.5 - 1) < 4 / (2 * pool.values) ** 0.5
 
-    class Tampered(Stream):
+    class Tampered(RandomStream):
         def gaussian(self, count):
             return 0.95 * super().gaussian(count)
 
@@ -212,13 +212,13 @@ def test_a_small_deviation_of_the_noise_is_found_over_the_run_and_right_noise_is
 @pytest.fixture(params=[False, True], ids=["at once", "at the end"])
 def reading(request, monkeypatch):
     """When what was noted is read: as without a GPU, and as with one."""
-    make = GradientTripwire.__init__
+    make = GradientCheck.__init__
 
     def __init__(self, *given):
         make(self, *given)
         self.reads_late = request.param
 
-    monkeypatch.setattr(GradientTripwire, "__init__", __init__)
+    monkeypatch.setattr(GradientCheck, "__init__", __init__)
 
 
 def _module_of(trainer, factor):
@@ -247,7 +247,7 @@ def test_of_clients_in_lockstep_each_is_told_of_its_own_draws(caplog, monkeypatc
     name, _ = _module_of(trainer, "B")
     trainer.adapted.model.get_submodule(name.rpartition(".")[0]).scaling["default"] = 0.0
     asked = []
-    monkeypatch.setattr(batched_module, "tells", lambda records, indices, losses: asked.append(
+    monkeypatch.setattr(multi_client, "tells", lambda records, indices, losses: asked.append(
         (records, len(indices), losses)) or len(indices) > 0)
     results = trainer.run_all(trainings)
     assert len(re.findall(r"no gradient for 1 of", caplog.text)) == len(trainings)
@@ -361,12 +361,12 @@ class _Decay(torch.optim.SGD):
 
 @pytest.mark.parametrize("sigma", [1.0, None])
 @pytest.mark.parametrize("in_data", [False, True])
-@pytest.mark.parametrize("which", ["base", "shared"])
+@pytest.mark.parametrize("which", ["base", "frozen"])
 def test_a_frozen_tensor_that_moves_is_found(monkeypatch, which, in_data, sigma):
     run = plan("frozen-a", local_steps=2)
     trainer = make_trainer("bert", run)
     _train(trainer, run, make_records(trainer), sigma=sigma)
-    shared = trainer.adapted.parameter(trainer.adapted.layout.shared[0].name)
+    shared = trainer.adapted.parameter(trainer.adapted.layout.frozen[0].name)
     base = trainer.adapted.base_layer(trainer.adapted.layout.modules[0]).weight
     monkeypatch.setattr(trainer_module, "optimizer", lambda name, lr, parameters: _Decay(
         parameters, lr, others=[base if which == "base" else shared], in_data=in_data))

@@ -12,9 +12,9 @@ from fedlora.plan import ModelRef, Refused
 from fedlora.privacy import Budget, Ledger, LedgerError, Policy, RunTerms
 from fedlora.privacy.ledger.anchor import seal
 from fedlora.wire import Setup
-from fedlora_client import places
-from fedlora_client.owner import Owner, limits_of, unit_count
-from fedlora_client.part import DataHolder
+from fedlora_client import paths
+from fedlora_client.participation import DataHolder
+from fedlora_client.privacy_gate import PrivacyGate, limits_of, unit_count
 from tests.processes import write_rows
 
 BUDGET = Budget.declare(120, epsilon=8.0)
@@ -38,7 +38,7 @@ def options(path, **changes):
 
 
 def opened(path, budget=BUDGET, unit=None, **changes):
-    owner = Owner(options(path, **changes))
+    owner = PrivacyGate(options(path, **changes))
     told = owner.recognise(data.read(path, "classification", unit=unit)) + owner.take_charge(budget)
     owner.ledger.close()
     return owner, " ".join(told)
@@ -46,21 +46,21 @@ def opened(path, budget=BUDGET, unit=None, **changes):
 
 def test_the_first_private_use_gives_the_data_set_its_epsilon_for_life_and_the_second_finds_it(north):
     owner, told = opened(north)
-    assert "[dataset.notes]" in told and str(places.policy()) in told
-    declared = Policy.read(places.policy()).dataset_at(str(north))
+    assert "[dataset.notes]" in told and str(paths.policy()) in told
+    declared = Policy.read(paths.policy()).dataset_at(str(north))
     assert (declared.id, declared.epsilon, declared.delta) == ("notes", 8.0, BUDGET.delta)
     again, told = opened(north, epsilon=3.0)
     assert again.dataset == owner.dataset and "now gives" not in told
     assert "8.000 of ε 8 left" in told
-    assert f"raise epsilon under [dataset.notes] in {places.policy()}" in told
+    assert f"raise epsilon under [dataset.notes] in {paths.policy()}" in told
 
 
 def test_a_run_without_privacy_is_refused_where_there_is_a_budget_and_recorded_under_the_same_name_elsewhere(north):
     owner, _ = opened(north, budget=None, epsilon=math.inf)
-    assert owner.dataset == "notes" and not places.policy().exists()
+    assert owner.dataset == "notes" and not paths.policy().exists()
     assert opened(north)[0].dataset == "notes"
     with pytest.raises(ValueError, match="--epsilon inf"):
-        Owner(options(north, epsilon=math.inf))
+        PrivacyGate(options(north, epsilon=math.inf))
 
 
 def test_the_unit_of_the_budget_is_the_unit_of_every_run(north):
@@ -70,9 +70,9 @@ def test_the_unit_of_the_budget_is_the_unit_of_every_run(north):
     assert limits_of(options(north), owner).unit == "column:patient" and owner.unit_column == "patient"
     rows = data.read(north, "classification", unit="patient")
     assert unit_count(rows) == 40 and unit_count(data.read(north, "classification")) == 120
-    assert Owner(options(north)).unit == "column:patient"
+    assert PrivacyGate(options(north)).unit == "column:patient"
     with pytest.raises(ValueError, match="--privacy-unit row"):
-        Owner(options(north, privacy_unit="row"))
+        PrivacyGate(options(north, privacy_unit="row"))
 
 
 def test_a_copy_of_some_rows_shares_the_budget_and_a_lost_ledger_is_noticed(north, tmp_path):
@@ -86,7 +86,7 @@ def test_a_copy_of_some_rows_shares_the_budget_and_a_lost_ledger_is_noticed(nort
     with pytest.raises(LedgerError, match="--new-ledger"):
         opened(north)
     opened(north, new_ledger=True)
-    assert [mark["rows"] for mark in Ledger(places.ledger()).marks()] == [3]
+    assert [mark["rows"] for mark in Ledger(paths.ledger()).marks()] == [3]
 
 
 def released(owner, epsilon=8.0):
@@ -103,7 +103,7 @@ def released(owner, epsilon=8.0):
 
 def spent(path, epsilon=8.0):
     """A whole run on the data, after which the witness lies beside them."""
-    owner = Owner(options(path, epsilon=epsilon))
+    owner = PrivacyGate(options(path, epsilon=epsilon))
     owner.recognise(data.read(path, "classification"))
     owner.take_charge(BUDGET if epsilon != math.inf else None)
     released(owner, epsilon)
@@ -117,21 +117,21 @@ def lose(*paths):
 
 def test_a_lost_policy_is_an_error_that_says_what_to_write_and_the_limit_stays(north):
     owner, _ = opened(north)
-    for lost in (lambda: lose(places.policy()), lambda: places.policy().write_text("max-rounds = 3\n")):
+    for lost in (lambda: lose(paths.policy()), lambda: paths.policy().write_text("max-rounds = 3\n")):
         lost()
         for epsilon in (50.0, math.inf):
             with pytest.raises(ValueError, match="write the entry again") as error:
-                Owner(options(north, epsilon=epsilon))
-    assert Ledger(places.ledger()).lifetime("notes").epsilon == 8.0
-    with places.policy().open("a") as file:
+                PrivacyGate(options(north, epsilon=epsilon))
+    assert Ledger(paths.ledger()).lifetime("notes").epsilon == 8.0
+    with paths.policy().open("a") as file:
         file.write(str(error.value).partition("\n\n")[2])
-    assert Policy.read(places.policy()).dataset_at(str(north)).id == owner.dataset
+    assert Policy.read(paths.policy()).dataset_at(str(north)).id == owner.dataset
     assert "of ε 8 left" in opened(north, epsilon=50.0)[1]
 
 
 def test_a_policy_that_is_named_must_be_there(north, tmp_path):
     with pytest.raises(ValueError, match=r"--policy .*mistyped\.toml: there is no such file"):
-        Owner(options(north, policy=tmp_path / "mistyped.toml"))
+        PrivacyGate(options(north, policy=tmp_path / "mistyped.toml"))
     (tmp_path / "empty.toml").touch()
     opened(north, policy=tmp_path / "empty.toml")
     assert Policy.read(tmp_path / "empty.toml").datasets
@@ -151,13 +151,13 @@ def test_other_data_of_the_same_name_get_another_id_whatever_the_policy_still_kn
 def test_a_ledger_that_is_lost_together_with_the_policy_is_noticed_whatever_the_data_are_called_now(
         north, epsilon, again):
     spent(north, epsilon)
-    lose(places.ledger(), *([places.policy()] if places.policy().exists() else []))
+    lose(paths.ledger(), *([paths.policy()] if paths.policy().exists() else []))
     path = north if again == "the file" else north.parent
     with pytest.raises(LedgerError, match=r"written by another ledger.*--new-ledger"):
         opened(path)
-    assert not places.policy().exists()
+    assert not paths.policy().exists()
     opened(path, new_ledger=True)
-    [mark] = Ledger(places.ledger()).marks()
+    [mark] = Ledger(paths.ledger()).marks()
     assert mark["dataset"] == "notes"
     opened(path)
 
@@ -176,7 +176,7 @@ def test_a_simulated_ledger_is_refused_for_data_that_the_policy_names_or_a_witne
     for path in (north, north.parent):
         with pytest.raises(ValueError, match=r"--simulated-ledger.*\[dataset.notes\]"):
             opened(path, simulated_ledger=tmp_path / "simulated")
-    lose(places.policy())
+    lose(paths.policy())
     for path in (north, north.parent):
         with pytest.raises(ValueError, match=r"--simulated-ledger.*fedlora-witness-notes"):
             opened(path, simulated_ledger=tmp_path / "simulated")
@@ -185,11 +185,11 @@ def test_a_simulated_ledger_is_refused_for_data_that_the_policy_names_or_a_witne
 
 def test_a_simulated_ledger_touches_neither_the_policy_nor_the_real_ledger(north, tmp_path):
     owner, _ = opened(north, simulated_ledger=tmp_path / "simulated")
-    assert owner.ledger.simulated and not places.policy().exists() and not places.ledger().exists()
+    assert owner.ledger.simulated and not paths.policy().exists() and not paths.ledger().exists()
 
 
 def test_an_anchor_ahead_of_the_ledger_is_refused_and_a_foreign_one_ignored_with_a_word(north, tmp_path, caplog):
-    real = Owner(options(north))
+    real = PrivacyGate(options(north))
     ahead = seal(real.ledger.fingerprint_key(), 99, "ab" * 32)
     real.check_anchor(None)
     real.check_anchor(b"")
@@ -201,11 +201,11 @@ def test_an_anchor_ahead_of_the_ledger_is_refused_and_a_foreign_one_ignored_with
         real.check_anchor(ahead)
     assert "--new-ledger" in caplog.text and str(real.ledger.path) in caplog.text
     real.ledger.close()
-    decided = Owner(options(north, new_ledger=True))
+    decided = PrivacyGate(options(north, new_ledger=True))
     decided.check_anchor(ahead)
     assert [mark["rows"] for mark in decided.ledger.marks()] == [99]
     decided.ledger.close()
-    simulated = Owner(options(north, simulated_ledger=tmp_path / "simulated"))
+    simulated = PrivacyGate(options(north, simulated_ledger=tmp_path / "simulated"))
     simulated.check_anchor(ahead)
     simulated.ledger.close()
 
@@ -213,7 +213,7 @@ def test_an_anchor_ahead_of_the_ledger_is_refused_and_a_foreign_one_ignored_with
 def test_the_proposal_is_held_against_the_policy_before_the_data_is_read(tmp_path, caplog):
     path = tmp_path / "policy.toml"
     path.write_text('strategies = ["fedsvd"]\n')
-    owner = Owner(options(tmp_path / "not-there", policy=path))
+    owner = PrivacyGate(options(tmp_path / "not-there", policy=path))
     setup = Setup(run_id="ab" * 8, fedlora_version="0", strategy="fed-sb", private=True,
                   model=ModelRef("local", "0" * 64, "1" * 64, "2" * 64), task="classification", labels=("0", "1"),
                   announce_labels=False, max_length=16, rounds=1, max_participations=1, local_steps=1,

@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .observer import Observer, RoundRecord
+from fedlora_server.observer import Observer, RoundRecord
 
 SHOWN_ROUNDS = 15
 """The live table keeps the last so many rounds on the screen; metrics.jsonl has them all."""
@@ -59,7 +59,7 @@ class Display(Observer):
                   f"({present} of {needed} ready){limit}")
 
     def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
-        what = "asked" if attempt == 0 else "drafted"
+        what = "asked" if attempt == 0 else "asked as backup"
         self._say(f"round {round}: {what} {', '.join(names) if len(names) <= 8 else len(names)}",
                   quiet=attempt == 0 and self._live is None)
 
@@ -69,7 +69,7 @@ class Display(Observer):
 
     def overdue(self, round: int, missing: int, pending: int) -> None:
         self._say(f"round {round} takes longer than --round-timeout: {missing} more upload{'s' * (missing != 1)} "
-                  f"needed, {pending} client{'s' * (pending != 1)} still training, and nobody is left to draft")
+                  f"needed, {pending} client{'s' * (pending != 1)} still training, and no backup client is left")
 
     def answered(self, round: int, name: str, outcome: str) -> None:
         self._say(f"round {round}: {name} {outcome}", quiet=outcome == "uploaded" and not self._live)

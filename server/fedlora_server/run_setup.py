@@ -85,7 +85,7 @@ def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[st
         options: of fedlora-server or fedlora-simulate; None stands for the preset of (strategy, privacy).
         strategy: one of `fedlora.plan.STRATEGIES`.
         labels: the frozen label set; () for causal language models; `ANY_LABELS` for a rehearsal.
-        seed: of the shared tensors.
+        seed: of the frozen tensors.
         run_id: 16 hexadecimal digits; None draws them.
         protocol: with which the run began.
     Raises:

@@ -12,18 +12,18 @@ from fedlora.privacy import Budget, DatasetPolicy, Forbidden, Ledger, Policy, Ru
 from fedlora.privacy.ledger import LedgerError
 from fedlora.privacy.ledger.fingerprints import fingerprints
 from fedlora.privacy.ledger.ledger import admitted
-from fedlora.privacy.ledger.lifetime import FILTER_ORDERS, Book, Declaration
+from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS, Book, Declaration
 from fedlora.privacy.ledger.witness import witness_file, witnesses_in
 from fedlora.privacy.policy import absolute, check_label_names
 from fedlora.wire import Setup
 
-from . import places
+from . import paths
 from .terms import Limits, with_room
 
 log = logging.getLogger(__name__)
 
 
-class Owner:
+class PrivacyGate:
     """What the owner of --data allows and has spent.
 
     Args:
@@ -41,7 +41,7 @@ class Owner:
 
     def __init__(self, options: Namespace) -> None:
         folder: Path | None = options.simulated_ledger
-        self.policy = Policy.read(places.named_policy(options))
+        self.policy = Policy.read(paths.named_policy(options))
         self._known = self.policy.dataset_at(options.data)
         self._data, self._server = str(options.data), options.server
         if folder is not None:
@@ -59,14 +59,14 @@ class Owner:
             check_label_names(self.labels, "--labels")
         if self._known is not None:
             self._check_declared(self._known)
-        self.ledger = Ledger(folder / "ledger.sqlite" if folder else places.ledger(), simulated=folder is not None,
+        self.ledger = Ledger(folder / "ledger.sqlite" if folder else paths.ledger(), simulated=folder is not None,
                              new=options.new_ledger)
         self.dataset = self._known.id if self._known else self._unlisted()
 
     def _check_made_up(self, options: Namespace) -> None:
         """Raises ValueError where a simulated ledger would hide what is spent of real data."""
         where = f"--simulated-ledger {options.simulated_ledger}: "
-        for path in {options.policy, places.policy()} - {None}:
+        for path in {options.policy, paths.policy()} - {None}:
             if real := Policy.read(path).dataset_around(self._data):
                 raise ValueError(f"{where}[dataset.{real.id}] in {path} gives {real.data} a lifetime budget, and a "
                                  "simulated ledger would not charge it. Leave the option out")
@@ -255,13 +255,13 @@ class Owner:
     def _beside(self) -> Path:
         """The folder of the data; of the ledger where the data are on a hub."""
         place = Path(absolute(self._data))
-        return place if place.is_dir() else place.parent if place.exists() else places.ledger().parent
+        return place if place.is_dir() else place.parent if place.exists() else paths.ledger().parent
 
     def _witness(self) -> Path:
         return witness_file((self._known and self._known.witness) or self._beside, self.dataset)
 
 
-def limits_of(options: Namespace, owner: Owner) -> Limits:
+def limits_of(options: Namespace, owner: PrivacyGate) -> Limits:
     """What the command line and the policy allow together."""
     policy = owner.policy
     return Limits.of(options, owner.unit, declared_size=owner.declared_size,

@@ -1,4 +1,4 @@
-"""A tripwire of every simulation: no two streams of random numbers are one, whichever clients and rounds they are of.
+"""A check of every simulation: no two streams of random numbers are one, whichever clients and rounds they are of.
 
 Two clients with the same noise cancel it for whoever subtracts their uploads, and two that sample alike are one client
 twice. A simulation sees all streams of a process, so it can compare what a deployment cannot. With --workers
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlora.privacy import RunStreams, Stream
+from fedlora.privacy import RandomStream, RunStreams
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ComparedStreams(RunStreams):
 
     run: str = ""
 
-    def stream(self, round: int, purpose: str, attempt: int = 0) -> Stream:
+    def stream(self, round: int, purpose: str, attempt: int = 0) -> RandomStream:
         whose = f"{purpose} of {self.name!r} in round {round}, attempt {attempt}"
         return _Compared(super().stream(round, purpose, attempt), whose, _seen(self.run))
 
@@ -40,13 +40,13 @@ def _seen(run: str) -> dict[float, str]:
     return _SEEN.setdefault(run, {})
 
 
-class _Compared(Stream):
+class _Compared(RandomStream):
     """Passes another stream on, and compares the first number that is really drawn with those of all others.
 
     By chance two of n streams begin with the same of 2^53 values once in 2^54 / n^2 runs.
     """
 
-    def __init__(self, stream: Stream, whose: str, seen: dict[float, str]) -> None:
+    def __init__(self, stream: RandomStream, whose: str, seen: dict[float, str]) -> None:
         self._stream, self._whose, self._seen = stream, whose, seen
 
     def uniform(self, count: int) -> np.ndarray:

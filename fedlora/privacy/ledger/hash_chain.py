@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from fedlora.files import to_disk
-from fedlora.privacy.ledger.lifetime import Book, LedgerError, chained
+from fedlora.privacy.ledger.lifetime_budget import Book, LedgerError, chained
 from fedlora.privacy.ledger.network import network_file_system
 
 FORMAT = 2
@@ -37,7 +37,7 @@ _TABLES = """
 _LOST = "restore it from a backup, or use --new-ledger and count what was spent before as lost budget"
 
 
-class Chain:
+class HashChain:
     """Arguments and errors as of `Ledger`.
 
     Attributes:

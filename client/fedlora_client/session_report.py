@@ -10,12 +10,12 @@ import numpy as np
 
 from fedlora.plan import PROTOCOL, ROW
 from fedlora.privacy import INSECURE_SEED_VARIABLE, Accountant, Ledger, Spend
-from fedlora.privacy.ledger.lifetime import FILTER_ORDERS
+from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
 from fedlora.privacy.report import (
     LifetimeAccount,
     LifetimeCharge,
     Mechanism,
-    Training,
+    TrainingEntry,
     announced,
     load_or_create_key,
     privacy_report,
@@ -24,7 +24,7 @@ from fedlora.privacy.report import (
 )
 from fedlora.wire import ARRAY_DTYPES
 
-from . import places
+from . import paths
 from .budget import runs_of
 from .session import ClientSession
 
@@ -48,10 +48,10 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
     """
     run, terms, ledger, dataset = session.run, session.terms, session.ledger, session.dataset
     name, unit = session.streams.name, terms.unit
-    sizes = {False: session.release_layout.num_trained, True: session.trainer.adapted.layout.num_trained}
+    sizes = {False: session.sketch_layout.num_trained, True: session.trainer.adapted.layout.num_trained}
     width = ARRAY_DTYPES[run.wire_dtype].itemsize
-    trainings = [Training(c.round, c.attempt, c.state, c.steps, c.time, terms.noise_multiplier, terms.sampling_rate,
-                          width * sizes[c.round > 0] if c.sha256 else None, c.sha256)
+    trainings = [TrainingEntry(c.round, c.attempt, c.state, c.steps, c.time, terms.noise_multiplier,
+                               terms.sampling_rate, width * sizes[c.round > 0] if c.sha256 else None, c.sha256)
                  for c in ledger.charges(dataset, run.run_id)]
     shapes = session.trainer.shapes
     report = privacy_report(
@@ -68,7 +68,7 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
         terms_announced=session.limits.announce_size, anchored=session.anchors,
         rows_per_unit=None if unit == ROW else session.limits.rows_per_unit,
         predictable=INSECURE_SEED_VARIABLE if session.streams.predictable else None, refusals=refusals)
-    return write_report(folder, sign(report, load_or_create_key(places.signing_key())))
+    return write_report(folder, sign(report, load_or_create_key(paths.signing_key())))
 
 
 def draw_spending(path: Path, session: ClientSession) -> None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .observer import RoundRecord
+from fedlora_server.observer import RoundRecord
 
 INK, GRID = "#333333", "#dddddd"
 LEARNED, LOSS, MOVED, UP, DOWN, TIME = "#1b6ca8", "#c8553d", "#5b8c5a", "#1b6ca8", "#9cc5e0", "#8a7ca8"

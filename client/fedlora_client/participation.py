@@ -20,7 +20,7 @@ from rich.console import Console
 
 from fedlora import data, models
 from fedlora.adapters import attach_planned
-from fedlora.adapters.private import release_plan
+from fedlora.adapters.private import sketch_plan
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
 from fedlora.plan import (
@@ -50,10 +50,10 @@ from fedlora.training.batch_invariance import Findings
 from fedlora.wire import Setup
 
 from .admission import Cost, ask_size, ask_whether, panel
-from .owner import Owner, limits_of, unit_count
-from .places import batch_invariance, default_state
-from .reporting import draw_spending, write_privacy_report
+from .paths import batch_invariance, default_state
+from .privacy_gate import PrivacyGate, limits_of, unit_count
 from .session import ClientSession
+from .session_report import draw_spending, write_privacy_report
 from .state import FolderState
 from .terms import Limits, private_terms
 
@@ -75,7 +75,7 @@ class DataHolder:
     """
 
     options: Namespace
-    owner: Owner
+    owner: PrivacyGate
     rows: Rows
     limits: Limits
     state: FolderState
@@ -97,7 +97,7 @@ class DataHolder:
             raise ValueError(f"--model {options.model} is no folder; give that of the base model, or leave it out")
         name = options.name or socket.gethostname()
         check_computing(options.device, options.precision, options.compile)  # not in round 1
-        owner = Owner(options)
+        owner = PrivacyGate(options)
         limits = limits_of(options, owner)
         streams = run_streams(name)
         if not limits.private:
@@ -140,7 +140,7 @@ class DataHolder:
         self.state.close()
 
 
-class Part:
+class Participation:
     """This client's part in one run: admitted before it is ready, the model loaded once the plan is known.
 
     Raises:
@@ -406,7 +406,7 @@ class Part:
         session = ClientSession(
             run, own, records, self._limits, self._state, self._streams, self._owner.ledger,
             self._owner.dataset, approve=self._owner.approve, anchors=self._setup.anchor is not None,
-            release=lambda: trainer(release_plan(run), models.load(self._model_path, run.task, len(run.labels))))
+            sketch_trainer=lambda: trainer(sketch_plan(run), models.load(self._model_path, run.task, len(run.labels))))
         terms = session.terms
         if run.private:
             unit = "record" if self._limits.unit == ROW else self._owner.unit_column

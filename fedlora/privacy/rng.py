@@ -29,7 +29,7 @@ _BLOCK = 16_384
 """So many pairs of values are drawn at once: what they take stays in a processor's cache."""
 
 
-class Stream:
+class RandomStream:
     """An endless sequence of uniform or Gaussian numbers that is determined by its key and the order of calls."""
 
     def __init__(self, key: bytes) -> None:
@@ -39,12 +39,12 @@ class Stream:
         self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
 
     @classmethod
-    def from_os(cls) -> Stream:
+    def from_os(cls) -> RandomStream:
         """A stream nobody can predict: 256 bits of the operating system's entropy."""
         return cls(os.urandom(32))
 
     @classmethod
-    def derived(cls, seed: int, name: str, round: int, purpose: str, attempt: int = 0) -> Stream:
+    def derived(cls, seed: int, name: str, round: int, purpose: str, attempt: int = 0) -> RandomStream:
         """A reproducible stream for simulation and tests; different arguments give independent streams."""
         identity = json.dumps(["fedlora stream 1", seed, name, round, purpose, attempt])
         return cls(hashlib.sha256(identity.encode()).digest())
@@ -89,11 +89,11 @@ class RunStreams:
         """True if whoever knows the seed can subtract the noise."""
         return self.seed is not None
 
-    def stream(self, round: int, purpose: str, attempt: int = 0) -> Stream:
+    def stream(self, round: int, purpose: str, attempt: int = 0) -> RandomStream:
         """A fresh stream for one purpose ("sampling", "noise") of one attempt at one round."""
         if self.seed is None:
-            return Stream.from_os()
-        return Stream.derived(self.seed, self.name, round, purpose, attempt)
+            return RandomStream.from_os()
+        return RandomStream.derived(self.seed, self.name, round, purpose, attempt)
 
 
 def run_streams(name: str) -> RunStreams:

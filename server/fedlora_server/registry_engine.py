@@ -1,4 +1,4 @@
-"""What the gRPC and the SuperLink engine share: the roster's clients, checked orders, and replies from the spool."""
+"""What the gRPC and the SuperLink engine share: registered clients, checked orders, and stored replies."""
 
 from __future__ import annotations
 
@@ -15,76 +15,76 @@ from fedlora.plan import Refusal, Released, RoundPlan, Tensors, Upload
 from fedlora.wire import Setup, Shapes
 from fedlora_strategies.messages import assign_id, read_train_messages, reply
 
+from .client_registry import ClientRegistry, Event, Member, PendingRequest
 from .engine import Engine, Outcome
-from .roster import Event, Member, Order, Roster
 
 
-class RosterEngine(Engine):
-    """An engine whose clients join by name and take a seat in a `Roster`. It serves from the moment it is made.
+class RegistryEngine(Engine):
+    """An engine whose clients join by name and take a seat in a `ClientRegistry`. It serves from the moment it is made.
 
     Args:
         setup: told to every client that joins.
-        spool: folder for uploads that wait to be aggregated.
+        uploads: folder for uploads that wait to be aggregated.
         notify: called with each `Event`, from any thread; it must be quick.
-        under_way: the round that an earlier server of this run had begun, if any (see `Roster`).
+        under_way: the round that an earlier server of this run had begun, if any (see `ClientRegistry`).
     """
 
     address: str
     """Where clients find it, for the operator."""
 
-    def __init__(self, setup: Setup, spool: Path, notify: Callable[[Event], None], *,
+    def __init__(self, setup: Setup, uploads: Path, notify: Callable[[Event], None], *,
                  under_way: int | None = None) -> None:
-        self._spool = spool
-        self._roster = Roster(setup, notify, under_way=under_way)
+        self._uploads = uploads
+        self._registry = ClientRegistry(setup, notify, under_way=under_way)
         self._dtype = wire.ARRAY_DTYPES[setup.wire_dtype]
         self._trained: Shapes | None = None
-        self._shared: Shapes = {}
+        self._frozen: Shapes = {}
 
     def expect(self, layout: AdapterLayout) -> None:
         """Fix which tensors travel: before the first message, once the label set is known."""
         self._trained = {spec.name: tuple(spec.shape) for spec in layout.trained}
-        self._shared = {spec.name: tuple(spec.shape) for spec in layout.shared}
+        self._frozen = {spec.name: tuple(spec.shape) for spec in layout.frozen}
 
     def fix_labels(self, labels: tuple[str, ...]) -> None:
         """The label set is settled: whoever joins from now on is told it, and discloses no label names."""
-        self._roster.fix_labels(labels)
+        self._registry.fix_labels(labels)
 
     def members(self) -> list[Member]:
         """All clients that ever joined, in the order in which they became ready, with what each disclosed."""
-        return self._roster.members()
+        return self._registry.members()
 
     @property
     def bytes_up(self) -> int:
-        return sum(member.bytes_up for member in self._roster.members())
+        return sum(member.bytes_up for member in self._registry.members())
 
     @property
     def bytes_down(self) -> int:
-        return sum(member.bytes_down for member in self._roster.members())
+        return sum(member.bytes_down for member in self._registry.members())
 
     def name_of(self, node_id: int) -> str:
-        return self._roster.name_of(node_id)
+        return self._registry.name_of(node_id)
 
     def get_node_ids(self) -> list[int]:
         """Node ids of the clients that are connected and ready, sorted by name."""
-        return self._roster.nodes(idle=False)
+        return self._registry.nodes(idle=False)
 
     def idle(self) -> list[int]:
-        return self._roster.nodes(idle=True)
+        return self._registry.nodes(idle=True)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         orders = [self._order(*order) for order in read_train_messages(messages)]
-        self._roster.push(orders)
+        self._registry.push(orders)
         return [order.message_id for order in orders]
 
-    def _order(self, message: Message, plan: RoundPlan, tensors: Tensors) -> Order:
+    def _order(self, message: Message, plan: RoundPlan, tensors: Tensors) -> PendingRequest:
         if self._trained is None:
             raise ValueError("the engine does not know the layout yet; call expect(layout) before the first message")
-        setup = self._roster.setup
+        setup = self._registry.setup
         if (plan.run.run_id, plan.run.wire_dtype) != (setup.run_id, setup.wire_dtype):
             raise ValueError(f"the message is of run {plan.run.run_id} in {plan.run.wire_dtype}; this engine serves "
                              f"{setup.run_id} in {setup.wire_dtype}")
-        self._roster.name_of(message.metadata.dst_node_id)
-        known = {**self._trained, **self._shared}
+        self._registry.name_of(message.metadata.dst_node_id)
+        known = {**self._trained, **self._frozen}
         for name in {*tensors, *self._trained}:
             if name not in tensors or name not in known or tensors[name].shape != known[name]:
                 shape = tensors[name].shape if name in tensors else "missing"
@@ -94,14 +94,14 @@ class RosterEngine(Engine):
                                  f"({setup.wire_dtype}) only {self._dtype.name} travels")
         message_id = message.metadata.message_id or uuid.uuid4().hex
         assign_id(message, message_id)
-        return Order(message_id, message, message.metadata.dst_node_id, plan, tensors)
+        return PendingRequest(message_id, message, message.metadata.dst_node_id, plan, tensors)
 
     def wait(self, message_ids: Iterable[str], timeout_s: float) -> dict[str, Outcome]:
-        return self._roster.wait(list(message_ids), timeout_s)
+        return self._registry.wait(list(message_ids), timeout_s)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         for message_id in message_ids:
-            order = self._roster.take(message_id)
+            order = self._registry.take(message_id)
             if order is None:
                 continue
             if isinstance(order.outcome, Refusal):
@@ -111,12 +111,12 @@ class RosterEngine(Engine):
                 yield reply(upload, order.message, arrays=order.stored.take())
 
     def cancel(self, message_ids: Iterable[str]) -> None:
-        for order in self._roster.cancel(message_ids):
+        for order in self._registry.cancel(message_ids):
             if order.stored is not None:
                 order.stored.discard()
 
-    def _clear_spool(self) -> None:
-        for left in self._spool.glob("*.upload"):
+    def _clear_uploads(self) -> None:
+        for left in self._uploads.glob("*.upload"):
             left.unlink()
         with contextlib.suppress(OSError):  # it is the caller's folder and may hold more
-            self._spool.rmdir()
+            self._uploads.rmdir()

@@ -28,7 +28,7 @@ BUFFER_BYTES = 128 * 1024
 
 @dataclass(frozen=True)
 class Stored:
-    """An upload in the spool: the tensors' file, and the rest."""
+    """A stored upload: the tensors' file, and the rest."""
 
     path: Path
     shapes: Shapes
@@ -46,7 +46,7 @@ class Stored:
         self.path.unlink(missing_ok=True)
 
 
-class SpoolFile:
+class IncomingUpload:
     """An upload that is being stored. Every method but `discard` raises OSError where the disk does.
 
     Args:
@@ -86,15 +86,15 @@ class SpoolFile:
 
 
 def store(path: Path, arrays: Tensors, wire_dtype: str, metrics: Mapping[str, int | float]) -> Stored:
-    """Put packed arrays into the spool. Raises OSError where the disk does, and leaves nothing then."""
-    spooled = SpoolFile(path, shapes_of(arrays), wire_dtype)
+    """Put packed arrays into the store. Raises OSError where the disk does, and leaves nothing then."""
+    incoming = IncomingUpload(path, shapes_of(arrays), wire_dtype)
     try:
         for pieces in chunks(arrays):
             for piece in pieces:
-                spooled.write(piece)
-        return spooled.stored(metrics)
+                incoming.write(piece)
+        return incoming.stored(metrics)
     except OSError:
-        spooled.discard()
+        incoming.discard()
         raise
 
 
@@ -108,9 +108,9 @@ def read_record(content: memoryview, shapes: Shapes, wire_dtype: str) -> ArrayRe
     return record_of(arrays)
 
 
-def new_upload(spool: Path) -> Path:
-    """A path in the spool that no other upload has."""
-    return spool / f"{secrets.token_hex(8)}.upload"
+def new_upload(store: Path) -> Path:
+    """A path in the store that no other upload has."""
+    return store / f"{secrets.token_hex(8)}.upload"
 
 
 def _for_this_user(path: str, flags: int) -> int:

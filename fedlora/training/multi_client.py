@@ -7,7 +7,7 @@ record i of client k(i) has
     y_i = x_i W_k(i)^T + b_k(i)        gradient of x_i: g_i W_k(i)
 
 and the gradients of W and b by record are those of `per_example`. Everything after that is each client's own, and the
-code is that of one client: its sampler and its streams, its sum and its noise, its optimiser, its tripwires.
+code is that of one client: its sampler and its streams, its sum and its noise, its optimiser, its runtime checks.
 
 A client ends where it would end alone, but for the rounding of sums in another order (1e-5 in fp32).
 
@@ -28,11 +28,11 @@ import torch
 from torch import nn
 
 from fedlora.tasks import Records, concatenate
+from fedlora.training.accumulation import PlainStep, PrivateStep
 from fedlora.training.per_example import GradientBuffer, PerExampleLinear
+from fedlora.training.runtime_checks import FrozenCheck, GradientCheck, tell_finite, tells
 from fedlora.training.sampling import Draw, Sampler
-from fedlora.training.steps import PlainStep, PrivateStep
-from fedlora.training.trainer import Trainer, Training, TrainResult, optimizer, plain_divisor, training_advice
-from fedlora.training.tripwires import FrozenTripwire, GradientTripwire, tell_finite, tells
+from fedlora.training.trainer import Trainer, TrainingJob, TrainResult, optimizer, plain_divisor, training_advice
 
 
 class Routes:
@@ -121,13 +121,13 @@ class _Client:
         first: where its records begin among everybody's.
     """
 
-    def __init__(self, trainer: Trainer, training: Training, parameters: Mapping[str, nn.Parameter],
+    def __init__(self, trainer: Trainer, training: TrainingJob, parameters: Mapping[str, nn.Parameter],
                  first: int) -> None:
         run, records, layout = training.run, training.records, trainer.adapted.layout
         self.training, self.first, self.records = training, first, records
         self.parameters = {spec.name: parameters[spec.name] for spec in layout.trained}
         self.share = _Share([(parameters[spec.name], spec.group) for spec in layout.trained])
-        self.gradients = GradientTripwire(layout, parameters, self.share)
+        self.gradients = GradientCheck(layout, parameters, self.share)
         self.sampler = Sampler(len(records), records.units, training.sampling_rate, training.rows_per_unit,
                                training.stream("sampling"))
         inner = optimizer(run.optimizer, training.lr, list(self.parameters.values()))
@@ -169,11 +169,11 @@ class _Client:
             clipped_share=self.step.clipped / total if total else 0.0, nonfinite=self.step.nonfinite)
 
 
-class BatchedTrainer(Trainer):
+class MultiClientTrainer(Trainer):
     """A trainer that does the trainings it is given together in lockstep. For simulations only: the clients of one
     process share a pass, and in bf16 its rounding. Of one alone, it is a `Trainer`."""
 
-    def run_all(self, trainings: Sequence[Training]) -> list[TrainResult]:
+    def run_all(self, trainings: Sequence[TrainingJob]) -> list[TrainResult]:
         """`run` for several clients of one round, together.
 
         Raises:
@@ -182,7 +182,7 @@ class BatchedTrainer(Trainer):
         if len(trainings) < 2:
             return super().run_all(trainings)
         one = trainings[0]
-        names = {spec.name for spec in self.adapted.layout.shared}
+        names = {spec.name for spec in self.adapted.layout.frozen}
         if any(other.run != one.run or any(not np.array_equal(other.start[name], one.start[name]) for name in names)
                for other in trainings[1:]):
             raise ValueError("clients that train together must have one plan and the same frozen tensors")
@@ -190,7 +190,7 @@ class BatchedTrainer(Trainer):
             raise ValueError(f"dropout is {one.run.dropout:g}: clients that train together (--batch-clients) cannot "
                              "each have the dropout that they would have alone; use --dropout 0")
         self.adapted.write(one.start)
-        frozen = FrozenTripwire(self.adapted, [parameter for _, parameter in self.adapted.trained_parameters()])
+        frozen = FrozenCheck(self.adapted, [parameter for _, parameter in self.adapted.trained_parameters()])
         records = concatenate([training.records for training in trainings])
         with self._routed(trainings) as (routes, clients), training_advice():
             for _ in range(one.run.local_steps):
@@ -202,7 +202,7 @@ class BatchedTrainer(Trainer):
             return [client.result() for client in clients]
 
     @contextlib.contextmanager
-    def _routed(self, trainings: Sequence[Training]) -> Iterator[tuple[Routes, list[_Client]]]:
+    def _routed(self, trainings: Sequence[TrainingJob]) -> Iterator[tuple[Routes, list[_Client]]]:
         """The clients, with the model's trained layers routing to their tensors."""
         stacks = {spec.name: torch.stack([torch.tensor(training.start[spec.name]) for training in trainings])
                   .to(self.device, torch.float32) for spec in self.adapted.layout.trained}
@@ -235,7 +235,7 @@ class BatchedTrainer(Trainer):
             owners = np.concatenate([np.full(len(group.indices), k) for k, group in active])
             places = np.concatenate([np.arange(len(group.indices)) for _, group in active])
             indices = np.concatenate([clients[k].first + group.indices for k, group in active])
-            for length, part in self.layout(records, indices):
+            for length, part in self.micro_batches(records, indices):
                 self._micro_batch(records, indices[part], length, owners[part], places[part], clients, routes)
             for k, _ in active:
                 clients[k].step.shut()

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedlora.files import replace_file
-from fedlora.privacy.ledger.chain import Chain, beside
-from fedlora.privacy.ledger.lifetime import Book, LedgerError
+from fedlora.privacy.ledger.hash_chain import HashChain, beside
+from fedlora.privacy.ledger.lifetime_budget import Book, LedgerError
 
 DIGEST_BYTES = 16
 
 
-class Register:
+class OverlapIndex:
     """The fingerprints beside one ledger's events, which name how many there are of each dataset, and their hash.
 
     Args:
@@ -22,7 +22,7 @@ class Register:
         ledger: its file, beside which the key lies; None in memory.
     """
 
-    def __init__(self, chain: Chain, ledger: Path | None) -> None:
+    def __init__(self, chain: HashChain, ledger: Path | None) -> None:
         self._chain, self._file = chain, None if ledger is None else beside(ledger, "-key")
         self._memory_key = secrets.token_bytes(32)
 

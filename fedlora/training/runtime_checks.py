@@ -77,7 +77,7 @@ class NoisePool:
                             f"deviation, which is {abs(ratio - 1) / error:.3g} standard errors off")
 
 
-class StepTripwires:
+class StepChecks:
     """Shares and noise of a private step. Given the values that were promised, and nothing that the optimizer holds.
 
     Args:
@@ -150,7 +150,7 @@ class StepTripwires:
                 self._pool.add(self._values, noise_length, self._deviation)
 
 
-class GradientTripwire:
+class GradientCheck:
     """Over a round, the clipped sum is not zero for any tensor that should have a gradient.
 
     Some rightly have none. With ΔW = s·B·R·A a factor has none while another one of the module is zero, as A in a first
@@ -252,7 +252,7 @@ def check_owners(adapted: AdaptedModel, trained: Sequence[nn.Parameter]) -> None
                     "prepared")
 
 
-class FrozenTripwire:
+class FrozenCheck:
     """Frozen tensors are after a round what they were before it. Made before the round.
 
     Of the adapter's frozen tensors every bit counts in a checksum. The base model is too large for that: of each tensor
@@ -261,16 +261,16 @@ class FrozenTripwire:
 
     def __init__(self, adapted: AdaptedModel, trained: Sequence[nn.Parameter]) -> None:
         check_owners(adapted, trained)
-        self._shared = [adapted.parameter(spec.name) for spec in adapted.layout.shared]
-        skip = {id(parameter) for parameter in (*trained, *self._shared)}
+        self._frozen = [adapted.parameter(spec.name) for spec in adapted.layout.frozen]
+        skip = {id(parameter) for parameter in (*trained, *self._frozen)}
         self._base = [parameter for parameter in adapted.model.parameters() if id(parameter) not in skip]
         self._first = [parameter.detach().flatten()[:_SAMPLE] for parameter in self._base]
         self._before = self._seen()
 
     def _seen(self) -> tuple[object, ...]:
-        writes = [(parameter.data_ptr(), parameter._version) for parameter in (*self._base, *self._shared)]
+        writes = [(parameter.data_ptr(), parameter._version) for parameter in (*self._base, *self._frozen)]
         sampled = [torch.cat(self._first).float()] if self._first else []
-        sums = [_checksum(values) for values in (*sampled, *(parameter.detach() for parameter in self._shared))]
+        sums = [_checksum(values) for values in (*sampled, *(parameter.detach() for parameter in self._frozen))]
         return writes, torch.stack(sums).tolist() if sums else []
 
     def check(self) -> None:

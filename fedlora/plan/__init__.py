@@ -1,0 +1,59 @@
+"""The contract between a server and its clients: typed values, no code.
+
+The server proposes a `RunPlan` once and a `RoundPlan` each round; the client answers with an `Upload` or a `Refusal`.
+Everything here is a frozen value that is checked when it is made, on either side of the wire.
+"""
+
+from fedlora.plan.limits import (
+    ANCHOR_BYTES,
+    COLUMN,
+    CONTINUED,
+    LEAST_SCALE,
+    LONGEST_LABEL,
+    LR_SCHEDULES,
+    MOST_ANNOUNCED,
+    MOST_CLIP_NORM,
+    MOST_LABELS,
+    MOST_RANK,
+    MOST_SCALE,
+    MOST_STEPS,
+    OPTIMIZERS,
+    PROTOCOL,
+    ROW,
+    STRATEGIES,
+    TASKS,
+    WIRE_DTYPES,
+    check_run_id,
+    check_unit,
+    unit_column,
+)
+from fedlora.plan.messages import (
+    GOODBYES,
+    REFUSALS,
+    UPLOAD_METRICS,
+    Refusal,
+    Refused,
+    Released,
+    Tensors,
+    Upload,
+    upload_metrics,
+)
+from fedlora.plan.run import (
+    ModelRef,
+    RoundPlan,
+    RunPlan,
+)
+from fedlora.plan.schema import (
+    from_scalars,
+    round_from_scalars,
+    round_to_scalars,
+    to_scalars,
+)
+
+__all__ = [
+    "ANCHOR_BYTES", "COLUMN", "CONTINUED", "GOODBYES", "LEAST_SCALE", "LONGEST_LABEL", "LR_SCHEDULES",
+    "MOST_ANNOUNCED", "MOST_CLIP_NORM", "MOST_LABELS", "MOST_RANK", "MOST_SCALE", "MOST_STEPS", "OPTIMIZERS",
+    "PROTOCOL", "REFUSALS", "ROW", "STRATEGIES", "TASKS", "UPLOAD_METRICS", "WIRE_DTYPES", "ModelRef", "Refusal",
+    "Refused", "Released", "RoundPlan", "RunPlan", "Tensors", "Upload", "check_run_id", "check_unit",
+    "from_scalars", "round_from_scalars", "round_to_scalars", "to_scalars", "unit_column", "upload_metrics",
+]

@@ -1,0 +1,195 @@
+"""What a server proposes: a `RunPlan` once, a `RoundPlan` each round. Frozen values, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedlora.plan.limits import (
+    CONTINUED,
+    LEAST_SCALE,
+    LR_SCHEDULES,
+    MOST_CLIP_NORM,
+    MOST_LABELS,
+    MOST_RANK,
+    MOST_SCALE,
+    MOST_STEPS,
+    OPTIMIZERS,
+    PROTOCOL,
+    STRATEGIES,
+    TASKS,
+    WIRE_DTYPES,
+    check_run_id,
+)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A base model, named and pinned by content.
+
+    Attributes:
+        name: an alias ("minilm"), a hub id with its commit ("org/model@<40 hex>"), or "local" for a folder that
+            the client must have too and names with --model PATH.
+        weights_sha256: of the safetensors file (of the sorted list of "name sha256" lines if there are several).
+        config_sha256: of config.json.
+        tokenizer_sha256: of the tokenizer's files, listed like the weights.
+    """
+
+    name: str
+    weights_sha256: str
+    config_sha256: str
+    tokenizer_sha256: str
+
+    def __post_init__(self) -> None:
+        if not (self.name.isprintable() and 0 < len(self.name) <= 200):
+            raise ValueError(f"the model's name is {self.name[:200]!r}; it must be 1 to 200 printable characters")
+        for part in ("weights_sha256", "config_sha256", "tokenizer_sha256"):
+            digest = getattr(self, part)
+            if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+                raise ValueError(f"{part} is {digest!r}; it must be 64 lower-case hexadecimal digits")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything the server proposes for one run. It does not change while the run lasts.
+
+    Attributes:
+        run_id: 16 hexadecimal digits, fresh for each run.
+        fedlora_version: of the server.
+        strategy: one of `STRATEGIES`.
+        family: adapter family, see `fedlora.adapters.FAMILIES`: which tensors are frozen, trained and uploaded.
+        private: True if every client must train under differential privacy.
+        labels: the label set in the order of the classifier's outputs; () for causal language models.
+        max_length: tokens kept of a record.
+        rank, alpha: of the adapters; the update is scaled by alpha / rank.
+        targets: names of the adapted linear layers, each a full module name or a suffix of one; () adapts none.
+        train_head: whether the final linear layer of a classifier is trained (and uploaded) too.
+        dropout: of the adapter's input, in [0, 1).
+        rounds: how many rounds are planned.
+        max_participations: most rounds that one client may start in this run; privacy is calibrated to exactly it.
+        local_steps: optimiser steps per round.
+        expected_batch: expected number of records of a Poisson-sampled step.
+        lr_schedule: "constant", or "linear": of R rounds, round t trains with lr · (1 - (t - 1) / R).
+        clip_norm: L2 bound of one record's scaled gradient.
+        adapter_scale, head_scale: data-independent factors on the gradients of each group before clipping.
+        weight_by_examples: weight uploads by number of records, which discloses them. Only without privacy.
+        wire_dtype: what adapter tensors travel as, in both directions: "fp32", or "bf16" (`fedlora.wire.dtypes`).
+        private_start: round 0 comes first, one participation beside `max_participations` in which clients release
+            noised gradients for the adapters to start from (`fedlora.adapters.private`). Only with privacy.
+        protocol: that was spoken when the run began; one of `CONTINUED`.
+    """
+
+    run_id: str
+    fedlora_version: str
+    strategy: str
+    family: str
+    private: bool
+    model: ModelRef
+    task: str
+    labels: tuple[str, ...]
+    max_length: int
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    train_head: bool
+    dropout: float
+    rounds: int
+    max_participations: int
+    local_steps: int
+    expected_batch: int
+    optimizer: str
+    lr: float
+    clip_norm: float
+    adapter_scale: float
+    head_scale: float
+    weight_by_examples: bool
+    lr_schedule: str = "constant"
+    wire_dtype: str = "fp32"
+    private_start: bool = False
+    protocol: int = PROTOCOL
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, remedy: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; {remedy}")
+
+        check_run_id(self.run_id)
+        require(self.protocol in CONTINUED, "protocol", f"this version knows {', '.join(map(str, CONTINUED))}")
+        require(self.fedlora_version.isprintable(), "fedlora_version", "it must be printable")
+        for name in ("labels", "targets"):
+            require(all(map(str.isprintable, getattr(self, name))), name, "each must be printable")
+        require(self.strategy in STRATEGIES, "strategy", f"choose one of {', '.join(STRATEGIES)}")
+        require(self.task in TASKS, "task", f"choose one of {', '.join(TASKS)}")
+        require(self.optimizer in OPTIMIZERS, "optimizer", f"choose one of {', '.join(OPTIMIZERS)}")
+        require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"choose one of {', '.join(LR_SCHEDULES)}")
+        require(self.wire_dtype in WIRE_DTYPES, "wire_dtype", f"choose one of {', '.join(WIRE_DTYPES)}")
+        for name in ("max_length", "rank", "rounds", "max_participations", "local_steps", "expected_batch"):
+            require(getattr(self, name) >= 1, name, "it must be at least 1")
+        require(self.rank <= MOST_RANK, "rank", f"it must be at most {MOST_RANK}")
+        require(len(self.labels) <= MOST_LABELS, "labels", f"at most {MOST_LABELS} can be told apart")
+        require(self.most_trainings * self.local_steps <= MOST_STEPS, "local_steps",
+                f"with {self.most_trainings} trainings of a client it would do more than {MOST_STEPS:,} steps")
+        for name in ("alpha", "lr"):
+            require(math.isfinite(getattr(self, name)) and getattr(self, name) > 0, name, "it must be positive")
+        for name, most in (("clip_norm", MOST_CLIP_NORM), ("adapter_scale", MOST_SCALE), ("head_scale", MOST_SCALE)):
+            require(LEAST_SCALE <= getattr(self, name) <= most, name, f"it must be from {LEAST_SCALE:g} to {most:g}")
+        require(0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
+        require(len(set(self.labels)) == len(self.labels), "labels", "a label is named twice")
+        require(len(set(self.targets)) == len(self.targets), "targets", "a target is named twice")
+        if self.task == "classification":
+            require(len(self.labels) >= 2, "labels", "classification needs at least two labels")
+        else:
+            require(not self.labels, "labels", "a causal language model has none")
+            require(not self.train_head, "train_head", "a causal language model has no task head to train")
+        require(not (self.private and self.weight_by_examples), "weight_by_examples",
+                "weighting by example counts discloses them; under privacy the weights are uniform")
+        require(not self.private_start or (self.private and bool(self.targets)), "private_start",
+                "a start from noised gradients needs privacy, and targets to start")
+        require(bool(self.targets) or self.train_head, "targets",
+                "nothing would be trained: name targets or train the head")
+
+    @property
+    def most_trainings(self) -> int:
+        """What one client may begin at most: its rounds, and the release before them."""
+        return self.max_participations + self.private_start
+
+    @property
+    def scaling(self) -> float:
+        """Factor on the low-rank update: s = alpha / rank."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """One order to train.
+
+    Attributes:
+        run: the run it belongs to.
+        round: counted from 1; 0 for the release of a private start.
+        attempt: 0 for the round's first cohort, one more for each later attempt at idle clients, as backups.
+        frozen_sha256: digest (`fedlora.wire.tensors_digest`) of the tensors that are frozen during the round, which a
+            client that already holds them is not sent again.
+    """
+
+    run: RunPlan
+    round: int
+    attempt: int
+    frozen_sha256: str
+
+    def __post_init__(self) -> None:
+        if self.round < 0 or self.attempt < 0:
+            raise ValueError(f"round {self.round}, attempt {self.attempt} cannot be; both are counted up from 0")
+        if len(self.frozen_sha256) != 64 or set(self.frozen_sha256) - set("0123456789abcdef"):
+            raise ValueError("frozen_sha256 must be 64 lower-case hexadecimal digits")  # it names a file at the client
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of this round. Rounds beyond the planned ones keep the last one's."""
+        if self.run.lr_schedule == "constant":
+            return self.run.lr
+        return self.run.lr * (1 - (min(self.round, self.run.rounds) - 1) / self.run.rounds)
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """(run, round, attempt): a client never trains twice for one key."""
+        return self.run.run_id, self.round, self.attempt

@@ -1,0 +1,139 @@
+"""The clients of a simulation: whose rows each has, and what is compared on them."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fedlora import data
+from fedlora.data import Rows
+from fedlora.plan import ROW, unit_column
+from fedlora.tasks import Records, Task
+from fedlora_client.privacy_gate import unit_count
+from fedlora_client.session import Limits
+from fedlora_server.run_setup import held_out, planned
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared: a strategy, possibly with an --init of its own, as in "ffa-lora:orthonormal"."""
+
+    strategy: str
+    init: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        strategy, _, init = text.partition(":")
+        return cls(strategy, init or None)
+
+    def options(self, options: Namespace) -> Namespace:
+        """With this method's start in place of --init."""
+        return Namespace(**vars(options) | ({"init": self.init} if self.init else {}))
+
+    def __str__(self) -> str:
+        return self.strategy + (f":{self.init}" if self.init else "")
+
+
+@dataclass(frozen=True)
+class Population:
+    """The simulated clients' rows.
+
+    Attributes:
+        rows: all of them.
+        parts: client name → indices into `rows`.
+        labels: the label set; () for causal language models.
+        held_out: the rows of --eval-data.
+    """
+
+    rows: Rows
+    parts: Mapping[str, np.ndarray]
+    labels: tuple[str, ...]
+    held_out: Rows | None
+    _encoded: dict[str, Records] = field(default_factory=dict)
+
+    def dealt(self, options: Namespace, seed: int) -> Population:
+        """The same rows, as they are dealt with another seed."""
+        return Population(self.rows, _deal(options, self.rows, seed), self.labels, self.held_out)
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Client name → its units of privacy."""
+        return {name: unit_count(self.rows.take(part)) for name, part in self.parts.items()}
+
+    def records(self, task: Task) -> Mapping[str, Records]:
+        """Client name → encoded rows; encoded once, whatever runs with them."""
+        for name in self.parts.keys() - self._encoded.keys():
+            self._encoded[name] = records = task.encode(self.rows.take(self.parts[name]))
+            if records.left_out:
+                log.warning("%s: %d rows are left out: no label, or no answer within --max-length", name,
+                            records.left_out)
+        return self._encoded
+
+
+def populate(options: Namespace, seed: int) -> Population:
+    """Read --data and --eval-data, and deal the former out by --partition, but for rows that lack a label.
+
+    Raises:
+        ValueError: there is nothing to read, no label, or no such partition.
+    """
+    if options.data is None:
+        raise ValueError("--data is missing: name a folder or file of training rows")
+    rows = data.read(options.data, options.task, columns=options.column,
+                     unit=unit_column(options.privacy_unit or ROW), allow_download=options.allow_download)
+    labels = options.labels or data.label_names(rows)
+    if options.task == "classification" and len(labels) < 2:
+        raise ValueError(f"--data {options.data} has {len(labels)} different labels; classification needs at least two "
+                         "(--column label=NAME names another column)")
+    return Population(rows, _deal(options, rows, seed), labels, held_out(options))
+
+
+def check_sizes(options: Namespace, methods: Sequence[Method], population: Population, seed: int) -> None:
+    """Refuse what a client would, before anything is trained for hours.
+
+    Raises:
+        ValueError: with this seed's split a method would sample a client's units too often.
+    """
+    limits = Limits.of(options, options.privacy_unit or ROW)
+    if not limits.private:
+        return
+    for method in methods:
+        batch = planned(method.options(options), method.strategy).batch_size
+        for name, size in population.sizes.items():
+            try:
+                limits.budget(size).sampling_rate(batch)
+            except ValueError as error:
+                raise ValueError(f"with seed {seed}, {name} has {size} of the records or units, too few for {method}: "
+                                 f"{error}. Lower --batch-size, or deal them more evenly (--partition)") from None
+
+
+def _deal(options: Namespace, rows: Rows, seed: int) -> dict[str, np.ndarray]:
+    """Client name → its rows' indices. All rows of one unit go to the same client, but where files are the clients."""
+    if options.partition == "files":
+        stems = [Path(file).stem for file in rows.files]
+        if len(set(stems)) < len(stems) or options.clients not in (None, len(stems)):
+            raise ValueError(f"--partition files needs differently named files, one for each client; --data "
+                             f"{options.data} has {len(stems)} and --clients is {options.clients}")
+        return dict(zip(stems, rows.by_file(), strict=True))
+    dealt = np.array([row for row in range(len(rows)) if rows.labels is None or rows.labels[row] is not None], np.int64)
+    if not len(dealt):
+        raise ValueError(f"--data {options.data} has no row with a label; fill the label column (--column label=NAME "
+                         "names another)")
+    parts = _split(rows.take(dealt), options.partition, options.clients or 2, seed)
+    return {f"client-{i}": dealt[part] for i, part in enumerate(parts)}
+
+
+def _split(rows: Rows, partition: str, clients: int, seed: int) -> list[np.ndarray]:
+    if rows.units is None:
+        return data.partition(len(rows), rows.labels, partition, clients, seed)
+    _, first, unit_of = np.unique(np.array(rows.units), return_index=True, return_inverse=True)
+    labels = None if rows.labels is None else [rows.labels[row] for row in first]
+    parts = data.partition(len(first), labels, partition, clients, seed)
+    return [np.flatnonzero(np.isin(unit_of, part)) for part in parts]
