@@ -10,6 +10,7 @@ from fedlora.plan.limits import (
     CONTINUED,
     LEAST_SCALE,
     LONGEST_LABEL,
+    LONGEST_NAME,
     LR_SCHEDULES,
     MOST_ANNOUNCED,
     MOST_CLIP_NORM,
@@ -51,7 +52,7 @@ from fedlora.plan.schema import (
 )
 
 __all__ = [
-    "ANCHOR_BYTES", "COLUMN", "CONTINUED", "GOODBYES", "LEAST_SCALE", "LONGEST_LABEL", "LR_SCHEDULES",
+    "ANCHOR_BYTES", "COLUMN", "CONTINUED", "GOODBYES", "LEAST_SCALE", "LONGEST_LABEL", "LONGEST_NAME", "LR_SCHEDULES",
     "MOST_ANNOUNCED", "MOST_CLIP_NORM", "MOST_LABELS", "MOST_RANK", "MOST_SCALE", "MOST_STEPS", "OPTIMIZERS",
     "PROTOCOL", "REFUSALS", "ROW", "STRATEGIES", "TASKS", "UPLOAD_METRICS", "WIRE_DTYPES", "ModelRef", "Refusal",
     "Refused", "Released", "RoundPlan", "RunPlan", "Tensors", "Upload", "check_run_id", "check_unit",

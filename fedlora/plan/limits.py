@@ -23,6 +23,9 @@ start from noised gradients scales by 1e10 clip norms."""
 MOST_RANK = 4096
 """Of an adapter: a plan may not have a client take memory without end."""
 
+LONGEST_NAME = 64
+"""Characters of a strategy's name, which a client shows and makes nothing of."""
+
 LONGEST_LABEL, MOST_ANNOUNCED, MOST_LABELS = 64, 1000, 5000
 """Characters of a label name that a client announces, names that it does, and names that a server may give."""
 

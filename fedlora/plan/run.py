@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fedlora.plan.limits import (
     CONTINUED,
     LEAST_SCALE,
+    LONGEST_NAME,
     LR_SCHEDULES,
     MOST_CLIP_NORM,
     MOST_LABELS,
@@ -16,7 +17,6 @@ from fedlora.plan.limits import (
     MOST_STEPS,
     OPTIMIZERS,
     PROTOCOL,
-    STRATEGIES,
     TASKS,
     WIRE_DTYPES,
     check_run_id,
@@ -74,6 +74,9 @@ class RunPlan:
         adapter_scale, head_scale: data-independent factors on the gradients of each group before clipping.
         weight_by_examples: weight uploads by number of records, which discloses them. Only without privacy.
         wire_dtype: what adapter tensors travel as, in both directions: "fp32", or "bf16" (`fedlora.wire.dtypes`).
+        family_options: numbers of the family's own, by name, in order of the names; see its `Options`.
+        ranks: (module, rank) of the adapted modules whose rank is not `rank`, in order of the names.
+        adjustment: what is done to noised gradients before the optimiser; "" for nothing.
         private_start: round 0 comes first, one participation beside `max_participations` in which clients release
             noised gradients for the adapters to start from (`fedlora.adapters.private`). Only with privacy.
         protocol: that was spoken when the run began; one of `CONTINUED`.
@@ -106,6 +109,9 @@ class RunPlan:
     lr_schedule: str = "constant"
     wire_dtype: str = "fp32"
     private_start: bool = False
+    family_options: tuple[tuple[str, float], ...] = ()
+    ranks: tuple[tuple[str, int], ...] = ()
+    adjustment: str = ""
     protocol: int = PROTOCOL
 
     def __post_init__(self) -> None:
@@ -118,7 +124,8 @@ class RunPlan:
         require(self.fedlora_version.isprintable(), "fedlora_version", "it must be printable")
         for name in ("labels", "targets"):
             require(all(map(str.isprintable, getattr(self, name))), name, "each must be printable")
-        require(self.strategy in STRATEGIES, "strategy", f"choose one of {', '.join(STRATEGIES)}")
+        require(self.strategy.isprintable() and 0 < len(self.strategy) <= LONGEST_NAME, "strategy",
+                f"it must be 1 to {LONGEST_NAME} printable characters")
         require(self.task in TASKS, "task", f"choose one of {', '.join(TASKS)}")
         require(self.optimizer in OPTIMIZERS, "optimizer", f"choose one of {', '.join(OPTIMIZERS)}")
         require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"choose one of {', '.join(LR_SCHEDULES)}")
@@ -133,6 +140,14 @@ class RunPlan:
             require(math.isfinite(getattr(self, name)) and getattr(self, name) > 0, name, "it must be positive")
         for name, most in (("clip_norm", MOST_CLIP_NORM), ("adapter_scale", MOST_SCALE), ("head_scale", MOST_SCALE)):
             require(LEAST_SCALE <= getattr(self, name) <= most, name, f"it must be from {LEAST_SCALE:g} to {most:g}")
+        for name in ("family_options", "ranks"):
+            names = [key for key, _ in getattr(self, name)]
+            require(names == sorted(set(names)), name, "each name must be there once, in order")
+            require(all(key.isprintable() for key in names), name, "each name must be printable")
+        require(all(math.isfinite(value) for _, value in self.family_options), "family_options", "each must be finite")
+        require(all(1 <= rank <= MOST_RANK for _, rank in self.ranks), "ranks", f"each must be from 1 to {MOST_RANK}")
+        require(self.protocol >= 6 or not (self.family_options or self.ranks or self.adjustment), "protocol",
+                "runs begun with it know neither options of a family, nor ranks by module, nor adjustments")
         require(0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
         require(len(set(self.labels)) == len(self.labels), "labels", "a label is named twice")
         require(len(set(self.targets)) == len(self.targets), "targets", "a target is named twice")
@@ -169,12 +184,15 @@ class RoundPlan:
         attempt: 0 for the round's first cohort, one more for each later attempt at idle clients, as backups.
         frozen_sha256: digest (`fedlora.wire.tensors_digest`) of the tensors that are frozen during the round, which a
             client that already holds them is not sent again.
+        active: names of the trained tensors that train in this round and are sent; the others stay as they are. () for
+            all of them.
     """
 
     run: RunPlan
     round: int
     attempt: int
     frozen_sha256: str
+    active: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.round < 0 or self.attempt < 0:

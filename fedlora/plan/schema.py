@@ -7,20 +7,37 @@ from collections.abc import Mapping
 
 from fedlora.plan.run import ModelRef, RoundPlan, RunPlan
 
+Scalars = dict[str, int | float | str | bool | list[str] | list[int] | list[float]]
 
-def to_scalars(plan: RunPlan) -> dict[str, int | float | str | bool | list[str]]:
+PAIRS: Mapping[str, tuple[str, str, type]] = {
+    "family_options": ("family_option_names", "family_option_values", float),
+    "ranks": ("rank_sites", "rank_values", int),
+}
+"""Fields that are pairs of a name and a number → the two lists that stand for them, and the number's type."""
+
+SINCE: Mapping[str, int] = {
+    **{name: 6 for names in PAIRS.values() for name in names[:2]}, "adjustment": 6,
+}
+"""Values that plans of earlier protocols do not have: they are left out of those plans, whose hashes stay as they were,
+and are empty there."""
+
+
+def to_scalars(plan: RunPlan) -> Scalars:
     """The plan as flat typed values: nested `model` becomes `model_name`, `model_weights_sha256`, ….
 
     Inverse of `from_scalars`. The Flower ConfigRecord and the gRPC message both have exactly these fields.
     """
-    flat: dict[str, int | float | str | bool | list[str]] = {}
+    flat: Scalars = {}
     for f in dataclasses.fields(plan):
         value = getattr(plan, f.name)
         if isinstance(value, ModelRef):
             flat |= {f"model_{k}": v for k, v in dataclasses.asdict(value).items()}
+        elif f.name in PAIRS:
+            names, values, _ = PAIRS[f.name]
+            flat |= {names: [name for name, _ in value], values: [number for _, number in value]}
         else:
             flat[f.name] = list(value) if isinstance(value, tuple) else value
-    return flat
+    return {name: value for name, value in flat.items() if SINCE.get(name, 0) <= plan.protocol}
 
 
 def from_scalars(flat: Mapping[str, object]) -> RunPlan:
@@ -30,37 +47,52 @@ def from_scalars(flat: Mapping[str, object]) -> RunPlan:
         ValueError: a field is missing, unknown, of the wrong type or out of range.
     """
     model_names = {f"model_{f.name}": f.name for f in dataclasses.fields(ModelRef)}
-    kinds = {f.name: str(f.type) for f in dataclasses.fields(RunPlan) if f.name != "model"}
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(RunPlan) if f.name not in ("model", *PAIRS)}
     kinds |= dict.fromkeys(model_names, "str")
-    if set(flat) != set(kinds):
+    for names, values, number in PAIRS.values():
+        kinds |= {names: "tuple[str, ...]", values: f"tuple[{number.__name__}, ...]"}
+    protocol = flat.get("protocol")
+    later = {name for name, since in SINCE.items() if isinstance(protocol, int) and protocol < since}
+    if not set(kinds) - later <= set(flat) <= set(kinds):
         raise ValueError(f"the plan's fields differ: missing {sorted(set(kinds) - set(flat))}, "
                          f"unknown {sorted(set(flat) - set(kinds))}; both sides need the same FedLoRA version")
-    fields: dict[str, object] = {}
-    for name, value in flat.items():
-        kind = kinds[name]
-        if kind == "tuple[str, ...]":
-            if isinstance(value, str) or not all(isinstance(v, str) for v in value):  # type: ignore[attr-defined]
-                raise ValueError(f"{name} must be a list of strings")
-            fields[name] = tuple(value)  # type: ignore[arg-type]
-        else:
-            expected: tuple[type, ...] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}[kind]
-            if not isinstance(value, expected) or (kind != "bool" and isinstance(value, bool)):
-                raise ValueError(f"{name} must be of type {kind}, not {type(value).__name__}")
-            fields[name] = float(value) if kind == "float" else value  # type: ignore[arg-type]
+    fields = {name: _checked(name, value, kinds[name]) for name, value in flat.items()}
     model = ModelRef(**{model_names[k]: fields.pop(k) for k in model_names})  # type: ignore[arg-type]
+    for name, (names, values, _) in PAIRS.items():
+        keys, numbers = fields.pop(names, ()), fields.pop(values, ())
+        if len(keys) != len(numbers):  # type: ignore[arg-type]
+            raise ValueError(f"{names} has {len(keys)} entries and {values} {len(numbers)}")  # type: ignore[arg-type]
+        fields[name] = tuple(zip(keys, numbers, strict=True))  # type: ignore[call-overload]
     return RunPlan(model=model, **fields)  # type: ignore[arg-type]
 
 
-def round_to_scalars(plan: RoundPlan) -> dict[str, int | float | str | bool | list[str]]:
-    """`to_scalars` of the run plus the round's own `round`, `attempt` and `frozen_sha256`."""
-    return to_scalars(plan.run) | {"round": plan.round, "attempt": plan.attempt, "frozen_sha256": plan.frozen_sha256}
+_TYPES: Mapping[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+
+
+def _checked(name: str, value: object, kind: str) -> object:
+    """The value as `kind`, the name of a type or of a tuple of it, asks for it; ValueError where it is of another."""
+    def single(one: object, of: str) -> object:
+        if not isinstance(one, _TYPES[of]) or (of != "bool" and isinstance(one, bool)):
+            raise ValueError(f"{name} must be of type {kind}, not {type(value).__name__}")
+        return float(one) if of == "float" else one  # type: ignore[arg-type]
+
+    if not kind.startswith("tuple["):
+        return single(value, kind)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} must be a list, not {type(value).__name__}")
+    return tuple(single(one, kind.removeprefix("tuple[").partition(",")[0]) for one in value)
+
+
+def round_to_scalars(plan: RoundPlan) -> Scalars:
+    """`to_scalars` of the run plus the round's own `round`, `attempt`, `frozen_sha256` and `active`."""
+    return to_scalars(plan.run) | {"round": plan.round, "attempt": plan.attempt, "frozen_sha256": plan.frozen_sha256,
+                                   "active": list(plan.active)}
 
 
 def round_from_scalars(flat: Mapping[str, object]) -> RoundPlan:
     """Inverse of `round_to_scalars`; raises ValueError as `from_scalars` does."""
-    own = {"round": int, "attempt": int, "frozen_sha256": str}
-    for name, kind in own.items():
-        if not isinstance(flat.get(name), kind) or isinstance(flat[name], bool):
-            raise ValueError(f"{name} is missing from the round's plan or is not of type {kind.__name__}")
+    own = {"round": "int", "attempt": "int", "frozen_sha256": "str", "active": "tuple[str, ...]"}
+    if missing := own.keys() - flat.keys():
+        raise ValueError(f"{', '.join(sorted(missing))} is missing from the round's plan")
     run = from_scalars({k: v for k, v in flat.items() if k not in own})
-    return RoundPlan(run=run, **{k: flat[k] for k in own})  # type: ignore[arg-type]
+    return RoundPlan(run=run, **{k: _checked(k, flat[k], kind) for k, kind in own.items()})  # type: ignore[arg-type]

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 from fedlora.plan import (
     ANCHOR_BYTES,
     LEAST_SCALE,
+    LONGEST_NAME,
     MOST_CLIP_NORM,
     MOST_LABELS,
     MOST_STEPS,
     PROTOCOL,
-    STRATEGIES,
     TASKS,
     WIRE_DTYPES,
     ModelRef,
@@ -82,9 +82,10 @@ class Setup:
 
     def __post_init__(self) -> None:
         check_run_id(self.run_id)
-        if self.strategy not in STRATEGIES or self.task not in TASKS or self.wire_dtype not in WIRE_DTYPES:
-            raise ValueError(f"strategy {self.strategy!r}, task {self.task!r} or wire dtype {self.wire_dtype!r} is not "
-                             "known; update FedLoRA")
+        if not (self.strategy.isprintable() and 0 < len(self.strategy) <= LONGEST_NAME):
+            raise ValueError(f"the strategy's name must be 1 to {LONGEST_NAME} printable characters")
+        if self.task not in TASKS or self.wire_dtype not in WIRE_DTYPES:
+            raise ValueError(f"task {self.task!r} or wire dtype {self.wire_dtype!r} is not known; update FedLoRA")
         if self.anchor is not None:
             _check_anchor(self.anchor)
         if self.announce_labels and (self.labels or self.task != "classification"):
@@ -142,7 +143,7 @@ def labels_from_wire(labels, most: int = MOST_LABELS) -> tuple[str, ...]:
 
 def request_to_wire(plan: RoundPlan, shapes: Shapes) -> pb.TrainRequest:
     return pb.TrainRequest(run=pb.RunPlan(**to_scalars(plan.run)), round=plan.round, attempt=plan.attempt,  # type: ignore[arg-type]
-                   frozen_sha256=plan.frozen_sha256, tensors=header_of(shapes))
+                   frozen_sha256=plan.frozen_sha256, tensors=header_of(shapes), active=plan.active)
 
 
 def plan_from_wire(request: pb.TrainRequest) -> RoundPlan:
@@ -150,7 +151,8 @@ def plan_from_wire(request: pb.TrainRequest) -> RoundPlan:
             for f in pb.RunPlan.DESCRIPTOR.fields}
     try:
         run: RunPlan = from_scalars(flat)
-        return RoundPlan(run=run, round=request.round, attempt=request.attempt, frozen_sha256=request.frozen_sha256)
+        return RoundPlan(run=run, round=request.round, attempt=request.attempt, frozen_sha256=request.frozen_sha256,
+                         active=tuple(request.active))
     except ValueError as error:
         raise WireError(f"the round's plan is not valid: {error}") from None
 

@@ -1,6 +1,7 @@
 """The contract's values: checked when made, and the same after every trip through flat scalars."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -41,7 +42,9 @@ def test_plans_survive_flat_scalars():
     ("rank", 10**6), ("labels", tuple(map(str, range(10**4)))),
     ("rank", 0), ("lr", -1.0), ("lr", float("nan")), ("clip_norm", float("inf")), ("clip_norm", 1e-30),
     ("adapter_scale", 1e-30), ("head_scale", float("nan")), ("local_steps", 10**6), ("dropout", 1.0), ("rounds", 0),
-    ("run_id", "AB" * 8), ("strategy", "fedprox"), ("task", "chess"), ("optimizer", "lion"), ("labels", ("a",)),
+    ("run_id", "AB" * 8), ("strategy", "a\nb"), ("strategy", ""),
+        ("family_options", (("blocks", math.inf),)), ("family_options", (("b", 1.0), ("a", 1.0))),
+        ("ranks", (("q", 0),)), ("ranks", (("q", 1), ("q", 2))), ("task", "chess"), ("optimizer", "lion"), ("labels", ("a",)),
     ("labels", ("a", "a")), ("targets", ("q", "q")), ("weight_by_examples", True), ("lr_schedule", "cosine"),
     ("wire_dtype", "int8"), ("labels", ("a", "\x1b[2J")), ("targets", ("query", "a\nb")),
     ("fedlora_version", "0.1\x07")])
@@ -72,6 +75,24 @@ def test_fields_that_are_missing_unknown_or_of_another_type_are_refused(break_it
     break_it(flat)
     with pytest.raises(ValueError):
         from_scalars(flat)
+
+
+def test_pairs_of_names_and_numbers_travel_as_two_lists():
+    plan = make_plan(family_options=(("blocks", 4.0), ("k", 2.0)), ranks=(("layer.0.q", 3),), adjustment="momentum")
+    flat = to_scalars(plan)
+    assert (flat["rank_sites"], flat["rank_values"], flat["family_option_values"]) == (["layer.0.q"], [3], [4.0, 2.0])
+    assert from_scalars(flat) == plan
+    with pytest.raises(ValueError, match="rank_sites"):
+        from_scalars(flat | {"rank_values": []})
+
+
+def test_a_plan_of_an_earlier_protocol_has_the_values_that_it_had():
+    plan = make_plan(protocol=5)
+    assert not {"ranks", "rank_sites", "family_option_names", "adjustment"} & to_scalars(plan).keys()
+    assert from_scalars(to_scalars(plan)) == plan
+    for name in ("family_options", "ranks"):
+        with pytest.raises(ValueError, match="protocol"):
+            make_plan(protocol=5, **{name: (("a", 1),)})
 
 
 def test_a_linear_schedule_falls_from_the_rate_in_equal_steps():

@@ -78,7 +78,7 @@ def test_the_proto_has_exactly_the_fields_of_the_plan():
 
 
 PUBLISHED = {5: "180033d786f88ed0e0a5c13ce83c658fe9e28af713b988b1fbbdeecd52371a28",
-             6: "f3ef97c3e44b21a7d3928c526a12fed0c0a5fd1c188f720972947ca66d36af0b"}
+             6: "84b013bbff10bfdd434b464734e1fe821c6cb19f092cbf103c21dc6f025174ed"}
 """Protocol → digest of the .proto with which it was published."""
 
 

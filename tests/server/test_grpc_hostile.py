@@ -266,7 +266,7 @@ def changed_request(**changes) -> pb.TrainRequest:
     [b"\xff\xff"], [b""], [CHUNK], [END],
     [request_head(), b"\x22\x05\x0a\x03abc"], [request_head(), request_head()], [CHUNK + END],
     [request_head(), LONG], [request_head(), END], [request_head(), EARLY], [EARLY + request_head()],
-    request_frames(changed_request(strategy="mine-bitcoin")), request_frames(changed_request(lr=float("nan"))),
+    request_frames(changed_request(strategy="\x1b[2J")), request_frames(changed_request(lr=float("nan"))),
     request_frames(changed_request(rank=0)), request_frames(changed_request(run_id="f" * 16)),
     request_frames(changed_request(wire_dtype="bf16")), request_frames(changed_request(fedlora_version="\x1b[2J")),
     request_frames(wire.request_to_wire(RoundPlan(RUN, 1, 0, wire.tensors_digest({})), {"\x1b[2J": (1,)})),
