@@ -5,7 +5,7 @@ import dataclasses
 import fedlora
 from fedlora import models, wire
 from fedlora.adapters import attach_planned, initial_tensors
-from fedlora.adapters.private import sketch_layout, sketch_tensors
+from fedlora.adapters.sketches import sketch_layout, sketch_tensors
 from fedlora.plan import RoundPlan, RunPlan
 from fedlora.privacy import Ledger
 from fedlora.wire import Setup

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedlora.adapters import FAMILIES, AdapterLayout, TensorSpec
+from fedlora.adapters import AdapterLayout, Site, TensorSpec, family_of
 from fedlora.plan import ModelRef, Refusal, RoundPlan, RunPlan, Tensors, Upload
 from fedlora.wire import rounded, tensors_digest
 from fedlora_strategies import STRATEGY_CLASSES
@@ -16,15 +16,8 @@ ROWS, COLUMNS = 7, 5
 def layout_of(family: str, *, rank: int = 2, modules: tuple[str, ...] = ("layer.0.q", "layer.1.q"), head: bool = True,
               rows: int = ROWS, columns: int = COLUMNS) -> AdapterLayout:
     """The layout of `modules` (rows, columns) targets and a trained head of three values."""
-    shapes = {"A": (rank, columns), "B": (rows, rank), "R": (rank, rank)}
-
-    def specs(factors: tuple[str, ...]) -> list[TensorSpec]:
-        return [TensorSpec(f"{module}.{factor}", shapes[factor], "adapter") for module in modules for factor in factors]
-
     heads = [TensorSpec("head.out.bias", (3,), "head")] if head else []
-    chosen = FAMILIES[family]
-    trained = sorted(specs(chosen.trained) + heads, key=lambda spec: spec.name)
-    return AdapterLayout(chosen, rank, 1.0, tuple(trained), tuple(sorted(specs(chosen.frozen), key=lambda s: s.name)))
+    return AdapterLayout.of(family_of(family), [Site(module, rows, columns, rank, 1.0) for module in modules], heads)
 
 
 def start_of(layout: AdapterLayout, seed: int) -> dict[str, np.ndarray]:
@@ -116,7 +109,6 @@ class LinearSession:
             B, A = state[f"{module}.B"], state[f"{module}.A"]
             gradients = {"A": lambda G=G, B=B: B.T @ G, "B": lambda G=G, A=A: G @ A.T,
                          "R": lambda G=G, A=A, B=B: B.T @ G @ A.T}
-            for factor in self.layout.family.trained:
-                name = f"{module}.{factor}"
-                moved[name] = state[name] - lr * gradients[factor]()
+            for name in (spec.name for spec in self.layout.trained if spec.sites == (module,)):
+                moved[name] = state[name] - lr * gradients[name.rpartition(".")[2]]()
         return moved

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from fedlora import data, models
 from fedlora.adapters import attach_planned
-from fedlora.adapters.private import sketch_plan
+from fedlora.adapters.sketches import sketch_plan
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
 from fedlora.plan import (

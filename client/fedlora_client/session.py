@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from fedlora.adapters import AdapterLayout
 from fedlora.adapters.layout import MOST_RECEIVED, MOST_VALUE
-from fedlora.adapters.private import sketch_layout, sketch_plan
+from fedlora.adapters.sketches import sketch_layout, sketch_plan
 from fedlora.plan import Refusal, Refused, Released, RoundPlan, RunPlan, Tensors, Upload, to_scalars
 from fedlora.privacy import Accountant, BudgetExhausted, Forbidden, Ledger, RunStreams, RunTerms
 from fedlora.privacy.ledger import Reservation
@@ -157,7 +157,7 @@ class ClientSession:
         if not isinstance(training, TrainingJob):
             return training
         charged()
-        return self.finish(plan, prepared[0].run(training, stop))
+        return self.finish(plan, prepared[0].train(training, stop))
 
     def begin(self, plan: RoundPlan, tensors: Tensors,
               prepare: Callable[[], object] = lambda: None) -> TrainingJob | Upload | Refusal:
@@ -193,7 +193,8 @@ class ClientSession:
         return TrainingJob(
             run, self.records, start, sampling_rate=terms.sampling_rate, noise_multiplier=terms.noise_multiplier,
             clip_norm=terms.clip_norm, lr=plan.lr if plan.round else run.lr,
-            rows_per_unit=self.limits.rows_per_unit, streams=self.streams, round=plan.round, attempt=plan.attempt)
+            rows_per_unit=self.limits.rows_per_unit, streams=self.streams, round=plan.round, attempt=plan.attempt,
+            active=plan.active)
 
     def finish(self, plan: RoundPlan, result: TrainResult) -> Upload | Refusal:
         """All of `run_round` that comes after the training that `begin` gave for this plan."""

@@ -1,9 +1,10 @@
-"""Adapter families: which tensors are frozen, trained and uploaded, and how they rebuild the update."""
+"""Adapters: families say which tensors there are, starts what they begin with."""
 
 from fedlora.adapters.attach import AdaptedModel, all_targets, attach, attach_planned, automatic_targets
 from fedlora.adapters.export import export
-from fedlora.adapters.initial import INITS, initial_tensors
-from fedlora.adapters.layout import FAMILIES, AdapterLayout, Family, TensorSpec
+from fedlora.adapters.family import Family, Site, TensorSpec, family_of
+from fedlora.adapters.layout import AdapterLayout
+from fedlora.adapters.start import initial_tensors, start_of
 
-__all__ = ["FAMILIES", "INITS", "AdaptedModel", "AdapterLayout", "Family", "TensorSpec", "all_targets", "attach",
-           "attach_planned", "automatic_targets", "export", "initial_tensors"]
+__all__ = ["AdaptedModel", "AdapterLayout", "Family", "Site", "TensorSpec", "all_targets", "attach", "attach_planned",
+           "automatic_targets", "export", "family_of", "initial_tensors", "start_of"]

@@ -1,12 +1,13 @@
 """Put an adapter on a loaded base model, and move its tensors in and out.
 
-PEFT does the surgery on the target modules. Every trained tensor belongs to a plain `nn.Linear`, so that per-example
-gradients exist. The base model's weights are frozen and are never written: one copy serves any number of simulated
-clients, whose tensors are written in turn.
+The family builds what is added to each target module's output. Every trained tensor belongs to a leaf
+(`fedlora.adapters.leaves`), so that gradients by record exist. The base model's weights are frozen and are never
+written: one copy serves any number of simulated clients, whose tensors are written in turn.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,17 +15,15 @@ from typing import cast
 
 import numpy as np
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapters.layout import FAMILIES, AdapterLayout, TensorSpec
+from fedlora.adapters.family import Delta, Leaves, Site, TensorSpec, family_of
+from fedlora.adapters.layout import AdapterLayout
+from fedlora.adapters.leaves import Leaf, Linear
 from fedlora.models import LoadedModel
 from fedlora.plan import RunPlan, Tensors
-
-_ADAPTER = "default"  # PEFT's name for the only adapter there is
 
 _CONVENTIONS = (
     ("query", "value"),  # BERT, RoBERTa, ELECTRA
@@ -38,21 +37,31 @@ _CONVENTIONS = (
 )
 
 
-class FactoredB(nn.Module):
-    """B·R in the slot of PEFT's lora_B: a trained R between A and a frozen B.
+class AdaptedLinear(nn.Module):
+    """base(x) + delta(x), in place of a linear layer of a model, which stays as it is.
 
-    Shapes: middle.weight is R (r, r), outer.weight is B (d_out, r); input (..., r), output (..., d_out). PEFT cannot
-    merge it in memory; what `export` writes merges.
+    The delta is given x in the dtype of its own tensors, after dropout; the sum has the dtype of the base's output.
     """
 
-    def __init__(self, outer: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear | Conv1D, delta: Delta, dropout: float) -> None:
         super().__init__()
-        rank = outer.in_features
-        self.middle = nn.Linear(rank, rank, bias=False, device=outer.weight.device, dtype=outer.weight.dtype)
-        self.outer = outer
+        self.base, self.delta = base, delta
+        self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.outer(self.middle(hidden))
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        output = self.base(inputs)
+        own = next(self.delta.parameters()).dtype
+        return (output + self.delta(self.dropout(inputs.to(own)), output, self.base)).to(output.dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's, which some models look at."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base layer's."""
+        return self.base.bias
 
 
 class AdaptedModel:
@@ -88,7 +97,7 @@ class AdaptedModel:
 
     def base_layer(self, module_name: str) -> nn.Linear | Conv1D:
         """The frozen module that an adapter was put on."""
-        return cast("nn.Linear | Conv1D", cast(LoraLayer, self.model.get_submodule(module_name)).get_base_layer())
+        return cast(AdaptedLinear, self.model.get_submodule(module_name)).base
 
     def base_weight(self, module_name: str) -> torch.Tensor:
         """The frozen weight W0 of a target module, (d_out, d_in) also where the module stores its transpose."""
@@ -135,13 +144,31 @@ class AdaptedModel:
         """The model's parameter behind every tensor of `layout.state`, by name."""
         return {spec.name: self.parameter(spec.name) for spec in self.layout.state}
 
-    def trained_leaves(self) -> list[tuple[nn.Linear, list[tuple[str, TensorSpec]]]]:
-        """Every linear module that trains, with its trained parameters ("weight", "bias") and their specs."""
-        leaves: dict[nn.Module, list[tuple[str, TensorSpec]]] = {}
-        for spec in self.layout.trained:
-            module, parameter_name = self._leaves[spec.name]
-            leaves.setdefault(module, []).append((parameter_name, spec))
-        return list(leaves.items())  # type: ignore[arg-type]
+    def activated(self, active: Sequence[str]) -> AdaptedModel:
+        """The same model, of whose trained tensors these alone train and the others are frozen.
+
+        Args:
+            active: their names; () for all.
+        Raises:
+            ValueError: one is not a trained tensor of this adapter.
+        """
+        chosen = set(active or (spec.name for spec in self.layout.trained))
+        if unknown := chosen - {spec.name for spec in self.layout.trained}:
+            raise ValueError(f"{', '.join(sorted(unknown)[:3])} cannot train: the adapter trains "
+                             f"{', '.join(spec.name for spec in self.layout.trained[:3])}, …")
+        view = copy.copy(self)
+        view.layout = self.layout.activated(chosen)
+        for spec in view.layout.state:
+            self.parameter(spec.name).requires_grad_(spec.trains)
+        return view
+
+    def trained_leaves(self) -> list[Leaf]:
+        """Every leaf that trains, in the order of `layout.trained`."""
+        return list(dict.fromkeys(cast(Leaf, self._leaves[spec.name][0]) for spec in self.layout.trained))
+
+    def dropouts(self) -> list[nn.Module]:
+        """The modules that drop parts of the adapters' inputs."""
+        return [module.dropout for module in self.model.modules() if isinstance(module, AdaptedLinear)]
 
 
 def automatic_targets(model: PreTrainedModel) -> tuple[str, ...]:
@@ -175,15 +202,16 @@ def all_targets(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets: Sequence[str], train_head: bool,
-           dropout: float = 0.0) -> AdaptedModel:
-    """Put an adapter on a loaded model, in place. Its values are PEFT's start; write real ones with `write`.
+           dropout: float = 0.0, options: Sequence[tuple[str, float]] = (),
+           ranks: Sequence[tuple[str, int]] = ()) -> AdaptedModel:
+    """Put an adapter on a loaded model, in place. All its values are 0; write real ones with `write`.
 
     Trained and frozen adapter tensors are float32 whatever the base's dtype; so are the head's and the other parameters
     that are missing from the checkpoint.
 
     Args:
         loaded: a model without adapters.
-        family: a key of `FAMILIES`.
+        family: a key of `fedlora.adapters.families`.
         rank: r, at least 1.
         alpha: the update is scaled by alpha / rank.
         targets: full names or suffixes of linear modules; () adapts none. The classifier and modules that are not in
@@ -191,13 +219,14 @@ def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets
         train_head: train the final linear of the classifier. The other parameters that are missing from the
             checkpoint stay frozen.
         dropout: of the adapter's input, active in train mode only.
+        options: of the family.
+        ranks: (full module name, rank) where it is not `rank`.
     Raises:
-        ValueError: an unknown family or target, nothing to train, or a model that already has an adapter.
+        ValueError: an unknown family, target or option, nothing to train, or a model that already has an adapter.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"{family!r} is not an adapter family; choose one of {', '.join(FAMILIES)}")
+    chosen = family_of(family, options)
     model = loaded.model
-    if any(isinstance(module, LoraLayer) for module in model.modules()):
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
         raise ValueError("this model already has an adapter; load it afresh")
     if not targets and not train_head:
         raise ValueError("nothing would be trained: name targets or train the head")
@@ -205,59 +234,53 @@ def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets
     if train_head and head is None:
         raise ValueError("a causal language model has no task head to train; leave train_head off")
     modules = _target_modules(model, targets, loaded.missing, head)
-    if modules:
-        _inject(model, modules, rank, alpha, dropout)
+    own_ranks = dict(ranks)
+    if unknown := own_ranks.keys() - set(modules):
+        raise ValueError(f"a rank is given for {', '.join(sorted(unknown)[:3])}, and the adapted modules are "
+                         f"{', '.join(modules[:3])}{', …' if len(modules) > 3 else ''}")
     model.requires_grad_(False)
 
-    trained: list[TensorSpec] = []
-    frozen: list[TensorSpec] = []
-    leaves: dict[str, tuple[nn.Module, str]] = {}
-
-    def register(name: str, module: nn.Module, parameter_name: str, group: str, trains: bool) -> None:
+    sites, leaves = [], Leaves(model.device)
+    for name in modules:
+        base = cast("nn.Linear | Conv1D", model.get_submodule(name))
+        d_out, d_in = reversed(base.weight.shape) if isinstance(base, Conv1D) else base.weight.shape
+        site = Site(name, d_out, d_in, r := own_ranks.get(name, rank), alpha / r)
+        sites.append(site)
+        adapted = AdaptedLinear(base, chosen.build(site, leaves), dropout)
+        model.set_submodule(name, adapted.train(model.training))
+    heads = _heads(loaded, head if train_head else None, leaves)
+    layout = AdapterLayout.of(chosen, sites, heads)
+    if lacking := {spec.name for spec in layout.state} - leaves.made.keys():
+        raise ValueError(f"the adapter family {family} builds no leaf for {', '.join(sorted(lacking)[:3])}")
+    for spec in layout.state:
+        module, parameter_name = leaves.made[spec.name]
         parameter = getattr(module, parameter_name)
+        assert parameter.shape == spec.shape, f"{spec.name} has the shape that its family says"
         parameter.data = parameter.data.float()
-        parameter.requires_grad_(trains)
-        leaves[name] = (module, parameter_name)
-        (trained if trains else frozen).append(TensorSpec(name, tuple(parameter.shape), group))
+        parameter.requires_grad_(spec.trains)
+    return AdaptedModel(loaded, layout, head, leaves.made)
 
-    for module_name in modules:
-        layer = cast(LoraLayer, model.get_submodule(module_name))
-        outer = cast(nn.Linear, layer.lora_B[_ADAPTER])
-        factors = {"A": layer.lora_A[_ADAPTER], "B": outer}
-        if family == "bra":
-            factored = layer.lora_B[_ADAPTER] = FactoredB(outer)
-            factors["R"] = factored.middle
-        for factor, leaf in factors.items():
-            register(f"{module_name}.{factor}", leaf, "weight", "adapter", factor in FAMILIES[family].trained)
-    head_parameters = {f"{head}.{name}" for name, _ in model.get_submodule(head).named_parameters()} if head else set()
-    for name in sorted({*loaded.missing, *(head_parameters if train_head else ())}):
+
+def _heads(loaded: LoadedModel, trained: str | None, leaves: Leaves) -> list[TensorSpec]:
+    """The parameters that are missing from the checkpoint, and those of the trained head, which becomes a leaf."""
+    model, specs, parameters = loaded.model, [], set[str]()
+    if trained:
+        leaf = Linear.of(cast(nn.Linear, model.get_submodule(trained)))
+        model.set_submodule(trained, leaf)
+        parameters = {f"{trained}.{name}" for name, _ in leaf.named_parameters()}
+    for name in sorted({*loaded.missing, *parameters}):
         module_name, _, parameter_name = name.rpartition(".")
-        register(f"head.{name}", model.get_submodule(module_name), parameter_name, "head",
-                 train_head and name in head_parameters)
-
-    def by_name(spec: TensorSpec) -> str:
-        return spec.name
-
-    layout = AdapterLayout(FAMILIES[family], rank, alpha / rank, tuple(sorted(trained, key=by_name)),
-                           tuple(sorted(frozen, key=by_name)))
-    return AdaptedModel(loaded, layout, head, leaves)
+        module = model.get_submodule(module_name)
+        leaves.made[f"head.{name}"] = module, parameter_name
+        shape = tuple(getattr(module, parameter_name).shape)
+        specs.append(TensorSpec(f"head.{name}", shape, "head", trains=name in parameters))
+    return specs
 
 
 def attach_planned(loaded: LoadedModel, run: RunPlan) -> AdaptedModel:
     """`attach` as the plan of a run says."""
     return attach(loaded, family=run.family, rank=run.rank, alpha=run.alpha, targets=run.targets,
-                  train_head=run.train_head, dropout=run.dropout)
-
-
-def _inject(model: PreTrainedModel, modules: Sequence[str], rank: int, alpha: float, dropout: float) -> None:
-    """Let PEFT wrap exactly the named modules, in place."""
-    training = model.training
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(modules),  # type: ignore
-                        fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in modules))
-    inject_adapter_in_model(config, model, _ADAPTER)
-    model.train(training)
-    wrapped = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    assert wrapped == set(modules), f"PEFT wrapped {sorted(wrapped)} instead of {sorted(modules)}"
+                  train_head=run.train_head, dropout=run.dropout, options=run.family_options, ranks=run.ranks)
 
 
 def _target_modules(model: PreTrainedModel, targets: Sequence[str], missing: Sequence[str],

@@ -22,9 +22,9 @@ _PREFIX = "base_model.model."  # where PEFT's files say that the base model's ow
 def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: str) -> Path:
     """Write adapter_config.json and adapter_model.safetensors.
 
-    Every family becomes plain LoRA: bra is written as B·R and A. The classifier is written whole, as are all other
-    parameters that are missing from the base checkpoint, as PEFT's modules_to_save. Where only the head was trained,
-    PEFT's placeholder stands for the target modules.
+    Every family becomes plain LoRA, by the factors of its `update`. Where ranks differ, PEFT's patterns say so. The
+    classifier is written whole, as are all other parameters that are missing from the base checkpoint, as PEFT's
+    modules_to_save. Where only the head was trained, PEFT's placeholder stands for the target modules.
 
     Args:
         adapted: gives names and shapes; what it holds now does not matter.
@@ -39,21 +39,25 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     layout = adapted.layout
     layout.check(tensors, "state")
     files: dict[str, torch.Tensor] = {}
-    for module in layout.modules:
-        B = tensors[f"{module}.B"]
-        if layout.family.name == "bra":
-            B = (B.astype(np.float64) @ tensors[f"{module}.R"]).astype(np.float32)
-        files[f"{_PREFIX}{module}.lora_A.weight"] = torch.tensor(tensors[f"{module}.A"])
-        files[f"{_PREFIX}{module}.lora_B.weight"] = torch.tensor(B)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, int | float] = {}
+    for site in layout.sites:
+        factors = layout.family.update(tensors, site)
+        ranks[site.name] = rank = factors.A.shape[0]
+        alphas[site.name] = _integral(site.scaling * rank)
+        for factor, values in factors._asdict().items():
+            files[f"{_PREFIX}{site.name}.lora_{factor}.weight"] = torch.tensor(values.astype(np.float32))
     for spec in layout.state:
         if spec.group == "head":
             files[f"{_PREFIX}{spec.name.removeprefix('head.')}"] = torch.tensor(tensors[spec.name])
     files |= {f"{_PREFIX}{name}": value for name, value in adapted.classifier.items()}
+    rank, alpha = next(iter(ranks.values()), 1), next(iter(alphas.values()), 1)
     bases = [adapted.base_layer(module) for module in layout.modules]
     config = LoraConfig(
         task_type="CAUSAL_LM" if adapted.task == "causal-lm" else "SEQ_CLS",
-        base_model_name_or_path=base_name, inference_mode=True, r=layout.rank,
-        lora_alpha=_integral(layout.scaling * layout.rank),  # type: ignore[arg-type]
+        base_model_name_or_path=base_name, inference_mode=True, r=rank, lora_alpha=alpha,  # type: ignore[arg-type]
+        rank_pattern={name: own for name, own in ranks.items() if own != rank},
+        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},  # type: ignore[misc]
         target_modules=list(layout.modules) or DUMMY_TARGET_MODULES,
         modules_to_save=_modules_to_save(adapted) or None,
         fan_in_fan_out=bool(bases) and all(isinstance(base, Conv1D) for base in bases))

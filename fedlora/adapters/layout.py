@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from fedlora.adapters.family import Family, Site, TensorSpec
 from fedlora.plan import Tensors
 
 MOST_VALUE = 1e18
@@ -23,67 +27,42 @@ MOST_RECEIVED = 1e4
 
 
 @dataclass(frozen=True)
-class Family:
-    """An adapter family: how the update of a target weight is factored, and which factors train.
-
-    Attributes:
-        name: key in `FAMILIES`.
-        trained: factors that clients train and upload.
-        frozen: factors that clients hold fixed during a round.
-    """
-
-    name: str
-    trained: tuple[str, ...]
-    frozen: tuple[str, ...]
-
-
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (
-    Family("lora", trained=("A", "B"), frozen=()),  # ΔW = s·B·A, Hu et al., arXiv:2106.09685
-    Family("frozen-a", trained=("B",), frozen=("A",)),  # the same, A fixed: Sun et al. (FFA-LoRA), arXiv:2403.12313
-    Family("bra", trained=("R",), frozen=("A", "B")),  # ΔW = s·B·R·A, Singhal et al. (Fed-SB), arXiv:2502.15436
-)}
-"""A is (r, d_in), B is (d_out, r), R is (r, r); s = alpha / r. In frozen-a and bra ΔW is linear in what is trained."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One named float32 tensor.
-
-    Attributes:
-        name: "<module>.A", "<module>.B" or "<module>.R" of a target module; "head.<parameter>" of a model parameter
-            that is trained directly or is not in the base checkpoint.
-        shape: as the factor is defined in `FAMILIES`; as in the model for "head.".
-        group: "adapter" or "head".
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    group: str
-
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
 class AdapterLayout:
     """All tensors that are not in the base checkpoint, and how they make the update.
 
     Attributes:
-        family: which factors there are and which train.
-        rank: r.
-        scaling: s = alpha / r, the factor on the low-rank update.
+        family: which tensors there are and which train.
+        sites: what is adapted, by name.
         trained: what a client trains and uploads, sorted by name.
         frozen: what is fixed during a round (frozen factors, frozen parameters missing from the checkpoint), sorted
             by name.
     """
 
     family: Family
-    rank: int
-    scaling: float
+    sites: tuple[Site, ...]
     trained: tuple[TensorSpec, ...]
     frozen: tuple[TensorSpec, ...]
+
+    @classmethod
+    def of(cls, family: Family, sites: Iterable[Site], heads: Iterable[TensorSpec] = ()) -> AdapterLayout:
+        """The family's tensors for these sites, and the parameters outside of the adapters.
+
+        Raises:
+            ValueError: two tensors have one name.
+        """
+        placed = tuple(sorted(sites, key=lambda site: site.name))
+        specs = sorted([*family.specs(placed), *heads], key=lambda spec: spec.name)
+        if twice := next((one.name for one, other in itertools.pairwise(specs) if one.name == other.name), None):
+            raise ValueError(f"the adapter family {family.name} names two tensors {twice!r}")
+        return cls(family, placed, tuple(spec for spec in specs if spec.trains),
+                   tuple(spec for spec in specs if not spec.trains))
+
+    def activated(self, active: Collection[str]) -> AdapterLayout:
+        """The layout in which the trained tensors with these names train, and the others are frozen."""
+        specs = sorted((dataclasses.replace(spec, trains=spec.trains and spec.name in active) for spec in self.state),
+                       key=lambda spec: spec.name)
+        return dataclasses.replace(self, trained=tuple(spec for spec in specs if spec.trains),
+                                   frozen=tuple(spec for spec in specs if not spec.trains))
 
     @property
     def state(self) -> tuple[TensorSpec, ...]:
@@ -93,8 +72,19 @@ class AdapterLayout:
     @property
     def modules(self) -> tuple[str, ...]:
         """Names of the adapted modules, sorted."""
-        return tuple(spec.name.removesuffix(".A") for spec in self.state
-                     if spec.group == "adapter" and spec.name.endswith(".A"))
+        return tuple(site.name for site in self.sites)
+
+    @property
+    def rank(self) -> int:
+        """The largest of the sites' ranks; 0 where nothing is adapted."""
+        return max((site.rank for site in self.sites), default=0)
+
+    @property
+    def sha256(self) -> str:
+        """Of names, shapes and roles of all tensors, and of the sites: two layouts with one digest are alike."""
+        about = [self.family.name, dataclasses.asdict(self.family), *map(dataclasses.astuple, self.sites),
+                 *((spec.name, spec.shape, spec.group, spec.trains) for spec in self.state)]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     @property
     def num_trained(self) -> int:

@@ -78,7 +78,7 @@ class RunPlan:
         ranks: (module, rank) of the adapted modules whose rank is not `rank`, in order of the names.
         adjustment: what is done to noised gradients before the optimiser; "" for nothing.
         private_start: round 0 comes first, one participation beside `max_participations` in which clients release
-            noised gradients for the adapters to start from (`fedlora.adapters.private`). Only with privacy.
+            noised gradients for the adapters to start from (`fedlora.adapters.sketches`). Only with privacy.
         protocol: that was spoken when the run began; one of `CONTINUED`.
     """
 
@@ -160,6 +160,8 @@ class RunPlan:
                 "weighting by example counts discloses them; under privacy the weights are uniform")
         require(not self.private_start or (self.private and bool(self.targets)), "private_start",
                 "a start from noised gradients needs privacy, and targets to start")
+        require(not (self.private_start and self.ranks), "ranks",
+                "a start from noised gradients has sketches of one rank; choose another start")
         require(bool(self.targets) or self.train_head, "targets",
                 "nothing would be trained: name targets or train the head")
 

@@ -1,8 +1,7 @@
-"""Training on private data: per-record gradients, clipping, noise."""
+"""Training on private data: gradients by record, clipping, noise."""
 
-from fedlora.training.multi_client import MultiClientTrainer
+from fedlora.training.job import TrainingJob, TrainResult
 from fedlora.training.precision import resolve_device, resolve_precision
-from fedlora.training.trainer import Trainer, TrainingJob, TrainResult, check_computing
+from fedlora.training.trainer import Trainer, check_computing
 
-__all__ = ["MultiClientTrainer", "TrainResult", "Trainer", "TrainingJob", "check_computing", "resolve_device",
-           "resolve_precision"]
+__all__ = ["TrainResult", "Trainer", "TrainingJob", "check_computing", "resolve_device", "resolve_precision"]

@@ -30,7 +30,7 @@ from fedlora.files import replace_file
 from fedlora.plan import RunPlan
 from fedlora.tasks import Records, Task
 from fedlora.tasks.records import pack
-from fedlora.training.per_example import row_norms
+from fedlora.training.gradient_buffer import row_norms
 from fedlora.versions import environment
 
 log = logging.getLogger(__name__)
@@ -185,11 +185,12 @@ IN_MEMORY = Findings()
 
 
 def key_of(run: RunPlan, model: nn.Module, shapes: Mapping[int, int], *, device: torch.device, precision: str,
-           compiled: bool) -> str:
+           compiled: bool, trained: Sequence[str] = ()) -> str:
     """SHA-256 over what the rounding of a pass can depend on.
 
     Args:
         shapes: padded length → rows of the first shape to try.
+        trained: names of the tensors that train.
     """
     config = {name: value for name, value in model.config.to_dict().items()  # type: ignore[union-attr, operator]
               if name != "_name_or_path"}
@@ -197,7 +198,8 @@ def key_of(run: RunPlan, model: nn.Module, shapes: Mapping[int, int], *, device:
         "model": asdict(run.model), "config": config, "class": type(model).__name__,
         "attention": model.config._attn_implementation,  # type: ignore[union-attr]
         "task": run.task, "labels": len(run.labels), "family": run.family, "rank": run.rank,
-        "targets": sorted(run.targets), "head": run.train_head, "shapes": {str(n): rows for n, rows in shapes.items()},
+        "options": run.family_options, "ranks": run.ranks, "trained": sorted(trained),
+        "head": run.train_head, "shapes": {str(n): rows for n, rows in shapes.items()},
         "precision": precision, "compiled": compiled, "device": _device(device), "versions": environment(PACKAGES),
         "threads": torch.get_num_threads(), "build": torch.__config__.show(),
         "switches": [torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision(),

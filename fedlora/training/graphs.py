@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.tasks.records import Batch
-from fedlora.training.per_example import GradientBuffer
+from fedlora.training.gradient_buffer import GradientBuffer
 
 log = logging.getLogger(__name__)
 

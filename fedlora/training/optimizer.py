@@ -21,8 +21,8 @@ from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
 from fedlora.privacy.rng import RandomStream
+from fedlora.training.gradient_buffer import GradientBuffer, row_norms
 from fedlora.training.graphs import without_waiting
-from fedlora.training.per_example import GradientBuffer, row_norms
 from fedlora.training.runtime_checks import NoisePool, StepChecks
 
 CLIP_MARGIN = 1e-5

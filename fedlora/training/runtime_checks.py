@@ -27,7 +27,7 @@ from torch import nn
 
 from fedlora.adapters import AdaptedModel, AdapterLayout
 from fedlora.tasks import Records
-from fedlora.training.per_example import GradientBuffer, row_norms
+from fedlora.training.gradient_buffer import GradientBuffer, row_norms
 
 log = logging.getLogger(__name__)
 
@@ -178,8 +178,7 @@ class GradientCheck:
         for spec in layout.trained:
             others = weights if spec.group == "adapter" or spec.name in weights else set()
             if spec.group == "adapter":
-                module = spec.name.rpartition(".")[0]
-                others = others | {other.name for other in state if other.name.rpartition(".")[0] == module}
+                others = others | {other.name for other in state if {*other.sites} & {*spec.sites}}
             self._blockers[spec.name] = others - {spec.name}
         self._blocking = {name: parameters[name].detach() for name in sorted(set().union(*self._blockers.values()))}
         self._waiting, self._missed = set(self._trained), set[str]()

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -20,43 +19,23 @@ from torch import nn
 
 from fedlora.adapters import AdaptedModel
 from fedlora.memory import memory_advice
-from fedlora.plan import RunPlan, Tensors
-from fedlora.privacy.rng import RandomStream, RunStreams
+from fedlora.plan import RunPlan
+from fedlora.privacy.rng import RandomStream
 from fedlora.tasks import Records, Task
 from fedlora.tasks.records import Batch
+from fedlora.training import rehearsal
 from fedlora.training.accumulation import PlainStep, PrivateStep, Step
-from fedlora.training.batch_invariance import (
-    IN_MEMORY,
-    Findings,
-    Shapes,
-    content_dependent,
-    key_of,
-    made_up_records,
-    show_shapes,
-)
+from fedlora.training.batch_invariance import IN_MEMORY, Findings, Shapes
 from fedlora.training.compiled import CompiledBlocks, check_compiles
+from fedlora.training.gradient_buffer import GradientBuffer
 from fedlora.training.graphs import GraphedPass
+from fedlora.training.job import TrainingJob, TrainResult
+from fedlora.training.loop import Client, run_steps
+from fedlora.training.multi_client import SummedStep, Together, check_alike, stacked
 from fedlora.training.optimizer import PerRecordOptimizer
-from fedlora.training.per_example import GradientBuffer, per_example, row_norms
 from fedlora.training.precision import attend_with_mask, resolve_device, resolve_precision, store_frozen_weights
-from fedlora.training.runtime_checks import (
-    FrozenCheck,
-    GradientCheck,
-    NoisePool,
-    check_owners,
-    tell_finite,
-    tells,
-)
-from fedlora.training.sampling import (
-    GRAPH_LENGTHS,
-    LENGTHS,
-    PRIVATE_LENGTHS,
-    Draw,
-    Sampler,
-    lengths_up_to,
-    micro_batches,
-    records_at_once,
-)
+from fedlora.training.runtime_checks import FrozenCheck, GradientCheck, NoisePool, check_owners
+from fedlora.training.sampling import GRAPH_LENGTHS, LENGTHS, PRIVATE_LENGTHS, micro_batches, records_at_once
 
 log = logging.getLogger(__name__)
 
@@ -70,61 +49,6 @@ more filling."""
 BUFFER_BYTES = 256 * 2**20
 """Most memory for the gradients of a micro-batch's records where --micro-batch is not given; and as much again for the
 gradients of units that have several records."""
-
-_APART = {"fp32": 1e-3, "bf16": 0.3}
-"""By so much, relative to its norm, may a record's gradient differ by what it is padded to."""
-
-ROWS_PER_UNIT = 8
-"""Most records of one unit in a step, where it is not given."""
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """What one client has trained in one round: settled, charged, and good for one training in any process.
-
-    Attributes:
-        run, records: of the client.
-        start: the tensors to start from, all that is not in the base checkpoint.
-        sampling_rate, noise_multiplier, clip_norm, lr, rows_per_unit: as of `Trainer.train`.
-        streams, round, attempt: where the random numbers come from.
-    """
-
-    run: RunPlan
-    records: Records
-    start: Tensors
-    sampling_rate: float
-    noise_multiplier: float | None
-    clip_norm: float
-    lr: float
-    rows_per_unit: int
-    streams: RunStreams
-    round: int
-    attempt: int
-
-    def stream(self, purpose: str) -> RandomStream:
-        """For "sampling" or "noise"; made anew by each call."""
-        return self.streams.stream(self.round, purpose, self.attempt)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a round gave. Under privacy only `tensors` and `steps` may leave the machine.
-
-    Attributes:
-        tensors: the trained tensors.
-        steps: optimiser steps done; fewer than planned if training was stopped.
-        drawn: number of units of each step.
-        mean_loss: over the drawn records; nan if there were none.
-        clipped_share: share of drawn units whose gradient was longer than the clip norm; 0.0 without privacy.
-        nonfinite: drawn records whose gradient was not finite, and counted as zero.
-    """
-
-    tensors: Tensors
-    steps: int
-    drawn: tuple[int, ...]
-    mean_loss: float
-    clipped_share: float
-    nonfinite: int
 
 
 training_advice = partial(memory_advice, "training", "lower --micro-batch (the result stays the same), lower "
@@ -165,27 +89,46 @@ class Trainer:
             attend_with_mask(adapted.model, self.device)
         model: nn.Module = adapted.model
         model.to(self.device).eval()
-        self._parameters = [(parameter, spec.group) for spec, parameter in adapted.trained_parameters()]
-        self.buffer = GradientBuffer(self._parameters)
         self.noise_pool = NoisePool()
-        self._few_shapes = self.device.type == "cuda"
-        self._graphed = GraphedPass(self.device) if self._few_shapes else None
-        self._blocks: CompiledBlocks | None = None
+        self.few_shapes = self.device.type == "cuda"
+        self.blocks: CompiledBlocks | None = None
         self._dropping = False
-        self._most_in_a_shape = self.most_rows
-        self._findings = findings
-        self._shapes = Shapes({})
-        self._shown_for: tuple[object, ...] = ()
-        leaves = [leaf for leaf, _ in adapted.trained_leaves()]
-        per_example(leaves, self.buffer)
+        self._whole, self._active = adapted, tuple[str, ...]()
+        self.findings = findings
+        self.collect_into(GradientBuffer(_grouped(adapted)))
         if compiled:
             check_compiles(self.device)
-            self._blocks = CompiledBlocks(model, leaves)
+            self.blocks = CompiledBlocks(model, adapted.trained_leaves())
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         """For `Task.evaluate` on this trainer's model."""
         return torch.bfloat16 if self.precision == "bf16" else None
+
+    def collect_into(self, buffer: GradientBuffer) -> None:
+        """Have the leaves that train write to this buffer."""
+        self.buffer = buffer
+        self._graphed = GraphedPass(self.device) if self.few_shapes else None
+        self._most_in_a_shape = self.most_rows
+        self._shapes = Shapes({})
+        self._shown_for: tuple[object, ...] = ()
+        for leaf in self._whole.trained_leaves():
+            leaf.sink = None
+        for leaf in self.adapted.trained_leaves():
+            leaf.sink = buffer
+
+    def activate(self, active: tuple[str, ...]) -> None:
+        """Train these tensors from now on, and keep the others that could train as they are.
+
+        Args:
+            active: names of the layout's trained tensors; () for all of them.
+        Raises:
+            ValueError: one is none of them.
+        """
+        if active != self._active:
+            self.adapted = self._whole.activated(active)
+            self.collect_into(GradientBuffer(_grouped(self.adapted)))
+            self._active = active
 
     @training_advice()
     def rehearse(self) -> None:
@@ -195,21 +138,7 @@ class Trainer:
             ValueError: it has not, as in a model that moves or mixes its batch; or gradients are not finite, or do not
                 reach a tensor.
         """
-        length = max(2, min(8, self.task.max_length))
-        records = self._made_up([length, length])
-        with self._random_tensors():
-            together = self._gradients(records, np.arange(3), length)
-            alone = torch.cat([self._gradients(records, np.array([i]), int(records.lengths[i])) for i in range(3)])
-        if not bool(together.isfinite().all()):
-            raise ValueError("the model's gradients on made-up records are not finite; choose another --model, or "
-                             "--precision fp32")
-        cut_off = sum(not bool(together[:, slot.columns].any()) for slot in self.buffer.slots)
-        if cut_off:
-            raise ValueError(f"{cut_off} of the {len(self.buffer.slots)} tensors that are to be trained have no part "
-                             "in the loss, and would be trained on noise alone; choose other --targets")
-        if not bool((row_norms(together - alone) <= _APART[self.precision] * row_norms(alone)).all()):
-            raise ValueError("the model does not keep the records of a batch apart: the gradient of one depends on the "
-                             "others, so that no clipping protects it. Choose other --targets, or another --model")
+        rehearsal.rehearse(self)
 
     @training_advice()
     def show_batch_invariance(self, run: RunPlan, rows_per_unit: int = 1) -> Shapes:
@@ -226,54 +155,16 @@ class Trainer:
             ValueError: this machine computes no shape so.
             MemoryError: naming the flags that help.
         """
-        shown_for = (run, rows_per_unit, self.micro_batch, self.most_rows, torch.get_num_threads())
-        if self._shown_for == shown_for:
-            return self._shapes
-        lengths = lengths_up_to(self.task.max_length, self._ladder(private=True))
-        most = self._most_of_a_draw(run, rows_per_unit)
-        one_at_a_time = content_dependent(self.adapted.model)
-        first = {length: 1 if one_at_a_time else self._private_rows(length, most) for length in lengths}
-        key = key_of(run, self.adapted.model, first, device=self.device, precision=self.precision,
-                     compiled=self._blocks is not None)
-        shapes, records = self._findings.get(key), self._made_up(lengths)
-        with self._random_tensors():
-            if shapes is None or sorted(shapes.rows) != lengths:
-                shapes = show_shapes(self._filled_up, records, first, one_at_a_time)
-                self._findings.put(key, shapes)
-            else:
-                largest = max(lengths, key=lambda length: length * shapes.rows[length])
-                self._filled_up(records, np.array([2 * lengths.index(largest)]), largest, shapes.rows[largest])
-        self._shapes, self._shown_for = shapes, shown_for
-        return shapes
+        shown_for = (run, self._active, rows_per_unit, self.micro_batch, self.most_rows, torch.get_num_threads())
+        if self._shown_for != shown_for:
+            self._shapes = rehearsal.show_batch_invariance(self, run, self._most_of_a_draw(run, rows_per_unit))
+            self._shown_for = shown_for
+        return self._shapes
 
     @property
     def shapes(self) -> Shapes:
         """What `show_batch_invariance` found last."""
         return self._shapes
-
-    def _filled_up(self, records: Records, indices: np.ndarray, length: int,
-                   rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """([rows, values] gradients, [rows] losses) of these records and filler rows after them."""
-        self.buffer.arm(rows)
-        losses = self._pass(self.task.collate(records, indices, length, rows=rows), None)
-        self.buffer.check_complete()
-        return self.buffer.computed, losses
-
-    def _made_up(self, lengths: Sequence[int]) -> Records:
-        embeddings: int = self.adapted.model.get_input_embeddings().weight.shape[0]  # type: ignore
-        return made_up_records(self.task, embeddings, lengths)
-
-    @contextlib.contextmanager
-    def _random_tensors(self) -> Iterator[None]:
-        """In it, the model holds random tensors, through which a record's rounding reaches all of its gradient."""
-        random, before = np.random.default_rng(0), self.adapted.read("state")
-        self.adapted.write({name: (0.1 * random.standard_normal(array.shape)).astype(np.float32)
-                            for name, array in before.items()})
-        try:
-            yield
-        finally:
-            self.buffer.disarm()
-            self.adapted.write(before)
 
     def fill_buffer(self, records: Records, indices: np.ndarray, length: int) -> torch.Tensor:
         """Leave the gradient of each of these records in the buffer, which is armed then; returns [records] losses."""
@@ -290,16 +181,16 @@ class Trainer:
         (losses if weights is None else losses * weights).sum().backward()
         return losses.detach()
 
-    def _pass(self, batch: Batch, weights: torch.Tensor | None) -> torch.Tensor:
+    def one_pass(self, batch: Batch, weights: torch.Tensor | None) -> torch.Tensor:
         """`_compute` of a batch in the processor's memory, by a CUDA graph where one can be recorded."""
         while self._graphed is not None and not self._dropping:
             try:
-                compute = self._compute if self._blocks is None else self._compute_compiled
+                compute = self._compute if self.blocks is None else self._compute_compiled
                 return self._graphed(compute, batch, weights, self.buffer)
             except RuntimeError as error:  # what is wrong with the pass itself, it will say again
-                if self._blocks is not None:
+                if self.blocks is not None:
                     log.warning("Training goes on without --compile: %s", type(error).__name__)
-                    self._blocks = None
+                    self.blocks = None
                 else:
                     log.info("Training goes on without CUDA graphs: %s", type(error).__name__)
                     self._graphed = None
@@ -309,128 +200,104 @@ class Trainer:
         return self._compute(batch.to(self.device), None if weights is None else weights.to(self.device))
 
     def _compute_compiled(self, batch: Batch, weights: torch.Tensor | None) -> torch.Tensor:
-        assert self._blocks is not None
-        with self._blocks():
+        assert self.blocks is not None
+        with self.blocks():
             return self._compute(batch, weights)
 
-    def _gradients(self, records: Records, indices: np.ndarray, length: int) -> torch.Tensor:
-        """[records, values]: of each of these records."""
-        self.fill_buffer(records, indices, length)
-        return self.buffer.rows.clone()
-
-    def run(self, training: TrainingJob, stop: Callable[[], bool] = lambda: False) -> TrainResult:
-        """`train` as one client wants it in one round, from the tensors that it starts with."""
-        layout = self.adapted.layout
-        assert (training.run.family, training.run.scaling) == (layout.family.name, layout.scaling), "another adapter's"
-        self.adapted.write(training.start)
-        return self.train(
-            training.run, training.records, sampling_rate=training.sampling_rate,
-            noise_multiplier=training.noise_multiplier, clip_norm=training.clip_norm, lr=training.lr,
-            rows_per_unit=training.rows_per_unit, sampling=training.stream("sampling"),
-            noise=None if training.noise_multiplier is None else training.stream("noise"), stop=stop)
-
-    def run_all(self, trainings: Sequence[TrainingJob]) -> list[TrainResult]:
-        """`run` for several clients."""
-        return [self.run(training) for training in trainings]
-
-    @training_advice()
-    def train(self, run: RunPlan, records: Records, *, sampling_rate: float, noise_multiplier: float | None,
-              clip_norm: float, sampling: RandomStream, noise: RandomStream | None, lr: float | None = None,
-              rows_per_unit: int = ROWS_PER_UNIT, stop: Callable[[], bool] = lambda: False) -> TrainResult:
-        """Do the plan's local steps from the tensors that the model now holds, with a fresh optimiser.
+    def train(self, job: TrainingJob, stop: Callable[[], bool] = lambda: False) -> TrainResult:
+        """Do the plan's local steps of one client, with a fresh optimiser.
 
         Args:
-            sampling_rate: q of Poisson sampling over units; the step is divided by the plan's expected batch of units.
-            noise_multiplier: None trains without privacy: no clipping, no noise.
-            clip_norm: the client's, at most the plan's.
-            sampling, noise: random streams of this round; noise is None without privacy.
-            lr: the round's learning rate; None for the plan's.
-            rows_per_unit: most records of one unit in a step; of no meaning where `records.units` is None.
             stop: asked between micro-batches; True discards the unfinished step and returns.
         Raises:
             MemoryError: naming the flags that help.
             RuntimeError: a runtime check found a fault (`fedlora.training.runtime_checks`).
         """
-        rows_of_a_unit = 1 if records.units is None else rows_per_unit
-        if noise is not None:
-            if run.dropout:
-                raise ValueError(f"dropout is {run.dropout:g}: a record's mask depends on the others in its batch, so "
-                                 "that no clipping protects it. Train privately with dropout 0")
-            check_owners(self.adapted, [parameter for parameter, _ in self._parameters])
-            self.show_batch_invariance(run, rows_of_a_unit)
-        if (noise_multiplier is None) != (noise is None):
-            raise ValueError("a noise multiplier and a noise stream belong together; give both or neither")
-        if not 0 < sampling_rate <= 1:
-            raise ValueError(f"sampling_rate is {sampling_rate!r}; it must be in (0, 1]")
-        parameters = [parameter for parameter, _ in self._parameters]
+        return self._train([job], stop)[0]
+
+    def train_together(self, jobs: Sequence[TrainingJob]) -> list[TrainResult]:
+        """Do the local steps of several clients of one round in lockstep (`fedlora.training.multi_client`). Of one
+        alone, it is `train`.
+
+        Raises:
+            ValueError: they differ in the plan or the frozen tensors, or have dropout, which cannot repeat.
+        """
+        return self._train(jobs, lambda: False)
+
+    @training_advice()
+    def _train(self, jobs: Sequence[TrainingJob], stop: Callable[[], bool]) -> list[TrainResult]:
+        alone, job = len(jobs) == 1, jobs[0]
+        self.activate(job.active)
+        if not alone:
+            check_alike(jobs, self.adapted)
+        if job.start is not None:
+            layout = self.adapted.layout
+            assert job.run.family == layout.family.name, "another adapter's"
+            self._whole.write(job.start)
+        parameters = [parameter for _, parameter in self.adapted.trained_parameters()]
+        if job.private:
+            self._check_private(job, parameters, alone)
         frozen = FrozenCheck(self.adapted, parameters)
-        gradients = GradientCheck(self.adapted.layout, self.adapted.parameters(), self.buffer)
-        sampler = Sampler(len(records), records.units, sampling_rate, rows_per_unit, sampling)
-        inner = optimizer(run.optimizer, lr or run.lr, parameters)
-        if noise_multiplier is None or noise is None:
-            step: Step = PlainStep(inner, plain_divisor(run, records, sampling_rate))
-        else:
-            step = self.private_step(run, inner, self.buffer, gradients, clip_norm=clip_norm,
-                                     noise_multiplier=noise_multiplier, noise=noise)
-        drawn: list[int] = []
-        losses, rows = [], 0
-        self._most_in_a_shape = self._most_of_a_draw(run, rows_of_a_unit)
+        clients, passes = self._alone(job) if alone else self._together(jobs)
+        self._most_in_a_shape = self._most_of_a_draw(job.run, job.rows_of_a_unit)
         try:
-            with self._dropout(run.dropout, sampling):
-                for _ in range(run.local_steps):
-                    draw = sampler.draw()
-                    loss = self._accumulate(step, records, draw, stop)
-                    if loss is None:
-                        break
-                    step.finish(telling=partial(tells, records, draw.indices, loss))
-                    drawn.append(len(draw))
-                    losses.append(loss)
-                    rows += len(draw.indices)
+            with self._dropout(job.run.dropout, clients[0].sampling):
+                run_steps(passes, clients, stop)
             frozen.check()  # first: launched while a GPU is still at work
-            step.check()
+            for client in clients:
+                client.step.check()
         finally:  # a round that failed must leave no record's gradient to the next one
             self._most_in_a_shape = self.most_rows
-            step.close()
+            for client in clients:
+                client.step.close()
+            self.buffer.route({}, None)
+            self.buffer.disarm()
             for parameter in parameters:
                 parameter.grad = None
-        tell_finite(rows, step.nonfinite)
-        gradients.tell()
+        results = [client.result(self.adapted.read("trained") if alone else {
+            name: parameter.detach().cpu().numpy().copy() for name, parameter in client.trained.items()})
+            for client in clients]
         self.noise_pool.check()
-        total = sum(drawn)
-        return TrainResult(
-            tensors=self.adapted.read("trained"), steps=len(drawn), drawn=tuple(drawn),
-            mean_loss=sum(map(float, losses)) / rows if rows else float("nan"),
-            clipped_share=step.clipped / total if total else 0.0, nonfinite=step.nonfinite)
+        return results
 
-    def private_step(self, run: RunPlan, inner: torch.optim.Optimizer, buffer: GradientBuffer,
-                     gradients: GradientCheck, *, clip_norm: float, noise_multiplier: float,
-                     noise: RandomStream) -> PrivateStep:
-        """The step that clips and noises what the buffer holds; arguments as of `train`."""
+    def _check_private(self, job: TrainingJob, parameters: list[nn.Parameter], alone: bool) -> None:
+        """What must hold before a record is read privately."""
+        if job.run.dropout:
+            raise ValueError(f"dropout is {job.run.dropout:g}: a record's mask depends on the others in its batch, so "
+                             "that no clipping protects it. Train privately with dropout 0")
+        check_owners(self.adapted, parameters)
+        if alone:
+            self.show_batch_invariance(job.run, job.rows_of_a_unit)
+
+    def _alone(self, job: TrainingJob) -> tuple[list[Client], Alone]:
+        """One client, on the model's own tensors."""
+        client = Client(job, self.adapted.layout, self.adapted.parameters(), self.buffer, self.make_step)
+        return [client], Alone(self, private=job.private)
+
+    def _together(self, jobs: Sequence[TrainingJob]) -> tuple[list[Client], Together]:
+        """Several clients, each on tensors of its own, to which the buffer routes their records."""
+        layout = self.adapted.layout
+        stacks, own = stacked(jobs, self.adapted, self.device)
+        groups = [(spec.name, spec.group) for spec in layout.trained]
+        clients, first = [], 0
+        for job, mine in zip(jobs, own, strict=True):
+            buffer = GradientBuffer([(mine[name], group) for name, group in groups])
+            clients.append(Client(job, layout, mine, buffer, partial(self.make_step, summed=True), first))
+            first += len(job.records)
+        return clients, Together(self.buffer, stacks, self.most_rows,
+                                 lambda records, indices: list(self.micro_batches(records, indices)), self.fill_buffer)
+
+    def make_step(self, job: TrainingJob, parameters: list[nn.Parameter], buffer: GradientBuffer,
+                  gradients: GradientCheck, *, summed: bool = False) -> Step:
+        """How the job's gradients become its steps. `summed`: without privacy, from the buffer in place of autograd."""
+        run, inner = job.run, optimizer(job.run.optimizer, job.rate, parameters)
+        if job.noise_multiplier is None:
+            divisor = plain_divisor(run, job.records, job.sampling_rate)
+            return SummedStep(inner, divisor, buffer) if summed else PlainStep(inner, divisor)
         return PrivateStep(PerRecordOptimizer(
-            inner, buffer, scales={"adapter": run.adapter_scale, "head": run.head_scale}, clip_norm=clip_norm,
-            noise_multiplier=noise_multiplier, expected_batch_size=run.expected_batch, noise=noise,
+            inner, buffer, scales={"adapter": run.adapter_scale, "head": run.head_scale}, clip_norm=job.clip_norm,
+            noise_multiplier=job.noise_multiplier, expected_batch_size=run.expected_batch, noise=job.stream("noise"),
             pool=self.noise_pool), gradients)
-
-    def _accumulate(self, step: Step, records: Records, draw: Draw, stop: Callable[[], bool]) -> torch.Tensor | None:
-        """Sum the drawn units' gradients; returns the sum of their records' losses, or None if stopped."""
-        losses: list[torch.Tensor] = []
-        if stop():
-            return None
-        for group in draw.groups(self.most_rows):
-            step.open(group)
-            for length, places in self.micro_batches(records, group.indices, private=step.private):
-                if stop():
-                    return None
-                count = len(places)
-                filled = step.private or self._few_shapes
-                rows = self._at_once(length, private=step.private) if filled else count
-                step.begin(rows)
-                batch = self.task.collate(records, group.indices[places], length, rows=rows)
-                per_record = self._pass(batch, step.weights(places, rows))
-                losses.append(per_record[:count].sum())
-                step.take(places)
-            step.shut()
-        return torch.stack(losses).sum() if losses else torch.zeros(())
 
     @property
     def most_rows(self) -> int:
@@ -441,23 +308,23 @@ class Trainer:
                private: bool = False) -> Iterator[tuple[int, np.ndarray]]:
         """(padded length, places in `indices`) of each micro-batch of these records."""
         return micro_batches(records.lengths[indices], np.arange(len(indices)), self.task.max_length,
-                             partial(self._at_once, private=private), self._ladder(private))
+                             partial(self.rows_of, private=private), self.ladder(private))
 
-    def _ladder(self, private: bool) -> tuple[int, ...]:
+    def ladder(self, private: bool) -> tuple[int, ...]:
         """The lengths to which records are padded."""
-        return GRAPH_LENGTHS if self._few_shapes else PRIVATE_LENGTHS if private else LENGTHS
+        return GRAPH_LENGTHS if self.few_shapes else PRIVATE_LENGTHS if private else LENGTHS
 
-    def _at_once(self, length: int, *, private: bool = False) -> int:
+    def rows_of(self, length: int, *, private: bool = False) -> int:
         """Most records of a micro-batch of this length; with privacy, and where shapes are few, its rows."""
         if private:
             assert length in self.shapes.rows, "private training follows show_batch_invariance"
             return self.shapes.rows[length]
         most = self.most_rows if self.micro_batch is None else self.micro_batch
-        if self._few_shapes:  # shapes are filled up
+        if self.few_shapes:  # shapes are filled up
             most = min(most, self._most_in_a_shape)
         return records_at_once(length, most, self._tokens(MICRO_BATCH_TOKENS))
 
-    def _private_rows(self, length: int, most_of_a_draw: int) -> int:
+    def private_rows(self, length: int, most_of_a_draw: int) -> int:
         """Rows of the first shape to try for private micro-batches of this length: a power of two, which processors
         split evenly, unless --micro-batch says otherwise. It follows from public values alone."""
         if self.micro_batch is not None:
@@ -486,7 +353,7 @@ class Trainer:
         if rate == 0:
             yield
             return
-        layers = [module for name, module in self.adapted.model.named_modules() if ".lora_dropout." in name]
+        layers = self.adapted.dropouts()
         self._dropping = True
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -499,6 +366,31 @@ class Trainer:
                 self._dropping = False
                 for layer in layers:
                     layer.eval()
+
+
+class Alone:
+    """Passes of one client: filled up to the shapes shown for privacy, or to those that a GPU has recorded."""
+
+    def __init__(self, trainer: Trainer, *, private: bool) -> None:
+        self._trainer, self._private = trainer, private
+        self.most_rows = trainer.most_rows
+
+    def micro_batches(self, records: Records, indices: np.ndarray) -> Sequence[tuple[int, np.ndarray]]:
+        return list(self._trainer.micro_batches(records, indices, private=self._private))
+
+    def through(self, records: Records, indices: np.ndarray, length: int, clients: Sequence[Client],
+                owners: np.ndarray, places: np.ndarray) -> None:
+        [client], trainer, count = clients, self._trainer, len(indices)
+        rows = trainer.rows_of(length, private=self._private) if self._private or trainer.few_shapes else count
+        client.step.begin(rows)
+        losses = trainer.one_pass(trainer.task.collate(records, indices, length, rows=rows),
+                                  client.step.weights(places, rows))
+        client.losses.append(losses[:count].sum())
+        client.step.take(places)
+
+
+def _grouped(adapted: AdaptedModel) -> list[tuple[nn.Parameter, str]]:
+    return [(parameter, spec.group) for spec, parameter in adapted.trained_parameters()]
 
 
 def plain_divisor(run: RunPlan, records: Records, sampling_rate: float) -> float:

@@ -14,8 +14,8 @@ import torch
 import fedlora
 from fedlora import data, models
 from fedlora.adapters import AdaptedModel, all_targets, attach_planned, automatic_targets, initial_tensors
-from fedlora.adapters.private import PRIVATE_START
-from fedlora.adapters.public import PREFIX, public_start, read_public
+from fedlora.adapters.public_rows import PREFIX, public_start, read_public
+from fedlora.adapters.sketches import PRIVATE_START
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
 from fedlora.plan import PROTOCOL, ModelRef, RunPlan, Tensors

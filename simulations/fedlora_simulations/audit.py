@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora import data
-from fedlora.adapters.private import PRIVATE_START
+from fedlora.adapters.sketches import PRIVATE_START
 from fedlora.console import messages
 from fedlora.data import Rows
 from fedlora.options import SIMULATE, build_parser, read_options

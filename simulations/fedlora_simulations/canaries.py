@@ -11,7 +11,7 @@ the buffer that it clips from, by subclasses that only an audit makes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,10 @@ import torch
 
 from fedlora.adapters import AdaptedModel
 from fedlora.data import Rows
-from fedlora.plan import RunPlan
 from fedlora.privacy import RandomStream
 from fedlora.tasks import Records, Task
-from fedlora.training import Trainer, TrainResult
-from fedlora.training.per_example import GradientBuffer, per_example
+from fedlora.training import Trainer, TrainingJob, TrainResult
+from fedlora.training.gradient_buffer import GradientBuffer
 
 KINDS = ("text", "gradient")
 
@@ -108,26 +107,25 @@ class CanaryTrainer(Trainer):
         super().__init__(adapted, task, **options)
         self._first, self._directions = first, directions
         if directions is not None:
-            self.buffer: GradientBuffer = _InjectingBuffer(
-                [(parameter, spec.group) for spec, parameter in adapted.trained_parameters()])
-            per_example([leaf for leaf, _ in adapted.trained_leaves()], self.buffer)
+            self.collect_into(_InjectingBuffer(
+                [(parameter, spec.group) for spec, parameter in adapted.trained_parameters()]))
 
-    def train(self, run: RunPlan, records: Records, **options: Any) -> TrainResult:
+    def train(self, job: TrainingJob, stop: Callable[[], bool] = lambda: False) -> TrainResult:
         if self._directions is None:
-            return super().train(run, records, **options)
-        if options["noise_multiplier"] is None:
+            return super().train(job, stop)
+        if not job.private:
             # autograd's sum has no gradients of records to replace; without noise and clipping the private step is it
-            options |= {"noise_multiplier": 0.0, "clip_norm": NO_CLIPPING, "noise": RandomStream(bytes(32))}
-        assert isinstance(self.buffer, _InjectingBuffer) and records.units is None
-        self.show_batch_invariance(run)  # of gradients as they are
+            job = dataclasses.replace(job, noise_multiplier=0.0, clip_norm=NO_CLIPPING)
+        assert isinstance(self.buffer, _InjectingBuffer) and job.records.units is None
+        self.show_batch_invariance(job.run)  # of gradients as they are
         self.buffer.first, self.buffer.directions = self._first, self._directions
         try:
-            return super().train(run, records, **options)
+            return super().train(job, stop)
         finally:
             self.buffer.directions = None
 
     def micro_batches(self, records: Records, indices: np.ndarray, *,
-               private: bool = False) -> Iterator[tuple[int, np.ndarray]]:
+                      private: bool = False) -> Iterator[tuple[int, np.ndarray]]:
         for length, places in super().micro_batches(records, indices, private=private):
             if isinstance(self.buffer, _InjectingBuffer):
                 self.buffer.part = indices[places]

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from fedlora.adapters import attach_planned
-from fedlora.adapters.private import sketch_plan
+from fedlora.adapters.sketches import sketch_plan
 from fedlora.files import allow_open_files
 from fedlora.models import load
 from fedlora.plan import ROW, Tensors
 from fedlora.privacy import Ledger, nominal_size
 from fedlora.tasks import Records
-from fedlora.training import MultiClientTrainer, Trainer
+from fedlora.training import Trainer
 from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import MemoryState
 from fedlora_server.observer import Observer
@@ -83,9 +83,8 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
         torch.set_num_threads(options.threads)
     run_id = hashlib.sha256(f"simulation {method} {seed}".encode()).hexdigest()[:16]
     federation = prepare(options, method.strategy, base, population.labels, seed, run_id=run_id)
-    kind = MultiClientTrainer if options.batch_clients > 1 else Trainer
-    trainer = kind(federation.adapted, federation.task, device=options.device, precision=options.precision,
-                   micro_batch=options.micro_batch, threads=options.threads, compiled=compiles_here(options))
+    trainer = Trainer(federation.adapted, federation.task, device=options.device, precision=options.precision,
+                      micro_batch=options.micro_batch, threads=options.threads, compiled=compiles_here(options))
     allow_open_files(len(population.parts) + OTHER_FILES)
     ledger = Ledger(out / "ledger.sqlite" if out else None, simulated=True)
     make_sketch_trainer = cache(lambda: sketch_trainer(options, federation, base))

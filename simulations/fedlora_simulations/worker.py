@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from fedlora.adapters import attach_planned
-from fedlora.adapters.private import sketch_plan
+from fedlora.adapters.sketches import sketch_plan
 from fedlora.models import load
 from fedlora.plan import RunPlan
 from fedlora.tasks import task_for
-from fedlora.training import MultiClientTrainer, Trainer, TrainingJob, TrainResult, resolve_device
+from fedlora.training import Trainer, TrainingJob, TrainResult, resolve_device
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,9 @@ class Blueprint:
         if device == "cuda":
             device = f"cuda:{index % torch.cuda.device_count()}"
         loaded = load(self.model, self.plan.task, len(self.plan.labels))
-        kind = MultiClientTrainer if self.together else Trainer
-        return kind(attach_planned(loaded, self.plan), task_for(self.plan, loaded.tokenizer), device=device,
-                    precision=self.precision, micro_batch=self.micro_batch, threads=self.threads,
-                    compiled=self.compiled)
+        return Trainer(attach_planned(loaded, self.plan), task_for(self.plan, loaded.tokenizer), device=device,
+                       precision=self.precision, micro_batch=self.micro_batch, threads=self.threads,
+                       compiled=self.compiled)
 
 
 class Worker:
@@ -79,7 +78,9 @@ class Worker:
             if sketches:
                 blueprint = replace(blueprint, plan=sketch_plan(blueprint.plan))
             self._trainer, self._sketches = blueprint.build(self._index), sketches
-        return self._trainer.run_all(trainings)
+        if self._blueprint.together:
+            return self._trainer.train_together(trainings)
+        return [self._trainer.train(training) for training in trainings]
 
 
 class Workers(ABC):
@@ -92,7 +93,7 @@ class Workers(ABC):
 
     @abstractmethod
     def start(self, key: str, trainings: Sequence[TrainingJob]) -> None:
-        """Have a free worker do these trainings, with `Trainer.run_all`."""
+        """Have a free worker do these trainings of one round."""
 
     @abstractmethod
     def done(self) -> tuple[str, list[TrainResult]]:
@@ -130,7 +131,7 @@ class ThisProcess(Workers):
         assert self._started is not None, "nothing was started"
         (key, trainings), self._started = self._started, None
         trainer = self._trainer if trainings[0].round else self._sketch_trainer()
-        return key, trainer.run_all(trainings)
+        return key, trainer.train_together(trainings)
 
     def close(self) -> None:
         self._started = None

@@ -4,7 +4,7 @@
     client k      releases Z_k ≈ Qᵀ G_k and Y_k ≈ G_k Pᵀ, clipped, noised, and charged as one participation
     server        A ← right singular vectors of Σ p_k Z_k; where B is fixed, B ← left ones of Σ p_k Y_k
 
-See `fedlora.adapters.private`. Whatever the run's strategy, the release has the factors of plain LoRA.
+See `fedlora.adapters.sketches`. Whatever the run's strategy, the release has the factors of plain LoRA.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.private import private_start, sketch_layout, sketch_tensors
+from fedlora.adapters.sketches import private_start, sketch_layout, sketch_tensors
 from fedlora.plan import Released, RunPlan, Tensors
 
 from .base import FederatedLoRA

@@ -10,7 +10,7 @@ import pytest
 
 from fedlora import models
 from fedlora.adapters import attach, attach_planned, initial_tensors
-from fedlora.adapters.private import sketch_layout, sketch_plan, sketch_tensors
+from fedlora.adapters.sketches import sketch_layout, sketch_plan, sketch_tensors
 from fedlora.data import Rows
 from fedlora.plan import WIRE_DTYPES, ModelRef, Refusal, Refused, RoundPlan, RunPlan, Upload
 from fedlora.privacy import Accountant, Forbidden, Ledger, RunStreams, RunTerms, Spend, calibrate

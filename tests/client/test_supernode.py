@@ -9,7 +9,7 @@ import pytest
 import fedlora
 from fedlora import models
 from fedlora.adapters import attach, initial_tensors
-from fedlora.adapters.private import sketch_layout, sketch_tensors
+from fedlora.adapters.sketches import sketch_layout, sketch_tensors
 from fedlora.options import CLIENT, options_from
 from fedlora.plan import ModelRef, Refusal, RoundPlan, RunPlan, Upload
 from fedlora.privacy import Ledger

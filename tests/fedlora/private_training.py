@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -16,11 +18,13 @@ from fedlora.plan import ModelRef, RunPlan
 from fedlora.privacy import RandomStream
 from fedlora.tasks import Records, task_for
 from fedlora.tasks.records import pack
-from fedlora.training import Trainer
+from fedlora.training import Trainer, TrainingJob
 from fedlora.training.accumulation import PrivateStep
+from fedlora.training.loop import take_groups
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.runtime_checks import GradientCheck
 from fedlora.training.sampling import Draw
+from fedlora.training.trainer import Alone
 from tests.tiny import DECODERS, ENCODERS, VOCABULARY, tiny_checkpoint
 
 CASES = [(kind, "classification") for kind in (*ENCODERS, *DECODERS)] + [(kind, "causal-lm") for kind in DECODERS]
@@ -51,17 +55,37 @@ def loaded(kind: str, task: str) -> LoadedModel:
 
 
 def make_trainer(kind: str, run: RunPlan, *, precision: str = "fp32", micro_batch: int | None = None,
-                 model: LoadedModel | None = None, kind_of_trainer: type[Trainer] = Trainer,
+                 model: LoadedModel | None = None,
                  device: str = "cpu", compiled: bool = False) -> Trainer:
     """A trainer whose trained and frozen tensors are all random and not small, so that no gradient is 0."""
     model = model or loaded(kind, run.task)
     adapted = attach(model, family=run.family, rank=run.rank, alpha=run.alpha, dropout=run.dropout,
-                     targets=automatic_targets(model.model), train_head=run.train_head)
+                     targets=automatic_targets(model.model), train_head=run.train_head, options=run.family_options,
+                     ranks=run.ranks)
     generator = np.random.default_rng(0)
     adapted.write({spec.name: (0.3 * generator.standard_normal(spec.shape)).astype(np.float32)
                    for spec in adapted.layout.state})
-    return kind_of_trainer(adapted, task_for(run, model.tokenizer), device=device, precision=precision,
-                           micro_batch=micro_batch, threads=1, compiled=compiled)
+    return Trainer(adapted, task_for(run, model.tokenizer), device=device, precision=precision,
+                   micro_batch=micro_batch, threads=1, compiled=compiled)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Streams by purpose, whatever the round."""
+
+    sampling: RandomStream
+    noise: RandomStream | None = None
+
+    def stream(self, round: int, purpose: str, attempt: int = 0) -> RandomStream:
+        found = getattr(self, purpose)
+        assert found is not None, f"nobody gave a stream for {purpose}"
+        return found
+
+
+def job_of(run: RunPlan, records: Records, *, sampling_rate: float, noise_multiplier: float | None, clip_norm: float,
+           sampling: RandomStream, noise: RandomStream | None = None, **more) -> TrainingJob:
+    """A training from the tensors that the model holds."""
+    return TrainingJob(run, records, None, sampling_rate, noise_multiplier, clip_norm, Given(sampling, noise), **more)
 
 
 def make_records(trainer: Trainer, *, count: int = len(LENGTHS), seed: int = 1,
@@ -91,7 +115,8 @@ def clipped_sum(trainer: Trainer, run: RunPlan, records: Records, indices, owner
     adapted = trainer.adapted
     step = PrivateStep(optimizer, GradientCheck(adapted.layout, adapted.parameters(), trainer.buffer))
     draw = Draw(np.asarray(indices, dtype=np.int64), None if owners is None else np.asarray(owners, dtype=np.int64))
-    trainer._accumulate(step, records, draw, lambda: False)
+    client = SimpleNamespace(step=step, losses=[], first=0)
+    take_groups(Alone(trainer, private=True), [client], records, [list(draw.groups(trainer.most_rows))])
     return optimizer.clipped_sum.clone()
 
 

@@ -8,7 +8,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedlora import models
-from fedlora.adapters import FAMILIES, attach, automatic_targets, export
+from fedlora.adapters import attach, automatic_targets, export
+from tests.families import FAMILIES
 from tests.fedlora.test_adapters import CASES, LABELS, adapted_model, logits, random_state
 from tests.tiny import tiny_checkpoint
 

@@ -3,11 +3,13 @@ import pytest
 import torch
 
 from fedlora import models
-from fedlora.adapters import FAMILIES, INITS, initial_tensors
+from fedlora.adapters import family_of, initial_tensors, start_of
+from tests.families import FAMILIES
 from tests.fedlora.test_adapters import ALPHA, CASES, LABELS, RANK, adapted_model, logits
 from tests.tiny import KINDS, tiny_checkpoint
 
-STARTS = [(family, init) for family in FAMILIES for init in INITS if (family, init) != ("bra", "kaiming")]
+STARTS = [(family, init) for family in FAMILIES for init in ("kaiming", "orthonormal", "weight")
+          if not start_of(init)[0].lacks(family_of(family))]
 
 
 @pytest.mark.parametrize(("family", "init"), STARTS)
@@ -90,8 +92,8 @@ def test_a_head_of_the_checkpoint_keeps_its_values(tmp_path):
 
 
 @pytest.mark.parametrize(("family", "init", "rank", "message"), [
-    ("lora", "gaussian", 2, "choose one of kaiming, orthonormal, weight"),
-    ("bra", "kaiming", 2, "choose orthonormal or weight"),
+    ("lora", "gaussian", 2, "choose one of dp, kaiming, orthonormal, public, weight"),
+    ("bra", "kaiming", 2, "orthonormal, weight or public"),
     ("frozen-a", "orthonormal", 33, r"rank 33 exceeds the smaller side of bert.*\(32 × 32\)"),
     ("bra", "weight", 33, "choose a smaller --rank")])
 def test_an_impossible_start_is_refused(family, init, rank, message, checkpoint):

@@ -8,12 +8,13 @@ import torch
 
 from fedlora import models
 from fedlora.adapters import attach_planned, initial_tensors
-from fedlora.adapters.private import private_start, sketch_layout, sketch_plan, sketch_tensors
+from fedlora.adapters.sketches import private_start, sketch_layout, sketch_plan, sketch_tensors
 from fedlora.data import Rows
 from fedlora.plan import ModelRef, RunPlan
 from fedlora.privacy import RandomStream
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
+from tests.fedlora.private_training import job_of
 
 RANK = 3
 
@@ -47,9 +48,9 @@ def released(checkpoint, plan, layout, tensors):
     task = task_for(own, loaded.tokenizer)
     records = task.encode(rows())
     adapted.write(tensors)
-    result = Trainer(adapted, task, device="cpu", precision="fp32").train(
+    result = Trainer(adapted, task, device="cpu", precision="fp32").train(job_of(
         own, records, sampling_rate=1.0, noise_multiplier=1e-9, clip_norm=own.clip_norm,
-        sampling=RandomStream.derived(0, "a", 0, "sampling"), noise=RandomStream.derived(0, "a", 0, "noise"))
+        sampling=RandomStream.derived(0, "a", 0, "sampling"), noise=RandomStream.derived(0, "a", 0, "noise")))
     return {name: array.astype(np.float64) - tensors[name] for name, array in result.tensors.items()}, task, records
 
 

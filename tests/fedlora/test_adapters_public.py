@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from fedlora import models
-from fedlora.adapters import FAMILIES, attach, automatic_targets, initial_tensors
-from fedlora.adapters.public import ROWS, mean_gradients, public_start, read_public
+from fedlora.adapters import attach, automatic_targets, initial_tensors
+from fedlora.adapters.public_rows import ROWS, mean_gradients, public_start, read_public
 from fedlora.data import Rows
 from fedlora.options import SERVER, SIMULATE, build_parser, read_options
 from fedlora.tasks import CausalLM, Classification
 from fedlora_server.run_setup import find_model, prepare
+from tests.families import FAMILIES
 
 LABELS = ("no", "yes")
 RANK = 3
@@ -171,3 +172,4 @@ def test_a_start_that_would_release_private_rows_is_refused_by_name(capsys, text
         read_options(build_parser(SERVER, ""), SERVER, [f"--init={text}"])
     message = capsys.readouterr().err
     assert exit_.value.code == 2 and names in message and "public:FILE" in message
+

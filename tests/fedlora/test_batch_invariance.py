@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fedlora.training.per_example import row_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from fedlora.training import batch_invariance
 from fedlora.training.batch_invariance import Findings, content_dependent
-from fedlora.training.per_example import row_norms
 from fedlora.training.sampling import PRIVATE_LENGTHS, lengths_up_to
 from tests.fedlora.private_training import CASES, clipped_sum, make_records, make_trainer, plan
 
@@ -28,7 +28,7 @@ def nothing_is_remembered(monkeypatch):
 
 def fresh(kind="bert", run=BIG, **options):
     trainer = make_trainer(kind, run, **options)
-    trainer._findings = Findings()
+    trainer.findings = Findings()
     return trainer
 
 
@@ -114,13 +114,13 @@ def test_mixtures_of_experts_are_trained_one_record_at_a_time():
 
 def test_what_was_shown_is_remembered_under_all_that_it_depends_on(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr("fedlora.training.trainer.show_shapes", lambda *given: (
+    monkeypatch.setattr("fedlora.training.rehearsal.show_shapes", lambda *given: (
         shown.append(given), batch_invariance.show_shapes(*given))[1])
     file = tmp_path / "shown.json"
 
     def check(run=BIG, **options):
         trainer = make_trainer("bert", run, **options)
-        trainer._findings = Findings(file)
+        trainer.findings = Findings(file)
         return trainer.show_batch_invariance(run)
 
     first = check()
@@ -148,7 +148,7 @@ def test_a_shape_that_needs_more_memory_than_there_is_fails_before_anything_is_c
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     again = fresh()
-    again._findings = trainer._findings
+    again.findings = trainer.findings
     monkeypatch.setattr(again.task, "per_record_loss", exhausted)
     with pytest.raises(MemoryError, match="--micro-batch"):
         again.show_batch_invariance(BIG)

@@ -44,7 +44,8 @@ def test_plans_survive_flat_scalars():
     ("adapter_scale", 1e-30), ("head_scale", float("nan")), ("local_steps", 10**6), ("dropout", 1.0), ("rounds", 0),
     ("run_id", "AB" * 8), ("strategy", "a\nb"), ("strategy", ""),
         ("family_options", (("blocks", math.inf),)), ("family_options", (("b", 1.0), ("a", 1.0))),
-        ("ranks", (("q", 0),)), ("ranks", (("q", 1), ("q", 2))), ("task", "chess"), ("optimizer", "lion"), ("labels", ("a",)),
+        ("ranks", (("q", 0),)), ("ranks", (("q", 1), ("q", 2))),
+    ("task", "chess"), ("optimizer", "lion"), ("labels", ("a",)),
     ("labels", ("a", "a")), ("targets", ("q", "q")), ("weight_by_examples", True), ("lr_schedule", "cosine"),
     ("wire_dtype", "int8"), ("labels", ("a", "\x1b[2J")), ("targets", ("query", "a\nb")),
     ("fedlora_version", "0.1\x07")])

@@ -14,7 +14,7 @@ from tests.fedlora.test_training_graphs import assert_same, graphed_trainer, tra
 
 def compiled_trainer(kind, run, **options):
     trainer = graphed_trainer(kind, run, **options)
-    trainer._blocks = CompiledBlocks(trainer.adapted.model, [leaf for leaf, _ in trainer.adapted.trained_leaves()],
+    trainer.blocks = CompiledBlocks(trainer.adapted.model, trainer.adapted.trained_leaves(),
                                      backend="aot_eager")
     return trainer
 
@@ -55,10 +55,10 @@ def test_what_cannot_be_compiled_is_trained_without(caplog):
     def refuses(*_):
         raise RuntimeError("no such kernel")
 
-    trainers[1]._blocks = CompiledBlocks(trainers[1].adapted.model, [], backend=refuses)
+    trainers[1].blocks = CompiledBlocks(trainers[1].adapted.model, [], backend=refuses)
     records = make_records(trainers[0])
     assert_same(*(train(trainer, run, records) for trainer in trainers))
-    assert trainers[1]._blocks is None and trainers[1]._graphed is not None and "without --compile" in caplog.text
+    assert trainers[1].blocks is None and trainers[1]._graphed is not None and "without --compile" in caplog.text
 
 
 def test_only_training_is_compiled():
@@ -76,7 +76,7 @@ def test_only_training_is_compiled():
 def test_what_a_pass_raises_leaves_the_model_as_it_was():
     run = plan()
     trainer = compiled_trainer("bert", run)
-    with pytest.raises(ZeroDivisionError), trainer._blocks():
+    with pytest.raises(ZeroDivisionError), trainer.blocks():
         assert any("forward" in module.__dict__ for module in trainer.adapted.model.modules())
         _ = 1 / 0
     assert not any("forward" in module.__dict__ for module in trainer.adapted.model.modules())

@@ -14,7 +14,7 @@ import torch
 
 from fedlora.privacy import RandomStream
 from fedlora.training.graphs import GraphedPass
-from tests.fedlora.private_training import CASES, make_records, make_trainer, plan
+from tests.fedlora.private_training import CASES, job_of, make_records, make_trainer, plan
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -28,14 +28,14 @@ def played(compute):
 
 def graphed_trainer(kind, run, *, record=played, **options):
     trainer = make_trainer(kind, run, **options)
-    trainer._few_shapes, trainer._graphed = True, GraphedPass(trainer.device, record)
+    trainer.few_shapes, trainer._graphed = True, GraphedPass(trainer.device, record)
     return trainer
 
 
 def train(trainer, run, records, sigma=1.0, key=1, rate=0.7):
-    return trainer.train(run, records, sampling_rate=rate, noise_multiplier=sigma, clip_norm=run.clip_norm,
-                         sampling=RandomStream.derived(key, "a", 1, "sampling"),
-                         noise=None if sigma is None else RandomStream.derived(key, "a", 1, "noise"))
+    return trainer.train(job_of(run, records, sampling_rate=rate, noise_multiplier=sigma, clip_norm=run.clip_norm,
+                                sampling=RandomStream.derived(key, "a", 1, "sampling"),
+                                noise=None if sigma is None else RandomStream.derived(key, "a", 1, "noise")))
 
 
 def assert_same(one, other, tolerance=1e-4):
@@ -85,7 +85,7 @@ def test_a_micro_batch_is_filled_up_to_what_a_plan_needs_and_not_to_all_that_is_
     trainer = graphed_trainer("bert", run, micro_batch=1000)
     train(trainer, run, make_records(trainer), rate=1.0)
     assert {graph.batch.input_ids.shape[0] for graph in trainer._graphed._graphs.values()} == {4}
-    assert trainer._at_once(16) == 1000, "what others ask of the trainer does not depend on what was trained before"
+    assert trainer.rows_of(16) == 1000, "what others ask of the trainer does not depend on what was trained before"
 
 
 def test_dropout_has_no_graphs():
@@ -159,7 +159,7 @@ def test_no_records_gradient_on_cuda_depends_on_which_others_there_are(kind, tas
         for length, places in trainer.micro_batches(records, indices, private=True):
             size = trainer.shapes.rows[length]
             trainer.buffer.arm(size)
-            trainer._pass(trainer.task.collate(records, indices[places], length, rows=size), None)
+            trainer.one_pass(trainer.task.collate(records, indices[places], length, rows=size), None)
             for row, place in zip(trainer.buffer.rows, places, strict=False):
                 found[int(indices[place])] = row.clone()
         trainer.buffer.disarm()

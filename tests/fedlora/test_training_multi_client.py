@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapters import FAMILIES
 from fedlora.privacy import RandomStream, RunStreams
 from fedlora.tasks import concatenate
-from fedlora.training import MultiClientTrainer, TrainingJob
+from fedlora.training import Trainer, TrainingJob
 from fedlora.training import trainer as trainer_module
 from fedlora.training.optimizer import PerRecordOptimizer
-from fedlora.training.per_example import PerExampleLinear
+from tests.families import FAMILIES
 from tests.fedlora.private_training import CASES, make_records, make_trainer, plan
 
 COUNTS = (12, 5, 9)
@@ -21,7 +20,7 @@ COUNTS = (12, 5, 9)
 
 def make(kind="bert", task="classification", *, family="lora", units=False, **changes):
     run = plan(family, task, **{"local_steps": 3, "optimizer": "adamw", "lr": 1e-2} | changes)
-    trainer = make_trainer(kind, run, kind_of_trainer=MultiClientTrainer)
+    trainer = make_trainer(kind, run)
     return trainer, [training(trainer, run, number, units) for number in range(len(COUNTS))]
 
 
@@ -54,9 +53,9 @@ def assert_same(together, alone):
 @pytest.mark.parametrize(("kind", "task"), [("bert", "classification"), ("llama", "causal-lm")])
 def test_together_is_alone(kind, task, family, private):
     trainer, trainings = make(kind, task, family=family, private=private)
-    together = trainer.run_all(trainings)
+    together = trainer.train_together(trainings)
     for mine, one in zip(together, trainings, strict=True):
-        assert_same(mine, trainer.run(one))
+        assert_same(mine, trainer.train(one))
     moved = [max(abs(mine.tensors[name] - one.start[name]).max() for name in mine.tensors)
              for mine, one in zip(together, trainings, strict=True)]
     assert min(moved) > 1e-3, "this test would not see a step that is lost"
@@ -65,53 +64,53 @@ def test_together_is_alone(kind, task, family, private):
 @pytest.mark.parametrize(("kind", "task"), CASES)
 def test_together_is_alone_for_every_model(kind, task):
     trainer, trainings = make(kind, task, optimizer="sgd", local_steps=1, lr=0.1)
-    for mine, one in zip(trainer.run_all(trainings), trainings, strict=True):
-        assert_same(mine, trainer.run(one))
+    for mine, one in zip(trainer.train_together(trainings), trainings, strict=True):
+        assert_same(mine, trainer.train(one))
 
 
 @pytest.mark.parametrize("private", [True, False])
 def test_units_of_several_records_are_drawn_and_clipped_as_alone_and_may_take_turns(private, monkeypatch):
     trainer, trainings = make(units=True, private=private)
-    alone = [trainer.run(one) for one in trainings]
-    monkeypatch.setattr(MultiClientTrainer, "most_rows", 3)  # one unit of each client at a time
-    for mine, one in zip(trainer.run_all(trainings), alone, strict=True):
+    alone = [trainer.train(one) for one in trainings]
+    monkeypatch.setattr(Trainer, "most_rows", 3)  # one unit of each client at a time
+    for mine, one in zip(trainer.train_together(trainings), alone, strict=True):
         assert_same(mine, one)
 
 
 def test_a_client_that_draws_nothing_makes_its_steps_of_noise():
     trainer, trainings = make()
     trainings[1] = dataclasses.replace(trainings[1], sampling_rate=1e-9)
-    together = trainer.run_all(trainings)
+    together = trainer.train_together(trainings)
     assert together[1].drawn == (0, 0, 0)
     for mine, one in zip(together, trainings, strict=True):
-        assert_same(mine, trainer.run(one))
+        assert_same(mine, trainer.train(one))
     nobody = [dataclasses.replace(one, sampling_rate=1e-9) for one in trainings]
-    for mine, one in zip(trainer.run_all(nobody), nobody, strict=True):
-        assert_same(mine, trainer.run(one))
+    for mine, one in zip(trainer.train_together(nobody), nobody, strict=True):
+        assert_same(mine, trainer.train(one))
 
 
 def test_a_client_s_result_does_not_depend_on_who_trains_with_it():
     trainer, trainings = make()
     other = dataclasses.replace(trainings[1], records=make_records(trainer, count=30, seed=9), clip_norm=9.0)
-    assert_same(trainer.run_all([trainings[0], other])[0], trainer.run_all(trainings)[0])
+    assert_same(trainer.train_together([trainings[0], other])[0], trainer.train_together(trainings)[0])
 
 
 def test_in_bf16_too_up_to_its_rounding():
     run = plan("lora", optimizer="sgd", lr=0.1)
-    trainer = make_trainer("bert", run, precision="bf16", kind_of_trainer=MultiClientTrainer)
+    trainer = make_trainer("bert", run, precision="bf16")
     trainings = [training(trainer, run, number) for number in range(3)]
-    for mine, one in zip(trainer.run_all(trainings), trainings, strict=True):
-        for name, array in trainer.run(one).tensors.items():
+    for mine, one in zip(trainer.train_together(trainings), trainings, strict=True):
+        for name, array in trainer.train(one).tensors.items():
             np.testing.assert_allclose(mine.tensors[name], array, atol=2e-3, err_msg=name)
 
 
-def test_the_model_is_a_plain_one_again_even_after_a_failure(monkeypatch):
+def test_records_are_routed_no_more_even_after_a_failure(monkeypatch):
     trainer, trainings = make()
     monkeypatch.setattr(trainer.task, "per_record_loss", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        trainer.run_all(trainings)
-    assert {type(leaf) for leaf, _ in trainer.adapted.trained_leaves()} == {PerExampleLinear}
-    assert not trainer.buffer.armed
+        trainer.train_together(trainings)
+    trainer.buffer.arm(2)
+    assert {trainer.buffer.routed(parameter) for _, parameter in trainer.adapted.trained_parameters()} == {None}
 
 
 def test_what_does_not_go_together_is_refused():
@@ -121,18 +120,18 @@ def test_what_does_not_go_together_is_refused():
     stale = dataclasses.replace(other, start=other.start | {frozen: other.start[frozen] + 1})
     for misfit in (longer, stale):
         with pytest.raises(ValueError, match="one plan and the same frozen tensors"):
-            trainer.run_all([one, misfit])
+            trainer.train_together([one, misfit])
     trainer, trainings = make(dropout=0.1)
     with pytest.raises(ValueError, match="--dropout 0"):
-        trainer.run_all(trainings)
+        trainer.train_together(trainings)
 
 
 def test_a_tensor_that_is_cut_off_from_the_loss_raises_for_many_as_for_one(monkeypatch):
     trainer, trainings = make()
-    [leaf, *_] = [leaf for leaf, _ in trainer.adapted.trained_leaves()]
-    monkeypatch.setattr(leaf, "write", lambda inputs, gradient: None)
+    [leaf, *_] = trainer.adapted.trained_leaves()
+    monkeypatch.setattr(leaf, "write", lambda inputs, gradient, sink: None)
     with pytest.raises(RuntimeError, match="no gradient reached"):
-        trainer.run_all(trainings)
+        trainer.train_together(trainings)
 
 
 def test_concatenated_records_are_the_records_one_after_the_other():
@@ -155,7 +154,7 @@ def test_noise_that_is_not_what_it_should_be_is_found_before_the_round_is_releas
     gaussian = RandomStream.gaussian
     monkeypatch.setattr(RandomStream, "gaussian", lambda self, count: fault(gaussian(self, count)))
     with pytest.raises(RuntimeError, match=said):
-        trainer.run_all(trainings)
+        trainer.train_together(trainings)
 
 
 def test_a_step_that_is_not_made_as_it_should_be_is_found_before_the_round_is_released(monkeypatch):
@@ -167,4 +166,4 @@ def test_a_step_that_is_not_made_as_it_should_be_is_found_before_the_round_is_re
     monkeypatch.setattr(trainer_module, "PerRecordOptimizer",
                         type("Faulty", (PerRecordOptimizer,), {"scale_grad": scaled_twice}))
     with pytest.raises(RuntimeError, match="not the clipped sum with the drawn noise"):
-        trainer.run_all(trainings)
+        trainer.train_together(trainings)

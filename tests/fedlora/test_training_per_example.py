@@ -6,8 +6,10 @@ import torch
 from opacus import GradSampleModule
 from torch import nn
 
-from fedlora.adapters import FAMILIES
-from fedlora.training.per_example import GradientBuffer, per_example, row_norms
+from fedlora.adapters.leaves import Linear
+from fedlora.training.gradient_buffer import GradientBuffer, row_norms
+from fedlora_simulations.bench.peers import plain_layers
+from tests.families import FAMILIES
 from tests.fedlora.private_training import CASES, brute_force_row, make_records, make_trainer, per_record_rows, plan
 
 
@@ -39,9 +41,8 @@ def test_every_row_is_what_opacus_hooks_compute(kind, task, family):
     records = make_records(trainer)
     indices = np.arange(len(records))
     rows = per_record_rows(trainer, records, indices)
-    for leaf, _ in trainer.adapted.trained_leaves():
-        leaf.__class__ = nn.Linear  # Opacus knows no subclasses
-        leaf.train()  # and records nothing in evaluation mode
+    for layer in plain_layers(trainer.adapted):  # Opacus knows no subclasses
+        layer.train()  # and records nothing in evaluation mode
     hooked = GradSampleModule(trainer.adapted.model, loss_reduction="sum", strict=False)
     for length, part in trainer.micro_batches(records, indices):
         trainer.task.per_record_loss(hooked, trainer.task.collate(records, part, length)).sum().backward()
@@ -52,9 +53,8 @@ def test_every_row_is_what_opacus_hooks_compute(kind, task, family):
 
 
 def _layer(bias=True):
-    layer = nn.Linear(5, 4, bias=bias)
-    buffer = GradientBuffer([(parameter, "adapter") for parameter in layer.parameters()])
-    per_example([layer], buffer)
+    layer = Linear(5, 4, bias=bias)
+    layer.sink = buffer = GradientBuffer([(parameter, "adapter") for parameter in layer.parameters()])
     return layer, buffer
 
 
@@ -132,7 +132,7 @@ def test_a_layer_that_is_not_plain_is_refused():
 
     layer = Special(2, 2)
     with pytest.raises(ValueError, match="Special"):
-        per_example([layer], GradientBuffer([(layer.weight, "adapter")]))
+        Linear.of(layer)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")

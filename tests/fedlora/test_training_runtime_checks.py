@@ -8,23 +8,24 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora.adapters import FAMILIES
 from fedlora.privacy import RandomStream
 from fedlora.tasks.records import pack
-from fedlora.training import multi_client
+from fedlora.training import loop
 from fedlora.training import trainer as trainer_module
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.runtime_checks import GradientCheck
-from tests.fedlora.private_training import clipped_sum, make_records, make_trainer, plan
+from tests.families import FAMILIES
+from tests.fedlora.private_training import clipped_sum, job_of, make_records, make_trainer, plan
 from tests.fedlora.test_training_multi_client import make as make_clients
 
 NOTHING = "Nothing of this round was released"
 
 
 def _train(trainer, run, records, *, rate=1.0, sigma=1.0, key=1, noise=None):
-    return trainer.train(run, records, sampling_rate=rate, noise_multiplier=sigma, clip_norm=run.clip_norm,
-                         sampling=RandomStream.derived(key, "a", 1, "sampling"),
-                         noise=None if sigma is None else noise or RandomStream.derived(key, "a", 1, "noise"))
+    return trainer.train(job_of(
+        run, records, sampling_rate=rate, noise_multiplier=sigma, clip_norm=run.clip_norm,
+        sampling=RandomStream.derived(key, "a", 1, "sampling"),
+        noise=None if sigma is None else noise or RandomStream.derived(key, "a", 1, "noise")))
 
 
 def _alarm(trainer, run, records, said, **options):
@@ -234,7 +235,7 @@ def test_an_adapter_that_the_loss_does_not_depend_on_is_told(family, caplog):
     trainer = make_trainer("bert", run)
     factor = {"lora": "B", "frozen-a": "B", "bra": "R"}[family]
     name, _ = _module_of(trainer, factor)
-    trainer.adapted.model.get_submodule(name.rpartition(".")[0]).scaling["default"] = 0.0
+    trainer.adapted.model.get_submodule(name.rpartition(".")[0]).delta.scaling = 0.0
     told = rf"no gradient for {2 if family == 'lora' else 1} of \d+ .*{name}"
     _told(trainer, run, make_records(trainer), told, caplog)
     with pytest.raises(ValueError, match=r"of the \d+ tensors .* have no part in the loss"):
@@ -245,11 +246,11 @@ def test_an_adapter_that_the_loss_does_not_depend_on_is_told(family, caplog):
 def test_of_clients_in_lockstep_each_is_told_of_its_own_draws(caplog, monkeypatch):
     trainer, trainings = make_clients(family="frozen-a")
     name, _ = _module_of(trainer, "B")
-    trainer.adapted.model.get_submodule(name.rpartition(".")[0]).scaling["default"] = 0.0
+    trainer.adapted.model.get_submodule(name.rpartition(".")[0]).delta.scaling = 0.0
     asked = []
-    monkeypatch.setattr(multi_client, "tells", lambda records, indices, losses: asked.append(
+    monkeypatch.setattr(loop, "tells", lambda records, indices, losses: asked.append(
         (records, len(indices), losses)) or len(indices) > 0)
-    results = trainer.run_all(trainings)
+    results = trainer.train_together(trainings)
     assert len(re.findall(r"no gradient for 1 of", caplog.text)) == len(trainings)
     drawn = [(id(one.records), count) for one, result in zip(trainings, results, strict=True)
              for count in result.drawn]
@@ -263,9 +264,9 @@ def test_a_single_tensor_without_gradient_is_told(factor, monkeypatch, caplog):
     run = plan("lora")
     trainer = make_trainer("bert", run)
     name, parameter = _module_of(trainer, factor)
-    write = trainer.buffer.write_product
-    monkeypatch.setattr(trainer.buffer, "write_product", lambda one, left, right: write(
-        one, left * 0 if one is parameter else left, right))
+    write = trainer.buffer.write
+    monkeypatch.setattr(trainer.buffer, "write", lambda one, values: write(
+        one, values * 0 if one is parameter else values))
     _told(trainer, run, make_records(trainer), rf"no gradient for 1 of \d+ trained tensors \({name}\)", caplog)
 
 
@@ -273,10 +274,10 @@ def test_a_single_tensor_without_gradient_is_told(factor, monkeypatch, caplog):
 def test_a_head_without_gradient_is_told(monkeypatch, caplog):
     run = plan("frozen-a")
     trainer = make_trainer("bert", run)
-    write = trainer.buffer.write_product
+    write = trainer.buffer.write
     head = {id(slot.parameter) for slot in trainer.buffer.slots if slot.group == "head"}
-    monkeypatch.setattr(trainer.buffer, "write_product", lambda one, left, right: write(
-        one, left * 0 if id(one) in head else left, right))
+    monkeypatch.setattr(trainer.buffer, "write", lambda one, values: write(
+        one, values * 0 if id(one) in head else values))
     _told(trainer, run, make_records(trainer), r"no gradient for 2 of \d+ .*head\.", caplog)
 
 
@@ -295,8 +296,8 @@ def test_a_has_no_gradient_while_b_is_zero_and_that_is_no_fault(caplog):
 
     # after a step B is not zero any more, and a missing gradient of A is one
     name, parameter = _module_of(trainer, "A")
-    write = trainer.buffer.write_product
-    trainer.buffer.write_product = lambda one, left, right: write(one, left * (one is not parameter), right)
+    write = trainer.buffer.write
+    trainer.buffer.write = lambda one, values: write(one, values * (one is not parameter))
     trainer.adapted.write(start | zero)
     _train(trainer, run, records)
     trainer.adapted.write(start | zero)
@@ -322,9 +323,9 @@ def test_texts_with_nothing_to_attend_to_give_queries_no_gradient_and_that_is_no
     total = clipped_sum(trainer, run, records, range(3))
     queries = [slot for slot in trainer.buffer.slots if "q_proj" in names[id(slot.parameter)]]
     assert queries and all(total[slot.columns].norm() < 1e-6 * total.norm() for slot in queries)
-    write = trainer.buffer.write_product  # nor would there be an alarm if rounding left exactly 0
-    trainer.buffer.write_product = lambda one, left, right: write(
-        one, left * (one not in {slot.parameter for slot in queries}), right)
+    write = trainer.buffer.write  # nor would there be an alarm if rounding left exactly 0
+    trainer.buffer.write = lambda one, values: write(
+        one, values * (one not in {slot.parameter for slot in queries}))
     assert _train(trainer, run, records).steps == 1
 
 
@@ -377,9 +378,9 @@ def test_a_frozen_tensor_that_moves_is_found(monkeypatch, which, in_data, sigma)
 def test_a_model_whose_tensors_were_replaced_after_it_was_prepared_is_found(sigma):
     run = plan("lora")
     trainer = make_trainer("bert", run)
-    for leaf, parameters in trainer.adapted.trained_leaves():
-        for name, _ in parameters:
-            setattr(leaf, name, nn.Parameter(getattr(leaf, name).detach().clone()))
+    for leaf in trainer.adapted.trained_leaves():
+        for name, parameter in list(leaf.named_parameters()):
+            setattr(leaf, name, nn.Parameter(parameter.detach().clone()))
     before = trainer.adapted.read("state")
     with pytest.raises(RuntimeError, match="not the model's") as caught:
         _train(trainer, run, make_records(trainer), sigma=sigma)

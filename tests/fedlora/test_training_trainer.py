@@ -9,18 +9,20 @@ import torch
 from transformers import AutoModel, DebertaV2Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fedlora.adapters import FAMILIES, attach, automatic_targets
+from fedlora.adapters import attach, automatic_targets
 from fedlora.models import load
 from fedlora.privacy import RandomStream
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
 from fedlora.training import precision as precision_module
+from fedlora.training.gradient_buffer import GradientBuffer
 from fedlora.training.optimizer import PerRecordOptimizer
-from fedlora.training.per_example import GradientBuffer
+from tests.families import FAMILIES
 from tests.fedlora.private_training import (
     CASES,
     brute_force_row,
     clipped_sum,
+    job_of,
     loaded,
     make_optimizer,
     make_records,
@@ -32,8 +34,9 @@ from tests.fedlora.private_training import (
 def _train(trainer, run, records, *, rate=0.5, sigma=1.0, key=1, **options):
     streams = {"sampling": RandomStream.derived(key, "a", 1, "sampling"),
                "noise": None if sigma is None else RandomStream.derived(key, "a", 1, "noise")}
-    return trainer.train(run, records, sampling_rate=rate, noise_multiplier=sigma, clip_norm=run.clip_norm,
-                         **(streams | options))
+    stop = options.pop("stop", lambda: False)
+    return trainer.train(job_of(run, records, sampling_rate=rate, noise_multiplier=sigma, clip_norm=run.clip_norm,
+                                **(streams | options)), stop)
 
 
 def _flat(trainer, tensors):
@@ -93,7 +96,7 @@ def test_no_share_is_above_the_clip_norm_whatever_the_server_chooses(clip_norm, 
                                    clip_norm=clip_norm, noise_multiplier=1.0, expected_batch_size=1,
                                    noise=RandomStream.derived(0, "a", 1, "noise"))
     buffer.arm(1)
-    buffer.write_product(parameter, torch.full((1, 1, 1), size), torch.full((1, 1, values), 0.3))
+    buffer.write(parameter, torch.full((1, values), 0.3 * size))
     length = scale * size * 0.3 * values**0.5
     optimizer.clip_and_accumulate()
     share = optimizer.clipped_sum.norm().item()

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapters import FAMILIES
 from fedlora.privacy import RandomStream
 from fedlora.training import trainer as trainer_module
-from fedlora.training.per_example import row_norms
+from fedlora.training.gradient_buffer import row_norms
 from fedlora.training.sampling import PRIVATE_LENGTHS, Draw, Sampler, micro_batches, poisson
+from tests.families import FAMILIES
 from tests.fedlora.private_training import (
     CASES,
     brute_force_row,
     clipped_sum,
+    job_of,
     make_optimizer,
     make_records,
     make_trainer,
@@ -26,9 +27,11 @@ owners = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 3, 4])
 
 
 def _train(trainer, run, records, *, rate=0.5, sigma=1.0, key=1, **options):
-    return trainer.train(run, records, sampling_rate=rate, noise_multiplier=sigma, clip_norm=run.clip_norm,
-                         sampling=RandomStream.derived(key, "a", 1, "sampling"),
-                         noise=None if sigma is None else RandomStream.derived(key, "a", 1, "noise"), **options)
+    stop = options.pop("stop", lambda: False)
+    return trainer.train(job_of(run, records, sampling_rate=rate, noise_multiplier=sigma, clip_norm=run.clip_norm,
+                                sampling=RandomStream.derived(key, "a", 1, "sampling"),
+                                noise=None if sigma is None else RandomStream.derived(key, "a", 1, "noise"),
+                                **options), stop)
 
 
 def _sum_of(trainer, run, records):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -153,9 +154,10 @@ def test_without_privacy_at_least_one_is_lost(arguments, kind):
 
 def broken(**factors):
     """A trainer that is given another noise or clip norm than the client accounts for, out of the checks' sight."""
-    def train(self, run, records, *, noise_multiplier, clip_norm, **options):
-        return original(self, run, records, noise_multiplier=noise_multiplier * factors.get("noise", 1.0),
-                        clip_norm=clip_norm * factors.get("clip", 1.0), **options)
+    def train(self, job, stop):
+        return original(self, dataclasses.replace(
+            job, clip_norm=job.clip_norm * factors.get("clip", 1.0),
+            noise_multiplier=job.noise_multiplier * factors.get("noise", 1.0)), stop)
 
     original = CanaryTrainer.train
     return train
@@ -175,9 +177,9 @@ def test_gradient_canaries_replace_exactly_their_own_gradients(arguments):
     seen = {}
     original = CanaryTrainer.train
 
-    def train(self, plan, records, **options):
-        before = self.adapted.read("trained")
-        result = original(self, plan, records, **options)
+    def train(self, job, stop):
+        plan, before = job.run, job.start
+        result = original(self, job, stop)
         after = result.tensors
         step = torch.cat([torch.from_numpy((before[name] - after[name]) * plan.expected_batch / plan.lr).flatten()
                           for name in names(self)])

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord
 
 from fedlora.adapters import TensorSpec
 from fedlora.adapters.layout import MOST_TRAINED
-from fedlora.adapters.private import private_start
+from fedlora.adapters.sketches import private_start
 from fedlora.plan import WIRE_DTYPES, Upload
 from fedlora.wire import rounded, unpacked
 from fedlora_simulations.in_process import InProcessEngine

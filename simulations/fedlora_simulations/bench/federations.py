@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import fedlora
-from fedlora.adapters import FAMILIES, AdapterLayout, TensorSpec
+from fedlora.adapters import AdapterLayout, Site, TensorSpec, family_of
 from fedlora.plan import ModelRef, Released, RoundPlan, RunPlan, Tensors, Upload
 
 FAMILY_STRATEGIES = {"lora": "fedavg-lora", "frozen-a": "ffa-lora", "bra": "fed-sb"}
@@ -30,14 +30,8 @@ def plan(strategy: str, family: str, **changes: Any) -> RunPlan:
 
 def layout(family: str, *, layers: int, width: int, rank: int) -> AdapterLayout:
     """Of adapters on the queries and values, width × width each, of a model with so many layers."""
-    shapes = {"A": (rank, width), "B": (width, rank), "R": (rank, rank)}
-
-    def specs(factors: tuple[str, ...]) -> tuple[TensorSpec, ...]:
-        return tuple(sorted((TensorSpec(f"layer.{i}.{target}.{factor}", shapes[factor], "adapter")
-                             for i in range(layers) for target in "qv" for factor in factors),
-                            key=lambda spec: spec.name))
-
-    return AdapterLayout(FAMILIES[family], rank, 1.0, specs(FAMILIES[family].trained), specs(FAMILIES[family].frozen))
+    return AdapterLayout.of(family_of(family), [Site(f"layer.{i}.{target}", width, width, rank, 1.0)
+                                                for i in range(layers) for target in "qv"])
 
 
 def tensors(specs: tuple[TensorSpec, ...], seed: int) -> dict[str, np.ndarray]:

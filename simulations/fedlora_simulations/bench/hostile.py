@@ -8,6 +8,7 @@ steep that a record's loss is nothing on one side, and its gradient as long as t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 from collections import Counter
@@ -90,10 +91,9 @@ def train(subject: Subject, records: Records, state: Tensors) -> Summed:
     logging.disable(logging.ERROR)  # that hostile tensors cut the adapter off is no news
     try:
         with sums() as seen, contextlib.suppress(RuntimeError):
-            subject.trainer.train(
-                subject.plan, records, sampling_rate=1.0, noise_multiplier=1.0, clip_norm=subject.plan.clip_norm,
-                sampling=RandomStream.derived(0, "hostile", 0, "sampling"),
-                noise=RandomStream.derived(0, "hostile", next(_NOISE), "noise"))
+            dataclasses.replace(subject, records=records).step({
+                "sampling": RandomStream.derived(0, "hostile", 0, "sampling"),
+                "noise": RandomStream.derived(0, "hostile", next(_NOISE), "noise")})
     finally:
         logging.disable(logging.NOTSET)
     assert len(seen) == 1, "a plan of one step has one sum"

@@ -15,6 +15,8 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fedlora.adapters import AdaptedModel
+
 from .subjects import Subject
 
 MODES = ("hooks", "ghost")
@@ -32,9 +34,8 @@ def opacus_round(subject: Subject, mode: str) -> Callable[[int], None]:
     warnings.filterwarnings("ignore", message="Full backward hook is firing")  # it says so in every step
     adapted, run = subject.adapted, subject.plan
     parameters = [parameter for _, parameter in adapted.trained_parameters()]
-    for leaf, _ in adapted.trained_leaves():
-        leaf.__class__ = nn.Linear  # Opacus knows no subclasses,
-        leaf.train()  # and sees layers in training mode alone; nothing else is in it, so dropout stays off
+    for layer in plain_layers(adapted):  # Opacus knows no subclasses,
+        layer.train()  # and sees layers in training mode alone; nothing else is in it, so dropout stays off
     inner = torch.optim.SGD(parameters, lr=run.lr)
     private = {"noise_multiplier": 1.0, "max_grad_norm": run.clip_norm, "expected_batch_size": len(subject.records)}
     loss = nn.CrossEntropyLoss()
@@ -61,6 +62,19 @@ def opacus_round(subject: Subject, mode: str) -> Callable[[int], None]:
     return train
 
 
+def plain_layers(adapted: AdaptedModel) -> list[nn.Linear]:
+    """Put ordinary layers, which hold the same parameters, in the places of the leaves that train."""
+    trained, made = set(map(id, adapted.trained_leaves())), []
+    for name, module in list(adapted.model.named_modules()):
+        if id(module) in trained:
+            assert isinstance(module, nn.Linear)
+            layer = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            layer.weight, layer.bias = module.weight, module.bias
+            adapted.model.set_submodule(name, layer)
+            made.append(layer)
+    return made
+
+
 class PublishedLoop:
     """A round of private training as published federated code has it: Opacus' engine, made anew each time.
 
@@ -73,8 +87,7 @@ class PublishedLoop:
         warnings.filterwarnings("ignore", message="Secure RNG turned off")
         self.run, self.records, self.adapted = subject.plan, subject.records, subject.adapted
         self.device = subject.trainer.device
-        for leaf, _ in self.adapted.trained_leaves():
-            leaf.__class__ = nn.Linear
+        plain_layers(self.adapted)
         for module in self.adapted.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # as ours: it would cost the loop a little

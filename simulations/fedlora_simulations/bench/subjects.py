@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,16 @@ RANDOM_LLAMA = "llama-1b"
 
 
 @dataclass(frozen=True)
+class GivenStreams:
+    """Streams by purpose, of one round alone."""
+
+    by_purpose: Mapping[str, RandomStream]
+
+    def stream(self, round: int, purpose: str, attempt: int = 0) -> RandomStream:
+        return self.by_purpose[purpose]
+
+
+@dataclass(frozen=True)
 class Subject:
     """An adapted model ready to train, and rows to train it on."""
 
@@ -43,10 +53,16 @@ class Subject:
     def train(self, block: int, *, private: bool, sampling_rate: float = 1.0) -> TrainResult:
         """One round of the plan's steps from whatever the adapter holds; the same records are drawn in a block, with
         and without privacy. The noise is new each time: noise that repeats would set off a runtime check."""
-        return self.trainer.train(
-            self.plan, self.records, sampling_rate=sampling_rate, noise_multiplier=1.0 if private else None,
-            clip_norm=self.plan.clip_norm, sampling=RandomStream.derived(0, "bench", block, "sampling"),
-            noise=RandomStream.derived(0, "bench", next(self._trained), "noise") if private else None)
+        return self.step({"sampling": RandomStream.derived(0, "bench", block, "sampling"),
+                          "noise": RandomStream.derived(0, "bench", next(self._trained), "noise")},
+                         private=private, sampling_rate=sampling_rate)
+
+    def step(self, streams: Mapping[str, RandomStream], *, private: bool = True,
+             sampling_rate: float = 1.0) -> TrainResult:
+        """One round of the plan's steps from whatever the adapter holds, with these random numbers by purpose."""
+        return self.trainer.train(TrainingJob(
+            self.plan, self.records, None, sampling_rate, 1.0 if private else None, self.plan.clip_norm,
+            GivenStreams(streams)))
 
     def rounds(self, rows: Rows, records: int, *, private: bool) -> Iterator[list[TrainingJob]]:
         """Round after round of clients that have `records` of the rows each, with noise of their own; all rounds start

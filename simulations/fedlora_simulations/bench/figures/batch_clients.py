@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from fedlora.training import MultiClientTrainer, TrainingJob
+from fedlora.training import Trainer, TrainingJob
 
 from ..measure import Figure, Row, Settings, interleaved
 from ..subjects import cut_to_length, precisions, rows_of, settle, subject
@@ -27,13 +27,11 @@ def measure(settings: Settings) -> Iterator[Row]:
         for precision in precisions(settings):
             one = subject(settings, rows, family=family, rank=rank, precision=precision, expected_batch=records,
                           max_length=length, steps=STEPS)
-            trainer = MultiClientTrainer(one.adapted, one.trainer.task, device=settings.device, precision=precision,
-                                     threads=settings.threads)
             for private in (True, False):
                 rounds = one.rounds(rows, records, private=private)
                 times = interleaved({
-                    "sequential": partial(_sequential, trainer, rounds),
-                    "together": partial(_together, trainer, rounds),
+                    "sequential": partial(_sequential, one.trainer, rounds),
+                    "together": partial(_together, one.trainer, rounds),
                 }, settings.repeats(15), settle=settle(settings.device))
                 kind = "private" if private else "not private"
                 yield Row(f"{family} r={rank}, {clients} clients × {records} × {length}, {precision}, {kind}", {
@@ -43,13 +41,13 @@ def measure(settings: Settings) -> Iterator[Row]:
                     "together": times["together"].value("ms")})
 
 
-def _sequential(trainer: MultiClientTrainer, rounds: Iterator[list[TrainingJob]], block: int) -> None:
+def _sequential(trainer: Trainer, rounds: Iterator[list[TrainingJob]], block: int) -> None:
     for training in next(rounds):
-        trainer.run(training)
+        trainer.train(training)
 
 
-def _together(trainer: MultiClientTrainer, rounds: Iterator[list[TrainingJob]], block: int) -> None:
-    trainer.run_all(next(rounds))
+def _together(trainer: Trainer, rounds: Iterator[list[TrainingJob]], block: int) -> None:
+    trainer.train_together(next(rounds))
 
 
 FIGURE = Figure(11, measure)

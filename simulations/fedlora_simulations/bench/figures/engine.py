@@ -49,7 +49,8 @@ class NoTrainer:
     def show_batch_invariance(self, run: RunPlan, rows_per_unit: int) -> None:
         """There is no arithmetic."""
 
-    def run(self, training: TrainingJob, stop: Callable[[], bool] = lambda: False) -> TrainResult:
+    def train(self, training: TrainingJob, stop: Callable[[], bool] = lambda: False) -> TrainResult:
+        assert training.start is not None
         trained = {spec.name: training.start[spec.name] for spec in self.adapted.layout.trained}
         return TrainResult(trained, training.run.local_steps, (), 0.0, 0.0, 0)
 

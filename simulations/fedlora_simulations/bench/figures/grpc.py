@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import grpc
 
 from fedlora import wire
-from fedlora.adapters import FAMILIES, AdapterLayout, TensorSpec
+from fedlora.adapters import AdapterLayout, TensorSpec, family_of
 from fedlora.plan import RoundPlan
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import to_record, train_messages
@@ -59,7 +59,7 @@ def _measured(clients: int, size: int, repeats: int) -> dict[str, Times]:
 def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
     """A round: every client is sent the tensors and sends them back; the replies are read from the upload store."""
     shape = (size // 32, 8)
-    layout = AdapterLayout(FAMILIES["frozen-a"], 8, 1.0, (TensorSpec("layer.B", shape, "adapter"),), ())
+    layout = AdapterLayout(family_of("frozen-a"), (), (TensorSpec("layer.B", shape),), ())
     run = plan("ffa-lora", "frozen-a", private=False)
     record = to_record(tensors(layout.trained, 0))
     setup = wire.Setup.of(run)

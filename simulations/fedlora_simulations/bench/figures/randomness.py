@@ -41,8 +41,7 @@ def measure(settings: Settings) -> Iterator[Row]:
         def step(make: type[RandomStream], block: int) -> None:
             sampling, noise = (_Unsafe(2 * block + i) if make is _Unsafe else RandomStream.from_os() for i in range(2))
             sampling.uniform(units - batch)  # for the units that the trainer's few records stand for
-            one.trainer.train(one.plan, one.records, sampling_rate=1.0, noise_multiplier=1.0,  # noqa: B023
-                              clip_norm=one.plan.clip_norm, sampling=sampling, noise=noise)  # noqa: B023
+            one.step({"sampling": sampling, "noise": noise})  # noqa: B023
 
         def draws(block: int) -> None:
             RandomStream.from_os().uniform(units)

@@ -59,7 +59,8 @@ def worker_threads(threads: int | None) -> int:
 
 
 def _alone(trainer: Trainer, rounds: Iterator[list[TrainingJob]], block: int) -> None:
-    trainer.run_all(next(rounds))
+    for training in next(rounds):
+        trainer.train(training)
 
 
 def _shared_out(workers: Workers, rounds: Iterator[list[TrainingJob]], block: int) -> None:

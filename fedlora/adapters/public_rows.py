@@ -1,16 +1,4 @@
-"""Starts from a public file: the direction in which the server's own rows would move each adapted weight.
-
-The gradient of the mean loss with respect to a frozen weight W0, at the base model, is computed on rows that are
-nobody's secret. Its leading singular vectors span what the adapter can move. It costs no privacy: no client takes part.
-
-    bra            B, A = leading singular vectors of the gradient; R = 0
-    frozen-a, lora A = its leading right singular vectors, as orthonormal rows; B = 0
-
-LoRA-SB (arXiv:2411.19557) takes those of the gradient's sign, as Adam's first step does: on MiniLM and SST-2, r = 16,
-they express 0.58 of a held-out gradient at the start and 0.13 of one with a trained head, where the gradient's own
-express 0.99 and 0.35. It starts R at η·diag(σ), with η of the first warm-up step, which its code sets to some 1e-6
-and which is as good as 0. Here R is 0, so that a start decides where the adapter can go and has not gone anywhere yet.
-"""
+"""A public file to start from: its rows, and the direction in which they would move each adapted weight."""
 
 from __future__ import annotations
 
@@ -23,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora import data
 from fedlora.adapters.attach import AdaptedModel
-from fedlora.adapters.initial import initial_tensors
+from fedlora.adapters.start import initial_tensors
 from fedlora.tasks import Records, Task
 
 PREFIX = "public:"
@@ -83,7 +71,7 @@ def public_start(adapted: AdaptedModel, task: Task, rows: data.Rows, *, seed: in
         gradients = mean_gradients(adapted, task, records)
     finally:
         adapted.write(before)
-    return initial_tensors(adapted, init="public", seed=seed, gradients=gradients)
+    return initial_tensors(adapted, init="public", seed=seed, gradient=lambda site: gradients[site.name])
 
 
 def mean_gradients(adapted: AdaptedModel, task: Task, records: Records) -> dict[str, torch.Tensor]:

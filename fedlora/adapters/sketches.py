@@ -22,9 +22,10 @@ import dataclasses
 import numpy as np
 import torch
 
-from fedlora.adapters.initial import float32, gaussian
-from fedlora.adapters.layout import FAMILIES, AdapterLayout
-from fedlora.algebra import orthonormal_rows, row_signs
+from fedlora.adapters.family import Site, family_of
+from fedlora.adapters.layout import AdapterLayout
+from fedlora.adapters.start import Source, float32, gaussian, site_tensors, start_of
+from fedlora.algebra import orthonormal_rows
 from fedlora.plan import Released, RunPlan, Tensors
 
 PRIVATE_START = "dp"
@@ -44,8 +45,8 @@ and P."""
 def sketch_plan(run: RunPlan) -> RunPlan:
     """The plan of the release within a run: what it and all clients compute by, whatever the server sends."""
     scale = run.clip_norm / (SCALING * LEAST_NORM)
-    return dataclasses.replace(run, family="lora", alpha=run.rank * SCALING, train_head=False, dropout=0.0,
-                               optimizer="sgd", lr=STEP * scale / run.clip_norm, lr_schedule="constant",
+    return dataclasses.replace(run, family="lora", family_options=(), alpha=run.rank * SCALING, train_head=False,
+                               dropout=0.0, optimizer="sgd", lr=STEP * scale / run.clip_norm, lr_schedule="constant",
                                adapter_scale=scale)
 
 
@@ -56,10 +57,10 @@ def sketch_layout(layout: AdapterLayout, missing: tuple[str, ...]) -> AdapterLay
         layout: of the run.
         missing: parameters that are not in the base checkpoint.
     """
-    heads = {f"head.{name}" for name in missing}
-    factors = tuple(spec for spec in layout.state if spec.group == "adapter" and not spec.name.endswith(".R"))
-    return AdapterLayout(FAMILIES["lora"], layout.rank, SCALING, factors,
-                         tuple(spec for spec in layout.state if spec.name in heads))
+    heads = [dataclasses.replace(spec, trains=False) for spec in layout.state
+             if spec.name in {f"head.{name}" for name in missing}]
+    sites = [dataclasses.replace(site, scaling=SCALING) for site in layout.sites]
+    return AdapterLayout.of(family_of("lora"), sites, heads)
 
 
 def sketch_tensors(layout: AdapterLayout, state: Tensors, seed: int) -> dict[str, np.ndarray]:
@@ -85,15 +86,11 @@ def private_start(layout: AdapterLayout, state: Tensors, sketches: Released) -> 
         state: any start of the run; of it, what the sketches do not decide is taken.
         sketches: the mean of the released Z, under the names of A, and Y, under those of B.
     """
-    start = dict(state)
-    for module in layout.modules:
-        start[f"{module}.A"] = _leading_rows(sketches[f"{module}.A"])
-        if "B" in layout.family.frozen:
-            start[f"{module}.B"] = np.ascontiguousarray(_leading_rows(sketches[f"{module}.B"].T).T)
-    return start
+    def of_site(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(sketches[f"{site.name}.A"]), torch.from_numpy(sketches[f"{site.name}.B"])
 
+    def weight(site: Site) -> torch.Tensor:
+        raise AssertionError("a start that reads what clients released reads nothing else")
 
-def _leading_rows(sketch: np.ndarray) -> np.ndarray:
-    """The right singular vectors of (r, n), the leading one first, signs fixed."""
-    rows = torch.linalg.svd(torch.from_numpy(np.asarray(sketch, np.float64)), full_matrices=False)[2]
-    return float32(rows * row_signs(rows)[:, None])
+    source = Source(0, weight, sketches=of_site)
+    return {**state, **site_tensors(layout, start_of(PRIVATE_START)[0], source)}

@@ -1,0 +1,1 @@
+"""One file for each adapter family; its key is the file's name."""

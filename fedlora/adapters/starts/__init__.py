@@ -1,0 +1,1 @@
+"""One file for each start, the values that an adapter begins with; its key is the file's name."""

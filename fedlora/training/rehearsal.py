@@ -1,0 +1,96 @@
+"""What a trainer shows on made-up records before a real one is read or charged: that each keeps its gradient to itself.
+
+`rehearse` is about the model: each record has its own gradient, and every trained tensor has one.
+`show_batch_invariance` is about the machine: a record's rounding does not follow its companions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fedlora.plan import RunPlan
+from fedlora.tasks import Records
+from fedlora.training.batch_invariance import Shapes, content_dependent, key_of, made_up_records, show_shapes
+from fedlora.training.gradient_buffer import row_norms
+from fedlora.training.sampling import lengths_up_to
+
+if TYPE_CHECKING:
+    from fedlora.training.trainer import Trainer
+
+_APART = {"fp32": 1e-3, "bf16": 0.3}
+"""By so much, relative to its norm, may a record's gradient differ by what it is padded to."""
+
+
+def rehearse(trainer: Trainer) -> None:
+    """See `Trainer.rehearse`."""
+    length = max(2, min(8, trainer.task.max_length))
+    records = _made_up(trainer, [length, length])
+
+    def gradients(indices: np.ndarray, length: int) -> torch.Tensor:
+        trainer.fill_buffer(records, indices, length)
+        return trainer.buffer.rows.clone()
+
+    with _random_tensors(trainer):
+        together = gradients(np.arange(3), length)
+        alone = torch.cat([gradients(np.array([i]), int(records.lengths[i])) for i in range(3)])
+    if not bool(together.isfinite().all()):
+        raise ValueError("the model's gradients on made-up records are not finite; choose another --model, or "
+                         "--precision fp32")
+    slots = trainer.buffer.slots
+    cut_off = sum(not bool(together[:, slot.columns].any()) for slot in slots)
+    if cut_off:
+        raise ValueError(f"{cut_off} of the {len(slots)} tensors that are to be trained have no part in the loss, and "
+                         "would be trained on noise alone; choose other --targets")
+    if not bool((row_norms(together - alone) <= _APART[trainer.precision] * row_norms(alone)).all()):
+        raise ValueError("the model does not keep the records of a batch apart: the gradient of one depends on the "
+                         "others, so that no clipping protects it. Choose other --targets, or another --model")
+
+
+def show_batch_invariance(trainer: Trainer, run: RunPlan, most_of_a_draw: int) -> Shapes:
+    """See `Trainer.show_batch_invariance`. `most_of_a_draw`: records that most draws are fewer than."""
+    lengths = lengths_up_to(trainer.task.max_length, trainer.ladder(private=True))
+    one_at_a_time = content_dependent(trainer.adapted.model)
+    first = {length: 1 if one_at_a_time else trainer.private_rows(length, most_of_a_draw) for length in lengths}
+    key = key_of(run, trainer.adapted.model, first, device=trainer.device, precision=trainer.precision,
+                 compiled=trainer.blocks is not None, trained=[spec.name for spec in trainer.adapted.layout.trained])
+    shapes, records = trainer.findings.get(key), _made_up(trainer, lengths)
+
+    def filled_up(records: Records, indices: np.ndarray, length: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """([rows, values] gradients, [rows] losses) of these records and filler rows after them."""
+        trainer.buffer.arm(rows)
+        losses = trainer.one_pass(trainer.task.collate(records, indices, length, rows=rows), None)
+        trainer.buffer.check_complete()
+        return trainer.buffer.computed, losses
+
+    with _random_tensors(trainer):
+        if shapes is None or sorted(shapes.rows) != lengths:
+            shapes = show_shapes(filled_up, records, first, one_at_a_time)
+            trainer.findings.put(key, shapes)
+        else:
+            largest = max(lengths, key=lambda length: length * shapes.rows[length])
+            filled_up(records, np.array([2 * lengths.index(largest)]), largest, shapes.rows[largest])
+    return shapes
+
+
+def _made_up(trainer: Trainer, lengths: Sequence[int]) -> Records:
+    embeddings: int = trainer.adapted.model.get_input_embeddings().weight.shape[0]  # type: ignore
+    return made_up_records(trainer.task, embeddings, lengths)
+
+
+@contextlib.contextmanager
+def _random_tensors(trainer: Trainer) -> Iterator[None]:
+    """In it, the model holds random tensors, through which a record's rounding reaches all of its gradient."""
+    adapted = trainer.adapted
+    random, before = np.random.default_rng(0), adapted.read("state")
+    adapted.write({name: (0.1 * random.standard_normal(array.shape)).astype(np.float32)
+                   for name, array in before.items()})
+    try:
+        yield
+    finally:
+        trainer.buffer.disarm()
+        adapted.write(before)
