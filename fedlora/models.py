@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers import logging as transformers_logging
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -29,6 +29,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fedlora.memory import memory_advice
 from fedlora.plan import ModelRef, Refused
+from fedlora.tasks import task_named
 
 MINILM_REPOSITORY = "sentence-transformers/all-MiniLM-L6-v2"
 MOST_WEIGHT = 1e6
@@ -56,7 +57,7 @@ class LoadedModel:
         tokenizer: has a pad token; if it had none, its end-of-sequence token serves.
         missing: names of the parameters that are not in the checkpoint (the task head), drawn at random by
             transformers, sorted.
-        task: one of `fedlora.plan.TASKS`.
+        task: its key; see `fedlora.tasks`.
         path: the folder.
     """
 
@@ -172,10 +173,11 @@ def check_task(path: Path, task: str, max_length: int | None = None) -> None:
     """Check from config.json alone that a model can do a task; quick enough to be done before anything else.
 
     Args:
+        task: its key.
         max_length: tokens of the longest record, if that is to be checked too.
     Raises:
-        ValueError: an encoder for causal-lm, a model type that transformers does not know for the task, or records
-            longer than the model's positions.
+        ValueError: an encoder for a language model, a model type that transformers does not know for the task, or
+            records longer than the model's positions.
     """
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -185,14 +187,10 @@ def check_task(path: Path, task: str, max_length: int | None = None) -> None:
         raise _damaged(path / "config.json")
     model_type = config.get("model_type")
     encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if task == "causal-lm":
-        if encoder:
-            raise ValueError(f"{path} is an encoder (model type {model_type}): it cannot be a causal language model. "
-                             "Choose --task classification, or a decoder such as Llama, Qwen2 or GPT-2.")
-        known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    else:
-        known = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    if model_type not in known:
+    kind = task_named(task)
+    if why := kind.why_not(str(model_type), encoder=encoder):
+        raise ValueError(f"{path} {why}")
+    if model_type not in kind.model_types:
         raise ValueError(f"{path} has model type {model_type!r}, which transformers does not offer for {task} without "
                          "code from the model's own repository, and that is never run. Choose another model.")
     positions = config.get("max_position_embeddings", config.get("n_positions"))
@@ -208,9 +206,9 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
 
     Args:
         path: as `resolve` returned it.
-        task: one of `fedlora.plan.TASKS`.
-        num_labels: outputs of the classifier; not used for causal-lm. A checkpoint's own head is kept if it has as many
-            outputs, and counts as missing otherwise.
+        task: its key.
+        num_labels: how many labels the run has; 0 where it has none. A checkpoint's own head is kept if it has as many
+            outputs as the task's, and counts as missing otherwise.
         dtype: of the weights.
     Raises:
         ValueError: the model cannot do the task, its weights are not those of its config, or its tokenizer has no
@@ -218,13 +216,12 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
         MemoryError: with what helps.
     """
     check_task(path, task)
-    kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
-    labels = {} if task == "causal-lm" else {"num_labels": num_labels}
+    kind = task_named(task)
     with _silent_transformers():
         try:
-            model, info = kind.from_pretrained(  # type: ignore[misc]
+            model, info = kind.auto_class.from_pretrained(
                 path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-                output_loading_info=True, ignore_mismatched_sizes=True, **labels)
+                output_loading_info=True, ignore_mismatched_sizes=True, **kind.model_options(num_labels))
         except (MemoryError, RuntimeError):
             raise
         except Exception as error:  # safetensors' and transformers' own, some of them bare
@@ -235,7 +232,7 @@ def load(path: Path, task: str, num_labels: int, *, dtype: torch.dtype = torch.f
     if (any(parameter is embedding for name, parameter in model.named_parameters() if name in missing)
             or any(part.isdigit() for name in missing if name.startswith(f"{model.base_model_prefix}.")
                    for part in name.split("."))  # of a layer
-            or (task == "causal-lm" and missing)):
+            or (missing and not kind.has_head)):
         raise ValueError(f"the weights in {path} are not those of its config.json: they lack {missing[0]}"
                          f"{' and more' if len(missing) > 1 else ''}, or have it in another size. Fetch the model "
                          "again.")

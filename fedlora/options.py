@@ -18,9 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fedlora.plan import LR_SCHEDULES, OPTIMIZERS, STRATEGIES, TASKS, WIRE_DTYPES, check_unit
+from fedlora import registry
+from fedlora.plan import FOUND, LR_SCHEDULES, STRATEGIES, WIRE_DTYPES, check_unit
 
 SERVER, CLIENT, SIMULATE = "server", "client", "simulate"
+TRACKERS = "fedlora_server.trackers"
+"""The package whose files they are; read, and not imported."""
 
 
 def _number(kind: Callable[[str], Any], low: float, high: float = math.inf, *, open_low: bool = False) -> Callable:
@@ -91,6 +94,14 @@ def _strategies(text: str) -> tuple[str, ...]:
     return names
 
 
+def _trackers(text: str) -> tuple[str, ...]:
+    names, known = _distinct(text), registry.keys(TRACKERS)
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is not a tracker; choose from {', '.join(known)}")
+    return names
+
+
 def _unit(text: str) -> str:
     try:
         check_unit(text)
@@ -141,7 +152,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("--privacy", RUN, "whether clients must train under differential privacy", "required",
            choices=("required", "off")),
     Option("--model", RUN, "alias (minilm), folder, or hub id[@commit]", "minilm"),
-    Option("--task", ALL, "what the model learns", "classification", choices=TASKS),
+    Option("--task", ALL, "what the model learns", "classification", choices=registry.keys(FOUND["task"])),
     Option("--labels", (SERVER,), "the label set; without it clients announce their label names", None, _labels,
            metavar="A,B,…"),
     Option("--labels", (CLIENT,), "the label names in --data: its rows and the server's set are held against them, and "
@@ -165,7 +176,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("--lr", RUN, "learning rate [preset]", None, _finite),
     Option("--lr-schedule", RUN, "linear lowers the rate from round to round, towards 0 after the last [preset]", None,
            choices=LR_SCHEDULES),
-    Option("--optimizer", RUN, "a fresh one each round [preset]", None, choices=OPTIMIZERS),
+    Option("--optimizer", RUN, "a fresh one each round [preset]", None, choices=registry.keys(FOUND["optimizer"])),
+    Option("--adjustment", RUN, "what is done to the noised gradient of each step before the optimiser", "none",
+           choices=("none", *registry.keys(FOUND["adjustment"]))),
     Option("--clip-norm", RUN, "L2 bound of one record's gradient [preset]", None, _finite),
     Option("--head-scale", RUN, "factor on the head's gradient before clipping [preset]", None, _finite),
     Option("--wire-dtype", RUN, "what adapters travel as, both ways: bf16 halves the bytes and rounds each value to 8 "
@@ -184,6 +197,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--insecure", (SERVER, CLIENT), "allow plaintext beyond this machine", False, None),
     # what is left behind
     Option("--eval-data", RUN, "held-out rows: shows accuracy after each round", None, _path),
+    Option("--trackers", RUN, f"what watches the run: {', '.join(registry.keys(TRACKERS))}", ("console", "plots"),
+           _trackers, metavar="A[,B…]"),
     Option("--eval-every", RUN, "rounds between two evaluations; the last round always has one", 1, count),
     Option("--seed", (SERVER,), "of the frozen tensors and the cohorts", 0, _natural),
     Option("--seeds", (SIMULATE,), "one run per seed", (0,), lambda text: _distinct(text, _natural),

@@ -44,7 +44,7 @@ from fedlora.privacy import (
     nominal_size,
     run_streams,
 )
-from fedlora.tasks import Records, task_for
+from fedlora.tasks import Records, read, task_for, task_named
 from fedlora.training import Trainer, check_computing
 from fedlora.training.batch_invariance import Findings
 from fedlora.wire import Setup
@@ -117,11 +117,9 @@ class DataHolder:
             raise ValueError("there is no terminal to ask at: --yes takes part without being asked, --declared-size N "
                              f"(or declared-size in {owner.policy.path}) names the public size of the data. Where a "
                              "real ledger is charged, both are needed")
-        rows = data.read(options.data, options.task, columns=options.column, unit=owner.unit_column,
-                         allow_download=options.allow_download)
-        if rows.labels is not None and not data.label_names(rows):
-            raise ValueError(f"--data {options.data} has no labels; classification needs a label column "
-                             "(--column label=NAME names another)")
+        rows = read(options.data, options.task, columns=options.column, unit=owner.unit_column,
+                    allow_download=options.allow_download)
+        task_named(options.task).check_answered(rows, f"--data {options.data}", options.task)
         if limits.declared_size is not None and limits.private:
             limits.budget(limits.declared_size)  # raises where there can be none
         for line in owner.recognise(rows):
@@ -203,7 +201,7 @@ class Participation:
             ValueError: without privacy, by what the rows hold.
         """
         setup, rows, declared = self._setup, self._rows, self._owner.labels
-        if setup.task != "classification":
+        if not task_named(setup.task).has_labels():
             return ()
         if setup.announce_labels:
             if declared is not None or not setup.private:
@@ -364,7 +362,7 @@ class Participation:
             if getattr(run, field) != getattr(self._setup, field):
                 log.error("The plan's %s is not what the server said when this client joined.", field)
                 raise Refused("policy")
-        if run.task == "classification":
+        if task_named(run.task).has_labels():
             check_declared(self._owner.labels, run.labels)
             if not run.private:
                 try:

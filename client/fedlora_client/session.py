@@ -21,6 +21,7 @@ from fedlora.privacy import Accountant, BudgetExhausted, Forbidden, Ledger, RunS
 from fedlora.privacy.ledger import Reservation
 from fedlora.tasks import Records
 from fedlora.training import Trainer, TrainingJob, TrainResult
+from fedlora.training.adjustments import check_adjustment
 from fedlora.wire import rounded, tensors_digest
 
 from .state import State
@@ -62,6 +63,7 @@ class ClientSession:
             log.error("The plan has dropout %g: a record's mask depends on the others in its batch, so that ε would "
                       "not cover it; refused.", run.dropout)
             raise Refused("policy")
+        check_adjustment(run.adjustment, trainer.adapted.layout)
         if not (len(records) or run.private):  # a private client trains on none: noise alone
             raise ValueError("no row can be trained on: each lacks a label, or an answer within --max-length")
         self.run, self.trainer, self.records = run, trainer, records

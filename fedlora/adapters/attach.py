@@ -24,6 +24,7 @@ from fedlora.adapters.layout import AdapterLayout
 from fedlora.adapters.leaves import Leaf, Linear
 from fedlora.models import LoadedModel
 from fedlora.plan import RunPlan, Tensors
+from fedlora.tasks import task_named
 
 _CONVENTIONS = (
     ("query", "value"),  # BERT, RoBERTa, ELECTRA
@@ -71,8 +72,8 @@ class AdaptedModel:
         model: the module to call; the one that was loaded, changed in place.
         layout: names, shapes and roles of the adapter's tensors.
         base_path: folder of the base checkpoint.
-        task: one of `fedlora.plan.TASKS`.
-        head: name of the classifier's final linear module; None for causal language models.
+        task: its key; see `fedlora.tasks`.
+        head: name of the classifier's final linear module; None where the task has no head.
         missing: names of the parameters that are not in the base checkpoint.
         classifier: the classifier's parameters that are in the base checkpoint and frozen, as they were loaded; few
             models have any. `export` needs them unrounded even if a trainer has stored the base in bfloat16 since.
@@ -230,9 +231,10 @@ def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets
         raise ValueError("this model already has an adapter; load it afresh")
     if not targets and not train_head:
         raise ValueError("nothing would be trained: name targets or train the head")
-    head = _head_name(model) if loaded.task == "classification" else None
+    task = task_named(loaded.task)
+    head = task.head(model)
     if train_head and head is None:
-        raise ValueError("a causal language model has no task head to train; leave train_head off")
+        raise ValueError(f"{task.model_is} has no task head to train; leave train_head off")
     modules = _target_modules(model, targets, loaded.missing, head)
     own_ranks = dict(ranks)
     if unknown := own_ranks.keys() - set(modules):
@@ -317,13 +319,3 @@ def _top(head: str) -> str:
 
 def _last_parts(names: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-
-
-def _head_name(model: PreTrainedModel) -> str:
-    """The final linear of a classifier: the last one whose outputs are the labels."""
-    names = [name for name, module in model.named_modules()
-             if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels]
-    if not names:
-        raise ValueError(f"{type(model).__name__} has no final linear layer with {model.config.num_labels} outputs; "
-                         "choose another model")
-    return names[-1]

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.adapters.attach import AdaptedModel
 from fedlora.files import replace_file
 from fedlora.plan import Tensors
+from fedlora.tasks import task_named
 
 _PREFIX = "base_model.model."  # where PEFT's files say that the base model's own names begin
 
@@ -54,7 +55,7 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     rank, alpha = next(iter(ranks.values()), 1), next(iter(alphas.values()), 1)
     bases = [adapted.base_layer(module) for module in layout.modules]
     config = LoraConfig(
-        task_type="CAUSAL_LM" if adapted.task == "causal-lm" else "SEQ_CLS",
+        task_type=task_named(adapted.task).peft_type,
         base_model_name_or_path=base_name, inference_mode=True, r=rank, lora_alpha=alpha,  # type: ignore[arg-type]
         rank_pattern={name: own for name, own in ranks.items() if own != rank},
         alpha_pattern={name: own for name, own in alphas.items() if own != alpha},  # type: ignore[misc]

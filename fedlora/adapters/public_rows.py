@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora import data
 from fedlora.adapters.attach import AdaptedModel
 from fedlora.adapters.start import initial_tensors
-from fedlora.tasks import Records, Task
+from fedlora.tasks import Records, Task, read, task_named
 
 PREFIX = "public:"
 
@@ -27,8 +27,8 @@ def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping
     """Read and check the file of --init public:FILE.
 
     Args:
-        path, allow_download: as `fedlora.data.read` takes them.
-        task: one of `fedlora.plan.TASKS`.
+        path, allow_download: as `fedlora.tasks.read` takes them.
+        task: its key.
         labels: the label set; () where it is not known yet.
         others: flag → path of the run's other data, none of which may be the same file, in its folder, or around it.
     Raises:
@@ -39,8 +39,8 @@ def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping
             why = ("a start from it would release private rows without noise" if flag == "--data" else
                    "figures on rows that the start was taken from say nothing")
             raise ValueError(f"--init {PREFIX}{path} is (part of) {flag} {other}: {why}. Name another file")
-    rows = data.read(path, task, columns=columns, allow_download=allow_download)
-    if task == "classification":
+    rows = read(path, task, columns=columns, allow_download=allow_download)
+    if task_named(task).has_labels():
         if len(data.label_names(rows)) < 2:
             found = ", ".join(data.label_names(rows)) or "none"
             raise ValueError(f"--init {PREFIX}{path} needs rows of at least two labels, and its labels are: {found}. "

@@ -47,7 +47,7 @@ def sketch_plan(run: RunPlan) -> RunPlan:
     scale = run.clip_norm / (SCALING * LEAST_NORM)
     return dataclasses.replace(run, family="lora", family_options=(), alpha=run.rank * SCALING, train_head=False,
                                dropout=0.0, optimizer="sgd", lr=STEP * scale / run.clip_norm, lr_schedule="constant",
-                               adapter_scale=scale)
+                               adapter_scale=scale, adjustment="")
 
 
 def sketch_layout(layout: AdapterLayout, missing: tuple[str, ...]) -> AdapterLayout:

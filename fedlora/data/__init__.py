@@ -1,7 +1,7 @@
 """Users' files as checked rows of text, and their split over simulated clients."""
 
 from fedlora.data.partition import partition
-from fedlora.data.reading import check_there, read
+from fedlora.data.reading import Answer, RowFormat, check_there, column_names, read_rows
 from fedlora.data.rows import (
     Rows,
     check_labels,
@@ -12,5 +12,5 @@ from fedlora.data.rows import (
     normalize_unit,
 )
 
-__all__ = ["Rows", "check_labels", "check_there", "in_order", "label_names", "labelled_otherwise", "normalize_label",
-           "normalize_unit", "partition", "read"]
+__all__ = ["Answer", "RowFormat", "Rows", "check_labels", "check_there", "column_names", "in_order", "label_names",
+           "labelled_otherwise", "normalize_label", "normalize_unit", "partition", "read_rows"]

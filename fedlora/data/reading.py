@@ -1,65 +1,94 @@
-"""From a path to `Rows`: find the files, find the columns, check every row.
-
-    task             columns, the first that are there
-    classification   text | text_a, text_b | sentence1, sentence2     and label
-    causal-lm        messages | prompt, completion | text
-"""
+"""From a path to `Rows`: find the files, find the columns that a task names, check every row."""
 
 from __future__ import annotations
 
 import logging
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedlora.data.formats import SUFFIXES, Record, hub_records, records, show_columns
-from fedlora.data.rows import Message, Rows, normalize_label, normalize_unit, place
-
-KINDS_OF_ROWS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "classification": (("text", ("text",)), ("pair", ("text_a", "text_b")), ("pair", ("sentence1", "sentence2"))),
-    "causal-lm": (("messages", ("messages",)), ("completion", ("prompt", "completion")), ("text", ("text",))),
-}
+from fedlora.data.rows import Message, Rows, normalize_unit, place
 
 KindOfRows = tuple[str, tuple[str, ...]]
+"""One of `fedlora.data.rows.KINDS`, and the columns that hold it."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The column with what a model is to say of a text.
+
+    Attributes:
+        column: its name, where --column gives no other.
+        parse: a cell's value as the task takes it, None where there is none. It raises TypeError for any other; the
+            message says what the value is ("a fraction"), and never holds it.
+        remedy: how to write it, for the owner of a cell that does not parse.
+        names: whether the answers are names of classes: they become `Rows.labels`, which the label set of a run is held
+            against, and which a client may announce. Others become `Rows.values`.
+    """
+
+    column: str
+    parse: Callable[[object], Any]
+    remedy: str
+    names: bool = True
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What the files of a task hold.
+
+    Attributes:
+        kinds: of rows, each with its columns; the first whose columns are there is taken.
+        answer: a column beside them; None where the rows themselves hold what is learned.
+        otherwise: ends the error about columns that are not there.
+    """
+
+    kinds: tuple[KindOfRows, ...]
+    answer: Answer | None = None
+    otherwise: str = ""
+
 
 log = logging.getLogger(__name__)
 
 
-def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = None, unit: str | None = None,
-         allow_download: bool = False) -> Rows:
+def read_rows(path: Path | str, task: str, form: RowFormat, *, columns: Mapping[str, str] | None = None,
+              unit: str | None = None, allow_download: bool = False, usual: Collection[str] = ()) -> Rows:
     """Read and check all rows of a file, a folder (its files in the order of their names) or a hub dataset.
 
     Files of other kinds in a folder, and folders in it, are not read; a warning names them.
 
     Args:
         path: a .jsonl, .csv, .tsv or .parquet file, a folder of such, or "org/dataset[/config][:split]".
-        task: "classification" or "causal-lm".
+        task, form: what they are for, as errors call it, and what they hold for that.
         columns: the file's name for a column, where it is not the expected one: {"text": "note"}.
         unit: the file's column that names the person (or other unit of privacy) a row belongs to, for `Rows.units`;
             None if each row is a unit of its own. An id means the same in all files of a folder.
         allow_download: fetch a hub dataset that is not in the hub's cache on this machine.
+        usual: further names of columns, by which a header is known for one where columns are missing.
     Raises:
         ValueError: with file, line and remedy, never with a row's text or id.
     """
     names = dict(columns or {})
-    known = _column_names(task)
+    known = column_names(form)
     if unknown := sorted(set(names) - known):
-        raise ValueError(f"--column {unknown[0]}=… names no column of {task}. Those are: {', '.join(sorted(known))}")
+        raise ValueError(f"--column {unknown[0]}=… names no column of {task}. Those are: "
+                         f"{', '.join(sorted(known))}")
 
-    reader = _Reader(task, names, unit)
+    reader = _Reader(task, form, names, unit, known.union(usual))
     wanted = {names.get(name, name) for name in known} | ({unit} if unit else set())
     for file, stream in _sources(path, wanted, allow_download):
         reader.add(file, stream)
     return reader.rows()
 
 
-def _column_names(task: str) -> set[str]:
-    names = {name for _, columns in KINDS_OF_ROWS[task] for name in columns}
-    return names | {"label"} if task == "classification" else names
+def column_names(form: RowFormat) -> set[str]:
+    """All columns that rows can have, but for that of the unit."""
+    return {name for _, columns in form.kinds for name in columns} | ({form.answer.column} if form.answer else set())
 
 
 def _sources(path: Path | str, wanted: set[str], allow_download: bool) -> Iterator[tuple[str, Iterator[Record]]]:
@@ -110,9 +139,11 @@ def _is_hub_name(name: str) -> bool:
 class _Reader:
     """Collects checked rows; one kind for all files."""
 
-    def __init__(self, task: str, names: Mapping[str, str], unit: str | None) -> None:
-        self.task = task
+    def __init__(self, task: str, form: RowFormat, names: Mapping[str, str], unit: str | None,
+                 usual: Collection[str]) -> None:
+        self.task, self.form, self.answer = task, form, form.answer
         self.names = names
+        self.usual = usual
         self.unit = unit
         self.kind_of_rows: KindOfRows | None = None
         self.files: list[str] = []
@@ -120,7 +151,7 @@ class _Reader:
         self.texts: list[str] = []
         self.seconds: list[str | None] = []
         self.messages: list[tuple[Message, ...]] = []
-        self.labels: list[str | None] = []
+        self.answers: list[Any] = []
         self.units: list[str] = []
 
     def add(self, file: str, stream: Iterator[Record]) -> None:
@@ -141,8 +172,9 @@ class _Reader:
     def _find_layout(self, file: str, present: tuple[str, ...]) -> KindOfRows:
         """The first kind that has all columns which --column names, and whose own are in a file's first row, but for
         those that a row may lack."""
-        found = next((one for one in KINDS_OF_ROWS[self.task]
-                      if self.names.keys() - {"label"} <= set(one[1])
+        beside = {self.answer.column} if self.answer else set()
+        found = next((one for one in self.form.kinds
+                      if self.names.keys() - beside <= set(one[1])
                       and all(self.names.get(n, n) in present for n in _required(one))), None)
         if found is None:
             raise self._no_layout(file, present)
@@ -156,25 +188,27 @@ class _Reader:
         return found
 
     def _no_layout(self, file: str, present: tuple[str, ...]) -> ValueError:
-        wanted = ", or ".join(" + ".join(self.names.get(n, n) for n in cols) for _, cols in KINDS_OF_ROWS[self.task])
-        example = KINDS_OF_ROWS[self.task][-1][1][0] if self.task == "causal-lm" else "text"
-        other = "" if self.task == "causal-lm" else ", or train a language model with --task causal-lm"
+        wanted = ", or ".join(" + ".join(self.names.get(n, n) for n in cols) for _, cols in self.form.kinds)
+        alone = [cols[0] for kind, cols in self.form.kinds if kind == "text"]
+        example = alone[0] if alone else self.form.kinds[0][1][0]
         return ValueError(f"{place(file, 1)}: {self.task} needs the columns {wanted}; "
                           f"{self._columns(file, present)}. "
-                          f"Name yours with --column {example}=NAME{other}")
+                          f"Name yours with --column {example}=NAME{self.form.otherwise}")
 
     def _columns(self, file: str, present: tuple[str, ...]) -> str:
         mine = {*self.names.values()} | ({self.unit} if self.unit else set())
-        return show_columns(file, present, mine.union(*map(_column_names, KINDS_OF_ROWS)))
+        return show_columns(file, present, mine.union(self.usual))
 
     def _check_optional(self, file: str, kind_of_rows: KindOfRows, present: tuple[str, ...]) -> None:
-        """A row may lack its label or the second of a pair; a file whose rows all do has no such column."""
+        """A row may lack its answer or the second of a pair; a file whose rows all do has no such column."""
         if any(self.names.get(name, name) not in present for name in kind_of_rows[1]):
             raise self._no_layout(file, present)
-        label = self.names.get("label", "label")
-        if self.task == "classification" and label not in present:
-            raise ValueError(f"{place(file, 1)}: there is no column {label}; {self._columns(file, present)}. "
-                             "Name yours with --column label=NAME")
+        if self.answer is None:
+            return
+        column = self.names.get(self.answer.column, self.answer.column)
+        if column not in present:
+            raise ValueError(f"{place(file, 1)}: there is no column {column}; {self._columns(file, present)}. "
+                             f"Name yours with --column {self.answer.column}=NAME")
 
     def _add_row(self, where: str, kind_of_rows: KindOfRows, row: Mapping[str, Any]) -> None:
         kind, columns = kind_of_rows
@@ -186,12 +220,13 @@ class _Reader:
             self.texts.append(values[0] or "")
             if len(values) == 2:
                 self.seconds.append(values[1])
-        if self.task == "classification":
+        if self.answer is not None:
+            name = self.answer.column
             try:
-                label = normalize_label(row.get(self.names.get("label", "label")))
+                answer = self.answer.parse(row.get(self.names.get(name, name)))
             except TypeError as error:
-                raise ValueError(f"{where}: the label is {error}. Write it as a whole number or a name") from None
-            self.labels.append(None if label is None else _whole(where, "the label", label))
+                raise ValueError(f"{where}: the {name} is {error}. {self.answer.remedy}") from None
+            self.answers.append(_whole(where, f"the {name}", answer) if isinstance(answer, str) else answer)
         if self.unit is not None:
             self.units.append(_unit(where, self.unit, row.get(self.unit)))
 
@@ -211,10 +246,12 @@ class _Reader:
             row = self.seconds.index(None)
             raise ValueError(f"{place(self.files[self.file_of[row]], self.lines[row])}: {columns[1]} is empty, but not "
                              "in other rows. Fill it, or remove the row")
+        answers = None if self.answer is None else tuple(self.answers)
+        names = self.answer is not None and self.answer.names
         return Rows(kind=kind, texts=tuple(self.texts),
                     seconds=tuple(self.seconds) if kind in ("pair", "completion") else None,  # type: ignore[arg-type]
                     messages=tuple(self.messages) if kind == "messages" else None,
-                    labels=tuple(self.labels) if self.task == "classification" else None,
+                    labels=answers if names else None, values=None if names else answers,
                     files=tuple(self.files), file_of=np.array(self.file_of, dtype=np.int64),
                     lines=np.array(self.lines, dtype=np.int64), units=None if self.unit is None else tuple(self.units))
 

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class Rows:
         seconds: the second of a pair or the completion, else None.
         messages: the conversations, else None.
         labels: normalised label names, None where a row has no label; None for tasks without labels.
+        values: answers that are no names of classes, as their task reads them, None where a row has none; None for
+            tasks without such.
         files: the files read, in order.
         file_of: [rows] index into `files`.
         lines: [rows] the line on which a row begins, counted from 1 (in a parquet file, the row's number).
@@ -46,6 +49,7 @@ class Rows:
     file_of: np.ndarray
     lines: np.ndarray
     units: tuple[str, ...] | None = None
+    values: tuple[Any, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -53,6 +57,11 @@ class Rows:
     def where(self, row: int) -> str:
         """"file:line" of a row; for formats without lines, "file:row number"."""
         return place(self.files[self.file_of[row]], int(self.lines[row]))
+
+    @property
+    def answers(self) -> tuple[Any, ...] | None:
+        """What is to be said of each row, None where that is not known; None where the rows themselves hold it."""
+        return self.values if self.labels is None else self.labels
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Rows:
         """The rows at `indices`, in that order."""
@@ -62,6 +71,7 @@ class Rows:
         index = np.asarray(indices, dtype=np.int64)
         return dataclasses.replace(self, texts=pick(self.texts), seconds=pick(self.seconds),
                                    messages=pick(self.messages), labels=pick(self.labels), units=pick(self.units),
+                                   values=pick(self.values),
                                    file_of=self.file_of[index], lines=self.lines[index])
 
     def by_file(self) -> list[np.ndarray]:

@@ -18,11 +18,9 @@ from fedlora.plan.limits import (
     MOST_RANK,
     MOST_SCALE,
     MOST_STEPS,
-    OPTIMIZERS,
     PROTOCOL,
     ROW,
     STRATEGIES,
-    TASKS,
     WIRE_DTYPES,
     check_run_id,
     check_unit,
@@ -40,6 +38,7 @@ from fedlora.plan.messages import (
     upload_metrics,
 )
 from fedlora.plan.run import (
+    FOUND,
     ModelRef,
     RoundPlan,
     RunPlan,
@@ -52,9 +51,9 @@ from fedlora.plan.schema import (
 )
 
 __all__ = [
-    "ANCHOR_BYTES", "COLUMN", "CONTINUED", "GOODBYES", "LEAST_SCALE", "LONGEST_LABEL", "LONGEST_NAME", "LR_SCHEDULES",
-    "MOST_ANNOUNCED", "MOST_CLIP_NORM", "MOST_LABELS", "MOST_RANK", "MOST_SCALE", "MOST_STEPS", "OPTIMIZERS",
-    "PROTOCOL", "REFUSALS", "ROW", "STRATEGIES", "TASKS", "UPLOAD_METRICS", "WIRE_DTYPES", "ModelRef", "Refusal",
-    "Refused", "Released", "RoundPlan", "RunPlan", "Tensors", "Upload", "check_run_id", "check_unit",
+    "ANCHOR_BYTES", "COLUMN", "CONTINUED", "FOUND", "GOODBYES", "LEAST_SCALE", "LONGEST_LABEL", "LONGEST_NAME",
+    "LR_SCHEDULES", "MOST_ANNOUNCED", "MOST_CLIP_NORM", "MOST_LABELS", "MOST_RANK", "MOST_SCALE", "MOST_STEPS",
+    "PROTOCOL", "REFUSALS", "ROW", "STRATEGIES", "UPLOAD_METRICS", "WIRE_DTYPES", "ModelRef", "Refusal", "Refused",
+    "Released", "RoundPlan", "RunPlan", "Tensors", "Upload", "check_run_id", "check_unit",
     "from_scalars", "round_from_scalars", "round_to_scalars", "to_scalars", "unit_column", "upload_metrics",
 ]

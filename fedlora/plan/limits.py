@@ -9,8 +9,6 @@ CONTINUED = (4, 5, PROTOCOL)
 """Protocols under which a run may have been begun that this version takes up again: their plans mean the same."""
 
 STRATEGIES = ("fedavg-lora", "ffa-lora", "fed-sb", "fedsvd")
-TASKS = ("classification", "causal-lm")
-OPTIMIZERS = ("sgd", "adamw")
 LR_SCHEDULES = ("constant", "linear")
 WIRE_DTYPES = ("fp32", "bf16")
 ROW, COLUMN = "row", "column:"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedlora import registry
 from fedlora.plan.limits import (
     CONTINUED,
     LEAST_SCALE,
@@ -15,12 +17,14 @@ from fedlora.plan.limits import (
     MOST_RANK,
     MOST_SCALE,
     MOST_STEPS,
-    OPTIMIZERS,
     PROTOCOL,
-    TASKS,
     WIRE_DTYPES,
     check_run_id,
 )
+
+FOUND: Mapping[str, str] = {"task": "fedlora.tasks", "optimizer": "fedlora.training.optimizers",
+                            "adjustment": "fedlora.training.adjustments"}
+"""Fields that are a key each → the package whose files they name. Which there are is a matter of what is installed."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,10 @@ class RunPlan:
         run_id: 16 hexadecimal digits, fresh for each run.
         fedlora_version: of the server.
         strategy: one of `STRATEGIES`.
+        task, optimizer, adjustment: keys in the packages that `FOUND` names; no adjustment is "".
         family: adapter family, see `fedlora.adapters.FAMILIES`: which tensors are frozen, trained and uploaded.
         private: True if every client must train under differential privacy.
-        labels: the label set in the order of the classifier's outputs; () for causal language models.
+        labels: the label set in the order of the classifier's outputs; () for tasks that have none.
         max_length: tokens kept of a record.
         rank, alpha: of the adapters; the update is scaled by alpha / rank.
         targets: names of the adapted linear layers, each a full module name or a suffix of one; () adapts none.
@@ -76,7 +81,6 @@ class RunPlan:
         wire_dtype: what adapter tensors travel as, in both directions: "fp32", or "bf16" (`fedlora.wire.dtypes`).
         family_options: numbers of the family's own, by name, in order of the names; see its `Options`.
         ranks: (module, rank) of the adapted modules whose rank is not `rank`, in order of the names.
-        adjustment: what is done to noised gradients before the optimiser; "" for nothing.
         private_start: round 0 comes first, one participation beside `max_participations` in which clients release
             noised gradients for the adapters to start from (`fedlora.adapters.sketches`). Only with privacy.
         protocol: that was spoken when the run began; one of `CONTINUED`.
@@ -126,8 +130,10 @@ class RunPlan:
             require(all(map(str.isprintable, getattr(self, name))), name, "each must be printable")
         require(self.strategy.isprintable() and 0 < len(self.strategy) <= LONGEST_NAME, "strategy",
                 f"it must be 1 to {LONGEST_NAME} printable characters")
-        require(self.task in TASKS, "task", f"choose one of {', '.join(TASKS)}")
-        require(self.optimizer in OPTIMIZERS, "optimizer", f"choose one of {', '.join(OPTIMIZERS)}")
+        for name, package in FOUND.items():
+            known = registry.keys(package)
+            require(getattr(self, name) in known or (name == "adjustment" and not self.adjustment), name,
+                    f"choose one of {', '.join(known)}")
         require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"choose one of {', '.join(LR_SCHEDULES)}")
         require(self.wire_dtype in WIRE_DTYPES, "wire_dtype", f"choose one of {', '.join(WIRE_DTYPES)}")
         for name in ("max_length", "rank", "rounds", "max_participations", "local_steps", "expected_batch"):
@@ -151,11 +157,7 @@ class RunPlan:
         require(0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
         require(len(set(self.labels)) == len(self.labels), "labels", "a label is named twice")
         require(len(set(self.targets)) == len(self.targets), "targets", "a target is named twice")
-        if self.task == "classification":
-            require(len(self.labels) >= 2, "labels", "classification needs at least two labels")
-        else:
-            require(not self.labels, "labels", "a causal language model has none")
-            require(not self.train_head, "train_head", "a causal language model has no task head to train")
+        registry.load(FOUND["task"], self.task).TASK.check_plan(self)
         require(not (self.private and self.weight_by_examples), "weight_by_examples",
                 "weighting by example counts discloses them; under privacy the weights are uniform")
         require(not self.private_start or (self.private and bool(self.targets)), "private_start",

@@ -1,20 +1,44 @@
-"""Tasks: what a record is, its loss, and how a model is judged."""
+"""Tasks: what a record is, its loss, and how a model is judged. Each file of this folder is one, found by its name.
+
+What all tasks share is in `fedlora.task`, and the records that they make are in `fedlora.records`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from fedlora import registry
+from fedlora.data import Rows, column_names, read_rows
 from fedlora.plan import RunPlan
-from fedlora.tasks.causal_lm import CausalLM
-from fedlora.tasks.classification import Classification
-from fedlora.tasks.records import Batch, Records, collate, concatenate
-from fedlora.tasks.task import Task
+from fedlora.records import Records, concatenate
+from fedlora.task import Task
 
-__all__ = ["Batch", "CausalLM", "Classification", "Records", "Task", "collate", "concatenate", "task_for"]
+__all__ = ["Records", "Task", "concatenate", "read", "task_for", "task_named"]
+
+
+def task_named(key: str) -> type[Task]:
+    """The task behind a key, as in "causal-lm".
+
+    Raises:
+        ValueError: none is called so.
+    """
+    return registry.load("fedlora.tasks", key).TASK
 
 
 def task_for(run: RunPlan, tokenizer: Any) -> Task:
     """The plan's task."""
-    if run.task == "classification":
-        return Classification(tokenizer, run.labels, run.max_length)
-    return CausalLM(tokenizer, run.max_length)
+    return task_named(run.task).of(run, tokenizer)
+
+
+def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = None, unit: str | None = None,
+         allow_download: bool = False) -> Rows:
+    """The rows of a task's files; see `fedlora.data.read_rows`, also for what it raises.
+
+    Args:
+        task: its key.
+    """
+    usual = {name for key in registry.keys("fedlora.tasks") for name in column_names(task_named(key).rows)}
+    return read_rows(path, task, task_named(task).rows, columns=columns, unit=unit, allow_download=allow_download,
+                     usual=usual)

@@ -10,17 +10,31 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fedlora.data import Rows
+from fedlora.data import RowFormat, Rows
 from fedlora.data.rows import Message
-from fedlora.tasks.records import IGNORED, Batch, Records, pack
-from fedlora.tasks.task import Task
+from fedlora.records import IGNORED, Batch, Records, pack
+from fedlora.task import Task
 
 
 class CausalLM(Task):
     """Learns whole texts, completions of prompts, or the assistant's turns of conversations."""
 
     name = "causal-lm"
+    model_is = "a causal language model"
+    rows = RowFormat((("messages", ("messages",)), ("completion", ("prompt", "completion")), ("text", ("text",))))
+    auto_class = AutoModelForCausalLM
+    model_types = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    has_head = False
+    metric = "perplexity"
+    peft_type = "CAUSAL_LM"
+
+    @classmethod
+    def why_not(cls, model_type: str, *, encoder: bool) -> str:
+        return (f"is an encoder (model type {model_type}): it cannot be a causal language model. Choose --task "
+                "classification, or a decoder such as Llama, Qwen2 or GPT-2.") if encoder else ""
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         super().__init__(tokenizer, max_length)
@@ -107,6 +121,10 @@ class CausalLM(Task):
             raise ValueError(f"{where}: the tokenizer's chat template cannot write this conversation "
                              f"({type(error).__name__}). {remedy}") from None
 
+    def made_up(self, tokens: Sequence[Sequence[int]]) -> Records:
+        """All but the first token are the answer."""
+        return pack(tokens, self.tokenizer.pad_token_id, answers=[[0] + [1] * (len(one) - 1) for one in tokens])
+
     @property
     def outputs_per_token(self) -> int:
         """The vocabulary."""
@@ -138,3 +156,6 @@ class CausalLM(Task):
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED,
                                  reduction="none").view_as(targets)
         return losses.sum(1), answer.sum(1).float()
+
+
+TASK = CausalLM

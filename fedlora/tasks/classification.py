@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from fedlora.data import Rows, check_labels, labelled_otherwise
-from fedlora.tasks.records import Batch, Records, pack
-from fedlora.tasks.task import Task
+from fedlora.data import Answer, RowFormat, Rows, check_labels, labelled_otherwise, normalize_label
+from fedlora.plan import RunPlan
+from fedlora.records import Batch, Records, pack
+from fedlora.task import Task
 
 
 class Classification(Task):
     """Attributes: labels, the label set in the order of the classifier's outputs."""
 
     name = "classification"
+    model_is = "a classifier"
+    rows = RowFormat(
+        (("text", ("text",)), ("pair", ("text_a", "text_b")), ("pair", ("sentence1", "sentence2"))),
+        Answer("label", normalize_label, "Write it as a whole number or a name"),
+        otherwise=", or train a language model with --task causal-lm")
+    auto_class = AutoModelForSequenceClassification
+    model_types = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    has_head = True
+    metric = "accuracy"
+    peft_type = "SEQ_CLS"
 
     def __init__(self, tokenizer: Any, labels: Sequence[str], max_length: int) -> None:
         super().__init__(tokenizer, max_length)
         self.labels = tuple(labels)
+
+    @classmethod
+    def of(cls, run: RunPlan, tokenizer: Any) -> Self:
+        return cls(tokenizer, run.labels, run.max_length)
+
+    @classmethod
+    def model_options(cls, labels: int) -> Mapping[str, Any]:
+        return {"num_labels": labels}
 
     def encode(self, rows: Rows, unusable: Counter[str] | None = None) -> Records:
         """Tokenise texts or pairs, with the tokenizer's special tokens. Rows without a label are left out.
@@ -66,6 +87,10 @@ class Classification(Task):
                     segments=segments or None, left_out=len(rows) - len(kept),
                     units=rows.take(kept).units)
 
+    def made_up(self, tokens: Sequence[Sequence[int]]) -> Records:
+        """Of the first two labels in turn."""
+        return pack(tokens, self.tokenizer.pad_token_id, labels=[i % 2 for i in range(len(tokens))])
+
     def per_record_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """[records] float32: cross entropy of each record."""
         return self.measure(model, batch)["loss"]
@@ -79,3 +104,6 @@ class Classification(Task):
         """accuracy and mean loss over `count` records."""
         return {"accuracy": sums["right"] / sums["count"], "loss": sums["loss"] / sums["count"],
                 "count": int(sums["count"])}
+
+
+TASK = Classification

@@ -65,12 +65,17 @@ class Step(ABC):
 
 
 class PlainStep(Step):
-    """Autograd's sum over the units, divided by the same constant as the private step."""
+    """Autograd's sum over the units, divided by the same constant as the private step.
+
+    Args:
+        adjust: done to the gradients before each step.
+    """
 
     private = False
 
-    def __init__(self, optimizer: torch.optim.Optimizer, divisor: float) -> None:
-        self.optimizer, self.divisor = optimizer, divisor
+    def __init__(self, optimizer: torch.optim.Optimizer, divisor: float,
+                 adjust: Callable[[], None] | None = None) -> None:
+        self.optimizer, self.divisor, self.adjust = optimizer, divisor, adjust
         self.optimizer.zero_grad()
 
     def weights(self, places: np.ndarray, rows: int) -> torch.Tensor:
@@ -86,6 +91,8 @@ class PlainStep(Step):
             for parameter in group["params"]:
                 if parameter.grad is None:  # an empty draw is a step with a zero gradient, as in the private case
                     parameter.grad = torch.zeros_like(parameter)
+        if self.adjust is not None:
+            self.adjust()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -20,7 +20,6 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,6 @@ from torch import nn
 from fedlora.files import replace_file
 from fedlora.plan import RunPlan
 from fedlora.tasks import Records, Task
-from fedlora.tasks.records import pack
 from fedlora.training.gradient_buffer import row_norms
 from fedlora.versions import environment
 
@@ -124,9 +122,7 @@ def made_up_records(task: Task, embeddings: int, lengths: Sequence[int], *, seed
     words = np.setdiff1d(np.arange(min(len(tokenizer), embeddings)), tokenizer.all_special_ids)
     sizes = [max(min(2, length), size) for length in lengths for size in (length - 1, length * 2 // 3)]
     tokens = [random.choice(words, size).tolist() for size in sizes]
-    kind: dict[str, Any] = {"labels": [i % 2 for i in range(len(tokens))]} if task.name == "classification" else {
-        "answers": [[0] + [1] * (len(one) - 1) for one in tokens]}
-    return pack(tokens, tokenizer.pad_token_id, **kind)
+    return task.made_up(tokens)
 
 
 def content_dependent(model: nn.Module) -> str:

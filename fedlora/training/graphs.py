@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.tasks.records import Batch
+from fedlora.records import Batch
 from fedlora.training.gradient_buffer import GradientBuffer
 
 log = logging.getLogger(__name__)

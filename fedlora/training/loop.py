@@ -38,12 +38,12 @@ class Client:
     Args:
         parameters: name → what holds the tensor, for all of the layout's state.
         buffer: the gradients of its own records, while it takes them.
-        make_step: from the job, the trained parameters, the buffer and the check.
+        make_step: from the job, these parameters, the buffer and the check.
         first: where its records begin among everybody's.
     """
 
     def __init__(self, job: TrainingJob, layout: AdapterLayout, parameters: Mapping[str, nn.Parameter],
-                 buffer: GradientBuffer, make_step: Callable[[TrainingJob, list[nn.Parameter], GradientBuffer,
+                 buffer: GradientBuffer, make_step: Callable[[TrainingJob, Mapping[str, nn.Parameter], GradientBuffer,
                                                               GradientCheck], Step], first: int = 0) -> None:
         self.job, self.buffer, self.first = job, buffer, first
         self.trained = {spec.name: parameters[spec.name] for spec in layout.trained}
@@ -51,7 +51,7 @@ class Client:
         self.sampling = job.stream("sampling")
         self._sampler = Sampler(len(job.records), job.records.units, job.sampling_rate, job.rows_per_unit,
                                 self.sampling)
-        self.step = make_step(job, list(self.trained.values()), buffer, self.gradients)
+        self.step = make_step(job, parameters, buffer, self.gradients)
         self.losses: list[torch.Tensor] = []
         self._drawn: list[int] = []
         self._loss: list[torch.Tensor] = []

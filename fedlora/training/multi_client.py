@@ -23,6 +23,7 @@ from torch import nn
 from fedlora.adapters import AdaptedModel
 from fedlora.tasks import Records
 from fedlora.training.accumulation import PlainStep
+from fedlora.training.adjustments import Adjuster
 from fedlora.training.gradient_buffer import GradientBuffer
 from fedlora.training.job import TrainingJob
 from fedlora.training.loop import Client
@@ -79,8 +80,9 @@ class Together:
 class SummedStep(PlainStep):
     """A step without privacy, from the rows of a client's buffer in place of autograd's sum."""
 
-    def __init__(self, inner: torch.optim.Optimizer, divisor: float, buffer: GradientBuffer) -> None:
-        super().__init__(inner, divisor)
+    def __init__(self, inner: torch.optim.Optimizer, divisor: float, buffer: GradientBuffer,
+                 adjust: Adjuster | None) -> None:
+        super().__init__(inner, divisor, adjust)
         self._buffer = buffer
         self._sum = torch.zeros(buffer.values, device=buffer.slots[0].parameter.device)
 

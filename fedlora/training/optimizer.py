@@ -47,6 +47,7 @@ class PerRecordOptimizer(DPOptimizer):
         expected_batch_size: b.
         noise: where the Gaussians come from.
         pool: of the run's noise, for the runtime check; None for a new one.
+        adjust: done to the noised gradients before each step, once they were measured for the check.
     On CUDA the host waits for the GPU where it is asked for `clipped`, `nonfinite` and `check`, and nowhere else.
 
     Attributes:
@@ -56,7 +57,7 @@ class PerRecordOptimizer(DPOptimizer):
 
     def __init__(self, optimizer: Optimizer, buffer: GradientBuffer, *, scales: Mapping[str, float], clip_norm: float,
                  noise_multiplier: float, expected_batch_size: float, noise: RandomStream,
-                 pool: NoisePool | None = None) -> None:
+                 pool: NoisePool | None = None, adjust: Callable[[], None] | None = None) -> None:
         super().__init__(optimizer, noise_multiplier=noise_multiplier, max_grad_norm=clip_norm,
                          expected_batch_size=expected_batch_size)  # type: ignore[arg-type]
         owned = [slot.parameter for slot in buffer.slots]
@@ -65,6 +66,7 @@ class PerRecordOptimizer(DPOptimizer):
                                "a model is moved or copied after it was wrapped; training would release noise alone")
         self.buffer = buffer
         self.noise = noise
+        self._adjust = adjust
         self._groups = _spans(buffer, scales)
         device = owned[0].device
         self._sum = torch.zeros(buffer.values, device=device,
@@ -180,13 +182,16 @@ class PerRecordOptimizer(DPOptimizer):
         for slot in self.buffer.slots:
             slot.parameter.grad = noised[slot.columns].view_as(slot.parameter)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """As Opacus': clip, and unless this step is to be skipped, add noise and let the wrapped optimizer step."""
-        result = super().step(closure)
-        if not self._is_last_step_skipped:
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+        """As Opacus': clip, and unless this step is to be skipped, add noise, measure what the noise went into and
+        adjust it. Returns whether the wrapped optimizer is to step."""
+        ready = bool(super().pre_step(closure))
+        if ready:
             self._checks.note_applied(self._sum, self._drawn_noise)
             self._drawn_noise = None
-        return result
+            if self._adjust is not None:
+                self._adjust()
+        return ready
 
     def check(self) -> None:
         """After the last step: the runtime checks of all. Raises RuntimeError."""

@@ -21,10 +21,11 @@ from fedlora.adapters import AdaptedModel
 from fedlora.memory import memory_advice
 from fedlora.plan import RunPlan
 from fedlora.privacy.rng import RandomStream
+from fedlora.records import Batch
 from fedlora.tasks import Records, Task
-from fedlora.tasks.records import Batch
 from fedlora.training import rehearsal
 from fedlora.training.accumulation import PlainStep, PrivateStep, Step
+from fedlora.training.adjustments import Adjuster
 from fedlora.training.batch_invariance import IN_MEMORY, Findings, Shapes
 from fedlora.training.compiled import CompiledBlocks, check_compiles
 from fedlora.training.gradient_buffer import GradientBuffer
@@ -33,6 +34,7 @@ from fedlora.training.job import TrainingJob, TrainResult
 from fedlora.training.loop import Client, run_steps
 from fedlora.training.multi_client import SummedStep, Together, check_alike, stacked
 from fedlora.training.optimizer import PerRecordOptimizer
+from fedlora.training.optimizers import make_optimizer
 from fedlora.training.precision import attend_with_mask, resolve_device, resolve_precision, store_frozen_weights
 from fedlora.training.runtime_checks import FrozenCheck, GradientCheck, NoisePool, check_owners
 from fedlora.training.sampling import GRAPH_LENGTHS, LENGTHS, PRIVATE_LENGTHS, micro_batches, records_at_once
@@ -287,17 +289,19 @@ class Trainer:
         return clients, Together(self.buffer, stacks, self.most_rows,
                                  lambda records, indices: list(self.micro_batches(records, indices)), self.fill_buffer)
 
-    def make_step(self, job: TrainingJob, parameters: list[nn.Parameter], buffer: GradientBuffer,
+    def make_step(self, job: TrainingJob, parameters: Mapping[str, nn.Parameter], buffer: GradientBuffer,
                   gradients: GradientCheck, *, summed: bool = False) -> Step:
         """How the job's gradients become its steps. `summed`: without privacy, from the buffer in place of autograd."""
-        run, inner = job.run, optimizer(job.run.optimizer, job.rate, parameters)
+        run, layout = job.run, self.adapted.layout
+        inner = make_optimizer(run.optimizer, [parameters[spec.name] for spec in layout.trained], job.rate)
+        adjust = Adjuster.of(run.adjustment, layout, parameters)
         if job.noise_multiplier is None:
             divisor = plain_divisor(run, job.records, job.sampling_rate)
-            return SummedStep(inner, divisor, buffer) if summed else PlainStep(inner, divisor)
+            return SummedStep(inner, divisor, buffer, adjust) if summed else PlainStep(inner, divisor, adjust)
         return PrivateStep(PerRecordOptimizer(
             inner, buffer, scales={"adapter": run.adapter_scale, "head": run.head_scale}, clip_norm=job.clip_norm,
             noise_multiplier=job.noise_multiplier, expected_batch_size=run.expected_batch, noise=job.stream("noise"),
-            pool=self.noise_pool), gradients)
+            pool=self.noise_pool, adjust=adjust), gradients)
 
     @property
     def most_rows(self) -> int:
@@ -405,10 +409,3 @@ def check_computing(device: str, precision: str, compiled: bool) -> None:
     resolve_precision(precision, resolved)
     if compiled:
         check_compiles(resolved)
-
-
-def optimizer(name: str, lr: float, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """A fresh one, by its name in the plan."""
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr)
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)

@@ -11,15 +11,16 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from fedlora import registry
 from fedlora.plan import (
     ANCHOR_BYTES,
+    FOUND,
     LEAST_SCALE,
     LONGEST_NAME,
     MOST_CLIP_NORM,
     MOST_LABELS,
     MOST_STEPS,
     PROTOCOL,
-    TASKS,
     WIRE_DTYPES,
     ModelRef,
     Refusal,
@@ -84,11 +85,11 @@ class Setup:
         check_run_id(self.run_id)
         if not (self.strategy.isprintable() and 0 < len(self.strategy) <= LONGEST_NAME):
             raise ValueError(f"the strategy's name must be 1 to {LONGEST_NAME} printable characters")
-        if self.task not in TASKS or self.wire_dtype not in WIRE_DTYPES:
+        if self.task not in registry.keys(FOUND["task"]) or self.wire_dtype not in WIRE_DTYPES:
             raise ValueError(f"task {self.task!r} or wire dtype {self.wire_dtype!r} is not known; update FedLoRA")
         if self.anchor is not None:
             _check_anchor(self.anchor)
-        if self.announce_labels and (self.labels or self.task != "classification"):
+        if self.announce_labels and (self.labels or not registry.load(FOUND["task"], self.task).TASK.has_labels()):
             raise ValueError("labels are announced only for a classification without a fixed label set")
         for name in ("max_length", "rounds", "max_participations", "local_steps", "expected_batch"):
             if getattr(self, name) < 1:

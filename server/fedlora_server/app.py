@@ -17,6 +17,7 @@ from rich.console import Console
 from fedlora import data
 from fedlora.data import Rows
 from fedlora.plan import GOODBYES, MOST_ANNOUNCED, PROTOCOL
+from fedlora.tasks import task_named
 from fedlora.wire import Setup
 
 from . import checkpoint
@@ -39,7 +40,7 @@ from .run_setup import (
     resolved,
     without_effect,
 )
-from .trackers.console import Display
+from .trackers import Trackers, Watched
 
 Listen = Callable[[Setup, Path, Callable[[Event], None]], RegistryEngine]
 """Makes the engine from what clients are told, the folder for uploads, and whom to tell of events."""
@@ -84,10 +85,12 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
                           min_clients=options.min_clients, min_replies=options.min_replies,
                           round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
                           evaluate_every=options.eval_every)
-    base = find_model(options)
+    base, task = find_model(options), task_named(options.task)
     if options.eval_data is None:
-        figure, rows_with = ("Accuracy", " with labels") if options.task == "classification" else ("Perplexity", "")
-        console.print(f"{figure} will not be shown: no --eval-data. Give it a file of held-out rows{rows_with}.")
+        answer = task.rows.answer
+        rows_with = f" with {answer.column}s" if answer else ""
+        console.print(f"{task.metric.capitalize()} will not be shown: no --eval-data. Give it a file of held-out rows"
+                      f"{rows_with}.")
     rows = held_out(options)
     values = planned(options, options.strategy)
     for told in without_effect(options):
@@ -96,7 +99,7 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
     if (possible := rounds.rounds_within(values.rounds, most)) < values.rounds:
         console.print(f"With {options.min_clients} clients and --max-participations {most}, only {possible} of the "
                       f"{values.rounds} rounds can be done; more clients must join.")
-    announced = options.task == "classification" and not options.labels
+    announced = task.has_labels() and not options.labels
     protocol = left.plan.protocol if left else PROTOCOL  # clients of a run know its plan by every value in it
     federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
                          options.seed, run_id=left.plan.run_id if left else run_id, protocol=protocol)
@@ -105,16 +108,17 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
     setup = Setup.of(federation.plan, announce_labels=announced)
     stop = threading.Event()
-    display = Display(console, f"{options.strategy}, {base.reference.name}")
-    engine = (listen or _grpc(options, left))(setup, out / "uploads", lambda event: _tell(display, event))
+    trackers = Trackers(options.trackers, Watched(f"{options.strategy}, {base.reference.name}", out, console,
+                                                  resolved(options, options.strategy)))
+    engine = (listen or _grpc(options, left))(setup, out / "uploads", lambda event: _tell(trackers, event))
     ended = "failed"
     with _stopped_by_signals(stop, console):
         try:
             console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", soft_wrap=True)
-            with display:
+            with trackers:
                 if announced:
                     ended = "labels"
-                    labels = _freeze_labels(engine, options, rows, display, stop)
+                    labels = _freeze_labels(engine, options, rows, trackers, stop)
                     ended = "failed"
                     if labels:
                         federation = prepare(options, options.strategy, base, labels, options.seed,
@@ -128,7 +132,7 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
                                      left.resumptions if left else ())
                 engine.expect(federation.adapted.layout)
                 result = run_federation(engine, federation.strategy, federation.plan, federation.state, rounds,
-                                        observer=display, evaluate=evaluator(federation, rows), stop=stop, out=out,
+                                        observer=trackers, evaluate=evaluator(federation, rows), stop=stop, out=out,
                                         start=federation.start, left=left)
                 write_report(out, federation, result, base.loadable_name, options=resolved(options, options.strategy),
                              joined=_joined(engine, before))
@@ -172,7 +176,7 @@ def _grpc(options: Namespace, left: Unfinished | None) -> Listen:
                                                    anchors=default_place())
 
 
-def _freeze_labels(engine: RegistryEngine, options: Namespace, held_out: Rows | None, display: Display,
+def _freeze_labels(engine: RegistryEngine, options: Namespace, held_out: Rows | None, trackers: Trackers,
                    stop: threading.Event) -> tuple[str, ...]:
     """The union of the label names that the first --min-clients clients announced; () if stopped before.
 
@@ -185,7 +189,7 @@ def _freeze_labels(engine: RegistryEngine, options: Namespace, held_out: Rows | 
             return ()
         if told != len(ready):
             told = len(ready)
-            display.waiting(options.min_clients, told, None)
+            trackers.waiting(options.min_clients, told, None)
         engine.wait((), 0.25)
     labels = data.in_order(label for member in ready[:options.min_clients] for label in member.announced_labels)
     if len(labels) > MOST_ANNOUNCED:
@@ -197,13 +201,13 @@ def _freeze_labels(engine: RegistryEngine, options: Namespace, held_out: Rows | 
     if held_out is not None:
         data.check_labels(held_out, labels)
     engine.fix_labels(labels)
-    display.say(f"The label set is {', '.join(labels)}")
+    trackers.said(f"The label set is {', '.join(labels)}")
     return labels
 
 
-def _tell(display: Display, event: Event) -> None:
+def _tell(trackers: Trackers, event: Event) -> None:
     detail = f": {event.detail}" if event.detail else ""
-    display.say(f"{event.name} {event.kind}{detail}")
+    trackers.said(f"{event.name} {event.kind}{detail}")
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from fedlora.plan import RunPlan
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ def jsonable(value: object) -> object:
 class Observer:
     """What the round loop tells while it runs; override what is of interest. Called from the loop's own thread."""
 
+    def begin(self, plan: RunPlan, before: Sequence[RoundRecord]) -> None:
+        """The rounds begin, after those that an earlier server finished."""
+
     def waiting(self, needed: int, present: int, timeout_s: float | None) -> None:
         """Nobody can be asked: `present` clients could take part and `needed` are. None: it waits without limit."""
 
@@ -76,3 +81,6 @@ class Observer:
 
     def finished(self, record: RoundRecord) -> None:
         """The round is closed and its checkpoint is written."""
+
+    def ended(self, reason: str) -> None:
+        """There is no further round: "finished", "stopped" or "wait-timeout"."""

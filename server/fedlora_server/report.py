@@ -1,4 +1,4 @@
-"""What a run leaves behind: the adapter in PEFT format, report.json and curves.png."""
+"""What a run leaves behind: the adapter in PEFT format, and report.json."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ from fedlora_strategies import FederatedLoRA
 from .observer import RoundRecord, jsonable
 from .rounds import FederationResult
 from .run_setup import Federation
-from .trackers import plots
 
 PACKAGES = ("flwr", "grpcio", "numpy", "opacus", "peft", "torch", "transformers")
-
-ENDINGS = {"finished": "", "stopped": ", stopped early", "wait-timeout": ", ended for want of clients"}
 
 
 def write_report(out: Path, federation: Federation, result: FederationResult, base: str, *,
                  options: Mapping[str, object] | None = None,
                  joined: Mapping[str, Mapping[str, object]] | None = None) -> None:
-    """Write `adapter/`, `report.json` and `curves.png`; also for a run that ended early, but for the adapter where
-    no round was finished.
+    """Write `adapter/` and `report.json`; also for a run that ended early, but for the adapter where no round was
+    finished.
 
     Args:
         base: the base model's hub id or folder, named in the adapter's configuration.
@@ -38,10 +35,6 @@ def write_report(out: Path, federation: Federation, result: FederationResult, ba
     report = describe(federation.plan, federation.strategy, result, options or {}, joined or {})
     text = json.dumps(jsonable(report), indent=1, allow_nan=False)
     (out / "report.json").write_text(text + "\n")
-    plan = federation.plan
-    plots.draw(out / "curves.png", result.records,
-                f"{plan.strategy}, {'private' if plan.private else 'not private'}, {plan.model.name}: "
-                f"{result.rounds} of {plan.rounds} rounds{ENDINGS[result.ended]}")
 
 
 def describe(plan: RunPlan, strategy: FederatedLoRA, result: FederationResult, options: Mapping[str, object],

@@ -110,6 +110,7 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
             update_norm=averages.get("update_norm"), train_loss=averages.get("train_loss"),
             bytes_up=engine.bytes_up - up, bytes_down=engine.bytes_down - down, seconds=time.monotonic() - began)
 
+    observer.begin(plan, tuple(records))
     initial = figures(0, state) if fresh else {}
     if fresh and start is None:
         if initial:
@@ -135,4 +136,5 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
             conclude(replace(record, evaluation=figures(number, state)), state)
     except Ended as early:
         ended = early.reason
+    observer.ended(ended)
     return FederationResult(state, tuple(records), ended, left.resumptions if left else ())

@@ -19,8 +19,9 @@ from fedlora.adapters.sketches import PRIVATE_START
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
 from fedlora.plan import PROTOCOL, ModelRef, RunPlan, Tensors
-from fedlora.tasks import Records, Task, task_for
+from fedlora.tasks import Records, Task, read, task_for, task_named
 from fedlora.training import Trainer
+from fedlora.training.adjustments import check_adjustment
 from fedlora_strategies import STRATEGY_CLASSES, FederatedLoRA
 from fedlora_strategies.presets import Preset, preset
 from fedlora_strategies.private_start import PrivateStart
@@ -84,7 +85,7 @@ def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[st
     Args:
         options: of fedlora-server or fedlora-simulate; None stands for the preset of (strategy, privacy).
         strategy: one of `fedlora.plan.STRATEGIES`.
-        labels: the frozen label set; () for causal language models; `ANY_LABELS` for a rehearsal.
+        labels: the frozen label set; () for tasks that have none; `ANY_LABELS` for a rehearsal.
         seed: of the frozen tensors.
         run_id: 16 hexadecimal digits; None draws them.
         protocol: with which the run began.
@@ -94,6 +95,7 @@ def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[st
     loaded = models.load(base.path, options.task, len(labels))
     plan = make_plan(options, strategy, base.reference, labels, loaded, run_id or secrets.token_hex(8), protocol)
     adapted = attach_planned(loaded, plan)
+    check_adjustment(plan.adjustment, adapted.layout)
     task, init = task_for(plan, loaded.tokenizer), planned(options, strategy).init
     if plan.private:
         Trainer(adapted, task, device="cpu", precision="fp32").rehearse()
@@ -135,10 +137,11 @@ def planned(options: Namespace, strategy: str) -> Preset:
     if options.dropout and options.privacy == "required":
         raise ValueError(f"--dropout {options.dropout:g} and privacy exclude each other: a record's mask depends on "
                          "the others in its batch, which no ε covers. Leave --dropout out, or choose --privacy off")
-    if options.task == "classification" and options.labels is not None and len(options.labels) < 2:
-        raise ValueError(f"--labels names {len(options.labels)} label; classification needs at least two")
-    if options.task == "causal-lm" and options.head == "train":
-        raise ValueError("--head train needs --task classification; a causal language model has no task head")
+    task = task_named(options.task)
+    if task.has_labels() and options.labels is not None and len(options.labels) < 2:
+        raise ValueError(f"--labels names {len(options.labels)} label; {task.name} needs at least two")
+    if options.head == "train" and not task.has_head:
+        raise ValueError(f"--head train needs --task classification; {task.model_is} has no task head")
     if values.init == "kaiming" and STRATEGY_CLASSES[strategy].family == "bra":
         raise ValueError(f"--init kaiming is for trained factors, and {strategy} freezes both; choose --init "
                          "orthonormal, weight, public:FILE or dp")
@@ -152,7 +155,7 @@ def planned(options: Namespace, strategy: str) -> Preset:
 
 def without_effect(options: Namespace) -> list[str]:
     """What was asked for and changes nothing in this run, as sentences."""
-    private, head = options.privacy == "required", options.task == "classification" and options.head != "freeze"
+    private, head = options.privacy == "required", _trains_head(options)
     reasons = {
         "without privacy nothing is clipped and noised": () if private else (
             "clip_norm", "head_scale", "max_clip_norm", "delta"),
@@ -164,6 +167,10 @@ def without_effect(options: Namespace) -> list[str]:
         else ()}
     return [f"--{name.replace('_', '-')} has no effect: {reason}." for reason, names in reasons.items()
             for name in names if getattr(options, name, None) is not None]
+
+
+def _trains_head(options: Namespace) -> bool:
+    return task_named(options.task).has_head and options.head != "freeze"
 
 
 def resolved(options: Namespace, strategy: str) -> dict[str, object]:
@@ -183,11 +190,12 @@ def make_plan(options: Namespace, strategy: str, reference: ModelRef, labels: tu
         family=STRATEGY_CLASSES[strategy].family, private=private, model=reference, task=options.task, labels=labels,
         max_length=options.max_length, rank=values.rank, alpha=values.alpha,
         targets=targets,
-        train_head=options.task == "classification" and options.head != "freeze", dropout=options.dropout,
+        train_head=_trains_head(options), dropout=options.dropout,
         rounds=values.rounds, max_participations=options.max_participations or values.rounds,
         local_steps=values.local_steps, expected_batch=values.batch_size, optimizer=values.optimizer, lr=values.lr,
         clip_norm=values.clip_norm, adapter_scale=1.0, head_scale=values.head_scale, weight_by_examples=not private,
         lr_schedule=values.lr_schedule, wire_dtype=options.wire_dtype,
+        adjustment="" if options.adjustment == "none" else options.adjustment,
         private_start=values.init == PRIVATE_START, protocol=protocol)
 
 
@@ -199,18 +207,17 @@ def held_out(options: Namespace) -> Rows | None:
     """
     if options.eval_data is None:
         return None
-    rows = data.read(options.eval_data, options.task, columns=options.column, allow_download=options.allow_download)
-    if options.task == "classification" and not data.label_names(rows):
-        raise ValueError(f"--eval-data {options.eval_data} has no labels; accuracy needs a label column "
-                         "(--column label=NAME names another)")
-    if options.labels:
+    task = task_named(options.task)
+    rows = read(options.eval_data, options.task, columns=options.column, allow_download=options.allow_download)
+    task.check_answered(rows, f"--eval-data {options.eval_data}", task.metric)
+    if options.labels and task.has_labels():
         data.check_labels(rows, options.labels)
     return rows
 
 
 def evaluator(federation: Federation, rows: Rows | None, *, device: str | torch.device = "cpu",
               precision: torch.dtype | None = None) -> Evaluate | None:
-    """A function from the state to its figures on held-out rows: accuracy and loss, or loss and perplexity.
+    """A function from the state to its task's figures on held-out rows.
 
     Raises:
         ValueError: a label is outside the run's set.

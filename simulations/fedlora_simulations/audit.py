@@ -31,6 +31,7 @@ from fedlora.data import Rows
 from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.plan import Refused
 from fedlora.privacy import Accountant, Budget, Ledger, nominal_size
+from fedlora.tasks import read
 from fedlora_server.folders import claim_folder
 from fedlora_server.observer import jsonable
 from fedlora_server.round_state import RoundOptions
@@ -159,7 +160,7 @@ def run_audit(options: Namespace, base: BaseModel, *, private: bool) -> Audit:
 
 def _client_rows(options: Namespace) -> tuple[Rows, tuple[str, ...]]:
     """The audited client's own labelled rows, at most --rows of them drawn by the seed, and the label set."""
-    rows = data.read(options.data, options.task, columns=options.column, allow_download=options.allow_download)
+    rows = read(options.data, options.task, columns=options.column, allow_download=options.allow_download)
     labels = options.labels or data.label_names(rows)
     if len(labels) < 2:
         raise ValueError(f"--data {options.data} has {len(labels)} different labels; an audit needs at least two")

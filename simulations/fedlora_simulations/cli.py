@@ -84,6 +84,7 @@ def run(options: Namespace) -> int:
     from rich.console import Console
 
     from fedlora.console import messages
+    from fedlora.tasks import task_named
     from fedlora.training import check_computing
     from fedlora_server.folders import claim_folder
     from fedlora_server.run_setup import check_start, find_model, planned, prepare, without_effect
@@ -114,7 +115,8 @@ def run(options: Namespace) -> int:
     for told in without_effect(options):
         console.print(told)
     if options.eval_data is None:
-        console.print("Without --eval-data no accuracy is shown; give it a file of held-out rows.")
+        console.print(f"Without --eval-data no {task_named(options.task).metric} is shown; give it a file of held-out "
+                      "rows.")
     runs: dict[Method, list[Simulated]] = {method: [] for method in methods}
     try:
         for seed in options.seeds:
@@ -135,7 +137,8 @@ def run(options: Namespace) -> int:
 def _run_one(options: Namespace, method: Method, seed: int, base: BaseModel, population: Population, out: Path,
              console: Console) -> Simulated:
     """One method with one seed, into a folder of its own below `out`."""
-    from fedlora_server.trackers.console import Display
+    from fedlora_server.run_setup import resolved
+    from fedlora_server.trackers import Trackers, Watched
 
     from .simulate import simulate
 
@@ -143,8 +146,10 @@ def _run_one(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     folder.mkdir(parents=True)
     began = time.monotonic()
     try:
-        with Display(console, f"{method}, seed {seed}") as display:
-            done = simulate(options, method, seed, base, population, observer=display, out=folder)
+        chosen = resolved(method.options(options), method.strategy) | {"seed": seed}
+        watched = Watched(f"{method}, seed {seed}", folder, console, chosen)
+        with Trackers(options.trackers, watched) as trackers:
+            done = simulate(options, method, seed, base, population, observer=trackers, out=folder)
         if done.result.ended != "finished":
             raise ValueError(f"{method} ended after {done.result.rounds} of {done.federation.plan.rounds} rounds: too "
                              "few clients could still take part. Lower --min-replies, or raise --max-participations")

@@ -23,7 +23,7 @@ class Comparison:
     """One method's figures over its seeds; the last round counts, never the best.
 
     Attributes:
-        metric: name of the compared figure ("accuracy", "perplexity"), or None without --eval-data.
+        metric: name of the task's figure that is compared, or None without --eval-data.
         values: the metric of the last round, one for each seed; before: of the start.
         curve: (round, mean, deviation) for each evaluated round.
         epsilon: the largest of all clients and seeds; infinite without privacy.
@@ -48,7 +48,7 @@ def summarize(runs: Sequence[Simulated]) -> Comparison:
     """Put one method's runs together."""
     first = runs[0]
     last = first.result.records[-1].evaluation if first.result.records else {}
-    metric = next((name for name in ("accuracy", "perplexity") if name in last), None)
+    metric = first.federation.task.metric if last else None
     curve, values, before = [], [], []
     if metric:
         histories = [{r.round: r.evaluation[metric] for r in run.result.records if metric in r.evaluation}

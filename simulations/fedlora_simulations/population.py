@@ -14,7 +14,7 @@ import numpy as np
 from fedlora import data
 from fedlora.data import Rows
 from fedlora.plan import ROW, unit_column
-from fedlora.tasks import Records, Task
+from fedlora.tasks import Records, Task, read, task_named
 from fedlora_client.privacy_gate import unit_count
 from fedlora_client.session import Limits
 from fedlora_server.run_setup import held_out, planned
@@ -49,7 +49,7 @@ class Population:
     Attributes:
         rows: all of them.
         parts: client name → indices into `rows`.
-        labels: the label set; () for causal language models.
+        labels: the label set; () for tasks that have none.
         held_out: the rows of --eval-data.
     """
 
@@ -86,11 +86,12 @@ def populate(options: Namespace, seed: int) -> Population:
     """
     if options.data is None:
         raise ValueError("--data is missing: name a folder or file of training rows")
-    rows = data.read(options.data, options.task, columns=options.column,
-                     unit=unit_column(options.privacy_unit or ROW), allow_download=options.allow_download)
+    task = task_named(options.task)
+    rows = read(options.data, options.task, columns=options.column, unit=unit_column(options.privacy_unit or ROW),
+                allow_download=options.allow_download)
     labels = options.labels or data.label_names(rows)
-    if options.task == "classification" and len(labels) < 2:
-        raise ValueError(f"--data {options.data} has {len(labels)} different labels; classification needs at least two "
+    if task.has_labels() and len(labels) < 2:
+        raise ValueError(f"--data {options.data} has {len(labels)} different labels; {task.name} needs at least two "
                          "(--column label=NAME names another column)")
     return Population(rows, _deal(options, rows, seed), labels, held_out(options))
 
@@ -122,10 +123,12 @@ def _deal(options: Namespace, rows: Rows, seed: int) -> dict[str, np.ndarray]:
             raise ValueError(f"--partition files needs differently named files, one for each client; --data "
                              f"{options.data} has {len(stems)} and --clients is {options.clients}")
         return dict(zip(stems, rows.by_file(), strict=True))
-    dealt = np.array([row for row in range(len(rows)) if rows.labels is None or rows.labels[row] is not None], np.int64)
-    if not len(dealt):
-        raise ValueError(f"--data {options.data} has no row with a label; fill the label column (--column label=NAME "
-                         "names another)")
+    dealt = np.array([row for row in range(len(rows)) if rows.answers is None or rows.answers[row] is not None],
+                     np.int64)
+    answer = task_named(options.task).rows.answer
+    if answer is not None and not len(dealt):
+        raise ValueError(f"--data {options.data} has no row with a {answer.column}; fill the {answer.column} column "
+                         f"(--column {answer.column}=NAME names another)")
     parts = _split(rows.take(dealt), options.partition, options.clients or 2, seed)
     return {f"client-{i}": dealt[part] for i, part in enumerate(parts)}
 

@@ -73,7 +73,8 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
 
     Args:
         options: of fedlora-simulate.
-        out: folder for the run's adapter, report and curves; None leaves nothing.
+        observer: told what happens.
+        out: folder for the run's adapter and report; None leaves nothing.
     Raises:
         ValueError: the options do not fit the model, the data or each other.
         Refused: the clients' privacy limits do not allow the plan.

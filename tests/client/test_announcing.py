@@ -2,15 +2,15 @@
 
 import pytest
 
-from fedlora import data
 from fedlora.plan import LONGEST_LABEL
+from fedlora.tasks import read
 from fedlora_client.participation import names_to_announce
 
 
 def rows(tmp_path, labels):
     path = tmp_path / "notes.tsv"
     path.write_text("text\tlabel\n" + "".join(f"note {i}\t{label}\n" for i, label in enumerate(labels)))
-    return data.read(path, "classification")
+    return read(path, "classification")
 
 
 def test_names_of_classes_are_announced_sorted_and_normalised(tmp_path):

@@ -5,12 +5,12 @@ from argparse import Namespace
 
 import pytest
 
-from fedlora import data
 from fedlora.console import messages
 from fedlora.options import CLIENT, build_parser, read_options
 from fedlora.plan import ModelRef, Refused
 from fedlora.privacy import Budget, Ledger, LedgerError, Policy, RunTerms
 from fedlora.privacy.ledger.anchor import seal
+from fedlora.tasks import read
 from fedlora.wire import Setup
 from fedlora_client import paths
 from fedlora_client.participation import DataHolder
@@ -39,7 +39,7 @@ def options(path, **changes):
 
 def opened(path, budget=BUDGET, unit=None, **changes):
     owner = PrivacyGate(options(path, **changes))
-    told = owner.recognise(data.read(path, "classification", unit=unit)) + owner.take_charge(budget)
+    told = owner.recognise(read(path, "classification", unit=unit)) + owner.take_charge(budget)
     owner.ledger.close()
     return owner, " ".join(told)
 
@@ -68,8 +68,8 @@ def test_the_unit_of_the_budget_is_the_unit_of_every_run(north):
                              for i, line in enumerate(north.read_text().splitlines(keepends=True))))
     owner, _ = opened(north, unit="patient", privacy_unit="column:patient")
     assert limits_of(options(north), owner).unit == "column:patient" and owner.unit_column == "patient"
-    rows = data.read(north, "classification", unit="patient")
-    assert unit_count(rows) == 40 and unit_count(data.read(north, "classification")) == 120
+    rows = read(north, "classification", unit="patient")
+    assert unit_count(rows) == 40 and unit_count(read(north, "classification")) == 120
     assert PrivacyGate(options(north)).unit == "column:patient"
     with pytest.raises(ValueError, match="--privacy-unit row"):
         PrivacyGate(options(north, privacy_unit="row"))
@@ -104,7 +104,7 @@ def released(owner, epsilon=8.0):
 def spent(path, epsilon=8.0):
     """A whole run on the data, after which the witness lies beside them."""
     owner = PrivacyGate(options(path, epsilon=epsilon))
-    owner.recognise(data.read(path, "classification"))
+    owner.recognise(read(path, "classification"))
     owner.take_charge(BUDGET if epsilon != math.inf else None)
     released(owner, epsilon)
     return owner

@@ -241,6 +241,17 @@ def test_dropout_is_refused_under_privacy_alone_as_its_masks_depend_on_other_rec
     desk.session(plan=make_plan(dropout=0.1, private=False), epsilon=float("inf"))
 
 
+def test_an_adjustment_that_does_not_fit_the_adapter_is_refused_before_anything_is_charged(desk, checkpoint):
+    desk.session(plan=make_plan(adjustment="scaled-gd"))
+    adapted = attach(models.load(checkpoint("bert"), "classification", 2), family="bra", rank=2, alpha=2.0,
+                     targets=("query",), train_head=True)
+    desk.trainer = Trainer(adapted, desk.trainer.task, device="cpu", precision="fp32")
+    run = make_plan(run_id="cd" * 8, family="bra", adjustment="scaled-gd")
+    with pytest.raises(ValueError, match="--adjustment scaled-gd: it scales the gradients of the two factors"):
+        desk.session(plan=run)
+    assert desk.ledger.terms("north", run.run_id) is None
+
+
 def test_the_client_may_lower_the_clip_norm_and_never_raise_it(desk, tmp_path):
     assert desk.session(max_clip_norm=0.1).terms.clip_norm == 0.1
     desk.ledger, desk.state = Ledger(None, simulated=True), MemoryState({})

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedlora.data import read
+from fedlora.tasks import read
 
 SECRET = "Mrs Zyxwv"
 

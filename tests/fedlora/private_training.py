@@ -16,8 +16,8 @@ from fedlora.adapters import attach, automatic_targets
 from fedlora.models import LoadedModel, load
 from fedlora.plan import ModelRef, RunPlan
 from fedlora.privacy import RandomStream
+from fedlora.records import pack
 from fedlora.tasks import Records, task_for
-from fedlora.tasks.records import pack
 from fedlora.training import Trainer, TrainingJob
 from fedlora.training.accumulation import PrivateStep
 from fedlora.training.loop import take_groups

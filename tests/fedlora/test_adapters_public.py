@@ -12,7 +12,8 @@ from fedlora.adapters import attach, automatic_targets, initial_tensors
 from fedlora.adapters.public_rows import ROWS, mean_gradients, public_start, read_public
 from fedlora.data import Rows
 from fedlora.options import SERVER, SIMULATE, build_parser, read_options
-from fedlora.tasks import CausalLM, Classification
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.classification import Classification
 from fedlora_server.run_setup import find_model, prepare
 from tests.families import FAMILIES
 

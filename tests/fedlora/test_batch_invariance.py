@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fedlora.training.per_example import row_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from fedlora.training import batch_invariance
 from fedlora.training.batch_invariance import Findings, content_dependent
+from fedlora.training.gradient_buffer import row_norms
 from fedlora.training.sampling import PRIVATE_LENGTHS, lengths_up_to
 from tests.fedlora.private_training import CASES, clipped_sum, make_records, make_trainer, plan
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedlora.data import in_order, label_names, normalize_label, read
+from fedlora.data import in_order, label_names, normalize_label
+from fedlora.tasks import read
 from tests.fedlora.data_files import SECRET, refusal, write, write_lines
 
 NOTES = [("chest pain,\tsweating", 1), (f'{SECRET} said "no"\nand left', 0), ("line\u2028separator and ünïcode", 1)]

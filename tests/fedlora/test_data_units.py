@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.data import normalize_label, normalize_unit, read
+from fedlora.data import normalize_label, normalize_unit
 from fedlora.options import CLIENT, build_parser, read_options
 from fedlora.privacy import DatasetPolicy
+from fedlora.tasks import read
 from tests.fedlora.data_files import SECRET, refusal, write, write_lines
 
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedlora import models
 from fedlora.plan import ModelRef, Refused
@@ -92,13 +92,15 @@ def test_a_model_too_large_for_the_memory_is_said_so(checkpoint, monkeypatch):
     def exhausted(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(models.AutoModelForSequenceClassification, "from_pretrained", exhausted)
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", exhausted)
     with pytest.raises(MemoryError, match=r"loading the base model ran out of memory: .* smaller --model"):
         models.load(checkpoint("bert"), "classification", 2)
 
 
 def test_loading_prints_nothing(checkpoint, capfd):
-    models.load(checkpoint("roberta"), "classification", 2)
+    folder = checkpoint("roberta")
+    capfd.readouterr()
+    models.load(folder, "classification", 2)
     assert capfd.readouterr() == ("", "")
 
 

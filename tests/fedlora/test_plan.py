@@ -79,7 +79,7 @@ def test_fields_that_are_missing_unknown_or_of_another_type_are_refused(break_it
 
 
 def test_pairs_of_names_and_numbers_travel_as_two_lists():
-    plan = make_plan(family_options=(("blocks", 4.0), ("k", 2.0)), ranks=(("layer.0.q", 3),), adjustment="momentum")
+    plan = make_plan(family_options=(("blocks", 4.0), ("k", 2.0)), ranks=(("layer.0.q", 3),), adjustment="scaled-gd")
     flat = to_scalars(plan)
     assert (flat["rank_sites"], flat["rank_values"], flat["family_option_values"]) == (["layer.0.q"], [3], [4.0, 2.0])
     assert from_scalars(flat) == plan

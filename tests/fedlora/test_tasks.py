@@ -13,9 +13,11 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedlora.data import read
 from fedlora.plan import ModelRef, RunPlan
-from fedlora.tasks import CausalLM, Classification, collate, task_for
+from fedlora.records import collate
+from fedlora.tasks import read, task_for
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.classification import Classification
 from tests.tiny import DECODERS, ENCODERS, KINDS, tiny_checkpoint
 
 TEXTS = ["the patient reports chest pain", "a small cut", "the plot is dull and the jokes are old", "warm"]
@@ -150,19 +152,6 @@ def test_a_records_causal_loss_is_the_models_own_on_that_record_alone(tmp_path, 
             alone = task.collate(records, [i], int(records.lengths[i]))
             torch.testing.assert_close(losses[i], model(input_ids=alone.input_ids, labels=alone.labels).loss)
     assert losses.shape == (4,) and losses.dtype == torch.float32
-
-
-@pytest.mark.parametrize(("kind", "task_name"), [("bert", "classification"), ("qwen2", "causal-lm")])
-def test_padding_and_neighbours_do_not_change_a_records_loss(tmp_path, kind, task_name):
-    tokenizer, model = loaded(tmp_path, kind, task_name)
-    causal = task_name == "causal-lm"
-    task = CausalLM(tokenizer, 128) if causal else Classification(tokenizer, ("a", "b", "c"), 128)
-    records = task.encode(causal_rows(tmp_path) if causal else classification_rows(tmp_path))
-    with torch.no_grad():
-        together = task.per_record_loss(model, task.collate(records, [3, 1, 0, 2], 150))[[2, 1, 3, 0]]
-        alone = torch.cat([task.per_record_loss(model, task.collate(records, [i], int(records.lengths[i])))
-                           for i in range(4)])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_loss_gradients_reach_the_model_from_answer_tokens_alone(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedlora.privacy import RandomStream
-from fedlora.tasks.records import pack
+from fedlora.records import pack
 from fedlora.training import loop
 from fedlora.training import trainer as trainer_module
 from fedlora.training.optimizer import PerRecordOptimizer

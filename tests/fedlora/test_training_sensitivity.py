@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.tasks.records import pack
+from fedlora.records import pack
 from tests.families import FAMILIES
 from tests.fedlora.private_training import clipped_sum, make_trainer, plan
 from tests.tiny import VOCABULARY

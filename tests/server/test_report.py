@@ -66,7 +66,7 @@ def test_nothing_is_disclosed_by_a_run_without_rounds():
     assert disclosures((), {}) == {}
 
 
-def test_a_run_leaves_an_adapter_a_report_and_curves_even_if_its_loss_diverged(tmp_path):
+def test_a_run_leaves_an_adapter_and_a_report_even_if_its_loss_diverged(tmp_path):
     base = tiny_checkpoint("bert", tmp_path / "base")
     adapted = attach(load(base, "classification", 2), family="bra", rank=2, alpha=2.0, targets=("query",),
                      train_head=True)
@@ -79,4 +79,3 @@ def test_a_run_leaves_an_adapter_a_report_and_curves_even_if_its_loss_diverged(t
                                                                         "adapter_model.safetensors"}
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["rounds"][0]["evaluation"] == {"loss": "nan", "count": 3}
-    size_of(tmp_path / "curves.png")

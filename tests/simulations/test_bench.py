@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.data import read
 from fedlora.plan import RoundPlan
+from fedlora.tasks import read
 from fedlora.training import Trainer
 from fedlora.wire import tensors_digest
 from fedlora_simulations.bench import figure_titles, hostile, main, subjects

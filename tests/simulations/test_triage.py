@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedlora.data import label_names, read
+from fedlora.data import label_names
+from fedlora.tasks import read
 from fedlora_simulations import triage
 
 

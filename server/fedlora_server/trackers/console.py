@@ -1,15 +1,16 @@
-"""What an operator sees of a run: a live table on a terminal, one plain line per event anywhere else."""
+"""What an operator sees: a live table on a terminal, one plain line for each event anywhere else."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedlora_server.observer import Observer, RoundRecord
+from fedlora_server.observer import RoundRecord
+from fedlora_server.trackers import Tracker, Watched
 
 SHOWN_ROUNDS = 15
 """The live table keeps the last so many rounds on the screen; metrics.jsonl has them all."""
@@ -29,26 +30,21 @@ def figures(evaluation: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in evaluation.items() if name != "count")
 
 
-class Display(Observer):
-    """Use as a context manager around the round loop.
+class Display(Tracker):
+    """Keeps the rounds that it has shown."""
 
-    Args:
-        console: where to show; stderr by convention, so that a command's output can be piped.
-        title: of the live table.
-    """
-
-    def __init__(self, console: Console, title: str) -> None:
-        self._console, self._title = console, title
+    def __init__(self, run: Watched) -> None:
+        super().__init__(run)
+        self._console = run.console
         self._records: list[RoundRecord] = []
         self._status = ""
-        self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
+        self._live = Live(console=run.console, auto_refresh=False) if run.console.is_terminal else None
 
-    def __enter__(self) -> Display:
+    def open(self) -> None:
         if self._live:
             self._live.start()
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         self._say("", quiet=True)
         if self._live:
             self._live.stop()
@@ -87,8 +83,7 @@ class Display(Observer):
         for name, reason in record.rejected.items():
             self._say(f"round {record.round}: the upload of {name} was rejected: {reason}")
 
-    def say(self, line: str) -> None:
-        """A line for the operator that is not an event of the loop."""
+    def said(self, line: str) -> None:
         (self._live.console if self._live else self._console).print(line, highlight=False, markup=False)
 
     def _say(self, status: str, *, quiet: bool = False) -> None:
@@ -100,7 +95,7 @@ class Display(Observer):
 
     def _table(self) -> Group:
         measured = list(dict.fromkeys(name for r in self._records for name in r.evaluation if name != "count"))
-        table = Table(title=self._title, title_justify="left", box=None, pad_edge=False)
+        table = Table(title=self.run.title, title_justify="left", box=None, pad_edge=False)
         for name in ("round", "replies", *measured, "update", "up", "down", "seconds"):
             table.add_column(name, justify="right")
         for record in self._records[-SHOWN_ROUNDS:]:
@@ -112,3 +107,6 @@ class Display(Observer):
                           "" if record.update_norm is None else f"{record.update_norm:.3g}",
                           quantity(record.bytes_up), quantity(record.bytes_down), f"{record.seconds:.1f}")
         return Group(table, Text(self._status, style="dim"))
+
+
+TRACKER = Display

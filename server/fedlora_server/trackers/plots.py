@@ -1,4 +1,4 @@
-"""One picture of a run: what it learned if that was evaluated, how far it moved, what it cost."""
+"""curves.png: what the run learned if that was evaluated, how far it moved, what it cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedlora.plan import RunPlan
 from fedlora_server.observer import RoundRecord
+from fedlora_server.trackers import Tracker, Watched
+
+ENDINGS = {"finished": "", "stopped": ", stopped early", "wait-timeout": ", ended for want of clients"}
 
 INK, GRID = "#333333", "#dddddd"
 LEARNED, LOSS, MOVED, UP, DOWN, TIME = "#1b6ca8", "#c8553d", "#5b8c5a", "#1b6ca8", "#9cc5e0", "#8a7ca8"
@@ -18,13 +22,34 @@ UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 Panel = Callable[[Axes, Sequence[RoundRecord]], None]
 
 
+class Plots(Tracker):
+    """Draws once there is no further round, also if the run ended early."""
+
+    def __init__(self, run: Watched) -> None:
+        super().__init__(run)
+        self._records: list[RoundRecord] = []
+
+    def begin(self, plan: RunPlan, before: Sequence[RoundRecord]) -> None:
+        self._plan, self._records = plan, list(before)
+
+    def finished(self, record: RoundRecord) -> None:
+        self._records.append(record)
+
+    def ended(self, reason: str) -> None:
+        plan, last = self._plan, self._records[-1].round if self._records else 0
+        draw(self.run.out / "curves.png", self._records,
+             f"{plan.strategy}, {'private' if plan.private else 'not private'}, {plan.model.name}: "
+             f"{last} of {plan.rounds} rounds{ENDINGS[reason]}")
+
+
 def draw(path: Path, records: Sequence[RoundRecord], title: str) -> Path:
     """Write a PNG with one panel per quantity over the rounds.
 
-    With evaluation: accuracy (or perplexity) and loss first. Always: update norm, bytes and time. A run without a
+    With evaluation: the task's figures and the loss first. Always: update norm, bytes and time. A run without a
     finished round gets empty panels.
     """
-    figures = [name for name in ("accuracy", "perplexity", "loss") if any(name in r.evaluation for r in records)]
+    measured = dict.fromkeys(name for r in records for name in r.evaluation if name != "count")
+    figures = sorted(measured, key=lambda name: name == "loss")
     panels: list[Panel] = [_evaluation(name) for name in figures] + [_update_norm, _bytes, _seconds]
     columns = 3 if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
@@ -101,3 +126,6 @@ def _finish(axes: Axes, first: float, last: int) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
     axes.tick_params(colors=INK, labelsize=8.5, length=0)
+
+
+TRACKER = Plots

@@ -160,7 +160,7 @@ def _save(result: Mapping[str, Any], out: Path | None) -> None:
 
 
 def _settings(options: argparse.Namespace, folder: Path) -> Settings:
-    from fedlora.data import read
+    from fedlora.tasks import read
     from fedlora.training.precision import resolve_device
 
     from .subjects import RANDOM_LLAMA, save_random_llama

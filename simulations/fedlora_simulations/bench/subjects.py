@@ -16,11 +16,11 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from fedlora.adapters import AdaptedModel, attach, automatic_targets, initial_tensors
-from fedlora.data import Rows, label_names, read
+from fedlora.data import Rows, label_names
 from fedlora.models import load, reference, resolve
 from fedlora.plan import RunPlan
 from fedlora.privacy import RandomStream, RunStreams
-from fedlora.tasks import Records, task_for
+from fedlora.tasks import Records, read, task_for
 from fedlora.training import Trainer, TrainingJob, TrainResult, resolve_precision
 
 from .federations import FAMILY_STRATEGIES, plan

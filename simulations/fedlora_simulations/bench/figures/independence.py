@@ -21,8 +21,8 @@ import torch
 from fedlora.adapters.layout import MOST_RECEIVED
 from fedlora.data import Rows
 from fedlora.plan import Tensors
+from fedlora.records import pack
 from fedlora.tasks import Records
-from fedlora.tasks.records import pack
 
 from ..hostile import (
     KINDS,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedlora.data import read
 from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.tasks import read
 
 from ..fresh import in_fresh_process, peak_bytes
 from ..measure import RATIO, Figure, Row, Settings, Unavailable, Value

@@ -1,4 +1,8 @@
-"""What a task is to the trainer: rows to records, a loss per record, and an evaluation."""
+"""What a task is to all others: columns to rows to records, a model, a loss per record, and an evaluation.
+
+Each file of `fedlora.tasks` is one, and says `TASK = ` its class. What the class says of itself needs neither tokenizer
+nor model: the options, the plan and the files of rows are held against it.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,17 @@ import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
-from fedlora.data import Rows
+from fedlora.data import RowFormat, Rows
 from fedlora.memory import memory_advice
-from fedlora.tasks.records import Batch, Records, collate
+from fedlora.plan import RunPlan
+from fedlora.records import Batch, Records, collate
 
 _CHUNK = 1024
 """Rows tokenised at once."""
@@ -34,18 +40,98 @@ Encoded = TypeVar("Encoded")
 class Task(ABC):
     """Holds a tokenizer and the plan's part that says what a record is.
 
+    Class attributes:
+        name: its key, that of the file.
+        model_is: what is trained, in words: "a causal language model".
+        rows: what the files of rows hold.
+        auto_class: transformers' class that loads a model for it.
+        model_types: of config.json, for which that class has a model.
+        has_head: whether the model ends in a layer that a base checkpoint may lack, and that can be trained too.
+        metric: the measured figure that runs are compared by.
+        peft_type: of the exported adapter.
+
     Attributes:
-        name: as in `fedlora.plan.TASKS`.
         max_length: tokens kept of a record.
     """
 
-    name: str
+    name: ClassVar[str]
+    model_is: ClassVar[str]
+    rows: ClassVar[RowFormat]
+    auto_class: ClassVar[Any]
+    model_types: ClassVar[Collection[str]]
+    has_head: ClassVar[bool]
+    metric: ClassVar[str]
+    peft_type: ClassVar[str]
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token. Set one, like tokenizer.pad_token = tokenizer.eos_token")
         self.tokenizer = tokenizer
         self.max_length = max_length
+
+    @classmethod
+    def of(cls, run: RunPlan, tokenizer: Any) -> Self:
+        """The task of a plan."""
+        return cls(tokenizer, run.max_length)
+
+    @classmethod
+    def has_labels(cls) -> bool:
+        """Whether its answers are names of classes, so that a run has a label set."""
+        return cls.rows.answer is not None and cls.rows.answer.names
+
+    @classmethod
+    def check_plan(cls, run: RunPlan) -> None:
+        """Raises ValueError where a plan has what the task has not, or lacks what it needs."""
+        if cls.has_labels() and len(run.labels) < 2:
+            raise ValueError(f"labels is {run.labels!r}; {cls.name} needs at least two labels")
+        if run.labels and not cls.has_labels():
+            raise ValueError(f"labels is {run.labels!r}; {cls.model_is} has none")
+        if run.train_head and not cls.has_head:
+            raise ValueError(f"train_head is {run.train_head!r}; {cls.model_is} has no task head to train")
+
+    @classmethod
+    def check_answered(cls, rows: Rows, file: str, wanted_for: str) -> None:
+        """Raises ValueError, naming the file and what needs them, where no row has the answer that it should have."""
+        if cls.rows.answer is not None and not any(answer is not None for answer in rows.answers or ()):
+            column = cls.rows.answer.column
+            raise ValueError(f"{file} has no {column}s; {wanted_for} needs a {column} column (--column {column}=NAME "
+                             "names another)")
+
+    @classmethod
+    def why_not(cls, model_type: str, *, encoder: bool) -> str:
+        """Why a base model cannot do the task, and what to choose; "" where it is not known to be unable.
+
+        Args:
+            model_type: of its config.json.
+            encoder: whether it was made to fill gaps in texts.
+        """
+        return ""
+
+    @classmethod
+    def model_options(cls, labels: int) -> Mapping[str, Any]:
+        """What the model's configuration is to say.
+
+        Args:
+            labels: how many the run's label set has.
+        """
+        return {}
+
+    @classmethod
+    def head(cls, model: nn.Module) -> str | None:
+        """The final linear module of the task's head: the last one that has the model's outputs. None without a head.
+
+        Raises:
+            ValueError: there is no such module.
+        """
+        if not cls.has_head:
+            return None
+        outputs: int = model.config.num_labels  # type: ignore[union-attr, assignment]
+        names = [name for name, module in model.named_modules()
+                 if isinstance(module, nn.Linear) and module.out_features == outputs]
+        if not names:
+            raise ValueError(f"{type(model).__name__} has no final linear layer with {outputs} outputs; choose another "
+                             "model")
+        return names[-1]
 
     @abstractmethod
     def encode(self, rows: Rows, unusable: Counter[str] | None = None) -> Records:
@@ -59,6 +145,10 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def made_up(self, tokens: Sequence[Sequence[int]]) -> Records:
+        """A record of each of these texts' tokens, on which a model is tried before a real one is read."""
+
+    @abstractmethod
     def per_record_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """[records] float32: each record's loss, which depends on no other record."""
 
@@ -68,11 +158,11 @@ class Task(ABC):
 
     @abstractmethod
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
-        """The evaluation's figures from the sums of `measure`."""
+        """The evaluation's figures from the sums of `measure`: `metric`, "loss" and "count" among them."""
 
     def collate(self, records: Records, indices: np.ndarray, length: int, device: str | torch.device = "cpu", *,
                 rows: int | None = None) -> Batch:
-        """See `fedlora.tasks.records.collate`; further rows consist of the first ordinary token."""
+        """See `fedlora.records.collate`; further rows consist of the first ordinary token."""
         return collate(records, indices, length, device, rows=rows, filler=self.filler)
 
     @functools.cached_property

@@ -23,10 +23,10 @@ class Records:
         tokens: [total] int32 token ids, record after record.
         offsets: [n + 1] int64; record i is tokens[offsets[i]:offsets[i + 1]].
         pad_id: the token that fills a batch.
-        labels: [n] int64 index into the label set; None for language models.
+        labels: [n] int64 index into the label set, or another number to be predicted of each; None for language models.
         segments: [total] uint8, 1 for tokens of a pair's second text, if the model tells them apart; else None.
         answers: [total] uint8, 1 for the tokens that a language model is to predict; else None.
-        left_out: how many rows were not taken, see `Task.encode`.
+        left_out: how many rows were not taken, see `fedlora.task.Task.encode`.
         units: [n] int64, which unit of privacy (a patient, say) each record belongs to, from 0 to `units_count` - 1,
             each of which has at least one record; None if each record is a unit of its own.
     """
@@ -60,7 +60,7 @@ class Batch:
 
     Attributes:
         input_ids: [records, length] int64, padded on the right.
-        labels: [records] int64 classes, or [records, length] int64 tokens to predict, `IGNORED` elsewhere.
+        labels: [records] the records' own, or [records, length] int64 tokens to predict, `IGNORED` elsewhere.
         attention_mask: [records, length] int64, also where nothing is padded: what a model does must not follow that.
         token_type_ids: [records, length] int64, if the model takes them.
     """
@@ -83,12 +83,13 @@ class Batch:
         return Batch(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
 
-def pack(sequences: Sequence[Tokens], pad_id: int, *, labels: Sequence[int] | None = None,
+def pack(sequences: Sequence[Tokens], pad_id: int, *, labels: Sequence[int] | np.ndarray | None = None,
          segments: Sequence[Tokens] | None = None, answers: Sequence[Tokens] | None = None, left_out: int = 0,
          units: Sequence[str] | None = None) -> Records:
     """Lists of token ids, and what belongs to each token, as flat arrays.
 
     Args:
+        labels: one for each sequence; an array keeps its type.
         units: the id of each sequence's unit; they are numbered in the order of the ids.
     """
     def flat(lists: Sequence[Tokens] | None, dtype: type) -> np.ndarray | None:
@@ -99,7 +100,7 @@ def pack(sequences: Sequence[Tokens], pad_id: int, *, labels: Sequence[int] | No
     assert tokens is not None
     numbers = {name: number for number, name in enumerate(sorted(set(units or ())))}
     return Records(tokens=tokens, offsets=np.cumsum([0, *map(len, sequences)], dtype=np.int64), pad_id=pad_id,
-                   labels=None if labels is None else np.asarray(labels, dtype=np.int64),
+                   labels=labels if labels is None or isinstance(labels, np.ndarray) else np.asarray(labels, np.int64),
                    segments=flat(segments, np.uint8), answers=flat(answers, np.uint8), left_out=left_out,
                    units=None if units is None else np.array([numbers[name] for name in units], dtype=np.int64))
 
@@ -142,9 +143,9 @@ def collate(records: Records, indices: Sequence[int] | np.ndarray, length: int, 
 
     if records.answers is None:
         assert records.labels is not None
-        labels = torch.zeros(count, dtype=torch.int64)
-        labels[:len(index)] = torch.from_numpy(records.labels[index])
-        labels = labels.to(device)
+        whole = np.zeros(count, records.labels.dtype)
+        whole[:len(index)] = records.labels[index]
+        labels = torch.from_numpy(whole).to(device)
     else:
         labels = padded(np.where(records.answers, records.tokens, IGNORED), IGNORED, filler)
     return Batch(

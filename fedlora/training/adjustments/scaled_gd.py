@@ -1,0 +1,64 @@
+r"""Scaled gradient descent: each factor's gradient in the metric of the update B A, not of the factor.
+
+Zhang and Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models", arXiv:2402.02347, after the
+scaled gradient descent of Tong, Ma and Chi, arXiv:2005.08898.
+
+    g_B  <-  g_B (A A^T + λ I)^-1            g_A  <-  (B^T B + λ I)^-1 g_A
+
+How far a step moves B A then depends little on how long A and B are. Where A is frozen, only the first applies, and
+does away with a frozen A of other than orthonormal rows.
+
+The paper takes a λ of 1e-6. But every LoRA starts at B = 0, where g_A is zero but for its noise, which that would
+multiply by a million. Here λ is `DAMPING` times the mean square length of A's rows and B's columns, so that no
+direction is multiplied by more than 1 / `DAMPING` times what the factors' common scale asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fedlora.adapters import AdapterLayout
+
+DAMPING = 0.1
+
+
+class ScaledGD:
+    """Gradients of the head, and of all else that is no factor of an update, stay as they are."""
+
+    @staticmethod
+    def fits(layout: AdapterLayout) -> str:
+        names = {spec.name for spec in layout.state}
+        trained = [spec.name for spec in layout.trained if spec.group == "adapter"]
+        if all(name[-2:] in (".A", ".B") and _other(name) in names for name in trained) and trained:
+            return ""
+        return ("it scales the gradients of the two factors of an update B A, and this run trains none; choose a "
+                "strategy that does, like fedavg-lora, and not --targets none")
+
+    def __call__(self, gradients: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor],
+                 start: Mapping[str, torch.Tensor], layout: AdapterLayout, step: int) -> Mapping[str, torch.Tensor]:
+        def scaled(name: str, gradient: torch.Tensor) -> torch.Tensor:
+            if name[-2:] not in (".A", ".B") or _other(name) not in tensors:
+                return gradient
+            mine, other = _rows(name, tensors[name]), _rows(_other(name), tensors[_other(name)])
+            damping = DAMPING * (mine.square().sum() + other.square().sum()) / len(other)
+            damping = torch.where(damping > 0, damping, 1.0)  # two factors of zeros have no scale
+            metric = other @ other.T + damping * torch.eye(len(other), device=other.device)
+            # it has an inverse, and `solve` would have the host wait for a GPU to learn that
+            return _rows(name, torch.linalg.solve_ex(metric, _rows(name, gradient)).result).contiguous()
+
+        return {name: scaled(name, gradient) for name, gradient in gradients.items()}
+
+
+def _other(name: str) -> str:
+    """The name of the other factor of the same update."""
+    return name[:-1] + {"A": "B", "B": "A"}[name[-1]]
+
+
+def _rows(name: str, values: torch.Tensor) -> torch.Tensor:
+    """A of shape (r, d_in) as it is, B of shape (d_out, r) transposed, and back: one row for each rank."""
+    return values if name.endswith(".A") else values.T
+
+
+ADJUSTMENT = ScaledGD

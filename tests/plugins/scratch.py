@@ -1,0 +1,81 @@
+"""A copy of the packages with one file more, and fedlora-simulate run from there.
+
+What a seam promises is that one new file is all that a method takes. So a toy is a file of this folder that no package
+knows; it is put among its kind in a copy of the tree, and a process that finds only that copy runs with it:
+
+    tree = Tree.with_file(tmp_path / "tree", MEDIAN, "strategies/fedlora_strategies/reductions/median.py")
+    tree.simulate("--strategy", "…", model=checkpoint("bert"), out=tmp_path / "out")
+
+No flag and no variable of the product adds code to a client.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.processes import PATIENCE, write_rows
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("fedlora", "client/fedlora_client", "server/fedlora_server", "strategies/fedlora_strategies",
+            "simulations/fedlora_simulations")
+TOYS = Path(__file__).parent / "toys"
+
+CLIENTS = 3
+SMALL = ("--clients", CLIENTS, "--rounds", 2, "--local-steps", 2, "--batch-size", 8, "--max-length", 16, "--rank", 2,
+         "--threads", 1, "--device", "cpu", "--precision", "fp32")
+"""Flags under which a tiny model is done in seconds; what is given after them counts."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A folder that holds the packages as the repository does, and what was added."""
+
+    folder: Path
+
+    @classmethod
+    def with_file(cls, folder: Path, toy: Path, place: str) -> Tree:
+        """Copy the packages and add one file.
+
+        Args:
+            folder: is made.
+            toy: the file to add.
+            place: where it belongs, from the repository's root; nothing may be there.
+        """
+        for package in PACKAGES:
+            shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        assert not (folder / place).exists(), f"{place} is there already: a toy adds a file and changes none"
+        shutil.copyfile(toy, folder / place)
+        return cls(folder)
+
+    def run(self, module: str, *arguments: object, fails: bool = False) -> str:
+        """What `python -m MODULE …` says; it finds this tree's packages and none of the repository's.
+
+        Args:
+            fails: whether it is to end with another exit code than 0.
+        """
+        paths = (self.folder / part for part in ("", "client", "server", "strategies", "simulations"))
+        done = subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)], cwd=self.folder, text=True, timeout=PATIENCE * 120,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, env=os.environ | {
+                "PYTHONPATH": os.pathsep.join(map(str, paths)), "FEDLORA_INSECURE_NOISE_SEED": "0", "COLUMNS": "200",
+                "XDG_STATE_HOME": str(self.folder / "state"), "XDG_CONFIG_HOME": str(self.folder / "config")})
+        assert bool(done.returncode) == fails, done.stdout
+        return done.stdout
+
+    def simulate(self, *flags: object, model: Path, out: Path, data: Path | None = None, fails: bool = False) -> str:
+        """What fedlora-simulate says, with `SMALL` before the flags.
+
+        Args:
+            model: folder of a tiny checkpoint.
+            out: of --out.
+            data: of --data; None for rows of two labels that words tell.
+        """
+        if data is None:
+            data = write_rows(self.folder / "rows" / "rows.jsonl", 0, rows=120 * CLIENTS)
+        return self.run("fedlora_simulations.cli", *SMALL, "--model", model, "--data", data, "--out", out, *flags,
+                        fails=fails)
