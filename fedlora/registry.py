@@ -34,6 +34,16 @@ def keys(package: str) -> tuple[str, ...]:
     return tuple(titles(package))
 
 
+@cache
+def literal(package: str, key: str, name: str) -> object:
+    """The constant with this name at the top of a key's module, read from its text; None where there is none."""
+    file = _folder(package) / f"{key.replace('-', '_')}.py"
+    for statement in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(statement, ast.Assign) and [ast.unparse(target) for target in statement.targets] == [name]:
+            return ast.literal_eval(statement.value)
+    return None
+
+
 def load(package: str, key: str) -> ModuleType:
     """The module behind a key.
 

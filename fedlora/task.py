@@ -82,7 +82,7 @@ class Task(ABC):
     @classmethod
     def check_plan(cls, run: RunPlan) -> None:
         """Raises ValueError where a plan has what the task has not, or lacks what it needs."""
-        if cls.has_labels() and len(run.labels) < 2:
+        if cls.has_labels() and len(run.labels) == 1:
             raise ValueError(f"labels is {run.labels!r}; {cls.name} needs at least two labels")
         if run.labels and not cls.has_labels():
             raise ValueError(f"labels is {run.labels!r}; {cls.model_is} has none")

@@ -6,15 +6,11 @@ import fedlora
 from fedlora import models, wire
 from fedlora.adapters import attach_planned, initial_tensors
 from fedlora.adapters.sketches import sketch_layout, sketch_tensors
-from fedlora.plan import RoundPlan, RunPlan
+from fedlora.plan import Proposal, RoundPlan, RunPlan
 from fedlora.privacy import Ledger
-from fedlora.wire import Setup
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import read_reply, to_record, train_message
 from tests.processes import Deployment, write_rows
-
-AGREED = ("run_id", "fedlora_version", "strategy", "private", "model", "task", "labels", "max_length", "rounds",
-          "max_participations", "local_steps", "expected_batch", "clip_norm", "private_start")
 
 
 class RecordingEngine(GrpcEngine):
@@ -40,11 +36,10 @@ class Server:
             "train_head": True, "dropout": 0.0, "rounds": 2, "max_participations": 2, "local_steps": 2,
             "expected_batch": 8, "optimizer": "sgd", "lr": 0.1, "clip_norm": 0.5, "adapter_scale": 1.0,
             "head_scale": 1.0, "weight_by_examples": False} | changes)
-        setup = Setup(**{name: getattr(self.plan, name) for name in AGREED}
-                      | ({"labels": ()} if announce else {}), announce_labels=announce)
+        proposal = Proposal(self.plan.with_open_labels() if announce else self.plan)
         self.prepare(checkpoint)
         self.deployment = Deployment(folder, checkpoint)
-        self.engine = RecordingEngine("127.0.0.1:0", setup, folder / "uploads")
+        self.engine = RecordingEngine("127.0.0.1:0", proposal, folder / "uploads")
         self.deployment.address = self.engine.address
         self.data = write_rows(folder / "data" / "north.jsonl", seed=0)
 
@@ -66,10 +61,11 @@ class Server:
 
     def come_back_with(self, **changes):
         """Break the connection, and welcome the same client process to another run."""
-        setup = dataclasses.replace(self.engine._registry.setup, **changes)
-        self.engine._registry.setup = setup
+        before = self.engine._registry.proposal
+        proposal = dataclasses.replace(before, plan=dataclasses.replace(before.plan, **changes))
+        self.engine._registry.proposal = proposal
         for seat in self.engine._registry._seats.values():
-            seat.setup = setup
+            seat.proposal = proposal
         for session in list(self.engine._sessions):
             session._context.cancel()
 

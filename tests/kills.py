@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedlora.options import OPTIONS
 from fedlora.privacy import Ledger
 from tests import processes
 from tests.processes import FORKS, PATIENCE, Deployment, Forked, write_rows
@@ -51,7 +50,7 @@ ROUNDS = 100
 PLENTY = 200
 """An ε so large that its noise is found at once."""
 
-AGREED = ("--yes",) if any(option.flag == "--yes" for option in OPTIONS) else ()
+AGREED = ("--yes",)
 """What a client of a real ledger is told where there is no terminal."""
 
 

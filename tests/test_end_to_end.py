@@ -11,7 +11,7 @@ import socket
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.config import SimulationConfig, read_config
 from fedlora.privacy import Ledger
 from fedlora.privacy.report import verify
 from fedlora_server.run_setup import find_model
@@ -57,7 +57,7 @@ def test_simulation_and_grpc_end_with_the_same_adapter(deployment, tmp_path, met
     arguments = [f"--strategy={method}", f"--model={deployment.checkpoint}", f"--data={tmp_path / 'data'}",
                  "--partition=files", "--threads=1", "--device=cpu", "--precision=fp32", f"--wire-dtype={wire_dtype}",
                  *map(str, small)]
-    options = read_options(build_parser(SIMULATE, ""), SIMULATE, arguments)
+    options = read_config(SimulationConfig, arguments)
     simulate(options, Method.parse(method), 5, find_model(options), populate(options, 5), out=tmp_path)
     simulated, deployed = (load_file(folder / "adapter" / "adapter_model.safetensors")
                            for folder in (tmp_path, deployment.out))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.options import OPTIONS
 from fedlora.privacy import Ledger, Policy, RunTerms
 from fedlora.privacy.ledger.witness import read_witness, witness_file
 from fedlora_client.cli import main
@@ -17,7 +16,7 @@ from tests.processes import Deployment
 
 WRITTEN = Path(__file__).parent / "fixtures" / "protocol-4"
 FIGURES = json.loads((WRITTEN / "figures.json").read_text())
-AGREED = ("--yes",) if any(option.flag == "--yes" for option in OPTIONS) else ()
+AGREED = ("--yes",)
 """What a client of a real ledger is told where there is no terminal."""
 
 

@@ -54,6 +54,7 @@ def test_a_repeated_round_gets_the_same_bytes_and_costs_nothing_and_a_repeated_t
     ({}, {"clip_norm": 5.0}), ({}, {"local_steps": 4}), ({}, {"max_participations": 3, "rounds": 3}),
     ({}, {"rounds": 3}), ({}, {"private": False}), ({}, {"expected_batch": 16}), ({}, {"model": OTHER_MODEL}),
     ({}, {"strategy": "fedsvd"}), ({}, {"max_length": 32}), ({}, {"private_start": True}),
+    ({}, {"lr": 1.0}), ({}, {"rank": 1}), ({}, {"targets": ("value",)}),
     ({"private_start": True}, {"private_start": False})], ids=lambda terms: " ".join(terms))
 def test_a_plan_that_is_not_what_was_said_when_joining_is_declined(serve, said, changes):
     server = serve(**said).client("--epsilon", 200)  # so much that its noise is found at once
@@ -166,6 +167,17 @@ def test_a_server_with_another_task_is_declined(serve):
     assert server.deployment.end("north", 60) == 4
     assert "this client's --task is causal-lm" in server.log()
     assert [member.ready_at for member in server.engine.members()] == [None]
+
+
+@pytest.mark.parametrize(("field", "value"), [("family", "of-next-year"), ("task", "of-next-year"),
+                                              ("adjustment", "of-next-year"), ("dropout", 0.1)])
+def test_a_plan_that_cannot_be_followed_here_is_declined_before_this_client_is_ready_or_charged(serve, field, value):
+    server = serve()
+    server.come_back_with(**{field: value})
+    server.client()
+    assert server.deployment.end("north", 60) == 4
+    assert server.charges() == () and [member.ready_at for member in server.engine.members()] == [None]
+    assert field in server.log() and str(value) in server.log() and "[policy]" in server.log()
 
 
 POLICIES = {"min-noise-multiplier = 50.0": "min-noise-multiplier", 'servers = ["10.0.0.1:9092"]': "servers",

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fedlora import models
-from fedlora.options import CLIENT, options_from
-from fedlora.plan import Refusal, RoundPlan, Upload, upload_metrics
-from fedlora.wire import Setup, pb, read_frame, tensors_digest
+from fedlora.config import ClientConfig, config_from
+from fedlora.plan import Proposal, Refusal, RoundPlan, Upload, upload_metrics
+from fedlora.wire import pb, read_frame, tensors_digest
 from fedlora_client.supernode import SuperNodeClient
 from tests.driven_server import Server
 
@@ -90,8 +90,7 @@ def sent(folder, checkpoint, task, column, rows):
         size = ROWS // 2 if column else ROWS
         server.client("--task", task, "--epsilon", 500, "--yes", "--declared-size", size, *unit, defaults=False)
         server.wait_until_ready(1)
-        runs = [*BEFORE[task], {name: value for name, value in PLANS[task].items()
-                                if name in {field.name for field in dataclasses.fields(Setup)}}]
+        runs = [*BEFORE[task], PLANS[task]]
         for count, changes in enumerate(runs, start=2):
             server.come_back_with(**changes)
             server.wait_until_ready(count)
@@ -129,17 +128,17 @@ def test_what_a_supernode_answers_does_not_depend_on_a_row(tmp_path, checkpoint,
     server.engine.close("it is not called")
     layout, state = server.layout, server.state
     order = RoundPlan(server.plan, 1, 0, tensors_digest({spec.name: state[spec.name] for spec in layout.frozen}))
-    asked = dataclasses.replace(Setup.of(server.plan), labels=(), announce_labels=True) if server.plan.labels else None
+    asked = Proposal(server.plan.with_open_labels()) if server.plan.labels else None
     found = {}
     for name, rows in neighbours(task).items():
         home = tmp_path / name.replace(" ", "-")
         monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
         monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
-        options = options_from({
+        options = config_from({
             "server": "SuperLink", "data": str(write(home / "rows.jsonl", rows, False)), "task": task, "epsilon": 500,
             "model": str(folder), "state": str(home / "state"), "threads": 1, "device": "cpu", "precision": "fp32",
-            "yes": True, "declared-size": ROWS}, CLIENT, "--node-config")
-        joined = SuperNodeClient(options).join(Setup.of(server.plan))
+            "yes": True, "declared-size": ROWS}, ClientConfig, "--node-config")
+        joined = SuperNodeClient(options).join(Proposal(server.plan))
         named = SuperNodeClient(options).join(asked) if asked else Refusal("labels")
         upload = SuperNodeClient(options).run_round(order, state)
         assert isinstance(upload, Upload), name

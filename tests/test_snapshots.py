@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from fedlora.options import SERVER, build_parser, read_options
+from fedlora.config import ServerConfig, read_config
 from fedlora.plan import ANCHOR_BYTES, PROTOCOL
 from fedlora.privacy import DatasetPolicy, Ledger
 from fedlora_server import checkpoint
@@ -128,7 +128,7 @@ def test_a_run_that_the_version_before_began_is_taken_up_with_the_plan_that_its_
     north = North(deployment)
     asked = ["--model", deployment.checkpoint, "--address", deployment.address, "--labels", "routine,urgent",
              "--min-clients", 1, "--rounds", 2, *SMALL]
-    options = read_options(build_parser(SERVER, ""), SERVER, list(map(str, asked)))
+    options = read_config(ServerConfig, list(map(str, asked)))
     federation = prepare(options, options.strategy, find_model(options), options.labels, options.seed,
                          protocol=PROTOCOL - 1)
     deployment.out.mkdir()

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora.options import OPTIONS, SERVER, SIMULATE, build_parser, read_options
+from fedlora.config import ServerConfig, SimulationConfig, flag, options_of, read_config
 from fedlora.privacy import INSECURE_SEED_VARIABLE, Ledger
 from fedlora_server.run_setup import find_model
 from fedlora_simulations.population import Method, populate
@@ -113,7 +113,7 @@ def test_supernodes_and_simulation_end_with_the_same_adapter(tmp_path, checkpoin
         ledger.close()
         [privacy] = (tmp_path / "state" / name).glob("*/privacy.json")
         assert "urgent" in privacy.read_text()
-    options = read_options(build_parser(SIMULATE, ""), SIMULATE, [
+    options = read_config(SimulationConfig, [
         f"--model={model}", f"--data={tmp_path / 'data'}", "--partition=files", "--threads=1", "--device=cpu",
         "--precision=fp32", *(f"--{key}={value}" for key, value in SMALL.items())])
     (tmp_path / "simulated").mkdir()
@@ -126,6 +126,6 @@ def test_supernodes_and_simulation_end_with_the_same_adapter(tmp_path, checkpoin
 
 def test_the_flower_app_knows_every_option_of_the_server_and_holds_no_code():
     config = tomllib.loads((APP / "pyproject.toml").read_text())
-    options = {option.key for option in OPTIONS if SERVER in option.commands} - {"resume"}
-    assert set(config["tool"]["flwr"]["app"]["config"]) == options - {"address", "insecure"}
+    known = {flag(name) for name in options_of(ServerConfig)} - {"resume"}
+    assert set(config["tool"]["flwr"]["app"]["config"]) == known - {"address", "insecure"}
     assert [file.name for file in APP.rglob("*") if file.suffix in (".py", ".toml")] == ["pyproject.toml"]

@@ -4,13 +4,12 @@ processes that are forked from it.
 First the client's part, in which importing Flower fails: a client must run without it.
 """
 
-import argparse
 import gc
 import sys
 
 from fedlora_client.cli import set_environment
 
-set_environment(argparse.Namespace(allow_download=False))
+set_environment(allow_download=False)
 sys.modules["flwr"] = None  # type: ignore[assignment]
 
 import fedlora_client.app  # noqa: E402

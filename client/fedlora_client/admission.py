@@ -1,6 +1,8 @@
 """What a run will cost, told before it is charged, and the owner's word on it.
 
     ╭─ What this run costs data set north ─────────────────────────────────────────╮
+    │ trains         frozen-a, rank 2, in query, value, and the head: fedsvd,      │
+    │                20 rounds of 4 steps, rate 0.03, clip norm 3                  │
     │ declared size  1,300 records. It is public: the noise tells of it.           │
     │ reserved       ε 8.000 of the 8.000 that are left of its lifetime's 8        │
     │ afterwards     ε 0.000 left, even if the run breaks off                      │
@@ -18,11 +20,16 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
+from fedlora.plan import RunPlan
 from fedlora.privacy import Accountant, RunTerms, four_digits
 from fedlora.privacy.ledger.lifetime_budget import Book, Run
 
 from .terms import with_room
+
+MOST_TARGETS = 4
+"""Names of adapted layers that are shown; a plan for all linear layers has as many as the model's blocks have."""
 
 MOST_NOISE_FOR_TWO = 100
 """So many times the run's noise is tried for a second run."""
@@ -78,13 +85,14 @@ def _guarantee(terms: RunTerms) -> float:
     return Accountant(planned).epsilon(terms.delta)
 
 
-def panel(cost: Cost, dataset: str, size: str) -> Panel:
-    """The cost in four lines.
+def panel(cost: Cost, dataset: str, size: str, plan: RunPlan) -> Panel:
+    """What is trained, and the cost in four lines.
 
     Args:
         size: the declared size, in words.
     """
     lines = Table.grid(padding=(0, 2))
+    lines.add_row("trains", Text(what_is_trained(plan)))
     lines.add_row("declared size", f"{size}. It is public: the noise tells of it.")
     if cost.limit == math.inf:
         lines.add_row("reserved", f"ε {four_digits(cost.guarantee)}; no lifetime limits this data set")
@@ -97,6 +105,16 @@ def panel(cost: Cost, dataset: str, size: str) -> Panel:
                       "like it would not fit, however small its ε" if cost.for_two is None else
                       f"like it would fit if both had --epsilon {four_digits(cost.for_two, down=True)}")
     return Panel(lines, title=f"What this run costs data set {dataset}", title_align="left", width=80)
+
+
+def what_is_trained(plan: RunPlan) -> str:
+    """The plan in one line, of which the owner is told before anything is charged."""
+    targets = [*plan.targets[:MOST_TARGETS], *(["…"] if len(plan.targets) > MOST_TARGETS else [])]
+    where = ([f"{plan.family}, rank {plan.rank}, in {', '.join(targets)}"] if targets else []) + (
+        ["the head"] if plan.train_head else [])
+    start = "a start from noised gradients, then " if plan.private_start else ""
+    return (f"{', and '.join(where)}: {plan.strategy}, {start}{plan.max_participations} rounds of {plan.local_steps} "
+            f"steps, rate {plan.lr:g}, clip norm {plan.clip_norm:g}")
 
 
 def ask_size(console: Console, proposal: int, units: str) -> int:

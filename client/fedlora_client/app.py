@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 
 from rich.console import Console
 
-from fedlora.plan import Refusal, Refused
-from fedlora.wire import Setup
+from fedlora.config import ClientConfig
+from fedlora.plan import Proposal, Refusal, Refused
 
 from .connection import Connection, Goodbye, RunChanged
 from .participation import DataHolder, Participation
@@ -18,7 +17,7 @@ class EndedEarly(Exception):
     """The run, or this client's part in it, ended before its time; the message says why."""
 
 
-def take_part(options: Namespace, console: Console) -> None:
+def take_part(options: ClientConfig, console: Console) -> None:
     """Take part in the server's run until it says goodbye.
 
     Raises:
@@ -33,17 +32,18 @@ def take_part(options: Namespace, console: Console) -> None:
                             connect_timeout_s=options.connect_timeout,
                             report=lambda line: console.print(line))
     try:
-        setup = connection.join()
+        proposal = connection.join()
         while True:
             try:
-                _serve(holder, setup, connection)
+                _serve(holder, proposal, connection)
             except RunChanged as changed:
-                if limits.private and owner.ledger.charges(owner.dataset, setup.run_id):
-                    raise Refused("budget", f"the server came back with another run, {changed.setup.run_id}, which "
-                                            f"would spend another ε of {limits.epsilon:g} on the same records; start "
+                if limits.private and owner.ledger.charges(owner.dataset, proposal.plan.run_id):
+                    other = changed.proposal.plan.run_id
+                    raise Refused("budget", f"the server came back with another run, {other}, which would spend "
+                                            f"another ε of {limits.epsilon:g} on the same records; start "
                                             "fedlora-client again if you want that") from None
-                setup = changed.setup
-                console.print(f"The server was restarted with another run, {setup.run_id}.")
+                proposal = changed.proposal
+                console.print(f"The server was restarted with another run, {proposal.plan.run_id}.")
     except Goodbye as goodbye:
         if not goodbye.as_planned:
             raise EndedEarly(f"the server says goodbye before its time: {goodbye}") from None
@@ -52,10 +52,10 @@ def take_part(options: Namespace, console: Console) -> None:
         connection.leave()
 
 
-def _serve(holder: DataHolder, setup: Setup, connection: Connection) -> None:
+def _serve(holder: DataHolder, proposal: Proposal, connection: Connection) -> None:
     """Answer the orders of one run; ends with an exception of the connection."""
     try:
-        part = Participation(holder, setup)
+        part = Participation(holder, proposal)
     except Refused as refused:
         connection.decline(refused.refusal)
         raise

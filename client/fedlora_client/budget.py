@@ -6,7 +6,6 @@ import json
 import math
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,25 +22,29 @@ AHEAD = (1, 5, 20)
 """Numbers of further rounds whose price is shown where none is asked for."""
 
 
-def show_budget(options: Namespace) -> int:
-    """Show the ledger; returns the exit code."""
-    folder: Path | None = options.simulated_ledger
+def show_budget(*, policy: Path | None, simulated_ledger: Path | None, rounds: int | None, as_json: bool) -> int:
+    """Show the ledger; returns the exit code.
+
+    Args:
+        rounds: what so many more would cost; None for some usual numbers.
+    """
+    folder = simulated_ledger
     path = folder / "ledger.sqlite" if folder else paths.ledger()
     if not path.exists():
         print(f"fedlora-client: there is no ledger at {path}: nothing was spent by this user on this machine",
               file=sys.stderr)
         return 0
     try:
-        policy = Policy.read(paths.named_policy(options))
+        limits = Policy.read(paths.named_policy(policy, folder))
         ledger = Ledger(path, simulated=folder is not None)
-        book = _with_limits(ledger.book(), policy)
+        book = _with_limits(ledger.book(), limits)
         names = sorted({charge.dataset for charge in ledger.charges()} | book.declarations.keys())
-        ahead = AHEAD if options.rounds is None else (options.rounds,)
+        ahead = AHEAD if rounds is None else (rounds,)
         described = {name: describe(ledger, book, name, ahead) for name in names}
     except ValueError as error:
         print(f"fedlora-client: {error}", file=sys.stderr)
         return 2
-    if options.json:
+    if as_json:
         print(json.dumps({"ledger": ledger.ledger_id, "simulated": ledger.simulated, "datasets": described}, indent=1))
         return 0
     console = Console(markup=False)

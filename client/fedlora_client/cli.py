@@ -10,12 +10,12 @@ import logging
 import os
 import signal
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fedlora.options import CLIENT, build_parser, count, read_options
+from fedlora.config import ClientConfig, read_config
+from fedlora.config.values import count
 
 EPILOG = ("exit codes: 0 the run was finished or its coordinator stopped it, 1 it ended early or a round failed here, "
           "2 wrong input, 3 no server, 4 one side refused, 130 interrupted. Also: `fedlora-client budget` "
@@ -27,10 +27,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] in (["budget"], ["verify"]):
         sys.exit((_budget if arguments[0] == "budget" else _verify)(arguments[1:]))
-    parser = build_parser(CLIENT, "Take part in a federated run with the records in --data.")
-    parser.epilog = EPILOG
-    options = read_options(parser, CLIENT, arguments)
-    set_environment(options)
+    options = read_config(ClientConfig, arguments, epilog=EPILOG)
+    set_environment(allow_download=options.allow_download)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -45,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     os._exit(code)
 
 
-def set_environment(options: Namespace) -> None:
+def set_environment(*, allow_download: bool) -> None:
     """Before the libraries that read it are imported: no telemetry, and no hub without --allow-download."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own messages say more
-    if not options.allow_download:
+    if not allow_download:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
@@ -59,11 +57,11 @@ def _budget(arguments: Sequence[str]) -> int:
     parser.add_argument("--policy", type=Path, metavar="FILE.toml", help="[policy.toml in the user's configuration]")
     parser.add_argument("--simulated-ledger", type=Path, metavar="DIR", help="show the ledger of a demo or simulation")
     parser.add_argument("--rounds", type=count, metavar="N", help="what N more rounds would cost [1, 5 and 20]")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON instead of tables")
+    options = vars(parser.parse_args(arguments))
     from .budget import show_budget
 
-    return show_budget(options)
+    return show_budget(**options)
 
 
 def _verify(arguments: Sequence[str]) -> int:
@@ -79,7 +77,7 @@ def _verify(arguments: Sequence[str]) -> int:
     return verify_file(options.report, Console(), public_key=options.public_key)
 
 
-def _run(options: Namespace) -> int:
+def _run(options: ClientConfig) -> int:
     from fedlora.console import messages
     from fedlora.plan import Refused
     from fedlora.wire import WireError

@@ -1,7 +1,7 @@
 """The client's connection to its server: one gRPC stream, kept up by a thread of its own while the main thread trains.
 
     connection = Connection("127.0.0.1:9092", "north", private=True, report=print)
-    setup = connection.join()                    # read the data, then
+    proposal = connection.join()                 # read the data, then
     connection.ready(labels)
     while True:
         plan, tensors = connection.next_request()
@@ -17,7 +17,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from queue import SimpleQueue
 
 import grpc
@@ -25,8 +24,8 @@ import numpy as np
 
 import fedlora
 from fedlora import wire
-from fedlora.plan import GOODBYES, PROTOCOL, Refusal, Refused, RoundPlan, Tensors, Upload
-from fedlora.wire import Incoming, Key, Repeats, Setup, WireError, pb
+from fedlora.plan import GOODBYES, PROTOCOL, Proposal, Refusal, Refused, RoundPlan, Tensors, Upload
+from fedlora.wire import Incoming, Key, Repeats, WireError, pb
 
 FRAME_PREFIX_BYTES = 5
 LEAVE_TIMEOUT_S = 2.0
@@ -52,11 +51,11 @@ class Goodbye(Exception):
 
 
 class RunChanged(Exception):
-    """The server came back with another run: look at `setup`, then call `ready` again."""
+    """The server came back with another run: look at `proposal`, then call `ready` again."""
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
-        super().__init__(f"the server was restarted and runs {setup.run_id} now")
+    def __init__(self, proposal: Proposal) -> None:
+        self.proposal = proposal
+        super().__init__(f"the server was restarted and runs {proposal.plan.run_id} now")
 
 
 class _Stream:
@@ -114,7 +113,7 @@ class Connection:
         self._thread: threading.Thread | None = None
         self._leaving = threading.Event()
         self._end: Exception | None = None
-        self._setup: Setup | None = None
+        self._proposal: Proposal | None = None
         self._run_changed = False
         self._labels: tuple[str, ...] | None = None  # None: not ready
         self._request: tuple[RoundPlan, Tensors] | None = None
@@ -122,7 +121,7 @@ class Connection:
         self._answer: tuple[Key, Upload | Refusal] | None = None
         self._acks: dict[Key, Refusal | None] = {}
 
-    def join(self) -> Setup:
+    def join(self) -> Proposal:
         """Connect, retrying, and join.
 
         Raises:
@@ -135,13 +134,13 @@ class Connection:
             self._thread = threading.Thread(target=self._keep_up, name="fedlora-connection", daemon=True)
             self._thread.start()
         with self._changed:
-            self._wait(lambda: self._setup is not None)
+            self._wait(lambda: self._proposal is not None)
             self._run_changed = False
-            assert self._setup is not None
-            return self._setup
+            assert self._proposal is not None
+            return self._proposal
 
     def ready(self, labels: tuple[str, ...] = ()) -> None:
-        """Say that requests may come. `labels` (if the setup asks for them) are disclosed."""
+        """Say that requests may come. `labels` (if the proposal asks for them) are disclosed."""
         with self._changed:
             self._wait(lambda: True)
             self._labels = labels
@@ -206,8 +205,8 @@ class Connection:
                 raise self._end
             if self._run_changed:
                 self._run_changed = False
-                assert self._setup is not None
-                raise RunChanged(self._setup)
+                assert self._proposal is not None
+                raise RunChanged(self._proposal)
             if ready() or (deadline is not None and time.monotonic() >= deadline):
                 return
             self._changed.wait(1.0 if deadline is None else deadline - time.monotonic())
@@ -304,7 +303,7 @@ class Connection:
         if (kind == "end") != (stream.incoming is not None) and kind not in ("ack", "cancel"):
             raise WireError("a Task is followed by its chunks")
         if kind == "welcome":
-            self._on_welcome(stream, wire.setup_from_wire(frame.welcome))
+            self._on_welcome(stream, wire.proposal_from_wire(frame.welcome))
         elif kind == "request":
             self._on_request(stream, frame.request)
         elif kind == "end":
@@ -314,13 +313,12 @@ class Connection:
         elif kind == "cancel":
             self._on_cancel(self._key(frame.cancel))
 
-    def _on_welcome(self, stream: _Stream, setup: Setup) -> None:
+    def _on_welcome(self, stream: _Stream, proposal: Proposal) -> None:
         with self._changed:
             stream.welcomed = True
-            before, self._setup = self._setup, setup
+            before, self._proposal = self._proposal, proposal
             # a server that takes its run up again has fixed the label set that clients were to name
-            if before is not None and setup != replace(before, labels=setup.labels, anchor=setup.anchor,
-                                                       announce_labels=setup.announce_labels):
+            if before is not None and before.plan.with_open_labels() != proposal.plan.with_open_labels():
                 self._run_changed, self._labels = True, None
                 self._request = self._working = self._answer = None
                 self.cancelled.set()
@@ -330,8 +328,8 @@ class Connection:
 
     def _say_ready(self, stream: _Stream) -> None:
         working = None if self._working is None else wire.key_to_wire(self._working)
-        assert self._setup is not None
-        labels = self._labels if self._setup.announce_labels else ()
+        assert self._proposal is not None
+        labels = self._labels if self._proposal.announce_labels else ()
         stream.is_ready = True  # before it is said: the first request may come at once
         stream.send(pb.ClientFrame(ready=pb.Ready(labels=labels or (), working=working)))
         if self._answer is not None:
@@ -348,9 +346,9 @@ class Connection:
             declined = pb.Declined(key=wire.key_to_wire(key), refusal=wire.refusal_to_wire(answer))
             yield pb.ClientFrame(declined=declined).SerializeToString()
             return
-        assert self._setup is not None
+        assert self._proposal is not None
         head = pb.ClientFrame(upload=stream.sent.shorten(wire.upload_to_wire(answer))).SerializeToString()
-        frames = wire.transfer_frames(head, wire.packed(answer.tensors, self._setup.wire_dtype))
+        frames = wire.transfer_frames(head, wire.packed(answer.tensors, self._proposal.plan.wire_dtype))
         yield next(frames)
         for frame in frames:
             given = self._answer
@@ -362,12 +360,12 @@ class Connection:
     def _on_request(self, stream: _Stream, request: pb.TrainRequest) -> None:
         request = stream.received.restore(request)
         plan, shapes = wire.plan_from_wire(request), wire.shapes_from(request.tensors)
-        assert self._setup is not None
-        if not stream.is_ready or plan.run.run_id != self._setup.run_id:
+        assert self._proposal is not None
+        if not stream.is_ready or plan.run.run_id != self._proposal.plan.run_id:
             raise WireError("the server sent a request before Ready, or of another run")
         if self._working is not None and plan.key != self._working:
             raise WireError("the server sent a request while another is in hand")
-        if plan.run.wire_dtype != self._setup.wire_dtype:
+        if plan.run.wire_dtype != self._proposal.plan.wire_dtype:
             raise WireError("the plan's wire dtype is not that of the server's welcome")
         stream.plan = plan
         size = wire.size_of(shapes, plan.run.wire_dtype)
@@ -409,8 +407,8 @@ class Connection:
                 self.cancelled.set()
 
     def _key(self, key: pb.Key) -> Key:
-        assert self._setup is not None
-        return wire.key_from_wire(key, self._setup.run_id)
+        assert self._proposal is not None
+        return wire.key_from_wire(key, self._proposal.plan.run_id)
 
     def _on_ack(self, ack: pb.Ack) -> None:
         key = self._key(ack.key)

@@ -16,9 +16,19 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp import ClientApp
 
 import fedlora
-from fedlora.options import CLIENT, options_from
-from fedlora.plan import PROTOCOL, Refusal, Refused, RoundPlan, Tensors, Upload, round_from_scalars, upload_metrics
-from fedlora.wire import SCHEMA, Setup, packed, parse, pb, setup_from_wire, unpacked
+from fedlora.config import ClientConfig, config_from
+from fedlora.plan import (
+    PROTOCOL,
+    Proposal,
+    Refusal,
+    Refused,
+    RoundPlan,
+    Tensors,
+    Upload,
+    round_from_scalars,
+    upload_metrics,
+)
+from fedlora.wire import SCHEMA, packed, parse, pb, proposal_from_wire, unpacked
 from fedlora.wire.npy import from_npy, to_npy
 
 from .supernode import SuperNodeClient
@@ -41,7 +51,7 @@ class Node(Session, Protocol):
     name: str
     private: bool
 
-    def join(self, setup: Setup) -> tuple[str, ...] | Refusal: ...
+    def join(self, proposal: Proposal) -> tuple[str, ...] | Refusal: ...
 
 
 def join(message: Message, node: Node) -> Message:
@@ -56,7 +66,7 @@ def join(message: Message, node: Node) -> Message:
         raise ValueError(f"a welcome holds exactly one frame, not {sorted(config)}; both sides need the same FedLoRA "
                          "version")
     frame = parse(pb.ServerFrame, config["welcome"])  # type: ignore[arg-type]
-    answer = node.join(setup_from_wire(frame.welcome))
+    answer = node.join(proposal_from_wire(frame.welcome))
     if isinstance(answer, Refusal):
         return _refused(answer, message)
     joining = pb.Join(protocol=PROTOCOL, schema=SCHEMA, fedlora_version=fedlora.__version__, name=node.name,
@@ -125,7 +135,7 @@ def _refused(refusal: Refusal, message: Message) -> Message:
 
 
 def _supernode(context: Context) -> SuperNodeClient:
-    return SuperNodeClient(options_from({"server": "SuperLink", **context.node_config}, CLIENT, "--node-config"))
+    return SuperNodeClient(config_from({"server": "SuperLink", **context.node_config}, ClientConfig, "--node-config"))
 
 
 app = client_app(_supernode)

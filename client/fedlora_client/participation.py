@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import socket
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +17,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedlora import data, models
+import fedlora
+from fedlora import data, models, registry
 from fedlora.adapters import attach_planned
 from fedlora.adapters.sketches import sketch_plan
+from fedlora.config import ClientConfig
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
 from fedlora.plan import (
+    FOUND,
     LONGEST_LABEL,
     MOST_ANNOUNCED,
     ROW,
+    Proposal,
     Refusal,
     Refused,
     RoundPlan,
@@ -47,7 +50,6 @@ from fedlora.privacy import (
 from fedlora.tasks import Records, read, task_for, task_named
 from fedlora.training import Trainer, check_computing
 from fedlora.training.batch_invariance import Findings
-from fedlora.wire import Setup
 
 from .admission import Cost, ask_size, ask_whether, panel
 from .paths import batch_invariance, default_state
@@ -74,7 +76,7 @@ class DataHolder:
         asks: whether someone sits at a terminal.
     """
 
-    options: Namespace
+    options: ClientConfig
     owner: PrivacyGate
     rows: Rows
     limits: Limits
@@ -84,7 +86,7 @@ class DataHolder:
     asks: bool
 
     @classmethod
-    def of(cls, options: Namespace, console: Console, *, asks: bool = False) -> DataHolder:
+    def of(cls, options: ClientConfig, console: Console, *, asks: bool = False) -> DataHolder:
         """Open the policy, the ledger and the state, read the data, and say what does not protect.
 
         Raises:
@@ -152,38 +154,40 @@ class Participation:
             round after another charged, and chooses the tensors on which it fails or not.
     """
 
-    def __init__(self, holder: DataHolder, setup: Setup) -> None:
+    def __init__(self, holder: DataHolder, proposal: Proposal) -> None:
         options, owner, limits, console = holder.options, holder.owner, holder.limits, holder.console
-        self._options, self._setup, self._owner, self._limits = options, setup, owner, limits
+        plan = proposal.plan
+        self._options, self._proposal, self._owner, self._limits = options, proposal, owner, limits
         self._state, self._streams, self._console, self._rows = holder.state, holder.streams, console, holder.rows
         self._session: ClientSession | None = None
         self._findings = Findings(batch_invariance())
         self.failed = False
-        limits.check(setup.private)
-        if setup.task != options.task:
-            log.error("The server's task is %s and this client's --task is %s.", setup.task, options.task)
+        limits.check(plan)
+        check_known(plan)
+        if plan.task != options.task:
+            log.error("The server's task is %s and this client's --task is %s.", plan.task, options.task)
             raise Refused("policy")
-        owner.check_proposal(setup)
-        owner.check_anchor(setup.anchor)
+        owner.check_proposal(proposal)
+        owner.check_anchor(proposal.anchor)
         self._model_path = self._find_model()
         self.most_tensor_bytes = models.most_adapter_bytes(self._model_path)
-        self._labels, self._refusals = self._state.said(setup.run_id)
+        self._labels, self._refusals = self._state.said(plan.run_id)
         self.announced = self._check_labels()
-        budget = self._admit(holder) if setup.private else None
+        budget = self._admit(holder) if plan.private else None
         for line in owner.take_charge(budget):
             console.print(line, soft_wrap=True)
         if self.announced:
             self._labels = self.announced
-            self._state.save_said(setup.run_id, self._labels, self._refusals)
+            self._state.save_said(plan.run_id, self._labels, self._refusals)
             console.print(f"Disclosed to the server: the label names {', '.join(self.announced)}")
 
     def _find_model(self) -> Path:
         """The folder of the base model, which can do the task with any row."""
-        setup, options = self._setup, self._options
-        path = models.obtain(setup.model, path=model_folder(options.model, setup.model.name),
+        plan, options = self._proposal.plan, self._options
+        path = models.obtain(plan.model, path=model_folder(options.model, plan.model.name),
                              allow_download=options.allow_download)
         try:
-            models.check_task(path, setup.task, setup.max_length)
+            models.check_task(path, plan.task, plan.max_length)
             tokenizer = models.load_tokenizer(path)
             if self._rows.kind == "messages" and not tokenizer.chat_template:
                 raise ValueError(f"the tokenizer in {path} has no chat template, and --data holds messages; give "
@@ -200,22 +204,22 @@ class Participation:
             Refused: "labels", by what is declared alone.
             ValueError: without privacy, by what the rows hold.
         """
-        setup, rows, declared = self._setup, self._rows, self._owner.labels
-        if not task_named(setup.task).has_labels():
+        plan, rows, declared = self._proposal.plan, self._rows, self._owner.labels
+        if not task_named(plan.task).has_labels():
             return ()
-        if setup.announce_labels:
-            if declared is not None or not setup.private:
+        if plan.labels_open:
+            if declared is not None or not plan.private:
                 return data.in_order(declared or names_to_announce(rows))
             log.error("The server asks for the label names, and under privacy none is told because a row has it. %s",
                       how_to_declare(rows))
             raise Refused("labels")
-        check_declared(declared, setup.labels)
-        if not setup.private:
-            data.check_labels(rows, setup.labels)
-        elif others := data.labelled_otherwise(rows, setup.labels):
+        check_declared(declared, plan.labels)
+        if not plan.private:
+            data.check_labels(rows, plan.labels)
+        elif others := data.labelled_otherwise(rows, plan.labels):
             self._console.print(f"{len(others):,} OF {len(rows):,} ROWS HAVE A LABEL THAT THE SERVER'S SET LACKS, and "
                                 f"are not trained on ({rows.where(others[0])} is the first). The set is: "
-                                f"{', '.join(setup.labels)}.", style="bold red", soft_wrap=True)
+                                f"{', '.join(plan.labels)}.", style="bold red", soft_wrap=True)
         return ()
 
     def _admit(self, holder: DataHolder) -> Budget:
@@ -224,11 +228,11 @@ class Participation:
         Raises:
             Refused: "policy" or "budget": what was promised or is left does not allow it, or the owner says no.
         """
-        owner, setup, console = self._owner, self._setup, self._console
+        owner, plan, console = self._owner, self._proposal.plan, self._console
         units = "records" if self._limits.unit == ROW else f"values of {owner.unit_column}"
         budget = self._declare_size(holder, units)
         try:
-            fresh = private_terms(self._limits, budget, setup)
+            fresh = private_terms(self._limits, budget, plan)
         except ValueError as error:
             log.error("%s, or a higher max-sampling-rate in %s", error, owner.policy.path)
             raise Refused("policy") from None
@@ -241,13 +245,13 @@ class Participation:
         except Forbidden as error:
             log.error("%s", error)
             raise Refused("policy") from None
-        if owner.ledger.terms(owner.dataset, setup.run_id) is not None:
+        if owner.ledger.terms(owner.dataset, plan.run_id) is not None:
             return budget  # the owner was asked when it began
         cost = Cost.of(book, owner.dataset, terms)
         assert cost is not None, "what was settled fits"
-        console.print(panel(cost, owner.dataset, f"{budget.declared_size:,} {units}"))
+        console.print(panel(cost, owner.dataset, f"{budget.declared_size:,} {units}", plan))
         if holder.asks and not self._options.yes and not ask_whether(console):
-            log.error("The owner does not take part in run %s.", setup.run_id)
+            log.error("The owner does not take part in run %s.", plan.run_id)
             raise Refused("policy")
         return budget
 
@@ -356,12 +360,9 @@ class Participation:
 
     def _check_plan(self, run: RunPlan) -> None:
         """Raises Refused where the plan is not what the server said when this client joined, or lacks a label."""
-        said = ["model", "private", "task", "strategy", "max_length", "rounds", "max_participations", "local_steps",
-                "expected_batch", "clip_norm", "wire_dtype", "private_start"]
-        for field in [*said, *(["labels"] if self._setup.labels else [])]:
-            if getattr(run, field) != getattr(self._setup, field):
-                log.error("The plan's %s is not what the server said when this client joined.", field)
-                raise Refused("policy")
+        if broken := self._proposal.broken_by(run):
+            log.error("The plan's %s is not what the server said when this client joined.", broken[0])
+            raise Refused("policy")
         if task_named(run.task).has_labels():
             check_declared(self._owner.labels, run.labels)
             if not run.private:
@@ -403,7 +404,7 @@ class Participation:
             own.show_batch_invariance(run, 1 if records.units is None else self._limits.rows_per_unit)
         session = ClientSession(
             run, own, records, self._limits, self._state, self._streams, self._owner.ledger,
-            self._owner.dataset, approve=self._owner.approve, anchors=self._setup.anchor is not None,
+            self._owner.dataset, approve=self._owner.approve, anchors=self._proposal.anchor is not None,
             sketch_trainer=lambda: trainer(sketch_plan(run), models.load(self._model_path, run.task, len(run.labels))))
         terms = session.terms
         if run.private:
@@ -420,6 +421,17 @@ class Participation:
                     f"norm in place of {session.noise_for_run:.3f}. `fedlora-client budget` shows what is left.",
                     style="yellow")
         return session
+
+
+def check_known(plan: RunPlan) -> None:
+    """Raises Refused where the plan names what is not installed here, such as a family of a newer FedLoRA."""
+    for field, package in FOUND.items():
+        name, known = getattr(plan, field), registry.keys(package)
+        if name and name not in known:
+            log.error("The server's plan has the %s %r, which this FedLoRA (%s) does not know; it knows %s. Install "
+                      "the server's version, or have it choose one of them.", field, name, fedlora.__version__,
+                      ", ".join(known) or "none")
+            raise Refused("policy")
 
 
 def check_declared(declared: Sequence[str] | None, labels: Sequence[str]) -> None:

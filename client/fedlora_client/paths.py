@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
 from pathlib import Path
 
 
@@ -24,15 +23,14 @@ def policy() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "fedlora" / "policy.toml"
 
 
-def named_policy(options: Namespace) -> Path:
+def named_policy(named: Path | None, simulated_ledger: Path | None) -> Path:
     """The policy that the command line asks for: the user's, a simulated ledger's own, or the one it names.
 
     Raises:
         ValueError: the one it names does not exist, and its limits would not hold.
     """
-    named: Path | None = options.policy
     if named is None:
-        return options.simulated_ledger / "policy.toml" if options.simulated_ledger else policy()
+        return simulated_ledger / "policy.toml" if simulated_ledger else policy()
     if not named.exists():
         raise ValueError(f"--policy {named}: there is no such file, so its limits would not hold. Correct the name, or "
                          "make an empty file to begin with")

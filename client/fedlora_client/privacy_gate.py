@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from argparse import Namespace
 from pathlib import Path
 
+from fedlora.config import ClientConfig
 from fedlora.data import Rows, check_labels
-from fedlora.plan import ROW, Refused, unit_column
+from fedlora.plan import ROW, Proposal, Refused, unit_column
 from fedlora.privacy import Budget, DatasetPolicy, Forbidden, Ledger, Policy, RunTerms, four_digits
 from fedlora.privacy.ledger import LedgerError
 from fedlora.privacy.ledger.fingerprints import fingerprints
@@ -15,7 +15,6 @@ from fedlora.privacy.ledger.ledger import admitted
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS, Book, Declaration
 from fedlora.privacy.ledger.witness import witness_file, witnesses_in
 from fedlora.privacy.policy import absolute, check_label_names
-from fedlora.wire import Setup
 
 from . import paths
 from .terms import Limits, with_room
@@ -39,11 +38,11 @@ class PrivacyGate:
         dataset: the id that is charged; known before the data is read.
     """
 
-    def __init__(self, options: Namespace) -> None:
+    def __init__(self, options: ClientConfig) -> None:
         folder: Path | None = options.simulated_ledger
-        self.policy = Policy.read(paths.named_policy(options))
-        self._known = self.policy.dataset_at(options.data)
+        self.policy = Policy.read(paths.named_policy(options.policy, folder))
         self._data, self._server = str(options.data), options.server
+        self._known = self.policy.dataset_at(self._data)
         if folder is not None:
             self._check_made_up(options)
         private = options.epsilon != float("inf")
@@ -63,10 +62,10 @@ class PrivacyGate:
                              new=options.new_ledger)
         self.dataset = self._known.id if self._known else self._unlisted()
 
-    def _check_made_up(self, options: Namespace) -> None:
+    def _check_made_up(self, options: ClientConfig) -> None:
         """Raises ValueError where a simulated ledger would hide what is spent of real data."""
         where = f"--simulated-ledger {options.simulated_ledger}: "
-        for path in {options.policy, paths.policy()} - {None}:
+        for path in {options.policy or paths.policy(), paths.policy()}:
             if real := Policy.read(path).dataset_around(self._data):
                 raise ValueError(f"{where}[dataset.{real.id}] in {path} gives {real.data} a lifetime budget, and a "
                                  "simulated ledger would not charge it. Leave the option out")
@@ -124,16 +123,14 @@ class PrivacyGate:
         """The column that tells the units, or None where each row is one."""
         return unit_column(self.unit)
 
-    def check_proposal(self, setup: Setup) -> None:
+    def check_proposal(self, proposal: Proposal) -> None:
         """Before anything is made of the data.
 
         Raises:
             Refused: "policy"; the reason is in the local log.
         """
         try:
-            self.policy.check_proposal(strategy=setup.strategy, model_sha256=setup.model.weights_sha256,
-                                       server=self._server, rounds=setup.most_trainings,
-                                       announces_labels=setup.announce_labels, private_start=setup.private_start)
+            self.policy.check_proposal(proposal, server=self._server)
         except Forbidden as error:
             log.error("%s", error)
             raise Refused("policy") from None
@@ -142,7 +139,7 @@ class PrivacyGate:
         """Before anything is charged, hold the ledger against what the server keeps of it.
 
         Args:
-            sealed: as `Setup.anchor`.
+            sealed: as `Proposal.anchor`.
         Raises:
             Refused: "policy"; the reason is in the local log.
         """
@@ -261,7 +258,7 @@ class PrivacyGate:
         return witness_file((self._known and self._known.witness) or self._beside, self.dataset)
 
 
-def limits_of(options: Namespace, owner: PrivacyGate) -> Limits:
+def limits_of(options: ClientConfig, owner: PrivacyGate) -> Limits:
     """What the command line and the policy allow together."""
     policy = owner.policy
     return Limits.of(options, owner.unit, declared_size=owner.declared_size,

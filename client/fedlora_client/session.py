@@ -58,11 +58,7 @@ class ClientSession:
                  streams: RunStreams, ledger: Ledger, dataset: str, *,
                  approve: Callable[[RunTerms], None] = lambda terms: None,
                  sketch_trainer: Callable[[], Trainer] | None = None, anchors: bool = False) -> None:
-        limits.check(run.private)
-        if run.private and run.dropout:
-            log.error("The plan has dropout %g: a record's mask depends on the others in its batch, so that ε would "
-                      "not cover it; refused.", run.dropout)
-            raise Refused("policy")
+        limits.check(run)
         check_adjustment(run.adjustment, trainer.adapted.layout)
         if not (len(records) or run.private):  # a private client trains on none: noise alone
             raise ValueError("no row can be trained on: each lacks a label, or an answer within --max-length")

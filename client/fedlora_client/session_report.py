@@ -15,6 +15,7 @@ from fedlora.privacy.report import (
     LifetimeAccount,
     LifetimeCharge,
     Mechanism,
+    ReportedRun,
     TrainingEntry,
     announced,
     load_or_create_key,
@@ -54,7 +55,7 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
                                terms.sampling_rate, width * sizes[c.round > 0] if c.sha256 else None, c.sha256)
                  for c in ledger.charges(dataset, run.run_id)]
     shapes = session.trainer.shapes
-    report = privacy_report(
+    report = privacy_report(ReportedRun(
         dataset=dataset, run_id=run.run_id, client=name, server=server, plan_sha256=terms.plan_sha256,
         strategy=run.strategy, base_model=asdict(run.model), unit=unit,
         declared_size=terms.declared_size if run.private else None, delta=terms.delta,
@@ -67,7 +68,7 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
         disclosed=announced(client=name, private=run.private, labels=labels or None, protocol=PROTOCOL),
         terms_announced=session.limits.announce_size, anchored=session.anchors,
         rows_per_unit=None if unit == ROW else session.limits.rows_per_unit,
-        predictable=INSECURE_SEED_VARIABLE if session.streams.predictable else None, refusals=refusals)
+        predictable=INSECURE_SEED_VARIABLE if session.streams.predictable else None, refusals=refusals))
     return write_report(folder, sign(report, load_or_create_key(paths.signing_key())))
 
 

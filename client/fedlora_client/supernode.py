@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import logging
 import socket
-from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from fedlora.plan import Refusal, Refused, RoundPlan, Tensors, Upload
-from fedlora.wire import Setup
+from fedlora.config import ClientConfig
+from fedlora.plan import Proposal, Refusal, Refused, RoundPlan, Tensors, Upload
 
 from .cli import set_environment
 
@@ -41,7 +40,7 @@ class SuperNodeClient:
         ValueError: an option is not for SuperNodes.
     """
 
-    def __init__(self, options: Namespace) -> None:
+    def __init__(self, options: ClientConfig) -> None:
         if options.compile:
             raise ValueError("--compile: a SuperNode starts a process for each message, which would compile anew; "
                              "leave it out")
@@ -49,10 +48,10 @@ class SuperNodeClient:
         self.name: str = options.name or socket.gethostname()
         self.private: bool = options.epsilon != float("inf")
 
-    def join(self, setup: Setup) -> tuple[str, ...] | Refusal:
+    def join(self, proposal: Proposal) -> tuple[str, ...] | Refusal:
         """Read the data and check it against what the server proposes; the label names that are disclosed, or why
         this client will not take part."""
-        return self._take_part(setup, lambda part: part.announced)
+        return self._take_part(proposal, lambda part: part.announced)
 
     def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
         """Train once for `plan`, as `ClientSession.run_round` does, and bring the run's privacy report up to date."""
@@ -63,12 +62,12 @@ class SuperNodeClient:
             part.leave_report()
             return answer
 
-        return self._take_part(Setup.of(plan.run), train)
+        return self._take_part(Proposal(plan.run), train)
 
-    def _take_part(self, setup: Setup, act: Callable[[Participation], Answer]) -> Answer | Refusal:
+    def _take_part(self, proposal: Proposal, act: Callable[[Participation], Answer]) -> Answer | Refusal:
         """What `act` does with this client's part in the run. What goes wrong is told here, and to the server only
         what a refusal says."""
-        set_environment(self._options)
+        set_environment(allow_download=self._options.allow_download)
         from fedlora.console import messages
 
         from .participation import DataHolder, Participation
@@ -76,7 +75,7 @@ class SuperNodeClient:
         try:
             holder = DataHolder.of(self._options, messages())
             try:
-                return act(Participation(holder, setup))
+                return act(Participation(holder, proposal))
             finally:
                 holder.close()
         except Refused as refused:

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedlora.config import LocalConfig
 from fedlora.plan import ROW, Refused, RunPlan
 from fedlora.privacy import MOST_SAMPLING_RATE, SIGMA_STEP, Budget, RunTerms
-from fedlora.wire import Setup
+
+log = logging.getLogger(__name__)
 
 MOST_EXTRA_NOISE = 10
 """Where the lifetime budget leaves room only for more than so many times the noise of --epsilon, it is exhausted: who
@@ -44,7 +46,7 @@ class Limits:
     announce_size: bool = True
 
     @classmethod
-    def of(cls, options: Namespace, unit: str, **allowed: Any) -> Limits:
+    def of(cls, options: LocalConfig, unit: str, **allowed: Any) -> Limits:
         """The options of fedlora-client or fedlora-simulate as limits, and other attributes, which win over them."""
         return cls(options.epsilon, **{
             "delta": options.delta, "declared_size": options.declared_size,
@@ -60,30 +62,33 @@ class Limits:
         return Budget.declare(units, epsilon=self.epsilon, delta=self.delta, declared_size=self.declared_size,
                               max_sampling_rate=self.max_sampling_rate)
 
-    def check(self, run_is_private: bool) -> None:
-        """Refuse a plan whose privacy contradicts --epsilon."""
-        if self.private != run_is_private:
-            servers = "required" if run_is_private else "off"
+    def check(self, run: RunPlan) -> None:
+        """Refuse a plan whose privacy contradicts --epsilon, or cannot be kept; the log says why."""
+        if self.private != run.private:
+            servers = "required" if run.private else "off"
             raise Refused("privacy-mismatch", f"the server runs with --privacy {servers} and this client with "
                                               f"--epsilon {self.epsilon:g}; change one of the two flags")
+        if run.private and run.dropout:
+            log.error("The plan has dropout %g: a record's mask depends on the others in its batch, so that ε would "
+                      "not cover it; refused.", run.dropout)
+            raise Refused("policy")
 
 
-def private_terms(limits: Limits, budget: Budget, agreed: Setup | RunPlan, plan_sha256: str = "",
+def private_terms(limits: Limits, budget: Budget, run: RunPlan, plan_sha256: str = "",
                   scales: Mapping[str, float] | None = None) -> RunTerms:
     """The terms on which a run uses this budget up exactly at its most participations, whatever was spent before.
 
     Args:
-        agreed: what the server says when this client joins, or the plan.
-        plan_sha256, scales: of the plan, once it is known; what the run costs does not depend on them.
+        plan_sha256, scales: of the plan, once its labels are fixed; what the run costs does not depend on them.
     Raises:
         ValueError: the run would sample the units too often, or the budget cannot be kept.
     """
     return RunTerms(
-        run_id=agreed.run_id, plan_sha256=plan_sha256, unit=limits.unit, declared_size=budget.declared_size,
-        sampling_rate=budget.sampling_rate(agreed.expected_batch),
-        noise_multiplier=budget.noise_multiplier(agreed.expected_batch, agreed.most_trainings * agreed.local_steps),
-        delta=budget.delta, clip_norm=min(agreed.clip_norm, limits.max_clip_norm), scales=scales or {},
-        local_steps=agreed.local_steps, max_participations=agreed.most_trainings)
+        run_id=run.run_id, plan_sha256=plan_sha256, unit=limits.unit, declared_size=budget.declared_size,
+        sampling_rate=budget.sampling_rate(run.expected_batch),
+        noise_multiplier=budget.noise_multiplier(run.expected_batch, run.most_trainings * run.local_steps),
+        delta=budget.delta, clip_norm=min(run.clip_norm, limits.max_clip_norm), scales=scales or {},
+        local_steps=run.local_steps, max_participations=run.most_trainings)
 
 
 def with_room(terms: RunTerms, fits: Callable[[RunTerms], bool], most: float = MOST_EXTRA_NOISE) -> RunTerms | None:

@@ -56,8 +56,8 @@ class Start(ABC):
     """A start. Its file's name is its key, as --init has it.
 
     Attributes:
-        reads: what it is made from. "public rows" takes a file, as in public:FILE; "clients" is a noised release,
-            which is charged as one participation.
+        reads: what it is made from; "clients" is a noised release, which is charged as one participation. A start
+            that takes something behind a colon, as in public:FILE, has a constant `TAKES` in its file.
         gives: the bases that it gives.
         orthonormal: whether rows of A and columns of B are; the rank then cannot exceed a layer's smaller side.
     """
@@ -95,9 +95,10 @@ def start_of(init: str) -> tuple[Start, str]:
     """
     key, _, argument = init.partition(":")
     start: Start = registry.load(STARTS, key).START
-    if (start.reads == "public rows") != bool(argument):
-        raise ValueError(f"--init {init}: " + ("name a file of public rows, as in public:FILE" if not argument else
-                                               f"{key} takes nothing after a colon"))
+    takes = registry.literal(STARTS, key, "TAKES")
+    if bool(takes) != bool(argument):
+        raise ValueError(f"--init {init}: " + (f"{key} takes nothing behind a colon" if argument else
+                                               f"name what it takes, as in {key}:{takes}"))
     return start, argument
 
 

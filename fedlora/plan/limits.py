@@ -22,7 +22,7 @@ MOST_RANK = 4096
 """Of an adapter: a plan may not have a client take memory without end."""
 
 LONGEST_NAME = 64
-"""Characters of a strategy's name, which a client shows and makes nothing of."""
+"""Characters of a strategy's, a family's or a task's name, which a client shows whether it knows it or not."""
 
 LONGEST_LABEL, MOST_ANNOUNCED, MOST_LABELS = 64, 1000, 5000
 """Characters of a label name that a client announces, names that it does, and names that a server may give."""

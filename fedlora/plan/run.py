@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedlora import registry
 from fedlora.plan.limits import (
@@ -22,7 +22,8 @@ from fedlora.plan.limits import (
     check_run_id,
 )
 
-FOUND: Mapping[str, str] = {"task": "fedlora.tasks", "optimizer": "fedlora.training.optimizers",
+FOUND: Mapping[str, str] = {"family": "fedlora.adapters.families", "task": "fedlora.tasks",
+                            "optimizer": "fedlora.training.optimizers",
                             "adjustment": "fedlora.training.adjustments"}
 """Fields that are a key each → the package whose files they name. Which there are is a matter of what is installed."""
 
@@ -60,11 +61,12 @@ class RunPlan:
     Attributes:
         run_id: 16 hexadecimal digits, fresh for each run.
         fedlora_version: of the server.
-        strategy: one of `STRATEGIES`.
-        task, optimizer, adjustment: keys in the packages that `FOUND` names; no adjustment is "".
-        family: adapter family, see `fedlora.adapters.FAMILIES`: which tensors are frozen, trained and uploaded.
+        strategy: the server's name for how it combines uploads; a client makes nothing of it.
+        family, task, optimizer, adjustment: keys in the packages that `FOUND` names, which a client looks up among its
+            own; no adjustment is "". The family says which tensors are frozen, trained and uploaded.
         private: True if every client must train under differential privacy.
-        labels: the label set in the order of the classifier's outputs; () for tasks that have none.
+        labels: the label set in the order of the classifier's outputs; () where they are open, to be fixed before the
+            first round, and for tasks that have none.
         max_length: tokens kept of a record.
         rank, alpha: of the adapters; the update is scaled by alpha / rank.
         targets: names of the adapted linear layers, each a full module name or a suffix of one; () adapts none.
@@ -128,12 +130,11 @@ class RunPlan:
         require(self.fedlora_version.isprintable(), "fedlora_version", "it must be printable")
         for name in ("labels", "targets"):
             require(all(map(str.isprintable, getattr(self, name))), name, "each must be printable")
-        require(self.strategy.isprintable() and 0 < len(self.strategy) <= LONGEST_NAME, "strategy",
-                f"it must be 1 to {LONGEST_NAME} printable characters")
-        for name, package in FOUND.items():
-            known = registry.keys(package)
-            require(getattr(self, name) in known or (name == "adjustment" and not self.adjustment), name,
-                    f"choose one of {', '.join(known)}")
+        for name in ("strategy", "family", "task", "optimizer"):  # whether a client knows a key is for it to find out
+            require(getattr(self, name).isprintable() and 0 < len(getattr(self, name)) <= LONGEST_NAME, name,
+                    f"it must be 1 to {LONGEST_NAME} printable characters")
+        require(self.adjustment.isprintable() and len(self.adjustment) <= LONGEST_NAME, "adjustment",
+                f"it must be at most {LONGEST_NAME} printable characters")
         require(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"choose one of {', '.join(LR_SCHEDULES)}")
         require(self.wire_dtype in WIRE_DTYPES, "wire_dtype", f"choose one of {', '.join(WIRE_DTYPES)}")
         for name in ("max_length", "rank", "rounds", "max_participations", "local_steps", "expected_batch"):
@@ -157,7 +158,8 @@ class RunPlan:
         require(0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
         require(len(set(self.labels)) == len(self.labels), "labels", "a label is named twice")
         require(len(set(self.targets)) == len(self.targets), "targets", "a target is named twice")
-        registry.load(FOUND["task"], self.task).TASK.check_plan(self)
+        if self.task in registry.keys(FOUND["task"]):
+            registry.load(FOUND["task"], self.task).TASK.check_plan(self)
         require(not (self.private and self.weight_by_examples), "weight_by_examples",
                 "weighting by example counts discloses them; under privacy the weights are uniform")
         require(not self.private_start or (self.private and bool(self.targets)), "private_start",
@@ -166,6 +168,16 @@ class RunPlan:
                 "a start from noised gradients has sketches of one rank; choose another start")
         require(bool(self.targets) or self.train_head, "targets",
                 "nothing would be trained: name targets or train the head")
+
+    @property
+    def labels_open(self) -> bool:
+        """Whether the label set is yet to be fixed."""
+        known = self.task in registry.keys(FOUND["task"])
+        return known and registry.load(FOUND["task"], self.task).TASK.has_labels() and not self.labels
+
+    def with_open_labels(self) -> RunPlan:
+        """The same plan before its label set is fixed."""
+        return replace(self, labels=())
 
     @property
     def most_trainings(self) -> int:
@@ -199,6 +211,8 @@ class RoundPlan:
     active: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.run.labels_open:
+            raise ValueError("the labels are open; a round needs a label set")
         if self.round < 0 or self.attempt < 0:
             raise ValueError(f"round {self.round}, attempt {self.attempt} cannot be; both are counted up from 0")
         if len(self.frozen_sha256) != 64 or set(self.frozen_sha256) - set("0123456789abcdef"):

@@ -3,7 +3,8 @@
     min-noise-multiplier = 0.5            # all of these are optional
     max-rounds = 100
     max-sampling-rate = 0.2
-    strategies = ["fed-sb", "fedsvd"]
+    strategies = ["fed-sb", "fedsvd"]     # how the server says that it combines uploads; it alone knows whether it does
+    families = ["frozen-a", "bra"]        # which tensors are trained here and sent
     models = ["<SHA-256 of the weights>"]
     servers = ["127.0.0.1:9092"]
     announce-labels = false               # a server that asks for the label names is refused
@@ -39,7 +40,7 @@ from typing import Any
 
 from fedlora.data.rows import normalize_label
 from fedlora.files import replace_file
-from fedlora.plan import LONGEST_LABEL, MOST_ANNOUNCED, ROW, check_unit
+from fedlora.plan import LONGEST_LABEL, MOST_ANNOUNCED, ROW, Proposal, check_unit
 from fedlora.privacy.accounting import MOST_SAMPLING_RATE
 
 
@@ -109,6 +110,7 @@ class Policy:
     max_rounds: float = math.inf
     max_sampling_rate: float = MOST_SAMPLING_RATE
     strategies: tuple[str, ...] | None = None
+    families: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None
     servers: tuple[str, ...] | None = None
     announce_labels: bool = True
@@ -154,23 +156,25 @@ class Policy:
             number += 1
         return name
 
-    def check_proposal(self, *, strategy: str, model_sha256: str, server: str, rounds: int,
-                       announces_labels: bool, private_start: bool) -> None:
-        """What a server says before the data is read.
+    def check_proposal(self, proposal: Proposal, *, server: str) -> None:
+        """What a server says when this client joins, before anything is disclosed or charged.
 
         Raises:
             Forbidden: naming the limit, the proposed value, and where to change it.
         """
-        for key, value, allowed in (("strategies", strategy, self.strategies), ("models", model_sha256, self.models),
+        run = proposal.plan
+        for key, value, allowed in (("strategies", run.strategy, self.strategies),
+                                    ("families", run.family, self.families),
+                                    ("models", run.model.weights_sha256, self.models),
                                     ("servers", server, self.servers)):
             if allowed is not None and value not in allowed:
                 self._forbid(f"{key} = {list(allowed)}", f"{value!r} is not among them")
-        if rounds > self.max_rounds:
-            self._forbid(f"max-rounds = {self.max_rounds:g}", f"the server may ask for {rounds}")
-        if announces_labels and not self.announce_labels:
+        if run.most_trainings > self.max_rounds:
+            self._forbid(f"max-rounds = {self.max_rounds:g}", f"the server may ask for {run.most_trainings}")
+        if proposal.announce_labels and not self.announce_labels:
             self._forbid("announce-labels = false", "the server asks for the label names; it must name them itself, "
                                                     "with --labels")
-        if private_start and not self.private_start:
+        if run.private_start and not self.private_start:
             self._forbid("private-start = false", "the server asks for a start from noised gradients of these records")
 
     def check_terms(self, noise_multiplier: float | None) -> None:
@@ -247,8 +251,8 @@ def absolute(data: str) -> str:
 
 _FIELDS: Mapping[str, tuple[type, ...]] = {
     "min-noise-multiplier": (int, float), "max-rounds": (int,), "max-sampling-rate": (int, float),
-    "strategies": (list,), "models": (list,), "servers": (list,), "announce-labels": (bool,), "announce-size": (bool,),
-    "private-start": (bool,)}
+    "strategies": (list,), "families": (list,), "models": (list,), "servers": (list,), "announce-labels": (bool,),
+    "announce-size": (bool,), "private-start": (bool,)}
 
 _DATASET_FIELDS: Mapping[str, tuple[type, ...]] = {
     "data": (str,), "epsilon": (int, float), "delta": (int, float), "unit": (str,), "distinct": (list,),

@@ -6,29 +6,19 @@ that could steer a terminal.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fedlora import registry
 from fedlora.plan import (
-    ANCHOR_BYTES,
-    FOUND,
-    LEAST_SCALE,
-    LONGEST_NAME,
-    MOST_CLIP_NORM,
     MOST_LABELS,
-    MOST_STEPS,
     PROTOCOL,
-    WIRE_DTYPES,
-    ModelRef,
+    Proposal,
     Refusal,
     Refused,
     RoundPlan,
     RunPlan,
     Upload,
-    check_run_id,
+    check_anchor,
     from_scalars,
     to_scalars,
     upload_metrics,
@@ -44,76 +34,14 @@ Key = tuple[str, int, int]
 Headed = TypeVar("Headed", pb.TrainRequest, pb.Upload)
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What a client is told when it joins, before it is ready; every field but three as in `RunPlan`.
-
-    Attributes:
-        labels: the fixed label set in order, or () where there is none (yet).
-        announce_labels: clients must name their labels when they are ready, which discloses them.
-        anchor: the last one that the server was sent under this client's name, b"" if none was; None where it keeps
-            none, and none is to be sent.
-    """
-
-    run_id: str
-    fedlora_version: str
-    strategy: str
-    private: bool
-    model: ModelRef
-    task: str
-    labels: tuple[str, ...]
-    announce_labels: bool
-    max_length: int
-    rounds: int
-    max_participations: int
-    local_steps: int
-    expected_batch: int
-    clip_norm: float
-    wire_dtype: str = "fp32"
-    private_start: bool = False
-    anchor: bytes | None = None
-
-    @classmethod
-    def of(cls, plan: RunPlan, *, announce_labels: bool = False) -> Setup:
-        """What a plan proposes; its labels are left out where the clients are to name theirs."""
-        own = ("announce_labels", "anchor")
-        said = {f.name: getattr(plan, f.name) for f in dataclasses.fields(cls) if f.name not in own}
-        labels = {"labels": () if announce_labels else plan.labels, "announce_labels": announce_labels}
-        return cls(**said | labels)
-
-    def __post_init__(self) -> None:
-        check_run_id(self.run_id)
-        if not (self.strategy.isprintable() and 0 < len(self.strategy) <= LONGEST_NAME):
-            raise ValueError(f"the strategy's name must be 1 to {LONGEST_NAME} printable characters")
-        if self.task not in registry.keys(FOUND["task"]) or self.wire_dtype not in WIRE_DTYPES:
-            raise ValueError(f"task {self.task!r} or wire dtype {self.wire_dtype!r} is not known; update FedLoRA")
-        if self.anchor is not None:
-            _check_anchor(self.anchor)
-        if self.announce_labels and (self.labels or not registry.load(FOUND["task"], self.task).TASK.has_labels()):
-            raise ValueError("labels are announced only for a classification without a fixed label set")
-        for name in ("max_length", "rounds", "max_participations", "local_steps", "expected_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not LEAST_SCALE <= self.clip_norm <= MOST_CLIP_NORM:
-            raise ValueError(f"clip_norm is {self.clip_norm}; it must be from {LEAST_SCALE:g} to {MOST_CLIP_NORM:g}")
-        if self.most_trainings * self.local_steps > MOST_STEPS:
-            raise ValueError(f"{self.most_trainings} trainings of {self.local_steps} steps are more than "
-                             f"{MOST_STEPS:,} steps")
-
-    @property
-    def most_trainings(self) -> int:
-        """What one client may begin at most, as in `RunPlan`."""
-        return self.max_participations + self.private_start
+def proposal_to_wire(proposal: Proposal) -> pb.Welcome:
+    plan = proposal.plan
+    return pb.Welcome(protocol=PROTOCOL, schema=SCHEMA, fedlora_version=plan.fedlora_version, run=run_to_wire(plan),
+                      anchor=proposal.anchor)
 
 
-def setup_to_wire(setup: Setup) -> pb.Welcome:
-    fields = {f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)}
-    return pb.Welcome(protocol=PROTOCOL, schema=SCHEMA,
-                      **(fields | {"model": pb.Model(**dataclasses.asdict(setup.model))}))
-
-
-def setup_from_wire(welcome: pb.Welcome) -> Setup:
-    """What a server says of itself and its run.
+def proposal_from_wire(welcome: pb.Welcome) -> Proposal:
+    """What a server says of its run.
 
     Raises:
         Refused: "version-mismatch": it speaks another version of the protocol, or has another schema.
@@ -122,13 +50,8 @@ def setup_from_wire(welcome: pb.Welcome) -> Setup:
     if not is_spoken(welcome):
         raise Refused("version-mismatch", f"the server runs FedLoRA {clean(welcome.fedlora_version)} "
                                           f"({spoken_by(welcome)}), this client {SPOKEN}")
-    fields = {f.name: getattr(welcome, f.name) for f in dataclasses.fields(Setup)}
-    if not welcome.HasField("anchor"):
-        fields["anchor"] = None
-    model = {f.name: getattr(welcome.model, f.name) for f in dataclasses.fields(ModelRef)}
     try:
-        return Setup(**(fields | {"model": ModelRef(**model), "labels": labels_from_wire(welcome.labels),
-                                  "fedlora_version": clean(welcome.fedlora_version)}))
+        return Proposal(run_from_wire(welcome.run), welcome.anchor if welcome.HasField("anchor") else None)
     except ValueError as error:
         raise WireError(f"the server's welcome is not valid: {error}") from None
 
@@ -142,18 +65,26 @@ def labels_from_wire(labels, most: int = MOST_LABELS) -> tuple[str, ...]:
     return tuple(labels)
 
 
+def run_to_wire(run: RunPlan) -> pb.RunPlan:
+    return pb.RunPlan(**to_scalars(run))  # type: ignore[arg-type]
+
+
+def run_from_wire(message: pb.RunPlan) -> RunPlan:
+    """Raises ValueError where it is no plan, or has a label that cannot be shown."""
+    labels_from_wire(message.labels)
+    return from_scalars({f.name: list(getattr(message, f.name)) if f.is_repeated else getattr(message, f.name)
+                         for f in pb.RunPlan.DESCRIPTOR.fields})
+
+
 def request_to_wire(plan: RoundPlan, shapes: Shapes) -> pb.TrainRequest:
-    return pb.TrainRequest(run=pb.RunPlan(**to_scalars(plan.run)), round=plan.round, attempt=plan.attempt,  # type: ignore[arg-type]
-                   frozen_sha256=plan.frozen_sha256, tensors=header_of(shapes), active=plan.active)
+    return pb.TrainRequest(run=run_to_wire(plan.run), round=plan.round, attempt=plan.attempt,
+                           frozen_sha256=plan.frozen_sha256, tensors=header_of(shapes), active=plan.active)
 
 
 def plan_from_wire(request: pb.TrainRequest) -> RoundPlan:
-    flat = {f.name: list(getattr(request.run, f.name)) if f.is_repeated else getattr(request.run, f.name)
-            for f in pb.RunPlan.DESCRIPTOR.fields}
     try:
-        run: RunPlan = from_scalars(flat)
-        return RoundPlan(run=run, round=request.round, attempt=request.attempt, frozen_sha256=request.frozen_sha256,
-                         active=tuple(request.active))
+        return RoundPlan(run=run_from_wire(request.run), round=request.round, attempt=request.attempt,
+                         frozen_sha256=request.frozen_sha256, active=tuple(request.active))
     except ValueError as error:
         raise WireError(f"the round's plan is not valid: {error}") from None
 
@@ -208,7 +139,7 @@ def upload_to_wire(upload: Upload) -> pb.Upload:
 def anchor_from_wire(upload: pb.Upload) -> bytes:
     """The anchor of an upload, unread; b"" where it brings none. Raises WireError for another length."""
     try:
-        _check_anchor(upload.anchor)
+        check_anchor(upload.anchor)
     except ValueError as error:
         raise WireError(str(error)) from None
     return upload.anchor
@@ -259,12 +190,6 @@ def refusal_from_wire(refusal: pb.Refusal) -> Refusal:
 def clean(text: str) -> str:
     """Text of the other side, fit to be printed."""
     return "".join(c if c.isprintable() else " " for c in text[:MAX_TEXT])
-
-
-def _check_anchor(sealed: bytes) -> None:
-    """Raises ValueError for anything but an anchor's length, or nothing."""
-    if len(sealed) not in (0, ANCHOR_BYTES):
-        raise ValueError(f"an anchor of {len(sealed)} bytes; it has {ANCHOR_BYTES}, or none")
 
 
 def check_name(name: str) -> None:

@@ -61,58 +61,18 @@ class Join(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., name: _Optional[str] = ..., process: _Optional[bytes] = ..., private: _Optional[bool] = ..., schema: _Optional[bytes] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "fedlora_version", "run_id", "strategy", "model", "task", "private", "labels", "announce_labels", "max_length", "rounds", "max_participations", "local_steps", "expected_batch", "clip_norm", "wire_dtype", "private_start", "schema", "anchor")
+    __slots__ = ("protocol", "fedlora_version", "schema", "anchor", "run")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
-    RUN_ID_FIELD_NUMBER: _ClassVar[int]
-    STRATEGY_FIELD_NUMBER: _ClassVar[int]
-    MODEL_FIELD_NUMBER: _ClassVar[int]
-    TASK_FIELD_NUMBER: _ClassVar[int]
-    PRIVATE_FIELD_NUMBER: _ClassVar[int]
-    LABELS_FIELD_NUMBER: _ClassVar[int]
-    ANNOUNCE_LABELS_FIELD_NUMBER: _ClassVar[int]
-    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
-    ROUNDS_FIELD_NUMBER: _ClassVar[int]
-    MAX_PARTICIPATIONS_FIELD_NUMBER: _ClassVar[int]
-    LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
-    EXPECTED_BATCH_FIELD_NUMBER: _ClassVar[int]
-    CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
-    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
-    PRIVATE_START_FIELD_NUMBER: _ClassVar[int]
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     ANCHOR_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     fedlora_version: str
-    run_id: str
-    strategy: str
-    model: Model
-    task: str
-    private: bool
-    labels: _containers.RepeatedScalarFieldContainer[str]
-    announce_labels: bool
-    max_length: int
-    rounds: int
-    max_participations: int
-    local_steps: int
-    expected_batch: int
-    clip_norm: float
-    wire_dtype: str
-    private_start: bool
     schema: bytes
     anchor: bytes
-    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., run_id: _Optional[str] = ..., strategy: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., task: _Optional[str] = ..., private: _Optional[bool] = ..., labels: _Optional[_Iterable[str]] = ..., announce_labels: _Optional[bool] = ..., max_length: _Optional[int] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., clip_norm: _Optional[float] = ..., wire_dtype: _Optional[str] = ..., private_start: _Optional[bool] = ..., schema: _Optional[bytes] = ..., anchor: _Optional[bytes] = ...) -> None: ...
-
-class Model(_message.Message):
-    __slots__ = ("name", "weights_sha256", "config_sha256", "tokenizer_sha256")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
-    CONFIG_SHA256_FIELD_NUMBER: _ClassVar[int]
-    TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    weights_sha256: str
-    config_sha256: str
-    tokenizer_sha256: str
-    def __init__(self, name: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., config_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ...) -> None: ...
+    run: RunPlan
+    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., schema: _Optional[bytes] = ..., anchor: _Optional[bytes] = ..., run: _Optional[_Union[RunPlan, _Mapping]] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("labels", "working")

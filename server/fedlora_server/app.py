@@ -6,19 +6,18 @@ import fcntl
 import os
 import signal
 import threading
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from fedlora import data
+from fedlora.config import ServerConfig
 from fedlora.data import Rows
-from fedlora.plan import GOODBYES, MOST_ANNOUNCED, PROTOCOL
+from fedlora.plan import GOODBYES, MOST_ANNOUNCED, PROTOCOL, Proposal
 from fedlora.tasks import task_named
-from fedlora.wire import Setup
 
 from . import checkpoint
 from .anchors import default_place
@@ -40,9 +39,10 @@ from .run_setup import (
     resolved,
     without_effect,
 )
+from .settings import settings
 from .trackers import Trackers, Watched
 
-Listen = Callable[[Setup, Path, Callable[[Event], None]], RegistryEngine]
+Listen = Callable[[Proposal, Path, Callable[[Event], None]], RegistryEngine]
 """Makes the engine from what clients are told, the folder for uploads, and whom to tell of events."""
 
 
@@ -54,7 +54,8 @@ class Served:
     result: FederationResult | None
 
 
-def serve(options: Namespace, console: Console, *, listen: Listen | None = None, run_id: str | None = None) -> Served:
+def serve(options: ServerConfig, console: Console, *, listen: Listen | None = None,
+          run_id: str | None = None) -> Served:
     """Run a federation from the first client to the report.
 
     Args:
@@ -75,10 +76,10 @@ def serve(options: Namespace, console: Console, *, listen: Listen | None = None,
             out.rmdir()
 
 
-def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | None, listen: Listen | None,
+def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished | None, listen: Listen | None,
            run_id: str | None) -> Served:
     if left is not None and left.plan.labels:
-        options = Namespace(**vars(options) | {"labels": options.labels or left.plan.labels})
+        options = replace(options, labels=options.labels or left.plan.labels)
     if listen is None:
         check_address(options.address, insecure=options.insecure)
     rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
@@ -93,6 +94,7 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
                       f"{rows_with}.")
     rows = held_out(options)
     values = planned(options, options.strategy)
+    console.print(settings(options, options.strategy, values))
     for told in without_effect(options):
         console.print(told)
     most = options.max_participations or values.rounds
@@ -106,15 +108,16 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
     if left is not None:
         left.check(federation.plan)
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
-    setup = Setup.of(federation.plan, announce_labels=announced)
+    proposal = Proposal(federation.plan.with_open_labels() if announced else federation.plan)
+    run_id = proposal.plan.run_id
     stop = threading.Event()
     trackers = Trackers(options.trackers, Watched(f"{options.strategy}, {base.reference.name}", out, console,
                                                   resolved(options, options.strategy)))
-    engine = (listen or _grpc(options, left))(setup, out / "uploads", lambda event: _tell(trackers, event))
+    engine = (listen or _grpc(options, left))(proposal, out / "uploads", lambda event: _tell(trackers, event))
     ended = "failed"
     with _stopped_by_signals(stop, console):
         try:
-            console.print(f"Listening on {engine.address}; run {setup.run_id}, results in {out}", soft_wrap=True)
+            console.print(f"Listening on {engine.address}; run {run_id}, results in {out}", soft_wrap=True)
             with trackers:
                 if announced:
                     ended = "labels"
@@ -122,7 +125,7 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
                     ended = "failed"
                     if labels:
                         federation = prepare(options, options.strategy, base, labels, options.seed,
-                                             run_id=setup.run_id, protocol=protocol)
+                                             run_id=run_id, protocol=protocol)
                 if stop.is_set():
                     ended = "stopped"
                     return Served(out, None)
@@ -142,7 +145,7 @@ def _serve(options: Namespace, console: Console, out: Path, left: Unfinished | N
     return Served(out, result)
 
 
-def _left(options: Namespace, listen: Listen | None) -> Unfinished | None:
+def _left(options: ServerConfig, listen: Listen | None) -> Unfinished | None:
     """The run that --resume names."""
     if options.resume is None:
         return None
@@ -170,13 +173,13 @@ def _joined(engine: RegistryEngine, before: Mapping[str, Mapping[str, object]]) 
         "label_names", [])} for name, about in now.items()}}
 
 
-def _grpc(options: Namespace, left: Unfinished | None) -> Listen:
-    return lambda setup, uploads, notify: GrpcEngine(options.address, setup, uploads, insecure=options.insecure,
+def _grpc(options: ServerConfig, left: Unfinished | None) -> Listen:
+    return lambda proposal, uploads, notify: GrpcEngine(options.address, proposal, uploads, insecure=options.insecure,
                                                    notify=notify, under_way=left.under_way if left else None,
                                                    anchors=default_place())
 
 
-def _freeze_labels(engine: RegistryEngine, options: Namespace, held_out: Rows | None, trackers: Trackers,
+def _freeze_labels(engine: RegistryEngine, options: ServerConfig, held_out: Rows | None, trackers: Trackers,
                    stop: threading.Event) -> tuple[str, ...]:
     """The union of the label names that the first --min-clients clients announced; () if stopped before.
 

@@ -121,7 +121,7 @@ def note(folder: Path, record: RoundRecord) -> None:
 
 
 def options_of(folder: Path) -> dict[str, object]:
-    """The options with which the folder's run was begun, as `fedlora.options.read_options` takes them.
+    """The options with which the folder's run was begun, as `fedlora.config.read_config` takes them.
 
     Raises:
         ValueError: the folder holds no run.

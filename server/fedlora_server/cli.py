@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlora.options import SERVER, build_parser, read_options
+from fedlora.config import ServerConfig, read_config
 
 EXIT_CODES = "exit codes: 0 finished, 1 ended for want of clients, 2 wrong input, 130 stopped by a signal"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = build_parser(SERVER, "Coordinate a federated run.")
-    parser.epilog = EXIT_CODES
-    options = read_options(parser, SERVER, argv, begun_with=_begun_with)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["presets"]:
+        from .presets import main as presets
+
+        return presets(argv[1:])
+    options = read_config(ServerConfig, argv, epilog=EXIT_CODES, begun_with=_begun_with)
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own messages say more
     if not options.allow_download:
@@ -41,7 +43,7 @@ def _begun_with(folder: Path) -> dict[str, object]:
     return options_of(folder)
 
 
-def _run(options: Namespace) -> int:
+def _run(options: ServerConfig) -> int:
     from fedlora.console import messages
 
     from .app import serve

@@ -15,8 +15,8 @@ from typing import Protocol
 from flwr.app import Message
 
 from fedlora import wire
-from fedlora.plan import Refusal, Refused, RoundPlan, Tensors
-from fedlora.wire import Key, Repeats, Setup, pb
+from fedlora.plan import Proposal, Refusal, Refused, RoundPlan, Tensors
+from fedlora.wire import Key, Repeats, pb
 
 from .engine import Outcome, node_id
 from .upload_store import Stored
@@ -90,7 +90,7 @@ class _Seat:
     process: bytes
     version: str
     private: bool
-    setup: Setup  # what its process was told
+    proposal: Proposal  # what its process was told
     joined_at: float
     ready_at: float | None = None
     labels: tuple[str, ...] = ()
@@ -111,14 +111,14 @@ class ClientRegistry:
     """Seats by node id.
 
     Args:
-        setup: told to every client that joins, until `fix_labels`.
+        proposal: told to every client that joins, until `fix_labels`.
         notify: called with each Event, from any thread; it must be quick.
         under_way: the round of this run that an earlier server had begun, if any. Clients that work on it go on, and
             can be asked as if they were idle: they have in hand what they will be asked for.
     """
 
-    def __init__(self, setup: Setup, notify: Callable[[Event], None], *, under_way: int | None = None) -> None:
-        self.setup = setup
+    def __init__(self, proposal: Proposal, notify: Callable[[Event], None], *, under_way: int | None = None) -> None:
+        self.proposal = proposal
         self._notify = notify
         self._under_way = under_way
         self._changed = threading.Condition()
@@ -128,7 +128,7 @@ class ClientRegistry:
 
     # What the streams report.
 
-    def join(self, stream: ClientStream, join: pb.Join, told: Setup | None = None) -> Setup:
+    def join(self, stream: ClientStream, join: pb.Join, told: Proposal | None = None) -> Proposal:
         """Give the stream its name's seat.
 
         Args:
@@ -139,7 +139,7 @@ class ClientRegistry:
             Refused: versions, privacy or names do not fit.
             WireError: the name or the token is not one.
         """
-        ours, theirs = self.setup.fedlora_version, wire.clean(join.fedlora_version)
+        ours, theirs = self.proposal.plan.fedlora_version, wire.clean(join.fedlora_version)
         if not wire.is_spoken(join) or ours.split(".")[:2] != theirs.split(".")[:2]:
             raise Refused("version-mismatch", f"the server runs FedLoRA {ours} ({wire.SPOKEN}), the client FedLoRA "
                                               f"{theirs} ({wire.spoken_by(join)}); install the same version")
@@ -149,7 +149,7 @@ class ClientRegistry:
             raise wire.WireError(str(error)) from None
         if len(join.process) != 16:
             raise wire.WireError("the process token does not have 16 bytes")
-        if self.setup.private and not join.private:
+        if self.proposal.plan.private and not join.private:
             raise Refused("privacy-mismatch", "the server runs with --privacy required and this client with "
                                               "--epsilon inf; change one of the two flags")
         with self._changed:
@@ -157,7 +157,7 @@ class ClientRegistry:
             seat = self._seats.get(node)
             again = seat is not None
             if seat is None:
-                seat = _Seat(join.name, node, join.process, theirs, join.private, told or self.setup, time.time())
+                seat = _Seat(join.name, node, join.process, theirs, join.private, told or self.proposal, time.time())
                 self._seats[node] = seat
             elif seat.stream is not None and seat.process != join.process:
                 raise Refused("name-in-use", f"a client named {join.name!r} is connected; choose another --name, or "
@@ -166,11 +166,11 @@ class ClientRegistry:
             elif seat.stream is not None:
                 self._vacate(seat)
             if seat.process != join.process:
-                seat.setup = told or self.setup
+                seat.proposal = told or self.proposal
             stream.name, stream.process = join.name, join.process
             seat.stream, seat.process, seat.version, seat.private = stream, join.process, theirs, join.private
             self._new(Event("rejoined" if again else "joined", seat.name))
-            return seat.setup
+            return seat.proposal
 
     def ready(self, stream: ClientStream, labels: tuple[str, ...], working: Key | None) -> None:
         """The client has read its data; `working` names the request that it still has in hand, if any."""
@@ -178,7 +178,7 @@ class ClientRegistry:
             seat = self._seat(stream)
             if seat is None:
                 return
-            if labels and not seat.setup.announce_labels:
+            if labels and not seat.proposal.announce_labels:
                 raise wire.WireError("labels were announced though nobody asked for them")
             if seat.ready:
                 raise wire.WireError("a client is ready once on a stream")
@@ -266,7 +266,7 @@ class ClientRegistry:
     def fix_labels(self, labels: tuple[str, ...]) -> None:
         """Tell this label set to those who join from now on, and ask them for no label names."""
         with self._changed:
-            self.setup = replace(self.setup, labels=labels, announce_labels=False)
+            self.proposal = replace(self.proposal, plan=replace(self.proposal.plan, labels=labels))
 
     def members(self) -> list[Member]:
         """All that ever joined, those that became ready first in that order."""

@@ -10,8 +10,8 @@ from functools import partial
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedlora.config import ServerConfig, config_from
 from fedlora.console import messages
-from fedlora.options import SERVER, options_from
 
 from .app import serve
 from .superlink_engine import SuperLinkEngine
@@ -27,7 +27,7 @@ def main(grid: Grid, context: Context) -> None:
         ValueError: an option is wrong, or does not fit the others, the model or the data.
         RuntimeError: the run ended early. What was finished is in --out.
     """
-    options = options_from(context.run_config, SERVER, "--run-config")
+    options = config_from(context.run_config, ServerConfig, "--run-config")
     served = serve(options, messages(), listen=partial(SuperLinkEngine, grid), run_id=f"{context.run_id:016x}")
     if served.result is None or served.result.ended != "finished":
         raise RuntimeError(f"the run ended early: {served.result.ended if served.result else 'stopped'}; what was "

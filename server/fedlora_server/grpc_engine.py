@@ -17,7 +17,7 @@ import grpc
 
 from fedlora import wire
 from fedlora.files import allow_open_files
-from fedlora.wire import Setup
+from fedlora.plan import Proposal
 from fedlora_strategies.messages import assume_identity
 
 from .anchors import Anchors
@@ -45,7 +45,7 @@ class GrpcEngine(RegistryEngine):
 
     Args:
         address: host:port; port 0 takes a free one (see `address`).
-        setup: told to every client that joins.
+        proposal: told to every client that joins.
         uploads: folder for uploads that wait to be aggregated; made if absent, emptied of them at the end.
         insecure: allow plaintext beyond this machine.
         max_clients: streams beyond this are turned away by gRPC (RESOURCE_EXHAUSTED).
@@ -55,15 +55,15 @@ class GrpcEngine(RegistryEngine):
         ValueError: the address is not one, is taken, or is not loopback and `insecure` is not set.
     """
 
-    def __init__(self, address: str, setup: Setup, uploads: Path, *, insecure: bool = False, max_clients: int = 512,
-                 notify: Callable[[Event], None] = lambda event: None, under_way: int | None = None,
-                 anchors: Path | None = None) -> None:
+    def __init__(self, address: str, proposal: Proposal, uploads: Path, *, insecure: bool = False,
+                 max_clients: int = 512, notify: Callable[[Event], None] = lambda event: None,
+                 under_way: int | None = None, anchors: Path | None = None) -> None:
         check_address(address, insecure=insecure)
-        assume_identity(setup.run_id)
+        assume_identity(proposal.plan.run_id)
         wire.share_arenas()
         with contextlib.suppress(ValueError):  # it may never come to so many
             allow_open_files(2 * max_clients + OTHER_FILES)
-        super().__init__(setup, uploads, notify, under_way=under_way)
+        super().__init__(proposal, uploads, notify, under_way=under_way)
         self._sessions: set[GrpcSession] = set()
         self._anchors = Anchors(anchors)
         self._lock = threading.Lock()

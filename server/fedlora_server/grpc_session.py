@@ -176,15 +176,15 @@ class GrpcSession:
 
     def _on_join(self, join: pb.Join) -> None:
         try:
-            setup = self._registry.join(self, join)
+            proposal = self._registry.join(self, join)
         except Refused as refused:
             log.warning("A client that calls itself %r was turned away: %s", wire.clean(join.name), refused.refusal)
             self.send([pb.ServerFrame(refused=wire.refusal_to_wire(refused.refusal)).SerializeToString()])
             self.close()
             self._left = True
         else:
-            setup = replace(setup, anchor=self._anchors.newest(self.name))
-            self.send([pb.ServerFrame(welcome=wire.setup_to_wire(setup)).SerializeToString()])
+            proposal = replace(proposal, anchor=self._anchors.newest(self.name))
+            self.send([pb.ServerFrame(welcome=wire.proposal_to_wire(proposal)).SerializeToString()])
 
     def _on_upload(self, upload: pb.Upload) -> None:
         if anchor := wire.anchor_from_wire(upload):  # whatever becomes of the upload: the client let it go
@@ -197,10 +197,10 @@ class GrpcSession:
             if self._registry.expected(self, key) is not None:
                 folder = self._uploads
             wire.check_shapes(shapes, self._trained())
-            metrics = wire.metrics_from_wire(upload, private=self._registry.setup.private)
+            metrics = wire.metrics_from_wire(upload, private=self._registry.proposal.plan.private)
         except Refused as refused:
             refusal = refused.refusal
-        wire_dtype = self._registry.setup.wire_dtype
+        wire_dtype = self._registry.proposal.plan.wire_dtype
         self._upload, self._drained_bytes = _Upload(key, shapes, wire_dtype, metrics, folder, refusal), 0
         if refusal is not None:
             self._refuse(refusal)
@@ -241,7 +241,7 @@ class GrpcSession:
             self._registry.declined(self, refusal)
 
     def _key(self, key: pb.Key) -> Key:
-        return wire.key_from_wire(key, self._registry.setup.run_id)
+        return wire.key_from_wire(key, self._registry.proposal.plan.run_id)
 
     def _refuse(self, refusal: Refusal) -> None:
         """Settle the upload that is coming in; the rest of it is dropped."""

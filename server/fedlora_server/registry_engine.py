@@ -11,8 +11,8 @@ from flwr.app import Message
 
 from fedlora import wire
 from fedlora.adapters import AdapterLayout
-from fedlora.plan import Refusal, Released, RoundPlan, Tensors, Upload
-from fedlora.wire import Setup, Shapes
+from fedlora.plan import Proposal, Refusal, Released, RoundPlan, Tensors, Upload
+from fedlora.wire import Shapes
 from fedlora_strategies.messages import assign_id, read_train_messages, reply
 
 from .client_registry import ClientRegistry, Event, Member, PendingRequest
@@ -23,7 +23,7 @@ class RegistryEngine(Engine):
     """An engine whose clients join by name and take a seat in a `ClientRegistry`. It serves from the moment it is made.
 
     Args:
-        setup: told to every client that joins.
+        proposal: told to every client that joins.
         uploads: folder for uploads that wait to be aggregated.
         notify: called with each `Event`, from any thread; it must be quick.
         under_way: the round that an earlier server of this run had begun, if any (see `ClientRegistry`).
@@ -32,11 +32,11 @@ class RegistryEngine(Engine):
     address: str
     """Where clients find it, for the operator."""
 
-    def __init__(self, setup: Setup, uploads: Path, notify: Callable[[Event], None], *,
+    def __init__(self, proposal: Proposal, uploads: Path, notify: Callable[[Event], None], *,
                  under_way: int | None = None) -> None:
         self._uploads = uploads
-        self._registry = ClientRegistry(setup, notify, under_way=under_way)
-        self._dtype = wire.ARRAY_DTYPES[setup.wire_dtype]
+        self._registry = ClientRegistry(proposal, notify, under_way=under_way)
+        self._dtype = wire.ARRAY_DTYPES[proposal.plan.wire_dtype]
         self._trained: Shapes | None = None
         self._frozen: Shapes = {}
 
@@ -79,10 +79,10 @@ class RegistryEngine(Engine):
     def _order(self, message: Message, plan: RoundPlan, tensors: Tensors) -> PendingRequest:
         if self._trained is None:
             raise ValueError("the engine does not know the layout yet; call expect(layout) before the first message")
-        setup = self._registry.setup
-        if (plan.run.run_id, plan.run.wire_dtype) != (setup.run_id, setup.wire_dtype):
+        run = self._registry.proposal.plan
+        if (plan.run.run_id, plan.run.wire_dtype) != (run.run_id, run.wire_dtype):
             raise ValueError(f"the message is of run {plan.run.run_id} in {plan.run.wire_dtype}; this engine serves "
-                             f"{setup.run_id} in {setup.wire_dtype}")
+                             f"{run.run_id} in {run.wire_dtype}")
         self._registry.name_of(message.metadata.dst_node_id)
         known = {**self._trained, **self._frozen}
         for name in {*tensors, *self._trained}:
@@ -91,7 +91,7 @@ class RegistryEngine(Engine):
                 raise ValueError(f"tensor {name} of the message is {shape}; the layout has {known.get(name, 'none')}")
             if tensors[name].dtype != self._dtype:
                 raise ValueError(f"tensor {name} of the message is {tensors[name].dtype}; in this run "
-                                 f"({setup.wire_dtype}) only {self._dtype.name} travels")
+                                 f"({run.wire_dtype}) only {self._dtype.name} travels")
         message_id = message.metadata.message_id or uuid.uuid4().hex
         assign_id(message, message_id)
         return PendingRequest(message_id, message, message.metadata.dst_node_id, plan, tensors)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ from fedlora import data, models
 from fedlora.adapters import AdaptedModel, all_targets, attach_planned, automatic_targets, initial_tensors
 from fedlora.adapters.public_rows import PREFIX, public_start, read_public
 from fedlora.adapters.sketches import PRIVATE_START
+from fedlora.config import RunConfig, options_of
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
 from fedlora.plan import PROTOCOL, ModelRef, RunPlan, Tensors
@@ -45,7 +46,7 @@ class BaseModel:
         return models.hub_name(self.reference) or str(self.path.resolve())
 
 
-def find_model(options: Namespace) -> BaseModel:
+def find_model(options: RunConfig) -> BaseModel:
     """Resolve --model and refuse a task that it cannot learn; cheap, so that it comes before a port is bound.
 
     Raises:
@@ -57,7 +58,7 @@ def find_model(options: Namespace) -> BaseModel:
     return BaseModel(path, models.reference(options.model, path))
 
 
-def check_start(options: Namespace) -> None:
+def check_start(options: RunConfig) -> None:
     """Raises ValueError where the file of --init public:FILE is no good; cheap, and before anything is trained."""
     _public_rows(options, options.init, options.labels or ())
 
@@ -78,7 +79,7 @@ class Federation:
     start: PrivateStart | None = None
 
 
-def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[str, ...], seed: int, *,
+def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[str, ...], seed: int, *,
             run_id: str | None = None, protocol: int = PROTOCOL) -> Federation:
     """Load the base model, attach the adapters, and draw every tensor that is not in the base checkpoint.
 
@@ -110,7 +111,7 @@ def prepare(options: Namespace, strategy: str, base: BaseModel, labels: tuple[st
     return Federation(plan, adapted, task, state, STRATEGY_CLASSES[strategy](plan, adapted.layout), start)
 
 
-def _public_rows(options: Namespace, init: str | None, labels: tuple[str, ...]) -> data.Rows | None:
+def _public_rows(options: RunConfig, init: str | None, labels: tuple[str, ...]) -> data.Rows | None:
     """The rows of --init public:FILE; None for any other start. In a simulation --data is private, here as there."""
     if init is None or not init.startswith(PREFIX):
         return None
@@ -119,7 +120,7 @@ def _public_rows(options: Namespace, init: str | None, labels: tuple[str, ...]) 
                        allow_download=options.allow_download)
 
 
-def planned(options: Namespace, strategy: str) -> Preset:
+def planned(options: RunConfig, strategy: str) -> Preset:
     """The preset of (strategy, --privacy), with the values that flags override.
 
     Raises:
@@ -153,7 +154,7 @@ def planned(options: Namespace, strategy: str) -> Preset:
     return values
 
 
-def without_effect(options: Namespace) -> list[str]:
+def without_effect(options: RunConfig) -> list[str]:
     """What was asked for and changes nothing in this run, as sentences."""
     private, head = options.privacy == "required", _trains_head(options)
     reasons = {
@@ -169,37 +170,35 @@ def without_effect(options: Namespace) -> list[str]:
             for name in names if getattr(options, name, None) is not None]
 
 
-def _trains_head(options: Namespace) -> bool:
+def _trains_head(options: RunConfig) -> bool:
     return task_named(options.task).has_head and options.head != "freeze"
 
 
-def resolved(options: Namespace, strategy: str) -> dict[str, object]:
+def resolved(options: RunConfig, strategy: str) -> dict[str, object]:
     """The options as a report shows them: the preset's values stand where none were given."""
     return vars(options) | {"strategy": strategy} | dataclasses.asdict(planned(options, strategy))
 
 
-def make_plan(options: Namespace, strategy: str, reference: ModelRef, labels: tuple[str, ...],
+def make_plan(options: RunConfig, strategy: str, reference: ModelRef, labels: tuple[str, ...],
               loaded: LoadedModel, run_id: str, protocol: int = PROTOCOL) -> RunPlan:
     """The plan that options and the preset give together."""
     values = planned(options, strategy)
     named = {("auto",): automatic_targets, ("all",): all_targets, ("none",): lambda model: ()}
     targets = named[values.targets](loaded.model) if values.targets in named else values.targets
     private = options.privacy == "required"
-    return RunPlan(
-        run_id=run_id, fedlora_version=fedlora.__version__, strategy=strategy,
-        family=STRATEGY_CLASSES[strategy].family, private=private, model=reference, task=options.task, labels=labels,
-        max_length=options.max_length, rank=values.rank, alpha=values.alpha,
-        targets=targets,
-        train_head=_trains_head(options), dropout=options.dropout,
-        rounds=values.rounds, max_participations=options.max_participations or values.rounds,
-        local_steps=values.local_steps, expected_batch=values.batch_size, optimizer=values.optimizer, lr=values.lr,
-        clip_norm=values.clip_norm, adapter_scale=1.0, head_scale=values.head_scale, weight_by_examples=not private,
-        lr_schedule=values.lr_schedule, wire_dtype=options.wire_dtype,
-        adjustment="" if options.adjustment == "none" else options.adjustment,
-        private_start=values.init == PRIVATE_START, protocol=protocol)
+    as_given = {option.plan: getattr(values, name, getattr(options, name))
+                for name, option in options_of(type(options)).items() if option.plan}
+    made: dict[str, Any] = {
+        "run_id": run_id, "fedlora_version": fedlora.__version__, "strategy": strategy,
+        "family": STRATEGY_CLASSES[strategy].family, "private": private, "model": reference, "labels": labels,
+        "targets": targets, "train_head": _trains_head(options),
+        "max_participations": options.max_participations or values.rounds, "adapter_scale": 1.0,
+        "adjustment": "" if options.adjustment == "none" else options.adjustment,
+        "weight_by_examples": not private, "private_start": values.init == PRIVATE_START, "protocol": protocol}
+    return RunPlan(**as_given | made)
 
 
-def held_out(options: Namespace) -> Rows | None:
+def held_out(options: RunConfig) -> Rows | None:
     """The rows of --eval-data, checked; None without it.
 
     Raises:

@@ -22,8 +22,8 @@ from flwr.serverapp import Grid
 
 from fedlora import wire
 from fedlora.adapters import AdapterLayout
-from fedlora.plan import MOST_ANNOUNCED, Refusal, Refused, Upload
-from fedlora.wire import Key, Setup, pb
+from fedlora.plan import MOST_ANNOUNCED, Proposal, Refusal, Refused, Upload
+from fedlora.wire import Key, pb
 from fedlora_strategies.messages import is_undelivered, join_message, read_join_reply, read_reply, train_message
 
 from .client_registry import Event, PendingRequest
@@ -42,7 +42,7 @@ REPLIES_AT_ONCE = 8
 class _Node:
     """A SuperNode as the registry's `Stream`. `name` is empty until it has joined."""
 
-    def __init__(self, flower_id: int, told: Setup, outgoing: SimpleQueue[tuple[_Node, PendingRequest]]) -> None:
+    def __init__(self, flower_id: int, told: Proposal, outgoing: SimpleQueue[tuple[_Node, PendingRequest]]) -> None:
         self.flower_id, self.told = flower_id, told
         self.name, self.process = "", b""
         self.cancelled: Key | None = None
@@ -64,16 +64,16 @@ class SuperLinkEngine(RegistryEngine):
 
     Args:
         grid: of the ServerApp; used by this engine alone.
-        setup: what each node is told when it is asked to join; `run_id` is the plan's, not Flower's.
+        proposal: what each node is told when it is asked to join; `run_id` is the plan's, not Flower's.
         uploads: folder for uploads that wait to be aggregated; made if absent, emptied of them at the end.
         notify: called with each `Event`, from any thread; it must be quick.
     """
 
     address = "Flower's SuperLink"
 
-    def __init__(self, grid: Grid, setup: Setup, uploads: Path, notify: Callable[[Event], None]) -> None:
-        super().__init__(setup, uploads, notify)
-        self._grid, self._notify, self._wire_dtype = grid, notify, setup.wire_dtype
+    def __init__(self, grid: Grid, proposal: Proposal, uploads: Path, notify: Callable[[Event], None]) -> None:
+        super().__init__(proposal, uploads, notify)
+        self._grid, self._notify, self._wire_dtype = grid, notify, proposal.plan.wire_dtype
         self._layout: AdapterLayout | None = None
         self._nodes: dict[int, _Node] = {}
         self._outgoing: SimpleQueue[tuple[_Node, PendingRequest]] = SimpleQueue()
@@ -116,8 +116,8 @@ class SuperLinkEngine(RegistryEngine):
         for flower_id in self._nodes.keys() - present:
             self._lose(self._nodes[flower_id])
         for flower_id in sorted(present - self._nodes.keys()):
-            node = self._nodes[flower_id] = _Node(flower_id, self._registry.setup, self._outgoing)
-            welcome = pb.ServerFrame(welcome=wire.setup_to_wire(node.told)).SerializeToString()
+            node = self._nodes[flower_id] = _Node(flower_id, self._registry.proposal, self._outgoing)
+            welcome = pb.ServerFrame(welcome=wire.proposal_to_wire(node.told)).SerializeToString()
             self._post(node, None, join_message(welcome, flower_id))
 
     def _lose(self, node: _Node) -> None:
@@ -201,7 +201,7 @@ class SuperLinkEngine(RegistryEngine):
         self._registry.expected(node, key)
         assert self._layout is not None
         self._layout.check(upload.tensors, "trained")
-        metrics = wire.metrics_from_wire(wire.upload_to_wire(upload), private=self._registry.setup.private)
+        metrics = wire.metrics_from_wire(wire.upload_to_wire(upload), private=self._registry.proposal.plan.private)
         self._registry.count(node, up=wire.size_of(wire.shapes_of(upload.tensors), self._wire_dtype))
         arrays = wire.packed(upload.tensors, self._wire_dtype)
         return store(new_upload(self._uploads), arrays, self._wire_dtype, metrics)

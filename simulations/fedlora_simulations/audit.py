@@ -13,10 +13,10 @@ import json
 import math
 import sys
 import time
-from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,9 +26,10 @@ from rich.table import Table
 
 from fedlora import data
 from fedlora.adapters.sketches import PRIVATE_START
+from fedlora.config import SimulationConfig, build_parser, option, read_config, values
+from fedlora.config.option import PRIVACY, RUN
 from fedlora.console import messages
 from fedlora.data import Rows
-from fedlora.options import SIMULATE, build_parser, read_options
 from fedlora.plan import Refused
 from fedlora.privacy import Accountant, Budget, Ledger, nominal_size
 from fedlora.tasks import read
@@ -54,6 +55,22 @@ FIXED = ("privacy", "task", "seeds", "clients", "partition", "eval_data", "local
          "clients_per_round", "min_replies", "max_participations", "dropout", "privacy_unit", "workers",
          "batch_clients", "engine", "ray_address")
 """Options of a simulation that an audit sets itself: one client, one step of SGD a round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig(SimulationConfig):
+    """Plant canaries in one client's data, attack what it releases, and say how much privacy it lost at least. Most
+    options are those of a simulation."""
+
+    forms: ClassVar[tuple[str, ...]] = ("fedlora-simulate audit --data DIR_OR_FILE [options]",)
+
+    canaries: str = option("text", "text: random words with a random label; gradient: a chosen gradient in place of a "
+                           "record's own, the strongest there is", PRIVACY, choices=KINDS, place=1)
+    count: int = option(1000, "canaries, of which about half get in; fewer than 1000 show little", PRIVACY,
+                        values.number(int, 100), place=1)
+    rows: int = option(500, "most of the client's own rows", RUN, values.count, place=1)
+    seed: int = option(0, "of everything", RUN, values.natural, place=1)
+    json: bool = option(False, "print JSON instead of a table", RUN, None)
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,7 @@ class Audit:
                                "included": [bool(i) for i in self.included]}
 
 
-def run_audit(options: Namespace, base: BaseModel, *, private: bool) -> Audit:
+def run_audit(options: AuditConfig, base: BaseModel, *, private: bool) -> Audit:
     """Train one client with canaries in its data, and attack what it releases.
 
     Args:
@@ -158,8 +175,9 @@ def run_audit(options: Namespace, base: BaseModel, *, private: bool) -> Audit:
         scores=watched.evidence, included=canaries.included)
 
 
-def _client_rows(options: Namespace) -> tuple[Rows, tuple[str, ...]]:
+def _client_rows(options: AuditConfig) -> tuple[Rows, tuple[str, ...]]:
     """The audited client's own labelled rows, at most --rows of them drawn by the seed, and the label set."""
+    assert options.data is not None, "checked when the options were read"
     rows = read(options.data, options.task, columns=options.column, allow_download=options.allow_download)
     labels = options.labels or data.label_names(rows)
     if len(labels) < 2:
@@ -170,20 +188,19 @@ def _client_rows(options: Namespace) -> tuple[Rows, tuple[str, ...]]:
     return rows.take(drawn), labels
 
 
-def _settled(options: Namespace, method: Method, size: int, private: bool) -> Namespace:
+def _settled(options: AuditConfig, method: Method, size: int, private: bool) -> AuditConfig:
     """The options of one run: with and without privacy alike, the preset of the private case stands for what is
     not given, and the batch is as large as the budget allows, where an update tells most."""
-    given = vars(options) | {"privacy": "required", "init": method.init or options.init}
-    values = planned(Namespace(**given), method.strategy)
+    options = replace(options, privacy="required", init=method.init or options.init)
+    values = planned(options, method.strategy)
     most = Budget.declare(size, epsilon=1.0, declared_size=size, delta=options.delta)
     batch = options.batch_size or max(1, math.floor(most.max_sampling_rate * size))
     most.sampling_rate(batch)
-    return Namespace(**given | {
-        "privacy": "required" if private else "off", "epsilon": options.epsilon if private else math.inf,
-        "declared_size": size, "rank": values.rank, "alpha": values.alpha, "init": values.init,
-        "targets": values.targets, "clip_norm": values.clip_norm, "head_scale": values.head_scale,
-        "batch_size": batch, "rounds": options.rounds or ROUNDS, "lr": options.lr or LR, "local_steps": 1,
-        "optimizer": "sgd", "lr_schedule": "constant"})
+    return replace(
+        options, privacy="required" if private else "off", epsilon=options.epsilon if private else math.inf,
+        declared_size=size, rank=values.rank, alpha=values.alpha, init=values.init, targets=values.targets,
+        clip_norm=values.clip_norm, head_scale=values.head_scale, batch_size=batch, rounds=options.rounds or ROUNDS,
+        lr=options.lr or LR, local_steps=1, optimizer="sgd", lr_schedule="constant")
 
 
 def show(audits: Sequence[Audit]) -> Table:
@@ -240,15 +257,11 @@ def plot(path: Path, audits: Sequence[Audit]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def parser_and_options(argv: Sequence[str]) -> Namespace:
-    """All options of a simulation, and the audit's own; a bad value ends the process with code 2."""
-    parser = build_parser(SIMULATE, "Plant canaries in one client's data, attack what it releases, and say how much "
-                                    "privacy it lost at least. Most options are those of a simulation.")
-    parser.prog = "fedlora-simulate audit"
-    _add_own(parser)
-    options = read_options(parser, SIMULATE, argv)
-    plain = vars(read_options(parser, SIMULATE, []))
-    changed = [key for key in FIXED if key in plain and getattr(options, key) != plain[key]]
+def read_audit_config(argv: Sequence[str]) -> AuditConfig:
+    """The options of an audit; a bad value ends the process with code 2."""
+    options, plain = read_config(AuditConfig, argv), AuditConfig()
+    parser = build_parser(AuditConfig)
+    changed = [key for key in FIXED if getattr(options, key) != getattr(plain, key)]
     if changed:
         parser.error(f"--{changed[0].replace('_', '-')} is set by the audit itself: one client, one step of SGD a "
                      "round, with and without privacy. Leave it out" + (" (--seed S)" if changed[0] == "seeds" else ""))
@@ -260,23 +273,12 @@ def parser_and_options(argv: Sequence[str]) -> Namespace:
         parser.error(f"--init {PRIVATE_START} is a release of its own, which is not attacked; choose another start")
     if math.isinf(options.epsilon):
         parser.error("--epsilon inf: the run without privacy is done anyway; give the ε whose claim is audited")
-    if options.count < 100 or options.rows < 1 or options.seed < 0:
-        parser.error("--count must be at least 100 (1000 or more to see much), --rows at least 1, --seed at least 0")
     return options
-
-
-def _add_own(parser: ArgumentParser) -> None:
-    parser.add_argument("--canaries", choices=KINDS, default="text", help="text: random words with a random label; "
-                        "gradient: a chosen gradient in place of a record's own, the strongest there is [text]")
-    parser.add_argument("--count", type=int, default=1000, help="canaries; about half of them get in [1000]")
-    parser.add_argument("--rows", type=int, default=500, help="most of the client's own rows [500]")
-    parser.add_argument("--seed", type=int, default=0, help="of everything [0]")
-    parser.add_argument("--json", action="store_true", default=False, help="print JSON instead of a table")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0 nothing refuted, 1 the claim is refuted, 2 wrong input."""
-    options = parser_and_options(argv)
+    options = read_audit_config(argv)
     console = messages()
     try:
         base = find_model(options)

@@ -10,12 +10,11 @@ import shutil
 import signal
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.config import SimulationConfig, read_config
 
 if TYPE_CHECKING:  # --help needs none of them
     from rich.console import Console
@@ -37,12 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .audit import main as audit
 
         return audit(argv[1:])
-    parser = build_parser(SIMULATE, "Simulate federations: every method on the same split, seed by seed.")
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
-    parser.epilog = ("fedlora-simulate bench --help: what privacy and federation cost in time and memory; "
-                     "fedlora-simulate audit --help: an empirical lower bound on ε. "
-                     "Exit codes: 0 done, 1 a worker process was lost, 2 wrong input, 130 interrupted")
-    options = read_options(parser, SIMULATE, argv)
+    epilog = ("fedlora-simulate bench --help: what privacy and federation cost in time and memory; "
+              "fedlora-simulate audit --help: an empirical lower bound on ε. "
+              "Exit codes: 0 done, 1 a worker process was lost, 2 wrong input, 130 interrupted")
+    options = read_config(SimulationConfig, argv, epilog=epilog)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     clients = logging.getLogger("fedlora_client")
@@ -60,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         clients.setLevel(level)
 
 
-def _run(options: Namespace) -> int:
+def _run(options: SimulationConfig) -> int:
     from fedlora.plan import Refused
 
     from .worker import WorkerLost
@@ -79,7 +77,7 @@ def _run(options: Namespace) -> int:
         return 2
 
 
-def run(options: Namespace) -> int:
+def run(options: SimulationConfig) -> int:
     """Run every method with every seed and compare."""
     from rich.console import Console
 
@@ -88,6 +86,7 @@ def run(options: Namespace) -> int:
     from fedlora.training import check_computing
     from fedlora_server.folders import claim_folder
     from fedlora_server.run_setup import check_start, find_model, planned, prepare, without_effect
+    from fedlora_server.settings import settings
 
     from .comparison import save, summarize, table
     from .population import Method, check_sizes, populate
@@ -112,6 +111,9 @@ def run(options: Namespace) -> int:
     for method in methods[1:]:  # the first one's turn comes at once
         prepare(method.options(options), method.strategy, base, first.labels, options.seeds[0])
     out = claim_folder(options.out, "simulation")
+    for method in methods:
+        own = method.options(options)
+        console.print(settings(own, method.strategy, planned(own, method.strategy)))
     for told in without_effect(options):
         console.print(told)
     if options.eval_data is None:
@@ -134,7 +136,7 @@ def run(options: Namespace) -> int:
     return 0
 
 
-def _run_one(options: Namespace, method: Method, seed: int, base: BaseModel, population: Population, out: Path,
+def _run_one(options: SimulationConfig, method: Method, seed: int, base: BaseModel, population: Population, out: Path,
              console: Console) -> Simulated:
     """One method with one seed, into a folder of its own below `out`."""
     from fedlora_server.run_setup import resolved

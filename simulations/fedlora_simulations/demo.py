@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.config import SimulationConfig, read_config
 from fedlora.plan import STRATEGIES, Refused
 from fedlora.privacy import Ledger
 from fedlora_server.folders import claim_folder
@@ -126,7 +126,7 @@ def _head_alone(strategy: str, seed: int, out: Path, held_out: Path) -> float:
 
     arguments = [f"--strategy={strategy}", f"--epsilon={EPSILON}", "--partition=files", f"--data={out / 'data'}",
                  f"--eval-data={held_out}", *_training(strategy), "--targets=none", "--eval-every=1000"]
-    options = read_options(build_parser(SIMULATE, ""), SIMULATE, arguments)
+    options = read_config(SimulationConfig, arguments)
     done = simulate(options, Method.parse(strategy), seed, find_model(options), populate(options, seed))
     return done.result.records[-1].evaluation["accuracy"]
 

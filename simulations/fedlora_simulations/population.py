@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from fedlora import data
+from fedlora.config import SimulationConfig
 from fedlora.data import Rows
 from fedlora.plan import ROW, unit_column
 from fedlora.tasks import Records, Task, read, task_named
@@ -34,9 +34,9 @@ class Method:
         strategy, _, init = text.partition(":")
         return cls(strategy, init or None)
 
-    def options(self, options: Namespace) -> Namespace:
+    def options(self, options: SimulationConfig) -> SimulationConfig:
         """With this method's start in place of --init."""
-        return Namespace(**vars(options) | ({"init": self.init} if self.init else {}))
+        return replace(options, init=self.init or options.init)
 
     def __str__(self) -> str:
         return self.strategy + (f":{self.init}" if self.init else "")
@@ -59,7 +59,7 @@ class Population:
     held_out: Rows | None
     _encoded: dict[str, Records] = field(default_factory=dict)
 
-    def dealt(self, options: Namespace, seed: int) -> Population:
+    def dealt(self, options: SimulationConfig, seed: int) -> Population:
         """The same rows, as they are dealt with another seed."""
         return Population(self.rows, _deal(options, self.rows, seed), self.labels, self.held_out)
 
@@ -78,7 +78,7 @@ class Population:
         return self._encoded
 
 
-def populate(options: Namespace, seed: int) -> Population:
+def populate(options: SimulationConfig, seed: int) -> Population:
     """Read --data and --eval-data, and deal the former out by --partition, but for rows that lack a label.
 
     Raises:
@@ -96,7 +96,7 @@ def populate(options: Namespace, seed: int) -> Population:
     return Population(rows, _deal(options, rows, seed), labels, held_out(options))
 
 
-def check_sizes(options: Namespace, methods: Sequence[Method], population: Population, seed: int) -> None:
+def check_sizes(options: SimulationConfig, methods: Sequence[Method], population: Population, seed: int) -> None:
     """Refuse what a client would, before anything is trained for hours.
 
     Raises:
@@ -115,7 +115,7 @@ def check_sizes(options: Namespace, methods: Sequence[Method], population: Popul
                                  f"{error}. Lower --batch-size, or deal them more evenly (--partition)") from None
 
 
-def _deal(options: Namespace, rows: Rows, seed: int) -> dict[str, np.ndarray]:
+def _deal(options: SimulationConfig, rows: Rows, seed: int) -> dict[str, np.ndarray]:
     """Client name → its rows' indices. All rows of one unit go to the same client, but where files are the clients."""
     if options.partition == "files":
         stems = [Path(file).stem for file in rows.files]

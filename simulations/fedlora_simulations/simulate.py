@@ -7,7 +7,6 @@ import logging
 import math
 import secrets
 import time
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,6 +16,7 @@ import torch
 
 from fedlora.adapters import attach_planned
 from fedlora.adapters.sketches import sketch_plan
+from fedlora.config import SimulationConfig
 from fedlora.files import allow_open_files
 from fedlora.models import load
 from fedlora.plan import ROW, Tensors
@@ -67,7 +67,7 @@ class Simulated:
     seconds: float
 
 
-def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, population: Population, *,
+def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseModel, population: Population, *,
              observer: Observer | None = None, out: Path | None = None) -> Simulated:
     """Run one method with one seed to its end.
 
@@ -118,7 +118,7 @@ def simulate(options: Namespace, method: Method, seed: int, base: BaseModel, pop
     return simulated
 
 
-def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer: Trainer,
+def _engine(options: SimulationConfig, federation: Federation, base: BaseModel, trainer: Trainer,
             make_sketch_trainer: Callable[[], Trainer], sessions: Mapping[str, ClientSession],
             count: int) -> InProcessEngine:
     """Args: count: of workers."""
@@ -137,7 +137,7 @@ def _engine(options: Namespace, federation: Federation, base: BaseModel, trainer
     return WorkerEngine(sessions, run_id, layout, workers, group=options.batch_clients)
 
 
-def _threads(options: Namespace, workers: int) -> int:
+def _threads(options: SimulationConfig, workers: int) -> int:
     """Of whoever trains: each of so many workers, or this process."""
     if options.threads is not None:
         return options.threads
@@ -146,12 +146,12 @@ def _threads(options: Namespace, workers: int) -> int:
     return 1 if options.ray_address else threads_each(workers)
 
 
-def compiles_here(options: Namespace) -> bool:
+def compiles_here(options: SimulationConfig) -> bool:
     """Ray's workers may have GPUs where this process has none."""
     return options.compile and options.engine != "ray"
 
 
-def sketch_trainer(options: Namespace, federation: Federation, base: BaseModel) -> Trainer:
+def sketch_trainer(options: SimulationConfig, federation: Federation, base: BaseModel) -> Trainer:
     """Of the round before the first, on a base model of its own; where workers train, this process needs none."""
     plan = sketch_plan(federation.plan)
     adapted = attach_planned(load(base.path, plan.task, len(plan.labels)), plan)
@@ -159,7 +159,7 @@ def sketch_trainer(options: Namespace, federation: Federation, base: BaseModel) 
                    micro_batch=options.micro_batch, threads=options.threads, compiled=compiles_here(options))
 
 
-def make_sessions(options: Namespace, federation: Federation, trainer: Trainer, records: Mapping[str, Records],
+def make_sessions(options: SimulationConfig, federation: Federation, trainer: Trainer, records: Mapping[str, Records],
                   seed: int, ledger: Ledger, make_sketch_trainer: Callable[[], Trainer] | None = None,
                   sizes: Mapping[str, int] | None = None) -> dict[str, ClientSession]:
     """A session for each client; all share the trainers, the cache of frozen tensors and a simulated ledger.

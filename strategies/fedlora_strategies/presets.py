@@ -55,6 +55,11 @@ PRESETS: Mapping[tuple[str, bool], Preset] = {
 }
 
 
+def presets() -> Mapping[tuple[str, bool], Preset]:
+    """(strategy, private) → its preset, of all that there are."""
+    return PRESETS
+
+
 def preset(strategy: str, private: bool, init: str | None = None) -> Preset:
     """The preset of a strategy, with or without privacy.
 

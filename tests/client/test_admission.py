@@ -18,6 +18,7 @@ from fedlora.privacy import Budget, Ledger, Policy, RunTerms, four_digits
 from fedlora_client.admission import Cost, panel
 from fedlora_client.state import FolderState
 from tests.driven_server import Server
+from tests.fedlora.test_plan import make_plan
 from tests.processes import PATIENCE
 
 DELTA, RATE, STEPS, ROUNDS = 1e-5, 0.05, 4, 10
@@ -46,7 +47,7 @@ def begin(ledger, terms, rounds=1):
 
 def shown(cost):
     console = Console(width=100, file=StringIO())
-    console.print(panel(cost, "north", "1,000 records"))
+    console.print(panel(cost, "north", "1,000 records", make_plan()))
     return console.file.getvalue()
 
 

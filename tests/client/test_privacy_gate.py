@@ -1,20 +1,19 @@
 """The owner's side of a client: the first use writes the policy, and everything later is held against it."""
 
 import math
-from argparse import Namespace
 
 import pytest
 
+from fedlora.config import ClientConfig, read_config
 from fedlora.console import messages
-from fedlora.options import CLIENT, build_parser, read_options
-from fedlora.plan import ModelRef, Refused
+from fedlora.plan import Proposal, Refused
 from fedlora.privacy import Budget, Ledger, LedgerError, Policy, RunTerms
 from fedlora.privacy.ledger.anchor import seal
 from fedlora.tasks import read
-from fedlora.wire import Setup
 from fedlora_client import paths
 from fedlora_client.participation import DataHolder
 from fedlora_client.privacy_gate import PrivacyGate, limits_of, unit_count
+from tests.fedlora.test_plan import make_plan
 from tests.processes import write_rows
 
 BUDGET = Budget.declare(120, epsilon=8.0)
@@ -32,9 +31,7 @@ def north(tmp_path):
 
 
 def options(path, **changes):
-    return Namespace(**{"data": str(path), "epsilon": 8.0, "delta": None, "declared_size": None, "max_clip_norm": None,
-                        "policy": None, "new_ledger": False, "simulated_ledger": None, "privacy_unit": None,
-                        "rows_per_unit": 8, "server": "127.0.0.1:9092", "labels": None} | changes)
+    return ClientConfig(data=str(path), **changes)
 
 
 def opened(path, budget=BUDGET, unit=None, **changes):
@@ -214,21 +211,18 @@ def test_the_proposal_is_held_against_the_policy_before_the_data_is_read(tmp_pat
     path = tmp_path / "policy.toml"
     path.write_text('strategies = ["fedsvd"]\n')
     owner = PrivacyGate(options(tmp_path / "not-there", policy=path))
-    setup = Setup(run_id="ab" * 8, fedlora_version="0", strategy="fed-sb", private=True,
-                  model=ModelRef("local", "0" * 64, "1" * 64, "2" * 64), task="classification", labels=("0", "1"),
-                  announce_labels=False, max_length=16, rounds=1, max_participations=1, local_steps=1,
-                  expected_batch=1, clip_norm=1.0)
+    proposal = Proposal(make_plan(strategy="fed-sb"))
     with pytest.raises(Refused) as refused:
-        owner.check_proposal(setup)
+        owner.check_proposal(proposal)
     assert str(refused.value.refusal.code) == "policy" and not refused.value.refusal.detail
     assert "strategies" in caplog.text and str(path) in caplog.text
 
 
 def test_a_mistyped_data_set_is_named_before_a_server_is_called_or_a_file_is_made(tmp_path):
-    given = read_options(build_parser(CLIENT, ""), CLIENT, [f"--data={tmp_path / 'typo.jsonl'}"])
+    given = read_config(ClientConfig, [f"--data={tmp_path / 'typo.jsonl'}"])
     with pytest.raises(ValueError, match=r"typo\.jsonl does not exist"):
         DataHolder.of(given, messages())
-    given = read_options(build_parser(CLIENT, ""), CLIENT, [f"--data={tmp_path}", f"--model={tmp_path / 'nowhere'}"])
+    given = read_config(ClientConfig, [f"--data={tmp_path}", f"--model={tmp_path / 'nowhere'}"])
     with pytest.raises(ValueError, match=r"--model .*nowhere is no folder"):
         DataHolder.of(given, messages())
     assert list(tmp_path.iterdir()) == []

@@ -10,10 +10,10 @@ import fedlora
 from fedlora import models
 from fedlora.adapters import attach, initial_tensors
 from fedlora.adapters.sketches import sketch_layout, sketch_tensors
-from fedlora.options import CLIENT, options_from
-from fedlora.plan import ModelRef, Refusal, RoundPlan, RunPlan, Upload
+from fedlora.config import ClientConfig, config_from
+from fedlora.plan import ModelRef, Proposal, Refusal, RoundPlan, RunPlan, Upload
 from fedlora.privacy import Ledger
-from fedlora.wire import Setup, tensors_digest
+from fedlora.wire import tensors_digest
 from fedlora_client.supernode import SuperNodeClient
 from tests.processes import write_rows
 
@@ -34,10 +34,10 @@ class Node:
                          targets=("query",), train_head=True)
         self.state = initial_tensors(adapted, init="orthonormal", seed=0)
         self.layout, self.sketches = adapted.layout, sketch_layout(adapted.layout, adapted.missing)
-        self.options = options_from({
+        self.options = config_from({
             "server": "SuperLink", "data": str(write_rows(folder / "north.jsonl", 0)), "name": "north", "epsilon": 200,
             "model": str(checkpoint), "state": str(folder / "state"), "threads": 1, "device": "cpu",
-            "precision": "fp32", "yes": True, "declared-size": 120}, CLIENT, "--node-config")
+            "precision": "fp32", "yes": True, "declared-size": 120}, ClientConfig, "--node-config")
 
     def ask(self, round, attempt=0, **changes):
         layout = self.layout if round else self.sketches
@@ -67,13 +67,13 @@ def charges(tmp_path):
 
 
 def test_a_supernode_compiles_nothing(node):
-    node.options.compile = True
+    options = dataclasses.replace(node.options, compile=True)
     with pytest.raises(ValueError, match="--compile: a SuperNode starts a process for each message"):
-        SuperNodeClient(node.options)
+        SuperNodeClient(options)
 
 
 def test_a_supernode_follows_no_plan_but_the_one_that_its_run_began_with(node, tmp_path):
-    announced = Setup.of(node.plan)
+    announced = Proposal(node.plan)
     assert SuperNodeClient(node.options).join(announced) == ()
     assert node.ask(0) == Refusal("policy")  # a start from private rows, which the run was not to have
     first = node.ask(1)

@@ -1,7 +1,6 @@
 """A start from public rows: the gradient is the loss's own, and its singular vectors are the fixed factors."""
 
 import json
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,8 +9,8 @@ import torch
 from fedlora import models
 from fedlora.adapters import attach, automatic_targets, initial_tensors
 from fedlora.adapters.public_rows import ROWS, mean_gradients, public_start, read_public
+from fedlora.config import ServerConfig, SimulationConfig, read_config
 from fedlora.data import Rows
-from fedlora.options import SERVER, SIMULATE, build_parser, read_options
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.classification import Classification
 from fedlora_server.run_setup import find_model, prepare
@@ -160,8 +159,8 @@ def test_a_bad_public_file_is_found_before_anything_starts(checkpoint, tmp_path)
             find_model(simulated(checkpoint, private, init))
 
 
-def simulated(checkpoint, private, init) -> Namespace:
-    return read_options(build_parser(SIMULATE, ""), SIMULATE, [
+def simulated(checkpoint, private, init) -> SimulationConfig:
+    return read_config(SimulationConfig, [
         f"--model={checkpoint('bert')}", f"--data={private}", f"--init={init}", "--rank=2", "--max-length=32"])
 
 
@@ -170,7 +169,7 @@ def simulated(checkpoint, private, init) -> Namespace:
     ("public:", "name the file"), ("gaussian", "choose kaiming, orthonormal, weight, public:FILE or dp")])
 def test_a_start_that_would_release_private_rows_is_refused_by_name(capsys, text, names):
     with pytest.raises(SystemExit) as exit_:
-        read_options(build_parser(SERVER, ""), SERVER, [f"--init={text}"])
+        read_config(ServerConfig, [f"--init={text}"])
     message = capsys.readouterr().err
     assert exit_.value.code == 2 and names in message and "public:FILE" in message
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.config import ClientConfig, read_config
 from fedlora.data import normalize_label, normalize_unit
-from fedlora.options import CLIENT, build_parser, read_options
 from fedlora.privacy import DatasetPolicy
 from fedlora.tasks import read
 from tests.fedlora.data_files import SECRET, refusal, write, write_lines
@@ -60,7 +60,7 @@ def test_one_patient_is_one_unit_and_one_declared_label_however_they_are_spelled
     assert set(rows.units) == set(rows.labels) == {"7"}
     declared = DatasetPolicy("a", "a", 1.0, 1e-5, labels=("\uff17", "8"))
     assert declared.labels == ("7", "8")
-    given = read_options(build_parser(CLIENT, ""), CLIENT, ["--labels=\uff17\u200b,8"])
+    given = read_config(ClientConfig, ["--labels=\uff17\u200b,8"])
     assert given.labels == ("7", "8")
 
 

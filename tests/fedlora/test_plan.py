@@ -8,6 +8,7 @@ import pytest
 from fedlora.plan import (
     REFUSALS,
     ModelRef,
+    Proposal,
     Refusal,
     RoundPlan,
     RunPlan,
@@ -42,16 +43,41 @@ def test_plans_survive_flat_scalars():
     ("rank", 10**6), ("labels", tuple(map(str, range(10**4)))),
     ("rank", 0), ("lr", -1.0), ("lr", float("nan")), ("clip_norm", float("inf")), ("clip_norm", 1e-30),
     ("adapter_scale", 1e-30), ("head_scale", float("nan")), ("local_steps", 10**6), ("dropout", 1.0), ("rounds", 0),
-    ("run_id", "AB" * 8), ("strategy", "a\nb"), ("strategy", ""),
-        ("family_options", (("blocks", math.inf),)), ("family_options", (("b", 1.0), ("a", 1.0))),
-        ("ranks", (("q", 0),)), ("ranks", (("q", 1), ("q", 2))),
-    ("task", "chess"), ("optimizer", "lion"), ("labels", ("a",)),
+    ("run_id", "AB" * 8), ("strategy", "a\nb"), ("strategy", ""), ("family", "a\nb"), ("task", "a" * 65),
+    ("family_options", (("blocks", math.inf),)), ("family_options", (("b", 1.0), ("a", 1.0))), ("ranks", (("q", 0),)),
+    ("ranks", (("q", 1), ("q", 2))), ("optimizer", ""), ("adjustment", "\n"), ("labels", ("a",)),
     ("labels", ("a", "a")), ("targets", ("q", "q")), ("weight_by_examples", True), ("lr_schedule", "cosine"),
     ("wire_dtype", "int8"), ("labels", ("a", "\x1b[2J")), ("targets", ("query", "a\nb")),
     ("fedlora_version", "0.1\x07")])
 def test_a_value_that_cannot_be_is_refused_by_its_name(field, value):
     with pytest.raises(ValueError, match=field):
         make_plan(**{field: value})
+
+
+def test_labels_may_be_open_until_a_round():
+    plan = make_plan(labels=())
+    assert plan.labels_open and make_plan().with_open_labels() == plan and not make_plan().labels_open
+    assert not make_plan(task="causal-lm", labels=(), train_head=False).labels_open
+    with pytest.raises(ValueError, match="labels are open"):
+        RoundPlan(plan, 1, 0, "d" * 64)
+
+
+def test_a_proposal_is_broken_by_any_value_but_labels_that_were_open():
+    open_labels, fixed = Proposal(make_plan().with_open_labels()), Proposal(make_plan())
+    assert open_labels.broken_by(make_plan()) == fixed.broken_by(make_plan()) == []
+    assert open_labels.broken_by(make_plan(labels=("b", "c"))) == []
+    assert fixed.broken_by(make_plan(labels=("b", "c"))) == ["labels"]
+    others = {"run_id": "cd" * 8, "model": ModelRef("minilm", "d" * 64, "b" * 64, "c" * 64), "private": False,
+              "lr_schedule": "linear", "private_start": True, "train_head": False, "targets": ("value",),
+              "family_options": (("k", 1.0),), "ranks": (("a", 3),), "dropout": 0.1, "wire_dtype": "bf16",
+              "protocol": 5, "optimizer": "adamw"}
+    for name in {field.name for field in dataclasses.fields(RunPlan)} - {"labels", "weight_by_examples"}:
+        value = getattr(make_plan(), name)
+        if name not in others:
+            others[name] = f"{value}x" if isinstance(value, str) else 2 * value
+        for proposal in (open_labels, fixed):
+            assert proposal.broken_by(make_plan(**{name: others[name]})) == [name]
+    assert fixed.broken_by(make_plan(private=False, weight_by_examples=True)) == ["private", "weight_by_examples"]
 
 
 def test_something_must_be_trained():

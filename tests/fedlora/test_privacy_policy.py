@@ -4,12 +4,17 @@ import math
 
 import pytest
 
+from fedlora.plan import Proposal
 from fedlora.privacy.policy import Forbidden, Policy
 
 from .ledgers import ended, forked
+from .test_plan import make_plan
 
-PROPOSAL = {"strategy": "fed-sb", "model_sha256": "a" * 64, "server": "127.0.0.1:9092", "rounds": 8,
-            "announces_labels": False, "private_start": False}
+
+def proposed(**changes):
+    """What a server at 127.0.0.1:9092 says of its run of 8 rounds of Fed-SB."""
+    plan = make_plan(**{"strategy": "fed-sb", "family": "bra", "rounds": 8, "max_participations": 8} | changes)
+    return {"proposal": Proposal(plan), "server": "127.0.0.1:9092"}
 
 
 def policy(folder, text):
@@ -20,25 +25,35 @@ def policy(folder, text):
 
 def test_a_missing_policy_allows_what_the_defaults_allow(tmp_path):
     empty = Policy.read(tmp_path / "none.toml")
-    empty.check_proposal(**PROPOSAL | {"announces_labels": True, "private_start": True})
+    empty.check_proposal(**proposed(labels=(), private_start=True))
     empty.check_terms(0.1)
     empty.check_terms(None)
     assert (empty.max_rounds, empty.max_sampling_rate) == (math.inf, 0.2) and not empty.datasets
 
 
-@pytest.mark.parametrize(("line", "proposal"), [
-    ('strategies = ["fedsvd"]', {}), ('models = ["' + "b" * 64 + '"]', {}), ('servers = ["10.0.0.1:9092"]', {}),
-    ("max-rounds = 7", {}), ("announce-labels = false", {"announces_labels": True}),
+@pytest.mark.parametrize(("line", "changes"), [
+    ('strategies = ["fedsvd"]', {}), ('families = ["lora", "frozen-a"]', {}), ('models = ["' + "b" * 64 + '"]', {}),
+    ('servers = ["10.0.0.1:9092"]', {}),
+    ("max-rounds = 7", {}), ("announce-labels = false", {"labels": ()}),
     ("private-start = false", {"private_start": True})])
-def test_a_proposal_outside_a_limit_is_forbidden_and_the_message_names_the_limit(tmp_path, line, proposal):
+def test_a_proposal_outside_a_limit_is_forbidden_and_the_message_names_the_limit(tmp_path, line, changes):
     with pytest.raises(Forbidden) as error:
-        policy(tmp_path, line).check_proposal(**PROPOSAL | proposal)
+        policy(tmp_path, line).check_proposal(**proposed(**changes))
     assert line.split(" = ")[0] in str(error.value) and "policy.toml" in str(error.value)
 
 
 def test_a_proposal_at_the_limits_is_allowed(tmp_path):
-    policy(tmp_path, f'strategies = ["fed-sb"]\nmodels = ["{"a" * 64}"]\nservers = ["127.0.0.1:9092"]\n'
-                     "max-rounds = 8\nannounce-labels = false\nprivate-start = false\n").check_proposal(**PROPOSAL)
+    policy(tmp_path, f'strategies = ["fed-sb"]\nfamilies = ["bra"]\nmodels = ["{"a" * 64}"]\n'
+                     'servers = ["127.0.0.1:9092"]\n'
+                     "max-rounds = 8\nannounce-labels = false\nprivate-start = false\n").check_proposal(**proposed())
+
+
+def test_the_names_of_strategies_and_families_are_free_so_that_a_policy_outlives_a_version(tmp_path):
+    later = policy(tmp_path, 'strategies = ["of-next-year", "fed-sb"]\nfamilies = ["of-next-year", "bra"]\n')
+    later.check_proposal(**proposed())
+    later.check_proposal(**proposed(strategy="of-next-year", family="of-next-year"))
+    with pytest.raises(Forbidden, match="families"):
+        later.check_proposal(**proposed(family="lora"))
 
 
 @pytest.mark.parametrize("noise_multiplier", [0.49, None])

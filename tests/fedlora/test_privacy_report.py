@@ -23,6 +23,7 @@ from fedlora.privacy.report import (
     LifetimeAccount,
     LifetimeCharge,
     Mechanism,
+    ReportedRun,
     TrainingEntry,
     announced,
     load_or_create_key,
@@ -62,8 +63,8 @@ def made(**changes):
         "strategy": "fedsvd", "base_model": {"name": "minilm", "weights_sha256": "ef" * 32}, "unit": "row",
         "declared_size": 5000, "delta": 1e-5, "mechanism": MECHANISM, "trainings": TRAININGS, "lifetime": LIFETIME,
         "disclosed": announced(client="north", private=True, labels=["negative", "positive"]),
-        "refusals": [(5, "budget")], "now": 1.8e9}
-    return privacy_report(**(arguments | changes))
+        "refusals": [(5, "budget")]}
+    return privacy_report(ReportedRun(**(arguments | changes)), now=1.8e9)
 
 
 def not_private():

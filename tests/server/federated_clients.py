@@ -5,21 +5,14 @@ As a program: `python federated_clients.py ADDRESS NAME [behaviour]`. It never i
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
 
-from fedlora.plan import Refused, RunPlan, Upload
-from fedlora.wire import Setup
+from fedlora.plan import Refused, Upload
 from fedlora_client.connection import Connection, Goodbye, RunChanged, ServerUnreachable
-
-
-def setup_of(run: RunPlan, **changes) -> Setup:
-    """What clients are told of `run` when they join."""
-    return dataclasses.replace(Setup.of(run), **changes)
 
 
 def start_client(address: str, name: str, behaviour: str = "echo", **kwargs) -> subprocess.Popen:
@@ -52,7 +45,7 @@ def echo(address: str, name: str, behaviour: str) -> int:
                 refusal = connection.send(Upload(*plan.key, tensors=trained, steps=plan.run.local_steps))
                 print("sent", refusal, flush=True)
             except RunChanged as changed:
-                print("run", changed.setup.run_id, flush=True)
+                print("run", changed.proposal.plan.run_id, flush=True)
                 connection.ready()
     except Goodbye as goodbye:
         print("goodbye", goodbye, flush=True)

@@ -11,17 +11,16 @@ import sys
 from pathlib import Path
 
 from fedlora import wire
-from fedlora.plan import RoundPlan
+from fedlora.plan import Proposal, RoundPlan
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import to_record, train_message
 from tests.federation import layout_of, plan_of, start_of
-from tests.server.federated_clients import setup_of
 
 
 def main(address: str, run_id: str, uploads: str, when: str) -> None:
     run, layout = plan_of("ffa-lora", run_id=run_id), layout_of("frozen-a")
     sys.stdin.readline()
-    engine = GrpcEngine(address, setup_of(run), Path(uploads))
+    engine = GrpcEngine(address, Proposal(run), Path(uploads))
     engine.expect(layout)
     print("listening", flush=True)
     while not engine.idle():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedlora import wire
-from fedlora.plan import ANCHOR_BYTES, RoundPlan, Upload
+from fedlora.plan import ANCHOR_BYTES, Proposal, RoundPlan, Upload
 from fedlora.wire import pb
 from fedlora_client.connection import Connection
 from fedlora_server.anchors import Anchors
@@ -16,7 +16,6 @@ from fedlora_server.engine import node_id
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import reply, to_record, train_message
 from tests.federation import layout_of, plan_of, start_of
-from tests.server.federated_clients import setup_of
 from tests.server.test_grpc_hostile import READY, converse, join_frame
 
 LAYOUT = layout_of("frozen-a")
@@ -87,7 +86,7 @@ class Server:
 
     def __init__(self, folder, anchors, run_id):
         self.run = plan_of("ffa-lora", run_id=run_id)
-        self.engine = GrpcEngine("127.0.0.1:0", setup_of(self.run), folder / run_id, anchors=anchors)
+        self.engine = GrpcEngine("127.0.0.1:0", Proposal(self.run), folder / run_id, anchors=anchors)
         self.engine.expect(LAYOUT)
 
     def join(self, name="north"):

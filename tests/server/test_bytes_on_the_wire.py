@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from fedlora.plan import WIRE_DTYPES, Upload
+from fedlora.plan import WIRE_DTYPES, Proposal, Upload
 from fedlora_client.connection import Connection, Goodbye
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.observer import Observer
@@ -13,7 +13,6 @@ from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import run_federation
 from fedlora_strategies import STRATEGY_CLASSES
 from tests.federation import layout_of, plan_of
-from tests.server.federated_clients import setup_of
 from tests.server.tcp_proxy import TcpProxy
 
 MINILM = tuple(f"bert.encoder.layer.{i}.attention.self.{part}" for i in range(6) for part in ("query", "value"))
@@ -57,7 +56,8 @@ def test_a_round_moves_one_per_cent_more_bytes_than_its_values_at_most(strategy,
     plan = plan_of(strategy, rounds=ROUNDS, max_participations=ROUNDS, wire_dtype=wire_dtype)
     layout = layout_of(plan.family, rank=RANK.get(strategy, 8), modules=MINILM, head=False, rows=384, columns=384)
     start = {spec.name: np.ones(spec.shape, np.float32) for spec in layout.state}
-    engine, server_step = GrpcEngine("127.0.0.1:0", setup_of(plan), tmp_path), STRATEGY_CLASSES[strategy](plan, layout)
+    engine = GrpcEngine("127.0.0.1:0", Proposal(plan), tmp_path)
+    server_step = STRATEGY_CLASSES[strategy](plan, layout)
     engine.expect(layout)
     proxy = TcpProxy(engine.address)
     meter = Meter(proxy)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fedlora.options import SERVER, build_parser, read_options
+from fedlora.config import ServerConfig, read_config
 from fedlora.plan import Refusal
 from fedlora_server import checkpoint, round_state, rounds
 from fedlora_server.engine import node_id
@@ -213,16 +213,16 @@ def test_a_start_that_was_evaluated_is_not_evaluated_again(tmp_path):
 
 def test_the_options_come_back_and_another_plan_is_refused(tmp_path):
     run = federation()
-    options = vars(read_options(build_parser(SERVER, ""), SERVER, [
+    options = vars(read_config(ServerConfig, [
         "--lr=0.1", "--labels=x,y", "--targets=query,value", "--round-timeout=inf", "--insecure", "--column=text=note",
         f"--eval-data={tmp_path / 'held out.jsonl'}", "--out=elsewhere"]))
     checkpoint.begin(tmp_path, options, run.plan, {})
 
     def given(*arguments):
-        return vars(read_options(build_parser(SERVER, ""), SERVER, [f"--resume={tmp_path}", *arguments],
+        return vars(read_config(ServerConfig, [f"--resume={tmp_path}", *arguments],
                                  begun_with=checkpoint.options_of))
 
-    assert read_options(build_parser(SERVER, ""), SERVER, []).resume is None
+    assert read_config(ServerConfig, []).resume is None
     assert given() == options | {"out": None, "labels": None, "resume": tmp_path}
     assert given("--lr=0.2", "--no-insecure") == options | {"out": None, "labels": None, "resume": tmp_path, "lr": 0.2,
                                                             "insecure": False}

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 import fedlora
-from fedlora.plan import PROTOCOL, Refusal
-from fedlora.wire import SCHEMA, Setup, pb
+from fedlora.plan import PROTOCOL, Proposal, Refusal
+from fedlora.wire import SCHEMA, pb
 from fedlora_server.client_registry import ClientRegistry, PendingRequest
 from fedlora_server.engine import node_id
 from fedlora_server.upload_store import Stored
@@ -43,7 +43,7 @@ def order(round, attempt=0):
 
 def back(working, *, under_way=3):
     """A registry that goes on with a run, and north, which still works for its earlier server."""
-    registry, line = ClientRegistry(Setup.of(RUN), lambda event: None, under_way=under_way), Line()
+    registry, line = ClientRegistry(Proposal(RUN), lambda event: None, under_way=under_way), Line()
     registry.join(line, pb.Join(protocol=PROTOCOL, schema=SCHEMA, fedlora_version=fedlora.__version__, name="north",
                               process=b"n" * 16, private=True))
     registry.ready(line, (), working)

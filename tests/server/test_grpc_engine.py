@@ -7,20 +7,21 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedlora import wire
-from fedlora.plan import Refusal, Refused, RoundPlan, Upload
+from fedlora.plan import Proposal, Refusal, Refused, RoundPlan, Upload
 from fedlora_client.connection import Connection, Goodbye, ServerUnreachable, _Stream
 from fedlora_server.engine import node_id
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import read_reply, to_record, train_message
 from tests.federation import layout_of, plan_of, start_of
 from tests.fedlora.ledgers import full_disk
-from tests.server.federated_clients import setup_of, start_client
+from tests.server.federated_clients import start_client
 from tests.server.tcp_proxy import TcpProxy
 
 RUN = plan_of("ffa-lora")
@@ -32,7 +33,7 @@ PATIENCE_S = 20.0
 
 @pytest.fixture
 def engine(tmp_path):
-    engine = GrpcEngine("127.0.0.1:0", setup_of(RUN), tmp_path / "uploads")
+    engine = GrpcEngine("127.0.0.1:0", Proposal(RUN), tmp_path / "uploads")
     engine.expect(LAYOUT)
     yield engine
     engine.close("the test is over")
@@ -299,25 +300,25 @@ def test_a_live_name_is_refused_with_the_remedy_and_free_again_afterwards(engine
 
 def test_a_taken_port_is_an_error_that_names_it(tmp_path, engine):
     with pytest.raises(ValueError, match=f"port {engine.address.rpartition(':')[2]} is taken"):
-        GrpcEngine(engine.address, setup_of(RUN), tmp_path)
+        GrpcEngine(engine.address, Proposal(RUN), tmp_path)
 
 
 def test_plaintext_beyond_this_machine_needs_insecure(tmp_path):
     with pytest.raises(ValueError, match="--insecure"):
-        GrpcEngine("0.0.0.0:0", setup_of(RUN), tmp_path)
+        GrpcEngine("0.0.0.0:0", Proposal(RUN), tmp_path)
     with pytest.raises(ValueError, match="--insecure"):
         Connection("example.org:9092", "north", private=False)
 
 
 def test_a_client_without_privacy_is_refused_where_it_is_required(tmp_path):
-    engine = GrpcEngine("127.0.0.1:0", setup_of(plan_of("ffa-lora", private=True)), tmp_path)
+    engine = GrpcEngine("127.0.0.1:0", Proposal(plan_of("ffa-lora", private=True)), tmp_path)
     with pytest.raises(Refused, match="privacy-mismatch"):
         Connection(engine.address, "north", private=False).join()
     engine.close("done")
 
 
 def test_labels_are_listed_as_disclosed(tmp_path):
-    engine = GrpcEngine("127.0.0.1:0", setup_of(RUN, labels=(), announce_labels=True), tmp_path)
+    engine = GrpcEngine("127.0.0.1:0", Proposal(RUN.with_open_labels()), tmp_path)
     connections = [Connection(engine.address, name, private=False) for name in ("north", "south")]
     for connection, labels in zip(connections, [("no", "yes"), ("maybe",)], strict=True):
         assert connection.join().announce_labels
@@ -329,7 +330,7 @@ def test_labels_are_listed_as_disclosed(tmp_path):
 
 
 def test_once_the_labels_are_fixed_new_clients_are_asked_for_none_and_old_ones_come_back_as_before(tmp_path):
-    engine = GrpcEngine("127.0.0.1:0", setup_of(RUN, labels=(), announce_labels=True), tmp_path)
+    engine = GrpcEngine("127.0.0.1:0", Proposal(RUN.with_open_labels()), tmp_path)
     engine.expect(LAYOUT)
     proxy = TcpProxy(engine.address)
     early, slow = (Connection(proxy.address, name, private=False, connect_timeout_s=10) for name in ("early", "slow"))
@@ -349,7 +350,7 @@ def test_once_the_labels_are_fixed_new_clients_are_asked_for_none_and_old_ones_c
     until(lambda: len(engine.get_node_ids()) == 1, engine)
     for name in ("early", "late"):  # a new process of the same client is asked for none either
         late = Connection(engine.address, name, private=False)
-        assert late.join() == setup_of(RUN, labels=("no", "yes"), anchor=b"")
+        assert late.join() == Proposal(replace(RUN, labels=("no", "yes")), anchor=b"")
         late.ready()
     until(lambda: len(engine.get_node_ids()) == 3, engine)
     assert {m.name: m.announced_labels for m in engine.members()} == {
@@ -383,7 +384,7 @@ def test_send_and_receive_leaves_lost_clients_out(engine, processes):
 
 def test_closing_tells_clients_and_a_client_that_leaves_is_not_lost(tmp_path):
     events = []
-    engine = GrpcEngine("127.0.0.1:0", setup_of(RUN), tmp_path, notify=lambda event: events.append(
+    engine = GrpcEngine("127.0.0.1:0", Proposal(RUN), tmp_path, notify=lambda event: events.append(
         (event.kind, event.name)))
     engine.expect(LAYOUT)
     connect(engine, "north").leave()

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 
 import fedlora
 from fedlora import wire
-from fedlora.plan import PROTOCOL, Refused, RoundPlan, Upload
+from fedlora.plan import PROTOCOL, Proposal, Refused, RoundPlan, Upload
 from fedlora.wire import WireError, pb
 from fedlora_client.connection import Connection, Goodbye, RunChanged, ServerUnreachable
 from fedlora_server.engine import node_id
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import to_record, train_message
 from tests.federation import layout_of, plan_of, start_of
-from tests.server.federated_clients import setup_of
 
 RUN = plan_of("ffa-lora")
 LAYOUT = layout_of("frozen-a")
@@ -69,7 +68,7 @@ def converse(address: str, frames: list[bytes]) -> tuple[list[pb.ServerFrame], g
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    engine = GrpcEngine("127.0.0.1:0", setup_of(RUN), tmp_path_factory.mktemp("uploads"))
+    engine = GrpcEngine("127.0.0.1:0", Proposal(RUN), tmp_path_factory.mktemp("uploads"))
     engine.expect(LAYOUT)
     yield engine
     engine.close("done")
@@ -214,7 +213,7 @@ class HostileServer:
         def serve(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             next(requests)
             if welcome:
-                yield pb.ServerFrame(welcome=wire.setup_to_wire(setup_of(RUN))).SerializeToString()
+                yield pb.ServerFrame(welcome=wire.proposal_to_wire(Proposal(RUN))).SerializeToString()
                 next(requests)
             yield from frames
             yield pb.ServerFrame(goodbye=pb.Goodbye(reason="enough")).SerializeToString()
@@ -291,9 +290,9 @@ def test_what_is_no_fedlora_server_is_named_so():
 @pytest.mark.parametrize("changes", [{"protocol": PROTOCOL - 1, "schema": b""}, {"protocol": PROTOCOL + 1},
                                      {"schema": b"\xab" * 32}], ids=["older", "newer", "drifted"])
 def test_a_server_of_another_version_is_refused_by_name(changes, more):
-    other = wire.setup_to_wire(setup_of(RUN))
+    other = wire.proposal_to_wire(Proposal(RUN))
     other.fedlora_version = "0.0.9"
-    other.ClearField("wire_dtype")  # as an older version, which does not know it, would send it
+    other.ClearField("run")  # as an older version, which does not know it, would send it
     for name, value in changes.items():
         setattr(other, name, value)
     frame = with_unknown_inside(1, other) if more else pb.ServerFrame(welcome=other).SerializeToString()
@@ -303,7 +302,7 @@ def test_a_server_of_another_version_is_refused_by_name(changes, more):
 
 
 def test_a_server_of_this_version_whose_welcome_has_a_field_more_is_a_typed_error():
-    met = meet([with_unknown_inside(1, wire.setup_to_wire(setup_of(RUN)))], welcome=False)
+    met = meet([with_unknown_inside(1, wire.proposal_to_wire(Proposal(RUN)))], welcome=False)
     assert isinstance(met, WireError) and "does not know" in str(met)
 
 
@@ -315,16 +314,16 @@ def test_a_newer_servers_refusal_is_heard_though_it_says_more():
 @pytest.mark.parametrize("run_id", ["../../../elsewhere", "/etc", "", "AB" * 8, "a" * 15, "\x1b[2J" + "a" * 12,
                                     "[red]" + "a" * 11])
 def test_a_welcome_whose_run_id_could_steer_a_path_or_a_terminal_is_a_typed_error(run_id):
-    hostile = wire.setup_to_wire(setup_of(RUN))
-    hostile.run_id = run_id
+    hostile = wire.proposal_to_wire(Proposal(RUN))
+    hostile.run.run_id = run_id
     met = meet([pb.ServerFrame(welcome=hostile).SerializeToString()], welcome=False)
     assert isinstance(met, WireError) and "run_id" in str(met) and "\x1b" not in str(met)
 
 
 @pytest.mark.parametrize("name", ["", "\x1b]0;owned\x07", "a" * 201])
 def test_a_welcome_whose_model_has_no_printable_name_is_a_typed_error(name):
-    hostile = wire.setup_to_wire(setup_of(RUN))
-    hostile.model.name = name
+    hostile = wire.proposal_to_wire(Proposal(RUN))
+    hostile.run.model_name = name
     met = meet([pb.ServerFrame(welcome=hostile).SerializeToString()], welcome=False)
     assert isinstance(met, WireError) and "name" in str(met) and "\x1b" not in str(met)
 

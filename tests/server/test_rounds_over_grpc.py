@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from fedlora.plan import WIRE_DTYPES
+from fedlora.plan import WIRE_DTYPES, Proposal
 from fedlora_client.connection import Connection, Goodbye
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.round_state import RoundOptions
@@ -13,7 +13,6 @@ from fedlora_server.rounds import run_federation
 from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies import STRATEGY_CLASSES
 from tests.federation import LinearSession, layout_of, plan_of, start_of
-from tests.server.federated_clients import setup_of
 
 
 def serve(session, address, rounds):
@@ -37,7 +36,7 @@ def federate(strategy, folder, *, leaver=None, forgetful=None, wire_dtype="fp32"
     sessions = {name: LinearSession(name, layout) for name in "abcd"}
     if forgetful:
         sessions[forgetful].forgets_in = 2
-    engine = GrpcEngine("127.0.0.1:0", setup_of(plan), folder)
+    engine = GrpcEngine("127.0.0.1:0", Proposal(plan), folder)
     engine.expect(layout)
     threads = [threading.Thread(target=serve, args=(s, engine.address, 1 if name == leaver else 99), daemon=True)
                for name, s in sessions.items()]

@@ -11,7 +11,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from fedlora.plan import Refusal, RoundPlan
+from fedlora.plan import Proposal, Refusal, RoundPlan
 from fedlora.wire import pb
 from fedlora_client.flower_app import client_app
 from fedlora_server.engine import node_id
@@ -22,7 +22,6 @@ from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies import STRATEGY_CLASSES
 from fedlora_strategies.messages import assign_id, assume_identity, to_record, train_message
 from tests.federation import LinearSession, layout_of, plan_of, start_of
-from tests.server.federated_clients import setup_of
 
 PLAN = plan_of("fedavg-lora")
 LAYOUT = layout_of(PLAN.family)
@@ -44,8 +43,8 @@ class LinearNode(LinearSession):
         self.answers = threading.Event()
         self.answers.set()
 
-    def join(self, setup):
-        self.welcomed.append(setup)
+    def join(self, proposal):
+        self.welcomed.append(proposal)
         return self.answer
 
 
@@ -94,9 +93,9 @@ class SuperLink(Grid):
 def engine_of(tmp_path):
     made = []
 
-    def make(grid, plan=PLAN, layout=LAYOUT, **setup):
+    def make(grid, plan=PLAN, layout=LAYOUT):
         events = []
-        engine = SuperLinkEngine(grid, setup_of(plan, **setup), tmp_path / "uploads", events.append)
+        engine = SuperLinkEngine(grid, Proposal(plan), tmp_path / "uploads", events.append)
         made.append(engine)
         engine.events = events
         engine.expect(layout)
@@ -167,7 +166,7 @@ def test_a_node_that_declines_or_whose_name_is_taken_is_never_asked_to_train(eng
 
 
 def test_a_private_run_turns_a_node_without_privacy_away(engine_of):
-    engine = engine_of(SuperLink({1: LinearNode("a")}), private=True)
+    engine = engine_of(SuperLink({1: LinearNode("a")}), plan_of("fedavg-lora", private=True))
     until(engine, lambda: engine.events)
     assert engine.events[0].kind == "declined" and "privacy-mismatch" in engine.events[0].detail
 
@@ -209,7 +208,7 @@ def test_a_node_of_another_schema_is_turned_away_by_name_and_trains_nothing(engi
 
 
 def test_labels_are_announced_only_where_they_are_asked_for(engine_of):
-    engine = engine_of(SuperLink({1: LinearNode("a", answer=("no", "yes"))}), labels=(), announce_labels=True)
+    engine = engine_of(SuperLink({1: LinearNode("a", answer=("no", "yes"))}), PLAN.with_open_labels())
     until_idle(engine, "a")
     assert engine.members()[0].announced_labels == ("no", "yes")
     engine = engine_of(SuperLink({1: LinearNode("b", answer=("secret",))}))

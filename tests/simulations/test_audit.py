@@ -134,7 +134,7 @@ def sound(arguments):
 
 
 def run(arguments, *more, private):
-    options = audit.parser_and_options([*arguments, *more])
+    options = audit.read_audit_config([*arguments, *more])
     return audit.run_audit(options, find_model(options), private=private)
 
 

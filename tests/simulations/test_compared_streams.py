@@ -1,11 +1,10 @@
 """Two simulated clients never use the same random numbers, and where they did, the simulation would end."""
 
-from argparse import Namespace
 
 import numpy as np
 import pytest
 
-from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.config import SimulationConfig, read_config
 from fedlora.privacy import RandomStream, RunStreams
 from fedlora_server.run_setup import find_model
 from fedlora_simulations.compared_streams import ComparedStreams
@@ -31,9 +30,9 @@ def test_streams_of_one_client_or_of_several_are_told_apart():
         ComparedStreams("a", 7, "r").stream(1, "noise").uniform(3)
 
 
-def options(tmp_path, checkpoint) -> Namespace:
+def options(tmp_path, checkpoint) -> SimulationConfig:
     data = write_rows(tmp_path / "rows.jsonl", seed=0, rows=80)
-    return read_options(build_parser(SIMULATE, ""), SIMULATE, [
+    return read_config(SimulationConfig, [
         "--data", str(data), "--model", str(checkpoint("bert")), "--strategy", "fed-sb", "--rounds", "1", "--rank", "2",
         "--batch-size", "4", "--local-steps", "1", "--device", "cpu", "--precision", "fp32", "--threads", "1"])
 

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.config import SimulationConfig, read_config
 from fedlora_simulations.population import populate
 
 
 def dealt(path, labels, *arguments):
     path.write_text("".join(json.dumps({"text": f"note {i}", "label": label, "patient": f"p{i // 2}"}) + "\n"
                             for i, label in enumerate(labels)))
-    options = read_options(build_parser(SIMULATE, ""), SIMULATE, [f"--data={path}", "--clients=2", *arguments])
+    options = read_config(SimulationConfig, [f"--data={path}", "--clients=2", *arguments])
     return populate(options, 0)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.config import SimulationConfig, read_config
 from fedlora_server.run_setup import find_model
 from fedlora_simulations.population import Method, populate
 from fedlora_simulations.ray_workers import RayWorkers
@@ -23,7 +23,7 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None,
 def simulated(tmp_path, checkpoint, *arguments):
     for i in range(3):
         write_rows(tmp_path / "data" / f"hospital-{i}.jsonl", seed=i)
-    options = read_options(build_parser(SIMULATE, ""), SIMULATE, [
+    options = read_config(SimulationConfig, [
         f"--model={checkpoint('bert')}", f"--data={tmp_path / 'data'}", "--partition=files", "--rank=2", "--rounds=2",
         "--local-steps=2", "--batch-size=8", "--max-length=16", "--threads=1", "--device=cpu", "--precision=fp32",
         *arguments])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.config import SimulationConfig, read_config
 from fedlora.privacy import calibrate
 from fedlora_server import folders, round_state, run_setup
 from fedlora_server.run_setup import without_effect
@@ -110,10 +110,10 @@ def test_compiling_where_it_cannot_be_is_refused_at_once(arguments, given, said,
 
 
 def test_compiling_is_left_to_rays_workers_and_of_no_effect_with_dropout():
-    options = read_options(build_parser("simulate", ""), "simulate", ["--compile", "--engine=ray", "--dropout=0.1"])
+    options = read_config(SimulationConfig, ["--compile", "--engine=ray", "--dropout=0.1"])
     assert not compiles_here(options)
     assert without_effect(options) == ["--compile has no effect: a pass with dropout is not compiled."]
-    options = read_options(build_parser("simulate", ""), "simulate", ["--compile"])
+    options = read_config(SimulationConfig, ["--compile"])
     assert compiles_here(options) and not without_effect(options)
 
 
@@ -123,7 +123,7 @@ def test_a_simulated_client_declares_the_size_that_a_deployed_one_would(argument
     (tmp_path / "causal.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     given = [f"--model={checkpoint('llama')}", "--task=causal-lm", f"--data={tmp_path / 'causal.jsonl'}",
              f"--out={tmp_path / 'out'}", *SMALL, "--clients=1", "--max-length=32", "--strategy=ffa-lora", "--rounds=1"]
-    options = read_options(build_parser(SIMULATE, ""), SIMULATE, given)
+    options = read_config(SimulationConfig, given)
     done = simulate.simulate(options, population.Method.parse("ffa-lora"), 0, run_setup.find_model(options),
                              population.populate(options, 0))
     rate = 8 / 150

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.config import SimulationConfig, read_config
 from fedlora.plan import RoundPlan
 from fedlora.privacy import Ledger
 from fedlora.training import TrainingJob, TrainResult
@@ -33,7 +33,7 @@ def run(tmp_path, checkpoint, strategy, *flags):
         write_rows(tmp_path / "data" / f"hospital-{i}.jsonl", seed=i)
     arguments = [f"--strategy={strategy}", f"--model={checkpoint('bert')}", f"--data={tmp_path / 'data'}",
                  "--partition=files", *flags, *SMALL]
-    options = read_options(build_parser(SIMULATE, ""), SIMULATE, arguments)
+    options = read_config(SimulationConfig, arguments)
     out = tmp_path / "-".join(("run", *flags))
     out.mkdir()
     return simulate(options, Method.parse(strategy), 5, find_model(options), populate(options, 5), out=out), out

@@ -18,6 +18,9 @@ import torch
 from fedlora.adapters.family import Site
 from fedlora.adapters.start import Reads, SingularStart, Source
 
+TAKES = "FILE"
+"""Of public rows."""
+
 
 class Public(SingularStart):
     """Of the public gradient."""

@@ -1,19 +1,19 @@
 """A run's privacy report: built from facts, signed, shown on one page, and verified by anyone."""
 
-from fedlora.privacy.report.page import markdown
-from fedlora.privacy.report.report import (
+from fedlora.privacy.report.facts import (
     Disclosure,
     LifetimeAccount,
     LifetimeCharge,
     Mechanism,
+    ReportedRun,
     TrainingEntry,
     announced,
-    privacy_report,
-    write_report,
 )
+from fedlora.privacy.report.page import markdown
+from fedlora.privacy.report.report import privacy_report, write_report
 from fedlora.privacy.report.signing import canonical, load_or_create_key, public_key, sign
 from fedlora.privacy.report.verification import Verified, verify, verify_file
 
-__all__ = ["Disclosure", "LifetimeAccount", "LifetimeCharge", "Mechanism", "TrainingEntry", "Verified", "announced",
-           "canonical", "load_or_create_key", "markdown", "privacy_report", "public_key", "sign", "verify",
+__all__ = ["Disclosure", "LifetimeAccount", "LifetimeCharge", "Mechanism", "ReportedRun", "TrainingEntry", "Verified",
+           "announced", "canonical", "load_or_create_key", "markdown", "privacy_report", "public_key", "sign", "verify",
            "verify_file", "write_report"]

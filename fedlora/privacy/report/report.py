@@ -1,6 +1,6 @@
 """A run's privacy report: what was promised, what was spent, what left without noise, and what nothing covers.
 
-    report = sign(privacy_report(...), load_or_create_key(path))
+    report = sign(privacy_report(ReportedRun(...)), load_or_create_key(path))
     write_report(folder, report)        # privacy.json, and privacy.md for a person to read and sign
     verify(report)                      # anyone, anywhere: the signature, and every epsilon anew from the history
 
@@ -14,14 +14,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
-import fedlora
 from fedlora.files import replace_file
 from fedlora.plan import ANCHOR_BYTES
-from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
+from fedlora.privacy.report.facts import Disclosure, LifetimeAccount, ReportedRun, TrainingEntry
 from fedlora.privacy.report.figures import (
     LABELS,
     RELATION,
@@ -77,198 +75,69 @@ NOT_COVERED = (
 )
 
 
-@dataclass(frozen=True)
-class Mechanism:
-    """What every step of the run does; it does not change while the run lasts.
-
-    Attributes:
-        noise_multiplier: sigma, noise standard deviation / clip_norm; None where privacy is off.
-        sampling_rate: q; None where it would disclose the number of records (privacy off, no declared size).
-        expected_batch: q times the declared size, the constant by which the noised sum is divided.
-        local_steps, max_participations: their product is the most steps of the run.
-        clip_norm: L2 bound of one unit's scaled gradient.
-        scales: group of tensors → data-independent factor on its gradients before clipping.
-        precision: "fp32" or "bf16".
-        rows: padded length → rows of every micro-batch, shown to be batch-invariant
-            (`fedlora.training.batch_invariance`); none where privacy is off.
-        one_at_a_time: why micro-batches have a single record; "" where that is not so by rule.
-    """
-
-    noise_multiplier: float | None
-    sampling_rate: float | None
-    expected_batch: int
-    local_steps: int
-    max_participations: int
-    clip_norm: float
-    scales: Mapping[str, float]
-    precision: str = "fp32"
-    rows: Mapping[int, int] = field(default_factory=dict)
-    one_at_a_time: str = ""
-
-
-@dataclass(frozen=True)
-class TrainingEntry:
-    """A training that was begun, in the order of the ledger.
-
-    Attributes:
-        round, attempt: as the server ordered; round 0 is a private start.
-        state: "reserved", "stored", "released", or "voided" (given back: nothing was read).
-        steps: charged, whether or not they were finished.
-        time: seconds since 1970 at which it was charged.
-        noise_multiplier, sampling_rate: as in `Mechanism`, of this training.
-        upload_bytes, upload_sha256: of what was stored or left, if there is one.
-    """
-
-    round: int
-    attempt: int
-    state: str
-    steps: int
-    time: float
-    noise_multiplier: float | None
-    sampling_rate: float | None
-    upload_bytes: int | None = None
-    upload_sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class LifetimeCharge:
-    """What one run charged to the lifetime, of this dataset or of one that overlaps with it.
-
-    Attributes:
-        noise_multiplier: None for a run without privacy: it spent everything.
-    """
-
-    dataset: str
-    run_id: str
-    noise_multiplier: float | None
-    sampling_rate: float | None
-    steps: int
-
-
-@dataclass(frozen=True)
-class LifetimeAccount:
-    """The budget of the dataset over all runs, as the ledger has it.
-
-    Attributes:
-        epsilon: the limit; None or infinite if there is none.
-        delta: at which the limit and what is spent are stated; None for the run's.
-        charges: everything that counts: not voided, of the dataset and of the overlapping ones.
-        spent, remaining: the ledger's own figures; None to state what the charges amount to.
-        overlapping: other datasets that share a record with this one, and are counted.
-        distinct: datasets that the owner declared distinct, and are not counted.
-        closed_by: run whose admission used the whole budget; its planned maximum counts.
-        new_ledger: the mark that an earlier ledger was given up ("ledger 3f2a…, 12 rows"); None if there is none.
-        simulated: True for a ledger that cannot stand for real data.
-        orders: of the RDP filter, fixed when the budget was made.
-    """
-
-    epsilon: float | None
-    delta: float | None
-    charges: Sequence[LifetimeCharge]
-    spent: float | None = None
-    remaining: float | None = None
-    overlapping: Sequence[str] = ()
-    distinct: Sequence[str] = ()
-    closed_by: str | None = None
-    ledger_id: str | None = None
-    new_ledger: str | None = None
-    simulated: bool = False
-    orders: Sequence[float] = FILTER_ORDERS
-
-
-@dataclass(frozen=True)
-class Disclosure:
-    """Something that left the client without noise. Numbers of records and losses are named, never repeated."""
-
-    what: str
-    value: str
-
-
-def announced(*, client: str, private: bool, labels: Sequence[str] | None = None,
-              protocol: int | None = None) -> tuple[Disclosure, ...]:
-    """What a client says when it joins. `labels` is None where they were not announced."""
-    said = [Disclosure("client name", client), Disclosure("FedLoRA version", fedlora.__version__),
-            Disclosure("whether it trains under differential privacy", "yes" if private else "no")]
-    if protocol is not None:
-        said.append(Disclosure("protocol version", f"{protocol}, and the SHA-256 of its .proto"))
-    if labels is not None:
-        said.append(Disclosure("label names", ", ".join(labels)))
-    return tuple(said)
-
-
-def privacy_report(*, dataset: str, run_id: str, client: str, server: str, plan_sha256: str, strategy: str,
-                   base_model: Mapping[str, str], unit: str, declared_size: int | None, delta: float | None,
-                   mechanism: Mechanism, trainings: Sequence[TrainingEntry], lifetime: LifetimeAccount | None,
-                   disclosed: Sequence[Disclosure], rows_per_unit: int | None = None, terms_announced: bool = True,
-                   anchored: bool = False, predictable: str | None = None,
-                   refusals: Sequence[tuple[int | None, str]] = (), now: float | None = None) -> dict:
+def privacy_report(run: ReportedRun, now: float | None = None) -> dict:
     """The report of one client about one run, unsigned.
 
     Args:
-        base_model: "name" and the hashes that the client checked.
-        unit: whom one guarantee covers: "row", or "column:NAME" for all rows that share a value of that column.
-        declared_size: the public number of units; None only where privacy is off and none was declared.
-        delta: None only where privacy is off.
-        rows_per_unit: most rows of one unit that a step uses, where units themselves are sampled.
-        terms_announced: whether uploads state the noise multiplier and delta.
-        anchored: whether uploads carry the ledger's sealed anchor.
-        predictable: why whoever knows the seed can subtract the noise ("a simulation", the variable's name); None
-            where randomness is the operating system's. If it is set, no epsilon is printed.
-        disclosed: see `announced`; participation and what uploads carry are added here.
-        refusals: (round, code) of each refusal sent; round None before the first.
         now: seconds since 1970.
     Raises:
         ValueError: a value that no run can have, which `verify` would not accept either.
     """
-    private = mechanism.noise_multiplier is not None
-    hide_rate = declared_size is None  # expected batch / rate would be the number of records
-    rows = [{"round": t.round, "attempt": t.attempt, "state": t.state, "time": _iso(t.time), "steps": t.steps,
-             "noise_multiplier": t.noise_multiplier, "sampling_rate": None if hide_rate else t.sampling_rate,
-             "upload": None if t.upload_sha256 is None else {"bytes": t.upload_bytes, "sha256": t.upload_sha256}}
-            for t in trainings]
     report: dict = {
         "schema": SCHEMA,
         "version": VERSION,
         "made": _iso(time.time() if now is None else now),
-        "run": {"id": run_id, "dataset": dataset, "client": client, "server": server, "plan_sha256": plan_sha256,
-                "strategy": strategy, "base_model": dict(base_model)},
-        "unit": {"name": unit, "rows_per_unit": rows_per_unit, "relation": RELATION,
-                 "declared_size": declared_size},
+        "run": {"id": run.run_id, "dataset": run.dataset, "client": run.client, "server": run.server,
+                "plan_sha256": run.plan_sha256, "strategy": run.strategy, "base_model": dict(run.base_model)},
+        "unit": {"name": run.unit, "rows_per_unit": run.rows_per_unit, "relation": RELATION,
+                 "declared_size": run.declared_size},
         "adversary": ADVERSARY,
-        "mechanism": {
-            "name": "Poisson-sampled Gaussian" if private else "none: privacy is off",
-            "sampler": SAMPLER.format(unit="row" if unit == "row" else "unit"),
-            "noise_multiplier": mechanism.noise_multiplier,
-            "sampling_rate": None if hide_rate else mechanism.sampling_rate,
-            "expected_batch": mechanism.expected_batch,
-            "local_steps": mechanism.local_steps,
-            "max_participations": mechanism.max_participations,
-            "clip_norm": mechanism.clip_norm,
-            "scales": dict(mechanism.scales),
-            "precision": mechanism.precision,
-            "batch_invariance": {"shown": BATCH_INVARIANCE if mechanism.rows else "nothing: privacy is off",
-                                 "rows": {str(length): rows for length, rows in sorted(mechanism.rows.items())},
-                                 "one_at_a_time": mechanism.one_at_a_time or None}},
-        "randomness": {"predictable": predictable is not None, "why": predictable, **_sources(predictable)},
-        "trainings": rows,
-        "lifetime": None if lifetime is None else _lifetime(lifetime, delta),
-        "left_without_noise": [{"what": d.what, "value": d.value}
-                               for d in (*disclosed, *_while_running(private, trainings, refusals, terms_announced,
-                                                                     anchored))],
+        "mechanism": _mechanism(run),
+        "randomness": {"predictable": run.predictable is not None, "why": run.predictable,
+                       **_sources(run.predictable)},
+        "trainings": [_training(entry, run) for entry in run.trainings],
+        "lifetime": None if run.lifetime is None else _lifetime(run.lifetime, run.delta),
+        "left_without_noise": [{"what": d.what, "value": d.value} for d in (*run.disclosed, *_while_running(run))],
         "not_covered": list(NOT_COVERED),
         "versions": environment(PACKAGES),
     }
     reason = why_no_guarantee(report)
-    if reason is None and delta is None:
+    if reason is None and run.delta is None:
         raise ValueError("delta is None; a private run has one")
-    steps, at = steps_of(report), delta if reason is None else None
+    steps, at = steps_of(report), run.delta if reason is None else None
     report["privacy"] = {
-        "no_guarantee": reason, "delta": delta,
+        "no_guarantee": reason, "delta": run.delta,
         "guarantee": figures(LABELS["guarantee"], steps["guarantee"], planned_history(report), at),
         "spent": figures(LABELS["spent"], steps["spent"], spent_history(report), at)}
-    if lifetime is not None:
-        _fill_lifetime(report, lifetime)
+    if run.lifetime is not None:
+        _fill_lifetime(report, run.lifetime)
     return report
+
+
+def _mechanism(run: ReportedRun) -> dict:
+    done = run.mechanism
+    return {
+        "name": "Poisson-sampled Gaussian" if run.private else "none: privacy is off",
+        "sampler": SAMPLER.format(unit="row" if run.unit == "row" else "unit"),
+        "noise_multiplier": done.noise_multiplier,
+        "sampling_rate": run.rate(done.sampling_rate),
+        "expected_batch": done.expected_batch,
+        "local_steps": done.local_steps,
+        "max_participations": done.max_participations,
+        "clip_norm": done.clip_norm,
+        "scales": dict(done.scales),
+        "precision": done.precision,
+        "batch_invariance": {"shown": BATCH_INVARIANCE if done.rows else "nothing: privacy is off",
+                             "rows": {str(length): rows for length, rows in sorted(done.rows.items())},
+                             "one_at_a_time": done.one_at_a_time or None}}
+
+
+def _training(entry: TrainingEntry, run: ReportedRun) -> dict:
+    return {"round": entry.round, "attempt": entry.attempt, "state": entry.state, "time": _iso(entry.time),
+            "steps": entry.steps, "noise_multiplier": entry.noise_multiplier,
+            "sampling_rate": run.rate(entry.sampling_rate),
+            "upload": None if entry.upload_sha256 is None else {"bytes": entry.upload_bytes,
+                                                                "sha256": entry.upload_sha256}}
 
 
 def _fill_lifetime(report: dict, known: LifetimeAccount) -> None:
@@ -305,26 +174,25 @@ def _sources(predictable: str | None) -> dict[str, str]:
             "gaussian": f"Box-Muller in float64, each value a sum of {DRAWS} draws (arXiv:2107.10138)"}
 
 
-def _while_running(private: bool, trainings: Sequence[TrainingEntry], refusals: Sequence[tuple[int | None, str]],
-                   terms_announced: bool, anchored: bool) -> list[Disclosure]:
-    sent = [t for t in trainings if t.state == "released"]
+def _while_running(run: ReportedRun) -> list[Disclosure]:
+    sent = [t for t in run.trainings if t.state == "released"]
     said = [Disclosure("the fact and time of participation",
                        f"{len(sent)} uploads, the first at {_iso(sent[0].time)}, the last at {_iso(sent[-1].time)}; "
                        "each is listed under trainings" if sent else "no upload so far")]
-    if sent and private and not terms_announced:
+    if sent and run.private and not run.terms_announced:
         said.append(Disclosure("in each upload: steps", "as listed here"))
-    if sent and private and terms_announced:
+    if sent and run.private and run.terms_announced:
         said.append(Disclosure("in each upload: steps, noise multiplier, delta", "as listed here; noise multiplier and "
                                "delta are computed from the declared size and this client's limits, and tell about "
                                "them"))
-    if sent and not private:
+    if sent and not run.private:
         said.append(Disclosure("in each upload: steps, the exact number of records, the mean training loss, and the "
                                "tensors themselves", "not repeated here; privacy was off"))
-    if sent and anchored:
+    if sent and run.anchored:
         said.append(Disclosure(f"sealed anchor, {ANCHOR_BYTES} bytes in each upload", "how many rows this client's "
                                "ledger has and the hash of the last, encrypted with a key that only this client has; "
                                "the server hands the last one back when this client joins"))
-    said += [Disclosure("refusal" if at is None else f"refusal in round {at}", code) for at, code in refusals]
+    said += [Disclosure("refusal" if at is None else f"refusal in round {at}", code) for at, code in run.refusals]
     return said
 
 

@@ -18,7 +18,7 @@ import grpc
 
 from fedlora import wire
 from fedlora.adapters import AdapterLayout, TensorSpec, family_of
-from fedlora.plan import RoundPlan
+from fedlora.plan import Proposal, RoundPlan
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import to_record, train_messages
 
@@ -62,7 +62,6 @@ def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
     layout = AdapterLayout(family_of("frozen-a"), (), (TensorSpec("layer.B", shape),), ())
     run = plan("ffa-lora", "frozen-a", private=False)
     record = to_record(tensors(layout.trained, 0))
-    setup = wire.Setup.of(run)
     number = 0
 
     def round_trip(block: int) -> None:
@@ -78,7 +77,7 @@ def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
             engine.wait([], 1.0)
 
     with TemporaryDirectory(prefix="fedlora-uploads-") as uploads:
-        engine = GrpcEngine("127.0.0.1:0", setup, Path(uploads))
+        engine = GrpcEngine("127.0.0.1:0", Proposal(run), Path(uploads))
         engine.expect(layout)
         with _clients("fedlora", engine.address, clients, size) as processes:
             while len(engine.idle()) < clients:

@@ -6,9 +6,8 @@ The clients share one data set's rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from fedlora.options import SIMULATE, build_parser, read_options
+from fedlora.config import SimulationConfig, read_config
 from fedlora.tasks import read
 
 from ..fresh import in_fresh_process, peak_bytes
@@ -45,8 +44,7 @@ def simulated(argv: list[str], threads: int | None) -> int:
     from ...simulate import simulate
 
     argv = [*argv, *(["--threads", str(threads)] if threads else [])]
-    options = read_options(build_parser(SIMULATE, "one round of each client"), SIMULATE, argv)
-    options.data = Path(options.data)
+    options = read_config(SimulationConfig, argv)
     done = simulate(options, Method.parse("ffa-lora"), 0, find_model(options), populate(options, 0))
     assert done.result.ended == "finished" and len(done.epsilons) == options.clients
     return peak_bytes()

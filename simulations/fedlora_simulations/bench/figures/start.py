@@ -55,14 +55,14 @@ class _Begun(Exception):
 def first_step(data: str, model: str, device: str, threads: int, batch: int) -> dict[str, float]:
     """Seconds in this process: all that server and client do for the first round of one private client."""
     from fedlora import models
-    from fedlora.options import SIMULATE, build_parser, read_options
+    from fedlora.config import SimulationConfig, read_config
     from fedlora.training import Trainer
     from fedlora_server.run_setup import find_model
 
     from ...population import Method, populate
     from ...simulate import simulate
 
-    options = read_options(build_parser(SIMULATE, ""), SIMULATE, [
+    options = read_config(SimulationConfig, [
         f"--data={data}", f"--model={model}", f"--device={device}", f"--threads={threads}", "--clients=1",
         f"--batch-size={batch}", "--max-length=64", "--precision=fp32"])
     base, population = find_model(options), populate(options, 0)

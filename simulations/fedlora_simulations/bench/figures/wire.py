@@ -19,9 +19,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from fedlora import wire
+from fedlora.config import SimulationConfig, read_config
 from fedlora.data import Rows, label_names, partition
-from fedlora.options import SIMULATE, build_parser, read_options
-from fedlora.plan import STRATEGIES, WIRE_DTYPES
+from fedlora.plan import STRATEGIES, WIRE_DTYPES, Proposal
 from fedlora_client.connection import Connection, Goodbye
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.round_state import RoundOptions
@@ -79,9 +79,8 @@ def _round(strategy: str, rank: int, wire_dtype: str, *, quick: bool) -> tuple[t
     family = STRATEGY_CLASSES[strategy].family
     run = plan(strategy, family, rank=rank, rounds=ROUNDS, max_participations=ROUNDS, wire_dtype=wire_dtype)
     adapter = layout(family, rank=rank, **({"layers": 1, "width": 64} if quick else MINILM))
-    setup = wire.Setup.of(run)
     with TemporaryDirectory(prefix="fedlora-uploads-") as uploads:
-        engine = GrpcEngine("127.0.0.1:0", setup, Path(uploads))
+        engine = GrpcEngine("127.0.0.1:0", Proposal(run), Path(uploads))
         engine.expect(adapter)
         client = threading.Thread(target=_serve, args=(engine.address, Echo(adapter)), daemon=True)
         client.start()
@@ -118,7 +117,7 @@ def _accuracy(settings: Settings, rows: Rows, strategy: str, wire_dtype: str, se
     shuffled = np.random.default_rng(seed).permutation(len(rows))
     train, held_out = rows.take(shuffled[len(rows) // 5:]), rows.take(shuffled[:len(rows) // 5])
     parts = partition(len(train), train.labels, "iid", 2, seed)
-    options = read_options(build_parser(SIMULATE, ""), SIMULATE, [
+    options = read_config(SimulationConfig, [
         *SHORT, f"--model={settings.model}", f"--device={settings.device}", f"--wire-dtype={wire_dtype}",
         *([f"--threads={settings.threads}"] if settings.threads else []),
         *(["--rounds=1", "--batch-size=4", "--rank=4"] if settings.quick else [])])

@@ -1,14 +1,18 @@
-"""Flags, config file and defaults."""
+"""Flags, config file and defaults, and what derives from the fields of a config."""
 
+import dataclasses
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from fedlora.options import build_parser, options_from, read_options
+from fedlora.config import CONFIGS, GROUPS, ServerConfig, config_from, flag, options_of, read_config
+from fedlora.plan import RunPlan
 
 
 def options(command, *argv):
-    return read_options(build_parser(command, ""), command, argv)
+    return read_config(CONFIGS[command], argv)
 
 
 def config(tmp_path: Path, text: str) -> str:
@@ -87,9 +91,9 @@ def test_columns_given_one_by_one_add_up():
 def test_seeds_and_labels_are_compared_as_what_they_mean(capsys):
     assert options("simulate", "--seeds", "1,02").seeds == (1, 2)
     assert options("server", "--labels", "0.0, 1.0").labels == ("0", "1")
-    for flag, value in (("--seeds", "1,01"), ("--labels", "1,1.0")):
+    for given, value in (("--seeds", "1,01"), ("--labels", "1,1.0")):
         with pytest.raises(SystemExit) as exit_:
-            options("simulate", flag, value)
+            options("simulate", given, value)
         assert exit_.value.code == 2 and "none twice" in capsys.readouterr().err
 
 
@@ -99,7 +103,7 @@ def test_epsilon_may_be_infinite():
 
 def test_a_table_reads_as_flags_do_and_an_empty_value_is_not_given():
     given = {"epsilon": 3, "new-ledger": True, "column": "text=note", "name": "", "threads": 2}
-    assert options_from(given, "client", "--node-config") == options(
+    assert config_from(given, CONFIGS["client"], "--node-config") == options(
         "client", "--epsilon=3", "--new-ledger", "--column=text=note", "--threads=2")
 
 
@@ -108,5 +112,52 @@ def test_a_table_reads_as_flags_do_and_an_empty_value_is_not_given():
     ({"new-ledger": "yes"}, ["new-ledger", "true or false"]), ({"config": "no.toml"}, ["no.toml"])])
 def test_a_wrong_table_is_a_value_error_that_names_what_is_wrong(given, names):
     with pytest.raises(ValueError) as wrong:
-        options_from(given, "client", "--node-config")
+        config_from(given, CONFIGS["client"], "--node-config")
     assert all(name in str(wrong.value) for name in names), wrong.value
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_help_stands_in_groups_names_every_option_once_and_has_a_short_usage(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        options(command, "--help")
+    assert exit_.value.code == 0
+    usage, *parts = capsys.readouterr().out.split("\n\n")
+    assert usage.startswith(f"usage: fedlora-{command} ") and usage.count("\n") < 3
+    groups = {part.partition(":\n")[0]: re.findall(r"^  (?:-h, )?--([a-z-]+)", part, re.M) for part in parts[1:]}
+    assert tuple(groups) == GROUPS and all(groups.values())
+    assert sorted(name for names in groups.values() for name in names) == sorted(
+        [*map(flag, options_of(CONFIGS[command])), "help"])
+
+
+MADE_BY_THE_SERVER = {"run_id", "fedlora_version", "family", "adapter_scale", "weight_by_examples", "family_options",
+                      "ranks", "adjustment", "protocol"}
+"""What of a plan follows from no option alone."""
+
+
+@pytest.mark.parametrize("command", ["server", "simulate"])
+def test_every_value_of_a_plan_follows_from_one_option_or_is_made_by_the_server(command):
+    planned = [option.plan for option in options_of(CONFIGS[command]).values() if option.plan]
+    assert len(set(planned)) == len(planned)
+    assert set(planned) | MADE_BY_THE_SERVER == {field.name for field in dataclasses.fields(RunPlan)}
+    assert not set(planned) & MADE_BY_THE_SERVER
+
+
+def test_an_option_and_the_value_of_the_plan_that_has_its_name_have_one_type():
+    plan = {field.name: field.type for field in dataclasses.fields(RunPlan)}
+    for field in dataclasses.fields(ServerConfig):
+        option = field.metadata["option"]
+        if option.plan == field.name != "model":  # a plan pins it
+            assert field.type.removesuffix(" | None") == plan[field.name], field.name
+
+
+def test_a_field_that_two_commands_have_is_declared_once_for_both():
+    kinds = {kind for config in CONFIGS.values() for kind in config.__mro__ if dataclasses.is_dataclass(kind)}
+    owners = Counter(name for kind in kinds for name in set(kind.__annotations__) - {"command", "forms"})
+    assert {name for name, count in owners.items() if count > 1} == {"strategy", "model", "labels"}, "they mean others"
+
+
+def test_a_config_is_frozen_and_names_only_what_is_known():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options("server").rounds = 3
+    with pytest.raises(TypeError, match="roundz"):
+        ServerConfig(roundz=3)

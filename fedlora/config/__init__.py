@@ -1,0 +1,20 @@
+"""One typed, frozen config for each command: each option is a field, and parser, file and --help derive from it.
+
+    options = read_config(ServerConfig, argv)                               # ends the process with code 2
+    options = config_from(context.node_config, ClientConfig, "--node-config")     # raises ValueError
+
+Reading it imports neither torch nor numpy.
+"""
+
+from fedlora.config import values
+from fedlora.config.client import ClientConfig
+from fedlora.config.option import GROUPS, PRESET, Option, flag, option, options_of
+from fedlora.config.parser import build_parser, config_from, read_config, shown
+from fedlora.config.server import ServerConfig
+from fedlora.config.shared import Config, LocalConfig, RunConfig
+from fedlora.config.simulation import SimulationConfig
+from fedlora.config.toml import CONFIGS
+
+__all__ = ["CONFIGS", "GROUPS", "PRESET", "ClientConfig", "Config", "LocalConfig", "Option", "RunConfig",
+           "ServerConfig", "SimulationConfig", "build_parser", "config_from", "flag", "option",
+           "options_of", "read_config", "shown", "values"]

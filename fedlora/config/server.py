@@ -1,0 +1,35 @@
+"""The options of fedlora-server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from fedlora.config import values
+from fedlora.config.option import NETWORK, RUN, option
+from fedlora.config.shared import SERVER, ConnectedConfig, RunConfig
+from fedlora.plan import STRATEGIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig(RunConfig, ConnectedConfig):
+    """Coordinate a federated run."""
+
+    command: ClassVar[str] = SERVER
+    forms: ClassVar[tuple[str, ...]] = (
+        "fedlora-server [--strategy NAME] [--labels A,B,…] [options]", "fedlora-server --resume DIR",
+        "fedlora-server presets [--json]")
+
+    strategy: str = option("fedsvd", "how uploads are combined", RUN, choices=lambda: STRATEGIES, plan="strategy",
+                           place=1)
+    min_clients: int = option(2, "clients to wait for before round 1", RUN, values.count, place=2)
+    resume: Path | None = option(
+        None, "go on with the run whose --out folder this is, with the options that it was begun with", RUN,
+        values.path, metavar="DIR", place=3)
+    seed: int = option(0, "of the frozen tensors and the cohorts", RUN, values.natural)
+
+    address: str = option("127.0.0.1:9092", "where to listen", NETWORK, metavar="HOST:PORT", place=1)
+    round_timeout: float = option(600.0, "seconds before idle clients are asked as backups for missing ones", NETWORK,
+                                  values.positive)
+    wait_timeout: float = option(600.0, "seconds to wait when too few clients are left", NETWORK, values.positive)

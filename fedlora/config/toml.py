@@ -1,0 +1,97 @@
+"""The TOML file that can stand in for a command's flags, and other tables of keys and values, as arguments.
+
+A key that belongs to another command is left to it, so that one file drives all three; one that belongs to none is an
+error. The server's `seed` is also the one seed of a simulation, if `seeds` names none.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora.config.client import ClientConfig
+from fedlora.config.option import flag, options_of
+from fedlora.config.server import ServerConfig
+from fedlora.config.shared import CLIENT, SERVER, SIMULATE, Config
+from fedlora.config.simulation import SimulationConfig
+
+CONFIGS: Mapping[str, type[Config]] = {SERVER: ServerConfig, CLIENT: ClientConfig, SIMULATE: SimulationConfig}
+
+
+def keys(config: type[Config]) -> list[str]:
+    """Of a config in a file."""
+    return [flag(name) for name in options_of(config)]
+
+
+def file_arguments(path: Path, config: type[Config]) -> list[str]:
+    """The file's values as command-line arguments, so that file and flags are checked by the same code.
+
+    Raises:
+        ValueError: the file cannot be read, is not TOML, or has a key that no command knows.
+    """
+    text = ""
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        both = all(re.search(rf"(?m)^\s*{start}", text) for start in (r"server\s*=", r"\[server\]"))
+        hint = "; beside a table [server], the client's `server` belongs under [client]" if both else ""
+        raise ValueError(f"--config {path} is not TOML: {error}{hint}") from None
+    values = _of(table, config)
+    if "config" in values:
+        raise ValueError(f"--config {path}: 'config' cannot name another file")
+    if "resume" in values:
+        raise ValueError(f"--config {path}: 'resume' is a flag alone, for the run brings its own options")
+    return arguments(values, config, f"--config {path}")
+
+
+def _of(table: dict[str, Any], config: type[Config]) -> dict[str, Any]:
+    """What a file says to one command: its own table over the top level, less what is for the others."""
+    own = table.pop(config.command, {})
+    for other in CONFIGS.keys() - {config.command}:
+        table.pop(other, None) if isinstance(table.get(other), dict) else None
+    if not isinstance(own, dict):  # `server = "host:port"` is the client's flag, not a table
+        table[config.command], own = own, {}
+    here = keys(config)
+    others = {key for kind in CONFIGS.values() for key in keys(kind)} - set(here)
+    values = {key: value for key, value in table.items() if key.replace("_", "-") not in others} | own
+    if "seeds" in here and "seed" not in here and "seed" in table:
+        values = {"seeds": table["seed"]} | values
+    return values
+
+
+def arguments(values: Mapping[str, Any], config: type[Config], source: str) -> list[str]:
+    """Keys and values as command-line arguments.
+
+    Args:
+        source: named in errors.
+    Raises:
+        ValueError: a key is not an option of the command, or its value has no form on a command line.
+    """
+    here = {flag(name): option for name, option in options_of(config).items()}
+    given: list[str] = []
+    for key, value in values.items():
+        name = key.replace("_", "-")
+        if name not in here:
+            close = difflib.get_close_matches(name, [key for kind in CONFIGS.values() for key in keys(kind)], n=1)
+            raise ValueError(f"{source}: {key!r} is not an option of fedlora-{config.command}"
+                             + (f"; did you mean {close[0]!r}?" if close else ""))
+        if here[name].parse is None:
+            if not isinstance(value, bool):
+                raise ValueError(f"{source}: {key} must be true or false, not {value!r}")
+            given.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            if isinstance(value, dict):
+                value = ",".join(f"{k}={v}" for k, v in value.items())
+            elif isinstance(value, list):
+                if split := [item for item in value if "," in str(item)]:
+                    raise ValueError(f"{source}: {key} holds {split[0]!r}, which its comma would make two of")
+                value = ",".join(map(str, value))
+            given.append(f"--{name}={value}")
+    return given

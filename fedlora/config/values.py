@@ -1,0 +1,140 @@
+"""From the text of an option to its value; the errors say what was expected."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora import registry
+from fedlora.plan import check_unit
+
+STARTS = "fedlora.adapters.starts"
+
+Choices = Sequence[str] | Callable[[], Sequence[str]]
+"""The words that a value can be, or where they are found once somebody asks."""
+
+
+def number(kind: Callable[[str], Any], low: float, high: float = math.inf, *, open_low: bool = False) -> Callable:
+    """A parser of numbers in [low, high], or (low, high] if `open_low`; its errors say what was expected."""
+
+    def parse(given: str) -> Any:
+        try:
+            value = kind(given)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high if open_low else low <= value <= high):
+            wanted = "whole number" if kind is int else "number"
+            bound = f"above {low:g}" if open_low else f"of at least {low:g}"
+            raise argparse.ArgumentTypeError(
+                f"{given!r} is not a {wanted} {bound}" + (f" and at most {high:g}" if high < math.inf else ""))
+        return value
+
+    return parse
+
+
+count = number(int, 1)
+natural = number(int, 0)
+positive = number(float, 0, open_low=True)
+finite = number(float, 0, 1e300, open_low=True)
+
+
+def text(given: str) -> str:
+    """Anything but nothing."""
+    if not given.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a value, or leave the option out")
+    return given
+
+
+def path(given: str) -> Path:
+    """A place, there or not."""
+    return Path(text(given))
+
+
+def names(given: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(part.strip() for part in given.split(",") if part.strip())
+
+
+def distinct(given: str, each: Callable[[str], Any] = str) -> tuple:
+    """At least one, compared as what `each` makes of them."""
+    values = tuple(map(each, names(given)))
+    if not values or len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{given!r} must name at least one, and none twice")
+    return values
+
+
+def seeds(given: str) -> tuple[int, ...]:
+    """Whole numbers."""
+    return distinct(given, natural)
+
+
+def labels(given: str) -> tuple[str, ...]:
+    """Label names, as rows have them."""
+    from fedlora.data.rows import normalize_label  # --help needs no numpy
+
+    return distinct(given, lambda name: normalize_label(name) or name)
+
+
+def start(given: str) -> str:
+    """How the frozen factors start: a key of `fedlora.adapters.starts`, and what it takes behind a colon."""
+    takes = {key: registry.literal(STARTS, key, "TAKES") for key in registry.keys(STARTS)}
+    key, colon, argument = given.partition(":")
+    if key in takes and (bool(colon), bool(argument)) == (bool(takes[key]),) * 2:
+        return given
+    shown = ", ".join(f"{name}:{what}" if what else name for name, what in takes.items())
+    reasons = {"gradient": "a start from the clients' raw gradients would release private rows without noise; ",
+               **{name: f"name the {what} behind a colon: " for name, what in takes.items() if what}}
+    raise argparse.ArgumentTypeError(f"{given!r}: {reasons.get(key, 'there is no such start; ')}choose one of {shown}")
+
+
+def strategies(known: Choices) -> Callable[[str], tuple[str, ...]]:
+    """A parser of several strategies, each if need be with a start of its own, as in fed-sb:weight."""
+
+    def parse(given: str) -> tuple[str, ...]:
+        for name in (several := distinct(given)):
+            strategy, colon, init = name.partition(":")
+            if strategy not in chosen(known):
+                raise argparse.ArgumentTypeError(
+                    f"{name!r} is not a strategy; choose from {', '.join(chosen(known))}")
+            if colon:
+                start(init)
+        return several
+
+    return parse
+
+
+def several(known: Choices, what: str) -> Callable[[str], tuple[str, ...]]:
+    """A parser of several of the known words, none twice; `what` one of them is."""
+
+    def parse(given: str) -> tuple[str, ...]:
+        for name in (found := distinct(given)):
+            if name not in chosen(known):
+                raise argparse.ArgumentTypeError(f"{name!r} is not a {what}; choose from {', '.join(chosen(known))}")
+        return found
+
+    return parse
+
+
+def unit(given: str) -> str:
+    """Of privacy."""
+    try:
+        check_unit(given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return given
+
+
+def columns(given: str) -> Mapping[str, str]:
+    """Field → column."""
+    pairs = dict(part.partition("=")[::2] for part in names(given))
+    if not all(pairs.values()):
+        raise argparse.ArgumentTypeError(f"{given!r} is not of the form name=column, as in text=note")
+    return pairs
+
+
+def chosen(choices: Choices) -> Sequence[str]:
+    """The words themselves."""
+    return choices() if callable(choices) else choices

@@ -1,0 +1,50 @@
+"""fedlora-server presets: the values that a run gets where only a strategy and a privacy setting are named."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from fedlora.config import flag, shown
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="fedlora-server presets", description="The values of each strategy, with and without privacy. A flag "
+        "overrides its value; fedlora-server --help explains them.")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON instead of a table")
+    as_json = parser.parse_args(argv).as_json
+    from fedlora_strategies.presets import presets
+
+    found: dict[str, dict[str, dict[str, object]]] = {"required": {}, "off": {}}
+    for (strategy, private), preset in presets().items():
+        found["required" if private else "off"][strategy] = asdict(preset)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        for privacy, rows in found.items():
+            _print(privacy, rows)
+    return 0
+
+
+def _print(privacy: str, rows: Mapping[str, Mapping[str, object]]) -> None:
+    """A row for each strategy; what all of them have alike stands above."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    first = next(iter(rows.values()))
+    differ = [name for name in first if any(row[name] != first[name] for row in rows.values())]
+    same = " · ".join(f"{flag(name)} {shown(first[name])}" for name in first if name not in differ)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("strategy", no_wrap=True)
+    for name in differ:
+        table.add_column(flag(name), justify="left" if isinstance(first[name], str | tuple) else "right")
+    for strategy, row in rows.items():
+        table.add_row(strategy, *(shown(row[name]) for name in differ))
+    console = Console(highlight=False)
+    console.print(f"[bold]--privacy {privacy}[/bold]   {same}")
+    console.print(table)

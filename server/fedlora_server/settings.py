@@ -1,0 +1,40 @@
+"""What a run is made of, told when it starts: each value that shapes what is trained, and where it comes from.
+
+    given    rounds 3 · batch-size 64
+    preset   rank 2 · alpha 5 · targets auto · init orthonormal · lr 0.03 · …
+    default  strategy fedsvd · model minilm · task classification · max-length 128 · …
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rich.table import Table
+from rich.text import Text
+
+from fedlora.config import GROUPS, RunConfig, flag, options_of, shown
+from fedlora_strategies.presets import Preset
+
+SOURCES = ("given", "preset", "default")
+
+
+def settings(config: RunConfig, strategy: str, values: Preset) -> Table:
+    """A block of three lines, on a wide terminal. What was given as it is by default counts as the default.
+
+    Args:
+        values: the preset's, with those that were given in their places.
+    """
+    found: dict[str, list[str]] = {source: [] for source in SOURCES}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, option in sorted(options_of(type(config)).items(), key=lambda item: (
+            GROUPS.index(item[1].group), item[1].place)):
+        given = getattr(config, name)
+        value = strategy if name == "strategy" else getattr(values, name, given)
+        if option.plan and value is not None:
+            source = "given" if given != defaults[name] else "preset" if hasattr(values, name) else "default"
+            found[source].append(f"{flag(name)} {shown(value)}")
+    table = Table.grid(padding=(0, 2))
+    for source, items in found.items():
+        if items:
+            table.add_row(source, Text(" · ".join(items)))
+    return table

@@ -1,0 +1,59 @@
+"""What a run is made of: told when it starts, and by fedlora-server presets."""
+
+import dataclasses
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from fedlora.config import CONFIGS, PRESET, flag, options_of, read_config, shown
+from fedlora_server.cli import main
+from fedlora_server.run_setup import planned
+from fedlora_server.settings import settings
+from fedlora_strategies.presets import Preset, preset, presets
+
+
+def told(command, *argv):
+    """Source → what is said to come from it, on a terminal of 80 columns; and the lines."""
+    config = read_config(CONFIGS[command], argv)
+    console = Console(file=StringIO(), width=80)
+    console.print(settings(config, "fedsvd", planned(config, "fedsvd")))
+    lines = console.file.getvalue().splitlines()
+    text = " ".join(line.rstrip() for line in lines)
+    found = {}
+    for source in ("default", "preset", "given"):
+        text, _, items = text.partition(f"{source} ")
+        found[source] = {" ".join(item.split()) for item in items.split("·") if item.strip()}
+    return found, lines
+
+
+@pytest.mark.parametrize("command", ["server", "simulate"])
+def test_the_values_of_a_run_are_told_with_their_sources_in_at_most_six_lines(command):
+    found, lines = told(command, "--rounds=3", "--lr=0.01", "--max-length=64")
+    assert len(lines) <= 6
+    assert found["given"] == {"rounds 3", "lr 0.01", "max-length 64"}
+    values = dataclasses.asdict(preset("fedsvd", True))
+    assert found["preset"] == {f"{flag(name)} {shown(value)}" for name, value in values.items()} - {
+        f"rounds {values['rounds']}", f"lr {values['lr']:g}"}
+    assert {"strategy fedsvd", "privacy required", "model minilm"} <= found["default"]
+    assert not [item for items in found.values() for item in items if "None" in item]
+
+
+def test_the_options_that_a_preset_stands_in_for_are_those_that_it_has():
+    for command in ("server", "simulate"):
+        assert {name for name, option in options_of(CONFIGS[command]).items() if option.unset == PRESET} == {
+            field.name for field in dataclasses.fields(Preset)}
+
+
+def test_presets_are_printed_as_they_are(capsys):
+    assert main(["presets", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    for (strategy, private), values in presets().items():
+        assert printed["required" if private else "off"][strategy] == dataclasses.asdict(values) | {
+            "targets": list(values.targets)}
+    assert main(["presets"]) == 0
+    table = capsys.readouterr().out
+    assert "--privacy required" in table and "--privacy off" in table
+    for (strategy, _), values in presets().items():
+        assert strategy in table and f"{values.lr:g}" in table
