@@ -11,7 +11,7 @@ import ast
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -34,16 +34,6 @@ def keys(package: str) -> tuple[str, ...]:
     return tuple(titles(package))
 
 
-@cache
-def literal(package: str, key: str, name: str) -> object:
-    """The constant with this name at the top of a key's module, read from its text; None where there is none."""
-    file = _folder(package) / f"{key.replace('-', '_')}.py"
-    for statement in ast.parse(file.read_text("utf-8")).body:
-        if isinstance(statement, ast.Assign) and [ast.unparse(target) for target in statement.targets] == [name]:
-            return ast.literal_eval(statement.value)
-    return None
-
-
 def load(package: str, key: str) -> ModuleType:
     """The module behind a key.
 
@@ -55,6 +45,26 @@ def load(package: str, key: str) -> ModuleType:
         raise ValueError(f"{key!r} is none of the {kind} that are installed here; choose one of "
                          f"{', '.join(keys(package))}")
     return importlib.import_module(f"{package}.{key.replace('-', '_')}")
+
+
+@cache
+def literals(package: str, key: str, name: str) -> Mapping[str, object]:
+    """What the class that a module calls `name` says of itself in literals: attribute → value.
+
+    Read from the file as titles are, for whoever has to know it and makes nothing.
+    """
+    assert key in titles(package), "a key is looked up before"
+    module = ast.parse((_folder(package) / f"{key.replace('-', '_')}.py").read_text("utf-8"))
+    called = _assigned(module.body).get(name)
+    assert isinstance(called, ast.Name), f"{package}.{key} says {name} = its class"
+    [found] = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == called.id]
+    return {attribute: value.value for attribute, value in _assigned(found.body).items()
+            if isinstance(value, ast.Constant)}
+
+
+def _assigned(body: Sequence[ast.stmt]) -> dict[str, ast.expr]:
+    return {target.id: node.value for node in body if isinstance(node, ast.Assign) for target in node.targets
+            if isinstance(target, ast.Name)}
 
 
 def _folder(package: str) -> Path:

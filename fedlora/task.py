@@ -43,12 +43,14 @@ class Task(ABC):
     Class attributes:
         name: its key, that of the file.
         model_is: what is trained, in words: "a causal language model".
+        has_labels: whether its answers are names of classes, so that a run has a label set.
+        has_head: whether the model ends in a layer that a base checkpoint may lack, and that can be trained too.
         rows: what the files of rows hold.
         auto_class: transformers' class that loads a model for it.
         model_types: of config.json, for which that class has a model.
-        has_head: whether the model ends in a layer that a base checkpoint may lack, and that can be trained too.
         metric: the measured figure that runs are compared by.
         peft_type: of the exported adapter.
+    The first four are literals: a plan's checks read them from the file (`fedlora.plan.task_facts`).
 
     Attributes:
         max_length: tokens kept of a record.
@@ -56,10 +58,11 @@ class Task(ABC):
 
     name: ClassVar[str]
     model_is: ClassVar[str]
+    has_labels: ClassVar[bool]
+    has_head: ClassVar[bool]
     rows: ClassVar[RowFormat]
     auto_class: ClassVar[Any]
     model_types: ClassVar[Collection[str]]
-    has_head: ClassVar[bool]
     metric: ClassVar[str]
     peft_type: ClassVar[str]
 
@@ -73,21 +76,6 @@ class Task(ABC):
     def of(cls, run: RunPlan, tokenizer: Any) -> Self:
         """The task of a plan."""
         return cls(tokenizer, run.max_length)
-
-    @classmethod
-    def has_labels(cls) -> bool:
-        """Whether its answers are names of classes, so that a run has a label set."""
-        return cls.rows.answer is not None and cls.rows.answer.names
-
-    @classmethod
-    def check_plan(cls, run: RunPlan) -> None:
-        """Raises ValueError where a plan has what the task has not, or lacks what it needs."""
-        if cls.has_labels() and len(run.labels) == 1:
-            raise ValueError(f"labels is {run.labels!r}; {cls.name} needs at least two labels")
-        if run.labels and not cls.has_labels():
-            raise ValueError(f"labels is {run.labels!r}; {cls.model_is} has none")
-        if run.train_head and not cls.has_head:
-            raise ValueError(f"train_head is {run.train_head!r}; {cls.model_is} has no task head to train")
 
     @classmethod
     def check_answered(cls, rows: Rows, file: str, wanted_for: str) -> None:

@@ -12,8 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WAITING = frozenset({"test_bench", "test_demo", "test_end_to_end", "test_files_of_protocol_4", "test_hostile_server",
-                     "test_kills", "test_neighbours", "test_restarts", "test_snapshots", "test_superlink",
-                     "test_workers"})
+                     "test_kills", "test_neighbours", "test_restarts", "test_snapshots", "test_strategy_toys",
+                     "test_superlink", "test_workers"})
 """Modules whose tests start processes and wait for them."""
 
 

@@ -4,10 +4,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fedlora import registry
 from fedlora.adapters import AdapterLayout, Site, TensorSpec, family_of
 from fedlora.plan import ModelRef, Refusal, RoundPlan, RunPlan, Tensors, Upload
 from fedlora.wire import rounded, tensors_digest
-from fedlora_strategies import STRATEGY_CLASSES
+from fedlora_strategies import strategy_class
+from fedlora_strategies.recipe import RECIPES
+
+STRATEGIES = registry.keys(RECIPES)
+"""Every one that is found."""
 
 ROWS, COLUMNS = 7, 5
 """Of a target weight: (d_out, d_in)."""
@@ -40,8 +45,9 @@ def plan_of(strategy: str, **changes) -> RunPlan:
     """A non-private plan of one local SGD step; `changes` replace its fields."""
     values = dict(
         run_id="0123456789abcdef", fedlora_version="0.1.0", strategy=strategy,
-        family=STRATEGY_CLASSES[strategy].family, private=False, model=ModelRef("local", "0" * 64, "1" * 64, "2" * 64),
-        task="classification", labels=("no", "yes"), max_length=16, rank=2, alpha=2.0, targets=("q",), train_head=True,
+        family=strategy_class(strategy).recipe.family, private=False,
+        model=ModelRef("local", "0" * 64, "1" * 64, "2" * 64), task="classification", labels=("no", "yes"),
+        max_length=16, rank=2, alpha=2.0, targets=("q",), train_head=True,
         dropout=0.0, rounds=3, max_participations=3, local_steps=2, expected_batch=4, optimizer="sgd", lr=0.3,
         clip_norm=1.0, adapter_scale=1.0, head_scale=1.0, weight_by_examples=False)
     return RunPlan(**values | changes)
@@ -57,7 +63,8 @@ def update_of(state: Mapping[str, np.ndarray], module: str) -> np.ndarray:
 class LinearSession:
     """A real client of a tiny problem: least squares of each module's update against its own data.
 
-    Behaves as `fedlora_client.session.ClientSession`: keeps the frozen tensors it was sent, trains once per key.
+    Behaves as `fedlora_client.session.ClientSession`: keeps the frozen tensors it was sent, trains once per key, and
+    moves and uploads those alone that train in the round.
 
     Attributes:
         forgets_in: round at whose first attempt the frozen tensors are lost; 0 for none.
@@ -88,8 +95,10 @@ class LinearSession:
         self.keys.append((plan.round, plan.attempt))
         state = {**tensors, **self.held.get(plan.frozen_sha256, {})}
         for _ in range(plan.run.local_steps):
-            state = {**state, **self._step(state, plan.run.lr)}
-        trained = rounded({spec.name: np.asarray(state[spec.name], np.float32) for spec in self.layout.trained},
+            moved = self._step(state, plan.run.lr)
+            state = {**state, **{name: array for name, array in moved.items() if name in (plan.active or moved)}}
+        active = [spec for spec in self.layout.trained if spec.name in plan.active or not plan.active]
+        trained = rounded({spec.name: np.asarray(state[spec.name], np.float32) for spec in active},
                           plan.run.wire_dtype)
         private = plan.run.private
         return Upload(*plan.key, tensors=trained, steps=plan.run.local_steps, delta=1e-5 if private else None,

@@ -172,11 +172,13 @@ def test_a_client_killed_inside_a_training_is_charged_for_exactly_one_more(deplo
 
 
 def test_a_server_killed_inside_a_round_is_taken_up_again_at_no_cost(deploy, tmp_path):
-    """In round 2 north trains, record by record, and south has sent: the new server finds both where they were."""
+    """In round 2 north trains, record by record, and south has sent: the new server finds both where they were, and
+    Adam's moments in FedSVD's coordinates."""
     files = {name: write_rows(tmp_path / f"{name}.jsonl", seed, rows=600)
              for seed, name in enumerate(("north", "south"))}
     server = ("--min-clients", 2, "--min-replies", 2, "--seed", 5, "--rounds", 3, *SMALL, "--local-steps", 5,
-              "--batch-size", 120)
+              "--batch-size", 120, "--server-optimizer", "adam", "--server-options", "beta1=0.5,decay=1",
+              "--strategy-options", "period=1")
     whole, broken = deploy("whole"), deploy("broken")
     for deployment in (whole, broken):
         deployment.server(*server)
@@ -196,6 +198,8 @@ def test_a_server_killed_inside_a_round_is_taken_up_again_at_no_cost(deploy, tmp
         assert account(broken, name).epsilon == pytest.approx(account(whole, name).epsilon, abs=EXACT)
     report = json.loads((broken.out / "report.json").read_text())
     assert report["resumed_after_rounds"] == [1] and [line["round"] for line in report["rounds"]] == [1, 2, 3]
+    assert report["strategy"]["optimizer"] == {
+        "name": "adam", "lr": 0.01, "decay": 1.0, "beta1": 0.5, "beta2": 0.99, "tau": 0.001, "correct_bias": 0}
 
 
 def test_a_run_that_was_stopped_goes_on_when_server_and_clients_are_started_again(deploy, tmp_path):

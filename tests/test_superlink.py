@@ -25,6 +25,7 @@ from fedlora_simulations.simulate import simulate
 from tests.processes import PATIENCE, free_port, write_rows
 
 APP = Path(__file__).parent.parent / "simulations" / "flower_app"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "flower_app"
 BINARIES = Path(sys.executable).parent
 COMMANDS = ("flwr", "flower-superlink", "flower-supernode", "flower-superexec", "flwr-serverapp", "flwr-clientapp")
 MISSING = [name for name in COMMANDS if not (BINARIES / name).exists()]
@@ -60,9 +61,9 @@ class Flower:
         self.start(name, BINARIES / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}",
                    "--port", free_port(), "--node-config", values, **{INSECURE_SEED_VARIABLE: str(seed)})
 
-    def run(self, **config: object) -> None:
+    def run(self, app: Path, **config: object) -> None:
         values = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-        done = subprocess.run([BINARIES / "flwr", "run", APP, "--run-config", values], cwd=self.folder, text=True,
+        done = subprocess.run([BINARIES / "flwr", "run", app, "--run-config", values], cwd=self.folder, text=True,
                               env=self.environment, capture_output=True, timeout=PATIENCE * 60)
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -91,7 +92,11 @@ class Flower:
             own.wait()
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"Flower's commands are not beside this Python: {', '.join(MISSING)}")
+with_flower = pytest.mark.skipif(bool(MISSING),
+                                 reason=f"Flower's commands are not beside this Python: {', '.join(MISSING)}")
+
+
+@with_flower
 def test_supernodes_and_simulation_end_with_the_same_adapter(tmp_path, checkpoint):
     model, nodes = checkpoint("bert"), ("hospital-0", "hospital-1")
     with Flower(tmp_path) as flower:
@@ -101,7 +106,7 @@ def test_supernodes_and_simulation_end_with_the_same_adapter(tmp_path, checkpoin
             flower.supernode(name, 5, data=str(data), model=str(model), state=str(tmp_path / "state" / name),
                              threads=1, device="cpu", precision="fp32", labels="routine,urgent",
                              **{"simulated-ledger": str(tmp_path / name)})
-        flower.run(strategy="fedsvd", model=str(model), seed=5, out=str(tmp_path / "run"), **SMALL,
+        flower.run(APP, strategy="fedsvd", model=str(model), seed=5, out=str(tmp_path / "run"), **SMALL,
                    **{"min-clients": 2, "min-replies": 2})
         flower.wait_until((tmp_path / "run" / "report.json").exists, timeout_s=180)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -122,6 +127,25 @@ def test_supernodes_and_simulation_end_with_the_same_adapter(tmp_path, checkpoin
                            for folder in ("simulated", "run"))
     assert simulated.keys() == deployed.keys() and simulated
     assert [name for name in simulated if simulated[name].tobytes() != deployed[name].tobytes()] == []
+
+
+@with_flower
+def test_a_server_app_of_ones_own_runs_a_strategy_of_ours(tmp_path, checkpoint):
+    """The example: a plain Flower run, with privacy, whose adapter is PEFT's."""
+    model = checkpoint("bert")
+    with Flower(tmp_path) as flower:
+        flower.superlink()
+        for seed, name in enumerate(("hospital-0", "hospital-1")):
+            data = write_rows(tmp_path / "data" / f"{name}.jsonl", seed)
+            flower.supernode(name, 5, data=str(data), model=str(model), state=str(tmp_path / "state" / name),
+                             threads=1, device="cpu", precision="fp32", labels="routine,urgent",
+                             **{"simulated-ledger": str(tmp_path / name)})
+        out = tmp_path / "adapter"
+        flower.run(EXAMPLE, model=str(model), rank=2, rounds=1, out=str(out))
+        flower.wait_until((out / "adapter_model.safetensors").exists, timeout_s=120)
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 2
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
 
 
 def test_the_flower_app_knows_every_option_of_the_server_and_holds_no_code():

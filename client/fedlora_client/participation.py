@@ -205,7 +205,7 @@ class Participation:
             ValueError: without privacy, by what the rows hold.
         """
         plan, rows, declared = self._proposal.plan, self._rows, self._owner.labels
-        if not task_named(plan.task).has_labels():
+        if not task_named(plan.task).has_labels:
             return ()
         if plan.labels_open:
             if declared is not None or not plan.private:
@@ -363,7 +363,7 @@ class Participation:
         if broken := self._proposal.broken_by(run):
             log.error("The plan's %s is not what the server said when this client joined.", broken[0])
             raise Refused("policy")
-        if task_named(run.task).has_labels():
+        if task_named(run.task).has_labels:
             check_declared(self._owner.labels, run.labels)
             if not run.private:
                 try:

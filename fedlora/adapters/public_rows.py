@@ -40,7 +40,7 @@ def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping
                    "figures on rows that the start was taken from say nothing")
             raise ValueError(f"--init {PREFIX}{path} is (part of) {flag} {other}: {why}. Name another file")
     rows = read(path, task, columns=columns, allow_download=allow_download)
-    if task_named(task).has_labels():
+    if task_named(task).has_labels:
         if len(data.label_names(rows)) < 2:
             found = ", ".join(data.label_names(rows)) or "none"
             raise ValueError(f"--init {PREFIX}{path} needs rows of at least two labels, and its labels are: {found}. "

@@ -56,13 +56,14 @@ class Start(ABC):
     """A start. Its file's name is its key, as --init has it.
 
     Attributes:
-        reads: what it is made from; "clients" is a noised release, which is charged as one participation. A start
-            that takes something behind a colon, as in public:FILE, has a constant `TAKES` in its file.
+        reads: what it is made from; "clients" is a noised release, which is charged as one participation.
+        takes: what stands behind a colon, as in public:FILE; "" for nothing. A literal, so that --help can read it.
         gives: the bases that it gives.
         orthonormal: whether rows of A and columns of B are; the rank then cannot exceed a layer's smaller side.
     """
 
     reads: ClassVar[Reads] = "nothing"
+    takes: ClassVar[str] = ""
     gives: ClassVar[tuple[str, ...]] = ("A", "B")
     orthonormal: ClassVar[bool] = True
 
@@ -94,11 +95,10 @@ def start_of(init: str) -> tuple[Start, str]:
         ValueError: there is none, or it needs a file.
     """
     key, _, argument = init.partition(":")
-    start: Start = registry.load(STARTS, key).START
-    takes = registry.literal(STARTS, key, "TAKES")
-    if bool(takes) != bool(argument):
+    start: Start = registry.load(STARTS, key).START()
+    if bool(start.takes) != bool(argument):
         raise ValueError(f"--init {init}: " + (f"{key} takes nothing behind a colon" if argument else
-                                               f"name what it takes, as in {key}:{takes}"))
+                                               f"name what it takes, as in {key}:{start.takes}"))
     return start, argument
 
 
@@ -121,7 +121,7 @@ def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int,
     """
     source = Source(seed, lambda site: adapted.base_weight(site.name), gradient)
     tensors = adapted.read("state")
-    tensors |= site_tensors(adapted.layout, registry.load(STARTS, init.partition(":")[0]).START, source)
+    tensors |= site_tensors(adapted.layout, registry.load(STARTS, init.partition(":")[0]).START(), source)
     spread = getattr(adapted.model.config, "initializer_range", 0.02)
     for name in (f"head.{missing}" for missing in adapted.missing):
         shape = tensors[name].shape

@@ -30,6 +30,7 @@ class Option:
         unset: what stands in where it is not given, in words, by command where commands differ; `PRESET` for a value of
             the preset; None where the default is all there is to say.
         plan: the field of `fedlora.plan.RunPlan` that follows from it; "" for none.
+        keys: the package whose keys its help lists; "" for none.
         place: in its group of --help: 1 for what nearly every run gives, 9 for what hardly one does.
     """
 
@@ -40,14 +41,15 @@ class Option:
     metavar: str | None
     unset: str | Mapping[str, str] | None
     plan: str
+    keys: str
     place: int
 
 
 def option(default: Any, help: str, group: str, parse: Callable[[str], Any] | None = values.text, *,
            choices: Choices | None = None, metavar: str | None = None, unset: str | Mapping[str, str] | None = None,
-           plan: str = "", place: int = 5) -> Any:
+           plan: str = "", keys: str = "", place: int = 5) -> Any:
     """A field of a config, with the metadata that `Option` explains."""
-    metadata = {"option": Option(help, group, parse, choices, metavar, unset, plan, place)}
+    metadata = {"option": Option(help, group, parse, choices, metavar, unset, plan, keys, place)}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from fedlora import registry
 from fedlora.config import values
 from fedlora.config.option import GROUPS, Option, flag
 from fedlora.config.shared import Config
@@ -59,7 +60,8 @@ def _add(part: argparse._ArgumentGroup, field: dataclasses.Field, command: str) 
     if unset is None and option.parse is not None and field.default not in (None, dataclasses.MISSING):
         unset = shown(field.default)
     name = f"--{flag(field.name)}"
-    text = (option.help + (f" [{unset}]" if unset else "")).replace("%", "%%")
+    known = f" ({', '.join(registry.keys(option.keys))})" if option.keys else ""
+    text = (option.help + known + (f" [{unset}]" if unset else "")).replace("%", "%%")
     if option.parse is None:
         part.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         return

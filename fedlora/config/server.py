@@ -8,8 +8,7 @@ from typing import ClassVar
 
 from fedlora.config import values
 from fedlora.config.option import NETWORK, RUN, option
-from fedlora.config.shared import SERVER, ConnectedConfig, RunConfig
-from fedlora.plan import STRATEGIES
+from fedlora.config.shared import RECIPES, SERVER, ConnectedConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +20,8 @@ class ServerConfig(RunConfig, ConnectedConfig):
         "fedlora-server [--strategy NAME] [--labels A,B,…] [options]", "fedlora-server --resume DIR",
         "fedlora-server presets [--json]")
 
-    strategy: str = option("fedsvd", "how uploads are combined", RUN, choices=lambda: STRATEGIES, plan="strategy",
-                           place=1)
+    strategy: str = option("fedsvd", "how uploads are combined, or module:Class of your own", RUN, values.strategy,
+                           keys=RECIPES, metavar="NAME", plan="strategy", place=1)
     min_clients: int = option(2, "clients to wait for before round 1", RUN, values.count, place=2)
     resume: Path | None = option(
         None, "go on with the run whose --out folder this is, with the options that it was begun with", RUN,

@@ -15,8 +15,9 @@ from fedlora.plan import FOUND, LR_SCHEDULES, WIRE_DTYPES
 SERVER, CLIENT, SIMULATE = "server", "client", "simulate"
 """The commands: fedlora-server, …; and their tables in a file."""
 
+RECIPES, SERVER_OPTIMIZERS = values.RECIPES, "fedlora_strategies.server_optimizers"
 TRACKERS = "fedlora_server.trackers"
-"""The package whose files they are; read, and not imported."""
+"""Packages whose files are values of options; read, and not imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,12 @@ class RunConfig(Config):
         None, "how the frozen factors start: kaiming, orthonormal, weight (its singular vectors), public:FILE (those "
         "of the loss's gradient on public rows), or dp (those of the clients' noised gradients, at the price of a "
         "round)", MODEL, values.start, metavar="START", unset=PRESET, plan="private_start", place=2)
+    family_options: tuple[tuple[str, float], ...] = option(
+        (), "numbers of the adapter family's own", MODEL, values.numbers, metavar="NAME=X,…", plan="family_options",
+        place=6)
+    ranks: tuple[tuple[str, int], ...] = option(
+        (), "ranks of single adapted layers, by full module name", MODEL, values.whole_numbers,
+        metavar="MODULE=R,…", plan="ranks", place=6)
     max_length: int = option(128, "tokens kept of a record", MODEL, values.count, plan="max_length", place=3)
     head: str | None = option(None, "train a classifier's final linear layer too, or leave it as drawn", MODEL,
                               choices=("train", "freeze"), unset="train", plan="train_head")
@@ -116,6 +123,17 @@ class RunConfig(Config):
     max_participations: int | None = option(
         None, "most rounds one client may start; privacy is calibrated to it", PRIVACY, values.count, unset="rounds",
         plan="max_participations", place=4)
+
+    strategy_options: tuple[tuple[str, float], ...] = option(
+        (), "numbers of the strategy's own, as in period=2,warmup=1 of fedsvd", TUNING, values.numbers,
+        metavar="NAME=X,…", place=4)
+    server_optimizer: str | None = option(
+        None, "what the server does with the mean of the uploads", TUNING,
+        choices=lambda: ("none", *registry.keys(SERVER_OPTIMIZERS)), unset="the strategy's", place=4)
+    server_lr: float | None = option(None, "its learning rate", TUNING, values.finite,
+                                     unset="1, of adam and yogi 0.01", place=4)
+    server_options: tuple[tuple[str, float], ...] = option(
+        (), "its other numbers, as in beta1=0,beta2=0.99,decay=1", TUNING, values.numbers, metavar="NAME=X,…", place=4)
 
     lr: float | None = option(None, "learning rate", TUNING, values.finite, unset=PRESET, plan="lr", place=1)
     local_steps: int | None = option(None, "optimiser steps of a client per round", TUNING, values.count, unset=PRESET,
@@ -131,7 +149,8 @@ class RunConfig(Config):
     adjustment: str = option("none", "what is done to the noised gradient of each step before the optimiser", TUNING,
                              choices=lambda: ("none", *registry.keys(FOUND["adjustment"])), plan="adjustment")
     trackers: tuple[str, ...] = option(("console", "plots"), "what watches the run", RUN,
-                                       values.several(lambda: registry.keys(TRACKERS), "tracker"), metavar="A[,B…]",
+                                       values.several(lambda: registry.keys(TRACKERS), "tracker"), keys=TRACKERS,
+                                       metavar="A[,B…]",
                                        place=6)
     head_scale: float | None = option(None, "factor on the head's gradient before clipping", TUNING, values.finite,
                                       unset=PRESET, plan="head_scale", place=3)

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from fedlora.config import values
 from fedlora.config.option import RUN, TUNING, option
-from fedlora.config.shared import SIMULATE, LocalConfig, RunConfig
-from fedlora.plan import STRATEGIES
+from fedlora.config.shared import RECIPES, SIMULATE, LocalConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +20,9 @@ class SimulationConfig(RunConfig, LocalConfig):
         "fedlora-simulate audit [--help]")
 
     strategy: tuple[str, ...] = option(
-        ("fedsvd",), "one or more, separated by commas, each if need be with a start of its own: fed-sb:weight; "
-        "ffa-lora:orthonormal is FedSVD's control", RUN, values.strategies(lambda: STRATEGIES), metavar="A[,B…]",
-        plan="strategy", place=1)
+        ("fedsvd",), "one or more, separated by commas, or module:Class of your own, each if need be with a start of "
+        "its own: fed-sb:weight; ffa-lora:orthonormal is FedSVD's control", RUN, values.strategies, keys=RECIPES,
+        metavar="A[,B…]", plan="strategy", place=1)
     clients: int | None = option(None, "simulated clients", RUN, values.count,
                                  unset="2; with --partition files one for each", place=1)
     partition: str = option("iid", "iid, dirichlet:ALPHA, shards:K or files", RUN, place=1)

@@ -89,6 +89,8 @@ def arguments(values: Mapping[str, Any], config: type[Config], source: str) -> l
         else:
             if isinstance(value, dict):
                 value = ",".join(f"{k}={v}" for k, v in value.items())
+            elif isinstance(value, list | tuple) and all(isinstance(item, list | tuple) for item in value) and value:
+                value = ",".join(f"{k}={v}" for k, v in value)
             elif isinstance(value, list):
                 if split := [item for item in value if "," in str(item)]:
                     raise ValueError(f"{source}: {key} holds {split[0]!r}, which its comma would make two of")

@@ -11,7 +11,9 @@ from typing import Any
 from fedlora import registry
 from fedlora.plan import check_unit
 
-STARTS = "fedlora.adapters.starts"
+STARTS, RECIPES = "fedlora.adapters.starts", "fedlora_strategies.recipes"
+"""Packages whose keys are values of options. A client's machine may do without the latter: it is looked for when
+asked."""
 
 Choices = Sequence[str] | Callable[[], Sequence[str]]
 """The words that a value can be, or where they are found once somebody asks."""
@@ -80,7 +82,7 @@ def labels(given: str) -> tuple[str, ...]:
 
 def start(given: str) -> str:
     """How the frozen factors start: a key of `fedlora.adapters.starts`, and what it takes behind a colon."""
-    takes = {key: registry.literal(STARTS, key, "TAKES") for key in registry.keys(STARTS)}
+    takes = {key: registry.literals(STARTS, key, "START").get("takes") for key in registry.keys(STARTS)}
     key, colon, argument = given.partition(":")
     if key in takes and (bool(colon), bool(argument)) == (bool(takes[key]),) * 2:
         return given
@@ -90,20 +92,30 @@ def start(given: str) -> str:
     raise argparse.ArgumentTypeError(f"{given!r}: {reasons.get(key, 'there is no such start; ')}choose one of {shown}")
 
 
-def strategies(known: Choices) -> Callable[[str], tuple[str, ...]]:
-    """A parser of several strategies, each if need be with a start of its own, as in fed-sb:weight."""
+def method(given: str) -> tuple[str, str | None]:
+    """A strategy, and the start that may follow it: "fed-sb:weight", "my_module:MyStrategy:weight"."""
+    parts = given.split(":")
+    count = 1 if parts[0] in registry.keys(RECIPES) else 2
+    chosen_one, init = ":".join(parts[:count]), ":".join(parts[count:]) or None
+    if count == 2 and not (len(parts) > 1 and all(parts[:2])):
+        raise argparse.ArgumentTypeError(f"{given!r} is not a strategy; choose from {', '.join(registry.keys(RECIPES))}"
+                                         ", or name your own as module:Class")
+    return chosen_one, None if init is None else start(init)
 
-    def parse(given: str) -> tuple[str, ...]:
-        for name in (several := distinct(given)):
-            strategy, colon, init = name.partition(":")
-            if strategy not in chosen(known):
-                raise argparse.ArgumentTypeError(
-                    f"{name!r} is not a strategy; choose from {', '.join(chosen(known))}")
-            if colon:
-                start(init)
-        return several
 
-    return parse
+def strategy(given: str) -> str:
+    """One, whose start is another option's."""
+    name, init = method(given)
+    if init is not None:
+        raise argparse.ArgumentTypeError(f"{given!r}: the start is named with --init {init}")
+    return name
+
+
+def strategies(given: str) -> tuple[str, ...]:
+    """Several, each if need be with a start of its own."""
+    for name in (found := distinct(given)):
+        method(name)
+    return found
 
 
 def several(known: Choices, what: str) -> Callable[[str], tuple[str, ...]]:
@@ -125,6 +137,23 @@ def unit(given: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return given
+
+
+def numbers(given: str) -> tuple[tuple[str, float], ...]:
+    """(name, number), in order of the names."""
+    return _by_name(given, number(float, -math.inf), "as in blocks=4")
+
+
+def whole_numbers(given: str) -> tuple[tuple[str, int], ...]:
+    """(name, whole number of at least 1), in order of the names."""
+    return _by_name(given, count, "as in encoder.layer.0.attention.self.query=4")
+
+
+def _by_name(given: str, each: Callable[[str], Any], example: str) -> tuple[tuple[str, Any], ...]:
+    pairs = dict(part.partition("=")[::2] for part in names(given))
+    if not pairs or not all(pairs) or not all(pairs.values()):
+        raise argparse.ArgumentTypeError(f"{given!r} is not of the form name=number, {example}")
+    return tuple(sorted((name.strip(), each(value.strip())) for name, value in pairs.items()))
 
 
 def columns(given: str) -> Mapping[str, str]:

@@ -28,14 +28,11 @@ class Answer:
         parse: a cell's value as the task takes it, None where there is none. It raises TypeError for any other; the
             message says what the value is ("a fraction"), and never holds it.
         remedy: how to write it, for the owner of a cell that does not parse.
-        names: whether the answers are names of classes: they become `Rows.labels`, which the label set of a run is held
-            against, and which a client may announce. Others become `Rows.values`.
     """
 
     column: str
     parse: Callable[[object], Any]
     remedy: str
-    names: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,8 @@ log = logging.getLogger(__name__)
 
 
 def read_rows(path: Path | str, task: str, form: RowFormat, *, columns: Mapping[str, str] | None = None,
-              unit: str | None = None, allow_download: bool = False, usual: Collection[str] = ()) -> Rows:
+              unit: str | None = None, allow_download: bool = False, labels: bool = False,
+              usual: Collection[str] = ()) -> Rows:
     """Read and check all rows of a file, a folder (its files in the order of their names) or a hub dataset.
 
     Files of other kinds in a folder, and folders in it, are not read; a warning names them.
@@ -69,6 +67,8 @@ def read_rows(path: Path | str, task: str, form: RowFormat, *, columns: Mapping[
         unit: the file's column that names the person (or other unit of privacy) a row belongs to, for `Rows.units`;
             None if each row is a unit of its own. An id means the same in all files of a folder.
         allow_download: fetch a hub dataset that is not in the hub's cache on this machine.
+        labels: whether the answers are names of classes: they become `Rows.labels`, which the label set of a run is
+            held against, and which a client may announce. Others become `Rows.values`.
         usual: further names of columns, by which a header is known for one where columns are missing.
     Raises:
         ValueError: with file, line and remedy, never with a row's text or id.
@@ -83,7 +83,7 @@ def read_rows(path: Path | str, task: str, form: RowFormat, *, columns: Mapping[
     wanted = {names.get(name, name) for name in known} | ({unit} if unit else set())
     for file, stream in _sources(path, wanted, allow_download):
         reader.add(file, stream)
-    return reader.rows()
+    return reader.rows(labels)
 
 
 def column_names(form: RowFormat) -> set[str]:
@@ -237,7 +237,7 @@ class _Reader:
             return None
         return _checked(where, column, value)
 
-    def rows(self) -> Rows:
+    def rows(self, labels: bool) -> Rows:
         assert self.kind_of_rows is not None
         kind, columns = self.kind_of_rows
         if kind == "pair" and all(second is None for second in self.seconds):
@@ -247,11 +247,10 @@ class _Reader:
             raise ValueError(f"{place(self.files[self.file_of[row]], self.lines[row])}: {columns[1]} is empty, but not "
                              "in other rows. Fill it, or remove the row")
         answers = None if self.answer is None else tuple(self.answers)
-        names = self.answer is not None and self.answer.names
         return Rows(kind=kind, texts=tuple(self.texts),
                     seconds=tuple(self.seconds) if kind in ("pair", "completion") else None,  # type: ignore[arg-type]
                     messages=tuple(self.messages) if kind == "messages" else None,
-                    labels=answers if names else None, values=None if names else answers,
+                    labels=answers if labels else None, values=None if labels else answers,
                     files=tuple(self.files), file_of=np.array(self.file_of, dtype=np.int64),
                     lines=np.array(self.lines, dtype=np.int64), units=None if self.unit is None else tuple(self.units))
 

@@ -4,6 +4,7 @@ The server proposes a `RunPlan` once and a `RoundPlan` each round; the client an
 Everything here is a frozen value that is checked when it is made, on either side of the wire.
 """
 
+from fedlora.plan.found import FOUND, task_facts
 from fedlora.plan.limits import (
     ANCHOR_BYTES,
     COLUMN,
@@ -20,7 +21,6 @@ from fedlora.plan.limits import (
     MOST_STEPS,
     PROTOCOL,
     ROW,
-    STRATEGIES,
     WIRE_DTYPES,
     check_run_id,
     check_unit,
@@ -39,7 +39,6 @@ from fedlora.plan.messages import (
 )
 from fedlora.plan.proposal import Proposal, check_anchor
 from fedlora.plan.run import (
-    FOUND,
     ModelRef,
     RoundPlan,
     RunPlan,
@@ -70,7 +69,6 @@ __all__ = [
     "PROTOCOL",
     "REFUSALS",
     "ROW",
-    "STRATEGIES",
     "UPLOAD_METRICS",
     "WIRE_DTYPES",
     "ModelRef",
@@ -88,6 +86,7 @@ __all__ = [
     "from_scalars",
     "round_from_scalars",
     "round_to_scalars",
+    "task_facts",
     "to_scalars",
     "unit_column",
     "upload_metrics",

@@ -8,7 +8,6 @@ PROTOCOL = 6
 CONTINUED = (4, 5, PROTOCOL)
 """Protocols under which a run may have been begun that this version takes up again: their plans mean the same."""
 
-STRATEGIES = ("fedavg-lora", "ffa-lora", "fed-sb", "fedsvd")
 LR_SCHEDULES = ("constant", "linear")
 WIRE_DTYPES = ("fp32", "bf16")
 ROW, COLUMN = "row", "column:"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from fedlora import registry
+from fedlora.plan.found import FOUND, task_facts
 from fedlora.plan.limits import (
     CONTINUED,
     LEAST_SCALE,
@@ -21,11 +21,6 @@ from fedlora.plan.limits import (
     WIRE_DTYPES,
     check_run_id,
 )
-
-FOUND: Mapping[str, str] = {"family": "fedlora.adapters.families", "task": "fedlora.tasks",
-                            "optimizer": "fedlora.training.optimizers",
-                            "adjustment": "fedlora.training.adjustments"}
-"""Fields that are a key each → the package whose files they name. Which there are is a matter of what is installed."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +154,10 @@ class RunPlan:
         require(len(set(self.labels)) == len(self.labels), "labels", "a label is named twice")
         require(len(set(self.targets)) == len(self.targets), "targets", "a target is named twice")
         if self.task in registry.keys(FOUND["task"]):
-            registry.load(FOUND["task"], self.task).TASK.check_plan(self)
+            facts = task_facts(self.task)
+            require(len(self.labels) != 1 or not facts.has_labels, "labels", f"{self.task} needs at least two labels")
+            require(not self.labels or facts.has_labels, "labels", f"{facts.model_is} has none")
+            require(facts.has_head or not self.train_head, "train_head", f"{facts.model_is} has no task head to train")
         require(not (self.private and self.weight_by_examples), "weight_by_examples",
                 "weighting by example counts discloses them; under privacy the weights are uniform")
         require(not self.private_start or (self.private and bool(self.targets)), "private_start",
@@ -172,8 +170,7 @@ class RunPlan:
     @property
     def labels_open(self) -> bool:
         """Whether the label set is yet to be fixed."""
-        known = self.task in registry.keys(FOUND["task"])
-        return known and registry.load(FOUND["task"], self.task).TASK.has_labels() and not self.labels
+        return self.task in registry.keys(FOUND["task"]) and task_facts(self.task).has_labels and not self.labels
 
     def with_open_labels(self) -> RunPlan:
         """The same plan before its label set is fixed."""
@@ -200,8 +197,8 @@ class RoundPlan:
         attempt: 0 for the round's first cohort, one more for each later attempt at idle clients, as backups.
         frozen_sha256: digest (`fedlora.wire.tensors_digest`) of the tensors that are frozen during the round, which a
             client that already holds them is not sent again.
-        active: names of the trained tensors that train in this round and are sent; the others stay as they are. () for
-            all of them.
+        active: names of the trained tensors that train in this round and are uploaded; the others are sent to clients
+            and stay as they are. () for all of them.
     """
 
     run: RunPlan

@@ -40,5 +40,6 @@ def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = Non
         task: its key.
     """
     usual = {name for key in registry.keys("fedlora.tasks") for name in column_names(task_named(key).rows)}
-    return read_rows(path, task, task_named(task).rows, columns=columns, unit=unit, allow_download=allow_download,
-                     usual=usual)
+    kind = task_named(task)
+    return read_rows(path, task, kind.rows, columns=columns, unit=unit, allow_download=allow_download,
+                     labels=kind.has_labels, usual=usual)

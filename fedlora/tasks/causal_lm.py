@@ -24,10 +24,11 @@ class CausalLM(Task):
 
     name = "causal-lm"
     model_is = "a causal language model"
+    has_labels = False
+    has_head = False
     rows = RowFormat((("messages", ("messages",)), ("completion", ("prompt", "completion")), ("text", ("text",))))
     auto_class = AutoModelForCausalLM
     model_types = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    has_head = False
     metric = "perplexity"
     peft_type = "CAUSAL_LM"
 

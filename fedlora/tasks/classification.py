@@ -23,13 +23,14 @@ class Classification(Task):
 
     name = "classification"
     model_is = "a classifier"
+    has_labels = True
+    has_head = True
     rows = RowFormat(
         (("text", ("text",)), ("pair", ("text_a", "text_b")), ("pair", ("sentence1", "sentence2"))),
         Answer("label", normalize_label, "Write it as a whole number or a name"),
         otherwise=", or train a language model with --task causal-lm")
     auto_class = AutoModelForSequenceClassification
     model_types = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    has_head = True
     metric = "accuracy"
     peft_type = "SEQ_CLS"
 

@@ -110,6 +110,7 @@ class Trainer:
     def collect_into(self, buffer: GradientBuffer) -> None:
         """Have the leaves that train write to this buffer."""
         self.buffer = buffer
+        self._parameters = [parameter for _, parameter in self.adapted.trained_parameters()]
         self._graphed = GraphedPass(self.device) if self.few_shapes else None
         self._most_in_a_shape = self.most_rows
         self._shapes = Shapes({})
@@ -236,7 +237,7 @@ class Trainer:
             layout = self.adapted.layout
             assert job.run.family == layout.family.name, "another adapter's"
             self._whole.write(job.start)
-        parameters = [parameter for _, parameter in self.adapted.trained_parameters()]
+        parameters = self._parameters
         if job.private:
             self._check_private(job, parameters, alone)
         frozen = FrozenCheck(self.adapted, parameters)

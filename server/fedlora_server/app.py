@@ -28,7 +28,7 @@ from .grpc_engine import GrpcEngine, check_address
 from .registry_engine import RegistryEngine
 from .report import write_report
 from .round_state import RoundOptions
-from .rounds import FederationResult, run_federation
+from .rounds import FederationResult, Run, run_federation
 from .run_setup import (
     ANY_LABELS,
     evaluator,
@@ -66,7 +66,7 @@ def serve(options: ServerConfig, console: Console, *, listen: Listen | None = No
         ValueError: an option is wrong, the port is taken, or the clients named no labels.
     """
     left = _left(options, listen)
-    out = options.resume or claim_folder(options.out, options.strategy)
+    out = options.resume or claim_folder(options.out, options.strategy.replace(":", "-"))
     try:
         if left is None:
             _hold(out)
@@ -101,7 +101,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     if (possible := rounds.rounds_within(values.rounds, most)) < values.rounds:
         console.print(f"With {options.min_clients} clients and --max-participations {most}, only {possible} of the "
                       f"{values.rounds} rounds can be done; more clients must join.")
-    announced = task.has_labels() and not options.labels
+    announced = task.has_labels and not options.labels
     protocol = left.plan.protocol if left else PROTOCOL  # clients of a run know its plan by every value in it
     federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
                          options.seed, run_id=left.plan.run_id if left else run_id, protocol=protocol)
@@ -134,9 +134,9 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
                     checkpoint.begin(out, vars(options), federation.plan, _joined(engine, before),
                                      left.resumptions if left else ())
                 engine.expect(federation.adapted.layout)
-                result = run_federation(engine, federation.strategy, federation.plan, federation.state, rounds,
-                                        observer=trackers, evaluate=evaluator(federation, rows), stop=stop, out=out,
-                                        start=federation.start, left=left)
+                run = Run(federation.strategy, federation.state, rounds, federation.start, evaluator(federation, rows),
+                          out, left)
+                result = run_federation(engine, run, observer=trackers, stop=stop)
                 write_report(out, federation, result, base.loadable_name, options=resolved(options, options.strategy),
                              joined=_joined(engine, before))
             ended = result.ended

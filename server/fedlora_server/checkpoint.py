@@ -3,7 +3,7 @@
     run.json                 the options, the plan, who joined with what, and after which rounds it was taken up again
     asked.json               whom the last round asked, written before it does
     metrics.jsonl            one line for each finished round
-    checkpoint.safetensors   the state after the last finished round
+    checkpoint.safetensors   the state after the last finished round, and the server step's memory as "step/<slot>/…"
 
 The files are written in this order, and but for the lines they are always whole. A line whose round has no checkpoint
 is dropped when the run is taken up again: the round asks the same clients for the same attempts once more, and those
@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,7 @@ from fedlora.plan import RunPlan, Tensors, from_scalars, to_scalars
 from .observer import RoundRecord, jsonable
 
 ABOUT, ASKED, LINES, STATE = "run.json", "asked.json", "metrics.jsonl", "checkpoint.safetensors"
+_MEMORY = "step/"
 _MODE = 0o666
 """Nothing here is secret: files as the process's umask has them."""
 
@@ -61,6 +62,7 @@ class Unfinished:
         resumed: after which rounds it was taken up before.
         round: the last finished one; 0 if there is none.
         state: after it; None if the run was left before its first state was written.
+        memory: of the server step, after it; empty where it has none.
         records: of the finished rounds.
         asked: by the last round that asked anybody.
         joined: name → what a client disclosed when it joined, before the first round.
@@ -72,6 +74,7 @@ class Unfinished:
     asked: Asked | None
     round: int
     state: Tensors | None
+    memory: Tensors
     records: tuple[RoundRecord, ...]
 
     @property
@@ -106,9 +109,14 @@ def remember(folder: Path, asked: Asked) -> None:
     replace_file(folder / ASKED, f"{json.dumps(asdict(asked))}\n".encode(), _MODE)
 
 
-def save(folder: Path, run_id: str, round: int, state: Tensors) -> None:
-    """Replace the folder's checkpoint: a reader, or a crash, finds the old one or the new one, nothing between."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
+def save(folder: Path, run_id: str, round: int, state: Tensors, memory: Tensors) -> None:
+    """Replace the folder's checkpoint: a reader, or a crash, finds the old one or the new one, nothing between.
+
+    Args:
+        memory: of the server step, each array of its own dtype.
+    """
+    kept = {**state, **{_MEMORY + name: array for name, array in memory.items()}}
+    arrays = {name: np.ascontiguousarray(array) for name, array in kept.items()}
     replace_file(folder / STATE, to_bytes(arrays, metadata={"run_id": run_id, "round": str(round)}), _MODE)
 
 
@@ -148,20 +156,29 @@ def _take_up(folder: Path, about: Mapping[str, Any]) -> Unfinished:
         plan, resumed, joined = from_scalars(about["plan"]), tuple(about["resumed"]), dict(about["joined"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--resume: {folder / ABOUT} is not of this FedLoRA version: {error}") from None
-    run_id, round, state = load(folder) if (folder / STATE).exists() else (plan.run_id, -1, None)
+    run_id, round, state, memory = load(folder) if (folder / STATE).exists() else (plan.run_id, -1, None, {})
     if run_id != plan.run_id:
         raise ValueError(f"--resume: {folder / STATE} is of run {run_id}, and {ABOUT} of {plan.run_id}; restore the "
                          "one that belongs to the other")
     records = tuple(record for record in _records(folder / LINES) if record.round <= round)
     replace_file(folder / LINES, "".join(map(_line, records)).encode(), _MODE)
-    return Unfinished(plan, resumed, joined, _asked(folder), max(0, round), state, records)
+    return Unfinished(plan, resumed, joined, _asked(folder), max(0, round), state, memory, records)
 
 
-def load(folder: Path) -> tuple[str, int, Tensors]:
-    """The run's id, the last finished round, and the state after it.
+class Stored(NamedTuple):
+    """A checkpoint: the state after a round, and the server step's memory, empty in those of earlier versions."""
+
+    run_id: str
+    round: int
+    state: Tensors
+    memory: Tensors
+
+
+def load(folder: Path) -> Stored:
+    """The folder's checkpoint.
 
     Raises:
-        ValueError: there is no checkpoint in the folder.
+        ValueError: there is none.
     """
     path = folder / STATE
     if not path.exists():
@@ -169,7 +186,8 @@ def load(folder: Path) -> tuple[str, int, Tensors]:
     with safe_open(path, framework="np") as stored:
         about = stored.metadata()
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
-    return about["run_id"], int(about["round"]), tensors
+    memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in list(tensors) if name.startswith(_MEMORY)}
+    return Stored(about["run_id"], int(about["round"]), tensors, memory)
 
 
 def _about(folder: Path) -> dict:

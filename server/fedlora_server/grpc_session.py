@@ -194,9 +194,12 @@ class GrpcSession:
         metrics: dict[str, int | float] = {}
         refusal, folder = None, None
         try:
-            if self._registry.expected(self, key) is not None:
+            order = self._registry.expected(self, key)
+            if order is not None:
                 folder = self._uploads
-            wire.check_shapes(shapes, self._trained())
+            active = order.plan.active if order is not None else shapes  # sent again, it is dropped
+            wire.check_shapes(shapes, {name: shape for name, shape in self._trained().items()
+                                       if not active or name in active})
             metrics = wire.metrics_from_wire(upload, private=self._registry.proposal.plan.private)
         except Refused as refused:
             refusal = refused.refusal

@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
         "overrides its value; fedlora-server --help explains them.")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON instead of a table")
     as_json = parser.parse_args(argv).as_json
-    from fedlora_strategies.presets import presets
+    from fedlora_strategies.recipe import presets
 
     found: dict[str, dict[str, dict[str, object]]] = {"required": {}, "off": {}}
     for (strategy, private), preset in presets().items():

@@ -48,7 +48,7 @@ def describe(plan: RunPlan, strategy: FederatedLoRA, result: FederationResult, o
         "evaluation": {"before": None if evaluated[0].round else evaluated[0].evaluation,
                        "after": evaluated[-1].evaluation, "after_round": evaluated[-1].round} if evaluated else None,
         "plan": to_scalars(plan),
-        "strategy": {"exact": strategy.exact, "linear": strategy.linear},
+        "strategy": {"exact": strategy.exact, "linear": strategy.linear, **strategy.described},
         "options": dict(options),
         "versions": environment(PACKAGES),
         "values_per_client": asdict(strategy.traffic),

@@ -82,6 +82,8 @@ class OpenRound:
         self._uploads: dict[int, str] = {}
         self._told: dict[str, str] = {}
         self._lost: set[int] = set()
+        self._alone_since: float | None = None
+        self._overdue = False
         self.refused: dict[str, str] = {}
         self._attempts = list(clients.asked_before(number))
         self._awaited = {name: attempt for attempt, names in enumerate(self._attempts) for name in names}
@@ -116,45 +118,66 @@ class OpenRound:
         return self._engine.pull_messages(self._uploads[node] for node in sorted(self._uploads))
 
     def _run(self, arrays: ArrayRecord) -> None:
-        options, clients = self._options, self._clients
-        if self._awaited:
-            self._await_return()
-        else:
-            present = clients.wait_for(1, options.wait_timeout_s, self._stop, self._observer)
-            clients.tell_if_fewer(self._number, options.min_clients, self._observer)
-            self._ask(clients.draw(self._number, present, options.clients_per_round), arrays)
-        needed = options.min_replies or -(-len(self._attempts[0]) // 2)
-        deadline, alone_since, overdue = time.monotonic() + options.round_timeout_s, None, False
+        self._begin(arrays)
+        needed = self._options.min_replies or -(-len(self._attempts[0]) // 2)
+        deadline = self._deadline()
         while True:
-            if self._stop.is_set():
-                raise Ended("stopped")
-            outcomes = self._engine.wait(list(self._open), POLL_S)
-            self._ask_again(arrays)  # before backup clients are
-            forgetful = self._take_note(outcomes)
-            if forgetful:
-                self._ask(forgetful, arrays)
+            self._listen(arrays)
             pending = sum(node not in self._lost for node in self._open.values())
             late = time.monotonic() >= deadline
             missing = needed - len(self._uploads)
             if missing <= 0 and (late or not pending):
                 return
-            if missing <= (0 if late else pending):
-                alone_since = None
-                continue
-            backups = self._backups(missing - (0 if late else pending))
-            if backups:
+            expected = 0 if late else pending
+            if missing <= expected:
+                self._alone_since = None
+            elif backups := self._backups(missing - expected):
                 self._ask(backups, arrays)
-                deadline, alone_since = time.monotonic() + options.round_timeout_s, None
+                deadline, self._alone_since = self._deadline(), None
             elif pending:
-                alone_since = None
-                if late and not overdue:
-                    overdue = True
-                    self._observer.overdue(self._number, missing, pending)
-            elif alone_since is None:
-                alone_since = time.monotonic()
-                self._observer.waiting(missing, 0, options.wait_timeout_s)
-            elif time.monotonic() - alone_since >= options.wait_timeout_s:
-                raise Ended("wait-timeout")
+                self._wait_on(missing, pending, late)
+            else:
+                self._wait_alone(missing)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._options.round_timeout_s
+
+    def _begin(self, arrays: ArrayRecord) -> None:
+        """Ask the cohort, or wait for the one that an earlier server asked."""
+        if self._awaited:
+            self._await_return()
+            return
+        present = self._clients.wait_for(1, self._options.wait_timeout_s, self._stop, self._observer)
+        self._clients.tell_if_fewer(self._number, self._options.min_clients, self._observer)
+        self._ask(self._clients.draw(self._number, present, self._options.clients_per_round), arrays)
+
+    def _listen(self, arrays: ArrayRecord) -> None:
+        """Take the next answers, and ask at once those that are back and those that must be sent more."""
+        if self._stop.is_set():
+            raise Ended("stopped")
+        outcomes = self._engine.wait(list(self._open), POLL_S)
+        self._ask_again(arrays)  # before backup clients are
+        if forgetful := self._take_note(outcomes):
+            self._ask(forgetful, arrays)
+
+    def _wait_on(self, missing: int, pending: int, late: bool) -> None:
+        """For clients that still train, though it may be late."""
+        self._alone_since = None
+        if late and not self._overdue:
+            self._overdue = True
+            self._observer.overdue(self._number, missing, pending)
+
+    def _wait_alone(self, missing: int) -> None:
+        """For clients to come: nobody trains, and nobody is left to ask.
+
+        Raises:
+            Ended: so it has been for `wait_timeout_s`.
+        """
+        if self._alone_since is None:
+            self._alone_since = time.monotonic()
+            self._observer.waiting(missing, 0, self._options.wait_timeout_s)
+        elif time.monotonic() - self._alone_since >= self._options.wait_timeout_s:
+            raise Ended("wait-timeout")
 
     def _backups(self, count: int) -> list[int]:
         """Idle clients for a further attempt, those first that were not asked in this round."""

@@ -5,7 +5,7 @@
         send the orders and wait
             too few can still answer, or the time is up: ask idle clients as backups, as the next attempt
             no backup client is left: say so and wait for clients
-        take the uploads in order of node id, average them, take the server's step
+        take the uploads in order of node id, reduce them, take the server's step
         write a line of metrics.jsonl and the checkpoint
 
 No client is asked twice for one (run, round, attempt). What was uploaded to a short round stays.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import cast
@@ -29,10 +28,11 @@ from fedlora_strategies.messages import to_record, to_tensors
 from fedlora_strategies.private_start import PrivateStart
 
 from . import checkpoint
-from .checkpoint import Unfinished
+from .checkpoint import Asked, Unfinished
+from .client_sampling import RETURN_S, Clients, Ended
 from .engine import Engine
 from .observer import Observer, RoundRecord
-from .round_state import RETURN_S, Clients, Ended, OpenRound, RoundOptions
+from .round_state import OpenRound, RoundOptions
 
 Evaluate = Callable[[Tensors], Mapping[str, float]]
 
@@ -59,50 +59,104 @@ class FederationResult:
         return self.records[-1].round if self.records else 0
 
 
-def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state: Tensors, options: RoundOptions, *,
-                   observer: Observer | None = None, evaluate: Evaluate | None = None, stop: Event | None = None,
-                   out: Path | None = None, start: PrivateStart | None = None,
-                   left: Unfinished | None = None) -> FederationResult:
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of.
+
+    Attributes:
+        state: every tensor that is not in the base checkpoint, as the run starts.
+        options: how rounds are run.
+        start: a round 0, whose outcome takes the place of `state`.
+        evaluate: figures of a state on the server's own data.
+        out: folder for `checkpoint.safetensors` and `metrics.jsonl`.
+        left: how an earlier server left this run; it goes on from there.
+    """
+
+    strategy: FederatedLoRA
+    state: Tensors
+    options: RoundOptions
+    start: PrivateStart | None = None
+    evaluate: Evaluate | None = None
+    out: Path | None = None
+    left: Unfinished | None = None
+
+    @property
+    def plan(self) -> RunPlan:
+        return self.strategy.plan
+
+
+def run_federation(engine: Engine, run: Run, *, observer: Observer | None = None,
+                   stop: Event | None = None) -> FederationResult:
     """Run all rounds of a plan.
 
     Args:
-        state: every tensor that is not in the base checkpoint, as the run starts.
         observer: told what happens.
-        evaluate: figures of a state on the server's own data.
         stop: when it is set, the open round is abandoned and the state of the last finished one returned.
-        out: folder for `checkpoint.safetensors` and `metrics.jsonl`.
-        start: a round 0, whose outcome takes the place of `state`.
-        left: how an earlier server left this run; it goes on from there.
+    Raises:
+        ValueError: the run cannot be taken up as it was left.
     """
-    observer, stop = observer or Observer(), stop or Event()
-    records: list[RoundRecord] = list(left.records) if left else []
-    clients = Clients(engine, plan, options.seed, left=left.asked if left else None,
-                      keep=partial(checkpoint.remember, out) if out is not None else lambda asked: None)
-    fresh, last = True, 0
-    if left is not None and left.state is not None:
-        fresh, last, state = False, left.round, left.state
+    return _UnderWay(engine, run, observer or Observer(), stop or Event()).to_the_end()
 
-    def conclude(record: RoundRecord, after: Tensors) -> None:
-        records.append(record)
-        if out is not None:
-            checkpoint.note(out, record)
-            checkpoint.save(out, plan.run_id, record.round, after)
-        observer.finished(record)
 
-    def figures(round: int, of: Tensors) -> Mapping[str, float]:
-        if evaluate is None or (round % options.evaluate_every and round != plan.rounds):
-            return {}
-        result = evaluate(of)
-        observer.evaluated(round, result)
-        return result
+class _UnderWay:
+    """A run from its first state to its last, on an engine."""
 
-    def hold(number: int, by: FederatedLoRA, arrays: ArrayRecord) -> tuple[ArrayRecord | None, RoundRecord]:
+    def __init__(self, engine: Engine, run: Run, observer: Observer, stop: Event) -> None:
+        self._engine, self._run, self._observer, self._stop = engine, run, observer, stop
+        left = run.left
+        self._records: list[RoundRecord] = list(left.records) if left else []
+        self._clients = Clients(engine, run.plan, run.options.seed, left=left.asked if left else None,
+                                keep=self._remember)
+        self._state, self._done, self._fresh = run.state, 0, True
+        if left is not None and left.state is not None:
+            self._state, self._done, self._fresh = left.state, left.round, False
+            if left.round:
+                run.strategy.take_up(left.memory, left.state)
+
+    def to_the_end(self) -> FederationResult:
+        run, ended = self._run, "finished"
+        self._observer.begin(run.plan, tuple(self._records))
+        initial = self._figures(0) if self._fresh else {}
+        if self._fresh and run.start is None:
+            if initial:
+                self._conclude(RoundRecord(0, evaluation=initial))
+            else:
+                self._save(0)
+        try:
+            if self._done < run.plan.rounds:
+                self._clients.wait_for(run.options.min_clients, RETURN_S if self._done else None, self._stop,
+                                       self._observer, to_begin=True)
+            if self._fresh and run.start is not None:
+                self._begin(run.start, initial)
+            arrays = to_record(self._state)
+            for number in range(self._done + 1, run.plan.rounds + 1):
+                after, record = self._hold(number, run.strategy, arrays)
+                if after is not None:
+                    arrays, self._state = after, to_tensors(after)
+                self._conclude(replace(record, evaluation=self._figures(number)))
+        except Ended as early:
+            ended = early.reason
+        self._observer.ended(ended)
+        return FederationResult(self._state, tuple(self._records), ended, run.left.resumptions if run.left else ())
+
+    def _begin(self, start: PrivateStart, evaluation: Mapping[str, float]) -> None:
+        """Round 0. It moves the model nowhere: its evaluation is that of the state before."""
+        self._engine.expect(start.layout)
+        sketches, record = self._hold(0, start, to_record(start.tensors))
+        if sketches is not None:
+            self._state = start.begin(Released(to_tensors(sketches)))
+        self._engine.expect(self._run.strategy.layout)
+        self._clients.participations.clear()  # the release is beside the rounds
+        self._conclude(replace(record, update_norm=None, evaluation=evaluation))
+
+    def _hold(self, number: int, by: FederatedLoRA, arrays: ArrayRecord) -> tuple[ArrayRecord | None, RoundRecord]:
         """One round: the next state, if there is one, and what happened but for the evaluation."""
+        engine = self._engine
         began, up, down = time.monotonic(), engine.bytes_up, engine.bytes_down
-        under_way = OpenRound(engine, by, clients, number, options, observer, stop)
-        averaged, metrics = by.aggregate_train(number, under_way.collect(arrays))
+        under_way = OpenRound(engine, by, self._clients, number, self._run.options, self._observer, self._stop)
+        after, metrics = by.aggregate_train(number, under_way.collect(arrays))
         averages = cast(dict[str, float], dict(metrics or {}))
-        return averaged, RoundRecord(
+        return after, RoundRecord(
             number, cohort=under_way.cohort, attempts=under_way.attempts, uploaded=under_way.uploaded,
             lost=under_way.lost, refused=under_way.refused,
             rejected={engine.name_of(node): reason for node, reason in by.rejected.items()},
@@ -110,31 +164,26 @@ def run_federation(engine: Engine, strategy: FederatedLoRA, plan: RunPlan, state
             update_norm=averages.get("update_norm"), train_loss=averages.get("train_loss"),
             bytes_up=engine.bytes_up - up, bytes_down=engine.bytes_down - down, seconds=time.monotonic() - began)
 
-    observer.begin(plan, tuple(records))
-    initial = figures(0, state) if fresh else {}
-    if fresh and start is None:
-        if initial:
-            conclude(RoundRecord(0, evaluation=initial), state)
-        elif out is not None:
-            checkpoint.save(out, plan.run_id, 0, state)
-    ended = "finished"
-    try:
-        if last < plan.rounds:
-            clients.wait_for(options.min_clients, RETURN_S if last else None, stop, observer, to_begin=True)
-        if start is not None and fresh:
-            engine.expect(start.layout)
-            sketches, record = hold(0, start, to_record(start.tensors))
-            state = state if sketches is None else start.begin(Released(to_tensors(sketches)))
-            engine.expect(strategy.layout)
-            clients.participations.clear()  # the release is beside the rounds
-            conclude(replace(record, update_norm=None, evaluation=initial), state)  # it moves the model nowhere
-        arrays = to_record(state)
-        for number in range(last + 1, plan.rounds + 1):
-            averaged, record = hold(number, strategy, arrays)
-            if averaged is not None:
-                arrays, state = averaged, to_tensors(averaged)
-            conclude(replace(record, evaluation=figures(number, state)), state)
-    except Ended as early:
-        ended = early.reason
-    observer.ended(ended)
-    return FederationResult(state, tuple(records), ended, left.resumptions if left else ())
+    def _figures(self, number: int) -> Mapping[str, float]:
+        """Of the state after a round, where that is to be evaluated."""
+        run = self._run
+        if run.evaluate is None or (number % run.options.evaluate_every and number != run.plan.rounds):
+            return {}
+        figures = run.evaluate(self._state)
+        self._observer.evaluated(number, figures)
+        return figures
+
+    def _conclude(self, record: RoundRecord) -> None:
+        self._records.append(record)
+        if self._run.out is not None:
+            checkpoint.note(self._run.out, record)
+        self._save(record.round)
+        self._observer.finished(record)
+
+    def _save(self, number: int) -> None:
+        if self._run.out is not None:
+            checkpoint.save(self._run.out, self._run.plan.run_id, number, self._state, self._run.strategy.memory)
+
+    def _remember(self, asked: Asked) -> None:
+        if self._run.out is not None:
+            checkpoint.remember(self._run.out, asked)

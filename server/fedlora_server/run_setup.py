@@ -7,15 +7,12 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import fedlora
 from fedlora import data, models
-from fedlora.adapters import AdaptedModel, all_targets, attach_planned, automatic_targets, initial_tensors
-from fedlora.adapters.public_rows import PREFIX, public_start, read_public
-from fedlora.adapters.sketches import PRIVATE_START
+from fedlora.adapters import AdaptedModel, attach_planned, family_of, initial_tensors, start_of
+from fedlora.adapters.public_rows import public_start, read_public
 from fedlora.config import RunConfig, options_of
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
@@ -23,8 +20,8 @@ from fedlora.plan import PROTOCOL, ModelRef, RunPlan, Tensors
 from fedlora.tasks import Records, Task, read, task_for, task_named
 from fedlora.training import Trainer
 from fedlora.training.adjustments import check_adjustment
-from fedlora_strategies import STRATEGY_CLASSES, FederatedLoRA
-from fedlora_strategies.presets import Preset, preset
+from fedlora_strategies import FederatedLoRA, Preset, Recipe, strategy_class
+from fedlora_strategies.for_model import plan_of
 from fedlora_strategies.private_start import PrivateStart
 
 ANY_LABELS = ("0", "1")
@@ -85,7 +82,7 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
 
     Args:
         options: of fedlora-server or fedlora-simulate; None stands for the preset of (strategy, privacy).
-        strategy: one of `fedlora.plan.STRATEGIES`.
+        strategy: as `strategy_class` takes it.
         labels: the frozen label set; () for tasks that have none; `ANY_LABELS` for a rehearsal.
         seed: of the frozen tensors.
         run_id: 16 hexadecimal digits; None draws them.
@@ -100,7 +97,7 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
     task, init = task_for(plan, loaded.tokenizer), planned(options, strategy).init
     if plan.private:
         Trainer(adapted, task, device="cpu", precision="fp32").rehearse()
-    if plan.private_start or (init.startswith(PREFIX) and labels is ANY_LABELS):
+    if plan.private_start or (start_of(init)[1] and labels is ANY_LABELS):
         init = "orthonormal"
     rows = _public_rows(options, init, labels)
     if rows is None:
@@ -108,16 +105,38 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
     else:
         state = public_start(adapted, task, rows, seed=seed)
     start = PrivateStart(plan, adapted, state, seed) if plan.private_start else None
-    return Federation(plan, adapted, task, state, STRATEGY_CLASSES[strategy](plan, adapted.layout), start)
+    chosen = strategy_class(strategy)(plan, adapted.layout, recipe=recipe_of(options, strategy), seed=seed)
+    return Federation(plan, adapted, task, state, chosen, start)
 
 
 def _public_rows(options: RunConfig, init: str | None, labels: tuple[str, ...]) -> data.Rows | None:
     """The rows of --init public:FILE; None for any other start. In a simulation --data is private, here as there."""
-    if init is None or not init.startswith(PREFIX):
+    file = init and start_of(init)[1]
+    if not file:
         return None
-    return read_public(init.removeprefix(PREFIX), options.task, labels, columns=options.column,
+    return read_public(file, options.task, labels, columns=options.column,
                        others={"--data": getattr(options, "data", None), "--eval-data": options.eval_data},
                        allow_download=options.allow_download)
+
+
+def recipe_of(options: RunConfig, strategy: str) -> Recipe:
+    """What the strategy is made of, with what flags put in its place at the server.
+
+    Raises:
+        ValueError: an optimiser at the server or the strategy has no such option, or it cannot have such a value.
+    """
+    recipe = strategy_class(strategy).recipe
+    try:
+        recipe = recipe.with_options(dict(options.strategy_options))
+    except ValueError as error:
+        raise ValueError(f"--strategy-options of {strategy}: {error}") from None
+    given = dict(options.server_options) | ({} if options.server_lr is None else {"lr": options.server_lr})
+    if options.server_optimizer is None and not given:
+        return recipe
+    try:
+        return recipe.with_optimizer(options.server_optimizer, given)
+    except ValueError as error:
+        raise ValueError(f"--server-options: {error}") from None
 
 
 def planned(options: RunConfig, strategy: str) -> Preset:
@@ -128,7 +147,8 @@ def planned(options: RunConfig, strategy: str) -> Preset:
             without, another --init does not fit the strategy or --targets, a head that the task does not have is to
             be trained, or --labels names one label.
     """
-    chosen = preset(strategy, options.privacy == "required", options.init)
+    recipe = recipe_of(options, strategy)
+    chosen = recipe.preset(options.privacy == "required", options.init)
     given = {name: value for field in dataclasses.fields(Preset)
              if (value := getattr(options, name := field.name)) is not None}
     values = dataclasses.replace(chosen, **given)
@@ -138,18 +158,19 @@ def planned(options: RunConfig, strategy: str) -> Preset:
     if options.dropout and options.privacy == "required":
         raise ValueError(f"--dropout {options.dropout:g} and privacy exclude each other: a record's mask depends on "
                          "the others in its batch, which no ε covers. Leave --dropout out, or choose --privacy off")
-    task = task_named(options.task)
-    if task.has_labels() and options.labels is not None and len(options.labels) < 2:
+    task, family = task_named(options.task), family_of(recipe.family, options.family_options)
+    start, file = start_of(values.init)
+    if task.has_labels and options.labels is not None and len(options.labels) < 2:
         raise ValueError(f"--labels names {len(options.labels)} label; {task.name} needs at least two")
     if options.head == "train" and not task.has_head:
         raise ValueError(f"--head train needs --task classification; {task.model_is} has no task head")
-    if values.init == "kaiming" and STRATEGY_CLASSES[strategy].family == "bra":
-        raise ValueError(f"--init kaiming is for trained factors, and {strategy} freezes both; choose --init "
+    if start.lacks(family):
+        raise ValueError(f"--init {values.init} is for trained factors, and {strategy} freezes both; choose --init "
                          "orthonormal, weight, public:FILE or dp")
-    if values.init.startswith(PREFIX) and values.targets == ("none",):
+    if file and values.targets == ("none",):
         raise ValueError(f"--init {values.init} starts the adapters, and --targets none leaves none; leave one out")
-    if values.init == PRIVATE_START and options.privacy != "required":
-        raise ValueError(f"--init {PRIVATE_START} is a start from noised gradients, and without privacy there is no "
+    if start.reads == "clients" and options.privacy != "required":
+        raise ValueError(f"--init {values.init} is a start from noised gradients, and without privacy there is no "
                          "noise; choose --init orthonormal, weight or public:FILE")
     return values
 
@@ -183,19 +204,14 @@ def make_plan(options: RunConfig, strategy: str, reference: ModelRef, labels: tu
               loaded: LoadedModel, run_id: str, protocol: int = PROTOCOL) -> RunPlan:
     """The plan that options and the preset give together."""
     values = planned(options, strategy)
-    named = {("auto",): automatic_targets, ("all",): all_targets, ("none",): lambda model: ()}
-    targets = named[values.targets](loaded.model) if values.targets in named else values.targets
     private = options.privacy == "required"
-    as_given = {option.plan: getattr(values, name, getattr(options, name))
-                for name, option in options_of(type(options)).items() if option.plan}
-    made: dict[str, Any] = {
-        "run_id": run_id, "fedlora_version": fedlora.__version__, "strategy": strategy,
-        "family": STRATEGY_CLASSES[strategy].family, "private": private, "model": reference, "labels": labels,
-        "targets": targets, "train_head": _trains_head(options),
-        "max_participations": options.max_participations or values.rounds, "adapter_scale": 1.0,
-        "adjustment": "" if options.adjustment == "none" else options.adjustment,
-        "weight_by_examples": not private, "private_start": values.init == PRIVATE_START, "protocol": protocol}
-    return RunPlan(**as_given | made)
+    others = {option.plan: getattr(options, name) for name, option in options_of(type(options)).items()
+              if option.plan and not hasattr(values, name) and option.plan not in ("strategy", "model", "task")}
+    made = {"run_id": run_id, "private": private, "labels": labels, "train_head": _trains_head(options),
+            "max_participations": options.max_participations or values.rounds, "protocol": protocol,
+            "adjustment": "" if options.adjustment == "none" else options.adjustment,
+            "private_start": start_of(values.init)[0].reads == "clients"}
+    return plan_of(strategy, strategy_class(strategy).recipe.family, values, reference, loaded, **others | made)
 
 
 def held_out(options: RunConfig) -> Rows | None:
@@ -209,7 +225,7 @@ def held_out(options: RunConfig) -> Rows | None:
     task = task_named(options.task)
     rows = read(options.eval_data, options.task, columns=options.column, allow_download=options.allow_download)
     task.check_answered(rows, f"--eval-data {options.eval_data}", task.metric)
-    if options.labels and task.has_labels():
+    if options.labels and task.has_labels:
         data.check_labels(rows, options.labels)
     return rows
 

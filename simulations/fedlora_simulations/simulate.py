@@ -28,7 +28,7 @@ from fedlora_client.state import MemoryState
 from fedlora_server.observer import Observer
 from fedlora_server.report import write_report
 from fedlora_server.round_state import RoundOptions
-from fedlora_server.rounds import FederationResult, run_federation
+from fedlora_server.rounds import FederationResult, Run, run_federation
 from fedlora_server.run_setup import BaseModel, Federation, evaluator, prepare, resolved
 
 from .compared_streams import ComparedStreams
@@ -100,8 +100,8 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
     engine = _engine(options, federation, base, trainer, make_sketch_trainer, sessions, count)
     try:
         began = time.monotonic()
-        result = run_federation(engine, federation.strategy, federation.plan, federation.state, loop,
-                                observer=observer, evaluate=evaluate, out=out, start=federation.start)
+        run = Run(federation.strategy, federation.state, loop, federation.start, evaluate, out)
+        result = run_federation(engine, run, observer=observer)
         simulated = Simulated(
             method, seed, federation, result,
             epsilons={name: session.epsilon() for name, session in sessions.items()},

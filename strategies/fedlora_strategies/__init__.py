@@ -1,19 +1,15 @@
-"""Flower strategies for federated LoRA: one paper, one file.
+"""Flower strategies for federated LoRA: one paper, one file of `recipes/`.
 
-Each is an adapter family plus a server step, and works with `strategy.start(grid, …)` in any Flower ServerApp.
+Each is a recipe, an adapter family plus a server step, and works with `strategy.start(grid, …)` in any Flower
+ServerApp; `FedSVD.for_model(…)` makes everything that one needs.
 """
 
-from collections.abc import Mapping
-
 from .base import FederatedLoRA, Traffic
-from .fed_sb import FedSB
-from .fedavg_lora import FedAvgLoRA
-from .fedsvd import FedSVD
-from .ffa_lora import FFALoRA
+from .lookup import strategy_class
+from .recipe import Preset, Recipe
+from .recipes.fed_sb import FedSB
+from .recipes.fedavg_lora import FedAvgLoRA
+from .recipes.fedsvd import FedSVD
+from .recipes.ffa_lora import FFALoRA
 
-STRATEGY_CLASSES: Mapping[str, type[FederatedLoRA]] = {
-    "fedavg-lora": FedAvgLoRA, "ffa-lora": FFALoRA, "fed-sb": FedSB, "fedsvd": FedSVD,
-}
-"""By the names of `fedlora.plan.STRATEGIES`."""
-
-__all__ = ["STRATEGY_CLASSES", "FFALoRA", "FedAvgLoRA", "FedSB", "FedSVD", "FederatedLoRA", "Traffic"]
+__all__ = ["FFALoRA", "FedAvgLoRA", "FedSB", "FedSVD", "FederatedLoRA", "Preset", "Recipe", "Traffic", "strategy_class"]

@@ -16,6 +16,7 @@ from fedlora.adapters.sketches import private_start, sketch_layout, sketch_tenso
 from fedlora.plan import Released, RunPlan, Tensors
 
 from .base import FederatedLoRA
+from .recipes.fedavg_lora import RECIPE
 
 
 class PrivateStart(FederatedLoRA):
@@ -30,19 +31,14 @@ class PrivateStart(FederatedLoRA):
         tensors: what round 0 sends.
     """
 
-    family = "lora"
-    linear = True
-    exact = True
+    recipe = RECIPE
 
     def __init__(self, plan: RunPlan, adapted: AdaptedModel, state: Tensors, seed: int) -> None:
         layout = sketch_layout(adapted.layout, adapted.missing)
-        super().__init__(dataclasses.replace(plan, family=self.family), layout)
+        super().__init__(dataclasses.replace(plan, family=RECIPE.family), layout)
         self.plan = plan  # what clients have agreed to
         self.tensors = sketch_tensors(layout, state, seed)
         self._run_layout, self._state = adapted.layout, state
-
-    def server_step(self, mean: Released, frozen: Tensors, server_round: int) -> Tensors:
-        return {**frozen, **mean}
 
     def begin(self, sketches: Released) -> Tensors:
         """The state that round 1 starts from."""

@@ -137,8 +137,8 @@ def test_an_upload_that_the_ledger_does_not_know_is_not_sent(desk, monkeypatch):
 
 
 def test_gradients_that_are_not_finite_are_told_in_the_local_log(desk, caplog, monkeypatch):
-    trained = desk.trainer.run
-    monkeypatch.setattr(desk.trainer, "run", lambda *given: dataclasses.replace(trained(*given), nonfinite=3))
+    trained = desk.trainer.train
+    monkeypatch.setattr(desk.trainer, "train", lambda *given: dataclasses.replace(trained(*given), nonfinite=3))
     assert isinstance(desk.session().run_round(desk.order(1), desk.start), Upload)
     assert "gradients of 3 drawn records were not finite" in caplog.text
 

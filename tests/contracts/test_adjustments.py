@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fedlora import registry
-from fedlora.adapters import FAMILIES
 from fedlora.training.adjustments import PACKAGE, Adjuster, check_adjustment
+from tests.families import FAMILIES
 from tests.federation import layout_of, start_of
 
 KEYS = registry.keys(PACKAGE)

@@ -21,6 +21,7 @@ import torch
 from fedlora import models, registry
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
+from fedlora.plan import TaskFacts, task_facts
 from fedlora.tasks import Records, Task, read, task_named
 from tests.federation import plan_of
 from tests.tiny import KINDS
@@ -74,7 +75,7 @@ def made(request, checkpoint) -> Made:
 @functools.cache
 def _made(key: str, checkpoint: Callable[[str], Path]) -> Made:
     base = next(folder for folder in map(checkpoint, KINDS) if _can_do(folder, key))
-    labels = ("0", "1") if task_named(key).has_labels() else ()
+    labels = ("0", "1") if task_named(key).has_labels else ()
     loaded = models.load(base, key, len(labels))
     run: Any = SimpleNamespace(labels=labels, max_length=48)  # a plan names what is left out here too
     return Made(key, task_named(key).of(run, loaded.tokenizer), loaded)
@@ -93,9 +94,14 @@ def test_a_task_is_called_as_its_file_and_says_in_a_line_what_it_is(made):
     assert registry.titles("fedlora.tasks")[made.key] and made.task.model_is.startswith(("a ", "an "))
 
 
+def test_what_plans_are_held_against_is_read_from_the_file_as_the_class_has_it(made):
+    task = type(made.task)
+    assert task_facts(made.key) == TaskFacts(task.model_is, task.has_labels, task.has_head)
+
+
 def test_a_task_s_answers_are_never_taken_for_names_of_classes_unless_it_says_so(made):
     rows = made.rows()
-    assert (rows.labels is not None) == made.task.has_labels()
+    assert (rows.labels is not None) == made.task.has_labels
     assert (rows.answers is not None) == (made.task.rows.answer is not None)
 
 
@@ -180,7 +186,7 @@ def test_peft_knows_the_type_of_what_is_exported(made):
 
 
 def test_a_plan_with_what_the_task_has_not_is_refused(made):
-    labels = ("0", "1") if made.task.has_labels() else ()
+    labels = ("0", "1") if made.task.has_labels else ()
     plan_of("fedsvd", task=made.key, labels=labels, train_head=made.task.has_head)
     with pytest.raises(ValueError, match="labels is"):
         plan_of("fedsvd", task=made.key, labels=() if labels else ("0", "1"), train_head=False)

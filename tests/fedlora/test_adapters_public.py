@@ -166,7 +166,7 @@ def simulated(checkpoint, private, init) -> SimulationConfig:
 
 @pytest.mark.parametrize(("text", "names"), [
     ("gradient", "raw gradients would release private rows without noise"),
-    ("public:", "name the file"), ("gaussian", "choose kaiming, orthonormal, weight, public:FILE or dp")])
+    ("public:", "name the FILE"), ("gaussian", "choose one of dp, kaiming, orthonormal, public:FILE, weight")])
 def test_a_start_that_would_release_private_rows_is_refused_by_name(capsys, text, names):
     with pytest.raises(SystemExit) as exit_:
         read_config(ServerConfig, [f"--init={text}"])

@@ -129,8 +129,7 @@ def test_help_stands_in_groups_names_every_option_once_and_has_a_short_usage(com
         [*map(flag, options_of(CONFIGS[command])), "help"])
 
 
-MADE_BY_THE_SERVER = {"run_id", "fedlora_version", "family", "adapter_scale", "weight_by_examples", "family_options",
-                      "ranks", "adjustment", "protocol"}
+MADE_BY_THE_SERVER = {"run_id", "fedlora_version", "family", "adapter_scale", "weight_by_examples", "protocol"}
 """What of a plan follows from no option alone."""
 
 

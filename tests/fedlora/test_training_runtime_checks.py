@@ -369,7 +369,7 @@ def test_a_frozen_tensor_that_moves_is_found(monkeypatch, which, in_data, sigma)
     _train(trainer, run, make_records(trainer), sigma=sigma)
     shared = trainer.adapted.parameter(trainer.adapted.layout.frozen[0].name)
     base = trainer.adapted.base_layer(trainer.adapted.layout.modules[0]).weight
-    monkeypatch.setattr(trainer_module, "optimizer", lambda name, lr, parameters: _Decay(
+    monkeypatch.setattr(trainer_module, "make_optimizer", lambda key, parameters, lr: _Decay(
         parameters, lr, others=[base if which == "base" else shared], in_data=in_data))
     _alarm(trainer, run, make_records(trainer), "frozen tensors", sigma=sigma)
 

@@ -6,6 +6,7 @@ knows; it is put among its kind in a copy of the tree, and a process that finds 
     tree = Tree.with_file(tmp_path / "tree", MEDIAN, "strategies/fedlora_strategies/reductions/median.py")
     tree.simulate("--strategy", "…", model=checkpoint("bert"), out=tmp_path / "out")
 
+The suite that every file of the seam must pass finds the toy too: `tree.passes("tests/strategies/test_reductions.py")`.
 No flag and no variable of the product adds code to a client.
 """
 
@@ -48,9 +49,14 @@ class Tree:
         """
         for package in PACKAGES:
             shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-        assert not (folder / place).exists(), f"{place} is there already: a toy adds a file and changes none"
-        shutil.copyfile(toy, folder / place)
-        return cls(folder)
+        tree = cls(folder)
+        tree.add(toy, place)
+        return tree
+
+    def add(self, toy: Path, place: str) -> None:
+        """Add one more file, as `with_file` does: processes take seconds to start, and a tree may have several toys."""
+        assert not (self.folder / place).exists(), f"{place} is there already: a toy adds a file and changes none"
+        shutil.copyfile(toy, self.folder / place)
 
     def run(self, module: str, *arguments: object, fails: bool = False) -> str:
         """What `python -m MODULE …` says; it finds this tree's packages and none of the repository's.
@@ -66,6 +72,16 @@ class Tree:
                 "XDG_STATE_HOME": str(self.folder / "state"), "XDG_CONFIG_HOME": str(self.folder / "config")})
         assert bool(done.returncode) == fails, done.stdout
         return done.stdout
+
+    def passes(self, *arguments: object) -> str:
+        """What pytest says of the repository's own tests, which find what this tree holds.
+
+        Args:
+            arguments: of pytest: files from the repository's root, -k words.
+        """
+        if not (self.folder / "tests").exists():
+            shutil.copytree(ROOT / "tests", self.folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        return self.run("pytest", "-q", "-p", "no:cacheprovider", *arguments)
 
     def simulate(self, *flags: object, model: Path, out: Path, data: Path | None = None, fails: bool = False) -> str:
         """What fedlora-simulate says, with `SMALL` before the flags.

@@ -10,9 +10,9 @@ from fedlora_client.connection import Connection, Goodbye
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.observer import Observer
 from fedlora_server.round_state import RoundOptions
-from fedlora_server.rounds import run_federation
-from fedlora_strategies import STRATEGY_CLASSES
-from tests.federation import layout_of, plan_of
+from fedlora_server.rounds import Run, run_federation
+from fedlora_strategies import strategy_class
+from tests.federation import STRATEGIES, layout_of, plan_of
 from tests.server.tcp_proxy import TcpProxy
 
 MINILM = tuple(f"bert.encoder.layer.{i}.attention.self.{part}" for i in range(6) for part in ("query", "value"))
@@ -51,20 +51,19 @@ def serve(address, layout):
 
 
 @pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
-@pytest.mark.parametrize("strategy", sorted(STRATEGY_CLASSES))
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_round_moves_one_per_cent_more_bytes_than_its_values_at_most(strategy, wire_dtype, tmp_path):
     plan = plan_of(strategy, rounds=ROUNDS, max_participations=ROUNDS, wire_dtype=wire_dtype)
     layout = layout_of(plan.family, rank=RANK.get(strategy, 8), modules=MINILM, head=False, rows=384, columns=384)
     start = {spec.name: np.ones(spec.shape, np.float32) for spec in layout.state}
-    engine = GrpcEngine("127.0.0.1:0", Proposal(plan), tmp_path)
-    server_step = STRATEGY_CLASSES[strategy](plan, layout)
+    engine, server_step = GrpcEngine("127.0.0.1:0", Proposal(plan), tmp_path), strategy_class(strategy)(plan, layout)
     engine.expect(layout)
     proxy = TcpProxy(engine.address)
     meter = Meter(proxy)
     client = threading.Thread(target=serve, args=(proxy.address, layout), daemon=True)
     client.start()
     try:
-        result = run_federation(engine, server_step, plan, start, RoundOptions(seed=0), observer=meter)
+        result = run_federation(engine, Run(server_step, start, RoundOptions(seed=0)), observer=meter)
     finally:
         engine.close("the test is over")
     client.join(10.0)

@@ -11,7 +11,7 @@ from fedlora_server import checkpoint, round_state, rounds
 from fedlora_server.engine import node_id
 from fedlora_server.observer import Observer
 from fedlora_server.round_state import RoundOptions
-from fedlora_server.rounds import run_federation
+from fedlora_server.rounds import Run, run_federation
 from fedlora_simulations.in_process import InProcessEngine
 from tests.federation import LinearSession
 from tests.server.test_rounds import Federation, replace, same
@@ -71,16 +71,17 @@ def crashed(folder, observer, run=None, **options):
     return run
 
 
-def resumed(folder, clients, *, evaluate=None, observer=None, **options):
+def resumed(folder, clients, *, evaluate=None, observer=None, recipe=None, **options):
     """A new server, with the clients of the old one."""
-    run = Federation(clients.sessions, rounds=clients.plan.rounds, max_participations=clients.plan.max_participations)
+    run = Federation(clients.sessions, clients.plan.strategy, rounds=clients.plan.rounds, recipe=recipe,
+                     max_participations=clients.plan.max_participations)
     for name, session in clients.sessions.items():
         replace(run, name, session)
     left = checkpoint.take_up(folder)
     left.check(run.plan)
-    return run_federation(run.engine, run.strategy, run.plan, run.start, RoundOptions(
-        **dict(seed=5, wait_timeout_s=0.0, clients_per_round=3) | options), out=folder, left=left, evaluate=evaluate,
-        observer=observer)
+    values = dict(seed=5, wait_timeout_s=0.0, clients_per_round=3) | options
+    again = Run(run.strategy, run.start, RoundOptions(**values), evaluate=evaluate, out=folder, left=left)
+    return run_federation(run.engine, again, observer=observer)
 
 
 def bare(record):
@@ -184,7 +185,7 @@ def test_what_is_left_is_as_readable_as_the_umask_has_it_and_a_full_disk_is_an_e
     assert (tmp_path / "checkpoint.safetensors").stat().st_mode == (tmp_path / "metrics.jsonl").stat().st_mode
     (tmp_path / "checkpoint.safetensors.new").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, "ab" * 8, 1, {"x": np.zeros(1, np.float32)})
+        checkpoint.save(tmp_path, "ab" * 8, 1, {"x": np.zeros(1, np.float32)}, {})
 
 
 def test_what_a_crash_cut_off_is_dropped_and_done_anew(tmp_path):

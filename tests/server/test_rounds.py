@@ -11,10 +11,10 @@ from fedlora.plan import Refusal
 from fedlora_server import checkpoint
 from fedlora_server.observer import Observer
 from fedlora_server.round_state import RoundOptions
-from fedlora_server.rounds import run_federation
+from fedlora_server.rounds import Run, run_federation
 from fedlora_simulations.in_process import InProcessEngine
-from fedlora_strategies import STRATEGY_CLASSES
-from tests.federation import LinearSession, layout_of, plan_of, start_of
+from fedlora_strategies import strategy_class
+from tests.federation import STRATEGIES, LinearSession, layout_of, plan_of, start_of
 
 pytestmark = pytest.mark.usefixtures("one_at_a_time")
 
@@ -22,18 +22,18 @@ pytestmark = pytest.mark.usefixtures("one_at_a_time")
 class Federation:
     """Linear clients named after the letters, and everything that the loop tells."""
 
-    def __init__(self, names="abcd", strategy="fedsvd", **changes):
+    def __init__(self, names="abcd", strategy="fedsvd", recipe=None, **changes):
         self.plan = plan_of(strategy, **changes)
         self.layout = layout_of(self.plan.family)
         self.sessions = {name: LinearSession(name, self.layout) for name in names}
         self.engine = InProcessEngine(self.sessions, self.plan.run_id, self.layout)
-        self.strategy = STRATEGY_CLASSES[strategy](self.plan, self.layout)
+        self.strategy = strategy_class(strategy)(self.plan, self.layout, recipe=recipe)
         self.start = start_of(self.layout, 1)
 
     def run(self, *, observer=None, stop=None, out=None, evaluate=None, **options):
         values = dict(seed=5, wait_timeout_s=0.0) | options
-        return run_federation(self.engine, self.strategy, self.plan, self.start, RoundOptions(**values),
-                              observer=observer, stop=stop, out=out, evaluate=evaluate)
+        run = Run(self.strategy, self.start, RoundOptions(**values), evaluate=evaluate, out=out)
+        return run_federation(self.engine, run, observer=observer, stop=stop)
 
     def keys(self):
         return {name: session.keys for name, session in self.sessions.items()}
@@ -72,7 +72,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("strategy", sorted(STRATEGY_CLASSES))
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_all_rounds_are_run_with_all_clients_and_the_loss_falls(strategy):
     federation = Federation(strategy=strategy)
     result = federation.run()
@@ -300,9 +300,10 @@ def test_each_round_leaves_its_checkpoint_and_its_line(tmp_path):
 
     class Reader(Observer):
         def finished(self, record):
-            run_id, round, state = checkpoint.load(tmp_path)
+            run_id, round, state, memory = checkpoint.load(tmp_path)
             lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
             assert run_id == federation.plan.run_id and [line["round"] for line in lines] == list(range(round + 1))
+            assert not memory
             seen.append((round, state))
 
     federation = Federation("abc")

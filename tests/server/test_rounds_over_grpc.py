@@ -9,10 +9,10 @@ from fedlora.plan import WIRE_DTYPES, Proposal
 from fedlora_client.connection import Connection, Goodbye
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.round_state import RoundOptions
-from fedlora_server.rounds import run_federation
+from fedlora_server.rounds import Run, run_federation
 from fedlora_simulations.in_process import InProcessEngine
-from fedlora_strategies import STRATEGY_CLASSES
-from tests.federation import LinearSession, layout_of, plan_of, start_of
+from fedlora_strategies import strategy_class
+from tests.federation import STRATEGIES, LinearSession, layout_of, plan_of, start_of
 
 
 def serve(session, address, rounds):
@@ -43,8 +43,8 @@ def federate(strategy, folder, *, leaver=None, forgetful=None, wire_dtype="fp32"
     for thread in threads:
         thread.start()
     try:
-        result = run_federation(engine, STRATEGY_CLASSES[strategy](plan, layout), plan, start_of(layout, 1),
-                                RoundOptions(seed=seed, min_clients=4, wait_timeout_s=20.0, **options))
+        result = run_federation(engine, Run(strategy_class(strategy)(plan, layout), start_of(layout, 1),
+                                            RoundOptions(seed=seed, min_clients=4, wait_timeout_s=20.0, **options)))
     finally:
         engine.close("the test is over")
     for thread in threads:
@@ -53,14 +53,14 @@ def federate(strategy, folder, *, leaver=None, forgetful=None, wire_dtype="fp32"
 
 
 @pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
-@pytest.mark.parametrize("strategy", sorted(STRATEGY_CLASSES))
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_grpc_and_one_process_end_with_the_same_bits(strategy, wire_dtype, tmp_path):
     over_grpc, _ = federate(strategy, tmp_path, clients_per_round=3, wire_dtype=wire_dtype)
     plan = plan_of(strategy, wire_dtype=wire_dtype)
     layout = layout_of(plan.family)
     engine = InProcessEngine({name: LinearSession(name, layout) for name in "dbca"}, plan.run_id, layout)
-    alone = run_federation(engine, STRATEGY_CLASSES[strategy](plan, layout), plan, start_of(layout, 1),
-                           RoundOptions(seed=5, clients_per_round=3))
+    alone = run_federation(engine, Run(strategy_class(strategy)(plan, layout), start_of(layout, 1),
+                                       RoundOptions(seed=5, clients_per_round=3)))
     assert over_grpc.ended == alone.ended == "finished"
     assert [r.uploaded for r in over_grpc.records] == [r.uploaded for r in alone.records]
     assert all(np.array_equal(over_grpc.state[name], alone.state[name]) for name in alone.state)

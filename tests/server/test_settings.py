@@ -11,7 +11,8 @@ from fedlora.config import CONFIGS, PRESET, flag, options_of, read_config, shown
 from fedlora_server.cli import main
 from fedlora_server.run_setup import planned
 from fedlora_server.settings import settings
-from fedlora_strategies.presets import Preset, preset, presets
+from fedlora_strategies import Preset, strategy_class
+from fedlora_strategies.recipe import presets
 
 
 def told(command, *argv):
@@ -33,7 +34,7 @@ def test_the_values_of_a_run_are_told_with_their_sources_in_at_most_six_lines(co
     found, lines = told(command, "--rounds=3", "--lr=0.01", "--max-length=64")
     assert len(lines) <= 6
     assert found["given"] == {"rounds 3", "lr 0.01", "max-length 64"}
-    values = dataclasses.asdict(preset("fedsvd", True))
+    values = dataclasses.asdict(strategy_class("fedsvd").recipe.preset(True))
     assert found["preset"] == {f"{flag(name)} {shown(value)}" for name, value in values.items()} - {
         f"rounds {values['rounds']}", f"lr {values['lr']:g}"}
     assert {"strategy fedsvd", "privacy required", "model minilm"} <= found["default"]

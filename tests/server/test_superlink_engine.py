@@ -16,12 +16,12 @@ from fedlora.wire import pb
 from fedlora_client.flower_app import client_app
 from fedlora_server.engine import node_id
 from fedlora_server.round_state import RoundOptions
-from fedlora_server.rounds import run_federation
+from fedlora_server.rounds import Run, run_federation
 from fedlora_server.superlink_engine import SuperLinkEngine
 from fedlora_simulations.in_process import InProcessEngine
-from fedlora_strategies import STRATEGY_CLASSES
+from fedlora_strategies import FedSB, strategy_class
 from fedlora_strategies.messages import assign_id, assume_identity, to_record, train_message
-from tests.federation import LinearSession, layout_of, plan_of, start_of
+from tests.federation import STRATEGIES, LinearSession, layout_of, plan_of, start_of
 
 PLAN = plan_of("fedavg-lora")
 LAYOUT = layout_of(PLAN.family)
@@ -128,7 +128,7 @@ def order(name, attempt=0):
     return train_message(plan, to_record(start_of(LAYOUT, 0)), node_id(name))
 
 
-@pytest.mark.parametrize(("strategy", "wire_dtype"), [*((name, "fp32") for name in sorted(STRATEGY_CLASSES)),
+@pytest.mark.parametrize(("strategy", "wire_dtype"), [*((name, "fp32") for name in STRATEGIES),
                                                       ("fedsvd", "bf16")])
 def test_supernodes_and_one_process_end_with_the_same_bits(engine_of, strategy, wire_dtype):
     plan = plan_of(strategy, wire_dtype=wire_dtype)
@@ -137,8 +137,8 @@ def test_supernodes_and_one_process_end_with_the_same_bits(engine_of, strategy, 
     engines = engine_of(grid, plan, layout), InProcessEngine(
         {name: LinearSession(name, layout) for name in "abcd"}, plan.run_id, layout)
     over_flower, alone = (
-        run_federation(engine, STRATEGY_CLASSES[strategy](plan, layout), plan, start_of(layout, 1),
-                       RoundOptions(seed=5, clients_per_round=3, min_clients=4)) for engine in engines)
+        run_federation(engine, Run(strategy_class(strategy)(plan, layout), start_of(layout, 1),
+                                   RoundOptions(seed=5, clients_per_round=3, min_clients=4))) for engine in engines)
     engines[1].close("")
     assert over_flower.ended == alone.ended == "finished"
     for theirs, ours in zip(over_flower.records, alone.records, strict=True):
@@ -151,8 +151,8 @@ def test_a_node_that_lost_the_frozen_tensors_is_sent_them_again(engine_of):
     layout = layout_of(plan.family)
     node = LinearNode("a", layout)
     node.forgets_in = 2
-    result = run_federation(engine_of(SuperLink({1: node}), plan, layout), STRATEGY_CLASSES["fed-sb"](plan, layout),
-                            plan, start_of(layout, 1), RoundOptions(seed=5))
+    result = run_federation(engine_of(SuperLink({1: node}), plan, layout),
+                            Run(FedSB(plan, layout), start_of(layout, 1), RoundOptions(seed=5)))
     assert result.ended == "finished" and [record.attempts for record in result.records] == [1, 2, 1]
 
 

@@ -17,7 +17,7 @@ from fedlora_server.run_setup import without_effect
 from fedlora_simulations import comparison, population, simulate
 from fedlora_simulations.cli import main
 from fedlora_simulations.simulate import allow_open_files, compiles_here
-from fedlora_strategies.presets import preset
+from fedlora_strategies import FedSB
 from tests.processes import write_rows
 
 SMALL = ("--rank=2", "--local-steps=1", "--batch-size=8", "--max-length=16", "--threads=1", "--device=cpu",
@@ -50,7 +50,7 @@ def test_a_runs_report_says_all_that_is_needed_to_repeat_it(arguments, tmp_path)
         assert options["data"] == str(tmp_path / "train.jsonl") and options["lr"] > 0
         assert options["device"] != "auto" and options["precision"] in ("fp32", "bf16") and options["threads"] > 0
     assert shown["ffa-lora-orthonormal-seed3"]["init"] == "orthonormal"
-    assert shown["fed-sb-seed3"]["init"] == preset("fed-sb", True).init
+    assert shown["fed-sb-seed3"]["init"] == FedSB.recipe.start
     assert [options["strategy"] for options in shown.values()] == ["ffa-lora", "fed-sb"]
 
 

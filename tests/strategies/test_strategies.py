@@ -17,14 +17,15 @@ from fedlora.adapters.sketches import private_start
 from fedlora.plan import WIRE_DTYPES, Upload
 from fedlora.wire import rounded, unpacked
 from fedlora_simulations.in_process import InProcessEngine
-from fedlora_strategies import STRATEGY_CLASSES, FedAvgLoRA, FedSB, FedSVD, FFALoRA
-from fedlora_strategies.fedsvd import refactorise
+from fedlora_strategies import FedAvgLoRA, FedSB, FedSVD, FFALoRA, strategy_class
 from fedlora_strategies.messages import assume_identity, read_train_messages, reply, to_record, to_tensors
 from fedlora_strategies.private_start import PrivateStart
-from tests.federation import COLUMNS, ROWS, LinearSession, layout_of, plan_of, start_of, update_of
+from fedlora_strategies.reductions import Gathering
+from fedlora_strategies.refactorizations.svd import refactorise
+from fedlora_strategies.step import ServerStep
+from tests.federation import COLUMNS, ROWS, STRATEGIES, LinearSession, layout_of, plan_of, start_of, update_of
 
-ALL = sorted(STRATEGY_CLASSES)
-EXACT = [name for name in ALL if STRATEGY_CLASSES[name].exact]
+EXACT = [name for name in STRATEGIES if layout_of(strategy_class(name).recipe.family).family.exact]
 MODULE = "layer.0.q"
 
 
@@ -34,7 +35,7 @@ def federation(name, clients=4, **changes):
     layout = layout_of(plan.family)
     sessions = {f"client-{i:03}": LinearSession(f"client-{i:03}", layout) for i in range(clients)}
     engine = InProcessEngine(sessions, plan.run_id, layout)
-    strategy = STRATEGY_CLASSES[name](plan, layout)
+    strategy = strategy_class(name)(plan, layout)
     state = start_of(layout, 1)
     generator = np.random.default_rng(2)
     learned = {s.name: 0.3 * generator.standard_normal(s.shape) for s in layout.trained}
@@ -51,16 +52,16 @@ def random_uploads(layout, count, seed):
     return [{s.name: generator.standard_normal(s.shape) for s in layout.trained} for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_the_mean_of_merged_models_is_the_merged_mean_for_exact_strategies_only(name):
     plan = plan_of(name)
     layout = layout_of(plan.family)
-    strategy = STRATEGY_CLASSES[name](plan, layout)
+    strategy = strategy_class(name)(plan, layout)
     state = start_of(layout, 0)
     frozen = {s.name: state[s.name].astype(np.float64) for s in layout.frozen}
     uploads, weights = random_uploads(layout, 3, seed=5), np.array([0.5, 0.3, 0.2])
     mean = {key: sum(p * u[key] for p, u in zip(weights, uploads, strict=True)) for key in uploads[0]}
-    after = strategy.server_step(mean, frozen, server_round=1)
+    after, _ = strategy.step.rewrite({**frozen, **mean}, {}, round=1)
     for module in layout.modules:
         merged = sum(p * update_of({**frozen, **u}, module) for p, u in zip(weights, uploads, strict=True))
         error = np.linalg.norm(update_of(after, module) - merged) / np.linalg.norm(merged)
@@ -131,7 +132,7 @@ def test_the_refactorisation_of_a_rank_deficient_B_keeps_the_update_and_the_row_
 
 def test_fedsvd_and_orthonormal_ffa_move_the_update_identically_under_clipped_sgd_with_coupled_noise():
     """row(BA) ⊆ row(A), and gradient, clip and noise are equivariant under A → QA, B → BQᵀ. Float64, five rounds."""
-    ffa, svd = (STRATEGY_CLASSES[n](plan_of(n), layout_of("frozen-a", head=False)) for n in ("ffa-lora", "fedsvd"))
+    ffa, svd = (strategy_class(n)(plan_of(n), layout_of("frozen-a", head=False)) for n in ("ffa-lora", "fedsvd"))
     module, generator = MODULE, np.random.default_rng(6)
     start = {k: v.astype(np.float64) for k, v in start_of(ffa.layout, 0).items()}
     start = {k: np.linalg.qr(v.T)[0].T if k.endswith(".A") else v for k, v in start.items()}
@@ -155,7 +156,7 @@ def test_fedsvd_and_orthonormal_ffa_move_the_update_identically_under_clipped_sg
             local = [trained(states[i], d, n, rotation) for d, n in zip(clients, noise, strict=True)]
             mean = {s.name: np.mean([u[s.name] for u in local], axis=0) for s in strategy.layout.trained}
             frozen = {s.name: states[i][s.name] for s in strategy.layout.frozen}
-            states[i] = dict(strategy.server_step(mean, frozen, round))
+            states[i] = dict(strategy.step.rewrite({**frozen, **mean}, {}, round)[0])
         np.testing.assert_allclose(update_of(states[1], module), update_of(states[0], module), atol=1e-13)
     assert np.linalg.norm(update_of(states[0], module)) > 0.1
     assert np.linalg.norm(states[1][f"{module}.A"] - start[f"{module}.A"]) > 0.1, "A was never refactorised"
@@ -167,13 +168,14 @@ def test_fedsvd_refactorises_after_its_warmup_in_every_period():
     frozen = {s.name: start_of(layout, 0)[s.name] for s in layout.frozen}
     mean = {k: v.astype(np.float32) for k, v in random_uploads(layout, 1, 0)[0].items()}
     changed = [r for r in range(1, 10)
-               if not np.array_equal(strategy.server_step(mean, frozen, r)[f"{MODULE}.A"], frozen[f"{MODULE}.A"])]
+               if not np.array_equal(strategy.step.rewrite({**frozen, **mean}, {}, r)[0][f"{MODULE}.A"],
+                                     frozen[f"{MODULE}.A"])]
     assert changed == [5, 8]
     with pytest.raises(ValueError, match="period"):
         FedSVD(plan, layout, period=0)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_any_order_of_uploads_gives_the_same_bits(name):
     results = set()
     for permutation in itertools.permutations(range(4)):
@@ -226,9 +228,10 @@ def test_values_per_client_and_round_are_those_of_the_communication_table(name, 
 def test_minilm_uploads_have_the_published_sizes():
     modules = tuple(f"encoder.layer.{i}.attention.self.{part}" for i in range(6) for part in ("query", "value"))
     counted = {}
-    for name in ALL:
-        layout = layout_of(STRATEGY_CLASSES[name].family, rank=8, modules=modules, head=False, rows=384, columns=384)
-        counted[name] = STRATEGY_CLASSES[name](plan_of(name), layout).traffic.up
+    for name in STRATEGIES:
+        chosen = strategy_class(name)
+        layout = layout_of(chosen.recipe.family, rank=8, modules=modules, head=False, rows=384, columns=384)
+        counted[name] = chosen(plan_of(name), layout).traffic.up
     assert counted == {"fedavg-lora": 73_728, "ffa-lora": 36_864, "fed-sb": 768, "fedsvd": 36_864}
 
 
@@ -306,7 +309,7 @@ def test_a_broken_upload_adds_nothing(kind):
     assert arrays == without
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_the_largest_upload_that_is_taken_leaves_a_state_to_go_on_with(name):
     engine, strategy, state = federation(name)
     replies = uploads_of(engine, strategy, state)[:1]
@@ -377,7 +380,7 @@ def test_frozen_tensors_travel_once_unless_they_change_or_the_node_lost_them():
         assert counted == [len(state), later]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_start_works_in_a_plain_flower_loop_and_learns(name):
     engine, strategy, state = federation(name)
     before = np.mean([session.loss(state) for session in engine._sessions.values()])
@@ -433,9 +436,8 @@ def test_uploads_keep_their_values_through_messages():
         np.testing.assert_array_equal(to_tensors(arrays)[name], value)
 
 
-@pytest.mark.parametrize("step", [*(cls.server_step for cls in (*STRATEGY_CLASSES.values(), PrivateStart)),
-                                  private_start, PrivateStart.begin])
+@pytest.mark.parametrize("step", [Gathering.add, ServerStep.combine, private_start, PrivateStart.begin])
 def test_what_a_server_computes_with_has_left_the_clients_or_is_its_own(step):
     """No step is given an upload, which has more in it than tensors, nor anything that a client keeps."""
     taken = {given.annotation for given in inspect.signature(step).parameters.values() if given.name != "self"}
-    assert "Released" in taken and taken <= {"Released", "Tensors", "AdapterLayout", "int"}
+    assert "Released" in taken and taken <= {"Released", "Tensors", "AdapterLayout", "int", "float"}

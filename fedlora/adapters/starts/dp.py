@@ -33,4 +33,4 @@ def leading_rows(sketch: torch.Tensor) -> torch.Tensor:
     return rows * row_signs(rows)[:, None]
 
 
-START = NoisedGradients()
+START = NoisedGradients

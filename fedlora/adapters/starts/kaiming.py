@@ -21,4 +21,4 @@ class Kaiming(Start):
         return Bases(A=source.uniform(f"{site.name}.A", (site.rank, site.d_in)) / site.d_in**0.5, B=None)
 
 
-START = Kaiming()
+START = Kaiming

@@ -15,4 +15,4 @@ class Orthonormal(Start):
                      B=orthonormal_rows(source.draw(f"{site.name}.B", (site.rank, site.d_out))).T)
 
 
-START = Orthonormal()
+START = Orthonormal

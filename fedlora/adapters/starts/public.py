@@ -18,13 +18,11 @@ import torch
 from fedlora.adapters.family import Site
 from fedlora.adapters.start import Reads, SingularStart, Source
 
-TAKES = "FILE"
-"""Of public rows."""
-
 
 class Public(SingularStart):
     """Of the public gradient."""
 
+    takes = "FILE"
     reads: ClassVar[Reads] = "public rows"
 
     def matrix(self, site: Site, source: Source) -> torch.Tensor:
@@ -32,4 +30,4 @@ class Public(SingularStart):
         return source.gradient(site).cpu()
 
 
-START = Public()
+START = Public

@@ -22,4 +22,4 @@ class Weight(SingularStart):
         return source.weight(site)
 
 
-START = Weight()
+START = Weight

@@ -35,11 +35,12 @@ class Regression(Task):
 
     name = "regression"
     model_is = "a regression model"
+    has_labels = False
+    has_head = True
     rows = RowFormat((("text", ("text",)),),
-                     Answer("score", number, "Write it as a number, as in 3.5", names=False))
+                     Answer("score", number, "Write it as a number, as in 3.5"))
     auto_class = AutoModelForSequenceClassification
     model_types = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    has_head = True
     metric = "rmse"
     peft_type = "SEQ_CLS"
 

@@ -23,9 +23,8 @@ from fedlora_client.flower_app import Session
 from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import MemoryState
 from fedlora_server.round_state import RoundOptions
-from fedlora_server.rounds import run_federation
+from fedlora_server.rounds import Run, run_federation
 from fedlora_strategies import FFALoRA
-from fedlora_strategies.presets import preset
 
 from ...in_process import InProcessEngine
 from ..federations import MINILM, Echo, layout, plan, tensors
@@ -64,8 +63,8 @@ def measure(settings: Settings) -> Iterator[Row]:
 
     def one_round(echoes: Mapping[str, Session]) -> None:
         engine = InProcessEngine(echoes, run.run_id, shape)
-        result = run_federation(engine, FFALoRA(run, shape), run, start,
-                                RoundOptions(seed=0, min_clients=len(echoes), wait_timeout_s=0.0))
+        rounds = RoundOptions(seed=0, min_clients=len(echoes), wait_timeout_s=0.0)
+        result = run_federation(engine, Run(FFALoRA(run, shape), start, rounds))
         engine.close("done")
         assert len(result.records[-1].uploaded) == len(echoes)
 
@@ -77,7 +76,7 @@ def measure(settings: Settings) -> Iterator[Row]:
         unused = iter([sessions(run, shape, clients) for _ in range(1 + 2 * repeats)])  # each trains a round once
         return lambda block: one_round(next(unused))
 
-    chosen = preset("ffa-lora", True)
+    chosen = FFALoRA.recipe.preset(private=True)
     trained = subject(settings, rows_of(settings), family="frozen-a", rank=8, precision="auto", max_length=64,
                       expected_batch=8 if settings.quick else chosen.batch_size, steps=chosen.local_steps)
     rate = min(1.0, trained.plan.expected_batch / len(trained.records))

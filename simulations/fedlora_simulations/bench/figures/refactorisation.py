@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from fedlora_strategies.fedsvd import refactorise
+from fedlora_strategies.refactorizations.svd import refactorise
 
 from ..measure import Figure, Row, Settings, Value, interleaved
 

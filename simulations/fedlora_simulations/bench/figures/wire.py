@@ -18,16 +18,17 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from fedlora import wire
+from fedlora import registry, wire
 from fedlora.config import SimulationConfig, read_config
 from fedlora.data import Rows, label_names, partition
-from fedlora.plan import STRATEGIES, WIRE_DTYPES, Proposal
+from fedlora.plan import WIRE_DTYPES, Proposal
 from fedlora_client.connection import Connection, Goodbye
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.round_state import RoundOptions
-from fedlora_server.rounds import run_federation
+from fedlora_server.rounds import Run, run_federation
 from fedlora_server.run_setup import find_model
-from fedlora_strategies import STRATEGY_CLASSES
+from fedlora_strategies import strategy_class
+from fedlora_strategies.recipe import RECIPES
 
 from ...population import Method, Population
 from ...simulate import simulate
@@ -37,7 +38,7 @@ from ..subjects import rows_of
 
 ROUNDS = 20
 """As many as the private presets have."""
-CASES = (*((strategy, 8) for strategy in STRATEGIES), ("fed-sb", 32))
+CASES = (*((strategy, 8) for strategy in registry.keys(RECIPES)), ("fed-sb", 32))
 """Strategies, and ranks of the adapters whose bytes are counted."""
 
 SHORT = ("--privacy=off", "--epsilon=inf", "--rounds=4", "--local-steps=8", "--batch-size=64", "--max-length=64",
@@ -76,7 +77,7 @@ def measure(settings: Settings) -> Iterator[Row]:
 
 def _round(strategy: str, rank: int, wire_dtype: str, *, quick: bool) -> tuple[tuple[int, int], tuple[float, float]]:
     """(up, down) of one client and round: values, and bytes."""
-    family = STRATEGY_CLASSES[strategy].family
+    family = strategy_class(strategy).recipe.family
     run = plan(strategy, family, rank=rank, rounds=ROUNDS, max_participations=ROUNDS, wire_dtype=wire_dtype)
     adapter = layout(family, rank=rank, **({"layers": 1, "width": 64} if quick else MINILM))
     with TemporaryDirectory(prefix="fedlora-uploads-") as uploads:
@@ -84,9 +85,9 @@ def _round(strategy: str, rank: int, wire_dtype: str, *, quick: bool) -> tuple[t
         engine.expect(adapter)
         client = threading.Thread(target=_serve, args=(engine.address, Echo(adapter)), daemon=True)
         client.start()
-        step = STRATEGY_CLASSES[strategy](run, adapter)
+        step = strategy_class(strategy)(run, adapter)
         try:
-            result = run_federation(engine, step, run, tensors(adapter.state, 0), RoundOptions(seed=0))
+            result = run_federation(engine, Run(step, tensors(adapter.state, 0), RoundOptions(seed=0)))
         finally:
             engine.close("done")
         client.join()

@@ -12,17 +12,15 @@ privacy the noise of both factors meets in the product.
 
 from __future__ import annotations
 
-from fedlora.plan import Released, Tensors
+from ..base import FederatedLoRA
+from ..recipe import Preset, Recipe
 
-from .base import FederatedLoRA
+RECIPE = Recipe(
+    family="lora", start="kaiming",
+    private=Preset.private(1, 10.0, 1.7e-2, clip_norm=6.0, head_scale=3.5), open=Preset.open(8, 16.0, 1.2e-3))
 
 
 class FedAvgLoRA(FederatedLoRA):
     """Average both factors."""
 
-    family = "lora"
-    linear = True
-    exact = False
-
-    def server_step(self, mean: Released, frozen: Tensors, server_round: int) -> Tensors:
-        return {**frozen, **mean}
+    recipe = RECIPE

@@ -15,17 +15,15 @@ own: the starts here are independent of the data, or noised and charged (`fedlor
 
 from __future__ import annotations
 
-from fedlora.plan import Released, Tensors
+from ..base import FederatedLoRA
+from ..recipe import Preset, Recipe
 
-from .base import FederatedLoRA
+RECIPE = Recipe(
+    family="bra", start="orthonormal",
+    private=Preset.private(16, 64.0, 3e-2, clip_norm=3.0, head_scale=2.0), open=Preset.open(32, 64.0, 2e-2))
 
 
 class FedSB(FederatedLoRA):
     """Average R; A and B never change."""
 
-    family = "bra"
-    linear = True
-    exact = True
-
-    def server_step(self, mean: Released, frozen: Tensors, server_round: int) -> Tensors:
-        return {**frozen, **mean}
+    recipe = RECIPE

@@ -1,0 +1,1 @@
+"""What is done with FedLoRA from outside of it."""

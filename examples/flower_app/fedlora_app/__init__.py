@@ -1,0 +1,1 @@
+"""A Flower app that federates LoRA with a FedLoRA strategy."""

@@ -1,0 +1,23 @@
+"""The ServerApp: any of FedLoRA's strategies, in a plain Flower run."""
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlora import adapters
+from fedlora_strategies import FedSVD
+from fedlora_strategies.messages import to_tensors
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train under differential privacy and leave the adapter in PEFT's format."""
+    config = context.run_config
+    ready = FedSVD.for_model(str(config["model"]), labels=str(config["labels"]).split(","), private=True,
+                             min_nodes=int(config["clients"]), rank=int(config["rank"]), rounds=int(config["rounds"]),
+                             local_steps=2, batch_size=16)
+    result = ready.strategy.start(grid, ready.arrays, num_rounds=int(config["rounds"]))
+    adapters.export(ready.adapted, to_tensors(result.arrays), Path(str(config["out"])), str(config["model"]))

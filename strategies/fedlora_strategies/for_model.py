@@ -1,0 +1,96 @@
+"""From a base model to all that a ServerApp needs: the typed plan, the adapters, the strategy and its first state.
+
+    ready = FedSVD.for_model("minilm", labels=("no", "yes"), rank=8)
+    result = ready.strategy.start(grid, ready.arrays, num_rounds=ready.strategy.plan.rounds)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord
+
+import fedlora
+from fedlora import models
+from fedlora.adapters import AdaptedModel, all_targets, attach_planned, automatic_targets, initial_tensors
+from fedlora.models import LoadedModel
+from fedlora.plan import ModelRef, RunPlan, Tensors
+
+from .base import FederatedLoRA
+from .messages import to_record
+from .recipe import Preset
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that can start.
+
+    Attributes:
+        adapted: the base model with its adapters, for evaluation and export (`fedlora.adapters.export`).
+        state: every tensor that is not in the base checkpoint.
+    """
+
+    strategy: FederatedLoRA
+    adapted: AdaptedModel
+    state: Tensors
+
+    @property
+    def arrays(self) -> ArrayRecord:
+        """The state as `strategy.start` takes it."""
+        return to_record(self.state)
+
+
+def ready(strategy: type[FederatedLoRA], model: str, *, labels: Sequence[str] = (), private: bool = False,
+          seed: int = 0, run_id: str | None = None, min_nodes: int = 1, max_length: int = 128,
+          allow_download: bool = False, **values: Any) -> Ready:
+    """Load the model, attach the adapters, draw the start.
+
+    Args:
+        model: as of --model.
+        labels: of a classifier; () for a language model.
+        private: whether clients must train under differential privacy.
+        seed: of the start.
+        run_id: 16 hexadecimal digits; None draws them.
+        min_nodes: for how many nodes round 1 waits.
+        values: of the preset, by the names of `Preset`: rank=8, rounds=3, init="weight".
+    Raises:
+        ValueError: the model cannot be found, or a value does not fit it.
+    """
+    recipe, task = strategy.recipe, "classification" if labels else "causal-lm"
+    chosen = recipe.preset(private, values.get("init"))
+    if unknown := values.keys() - {field.name for field in dataclasses.fields(Preset)}:
+        raise ValueError(f"{sorted(unknown)[0]!r} is no value of a preset; they are "
+                         f"{', '.join(field.name for field in dataclasses.fields(Preset))}")
+    chosen = dataclasses.replace(chosen, **values)
+    path = models.resolve(model, allow_download=allow_download)
+    models.check_task(path, task, max_length)
+    loaded = models.load(path, task, len(labels))
+    plan = plan_of(strategy.__name__, recipe.family, chosen, models.reference(model, path), loaded,
+                   run_id=run_id or secrets.token_hex(8), labels=tuple(labels), private=private, max_length=max_length,
+                   train_head=bool(labels))
+    adapted = attach_planned(loaded, plan)
+    return Ready(strategy(plan, adapted.layout, seed=seed, min_nodes=min_nodes), adapted,
+                 initial_tensors(adapted, init=chosen.init, seed=seed))
+
+
+def plan_of(strategy: str, family: str, values: Preset, reference: ModelRef, loaded: LoadedModel, *, private: bool,
+            **others: Any) -> RunPlan:
+    """The plan of a run.
+
+    Args:
+        values: a preset's, which stand under their own names but for `batch_size`, the plan's expected_batch.
+        others: fields of `RunPlan` that are no preset's.
+    """
+    named = {("auto",): automatic_targets, ("all",): all_targets, ("none",): lambda model: ()}
+    fields = {field.name for field in dataclasses.fields(RunPlan)}
+    made = {name: value for name, value in dataclasses.asdict(values).items() if name in fields}
+    made |= {
+        "fedlora_version": fedlora.__version__, "strategy": strategy, "family": family, "private": private,
+        "model": reference, "task": loaded.task, "expected_batch": values.batch_size, "adapter_scale": 1.0,
+        "targets": named[values.targets](loaded.model) if values.targets in named else values.targets,
+        "dropout": 0.0, "max_participations": values.rounds, "weight_by_examples": not private}
+    return RunPlan(**made | others)

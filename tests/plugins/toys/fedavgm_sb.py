@@ -1,0 +1,13 @@
+"""Fed-SB with momentum at the server: R goes on in the direction of the last rounds.
+
+    server        R ← R + m,   m ← β m + Σ p_k R_k − R
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedlora_strategies.recipes import fed_sb
+from fedlora_strategies.server_optimizers.momentum import Momentum
+
+RECIPE = replace(fed_sb.RECIPE, optimizer=Momentum(beta1=0.5))
