@@ -50,6 +50,7 @@ class ClientSession:
         terms: sampling rate, noise and clip norm, fixed for the run.
         noise_for_run: the noise multiplier that --epsilon alone asks for; that of `terms` is larger where the lifetime
             budget leaves less.
+        sent_values: (round, attempt) → how many values its upload has, of those that this process made.
         anchors: whether uploads carry the ledger's anchor. Nothing decides it but that the ledger is real and the
             server keeps it.
     """
@@ -66,6 +67,7 @@ class ClientSession:
         self.limits, self.state, self.streams = limits, state, streams
         self.ledger, self.dataset = ledger, dataset
         self._sketch_trainer, self.anchors = sketch_trainer, anchors and not ledger.simulated
+        self.sent_values: dict[tuple[int, int], int] = {}
         self._begun: dict[tuple[str, int, int], tuple[Reservation, Tensors]] = {}
         self.terms = self._settle()
         try:
@@ -175,10 +177,11 @@ class ClientSession:
         layout = self.trainer.adapted.layout if plan.round else self.sketch_layout
         try:
             self._check_turn(plan, [round for round, _ in started])
+            active = _activated(layout, plan)
             start = self._complete(plan, tensors, layout)
         except Refused as refused:
             return refused.refusal
-        self.state.check_room(4 * layout.num_trained)
+        self.state.check_room(4 * active.num_trained)
         prepare()
         try:
             reservation = self.ledger.reserve(self.dataset, self.run.run_id, plan.round, plan.attempt)
@@ -213,6 +216,7 @@ class ClientSession:
             noise_multiplier=self.terms.noise_multiplier if announced else None,
             num_examples=None if private else self.records.units_count,
             train_loss=None if private else result.mean_loss)
+        self.sent_values[plan.round, plan.attempt] = sum(array.size for array in tensors.values())
         self.state.save_upload(upload)
         reservation.stored(tensors_digest(upload.tensors))
         reservation.released()
@@ -247,6 +251,7 @@ class ClientSession:
             trainer, run = self._sketch_trainer(), sketch_plan(self.run)
         if run.private:
             rows_per_unit = 1 if self.records.units is None else self.limits.rows_per_unit
+            trainer.activate(plan.active)
             trainer.show_batch_invariance(run, rows_per_unit)
         return trainer
 
@@ -284,3 +289,14 @@ class ClientSession:
         if received:
             self.state.save_frozen(plan.frozen_sha256, frozen)
         return {**tensors, **frozen}
+
+
+def _activated(layout: AdapterLayout, plan: RoundPlan) -> AdapterLayout:
+    """Of the tensors that the round has train.
+
+    Raises:
+        Refused: "invalid-tensors": it names one that does not.
+    """
+    if unknown := set(plan.active) - {spec.name for spec in layout.trained}:
+        raise Refused("invalid-tensors", f"the order has {len(unknown)} tensors train that do not train in this run")
+    return layout.activated(plan.active) if plan.active else layout

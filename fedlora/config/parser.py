@@ -30,10 +30,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Merged(argparse.Action):
-    """Given twice, the mappings add up."""
+    """Given twice, mappings and pairs of names and numbers add up."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        setattr(namespace, self.dest, getattr(namespace, self.dest, {}) | values)
+        both = dict(getattr(namespace, self.dest, {})) | dict(values)
+        setattr(namespace, self.dest, tuple(sorted(both.items())) if isinstance(values, tuple) else both)
 
 
 def build_parser(config: type[Config], *, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -67,7 +68,7 @@ def _add(part: argparse._ArgumentGroup, field: dataclasses.Field, command: str) 
         return
     choices = None if option.choices is None else values.chosen(option.choices)
     metavar = option.metavar or (None if choices else _METAVARS[str(field.type).partition(" ")[0]])
-    part.add_argument(name, action=_Merged if option.parse is values.columns else "store", type=option.parse,
+    part.add_argument(name, action=_Merged if option.parse in values.ADD_UP else "store", type=option.parse,
                       choices=choices, metavar=metavar, help=text)
 
 

@@ -141,7 +141,7 @@ def unit(given: str) -> str:
 
 def numbers(given: str) -> tuple[tuple[str, float], ...]:
     """(name, number), in order of the names."""
-    return _by_name(given, number(float, -math.inf), "as in blocks=4")
+    return _by_name(given, float, "as in beta1=0,beta2=0.99")
 
 
 def whole_numbers(given: str) -> tuple[tuple[str, int], ...]:
@@ -151,9 +151,12 @@ def whole_numbers(given: str) -> tuple[tuple[str, int], ...]:
 
 def _by_name(given: str, each: Callable[[str], Any], example: str) -> tuple[tuple[str, Any], ...]:
     pairs = dict(part.partition("=")[::2] for part in names(given))
-    if not pairs or not all(pairs) or not all(pairs.values()):
-        raise argparse.ArgumentTypeError(f"{given!r} is not of the form name=number, {example}")
-    return tuple(sorted((name.strip(), each(value.strip())) for name, value in pairs.items()))
+    try:
+        if pairs and all(pairs):
+            return tuple(sorted((name.strip(), each(value.strip())) for name, value in pairs.items()))
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{given!r} is not of the form name=number, {example}")
 
 
 def columns(given: str) -> Mapping[str, str]:
@@ -167,3 +170,7 @@ def columns(given: str) -> Mapping[str, str]:
 def chosen(choices: Choices) -> Sequence[str]:
     """The words themselves."""
     return choices() if callable(choices) else choices
+
+
+ADD_UP = (columns, numbers, whole_numbers)
+"""Parsers of options that can be given more than once."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from opacus.accountants import PRVAccountant
 from opacus.accountants.analysis.prv import Domain, PoissonSubsampledGaussianPRV
 
-from fedlora.privacy.accounting import Spend, rdp_epsilon
+from fedlora.privacy.spend import Spend, rdp_epsilon
 
 
 class QuickPRVAccountant(PRVAccountant):

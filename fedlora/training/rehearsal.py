@@ -8,25 +8,53 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from fedlora.adapters import AdaptedModel
 from fedlora.plan import RunPlan
-from fedlora.tasks import Records
-from fedlora.training.batch_invariance import Shapes, content_dependent, key_of, made_up_records, show_shapes
-from fedlora.training.gradient_buffer import row_norms
+from fedlora.records import Batch
+from fedlora.tasks import Records, Task
+from fedlora.training.batch_invariance import Findings, Shapes, content_dependent, key_of, made_up_records, show_shapes
+from fedlora.training.gradient_buffer import GradientBuffer, row_norms
 from fedlora.training.sampling import lengths_up_to
 
-if TYPE_CHECKING:
-    from fedlora.training.trainer import Trainer
+
+class Rehearsed(Protocol):
+    """What is asked of a trainer; see `fedlora.training.trainer.Trainer`."""
+
+    adapted: AdaptedModel
+    active: AdaptedModel
+    task: Task
+    buffer: GradientBuffer
+    device: torch.device
+    precision: str
+    findings: Findings
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the model's blocks are compiled."""
+
+    def ladder(self, private: bool) -> tuple[int, ...]:
+        """The lengths to which records are padded."""
+
+    def private_rows(self, length: int, most_of_a_draw: int) -> int:
+        """Rows of the first shape to try for private micro-batches of a length."""
+
+    def fill_buffer(self, records: Records, indices: np.ndarray, length: int) -> torch.Tensor:
+        """Leave the gradient of each record in the buffer; returns [records] losses."""
+
+    def one_pass(self, batch: Batch, weights: torch.Tensor | None) -> torch.Tensor:
+        """[records] losses, after the backward pass of their sum."""
+
 
 _APART = {"fp32": 1e-3, "bf16": 0.3}
 """By so much, relative to its norm, may a record's gradient differ by what it is padded to."""
 
 
-def rehearse(trainer: Trainer) -> None:
+def rehearse(trainer: Rehearsed) -> None:
     """See `Trainer.rehearse`."""
     length = max(2, min(8, trainer.task.max_length))
     records = _made_up(trainer, [length, length])
@@ -51,13 +79,13 @@ def rehearse(trainer: Trainer) -> None:
                          "others, so that no clipping protects it. Choose other --targets, or another --model")
 
 
-def show_batch_invariance(trainer: Trainer, run: RunPlan, most_of_a_draw: int) -> Shapes:
+def show_batch_invariance(trainer: Rehearsed, run: RunPlan, most_of_a_draw: int) -> Shapes:
     """See `Trainer.show_batch_invariance`. `most_of_a_draw`: records that most draws are fewer than."""
     lengths = lengths_up_to(trainer.task.max_length, trainer.ladder(private=True))
     one_at_a_time = content_dependent(trainer.adapted.model)
     first = {length: 1 if one_at_a_time else trainer.private_rows(length, most_of_a_draw) for length in lengths}
     key = key_of(run, trainer.adapted.model, first, device=trainer.device, precision=trainer.precision,
-                 compiled=trainer.blocks is not None, trained=[spec.name for spec in trainer.adapted.layout.trained])
+                 compiled=trainer.compiles, trained=[spec.name for spec in trainer.active.layout.trained])
     shapes, records = trainer.findings.get(key), _made_up(trainer, lengths)
 
     def filled_up(records: Records, indices: np.ndarray, length: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,13 +105,13 @@ def show_batch_invariance(trainer: Trainer, run: RunPlan, most_of_a_draw: int) -
     return shapes
 
 
-def _made_up(trainer: Trainer, lengths: Sequence[int]) -> Records:
+def _made_up(trainer: Rehearsed, lengths: Sequence[int]) -> Records:
     embeddings: int = trainer.adapted.model.get_input_embeddings().weight.shape[0]  # type: ignore
     return made_up_records(trainer.task, embeddings, lengths)
 
 
 @contextlib.contextmanager
-def _random_tensors(trainer: Trainer) -> Iterator[None]:
+def _random_tensors(trainer: Rehearsed) -> Iterator[None]:
     """In it, the model holds random tensors, through which a record's rounding reaches all of its gradient."""
     adapted = trainer.adapted
     random, before = np.random.default_rng(0), adapted.read("state")

@@ -68,6 +68,10 @@ class Trainer:
         threads: of the CPU; None leaves PyTorch's default.
         compiled: have the model's blocks compiled, on CUDA.
         findings: what was shown of batch invariance before.
+
+    Attributes:
+        adapted: as it was given.
+        active: the same, of whose trained tensors those train that `activate` named.
     Raises:
         ValueError: this machine cannot compute so.
     """
@@ -95,12 +99,18 @@ class Trainer:
         self.few_shapes = self.device.type == "cuda"
         self.blocks: CompiledBlocks | None = None
         self._dropping = False
-        self._whole, self._active = adapted, tuple[str, ...]()
+        self.active = adapted
+        self._activated: tuple[str, ...] = ()
         self.findings = findings
         self.collect_into(GradientBuffer(_grouped(adapted)))
         if compiled:
             check_compiles(self.device)
             self.blocks = CompiledBlocks(model, adapted.trained_leaves())
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the model's blocks are compiled."""
+        return self.blocks is not None
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -110,14 +120,14 @@ class Trainer:
     def collect_into(self, buffer: GradientBuffer) -> None:
         """Have the leaves that train write to this buffer."""
         self.buffer = buffer
-        self._parameters = [parameter for _, parameter in self.adapted.trained_parameters()]
+        self._parameters = [parameter for _, parameter in self.active.trained_parameters()]
         self._graphed = GraphedPass(self.device) if self.few_shapes else None
         self._most_in_a_shape = self.most_rows
         self._shapes = Shapes({})
         self._shown_for: tuple[object, ...] = ()
-        for leaf in self._whole.trained_leaves():
-            leaf.sink = None
         for leaf in self.adapted.trained_leaves():
+            leaf.sink = None
+        for leaf in self.active.trained_leaves():
             leaf.sink = buffer
 
     def activate(self, active: tuple[str, ...]) -> None:
@@ -128,10 +138,10 @@ class Trainer:
         Raises:
             ValueError: one is none of them.
         """
-        if active != self._active:
-            self.adapted = self._whole.activated(active)
-            self.collect_into(GradientBuffer(_grouped(self.adapted)))
-            self._active = active
+        if active != self._activated:
+            self.active = self.adapted.activated(active)
+            self.collect_into(GradientBuffer(_grouped(self.active)))
+            self._activated = active
 
     @training_advice()
     def rehearse(self) -> None:
@@ -158,7 +168,7 @@ class Trainer:
             ValueError: this machine computes no shape so.
             MemoryError: naming the flags that help.
         """
-        shown_for = (run, self._active, rows_per_unit, self.micro_batch, self.most_rows, torch.get_num_threads())
+        shown_for = (run, self._activated, rows_per_unit, self.micro_batch, self.most_rows, torch.get_num_threads())
         if self._shown_for != shown_for:
             self._shapes = rehearsal.show_batch_invariance(self, run, self._most_of_a_draw(run, rows_per_unit))
             self._shown_for = shown_for
@@ -232,15 +242,14 @@ class Trainer:
         alone, job = len(jobs) == 1, jobs[0]
         self.activate(job.active)
         if not alone:
-            check_alike(jobs, self.adapted)
+            check_alike(jobs, self.active)
         if job.start is not None:
-            layout = self.adapted.layout
-            assert job.run.family == layout.family.name, "another adapter's"
-            self._whole.write(job.start)
+            assert job.run.family == self.adapted.layout.family.name, "another adapter's"
+            self.adapted.write(job.start)
         parameters = self._parameters
         if job.private:
             self._check_private(job, parameters, alone)
-        frozen = FrozenCheck(self.adapted, parameters)
+        frozen = FrozenCheck(self.active, parameters)
         clients, passes = self._alone(job) if alone else self._together(jobs)
         self._most_in_a_shape = self._most_of_a_draw(job.run, job.rows_of_a_unit)
         try:
@@ -257,7 +266,7 @@ class Trainer:
             self.buffer.disarm()
             for parameter in parameters:
                 parameter.grad = None
-        results = [client.result(self.adapted.read("trained") if alone else {
+        results = [client.result(self.active.read("trained") if alone else {
             name: parameter.detach().cpu().numpy().copy() for name, parameter in client.trained.items()})
             for client in clients]
         self.noise_pool.check()
@@ -268,19 +277,19 @@ class Trainer:
         if job.run.dropout:
             raise ValueError(f"dropout is {job.run.dropout:g}: a record's mask depends on the others in its batch, so "
                              "that no clipping protects it. Train privately with dropout 0")
-        check_owners(self.adapted, parameters)
+        check_owners(self.active, parameters)
         if alone:
             self.show_batch_invariance(job.run, job.rows_of_a_unit)
 
     def _alone(self, job: TrainingJob) -> tuple[list[Client], Alone]:
         """One client, on the model's own tensors."""
-        client = Client(job, self.adapted.layout, self.adapted.parameters(), self.buffer, self.make_step)
+        client = Client(job, self.active.layout, self.active.parameters(), self.buffer, self.make_step)
         return [client], Alone(self, private=job.private)
 
     def _together(self, jobs: Sequence[TrainingJob]) -> tuple[list[Client], Together]:
         """Several clients, each on tensors of its own, to which the buffer routes their records."""
-        layout = self.adapted.layout
-        stacks, own = stacked(jobs, self.adapted, self.device)
+        layout = self.active.layout
+        stacks, own = stacked(jobs, self.active, self.device)
         groups = [(spec.name, spec.group) for spec in layout.trained]
         clients, first = [], 0
         for job, mine in zip(jobs, own, strict=True):
@@ -293,7 +302,7 @@ class Trainer:
     def make_step(self, job: TrainingJob, parameters: Mapping[str, nn.Parameter], buffer: GradientBuffer,
                   gradients: GradientCheck, *, summed: bool = False) -> Step:
         """How the job's gradients become its steps. `summed`: without privacy, from the buffer in place of autograd."""
-        run, layout = job.run, self.adapted.layout
+        run, layout = job.run, self.active.layout
         inner = make_optimizer(run.optimizer, [parameters[spec.name] for spec in layout.trained], job.rate)
         adjust = Adjuster.of(run.adjustment, layout, parameters)
         if job.noise_multiplier is None:

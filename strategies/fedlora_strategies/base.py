@@ -23,7 +23,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -35,12 +35,10 @@ from fedlora.adapters.layout import MOST_VALUE
 from fedlora.plan import Refusal, Released, RoundPlan, RunPlan, Tensors, Upload, upload_metrics
 from fedlora.wire import tensors_digest
 
+from .for_model import Ready, ready
 from .messages import read_reply, to_record, to_tensors, train_messages
 from .recipe import Recipe
 from .step import ServerStep
-
-if TYPE_CHECKING:
-    from .for_model import Ready
 
 log = logging.getLogger(__name__)
 
@@ -126,10 +124,8 @@ class FederatedLoRA(Strategy):
         self._round: _Round | None = None
 
     @classmethod
-    def for_model(cls, model: str, **settings: Any) -> Ready:
+    def for_model(cls, model: str, **settings: Any) -> Ready[Self]:
         """Everything that a ServerApp needs: see `fedlora_strategies.for_model.ready`."""
-        from .for_model import ready
-
         return ready(cls, model, **settings)
 
     @property

@@ -10,23 +10,41 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from flwr.app import ArrayRecord
 
 import fedlora
 from fedlora import models
-from fedlora.adapters import AdaptedModel, all_targets, attach_planned, automatic_targets, initial_tensors
+from fedlora.adapters import (
+    AdaptedModel,
+    AdapterLayout,
+    all_targets,
+    attach_planned,
+    automatic_targets,
+    initial_tensors,
+)
 from fedlora.models import LoadedModel
 from fedlora.plan import ModelRef, RunPlan, Tensors
 
-from .base import FederatedLoRA
 from .messages import to_record
-from .recipe import Preset
+from .recipe import Preset, Recipe
+
+
+class FromRecipe(Protocol):
+    """A strategy's class: see `fedlora_strategies.base.FederatedLoRA`."""
+
+    recipe: ClassVar[Recipe]
+
+    def __init__(self, plan: RunPlan, layout: AdapterLayout, *, min_nodes: int = 1, recipe: Recipe | None = None,
+                 seed: int = 0) -> None: ...
+
+
+S = TypeVar("S", bound=FromRecipe)
 
 
 @dataclass(frozen=True)
-class Ready:
+class Ready(Generic[S]):
     """A run that can start.
 
     Attributes:
@@ -34,7 +52,7 @@ class Ready:
         state: every tensor that is not in the base checkpoint.
     """
 
-    strategy: FederatedLoRA
+    strategy: S
     adapted: AdaptedModel
     state: Tensors
 
@@ -44,9 +62,9 @@ class Ready:
         return to_record(self.state)
 
 
-def ready(strategy: type[FederatedLoRA], model: str, *, labels: Sequence[str] = (), private: bool = False,
+def ready(strategy: type[S], model: str, *, labels: Sequence[str] = (), private: bool = False,
           seed: int = 0, run_id: str | None = None, min_nodes: int = 1, max_length: int = 128,
-          allow_download: bool = False, **values: Any) -> Ready:
+          allow_download: bool = False, **values: Any) -> Ready[S]:
     """Load the model, attach the adapters, draw the start.
 
     Args:

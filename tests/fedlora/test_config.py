@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.config import CONFIGS, GROUPS, ServerConfig, config_from, flag, options_of, read_config
+from fedlora.config.values import method
 from fedlora.plan import RunPlan
 
 
@@ -160,3 +161,29 @@ def test_a_config_is_frozen_and_names_only_what_is_known():
         options("server").rounds = 3
     with pytest.raises(TypeError, match="roundz"):
         ServerConfig(roundz=3)
+
+
+@pytest.mark.parametrize(("text", "strategy", "init"), [
+    ("fed-sb", "fed-sb", None), ("fed-sb:weight", "fed-sb", "weight"),
+    ("ffa-lora:public:a.jsonl", "ffa-lora", "public:a.jsonl"),
+    ("own.module:Mine", "own.module:Mine", None), ("own.module:Mine:dp", "own.module:Mine", "dp")])
+def test_a_strategy_is_one_of_ours_or_of_a_module_and_a_start_may_follow(text, strategy, init):
+    assert method(text) == (strategy, init)
+
+
+@pytest.mark.parametrize(("flag", "told"), [
+    ("--strategy=fedprox", "fed-sb, fedavg-lora"), ("--strategy=:Mine", "module:Class"),
+    ("--strategy=own:", "module:Class"),
+    ("--strategy=fed-sb:weight", "--init weight"), ("--server-optimizer=lion", "adam"),
+    ("--server-options=beta1", "name=number"), ("--strategy-options=period=often", "name=number")])
+def test_a_wrong_name_or_number_is_told_with_what_there_is(flag, told, capsys):
+    with pytest.raises(SystemExit):
+        options("server", flag)
+    assert told in capsys.readouterr().err
+
+
+def test_numbers_of_the_server_add_up_over_flags_and_file(tmp_path):
+    file = config(tmp_path, "server-options = {beta1 = 0, tau = 1e-4}\n")
+    assert options("server", file).server_options == (("beta1", 0.0), ("tau", 1e-4))
+    given = "--server-options=tau=1", "--server-options=beta1=0", "--server-options=tau=2"
+    assert options("server", *given).server_options == (("beta1", 0.0), ("tau", 2.0))

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedlora.privacy import Accountant
-from fedlora.privacy.accounting import RDP_ORDERS, rdp, rdp_epsilon
 from fedlora.privacy.ledger import BudgetExhausted, Ledger, LedgerError
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS, filter_epsilon
+from fedlora.privacy.spend import RDP_ORDERS, rdp, rdp_epsilon
 
 from .ledgers import DELTA, SHA, ended, forked, full_disk, gaussian_epsilon, opened, terms, train, witness_of
 

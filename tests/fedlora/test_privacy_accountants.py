@@ -6,7 +6,8 @@ import random
 import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 
-from fedlora.privacy.accounting import Spend, pld_epsilon, prv_epsilon, rdp_epsilon
+from fedlora.privacy.accounting import Spend, pld_epsilon, prv_epsilon
+from fedlora.privacy.spend import rdp_epsilon
 
 GRID = 0.002
 """Most that the grid of `pld_epsilon` adds in the range below."""

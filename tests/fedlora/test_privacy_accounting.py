@@ -15,8 +15,8 @@ from fedlora.privacy.accounting import (
     calibrate,
     nominal_size,
     prv_epsilon,
-    rdp_epsilon,
 )
+from fedlora.privacy.spend import rdp_epsilon
 
 # sigma, q, steps, epsilon by dp_accounting's PLD at delta = 1e-5, epsilon by RDP (PRIVACY.md)
 PUBLISHED = [(1.0, 0.01, 500, 1.326, 1.653), (0.8, 0.02, 1000, 6.419, 7.201), (1.0, 0.01, 1, 0.199, math.inf)]

@@ -12,7 +12,8 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from fedlora.privacy import renyi
-from fedlora.privacy.accounting import RDP_ORDERS, Spend, prv_epsilon, rdp_epsilon
+from fedlora.privacy.accounting import Spend, prv_epsilon
+from fedlora.privacy.spend import RDP_ORDERS, rdp_epsilon
 
 POINTS = [(sigma, q) for sigma in (0.3, 0.62, 1.0, 4.0) for q in (1e-4, 0.023, 0.2, 0.9)]
 

@@ -69,7 +69,6 @@ def test_an_optimiser_is_chosen_by_its_name(tree, tmp_path, checkpoint):
     assert report["strategy"]["optimizer"] == {"name": "signum", "lr": 1e-3, "decay": 0.0, "beta1": 0.5}
 
 
-@pytest.mark.xfail(reason="clients train every tensor in every round yet")
 def test_a_schedule_has_clients_train_and_send_some_of_the_tensors(tree, tmp_path, checkpoint):
     """In two rounds each is sent once: B and the head, then A."""
     tree.simulate("--strategy", "outside:Alternating", "--strategy-options", "period=1", model=checkpoint("bert"),

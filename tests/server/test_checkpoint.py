@@ -216,6 +216,7 @@ def test_the_options_come_back_and_another_plan_is_refused(tmp_path):
     run = federation()
     options = vars(read_config(ServerConfig, [
         "--lr=0.1", "--labels=x,y", "--targets=query,value", "--round-timeout=inf", "--insecure", "--column=text=note",
+        "--server-optimizer=adam", "--server-options=beta1=0,tau=1e-4", "--strategy-options=period=2",
         f"--eval-data={tmp_path / 'held out.jsonl'}", "--out=elsewhere"]))
     checkpoint.begin(tmp_path, options, run.plan, {})
 

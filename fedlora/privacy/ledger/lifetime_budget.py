@@ -29,7 +29,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedlora.privacy import renyi
-from fedlora.privacy.accounting import Accountant, Spend, rdp
+from fedlora.privacy.accounting import Accountant, Spend
+from fedlora.privacy.spend import rdp
 
 FILTER_ORDERS = (2, 2.5, 3, 3.5, 4, 5, 7, 9, 13, 17, 25, 33, 65, 129)
 """Dense where epsilon is large (little noise), since there the best order is small."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from fedlora.privacy.accounting import Accountant, Spend, four_digits, pld_epsilon, prv_epsilon, rdp_epsilon
+from fedlora.privacy.accounting import Accountant, Spend, four_digits, pld_epsilon, prv_epsilon
 from fedlora.privacy.ledger.lifetime_budget import filter_epsilon
+from fedlora.privacy.spend import rdp_epsilon
 
 SCHEMA, VERSION = "fedlora privacy report", 2
 READABLE = (1, 2)

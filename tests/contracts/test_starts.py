@@ -1,0 +1,62 @@
+"""What every start promises, whichever files there are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedlora import registry
+from fedlora.adapters import family_of, start_of
+from fedlora.adapters.family import Site
+from fedlora.adapters.start import STARTS, Source
+from tests.families import FAMILIES
+
+SITE = Site("layer.0.q", 9, 7, 3, 1.0)
+
+
+@pytest.fixture(params=registry.keys(STARTS))
+def start(request):
+    takes = registry.literals(STARTS, request.param, "START").get("takes")
+    return start_of(f"{request.param}:file" if takes else request.param)[0]
+
+
+def matrix(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def source(seed=1):
+    """All that any start may read."""
+    return Source(seed, lambda site: matrix(site.d_out, site.d_in), lambda site: matrix(site.d_out, site.d_in, seed=2),
+                  lambda site: (matrix(site.rank, site.d_in, seed=3), matrix(site.d_out, site.rank, seed=4)))
+
+
+def test_it_has_a_line_that_says_what_it_is(start):
+    assert all(registry.titles(STARTS).values())
+    assert start.reads in ("nothing", "weights", "public rows", "clients") and set(start.gives) <= {"A", "B"}
+
+
+def test_bases_have_the_sites_shape_and_what_it_gives_is_there(start):
+    bases = start.bases(SITE, source())
+    assert bases.A.shape == (SITE.rank, SITE.d_in) and (bases.B is not None) is ("B" in start.gives)
+    assert bases.B is None or bases.B.shape == (SITE.d_out, SITE.rank)
+
+
+def test_orthonormal_bases_are_and_others_are_not(start):
+    A, B = start.bases(SITE, source())
+    eye = torch.eye(SITE.rank, dtype=torch.float64)
+    assert torch.allclose(A.double() @ A.double().T, eye, atol=1e-6) is start.orthonormal
+    if B is not None:
+        torch.testing.assert_close(B.double().T @ B.double(), eye, atol=1e-6, rtol=0)
+
+
+def test_the_same_source_gives_the_same_bits_and_two_sites_differ_where_something_is_drawn(start):
+    first, again = start.bases(SITE, source()), start.bases(SITE, source())
+    assert torch.equal(first.A, again.A) and (first.B is None or torch.equal(first.B, again.B))
+    if start.reads == "nothing" and not torch.equal(first.A, start.bases(SITE, source(2)).A):
+        other = start.bases(Site("layer.1.q", 9, 7, 3, 1.0), source())
+        assert not torch.equal(first.A, other.A)
+
+
+def test_it_fits_the_families_whose_bases_it_gives(start):
+    for family in map(family_of, FAMILIES):
+        assert (not start.lacks(family)) is (set(family.bases) <= set(start.gives))

@@ -1,0 +1,47 @@
+"""An adapter family and a start are one new file each, and then everything runs with them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.plugins.scratch import ROOT, TOYS, Tree
+
+PLACES = {"diagonal": "fedlora/adapters/families", "block": "fedlora/adapters/starts",
+          "diagonal_mean": "strategies/fedlora_strategies/recipes"}
+"""Toy → where its file belongs."""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Tree:
+    """The packages with the toys."""
+    (first, place), *others = PLACES.items()
+    made = Tree.with_file(tmp_path_factory.mktemp("plugins") / "tree", TOYS / f"{first}.py", f"{place}/{first}.py")
+    for toy, place in others:
+        made.add(TOYS / f"{toy}.py", f"{place}/{toy}.py")
+    return made
+
+
+def test_toys_keep_what_every_file_of_their_kind_promises(tree):
+    told = tree.run("pytest", *(ROOT / "tests" / "contracts" / f"test_{seam}.py" for seam in ("families", "starts")),
+                    "-k", "diagonal or block", "--import-mode=append", "-p", "no:cacheprovider")
+    passed = int(told.rpartition(" passed")[0].split()[-1])
+    assert passed > 15 and "failed" not in told, told
+
+
+@pytest.mark.parametrize("flags", [("--batch-clients", 3), ("--workers", 2, "--family-options", "gain=2"),
+                                   ("--privacy", "off", "--epsilon", "inf", "--ranks",
+                                    "bert.encoder.layer.0.attention.self.query=3")],
+                         ids=["batched", "workers", "plain"])
+def test_a_family_of_one_file_is_trained_however_clients_train_and_exported(tree, tmp_path, checkpoint, flags):
+    tree.simulate("--strategy", "diagonal-mean", "--targets", "auto", *flags, model=checkpoint("bert"),
+                  out=tmp_path / "out")
+    [folder] = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    report = json.loads((folder / "report.json").read_text())
+    assert report["ended"] == "finished" and report["plan"]["family"] == "diagonal"
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    query = next(array for name, array in tensors.items() if "layer.0.attention.self.query.lora_B" in name)
+    assert query.shape == (32, 3 if "--ranks" in flags else 2) and np.abs(query).max() > 0

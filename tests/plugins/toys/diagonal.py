@@ -1,0 +1,56 @@
+"""A trained diagonal between two frozen factors: ΔW = s·B·diag(e)·A, linear in e.
+
+The form of LoLDU (arXiv:2410.13618) and SALT (arXiv:2503.16055), with a start's bases.
+
+    A   (r, d_in)    frozen
+    e   (r,)         trained, starts at 0, times `gain`
+    B   (d_out, r)   frozen
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from fedlora.adapters.families.lora import LowRankDelta
+from fedlora.adapters.family import Bases, Delta, Draw, Family, Leaves, LowRank, Site, TensorSpec
+from fedlora.plan import Tensors
+
+
+@dataclass(frozen=True)
+class Diagonal(Family):
+    """Attributes: gain: factor on the update beside s."""
+
+    name: ClassVar[str] = "diagonal"
+    exact: ClassVar[bool] = True
+    bases: ClassVar[tuple[str, ...]] = ("A", "B")
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.gain > 0:
+            raise ValueError(f"gain is {self.gain:g}; it must be positive")
+
+    def specs(self, sites: Sequence[Site]) -> Sequence[TensorSpec]:
+        return [spec for site in sites for spec in (
+            TensorSpec(f"{site.name}.A", (site.rank, site.d_in), trains=False, sites=(site.name,)),
+            TensorSpec(f"{site.name}.B", (site.d_out, site.rank), trains=False, sites=(site.name,)),
+            TensorSpec(f"{site.name}.e", (site.rank,), sites=(site.name,)))]
+
+    def build(self, site: Site, leaves: Leaves) -> Delta:
+        return LowRankDelta(site.scaling * self.gain, leaves.linear(f"{site.name}.A", site.rank, site.d_in),
+                            leaves.diagonal(f"{site.name}.e", site.rank),
+                            leaves.linear(f"{site.name}.B", site.d_out, site.rank))
+
+    def initial(self, site: Site, bases: Bases, draw: Draw) -> Mapping[str, torch.Tensor | np.ndarray]:
+        assert bases.B is not None
+        return {f"{site.name}.A": bases.A, f"{site.name}.B": bases.B, f"{site.name}.e": torch.zeros(site.rank)}
+
+    def update(self, state: Tensors, site: Site) -> LowRank:
+        return LowRank(B=self.gain * state[f"{site.name}.B"] * state[f"{site.name}.e"], A=state[f"{site.name}.A"])
+
+
+FAMILY = Diagonal
