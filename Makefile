@@ -1,17 +1,21 @@
 # make demo: three institutions fine-tune one model together, on this machine. make test: everything that CI checks.
+# make test-all: every case of every grid too, where make test has each two values meet once.
 # make bits: whether every adapter is, bit for bit, what the last commit gave; BASE=REVISION names another one.
-# Both install first: they find Python 3.11 or 3.12, create .venv and install what pyproject.toml names.
+# All install first: they find Python 3.11 or 3.12, create .venv and install what pyproject.toml names.
 
 PYTHON := $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test bits check clean
+.PHONY: demo test test-all bits check clean
 
 demo: .venv/installed
 	.venv/bin/python -m fedlora_simulations.demo $(ARGS)
 
 test: check
 	.venv/bin/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+test-all: check
+	FEDLORA_TESTS=all .venv/bin/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 bits: .venv/installed
 	.venv/bin/python -m tests.bits $(if $(BASE),--base $(BASE)) $(ARGS)

@@ -10,7 +10,8 @@ from fedlora.config import ClientConfig
 from fedlora.plan import Proposal, Refusal, Refused
 
 from .connection import Connection, Goodbye, RunChanged
-from .participation import DataHolder, Participation
+from .data_holder import DataHolder
+from .participation import Participation
 
 
 class EndedEarly(Exception):

@@ -1,4 +1,4 @@
-"""A data holder's part in a run: read the data, check the proposal, load the model, answer orders, write the report.
+"""A data holder's part in a run: check the proposal, load the model, answer orders, write the report.
 
 What is wrong with the data is said before a server is called. From then on no row ends, delays or changes an answer:
 each follows from the options, the policy, the ledger and what the server proposes, and a row that a private run cannot
@@ -7,27 +7,19 @@ use is its null record.
 
 from __future__ import annotations
 
-import json
 import logging
-import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-
-from rich.console import Console
 
 import fedlora
 from fedlora import data, models, registry
 from fedlora.adapters import attach_planned
 from fedlora.adapters.sketches import sketch_plan
-from fedlora.config import ClientConfig
-from fedlora.data import Rows
 from fedlora.models import LoadedModel
 from fedlora.plan import (
     FOUND,
-    LONGEST_LABEL,
-    MOST_ANNOUNCED,
     ROW,
     Proposal,
     Refusal,
@@ -38,107 +30,26 @@ from fedlora.plan import (
     Upload,
 )
 from fedlora.privacy import (
-    INSECURE_SEED_VARIABLE,
     Budget,
     BudgetExhausted,
     Forbidden,
-    RunStreams,
     four_digits,
     nominal_size,
-    run_streams,
 )
-from fedlora.tasks import Records, read, task_for, task_named
-from fedlora.training import Trainer, check_computing
+from fedlora.tasks import Records, task_for, task_named
+from fedlora.training import Trainer
 from fedlora.training.batch_invariance import Findings
 
 from .admission import Cost, ask_size, ask_whether, panel
-from .paths import batch_invariance, default_state
-from .privacy_gate import PrivacyGate, limits_of, unit_count
+from .data_holder import DataHolder
+from .labels import check_declared, how_to_declare, names_to_announce
+from .paths import batch_invariance
+from .privacy_gate import unit_count
 from .session import ClientSession
 from .session_report import draw_spending, write_privacy_report
-from .state import FolderState
-from .terms import Limits, private_terms
+from .terms import private_terms
 
 log = logging.getLogger(__name__)
-
-ROWS_PER_LABEL = 5
-"""So many rows has each label name on average, or the column is not announced."""
-
-
-@dataclass(frozen=True)
-class DataHolder:
-    """This side of any run: whose data it is, what may be done with it, and what was done before.
-
-    Attributes:
-        options: of fedlora-client.
-        rows: of --data.
-        console: where the data holder is told what happens.
-        asks: whether someone sits at a terminal.
-    """
-
-    options: ClientConfig
-    owner: PrivacyGate
-    rows: Rows
-    limits: Limits
-    state: FolderState
-    streams: RunStreams
-    console: Console
-    asks: bool
-
-    @classmethod
-    def of(cls, options: ClientConfig, console: Console, *, asks: bool = False) -> DataHolder:
-        """Open the policy, the ledger and the state, read the data, and say what does not protect.
-
-        Raises:
-            ValueError: an option is wrong, the data are, or one of them cannot be used.
-        """
-        if options.data is None:
-            raise ValueError("--data is missing: name the folder or file with your training rows")
-        data.check_there(options.data)
-        if options.model and options.model.startswith(("/", ".")) and not Path(options.model).is_dir():
-            raise ValueError(f"--model {options.model} is no folder; give that of the base model, or leave it out")
-        name = options.name or socket.gethostname()
-        check_computing(options.device, options.precision, options.compile)  # not in round 1
-        owner = PrivacyGate(options)
-        limits = limits_of(options, owner)
-        streams = run_streams(name)
-        if not limits.private:
-            console.print("PRIVACY IS OFF (--epsilon inf): what this client sends can reveal its records.",
-                          style="bold red")
-        if streams.predictable:
-            console.print("THE NOISE IS PREDICTABLE (test-only seed set in the environment): no ε holds for this run.",
-                          style="bold red")
-        if streams.predictable and not owner.ledger.simulated:
-            raise ValueError(f"{INSECURE_SEED_VARIABLE} is set: whoever knows the seed can subtract the noise, so no "
-                             "real budget covers this run. Unset it, or add --simulated-ledger DIR for made-up data")
-        if owner.ledger.simulated:
-            console.print("The ledger is a simulated one (--simulated-ledger): no lifetime budget protects this data.",
-                          style="yellow")
-        charged = limits.private and not owner.ledger.simulated
-        if charged and not asks and not (options.yes and owner.declared_size):
-            raise ValueError("there is no terminal to ask at: --yes takes part without being asked, --declared-size N "
-                             f"(or declared-size in {owner.policy.path}) names the public size of the data. Where a "
-                             "real ledger is charged, both are needed")
-        rows = read(options.data, options.task, columns=options.column, unit=owner.unit_column,
-                    allow_download=options.allow_download)
-        task_named(options.task).check_answered(rows, f"--data {options.data}", options.task)
-        if limits.declared_size is not None and limits.private:
-            limits.budget(limits.declared_size)  # raises where there can be none
-        for line in owner.recognise(rows):
-            console.print(line, soft_wrap=True)
-        return cls(options, owner, rows, limits, FolderState(options.state or default_state(name)), streams, console,
-                   asks and charged)
-
-    @property
-    def name(self) -> str:
-        """This client's, at the server."""
-        return self.streams.name
-
-    def close(self) -> None:
-        """Let other processes have the ledger's runs and the state."""
-        self.owner.ledger.close()
-        self.state.close()
-
 
 class Participation:
     """This client's part in one run: admitted before it is ready, the model loaded once the plan is known.
@@ -432,44 +343,6 @@ def check_known(plan: RunPlan) -> None:
                       "the server's version, or have it choose one of them.", field, name, fedlora.__version__,
                       ", ".join(known) or "none")
             raise Refused("policy")
-
-
-def check_declared(declared: Sequence[str] | None, labels: Sequence[str]) -> None:
-    """Raises Refused, by what is declared alone, where the server's set lacks one of the declared labels."""
-    if lacking := [name for name in declared or () if name not in labels]:
-        log.error("The declared labels %s are not in the server's set, which is: %s.", ", ".join(lacking),
-                  ", ".join(labels))
-        raise Refused("labels")
-
-
-def how_to_declare(rows: Rows) -> str:
-    """For the owner's eyes: the labels that the files hold, where they can be names."""
-    try:
-        names = json.dumps(names_to_announce(rows), ensure_ascii=False)
-    except ValueError as error:
-        return str(error)
-    return (f"The files hold labels = {names}. If the server may know them, write that into policy.toml, or name them "
-            "with --labels")
-
-
-def names_to_announce(rows: Rows) -> tuple[str, ...]:
-    """The label names that the server asked for, where they can be names: texts must not leave this machine as such.
-
-    Raises:
-        ValueError: one is long or not printable, or there are too many for so few rows. None is shown.
-    """
-    remedy = "It would be told to the server. Name the right column with --column label=NAME, or have the server " \
-             "started with --labels"
-    names, labelled = data.label_names(rows), 0
-    for row, label in enumerate(rows.labels or ()):
-        labelled += label is not None
-        if label is not None and not (len(label) <= LONGEST_LABEL and label.isprintable()):
-            raise ValueError(f"{rows.where(row)}: the label is no name of a class: it has {len(label)} characters, and "
-                             f"at most {LONGEST_LABEL} printable ones are announced. {remedy}")
-    if len(names) > max(2, min(MOST_ANNOUNCED, labelled // ROWS_PER_LABEL)):
-        raise ValueError(f"the label column has {len(names)} different values in {labelled} rows, and looks like texts "
-                         f"(at most {MOST_ANNOUNCED} names are announced, of {ROWS_PER_LABEL} rows each). {remedy}")
-    return names
 
 
 def model_folder(model: str | None, planned: str) -> Path | None:

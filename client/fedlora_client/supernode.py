@@ -70,7 +70,8 @@ class SuperNodeClient:
         set_environment(allow_download=self._options.allow_download)
         from fedlora.console import messages
 
-        from .participation import DataHolder, Participation
+        from .data_holder import DataHolder
+        from .participation import Participation
 
         try:
             holder = DataHolder.of(self._options, messages())

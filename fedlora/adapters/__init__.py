@@ -1,10 +1,11 @@
 """Adapters: families say which tensors there are, starts what they begin with."""
 
-from fedlora.adapters.attach import AdaptedModel, all_targets, attach, attach_planned, automatic_targets
+from fedlora.adapters.attach import AdaptedModel, attach, attach_planned
 from fedlora.adapters.export import export
 from fedlora.adapters.family import Family, Site, TensorSpec, family_of
 from fedlora.adapters.layout import AdapterLayout
 from fedlora.adapters.start import initial_tensors, start_of
+from fedlora.adapters.targets import all_targets, automatic_targets
 
 __all__ = ["AdaptedModel", "AdapterLayout", "Family", "Site", "TensorSpec", "all_targets", "attach", "attach_planned",
            "automatic_targets", "export", "family_of", "initial_tensors", "start_of"]

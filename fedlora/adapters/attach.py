@@ -16,26 +16,15 @@ from typing import cast
 import numpy as np
 import torch
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters.family import Delta, Leaves, Site, TensorSpec, family_of
 from fedlora.adapters.layout import AdapterLayout
 from fedlora.adapters.leaves import Leaf, Linear
+from fedlora.adapters.targets import is_inside, target_modules, top
 from fedlora.models import LoadedModel
 from fedlora.plan import RunPlan, Tensors
 from fedlora.tasks import task_named
-
-_CONVENTIONS = (
-    ("query", "value"),  # BERT, RoBERTa, ELECTRA
-    ("Wqkv",),  # ModernBERT
-    ("q_proj", "v_proj"),  # Llama, Qwen2, Mistral, Gemma, OPT
-    ("c_attn",),  # GPT-2
-    ("q_lin", "v_lin"),  # DistilBERT
-    ("value_proj",),  # DeBERTa, whose query_proj is given the relative positions too, which belong to no record
-    ("query_key_value",),  # GPT-NeoX, BLOOM, Falcon
-    ("qkv_proj",),  # Phi-3
-)
 
 
 class AdaptedLinear(nn.Module):
@@ -88,7 +77,7 @@ class AdaptedModel:
         self.head = head
         self.missing = loaded.missing
         self.classifier = {name: parameter.detach().cpu().clone() for name, parameter in loaded.model.named_parameters()
-                           if head and _is_inside(name, _top(head)) and f"head.{name}" not in leaves}
+                           if head and is_inside(name, top(head)) and f"head.{name}" not in leaves}
         self._leaves = leaves  # tensor name -> its module and the parameter's name there
 
     def parameter(self, name: str) -> nn.Parameter:
@@ -172,36 +161,6 @@ class AdaptedModel:
         return [module.dropout for module in self.model.modules() if isinstance(module, AdaptedLinear)]
 
 
-def automatic_targets(model: PreTrainedModel) -> tuple[str, ...]:
-    """The projections that the LoRA papers adapt: queries and values, or the fused one that holds them.
-
-    Returns:
-        Suffixes of module names, for `attach`.
-    Raises:
-        ValueError: the model follows none of the known naming conventions.
-    """
-    candidates = _linear_names(model)
-    for suffixes in _CONVENTIONS:
-        if all(any(_matches(name, suffix) for name in candidates) for suffix in suffixes):
-            return suffixes
-    raise ValueError(f"no attention projections are known for {type(model).__name__}; name the layers with --targets, "
-                     f"for example from {_last_parts(candidates)}")
-
-
-def all_targets(model: PreTrainedModel) -> tuple[str, ...]:
-    """Every linear layer of the repeated blocks, as suffixes of module names for `attach`.
-
-    Raises:
-        ValueError: the model has no numbered blocks.
-    """
-    parts = [name.split(".") for name in _linear_names(model)]
-    inner = {".".join(name[max(i for i, part in enumerate(name) if part.isdigit()) + 1:])
-             for name in parts if any(part.isdigit() for part in name)}
-    if not inner - {""}:
-        raise ValueError(f"{type(model).__name__} has no numbered blocks; name the layers with --targets")
-    return tuple(sorted(inner - {""}))
-
-
 def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets: Sequence[str], train_head: bool,
            dropout: float = 0.0, options: Sequence[tuple[str, float]] = (),
            ranks: Sequence[tuple[str, int]] = ()) -> AdaptedModel:
@@ -235,7 +194,7 @@ def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets
     head = task.head(model)
     if train_head and head is None:
         raise ValueError(f"{task.model_is} has no task head to train; leave train_head off")
-    modules = _target_modules(model, targets, loaded.missing, head)
+    modules = target_modules(model, targets, loaded.missing, head)
     own_ranks = dict(ranks)
     if unknown := own_ranks.keys() - set(modules):
         raise ValueError(f"a rank is given for {', '.join(sorted(unknown)[:3])}, and the adapted modules are "
@@ -283,39 +242,3 @@ def attach_planned(loaded: LoadedModel, run: RunPlan) -> AdaptedModel:
     """`attach` as the plan of a run says."""
     return attach(loaded, family=run.family, rank=run.rank, alpha=run.alpha, targets=run.targets,
                   train_head=run.train_head, dropout=run.dropout, options=run.family_options, ranks=run.ranks)
-
-
-def _target_modules(model: PreTrainedModel, targets: Sequence[str], missing: Sequence[str],
-                    head: str | None) -> list[str]:
-    """Full names of the modules that the targets name, in the model's order."""
-    outside = {name.rpartition(".")[0] for name in missing} | ({_top(head)} if head else set())
-    candidates = [name for name in _linear_names(model) if not any(_is_inside(name, other) for other in outside)]
-    for target in targets:
-        if not any(_matches(name, target) for name in candidates):
-            raise ValueError(f"target {target!r} names no linear layer of {type(model).__name__}; its layers end in "
-                             f"{_last_parts(candidates)}")
-    return [name for name in candidates if any(_matches(name, target) for target in targets)]
-
-
-def _linear_names(model: PreTrainedModel) -> list[str]:
-    # the output projection of a language model is no adapter target: it is often tied to the embeddings
-    output = model.get_output_embeddings()
-    return [name for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and module is not output]
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _is_inside(name: str, module: str) -> bool:
-    return name == module or name.startswith(f"{module}.")
-
-
-def _top(head: str) -> str:
-    """The classifier as PEFT sees it: the top-level module that the final linear is, or is in."""
-    return head.partition(".")[0]
-
-
-def _last_parts(names: Sequence[str]) -> str:
-    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))

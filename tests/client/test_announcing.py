@@ -4,7 +4,7 @@ import pytest
 
 from fedlora.plan import LONGEST_LABEL
 from fedlora.tasks import read
-from fedlora_client.participation import names_to_announce
+from fedlora_client.labels import names_to_announce
 
 
 def rows(tmp_path, labels):

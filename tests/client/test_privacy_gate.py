@@ -11,7 +11,7 @@ from fedlora.privacy import Budget, Ledger, LedgerError, Policy, RunTerms
 from fedlora.privacy.ledger.anchor import seal
 from fedlora.tasks import read
 from fedlora_client import paths
-from fedlora_client.participation import DataHolder
+from fedlora_client.data_holder import DataHolder
 from fedlora_client.privacy_gate import PrivacyGate, limits_of, unit_count
 from tests.fedlora.test_plan import make_plan
 from tests.processes import write_rows

@@ -7,7 +7,7 @@ import torch
 from fedlora import models
 from fedlora.adapters import attach, automatic_targets
 from fedlora.adapters.leaves import Leaf
-from tests.families import FAMILIES
+from tests.families import MODELS
 from tests.tiny import DECODERS, KINDS
 
 CASES = [(kind, "classification") for kind in KINDS] + [(kind, "causal-lm") for kind in DECODERS]
@@ -46,8 +46,7 @@ def test_automatic_targets_are_queries_and_values(kind, checkpoint):
     assert automatic_targets(models.load(checkpoint(kind), "classification", 2).model) == TARGETS[kind]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("kind", "task"), CASES)
+@pytest.mark.parametrize(("kind", "task", "family"), MODELS)
 def test_the_adapted_model_computes_what_the_merged_weights_do(kind, task, family, checkpoint):
     adapted = adapted_model(checkpoint(kind), task, family)
     state = random_state(adapted)
@@ -65,8 +64,7 @@ def test_the_adapted_model_computes_what_the_merged_weights_do(kind, task, famil
     torch.testing.assert_close(logits(adapted.model), logits(reference), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("kind", "task"), CASES)
+@pytest.mark.parametrize(("kind", "task", "family"), MODELS)
 def test_exactly_the_trained_tensors_get_a_gradient_and_each_of_them_does(kind, task, family, checkpoint):
     adapted = adapted_model(checkpoint(kind), task, family)
     adapted.write(random_state(adapted))
@@ -77,8 +75,7 @@ def test_exactly_the_trained_tensors_get_a_gradient_and_each_of_them_does(kind, 
         assert parameter.grad.abs().max() > 0, spec
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("kind", "task"), CASES)
+@pytest.mark.parametrize(("kind", "task", "family"), MODELS)
 def test_every_trained_tensor_is_in_one_leaf_and_every_tensor_of_these_leaves_trains(kind, task, family, checkpoint):
     adapted = adapted_model(checkpoint(kind), task, family)
     leaves = adapted.trained_leaves()

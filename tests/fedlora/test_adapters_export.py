@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from fedlora import models
 from fedlora.adapters import attach, automatic_targets, export
-from tests.families import FAMILIES
-from tests.fedlora.test_adapters import CASES, LABELS, adapted_model, logits, random_state
+from tests.families import MODELS
+from tests.fedlora.test_adapters import LABELS, adapted_model, logits, random_state
 from tests.tiny import tiny_checkpoint
 
 
@@ -35,8 +35,7 @@ def assert_export_computes_the_same(adapted, state, folder):
 
 
 @pytest.mark.filterwarnings("error:.*:UserWarning:peft")
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("kind", "task"), CASES)
+@pytest.mark.parametrize(("kind", "task", "family"), MODELS)
 def test_plain_peft_on_a_fresh_base_computes_the_same_logits(kind, task, family, checkpoint, tmp_path):
     adapted = adapted_model(checkpoint(kind), task, family)
     assert_export_computes_the_same(adapted, random_state(adapted), tmp_path / "adapter")

@@ -9,7 +9,7 @@ from torch import nn
 from fedlora.adapters.leaves import Linear
 from fedlora.training.gradient_buffer import GradientBuffer, row_norms
 from fedlora_simulations.bench.peers import plain_layers
-from tests.families import FAMILIES
+from tests.families import MODELS
 from tests.fedlora.private_training import CASES, brute_force_row, make_records, make_trainer, per_record_rows, plan
 
 
@@ -17,8 +17,7 @@ def _relative_errors(rows, references):
     return ((rows - references).norm(dim=1) / references.norm(dim=1)).max().item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("kind", "task"), CASES)
+@pytest.mark.parametrize(("kind", "task", "family"), MODELS)
 def test_every_row_is_the_gradient_of_that_record_alone(kind, task, family):
     run = plan(family, task)
     trainer = make_trainer(kind, run)
@@ -33,8 +32,7 @@ def test_every_row_is_the_gradient_of_that_record_alone(kind, task, family):
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("kind", "task"), CASES)
+@pytest.mark.parametrize(("kind", "task", "family"), MODELS)
 def test_every_row_is_what_opacus_hooks_compute(kind, task, family):
     run = plan(family, task)
     trainer = make_trainer(kind, run)

@@ -10,9 +10,9 @@ from fedlora.privacy import RandomStream
 from fedlora.training import trainer as trainer_module
 from fedlora.training.gradient_buffer import row_norms
 from fedlora.training.sampling import PRIVATE_LENGTHS, Draw, Sampler, micro_batches, poisson
-from tests.families import FAMILIES
+from tests.covering import covering
+from tests.families import FAMILIES, TASKS, can
 from tests.fedlora.private_training import (
-    CASES,
     brute_force_row,
     clipped_sum,
     job_of,
@@ -21,6 +21,7 @@ from tests.fedlora.private_training import (
     make_trainer,
     plan,
 )
+from tests.tiny import KINDS
 
 owners = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 3, 4])
 """Units of 3, 2, 1, 5 and 1 of the twelve records, whose lengths fall in several buckets."""
@@ -47,8 +48,7 @@ def patients(request):
     return trainer, run, dataclasses.replace(records, units=owners)
 
 
-@pytest.mark.parametrize("clip_norm", [0.05, 0.7, 1e4])
-@pytest.mark.parametrize(("kind", "task"), CASES)
+@pytest.mark.parametrize(("kind", "task", "clip_norm"), covering(KINDS, TASKS, (0.05, 0.7, 1e4), valid=can))
 def test_the_sum_is_that_of_the_units_mean_gradients_each_clipped_once(kind, task, clip_norm):
     run = plan("lora", task, adapter_scale=2.0, head_scale=0.1, clip_norm=clip_norm)
     trainer = make_trainer(kind, run)

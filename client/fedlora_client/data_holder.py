@@ -1,0 +1,100 @@
+"""The data holder's side of any run: policy, ledger and data, opened before a server is called."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from fedlora import data
+from fedlora.config import ClientConfig
+from fedlora.data import Rows
+from fedlora.privacy import (
+    INSECURE_SEED_VARIABLE,
+    RunStreams,
+    run_streams,
+)
+from fedlora.tasks import read, task_named
+from fedlora.training import check_computing
+
+from .paths import default_state
+from .privacy_gate import PrivacyGate, limits_of
+from .state import FolderState
+from .terms import Limits
+
+
+@dataclass(frozen=True)
+class DataHolder:
+    """This side of any run: whose data it is, what may be done with it, and what was done before.
+
+    Attributes:
+        options: of fedlora-client.
+        rows: of --data.
+        console: where the data holder is told what happens.
+        asks: whether someone sits at a terminal.
+    """
+
+    options: ClientConfig
+    owner: PrivacyGate
+    rows: Rows
+    limits: Limits
+    state: FolderState
+    streams: RunStreams
+    console: Console
+    asks: bool
+
+    @classmethod
+    def of(cls, options: ClientConfig, console: Console, *, asks: bool = False) -> DataHolder:
+        """Open the policy, the ledger and the state, read the data, and say what does not protect.
+
+        Raises:
+            ValueError: an option is wrong, the data are, or one of them cannot be used.
+        """
+        if options.data is None:
+            raise ValueError("--data is missing: name the folder or file with your training rows")
+        data.check_there(options.data)
+        if options.model and options.model.startswith(("/", ".")) and not Path(options.model).is_dir():
+            raise ValueError(f"--model {options.model} is no folder; give that of the base model, or leave it out")
+        name = options.name or socket.gethostname()
+        check_computing(options.device, options.precision, options.compile)  # not in round 1
+        owner = PrivacyGate(options)
+        limits = limits_of(options, owner)
+        streams = run_streams(name)
+        if not limits.private:
+            console.print("PRIVACY IS OFF (--epsilon inf): what this client sends can reveal its records.",
+                          style="bold red")
+        if streams.predictable:
+            console.print("THE NOISE IS PREDICTABLE (test-only seed set in the environment): no ε holds for this run.",
+                          style="bold red")
+        if streams.predictable and not owner.ledger.simulated:
+            raise ValueError(f"{INSECURE_SEED_VARIABLE} is set: whoever knows the seed can subtract the noise, so no "
+                             "real budget covers this run. Unset it, or add --simulated-ledger DIR for made-up data")
+        if owner.ledger.simulated:
+            console.print("The ledger is a simulated one (--simulated-ledger): no lifetime budget protects this data.",
+                          style="yellow")
+        charged = limits.private and not owner.ledger.simulated
+        if charged and not asks and not (options.yes and owner.declared_size):
+            raise ValueError("there is no terminal to ask at: --yes takes part without being asked, --declared-size N "
+                             f"(or declared-size in {owner.policy.path}) names the public size of the data. Where a "
+                             "real ledger is charged, both are needed")
+        rows = read(options.data, options.task, columns=options.column, unit=owner.unit_column,
+                    allow_download=options.allow_download)
+        task_named(options.task).check_answered(rows, f"--data {options.data}", options.task)
+        if limits.declared_size is not None and limits.private:
+            limits.budget(limits.declared_size)  # raises where there can be none
+        for line in owner.recognise(rows):
+            console.print(line, soft_wrap=True)
+        return cls(options, owner, rows, limits, FolderState(options.state or default_state(name)), streams, console,
+                   asks and charged)
+
+    @property
+    def name(self) -> str:
+        """This client's, at the server."""
+        return self.streams.name
+
+    def close(self) -> None:
+        """Let other processes have the ledger's runs and the state."""
+        self.owner.ledger.close()
+        self.state.close()
