@@ -6,16 +6,19 @@
 PYTHON := $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 
+# half as many again as there are cores: many tests wait for processes that they started
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n + n / 2)))
+
 .PHONY: demo test test-all bits check clean
 
 demo: .venv/installed
 	.venv/bin/python -m fedlora_simulations.demo $(ARGS)
 
 test: check
-	.venv/bin/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+	.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 test-all: check
-	FEDLORA_TESTS=all .venv/bin/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+	FEDLORA_TESTS=all .venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 bits: .venv/installed
 	.venv/bin/python -m tests.bits $(if $(BASE),--base $(BASE)) $(ARGS)

@@ -8,6 +8,7 @@ beside it, and nothing else: no code travels.
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import pkgutil
@@ -51,20 +52,32 @@ def load(package: str, key: str) -> ModuleType:
 def literals(package: str, key: str, name: str) -> Mapping[str, object]:
     """What the class that a module calls `name` says of itself in literals: attribute → value.
 
-    Read from the file as titles are, for whoever has to know it and makes nothing.
+    Read from the file as titles are, for whoever has to know it and makes nothing. What the class inherits is not
+    there.
     """
     assert key in titles(package), "a key is looked up before"
     module = ast.parse((_folder(package) / f"{key.replace('-', '_')}.py").read_text("utf-8"))
     called = _assigned(module.body).get(name)
-    assert isinstance(called, ast.Name), f"{package}.{key} says {name} = its class"
-    [found] = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == called.id]
-    return {attribute: value.value for attribute, value in _assigned(found.body).items()
+    found = [node for node in module.body if isinstance(node, ast.ClassDef)
+             and isinstance(called, ast.Name) and node.name == called.id]
+    return {attribute: value.value for node in found for attribute, value in _assigned(node.body).items()
             if isinstance(value, ast.Constant)}
 
 
 def _assigned(body: Sequence[ast.stmt]) -> dict[str, ast.expr]:
-    return {target.id: node.value for node in body if isinstance(node, ast.Assign) for target in node.targets
-            if isinstance(target, ast.Name)}
+    found: dict[str, ast.expr] = {}
+    for node in body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(
+            node, ast.AnnAssign) else []
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        found |= {target.id: value for target in targets if isinstance(target, ast.Name) and value is not None}
+    return found
+
+
+@cache
+def source_sha256(package: str, key: str) -> str:
+    """Of a key's file."""
+    return hashlib.sha256((_folder(package) / f"{key.replace('-', '_')}.py").read_bytes()).hexdigest()
 
 
 def _folder(package: str) -> Path:

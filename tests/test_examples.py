@@ -74,6 +74,7 @@ def test_a_model_is_all_that_a_server_app_needs(strategy, checkpoint):
 
 @pytest.mark.parametrize(("values", "told"), [
     ({"ranks": 2}, "'ranks' is no value of a preset"), ({"rank": 0}, "rank"), ({"init": "nowhere"}, "nowhere"),
+    ({"init": "dp"}, "fedlora-server makes it"),
     ({"targets": ("nothing",)}, "nothing"), ({"labels": ("one",)}, "two labels")])
 def test_a_value_that_does_not_fit_is_told(values, told, checkpoint):
     with pytest.raises(ValueError, match=told):

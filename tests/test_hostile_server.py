@@ -87,6 +87,14 @@ def test_a_plan_with_other_labels_than_the_server_said_is_declined(serve):
     assert server.deployment.end("north", 60) == 4
 
 
+@pytest.mark.parametrize("name", ["adjustment", "optimizer"])
+def test_a_plan_that_names_what_is_not_installed_is_declined_before_anything_is_disclosed(serve, name):
+    server = serve(**{name: "of-a-newer-version"}).client()
+    assert server.deployment.end("north", 60) == 4
+    assert f"the {name} 'of-a-newer-version', which this FedLoRA" in server.log()
+    assert [member.ready_at for member in server.engine.members()] == [None] and server.charges() == ()
+
+
 def test_under_privacy_no_label_name_is_announced_because_a_row_has_it(serve):
     server = serve(announce=True)
     for flag in ((), ("--labels", "routine,urgent")):

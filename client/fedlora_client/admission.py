@@ -110,11 +110,15 @@ def panel(cost: Cost, dataset: str, size: str, plan: RunPlan) -> Panel:
 def what_is_trained(plan: RunPlan) -> str:
     """The plan in one line, of which the owner is told before anything is charged."""
     targets = [*plan.targets[:MOST_TARGETS], *(["…"] if len(plan.targets) > MOST_TARGETS else [])]
-    where = ([f"{plan.family}, rank {plan.rank}, in {', '.join(targets)}"] if targets else []) + (
+    ranks = max([plan.rank, *(rank for _, rank in plan.ranks)])
+    rank = f"rank {plan.rank}" + (f", in {len(plan.ranks)} layers up to {ranks}" if plan.ranks else "")
+    family = plan.family + "".join(f" {name} {value:g}" for name, value in plan.family_options)
+    where = ([f"{family}, {rank}, in {', '.join(targets)}"] if targets else []) + (
         ["the head"] if plan.train_head else [])
+    how = plan.optimizer + (f" of gradients that {plan.adjustment} adjusts" if plan.adjustment else "")
     start = "a start from noised gradients, then " if plan.private_start else ""
     return (f"{', and '.join(where)}: {plan.strategy}, {start}{plan.max_participations} rounds of {plan.local_steps} "
-            f"steps, rate {plan.lr:g}, clip norm {plan.clip_norm:g}")
+            f"steps of {how}, rate {plan.lr:g}, clip norm {plan.clip_norm:g}")
 
 
 def ask_size(console: Console, proposal: int, units: str) -> int:

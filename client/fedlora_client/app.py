@@ -28,7 +28,7 @@ def take_part(options: ClientConfig, console: Console) -> None:
         ServerUnreachable: no server within --connect-timeout.
     """
     holder = DataHolder.of(options, console, asks=sys.stdin.isatty() and sys.stdout.isatty())
-    owner, limits = holder.owner, holder.limits
+    gate, limits = holder.gate, holder.limits
     connection = Connection(options.server, holder.name, private=limits.private, insecure=options.insecure,
                             connect_timeout_s=options.connect_timeout,
                             report=lambda line: console.print(line))
@@ -38,7 +38,7 @@ def take_part(options: ClientConfig, console: Console) -> None:
             try:
                 _serve(holder, proposal, connection)
             except RunChanged as changed:
-                if limits.private and owner.ledger.charges(owner.dataset, proposal.plan.run_id):
+                if limits.private and gate.ledger.charges(gate.dataset, proposal.plan.run_id):
                     other = changed.proposal.plan.run_id
                     raise Refused("budget", f"the server came back with another run, {other}, which would spend "
                                             f"another ε of {limits.epsilon:g} on the same records; start "

@@ -37,7 +37,7 @@ class DataHolder:
     """
 
     options: ClientConfig
-    owner: PrivacyGate
+    gate: PrivacyGate
     rows: Rows
     limits: Limits
     state: FolderState
@@ -59,8 +59,8 @@ class DataHolder:
             raise ValueError(f"--model {options.model} is no folder; give that of the base model, or leave it out")
         name = options.name or socket.gethostname()
         check_computing(options.device, options.precision, options.compile)  # not in round 1
-        owner = PrivacyGate(options)
-        limits = limits_of(options, owner)
+        gate = PrivacyGate(options)
+        limits = limits_of(options, gate)
         streams = run_streams(name)
         if not limits.private:
             console.print("PRIVACY IS OFF (--epsilon inf): what this client sends can reveal its records.",
@@ -68,25 +68,25 @@ class DataHolder:
         if streams.predictable:
             console.print("THE NOISE IS PREDICTABLE (test-only seed set in the environment): no ε holds for this run.",
                           style="bold red")
-        if streams.predictable and not owner.ledger.simulated:
+        if streams.predictable and not gate.ledger.simulated:
             raise ValueError(f"{INSECURE_SEED_VARIABLE} is set: whoever knows the seed can subtract the noise, so no "
                              "real budget covers this run. Unset it, or add --simulated-ledger DIR for made-up data")
-        if owner.ledger.simulated:
+        if gate.ledger.simulated:
             console.print("The ledger is a simulated one (--simulated-ledger): no lifetime budget protects this data.",
                           style="yellow")
-        charged = limits.private and not owner.ledger.simulated
-        if charged and not asks and not (options.yes and owner.declared_size):
+        charged = limits.private and not gate.ledger.simulated
+        if charged and not asks and not (options.yes and gate.declared_size):
             raise ValueError("there is no terminal to ask at: --yes takes part without being asked, --declared-size N "
-                             f"(or declared-size in {owner.policy.path}) names the public size of the data. Where a "
+                             f"(or declared-size in {gate.policy.path}) names the public size of the data. Where a "
                              "real ledger is charged, both are needed")
-        rows = read(options.data, options.task, columns=options.column, unit=owner.unit_column,
+        rows = read(options.data, options.task, columns=options.column, unit=gate.unit_column,
                     allow_download=options.allow_download)
         task_named(options.task).check_answered(rows, f"--data {options.data}", options.task)
         if limits.declared_size is not None and limits.private:
             limits.budget(limits.declared_size)  # raises where there can be none
-        for line in owner.recognise(rows):
+        for line in gate.recognise(rows):
             console.print(line, soft_wrap=True)
-        return cls(options, owner, rows, limits, FolderState(options.state or default_state(name)), streams, console,
+        return cls(options, gate, rows, limits, FolderState(options.state or default_state(name)), streams, console,
                    asks and charged)
 
     @property
@@ -96,5 +96,5 @@ class DataHolder:
 
     def close(self) -> None:
         """Let other processes have the ledger's runs and the state."""
-        self.owner.ledger.close()
+        self.gate.ledger.close()
         self.state.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import fedlora
 from fedlora import data, models, registry
-from fedlora.adapters import attach_planned
+from fedlora.adapters import attach_planned, family_of
 from fedlora.adapters.sketches import sketch_plan
 from fedlora.models import LoadedModel
 from fedlora.plan import (
@@ -38,6 +38,7 @@ from fedlora.privacy import (
 )
 from fedlora.tasks import Records, task_for, task_named
 from fedlora.training import Trainer
+from fedlora.training.adjustments import check_adjustment
 from fedlora.training.batch_invariance import Findings
 
 from .admission import Cost, ask_size, ask_whether, panel
@@ -66,9 +67,9 @@ class Participation:
     """
 
     def __init__(self, holder: DataHolder, proposal: Proposal) -> None:
-        options, owner, limits, console = holder.options, holder.owner, holder.limits, holder.console
+        options, gate, limits, console = holder.options, holder.gate, holder.limits, holder.console
         plan = proposal.plan
-        self._options, self._proposal, self._owner, self._limits = options, proposal, owner, limits
+        self._options, self._proposal, self._gate, self._limits = options, proposal, gate, limits
         self._state, self._streams, self._console, self._rows = holder.state, holder.streams, console, holder.rows
         self._session: ClientSession | None = None
         self._findings = Findings(batch_invariance())
@@ -78,14 +79,14 @@ class Participation:
         if plan.task != options.task:
             log.error("The server's task is %s and this client's --task is %s.", plan.task, options.task)
             raise Refused("policy")
-        owner.check_proposal(proposal)
-        owner.check_anchor(proposal.anchor)
+        gate.check_proposal(proposal)
+        gate.check_anchor(proposal.anchor)
         self._model_path = self._find_model()
         self.most_tensor_bytes = models.most_adapter_bytes(self._model_path)
         self._labels, self._refusals = self._state.said(plan.run_id)
         self.announced = self._check_labels()
         budget = self._admit(holder) if plan.private else None
-        for line in owner.take_charge(budget):
+        for line in gate.take_charge(budget):
             console.print(line, soft_wrap=True)
         if self.announced:
             self._labels = self.announced
@@ -115,7 +116,7 @@ class Participation:
             Refused: "labels", by what is declared alone.
             ValueError: without privacy, by what the rows hold.
         """
-        plan, rows, declared = self._proposal.plan, self._rows, self._owner.labels
+        plan, rows, declared = self._proposal.plan, self._rows, self._gate.labels
         if not task_named(plan.task).has_labels:
             return ()
         if plan.labels_open:
@@ -139,28 +140,28 @@ class Participation:
         Raises:
             Refused: "policy" or "budget": what was promised or is left does not allow it, or the owner says no.
         """
-        owner, plan, console = self._owner, self._proposal.plan, self._console
-        units = "records" if self._limits.unit == ROW else f"values of {owner.unit_column}"
+        gate, plan, console = self._gate, self._proposal.plan, self._console
+        units = "records" if self._limits.unit == ROW else f"values of {gate.unit_column}"
         budget = self._declare_size(holder, units)
         try:
             fresh = private_terms(self._limits, budget, plan)
         except ValueError as error:
-            log.error("%s, or a higher max-sampling-rate in %s", error, owner.policy.path)
+            log.error("%s, or a higher max-sampling-rate in %s", error, gate.policy.path)
             raise Refused("policy") from None
         try:
-            terms, book = owner.settle(fresh, budget)
-            owner.approve(terms)
+            terms, book = gate.settle(fresh, budget)
+            gate.approve(terms)
         except BudgetExhausted as error:
             log.error("%s", error)
             raise Refused("budget") from None
         except Forbidden as error:
             log.error("%s", error)
             raise Refused("policy") from None
-        if owner.ledger.terms(owner.dataset, plan.run_id) is not None:
+        if gate.ledger.terms(gate.dataset, plan.run_id) is not None:
             return budget  # the owner was asked when it began
-        cost = Cost.of(book, owner.dataset, terms)
+        cost = Cost.of(book, gate.dataset, terms)
         assert cost is not None, "what was settled fits"
-        console.print(panel(cost, owner.dataset, f"{budget.declared_size:,} {units}", plan))
+        console.print(panel(cost, gate.dataset, f"{budget.declared_size:,} {units}", plan))
         if holder.asks and not self._options.yes and not ask_whether(console):
             log.error("The owner does not take part in run %s.", plan.run_id)
             raise Refused("policy")
@@ -168,13 +169,13 @@ class Participation:
 
     def _declare_size(self, holder: DataHolder, units: str) -> Budget:
         """The budget of the run, whose public size is declared, asked for, or the default."""
-        owner, count = self._owner, unit_count(self._rows)
-        if owner.declared_size is None and holder.asks:
-            size = owner.declared_size = ask_size(self._console, nominal_size(count), units)
-            if owner.listed:  # else it is written when the data set is adopted
+        gate, count = self._gate, unit_count(self._rows)
+        if gate.declared_size is None and holder.asks:
+            size = gate.declared_size = ask_size(self._console, nominal_size(count), units)
+            if gate.listed:  # else it is written when the data set is adopted
                 self._console.print(f"To be asked no more, write declared-size = {size} under "
-                                    f"[dataset.{owner.dataset}] in {owner.policy.path}.", soft_wrap=True)
-        self._limits = replace(self._limits, declared_size=owner.declared_size or nominal_size(count))
+                                    f"[dataset.{gate.dataset}] in {gate.policy.path}.", soft_wrap=True)
+        self._limits = replace(self._limits, declared_size=gate.declared_size or nominal_size(count))
         return self._limits.budget(count)
 
     def answer(self, plan: RoundPlan, tensors: Tensors,
@@ -275,7 +276,7 @@ class Participation:
             log.error("The plan's %s is not what the server said when this client joined.", broken[0])
             raise Refused("policy")
         if task_named(run.task).has_labels:
-            check_declared(self._owner.labels, run.labels)
+            check_declared(self._gate.labels, run.labels)
             if not run.private:
                 try:
                     data.check_labels(self._rows, run.labels)
@@ -305,7 +306,13 @@ class Participation:
 
         def trainer(plan: RunPlan, model: LoadedModel) -> Trainer:
             options = self._options
-            return Trainer(attach_planned(model, plan), task, device=options.device, precision=options.precision,
+            try:
+                adapted = attach_planned(model, plan)
+                check_adjustment(plan.adjustment, adapted.layout)
+            except ValueError as error:  # the plan's fault, whatever the data
+                log.error("The server's plan does not fit the model: %s", error)
+                raise Refused("policy") from None
+            return Trainer(adapted, task, device=options.device, precision=options.precision,
                            micro_batch=options.micro_batch, threads=options.threads, compiled=options.compile,
                            findings=self._findings)
 
@@ -314,12 +321,12 @@ class Participation:
             own.rehearse()
             own.show_batch_invariance(run, 1 if records.units is None else self._limits.rows_per_unit)
         session = ClientSession(
-            run, own, records, self._limits, self._state, self._streams, self._owner.ledger,
-            self._owner.dataset, approve=self._owner.approve, anchors=self._proposal.anchor is not None,
+            run, own, records, self._limits, self._state, self._streams, self._gate.ledger,
+            self._gate.dataset, approve=self._gate.approve, anchors=self._proposal.anchor is not None,
             sketch_trainer=lambda: trainer(sketch_plan(run), models.load(self._model_path, run.task, len(run.labels))))
         terms = session.terms
         if run.private:
-            unit = "record" if self._limits.unit == ROW else self._owner.unit_column
+            unit = "record" if self._limits.unit == ROW else self._gate.unit_column
             self._console.print(
                 f"Private: every {unit} is sampled with rate {terms.sampling_rate:.4g}, clipped to "
                 f"{terms.clip_norm:g}, and hidden by noise of {terms.noise_multiplier:.3f} × that"
@@ -343,6 +350,11 @@ def check_known(plan: RunPlan) -> None:
                       "the server's version, or have it choose one of them.", field, name, fedlora.__version__,
                       ", ".join(known) or "none")
             raise Refused("policy")
+    try:
+        family_of(plan.family, plan.family_options)
+    except ValueError as error:
+        log.error("The server's plan does not fit this FedLoRA (%s): %s.", fedlora.__version__, error)
+        raise Refused("policy") from None
 
 
 def model_folder(model: str | None, planned: str) -> Path | None:

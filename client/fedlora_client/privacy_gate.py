@@ -258,10 +258,10 @@ class PrivacyGate:
         return witness_file((self._known and self._known.witness) or self._beside, self.dataset)
 
 
-def limits_of(options: ClientConfig, owner: PrivacyGate) -> Limits:
+def limits_of(options: ClientConfig, gate: PrivacyGate) -> Limits:
     """What the command line and the policy allow together."""
-    policy = owner.policy
-    return Limits.of(options, owner.unit, declared_size=owner.declared_size,
+    policy = gate.policy
+    return Limits.of(options, gate.unit, declared_size=gate.declared_size,
                      max_sampling_rate=policy.max_sampling_rate, announce_size=policy.announce_size)
 
 

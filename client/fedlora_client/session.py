@@ -50,7 +50,6 @@ class ClientSession:
         terms: sampling rate, noise and clip norm, fixed for the run.
         noise_for_run: the noise multiplier that --epsilon alone asks for; that of `terms` is larger where the lifetime
             budget leaves less.
-        sent_values: (round, attempt) → how many values its upload has, of those that this process made.
         anchors: whether uploads carry the ledger's anchor. Nothing decides it but that the ledger is real and the
             server keeps it.
     """
@@ -67,7 +66,6 @@ class ClientSession:
         self.limits, self.state, self.streams = limits, state, streams
         self.ledger, self.dataset = ledger, dataset
         self._sketch_trainer, self.anchors = sketch_trainer, anchors and not ledger.simulated
-        self.sent_values: dict[tuple[int, int], int] = {}
         self._begun: dict[tuple[str, int, int], tuple[Reservation, Tensors]] = {}
         self.terms = self._settle()
         try:
@@ -216,8 +214,8 @@ class ClientSession:
             noise_multiplier=self.terms.noise_multiplier if announced else None,
             num_examples=None if private else self.records.units_count,
             train_loss=None if private else result.mean_loss)
-        self.sent_values[plan.round, plan.attempt] = sum(array.size for array in tensors.values())
         self.state.save_upload(upload)
+        self.state.note_size(upload)
         reservation.stored(tensors_digest(upload.tensors))
         reservation.released()
         return self._anchored(upload)
@@ -247,7 +245,8 @@ class ClientSession:
         trainer, run = self.trainer, self.run
         if plan.round == 0:
             if self._sketch_trainer is None:
-                raise ValueError("this session was made without a trainer for a private start; give it `release`")
+                raise ValueError("this session was made without a trainer for a private start; give it "
+                                 "`sketch_trainer`")
             trainer, run = self._sketch_trainer(), sketch_plan(self.run)
         if run.private:
             rows_per_unit = 1 if self.records.units is None else self.limits.rows_per_unit

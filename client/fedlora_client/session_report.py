@@ -49,12 +49,12 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
     """
     run, terms, ledger, dataset = session.run, session.terms, session.ledger, session.dataset
     name, unit = session.streams.name, terms.unit
-    # of uploads that an earlier process made, the most that they can have
+    sent = session.state.sizes(run.run_id)
     sizes = {False: session.sketch_layout.num_trained, True: session.trainer.adapted.layout.num_trained}
     width = ARRAY_DTYPES[run.wire_dtype].itemsize
     trainings = [TrainingEntry(c.round, c.attempt, c.state, c.steps, c.time, terms.noise_multiplier,
                                terms.sampling_rate,
-                               width * session.sent_values.get((c.round, c.attempt), sizes[c.round > 0])
+                               width * sent.get((c.round, c.attempt), sizes[c.round > 0])
                                if c.sha256 else None, c.sha256)
                  for c in ledger.charges(dataset, run.run_id)]
     shapes = session.trainer.shapes

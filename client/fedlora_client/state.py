@@ -41,6 +41,13 @@ class MemoryState:
     def save_upload(self, upload: Upload) -> None:
         """Keeps nothing."""
 
+    def note_size(self, upload: Upload) -> None:
+        """Keeps nothing."""
+
+    def sizes(self, run_id: str) -> dict[tuple[int, int], int]:
+        """Of no upload."""
+        return {}
+
     def check_room(self, upload_bytes: int) -> None:
         """Nothing is kept, so that there is always room."""
 
@@ -98,10 +105,23 @@ class FolderState:
         replace_file(self.run_folder(upload.run_id) / "upload.safetensors",
                      to_bytes(dict(upload.tensors), metadata={"upload": json.dumps(about)}))
 
+    def note_size(self, upload: Upload) -> None:
+        """Keep how many values the upload has: in a round that trains a part of the tensors they are fewer."""
+        sizes = self.sizes(upload.run_id) | {
+            (upload.round, upload.attempt): sum(array.size for array in upload.tensors.values())}
+        replace_file(self.run_folder(upload.run_id) / "sizes.json",
+                     json.dumps([[*key, size] for key, size in sizes.items()]).encode())
+
+    def sizes(self, run_id: str) -> dict[tuple[int, int], int]:
+        """(round, attempt) → the number of values of its upload, made by whatever process."""
+        path = self.run_folder(run_id) / "sizes.json"
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return {(round, attempt): size for round, attempt, size in kept}
+
     def frozen(self) -> tuple[str, Tensors]:
         """The frozen tensors that were received last, and their digest; ("", {}) if none were."""
-        path = self.folder / "frozen.safetensors"
-        if not path.exists():
+        path = next((path for path in self._frozen_files if path.exists()), None)
+        if path is None:
             return "", {}
         with safe_open(path, framework="np") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
@@ -110,7 +130,14 @@ class FolderState:
     def save_frozen(self, sha256: str, tensors: Tensors) -> None:
         """Keep the tensors in place of the ones kept before: a client needs only the latest."""
         arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-        replace_file(self.folder / "frozen.safetensors", to_bytes(arrays, metadata={"sha256": sha256}))
+        kept, former = self._frozen_files
+        replace_file(kept, to_bytes(arrays, metadata={"sha256": sha256}))
+        former.unlink(missing_ok=True)
+
+    @property
+    def _frozen_files(self) -> tuple[Path, Path]:
+        """Where they are kept, and where versions before protocol 6 did."""
+        return self.folder / "frozen.safetensors", self.folder / "shared.safetensors"
 
     def said(self, run_id: str) -> tuple[tuple[str, ...], list[tuple[int, str]]]:
         """The label names announced in the run, and the (round, code) of each refusal sent, by whatever process."""

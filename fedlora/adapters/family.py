@@ -181,7 +181,7 @@ def family_of(name: str, options: Sequence[tuple[str, float]] = ()) -> Family:
         if key not in fields:
             known = f"its options are {', '.join(fields)}" if fields else "it has no options"
             raise ValueError(f"the adapter family {name} has no option {key!r}; {known}")
-        if fields[key] == "int" and value != int(value):
+        if fields[key] == "int" and not float(value).is_integer():
             raise ValueError(f"{key} of the adapter family {name} is {value:g}; it must be a whole number")
         values[key] = int(value) if fields[key] == "int" else float(value)
     return kind(**values)

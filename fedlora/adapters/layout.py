@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -78,13 +76,6 @@ class AdapterLayout:
     def rank(self) -> int:
         """The largest of the sites' ranks; 0 where nothing is adapted."""
         return max((site.rank for site in self.sites), default=0)
-
-    @property
-    def sha256(self) -> str:
-        """Of names, shapes and roles of all tensors, and of the sites: two layouts with one digest are alike."""
-        about = [self.family.name, dataclasses.asdict(self.family), *map(dataclasses.astuple, self.sites),
-                 *((spec.name, spec.shape, spec.group, spec.trains) for spec in self.state)]
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     @property
     def num_trained(self) -> int:

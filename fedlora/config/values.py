@@ -141,7 +141,14 @@ def unit(given: str) -> str:
 
 def numbers(given: str) -> tuple[tuple[str, float], ...]:
     """(name, number), in order of the names."""
-    return _by_name(given, float, "as in beta1=0,beta2=0.99")
+    return _by_name(given, _finite, "as in beta1=0,beta2=0.99")
+
+
+def _finite(given: str) -> float:
+    value = float(given)
+    if not math.isfinite(value):
+        raise ValueError(given)
+    return value
 
 
 def whole_numbers(given: str) -> tuple[tuple[str, int], ...]:

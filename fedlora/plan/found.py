@@ -28,4 +28,8 @@ class TaskFacts:
 def task_facts(key: str) -> TaskFacts:
     """Those of a task that is installed."""
     said = registry.literals(FOUND["task"], key, "TASK")
+    names = ("model_is", "has_labels", "has_head")
+    if lacking := [name for name in names if name not in said]:  # inherited, or computed
+        task = registry.load(FOUND["task"], key).TASK
+        said = {**said, **{name: getattr(task, name) for name in lacking}}
     return TaskFacts(str(said["model_is"]), bool(said["has_labels"]), bool(said["has_head"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,12 +17,10 @@ class Step(ABC):
     """A round's steps: for each group of a draw open, (begin, a pass, take)*, shut; then finish. After all, check.
 
     Attributes:
-        private: whether each record's gradient is clipped; micro-batches then have the shapes shown for it.
         clipped: units whose gradient was longer than the clip norm.
         nonfinite: records whose gradient was not finite, and counted as zero.
     """
 
-    private: ClassVar[bool]
     clipped = 0
     nonfinite = 0
 
@@ -71,8 +68,6 @@ class PlainStep(Step):
         adjust: done to the gradients before each step.
     """
 
-    private = False
-
     def __init__(self, optimizer: torch.optim.Optimizer, divisor: float,
                  adjust: Callable[[], None] | None = None) -> None:
         self.optimizer, self.divisor, self.adjust = optimizer, divisor, adjust
@@ -103,8 +98,6 @@ class PrivateStep(Step):
     Args:
         gradients: is told of each draw.
     """
-
-    private = True
 
     def __init__(self, optimizer: PerRecordOptimizer, gradients: GradientCheck) -> None:
         self.optimizer, self.gradients = optimizer, gradients

@@ -25,15 +25,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlora import registry
 from fedlora.files import replace_file
-from fedlora.plan import RunPlan
+from fedlora.plan import FOUND, RunPlan
 from fedlora.tasks import Records, Task
 from fedlora.training.gradient_buffer import row_norms
 from fedlora.versions import environment
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "transformers", "peft", "opacus", "numpy")
+PACKAGES = ("torch", "transformers", "opacus", "numpy")
+
+MOST_KEPT = 100
+"""Findings in a file, the newest."""
 
 SETTINGS = ("ATEN_", "BLIS_", "CUBLAS_", "CUDA_", "DNNL_", "GOTO_", "KMP_", "MKL_", "NVIDIA_", "OMP_", "ONEDNN_",
             "OPENBLAS_", "PYTORCH_", "TORCH")
@@ -159,7 +163,7 @@ class Findings:
         self._known[key] = shapes
         if self.file is None:
             return
-        kept = {name: asdict(one) for name, one in (self._read() | {key: shapes}).items()}
+        kept = {name: asdict(one) for name, one in list((self._read() | {key: shapes}).items())[-MOST_KEPT:]}
         try:
             replace_file(self.file, json.dumps(kept, indent=1).encode())
         except OSError as error:
@@ -193,7 +197,9 @@ def key_of(run: RunPlan, model: nn.Module, shapes: Mapping[int, int], *, device:
     about = {
         "model": asdict(run.model), "config": config, "class": type(model).__name__,
         "attention": model.config._attn_implementation,  # type: ignore[union-attr]
-        "task": run.task, "labels": len(run.labels), "family": run.family, "rank": run.rank,
+        "task": run.task, "labels": len(run.labels), "family": run.family,
+        "sources": [registry.source_sha256(FOUND[name], getattr(run, name)) for name in ("family", "task")],
+        "rank": run.rank,
         "options": run.family_options, "ranks": run.ranks, "trained": sorted(trained),
         "head": run.train_head, "shapes": {str(n): rows for n, rows in shapes.items()},
         "precision": precision, "compiled": compiled, "device": _device(device), "versions": environment(PACKAGES),

@@ -121,8 +121,12 @@ class GradientBuffer:
         return len(self.computed)
 
     def routed(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        """[records, *shape], or None where the parameter stands for itself."""
-        return self._stacks[id(parameter)][self._owners] if self._stacks else None
+        """[records, *shape], or None where the parameters stand for themselves. One that all clients share, as it does
+        not train, is repeated."""
+        if not self._stacks:
+            return None
+        stack = self._stacks.get(id(parameter))
+        return parameter.detach().expand(self.size, *parameter.shape) if stack is None else stack[self._owners]
 
     def write(self, parameter: torch.Tensor, values: torch.Tensor) -> None:
         """Store the parameter's gradients, [records, ...], in the rows.

@@ -15,7 +15,7 @@ optimiser, its runtime checks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -87,7 +87,7 @@ class Passes(Protocol):
     most_rows: int
     """How many gradients are held at once."""
 
-    def micro_batches(self, records: Records, indices: np.ndarray) -> Sequence[tuple[int, np.ndarray]]:
+    def micro_batches(self, records: Records, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(padded length, places in `indices`) of each micro-batch of these records."""
 
     def through(self, records: Records, indices: np.ndarray, length: int, clients: Sequence[Client],

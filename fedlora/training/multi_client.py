@@ -14,13 +14,14 @@ k        owners   [records]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
 from fedlora.adapters import AdaptedModel
+from fedlora.plan import Tensors
 from fedlora.tasks import Records
 from fedlora.training.accumulation import PlainStep
 from fedlora.training.adjustments import Adjuster
@@ -35,13 +36,13 @@ def check_alike(jobs: Sequence[TrainingJob], adapted: AdaptedModel) -> None:
     one, names = jobs[0], {spec.name for spec in adapted.layout.frozen}
     if any((other.run, other.active) != (one.run, one.active) or any(
             not np.array_equal(_start(other)[name], _start(one)[name]) for name in names) for other in jobs[1:]):
-        raise ValueError("clients that train together must have one plan and the same frozen tensors")
+        raise ValueError("clients that train together must have one plan, the same active and the same frozen tensors")
     if one.run.dropout:
         raise ValueError(f"dropout is {one.run.dropout:g}: clients that train together (--batch-clients) cannot each "
                          "have the dropout that they would have alone; use --dropout 0")
 
 
-def _start(job: TrainingJob):
+def _start(job: TrainingJob) -> Tensors:
     assert job.start is not None, "clients that train together start from tensors of their own"
     return job.start
 
@@ -55,7 +56,7 @@ class Together:
     """
 
     def __init__(self, buffer: GradientBuffer, stacks: Mapping[int, torch.Tensor], most_rows: int,
-                 micro_batches: Callable[[Records, np.ndarray], Sequence[tuple[int, np.ndarray]]],
+                 micro_batches: Callable[[Records, np.ndarray], Iterator[tuple[int, np.ndarray]]],
                  fill: Callable[[Records, np.ndarray, int], torch.Tensor]) -> None:
         self._buffer, self._stacks, self._fill = buffer, stacks, fill
         self.most_rows, self.micro_batches = most_rows, micro_batches

@@ -47,7 +47,7 @@ _SAMPLE = 64
 def alarm(found: str) -> RuntimeError:
     """What is raised; `found` says what was seen, without any private value."""
     return RuntimeError(f"{found}. Nothing of this round was released. Please report this with the model's type, the "
-                        "targets, and the versions of torch, transformers, peft and opacus")
+                        "targets, and the versions of torch, transformers and opacus")
 
 
 def tell_finite(drawn: int, nonfinite: int) -> None:

@@ -296,8 +296,7 @@ class Trainer:
             buffer = GradientBuffer([(mine[name], group) for name, group in groups])
             clients.append(Client(job, layout, mine, buffer, partial(self.make_step, summed=True), first))
             first += len(job.records)
-        return clients, Together(self.buffer, stacks, self.most_rows,
-                                 lambda records, indices: list(self.micro_batches(records, indices)), self.fill_buffer)
+        return clients, Together(self.buffer, stacks, self.most_rows, self.micro_batches, self.fill_buffer)
 
     def make_step(self, job: TrainingJob, parameters: Mapping[str, nn.Parameter], buffer: GradientBuffer,
                   gradients: GradientCheck, *, summed: bool = False) -> Step:
@@ -389,8 +388,8 @@ class Alone:
         self._trainer, self._private = trainer, private
         self.most_rows = trainer.most_rows
 
-    def micro_batches(self, records: Records, indices: np.ndarray) -> Sequence[tuple[int, np.ndarray]]:
-        return list(self._trainer.micro_batches(records, indices, private=self._private))
+    def micro_batches(self, records: Records, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        return self._trainer.micro_batches(records, indices, private=self._private)
 
     def through(self, records: Records, indices: np.ndarray, length: int, clients: Sequence[Client],
                 owners: np.ndarray, places: np.ndarray) -> None:

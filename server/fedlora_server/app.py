@@ -106,7 +106,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
                          options.seed, run_id=left.plan.run_id if left else run_id, protocol=protocol)
     if left is not None:
-        left.check(federation.plan)
+        left.check(federation.plan, federation.strategy.recipe.described())
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
     proposal = Proposal(federation.plan.with_open_labels() if announced else federation.plan)
     run_id = proposal.plan.run_id
@@ -132,7 +132,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
                 before = left.joined if left else {}
                 if listen is None:
                     checkpoint.begin(out, vars(options), federation.plan, _joined(engine, before),
-                                     left.resumptions if left else ())
+                                     left.resumptions if left else (), federation.strategy.recipe.described())
                 engine.expect(federation.adapted.layout)
                 run = Run(federation.strategy, federation.state, rounds, federation.start, evaluator(federation, rows),
                           out, left)

@@ -66,6 +66,7 @@ class Unfinished:
         records: of the finished rounds.
         asked: by the last round that asked anybody.
         joined: name → what a client disclosed when it joined, before the first round.
+        step: what the server does between rounds (`Recipe.described`); empty in runs of earlier versions.
     """
 
     plan: RunPlan
@@ -76,6 +77,7 @@ class Unfinished:
     state: Tensors | None
     memory: Tensors
     records: tuple[RoundRecord, ...]
+    step: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def resumptions(self) -> tuple[int, ...]:
@@ -87,20 +89,25 @@ class Unfinished:
         """The round that may have been begun."""
         return 0 if self.state is None and self.plan.private_start else self.round + 1
 
-    def check(self, plan: RunPlan) -> None:
-        """Raises ValueError where the plan that the options give now is another one."""
-        then, now = to_scalars(self.plan), to_scalars(plan)
-        changed = [f"{name} {then[name]!r}, now {now[name]!r}" for name in then if then[name] != now[name]]
+    def check(self, plan: RunPlan, step: Mapping[str, object] | None = None) -> None:
+        """Raises ValueError where the plan, or what the server does, is another one by the options that are given now.
+        """
+        then: dict[str, object] = {**to_scalars(self.plan)}
+        now: dict[str, object] = {**to_scalars(plan)}
+        if self.step and step is not None:  # runs of earlier versions do not say
+            then, now = {**then, **self.step}, {**now, **_plain(step)}
+        changed = [f"{name} {then[name]!r}, now {now[name]!r}" for name in then if then[name] != now.get(name)]
         if changed:
             raise ValueError(f"--resume: the run was begun with {'; '.join(changed)}, and its plan cannot change while "
                              "it lasts. Leave these options out, or begin a new run")
 
 
 def begin(folder: Path, options: Mapping[str, object], plan: RunPlan, joined: Mapping[str, Mapping[str, object]],
-          resumed: tuple[int, ...] = ()) -> None:
-    """Write what the run is; `options` as `vars` of those of fedlora-server."""
+          resumed: tuple[int, ...] = (), step: Mapping[str, object] | None = None) -> None:
+    """Write what the run is; `options` as `vars` of those of fedlora-server, `step` as of `Unfinished`."""
     kept = {name: value for name, value in options.items() if name not in _NOT_KEPT and value not in (None, {}, ())}
-    about = {"options": jsonable(kept), "plan": to_scalars(plan), "joined": joined, "resumed": resumed}
+    about = {"options": jsonable(kept), "plan": to_scalars(plan), "joined": joined, "resumed": resumed,
+             "step": _plain(step or {})}
     replace_file(folder / ABOUT, f"{json.dumps(about, indent=1)}\n".encode(), _MODE)
 
 
@@ -162,7 +169,13 @@ def _take_up(folder: Path, about: Mapping[str, Any]) -> Unfinished:
                          "one that belongs to the other")
     records = tuple(record for record in _records(folder / LINES) if record.round <= round)
     replace_file(folder / LINES, "".join(map(_line, records)).encode(), _MODE)
-    return Unfinished(plan, resumed, joined, _asked(folder), max(0, round), state, memory, records)
+    return Unfinished(plan, resumed, joined, _asked(folder), max(0, round), state, memory, records,
+                      about.get("step", {}))
+
+
+def _plain(step: Mapping[str, object]) -> dict[str, Any]:
+    """As it is read back."""
+    return json.loads(json.dumps(jsonable(step)))
 
 
 class Stored(NamedTuple):

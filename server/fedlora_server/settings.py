@@ -30,7 +30,7 @@ def settings(config: RunConfig, strategy: str, values: Preset) -> Table:
             GROUPS.index(item[1].group), item[1].place)):
         given = getattr(config, name)
         value = strategy if name == "strategy" else getattr(values, name, given)
-        if option.plan and value is not None:
+        if option.plan and value not in (None, ()):
             source = "given" if given != defaults[name] else "preset" if hasattr(values, name) else "default"
             found[source].append(f"{flag(name)} {shown(value)}")
     table = Table.grid(padding=(0, 2))

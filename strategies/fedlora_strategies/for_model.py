@@ -23,12 +23,13 @@ from fedlora.adapters import (
     attach_planned,
     automatic_targets,
     initial_tensors,
+    start_of,
 )
 from fedlora.models import LoadedModel
 from fedlora.plan import ModelRef, RunPlan, Tensors
 
 from .messages import to_record
-from .recipe import Preset, Recipe
+from .recipe import RECIPES, Preset, Recipe
 
 
 class FromRecipe(Protocol):
@@ -84,15 +85,25 @@ def ready(strategy: type[S], model: str, *, labels: Sequence[str] = (), private:
         raise ValueError(f"{sorted(unknown)[0]!r} is no value of a preset; they are "
                          f"{', '.join(field.name for field in dataclasses.fields(Preset))}")
     chosen = dataclasses.replace(chosen, **values)
+    reads = start_of(chosen.init)[0].reads
+    if reads not in ("nothing", "weights"):
+        raise ValueError(f"init is {chosen.init!r}, a start from {reads}; fedlora-server makes it. Choose orthonormal, "
+                         "weight or kaiming here")
     path = models.resolve(model, allow_download=allow_download)
     models.check_task(path, task, max_length)
     loaded = models.load(path, task, len(labels))
-    plan = plan_of(strategy.__name__, recipe.family, chosen, models.reference(model, path), loaded,
+    plan = plan_of(_name(strategy), recipe.family, chosen, models.reference(model, path), loaded,
                    run_id=run_id or secrets.token_hex(8), labels=tuple(labels), private=private, max_length=max_length,
                    train_head=bool(labels))
     adapted = attach_planned(loaded, plan)
     return Ready(strategy(plan, adapted.layout, seed=seed, min_nodes=min_nodes), adapted,
                  initial_tensors(adapted, init=chosen.init, seed=seed))
+
+
+def _name(strategy: type) -> str:
+    """The key of one of ours, of another class its name."""
+    package, _, module = strategy.__module__.rpartition(".")
+    return module.replace("_", "-") if package == RECIPES else strategy.__name__
 
 
 def plan_of(strategy: str, family: str, values: Preset, reference: ModelRef, loaded: LoadedModel, *, private: bool,

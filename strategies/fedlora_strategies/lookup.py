@@ -7,6 +7,7 @@ package.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,10 @@ def strategy_class(name: str) -> type[FederatedLoRA]:
         what = "has no such name" if found is None else f"has a {type(found).__name__} there"
         raise ValueError(f"--strategy {name}: {module_name} {what}; name a Recipe, or a subclass of FederatedLoRA that "
                          "has a recipe")
+    lacking = {"recipe", "seed"} - inspect.signature(found).parameters.keys()
+    if lacking:
+        raise ValueError(f"--strategy {name}: {attribute}.__init__ does not take {' and '.join(sorted(lacking))}; have "
+                         "it take (plan, layout, *, min_nodes=1, recipe=None, seed=0) as FederatedLoRA does")
     return found
 
 
@@ -60,7 +65,7 @@ def _imported(name: str, module_name: str) -> ModuleType:
         sys.path.insert(0, here)
     try:
         return importlib.import_module(module_name)
-    except Exception as error:  # whatever its code does
+    except (Exception, SystemExit) as error:  # whatever its code does
         raise ValueError(f"--strategy {name}: {module_name!r} cannot be imported ({type(error).__name__}: {error}). "
                          "Run from the folder that holds it, or put that folder on PYTHONPATH; without a colon it is "
                          f"one of {', '.join(registry.keys(RECIPES))}") from error

@@ -153,7 +153,7 @@ def _with(part: Any, options: Mapping[str, float]) -> Any:
         return part
     now, values = _options_of(part), {}
     for name, value in options.items():
-        if isinstance(now[name], int) and value != int(value):
+        if isinstance(now[name], int) and not float(value).is_integer():
             raise ValueError(f"{name} is {value:g}; it must be a whole number")
         values[name] = type(now[name])(value)
     return dataclasses.replace(cast(Any, part), **values)

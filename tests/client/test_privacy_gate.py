@@ -35,26 +35,26 @@ def options(path, **changes):
 
 
 def opened(path, budget=BUDGET, unit=None, **changes):
-    owner = PrivacyGate(options(path, **changes))
-    told = owner.recognise(read(path, "classification", unit=unit)) + owner.take_charge(budget)
-    owner.ledger.close()
-    return owner, " ".join(told)
+    gate = PrivacyGate(options(path, **changes))
+    told = gate.recognise(read(path, "classification", unit=unit)) + gate.take_charge(budget)
+    gate.ledger.close()
+    return gate, " ".join(told)
 
 
 def test_the_first_private_use_gives_the_data_set_its_epsilon_for_life_and_the_second_finds_it(north):
-    owner, told = opened(north)
+    gate, told = opened(north)
     assert "[dataset.notes]" in told and str(paths.policy()) in told
     declared = Policy.read(paths.policy()).dataset_at(str(north))
     assert (declared.id, declared.epsilon, declared.delta) == ("notes", 8.0, BUDGET.delta)
     again, told = opened(north, epsilon=3.0)
-    assert again.dataset == owner.dataset and "now gives" not in told
+    assert again.dataset == gate.dataset and "now gives" not in told
     assert "8.000 of ε 8 left" in told
     assert f"raise epsilon under [dataset.notes] in {paths.policy()}" in told
 
 
 def test_a_run_without_privacy_is_refused_where_there_is_a_budget_and_recorded_under_the_same_name_elsewhere(north):
-    owner, _ = opened(north, budget=None, epsilon=math.inf)
-    assert owner.dataset == "notes" and not paths.policy().exists()
+    gate, _ = opened(north, budget=None, epsilon=math.inf)
+    assert gate.dataset == "notes" and not paths.policy().exists()
     assert opened(north)[0].dataset == "notes"
     with pytest.raises(ValueError, match="--epsilon inf"):
         PrivacyGate(options(north, epsilon=math.inf))
@@ -63,8 +63,8 @@ def test_a_run_without_privacy_is_refused_where_there_is_a_budget_and_recorded_u
 def test_the_unit_of_the_budget_is_the_unit_of_every_run(north):
     north.write_text("".join(line.replace('{"text"', f'{{"patient": "p{i // 3}", "text"')
                              for i, line in enumerate(north.read_text().splitlines(keepends=True))))
-    owner, _ = opened(north, unit="patient", privacy_unit="column:patient")
-    assert limits_of(options(north), owner).unit == "column:patient" and owner.unit_column == "patient"
+    gate, _ = opened(north, unit="patient", privacy_unit="column:patient")
+    assert limits_of(options(north), gate).unit == "column:patient" and gate.unit_column == "patient"
     rows = read(north, "classification", unit="patient")
     assert unit_count(rows) == 40 and unit_count(read(north, "classification")) == 120
     assert PrivacyGate(options(north)).unit == "column:patient"
@@ -86,12 +86,12 @@ def test_a_copy_of_some_rows_shares_the_budget_and_a_lost_ledger_is_noticed(nort
     assert [mark["rows"] for mark in Ledger(paths.ledger()).marks()] == [3]
 
 
-def released(owner, epsilon=8.0):
+def released(gate, epsilon=8.0):
     """One update of a run has left."""
-    ledger = owner.ledger
-    ledger.begin_run(owner.dataset, RunTerms("ab" * 8, "a" * 64, "row", 120, 0.1, None if epsilon == math.inf else 4.0,
+    ledger = gate.ledger
+    ledger.begin_run(gate.dataset, RunTerms("ab" * 8, "a" * 64, "row", 120, 0.1, None if epsilon == math.inf else 4.0,
                                              None if epsilon == math.inf else 1e-5, 1.0, {}, 1, 1))
-    reservation = ledger.reserve(owner.dataset, "ab" * 8, 1, 0)
+    reservation = ledger.reserve(gate.dataset, "ab" * 8, 1, 0)
     reservation.begin()
     reservation.stored("0" * 64)
     reservation.released()
@@ -100,11 +100,11 @@ def released(owner, epsilon=8.0):
 
 def spent(path, epsilon=8.0):
     """A whole run on the data, after which the witness lies beside them."""
-    owner = PrivacyGate(options(path, epsilon=epsilon))
-    owner.recognise(read(path, "classification"))
-    owner.take_charge(BUDGET if epsilon != math.inf else None)
-    released(owner, epsilon)
-    return owner
+    gate = PrivacyGate(options(path, epsilon=epsilon))
+    gate.recognise(read(path, "classification"))
+    gate.take_charge(BUDGET if epsilon != math.inf else None)
+    released(gate, epsilon)
+    return gate
 
 
 def lose(*paths):
@@ -113,7 +113,7 @@ def lose(*paths):
 
 
 def test_a_lost_policy_is_an_error_that_says_what_to_write_and_the_limit_stays(north):
-    owner, _ = opened(north)
+    gate, _ = opened(north)
     for lost in (lambda: lose(paths.policy()), lambda: paths.policy().write_text("max-rounds = 3\n")):
         lost()
         for epsilon in (50.0, math.inf):
@@ -122,7 +122,7 @@ def test_a_lost_policy_is_an_error_that_says_what_to_write_and_the_limit_stays(n
     assert Ledger(paths.ledger()).lifetime("notes").epsilon == 8.0
     with paths.policy().open("a") as file:
         file.write(str(error.value).partition("\n\n")[2])
-    assert Policy.read(paths.policy()).dataset_at(str(north)).id == owner.dataset
+    assert Policy.read(paths.policy()).dataset_at(str(north)).id == gate.dataset
     assert "of ε 8 left" in opened(north, epsilon=50.0)[1]
 
 
@@ -181,8 +181,8 @@ def test_a_simulated_ledger_is_refused_for_data_that_the_policy_names_or_a_witne
 
 
 def test_a_simulated_ledger_touches_neither_the_policy_nor_the_real_ledger(north, tmp_path):
-    owner, _ = opened(north, simulated_ledger=tmp_path / "simulated")
-    assert owner.ledger.simulated and not paths.policy().exists() and not paths.ledger().exists()
+    gate, _ = opened(north, simulated_ledger=tmp_path / "simulated")
+    assert gate.ledger.simulated and not paths.policy().exists() and not paths.ledger().exists()
 
 
 def test_an_anchor_ahead_of_the_ledger_is_refused_and_a_foreign_one_ignored_with_a_word(north, tmp_path, caplog):
@@ -210,10 +210,10 @@ def test_an_anchor_ahead_of_the_ledger_is_refused_and_a_foreign_one_ignored_with
 def test_the_proposal_is_held_against_the_policy_before_the_data_is_read(tmp_path, caplog):
     path = tmp_path / "policy.toml"
     path.write_text('strategies = ["fedsvd"]\n')
-    owner = PrivacyGate(options(tmp_path / "not-there", policy=path))
+    gate = PrivacyGate(options(tmp_path / "not-there", policy=path))
     proposal = Proposal(make_plan(strategy="fed-sb"))
     with pytest.raises(Refused) as refused:
-        owner.check_proposal(proposal)
+        gate.check_proposal(proposal)
     assert str(refused.value.refusal.code) == "policy" and not refused.value.refusal.detail
     assert "strategies" in caplog.text and str(path) in caplog.text
 

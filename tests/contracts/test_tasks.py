@@ -21,7 +21,7 @@ import torch
 from fedlora import models, registry
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
-from fedlora.plan import TaskFacts, task_facts
+from fedlora.plan.found import TaskFacts, task_facts
 from fedlora.tasks import Records, Task, read, task_named
 from tests.federation import plan_of
 from tests.tiny import KINDS
@@ -189,7 +189,8 @@ def test_a_plan_with_what_the_task_has_not_is_refused(made):
     labels = ("0", "1") if made.task.has_labels else ()
     plan_of("fedsvd", task=made.key, labels=labels, train_head=made.task.has_head)
     with pytest.raises(ValueError, match="labels is"):
-        plan_of("fedsvd", task=made.key, labels=() if labels else ("0", "1"), train_head=False)
+        plan_of("fedsvd", task=made.key, labels=("0",) if labels else ("0", "1"), train_head=False)
+    assert plan_of("fedsvd", task=made.key, labels=(), train_head=False).labels_open is made.task.has_labels
     if not made.task.has_head:
         with pytest.raises(ValueError, match=r"train_head is True; .* has no task head"):
             plan_of("fedsvd", task=made.key, labels=labels, train_head=True)

@@ -95,7 +95,7 @@ def test_the_number_of_trained_values_is_the_one_of_the_table(family, up):
 @pytest.mark.parametrize(("kind", "frozen"), [
     ("bert", set()), ("roberta", {"head.classifier.dense.weight", "head.classifier.dense.bias"}),
     ("modernbert", {"head.head.dense.weight", "head.head.norm.weight"}), ("llama", set()), ("gpt2", set())])
-def test_only_the_final_linear_trains_and_the_rest_of_a_missing_head_is_shared(kind, frozen, checkpoint):
+def test_only_the_final_linear_trains_and_the_rest_of_a_missing_head_is_frozen(kind, frozen, checkpoint):
     adapted = adapted_model(checkpoint(kind), "classification")
     assert {spec.name for spec in adapted.layout.frozen if spec.group == "head"} == frozen
     final = {"bert": "classifier", "roberta": "classifier.out_proj", "modernbert": "classifier"}.get(kind, "score")
@@ -104,7 +104,7 @@ def test_only_the_final_linear_trains_and_the_rest_of_a_missing_head_is_shared(k
     assert trained == {f"head.{final}.{name}" for name, _ in adapted.model.get_submodule(final).named_parameters()}
 
 
-def test_a_frozen_head_is_shared(checkpoint):
+def test_a_head_that_is_not_trained_is_frozen(checkpoint):
     layout = adapted_model(checkpoint("bert"), "classification", train_head=False).layout
     assert {spec.name for spec in layout.frozen} == {"head.classifier.weight", "head.classifier.bias"}
     assert all(spec.group == "adapter" for spec in layout.trained)

@@ -119,7 +119,7 @@ def test_what_does_not_go_together_is_refused():
     frozen = next(spec.name for spec in trainer.adapted.layout.frozen)
     stale = dataclasses.replace(other, start=other.start | {frozen: other.start[frozen] + 1})
     for misfit in (longer, stale):
-        with pytest.raises(ValueError, match="one plan and the same frozen tensors"):
+        with pytest.raises(ValueError, match="one plan, the same active and the same frozen tensors"):
             trainer.train_together([one, misfit])
     trainer, trainings = make(dropout=0.1)
     with pytest.raises(ValueError, match="--dropout 0"):
@@ -167,3 +167,18 @@ def test_a_step_that_is_not_made_as_it_should_be_is_found_before_the_round_is_re
                         type("Faulty", (PerRecordOptimizer,), {"scale_grad": scaled_twice}))
     with pytest.raises(RuntimeError, match="not the clipped sum with the drawn noise"):
         trainer.train_together(trainings)
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("part", [".weight", ".bias", ".A"])
+def test_together_is_alone_where_a_part_of_the_tensors_trains_even_of_a_layer(part, private):
+    trainer, trainings = make(private=private)
+    active = tuple(spec.name for spec in trainer.adapted.layout.trained if spec.name.endswith(part))
+    first = trainings[0].start
+    trainings = [dataclasses.replace(one, active=active, start={
+        name: one.start[name] if name in active else array for name, array in first.items()}) for one in trainings]
+    for mine, one in zip(trainer.train_together(trainings), trainings, strict=True):
+        assert mine.tensors.keys() == set(active)
+        assert_same(mine, trainer.train(one))
+    assert all(np.array_equal(array, first[name]) for name, array in trainer.adapted.read("state").items()
+               if name not in active), "the others stay as they are"

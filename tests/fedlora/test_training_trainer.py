@@ -302,14 +302,6 @@ def test_out_of_memory_names_the_flags_that_help(monkeypatch):
         Trainer(trainer.adapted, trainer.task, device="cpu", precision="fp32")
 
 
-def test_noise_and_its_stream_come_together():
-    trainer = make_trainer("bert", plan("lora"))
-    with pytest.raises(ValueError, match="belong together"):
-        _train(trainer, plan("lora"), make_records(trainer), noise=None)
-
-
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("kind", "task", "family"), MODELS)
 def test_a_rehearsal_passes_and_leaves_everything_as_it_was(kind, task, family, precision):

@@ -13,6 +13,7 @@ from fedlora_server.observer import Observer
 from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import Run, run_federation
 from fedlora_simulations.in_process import InProcessEngine
+from fedlora_strategies import FedSVD
 from tests.federation import LinearSession
 from tests.server.test_rounds import Federation, replace, same
 
@@ -232,6 +233,18 @@ def test_the_options_come_back_and_another_plan_is_refused(tmp_path):
     assert left.plan == run.plan and left.state is None and left.round == 0
     with pytest.raises(ValueError, match=r"rounds 4, now 5.*Leave these options out"):
         left.check(Federation(NAMES, rounds=5, max_participations=2).plan)
+
+
+def test_what_the_server_does_cannot_change_while_a_run_lasts_even_where_its_memory_would_fit(tmp_path):
+    run, adam = federation(), FedSVD.recipe.with_optimizer("adam", {"beta1": 0.0})
+    checkpoint.begin(tmp_path, {}, run.plan, {}, (), adam.described())
+    left = checkpoint.take_up(tmp_path)
+    left.check(run.plan, adam.described())
+    for other in (FedSVD.recipe.with_optimizer("yogi", {"beta1": 0.0}), FedSVD.recipe.with_optimizer("adam", {})):
+        with pytest.raises(ValueError, match=r"optimizer.*now.*Leave these options out"):
+            left.check(run.plan, other.described())
+    checkpoint.begin(tmp_path, {}, run.plan, {})  # as a version before wrote it
+    checkpoint.take_up(tmp_path).check(run.plan, adam.described())
 
 
 @pytest.mark.parametrize(("write", "message"), [

@@ -154,9 +154,9 @@ def test_the_search_finds_arithmetic_that_depends_on_how_many_records_there_are(
     """The rounding is made to: it is otherwise in trainings of 16 records and more, whatever the trainer computes."""
     train, trained = Trainer.train, []
 
-    def counting(self, run, records, **arguments):
-        trained.append(len(records))
-        return train(self, run, records, **arguments)
+    def counting(self, job, *stop):
+        trained.append(len(job.records))
+        return train(self, job, *stop)
 
     monkeypatch.setattr(Trainer, "train", counting)
     write_rows(tmp_path / "rows.jsonl", seed=0)

@@ -5,7 +5,8 @@ import pytest
 
 from fedlora import registry
 from fedlora_server import checkpoint
-from tests.federation import FAMILIES, layout_of, start_of, update_of
+from tests.families import FAMILIES
+from tests.federation import layout_of, start_of, update_of
 
 REFACTORIZATIONS = "fedlora_strategies.refactorizations"
 NAMES = registry.keys(REFACTORIZATIONS)

@@ -5,7 +5,8 @@ import pytest
 
 from fedlora import registry
 from fedlora_server import checkpoint
-from tests.federation import FAMILIES, layout_of, start_of
+from tests.families import FAMILIES
+from tests.federation import layout_of, start_of
 
 SCHEDULES = "fedlora_strategies.schedules"
 every = pytest.mark.parametrize(("name", "family"), [

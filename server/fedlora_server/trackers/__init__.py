@@ -66,7 +66,12 @@ class Trackers(Tracker):
 
     def __init__(self, keys: Iterable[str], run: Watched) -> None:
         super().__init__(run)
-        self._trackers = {key: registry.load("fedlora_server.trackers", key).TRACKER(run) for key in sorted(keys)}
+        self._trackers: dict[str, Tracker] = {}
+        for key in sorted(keys):
+            try:
+                self._trackers[key] = registry.load("fedlora_server.trackers", key).TRACKER(run)
+            except Exception as error:
+                log.error("The tracker %s cannot be made and is left out: %s: %s", key, type(error).__name__, error)
 
     def __enter__(self) -> Trackers:
         self.open()

@@ -45,6 +45,9 @@ class NoTrainer:
     def __init__(self, layout: AdapterLayout) -> None:
         self.adapted = SimpleNamespace(layout=layout)
 
+    def activate(self, active: tuple[str, ...]) -> None:
+        """All of them."""
+
     def show_batch_invariance(self, run: RunPlan, rows_per_unit: int) -> None:
         """There is no arithmetic."""
 
