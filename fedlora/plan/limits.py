@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-PROTOCOL = 6
+PROTOCOL = 7
 """Version of the wire protocol. Two sides with different numbers refuse each other. It rises with each change of the
 .proto's messages, of a plan's meaning, or of what is answered to what."""
-CONTINUED = (4, 5, PROTOCOL)
+CONTINUED = (4, 5, 6, PROTOCOL)
 """Protocols under which a run may have been begun that this version takes up again: their plans mean the same."""
 
 LR_SCHEDULES = ("constant", "linear")

@@ -45,34 +45,38 @@ class ServerFrame(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refusal, _Mapping]] = ..., request: _Optional[_Union[TrainRequest, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Key, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class Join(_message.Message):
-    __slots__ = ("protocol", "fedlora_version", "name", "process", "private", "schema")
+    __slots__ = ("protocol", "fedlora_version", "name", "process", "private", "schema", "secret")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
     PRIVATE_FIELD_NUMBER: _ClassVar[int]
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    SECRET_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     fedlora_version: str
     name: str
     process: bytes
     private: bool
     schema: bytes
-    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., name: _Optional[str] = ..., process: _Optional[bytes] = ..., private: _Optional[bool] = ..., schema: _Optional[bytes] = ...) -> None: ...
+    secret: bytes
+    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., name: _Optional[str] = ..., process: _Optional[bytes] = ..., private: _Optional[bool] = ..., schema: _Optional[bytes] = ..., secret: _Optional[bytes] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "fedlora_version", "schema", "anchor", "run")
+    __slots__ = ("protocol", "fedlora_version", "schema", "anchor", "run", "secret")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     ANCHOR_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
+    SECRET_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     fedlora_version: str
     schema: bytes
     anchor: bytes
     run: RunPlan
-    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., schema: _Optional[bytes] = ..., anchor: _Optional[bytes] = ..., run: _Optional[_Union[RunPlan, _Mapping]] = ...) -> None: ...
+    secret: bytes
+    def __init__(self, protocol: _Optional[int] = ..., fedlora_version: _Optional[str] = ..., schema: _Optional[bytes] = ..., anchor: _Optional[bytes] = ..., run: _Optional[_Union[RunPlan, _Mapping]] = ..., secret: _Optional[bytes] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("labels", "working")
@@ -101,20 +105,22 @@ class Key(_message.Message):
     def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class TrainRequest(_message.Message):
-    __slots__ = ("run", "round", "attempt", "frozen_sha256", "tensors", "active")
+    __slots__ = ("run", "round", "attempt", "frozen_sha256", "tensors", "active", "deadline_s")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     FROZEN_SHA256_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     run: RunPlan
     round: int
     attempt: int
     frozen_sha256: str
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
     active: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, run: _Optional[_Union[RunPlan, _Mapping]] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., frozen_sha256: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., active: _Optional[_Iterable[str]] = ...) -> None: ...
+    deadline_s: float
+    def __init__(self, run: _Optional[_Union[RunPlan, _Mapping]] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., frozen_sha256: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., active: _Optional[_Iterable[str]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class RunPlan(_message.Message):
     __slots__ = ("run_id", "fedlora_version", "strategy", "family", "private", "model_name", "model_weights_sha256", "model_config_sha256", "model_tokenizer_sha256", "task", "labels", "max_length", "rank", "alpha", "targets", "train_head", "dropout", "rounds", "max_participations", "local_steps", "expected_batch", "optimizer", "lr", "clip_norm", "adapter_scale", "head_scale", "weight_by_examples", "lr_schedule", "wire_dtype", "private_start", "family_option_names", "family_option_values", "rank_sites", "rank_values", "adjustment", "protocol")
