@@ -3,9 +3,13 @@ many may be open."""
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from pathlib import Path
+
+PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
+"""Faults of a machine that end by themselves: a full disk, and too many open files."""
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:

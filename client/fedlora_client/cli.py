@@ -29,14 +29,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit((_budget if arguments[0] == "budget" else _verify)(arguments[1:]))
     options = read_config(ClientConfig, arguments, epilog=EPILOG)
     set_environment(allow_download=options.allow_download)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    from fedlora.console import stderr_that_never_blocks
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        code = _run(options)
-    except KeyboardInterrupt:
-        print("fedlora-client: left; what was spent is in the ledger, what was sent in --state", file=sys.stderr)
-        code = 130
+    with stderr_that_never_blocks():
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+        try:
+            code = _run(options)
+        except KeyboardInterrupt:
+            print("fedlora-client: left; what was spent is in the ledger, what was sent in --state", file=sys.stderr)
+            code = 130
     # Everything that matters is on the disk; gRPC's threads, rarely, keep an interpreter from ending by itself.
     sys.stdout.flush()
     sys.stderr.flush()

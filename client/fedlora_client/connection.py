@@ -58,6 +58,10 @@ class RunChanged(Exception):
         super().__init__(f"the server was restarted and runs {proposal.plan.run_id} now")
 
 
+class _Suspended(Exception):
+    """The server said that it comes back: as good as a broken stream."""
+
+
 class _Stream:
     """One attempt at a stream: what is to be sent, and how far the conversation is."""
 
@@ -229,7 +233,8 @@ class Connection:
                     lost_at = time.monotonic()
                     attempt = 0 if lost_at - began > 2 * _PATIENCE_S[-1] else attempt  # no storm at a server that fails
                     if not self._leaving.is_set():
-                        self._report(f"The connection to {self.server} was lost; looking for it again.")
+                        self._report(f"The connection to {self.server} was lost ({error}); looking for it again, for "
+                                     f"{self._connect_timeout_s:g} s.")
                 elif attempt == 0:
                     self._report(f"No server at {self.server} yet ({error}); trying for {self._connect_timeout_s:g} s.")
                 if time.monotonic() - lost_at > self._connect_timeout_s:
@@ -272,6 +277,8 @@ class Connection:
                     if chunk is not None:
                         self._on_chunk(stream, *chunk)
                 return "the server closed the stream"
+            except _Suspended:
+                return GOODBYES["suspended"]
             except grpc.RpcError as error:
                 if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
                     raise WireError(f"the server ended the stream: {wire.clean(error.details() or '')}") from None
@@ -297,6 +304,8 @@ class Connection:
             refusal = wire.refusal_from_wire(frame.refused)
             raise Refused(refusal.code, refusal.detail)
         if kind == "goodbye":
+            if frame.goodbye.reason == GOODBYES["suspended"] and stream.welcomed:
+                raise _Suspended
             raise Goodbye(wire.clean(frame.goodbye.reason))
         if (kind == "welcome") == stream.welcomed:
             raise WireError("the server's stream begins with one Welcome")

@@ -92,6 +92,7 @@ class Refused(Exception):
 GOODBYES: Mapping[str, str] = {
     "finished": "the run is finished",
     "stopped": "the coordinator stopped the run",
+    "suspended": "the server is stopped for a while, and its run goes on when it is back",
     "wait-timeout": "too few clients were left",
     "labels": "the label names do not fit; the coordinator has to fix the label set with --labels",
     "failed": "the server failed",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
+import logging
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,15 +16,16 @@ from rich.console import Console
 from fedlora import data
 from fedlora.config import ServerConfig
 from fedlora.data import Rows
-from fedlora.plan import GOODBYES, MOST_ANNOUNCED, PROTOCOL, Proposal
+from fedlora.plan import GOODBYES, MOST_ANNOUNCED, PROTOCOL, Proposal, RunPlan
 from fedlora.tasks import task_named
 
 from . import checkpoint
 from .anchors import default_place
 from .checkpoint import Unfinished
 from .client_registry import Event
-from .folders import claim_folder
+from .folders import claimed_folder, hold
 from .grpc_engine import GrpcEngine, check_address
+from .peer_lines import PeerFilter, PeerLines
 from .registry_engine import RegistryEngine
 from .report import write_report
 from .round_state import RoundOptions
@@ -48,10 +49,16 @@ Listen = Callable[[Proposal, Path, Callable[[Event], None]], RegistryEngine]
 
 @dataclass(frozen=True)
 class Served:
-    """How the server's run ended: `result` is None if it was stopped before the first round could begin."""
+    """How the server's run ended.
+
+    Attributes:
+        result: None if it was stopped before the first round could begin.
+        ended: as `FederationResult.ended`, or "suspended" where SIGTERM stopped it.
+    """
 
     out: Path
     result: FederationResult | None
+    ended: str
 
 
 def serve(options: ServerConfig, console: Console, *, listen: Listen | None = None,
@@ -65,15 +72,12 @@ def serve(options: ServerConfig, console: Console, *, listen: Listen | None = No
     Raises:
         ValueError: an option is wrong, the port is taken, or the clients named no labels.
     """
-    left = _left(options, listen)
-    out = options.resume or claim_folder(options.out, options.strategy.replace(":", "-"))
-    try:
-        if left is None:
-            _hold(out)
-        return _serve(options, console, out, left, listen, run_id)
-    finally:
-        with suppress(OSError):  # taken away where it is empty, so that the same command can be given again
-            out.rmdir()
+    with ExitStack() as held:
+        if (begun := _begun(options, listen)) is not None:
+            held.callback(os.close, hold(begun))
+            return _serve(options, console, begun, checkpoint.take_up(begun), listen, run_id)
+        out = held.enter_context(claimed_folder(options.out, options.strategy.replace(":", "-")))
+        return _serve(options, console, out, None, listen, run_id)
 
 
 def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished | None, listen: Listen | None,
@@ -105,18 +109,28 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     protocol = left.plan.protocol if left else PROTOCOL  # clients of a run know its plan by every value in it
     federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
                          options.seed, run_id=left.plan.run_id if left else run_id, protocol=protocol)
-    if left is not None:
-        left.check(federation.plan, federation.strategy.recipe.described())
-        console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
     proposal = Proposal(federation.plan.with_open_labels() if announced else federation.plan)
     run_id = proposal.plan.run_id
-    stop = threading.Event()
+    before: Mapping[str, Mapping[str, object]] = {}
+    if left is not None:
+        left.check(proposal.plan, federation.strategy.recipe.described())
+        before = left.joined
+        console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
+    stop, goes_on = threading.Event(), threading.Event()
     trackers = Trackers(options.trackers, Watched(f"{options.strategy}, {base.reference.name}", out, console,
                                                   resolved(options, options.strategy)))
-    engine = (listen or _grpc(options, left))(proposal, out / "uploads", lambda event: _tell(trackers, event))
+
+    def begin(plan: RunPlan, joined: Mapping[str, Mapping[str, object]]) -> None:
+        if listen is None:
+            checkpoint.begin(out, vars(options), plan, joined, left.resumptions if left else (),
+                             federation.strategy.recipe.described())
+
+    lines = PeerLines()
+    engine = (listen or _grpc(options, left))(proposal, out / "uploads", lambda event: _tell(trackers, lines, event))
     ended = "failed"
-    with _stopped_by_signals(stop, console):
+    with _stopped_by_signals(stop, goes_on, console), _told_sparingly(lines):
         try:
+            begin(proposal.plan, before)
             console.print(f"Listening on {engine.address}; run {run_id}, results in {out}", soft_wrap=True)
             with trackers:
                 if announced:
@@ -127,42 +141,31 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
                         federation = prepare(options, options.strategy, base, labels, options.seed,
                                              run_id=run_id, protocol=protocol)
                 if stop.is_set():
-                    ended = "stopped"
-                    return Served(out, None)
-                before = left.joined if left else {}
-                if listen is None:
-                    checkpoint.begin(out, vars(options), federation.plan, _joined(engine, before),
-                                     left.resumptions if left else (), federation.strategy.recipe.described())
+                    ended = "suspended" if goes_on.is_set() else "stopped"
+                    return Served(out, None, ended)
+                begin(federation.plan, _joined(engine, before))
                 engine.expect(federation.adapted.layout)
                 run = Run(federation.strategy, federation.state, rounds, federation.start, evaluator(federation, rows),
                           out, left)
                 result = run_federation(engine, run, observer=trackers, stop=stop)
                 write_report(out, federation, result, base.loadable_name, options=resolved(options, options.strategy),
                              joined=_joined(engine, before))
-            ended = result.ended
+            ended = "suspended" if result.ended == "stopped" and goes_on.is_set() else result.ended
         finally:
             engine.close(GOODBYES[ended])
-    return Served(out, result)
+    return Served(out, result, ended)
 
 
-def _left(options: ServerConfig, listen: Listen | None) -> Unfinished | None:
-    """The run that --resume names."""
+def _begun(options: ServerConfig, listen: Listen | None) -> Path | None:
+    """The folder of the run to take up: that of --resume, or of the same command given before."""
     if options.resume is None:
-        return None
+        unfinished = listen is None and options.out is not None and checkpoint.holds_unfinished_run(options.out)
+        return options.out if unfinished else None
     if listen is not None:
         raise ValueError("--resume is for fedlora-server alone: a SuperLink gives every run an id of its own")
     if options.out is not None:
         raise ValueError(f"--resume goes on in the run's own folder; leave --out {options.out} out")
-    _hold(options.resume)
-    return checkpoint.take_up(options.resume)
-
-
-def _hold(folder: Path) -> None:
-    """Keep other servers from this run, until this process ends."""
-    try:
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another fedlora-server works on the run in {folder}; stop it first") from None
+    return options.resume
 
 
 def _joined(engine: RegistryEngine, before: Mapping[str, Mapping[str, object]]) -> dict[str, Mapping[str, object]]:
@@ -208,20 +211,37 @@ def _freeze_labels(engine: RegistryEngine, options: ServerConfig, held_out: Rows
     return labels
 
 
-def _tell(trackers: Trackers, event: Event) -> None:
-    detail = f": {event.detail}" if event.detail else ""
-    trackers.said(f"{event.name} {event.kind}{detail}")
+def _tell(trackers: Trackers, lines: PeerLines, event: Event) -> None:
+    more = lines.admit(event.name, event.kind)
+    if more is not None:
+        trackers.said(f"{event.name} {event.kind}{f': {event.detail}' if event.detail else ''}{more}")
 
 
 @contextmanager
-def _stopped_by_signals(stop: threading.Event, console: Console) -> Iterator[None]:
-    """The first SIGINT or SIGTERM sets `stop`; a second one ends the process at once."""
+def _told_sparingly(lines: PeerLines) -> Iterator[None]:
+    """Have what is logged about a peer said once a minute."""
+    handlers, sparing = tuple(logging.getLogger().handlers), PeerFilter(lines)
+    for handler in handlers:
+        handler.addFilter(sparing)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(sparing)
+
+
+@contextmanager
+def _stopped_by_signals(stop: threading.Event, goes_on: threading.Event, console: Console) -> Iterator[None]:
+    """The first SIGINT or SIGTERM sets `stop`, SIGTERM `goes_on` too; a second one ends the process at once."""
 
     def on_signal(number: int, frame: object) -> None:
         if stop.is_set():
-            os._exit(130)
+            os._exit(128 + number)
+        if number == signal.SIGTERM:
+            goes_on.set()
         stop.set()
-        console.print("Stopping: clients are told, and the last finished round is written. Again to stop at once.")
+        console.print("Stopping: the last finished round is written, and clients "
+                      f"{'wait for this server' if goes_on.is_set() else 'are told'}. Again to stop at once.")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

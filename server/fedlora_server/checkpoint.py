@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +25,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from fedlora.files import replace_file
+from fedlora.files import PASSING, replace_file
 from fedlora.plan import RunPlan, Tensors, from_scalars, to_scalars
 
 from .observer import RoundRecord, jsonable
 
 ABOUT, ASKED, LINES, STATE = "run.json", "asked.json", "metrics.jsonl", "checkpoint.safetensors"
+REPORT = "report.json"
 _MEMORY = "step/"
 _MODE = 0o666
 """Nothing here is secret: files as the process's umask has them."""
@@ -99,7 +101,7 @@ class Unfinished:
         changed = [f"{name} {then[name]!r}, now {now[name]!r}" for name in then if then[name] != now.get(name)]
         if changed:
             raise ValueError(f"--resume: the run was begun with {'; '.join(changed)}, and its plan cannot change while "
-                             "it lasts. Leave these options out, or begin a new run")
+                             "it lasts. Leave these options out, or begin a new run in another folder")
 
 
 def begin(folder: Path, options: Mapping[str, object], plan: RunPlan, joined: Mapping[str, Mapping[str, object]],
@@ -128,11 +130,53 @@ def save(folder: Path, run_id: str, round: int, state: Tensors, memory: Tensors)
 
 
 def note(folder: Path, record: RoundRecord) -> None:
-    """Add the line of a finished round."""
-    with (folder / LINES).open("a") as lines:
-        lines.write(_line(record))
-        lines.flush()
-        os.fsync(lines.fileno())
+    """Add the line of a finished round, or nothing where the disk has no room for all of it."""
+    with (folder / LINES).open("ab") as lines:
+        whole = lines.tell()
+        try:
+            lines.write(_line(record).encode())
+            lines.flush()
+            os.fsync(lines.fileno())
+        except OSError:
+            os.ftruncate(lines.fileno(), whole)
+            raise
+
+
+LOOK_AGAIN_S = 2.0
+
+
+def patiently(write: Callable[[], object], folder: Path, stop: threading.Event, say: Callable[[str], object]) -> None:
+    """Write to the run's folder, as soon as the machine can: what a round has cost is not lost to a full disk.
+
+    Args:
+        say: given why it waits, once.
+    Raises:
+        ValueError: the folder was removed.
+        OSError: another fault, or still that one when `stop` is set.
+    """
+    told = False
+    while True:
+        if not folder.is_dir():
+            raise ValueError(f"the run's folder {folder} was removed while the run lasted, and what it held is lost. "
+                             "Nothing more is trained; start the run again, in a folder that stays")
+        try:
+            write()
+            return
+        except OSError as error:
+            if error.errno not in PASSING or stop.is_set():
+                raise
+            if not told:
+                say(f"{folder} cannot be written to ({error.strerror}). It goes on when it can; Ctrl-C stops it")
+            told = True
+        stop.wait(LOOK_AGAIN_S)
+
+
+def holds_unfinished_run(folder: Path) -> bool:
+    """Whether a run was begun in the folder and is not finished."""
+    try:
+        return json.loads((folder / REPORT).read_text()).get("ended") != "finished"
+    except (OSError, ValueError, AttributeError):
+        return (folder / ABOUT).exists()
 
 
 def options_of(folder: Path) -> dict[str, object]:
@@ -210,8 +254,8 @@ def _about(folder: Path) -> dict:
             raise ValueError("it holds no options")
         return about
     except OSError:
-        raise ValueError(f"--resume: {folder} has no {ABOUT}; name the --out folder of a run whose first round had "
-                         "begun. Before that nothing is lost: start it again") from None
+        raise ValueError(f"--resume: {folder} has no {ABOUT}; name the --out folder of a run that had begun to wait "
+                         "for clients. Before that nothing is lost: start it again") from None
     except ValueError as error:
         raise ValueError(f"--resume: {folder / ABOUT} cannot be read: {error}") from None
 

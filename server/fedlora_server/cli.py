@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 from fedlora.config import ServerConfig, read_config
 
-EXIT_CODES = "exit codes: 0 finished, 1 ended for want of clients, 2 wrong input, 130 stopped by a signal"
+EXIT_CODES = ("exit codes: 0 finished; 1 ended before its time, for want of clients or by a failing machine: --resume "
+              "goes on; 2 the command, a file or the clients' labels must be mended first; 130 stopped by Ctrl-C, 143 "
+              "suspended by SIGTERM: --resume, or the same command, goes on")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,15 +29,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.allow_download:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+    from fedlora.console import stderr_that_never_blocks
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the run takes it over
-    try:
-        return _run(options)
-    except KeyboardInterrupt:
-        print("fedlora-server: stopped before a round could begin; there is nothing to write", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"fedlora-server: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    with stderr_that_never_blocks():
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+        try:
+            return _run(options)
+        except KeyboardInterrupt:
+            print("fedlora-server: stopped before a round could begin; there is nothing to write", file=sys.stderr)
+            return 130
+        except OSError as error:
+            print(f"fedlora-server: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+            from fedlora.files import PASSING
+
+            return 1 if error.errno in PASSING else 2
 
 
 def _begun_with(folder: Path) -> dict[str, object]:
@@ -54,17 +63,18 @@ def _run(options: ServerConfig) -> int:
     except (ValueError, MemoryError) as error:
         print(f"fedlora-server: {error}", file=sys.stderr)
         return 2
-    if served.result is None:
-        console.print("Stopped before a round could begin; there is nothing to write.")
-        return 130
+    code = {"finished": 0, "wait-timeout": 1, "stopped": 130, "suspended": 143}[served.ended]
     result, out = served.result, served.out
+    if result is None:
+        console.print(f"Stopped before a round could begin; fedlora-server --resume {out} goes on.", soft_wrap=True)
+        return code
     adapter = f"The adapter is {out / 'adapter'}, the" if result.rounds else "There is no adapter yet. The"
     console.print(f"{result.rounds} rounds finished. {adapter} report {out / 'report.json'}.",
                   soft_wrap=True)
     if result.ended != "finished":
         why = "Too few clients were left for --wait-timeout" if result.ended == "wait-timeout" else "It was stopped"
         console.print(f"{why}; fedlora-server --resume {out} goes on.", soft_wrap=True)
-    return {"finished": 0, "wait-timeout": 1, "stopped": 130}[result.ended]
+    return code
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class _Upload:
 
 
 def _not_stored(error: OSError) -> Refusal:
-    log.error("An upload could not be stored: %s", error)
+    log.error("An upload could not be stored: %s", error, extra={"peer": "", "kind": "not stored"})
     return Refusal("unavailable", "the server cannot store the upload")
 
 
@@ -91,6 +91,7 @@ class GrpcSession:
         self._upload: _Upload | None = None
         self._drained_bytes = 0
         self._left = False
+        self._peer = context.peer().rpartition(":")[0]  # without the port
 
     def send(self, frames: Iterable[bytes]) -> None:
         """Queue frames; an iterator is asked for each only when the one before has been sent."""
@@ -144,13 +145,15 @@ class GrpcSession:
         except grpc.RpcError:
             pass  # the stream broke
         except Exception:
-            log.exception("The stream of client %r ended by an error of this server", self.name)
+            log.exception("The stream of client %r ended by an error of this server", self.name,
+                          extra={"peer": self._peer, "kind": "server error"})
             self._failure = grpc.StatusCode.INTERNAL, "the server failed; its log says why"
         finally:
             if self._upload is not None:
                 self._upload.discard()
             if self._failure is not None:
-                log.warning("The stream of client %r was ended: %s", self.name, self._failure[1])
+                log.warning("The stream of client %r was ended: %s", self.name, self._failure[1],
+                            extra={"peer": self._peer, "kind": "ended"})
             self._registry.gone(self, "left" if self._left else "lost")
             self.close()
 
@@ -178,7 +181,8 @@ class GrpcSession:
         try:
             proposal = self._registry.join(self, join)
         except Refused as refused:
-            log.warning("A client that calls itself %r was turned away: %s", wire.clean(join.name), refused.refusal)
+            log.warning("A client that calls itself %r was turned away: %s", wire.clean(join.name), refused.refusal,
+                        extra={"peer": self._peer, "kind": "turned away"})
             self.send([pb.ServerFrame(refused=wire.refusal_to_wire(refused.refusal)).SerializeToString()])
             self.close()
             self._left = True

@@ -73,6 +73,9 @@ class Observer:
     def overdue(self, round: int, missing: int, pending: int) -> None:
         """The round's time is up with `missing` uploads too few and no backup client; `pending` clients still train."""
 
+    def held_up(self, reason: str) -> None:
+        """The run cannot write to its folder and waits until it can; the reason is this machine's."""
+
     def answered(self, round: int, name: str, outcome: str) -> None:
         """A client's state changed: "uploaded", "lost" or a refusal's text."""
 

@@ -8,10 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fedlora import adapters
+from fedlora.files import replace_file
 from fedlora.plan import RunPlan, to_scalars
 from fedlora.versions import environment
 from fedlora_strategies import FederatedLoRA
 
+from .checkpoint import REPORT
 from .observer import RoundRecord, jsonable
 from .rounds import FederationResult
 from .run_setup import Federation
@@ -34,7 +36,7 @@ def write_report(out: Path, federation: Federation, result: FederationResult, ba
         adapters.export(federation.adapted, result.state, out / "adapter", base)
     report = describe(federation.plan, federation.strategy, result, options or {}, joined or {})
     text = json.dumps(jsonable(report), indent=1, allow_nan=False)
-    (out / "report.json").write_text(text + "\n")
+    replace_file(out / REPORT, f"{text}\n".encode(), 0o666)
 
 
 def describe(plan: RunPlan, strategy: FederatedLoRA, result: FederationResult, options: Mapping[str, object],

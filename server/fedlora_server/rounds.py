@@ -93,7 +93,8 @@ def run_federation(engine: Engine, run: Run, *, observer: Observer | None = None
         observer: told what happens.
         stop: when it is set, the open round is abandoned and the state of the last finished one returned.
     Raises:
-        ValueError: the run cannot be taken up as it was left.
+        ValueError: the run cannot be taken up as it was left, or its folder was removed.
+        OSError: its folder cannot be written to.
     """
     return _UnderWay(engine, run, observer or Observer(), stop or Event()).to_the_end()
 
@@ -175,15 +176,18 @@ class _UnderWay:
 
     def _conclude(self, record: RoundRecord) -> None:
         self._records.append(record)
-        if self._run.out is not None:
-            checkpoint.note(self._run.out, record)
+        self._keep(lambda out: checkpoint.note(out, record))
         self._save(record.round)
         self._observer.finished(record)
 
     def _save(self, number: int) -> None:
-        if self._run.out is not None:
-            checkpoint.save(self._run.out, self._run.plan.run_id, number, self._state, self._run.strategy.memory)
+        run = self._run
+        self._keep(lambda out: checkpoint.save(out, run.plan.run_id, number, self._state, run.strategy.memory))
 
     def _remember(self, asked: Asked) -> None:
-        if self._run.out is not None:
-            checkpoint.remember(self._run.out, asked)
+        self._keep(lambda out: checkpoint.remember(out, asked))
+
+    def _keep(self, write: Callable[[Path], None]) -> None:
+        out = self._run.out
+        if out is not None:
+            checkpoint.patiently(lambda: write(out), out, self._stop, self._observer.held_up)

@@ -33,7 +33,7 @@ from fedlora.data import Rows
 from fedlora.plan import Refused
 from fedlora.privacy import Accountant, Budget, Ledger, nominal_size
 from fedlora.tasks import read
-from fedlora_server.folders import claim_folder
+from fedlora_server.folders import claimed_folder
 from fedlora_server.observer import jsonable
 from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import Run, run_federation
@@ -279,15 +279,10 @@ def read_audit_config(argv: Sequence[str]) -> AuditConfig:
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0 nothing refuted, 1 the claim is refuted, 2 wrong input."""
     options = read_audit_config(argv)
-    console = messages()
     try:
         base = find_model(options)
-        out = claim_folder(options.out, "audit")
-        audits = []
-        for private in (True, False):
-            audits.append(run_audit(options, base, private=private))
-            console.print(f"{'private' if private else 'not private'}: {audits[-1].rounds} rounds in "
-                          f"{audits[-1].seconds:.0f} s")
+        with claimed_folder(options.out, "audit") as out:
+            return _run(options, base, out, messages())
     except (ValueError, MemoryError) as error:
         print(f"fedlora-simulate audit: {error}", file=sys.stderr)
         return 2
@@ -296,6 +291,14 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _run(options: AuditConfig, base: BaseModel, out: Path, console: Console) -> int:
+    audits = []
+    for private in (True, False):
+        audits.append(run_audit(options, base, private=private))
+        console.print(f"{'private' if private else 'not private'}: {audits[-1].rounds} rounds in "
+                      f"{audits[-1].seconds:.0f} s")
     whole = [audit.to_dict() for audit in audits]
     short = [{key: value for key, value in one.items() if key not in ("scores", "included")} for one in whole]
     result: dict[str, object] = {"options": jsonable(vars(options)), "confidence": CONFIDENCE}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -84,7 +83,7 @@ def run(options: SimulationConfig) -> int:
     from fedlora.console import messages
     from fedlora.tasks import task_named
     from fedlora.training import check_computing
-    from fedlora_server.folders import claim_folder
+    from fedlora_server.folders import claimed_folder
     from fedlora_server.run_setup import check_start, find_model, planned, prepare, without_effect
     from fedlora_server.settings import settings
 
@@ -110,29 +109,29 @@ def run(options: SimulationConfig) -> int:
         check_sizes(options, methods, population, seed)
     for method in methods[1:]:  # the first one's turn comes at once
         prepare(method.options(options), method.strategy, base, first.labels, options.seeds[0])
-    out = claim_folder(options.out, "simulation")
-    for method in methods:
-        own = method.options(options)
-        console.print(settings(own, method.strategy, planned(own, method.strategy)))
-    for told in without_effect(options):
-        console.print(told)
-    if options.eval_data is None:
-        console.print(f"Without --eval-data no {task_named(options.task).metric} is shown; give it a file of held-out "
-                      "rows.")
-    runs: dict[Method, list[Simulated]] = {method: [] for method in methods}
-    try:
-        for seed in options.seeds:
-            population = populations.pop(seed)
-            sizes = ", ".join(f"{name} {len(part)}" for name, part in population.parts.items())
-            console.print(f"seed {seed}: {len(population.rows)} rows: {sizes}")
-            for method in methods:
-                runs[method].append(_run_one(options, method, seed, base, population, out, console))
-    finally:  # what is finished counts, also where the rest fails
-        comparisons = [summarize(done) for done in runs.values() if done]
-        if comparisons:
-            Console().print(table(comparisons))
-            save(out, comparisons, {"options": vars(options)})
-    console.print(f"Adapters, reports and the comparison are in {out}")
+    with claimed_folder(options.out, "simulation") as out:
+        for method in methods:
+            own = method.options(options)
+            console.print(settings(own, method.strategy, planned(own, method.strategy)))
+        for told in without_effect(options):
+            console.print(told)
+        if options.eval_data is None:
+            console.print(f"Without --eval-data no {task_named(options.task).metric} is shown; give it a file of "
+                          "held-out rows.")
+        runs: dict[Method, list[Simulated]] = {method: [] for method in methods}
+        try:
+            for seed in options.seeds:
+                population = populations.pop(seed)
+                sizes = ", ".join(f"{name} {len(part)}" for name, part in population.parts.items())
+                console.print(f"seed {seed}: {len(population.rows)} rows: {sizes}")
+                for method in methods:
+                    runs[method].append(_run_one(options, method, seed, base, population, out, console))
+        finally:  # what is finished counts, also where the rest fails
+            comparisons = [summarize(done) for done in runs.values() if done]
+            if comparisons:
+                Console().print(table(comparisons))
+                save(out, comparisons, {"options": vars(options)})
+        console.print(f"Adapters, reports and the comparison are in {out}")
     return 0
 
 
@@ -163,8 +162,7 @@ def _run_one(options: SimulationConfig, method: Method, seed: int, base: BaseMod
 
 
 def _take_away(folder: Path) -> None:
-    """A run's folder where no round was finished, and that of all runs where there is no other, so that the same
-    command can be given again."""
+    """A run's folder where no round was finished, so that the same command can be given again."""
     from fedlora_server.checkpoint import load
 
     try:
@@ -173,8 +171,6 @@ def _take_away(folder: Path) -> None:
         finished = 0
     if not finished:
         shutil.rmtree(folder)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()
 
 
 if __name__ == "__main__":

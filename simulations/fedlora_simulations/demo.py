@@ -24,7 +24,7 @@ from fedlora import registry
 from fedlora.config import SimulationConfig, read_config
 from fedlora.plan import Refused
 from fedlora.privacy import Ledger
-from fedlora_server.folders import claim_folder
+from fedlora_server.folders import claimed_folder
 from fedlora_server.trackers.console import quantity
 from fedlora_strategies.recipe import RECIPES
 
@@ -56,28 +56,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-control", action="store_true", help="leave the run with frozen adapters out")
     options = parser.parse_args(argv)
     console = Console()
-    began = time.monotonic()
     try:
-        out = claim_folder(options.out, "demo")
-        notes = triage.write_hospitals(out / "data", options.seed)
-        held_out = triage.write_held_out(out / "held-out.jsonl", options.seed)
-        console.print(f"Three hospitals wrote {', '.join(str(_lines(path)) for path in notes)} notes below {out}. "
-                      "Nobody sees another's.", highlight=False)
-        code = _federate(options.strategy, options.seed, out, notes, held_out)
-        if code:
-            console.print(f"The server ended with exit code {code}; its clients' words are in {out}/*.log")
-            return code
-        control = None
-        if not options.no_control:
-            console.print("\nControl: the same ε and rounds, adapters frozen, only the last layer trained.")
-            control = _head_alone(options.strategy, options.seed, out, held_out)
+        with claimed_folder(options.out, "demo") as out:
+            return _show(console, out, options.strategy, options.seed, control=not options.no_control)
     except (ValueError, Refused) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         console.print("Stopped.")
         return 130
-    _conclude(console, out, control, time.monotonic() - began)
+
+
+def _show(console: Console, out: Path, strategy: str, seed: int, *, control: bool) -> int:
+    """The federation, its control and what came of both; returns the server's exit code."""
+    began = time.monotonic()
+    notes = triage.write_hospitals(out / "data", seed)
+    held_out = triage.write_held_out(out / "held-out.jsonl", seed)
+    console.print(f"Three hospitals wrote {', '.join(str(_lines(path)) for path in notes)} notes below {out}. "
+                  "Nobody sees another's.", highlight=False)
+    code = _federate(strategy, seed, out, notes, held_out)
+    if code:
+        console.print(f"The server ended with exit code {code}; its clients' words are in {out}/*.log")
+        return code
+    compared = None
+    if control:
+        console.print("\nControl: the same ε and rounds, adapters frozen, only the last layer trained.")
+        compared = _head_alone(strategy, seed, out, held_out)
+    _conclude(console, out, compared, time.monotonic() - began)
     return 0
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import resource
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -133,9 +134,11 @@ def test_a_simulated_client_declares_the_size_that_a_deployed_one_would(argument
 def test_simulations_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(folders, "time", SimpleNamespace(strftime=lambda form: "20260101-000000"))
-    claimed = [folders.claim_folder(None, "demo") for _ in range(3)]
-    assert [folder.name for folder in claimed] == [f"20260101-000000-demo{end}" for end in ("", "-2", "-3")]
-    assert all(folder.is_dir() for folder in claimed)
+    with ExitStack() as held:
+        claimed = [held.enter_context(folders.claimed_folder(None, "demo")) for _ in range(3)]
+        assert [folder.name for folder in claimed] == [f"20260101-000000-demo{end}" for end in ("", "-2", "-3")]
+        assert all(folder.is_dir() for folder in claimed)
+    assert not any(folder.exists() for folder in claimed), "nothing was left in them"
 
 
 def test_no_clock_decides_how_a_round_ends(arguments, tmp_path, monkeypatch):

@@ -115,6 +115,9 @@ class Trackers(Tracker):
     def overdue(self, round: int, missing: int, pending: int) -> None:
         self._tell("overdue", round, missing, pending)
 
+    def held_up(self, reason: str) -> None:
+        self._tell("held_up", reason)
+
     def answered(self, round: int, name: str, outcome: str) -> None:
         self._tell("answered", round, name, outcome)
 

@@ -67,6 +67,9 @@ class Display(Tracker):
         self._say(f"round {round} takes longer than --round-timeout: {missing} more upload{'s' * (missing != 1)} "
                   f"needed, {pending} client{'s' * (pending != 1)} still training, and no backup client is left")
 
+    def held_up(self, reason: str) -> None:
+        self._say(f"the run waits: {reason}")
+
     def answered(self, round: int, name: str, outcome: str) -> None:
         self._say(f"round {round}: {name} {outcome}", quiet=outcome == "uploaded" and not self._live)
 
