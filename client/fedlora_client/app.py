@@ -15,14 +15,19 @@ from .participation import Participation
 
 
 class EndedEarly(Exception):
-    """The run, or this client's part in it, ended before its time; the message says why."""
+    """The run ended before its time; the message says why."""
+
+
+class RoundFailed(Exception):
+    """A round went wrong here, and further ones could fail alike; the message says what to do."""
 
 
 def take_part(options: ClientConfig, console: Console) -> None:
     """Take part in the server's run until it says goodbye.
 
     Raises:
-        EndedEarly: the server gave the run up, or a round failed here.
+        EndedEarly: the server gave the run up.
+        RoundFailed: a round failed here.
         ValueError: an option or the data is wrong.
         Refused: one side declined; the code says why.
         ServerUnreachable: no server within --connect-timeout.
@@ -75,7 +80,8 @@ def _serve(holder: DataHolder, proposal: Proposal, connection: Connection) -> No
             if isinstance(answer, Refusal) and answer.code in ("policy", "labels"):
                 raise Refused(answer.code, "see the messages above")
             if part.failed:
-                raise EndedEarly(f"round {plan.round} failed here, for the reason above; what had begun stays charged, "
-                                 "and further rounds could fail alike. Remove the cause, then start this client again")
+                raise RoundFailed(f"round {plan.round} failed here, for the reason above; what had begun stays "
+                                  "charged, and further rounds could fail alike. Remove the cause, then start this "
+                                  "client again")
     finally:
         part.conclude()

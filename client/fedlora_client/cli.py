@@ -17,8 +17,9 @@ from typing import NoReturn
 from fedlora.config import ClientConfig, read_config
 from fedlora.config.values import count
 
-EPILOG = ("exit codes: 0 the run was finished or its coordinator stopped it, 1 it ended early or a round failed here, "
-          "2 wrong input, 3 no server, 4 one side refused, 130 interrupted. Also: `fedlora-client budget` "
+EPILOG = ("exit codes: 0 the run was finished or its coordinator stopped it; to try again: 1 it ended early, 3 no "
+          "server; to mend first: 2 wrong input, 4 one side refused, 5 a round failed here, for the reason in the log, "
+          "and stays charged; 130 interrupted. Also: `fedlora-client budget` "
           "shows what was spent and what is left; `fedlora-client verify privacy.json` checks a report.")
 
 
@@ -81,10 +82,11 @@ def _verify(arguments: Sequence[str]) -> int:
 
 def _run(options: ClientConfig) -> int:
     from fedlora.console import messages
+    from fedlora.files import PASSING
     from fedlora.plan import Refused
     from fedlora.wire import WireError
 
-    from .app import EndedEarly, take_part
+    from .app import EndedEarly, RoundFailed, take_part
     from .connection import ServerUnreachable
 
     try:
@@ -95,6 +97,9 @@ def _run(options: ClientConfig) -> int:
     except ServerUnreachable as error:
         print(f"fedlora-client: {error}", file=sys.stderr)
         return 3
+    except RoundFailed as failed:
+        print(f"fedlora-client: {failed}", file=sys.stderr)
+        return 5
     except EndedEarly as early:
         print(f"fedlora-client: {early}", file=sys.stderr)
         return 1
@@ -103,7 +108,7 @@ def _run(options: ClientConfig) -> int:
         return 4
     except OSError as error:
         print(f"fedlora-client: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+        return 1 if error.errno in PASSING else 2
     return 0
 
 

@@ -148,7 +148,6 @@ class ClientSession:
             What may be sent: the upload, or why there is none.
         Raises:
             LedgerError: the charge cannot be written; nothing was trained.
-            ValueError: the disk has no room for the upload; nothing was charged.
         """
         prepared: list[Trainer] = []
         training = self.begin(plan, tensors, lambda: prepared.append(self._prepared_trainer(plan)))
@@ -179,7 +178,11 @@ class ClientSession:
             start = self._complete(plan, tensors, layout)
         except Refused as refused:
             return refused.refusal
-        self.state.check_room(4 * active.num_trained)
+        try:
+            self.state.check_room(4 * active.num_trained)
+        except OSError as error:
+            log.error("Nothing is trained or charged in round %d: %s", plan.round, error.strerror)
+            return Refusal("unavailable")
         prepare()
         try:
             reservation = self.ledger.reserve(self.dataset, self.run.run_id, plan.round, plan.attempt)

@@ -6,6 +6,7 @@ a crash the stored bytes are sent again at no cost.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Sequence
@@ -92,13 +93,12 @@ class FolderState:
         """Asked before a training is charged, that it need not end for want of room. The size is that of any upload.
 
         Raises:
-            ValueError: the disk has no room for an upload of so many bytes beside the last one.
+            OSError: ENOSPC: the disk has no room for an upload of so many bytes beside the last one.
         """
         free = shutil.disk_usage(self.folder).free
         if free < upload_bytes + SPARE_BYTES:
-            raise ValueError(f"--state {self.folder} has room for {free:,} bytes, and an upload of {upload_bytes:,} is "
-                             "to be kept there before it leaves. Nothing was charged: make room, or name another "
-                             "folder")
+            raise OSError(errno.ENOSPC, f"--state {self.folder} has room for {free:,} bytes, and an upload of "
+                                        f"{upload_bytes:,} is to be kept there before it leaves; make room")
 
     def save_upload(self, upload: Upload) -> None:
         about = {"round": upload.round, "attempt": upload.attempt} | upload_metrics(upload)

@@ -197,7 +197,7 @@ def test_a_disk_without_room_for_an_upload_is_known_before_the_charge(tmp_path, 
     state = FolderState(tmp_path / "state")
     state.check_room(1000)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=5))
-    with pytest.raises(ValueError, match=r"--state .* has room for 5 bytes, and an upload of 1,000 is"):
+    with pytest.raises(OSError, match=r"--state .* has room for 5 bytes, and an upload of 1,000 is"):
         state.check_room(1000)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +149,15 @@ def test_the_charge_is_on_the_disk_before_a_record_is_read(desk):
     seen = []
     session.run_round(desk.order(1), desk.start, stop=lambda: bool(seen.append(session.started)))
     assert seen and all(started == ((1, 0),) for started in seen)
+
+
+def test_a_round_for_whose_upload_there_is_no_room_is_declined_and_costs_nothing(desk, caplog, monkeypatch):
+    session = desk.session()
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=5))
+        assert session.run_round(desk.order(1), desk.start) == Refusal("unavailable")
+    assert session.started == () and "room for 5 bytes" in caplog.text
+    assert isinstance(session.run_round(desk.order(1, attempt=1), desk.start), Upload)
 
 
 def test_no_more_rounds_are_started_than_the_noise_was_calibrated_to(desk):
