@@ -12,14 +12,15 @@ PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
 """Faults of a machine that end by themselves: a full disk, and too many open files."""
 
 
-def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
+def replace_file(path: Path, content: bytes, mode: int = 0o600, *, make_folder: bool = True) -> None:
     """Atomically put `content` in place of the file; it is on the disk when this returns.
 
     Args:
-        path: its folder is made if need be.
         mode: of a file that is made, less the process's umask.
+        make_folder: whether to make the file's folder if need be.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".new")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)

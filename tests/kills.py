@@ -1,7 +1,8 @@
-"""A campaign of kills at named points after a charge: `python -m tests.kills [KILLS [SEED]]`, minutes for 60.
+"""A campaign of kills at named points: `python -m tests.kills [KILLS [SEED]]`, minutes for 60.
 
-A real server, and a real client with a real ledger, policy and witness. The client is killed (SIGKILL) at a point that
-its process was given, and started again, time after time. What the server has received is then held against the ledger.
+A real server, and a real client with a real ledger, policy and witness. Two thirds of the kills (SIGKILL) are of the
+client, at points after a charge: what the server has received is then held against the ledger. The others are of the
+server: started again by the same command, time after time, its run ends with the adapter of one that nobody killed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,25 @@ POINTS: Mapping[str, tuple[str, str]] = {
 }
 """Name → function, and when in its call. Each comes once or more in a round, when its charge is on the disk."""
 
+_CHECKPOINT, _UPLOAD = "fedlora_server.checkpoint", "fedlora_server.upload_store:IncomingUpload"
+SERVER_POINTS: Mapping[str, tuple[str, str]] = {
+    "before it listens": ("fedlora_server.app:prepare", BEFORE),
+    "before the run is written": (f"{_CHECKPOINT}:begin", BEFORE),
+    "once the run is written": (f"{_CHECKPOINT}:begin", AFTER),
+    "before it asks": (f"{_CHECKPOINT}:remember", BEFORE),
+    "once it has noted whom it asks": (f"{_CHECKPOINT}:remember", AFTER),
+    "while an upload comes": (f"{_UPLOAD}.write", BEFORE),
+    "once an upload is stored": (f"{_UPLOAD}.stored", AFTER),
+    "before a round's line": (f"{_CHECKPOINT}:note", BEFORE),
+    "before a round's checkpoint": (f"{_CHECKPOINT}:save", BEFORE),
+    "once a round's checkpoint is written": (f"{_CHECKPOINT}:save", AFTER),
+    "before the report": ("fedlora_server.app:write_report", BEFORE),
+    "before the report, after the adapter": ("fedlora_server.report:describe", BEFORE),
+}
+"""As `POINTS`; some come once in a server's life, the last two at the end of its run."""
+
 ROUNDS = 100
+SERVED_ROUNDS = 8
 PLENTY = 200
 """An ε so large that its noise is found at once."""
 
@@ -57,16 +76,37 @@ AGREED = ("--yes",)
 def client_that_dies(point: str, occurrence: int, arguments: Sequence[str], log: Path,
                      environment: Mapping[str, str]) -> None:
     """fedlora-client, killed when it comes to `point` for the n-th time after its first charge."""
-    where, when = POINTS[point]
+    charged: list[object] = []
+    _kill_at(*POINTS[point], occurrence, lambda: bool(charged))
+    reserve = Ledger.reserve
+
+    def reserving(self: Ledger, *arguments: Any, **named: Any) -> Any:
+        reservation = reserve(self, *arguments, **named)
+        charged.append(reservation)
+        return reservation
+
+    Ledger.reserve = reserving  # type: ignore[method-assign]
+    processes._run("client", arguments, log, environment)
+
+
+def server_that_dies(point: str, occurrence: int, arguments: Sequence[str], log: Path,
+                     environment: Mapping[str, str]) -> None:
+    """fedlora-server, killed when it comes to `point` for the n-th time."""
+    _kill_at(*SERVER_POINTS[point], occurrence, lambda: True)
+    processes._run("server", arguments, log, environment)
+
+
+def _kill_at(where: str, when: str, occurrence: int, counts: Callable[[], bool]) -> None:
+    """Have this process killed in the n-th call of a function, of those that come when `counts`."""
     module, _, path = where.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)
     for one in owners:
         owner = getattr(owner, one)
-    original, charged, left = getattr(owner, name), [], [occurrence]
+    original, left = getattr(owner, name), [occurrence]
 
     def die() -> None:
-        if charged:
+        if counts():
             left[0] -= 1
             if not left[0]:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -87,15 +127,6 @@ def client_that_dies(point: str, occurrence: int, arguments: Sequence[str], log:
             die()  # gRPC has it, and asks for the next one
 
     setattr(owner, name, dying)
-    reserve = Ledger.reserve
-
-    def reserving(self: Ledger, *arguments: Any, **named: Any) -> Any:
-        reservation = reserve(self, *arguments, **named)
-        charged.append(reservation)
-        return reservation
-
-    Ledger.reserve = reserving  # type: ignore[method-assign]
-    processes._run("client", arguments, log, environment)
 
 
 def server_that_tells(told: Path, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
@@ -247,6 +278,46 @@ def campaign(folder: Path, checkpoint: Path, kills: Sequence[tuple[str, int]]) -
         run.close()
 
 
+def server_campaign(folder: Path, checkpoint: Path, kills: Sequence[tuple[str, int]]) -> int:
+    """One run whose server dies at these points, (point, occurrence) each, and is started again by the same command.
+
+    Returns:
+        How many of the points it came to before its run was at its end.
+    """
+    adapters, died = [], 0
+    for name in ("whole", "broken"):
+        (folder / name).mkdir(parents=True)
+        deployment = Deployment(folder / name, checkpoint)
+        with deployment:
+            for seed, client in enumerate(("north", "south")):
+                deployment.client(client, write_rows(folder / name / f"{client}.jsonl", seed), "--epsilon", PLENTY,
+                                  seed=seed)
+            command = ("--model", checkpoint, "--address", deployment.address, "--out", deployment.out,
+                       "--min-clients", 2, "--min-replies", 2, "--rounds", SERVED_ROUNDS, "--labels", "routine,urgent",
+                       "--rank", 2, "--local-steps", 2, "--batch-size", 8, "--max-length", 16, "--seed", 5)
+            for point, occurrence in kills if name == "broken" else ():
+                deployment.processes["server"] = Started(
+                    partial(server_that_dies, point, occurrence), folder / name / "server.log", *command,
+                    environment={"COLUMNS": "200", "XDG_STATE_HOME": str(deployment.home("server"))})
+                code = deployment.end("server")
+                if code == 0:
+                    break
+                assert code == -signal.SIGKILL, f"{point}: ended with {code}\n{deployment.log('server')}"
+                died += 1
+            else:
+                deployment.processes["server"] = Started(
+                    partial(processes._run, "server"), folder / name / "server.log", *command,
+                    environment={"COLUMNS": "200", "XDG_STATE_HOME": str(deployment.home("server"))})
+                assert deployment.end("server") == 0, deployment.log("server")
+            for client in ("north", "south"):
+                assert deployment.end(client) == 0, deployment.log(client)
+            adapters.append((deployment.out / "adapter" / "adapter_model.safetensors").read_bytes())
+            lines = [json.loads(line) for line in (deployment.out / "metrics.jsonl").read_text().splitlines()]
+            assert [line["round"] for line in lines if line["round"]] == list(range(1, SERVED_ROUNDS + 1))
+    assert adapters[0] == adapters[1], "the adapter of a server that was killed is another"
+    return died
+
+
 def restored_snapshot(folder: Path, checkpoint: Path) -> tuple[int | None, Counted, str]:
     """A client whose ledger, policy and witness are put back together to what they were two rounds ago.
 
@@ -273,11 +344,17 @@ def restored_snapshot(folder: Path, checkpoint: Path) -> tuple[int | None, Count
 
 
 def plan_of_kills(count: int, seed: int) -> list[tuple[str, int]]:
-    """Every point as often as any other, at its first to third occurrence."""
+    """Every point of the client as often as any other, at its first to third occurrence."""
     choice = random.Random(seed)
     points = [list(POINTS)[i % len(POINTS)] for i in range(count)]
     choice.shuffle(points)
     return [(point, choice.randint(1, 3)) for point in points]
+
+
+def plan_of_server_kills(count: int) -> list[tuple[str, int]]:
+    """Every point of the server as often as any other, at its first occurrence, those of the end last."""
+    points = [list(SERVER_POINTS)[i % len(SERVER_POINTS)] for i in range(count)]
+    return [(point, 1) for point in sorted(points, key=lambda point: "report" in point)]
 
 
 def main(count: int = 60, seed: int = 0, at_once: int = 12) -> None:
@@ -285,8 +362,13 @@ def main(count: int = 60, seed: int = 0, at_once: int = 12) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = tiny_checkpoint("bert", Path(folder) / "model")
-        kills, began = plan_of_kills(count, seed), time.monotonic()
-        total = Counter()
+        of_servers, began = count // 3, time.monotonic()
+        count -= of_servers
+        kills, total = plan_of_kills(count, seed), Counter()
+        for number, start in enumerate(range(0, of_servers, at_once)):
+            some = plan_of_server_kills(of_servers)[start:start + at_once]
+            total["kills of a server"] += server_campaign(Path(folder) / f"server-{number}", checkpoint, some)
+            print(f"{time.monotonic() - began:.0f} s: {dict(total)}", flush=True)
         for number, start in enumerate(range(0, count, at_once)):
             counted = campaign(Path(folder) / str(number), checkpoint, kills[start:start + at_once])
             total += Counter({"kills": len(kills[start:start + at_once]), "left": len(counted.left),

@@ -3,7 +3,7 @@
 import pytest
 
 from fedlora.plan import PROTOCOL
-from tests.kills import campaign, restored_snapshot
+from tests.kills import campaign, restored_snapshot, server_campaign
 
 SAMPLE = [("once that is noted", 2), ("after the witness", 1), ("while sending", 1), ("during the training", 1)]
 
@@ -19,3 +19,9 @@ def test_a_ledger_that_was_restored_with_its_witness_is_refused(tmp_path, checkp
     code, counted, log = restored_snapshot(tmp_path, checkpoint("bert"))
     assert code not in (None, 0), log
     assert counted.charges < len(counted.left), "the ledger has forgotten what had left"
+
+
+def test_a_server_killed_wherever_goes_on_by_the_same_command_to_the_same_adapter(tmp_path, checkpoint):
+    sample = [("before the run is written", 1), ("once it has noted whom it asks", 1), ("once an upload is stored", 1),
+              ("before a round's checkpoint", 1), ("before the report, after the adapter", 1)]
+    assert server_campaign(tmp_path, checkpoint("bert"), sample) == len(sample)

@@ -33,9 +33,6 @@ from .observer import RoundRecord, jsonable
 ABOUT, ASKED, LINES, STATE = "run.json", "asked.json", "metrics.jsonl", "checkpoint.safetensors"
 REPORT = "report.json"
 _MEMORY = "step/"
-_MODE = 0o666
-"""Nothing here is secret: files as the process's umask has them."""
-
 _NOT_KEPT = frozenset({"config", "out", "resume", "labels"})
 """Options that are not those of the run, or stand in its plan."""
 
@@ -104,18 +101,23 @@ class Unfinished:
                              "it lasts. Leave these options out, or begin a new run in another folder")
 
 
+def _put(path: Path, content: bytes) -> None:
+    """Replace a file of the run's folder, which is there. Nothing in it is secret: its mode is the umask's."""
+    replace_file(path, content, 0o666, make_folder=False)
+
+
 def begin(folder: Path, options: Mapping[str, object], plan: RunPlan, joined: Mapping[str, Mapping[str, object]],
           resumed: tuple[int, ...] = (), step: Mapping[str, object] | None = None) -> None:
     """Write what the run is; `options` as `vars` of those of fedlora-server, `step` as of `Unfinished`."""
     kept = {name: value for name, value in options.items() if name not in _NOT_KEPT and value not in (None, {}, ())}
     about = {"options": jsonable(kept), "plan": to_scalars(plan), "joined": joined, "resumed": resumed,
              "step": _plain(step or {})}
-    replace_file(folder / ABOUT, f"{json.dumps(about, indent=1)}\n".encode(), _MODE)
+    _put(folder / ABOUT, f"{json.dumps(about, indent=1)}\n".encode())
 
 
 def remember(folder: Path, asked: Asked) -> None:
     """Write whom a round asks."""
-    replace_file(folder / ASKED, f"{json.dumps(asdict(asked))}\n".encode(), _MODE)
+    _put(folder / ASKED, f"{json.dumps(asdict(asked))}\n".encode())
 
 
 def save(folder: Path, run_id: str, round: int, state: Tensors, memory: Tensors) -> None:
@@ -126,7 +128,7 @@ def save(folder: Path, run_id: str, round: int, state: Tensors, memory: Tensors)
     """
     kept = {**state, **{_MEMORY + name: array for name, array in memory.items()}}
     arrays = {name: np.ascontiguousarray(array) for name, array in kept.items()}
-    replace_file(folder / STATE, to_bytes(arrays, metadata={"run_id": run_id, "round": str(round)}), _MODE)
+    _put(folder / STATE, to_bytes(arrays, metadata={"run_id": run_id, "round": str(round)}))
 
 
 def note(folder: Path, record: RoundRecord) -> None:
@@ -162,6 +164,10 @@ def patiently(write: Callable[[], object], folder: Path, stop: threading.Event, 
         try:
             write()
             return
+        except FileNotFoundError:
+            if folder.is_dir():
+                raise
+            continue
         except OSError as error:
             if error.errno not in PASSING or stop.is_set():
                 raise
@@ -212,7 +218,7 @@ def _take_up(folder: Path, about: Mapping[str, Any]) -> Unfinished:
         raise ValueError(f"--resume: {folder / STATE} is of run {run_id}, and {ABOUT} of {plan.run_id}; restore the "
                          "one that belongs to the other")
     records = tuple(record for record in _records(folder / LINES) if record.round <= round)
-    replace_file(folder / LINES, "".join(map(_line, records)).encode(), _MODE)
+    _put(folder / LINES, "".join(map(_line, records)).encode())
     return Unfinished(plan, resumed, joined, _asked(folder), max(0, round), state, memory, records,
                       about.get("step", {}))
 

@@ -124,7 +124,10 @@ class _UnderWay:
             else:
                 self._save(0)
         try:
-            if self._done < run.plan.rounds:
+            if self._done == run.plan.rounds:  # those that an earlier server asked are told that it is over
+                asked = len(self._clients.participations.keys() - self._clients.declined)
+                self._clients.wait_for(asked, RETURN_S, self._stop, self._observer, to_begin=True)
+            else:
                 self._clients.wait_for(run.options.min_clients, RETURN_S if self._done else None, self._stop,
                                        self._observer, to_begin=True)
             if self._fresh and run.start is not None:
