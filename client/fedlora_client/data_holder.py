@@ -20,7 +20,7 @@ from fedlora.tasks import read, task_named
 from fedlora.training import check_computing
 
 from .paths import default_state
-from .privacy_gate import PrivacyGate, limits_of
+from .privacy_gate import PrivacyGate, limits_of, unit_count
 from .state import FolderState
 from .terms import Limits
 
@@ -80,8 +80,9 @@ class DataHolder:
                              f"(or declared-size in {gate.policy.path}) names the public size of the data. Where a "
                              "real ledger is charged, both are needed")
         rows = read(options.data, options.task, columns=options.column, unit=gate.unit_column,
-                    allow_download=options.allow_download)
+                    allow_download=options.allow_download, declared=gate.labels or ())
         task_named(options.task).check_answered(rows, f"--data {options.data}", options.task)
+        console.print(_what_was_read(rows, gate.unit_column), soft_wrap=True)
         if limits.declared_size is not None and limits.private:
             limits.budget(limits.declared_size)  # raises where there can be none
         for line in gate.recognise(rows):
@@ -98,3 +99,16 @@ class DataHolder:
         """Let other processes have the ledger's runs and the state."""
         self.gate.ledger.close()
         self.state.close()
+
+
+def _what_was_read(rows: Rows, unit_column: str | None) -> str:
+    """In a line, so that its owner sees where a file means something else; counts alone."""
+    files = data.shown(rows.files[0]) if len(rows.files) == 1 else f"{len(rows.files)} files"
+    told = [f"rows: {len(rows):,}"]
+    if rows.labels is not None:
+        told.append(f"different labels: {len(data.label_names(rows)):,}")
+    if lacking := (rows.answers or ()).count(None):
+        told.append(f"rows without {'a label' if rows.labels is not None else 'an answer'}: {lacking:,}")
+    if unit_column is not None:
+        told.append(f"different values of {data.shown(unit_column)}: {unit_count(rows):,}")
+    return f"Read {files}: {'; '.join(told)}."

@@ -168,9 +168,11 @@ def _by_name(given: str, each: Callable[[str], Any], example: str) -> tuple[tupl
 
 def columns(given: str) -> Mapping[str, str]:
     """Field → column."""
-    pairs = dict(part.partition("=")[::2] for part in names(given))
-    if not all(pairs.values()):
+    parts = [(name.strip(), column.strip()) for name, _, column in (part.partition("=") for part in names(given))]
+    if not parts or not all(name and column for name, column in parts):
         raise argparse.ArgumentTypeError(f"{given!r} is not of the form name=column, as in text=note")
+    if len(pairs := dict(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{given!r} names a column for one field twice; name one for each")
     return pairs
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
+
+from fedlora.data.problems import FIRST, places
 
 KINDS = ("text", "pair", "completion", "messages")
 """What a row is: one text, two texts, a prompt with its completion, or a conversation."""
@@ -17,8 +21,14 @@ KINDS = ("text", "pair", "completion", "messages")
 Message = tuple[str, str]
 """(role, content)."""
 
-_NO_UNIT = ("", "na", "n/a", "<na>", "nan", "nat", "none", "null")
-"""What programs write for a missing id. Taken for one, it would make a single person of all who have none."""
+MISSING = frozenset(("", "na", "n/a", "n.a.", "<na>", "#n/a", "nan", "-nan", "nat", "none", "null"))
+"""What programs write where a value is missing, in small letters.
+
+column      such a word is
+label       no label, unless the label set has the word: it may be the name of a class (`labelled_by`)
+unit        no id: the row is refused. Taken for one, it would make a single person of all who have none
+text        a text like others, since people write "None" and "NA" too; how many there are is said
+"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,8 @@ class Rows:
         labels: normalised label names, None where a row has no label; None for tasks without labels.
         values: answers that are no names of classes, as their task reads them, None where a row has none; None for
             tasks without such.
+        otherwise: what a label is where the run's label set has that, and not what `labels` says: a word that stands
+            for a missing value, or the number of a class that has a name. None where no label has two readings.
         files: the files read, in order.
         file_of: [rows] index into `files`.
         lines: [rows] the line on which a row begins, counted from 1 (in a parquet file, the row's number).
@@ -50,6 +62,7 @@ class Rows:
     lines: np.ndarray
     units: tuple[str, ...] | None = None
     values: tuple[Any, ...] | None = None
+    otherwise: tuple[str | None, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -71,7 +84,7 @@ class Rows:
         index = np.asarray(indices, dtype=np.int64)
         return dataclasses.replace(self, texts=pick(self.texts), seconds=pick(self.seconds),
                                    messages=pick(self.messages), labels=pick(self.labels), units=pick(self.units),
-                                   values=pick(self.values),
+                                   values=pick(self.values), otherwise=pick(self.otherwise),
                                    file_of=self.file_of[index], lines=self.lines[index])
 
     def by_file(self) -> list[np.ndarray]:
@@ -81,7 +94,15 @@ class Rows:
 
 def place(file: str, line: int) -> str:
     """How an error names a row."""
-    return f"{file}:{line}" if file.lower().endswith((".jsonl", ".csv", ".tsv")) else f"{file}:row {line}"
+    return f"{shown(file)}:{line}" if file.lower().endswith((".jsonl", ".csv", ".tsv")) else f"{shown(file)}:row {line}"
+
+
+def shown(name: object) -> str:
+    """A path or a column's name as a message has it: what would move a terminal's cursor, or cannot be printed, is
+    written as an escape."""
+    text = str(name)
+    return text if text.isprintable() else "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 def spelling(text: str) -> str:
@@ -97,19 +118,26 @@ def spelling(text: str) -> str:
 def normalize_label(value: object) -> str | None:
     """0, 0.0, "0", "0.0" and " 0 " are all "0"; a name is brought to its one `spelling`; null and "" are None.
 
+    A truth value is "True" or "False", as programs write it into CSV.
+
     Raises:
         TypeError: the value is neither a whole number nor a string. The message names the type, never the value.
     """
-    if value is None or (isinstance(value, float) and value != value):
+    if value is None or value != value:
         return None
     if isinstance(value, str):
         name = spelling(value)
         return re.sub(r"^([+-]?\d+)\.0+$", r"\1", name) or None
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int):  # a truth value is one
         return str(value)
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, (float, Decimal)) and math.isfinite(value) and value == int(value):
         return str(int(value))
-    raise TypeError("a fraction" if isinstance(value, float) else f"of type {type(value).__name__}")
+    raise TypeError("a fraction" if isinstance(value, (float, Decimal)) else f"of type {type(value).__name__}")
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell holds no value, or a word that stands for none."""
+    return value is None or value != value or (isinstance(value, str) and spelling(value).casefold() in MISSING)
 
 
 def normalize_unit(value: object) -> str | None:
@@ -124,8 +152,9 @@ def normalize_unit(value: object) -> str | None:
     """
     if isinstance(value, float) and abs(value) >= 2**53:
         raise TypeError("a number too large to be exact")
-    name = normalize_label(value)
-    return None if name is None or name.casefold() in _NO_UNIT else name
+    if isinstance(value, bool):
+        raise TypeError("of type bool")
+    return None if is_missing(value) else normalize_label(value)
 
 
 def label_names(rows: Rows) -> tuple[str, ...]:
@@ -141,14 +170,25 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
 
+def labelled_by(rows: Rows, labels: Collection[str]) -> Rows:
+    """The rows as a label set has them read: a label that it lacks, and whose other reading it has, is the latter."""
+    if rows.labels is None or rows.otherwise is None:
+        return rows
+    both = zip(rows.labels, rows.otherwise, strict=True)
+    return dataclasses.replace(rows, otherwise=None, labels=tuple(
+        other if one not in labels and other in labels else one for one, other in both))
+
+
 def labelled_otherwise(rows: Rows, allowed: Collection[str]) -> list[int]:
     """The rows that have a label, and none of the allowed ones."""
     names = {*allowed, None}
-    return [row for row, label in enumerate(rows.labels or ()) if label not in names]
+    return [row for row, label in enumerate(labelled_by(rows, allowed).labels or ()) if label not in names]
 
 
 def check_labels(rows: Rows, allowed: Sequence[str]) -> None:
-    """Raises ValueError for the first label outside the allowed ones, naming file, line and what is allowed."""
-    for row in labelled_otherwise(rows, allowed)[:1]:
-        raise ValueError(f"{rows.where(row)}: the label is not in the label set. Allowed are: {', '.join(allowed)}. "
-                         "Correct the row, or add its label wherever --labels are named")
+    """Raises ValueError for labels outside the allowed ones, naming file and line of the first, and what is allowed."""
+    wrong = labelled_otherwise(rows, allowed)
+    if wrong:
+        raise ValueError(f"{places([rows.where(row) for row in wrong[:FIRST]], len(wrong))}: the label is not in the "
+                         f"label set. Allowed are: {', '.join(allowed)}. Correct the row, or add its label wherever "
+                         "--labels are named")

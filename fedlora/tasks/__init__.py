@@ -5,12 +5,12 @@ What all tasks share is in `fedlora.task`, and the records that they make are in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedlora import registry
-from fedlora.data import Rows, column_names, read_rows
+from fedlora.data import Rows, read_rows
 from fedlora.plan import RunPlan
 from fedlora.records import Records, concatenate
 from fedlora.task import Task
@@ -33,13 +33,13 @@ def task_for(run: RunPlan, tokenizer: Any) -> Task:
 
 
 def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = None, unit: str | None = None,
-         allow_download: bool = False) -> Rows:
+         allow_download: bool = False, declared: Collection[str] = (), held_out: bool = False) -> Rows:
     """The rows of a task's files; see `fedlora.data.read_rows`, also for what it raises.
 
     Args:
         task: its key.
     """
-    usual = {name for key in registry.keys("fedlora.tasks") for name in column_names(task_named(key).rows)}
     kind = task_named(task)
     return read_rows(path, task, kind.rows, columns=columns, unit=unit, allow_download=allow_download,
-                     labels=kind.has_labels, usual=usual)
+                     labels=kind.has_labels, declared=declared, held_out=held_out,
+                     others={key: task_named(key).rows for key in registry.keys("fedlora.tasks")})

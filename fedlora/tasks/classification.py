@@ -12,7 +12,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from fedlora.data import Answer, RowFormat, Rows, check_labels, labelled_otherwise, normalize_label
+from fedlora.data import (
+    Answer,
+    RowFormat,
+    Rows,
+    check_labels,
+    labelled_by,
+    labelled_otherwise,
+    normalize_label,
+)
 from fedlora.plan import RunPlan
 from fedlora.records import Batch, Records, pack
 from fedlora.task import Task
@@ -55,6 +63,8 @@ class Classification(Task):
         if rows.labels is None or rows.kind not in ("text", "pair"):
             raise ValueError(f"these rows were read as {rows.kind} without labels; classification needs text and label")
         classes = {name: index for index, name in enumerate(self.labels)}
+        rows = labelled_by(rows, classes)
+        assert rows.labels is not None
         if unusable is None:
             check_labels(rows, self.labels)
         else:

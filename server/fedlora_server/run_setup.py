@@ -223,7 +223,8 @@ def held_out(options: RunConfig) -> Rows | None:
     if options.eval_data is None:
         return None
     task = task_named(options.task)
-    rows = read(options.eval_data, options.task, columns=options.column, allow_download=options.allow_download)
+    rows = read(options.eval_data, options.task, columns=options.column, allow_download=options.allow_download,
+                declared=options.labels or (), held_out=True)
     task.check_answered(rows, f"--eval-data {options.eval_data}", task.metric)
     if options.labels and task.has_labels:
         data.check_labels(rows, options.labels)

@@ -178,7 +178,8 @@ def run_audit(options: AuditConfig, base: BaseModel, *, private: bool) -> Audit:
 def _client_rows(options: AuditConfig) -> tuple[Rows, tuple[str, ...]]:
     """The audited client's own labelled rows, at most --rows of them drawn by the seed, and the label set."""
     assert options.data is not None, "checked when the options were read"
-    rows = read(options.data, options.task, columns=options.column, allow_download=options.allow_download)
+    rows = read(options.data, options.task, columns=options.column, allow_download=options.allow_download,
+                declared=options.labels or ())
     labels = options.labels or data.label_names(rows)
     if len(labels) < 2:
         raise ValueError(f"--data {options.data} has {len(labels)} different labels; an audit needs at least two")

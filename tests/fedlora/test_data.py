@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedlora.data import in_order, label_names, normalize_label
+from fedlora.data import in_order, label_names, labelled_by, normalize_label
 from fedlora.tasks import read
 from tests.fedlora.data_files import SECRET, refusal, write, write_lines
 
@@ -77,7 +77,7 @@ def test_labels_are_normalised(value, name):
     assert normalize_label(value) == name
 
 
-@pytest.mark.parametrize("value", [True, 0.5, ["a"], {"a": 1}])
+@pytest.mark.parametrize("value", [0.5, ["a"], {"a": 1}])
 def test_a_label_that_is_neither_number_nor_name_is_refused(tmp_path, value):
     path = write_lines(tmp_path / "a.jsonl", {"text": "x", "label": 1}, {"text": SECRET, "label": value})
     assert f"{path}:2" in refusal(path)
@@ -126,7 +126,7 @@ def test_a_file_without_header_is_not_quoted_as_one(tmp_path, suffix, first):
 def test_a_header_with_one_usual_or_mapped_name_is_listed_in_any_capitals(tmp_path):
     assert "its columns are: Text, Klass" in refusal(write(tmp_path / "a.csv", ["Text", "Klass"], [("x", 1)]))
     path = write(tmp_path / "b.tsv", ["note", "klass"], [("x", 1)])
-    assert "does not look like column names" in refusal(path)
+    assert "its columns are: note, klass" in refusal(path) and "--column text=note,label=klass" in refusal(path)
     assert "its columns are: note, klass" in refusal(path, columns={"text": "note"})
     assert "its columns are: note, klass" in refusal(path, columns={"text": "note", "label": "klass"}, unit="patient")
     path = write(tmp_path / "c.csv", ["patient", "note"], [("p", "x")])
@@ -179,8 +179,8 @@ def test_a_json_array_is_told_how_to_become_lines(tmp_path):
 @pytest.mark.parametrize(("body", "line", "said"), [
     ('text,label\nx,1\n"open,1\ny,0\n', 3, "not closed"),
     ('text,label\nx,1\n"a"b,1\n', 3, "not doubled"),
-    ("text,label\nx,1\na,b,1\n", 3, "has 3 fields, the header has 2"),
-    ("text,label\nx,1\nonly\n", 3, "has 1 fields, the header has 2"),
+    ("text,label\nx,1\na,b,1\n", 3, "(3 fields): the row has more or fewer fields than the header, which has 2"),
+    ("text,label\nx,1\nonly\n", 3, "(1 fields): the row has more or fewer fields than the header, which has 2"),
     ("text,text\nx,1\n", 1, "name every column once"),
     ("text,label\nx,1\n,1\n", 3, "missing or empty"),
     ('text,label\n"x\ny",1\n   ,1\n', 4, "is empty")])
@@ -218,7 +218,7 @@ def test_lines_that_end_in_a_carriage_return_alone_are_said_to(tmp_path, suffix,
     path.write_bytes(f"text,label{first}{SECRET},1{second}other,0\n".replace(",", "," if suffix == ".csv" else "\t")
                      .encode())
     message = refusal(path)
-    assert f"{path}:{line} holds a carriage return" in message and f"tr '\\r' '\\n' < a{suffix}" in message
+    assert f"{path}:{line}: the line holds a carriage return" in message and f"tr '\\r' '\\n' < a{suffix}" in message
 
 
 @pytest.mark.parametrize(("suffix", "header", "said"), [
@@ -229,15 +229,15 @@ def test_lines_that_end_in_a_carriage_return_alone_are_said_to(tmp_path, suffix,
     (".tsv", "text;label", "a semicolon and no tab")])
 def test_a_header_with_another_separator_is_told_which_one_is_needed(tmp_path, suffix, header, said):
     path = write_lines(tmp_path / f"a{suffix}", header, f"{SECRET}, she said;1")
-    assert f"{path}:1 has {said}" in refusal(path)
+    assert f"{path}:1: the first line has {said}" in refusal(path)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
 def test_text_that_is_not_utf8_is_named_by_line_and_byte(tmp_path, suffix):
     path = write(tmp_path / f"a{suffix}", ["text", "label"], [("x", 1), ("y", 0)])
     path.write_bytes(path.read_bytes().replace(b"y", b"\xfc"))
-    line = 2 if suffix == ".jsonl" else 3
-    assert f"{path}:{line} is not UTF-8" in refusal(path) and "iconv" in refusal(path)
+    place = "2 (byte 11)" if suffix == ".jsonl" else "3 (byte 1)"
+    assert f"{path}:{place}: the line is not UTF-8" in refusal(path) and "iconv" in refusal(path)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
@@ -248,7 +248,7 @@ def test_a_utf8_mark_is_dropped_and_utf16_refused(tmp_path, suffix):
     assert len(read(path, "classification")) == 3
     for encoding in ("utf-16", "utf-32"):
         path.write_bytes(content.encode(encoding))
-        assert f"{path}:1 is UTF-16 or UTF-32" in refusal(path)
+        assert f"{path}:1: the file is UTF-16 or UTF-32" in refusal(path)
     path.write_bytes(content.encode("utf-16-le"))
     assert "zero byte" in refusal(path)
 
@@ -268,7 +268,7 @@ def test_of_a_parquet_file_only_the_needed_columns_are_read(tmp_path):
     assert (rows.texts, rows.labels, rows.units) == (("x", "y"), ("1", "0"), ("p", "q"))
     assert "its columns are: note, label, seen, patient" in refusal(path)
     message = refusal(path, columns={"text": "note"}, unit="seen")
-    assert f"{path}:row 1 or one after it" in message and "columns note, label, seen. Write it as" in message
+    assert f"{path}:row 1: this row or one after it" in message and "columns note, label, seen. Write it as" in message
     pq.write_table(pa.table({"label": [datetime.date(2020, 1, 1)], "text": ["x"]}), path)
     assert "the label is of type date" in refusal(path)
 
@@ -287,17 +287,19 @@ def test_a_folder_says_what_of_it_is_not_read(tmp_path, caplog):
     (tmp_path / "b.json").write_text(SECRET)
     with caplog.at_level(logging.WARNING):
         read(tmp_path, "classification")
-    assert "left out: b.json, sub/. Files are read that end in .jsonl, .csv, .tsv, .parquet" in caplog.messages[-1]
-    for name in ("c.jsonl.gz", "d.txt"):
+    assert "left out: sub/ (folders are not searched" in caplog.messages[-1] and "; b.json (" in caplog.messages[-1]
+    assert "Files are read that end in .jsonl, .csv, .tsv, .parquet" in caplog.messages[-1]
+    for name in ("c.jsonl.gz", "d.txt", "e.txt", "f.txt", "g.txt"):
         (tmp_path / name).write_text(SECRET)
     with caplog.at_level(logging.WARNING):
         read(tmp_path, "classification")
-    assert "left out: b.json, c.jsonl.gz, d.txt and 1 more. Files" in caplog.messages[-1] and len(caplog.messages) == 2
+    assert "left out: d.txt, e.txt, f.txt and 1 more; sub/" in caplog.messages[-1] and len(caplog.messages) == 2
+    assert "c.jsonl.gz (packed: unpack it)" in caplog.messages[-1]
 
 
 def test_paths_that_hold_nothing_say_what_is_accepted(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    assert "without a file that ends in .jsonl, .csv, .tsv, .parquet" in refusal(tmp_path)
+    assert "which would end in .jsonl, .csv, .tsv, .parquet: left out are notes.txt" in refusal(tmp_path)
     assert "Give a file that ends in" in refusal(tmp_path / "notes.txt")
     assert "does not exist" in refusal(tmp_path / "nowhere")
     assert "does not exist" in refusal("./here/nowhere")
@@ -338,14 +340,15 @@ def test_the_hub_is_asked_only_where_that_is_allowed_and_one_that_cannot_be_reac
     assert asked == [True, False] and not datasets.config.HF_HUB_OFFLINE
 
 
-def test_a_hub_datasets_label_of_minus_1_is_missing(monkeypatch):
+def test_a_hub_datasets_classes_have_their_names_and_minus_1_is_missing(monkeypatch):
     import datasets
 
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"]),
                                   "stars": datasets.Value("int64")})
     hub = datasets.Dataset.from_dict({"text": ["x", "y", "z"], "label": [0, -1, 1], "stars": [-1, 0, 1]}, features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
-    assert read("org/name", "classification").labels == ("0", None, "1")
+    rows = read("org/name", "classification")
+    assert rows.labels == ("bad", None, "good") and labelled_by(rows, ("0", "1")).labels == ("0", None, "1")
     assert read("org/name", "classification", columns={"label": "stars"}).labels == ("-1", "0", "1")
 
 

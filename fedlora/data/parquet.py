@@ -1,0 +1,125 @@
+"""Parquet files and datasets of the Hugging Face hub. Both may number their classes, and name what a number means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora.data.problems import Problems
+from fedlora.data.rows import place, shown
+
+Record = tuple[int, dict[str, Any]]
+
+
+class NumberedClass(str):
+    """The name of a class that a file has as a number."""
+
+    number: int
+
+    @classmethod
+    def of(cls, name: str, number: int) -> NumberedClass:
+        """With both."""
+        made = cls(name)
+        made.number = number
+        return made
+
+
+class _Names:
+    """Puts the name of a class for its number; -1 is a missing label, as the hub has it.
+
+    Args:
+        classes: column → names, in the order of their numbers.
+    """
+
+    def __init__(self, classes: Mapping[str, list[str]], problems: Problems) -> None:
+        self._problems = problems
+        self._of: dict[str, dict[Any, Any]] = {
+            column: {None: None, -1: None} | {i: NumberedClass.of(name, i) for i, name in enumerate(names)}
+            for column, names in classes.items()}
+
+    def put(self, file: str, number: int, row: dict[str, Any]) -> dict[str, Any]:
+        for column, names in self._of.items():
+            value = row[column]
+            if isinstance(value, str):
+                continue
+            if value not in names:
+                self._problems.add(place(file, number), f"the {shown(column)} is a number that has no name, though the "
+                                   "file says what its numbers mean (ClassLabel)", "Write the file again")
+            row[column] = names.get(value)
+        return row
+
+
+def parquet(file: Path, wanted: Callable[[str], bool], problems: Problems) -> Iterator[Record]:
+    """As `fedlora.data.formats.records`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    taken: list[str] = []
+    try:
+        with pq.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if len(set(names)) < len(names):
+                problems.add(place(str(file), 1), "two columns have one name", "Write the file with each name once")
+                return
+            taken = [name for name in names if wanted(name)]
+            classes = _Names({column: each for column, each in _classes(table.schema_arrow.metadata).items()
+                              if column in taken}, problems)
+            others = dict.fromkeys(names)
+            for batch in table.iter_batches(batch_size=4096, columns=taken):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, others | classes.put(str(file), number, row)
+    except (pa.ArrowException, UnicodeDecodeError):
+        problems.add(place(str(file), number + 1), "the row cannot be read: the file is damaged or not parquet",
+                     "Write it again")
+    except (ValueError, OverflowError):
+        problems.add(place(str(file), number + 1), "this row or one after it holds a value that Python has no type "
+                     f"for, like a date out of range, in one of the columns {', '.join(map(shown, taken))}",
+                     "Write it as a string")
+
+
+def _classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Column → the names of its numbered classes, as `datasets` leaves them in a parquet file."""
+    try:
+        features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        found = {column: feature["names"] for column, feature in features.items()
+                 if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return {column: names for column, names in found.items()
+            if isinstance(names, list) and all(isinstance(name, str) for name in names)}
+
+
+def hub_records(name: str, problems: Problems, *, allow_download: bool) -> Iterator[Record]:
+    """Rows of a dataset on the Hugging Face hub, named "org/dataset", "org/dataset/config", with ":split" or without.
+
+    The split is "train" unless named. Only data files are read, never a loading script.
+
+    Args:
+        allow_download: False takes what the hub's cache on this machine has, and asks no one else.
+    Raises:
+        ValueError: the hub or the dataset cannot be reached.
+    """
+    import datasets
+
+    path, _, split = name.partition(":")
+    organisation, dataset, *config = path.split("/")
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or not allow_download
+    try:
+        loaded = datasets.load_dataset(f"{organisation}/{dataset}", *config, split=split or "train")
+    except Exception as error:
+        found = (f"the hub did not give a dataset of that name ({type(error).__name__}). Check the path"
+                 if allow_download else
+                 "no such dataset is in the hub's cache. Check the path, add --allow-download")
+        raise ValueError(f"{name!r} is no file or folder here, and {found}, or download the dataset and name its folder"
+                         ) from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+    classes = _Names({column: feature.names for column, feature in loaded.features.items()
+                      if isinstance(feature, datasets.ClassLabel)}, problems)
+    for number, row in enumerate(loaded, start=1):
+        yield number, classes.put(name, number, row)

@@ -1,0 +1,116 @@
+"""What may not be meant as it is read: said, and left to the owner; of ids of units, refused."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from fedlora.data.problems import FIRST, Problems, places
+from fedlora.data.rows import MISSING, Rows, label_names, shown
+
+
+def check_units(units: Sequence[str], where: Callable[[int], str], problems: Problems) -> None:
+    """Note ids that one person may have twice: each would be protected on its own only.
+
+    Args:
+        where: names the row of an index.
+    """
+    first: dict[str, int] = {}
+    for row, unit in enumerate(units):
+        first.setdefault(unit, row)
+    bare: dict[str, str] = {}
+    small: dict[str, str] = {}
+    for unit, row in first.items():
+        if re.fullmatch(r"\d([.,]\d+)?[eE]\+\d+", unit):
+            problems.add(where(row), "the id is a number that a spreadsheet has rounded, as in 1.23E+11, so that it is "
+                         "not known whose row this is", "Export the ids as text")
+        if unit.isdigit() and unit != bare.setdefault(unit.lstrip("0"), unit):
+            other = first[bare[unit.lstrip("0")]]
+            problems.add(f"{where(row)} (see {where(other)})", "two ids differ in leading zeros alone: a program that "
+                         "took them for numbers dropped these, and one person would be two units",
+                         "Write the ids alike in all rows and files; put a letter before them if they are two people's")
+        elif unit != small.setdefault(unit.casefold(), unit):
+            problems.remark(f"{where(row)} (see {where(first[small[unit.casefold()]])})", "two ids differ in "
+                            "capitals alone, and are two units", "Write them alike if they are one person's")
+
+
+def remark_on(rows: Rows, words: Mapping[str, int], problems: Problems, *, declared: Collection[str] = ()) -> None:
+    """Note what is remarkable in rows that were read.
+
+    Args:
+        words: that stand for a missing value → the answers that were it.
+        declared: the label set, where it is known.
+    """
+    _missing_answers(rows, words, declared, problems)
+    _texts_that_are_words(rows, problems)
+    _labels_alike(rows, problems)
+    _numbered(rows, problems)
+    _twice(rows, problems)
+
+
+def _missing_answers(rows: Rows, words: Mapping[str, int], declared: Collection[str], problems: Problems) -> None:
+    answers = rows.answers or ()
+    lacking = [row for row, answer in enumerate(answers) if answer is None]
+    found = sorted(word for word in words if word not in declared)
+    if not lacking or (len(lacking) == len(answers) and not found):
+        return  # the latter is an error for whoever needs them
+    some = f" or a word that stands for a missing value ({', '.join(found[:5])})" if found else ""
+    named = (", unless the run's label set has that word: if it is the name of a class, name all classes with --labels"
+             if found and rows.labels is not None else "")
+    kind = "label" if rows.labels is not None else "answer"
+    problems.remark(places([rows.where(row) for row in lacking[:FIRST]], len(lacking)),
+                    f"{len(lacking):,} of {len(rows):,} rows have an empty {kind}{some}", f"They are not used{named}")
+
+
+def _texts_that_are_words(rows: Rows, problems: Problems) -> None:
+    for column in filter(None, (rows.texts if rows.kind != "messages" else (), rows.seconds)):
+        for row, text in enumerate(column):
+            if text is not None and len(text) < 8 and text.strip().casefold() in MISSING:
+                problems.remark(rows.where(row), "the text is a word that stands for a missing value, and is kept as "
+                                "it is", "Remove the row if it has no text")
+
+
+def _labels_alike(rows: Rows, problems: Problems) -> None:
+    alike: dict[str, set[str]] = defaultdict(set)
+    for name in label_names(rows):
+        alike[name.casefold()].add(name)
+    several = {name for names in alike.values() if len(names) > 1 for name in names}
+    if several:
+        first = {label: row for row, label in reversed(list(enumerate(rows.labels or ()))) if label in several}
+        problems.remark(places([rows.where(row) for row in sorted(first.values())], len(first)),
+                        f"{len(several)} labels differ from another in capitals alone, and are classes of their own",
+                        "Write them alike if they are one")
+    fractions = [name for name in label_names(rows) if re.fullmatch(r"[-+]?\d*[.,]\d+", name)]
+    if fractions:
+        row = (rows.labels or ()).index(fractions[0])
+        problems.remark(rows.where(row), f"{len(fractions)} labels are fractions, and are classes of their own",
+                        "Name the column with the classes with --column label=NAME if this one holds measurements")
+
+
+def _numbered(rows: Rows, problems: Problems) -> None:
+    """Files whose classes have names, and files with numbers of classes."""
+    if rows.labels is None or rows.otherwise is None or len(rows.files) < 2:
+        return
+    numbers = {other for label, other in zip(rows.labels, rows.otherwise, strict=True) if label and other}
+    bare = [row for row, label in enumerate(rows.labels) if label in numbers and rows.otherwise[row] is None]
+    if bare:
+        problems.remark(places([rows.where(row) for row in bare[:FIRST]], len(bare)),
+                        "the label is a number, and another file has a name for that number: they are two classes",
+                        "Write the labels alike in all files")
+
+
+def _twice(rows: Rows, problems: Problems) -> None:
+    """Rows of one file that are in another too."""
+    if len(rows.files) < 2:
+        return
+    first: dict[int, int] = {}
+    columns = [column for column in (rows.texts, rows.seconds, rows.messages) if column is not None]
+    again: dict[tuple[int, int], int] = defaultdict(int)
+    for content, file in zip(zip(*columns, strict=True), rows.file_of.tolist(), strict=True):
+        if (other := first.setdefault(hash(content), file)) != file:
+            again[file, other] += 1
+    for (file, other), count in again.items():
+        problems.remark(f"{shown(rows.files[file])} and {shown(rows.files[other])}",
+                        f"{count:,} rows have the same text in both files", "If one is a copy of the other, take it "
+                        "away: what is there twice counts twice, and ε is for one of the two")

@@ -1,0 +1,154 @@
+"""CSV and TSV: a header, and rows of fields. Read with the standard library, which can say on which line a row is."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedlora.data.columns import folded
+from fedlora.data.lines import LONGEST, add_bare_return, bare_return, lines_of
+from fedlora.data.problems import Problems
+from fedlora.data.rows import place
+
+_TSV_REMEDY = ("A .tsv file has one line for each row, and no field holds a tab or a line break, quoted or not. "
+               "Replace them with blanks, or write the file as .jsonl or .csv")
+
+_SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon"}
+
+
+def table(file: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row with the line on which it begins, by column. An empty field is None, an empty line no row."""
+    tabs = file.suffix.lower() == ".tsv"
+    remedy = _TSV_REMEDY if tabs else "Quote fields that contain the separator, a quotation mark or a line break"
+    header: list[str] | None = None
+    for number, fields in _tsv(file, problems) if tabs else _csv(file, problems):
+        if not fields:
+            continue
+        if header is None:
+            header = [name.strip() for name in fields]
+            if not _is_header(file, number, header, problems):
+                return
+            columns, names = len(header), set(map(folded, header))
+        elif len(fields) != columns:
+            problems.add(f"{place(str(file), number)} ({len(fields)} fields)",
+                         f"the row has more or fewer fields than the header, which has {columns}", remedy)
+        elif fields[-1].strip("\ufeff ").casefold() in names and names == set(map(folded, fields)):
+            problems.add(place(str(file), number), "the row repeats the header, as in exports that were joined",
+                         "Take it out, and check that the rows below have the same columns")
+        else:
+            yield number, {name: field or None for name, field in zip(header, fields, strict=True)}
+
+
+def _is_header(file: Path, number: int, header: list[str], problems: Problems) -> bool:
+    if "" in header:
+        problems.add(place(str(file), number), "the header has a column without a name, as where a separator ends the "
+                     "line; it must name every column once", "Correct the header line")
+    elif len(set(header)) != len(header):
+        problems.add(place(str(file), number), "the header has one name twice; it must name every column once",
+                     "Correct the header line")
+    else:
+        return True
+    return False
+
+
+def _csv(file: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each row, with the line on which it begins."""
+    csv.field_size_limit(LONGEST)
+    reader = csv.reader((line for _, line in _separated(file, ",", problems)), strict=True)
+    columns = 0
+    while True:
+        number = reader.line_num + 1
+        try:
+            fields = next(reader)
+            columns = columns or len(fields)
+            if reader.line_num > number and _may_hold_rows(fields, columns):
+                problems.remark(place(str(file), number), "a quoted field has lines that look like rows", "If its "
+                                "quotation mark is one too many, several people's rows are one record: double it")
+            yield number, fields
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "new-line character" in str(error):
+                add_bare_return(file, number, problems)
+                return
+            if "limit" in str(error):
+                problems.add(place(str(file), number), f"a field is longer than {LONGEST // 2**20} MiB: a quotation "
+                             "mark is not closed, or it is no text", "Close the quotation mark, or cut the field; the "
+                             "rest of the file was not looked at")
+                return
+            problems.add(place(str(file), number), "the row is not valid CSV: a quotation mark is not closed, or not "
+                         "doubled inside a quoted field", "Quote the field and double the quotation marks in it")
+
+
+def _may_hold_rows(fields: list[str], columns: int) -> bool:
+    """Whether the lines of a field, but for the last, end in something short behind the right number of commas."""
+    for place_of, field in enumerate(fields):
+        first, *inner = field.split("\n")[:-1] or [""]
+        if (inner or place_of < columns - 1) and _ends_row(first, columns - place_of) and all(
+                _ends_row(line, columns) for line in inner):
+            return True
+    return False
+
+
+def _ends_row(line: str, fields: int) -> bool:
+    parts = line.split(",")
+    return len(parts) == fields and (fields == 1 or 0 < len(parts[-1].split()) <= 3)
+
+
+def _tsv(file: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each line, with its number.
+
+    Some programs write TSV without any quoting, so that a field may begin with a quotation mark; others quote a field
+    that holds one, a tab or a line break, and double the marks in it. A line is one row whatever its marks: read
+    otherwise, a stray mark would make one record of two people's rows. Hence
+
+        field                                     is
+        "said ""no"" twice"                       said "no" twice, as each field that is quoted and closed on its line
+        "so it began                              the same, mark included, as every other stray mark
+        quoted, and with a tab or a line break    an error: its line has too many or too few fields, or is the only
+                                                  field of its line and not closed there
+
+    Where each line of a quoted field happens to have as many fields as the header, which takes tabs in it as well as
+    line breaks, nothing tells it from rows, and it is read as rows.
+    """
+    for number, line in _separated(file, "\t", problems):
+        line = line.rstrip("\r\n")
+        fields = line.split("\t") if line else []
+        if len(fields) == 1 and line.startswith('"') and line.count('"') % 2:
+            problems.add(place(str(file), number), "the line begins with a quotation mark that is not closed on it",
+                         _TSV_REMEDY)
+            continue
+        if "\r" in line:
+            add_bare_return(file, number, problems)
+            return
+        yield number, [_unquoted(field) for field in fields] if '"' in line else fields
+
+
+def _unquoted(field: str) -> str:
+    if len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', ""):
+        return field[1:-1].replace('""', '"')
+    return field
+
+
+def _separated(file: Path, separator: str, problems: Problems) -> Iterator[tuple[int, str]]:
+    """The lines of a table, the first of which is looked at for other separators and other ends of lines."""
+    lines = lines_of(file, problems)
+    for number, line in lines:
+        if line.strip():
+            if bare_return(line):
+                add_bare_return(file, number, problems)
+                return
+            found = [] if separator in line else [other for other in _SEPARATORS if other in line.strip()]
+            if found:
+                ending = {",": " (or name the file .csv)", "\t": " (or name the file .tsv)"}.get(found[-1], "")
+                problems.add(
+                    place(str(file), number),
+                    f"the first line has a {_SEPARATORS[found[-1]]} and no {_SEPARATORS[separator]}",
+                    f"Separate the fields by {_SEPARATORS[separator]}s{ending}, and add a header line if there is none")
+                return
+            yield number, line
+            break
+        yield number, line
+    yield from lines
