@@ -1,6 +1,8 @@
 # make demo: three institutions fine-tune one model together, on this machine. make test: everything that CI checks.
 # make test-all: every case of every grid too, where make test has each two values meet once.
 # make bits: whether every adapter is, bit for bit, what the last commit gave; BASE=REVISION names another one.
+# make attacks: what bad peers can do to a run, half an hour; ARGS="--seconds 5 idle" is one attack for a moment, and
+# ARGS="fuzz" changed frames to servers and clients.
 # All install first: they find Python 3.11 or 3.12, create .venv and install what pyproject.toml names.
 
 PYTHON := $(shell for p in python3.11 python3.12 python3 python; do \
@@ -9,7 +11,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3 python; do \
 # half as many again as there are cores: many tests wait for processes that they started
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n + n / 2)))
 
-.PHONY: demo test test-all bits check clean
+.PHONY: demo test test-all bits attacks check clean
 
 demo: .venv/installed
 	.venv/bin/python -m fedlora_simulations.demo $(ARGS)
@@ -22,6 +24,9 @@ test-all: check
 
 bits: .venv/installed
 	.venv/bin/python -m tests.bits $(if $(BASE),--base $(BASE)) $(ARGS)
+
+attacks: .venv/installed
+	.venv/bin/python -m tests.attacks $(ARGS)
 
 check: .venv/installed
 	.venv/bin/ruff check .

@@ -45,17 +45,26 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def open_files_allowed(wanted: int) -> int:
+    """How many files this process may have open, once so many as the system allows, up to `wanted`, are asked for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    for count in (wanted, hard):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+            return count
+        except (ValueError, OSError):  # above the hard limit; or macOS, which allows less than it says
+            continue
+    return soft
+
+
 def allow_open_files(count: int) -> None:
     """Let this process have so many files open.
 
     Raises:
         ValueError: the system does not allow it.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= count:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
-    except (ValueError, OSError):
-        raise ValueError(f"so many clients need {count} open files and this system allows {hard}; use fewer --clients, "
-                         "or have the hard limit of `ulimit -n` raised") from None
+    if (allowed := open_files_allowed(count)) < count:
+        raise ValueError(f"so many clients need {count} open files and this system allows {allowed}; use fewer "
+                         "--clients, or have the hard limit of `ulimit -n` raised")

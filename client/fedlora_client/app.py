@@ -36,7 +36,7 @@ def take_part(options: ClientConfig, console: Console) -> None:
     gate, limits = holder.gate, holder.limits
     connection = Connection(options.server, holder.name, private=limits.private, insecure=options.insecure,
                             connect_timeout_s=options.connect_timeout,
-                            report=lambda line: console.print(line))
+                            report=lambda line: console.print(line), secrets=holder.state)
     try:
         proposal = connection.join()
         while True:

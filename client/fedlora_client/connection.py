@@ -9,15 +9,18 @@
 
 A stream that breaks is opened again with the same process token. A request that this process has in hand is then
 neither sent nor trained again: its answer, the identical bytes, follows on the new stream.
+
+Each Welcome holds a secret that keeps the name this client's for the rest of the run; it is shown with every Join.
 """
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
+from secrets import token_bytes
+from typing import Protocol
 
 import grpc
 import numpy as np
@@ -28,6 +31,7 @@ from fedlora.plan import GOODBYES, PROTOCOL, Proposal, Refusal, Refused, RoundPl
 from fedlora.wire import Incoming, Key, Repeats, WireError, pb
 
 FRAME_PREFIX_BYTES = 5
+SECRET_BYTES = 32
 LEAVE_TIMEOUT_S = 2.0
 _PATIENCE_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
@@ -62,6 +66,15 @@ class _Suspended(Exception):
     """The server said that it comes back: as good as a broken stream."""
 
 
+class Secrets(Protocol):
+    """Keeps what proves to a server that a name is this client's, beyond this process."""
+
+    def secret(self, server: str, name: str) -> bytes:
+        """The last one of the server at this address; b"" if there is none."""
+
+    def save_secret(self, server: str, name: str, secret: bytes) -> None: ...
+
+
 class _Stream:
     """One attempt at a stream: what is to be sent, and how far the conversation is."""
 
@@ -90,6 +103,7 @@ class Connection:
         connect_timeout_s: how long a server is looked for, at first and again whenever it is lost.
         report: given a line for the user now and then, from another thread.
         insecure: allow plaintext beyond this machine.
+        secrets: None keeps the name's in memory: another process cannot have it in the same run.
     Raises:
         ValueError: the server's address or the name is not one, or is not loopback and `insecure` is not set.
 
@@ -101,7 +115,8 @@ class Connection:
     """
 
     def __init__(self, server: str, name: str, *, private: bool, connect_timeout_s: float = 60.0,
-                 report: Callable[[str], None] = lambda line: None, insecure: bool = False) -> None:
+                 report: Callable[[str], None] = lambda line: None, insecure: bool = False,
+                 secrets: Secrets | None = None) -> None:
         if not wire.is_loopback(server) and not insecure:
             raise ValueError(f"{server} is another machine and the connection would not be encrypted; go through a "
                              "tunnel to 127.0.0.1, or accept that with --insecure")
@@ -111,7 +126,8 @@ class Connection:
         self.bytes_up = self.bytes_down = 0
         self._private, self._connect_timeout_s, self._report = private, connect_timeout_s, report
         self.max_tensor_bytes = 8 << 30
-        self._process = secrets.token_bytes(16)
+        self._process = token_bytes(16)
+        self._secrets, self._secret = secrets, secrets.secret(server, name) if secrets is not None else b""
         self._changed = threading.Condition()
         self._stream = _Stream()
         self._thread: threading.Thread | None = None
@@ -260,7 +276,7 @@ class Connection:
             self._stream = stream
         stream.send(pb.ClientFrame(join=pb.Join(protocol=PROTOCOL, schema=wire.SCHEMA, name=self.name,
                                                 fedlora_version=fedlora.__version__, process=self._process,
-                                                private=self._private)))
+                                                private=self._private, secret=self._secret)))
         with grpc.insecure_channel(self.server, options=wire.CHANNEL_OPTIONS) as channel:  # TLS: grpc.secure_channel
             call = channel.stream_stream(wire.SERVICE)(self._requests(stream))
             stream.call = call
@@ -284,6 +300,8 @@ class Connection:
                     raise WireError(f"the server ended the stream: {wire.clean(error.details() or '')}") from None
                 if error.code() == grpc.StatusCode.UNIMPLEMENTED:
                     raise WireError(f"what listens at {self.server} is not a FedLoRA server") from None
+                if error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    return wire.clean(error.details() or "")  # the server's own words
                 return error.code().name.lower()
             finally:
                 overdue.cancel()
@@ -312,7 +330,9 @@ class Connection:
         if (kind == "end") != (stream.incoming is not None) and kind not in ("ack", "cancel"):
             raise WireError("a Task is followed by its chunks")
         if kind == "welcome":
-            self._on_welcome(stream, wire.proposal_from_wire(frame.welcome))
+            proposal = wire.proposal_from_wire(frame.welcome)
+            self._keep(frame.welcome.secret)
+            self._on_welcome(stream, proposal)
         elif kind == "request":
             self._on_request(stream, frame.request)
         elif kind == "end":
@@ -334,6 +354,20 @@ class Connection:
             elif self._labels is not None:
                 self._say_ready(stream)
             self._changed.notify_all()
+
+    def _keep(self, secret: bytes) -> None:
+        """The name's from now on, before this client is ready and the name its own."""
+        if len(secret) not in (0, SECRET_BYTES):
+            raise WireError(f"the name's secret does not have {SECRET_BYTES} bytes")
+        if secret and secret != self._secret:
+            self._secret = secret
+            try:
+                if self._secrets is not None:
+                    self._secrets.save_secret(self.server, self.name, secret)
+            except OSError as error:
+                self._report(f"What proves that the name {self.name} is this client's cannot be kept in --state "
+                             f"({error.strerror or error}): should this client be started again in the same run, its "
+                             "coordinator has to free the name first (fedlora-server forget).")
 
     def _say_ready(self, stream: _Stream) -> None:
         working = None if self._working is None else wire.key_to_wire(self._working)

@@ -18,7 +18,7 @@ class ServerConfig(RunConfig, ConnectedConfig):
     command: ClassVar[str] = SERVER
     forms: ClassVar[tuple[str, ...]] = (
         "fedlora-server [--strategy NAME] [--labels A,B,…] [options]", "fedlora-server --resume DIR",
-        "fedlora-server presets [--json]")
+        "fedlora-server presets [--json] | fedlora-server forget NAME --out DIR")
 
     strategy: str = option("fedsvd", "how uploads are combined, or module:Class of your own", RUN, values.strategy,
                            keys=RECIPES, metavar="NAME", plan="strategy", place=1)

@@ -54,7 +54,7 @@ REFUSALS: Mapping[str, str] = {
     "model-mismatch": "the client's base model is not the plan's",
     "version-mismatch": "the two sides' versions do not fit each other",
     "privacy-mismatch": "the client's --epsilon contradicts the server's --privacy",
-    "name-in-use": "another live client has this name",
+    "name-in-use": "the name is another client's",
     "labels": "the labels that the client declares do not fit the plan's label set, or it declares none",
 }
 """Every code with which one side declines, and its fixed meaning. Under privacy none depends on a row's content;

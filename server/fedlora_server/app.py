@@ -16,10 +16,10 @@ from rich.console import Console
 from fedlora import data
 from fedlora.config import ServerConfig
 from fedlora.data import Rows
-from fedlora.plan import GOODBYES, MOST_ANNOUNCED, PROTOCOL, Proposal, RunPlan
+from fedlora.plan import GOODBYES, PROTOCOL, Proposal, RunPlan
 from fedlora.tasks import task_named
 
-from . import checkpoint
+from . import checkpoint, label_sets, names
 from .anchors import default_place
 from .checkpoint import Unfinished
 from .client_registry import Event
@@ -124,9 +124,11 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
         if listen is None:
             checkpoint.begin(out, vars(options), plan, joined, left.resumptions if left else (),
                              federation.strategy.recipe.described())
+            engine.keep_names()
 
     lines = PeerLines()
-    engine = (listen or _grpc(options, left))(proposal, out / "uploads", lambda event: _tell(trackers, lines, event))
+    engine = (listen or _grpc(options, out, left))(proposal, out / "uploads",
+                                                   lambda event: _tell(trackers, lines, event))
     ended = "failed"
     with _stopped_by_signals(stop, goes_on, console), _told_sparingly(lines):
         try:
@@ -176,31 +178,37 @@ def _joined(engine: RegistryEngine, before: Mapping[str, Mapping[str, object]]) 
         "label_names", [])} for name, about in now.items()}}
 
 
-def _grpc(options: ServerConfig, left: Unfinished | None) -> Listen:
+def _grpc(options: ServerConfig, out: Path, left: Unfinished | None) -> Listen:
     return lambda proposal, uploads, notify: GrpcEngine(options.address, proposal, uploads, insecure=options.insecure,
                                                    notify=notify, under_way=left.under_way if left else None,
-                                                   anchors=default_place())
+                                                   anchors=default_place(), names=out / names.FOLDER)
 
 
 def _freeze_labels(engine: RegistryEngine, options: ServerConfig, held_out: Rows | None, trackers: Trackers,
                    stop: threading.Event) -> tuple[str, ...]:
-    """The union of the label names that the first --min-clients clients announced; () if stopped before.
+    """The label set that the first --min-clients clients announced (`label_sets`); () if stopped before.
 
     Raises:
         ValueError: they are too few, or --eval-data has others.
     """
     told = -1
-    while len(ready := [m for m in engine.members() if m.ready_at is not None]) < options.min_clients:
+    said: set[tuple[str, str]] = set()
+    while True:
+        agreed = label_sets.agree({member.name: member.announced_labels for member in engine.members()
+                                   if member.ready_at is not None and member.connected}, options.min_clients)
+        for name, why in agreed.left_out.items() - said:
+            trackers.said(f"The label names of {name} are left out: {why}. If they are right, start again with "
+                          "--labels")
+            said.add((name, why))
+        if len(agreed.of) >= options.min_clients:
+            break
         if stop.is_set():
             return ()
-        if told != len(ready):
-            told = len(ready)
+        if told != len(agreed.of):
+            told = len(agreed.of)
             trackers.waiting(options.min_clients, told, None)
         engine.wait((), 0.25)
-    labels = data.in_order(label for member in ready[:options.min_clients] for label in member.announced_labels)
-    if len(labels) > MOST_ANNOUNCED:
-        raise ValueError(f"the first {options.min_clients} clients announced {len(labels)} label names together, more "
-                         f"than {MOST_ANNOUNCED}. Name them with --labels")
+    labels = agreed.labels
     if len(labels) < 2:
         raise ValueError(f"the first {options.min_clients} clients announced {len(labels)} label names together; "
                          "classification needs two. Name them with --labels")

@@ -23,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .presets import main as presets
 
         return presets(argv[1:])
+    if argv[:1] == ["forget"]:
+        from .forget import main as forget
+
+        return forget(argv[1:])
     options = read_config(ServerConfig, argv, epilog=EXIT_CODES, begun_with=_begun_with)
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own messages say more

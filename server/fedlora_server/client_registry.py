@@ -1,11 +1,18 @@
 """Who is there, who was asked what, and what came of it: the state behind the gRPC and the SuperLink engine.
 
 One lock guards everything. A client keeps its seat, by name, over broken streams; a stream that comes back with the
-same process token takes over, and orders that were not answered are given to it again.
+same process token takes over, and orders that were not answered are given to it again. Once it was ready, nobody else
+has the name: whoever comes back shows its secret (`names`), or the token of the process that had it last.
+
+What strangers can have this remember is bounded. A client that leaves before it is ready is forgotten, and of those
+that were ready, are away and were never asked for anything the `MOST_AWAY` are remembered that were ready for longest:
+whoever would have a name forgotten keeps more clients than there are places ready for longer than its owner was.
 """
 
 from __future__ import annotations
 
+import hmac
+import shlex
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -19,7 +26,11 @@ from fedlora.plan import Proposal, Refusal, Refused, RoundPlan, Tensors
 from fedlora.wire import Key, Repeats, pb
 
 from .engine import Outcome, node_id
+from .names import SECRET_BYTES, Names
 from .upload_store import Stored
+
+MOST_AWAY = 1024
+"""Seats of clients that were never asked for anything and are gone."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,8 @@ class _Seat:
     ready: bool = False
     working: Key | None = None  # asked over this stream and not answered
     accepted: Key | None = None  # the last upload taken, to answer an identical one
+    ready_from: float = 0.0  # monotonic
+    ready_s: float = 0.0  # on all streams before this one
     orders: list[PendingRequest] = field(default_factory=list)
     asked: set[Key] = field(default_factory=set)
     bytes_up: int = 0
@@ -115,16 +128,20 @@ class ClientRegistry:
         notify: called with each Event, from any thread; it must be quick.
         under_way: the round of this run that an earlier server had begun, if any. Clients that work on it go on, and
             can be asked as if they were idle: they have in hand what they will be asked for.
+        names: whose each name is; None where somebody else sees to that, as Flower's SuperLink does.
     """
 
-    def __init__(self, proposal: Proposal, notify: Callable[[Event], None], *, under_way: int | None = None) -> None:
+    def __init__(self, proposal: Proposal, notify: Callable[[Event], None], *, under_way: int | None = None,
+                 names: Names | None = None) -> None:
         self.proposal = proposal
+        self._names = names
         self._notify = notify
         self._under_way = under_way
         self._changed = threading.Condition()
         self._news = self._seen = 0
         self._seats: dict[int, _Seat] = {}
         self._orders: dict[str, PendingRequest] = {}
+        self._moved_before = [0, 0]  # bytes up and down of seats that are forgotten
 
     # What the streams report.
 
@@ -149,6 +166,8 @@ class ClientRegistry:
             raise wire.WireError(str(error)) from None
         if len(join.process) != 16:
             raise wire.WireError("the process token does not have 16 bytes")
+        if len(join.secret) not in (0, SECRET_BYTES):
+            raise wire.WireError(f"the name's secret does not have {SECRET_BYTES} bytes")
         if self.proposal.plan.private and not join.private:
             raise Refused("privacy-mismatch", "the server runs with --privacy required and this client with "
                                               "--epsilon inf; change one of the two flags")
@@ -156,13 +175,11 @@ class ClientRegistry:
             node = node_id(join.name)
             seat = self._seats.get(node)
             again = seat is not None
+            if seat is None or not hmac.compare_digest(seat.process, join.process):
+                self._check_name(join, seat)
             if seat is None:
                 seat = _Seat(join.name, node, join.process, theirs, join.private, told or self.proposal, time.time())
                 self._seats[node] = seat
-            elif seat.stream is not None and seat.process != join.process:
-                raise Refused("name-in-use", f"a client named {join.name!r} is connected; choose another --name, or "
-                                             "stop the other client first. (One whose machine is gone is forgotten "
-                                             f"within {wire.NOTICED_WITHIN_S} s.)")
             elif seat.stream is not None:
                 self._vacate(seat)
             if seat.process != join.process:
@@ -172,17 +189,21 @@ class ClientRegistry:
             self._new(Event("rejoined" if again else "joined", seat.name))
             return seat.proposal
 
-    def ready(self, stream: ClientStream, labels: tuple[str, ...], working: Key | None) -> None:
-        """The client has read its data; `working` names the request that it still has in hand, if any."""
+    def ready(self, stream: ClientStream, labels: tuple[str, ...], working: Key | None) -> bool:
+        """The client has read its data; `working` names the request that it still has in hand, if any.
+
+        Returns:
+            Whether it has the seat; not if another stream has taken it over.
+        """
         with self._changed:
             seat = self._seat(stream)
             if seat is None:
-                return
+                return False
             if labels and not seat.proposal.announce_labels:
                 raise wire.WireError("labels were announced though nobody asked for them")
             if seat.ready:
                 raise wire.WireError("a client is ready once on a stream")
-            seat.ready, seat.labels = True, labels or seat.labels
+            seat.ready, seat.ready_from, seat.labels = True, time.monotonic(), labels or seat.labels
             seat.ready_at = seat.ready_at or time.time()
             seat.working = working
             for order in seat.orders:
@@ -193,6 +214,7 @@ class ClientRegistry:
                 stream.cancel(working)
             self._dispatch(seat)
             self._new(Event("ready", seat.name, f"discloses its label names {', '.join(labels)}" if labels else ""))
+            return True
 
     def gone(self, stream: ClientStream, kind: str = "lost") -> None:
         """The stream ended. What the client was asked is lost, until it comes back."""
@@ -200,6 +222,7 @@ class ClientRegistry:
             seat = self._seat(stream)
             if seat is not None:
                 self._vacate(seat)
+                self._forget_seats(seat)
                 self._new(Event(kind, seat.name))
 
     def expected(self, stream: ClientStream, key: Key) -> PendingRequest | None:
@@ -269,7 +292,8 @@ class ClientRegistry:
             self.proposal = replace(self.proposal, plan=replace(self.proposal.plan, labels=labels))
 
     def members(self) -> list[Member]:
-        """All that ever joined, those that became ready first in that order."""
+        """All that became ready, in that order, and then those that have joined and are not; without those that are
+        forgotten."""
         with self._changed:
             members = [Member(s.name, s.node_id, s.joined_at, s.ready_at, s.stream is not None, s.labels, s.version,
                               s.private, s.bytes_up, s.bytes_down) for s in self._seats.values()]
@@ -334,6 +358,12 @@ class ClientRegistry:
             self._new(None)
             return orders
 
+    def moved(self) -> tuple[int, int]:
+        """Bytes up and down of all clients, also of those that are forgotten."""
+        with self._changed:
+            return (self._moved_before[0] + sum(seat.bytes_up for seat in self._seats.values()),
+                    self._moved_before[1] + sum(seat.bytes_down for seat in self._seats.values()))
+
     def streams(self) -> list[ClientStream]:
         with self._changed:
             return [seat.stream for seat in self._seats.values() if seat.stream is not None]
@@ -344,6 +374,35 @@ class ClientRegistry:
         """The stream's seat, unless another stream has taken it over."""
         seat = self._seats.get(node_id(stream.name)) if stream.name else None
         return seat if seat is not None and seat.stream is stream else None
+
+    def _check_name(self, join: pb.Join, seat: _Seat | None) -> None:
+        """Raises Refused where a process that did not have the name last may not have it."""
+        if seat is not None and seat.stream is not None:
+            raise Refused("name-in-use", f"a client named {join.name!r} is connected; choose another --name, or stop "
+                                         "the other client first. (One whose machine is gone is forgotten within "
+                                         f"{wire.NOTICED_WITHIN_S} s.)")
+        if self._names is not None and not self._names.may_have(join.name, join.secret):
+            shown = "another secret than it was given" if join.secret else "no secret of it"
+            raise Refused("name-in-use", f"{join.name!r} took part in this run before, and this client shows {shown}. "
+                                         "Start it with the --state folder that the name was used with; if that is "
+                                         "lost, the coordinator frees the name with `fedlora-server forget "
+                                         f"{shlex.quote(join.name)} --out RUN_FOLDER`")
+
+    def _forget_seats(self, gone: _Seat) -> None:
+        """Keep what is remembered of clients that are away within its bound."""
+        if gone.ready_at is None and not gone.asked:
+            return self._forget_seat(gone)
+        away = [seat for seat in self._seats.values() if seat.stream is None and not seat.asked]
+        if len(away) > MOST_AWAY:
+            first = min(away, key=lambda seat: seat.ready_s)
+            self._forget_seat(first)
+            if self._names is not None:
+                self._names.forget(first.name)
+
+    def _forget_seat(self, seat: _Seat) -> None:
+        del self._seats[seat.node_id]
+        self._moved_before[0] += seat.bytes_up
+        self._moved_before[1] += seat.bytes_down
 
     def _left_over(self, seat: _Seat) -> bool:
         """Whether the client works on the round that an earlier server had begun."""
@@ -360,6 +419,8 @@ class ClientRegistry:
     def _vacate(self, seat: _Seat) -> None:
         if seat.stream is not None:
             seat.stream.close()
+        if seat.ready:
+            seat.ready_s += time.monotonic() - seat.ready_from
         seat.stream, seat.ready, seat.working = None, False, None
         for order in seat.orders:
             if order.outcome is None:

@@ -6,9 +6,10 @@ back lazily from the upload store, `grpc_session` speaks with one client, and th
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,17 +17,23 @@ from pathlib import Path
 import grpc
 
 from fedlora import wire
-from fedlora.files import allow_open_files
 from fedlora.plan import Proposal
 from fedlora_strategies.messages import assume_identity
 
 from .anchors import Anchors
 from .client_registry import Event
-from .grpc_session import GrpcSession
+from .connections import Room, Strangers
+from .grpc_session import READY_TIMEOUT_S, GrpcSession
+from .names import Names
 from .registry_engine import RegistryEngine
 
-OTHER_FILES = 128
-"""Open files beside each client's connection and upload, at most."""
+log = logging.getLogger(__name__)
+
+SPARE_STREAMS = 64
+"""Streams that are just being ended, beside those of as many clients as may be. gRPC has a thread for each."""
+
+LOOK_EVERY_S = 0.5
+"""For overdue streams and for connections that carry no client; a look takes milliseconds."""
 
 CLOSE_TIMEOUT_S = 2.0
 """How long clients have to hear the goodbye."""
@@ -43,12 +50,20 @@ class GrpcEngine(RegistryEngine):
     """Listens from the moment it is made, until `close`. This process' threads share memory from then on
     (`wire.share_arenas`).
 
+    A client keeps its place once it is ready. While all places are taken, whoever comes takes that of a stream that is
+    not: the oldest one of the peer with most. A client whose place was taken comes back by itself, and what it does
+    between Join and Ready goes on meanwhile.
+
     Args:
         address: host:port; port 0 takes a free one (see `address`).
         proposal: told to every client that joins.
         uploads: folder for uploads that wait to be aggregated; made if absent, emptied of them at the end.
         insecure: allow plaintext beyond this machine.
-        max_clients: streams beyond this are turned away by gRPC (RESOURCE_EXHAUSTED).
+        max_clients: at a time; fewer where the system does not allow as many open files (`Room`). Once so many are
+            ready, further ones are turned away (RESOURCE_EXHAUSTED).
+        names: folder that keeps whose names are taken, for a server that takes the run up again, once
+            `keep_names` was called; None forgets them with this process.
+        ready_within_s: from Join to Ready.
         anchors: the file that keeps clients' anchors beyond this run; None forgets them with this process.
         notify, under_way: as of `RegistryEngine`.
     Raises:
@@ -57,23 +72,27 @@ class GrpcEngine(RegistryEngine):
 
     def __init__(self, address: str, proposal: Proposal, uploads: Path, *, insecure: bool = False,
                  max_clients: int = 512, notify: Callable[[Event], None] = lambda event: None,
-                 under_way: int | None = None, anchors: Path | None = None) -> None:
+                 under_way: int | None = None, anchors: Path | None = None, names: Path | None = None,
+                 ready_within_s: float = READY_TIMEOUT_S) -> None:
         check_address(address, insecure=insecure)
         assume_identity(proposal.plan.run_id)
         wire.share_arenas()
-        with contextlib.suppress(ValueError):  # it may never come to so many
-            allow_open_files(2 * max_clients + OTHER_FILES)
-        super().__init__(proposal, uploads, notify, under_way=under_way)
+        self._room, self._ready_within_s = Room.of(max_clients), ready_within_s
+        self._names = Names(names)
+        super().__init__(proposal, uploads, notify, under_way=under_way, names=self._names)
         self._sessions: set[GrpcSession] = set()
         self._anchors = Anchors(anchors)
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._server = grpc.server(ThreadPoolExecutor(max_clients + 8, thread_name_prefix="fedlora-stream"),
-                                   options=wire.SERVER_OPTIONS, maximum_concurrent_rpcs=max_clients)
+        streams = self._room.clients + SPARE_STREAMS
+        self._server = grpc.server(ThreadPoolExecutor(streams + 8, thread_name_prefix="fedlora-stream"),
+                                   options=(*wire.SERVER_OPTIONS, *self._room.options), maximum_concurrent_rpcs=streams)
         service, method = wire.SERVICE.strip("/").split("/")
         handler = grpc.stream_stream_rpc_method_handler(self._serve)  # frames as bytes: the session decodes them
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
-        self.address = f"{address.rpartition(':')[0]}:{self._bind(address)}"
+        port = self._bind(address)
+        self.address = f"{address.rpartition(':')[0]}:{port}"
+        self._strangers = Strangers(port, self._room.strangers)
         uploads.mkdir(parents=True, exist_ok=True)
         self._server.start()
         threading.Thread(target=self._watch, name="fedlora-deadlines", daemon=True).start()
@@ -88,6 +107,9 @@ class GrpcEngine(RegistryEngine):
                              "process, or the host is not this machine. Stop the other one, or choose another "
                              "--address") from None
         return port
+
+    def keep_names(self) -> None:
+        self._names.begin()
 
     def close(self, reason: str) -> None:
         if self._closed.is_set():
@@ -105,13 +127,37 @@ class GrpcEngine(RegistryEngine):
         self._clear_uploads()
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        session = GrpcSession(self._registry, context, lambda: self._trained or {}, self._uploads, self._anchors)
+        session = GrpcSession(self._registry, context, lambda: self._trained or {}, self._uploads, self._anchors,
+                              self._names)
         with self._lock:
             if self._closed.is_set():
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the server is closing")
+            if not self._make_room():
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED,
+                              f"the server has {self._room.clients} clients that are ready, as many as it takes")
             self._sessions.add(session)
-        threading.Thread(target=self._read, args=(session, requests), name="fedlora-reader", daemon=True).start()
+        try:
+            threading.Thread(target=self._read, args=(session, requests), name="fedlora-reader", daemon=True).start()
+        except RuntimeError:  # the system allows no further thread
+            with self._lock:
+                self._sessions.discard(session)
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the server has no thread left for this stream")
         return session.responses()
+
+    def _make_room(self) -> bool:
+        """For one more stream, under the lock. False where all places are those of clients that are ready."""
+        present = [session for session in self._sessions if session.ended_at is None]
+        if len(present) < self._room.clients:
+            return True
+        waiting = [session for session in present if not session.is_ready]
+        if not waiting:
+            return False
+        of_peer = Counter(session.peer.group for session in waiting)
+        most = max(of_peer.values())
+        first = min((session for session in waiting if of_peer[session.peer.group] == most),
+                    key=lambda session: session.started_at)
+        first.end(grpc.StatusCode.RESOURCE_EXHAUSTED, "its place was needed for another client; join again")
+        return True
 
     def _read(self, session: GrpcSession, requests: Iterator[bytes]) -> None:
         try:
@@ -121,8 +167,14 @@ class GrpcEngine(RegistryEngine):
                 self._sessions.discard(session)
 
     def _watch(self) -> None:
-        while not self._closed.wait(1.0):
+        while not self._closed.wait(LOOK_EVERY_S):
             with self._lock:
                 sessions = list(self._sessions)
+            now = time.monotonic()
             for session in sessions:
-                session.check_deadlines(time.monotonic())
+                session.check_deadlines(now, self._ready_within_s)
+            try:
+                self._strangers.end_surplus({session.peer for session in sessions if session.name}, now)
+            except OSError as error:  # no file could be opened to look; gRPC's own bounds hold
+                log.warning("The connections could not be looked at: %s", error,
+                            extra={"peer": "", "kind": "connections"})

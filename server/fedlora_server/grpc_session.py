@@ -2,12 +2,14 @@
 
 gRPC gives each stream a thread that sends; a second one reads. Whatever a client sends that the protocol does not
 allow ends its stream with INVALID_ARGUMENT; an upload that does not fit the order is refused by an Ack, from its
-header if that shows it, and the stream goes on.
+header if that shows it, and the stream goes on. What one client can have the server keep in memory, or do for nothing,
+has a bound; whoever goes beyond it has its stream ended in the same way.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -22,6 +24,8 @@ from fedlora.wire import Incoming, Key, Repeats, Shapes, WireError, pb
 
 from .anchors import Anchors
 from .client_registry import ClientRegistry, PendingRequest
+from .connections import peer_of
+from .names import SECRET_BYTES, Names
 from .upload_store import IncomingUpload, Stored, new_upload
 
 log = logging.getLogger(__name__)
@@ -30,6 +34,14 @@ FRAME_PREFIX_BYTES = 5
 """gRPC's own, before each frame."""
 DRAINED_BYTES = 512 << 20
 """This much of a refused upload may be under way when the sender hears of the refusal."""
+READY_TIMEOUT_S = 600.0
+"""From Join to Ready: a client hashes its model, and may ask its owner at a terminal. One that takes longer joins again
+by itself, and is ready as soon as its owner has answered."""
+MOST_UNWANTED = 64
+"""Answers on a stream beyond the requests on it: each is acknowledged, which waits in memory for a client that reads
+nothing. An honest one can have one, to what the stream before brought."""
+END_TIMEOUT_S = 1.0
+"""A client that does not take the status with which its stream ends within this is cut off."""
 
 
 class _Upload:
@@ -77,12 +89,23 @@ class GrpcSession:
         trained: gives the shapes that an upload must have, none before the layout is known.
         uploads: folder for uploads.
         anchors: where uploads' anchors go. Nothing else here, and no strategy, sees them.
+        names: where the name of a client that is ready is kept as its own.
+
+    Attributes:
+        peer: the client's end of the connection.
+        name: empty until the client has joined; then it has a seat.
+        is_ready: whether it has said so.
+        ended_at: since when the stream is being ended by this server, monotonic; None while it is not.
     """
 
     def __init__(self, registry: ClientRegistry, context: grpc.ServicerContext, trained: Callable[[], Shapes],
-                 uploads: Path, anchors: Anchors) -> None:
+                 uploads: Path, anchors: Anchors, names: Names) -> None:
         self.name, self.process = "", b""
+        self.peer, self.is_ready = peer_of(context.peer()), False
+        self.ended_at: float | None = None
         self.started_at = self.last_frame_at = time.monotonic()
+        self._names, self._secret = names, b""
+        self._asked = self._acknowledged = 0
         self._registry, self._context, self._trained, self._uploads = registry, context, trained, uploads
         self._anchors = anchors
         self._outgoing: SimpleQueue[Iterable[bytes] | None] = SimpleQueue()
@@ -98,6 +121,7 @@ class GrpcSession:
         self._outgoing.put(frames)
 
     def ask(self, order: PendingRequest) -> None:
+        self._asked += 1
         self.send(order.frames(self._sent))
 
     def cancel(self, key: Key) -> None:
@@ -112,11 +136,22 @@ class GrpcSession:
         self.send([pb.ServerFrame(goodbye=pb.Goodbye(reason=reason)).SerializeToString()])
         self.close()
 
-    def check_deadlines(self, now: float) -> None:
-        """End a stream whose Join, or whose next chunk, is overdue."""
+    def end(self, status: grpc.StatusCode, why: str) -> None:
+        """End the stream; its client is told why."""
+        self.ended_at = time.monotonic()
+        self._failure = self._failure or (status, why)
+        self.close()
+
+    def check_deadlines(self, now: float, ready_within_s: float) -> None:
+        """End a stream whose Join, whose Ready, or whose next chunk is overdue."""
         silent_s = now - self.last_frame_at
-        if (not self.name and silent_s > wire.JOIN_TIMEOUT_S) or (self._upload and silent_s > wire.STALL_TIMEOUT_S):
+        if self.ended_at is not None:
+            if now - self.ended_at > END_TIMEOUT_S:
+                self._context.cancel()
+        elif (not self.name and silent_s > wire.JOIN_TIMEOUT_S) or (self._upload and silent_s > wire.STALL_TIMEOUT_S):
             self._context.cancel()
+        elif not self.is_ready and now - self.started_at > ready_within_s:
+            self.end(grpc.StatusCode.DEADLINE_EXCEEDED, f"not ready within {ready_within_s:g} s of joining; join again")
 
     def responses(self) -> Iterator[bytes]:
         """The frames for gRPC to send, until the stream is to end."""
@@ -158,6 +193,8 @@ class GrpcSession:
             self.close()
 
     def _on_frame(self, frame: pb.ClientFrame) -> None:
+        if self._acknowledged - self._asked > MOST_UNWANTED:
+            raise WireError("too many answers to what was not asked")
         kind = frame.WhichOneof("kind")
         if (kind == "join") == bool(self.name):
             raise WireError("a stream begins with one Join")
@@ -167,7 +204,9 @@ class GrpcSession:
             self._on_join(frame.join)
         elif kind == "ready":
             working = self._key(frame.ready.working) if frame.ready.HasField("working") else None
-            self._registry.ready(self, wire.labels_from_wire(frame.ready.labels, MOST_ANNOUNCED), working)
+            if self._registry.ready(self, wire.labels_from_wire(frame.ready.labels, MOST_ANNOUNCED), working):
+                self.is_ready = True
+                self._names.keep(self.name, self._secret)
         elif kind == "upload":
             self._on_upload(frame.upload)
         elif kind == "end":
@@ -187,8 +226,9 @@ class GrpcSession:
             self.close()
             self._left = True
         else:
-            proposal = replace(proposal, anchor=self._anchors.newest(self.name))
-            self.send([pb.ServerFrame(welcome=wire.proposal_to_wire(proposal)).SerializeToString()])
+            welcome = wire.proposal_to_wire(replace(proposal, anchor=self._anchors.newest(self.name)))
+            welcome.secret = self._secret = join.secret or secrets.token_bytes(SECRET_BYTES)
+            self.send([pb.ServerFrame(welcome=welcome).SerializeToString()])
 
     def _on_upload(self, upload: pb.Upload) -> None:
         if anchor := wire.anchor_from_wire(upload):  # whatever becomes of the upload: the client let it go
@@ -244,8 +284,9 @@ class GrpcSession:
         if declined.HasField("key"):
             key = self._key(declined.key)
             self._registry.answered(self, key, refusal, lambda late: self._send_ack(key, late))
-        else:
+        else:  # it takes no part, and has nothing more to say
             self._registry.declined(self, refusal)
+            self._left = True
 
     def _key(self, key: pb.Key) -> Key:
         return wire.key_from_wire(key, self._registry.proposal.plan.run_id)
@@ -259,5 +300,6 @@ class GrpcSession:
         self._registry.answered(self, key, refusal, lambda late: self._send_ack(key, refusal))
 
     def _send_ack(self, key: Key, refusal: Refusal | None) -> None:
+        self._acknowledged += 1
         ack = pb.Ack(key=wire.key_to_wire(key), refusal=None if refusal is None else wire.refusal_to_wire(refusal))
         self.send([pb.ServerFrame(ack=ack).SerializeToString()])

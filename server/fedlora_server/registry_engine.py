@@ -17,6 +17,7 @@ from fedlora_strategies.messages import assign_id, read_train_messages, reply
 
 from .client_registry import ClientRegistry, Event, Member, PendingRequest
 from .engine import Engine, Outcome
+from .names import Names
 
 
 class RegistryEngine(Engine):
@@ -27,15 +28,16 @@ class RegistryEngine(Engine):
         uploads: folder for uploads that wait to be aggregated.
         notify: called with each `Event`, from any thread; it must be quick.
         under_way: the round that an earlier server of this run had begun, if any (see `ClientRegistry`).
+        names: whose each name is (see `ClientRegistry`).
     """
 
     address: str
     """Where clients find it, for the operator."""
 
     def __init__(self, proposal: Proposal, uploads: Path, notify: Callable[[Event], None], *,
-                 under_way: int | None = None) -> None:
+                 under_way: int | None = None, names: Names | None = None) -> None:
         self._uploads = uploads
-        self._registry = ClientRegistry(proposal, notify, under_way=under_way)
+        self._registry = ClientRegistry(proposal, notify, under_way=under_way, names=names)
         self._dtype = wire.ARRAY_DTYPES[proposal.plan.wire_dtype]
         self._trained: Shapes | None = None
         self._frozen: Shapes = {}
@@ -49,17 +51,20 @@ class RegistryEngine(Engine):
         """The label set is settled: whoever joins from now on is told it, and discloses no label names."""
         self._registry.fix_labels(labels)
 
+    def keep_names(self) -> None:
+        """The run has begun. An engine whose clients prove their names may keep them in its folder from now on."""
+
     def members(self) -> list[Member]:
-        """All clients that ever joined, in the order in which they became ready, with what each disclosed."""
+        """The clients in the order in which they became ready, with what each disclosed (`ClientRegistry.members`)."""
         return self._registry.members()
 
     @property
     def bytes_up(self) -> int:
-        return sum(member.bytes_up for member in self._registry.members())
+        return self._registry.moved()[0]
 
     @property
     def bytes_down(self) -> int:
-        return sum(member.bytes_down for member in self._registry.members())
+        return self._registry.moved()[1]
 
     def name_of(self, node_id: int) -> str:
         return self._registry.name_of(node_id)

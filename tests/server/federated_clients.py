@@ -1,6 +1,6 @@
 """Real client processes for tests of the transport: they join, send back the tensors of a frozen-A family that train.
 
-As a program: `python federated_clients.py ADDRESS NAME [behaviour]`. It never imports Flower or torch.
+As a program: `python federated_clients.py ADDRESS NAME [behaviour [STATE]]`. It never imports Flower or torch.
 """
 
 from __future__ import annotations
@@ -10,24 +10,39 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from fedlora.plan import Refused, Upload
 from fedlora_client.connection import Connection, Goodbye, RunChanged, ServerUnreachable
+from fedlora_client.state import FolderState
 
 
-def start_client(address: str, name: str, behaviour: str = "echo", **kwargs) -> subprocess.Popen:
-    """Start this file as a client process."""
-    return subprocess.Popen([sys.executable, __file__, address, name, behaviour], **kwargs)
+class KeptSecrets(dict):
+    """What proves to servers that a name is somebody's, for as long as the test lasts."""
+
+    def secret(self, server: str, name: str) -> bytes:
+        return self.get(name, b"")
+
+    def save_secret(self, server: str, name: str, secret: bytes) -> None:
+        self[name] = secret
 
 
-def echo(address: str, name: str, behaviour: str) -> int:
+def start_client(address: str, name: str, behaviour: str = "echo", state: Path | None = None,
+                 **kwargs) -> subprocess.Popen:
+    """Start this file as a client process. Without `state` another process cannot have the name in the same run."""
+    return subprocess.Popen([sys.executable, __file__, address, name, behaviour, *map(str, [state] if state else [])],
+                            **kwargs)
+
+
+def echo(address: str, name: str, behaviour: str, state: str | None = None) -> int:
     """Take part until the end. Behaviours: "echo"; "hang" trains until it is cancelled, then echoes.
 
     Prints one line per task and one for how it ended. Exit codes: 0 goodbye, 1 a training saw Flower or torch in this
     process, 3 no server, 4 refused.
     """
     connection = Connection(address, name, private=False, connect_timeout_s=60.0,
-                            report=lambda line: print(line, file=sys.stderr, flush=True))
+                            report=lambda line: print(line, file=sys.stderr, flush=True),
+                            secrets=FolderState(Path(state)) if state else None)
     signal.signal(signal.SIGTERM, lambda *_: connection.leave())
     done = set()
     try:
@@ -59,7 +74,7 @@ def echo(address: str, name: str, behaviour: str) -> int:
 
 
 if __name__ == "__main__":
-    code = echo(*sys.argv[1:4])
+    code = echo(*sys.argv[1:5])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # as fedlora-client does

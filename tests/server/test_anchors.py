@@ -16,6 +16,7 @@ from fedlora_server.engine import node_id
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import reply, to_record, train_message
 from tests.federation import layout_of, plan_of, start_of
+from tests.server.federated_clients import KeptSecrets
 from tests.server.test_grpc_hostile import READY, converse, join_frame
 
 LAYOUT = layout_of("frozen-a")
@@ -88,9 +89,10 @@ class Server:
         self.run = plan_of("ffa-lora", run_id=run_id)
         self.engine = GrpcEngine("127.0.0.1:0", Proposal(self.run), folder / run_id, anchors=anchors)
         self.engine.expect(LAYOUT)
+        self.secrets = KeptSecrets()
 
     def join(self, name="north"):
-        self.client = Connection(self.engine.address, name, private=False, connect_timeout_s=10)
+        self.client = Connection(self.engine.address, name, private=False, connect_timeout_s=10, secrets=self.secrets)
         return self.client.join()
 
     def ask(self, round, sealed):
@@ -141,6 +143,7 @@ def test_an_upload_that_is_refused_leaves_its_anchor_all_the_same(tmp_path, path
         heard, _ = converse(server.engine.address, [
             join_frame("north").SerializeToString(), READY, *wire.transfer_frames(head, tensors)])
         assert heard[-1].ack.HasField("refusal") and heard[0].welcome.anchor == b""
+        server.secrets["north"] = heard[0].welcome.secret
         assert server.join().anchor == anchor(7)
 
 

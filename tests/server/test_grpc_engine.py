@@ -21,7 +21,7 @@ from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import read_reply, to_record, train_message
 from tests.federation import layout_of, plan_of, start_of
 from tests.fedlora.ledgers import full_disk
-from tests.server.federated_clients import start_client
+from tests.server.federated_clients import KeptSecrets, start_client
 from tests.server.tcp_proxy import TcpProxy
 
 RUN = plan_of("ffa-lora")
@@ -151,14 +151,14 @@ def test_a_frozen_client_is_noticed_and_asked_again_when_it_thaws(engine, proces
     until(engine.get_node_ids, engine)
 
 
-def test_a_client_that_comes_back_before_the_round_closes_is_asked_again(engine, processes):
-    processes.append(start_client(engine.address, "north", "hang"))
+def test_a_client_that_comes_back_before_the_round_closes_is_asked_again(engine, processes, tmp_path):
+    processes.append(start_client(engine.address, "north", "hang", tmp_path / "state"))
     until(engine.idle, engine)
     [sent] = engine.push_messages([order(node_id("north"))])
     time.sleep(0.3)
     processes[0].kill()
     assert outcome(engine, sent) == "lost"
-    processes.append(start_client(engine.address, "north"))
+    processes.append(start_client(engine.address, "north", state=tmp_path / "state"))
     until(lambda: engine.wait([sent], 0.1).get(sent) == "uploaded", engine)
 
 
@@ -288,14 +288,15 @@ def test_an_upload_whose_acknowledgement_was_lost_is_accepted_once(engine):
 
 
 def test_a_live_name_is_refused_with_the_remedy_and_free_again_afterwards(engine, processes):
-    connection = connect(engine, "north")
+    secrets = KeptSecrets()
+    connection = connect(engine, "north", secrets=secrets)
     processes.append(start_client(engine.address, "north", stdout=subprocess.PIPE, text=True))
     out, _ = processes[0].communicate(timeout=PATIENCE_S)
     assert processes[0].returncode == 4 and "choose another --name" in out
     assert len(engine.idle()) == 1, "the first one is untouched"
     connection.leave()
     until(lambda: not engine.idle(), engine)
-    connect(engine, "north")
+    connect(engine, "north", secrets=secrets)
 
 
 def test_a_taken_port_is_an_error_that_names_it(tmp_path, engine):
@@ -333,7 +334,9 @@ def test_once_the_labels_are_fixed_new_clients_are_asked_for_none_and_old_ones_c
     engine = GrpcEngine("127.0.0.1:0", Proposal(RUN.with_open_labels()), tmp_path)
     engine.expect(LAYOUT)
     proxy = TcpProxy(engine.address)
-    early, slow = (Connection(proxy.address, name, private=False, connect_timeout_s=10) for name in ("early", "slow"))
+    secrets = KeptSecrets()
+    early, slow = (Connection(proxy.address, name, private=False, connect_timeout_s=10, secrets=secrets)
+                   for name in ("early", "slow"))
     assert early.join().announce_labels and slow.join().announce_labels
     early.ready(("no", "yes"))
     until(engine.idle, engine)
@@ -349,7 +352,7 @@ def test_once_the_labels_are_fixed_new_clients_are_asked_for_none_and_old_ones_c
     early.leave()
     until(lambda: len(engine.get_node_ids()) == 1, engine)
     for name in ("early", "late"):  # a new process of the same client is asked for none either
-        late = Connection(engine.address, name, private=False)
+        late = Connection(engine.address, name, private=False, secrets=secrets)
         assert late.join() == Proposal(replace(RUN, labels=("no", "yes")), anchor=b"")
         late.ready()
     until(lambda: len(engine.get_node_ids()) == 3, engine)

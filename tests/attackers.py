@@ -1,0 +1,340 @@
+"""What peers do to a server in `tests.attacks`: with a connection alone, with a Join, or as a client that is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import grpc
+
+from fedlora import wire
+from fedlora.plan import Refusal, Refused, RoundPlan, Tensors, Upload
+from fedlora.wire import WireError, pb
+from fedlora_client.connection import Connection, Goodbye, RunChanged, ServerUnreachable
+from tests import fuzz
+from tests.processes import Deployment
+from tests.server.tcp_proxy import TcpProxy
+from tests.server.test_grpc_hostile import READY, join_frame
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+MOST_IDLE, MOST_JOINED = 1300, 512
+GIANT_BYTES = 64 << 20
+
+
+class Target:
+    """A run under attack.
+
+    Args:
+        start_honest: starts the honest clients, for attacks that come before them.
+
+    Attributes:
+        done: what was done to it: "connections", "frames", and what else there is to say.
+        until: when the attack ends; the harness says so once round 1 is over.
+        proxy: the link of the client south.
+    """
+
+    def __init__(self, deployment: Deployment, proxy: TcpProxy, start_honest: Callable[[], None]) -> None:
+        self.deployment, self.address, self.proxy, self.start_honest = (
+            deployment, deployment.address, proxy, start_honest)
+        self.done: Counter = Counter()
+        self.until = float("inf")
+        self._lock = threading.Lock()
+
+    def goes_on(self) -> bool:
+        """Whether the attack is to go on."""
+        return time.monotonic() < self.until and self.deployment.processes["server"].poll() is None
+
+    def rest(self) -> None:
+        """Until the attack ends."""
+        while self.goes_on():
+            time.sleep(0.05)
+
+    def count(self, what: str, times: int = 1) -> None:
+        with self._lock:
+            self.done[what] += times
+
+    def connect(self) -> socket.socket:
+        host, _, port = self.address.rpartition(":")
+        connection = socket.create_connection((host, int(port)), timeout=5)
+        self.count("connections")
+        return connection
+
+    def join(self, name: str, **fields: object) -> bytes:
+        return join_frame(name, **{"process": os.urandom(16), "private": True} | fields).SerializeToString()
+
+
+class Stranger:
+    """A stream that sends its frames, and then nothing until it is closed.
+
+    Args:
+        reads: whether it takes what the server says.
+    """
+
+    def __init__(self, target: Target, *frames: bytes, reads: bool = True) -> None:
+        self._target, self._frames, self._done, self._heard = target, frames, threading.Event(), threading.Event()
+        self._first: pb.ServerFrame | None = None
+        target.count("connections")
+        self._channel = grpc.insecure_channel(target.address, options=[
+            option for option in wire.CHANNEL_OPTIONS if "max_send" not in option[0]])
+        self._call = self._channel.stream_stream(wire.SERVICE)(self._requests())
+        if reads:
+            threading.Thread(target=self._listen, daemon=True).start()
+
+    def _requests(self) -> Iterator[bytes]:
+        for frame in self._frames:
+            self._target.count("frames")
+            yield frame
+        while not self._done.wait(1.0) and self._target.goes_on():
+            pass
+
+    def _listen(self) -> None:
+        with contextlib.suppress(grpc.RpcError, ValueError):
+            for data in self._call:
+                self._first = self._first or pb.ServerFrame.FromString(data)
+                self._heard.set()
+        self._heard.set()
+
+    def answer(self, timeout_s: float = 10.0) -> str:
+        """Which kind of frame came first; "nothing" if none did."""
+        self._heard.wait(timeout_s)
+        return "nothing" if self._first is None else str(self._first.WhichOneof("kind"))
+
+    def close(self) -> None:
+        self._done.set()
+        self._channel.close()
+
+
+def _hold(target: Target, most: int, opened: Callable[[], socket.socket | Stranger]) -> None:
+    """So many at a time, and then ever new ones in place of the oldest. The honest come when so many are there."""
+    held: list[socket.socket | Stranger] = []
+    while target.goes_on():
+        with contextlib.suppress(OSError):
+            held.append(opened())
+        if len(held) == most:
+            target.start_honest()
+        if len(held) > most:
+            held.pop(0).close()
+            time.sleep(0.002)
+    for one in held:
+        one.close()
+
+
+def idle_connections(target: Target) -> None:
+    """1,300 that say nothing."""
+    _hold(target, MOST_IDLE, target.connect)
+
+
+def half_handshakes(target: Target) -> None:
+    """1,300 that begin HTTP/2 and go no further; every third one byte by byte."""
+    def opened() -> socket.socket:
+        one = target.connect()
+        one.sendall(PREFACE[:1 + target.done["connections"] % len(PREFACE)] if target.done["connections"] % 3 == 0
+                    else PREFACE)
+        return one
+
+    _hold(target, MOST_IDLE, opened)
+
+
+def garbage_bytes(target: Target) -> None:
+    """Random bytes, also behind HTTP/2's preface, on connection after connection."""
+    choice = random.Random(0)
+    while target.goes_on():
+        with contextlib.suppress(OSError), target.connect() as one:
+            one.sendall((PREFACE if choice.random() < 0.5 else b"") + choice.randbytes(choice.randrange(1, 4096)))
+        time.sleep(0.002)  # else this machine runs out of ports
+
+
+def joins_without_ready(target: Target) -> None:
+    """As many as there are places."""
+    def opened() -> Stranger:
+        time.sleep(0.005)
+        return Stranger(target, target.join(f"joined {target.done['connections']}"))
+
+    _hold(target, MOST_JOINED, opened)
+
+
+def join_storm(target: Target) -> None:
+    """A new name each, gone at once; every other one is ready before."""
+    while target.goes_on():
+        number = target.done["connections"]
+        one = Stranger(target, target.join(f"name {number}"), *[READY] * (number % 2))
+        one.answer()
+        one.close()
+
+
+def ready_and_silent(target: Target) -> None:
+    """Six that are asked and never answer."""
+    held = [Stranger(target, target.join(f"silent {number}"), READY, reads=number % 2 == 0) for number in range(6)]
+    target.rest()
+    for one in held:
+        one.close()
+
+
+def name_theft(target: Target) -> None:
+    """South's link is cut time after time, and its name asked for meanwhile, with and without a secret."""
+    attempts = 0
+    while target.goes_on():
+        target.proxy.cut()
+        cut_until = time.monotonic() + 1.5
+        while target.goes_on() and time.monotonic() < cut_until:
+            one = Stranger(target, target.join("south", secret=os.urandom(32) if attempts % 2 else b""), READY)
+            target.count("NAMES TAKEN", one.answer() == "welcome")
+            one.close()
+            attempts += 1
+        target.proxy.restore()
+        time.sleep(3.0)
+    target.proxy.restore()
+
+
+def repeated_declined(target: Target) -> None:
+    """A thousand on each stream: that it takes no part, or for what nobody asked."""
+    refusal = wire.refusal_to_wire(Refusal("policy"))
+    for_nothing = pb.Declined(key=pb.Key(round=1, attempt=9), refusal=refusal)
+    while target.goes_on():
+        number = target.done["connections"]
+        declined = pb.ClientFrame(declined=for_nothing if number % 2 else pb.Declined(refusal=refusal))
+        one = Stranger(target, target.join(f"declines {number % 10}"), READY, *[declined.SerializeToString()] * 1000)
+        one.answer()
+        time.sleep(0.02)
+        one.close()
+
+
+def labels_999(target: Target) -> None:
+    """One client that announces 999, ready before the honest ones come, and refuses whatever it is asked."""
+    takes_part(target, True, lambda plan, tensors: Refusal("unavailable"),
+               tuple(f"label {number}" for number in range(999)))
+
+
+def giant_frames(target: Target) -> None:
+    """64 MiB each, four streams at a time, after a Join and instead of one."""
+    frame = pb.ClientFrame(chunk=pb.Chunk(data=bytes(GIANT_BYTES))).SerializeToString()
+    while target.goes_on():
+        held = [Stranger(target, *([target.join(f"giant {number}"), READY] * (number % 2)), frame)
+                for number in range(4)]
+        time.sleep(0.5)
+        for one in held:
+            one.close()
+
+
+def garbage_frames(target: Target) -> None:
+    """Frames of the protocol, changed at random (`tests.fuzz`)."""
+    met = fuzz.to_server(target.address, 10**9, seed=random.randrange(10**6), goes_on=target.goes_on)
+    target.count("connections", sum(times for how, times in met.items() if how != "frames"))
+    for how in ("frames", "ERRORS OF THE SERVER"):
+        target.count(how, met[how])
+
+
+def takes_part(target: Target, private: bool, answer: Callable[[RoundPlan, Tensors], Upload | Refusal],
+               labels: tuple[str, ...] = ()) -> None:
+    """As a client that is asked, and answers as it likes. The honest come once it is ready."""
+    connection = Connection(target.address, "mallory", private=private, connect_timeout_s=5)
+    target.count("connections")
+    try:
+        connection.join()
+        connection.ready(labels)
+        time.sleep(0.5)
+        target.start_honest()
+        while target.goes_on():
+            plan, tensors = connection.next_request()
+            connection.send(answer(plan, {name: array for name, array in tensors.items()
+                                          if (name in plan.active if plan.active else not name.endswith(".A"))}))
+            target.count("answers")
+    except (Goodbye, Refused, RunChanged, ServerUnreachable, WireError):
+        pass
+    finally:
+        connection.leave()
+
+
+def _moved(tensors: Tensors, by: float) -> Tensors:
+    return {name: array + array.dtype.type(by) for name, array in tensors.items()}
+
+
+def upload_times_a_million(target: Target) -> None:
+    """In a private run: what was sent, moved by 10⁶."""
+    takes_part(target, True, lambda plan, tensors: Upload(*plan.key, tensors=_moved(tensors, 1e6), steps=1, delta=1e-5,
+                                                          noise_multiplier=1.0))
+
+
+def plain_upload_times_a_million(target: Target) -> None:
+    """In a plain run: the same, and as many examples as a number can say."""
+    takes_part(target, False, lambda plan, tensors: Upload(*plan.key, tensors=_moved(tensors, 1e6), steps=1,
+                                                           num_examples=2**62, train_loss=0.1))
+
+
+def examples_2_to_the_62(target: Target) -> None:
+    """In a plain run: an upload of an ordinary size that says that it stands for 2⁶² examples."""
+    takes_part(target, False, lambda plan, tensors: Upload(*plan.key, tensors=_moved(tensors, 0.05), steps=1,
+                                                           num_examples=2**62, train_loss=0.1))
+
+
+def slow_upload(target: Target) -> None:
+    """One client that is asked, and answers with a value at a time."""
+    def requests() -> Iterator[bytes]:
+        yield target.join("slow")
+        yield READY
+        request = asked.get()
+        trained = [tensor for tensor in request.tensors if not tensor.name.endswith(".A")]
+        yield pb.ClientFrame(upload=pb.Upload(key=pb.Key(round=request.round, attempt=request.attempt), tensors=trained,
+                                              steps=1, delta=1e-5, noise_multiplier=1.0)).SerializeToString()
+        while target.goes_on():
+            target.count("frames")
+            yield pb.ClientFrame(chunk=pb.Chunk(data=bytes(4))).SerializeToString()
+            time.sleep(0.2)
+
+    asked: SimpleQueue[pb.TrainRequest] = SimpleQueue()
+    target.count("connections")
+    with grpc.insecure_channel(target.address, options=wire.CHANNEL_OPTIONS) as channel:
+        call = channel.stream_stream(wire.SERVICE)(requests())
+        with contextlib.suppress(grpc.RpcError, WireError):
+            for data in call:
+                frame, _ = wire.read_frame(pb.ServerFrame, data)
+                if frame is not None and frame.WhichOneof("kind") == "request":
+                    asked.put(frame.request)
+
+
+LABELS = ("--labels", "routine,urgent")
+PRIVATE = (*LABELS, "--round-timeout", 60)
+IMPATIENT = (*LABELS, "--round-timeout", 3)
+PLAIN = (*LABELS, "--privacy", "off", "--round-timeout", 60)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How to attack, and the run that is attacked.
+
+    Attributes:
+        options: of the server.
+        comes_first: the attack is there before the honest clients, and starts them; else it begins with round 1.
+        takes_part: the attacker is asked as any client: the run may end with another adapter, of ordinary size.
+        files: the system's limit on the server's open files.
+        stderr_read: whether anybody reads what the server says.
+    """
+
+    run: Callable[[Target], None]
+    options: tuple[object, ...] = PRIVATE
+    comes_first: bool = False
+    takes_part: bool = False
+    files: int | None = None
+    stderr_read: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__.replace("_", " ") + ("" if self.stderr_read else ", unread stderr")
+
+
+ATTACKS = (
+    Attack(idle_connections, comes_first=True, files=1024), Attack(half_handshakes, comes_first=True, files=1024),
+    Attack(joins_without_ready, comes_first=True), Attack(join_storm), Attack(join_storm, stderr_read=False),
+    Attack(name_theft), Attack(labels_999, ("--round-timeout", 60), comes_first=True, takes_part=True),
+    Attack(repeated_declined), Attack(garbage_bytes), Attack(garbage_frames), Attack(giant_frames),
+    Attack(ready_and_silent, IMPATIENT, takes_part=True), Attack(slow_upload, IMPATIENT, takes_part=True),
+    Attack(upload_times_a_million, takes_part=True), Attack(plain_upload_times_a_million, PLAIN, takes_part=True),
+    Attack(examples_2_to_the_62, PLAIN, takes_part=True))
