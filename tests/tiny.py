@@ -63,7 +63,7 @@ def tiny_checkpoint(kind: str, folder: Path, *, seed: int = 0) -> Path:
     Returns:
         folder.
     """
-    tokenizer = _tokenizer(kind)
+    tokenizer = tiny_tokenizer(kind)
     config = _config(kind, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -99,7 +99,7 @@ def _config(kind: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
     return decoder(max_position_embeddings=MAX_POSITIONS, num_key_value_heads=HEADS // 2, **sizes, **ids)
 
 
-def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: any text can be encoded, nothing is unknown."""
     if kind in ENCODERS:
         special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",

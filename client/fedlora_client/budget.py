@@ -29,12 +29,12 @@ def show_budget(*, policy: Path | None, simulated_ledger: Path | None, rounds: i
         rounds: what so many more would cost; None for some usual numbers.
     """
     folder = simulated_ledger
-    path = folder / "ledger.sqlite" if folder else paths.ledger()
-    if not path.exists():
-        print(f"fedlora-client: there is no ledger at {path}: nothing was spent by this user on this machine",
-              file=sys.stderr)
-        return 0
     try:
+        path = folder / "ledger.sqlite" if folder else paths.ledger()
+        if not path.exists():
+            print(f"fedlora-client: there is no ledger at {path}: nothing was spent by this user on this machine",
+                  file=sys.stderr)
+            return 0
         limits = Policy.read(paths.named_policy(policy, folder))
         ledger = Ledger(path, simulated=folder is not None)
         book = _with_limits(ledger.book(), limits)

@@ -298,7 +298,7 @@ class Participation:
     def _open(self, run: RunPlan) -> ClientSession:
         """Load the model once for the run."""
         self._check_plan(run)
-        loaded = models.load(self._model_path, run.task, len(run.labels))
+        loaded = models.load(self._model_path, run.task, run.labels)
         task = task_for(run, loaded.tokenizer)
         unusable: Counter[str] | None = Counter() if run.private else None
         records = task.encode(self._rows, unusable)
@@ -323,7 +323,7 @@ class Participation:
         session = ClientSession(
             run, own, records, self._limits, self._state, self._streams, self._gate.ledger,
             self._gate.dataset, approve=self._gate.approve, anchors=self._proposal.anchor is not None,
-            sketch_trainer=lambda: trainer(sketch_plan(run), models.load(self._model_path, run.task, len(run.labels))))
+            sketch_trainer=lambda: trainer(sketch_plan(run), models.load(self._model_path, run.task, run.labels)))
         terms = session.terms
         if run.private:
             unit = "record" if self._limits.unit == ROW else self._gate.unit_column
@@ -365,6 +365,9 @@ def model_folder(model: str | None, planned: str) -> Path | None:
     """
     if model and Path(model).is_dir():
         return Path(model)
+    if model and planned == "local":
+        raise ValueError(f"--model {model} is no folder, and the plan's model is a folder of the server's; give that "
+                         "of your copy")
     if model and model not in (planned, planned.partition("@")[0]):
         raise ValueError(f"--model {model} is neither a folder nor the plan's {planned}; give the folder of the base "
                          "model, or leave it out")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from fedlora.places import user_folder
 
 
 def ledger() -> Path:
@@ -20,7 +21,7 @@ def batch_invariance() -> Path:
 
 
 def policy() -> Path:
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "fedlora" / "policy.toml"
+    return user_folder("XDG_CONFIG_HOME", ".config") / "policy.toml"
 
 
 def named_policy(named: Path | None, simulated_ledger: Path | None) -> Path:
@@ -43,4 +44,4 @@ def default_state(name: str) -> Path:
 
 
 def _state() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "fedlora"
+    return user_folder("XDG_STATE_HOME", ".local", "state")

@@ -5,7 +5,7 @@ from fedlora.adapters.export import export
 from fedlora.adapters.family import Family, Site, TensorSpec, family_of
 from fedlora.adapters.layout import AdapterLayout
 from fedlora.adapters.start import initial_tensors, start_of
-from fedlora.adapters.targets import all_targets, automatic_targets
+from fedlora.adapters.targets import all_targets, automatic_targets, not_by_record
 
 __all__ = ["AdaptedModel", "AdapterLayout", "Family", "Site", "TensorSpec", "all_targets", "attach", "attach_planned",
-           "automatic_targets", "export", "family_of", "initial_tensors", "start_of"]
+           "automatic_targets", "export", "family_of", "initial_tensors", "not_by_record", "start_of"]

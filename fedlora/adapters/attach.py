@@ -60,6 +60,7 @@ class AdaptedModel:
     Attributes:
         model: the module to call; the one that was loaded, changed in place.
         layout: names, shapes and roles of the adapter's tensors.
+        tokenizer: of the base model, as the run uses it.
         base_path: folder of the base checkpoint.
         task: its key; see `fedlora.tasks`.
         head: name of the classifier's final linear module; None where the task has no head.
@@ -71,6 +72,7 @@ class AdaptedModel:
     def __init__(self, loaded: LoadedModel, layout: AdapterLayout, head: str | None,
                  leaves: dict[str, tuple[nn.Module, str]]) -> None:
         self.model = loaded.model
+        self.tokenizer = loaded.tokenizer
         self.layout = layout
         self.base_path: Path = loaded.path
         self.task = loaded.task

@@ -1,7 +1,18 @@
-"""Write an adapter as a standard PEFT folder, for anybody's `PeftModel.from_pretrained`."""
+"""Write an adapter as a standard PEFT folder that predicts, wherever it is loaded, what the run predicted.
+
+    adapter_config.json, adapter_model.safetensors      for anybody's `PeftModel.from_pretrained`
+    tokenizer.json, tokenizer_config.json, …            the run's tokenizer, with the token that it pads with
+    base/config.json                                    the base model's, with the labels in order and the pad token
+    README.md                                           the lines that load it
+
+The config is in a folder of its own, for transformers takes a folder with both a config and an adapter for a model. No
+file names a path of this machine.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +24,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters.attach import AdaptedModel
+from fedlora.adapters.card import card
 from fedlora.files import replace_file
 from fedlora.plan import Tensors
 from fedlora.tasks import task_named
@@ -20,8 +32,14 @@ from fedlora.tasks import task_named
 _PREFIX = "base_model.model."  # where PEFT's files say that the base model's own names begin
 
 
-def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: str) -> Path:
-    """Write adapter_config.json and adapter_model.safetensors.
+_NOT_HANDED_ON = ("name_or_path", "is_local", "local_files_only", "tokenizer_file", "vocab_file", "merges_file",
+                  "special_tokens_map_file")
+"""What a tokenizer's settings say of the machine that it was loaded on."""
+
+
+def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: str, *,
+           max_length: int | None = None) -> Path:
+    """Write the folder.
 
     Every family becomes plain LoRA, by the factors of its `update`. Where ranks differ, PEFT's patterns say so. The
     classifier is written whole, as are all other parameters that are missing from the base checkpoint, as PEFT's
@@ -30,8 +48,9 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     Args:
         adapted: gives names and shapes; what it holds now does not matter.
         tensors: the full state.
-        out_dir: made if need be; the two files are replaced.
-        base_name: of the base model, for whoever loads the adapter.
+        out_dir: made if need be; files of the same names are replaced.
+        base_name: of the base model, for whoever loads the adapter: its hub id, or another name where it has none.
+        max_length: tokens that the run kept of a record: a classifier's tokenizer cuts there; None for its own limit.
     Returns:
         out_dir.
     Raises:
@@ -66,7 +85,27 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     config.save_pretrained(str(out_dir))
     weights = to_bytes({name: value.contiguous() for name, value in files.items()}, metadata={"format": "pt"})
     replace_file(out_dir / "adapter_model.safetensors", weights, 0o666)
+    _hand_on(adapted, out_dir, max_length)
+    (out_dir / "README.md").write_text(card(adapted.model, adapted.task, base_name), encoding="utf-8")
     return out_dir
+
+
+def _hand_on(adapted: AdaptedModel, out_dir: Path, max_length: int | None) -> None:
+    """Tokenizer and config, as the run has them."""
+    adapted.tokenizer.save_pretrained(out_dir)
+    settings = out_dir / "tokenizer_config.json"
+    said = {name: value for name, value in json.loads(settings.read_text(encoding="utf-8")).items()
+            if name not in _NOT_HANDED_ON}
+    said["padding_side"] = "right"
+    said["model_input_names"] = adapted.tokenizer.model_input_names
+    if adapted.tokenizer.split_special_tokens:
+        said["split_special_tokens"] = True
+    if max_length is not None and task_named(adapted.task).has_labels:
+        said["model_max_length"] = max_length
+    settings.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    config = copy.deepcopy(adapted.model.config)
+    config.use_cache = True  # the run does without, for it generates nothing
+    config.save_pretrained(out_dir / "base")
 
 
 def _modules_to_save(adapted: AdaptedModel) -> list[str]:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora import data
 from fedlora.adapters.attach import AdaptedModel
 from fedlora.adapters.start import initial_tensors
+from fedlora.places import expanded
 from fedlora.tasks import Records, Task, read, task_named
 
 PREFIX = "public:"
@@ -35,7 +36,7 @@ def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping
         ValueError: it cannot be read, has no labels or wrong ones, or is private or held-out data.
     """
     for flag, other in (others or {}).items():
-        if other is not None and _overlap(Path(path).expanduser(), Path(other).expanduser()):
+        if other is not None and _overlap(expanded(path), expanded(other)):
             why = ("a start from it would release private rows without noise" if flag == "--data" else
                    "figures on rows that the start was taken from say nothing")
             raise ValueError(f"--init {PREFIX}{path} is (part of) {flag} {other}: {why}. Name another file")

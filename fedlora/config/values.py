@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import registry
+from fedlora.places import expanded
 from fedlora.plan import check_unit
 
 STARTS, RECIPES = "fedlora.adapters.starts", "fedlora_strategies.recipes"
@@ -44,9 +45,14 @@ finite = number(float, 0, 1e300, open_low=True)
 
 
 def text(given: str) -> str:
-    """Anything but nothing."""
+    """Anything but nothing, or what cannot be told."""
     if not given.strip():
         raise argparse.ArgumentTypeError("it is empty; give a value, or leave the option out")
+    if given.startswith("~"):
+        try:
+            expanded(given)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
     return given
 
 

@@ -29,7 +29,7 @@ class ModelRef:
 
     Attributes:
         name: an alias ("minilm"), a hub id with its commit ("org/model@<40 hex>"), or "local" for a folder that
-            the client must have too and names with --model PATH.
+            the client must have too and names with --model PATH. No folder's own name leaves its machine.
         weights_sha256: of the safetensors file (of the sorted list of "name sha256" lines if there are several).
         config_sha256: of config.json.
         tokenizer_sha256: of the tokenizer's files, listed like the weights.
@@ -47,6 +47,11 @@ class ModelRef:
             digest = getattr(self, part)
             if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
                 raise ValueError(f"{part} is {digest!r}; it must be 64 lower-case hexadecimal digits")
+
+    @property
+    def title(self) -> str:
+        """As people read it. A folder's own name stays on its machine; its weights tell it from others."""
+        return self.name if self.name != "local" else f"local:{self.weights_sha256[:12]}"
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from typing import Any
 
 from fedlora.data.rows import normalize_label
 from fedlora.files import replace_file
+from fedlora.places import expanded
 from fedlora.plan import LONGEST_LABEL, MOST_ANNOUNCED, ROW, Proposal, check_unit
 from fedlora.privacy.accounting import MOST_SAMPLING_RATE
 
@@ -245,7 +246,7 @@ def check_label_names(names: Sequence[str], source: str) -> None:
 
 def absolute(data: str) -> str:
     """How a data set's place is written down: an absolute path without links, or a hub name as it is."""
-    path = Path(data).expanduser()
+    path = expanded(data)
     return str(path.resolve()) if path.exists() else data
 
 
@@ -270,7 +271,7 @@ def _parse(path: Path, table: Mapping[str, Any]) -> Policy:
         if missing := {"data", "epsilon", "delta"} - values.keys():
             raise ValueError(f"[dataset.{name}] lacks {', '.join(sorted(missing))}")
         if "witness" in values:
-            values["witness"] = Path(values["witness"]).expanduser()
+            values["witness"] = expanded(values["witness"])
         datasets[name] = DatasetPolicy(name, absolute(values.pop("data")), float(values.pop("epsilon")),
                                        float(values.pop("delta")), **values)
     places = [known.data for known in datasets.values()]

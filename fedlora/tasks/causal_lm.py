@@ -17,6 +17,7 @@ from fedlora.data import RowFormat, Rows
 from fedlora.data.rows import Message
 from fedlora.records import IGNORED, Batch, Records, pack
 from fedlora.task import Task
+from fedlora.tasks._conversations import written
 
 
 class CausalLM(Task):
@@ -48,6 +49,8 @@ class CausalLM(Task):
         tokens: list[np.ndarray] = []  # a list of Python's integers takes ten times the memory
         answers: list[np.ndarray] = []
         kept: list[int] = []
+        if rows.messages is not None:
+            self._check_conversations()
 
         def tokenize(some: Sequence[int]) -> list[tuple[list[int], list[int]]]:
             texts = [rows.texts[row] for row in some]
@@ -85,42 +88,24 @@ class CausalLM(Task):
         completion = self._ended(completion)
         return prompt + completion, [0] * len(prompt) + [1] * len(completion)
 
-    def _conversation(self, messages: tuple[Message, ...], where: str) -> tuple[list[int], list[int]]:
-        """The chat template's text; the answer is every assistant turn with the template's end mark.
+    def _check_conversations(self) -> None:
+        """Raises ValueError where no conversation can be written, whatever it says."""
+        why = ("has no chat template" if not self.tokenizer.chat_template
+               else "" if self.tokenizer.is_fast else "does not tell which characters a token stands for")
+        if why:
+            raise ValueError(f"the tokenizer {why}, and the rows hold messages. Give prompt and completion instead of "
+                             "messages, or choose a model made for conversations")
 
-        A turn's characters are found by rendering the conversation up to it, less the end-of-text token that some
-        templates write after the last turn. Templates that rewrite earlier turns (dropping their reasoning, say)
-        allow that for the last one only.
-        """
-        turns = [{"role": role, "content": content} for role, content in messages]
-        text = self._render(turns, where)
-        spans = []
-        for i in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
-            before = self._render(turns[:i], where, generation=True) if i else ""
-            until = self._render(turns[:i + 1], where)
-            if not text.startswith(until):
-                until = until.removesuffix(self.tokenizer.eos_token)
-            if text.startswith(before) and text.startswith(until):
-                spans.append((len(before), len(until)))
-        if not spans:
-            raise ValueError(f"{where}: the tokenizer's chat template does not show where the assistant's turn begins. "
-                             "Give prompt and completion instead of messages")
+    def _conversation(self, messages: tuple[Message, ...], where: str) -> tuple[list[int], list[int]]:
+        """The chat template's text; the answer is every assistant turn with the template's end mark."""
+        text, spans = written(self.tokenizer, messages, where)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         learned = [int(any(start <= begin < stop for start, stop in spans))
                    for begin, _ in encoded["offset_mapping"]]
         ids = list(encoded["input_ids"])
-        if self.tokenizer.eos_token not in text and turns[-1]["role"] == "assistant":
+        if self.tokenizer.eos_token not in text and messages[-1][0] == "assistant":
             ids, learned = self._ended(ids), [*learned, 1]
         return ids, learned
-
-    def _render(self, turns: list[dict[str, str]], where: str, *, generation: bool = False) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
-        except Exception as error:  # a template is a program; its message may quote the conversation
-            remedy = ("Give prompt and completion instead of messages" if not self.tokenizer.chat_template
-                      else "Check the order of roles that the model's chat template takes")
-            raise ValueError(f"{where}: the tokenizer's chat template cannot write this conversation "
-                             f"({type(error).__name__}). {remedy}") from None
 
     def made_up(self, tokens: Sequence[Sequence[int]]) -> Records:
         """All but the first token are the answer."""

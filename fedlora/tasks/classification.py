@@ -45,6 +45,8 @@ class Classification(Task):
     def __init__(self, tokenizer: Any, labels: Sequence[str], max_length: int) -> None:
         super().__init__(tokenizer, max_length)
         self.labels = tuple(labels)
+        # where the model reads a text at its end, no text can hold one in writing: see `fedlora.models.tokenizer`
+        self._end: int | None = tokenizer.eos_token_id if getattr(tokenizer, "split_special_tokens", False) else None
 
     @classmethod
     def of(cls, run: RunPlan, tokenizer: Any) -> Self:
@@ -70,6 +72,7 @@ class Classification(Task):
         else:
             unusable["no label"] += rows.labels.count(None)
             unusable["a label outside of the run's set"] += len(labelled_otherwise(rows, self.labels))
+        ends = self._ends(rows)
         tokens: list[np.ndarray] = []  # a list of Python's integers takes ten times the memory
         segments: list[np.ndarray] = []
         kept: list[int] = []
@@ -78,7 +81,9 @@ class Classification(Task):
         def tokenize(some: Sequence[int]) -> list[tuple[list[int], list[int] | None]]:
             columns = [[column[row] for row in some] for column in (rows.texts, rows.seconds) if column is not None]
             found = self.tokenizer(*columns, truncation=True, max_length=self.max_length, return_attention_mask=False)
-            types = found.get("token_type_ids") if rows.kind == "pair" else None
+            types = found.get("token_type_ids")
+            if types and rows.kind != "pair" and not any(map(any, types)):
+                types = None  # as zeros stand for a single text with nearly every model
             return list(zip(found["input_ids"], types or [None] * len(some), strict=True))
 
         for chunk in self._chunks(rows):
@@ -89,6 +94,10 @@ class Classification(Task):
                     if unusable is not None:
                         unusable["no token"] += 1
                     continue
+                if self._end is not None and ids.count(self._end) != ends:
+                    if unusable is not None:
+                        unusable["cut before the end that the model reads it at"] += 1
+                    continue
                 tokens.append(np.array(ids, np.int32))
                 if types is not None:
                     segments.append(np.array(types[:self.max_length], np.uint8))
@@ -98,8 +107,30 @@ class Classification(Task):
                     segments=segments or None, left_out=len(rows) - len(kept),
                     units=rows.take(kept).units)
 
+    def _ends(self, rows: Rows) -> int:
+        """How many end-of-text tokens the model finds in each; 0 where it does not look for them."""
+        if self._end is None:
+            return 0
+        found = self.tokenizer(*["a"] * (1 + (rows.seconds is not None)))["input_ids"]
+        if found[-1:] != [self._end]:
+            raise ValueError("the model reads its texts at an end-of-text token, and its tokenizer ends no "
+                             f"{rows.kind} with one. Give the tokenizer a post-processor that does, or choose another "
+                             "model")
+        return found.count(self._end)
+
+    def collate(self, records: Records, indices: np.ndarray, length: int, device: str | torch.device = "cpu", *,
+                rows: int | None = None) -> Batch:
+        """As of every task; where the model reads a text at its end, the further rows end as the records do."""
+        batch = super().collate(records, indices, length, device, rows=rows)
+        if self._end is not None and len(batch.labels) > len(indices):
+            ends = int((records.tokens[:records.offsets[:2][-1]] == self._end).sum())
+            batch.input_ids[len(indices):, length - max(1, ends):] = self._end
+        return batch
+
     def made_up(self, tokens: Sequence[Sequence[int]]) -> Records:
         """Of the first two labels in turn."""
+        if self._end is not None:
+            tokens = [[*(token for token in one[:-1] if token != self._end), self._end] for one in tokens]
         return pack(tokens, self.tokenizer.pad_token_id, labels=[i % 2 for i in range(len(tokens))])
 
     def per_record_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from fedlora.training.job import TrainingJob, TrainResult
 from fedlora.training.precision import resolve_device, resolve_precision
+from fedlora.training.rehearsal import padding_counts
 from fedlora.training.trainer import Trainer, check_computing
 
-__all__ = ["TrainResult", "Trainer", "TrainingJob", "check_computing", "resolve_device", "resolve_precision"]
+__all__ = ["TrainResult", "Trainer", "TrainingJob", "check_computing", "padding_counts", "resolve_device",
+           "resolve_precision"]

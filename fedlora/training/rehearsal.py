@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from fedlora.adapters import AdaptedModel
+from fedlora.adapters import AdaptedModel, not_by_record
+from fedlora.models import embedded_tokens
 from fedlora.plan import RunPlan
 from fedlora.records import Batch
 from fedlora.tasks import Records, Task
@@ -63,9 +64,10 @@ def rehearse(trainer: Rehearsed) -> None:
         trainer.fill_buffer(records, indices, length)
         return trainer.buffer.rows.clone()
 
-    with _random_tensors(trainer):
+    with _random_tensors(trainer), _naming_layers(trainer):
         together = gradients(np.arange(3), length)
-        alone = torch.cat([gradients(np.array([i]), int(records.lengths[i])) for i in range(3)])
+        alone = torch.cat([gradients(np.array([i]), length) for i in range(3)])
+        unpadded = torch.cat([gradients(np.array([i]), int(records.lengths[i])) for i in range(3)])
     if not bool(together.isfinite().all()):
         raise ValueError("the model's gradients on made-up records are not finite; choose another --model, or "
                          "--precision fp32")
@@ -74,9 +76,39 @@ def rehearse(trainer: Rehearsed) -> None:
     if cut_off:
         raise ValueError(f"{cut_off} of the {len(slots)} tensors that are to be trained have no part in the loss, and "
                          "would be trained on noise alone; choose other --targets")
-    if not bool((row_norms(together - alone) <= _APART[trainer.precision] * row_norms(alone)).all()):
+    most = _APART[trainer.precision] * row_norms(alone)
+    if not bool((row_norms(together - alone) <= most).all()):
         raise ValueError("the model does not keep the records of a batch apart: the gradient of one depends on the "
                          "others, so that no clipping protects it. Choose other --targets, or another --model")
+    if not bool((row_norms(unpadded - alone) <= most).all()):
+        raise ValueError("the model does not tell a text from what fills it up: a record's gradient depends on how far "
+                         "it is padded. Choose other --targets, or another --model")
+
+
+@torch.no_grad()
+def padding_counts(adapted: AdaptedModel, task: Task) -> bool:
+    """Whether the loss of a made-up record depends on how far it is padded, and so does all that the model predicts."""
+    length = max(2, min(8, task.max_length))
+    records = made_up_records(task, _embedded(adapted, task), [length])
+    losses = [float(task.per_record_loss(adapted.model, task.collate(records, np.array([1]), padded)))
+              for padded in (int(records.lengths[1]), length)]
+    return abs(losses[0] - losses[1]) > 1e-4 * abs(losses[1])
+
+
+@contextlib.contextmanager
+def _naming_layers(trainer: Rehearsed) -> Iterator[None]:
+    """An error about a layer whose inputs are not one a record says which layers these are."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        trainer.buffer.disarm()
+        strange = not_by_record(trainer.adapted.model, [site.name for site in trainer.adapted.layout.sites])
+        if not strange:
+            raise
+        name, given = next(iter(strange.items()))
+        raise ValueError(f"{len(strange)} of the {len(trainer.adapted.layout.sites)} target layers cannot be trained "
+                         f"under privacy, as what they are given is not a record's own: {name} {given}. Choose other "
+                         "--targets; all leaves such layers out") from error
 
 
 def show_batch_invariance(trainer: Rehearsed, run: RunPlan, most_of_a_draw: int) -> Shapes:
@@ -106,8 +138,12 @@ def show_batch_invariance(trainer: Rehearsed, run: RunPlan, most_of_a_draw: int)
 
 
 def _made_up(trainer: Rehearsed, lengths: Sequence[int]) -> Records:
-    embeddings: int = trainer.adapted.model.get_input_embeddings().weight.shape[0]  # type: ignore
-    return made_up_records(trainer.task, embeddings, lengths)
+    return made_up_records(trainer.task, _embedded(trainer.adapted, trainer.task), lengths)
+
+
+def _embedded(adapted: AdaptedModel, task: Task) -> int:
+    embedded = embedded_tokens(adapted.model)
+    return len(task.tokenizer) if embedded is None else embedded
 
 
 @contextlib.contextmanager

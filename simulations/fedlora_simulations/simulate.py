@@ -154,7 +154,7 @@ def compiles_here(options: SimulationConfig) -> bool:
 def sketch_trainer(options: SimulationConfig, federation: Federation, base: BaseModel) -> Trainer:
     """Of the round before the first, on a base model of its own; where workers train, this process needs none."""
     plan = sketch_plan(federation.plan)
-    adapted = attach_planned(load(base.path, plan.task, len(plan.labels)), plan)
+    adapted = attach_planned(load(base.path, plan.task, plan.labels), plan)
     return Trainer(adapted, federation.task, device=options.device, precision=options.precision,
                    micro_batch=options.micro_batch, threads=options.threads, compiled=compiles_here(options))
 

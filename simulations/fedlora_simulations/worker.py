@@ -52,7 +52,7 @@ class Blueprint:
         device = str(resolve_device(self.device))
         if device == "cuda":
             device = f"cuda:{index % torch.cuda.device_count()}"
-        loaded = load(self.model, self.plan.task, len(self.plan.labels))
+        loaded = load(self.model, self.plan.task, self.plan.labels)
         return Trainer(attach_planned(loaded, self.plan), task_for(self.plan, loaded.tokenizer), device=device,
                        precision=self.precision, micro_batch=self.micro_batch, threads=self.threads,
                        compiled=self.compiled)

@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from flwr.app import ArrayRecord
+from transformers.modeling_utils import PreTrainedModel
 
 import fedlora
 from fedlora import models
@@ -30,6 +33,8 @@ from fedlora.plan import ModelRef, RunPlan, Tensors
 
 from .messages import to_record
 from .recipe import RECIPES, Preset, Recipe
+
+log = logging.getLogger(__name__)
 
 
 class FromRecipe(Protocol):
@@ -91,7 +96,9 @@ def ready(strategy: type[S], model: str, *, labels: Sequence[str] = (), private:
                          "weight or kaiming here")
     path = models.resolve(model, allow_download=allow_download)
     models.check_task(path, task, max_length)
-    loaded = models.load(path, task, len(labels))
+    loaded = models.load(path, task, labels)
+    if loaded.said:
+        log.warning("%s", loaded.said)
     plan = plan_of(_name(strategy), recipe.family, chosen, models.reference(model, path), loaded,
                    run_id=run_id or secrets.token_hex(8), labels=tuple(labels), private=private, max_length=max_length,
                    train_head=bool(labels))
@@ -114,7 +121,8 @@ def plan_of(strategy: str, family: str, values: Preset, reference: ModelRef, loa
         values: a preset's, which stand under their own names but for `batch_size`, the plan's expected_batch.
         others: fields of `RunPlan` that are no preset's.
     """
-    named = {("auto",): automatic_targets, ("all",): all_targets, ("none",): lambda model: ()}
+    named: Mapping[tuple[str, ...], Callable[[PreTrainedModel], tuple[str, ...]]] = {
+        ("auto",): automatic_targets, ("all",): partial(all_targets, private=private), ("none",): lambda model: ()}
     fields = {field.name for field in dataclasses.fields(RunPlan)}
     made = {name: value for name, value in dataclasses.asdict(values).items() if name in fields}
     made |= {

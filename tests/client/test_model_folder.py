@@ -18,3 +18,6 @@ def test_a_folder_is_taken_and_another_name_refused(tmp_path):
     for model in ("org/other", f"org/name@{'b' * 40}"):
         with pytest.raises(ValueError, match="neither a folder nor the plan's org/name@"):
             model_folder(model, PLANNED)
+    for model in ("org/other", "local"):
+        with pytest.raises(ValueError, match=f"--model {model} is no folder, .* give that of your copy"):
+            model_folder(model, "local")

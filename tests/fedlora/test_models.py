@@ -1,14 +1,21 @@
 import hashlib
+import inspect
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from fedlora import models
+from fedlora.models.tokenizer import POOLS_AT_END
 from fedlora.plan import ModelRef, Refused
+from tests.architectures import architecture
 from tests.tiny import DECODERS, ENCODERS, KINDS, MAX_POSITIONS, tiny_checkpoint
 
 
@@ -220,7 +227,7 @@ def test_a_client_never_opens_a_folder_that_the_server_names(folder):
 def test_a_refusal_names_no_path_of_this_machine_and_the_local_log_does(folder, caplog):
     ref = models.reference("local", folder)
     (folder / "config.json").unlink()
-    with pytest.raises(Refused, match="no usable copy of local is on the client's machine") as refused:
+    with pytest.raises(Refused, match=r"no usable copy of local:[0-9a-f]{12} is on the client's machine") as refused:
         models.obtain(ref, path=folder)
     assert str(folder) not in str(refused.value) and f"{folder} has no config.json" in caplog.text
 
@@ -262,3 +269,136 @@ def test_threads_may_load_models_at_the_same_time(checkpoint):
         loaded = list(several.map(lambda _: models.load(folder, "causal-lm", 0).model, range(12)))
     assert all(model.get_output_embeddings().weight is model.get_input_embeddings().weight for model in loaded)
     assert not models.load(folder, "causal-lm", 0).missing, "and nothing of it is left behind"
+
+
+def own_head(folder, path, names, *, seed=0):
+    """A tiny BERT with a head of its own, whose outputs have these names."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(names))
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(path)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_rows_of_a_checkpoints_own_head_follow_the_labels_names(kind, checkpoint, tmp_path):
+    own = own_head(checkpoint(kind), tmp_path, ["Positive", "negative", "neutral"])
+    loaded = models.load(tmp_path, "classification", ("negative", "neutral", "positive"))
+    inputs = loaded.tokenizer("a small cut", return_tensors="pt")
+    torch.testing.assert_close(loaded.model(**inputs).logits, own.eval()(**inputs).logits[:, [1, 2, 0]])
+    assert loaded.missing == () and loaded.said == ""
+    assert loaded.model.config.id2label == {0: "negative", 1: "neutral", 2: "positive"}
+
+
+@pytest.mark.parametrize(("names", "said"), [
+    (["LABEL_0", "LABEL_1"], "has no names for its outputs: in this order they start as no, yes"),
+    (["entailment", "contradiction"], "calls its outputs entailment, contradiction: in this order"),
+    (["yes", "YES"], "calls its outputs yes, YES"), (["yes", "no"], "")])
+def test_a_head_whose_names_are_not_the_labels_is_kept_in_its_order_and_that_is_said(names, said, checkpoint, tmp_path):
+    own = own_head(checkpoint("bert"), tmp_path, names)
+    loaded = models.load(tmp_path, "classification", ("no", "yes"))
+    rows = [0, 1] if said else [1, 0]
+    torch.testing.assert_close(loaded.model.classifier.weight, own.classifier.weight[rows], atol=0, rtol=0)
+    assert said in loaded.said and bool(said) is bool(loaded.said)
+    assert models.load(tmp_path, "classification", 2).said == "", "while the names are not known nothing is"
+
+
+def test_a_pad_token_is_never_the_token_that_ends_every_text(checkpoint, tmp_path):
+    """A classifier reads the last token that does not pad: with one text it would be another than with two."""
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", tokenizer.eos_token_id)])
+    tokenizer.save_pretrained(folder)
+    loaded = models.load(folder, "classification", 2)
+    assert loaded.tokenizer.pad_token == "<s>"
+    alone, longer = (loaded.tokenizer(texts, padding=True, return_tensors="pt")
+                     for texts in (["a cut"], ["a cut", "a much longer text than that"]))
+    as_published = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).eval()
+    as_published.score.load_state_dict(loaded.model.score.state_dict())
+    torch.testing.assert_close(loaded.model(**longer).logits[:1], as_published(**alone).logits)
+
+
+def test_every_classifier_that_reads_the_end_of_a_text_is_known_for_it():
+    found = set()
+    for model_type, name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.items():
+        config = Path(inspect.getfile(CONFIG_MAPPING[model_type]))
+        for file in config.parent.glob("modeling_*.py"):
+            if "eos_mask" in file.read_text().partition(f"class {name}(")[2].partition("\nclass ")[0]:
+                found.add(model_type)
+    assert found == POOLS_AT_END
+
+
+def test_a_text_that_holds_the_end_of_a_text_in_writing_ends_once(tmp_path):
+    folder = architecture("bart", tmp_path)
+    tokenizer = models.load_tokenizer(folder)
+    ids = tokenizer("the </s> is not the end")["input_ids"]
+    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the </s> is not the end"
+
+
+def test_a_tokenizer_that_does_not_end_texts_is_refused_where_the_model_reads_them_there(tmp_path):
+    folder = architecture("t5", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer.save_pretrained(folder)
+    for load in (models.load_tokenizer, lambda path: models.load(path, "classification", 2)):
+        with pytest.raises(ValueError, match=r"ends no text with that\. Give the tokenizer a post-processor"):
+            load(folder)
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_a_checkpoint_without_its_final_norm_is_refused(task, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "own")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"not those of its config.json: they lack model\.norm\.weight"):
+        models.load(folder, task, 2)
+
+
+def test_an_adapter_in_the_base_models_folder_is_refused_by_name(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "some/base"}')
+    with pytest.raises(ValueError, match=r"adapter_config.json.*merge_and_unload"):
+        models.resolve(str(folder))
+
+
+@pytest.mark.parametrize("where", [None, "text_config"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
+def test_a_quantised_model_is_refused_with_the_method(method, where, folder):
+    config = json.loads((folder / "config.json").read_text())
+    told = {"quantization_config": {"quant_method": method, "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config | ({where: told} if where else told)))
+    with pytest.raises(ValueError, match=f"is quantised .*method {method}.* dequantised"):
+        models.check_task(folder, "classification")
+
+
+def test_a_pointer_of_git_lfs_is_named(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read: it is a pointer of Git LFS"):
+        models.load(folder, "classification", 2)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", ""])
+def test_a_link_that_leads_nowhere_is_named_as_one(name, folder, tmp_path):
+    if name:
+        (folder / name).unlink()
+    link = folder / name if name else tmp_path / "model"
+    link.symlink_to("/mnt/no/share")
+    with pytest.raises(ValueError, match=rf"{link} is a link to /mnt/no/share, which is not there"):
+        models.resolve(str(link if not name else folder))
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": null}', "{}", '{"weight_map": {"a": 1}}'])
+def test_an_index_of_shards_that_is_none_is_refused_by_name(index, folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json cannot be read"):
+        models.resolve(str(folder))
+
+
+def test_a_config_without_a_model_type_is_refused(folder):
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no model_type"):
+        models.check_task(folder, "classification")

@@ -196,15 +196,62 @@ def test_conversations_are_learned_in_the_assistants_turns_as_the_template_marks
     assert records.answers.tolist() == reference["assistant_masks"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_learned_in_the_last(tmp_path):
+def learned(tokenizer, folder, *turns):
+    """(what is learned, the rest) of a conversation of (role, content), decoded."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    records = CausalLM(tokenizer, 256).encode(rows_of(folder, "causal-lm", {"messages": messages}))
+    return [tokenizer.decode(records.tokens[records.answers == which]) for which in (1, 0)]
+
+
+TURNS = (("user", "one"), ("assistant", "<think>why</think> two"), ("user", "three"),
+         ("assistant", "<think>how</think> four"))
+PROMPT = "{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.mark.parametrize(("template", "answers", "rest"), [
+    # what the template adds to the last turn is not the assistant's
+    ("{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}(thinking){% endif %}"
+     "{{ m.content }};{% endfor %}" + PROMPT, "<think>why</think> two;<think>how</think> four;</s>",
+     "[user]one;[assistant][user]three;[assistant](thinking)"),
+    # the reasoning of earlier turns is taken out
+    ("{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last else m.content.split('</think>')[-1] }};"
+     "{% endfor %}" + PROMPT, " two;<think>how</think> four;</s>", "[user]one;[assistant][user]three;[assistant]"),
+    # a last turn alone is ended
+    ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if loop.last and not add_generation_prompt %}<end>"
+     "{% endif %}{% endfor %}" + PROMPT, "<think>why</think> two<think>how</think> four<end></s>",
+     "[user]one[assistant][user]three[assistant]"),
+    # no header where an answer is to come
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}",
+     " <think>why</think> two; <think>how</think> four;</s>", "user: one;assistant:user: three;assistant:"),
+], ids=["adds", "takes out", "ends the last", "no generation prompt"])
+def test_the_assistants_own_words_are_learned_in_every_turn_whatever_a_template_does(template, answers, rest, tmp_path):
     tokenizer, _ = loaded(tmp_path, "llama", "causal-lm")
-    tokenizer.chat_template = ("{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' and loop.last %}"
-                               "(thinking){% endif %}{{ m['content'] }};{% endfor %}"
-                               "{% if add_generation_prompt %}[assistant]{% endif %}")
-    turns = [{"role": role, "content": role[0] * 3} for role in ("user", "assistant", "user", "assistant")]
-    records = CausalLM(tokenizer, 256).encode(rows_of(tmp_path, "causal-lm", {"messages": turns}))
-    assert tokenizer.decode(records.tokens[records.answers == 1]) == "(thinking)aaa;</s>"
-    assert tokenizer.decode(records.tokens[records.answers == 0]) == "[user]uuu;[assistant]aaa;[user]uuu;[assistant]"
+    tokenizer.chat_template = template
+    assert learned(tokenizer, tmp_path, *TURNS) == [answers, rest]
+
+
+def test_a_templates_own_system_text_is_not_learned_where_the_assistant_begins(tmp_path):
+    tokenizer, _ = loaded(tmp_path, "llama", "causal-lm")
+    tokenizer.chat_template = "You are kind. {% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}" + PROMPT
+    assert learned(tokenizer, tmp_path, ("assistant", "hello"), ("user", "a"), ("assistant", "b")) == [
+        "hello;b;</s>", "You are kind. [assistant][user]a;[assistant]"]
+
+
+def test_a_template_that_writes_other_words_than_were_said_is_refused_without_quoting_them(tmp_path):
+    tokenizer, _ = loaded(tmp_path, "llama", "causal-lm")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }};{% endfor %}" + PROMPT
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: .* turn 2 otherwise than it was said") as refused:
+        learned(tokenizer, tmp_path, ("user", "a"), ("assistant", "secret"))
+    assert "secret" not in str(refused.value).lower()
+
+
+def test_conversations_need_a_chat_template_even_where_no_row_may_be_an_error(tmp_path):
+    tokenizer, _ = loaded(tmp_path, "llama", "causal-lm")
+    rows = rows_of(tmp_path, "causal-lm", {"messages": [{"role": "assistant", "content": "hello"}]})
+    tokenizer.chat_template = None
+    for unusable in (None, Counter()):
+        with pytest.raises(ValueError, match=r"no chat template.* prompt and completion"):
+            CausalLM(tokenizer, 64).encode(rows, unusable)
 
 
 def test_a_template_that_ends_every_conversation_in_the_end_token_is_learned_in_all_of_the_assistants_turns(tmp_path):
@@ -219,12 +266,10 @@ def test_a_template_that_ends_every_conversation_in_the_end_token_is_learned_in_
 def test_a_template_that_fails_does_not_quote_the_conversation(tmp_path):
     tokenizer, _ = loaded(tmp_path, "llama", "causal-lm")
     rows = rows_of(tmp_path, "causal-lm", {"messages": [{"role": "assistant", "content": "secret"}]})
-    for template, remedy in (("{{ raise_exception(messages[0]['content']) }}", "order of roles"),
-                             (None, "prompt and completion")):
-        tokenizer.chat_template = template
-        with pytest.raises(ValueError, match=remedy) as error:
-            CausalLM(tokenizer, 64).encode(rows)
-        assert "secret" not in str(error.value) and "rows.jsonl:1" in str(error.value)
+    tokenizer.chat_template = "{{ raise_exception(messages[0]['content']) }}"
+    with pytest.raises(ValueError, match="order of roles") as error:
+        CausalLM(tokenizer, 64).encode(rows)
+    assert "secret" not in str(error.value) and "rows.jsonl:1" in str(error.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ def markdown(report: Mapping) -> str:
     run = report["run"]
     parts = [f"# Privacy report: dataset {_code(run['dataset'])}, run {_code(run['id'])}",
              f"{_text(run['client'])} trained for the server {_code(run['server'])} (strategy {_text(run['strategy'])}"
-             f", base model {_text(run['base_model'].get('name', 'not named'))}). Written {report['made']}.",
+             f", base model {_text(_named(run['base_model']))}). Written {report['made']}.",
              _statement(report), _mechanism(report), _trainings(report), _lifetime(report), _left(report),
              "## What this does not cover\n\n" + "\n".join(f"- {_text(line)}" for line in report["not_covered"]),
              _closing(report)]
@@ -137,6 +137,12 @@ def _closing(report: Mapping) -> str:
             f"`{document_digest(report)}`. {signed} `fedlora-client verify privacy.json` recomputes every ε above from "
             "the signed history; that proves the arithmetic, not that noise was added.\n\n"
             "Read and approved: ______________________________   Date: ______________")
+
+
+def _named(model: Mapping[str, str]) -> str:
+    """A base model by its name; a folder, which has none that travels, by what the hash of its weights begins with."""
+    name = model.get("name", "not named")
+    return f"{name}:{model['weights_sha256'][:12]}" if name == "local" and "weights_sha256" in model else name
 
 
 def _or_none(value: float | None) -> str:

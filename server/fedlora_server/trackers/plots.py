@@ -38,7 +38,7 @@ class Plots(Tracker):
     def ended(self, reason: str) -> None:
         plan, last = self._plan, self._records[-1].round if self._records else 0
         draw(self.run.out / "curves.png", self._records,
-             f"{plan.strategy}, {'private' if plan.private else 'not private'}, {plan.model.name}: "
+             f"{plan.strategy}, {'private' if plan.private else 'not private'}, {plan.model.title}: "
              f"{last} of {plan.rounds} rounds{ENDINGS[reason]}")
 
 

@@ -1,0 +1,25 @@
+"""Base models: where they are, whether they are the plan's, and loading them.
+
+A base model is a folder as `save_pretrained` writes it: config.json, safetensors weights and the tokenizer's files. It
+is pinned by content (`fedlora.plan.ModelRef`), loaded from safetensors only, and never brings code of its own.
+"""
+
+from fedlora.models.folder import (
+    MINILM_REPOSITORY,
+    MINILM_WEIGHTS_SHA256,
+    TOKENIZER_FILES,
+    hub_name,
+    most_adapter_bytes,
+    obtain,
+    reference,
+    resolve,
+    verify,
+)
+from fedlora.models.loading import MOST_WEIGHT, LoadedModel, embedded_tokens, load
+from fedlora.models.reading import check_task
+from fedlora.models.tokenizer import load_tokenizer
+from fedlora.plan import ModelRef
+
+__all__ = ["MINILM_REPOSITORY", "MINILM_WEIGHTS_SHA256", "MOST_WEIGHT", "TOKENIZER_FILES", "LoadedModel", "ModelRef",
+           "check_task", "embedded_tokens", "hub_name", "load", "load_tokenizer", "most_adapter_bytes", "obtain",
+           "reference", "resolve", "verify"]

@@ -1,0 +1,173 @@
+"""What is handed on predicts what the run predicted, for every architecture and in every way that it can be loaded."""
+
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+
+from fedlora import models
+from fedlora.adapters import attach, automatic_targets, export
+from fedlora.adapters.card import loading_code
+from fedlora.tasks import read, task_named
+from fedlora.training import Trainer, padding_counts
+from tests.architectures import ARCHITECTURES, architecture
+from tests.covering import WHOLE
+from tests.fedlora.test_adapters import random_state
+
+TEXTS = ["the patient reports chest pain", "a small cut", "warm, funny and well acted from the first scene to the last",
+         "the jokes </s> are older than the actors, and the plot is dull"]
+LABELS = ("dull", "warm", "neither")
+MOST = 12
+"""Tokens of a record: the longest text is cut."""
+
+QUICK = ("bert", "roberta", "deberta-v2", "albert", "bart", "t5", "gpt2", "llama", "qwen2_moe", "gemma3_text")
+CASES = [(name, task) for name, task in itertools.product(ARCHITECTURES, ("classification", "causal-lm"))
+         if (task == "classification" or ARCHITECTURES[name].decoder) and (WHOLE or name in QUICK)]
+
+
+def made(name, task, folder, *, own_head=lambda base: None, train_head=True, seconds=()):
+    """An adapted tiny model, its task, and the records of `TEXTS`, or of pairs of them with others.
+
+    Args:
+        own_head: changes the folder of the base model.
+    """
+    base, kind = architecture(name, folder / "secretly-named"), task_named(task)
+    own_head(base)
+    models.check_task(base, task, MOST)
+    loaded = models.load(base, task, LABELS if kind.has_labels else ())
+    adapted = attach(loaded, family="lora", rank=2, alpha=4, train_head=kind.has_head and train_head,
+                     targets=ARCHITECTURES[name].targets or automatic_targets(loaded.model))
+    rows = folder / "rows.jsonl"
+    texts = [{"text_a": text, "text_b": second} for text, second in zip(TEXTS, seconds, strict=True)] if seconds else [
+        {"text": text} for text in TEXTS]
+    rows.write_text("".join(json.dumps(text | ({"label": LABELS[i % 3]} if kind.has_labels else {})) + "\n"
+                            for i, text in enumerate(texts)))
+    own = kind(loaded.tokenizer, LABELS, MOST) if kind.has_labels else kind(loaded.tokenizer, MOST)
+    return adapted, own, own.encode(read(rows, task))
+
+
+def of_the_run(adapted, task, records):
+    """The logits that a run's evaluation computes."""
+    batch = task.collate(records, np.arange(len(records)), int(records.lengths.max()))
+    with torch.no_grad():
+        return adapted.model(**batch.inputs()).logits
+
+
+def loaded_as_printed(folder: Path, base: Path):
+    """(model, tokenizer), by the lines in the adapter's README.md."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    names = {}
+    exec(code.replace('"…"', repr(str(base))).replace('"adapter"', repr(str(folder))), names)
+    return names["model"], names["tokenizer"]
+
+
+def predicted(model, tokenizer, expected, *seconds):
+    """Logits of `TEXTS`, padded together, where they are not of padding; and what is expected there."""
+    inputs = tokenizer(TEXTS, *seconds, padding=True, truncation=True, return_tensors="pt",
+                       **({} if expected.dim() == 2 else {"max_length": MOST}))
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    if expected.dim() == 2:
+        return logits, expected
+    length = min(logits.shape[1], expected.shape[1])  # a run's texts have an end-of-text token more
+    real = inputs["attention_mask"][:, :length].bool()
+    return logits[:, :length][real], expected[:, :length][real]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_however_it_is_loaded_it_predicts_what_the_run_predicted(name, task, tmp_path):
+    adapted, own, records = made(name, task, tmp_path)
+    state = random_state(adapted)
+    adapted.write(state)
+    expected = of_the_run(adapted, own, records)
+    folder = export(adapted, state, tmp_path / "adapter", "local:0123456789ab", max_length=MOST)
+    assert not any("secretly-named" in file.read_text(errors="replace") for file in folder.rglob("*") if file.is_file())
+
+    model, tokenizer = loaded_as_printed(folder, adapted.base_path)
+    torch.testing.assert_close(*predicted(model, tokenizer, expected), atol=1e-5, rtol=1e-5)
+
+    config = json.loads((folder / "adapter_config.json").read_text())  # as a user names the folder of the base model
+    named = shutil.copytree(folder, tmp_path / "named")
+    (named / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(adapted.base_path)}))
+    if task == "classification" and name != "canine":  # PEFT asks for the embeddings that it has not
+        auto = AutoPeftModelForSequenceClassification.from_pretrained(
+            named, num_labels=len(LABELS), pad_token_id=tokenizer.pad_token_id, ignore_mismatched_sizes=True)
+        torch.testing.assert_close(*predicted(auto, tokenizer, expected), atol=1e-5, rtol=1e-5)
+    elif task == "causal-lm":
+        auto = AutoPeftModelForCausalLM.from_pretrained(named)
+        torch.testing.assert_close(*predicted(auto, tokenizer, expected), atol=1e-5, rtol=1e-5)
+
+    merged = tmp_path / "merged"
+    model.merge_and_unload().save_pretrained(merged)
+    tokenizer.save_pretrained(merged)
+    auto_class = AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
+    torch.testing.assert_close(*predicted(auto_class.from_pretrained(merged), tokenizer, expected),
+                               atol=1e-4, rtol=1e-4)
+    if task == "classification":
+        told = pipeline("text-classification", model=str(merged), device="cpu")(
+            TEXTS, truncation=True, batch_size=4, top_k=1)
+        assert [one[0]["label"] for one in told] == [LABELS[row] for row in expected.argmax(1)]
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if WHOLE or name in QUICK])
+def test_pairs_are_told_apart_as_in_the_run(name, tmp_path):
+    seconds = [*reversed(TEXTS)]
+    adapted, own, records = made(name, "classification", tmp_path, seconds=seconds)
+    state = random_state(adapted)
+    adapted.write(state)
+    expected = of_the_run(adapted, own, records)
+    folder = export(adapted, state, tmp_path / "adapter", "local:0123456789ab", max_length=MOST)
+    torch.testing.assert_close(*predicted(*loaded_as_printed(folder, adapted.base_path), expected, seconds),
+                               atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+@pytest.mark.parametrize("names", [("Warm", "neither", "dull"), ("a", "b", "c"), ("yes", "no")],
+                         ids=["in another order", "of other names", "of another number"])
+@pytest.mark.parametrize("name", ["bert", "bart", "llama"])
+def test_a_head_of_the_base_models_own_is_handed_on_as_the_run_left_it(name, names, train_head, tmp_path):
+    def own_head(base):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=len(names), id2label=dict(enumerate(names)), dtype=torch.bfloat16)
+        model.save_pretrained(base)
+
+    adapted, own, records = made(name, "classification", tmp_path, own_head=own_head, train_head=train_head)
+    state = random_state(adapted)
+    adapted.write(state)
+    expected = of_the_run(adapted, own, records)
+    folder = export(adapted, state, tmp_path / "adapter", "local:0123456789ab", max_length=MOST)
+    model, tokenizer = loaded_as_printed(folder, adapted.base_path)
+    torch.testing.assert_close(*predicted(model, tokenizer, expected), atol=1e-5, rtol=1e-5)
+    assert [model.config.id2label[row] for row in range(3)] == [*LABELS]
+
+
+@pytest.mark.parametrize("name", [name for name, made in ARCHITECTURES.items() if WHOLE or name in QUICK])
+def test_it_can_be_trained_under_privacy_or_is_refused_with_the_reason(name, tmp_path):
+    adapted, own, _ = made(name, "classification", tmp_path)
+    trainer = Trainer(adapted, own, device="cpu", precision="fp32")
+    if ARCHITECTURES[name].private:
+        trainer.rehearse()
+    else:
+        with pytest.raises(ValueError, match="how far it is padded"):
+            trainer.rehearse()
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if WHOLE or name in QUICK])
+def test_a_model_that_does_not_tell_a_text_from_what_fills_it_up_is_known(name, tmp_path):
+    adapted, own, _ = made(name, "classification", tmp_path)
+    assert padding_counts(adapted, own) is (name == "canine")
+
+
+def test_the_lines_that_the_projects_readme_prints_are_those_of_an_adapter():
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
+    printed = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "PeftModel" in code)
+    base = re.search(r'base, adapter = "(.*?)"', printed)[1]
+    assert printed == loading_code("classification", f'"{base}"', '"runs/…/adapter"')
