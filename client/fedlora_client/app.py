@@ -73,7 +73,7 @@ def _serve(holder: DataHolder, proposal: Proposal, connection: Connection) -> No
         while True:
             plan, tensors = connection.next_request()
             with console.status(f"round {plan.round}: training"):
-                answer = part.answer(plan, tensors, connection.cancelled.is_set)
+                answer = part.answer(plan, tensors, connection.is_unwanted)
             declined = connection.send(answer)
             part.report(plan, answer, declined,
                         f"; {connection.bytes_up:,} bytes up, {connection.bytes_down:,} down so far")

@@ -5,7 +5,7 @@
     connection.ready(labels)
     while True:
         plan, tensors = connection.next_request()
-        refusal = connection.send(train(plan, tensors, stop=connection.cancelled.is_set))
+        refusal = connection.send(train(plan, tensors, stop=connection.is_unwanted))
 
 A stream that breaks is opened again with the same process token. A request that this process has in hand is then
 neither sent nor trained again: its answer, the identical bytes, follows on the new stream.
@@ -15,6 +15,7 @@ Each Welcome holds a secret that keeps the name this client's for the rest of th
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -138,6 +139,7 @@ class Connection:
         self._labels: tuple[str, ...] | None = None  # None: not ready
         self._request: tuple[RoundPlan, Tensors] | None = None
         self._working: Key | None = None  # received, and its answer not acknowledged
+        self._until = math.inf  # of the request in hand
         self._answer: tuple[Key, Upload | Refusal] | None = None
         self._acks: dict[Key, Refusal | None] = {}
 
@@ -206,6 +208,14 @@ class Connection:
             self._give(key, Refusal("unavailable") if self.cancelled.is_set() else answer)
             self._wait(lambda: key in self._acks)
             return self._acks.pop(key)
+
+    def is_unwanted(self) -> bool:
+        """Whether the request in hand was cancelled, or its time is up.
+
+        Once the stream broke, no clock decides: a server that comes back cancels what it does not want, or has taken up
+        the run and given the request more time.
+        """
+        return self.cancelled.is_set() or time.monotonic() >= self._until
 
     def leave(self) -> None:
         """Say so to the server and close. May be called at any time, also twice."""
@@ -307,7 +317,7 @@ class Connection:
                 overdue.cancel()
                 stream.outgoing.put(None)
                 with self._changed:
-                    stream.is_ready, stream.call = False, None
+                    stream.is_ready, stream.call, self._until = False, None, math.inf
                 call.cancel()
 
     def _requests(self, stream: _Stream) -> Iterator[bytes]:
@@ -432,7 +442,7 @@ class Connection:
         with self._changed:
             if self._working == plan.key:
                 return  # in hand already; its answer follows
-            self._working, self._answer = plan.key, None
+            self._working, self._answer, self._until = plan.key, None, plan.until
             if refusal is not None:
                 self._give(plan.key, refusal)
             else:

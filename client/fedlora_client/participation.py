@@ -179,8 +179,9 @@ class Participation:
         return self._limits.budget(count)
 
     def answer(self, plan: RoundPlan, tensors: Tensors,
-               stop: Callable[[], bool] = lambda: False) -> Upload | Refusal:
-        """Train, or say why not; whatever goes wrong here stays in the local log, and sets `failed`.
+               stop: Callable[[], bool] | None = None) -> Upload | Refusal:
+        """Train, or say why not; whatever goes wrong here stays in the local log, and sets `failed`. `stop`: as of
+        `ClientSession.run_round`.
 
         The privacy report lists a training before it reads a record, and an upload before it leaves, so that a process
         that is killed and never started again has left it.

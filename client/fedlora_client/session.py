@@ -135,14 +135,15 @@ class ClientSession:
         """Updates that have left this machine, or are about to."""
         return sum(charge.state == "released" for charge in self.ledger.charges(self.dataset, self.run.run_id))
 
-    def run_round(self, plan: RoundPlan, tensors: Tensors, stop: Callable[[], bool] = lambda: False,
+    def run_round(self, plan: RoundPlan, tensors: Tensors, stop: Callable[[], bool] | None = None,
                   charged: Callable[[], object] = lambda: None) -> Upload | Refusal:
         """Train once for `plan`, starting from `tensors`.
 
         Args:
             plan: the order; a repeated (run, round, attempt) gets the stored upload, or is refused.
             tensors: the trained tensors, and the frozen ones unless this client holds them already.
-            stop: asked between micro-batches; True abandons the round (which stays charged).
+            stop: asked between micro-batches; True abandons the round (which stays charged). None for when its time is
+                up.
             charged: called before the training, its charge on the disk.
         Returns:
             What may be sent: the upload, or why there is none.
@@ -154,7 +155,7 @@ class ClientSession:
         if not isinstance(training, TrainingJob):
             return training
         charged()
-        return self.finish(plan, prepared[0].train(training, stop))
+        return self.finish(plan, prepared[0].train(training, stop or (lambda: plan.is_late)))
 
     def begin(self, plan: RoundPlan, tensors: Tensors,
               prepare: Callable[[], object] = lambda: None) -> TrainingJob | Upload | Refusal:
@@ -173,17 +174,15 @@ class ClientSession:
             return self._again(plan)
         layout = self.trainer.adapted.layout if plan.round else self.sketch_layout
         try:
+            _check_time(plan)
             self._check_turn(plan, [round for round, _ in started])
             active = _activated(layout, plan)
             start = self._complete(plan, tensors, layout)
+            self._check_room(plan.round, 4 * active.num_trained)
+            prepare()
+            _check_time(plan)  # nothing takes time from here to the charge
         except Refused as refused:
             return refused.refusal
-        try:
-            self.state.check_room(4 * active.num_trained)
-        except OSError as error:
-            log.error("Nothing is trained or charged in round %d: %s", plan.round, error.strerror)
-            return Refusal("unavailable")
-        prepare()
         try:
             reservation = self.ledger.reserve(self.dataset, self.run.run_id, plan.round, plan.attempt)
         except BudgetExhausted as error:
@@ -272,6 +271,14 @@ class ClientSession:
         """The upload as it leaves, now that its release is on the disk."""
         return dataclasses.replace(upload, anchor=self.ledger.anchor()) if self.anchors else upload
 
+    def _check_room(self, round: int, num_bytes: int) -> None:
+        """Raises Refused where the disk has no room for the upload: the round is not begun, and costs nothing."""
+        try:
+            self.state.check_room(num_bytes)
+        except OSError as error:
+            log.error("Nothing is trained or charged in round %d: %s", round, error.strerror)
+            raise Refused("unavailable") from None
+
     def _complete(self, plan: RoundPlan, tensors: Tensors, layout: AdapterLayout) -> Tensors:
         """The received tensors, with the frozen ones that did not travel added from the cache, checked."""
         names = {spec.name for spec in layout.frozen}
@@ -291,6 +298,15 @@ class ClientSession:
         if received:
             self.state.save_frozen(plan.frozen_sha256, frozen)
         return {**tensors, **frozen}
+
+
+def _check_time(plan: RoundPlan) -> None:
+    """Raises Refused where nobody waits for the round any more, by the order's own word: it is not begun, and costs
+    nothing."""
+    if plan.is_late:
+        log.warning("Round %d, attempt %d is not begun: its time was up before this client could. Nothing is charged.",
+                    plan.round, plan.attempt)
+        raise Refused("too-late", "the client could not begin in time")
 
 
 def _activated(layout: AdapterLayout, plan: RoundPlan) -> AdapterLayout:

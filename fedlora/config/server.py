@@ -29,6 +29,6 @@ class ServerConfig(RunConfig, ConnectedConfig):
     seed: int = option(0, "of the frozen tensors and the cohorts", RUN, values.natural)
 
     address: str = option("127.0.0.1:9092", "where to listen", NETWORK, metavar="HOST:PORT", place=1)
-    round_timeout: float = option(600.0, "seconds before idle clients are asked as backups for missing ones", NETWORK,
-                                  values.positive)
+    round_timeout: float = option(1800.0, "seconds that clients have for a round; who needs longer is lost to it",
+                                  NETWORK, values.positive)
     wait_timeout: float = option(600.0, "seconds to wait when too few clients are left", NETWORK, values.positive)

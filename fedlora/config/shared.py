@@ -135,6 +135,10 @@ class RunConfig(Config):
     server_options: tuple[tuple[str, float], ...] = option(
         (), "its other numbers, as in beta1=0,beta2=0.99,decay=1", TUNING, values.numbers, metavar="NAME=X,…", place=4)
 
+    screen: float | None = option(
+        None, "leave out uploads that move the adapter more than so many times as far as is usual in the round; inf "
+        "takes all", TUNING, values.number(float, 1), metavar="K", unset="5, with privacy 10", place=4)
+
     lr: float | None = option(None, "learning rate", TUNING, values.finite, unset=PRESET, plan="lr", place=1)
     local_steps: int | None = option(None, "optimiser steps of a client per round", TUNING, values.count, unset=PRESET,
                                      plan="local_steps", place=1)

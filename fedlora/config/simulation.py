@@ -16,8 +16,7 @@ class SimulationConfig(RunConfig, LocalConfig):
 
     command: ClassVar[str] = SIMULATE
     forms: ClassVar[tuple[str, ...]] = (
-        "fedlora-simulate --data DIR_OR_FILE [options]", "fedlora-simulate bench [--help]",
-        "fedlora-simulate audit [--help]")
+        "fedlora-simulate --data DIR_OR_FILE [options]", "fedlora-simulate {audit,bench,poison} [--help]")
 
     strategy: tuple[str, ...] = option(
         ("fedsvd",), "one or more, separated by commas, or module:Class of your own, each if need be with a start of "

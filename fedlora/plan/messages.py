@@ -96,6 +96,7 @@ GOODBYES: Mapping[str, str] = {
     "wait-timeout": "too few clients were left",
     "labels": "the label names do not fit; the coordinator has to fix the label set with --labels",
     "failed": "the server failed",
+    "diverged": "training diverged; the coordinator has to lower the learning rate",
 }
 """How a run can end, and the words with which the server says goodbye then."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 
 from fedlora import registry
 from fedlora.plan.found import FOUND, task_facts
@@ -204,6 +205,8 @@ class RoundPlan:
             client that already holds them is not sent again.
         active: names of the trained tensors that train in this round and are uploaded; the others are sent to clients
             and stay as they are. () for all of them.
+        until: when the answer is waited for no longer, by this process's monotonic clock. What travels is the seconds
+            that are left then. It is no part of what the order is.
     """
 
     run: RunPlan
@@ -211,8 +214,11 @@ class RoundPlan:
     attempt: int
     frozen_sha256: str
     active: tuple[str, ...] = ()
+    until: float = field(default=math.inf, compare=False)
 
     def __post_init__(self) -> None:
+        if math.isnan(self.until):
+            raise ValueError("the deadline is not a number")
         if self.run.labels_open:
             raise ValueError("the labels are open; a round needs a label set")
         if self.round < 0 or self.attempt < 0:
@@ -226,6 +232,16 @@ class RoundPlan:
         if self.run.lr_schedule == "constant":
             return self.run.lr
         return self.run.lr * (1 - (min(self.round, self.run.rounds) - 1) / self.run.rounds)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until nobody waits for the answer any more; not negative."""
+        return max(0.0, self.until - time.monotonic())
+
+    @property
+    def is_late(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self.left_s <= 0
 
     @property
     def key(self) -> tuple[str, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
 
 from fedlora.plan.run import ModelRef, RoundPlan, RunPlan
@@ -84,15 +85,19 @@ def _checked(name: str, value: object, kind: str) -> object:
 
 
 def round_to_scalars(plan: RoundPlan) -> Scalars:
-    """`to_scalars` of the run plus the round's own `round`, `attempt`, `frozen_sha256` and `active`."""
+    """`to_scalars` of the run plus the round's own `round`, `attempt`, `frozen_sha256`, `active`, and `deadline_s`, the
+    seconds that are left now."""
     return to_scalars(plan.run) | {"round": plan.round, "attempt": plan.attempt, "frozen_sha256": plan.frozen_sha256,
-                                   "active": list(plan.active)}
+                                   "active": list(plan.active), "deadline_s": plan.left_s}
 
 
 def round_from_scalars(flat: Mapping[str, object]) -> RoundPlan:
-    """Inverse of `round_to_scalars`; raises ValueError as `from_scalars` does."""
-    own = {"round": "int", "attempt": "int", "frozen_sha256": "str", "active": "tuple[str, ...]"}
+    """Inverse of `round_to_scalars`, the seconds counted from now; raises ValueError as `from_scalars` does."""
+    own = {"round": "int", "attempt": "int", "frozen_sha256": "str", "active": "tuple[str, ...]",
+           "deadline_s": "float"}
     if missing := own.keys() - flat.keys():
         raise ValueError(f"{', '.join(sorted(missing))} is missing from the round's plan")
     run = from_scalars({k: v for k, v in flat.items() if k not in own})
-    return RoundPlan(run=run, **{k: _checked(k, flat[k], kind) for k, kind in own.items()})  # type: ignore[arg-type]
+    fields = {k: _checked(k, flat[k], kind) for k, kind in own.items()}
+    left_s: float = fields.pop("deadline_s")  # type: ignore[assignment]
+    return RoundPlan(run=run, until=time.monotonic() + left_s, **fields)  # type: ignore[arg-type]

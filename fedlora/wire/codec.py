@@ -7,6 +7,7 @@ that could steer a terminal.
 from __future__ import annotations
 
 import math
+import time
 from typing import Any, TypeVar
 
 from fedlora.plan import (
@@ -78,13 +79,16 @@ def run_from_wire(message: pb.RunPlan) -> RunPlan:
 
 def request_to_wire(plan: RoundPlan, shapes: Shapes) -> pb.TrainRequest:
     return pb.TrainRequest(run=run_to_wire(plan.run), round=plan.round, attempt=plan.attempt,
-                           frozen_sha256=plan.frozen_sha256, tensors=header_of(shapes), active=plan.active)
+                           frozen_sha256=plan.frozen_sha256, tensors=header_of(shapes), active=plan.active,
+                           deadline_s=plan.left_s)
 
 
 def plan_from_wire(request: pb.TrainRequest) -> RoundPlan:
+    """The seconds that are left are counted from now."""
     try:
         return RoundPlan(run=run_from_wire(request.run), round=request.round, attempt=request.attempt,
-                         frozen_sha256=request.frozen_sha256, active=tuple(request.active))
+                         frozen_sha256=request.frozen_sha256, active=tuple(request.active),
+                         until=time.monotonic() + request.deadline_s)
     except ValueError as error:
         raise WireError(f"the round's plan is not valid: {error}") from None
 

@@ -33,6 +33,9 @@ from .observer import RoundRecord, jsonable
 ABOUT, ASKED, LINES, STATE = "run.json", "asked.json", "metrics.jsonl", "checkpoint.safetensors"
 REPORT = "report.json"
 _MEMORY = "step/"
+_SINCE_7 = frozenset({"usual_norm", "curbed"})
+"""What lines of earlier protocols do not say of a round."""
+
 _NOT_KEPT = frozenset({"config", "out", "resume", "labels"})
 """Options that are not those of the run, or stand in its plan."""
 
@@ -45,12 +48,14 @@ class Asked:
         attempts: for each attempt the names of those asked.
         participations: name → how often it was asked in the run.
         declined: names of those that declined for good.
+        missed: name → how many rounds in a row it did not answer in time, and from which on it is asked again.
     """
 
     round: int
     attempts: tuple[tuple[str, ...], ...] = ()
     participations: Mapping[str, int] = field(default_factory=dict)
     declined: tuple[str, ...] = ()
+    missed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -272,7 +277,8 @@ def _asked(folder: Path) -> Asked | None:
     except OSError:
         return None
     return Asked(asked["round"], tuple(map(tuple, asked["attempts"])), asked["participations"],
-                 tuple(asked["declined"]))
+                 tuple(asked["declined"]),
+                 {name: (times, until) for name, (times, until) in asked.get("missed", {}).items()})
 
 
 def _records(lines: Path) -> list[RoundRecord]:
@@ -292,9 +298,10 @@ def _line(record: RoundRecord) -> str:
 
 def _record(values: dict) -> RoundRecord:
     """Inverse of `_line`: lists are tuples again, and what JSON does not know is a number again."""
-    fields = {field.name: values[field.name] for field in dataclasses.fields(RoundRecord)}
+    fields = {field.name: values[field.name] for field in dataclasses.fields(RoundRecord)
+              if field.name not in _SINCE_7 or field.name in values}
     numbers = {name: float(value) for name, value in fields["evaluation"].items()}
-    for name in ("update_norm", "train_loss"):
-        fields[name] = None if fields[name] is None else float(fields[name])
+    for name in ("update_norm", "train_loss", "usual_norm"):
+        fields[name] = None if fields.get(name) is None else float(fields[name])
     return RoundRecord(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
                        | {"evaluation": numbers})

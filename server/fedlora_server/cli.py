@@ -12,8 +12,8 @@ from pathlib import Path
 from fedlora.config import ServerConfig, read_config
 
 EXIT_CODES = ("exit codes: 0 finished; 1 ended before its time, for want of clients or by a failing machine: --resume "
-              "goes on; 2 the command, a file or the clients' labels must be mended first; 130 stopped by Ctrl-C, 143 "
-              "suspended by SIGTERM: --resume, or the same command, goes on")
+              "goes on; 2 the command, a file or the clients' labels must be mended first, or the training diverged; "
+              "130 stopped by Ctrl-C, 143 suspended by SIGTERM: --resume, or the same command, goes on")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def _run(options: ServerConfig) -> int:
     except (ValueError, MemoryError) as error:
         print(f"fedlora-server: {error}", file=sys.stderr)
         return 2
-    code = {"finished": 0, "wait-timeout": 1, "stopped": 130, "suspended": 143}[served.ended]
+    code = {"finished": 0, "wait-timeout": 1, "diverged": 2, "stopped": 130, "suspended": 143}[served.ended]
     result, out = served.result, served.out
     if result is None:
         console.print(f"Stopped before a round could begin; fedlora-server --resume {out} goes on.", soft_wrap=True)
@@ -75,7 +75,9 @@ def _run(options: ServerConfig) -> int:
     adapter = f"The adapter is {out / 'adapter'}, the" if result.rounds else "There is no adapter yet. The"
     console.print(f"{result.rounds} rounds finished. {adapter} report {out / 'report.json'}.",
                   soft_wrap=True)
-    if result.ended != "finished":
+    if result.ended == "diverged":
+        print(f"fedlora-server: {result.why}", file=sys.stderr)
+    elif result.ended != "finished":
         why = "Too few clients were left for --wait-timeout" if result.ended == "wait-timeout" else "It was stopped"
         console.print(f"{why}; fedlora-server --resume {out} goes on.", soft_wrap=True)
     return code

@@ -47,6 +47,8 @@ class Clients:
         self.declined = {node_id(name) for name in known.declined}
         self._names = {node_id(name): name for name in (*known.participations, *known.declined)}
         self._connected = 0
+        self._missed = {node_id(name): misses for name, misses in known.missed.items()}
+        self._names |= {node_id(name): name for name in known.missed}
 
     def eligible(self) -> list[int]:
         """Idle clients that may be asked."""
@@ -60,10 +62,31 @@ class Clients:
     def remember(self, round: int, attempts: Iterable[tuple[str, ...]]) -> None:
         """Keep whom the round asks, right before it does."""
         self._keep(Asked(round, tuple(attempts), {self._name(node): n for node, n in self.participations.items()},
-                         tuple(map(self._name, self.declined))))
+                         tuple(map(self._name, self.declined)),
+                         {self._name(node): misses for node, misses in self._missed.items()}))
 
     def _name(self, node: int) -> str:
         return self._names.get(node) or self._engine.name_of(node)
+
+    def missed(self, round: int, nodes: Iterable[int]) -> None:
+        """They did not answer in time. After m such rounds in a row a client is left out of the next 2^m − 1 cohorts:
+        those that never answer cannot make every round last as long as it may."""
+        for node in nodes:
+            times = self._missed.get(node, (0, 0))[0] + 1
+            self._missed[node] = times, round + 2**min(times, 30)
+
+    def came_in_time(self, nodes: Iterable[int]) -> None:
+        """They answered: what they missed before is forgotten."""
+        for node in nodes:
+            self._missed.pop(node, None)
+
+    def in_time(self, round: int, nodes: Iterable[int], least: int) -> list[int]:
+        """Those of the nodes whose turn it is after what they missed; where these are fewer than `least`, as many more
+        as are lacking, those first whose turn comes soonest."""
+        nodes = list(nodes)
+        waiting = sorted((self._missed[node][1], node) for node in nodes if self._missed.get(node, (0, 0))[1] > round)
+        left_out = {node for _, node in waiting[max(0, least - (len(nodes) - len(waiting))):]}
+        return [node for node in nodes if node not in left_out]
 
     def draw(self, round: int, nodes: Iterable[int], size: int | None) -> list[int]:
         """A cohort of at most `size` of the nodes: those with the fewest participations, ties by SHA-256.

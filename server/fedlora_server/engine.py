@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+import weakref
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from flwr.app import Message, RecordDict
@@ -88,12 +89,13 @@ class Engine(Grid):
         """The replies, in the order asked, each read from the upload store only when the iterator reaches it.
 
         "uploaded" and a Refusal give what `fedlora_strategies.messages.reply` makes of the upload or the refusal; other
-        states give nothing. A reply is forgotten once it has been given.
+        states give nothing. A reply is kept, and given again, until its message is cancelled.
         """
 
     @abstractmethod
     def cancel(self, message_ids: Iterable[str]) -> None:
-        """Forget these messages: clients that work on them are told to stop and uploads that still come are refused."""
+        """Forget these messages and what was answered: clients that work on them are told to stop and uploads that
+        still come are refused."""
 
     @abstractmethod
     def close(self, reason: str) -> None:
@@ -111,7 +113,7 @@ class Engine(Grid):
         """What `set_run` was given; only Flower's own processes need one."""
         return getattr(self, "_run", None)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:
         """As in Flower: push, wait for all (no reply from lost clients), pull. Replies come in the order pushed."""
         pushed = self.push_messages(messages)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -120,4 +122,21 @@ class Engine(Grid):
             left = 1.0 if deadline is None else min(1.0, max(0.0, deadline - time.monotonic()))
             outcomes = self.wait(pushed, left)
         self.cancel(m for m in pushed if outcomes.get(m, "lost") == "lost")
-        return iter(self.pull_messages(m for m in pushed if outcomes.get(m, "lost") != "lost"))
+        return Replies(self, [m for m in pushed if outcomes.get(m, "lost") != "lost"])
+
+
+class Replies:
+    """The replies to some messages, read one at a time and as often as they are gone through. They are discarded once
+    nobody holds this any more."""
+
+    def __init__(self, engine: Engine, message_ids: Sequence[str]) -> None:
+        self._engine, self._message_ids = engine, message_ids
+        self._discarded = weakref.finalize(self, engine.cancel, message_ids)
+        self._discarded.atexit = False
+
+    def __iter__(self) -> Iterator[Message]:
+        return iter(self._engine.pull_messages(self._message_ids))
+
+    def discard(self) -> None:
+        """Forget them now."""
+        self._discarded()

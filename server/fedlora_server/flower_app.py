@@ -30,5 +30,5 @@ def main(grid: Grid, context: Context) -> None:
     options = config_from(context.run_config, ServerConfig, "--run-config")
     served = serve(options, messages(), listen=partial(SuperLinkEngine, grid), run_id=f"{context.run_id:016x}")
     if served.result is None or served.result.ended != "finished":
-        raise RuntimeError(f"the run ended early: {served.result.ended if served.result else 'stopped'}; what was "
-                           f"finished is in {served.out}")
+        ended = (served.result.why or served.result.ended) if served.result else "stopped"
+        raise RuntimeError(f"the run ended early: {ended}; what was finished is in {served.out}")

@@ -19,8 +19,10 @@ class RoundRecord:
     Attributes:
         cohort: names asked, backup clients last; attempts: how many times somebody was asked.
         uploaded, lost: names. refused: name → refusal code. rejected: name → why its upload added nothing.
+        curbed: name → for how few examples its upload counts.
         disclosed: name → what its upload said beside the tensors.
-        update_norm: L2 norm of the change of all trained tensors; train_loss: mean, only without privacy.
+        update_norm: L2 norm of the change of all trained tensors; usual_norm: lower median of those of the uploads that
+            were taken, with which later rounds may compare theirs; train_loss: mean, only without privacy.
         bytes_up, bytes_down: of all clients, from the start of the round to its end.
         evaluation: on the server's own data, if it has any.
     """
@@ -32,7 +34,9 @@ class RoundRecord:
     lost: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     rejected: Mapping[str, str] = field(default_factory=dict)
+    curbed: Mapping[str, str] = field(default_factory=dict)
     disclosed: Mapping[str, Mapping[str, int | float]] = field(default_factory=dict)
+    usual_norm: float | None = None
     update_norm: float | None = None
     train_loss: float | None = None
     bytes_up: int = 0
@@ -70,8 +74,14 @@ class Observer:
     def fewer(self, round: int, connected: int, needed: int) -> None:
         """Only `connected` clients are there, fewer than the `needed` that the run waited for; it goes on with them."""
 
-    def overdue(self, round: int, missing: int, pending: int) -> None:
-        """The round's time is up with `missing` uploads too few and no backup client; `pending` clients still train."""
+    def overdue(self, round: int, names: tuple[str, ...], missing: int) -> None:
+        """These clients' time is up and they are lost to the round, to which `missing` uploads are lacking."""
+
+    def doubted(self, round: int, why: str) -> None:
+        """The round's next state is no good: its uploads are screened by half the measure and combined once more."""
+
+    def uncompared(self, round: int, uploads: int) -> None:
+        """The round's uploads were too few to compare their lengths, and no earlier round can help. Told once."""
 
     def held_up(self, reason: str) -> None:
         """The run cannot write to its folder and waits until it can; the reason is this machine's."""
@@ -86,4 +96,4 @@ class Observer:
         """The round is closed and its checkpoint is written."""
 
     def ended(self, reason: str) -> None:
-        """There is no further round: "finished", "stopped" or "wait-timeout"."""
+        """There is no further round: "finished", "stopped", "wait-timeout" or "diverged"."""

@@ -41,6 +41,7 @@ class RegistryEngine(Engine):
         self._dtype = wire.ARRAY_DTYPES[proposal.plan.wire_dtype]
         self._trained: Shapes | None = None
         self._frozen: Shapes = {}
+        self._answered: dict[str, PendingRequest] = {}  # whose replies were given, and can be again
 
     def expect(self, layout: AdapterLayout) -> None:
         """Fix which tensors travel: before the first message, once the label set is known."""
@@ -106,17 +107,20 @@ class RegistryEngine(Engine):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         for message_id in message_ids:
-            order = self._registry.take(message_id)
+            order = self._answered.get(message_id) or self._registry.take(message_id)
             if order is None:
                 continue
+            self._answered[message_id] = order
             if isinstance(order.outcome, Refusal):
                 yield reply(order.outcome, order.message)
             elif order.stored is not None:
                 upload = Upload(*order.plan.key, tensors=Released({}), **order.stored.metrics)  # type: ignore[arg-type]
-                yield reply(upload, order.message, arrays=order.stored.take())
+                yield reply(upload, order.message, arrays=order.stored.read())
 
     def cancel(self, message_ids: Iterable[str]) -> None:
-        for order in self._registry.cancel(message_ids):
+        message_ids = list(message_ids)
+        answered = [order for message_id in message_ids if (order := self._answered.pop(message_id, None))]
+        for order in (*answered, *self._registry.cancel(message_ids)):
             if order.stored is not None:
                 order.stored.discard()
 

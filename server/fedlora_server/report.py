@@ -46,6 +46,7 @@ def describe(plan: RunPlan, strategy: FederatedLoRA, result: FederationResult, o
     evaluated = [record for record in result.records if record.evaluation]
     return {
         "ended": result.ended,
+        "why": result.why,
         "finished_rounds": result.rounds,
         "resumed_after_rounds": list(result.resumed),
         "evaluation": {"before": None if evaluated[0].round else evaluated[0].evaluation,

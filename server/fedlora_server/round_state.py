@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from threading import Event
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord
 
 from fedlora.plan import Refusal
 from fedlora_strategies import FederatedLoRA
 
 from .client_sampling import POLL_S, RETURN_S, Clients, Ended
-from .engine import Engine, Outcome
+from .engine import Engine, Outcome, Replies
 from .observer import Observer
 
 ASKS_PER_ROUND = 3
 """A client that declines, or lost the frozen tensors, is asked again in later attempts, up to so often per round."""
 
-TRAINED_NOTHING = frozenset({"missing-tensors"})
+TRAINED_NOTHING = frozenset({"missing-tensors", "too-late"})
 """Refusals that come before the client's training starts and do not use up a participation."""
 
 FOR_GOOD = frozenset({"policy", "budget", "model-mismatch", "version-mismatch", "privacy-mismatch", "labels"})
@@ -36,8 +36,10 @@ class RoundOptions:
         clients_per_round: size of a cohort; None takes every eligible client.
         min_clients: round 1 waits, without limit, until so many are connected; a run that is taken up after it, for
             `RETURN_S`.
-        min_replies: uploads without which no round closes; None for half of the cohort, rounded up.
-        round_timeout_s: after it, a round closes with at least `min_replies`, or asks backup clients.
+        min_replies: uploads without which no round closes. None for half, rounded up and at least 1, of those asked
+            first that are neither lost nor declined; as long as there are idle clients to ask, for half of all of them.
+        round_timeout_s: how long each attempt's clients have to answer. Who does not is told to stop, and lost to the
+            round.
         wait_timeout_s: how long a round with nobody at work and nobody left to ask waits before the run ends.
         evaluate_every: evaluate after every so many rounds, and after the last.
     """
@@ -70,7 +72,7 @@ class OpenRound:
     """One round from its first order to its last upload.
 
     Attributes:
-        names of clients: cohort (all asked), uploaded, lost, refused (→ code).
+        names of clients: cohort (all asked), uploaded, lost (gone, or out of time), refused (→ code).
     """
 
     def __init__(self, engine: Engine, strategy: FederatedLoRA, clients: Clients, number: int, options: RoundOptions,
@@ -82,8 +84,10 @@ class OpenRound:
         self._uploads: dict[int, str] = {}
         self._told: dict[str, str] = {}
         self._lost: set[int] = set()
+        self._late: set[int] = set()
+        self._until: dict[int, float] = {}  # attempt → its deadline
+        self._orders: dict[str, int] = {}  # message → attempt
         self._alone_since: float | None = None
-        self._overdue = False
         self.refused: dict[str, str] = {}
         self._attempts = list(clients.asked_before(number))
         self._awaited = {name: attempt for attempt, names in enumerate(self._attempts) for name in names}
@@ -103,9 +107,9 @@ class OpenRound:
 
     @property
     def lost(self) -> tuple[str, ...]:
-        return tuple(sorted(self._engine.name_of(node) for node in self._lost))
+        return tuple(sorted(self._engine.name_of(node) for node in self._lost | self._late))
 
-    def collect(self, arrays: ArrayRecord) -> Iterator[Message]:
+    def collect(self, arrays: ArrayRecord) -> Replies:
         """Ask until enough have uploaded; then the replies in order of node id, each read when it is its turn.
 
         Raises:
@@ -115,32 +119,52 @@ class OpenRound:
         self._run(arrays)
         self._engine.cancel(list(self._open))
         self._strategy.expect_none_of(node for node in self._asks if node not in self._uploads)
-        return self._engine.pull_messages(self._uploads[node] for node in sorted(self._uploads))
+        self._clients.came_in_time(self._uploads)
+        return Replies(self._engine, [self._uploads[node] for node in sorted(self._uploads)])
 
     def _run(self, arrays: ArrayRecord) -> None:
         self._begin(arrays)
-        needed = self._options.min_replies or -(-len(self._attempts[0]) // 2)
-        deadline = self._deadline()
         while True:
             self._listen(arrays)
+            self._give_up_the_late()
             pending = sum(node not in self._lost for node in self._open.values())
-            late = time.monotonic() >= deadline
-            missing = needed - len(self._uploads)
-            if missing <= 0 and (late or not pending):
-                return
-            expected = 0 if late else pending
-            if missing <= expected:
-                self._alone_since = None
-            elif backups := self._backups(missing - expected):
+            missing = self._wanted - len(self._uploads)
+            if missing > pending and (backups := self._backups(missing - pending)):
                 self._ask(backups, arrays)
-                deadline, self._alone_since = self._deadline(), None
-            elif pending:
-                self._wait_on(missing, pending, late)
-            else:
-                self._wait_alone(missing)
+            elif not pending:
+                if missing <= 0 or self._is_enough():
+                    return
+                continue
+            self._alone_since = None
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self._options.round_timeout_s
+    @property
+    def _wanted(self) -> int:
+        """Uploads for which backup clients are asked."""
+        return self._options.min_replies or -(-len(self._attempts[0]) // 2)
+
+    @property
+    def _needed(self) -> int:
+        """Uploads without which the round does not close."""
+        if self._options.min_replies:
+            return self._options.min_replies
+        left = set(self._attempts[0]) - set(self.lost) - self.refused.keys() - self._awaited.keys()
+        return max(1, -(-len(left) // 2))
+
+    def _give_up_the_late(self) -> None:
+        """Those whose time is up are told to stop, and lost to the round: what they still send is too late."""
+        now = time.monotonic()
+        late = {message: node for message, node in self._open.items() if now >= self._until[self._orders[message]]}
+        if not late:
+            return
+        self._engine.cancel(list(late))
+        for message in late:
+            del self._open[message]
+        nodes = set(late.values())
+        self._late |= nodes
+        self._lost -= nodes
+        self._clients.missed(self._number, nodes)
+        self._observer.overdue(self._number, tuple(sorted(map(self._engine.name_of, nodes))),
+                               max(0, self._wanted - len(self._uploads)))
 
     def _begin(self, arrays: ArrayRecord) -> None:
         """Ask the cohort, or wait for the one that an earlier server asked."""
@@ -149,6 +173,8 @@ class OpenRound:
             return
         present = self._clients.wait_for(1, self._options.wait_timeout_s, self._stop, self._observer)
         self._clients.tell_if_fewer(self._number, self._options.min_clients, self._observer)
+        quorum = self._options.min_replies or -(-(self._options.clients_per_round or 1) // 2)
+        present = self._clients.in_time(self._number, present, quorum)
         self._ask(self._clients.draw(self._number, present, self._options.clients_per_round), arrays)
 
     def _listen(self, arrays: ArrayRecord) -> None:
@@ -160,28 +186,26 @@ class OpenRound:
         if forgetful := self._take_note(outcomes):
             self._ask(forgetful, arrays)
 
-    def _wait_on(self, missing: int, pending: int, late: bool) -> None:
-        """For clients that still train, though it may be late."""
-        self._alone_since = None
-        if late and not self._overdue:
-            self._overdue = True
-            self._observer.overdue(self._number, missing, pending)
-
-    def _wait_alone(self, missing: int) -> None:
-        """For clients to come: nobody trains, and nobody is left to ask.
+    def _is_enough(self) -> bool:
+        """Whether the round closes with what is there. Nobody trains, and nobody is left to ask: whoever is lost has
+        `RETURN_S` to come back.
 
         Raises:
-            Ended: so it has been for `wait_timeout_s`.
+            Ended: too few are there, and so it has been for `wait_timeout_s`.
         """
+        lacking, limit = self._needed - len(self._uploads), self._options.wait_timeout_s
+        now = time.monotonic()
         if self._alone_since is None:
-            self._alone_since = time.monotonic()
-            self._observer.waiting(missing, 0, self._options.wait_timeout_s)
-        elif time.monotonic() - self._alone_since >= self._options.wait_timeout_s:
+            self._alone_since = now
+            if lacking > 0:
+                self._observer.waiting(lacking, 0, limit)
+        elif lacking > 0 and now - self._alone_since >= limit:
             raise Ended("wait-timeout")
+        return lacking <= 0 and (not self._lost or now - self._alone_since >= min(RETURN_S, limit))
 
     def _backups(self, count: int) -> list[int]:
         """Idle clients for a further attempt, those first that were not asked in this round."""
-        busy = {*self._open.values(), *self._uploads}
+        busy = {*self._open.values(), *self._uploads, *self._late}
         free = [n for n in self._clients.eligible() if n not in busy and self._asks[n] < ASKS_PER_ROUND
                 and self._engine.name_of(n) not in self._awaited]  # who has trained already is asked for that
         drawn = self._clients.draw(self._number, free, None)
@@ -216,12 +240,14 @@ class OpenRound:
 
     def _send(self, attempt: int, nodes: list[int], arrays: ArrayRecord) -> None:
         nodes = sorted(nodes)
-        config = ConfigRecord({"nodes": nodes, "attempt": attempt})
+        until = self._until.setdefault(attempt, time.monotonic() + self._options.round_timeout_s)
+        config = ConfigRecord({"nodes": nodes, "attempt": attempt,
+                               "deadline_s": max(0.0, until - time.monotonic())})
         messages = self._strategy.configure_train(self._number, arrays, config, self._engine)
         names = tuple(sorted(self._engine.name_of(node) for node in nodes))
         self._observer.asked(self._number, attempt, names)
         for node, message_id in zip(nodes, self._engine.push_messages(messages), strict=True):
-            self._open[message_id] = node
+            self._open[message_id], self._orders[message_id] = node, attempt
             self._asks[node] += 1
 
     def _take_note(self, outcomes: Mapping[str, Outcome]) -> list[int]:
@@ -252,6 +278,10 @@ class OpenRound:
             self._clients.declined.add(node)
         if refusal.code in TRAINED_NOTHING:
             self._clients.participations[node] -= 1
+        if refusal.code == "too-late":
+            self._late.add(node)
+            self._clients.missed(self._number, [node])
+        if refusal.code == "missing-tensors":
             self._strategy.forget(node)
             return [node] if self._asks[node] < ASKS_PER_ROUND else []
         return []

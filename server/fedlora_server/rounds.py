@@ -3,9 +3,10 @@
     for each round
         draw the cohort from the eligible clients that are idle
         send the orders and wait
-            too few can still answer, or the time is up: ask idle clients as backups, as the next attempt
-            no backup client is left: say so and wait for clients
-        take the uploads in order of node id, reduce them, take the server's step
+            whose time is up is lost; too few can still answer: ask idle clients as backups, as the next attempt
+            no backup client is left: close with half of those that are left, or say so and wait for clients
+        take the uploads in order of node id, screen and reduce them, take the server's step
+        evaluate the state; if it is no good, screen and reduce the same uploads once more, by half the measure
         write a line of metrics.jsonl and the checkpoint
 
 No client is asked twice for one (run, round, attempt). What was uploaded to a short round stays.
@@ -13,6 +14,7 @@ No client is asked twice for one (run, round, attempt). What was uploaded to a s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ from typing import cast
 from flwr.app import ArrayRecord
 
 from fedlora.plan import Released, RunPlan, Tensors
-from fedlora_strategies import FederatedLoRA
+from fedlora_strategies import Diverged, FederatedLoRA
 from fedlora_strategies.messages import to_record, to_tensors
 from fedlora_strategies.private_start import PrivateStart
 
@@ -33,6 +35,9 @@ from .client_sampling import RETURN_S, Clients, Ended
 from .engine import Engine
 from .observer import Observer, RoundRecord
 from .round_state import OpenRound, RoundOptions
+
+MOST_LOSS = 10.0
+"""A state whose loss is more than so many times that of the start is not taken."""
 
 Evaluate = Callable[[Tensors], Mapping[str, float]]
 
@@ -44,14 +49,17 @@ class FederationResult:
     Attributes:
         state: after the last finished round.
         records: one per finished round, and round 0 if the start was evaluated.
-        ended: "finished", "stopped", or "wait-timeout".
+        ended: "finished", "stopped", "wait-timeout", or "diverged": the next state was no good, whichever uploads made
+            it.
         resumed: after which rounds another server took the run up.
+        why: of "diverged", for whoever gave the command.
     """
 
     state: Tensors
     records: tuple[RoundRecord, ...]
     ended: str
     resumed: tuple[int, ...] = ()
+    why: str = ""
 
     @property
     def rounds(self) -> int:
@@ -108,16 +116,20 @@ class _UnderWay:
         self._records: list[RoundRecord] = list(left.records) if left else []
         self._clients = Clients(engine, run.plan, run.options.seed, left=left.asked if left else None,
                                 keep=self._remember)
-        self._state, self._done, self._fresh = run.state, 0, True
+        self._state, self._done, self._fresh, self._uncompared = run.state, 0, True, False
         if left is not None and left.state is not None:
             self._state, self._done, self._fresh = left.state, left.round, False
             if left.round:
                 run.strategy.take_up(left.memory, left.state)
+                run.strategy.usual_norms = tuple(record.usual_norm for record in self._records
+                                                 if record.round and record.usual_norm is not None)
 
     def to_the_end(self) -> FederationResult:
-        run, ended = self._run, "finished"
+        run, ended, why = self._run, "finished", ""
         self._observer.begin(run.plan, tuple(self._records))
-        initial = self._figures(0) if self._fresh else {}
+        initial = self._figures(0, self._state) if self._fresh else {}
+        if initial:
+            self._observer.evaluated(0, initial)
         if self._fresh and run.start is None:
             if initial:
                 self._conclude(RoundRecord(0, evaluation=initial))
@@ -137,11 +149,13 @@ class _UnderWay:
                 after, record = self._hold(number, run.strategy, arrays)
                 if after is not None:
                     arrays, self._state = after, to_tensors(after)
-                self._conclude(replace(record, evaluation=self._figures(number)))
+                self._conclude(record)
         except Ended as early:
             ended = early.reason
+        except Diverged as error:
+            ended, why = "diverged", self._remedy(error)
         self._observer.ended(ended)
-        return FederationResult(self._state, tuple(self._records), ended, run.left.resumptions if run.left else ())
+        return FederationResult(self._state, tuple(self._records), ended, run.left.resumptions if run.left else (), why)
 
     def _begin(self, start: PrivateStart, evaluation: Mapping[str, float]) -> None:
         """Round 0. It moves the model nowhere: its evaluation is that of the state before."""
@@ -154,28 +168,70 @@ class _UnderWay:
         self._conclude(replace(record, update_norm=None, evaluation=evaluation))
 
     def _hold(self, number: int, by: FederatedLoRA, arrays: ArrayRecord) -> tuple[ArrayRecord | None, RoundRecord]:
-        """One round: the next state, if there is one, and what happened but for the evaluation."""
+        """One round: the next state, if there is one, and what happened.
+
+        Raises:
+            Diverged: no next state is any good.
+        """
         engine = self._engine
         began, up, down = time.monotonic(), engine.bytes_up, engine.bytes_down
         under_way = OpenRound(engine, by, self._clients, number, self._run.options, self._observer, self._stop)
-        after, metrics = by.aggregate_train(number, under_way.collect(arrays))
+        replies = under_way.collect(arrays)
+        try:
+            after, metrics = by.aggregate_train(number, replies)
+            figures = self._evaluated(number, after) if number else {}
+            while why := self._is_no_good(figures):
+                self._observer.doubted(number, why)
+                after, metrics = by.aggregate_again(number, replies, why)
+                figures = self._evaluated(number, after)
+        finally:
+            replies.discard()
+        if figures:
+            self._observer.evaluated(number, figures)
+        if by.uncompared and not self._uncompared:
+            self._uncompared = True
+            self._observer.uncompared(number, len(under_way.uploaded))
         averages = cast(dict[str, float], dict(metrics or {}))
         return after, RoundRecord(
             number, cohort=under_way.cohort, attempts=under_way.attempts, uploaded=under_way.uploaded,
             lost=under_way.lost, refused=under_way.refused,
             rejected={engine.name_of(node): reason for node, reason in by.rejected.items()},
+            curbed={engine.name_of(node): how for node, how in by.curbed.items()},
             disclosed={engine.name_of(node): said for node, said in by.disclosed.items()},
+            usual_norm=averages.get("usual_norm"), evaluation=figures,
             update_norm=averages.get("update_norm"), train_loss=averages.get("train_loss"),
             bytes_up=engine.bytes_up - up, bytes_down=engine.bytes_down - down, seconds=time.monotonic() - began)
 
-    def _figures(self, number: int) -> Mapping[str, float]:
-        """Of the state after a round, where that is to be evaluated."""
+    def _evaluated(self, number: int, after: ArrayRecord | None) -> Mapping[str, float]:
+        """Figures of the state after a round. `after` is None where it is still the one before."""
+        return self._figures(number, self._state if after is None else to_tensors(after))
+
+    def _figures(self, number: int, state: Tensors) -> Mapping[str, float]:
+        """Of a state after a round, where that is to be evaluated."""
         run = self._run
         if run.evaluate is None or (number % run.options.evaluate_every and number != run.plan.rounds):
             return {}
-        figures = run.evaluate(self._state)
-        self._observer.evaluated(number, figures)
-        return figures
+        return run.evaluate(state)
+
+    def _is_no_good(self, figures: Mapping[str, float]) -> str:
+        """What is wrong with a state of these figures; "" for nothing."""
+        start = self._records[0].evaluation if self._records and not self._records[0].round else {}
+        if wrong := [name for name, value in figures.items()
+                     if not math.isfinite(value) and math.isfinite(start.get(name, 0.0))]:
+            return f"its {wrong[0]} is not finite"
+        first, loss = start.get("loss", 0.0), figures.get("loss", 0.0)
+        if 0 < MOST_LOSS * first < loss:
+            return f"its loss, {loss:.4g}, is more than {MOST_LOSS:g} times that of the start, {first:.4g}"
+        return ""
+
+    def _remedy(self, error: Diverged) -> str:
+        optimizer = cast(Mapping[str, object] | None, self._run.strategy.described.get("optimizer"))
+        server = f", or --server-lr, which is {optimizer['lr']:g}" if optimizer and "lr" in optimizer else ""
+        done, seen = (max((record.round for record in records), default=0) for records in (
+            self._records, [record for record in self._records if record.evaluation]))
+        kept = f"; what is kept was last evaluated after round {seen} of {done}" if 0 < seen < done else ""
+        return (f"the next state is no good, also without the uploads that go furthest: {error}. Nothing of the round "
+                f"is taken{kept}. Begin a new run with a lower --lr, which is {self._run.plan.lr:g}{server}")
 
     def _conclude(self, record: RoundRecord) -> None:
         self._records.append(record)

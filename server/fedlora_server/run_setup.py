@@ -121,6 +121,9 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
         state = public_start(adapted, task, rows, seed=seed)
     start = PrivateStart(plan, adapted, state, seed) if plan.private_start else None
     chosen = strategy_class(strategy)(plan, adapted.layout, recipe=recipe_of(options, strategy), seed=seed)
+    if options.screen is not None:
+        for one in filter(None, (chosen, start)):
+            one.screen = options.screen
     return Federation(plan, adapted, task, state, chosen, start)
 
 

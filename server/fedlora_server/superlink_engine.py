@@ -11,6 +11,7 @@ cannot tell a node to stop; what comes for a cancelled order is dropped, and the
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -136,7 +137,10 @@ class SuperLinkEngine(RegistryEngine):
             elif self._nodes.get(node.flower_id) is node:
                 arrays = order.message.content["arrays"]
                 self._registry.count(node, down=wire.size_of(wire.shapes_of(order.tensors), self._wire_dtype))
-                self._post(node, order.plan.key, train_message(order.plan, arrays, node.flower_id))  # type: ignore[arg-type]
+                message = train_message(order.plan, arrays, node.flower_id)  # type: ignore[arg-type]
+                if order.plan.until < math.inf:  # a node that asks for it later is not given it
+                    message.metadata.ttl = max(LOOK_EVERY_S, order.plan.left_s)
+                self._post(node, order.plan.key, message)
 
     def _post(self, node: _Node, key: Key | None, message: Message) -> None:
         [message_id] = self._grid.push_messages([message])

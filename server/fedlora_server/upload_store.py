@@ -35,14 +35,14 @@ class Stored:
     wire_dtype: str
     metrics: Mapping[str, int | float]
 
-    def take(self) -> ArrayRecord:
-        """The tensors as they travelled; the file is removed, and its memory free once the record is gone."""
+    def read(self) -> ArrayRecord:
+        """The tensors as they travelled, however often; their memory is free once the record is gone."""
         with self.path.open("rb") as file:
             content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        self.path.unlink()
         return read_record(content, self.shapes, self.wire_dtype)
 
     def discard(self) -> None:
+        """Remove the file; records that were read stay as they are."""
         self.path.unlink(missing_ok=True)
 
 

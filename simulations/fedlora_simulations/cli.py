@@ -35,9 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .audit import main as audit
 
         return audit(argv[1:])
+    if argv[:1] == ["poison"]:
+        from .poison import main as poison
+
+        return poison(argv[1:])
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
     epilog = ("fedlora-simulate bench --help: what privacy and federation cost in time and memory; "
-              "fedlora-simulate audit --help: an empirical lower bound on ε. "
+              "fedlora-simulate audit --help: an empirical lower bound on ε; "
+              "fedlora-simulate poison --help: what one hostile client costs. "
               "Exit codes: 0 done, 1 a worker process was lost, 2 wrong input, 130 interrupted")
     options = read_config(SimulationConfig, argv, epilog=epilog)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -151,6 +156,9 @@ def _run_one(options: SimulationConfig, method: Method, seed: int, base: BaseMod
         watched = Watched(f"{method}, seed {seed}", folder, console, chosen)
         with Trackers(options.trackers, watched) as trackers:
             done = simulate(options, method, seed, base, population, observer=trackers, out=folder)
+        if done.result.ended == "diverged":
+            raise ValueError(f"{method} ended after {done.result.rounds} of {done.federation.plan.rounds} rounds: "
+                             f"{done.result.why}. What was finished is in {folder}")
         if done.result.ended != "finished":
             raise ValueError(f"{method} ended after {done.result.rounds} of {done.federation.plan.rounds} rounds: too "
                              "few clients could still take part. Lower --min-replies, or raise --max-participations")

@@ -76,16 +76,15 @@ class _UploadStore:
         self._waiting += 1
         return _Stored(start, stop, shapes, wire_dtype, upload_metrics(upload))
 
-    def take(self, stored: _Stored) -> ArrayRecord:
-        """The tensors as they travelled, read from the file where the operating system has it."""
+    def read(self, stored: _Stored) -> ArrayRecord:
+        """The tensors as they travelled, read from the file where the operating system has it, however often."""
         assert self._file is not None
-        self._waiting -= 1
         content = mmap.mmap(self._file.fileno(), stored.stop - stored.start, access=mmap.ACCESS_READ,
                             offset=stored.start)
         return read_record(memoryview(content), stored.shapes, stored.wire_dtype)
 
     def discard(self) -> None:
-        """One of those that wait will not be taken."""
+        """One of those that wait will not be read any more."""
         self._waiting -= 1
 
     def close(self) -> None:
@@ -207,12 +206,11 @@ class InProcessEngine(Engine):
             order = self._orders.get(message_id)
             if order is None or order.outcome in (None, "lost"):
                 continue
-            del self._orders[message_id]
             if isinstance(order.outcome, Refusal):
                 yield to_reply(order.outcome, order.message)
             elif order.stored is not None:
                 upload = Upload(*order.plan.key, tensors=Released({}), **order.stored.metrics)  # type: ignore[arg-type]
-                yield to_reply(upload, order.message, arrays=self._uploads.take(order.stored))
+                yield to_reply(upload, order.message, arrays=self._uploads.read(order.stored))
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         for message_id in list(message_ids):

@@ -23,6 +23,7 @@ from fedlora.plan import ROW, Tensors
 from fedlora.privacy import Ledger, nominal_size
 from fedlora.tasks import Records
 from fedlora.training import Trainer
+from fedlora_client.flower_app import Session
 from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import MemoryState
 from fedlora_server.observer import Observer
@@ -68,13 +69,15 @@ class Simulated:
 
 
 def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseModel, population: Population, *,
-             observer: Observer | None = None, out: Path | None = None) -> Simulated:
+             observer: Observer | None = None, out: Path | None = None,
+             between: Callable[[str, Session], Session] | None = None) -> Simulated:
     """Run one method with one seed to its end.
 
     Args:
         options: of fedlora-simulate.
         observer: told what happens.
         out: folder for the run's adapter and report; None leaves nothing.
+        between: from a client's name and session to what answers in its place; where all train in this process.
     Raises:
         ValueError: the options do not fit the model, the data or each other.
         Refused: the clients' privacy limits do not allow the plan.
@@ -97,7 +100,11 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
                         min_replies=options.min_replies, evaluate_every=options.eval_every,
                         round_timeout_s=math.inf, wait_timeout_s=0.0)  # no clock decides, and nobody new can come
     count = min(options.workers, len(sessions))
-    engine = _engine(options, federation, base, trainer, make_sketch_trainer, sessions, count)
+    if between is None:
+        engine = _engine(options, federation, base, trainer, make_sketch_trainer, sessions, count)
+    else:
+        engine = InProcessEngine({name: between(name, session) for name, session in sessions.items()}, run_id,
+                                 federation.adapted.layout)
     try:
         began = time.monotonic()
         run = Run(federation.strategy, federation.state, loop, federation.start, evaluate, out)

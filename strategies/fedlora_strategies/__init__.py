@@ -4,7 +4,7 @@ Each is a recipe, an adapter family plus a server step, and works with `strategy
 ServerApp; `FedSVD.for_model(…)` makes everything that one needs.
 """
 
-from .base import FederatedLoRA, Traffic
+from .base import Diverged, FederatedLoRA, Traffic
 from .lookup import strategy_class
 from .recipe import Preset, Recipe
 from .recipes.fed_sb import FedSB
@@ -12,4 +12,5 @@ from .recipes.fedavg_lora import FedAvgLoRA
 from .recipes.fedsvd import FedSVD
 from .recipes.ffa_lora import FFALoRA
 
-__all__ = ["FFALoRA", "FedAvgLoRA", "FedSB", "FedSVD", "FederatedLoRA", "Preset", "Recipe", "Traffic", "strategy_class"]
+__all__ = ["Diverged", "FFALoRA", "FedAvgLoRA", "FedSB", "FedSVD", "FederatedLoRA", "Preset", "Recipe", "Traffic",
+           "strategy_class"]

@@ -14,15 +14,19 @@ were sent.
 
 Uploads are reduced in order of node id (a hash of the client's name), never in order of arrival. A reply that comes
 before its turn waits in memory, so that an engine that gives replies in that order keeps memory flat.
+
+They are measured while they are reduced. Where screening leaves one out, all others are read and reduced once more; so
+they are, by a stricter measure, where the state that they give is no good.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
@@ -31,14 +35,28 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapters import AdapterLayout
-from fedlora.adapters.layout import MOST_VALUE
+from fedlora.adapters.layout import MOST_RECEIVED, MOST_VALUE
 from fedlora.plan import Refusal, Released, RoundPlan, RunPlan, Tensors, Upload, upload_metrics
 from fedlora.wire import tensors_digest
 
 from .for_model import Ready, ready
 from .messages import read_reply, to_record, to_tensors, train_messages
 from .recipe import Recipe
+from .reductions import Gathering
+from .screening import (
+    COMPARED,
+    EXAMPLES,
+    PLAIN,
+    PRIVATE,
+    Measured,
+    Reach,
+    left_out,
+    most_examples,
+    reach_of,
+    usual_norm,
+)
 from .step import ServerStep
+from .under_way import Closed, Figures, UnderWay, distance
 
 log = logging.getLogger(__name__)
 
@@ -52,38 +70,8 @@ class Traffic:
     once: int
 
 
-@dataclass
-class _Round:
-    """The round that is under way: what was sent, and from which nodes a reply may still come.
-
-    `trained` is the server's own, `sent` what clients start from; `frozen` and `arrays` are what clients are sent, and
-    hold. `active` are those of `trained` that train in this round: the layout of what is uploaded.
-    """
-
-    number: int
-    trained: Tensors
-    sent: Tensors
-    frozen: Tensors
-    active: AdapterLayout
-    frozen_sha256: str
-    arrays: ArrayRecord
-    changed: frozenset[str]
-    before_sha256: str
-    awaited: set[int]
-    _records: dict[frozenset[str], ArrayRecord] = field(default_factory=dict)
-
-    def arrays_for(self, held_sha256: str | None) -> ArrayRecord:
-        """What a node must be sent that holds the frozen tensors of this digest: the trained, and those it lacks.
-
-        Of the frozen ones none to a node that holds this round's, the changed ones to one that holds the last
-        round's, else all. Nodes that lack the same share one record.
-        """
-        lacking = {self.frozen_sha256: frozenset(), self.before_sha256: self.changed}.get(
-            held_sha256 or "", frozenset(self.frozen))
-        if lacking not in self._records:
-            names = (*self.trained, *sorted(lacking))
-            self._records[lacking] = ArrayRecord({name: self.arrays[name] for name in names})
-        return self._records[lacking]
+class Diverged(ValueError):
+    """The uploads of a round give no state that could be gone on from, whichever of them are left out."""
 
 
 class FederatedLoRA(Strategy):
@@ -93,7 +81,11 @@ class FederatedLoRA(Strategy):
         recipe: what it is made of.
         memory: what the server step keeps over rounds, by name; empty before the first one.
         rejected: node id → why its reply of the last round added nothing.
+        curbed: node id → for how few examples its upload of the last round counts.
         disclosed: node id → what its accepted upload of the last round said beside the tensors.
+        screen: k of `screening`; infinite takes every upload.
+        usual_norms: of the rounds so far, with which those of few uploads are compared.
+        uncompared: whether the last round's uploads were too few to compare, with each other or with earlier ones.
 
     Args:
         plan: the run.
@@ -105,6 +97,8 @@ class FederatedLoRA(Strategy):
     """
 
     recipe: ClassVar[Recipe]
+    sends_changes: ClassVar[bool] = False
+    """Whether an upload is by how much the tensors moved, in place of where they are."""
 
     def __init__(self, plan: RunPlan, layout: AdapterLayout, *, recipe: Recipe | None = None, seed: int = 0,
                  min_nodes: int = 1, **options: float) -> None:
@@ -118,10 +112,15 @@ class FederatedLoRA(Strategy):
         self.described = chosen.described()
         self.memory: Tensors = {}
         self.rejected: dict[int, str] = {}
+        self.curbed: dict[int, str] = {}
         self.disclosed: dict[int, dict[str, int | float]] = {}
+        self.screen = PRIVATE if plan.private else PLAIN
+        self.usual_norms: tuple[float, ...] = ()
+        self.uncompared = False
+        self._closed: Closed | None = None
         self._held: dict[int, str] = {}
         self._frozen: tuple[Tensors, str] = ({}, "")
-        self._round: _Round | None = None
+        self._round: UnderWay | None = None
 
     @classmethod
     def for_model(cls, model: str, **settings: Any) -> Ready[Self]:
@@ -138,6 +137,11 @@ class FederatedLoRA(Strategy):
     def exact(self) -> bool:
         """Whether the mean of the merged models is the merged mean."""
         return self.layout.family.exact
+
+    @property
+    def trained_by(self) -> RunPlan:
+        """What clients compute by, of the plan."""
+        return self.plan
 
     def take_up(self, memory: Tensors, state: Tensors) -> None:
         """Go on with the memory that an earlier server kept with this state.
@@ -176,7 +180,8 @@ class FederatedLoRA(Strategy):
         Args:
             server_round: counted from 1.
             arrays: the state.
-            config: optionally `nodes` (ids, default all of the grid) and `attempt` (default 0).
+            config: optionally `nodes` (ids, default all of the grid), `attempt` (default 0), and `deadline_s`, for how
+                many seconds from now answers are waited for (default: for ever).
             grid: asked for its nodes if `nodes` is absent.
         Raises:
             ValueError: the state does not fit the layout.
@@ -188,10 +193,11 @@ class FederatedLoRA(Strategy):
         nodes, attempt = sorted(given), cast(int, config.get("attempt", 0))
         under_way.awaited.update(nodes)
         some = () if under_way.active is self.layout else tuple(spec.name for spec in under_way.active.trained)
-        order = RoundPlan(self.plan, server_round, attempt, under_way.frozen_sha256, some)
+        until = time.monotonic() + cast(float, config.get("deadline_s", math.inf))
+        order = RoundPlan(self.plan, server_round, attempt, under_way.frozen_sha256, some, until)
         return list(train_messages(order, ((node, under_way.arrays_for(self._held.get(node))) for node in nodes)))
 
-    def _begin(self, server_round: int, arrays: ArrayRecord) -> _Round:
+    def _begin(self, server_round: int, arrays: ArrayRecord) -> UnderWay:
         state, wire_dtype = to_tensors(arrays), self.plan.wire_dtype
         self.layout.check(state, "state")
         if wire_dtype != "fp32":
@@ -206,8 +212,9 @@ class FederatedLoRA(Strategy):
                             if name not in before or not np.array_equal(array, before[name]))
         self._frozen = frozen, tensors_digest(frozen)
         active = self.step.trains(server_round)
-        return _Round(server_round, trained, received, frozen, self.layout.activated(active) if active else self.layout,
-                      self._frozen[1], arrays, changed, before_sha256, set())
+        layout = self.layout.activated(active) if active else self.layout
+        return UnderWay(server_round, trained, received, frozen, layout, self._frozen[1], arrays, changed,
+                        before_sha256, set())
 
     def _wait_for_nodes(self, grid: Grid) -> list[int]:
         while len(nodes := list(grid.get_node_ids())) < self.min_nodes:
@@ -218,50 +225,129 @@ class FederatedLoRA(Strategy):
                         replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The next state, or (None, None) if no reply could be used.
 
-        Each reply is checked whole before any of it is added. One that is an error, that answers another order, or
-        whose tensors are missing, misshaped or not finite adds nothing and is named in `rejected`.
+        Each reply is checked whole before any of it is added. One that is an error, that answers another order, whose
+        tensors are missing, misshaped or not finite, or that screening leaves out adds nothing and is named in
+        `rejected`.
+
+        Args:
+            replies: if they can be gone through again, they are read one at a time; else all wait in memory.
+        Raises:
+            Diverged: what they give is not finite, or beyond what can be gone on from.
         """
         under_way, self._round = self._round, None
-        self.rejected, self.disclosed = {}, {}
         if under_way is None or under_way.number != server_round:
             raise ValueError(f"round {server_round} was not configured; call configure_train before aggregate_train")
-        gathering, figures = self.step.reduction.begin(), _Figures()
-        for upload in self._in_order(replies, under_way):
-            weight = float(upload.num_examples or 1) if self.plan.weight_by_examples else 1.0
-            gathering.add(upload.tensors, weight)
-            figures.add(upload)
+        replies = list(replies) if isinstance(replies, Iterator) else replies
+        self.disclosed = {}
+        self._closed = Closed(under_way, self.memory, self.usual_norms, self.screen)
+        try:
+            return self._combine(self._closed, replies)
+        except Diverged as no_state:
+            return self.aggregate_again(server_round, replies, str(no_state))
+
+    def aggregate_again(self, server_round: int, replies: Iterable[Message],
+                        why: str) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The next state of the round that was aggregated last, its uploads screened by half the measure.
+
+        Args:
+            replies: those that `aggregate_train` was given.
+            why: its state is not taken.
+        Raises:
+            Diverged: this is the second time, none is left out that was not before, or what the others give cannot be
+                gone on from either. The memory is that of the state before the round.
+        """
+        closed, taken = self._closed, self.disclosed.keys() - self.rejected.keys()
+        assert closed is not None and closed.under_way.number == server_round, "a round is aggregated first"
+        try:
+            if closed.k != self.screen or math.isinf(closed.k):
+                raise Diverged(why)
+            self._closed = closed = dataclasses.replace(closed, k=closed.k / 2)
+            again = self._combine(closed, replies)
+            if self.disclosed.keys() - self.rejected.keys() == taken:
+                raise Diverged(why)
+            return again
+        except Diverged:
+            self.memory, self.usual_norms = closed.memory, closed.usual_norms
+            raise
+
+    def _combine(self, closed: Closed, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Raises Diverged where the state that they give holds what no state can hold."""
+        under_way, number = closed.under_way, closed.under_way.number
+        gathering, figures = self._gather(replies, under_way, {}, math.inf)
+        others, most = self._screen(figures.measured, closed)
+        if others or any((one.examples or 0) > most for one in figures.measured.values()):
+            del gathering  # the next one takes its memory
+            gathering, figures = self._gather(replies, under_way, others, most)
         if not figures.replies:
             return None, None
         before = {**under_way.trained, **under_way.frozen}
-        moved, memory = self.step.combine(Released(gathering.result()), under_way.sent, before, self.memory,
-                                          server_round)
-        state, self.memory = self.step.rewrite({**before, **moved}, memory, server_round)
-        self.layout.check(state, "state")
+        moved, memory = self.step.combine(Released(gathering.result()), under_way.sent, before, closed.memory, number)
+        try:
+            under_way.active.check(moved, "trained", MOST_VALUE)
+            state, memory = self.step.rewrite({**before, **moved}, memory, number)
+            self.layout.check(state, "state", MOST_RECEIVED if self.plan.private else MOST_VALUE)  # as clients do
+        except ValueError as error:
+            raise Diverged(str(error)) from None
+        usual = usual_norm([one.norm for one in figures.measured.values()])
+        self.memory = memory
+        self.usual_norms = closed.usual_norms if usual is None else (*closed.usual_norms, usual)
         metrics = {**figures.to_dict(), "rejected": len(self.rejected),
-                   "update_norm": _distance(moved, under_way.trained)}
+                   "update_norm": distance(moved, under_way.trained)}
+        metrics |= {} if usual is None else {"usual_norm": usual}
         return to_record({spec.name: state[spec.name] for spec in self.layout.state}), MetricRecord({**metrics})
 
-    def _in_order(self, replies: Iterable[Message], under_way: _Round) -> Iterator[Upload]:
-        """The valid uploads by ascending node id; those of nodes that are still awaited hold back the later ones."""
+    def _gather(self, replies: Iterable[Message], under_way: UnderWay, others: Mapping[int, str],
+                most_examples: float) -> tuple[Gathering, Figures]:
+        """Reduce all uploads but those of `others`, each of which says why it is left out."""
+        self.rejected, self.curbed = dict(others), {}
+        gathering, figures = self.step.reduction.begin(), Figures()
+        for node, upload in self._in_order(replies, under_way):
+            examples = upload.num_examples if self.plan.weight_by_examples else None
+            if examples is not None and examples > most_examples:
+                self.curbed[node] = (f"it counts for {most_examples:.0f} examples, {EXAMPLES:g} times the lower median "
+                                     f"of the round's uploads, in place of {examples}")
+            gathering.add(upload.tensors, 1.0 if examples is None else min(float(examples), most_examples))
+            norm = distance(upload.tensors, {} if self.sends_changes else under_way.sent)
+            figures.add(upload, node, Measured(norm, upload.noise_multiplier, examples))
+        return gathering, figures
+
+    def _screen(self, measured: Mapping[int, Measured], closed: Closed) -> tuple[dict[int, str], float]:
+        """Which uploads are left out, and what one counts for at most."""
+        if math.isinf(self.screen):
+            return {}, math.inf
+        reach, stricter = self._reach(closed.under_way), closed.k != self.screen
+        self.uncompared = not reach.bounded and len(measured) < COMPARED and not closed.usual_norms
+        return left_out(measured, closed.k, closed.usual_norms, reach, among_few=stricter), most_examples(measured)
+
+    def _reach(self, under_way: UnderWay) -> Reach:
+        """How far the training of this round can go."""
+        lr = RoundPlan(self.trained_by, under_way.number, 0, under_way.frozen_sha256).lr
+        return reach_of(self.trained_by, under_way.active, lr, distance(under_way.sent, {}))
+
+    def _in_order(self, replies: Iterable[Message], under_way: UnderWay) -> Iterator[tuple[int, Upload]]:
+        """The valid uploads by ascending node id; those of nodes that are still awaited hold back the later ones. Of
+        nodes that are in `rejected` already nothing is read."""
         early: dict[int, Upload] = {}
-        turn = sorted(under_way.awaited, reverse=True)
+        awaited = set(under_way.awaited)
+        turn = sorted(awaited, reverse=True)
         for message in replies:
             node = message.metadata.src_node_id
-            if node not in under_way.awaited:
+            if node not in awaited:
                 continue
             try:
-                early[node] = self._accept(message, node, under_way)
+                if node not in self.rejected:
+                    early[node] = self._accept(message, node, under_way)
             except ValueError as error:
                 self.rejected[node] = str(error)
-            under_way.awaited.discard(node)
+            awaited.discard(node)
             del message
-            while turn and turn[-1] not in under_way.awaited:
-                if (upload := early.pop(turn.pop(), None)) is not None:
-                    yield upload
+            while turn and turn[-1] not in awaited:
+                if (upload := early.pop(of := turn.pop(), None)) is not None:
+                    yield of, upload
         for node in sorted(early):
-            yield early.pop(node)
+            yield node, early.pop(node)
 
-    def _accept(self, message: Message, node: int, under_way: _Round) -> Upload:
+    def _accept(self, message: Message, node: int, under_way: UnderWay) -> Upload:
         answer = read_reply(message, self.plan.wire_dtype)
         if isinstance(answer, Refusal):
             if answer.code == "missing-tensors":
@@ -296,30 +382,6 @@ class FederatedLoRA(Strategy):
         log.info("%s: rank %d, %d steps of %s with rate %g per round, %s; per client and round %d values up, %d down",
                  plan.strategy, plan.rank, plan.local_steps, plan.optimizer, plan.lr,
                  "private" if plan.private else "not private", traffic.up, traffic.down)
-
-
-class _Figures:
-    """Sums over the accepted uploads of what they disclose."""
-
-    def __init__(self) -> None:
-        self.replies = self.steps = 0
-        self.losses: list[float] = []
-
-    def add(self, upload: Upload) -> None:
-        self.replies += 1
-        self.steps += upload.steps
-        if upload.train_loss is not None and abs(upload.train_loss) < MOST_VALUE:
-            self.losses.append(upload.train_loss)
-
-    def to_dict(self) -> dict[str, int | float]:
-        loss = {"train_loss": math.fsum(self.losses) / len(self.losses)} if self.losses else {}
-        return {"replies": self.replies, "steps": self.steps} | loss
-
-
-def _distance(new: Tensors, old: Tensors) -> float:
-    """L2 norm of the change of all trained tensors together."""
-    squares = (float(np.sum((new[name].astype(np.float64) - old[name]) ** 2)) for name in sorted(new))
-    return math.sqrt(math.fsum(squares))
 
 
 def _some(names: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 from fedlora.adapters import AdaptedModel
-from fedlora.adapters.sketches import private_start, sketch_layout, sketch_tensors
+from fedlora.adapters.sketches import private_start, sketch_layout, sketch_plan, sketch_tensors
 from fedlora.plan import Released, RunPlan, Tensors
 
 from .base import FederatedLoRA
@@ -32,6 +32,7 @@ class PrivateStart(FederatedLoRA):
     """
 
     recipe = RECIPE
+    sends_changes = True
 
     def __init__(self, plan: RunPlan, adapted: AdaptedModel, state: Tensors, seed: int) -> None:
         layout = sketch_layout(adapted.layout, adapted.missing)
@@ -39,6 +40,10 @@ class PrivateStart(FederatedLoRA):
         self.plan = plan  # what clients have agreed to
         self.tensors = sketch_tensors(layout, state, seed)
         self._run_layout, self._state = adapted.layout, state
+
+    @property
+    def trained_by(self) -> RunPlan:
+        return sketch_plan(self.plan)
 
     def begin(self, sketches: Released) -> Tensors:
         """The state that round 1 starts from."""

@@ -3,6 +3,8 @@
 import dataclasses
 import gc
 import json
+import math
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -63,8 +65,8 @@ class Desk:
         return ClientSession(plan or self.plan, self.trainer, self.records, limits, self.state,
                              RunStreams("north", seed), self.ledger, "north", approve=approve, anchors=anchors)
 
-    def order(self, round, attempt=0, plan=None):
-        return RoundPlan(plan or self.plan, round, attempt, self.frozen_sha256)
+    def order(self, round, attempt=0, plan=None, left_s=math.inf):
+        return RoundPlan(plan or self.plan, round, attempt, self.frozen_sha256, until=time.monotonic() + left_s)
 
 
 @pytest.fixture
@@ -158,6 +160,40 @@ def test_a_round_for_whose_upload_there_is_no_room_is_declined_and_costs_nothing
         assert session.run_round(desk.order(1), desk.start) == Refusal("unavailable")
     assert session.started == () and "room for 5 bytes" in caplog.text
     assert isinstance(session.run_round(desk.order(1, attempt=1), desk.start), Upload)
+
+
+def test_an_order_whose_time_is_up_is_refused_and_charges_nothing(desk):
+    session = desk.session()
+    answer = session.run_round(desk.order(1, left_s=0.0), desk.start)
+    assert answer.code == "too-late" and session.started == () and session.epsilon() == 0.0
+
+
+def test_a_client_that_could_not_begin_in_time_charges_nothing(desk):
+    """Whatever comes before the charge takes as long as a model may take to load."""
+    session, order = desk.session(), desk.order(1, left_s=0.2)
+    begun = session.begin(order, desk.start, prepare=lambda: time.sleep(0.3))
+    assert begun.code == "too-late" and session.started == () and session.epsilon() == 0.0
+    assert isinstance(session.run_round(desk.order(1, attempt=1, left_s=60.0), desk.start), Upload)
+
+
+def test_training_stops_when_its_time_is_up_and_stays_charged(desk):
+    session, order = desk.session(), desk.order(1, left_s=30.0)
+    late = dataclasses.replace(order, until=time.monotonic() + 1.0)
+    begun = session.begin(late, desk.start)
+    while not late.is_late:
+        time.sleep(0.05)
+    result = desk.trainer.train(begun, lambda: late.is_late)
+    assert result.steps < desk.plan.local_steps
+    assert session.finish(late, result) == Refusal("unavailable") and session.started == ((1, 0),)
+
+
+def test_a_deadline_changes_no_bit_and_is_no_part_of_what_an_order_is(desk, tmp_path):
+    order, dated = desk.order(1), desk.order(1, left_s=60.0)
+    assert order == dated and hash(order) == hash(dated) and order.key == dated.key
+    first = desk.session().run_round(dated, desk.start)
+    again = desk.session().run_round(order, desk.start)
+    assert all(np.array_equal(first.tensors[name], again.tensors[name]) for name in first.tensors)
+    assert desk.session().started == ((1, 0),), "it is the same order"
 
 
 def test_no_more_rounds_are_started_than_the_noise_was_calibrated_to(desk):

@@ -35,7 +35,8 @@ def start_client(address: str, name: str, behaviour: str = "echo", state: Path |
 
 
 def echo(address: str, name: str, behaviour: str, state: str | None = None) -> int:
-    """Take part until the end. Behaviours: "echo"; "hang" trains until it is cancelled, then echoes.
+    """Take part until the end. Behaviours: "echo"; "hang" trains until it is cancelled, then echoes;
+    "silent" is ready and answers nothing.
 
     Prints one line per task and one for how it ended. Exit codes: 0 goodbye, 1 a training saw Flower or torch in this
     process, 3 no server, 4 refused.
@@ -54,6 +55,8 @@ def echo(address: str, name: str, behaviour: str, state: str | None = None) -> i
                 assert plan.key not in done, "trained twice for one order"
                 done.add(plan.key)
                 print("task", *plan.key, flush=True)
+                if behaviour == "silent":
+                    continue
                 while behaviour == "hang" and not connection.cancelled.is_set():
                     time.sleep(0.005)
                 trained = {name: array for name, array in tensors.items() if not name.endswith(".A")}

@@ -19,14 +19,26 @@ from tests.federation import STRATEGIES, LinearSession, layout_of, plan_of, star
 pytestmark = pytest.mark.usefixtures("one_at_a_time")
 
 
+class Engine(InProcessEngine):
+    """Some of its clients are told what is asked and never answer."""
+
+    silent = frozenset()
+
+    def wait(self, message_ids, timeout_s):
+        silent = {id for id, order in self._orders.items()
+                  if self.name_of(order.message.metadata.dst_node_id) in self.silent}
+        return super().wait([id for id in message_ids if id not in silent], min(timeout_s, 0.01))
+
+
 class Federation:
     """Linear clients named after the letters, and everything that the loop tells."""
 
-    def __init__(self, names="abcd", strategy="fedsvd", recipe=None, **changes):
+    def __init__(self, names="abcd", strategy="fedsvd", recipe=None, silent="", **changes):
         self.plan = plan_of(strategy, **changes)
         self.layout = layout_of(self.plan.family)
         self.sessions = {name: LinearSession(name, self.layout) for name in names}
-        self.engine = InProcessEngine(self.sessions, self.plan.run_id, self.layout)
+        self.engine = Engine(self.sessions, self.plan.run_id, self.layout)
+        self.engine.silent = set(silent)
         self.strategy = strategy_class(strategy)(self.plan, self.layout, recipe=recipe)
         self.start = start_of(self.layout, 1)
 
@@ -214,6 +226,45 @@ def test_a_lost_client_that_comes_back_is_asked_for_the_same_key_and_counts():
     assert result.records[0].lost == () and result.records[0].attempts == 1
 
 
+class Returning(Engine):
+    """Those that left come back after the round has looked for them five times."""
+
+    looks = 0
+
+    def wait(self, message_ids, timeout_s):
+        if self.absent.keys() - set(map(self.name_of, self.get_node_ids())):
+            self.looks += 1
+        if self.looks > 5:
+            for name, session in self.absent.items():
+                self.join(name, session)
+        return super().wait(message_ids, timeout_s)
+
+
+def lost_for_a_moment(**options):
+    """All but one leave while that one trains."""
+    federation = Federation("abcd", rounds=1)
+    engine = federation.engine = Returning(federation.sessions, federation.plan.run_id, federation.layout)
+    first, *others = in_training_order(federation)
+    engine.absent = {name: federation.sessions[name] for name in others}
+
+    def part(plan):
+        for name in others:
+            engine.leave(name)
+
+    replace(federation, first, Calling(first, federation.layout, part))
+    return first, federation.run(**options).records[0]
+
+
+def test_clients_that_are_lost_for_a_moment_are_given_the_time_to_come_back():
+    _, record = lost_for_a_moment(wait_timeout_s=20.0)
+    assert record.uploaded == tuple("abcd") and record.lost == ()
+
+
+def test_a_round_closes_with_one_of_four_where_the_others_do_not_come_back():
+    first, record = lost_for_a_moment(wait_timeout_s=0.0)
+    assert record.uploaded == (first,) and len(record.lost) == 3
+
+
 def test_the_first_round_waits_for_the_clients_it_needs():
     federation = Federation("a", rounds=1)
     told = []
@@ -230,26 +281,80 @@ def test_the_first_round_waits_for_the_clients_it_needs():
 
 
 def test_after_the_time_limit_a_round_closes_with_enough_uploads_and_cancels_the_rest():
-    federation = Federation("abcd", rounds=1)
-    result = federation.run(round_timeout_s=0.0, min_replies=2)
+    federation = Federation("abcd", rounds=1, silent="ac")
+    result = federation.run(round_timeout_s=0.1, min_replies=2)
     [record] = result.records
-    assert len(record.uploaded) == 2 and sum(len(keys) for keys in federation.keys().values()) == 2
+    assert record.lost == ("a", "c") and record.uploaded == ("b", "d")
     assert federation.engine.idle() and not list(federation.engine.pull_messages(["1", "2", "3", "4"]))
 
 
-def test_clients_that_are_slower_than_both_time_limits_are_waited_for_while_they_train():
-    federation, told = Federation("abc", rounds=2), []
+def test_clients_whose_time_is_up_are_lost_and_the_round_closes_with_half_of_those_that_are_left():
+    federation, told = Federation("abcdefgh", rounds=1, silent="abcdef"), []
 
     class Overdue(Observer):
-        def waiting(self, needed, present, timeout_s):
-            told.append("waiting")
+        def overdue(self, round, names, missing):
+            told.append((round, names, missing))
 
-        def overdue(self, round, missing, pending):
-            told.append((round, missing, pending))
+    [record] = federation.run(round_timeout_s=0.1, observer=Overdue()).records
+    assert record.uploaded == ("g", "h") and record.lost == tuple("abcdef")
+    assert told == [(1, record.lost, 2)], "half of eight, and two are there"
 
-    result = federation.run(round_timeout_s=0.0, wait_timeout_s=0.0, min_replies=3, observer=Overdue())
-    assert result.ended == "finished" and all(record.uploaded == tuple("abc") for record in result.records)
-    assert told == [(1, 2, 2), (2, 2, 2)], "said once in each round"
+
+def test_an_explicit_number_of_replies_stands_whoever_is_lost():
+    federation = Federation("abcd", rounds=1, silent="abc")
+    result = federation.run(round_timeout_s=0.1, min_replies=2)
+    assert result.ended == "wait-timeout" and result.rounds == 0
+
+
+def test_a_client_that_missed_m_rounds_in_a_row_is_left_out_of_the_next_2_to_the_m_minus_1():
+    federation = Federation("abc", rounds=12, max_participations=12, silent="b")
+    records = federation.run(round_timeout_s=0.05).records
+    assert [record.round for record in records if "b" in record.cohort] == [1, 3, 7]
+    assert all(record.lost == ("b",) for record in records if "b" in record.cohort)
+
+
+def test_who_declines_because_it_is_too_late_has_used_up_nothing_and_waits_its_turn():
+    federation = Federation("abc", rounds=2)
+    replace(federation, "b", Declining("b", federation.layout, "too-late", times=1))
+    records = federation.run().records
+    assert [record.uploaded for record in records] == [("a", "c"), ("a", "c")] and records[0].lost == ("b",)
+    federation = Federation("ab", rounds=2, max_participations=1)
+    replace(federation, "b", Declining("b", federation.layout, "too-late", times=1))
+    assert [record.uploaded for record in federation.run().records] == [("a",), ("b",)]
+
+
+def test_clients_that_missed_rounds_are_asked_where_too_few_others_are_there():
+    federation = Federation("ab", rounds=3, silent="b")
+    records = federation.run(round_timeout_s=0.05, min_replies=1).records
+    assert ["b" in record.cohort for record in records] == [True, False, True]
+    federation = Federation("ab", rounds=3, silent="b")
+
+    class Waking(Observer):
+        def finished(self, record):
+            federation.engine.silent = set()
+
+    records = federation.run(round_timeout_s=0.05, clients_per_round=4, observer=Waking()).records
+    assert [set(record.cohort) for record in records] == 3 * [{"a", "b"}], "two are the quorum of four"
+
+
+def test_an_answer_in_time_is_an_end_of_what_was_missed():
+    federation = Federation("ab", rounds=6, max_participations=6, silent="b")
+
+    class Waking(Observer):
+        def finished(self, record):
+            federation.engine.silent = {"b"} if record.round == 3 else set()
+
+    records = federation.run(round_timeout_s=0.05, observer=Waking()).records
+    assert [record.round for record in records if "b" in record.cohort] == [1, 3, 4, 6]
+    assert [record.round for record in records if "b" in record.uploaded] == [3, 6]
+
+
+def test_what_clients_missed_is_kept_with_the_run(tmp_path):
+    federation = Federation("abc", rounds=3, silent="b")
+    federation.run(round_timeout_s=0.05, out=tmp_path)
+    asked = json.loads((tmp_path / "asked.json").read_text())
+    assert asked["round"] == 3 and asked["missed"] == {"b": [1, 3]}
+    assert checkpoint._asked(tmp_path).missed == {"b": (1, 3)}
 
 
 def test_a_run_that_goes_on_with_fewer_clients_than_it_waited_for_says_so_once():
@@ -293,6 +398,95 @@ def test_an_upload_that_is_not_finite_counts_as_declined_and_adds_nothing():
     assert result.records[0].uploaded == ("a", "c") and result.records[0].refused == {"b": "invalid-tensors"}
     without = Federation("ac", rounds=1).run()
     assert same(result.state, without.state)
+
+
+class Times(LinearSession):
+    """Sends its update times a factor, in the rounds from `since` on."""
+
+    def __init__(self, name, layout, factor, since=1):
+        super().__init__(name, layout)
+        self.factor, self.since = factor, since
+
+    def run_round(self, plan, tensors):
+        upload = super().run_round(plan, tensors)
+        for name, array in upload.tensors.items() if plan.round >= self.since else ():
+            array[:] = tensors[name] + self.factor * (array - tensors[name])
+        return upload
+
+
+def test_an_upload_that_goes_too_far_is_named_and_its_client_is_asked_again(tmp_path):
+    federation, other = Federation("abcde", rounds=3), Federation("abde", rounds=3)
+    replace(federation, "c", Times("c", federation.layout, 1e6))
+    result = federation.run(out=tmp_path)
+    assert result.ended == "finished" and same(result.state, other.run().state)
+    for record in result.records:
+        assert set(record.cohort) == set(record.uploaded) == set("abcde") and set(record.rejected) == {"c"}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all("times the lower median" in line["rejected"]["c"] for line in lines)
+
+
+def test_a_state_with_ten_times_the_loss_of_the_start_is_made_again_without_the_longest_uploads():
+    told = []
+
+    class Doubt(Observer):
+        def doubted(self, round, why):
+            told.append((round, why))
+
+    federation, other = Federation("abc", rounds=1), Federation("ab", rounds=1)
+    replace(federation, "c", Times("c", federation.layout, 3.6))
+    steps = 2 * federation.plan.lr  # each moves the head's bias by so much, and the mean of three by nearly twice that
+    result = federation.run(observer=Doubt(), evaluate=lambda state: {
+        "loss": 100.0 if state["head.out.bias"].max() > 1.5 * steps else 1.0})
+    assert result.ended == "finished" and set(result.records[-1].rejected) == {"c"}
+    assert told == [(1, "its loss, 100, is more than 10 times that of the start, 1")]
+    assert same(result.state, other.run().state) and federation.keys() == {name: [(1, 0)] for name in "abc"}
+
+
+@pytest.mark.parametrize("figure", [float("nan"), float("inf"), 1e9])
+def test_a_run_whose_states_stay_bad_stops_with_the_last_good_one_and_names_the_rates(figure, tmp_path):
+    recipe = strategy_class("fedsvd").recipe.with_optimizer("momentum", {"lr": 0.5})
+    federation, seen = Federation("abc", recipe=recipe, rounds=3), []
+
+    def evaluate(state):
+        seen.append(state)
+        return {"loss": 1.0 if len(seen) < 3 else figure}
+
+    result = federation.run(out=tmp_path, evaluate=evaluate)
+    assert result.ended == "diverged" and result.rounds == 1
+    assert "--lr, which is 0.3" in result.why and "--server-lr, which is 0.5" in result.why
+    stored = checkpoint.load(tmp_path)
+    assert stored.round == 1 and same(stored.state, result.state) and same(stored.memory, federation.strategy.memory)
+    assert same(stored.state, seen[1]) and all(np.isfinite(array).all() for array in stored.state.values())
+    assert federation.keys() == {name: [(1, 0), (2, 0)] for name in "abc"}, "nobody trains again"
+    assert federation.engine.idle() and not federation.engine._orders, "and no upload is kept"
+
+
+def test_a_run_that_is_taken_up_compares_with_the_rounds_before(tmp_path):
+    def federation():
+        made = Federation("ab", rounds=4, max_participations=4)
+        replace(made, "b", Times("b", made.layout, 1e6, since=3))
+        return made
+
+    whole = federation().run(out=tmp_path / "whole")
+    first, stop = federation(), Event()
+    first.run(out=tmp_path / "cut", stop=stop, observer=Stopping(stop, after=2))
+    checkpoint.begin(tmp_path / "cut", {}, first.plan, {})
+    second = federation()
+    run = Run(second.strategy, second.start, RoundOptions(seed=5, wait_timeout_s=0.0), out=tmp_path / "cut",
+              left=checkpoint.take_up(tmp_path / "cut"))
+    resumed = run_federation(second.engine, run)
+    assert same(resumed.state, whole.state)
+    assert [set(record.rejected) for record in resumed.records if record.round] == [set(), set(), {"b"}, {"b"}]
+    assert [record.usual_norm for record in resumed.records] == [record.usual_norm for record in whole.records]
+
+
+class Stopping(Observer):
+    def __init__(self, stop, after):
+        self.stop, self.after = stop, after
+
+    def finished(self, record):
+        if record.round == self.after:
+            self.stop.set()
 
 
 def test_each_round_leaves_its_checkpoint_and_its_line(tmp_path):

@@ -24,7 +24,10 @@ def test_pieces_of_any_size_come_back_as_the_record_that_was_sent(tmp_path, wire
     incoming = IncomingUpload(new_upload(tmp_path), {name: array.shape for name, array in arrays.items()}, wire_dtype)
     for start in range(0, len(data), piece):
         incoming.write(data[start:start + piece])
-    record = incoming.stored({"steps": 1}).take()
+    stored = incoming.stored({"steps": 1})
+    record = stored.read()
+    assert list(stored.read()) == list(record) and list(tmp_path.iterdir()) == [stored.path]
+    stored.discard()
     assert not list(tmp_path.iterdir())
     sent = to_record(arrays)
     assert {name: (a.dtype, a.shape, a.stype, bytes(a.data)) for name, a in record.items()} == {
@@ -36,7 +39,7 @@ def test_pieces_of_any_size_come_back_as_the_record_that_was_sent(tmp_path, wire
 
 def test_the_arrays_of_a_record_lie_in_one_mapping_which_goes_with_it(tmp_path):
     tensors = {"a": np.ones((1000, 1000), np.float32), "b": np.ones((1000, 1000), np.float32)}
-    record = store(new_upload(tmp_path), tensors, "fp32", {}).take()
+    record = store(new_upload(tmp_path), tensors, "fp32", {}).read()
     arrays = to_arrays(record)
     mapping = record["a"].data.obj
     assert record["b"].data.obj is mapping and all(not array.flags.owndata for array in arrays.values())

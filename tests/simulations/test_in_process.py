@@ -46,14 +46,24 @@ def test_wait_lets_clients_train_until_its_turn_is_over(engine, monkeypatch):
     assert [len(engine.wait(pushed, 0.0)) for _ in range(2)] == [2, 3], "what the clock says decides no backup"
 
 
-def test_replies_come_in_the_order_asked_and_once(engine):
+def test_replies_come_in_the_order_asked_and_again_until_they_are_cancelled(engine):
     pushed = engine.push_messages(orders(engine))
     while len(engine.wait(pushed, 0.0)) < 3:
         pass
     replies = list(engine.pull_messages([pushed[2], pushed[0]]))
     assert [engine.name_of(r.metadata.src_node_id) for r in replies] == ["c", "a"]
     assert [r.metadata.reply_to_message_id for r in replies] == [pushed[2], pushed[0]]
-    assert len(list(engine.pull_messages(pushed))) == 1
+    engine.cancel(pushed[:1])
+    assert [engine.name_of(r.metadata.src_node_id) for r in engine.pull_messages(pushed)] == ["b", "c"]
+    engine.cancel(pushed)
+    assert list(engine.pull_messages(pushed)) == []
+
+
+def test_replies_that_nobody_holds_any_more_are_forgotten(engine):
+    replies = engine.send_and_receive(orders(engine))
+    assert len(list(replies)) == len(list(replies)) == 3 and len(engine._orders) == 3
+    del replies
+    assert not engine._orders and not engine._uploads._waiting
 
 
 def test_a_reply_from_the_store_is_what_the_client_sent(engine):
@@ -75,11 +85,12 @@ def test_replies_keep_their_values_and_the_store_begins_anew_when_none_waits(eng
 
     a, b, c = ask("abc", 0)
     first = list(engine.pull_messages([b]))
-    engine.cancel([c])
+    engine.cancel([b, c])
     [left] = ask("c", 1)  # beside a's, which still waits
     kept = {name: array.copy() for name, array in read_reply(first[0]).tensors.items()}
     engine.cancel([a])
     [second] = engine.pull_messages([left])
+    engine.cancel([left])
     old = engine._uploads._file
     again = list(engine.pull_messages(ask("abc", 2)))
     assert old.closed and not engine._uploads._file.closed and len(again) == 3

@@ -2,6 +2,10 @@
 
 A file says `OPTIMIZER = ` a function from the trained parameters and the learning rate to an optimiser of PyTorch's
 kind. A fresh one is made for each client and round, so that it remembers nothing of another.
+
+It may say how far it can go, by which a server tells an upload that no training can have made: `REACH = ` a function
+from a number of steps to how far they can move one value, in units of the learning rate and whatever the gradients are;
+or `LINEAR = True` where the steps are the gradients, times the rate.
 """
 
 from __future__ import annotations

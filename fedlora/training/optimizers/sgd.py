@@ -14,3 +14,4 @@ def sgd(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
 
 
 OPTIMIZER = sgd
+LINEAR = True

@@ -112,8 +112,14 @@ class Trackers(Tracker):
     def fewer(self, round: int, connected: int, needed: int) -> None:
         self._tell("fewer", round, connected, needed)
 
-    def overdue(self, round: int, missing: int, pending: int) -> None:
-        self._tell("overdue", round, missing, pending)
+    def overdue(self, round: int, names: tuple[str, ...], missing: int) -> None:
+        self._tell("overdue", round, names, missing)
+
+    def doubted(self, round: int, why: str) -> None:
+        self._tell("doubted", round, why)
+
+    def uncompared(self, round: int, uploads: int) -> None:
+        self._tell("uncompared", round, uploads)
 
     def held_up(self, reason: str) -> None:
         self._tell("held_up", reason)

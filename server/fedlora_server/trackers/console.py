@@ -63,9 +63,19 @@ class Display(Tracker):
         self._say(f"round {round}: {connected} client{'s' * (connected != 1)} connected, fewer than --min-clients "
                   f"{needed}; the run goes on (--min-replies is what a round cannot do without)")
 
-    def overdue(self, round: int, missing: int, pending: int) -> None:
-        self._say(f"round {round} takes longer than --round-timeout: {missing} more upload{'s' * (missing != 1)} "
-                  f"needed, {pending} client{'s' * (pending != 1)} still training, and no backup client is left")
+    def overdue(self, round: int, names: tuple[str, ...], missing: int) -> None:
+        lacking = f"; {missing} upload{'s are' if missing != 1 else ' is'} lacking" if missing else ""
+        are = "is" if len(names) == 1 else "are"
+        who = ", ".join(names) if len(names) <= 8 else f"{len(names)} clients"
+        self._say(f"round {round}: {who} did not answer within --round-timeout and {are} lost to the round{lacking}")
+
+    def doubted(self, round: int, why: str) -> None:
+        self._say(f"round {round}: the next state is not taken: {why}; it is made once more, without the uploads that "
+                  "go furthest")
+
+    def uncompared(self, round: int, uploads: int) -> None:
+        self._say(f"round {round}: {uploads} upload{'s' * (uploads != 1)} and no earlier round to compare with; one "
+                  "that goes too far would not be noticed")
 
     def held_up(self, reason: str) -> None:
         self._say(f"the run waits: {reason}")
@@ -85,6 +95,8 @@ class Display(Tracker):
         self._say(f"round {record.round}: " + ", ".join(filter(None, parts)), quiet=bool(self._live))
         for name, reason in record.rejected.items():
             self._say(f"round {record.round}: the upload of {name} was rejected: {reason}")
+        for name, how in record.curbed.items():
+            self._say(f"round {record.round}: the upload of {name} weighs less than it claims: {how}")
 
     def said(self, line: str) -> None:
         (self._live.console if self._live else self._console).print(line, highlight=False, markup=False)

@@ -49,11 +49,12 @@ class Server:
         """One round: orders out, uploads in, the next state."""
         nodes = ConfigRecord({"nodes": list(range(1, self.clients + 1))})
         orders = self.strategy.configure_train(1, self.start, nodes, None)  # type: ignore[arg-type]
-        _, metrics = self.strategy.aggregate_train(1, self._replies(list(orders)))
+        self.orders = list(orders)
+        _, metrics = self.strategy.aggregate_train(1, self)  # read one at a time, as from an engine
         assert metrics is not None and metrics["replies"] == self.clients
 
-    def _replies(self, orders: list[Message]) -> Iterator[Message]:
-        for number, order in enumerate(orders):
+    def __iter__(self) -> Iterator[Message]:
+        for number, order in enumerate(self.orders):
             assign_id(order, str(number))
             message = reply(Upload(self.run_id, 1, 0, tensors=Released({}), steps=1), order)
             chosen = number % len(self.records)

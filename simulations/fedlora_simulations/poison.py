@@ -1,0 +1,199 @@
+"""fedlora-simulate poison: what one hostile client costs.
+
+Runs without privacy in which one client trains as the others do and sends something else (`KINDS`). All else in which
+two runs of a seed differ follows from that, so that what it costs is the difference to the run in which the same client
+sends what it trained. A hostile client sits between a session and the engine: no client that is installed can be told
+to be one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fedlora.config import SimulationConfig, build_parser, option, read_config, values
+from fedlora.config.option import RUN
+from fedlora.console import messages
+from fedlora.plan import Refusal, Released, RoundPlan, Tensors, Upload
+from fedlora_client.flower_app import Session
+from fedlora_server.folders import claimed_folder
+from fedlora_server.observer import jsonable
+from fedlora_server.run_setup import BaseModel, find_model
+
+from .comparison import mean_and_deviation
+from .population import Method, Population, populate
+from .simulate import simulate
+
+HONEST = "honest"
+"""The kind that the others are compared with."""
+
+RESULT = "poison.json"
+
+FIXED = ("privacy", "epsilon", "workers", "batch_clients", "engine", "ray_address")
+"""Options of a simulation that this one sets itself."""
+
+Sent = Callable[[Tensors, Tensors, Sequence[Tensors]], Tensors]
+"""From the trained tensors, the ones received, and those trained in earlier rounds to what is sent."""
+
+
+def _times(factor: float) -> Sent:
+    return lambda trained, received, earlier: {
+        name: (received[name] + factor * (array - received[name])).astype(np.float32)
+        for name, array in trained.items()}
+
+
+KINDS: Mapping[str, Sent] = {
+    "nan": lambda trained, received, earlier: {name: np.full_like(array, np.nan) for name, array in trained.items()},
+    "million-times": _times(1e6),
+    "minus-ten-times": _times(-10.0),
+    "first-round": lambda trained, received, earlier: (*earlier, trained)[0],
+    "other-shape": lambda trained, received, earlier: {
+        name: np.concatenate([array, array]) for name, array in trained.items()},
+}
+"""What the hostile client sends in each round, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoisonConfig(SimulationConfig):
+    """Have one client send what it did not train, and say what that costs the adapter. Options are those of a
+    simulation; all runs are without privacy."""
+
+    forms: ClassVar[tuple[str, ...]] = ("fedlora-simulate poison --data DIR_OR_FILE --eval-data FILE [options]",)
+
+    clients: int | None = option(None, "clients", RUN, values.count, unset="5; with --partition files one for each",
+                                 place=1)
+    rounds: int | None = option(10, "rounds", RUN, values.count, place=1)
+    sends: tuple[str, ...] = option(
+        tuple(KINDS), "what the hostile client sends, one run each: its update times a factor, what it trained in the "
+        "first round, …", RUN, values.several(tuple(KINDS), "kind of upload"), metavar="KIND,…", place=1)
+    json: bool = option(False, "print JSON instead of a table", RUN, None)
+
+
+class Hostile:
+    """A session, with an attacker between it and the engine."""
+
+    def __init__(self, session: Session, sent: Sent) -> None:
+        self._session, self._sent = session, sent
+        self._earlier: list[Tensors] = []
+
+    def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
+        answer = self._session.run_round(plan, tensors)
+        if isinstance(answer, Refusal):
+            return answer
+        sent = self._sent(answer.tensors, tensors, self._earlier)
+        self._earlier.append(answer.tensors)
+        return replace(answer, tensors=Released(sent))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run ended.
+
+    Attributes:
+        figures: on the held-out rows: of the last state that was taken and evaluated.
+        left_out: rounds in which the hostile client's upload added nothing.
+        honest_left_out: uploads of the others that added nothing, in all rounds.
+        ended: as of `FederationResult`; after so many rounds.
+    """
+
+    figures: Mapping[str, float]
+    left_out: int
+    honest_left_out: int
+    ended: str
+    rounds: int
+    seconds: float
+
+
+def run_one(options: SimulationConfig, seed: int, base: BaseModel, population: Population,
+            sent: Sent | None) -> Outcome:
+    """One federation whose first client sends what `sent` makes of what it trained; None for just that."""
+    hostile = min(population.parts)
+    done = simulate(options, Method.parse(options.strategy[0]), seed, base, population, between=lambda name, session: (
+        Hostile(session, sent) if sent is not None and name == hostile else session))
+    records = [record for record in done.result.records if record.round]
+    unused = [name for record in records for name in {**record.rejected, **record.refused}]
+    evaluated = [record.evaluation for record in done.result.records if record.evaluation]
+    return Outcome(dict(evaluated[-1]), unused.count(hostile), len(unused) - unused.count(hostile),
+                   done.result.ended, done.result.rounds, done.seconds)
+
+
+def table(outcomes: Mapping[str, Mapping[int, Outcome]]) -> Table:
+    """A row for each kind: the figures, and how they differ from the honest run's of the same seed."""
+    honest = outcomes[HONEST]
+    figures = [name for name in next(iter(honest.values())).figures if name != "count"]
+    shown = Table(box=None, pad_edge=False, title_justify="left", title=(
+        f"one client sends what it did not train; {len(honest)} paired seeds, mean ± deviation"))
+    for name in ("sends", *(column for figure in figures for column in (figure, "change")), "left out",
+                 "honest left out", "ended"):
+        shown.add_column(name, justify="left" if name in ("sends", "ended") else "right", no_wrap=True)
+    for kind, runs in outcomes.items():
+        cells = []
+        for figure in figures:
+            mean, deviation = mean_and_deviation([one.figures[figure] for one in runs.values()])
+            cells.append(f"{mean:.3f} ± {deviation:.3f}")
+            mean, deviation = mean_and_deviation(
+                [one.figures[figure] - honest[seed].figures[figure] for seed, one in runs.items()])
+            cells.append("" if kind == HONEST else f"{mean:+.3f} ± {deviation:.3f}")
+        rounds = sum(one.rounds for one in runs.values())
+        shown.add_row(kind, *cells, f"{sum(one.left_out for one in runs.values())} of {rounds}",
+                      f"{sum(one.honest_left_out for one in runs.values())}",
+                      ", ".join(sorted({one.ended for one in runs.values()})))
+    return shown
+
+
+def read_poison_config(argv: Sequence[str]) -> PoisonConfig:
+    """The options; a bad value ends the process with code 2."""
+    options, plain, parser = read_config(PoisonConfig, argv), PoisonConfig(), build_parser(PoisonConfig)
+    for key in FIXED:
+        if getattr(options, key) != getattr(plain, key):
+            parser.error(f"--{key.replace('_', '-')}: all clients train without privacy, in this process; leave it out")
+    if options.data is None or options.eval_data is None:
+        parser.error(f"--{'eval-data' if options.data else 'data'} is missing: name "
+                     f"{'a file of held-out rows' if options.data else 'a folder or file of training rows'}")
+    if len(options.strategy) > 1:
+        parser.error(f"--strategy names {len(options.strategy)} strategies; take one at a time")
+    return replace(options, privacy="off", epsilon=math.inf,
+                   clients=options.clients or (None if options.partition == "files" else 5))
+
+
+def run_all(options: PoisonConfig, out: Path, console: Console) -> dict[str, dict[int, Outcome]]:
+    """Kind → seed → how its run ended; what is done is in `RESULT` of the folder after each run."""
+    outcomes: dict[str, dict[int, Outcome]] = {kind: {} for kind in (HONEST, *options.sends)}
+    base, first = find_model(options), populate(options, options.seeds[0])
+    for seed in options.seeds:
+        population = first.dealt(options, seed)
+        for kind, runs in outcomes.items():
+            runs[seed] = one = run_one(options, seed, base, population, KINDS.get(kind))
+            console.print(f"seed {seed}, {kind}: {one.ended} after {one.rounds} rounds and {one.seconds:.0f} s")
+            result = {"options": jsonable(vars(options)), "outcomes": {
+                kind: {seed: asdict(one) for seed, one in runs.items()} for kind, runs in outcomes.items()}}
+            (out / RESULT).write_text(json.dumps(jsonable(result), indent=1))
+    return outcomes
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code: 0 done, 2 wrong input, 130 interrupted."""
+    options, console = read_poison_config(argv), messages()
+    try:
+        with claimed_folder(options.out, "poison") as out:
+            outcomes = run_all(options, out, console)
+    except (ValueError, MemoryError) as error:
+        print(f"fedlora-simulate poison: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if options.json:
+        print((out / RESULT).read_text())
+    else:
+        Console().print(table(outcomes))
+    console.print(f"{RESULT} is in {out}")
+    return 0
