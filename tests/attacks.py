@@ -144,7 +144,7 @@ def run(folder: Path, checkpoint: Path, attacks: Sequence[Attack], options: Sequ
         while server.poll() is None and time.monotonic() < limit:
             outcome.most_mb = max(outcome.most_mb, memory_mb(server.pid))
             if target.until == float("inf") and rounds_done(deployment.out):
-                target.until, limit = time.monotonic() + seconds, time.monotonic() + 60 + PATIENCE * seconds
+                target.until, limit = time.monotonic() + seconds, time.monotonic() + 120 + PATIENCE * seconds
                 attack([one for one in attacks if not one.comes_first])
             if all(name in deployment.processes and deployment.processes[name].poll() is not None for name in HONEST):
                 limit = min(limit, time.monotonic() + 10)
@@ -153,6 +153,8 @@ def run(folder: Path, checkpoint: Path, attacks: Sequence[Attack], options: Sequ
         for thread in attacking:
             thread.join(30.0)
         outcome.wrong += conclusions(deployment, outcome.code, unread)
+        if attacks and not target.done["connections"]:
+            outcome.wrong.append("the attack did nothing")
         outcome.wrong += [f"{times} {what}" for what, times in target.done.items() if what.isupper() and times]
         if not unread:
             lines = deployment.log("server").strip().splitlines()
@@ -261,7 +263,7 @@ def campaign(folder: Path, checkpoint: Path, attacks: Sequence[Attack], seconds:
 
 def fuzzed(folder: Path, checkpoint: Path, frames: int, seconds: float) -> int:
     """So many changed frames each way: to servers, in as many runs as it takes, and to clients. Returns what failed."""
-    attack, failed, sent, number = Attack(garbage_frames), 0, 0, 0
+    attack, failed, sent, number = Attack(garbage_frames, takes_part=True), 0, 0, 0
     alone = run(folder / "alone", checkpoint, (), attack.options, seconds)
     print(f"{HEADINGS}\n{row(alone, ' '.join(map(str, attack.options)))}", flush=True)
     while sent < frames:

@@ -61,8 +61,9 @@ SERVER_POINTS: Mapping[str, tuple[str, str]] = {
     "once a round's checkpoint is written": (f"{_CHECKPOINT}:save", AFTER),
     "before the report": ("fedlora_server.app:write_report", BEFORE),
     "before the report, after the adapter": ("fedlora_server.report:describe", BEFORE),
+    "once the report is written": ("fedlora_server.app:write_report", AFTER),
 }
-"""As `POINTS`; some come once in a server's life, the last two at the end of its run."""
+"""As `POINTS`; some come once in a server's life, the last three at the end of its run."""
 
 ROUNDS = 100
 SERVED_ROUNDS = 8

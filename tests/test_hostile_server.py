@@ -78,7 +78,7 @@ def test_labels_are_refused_by_what_is_declared_alone(serve):
     server = serve(labels=("calm", "routine")).client("--labels", "routine,urgent")
     assert server.deployment.end("north", 60) == 4
     assert "urgent are not in the server's set, which is: calm, routine" in server.log()
-    assert [member.ready_at for member in server.engine.members()] == [None] and server.charges() == ()
+    assert not any(member.ready_at for member in server.engine.members()) and server.charges() == ()
 
 
 def test_a_plan_with_other_labels_than_the_server_said_is_declined(serve):
@@ -92,7 +92,7 @@ def test_a_plan_that_names_what_is_not_installed_is_declined_before_anything_is_
     server = serve(**{name: "of-a-newer-version"}).client()
     assert server.deployment.end("north", 60) == 4
     assert f"the {name} 'of-a-newer-version', which this FedLoRA" in server.log()
-    assert [member.ready_at for member in server.engine.members()] == [None] and server.charges() == ()
+    assert not any(member.ready_at for member in server.engine.members()) and server.charges() == ()
 
 
 def test_under_privacy_no_label_name_is_announced_because_a_row_has_it(serve):
@@ -160,8 +160,9 @@ def test_another_model_is_declined(serve):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("not a row\n", "north.jsonl:1 is not valid JSON"), ('{"text": "calm", "label": "secret"}\n', "north.jsonl:1: the "
-     "label is not in the label set"), ('{"prompt": "calm", "completion": "now"}\n', "--task causal-lm")])
+    ("not a row\n", "north.jsonl:1 (character 1): the line is not valid JSON"),
+    ('{"text": "calm", "label": "secret"}\n', "north.jsonl:1: the label is not in the label set"),
+    ('{"prompt": "calm", "completion": "now"}\n', "--task causal-lm")])
 def test_what_is_wrong_with_the_files_is_said_before_a_server_is_called(serve, content, message):
     server = serve()
     server.data.write_text(content)
@@ -174,7 +175,7 @@ def test_a_server_with_another_task_is_declined(serve):
     server = serve().client("--task", "causal-lm")
     assert server.deployment.end("north", 60) == 4
     assert "this client's --task is causal-lm" in server.log()
-    assert [member.ready_at for member in server.engine.members()] == [None]
+    assert not any(member.ready_at for member in server.engine.members())
 
 
 @pytest.mark.parametrize(("field", "value"), [("family", "of-next-year"), ("task", "of-next-year"),
@@ -184,7 +185,7 @@ def test_a_plan_that_cannot_be_followed_here_is_declined_before_this_client_is_r
     server.come_back_with(**{field: value})
     server.client()
     assert server.deployment.end("north", 60) == 4
-    assert server.charges() == () and [member.ready_at for member in server.engine.members()] == [None]
+    assert server.charges() == () and not any(member.ready_at for member in server.engine.members())
     assert field in server.log() and str(value) in server.log() and "[policy]" in server.log()
 
 
@@ -198,7 +199,7 @@ def test_what_the_owners_policy_forbids_is_declined_with_a_bare_code(serve, tmp_
     path.write_text(policy + "\n")
     server = serve(private_start="start" in policy).client("--policy", path)
     assert server.deployment.end("north", 60) == 4
-    assert server.charges() == () and [member.ready_at for member in server.engine.members()] == [None]
+    assert server.charges() == () and not any(member.ready_at for member in server.engine.members())
     assert POLICIES[policy] in server.log() and str(path) in server.log() and "Traceback" not in server.log()
 
 
@@ -209,4 +210,4 @@ def test_a_run_beyond_the_lifetime_is_declined_and_the_log_says_what_is_left(ser
     server.client("--policy", path)
     assert server.deployment.end("north", 60) == 4
     assert server.charges() == () and "lifetime" in server.log() and str(path.name) in server.log()
-    assert [member.ready_at for member in server.engine.members()] == [None]  # who waits for clients does not count it
+    assert not any(member.ready_at for member in server.engine.members())  # who waits for clients does not count it

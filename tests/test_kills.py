@@ -23,5 +23,6 @@ def test_a_ledger_that_was_restored_with_its_witness_is_refused(tmp_path, checkp
 
 def test_a_server_killed_wherever_goes_on_by_the_same_command_to_the_same_adapter(tmp_path, checkpoint):
     sample = [("before the run is written", 1), ("once it has noted whom it asks", 1), ("once an upload is stored", 1),
-              ("before a round's checkpoint", 1), ("before the report, after the adapter", 1)]
+              ("before a round's checkpoint", 1), ("before the report, after the adapter", 1),
+              ("once the report is written", 1)]
     assert server_campaign(tmp_path, checkpoint("bert"), sample) == len(sample)

@@ -332,7 +332,7 @@ class Connection:
             refusal = wire.refusal_from_wire(frame.refused)
             raise Refused(refusal.code, refusal.detail)
         if kind == "goodbye":
-            if frame.goodbye.reason == GOODBYES["suspended"] and stream.welcomed:
+            if frame.goodbye.reason == GOODBYES["suspended"]:
                 raise _Suspended
             raise Goodbye(wire.clean(frame.goodbye.reason))
         if (kind == "welcome") == stream.welcomed:

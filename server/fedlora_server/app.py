@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +24,7 @@ from . import checkpoint, label_sets, names
 from .anchors import default_place
 from .checkpoint import Unfinished
 from .client_registry import Event
-from .folders import claimed_folder, hold
+from .folders import claimed_folder, retaken_folder
 from .grpc_engine import GrpcEngine, check_address
 from .peer_lines import PeerFilter, PeerLines
 from .registry_engine import RegistryEngine
@@ -74,7 +75,7 @@ def serve(options: ServerConfig, console: Console, *, listen: Listen | None = No
     """
     with ExitStack() as held:
         if (begun := _begun(options, listen)) is not None:
-            held.callback(os.close, hold(begun))
+            held.enter_context(retaken_folder(begun))
             return _serve(options, console, begun, checkpoint.take_up(begun), listen, run_id)
         out = held.enter_context(claimed_folder(options.out, options.strategy.replace(":", "-")))
         return _serve(options, console, out, None, listen, run_id)
@@ -150,11 +151,12 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
                 run = Run(federation.strategy, federation.state, rounds, federation.start, evaluator(federation, rows),
                           out, left)
                 result = run_federation(engine, run, observer=trackers, stop=stop)
-                write_report(out, federation, result, base.loadable_name, options=resolved(options, options.strategy),
-                             joined=_joined(engine, before))
-            ended = "suspended" if result.ended == "stopped" and goes_on.is_set() else result.ended
+                ended = "suspended" if result.ended == "stopped" and goes_on.is_set() else result.ended
+                checkpoint.patiently(partial(write_report, out, federation, result, base.loadable_name,
+                                             options=resolved(options, options.strategy),
+                                             joined=_joined(engine, before)), out, stop, trackers.held_up)
         finally:
-            engine.close(GOODBYES[ended])
+            engine.close(GOODBYES["suspended" if ended == "failed" and goes_on.is_set() else ended])
     return Served(out, result, ended)
 
 

@@ -28,6 +28,7 @@ from safetensors.numpy import save as to_bytes
 from fedlora.files import PASSING, replace_file
 from fedlora.plan import RunPlan, Tensors, from_scalars, to_scalars
 
+from .folders import UNFINISHED
 from .observer import RoundRecord, jsonable
 
 ABOUT, ASKED, LINES, STATE = "run.json", "asked.json", "metrics.jsonl", "checkpoint.safetensors"
@@ -138,11 +139,11 @@ def save(folder: Path, run_id: str, round: int, state: Tensors, memory: Tensors)
 
 def note(folder: Path, record: RoundRecord) -> None:
     """Add the line of a finished round, or nothing where the disk has no room for all of it."""
-    with (folder / LINES).open("ab") as lines:
-        whole = lines.tell()
+    with (folder / LINES).open("ab", buffering=0) as lines:  # a buffer would write again what was taken back
+        whole, left = lines.seek(0, os.SEEK_END), memoryview(_line(record).encode())
         try:
-            lines.write(_line(record).encode())
-            lines.flush()
+            while left:
+                left = left[lines.write(left):]
             os.fsync(lines.fileno())
         except OSError:
             os.ftruncate(lines.fileno(), whole)
@@ -183,11 +184,14 @@ def patiently(write: Callable[[], object], folder: Path, stop: threading.Event, 
 
 
 def holds_unfinished_run(folder: Path) -> bool:
-    """Whether a run was begun in the folder and is not finished."""
+    """Whether a run was begun in the folder and is not finished, or not all of its clients may know that it is."""
+    if not (folder / ABOUT).exists():
+        return False
     try:
-        return json.loads((folder / REPORT).read_text()).get("ended") != "finished"
+        finished = json.loads((folder / REPORT).read_text()).get("ended") == "finished"
     except (OSError, ValueError, AttributeError):
-        return (folder / ABOUT).exists()
+        finished = False
+    return not finished or (folder / UNFINISHED).exists()
 
 
 def options_of(folder: Path) -> dict[str, object]:

@@ -35,19 +35,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from fedlora.console import stderr_that_never_blocks
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the run takes it over
+    signal.signal(signal.SIGTERM, _terminate)  # until the run takes it over
     with stderr_that_never_blocks():
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
         try:
             return _run(options)
-        except KeyboardInterrupt:
-            print("fedlora-server: stopped before a round could begin; there is nothing to write", file=sys.stderr)
-            return 130
+        except KeyboardInterrupt as stopped:
+            print("fedlora-server: stopped before it listened; nothing was changed", file=sys.stderr)
+            return 143 if isinstance(stopped, _Terminated) else 130
         except OSError as error:
             print(f"fedlora-server: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
             from fedlora.files import PASSING
 
             return 1 if error.errno in PASSING else 2
+
+
+class _Terminated(KeyboardInterrupt):
+    """By SIGTERM."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
 
 
 def _begun_with(folder: Path) -> dict[str, object]:

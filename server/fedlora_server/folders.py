@@ -26,7 +26,7 @@ def claimed_folder(out: Path | None, name: str) -> Iterator[Path]:
     """
     folder = _made(out, name)
     mark = folder / UNFINISHED
-    lock = hold(folder)
+    lock = _hold(folder)
     try:
         mark.touch()
     except OSError as error:
@@ -41,7 +41,25 @@ def claimed_folder(out: Path | None, name: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def hold(folder: Path) -> int:
+@contextmanager
+def retaken_folder(folder: Path) -> Iterator[Path]:
+    """The folder of a run that is taken up, for as long as the command lasts.
+
+    Raises:
+        ValueError: another command works in it.
+        OSError: it cannot be written to.
+    """
+    lock = _hold(folder)
+    try:
+        (folder / UNFINISHED).touch()
+        yield folder
+    finally:
+        with suppress(OSError):
+            (folder / UNFINISHED).unlink()
+        os.close(lock)
+
+
+def _hold(folder: Path) -> int:
     """Keep other commands from this folder, until the descriptor that is returned is closed.
 
     Raises:
@@ -77,7 +95,7 @@ def _made(out: Path | None, name: str) -> Path:
 
 def _move_aside(folder: Path) -> None:
     """Rename what a killed command has left, and make the folder anew."""
-    lock = hold(folder)
+    lock = _hold(folder)
     try:
         folder = folder.absolute()
         aside = next(path for number in itertools.count(1)

@@ -53,6 +53,7 @@ def test_it_takes_every_event_of_a_run_and_leaves_the_files_alone_that_resuming_
             "fewer": lambda: tracker.fewer(1, 1, 2),
             "asked": lambda: (tracker.asked(1, 0, ("a", "b")), tracker.asked(1, 1, tuple("abcdefghij"))),
             "overdue": lambda: tracker.overdue(1, ("a", "b"), 1),
+            "held_up": lambda: tracker.held_up("the disk is full"),
             "doubted": lambda: tracker.doubted(1, "its loss is not finite"),
             "uncompared": lambda: tracker.uncompared(1, 2),
             "answered": lambda: (tracker.answered(1, "a", "uploaded"), tracker.answered(1, "b", "lost")),
@@ -60,7 +61,8 @@ def test_it_takes_every_event_of_a_run_and_leaves_the_files_alone_that_resuming_
             "finished": lambda: (tracker.finished(record(1, evaluation={"accuracy": 0.6, "loss": math.nan})),
                                  tracker.finished(record(2, evaluation={"rmse": np.float64(math.inf)})),
                                  tracker.finished(RoundRecord(3))),
-            "ended": lambda: tracker.ended("finished"), "close": lambda: tracker.close()}
+            "ended": lambda: [tracker.ended(how) for how in ("stopped", "wait-timeout", "diverged", "finished")],
+            "close": lambda: tracker.close()}
     assert told.keys() == EVENTS
     for event in told.values():
         event()

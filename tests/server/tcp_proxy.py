@@ -53,7 +53,11 @@ class TcpProxy:
             if not self._open:
                 client.close()
                 continue
-            server = socket.create_connection(self._target)
+            try:
+                server = socket.create_connection(self._target)
+            except OSError:  # nobody listens there
+                client.close()
+                continue
             self._pairs.append((client, server))
             threading.Thread(target=self._forward, args=(client, server, False), daemon=True).start()
             threading.Thread(target=self._forward, args=(server, client, True), daemon=True).start()

@@ -1,6 +1,7 @@
 """What a run leaves in its folder, and a second server that goes on with it."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from fedlora.config import ServerConfig, read_config
 from fedlora.plan import Refusal
 from fedlora_server import checkpoint, round_state, rounds
 from fedlora_server.engine import node_id
-from fedlora_server.observer import Observer
+from fedlora_server.observer import Observer, RoundRecord
 from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import Run, run_federation
 from fedlora_simulations.in_process import InProcessEngine
@@ -187,6 +188,22 @@ def test_what_is_left_is_as_readable_as_the_umask_has_it_and_a_full_disk_is_an_e
     (tmp_path / "checkpoint.safetensors.new").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, "ab" * 8, 1, {"x": np.zeros(1, np.float32)}, {})
+
+
+def test_a_line_for_which_the_disk_had_no_room_leaves_nothing_and_is_whole_the_next_time(tmp_path):
+    record = RoundRecord(1, cohort=("a", "b"), evaluation={"accuracy": 0.5})
+    checkpoint.note(tmp_path, record)
+    whole = (tmp_path / checkpoint.LINES).read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, before[1]))  # it can begin the line, and no more
+    try:
+        with pytest.raises(OSError):
+            checkpoint.note(tmp_path, record)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / checkpoint.LINES).read_bytes() == whole
+    checkpoint.note(tmp_path, record)
+    assert (tmp_path / checkpoint.LINES).read_bytes() == 2 * whole
 
 
 def test_what_a_crash_cut_off_is_dropped_and_done_anew(tmp_path):

@@ -44,6 +44,8 @@ class Federation:
 
     def run(self, *, observer=None, stop=None, out=None, evaluate=None, **options):
         values = dict(seed=5, wait_timeout_s=0.0) | options
+        if out is not None:
+            out.mkdir(exist_ok=True)
         run = Run(self.strategy, self.start, RoundOptions(**values), evaluate=evaluate, out=out)
         return run_federation(self.engine, run, observer=observer, stop=stop)
 

@@ -13,7 +13,8 @@ from fedlora.plan import RunPlan
 from fedlora_server.observer import RoundRecord
 from fedlora_server.trackers import Tracker, Watched
 
-ENDINGS = {"finished": "", "stopped": ", stopped early", "wait-timeout": ", ended for want of clients"}
+ENDINGS = {"finished": "", "stopped": ", stopped early", "wait-timeout": ", ended for want of clients",
+           "diverged": ", ended because training diverged"}
 
 INK, GRID = "#333333", "#dddddd"
 LEARNED, LOSS, MOVED, UP, DOWN, TIME = "#1b6ca8", "#c8553d", "#5b8c5a", "#1b6ca8", "#9cc5e0", "#8a7ca8"
