@@ -290,8 +290,6 @@ def main(argv: Sequence[str]) -> int:
     except Refused as refused:
         print(f"fedlora-simulate audit: the client refuses: {refused.__cause__ or refused}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def _run(options: AuditConfig, base: BaseModel, out: Path, console: Console) -> int:

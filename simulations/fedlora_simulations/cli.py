@@ -10,10 +10,15 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlora.config import SimulationConfig, read_config
+
+STUDIES = {"bench": "what privacy and federation cost in time and memory", "audit": "an empirical lower bound on ε",
+           "poison": "what one hostile client costs"}
+"""Modules here that are commands of their own."""
 
 if TYPE_CHECKING:  # --help needs none of them
     from rich.console import Console
@@ -27,37 +32,30 @@ if TYPE_CHECKING:  # --help needs none of them
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 a worker process was lost, 2 wrong input, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:
-        from .bench import main as bench
-
-        return bench(argv[1:])
-    if argv[:1] == ["audit"]:
-        from .audit import main as audit
-
-        return audit(argv[1:])
-    if argv[:1] == ["poison"]:
-        from .poison import main as poison
-
-        return poison(argv[1:])
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
-    epilog = ("fedlora-simulate bench --help: what privacy and federation cost in time and memory; "
-              "fedlora-simulate audit --help: an empirical lower bound on ε; "
-              "fedlora-simulate poison --help: what one hostile client costs. "
-              "Exit codes: 0 done, 1 a worker process was lost, 2 wrong input, 130 interrupted")
-    options = read_config(SimulationConfig, argv, epilog=epilog)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    clients = logging.getLogger("fedlora_client")
-    level = clients.level
-    clients.setLevel(logging.CRITICAL)  # what they say is raised here, and said once
     try:
-        return _run(options)
+        if argv[:1] and argv[0] in STUDIES:
+            return int(import_module(f".{argv[0]}", __package__).main(argv[1:]))
+        return _simulated(argv)
     except KeyboardInterrupt:
         print("fedlora-simulate: interrupted; finished rounds are in --out", file=sys.stderr)
         return 130
     except OSError as error:
         print(f"fedlora-simulate: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
+
+
+def _simulated(argv: Sequence[str]) -> int:
+    epilog = (*(f"fedlora-simulate {name} --help: {what}." for name, what in STUDIES.items()),
+              "Exit codes: 0 done, 1 a worker process was lost, 2 wrong input, 130 interrupted")
+    options = read_config(SimulationConfig, argv, epilog=" ".join(epilog))
+    clients = logging.getLogger("fedlora_client")
+    level = clients.level
+    clients.setLevel(logging.CRITICAL)  # what they say is raised here, and said once
+    try:
+        return _run(options)
     finally:
         clients.setLevel(level)
 

@@ -181,7 +181,7 @@ def run_all(options: PoisonConfig, out: Path, console: Console) -> dict[str, dic
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code: 0 done, 2 wrong input, 130 interrupted."""
+    """Run the command; returns its exit code: 0 done, 2 wrong input."""
     options, console = read_poison_config(argv), messages()
     try:
         with claimed_folder(options.out, "poison") as out:
@@ -189,8 +189,6 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, MemoryError) as error:
         print(f"fedlora-simulate poison: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     if options.json:
         print((out / RESULT).read_text())
     else:
