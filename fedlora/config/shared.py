@@ -91,8 +91,9 @@ class RunConfig(Config):
         unset={SERVER: "runs/<time>-<strategy>", SIMULATE: "runs/<time>-simulation"})
     clients_per_round: int | None = option(None, "size of a round's cohort", RUN, values.count, unset="all", place=4)
     min_replies: int | None = option(
-        None, "uploads that close a round once nobody else trains, or --round-timeout is over", RUN, values.count,
-        unset="half the cohort, rounded up", place=6)
+        None, "uploads without which no round closes, whoever is lost or declines", RUN, values.count,
+        unset="half of those asked that are left; until --round-timeout is over, and while idle clients can be asked, "
+        "of all", place=6)
 
     model: str = option("minilm", "alias (minilm), folder, or hub id[@commit]", MODEL, plan="model", place=1)
     rank: int | None = option(None, "rank of the adapters", MODEL, values.count, unset=PRESET, plan="rank", place=2)

@@ -87,7 +87,8 @@ def _run(options: ServerConfig) -> int:
         print(f"fedlora-server: {result.why}", file=sys.stderr)
     elif result.ended != "finished":
         why = "Too few clients were left for --wait-timeout" if result.ended == "wait-timeout" else "It was stopped"
-        console.print(f"{why}; fedlora-server --resume {out} goes on.", soft_wrap=True)
+        console.print(f"{why}{f' ({result.why})' if result.why else ''}; fedlora-server --resume {out} goes on.",
+                      soft_wrap=True, markup=False)
     return code
 
 

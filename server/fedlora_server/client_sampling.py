@@ -22,11 +22,16 @@ RETURN_S = 15.0
 
 
 class Ended(Exception):
-    """The run ends before its last round: "stopped" or "wait-timeout"."""
+    """The run ends before its last round.
 
-    def __init__(self, reason: str) -> None:
+    Attributes:
+        reason: "stopped" or "wait-timeout".
+        why: what became of those that were asked, for whoever gave the command; "" for nothing to say.
+    """
+
+    def __init__(self, reason: str, why: str = "") -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.why = reason, why
 
 
 class Clients:

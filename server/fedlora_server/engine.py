@@ -44,6 +44,11 @@ class Engine(Grid):
         """From the next message on, these tensors travel; an engine may leave their check to the strategy."""
 
     @property
+    def held_up(self) -> str:
+        """Why uploads that come in cannot be stored for now and wait for that; "" while they can."""
+        return ""
+
+    @property
     @abstractmethod
     def bytes_up(self) -> int:
         """Bytes received from all clients since the start, tensors and everything else."""

@@ -128,7 +128,7 @@ class GrpcEngine(RegistryEngine):
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         session = GrpcSession(self._registry, context, lambda: self._trained or {}, self._uploads, self._anchors,
-                              self._names)
+                              self._names, self._held_up)
         with self._lock:
             if self._closed.is_set():
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the server is closing")

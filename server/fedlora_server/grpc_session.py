@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -26,7 +27,7 @@ from .anchors import Anchors
 from .client_registry import ClientRegistry, PendingRequest
 from .connections import peer_of
 from .names import SECRET_BYTES, Names
-from .upload_store import IncomingUpload, Stored, new_upload
+from .upload_store import HeldUp, IncomingUpload, Patience, Stored, new_upload, not_stored
 
 log = logging.getLogger(__name__)
 
@@ -45,17 +46,17 @@ END_TIMEOUT_S = 1.0
 
 
 class _Upload:
-    """An upload that is coming in. `file` is None where the bytes are not needed."""
+    """An upload that is coming in. `file` is None where the bytes are not needed; `patience` is the disk's."""
 
     def __init__(self, key: Key, shapes: Shapes, wire_dtype: str, metrics: dict[str, int | float],
-                 folder: Path | None, refusal: Refusal | None) -> None:
+                 folder: Path | None, refusal: Refusal | None, patience: Patience) -> None:
         self.key, self.metrics, self.acknowledged = key, metrics, False
         self.file = None
         if folder is not None and refusal is None:
             try:
-                self.file = IncomingUpload(new_upload(folder), shapes, wire_dtype)
+                self.file = IncomingUpload(new_upload(folder), shapes, wire_dtype, patience)
             except OSError as error:
-                refusal = _not_stored(error)
+                refusal = not_stored(error)
         self.incoming = Incoming(shapes, self._store, wire_dtype, refusal)
 
     def _store(self, data: memoryview) -> None:
@@ -63,23 +64,18 @@ class _Upload:
             try:
                 self.file.write(data)
             except OSError as error:
-                self.incoming.refusal = _not_stored(error)
+                self.incoming.refusal = not_stored(error)
 
     def stored(self) -> Stored | Refusal | None:
         """What came, whole and checked; None where it had been accepted before."""
         try:
             return None if self.file is None else self.file.stored(self.metrics)
         except OSError as error:
-            return _not_stored(error)
+            return not_stored(error)
 
     def discard(self) -> None:
         if self.file is not None:
             self.file.discard()
-
-
-def _not_stored(error: OSError) -> Refusal:
-    log.error("An upload could not be stored: %s", error, extra={"peer": "", "kind": "not stored"})
-    return Refusal("unavailable", "the server cannot store the upload")
 
 
 class GrpcSession:
@@ -90,6 +86,7 @@ class GrpcSession:
         uploads: folder for uploads.
         anchors: where uploads' anchors go. Nothing else here, and no strategy, sees them.
         names: where the name of a client that is ready is kept as its own.
+        held_up: where uploads wait that cannot be stored for now.
 
     Attributes:
         peer: the client's end of the connection.
@@ -99,7 +96,7 @@ class GrpcSession:
     """
 
     def __init__(self, registry: ClientRegistry, context: grpc.ServicerContext, trained: Callable[[], Shapes],
-                 uploads: Path, anchors: Anchors, names: Names) -> None:
+                 uploads: Path, anchors: Anchors, names: Names, held_up: HeldUp) -> None:
         self.name, self.process = "", b""
         self.peer, self.is_ready = peer_of(context.peer()), False
         self.ended_at: float | None = None
@@ -107,7 +104,7 @@ class GrpcSession:
         self._names, self._secret = names, b""
         self._asked = self._acknowledged = 0
         self._registry, self._context, self._trained, self._uploads = registry, context, trained, uploads
-        self._anchors = anchors
+        self._anchors, self._held_up = anchors, held_up
         self._outgoing: SimpleQueue[Iterable[bytes] | None] = SimpleQueue()
         self._failure: tuple[grpc.StatusCode, str] | None = None
         self._sent, self._received = Repeats(), Repeats()
@@ -248,7 +245,8 @@ class GrpcSession:
         except Refused as refused:
             refusal = refused.refusal
         wire_dtype = self._registry.proposal.plan.wire_dtype
-        self._upload, self._drained_bytes = _Upload(key, shapes, wire_dtype, metrics, folder, refusal), 0
+        self._upload, self._drained_bytes = _Upload(key, shapes, wire_dtype, metrics, folder, refusal,
+                                                    self._held_up.patience(partial(self._go_on, key))), 0
         if refusal is not None:
             self._refuse(refusal)
 
@@ -267,9 +265,10 @@ class GrpcSession:
             self._on_end(checksum)
 
     def _on_end(self, checksum: int) -> None:
-        upload, self._upload = self._upload, None
+        upload = self._upload
         assert upload is not None
         answer = upload.incoming.finish(checksum) or upload.stored()
+        self._upload = None  # if that failed, `read` discards it
         refusal = answer if isinstance(answer, Refusal) else None
         if refusal is not None:
             upload.discard()  # before the client hears of it, and may be asked for the next
@@ -278,6 +277,21 @@ class GrpcSession:
                                             lambda late: self._send_ack(upload.key, late or refusal)) or refusal
         if refusal is not None:
             upload.discard()
+
+    def _go_on(self, key: Key, fault: OSError) -> None:
+        """Of `HeldUp`: while the disk is full, the upload waits on its way.
+
+        Raises:
+            OSError: nobody waits for it any more.
+            RpcError: the stream is gone; a client that comes back sends it again.
+        """
+        self.last_frame_at = time.monotonic()  # it is not the client that stalls
+        if self._left or not self._context.is_active():
+            raise grpc.RpcError
+        try:
+            self._registry.expected(self, key)
+        except Refused:
+            raise fault from None
 
     def _on_declined(self, declined: pb.Declined) -> None:
         refusal = wire.refusal_from_wire(declined.refusal)

@@ -75,7 +75,7 @@ class Observer:
         """Only `connected` clients are there, fewer than the `needed` that the run waited for; it goes on with them."""
 
     def overdue(self, round: int, names: tuple[str, ...], missing: int) -> None:
-        """These clients' time is up and they are lost to the round, to which `missing` uploads are lacking."""
+        """These clients' time is up and they are lost to the round, which needs `missing` more uploads."""
 
     def doubted(self, round: int, why: str) -> None:
         """The round's next state is no good: its uploads are screened by half the measure and combined once more."""
@@ -84,7 +84,8 @@ class Observer:
         """The round's uploads were too few to compare their lengths, and no earlier round can help. Told once."""
 
     def held_up(self, reason: str) -> None:
-        """The run cannot write to its folder and waits until it can; the reason is this machine's."""
+        """The run cannot write to its folder, or store uploads, and waits until it can; the reason is this machine's.
+        """
 
     def answered(self, round: int, name: str, outcome: str) -> None:
         """A client's state changed: "uploaded", "lost" or a refusal's text."""

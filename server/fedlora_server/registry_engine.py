@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from fedlora_strategies.messages import assign_id, read_train_messages, reply
 from .client_registry import ClientRegistry, Event, Member, PendingRequest
 from .engine import Engine, Outcome
 from .names import Names
+from .upload_store import HeldUp
+
+log = logging.getLogger(__name__)
 
 
 class RegistryEngine(Engine):
@@ -36,7 +40,7 @@ class RegistryEngine(Engine):
 
     def __init__(self, proposal: Proposal, uploads: Path, notify: Callable[[Event], None], *,
                  under_way: int | None = None, names: Names | None = None) -> None:
-        self._uploads = uploads
+        self._uploads, self._held_up = uploads, HeldUp()
         self._registry = ClientRegistry(proposal, notify, under_way=under_way, names=names)
         self._dtype = wire.ARRAY_DTYPES[proposal.plan.wire_dtype]
         self._trained: Shapes | None = None
@@ -58,6 +62,10 @@ class RegistryEngine(Engine):
     def members(self) -> list[Member]:
         """The clients in the order in which they became ready, with what each disclosed (`ClientRegistry.members`)."""
         return self._registry.members()
+
+    @property
+    def held_up(self) -> str:
+        return self._held_up.reason
 
     @property
     def bytes_up(self) -> int:
@@ -115,7 +123,7 @@ class RegistryEngine(Engine):
                 yield reply(order.outcome, order.message)
             elif order.stored is not None:
                 upload = Upload(*order.plan.key, tensors=Released({}), **order.stored.metrics)  # type: ignore[arg-type]
-                yield reply(upload, order.message, arrays=order.stored.read())
+                yield reply(upload, order.message, arrays=self._held_up.patience(_go_on_reading)(order.stored.read))
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         message_ids = list(message_ids)
@@ -125,7 +133,12 @@ class RegistryEngine(Engine):
                 order.stored.discard()
 
     def _clear_uploads(self) -> None:
-        for left in self._uploads.glob("*.upload"):
-            left.unlink()
-        with contextlib.suppress(OSError):  # it is the caller's folder and may hold more
+        with contextlib.suppress(OSError):  # it is the caller's folder and may hold more; the disk may fail
+            for left in self._uploads.glob("*.upload"):
+                left.unlink()
             self._uploads.rmdir()
+
+
+def _go_on_reading(fault: OSError) -> None:
+    """Of `HeldUp`: what is stored is read as soon as a file can be opened again."""
+    log.warning("Stored uploads cannot be read for now: %s", fault, extra={"peer": "", "kind": "not read"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -20,8 +21,17 @@ from .observer import Observer
 ASKS_PER_ROUND = 3
 """A client that declines, or lost the frozen tensors, is asked again in later attempts, up to so often per round."""
 
+BACKUPS_PER_ROUND = 16
+"""So often a round asks backup clients: whoever makes up names has one for each time."""
+
+BACKUPS_AT_ONCE = 4
+"""After so many times, each one more waits: for a second, and then twice as long as the one before."""
+
 TRAINED_NOTHING = frozenset({"missing-tensors", "too-late"})
 """Refusals that come before the client's training starts and do not use up a participation."""
+
+MOST_REASONS = 3
+"""That are told of why a round came to nothing."""
 
 FOR_GOOD = frozenset({"policy", "budget", "model-mismatch", "version-mismatch", "privacy-mismatch", "labels"})
 """Refusals after which a client is not asked again in this run."""
@@ -37,7 +47,8 @@ class RoundOptions:
         min_clients: round 1 waits, without limit, until so many are connected; a run that is taken up after it, for
             `RETURN_S`.
         min_replies: uploads without which no round closes. None for half, rounded up and at least 1, of those asked
-            first that are neither lost nor declined; as long as there are idle clients to ask, for half of all of them.
+            first that are neither lost nor declined; until the first attempt's time is up, and as long as there are
+            idle clients to ask, for half of all of them.
         round_timeout_s: how long each attempt's clients have to answer. Who does not is told to stop, and lost to the
             round.
         wait_timeout_s: how long a round with nobody at work and nobody left to ask waits before the run ends.
@@ -88,7 +99,9 @@ class OpenRound:
         self._until: dict[int, float] = {}  # attempt → its deadline
         self._orders: dict[str, int] = {}  # message → attempt
         self._alone_since: float | None = None
-        self.refused: dict[str, str] = {}
+        self._backups_asked, self._backups_from = 0, -math.inf
+        self._looked_at, self._told_held_up = time.monotonic(), False
+        self._refusals: dict[str, Refusal] = {}
         self._attempts = list(clients.asked_before(number))
         self._awaited = {name: attempt for attempt, names in enumerate(self._attempts) for name in names}
 
@@ -104,6 +117,10 @@ class OpenRound:
     @property
     def uploaded(self) -> tuple[str, ...]:
         return tuple(sorted(self._engine.name_of(node) for node in self._uploads))
+
+    @property
+    def refused(self) -> dict[str, str]:
+        return {name: refusal.code for name, refusal in self._refusals.items()}
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -130,7 +147,7 @@ class OpenRound:
             pending = sum(node not in self._lost for node in self._open.values())
             missing = self._wanted - len(self._uploads)
             if missing > pending and (backups := self._backups(missing - pending)):
-                self._ask(backups, arrays)
+                self._ask_instead(backups, arrays)
             elif not pending:
                 if missing <= 0 or self._is_enough():
                     return
@@ -140,6 +157,8 @@ class OpenRound:
     @property
     def _wanted(self) -> int:
         """Uploads for which backup clients are asked."""
+        if time.monotonic() >= min(self._until.values(), default=math.inf):
+            return self._needed
         return self._options.min_replies or -(-len(self._attempts[0]) // 2)
 
     @property
@@ -147,7 +166,7 @@ class OpenRound:
         """Uploads without which the round does not close."""
         if self._options.min_replies:
             return self._options.min_replies
-        left = set(self._attempts[0]) - set(self.lost) - self.refused.keys() - self._awaited.keys()
+        left = set(self._attempts[0]) - set(self.lost) - self._refusals.keys() - self._awaited.keys()
         return max(1, -(-len(left) // 2))
 
     def _give_up_the_late(self) -> None:
@@ -182,9 +201,21 @@ class OpenRound:
         if self._stop.is_set():
             raise Ended("stopped")
         outcomes = self._engine.wait(list(self._open), POLL_S)
+        self._stand_still()
         self._ask_again(arrays)  # before backup clients are
         if forgetful := self._take_note(outcomes):
             self._ask(forgetful, arrays)
+
+    def _stand_still(self) -> None:
+        """Nobody's time passes while this machine cannot store what comes."""
+        before, self._looked_at = self._looked_at, time.monotonic()
+        if not (reason := self._engine.held_up):
+            return
+        self._until = {attempt: until + self._looked_at - before for attempt, until in self._until.items()}
+        if not self._told_held_up:
+            self._told_held_up = True
+            self._observer.held_up(f"uploads cannot be stored ({reason}). They are taken when they can; Ctrl-C stops "
+                                   "the run")
 
     def _is_enough(self) -> bool:
         """Whether the round closes with what is there. Nobody trains, and nobody is left to ask: whoever is lost has
@@ -200,11 +231,25 @@ class OpenRound:
             if lacking > 0:
                 self._observer.waiting(lacking, 0, limit)
         elif lacking > 0 and now - self._alone_since >= limit:
-            raise Ended("wait-timeout")
+            raise Ended("wait-timeout", self._why_so_few())
         return lacking <= 0 and (not self._lost or now - self._alone_since >= min(RETURN_S, limit))
+
+    def _why_so_few(self) -> str:
+        """What became of those that were asked and did not upload: the reasons of most of them."""
+        by_reason: dict[str, list[str]] = {}
+        for name, refusal in sorted(self._refusals.items()):
+            by_reason.setdefault(f"declined: {refusal}", []).append(name)
+        if self.lost:
+            by_reason["lost"] = list(self.lost)
+        most = sorted(by_reason.items(), key=lambda item: -len(item[1]))[:MOST_REASONS]
+        told = "; ".join(f"{', '.join(names) if len(names) <= 8 else f'{len(names)} clients'} {reason}"
+                         for reason, names in most)
+        return told and f"round {self._number}: {told}"
 
     def _backups(self, count: int) -> list[int]:
         """Idle clients for a further attempt, those first that were not asked in this round."""
+        if self._backups_asked == BACKUPS_PER_ROUND:
+            return []
         busy = {*self._open.values(), *self._uploads, *self._late}
         free = [n for n in self._clients.eligible() if n not in busy and self._asks[n] < ASKS_PER_ROUND
                 and self._engine.name_of(n) not in self._awaited]  # who has trained already is asked for that
@@ -231,6 +276,15 @@ class OpenRound:
                 back.setdefault(attempt, []).append(node)
         for attempt, nodes in sorted(back.items()):
             self._send(attempt, nodes, arrays)
+
+    def _ask_instead(self, backups: list[int], arrays: ArrayRecord) -> None:
+        """Ask backup clients, unless it is too soon after the last ones."""
+        now = time.monotonic()
+        if now >= self._backups_from:
+            self._backups_asked += 1
+            if self._backups_asked >= BACKUPS_AT_ONCE:
+                self._backups_from = now + 2.0 ** (self._backups_asked - BACKUPS_AT_ONCE)
+            self._ask(backups, arrays)
 
     def _ask(self, nodes: list[int], arrays: ArrayRecord) -> None:
         self._clients.participations.update(nodes)
@@ -269,11 +323,11 @@ class OpenRound:
                 forgetful += self._decline(node, name, outcome)
             else:
                 self._uploads[node] = message_id
-                self.refused.pop(name, None)
+                self._refusals.pop(name, None)
         return forgetful
 
     def _decline(self, node: int, name: str, refusal: Refusal) -> list[int]:
-        self.refused[name] = refusal.code
+        self._refusals[name] = refusal
         if refusal.code in FOR_GOOD:
             self._clients.declined.add(node)
         if refusal.code in TRAINED_NOTHING:

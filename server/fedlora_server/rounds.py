@@ -4,7 +4,8 @@
         draw the cohort from the eligible clients that are idle
         send the orders and wait
             whose time is up is lost; too few can still answer: ask idle clients as backups, as the next attempt
-            no backup client is left: close with half of those that are left, or say so and wait for clients
+            the first ones' time is up, or no backup client is left: close with half of those that are left, or say so
+            and wait for clients
         take the uploads in order of node id, screen and reduce them, take the server's step
         evaluate the state; if it is no good, screen and reduce the same uploads once more, by half the measure
         write a line of metrics.jsonl and the checkpoint
@@ -52,7 +53,7 @@ class FederationResult:
         ended: "finished", "stopped", "wait-timeout", or "diverged": the next state was no good, whichever uploads made
             it.
         resumed: after which rounds another server took the run up.
-        why: of "diverged", for whoever gave the command.
+        why: of "diverged" and "wait-timeout", for whoever gave the command; may be "".
     """
 
     state: Tensors
@@ -151,7 +152,7 @@ class _UnderWay:
                     arrays, self._state = after, to_tensors(after)
                 self._conclude(record)
         except Ended as early:
-            ended = early.reason
+            ended, why = early.reason, early.why
         except Diverged as error:
             ended, why = "diverged", self._remedy(error)
         self._observer.ended(ended)

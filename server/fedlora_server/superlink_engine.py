@@ -30,7 +30,7 @@ from fedlora_strategies.messages import is_undelivered, join_message, read_join_
 from .client_registry import Event, PendingRequest
 from .engine import Outcome
 from .registry_engine import RegistryEngine
-from .upload_store import Stored, new_upload, store
+from .upload_store import Stored, new_upload, not_stored, store
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +187,8 @@ class SuperLinkEngine(RegistryEngine):
             answer = refused.refusal
         except ValueError as error:
             answer = Refusal("invalid-tensors", wire.clean(str(error)))
+        except OSError as error:
+            answer = not_stored(error)
         except Exception:  # a reply that nobody thought of must not end the run of all the others
             log.exception("The reply of client %r could not be read", node.name)
             answer = Refusal("invalid-tensors")
@@ -209,4 +211,11 @@ class SuperLinkEngine(RegistryEngine):
         metrics = wire.metrics_from_wire(wire.upload_to_wire(upload), private=self._registry.proposal.plan.private)
         self._registry.count(node, up=wire.size_of(wire.shapes_of(upload.tensors), self._wire_dtype))
         arrays = wire.packed(upload.tensors, self._wire_dtype)
-        return store(new_upload(self._uploads), arrays, self._wire_dtype, metrics)
+        return store(new_upload(self._uploads), arrays, self._wire_dtype, metrics,
+                     self._held_up.patience(partial(self._go_on, node, key)))
+
+    def _go_on(self, node: _Node, key: Key, fault: OSError) -> None:
+        """Of `HeldUp`, where nobody is met or asked meanwhile."""
+        if self._closed.is_set():
+            raise fault
+        self._registry.expected(node, key)

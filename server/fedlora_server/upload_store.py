@@ -7,23 +7,94 @@ of clients nor, beyond one upload, with what they send.
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import mmap
 import os
 import secrets
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from flwr.app import ArrayRecord
 
-from fedlora.plan import Tensors
+from fedlora.files import PASSING
+from fedlora.plan import Refusal, Tensors
 from fedlora.wire import ARRAY_DTYPES, Shapes, shapes_of
 from fedlora.wire.npy import npy_header, npy_size
 from fedlora.wire.tensors import chunks
 from fedlora_strategies.messages import record_of
 
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
 BUFFER_BYTES = 128 * 1024
 """Of each file: a small adapter's many tensors are written at once, and hundreds of open files stay small."""
+TRY_AGAIN_S = 0.5
+"""How soon a full disk is tried again."""
+
+
+class Patience(Protocol):
+    """Calls something that can fail by the disk, as often as is worth it, and returns what it does."""
+
+    def __call__(self, attempt: Callable[[], Result]) -> Result: ...
+
+
+def once(attempt: Callable[[], Result]) -> Result:
+    """A patience that has none."""
+    return attempt()
+
+
+class HeldUp:
+    """Who waits to store an upload that this machine cannot take for now: refused, its client would train for it again.
+
+    Attributes:
+        reason: why somebody waits; "" while nobody does.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._lock, self._waiting = threading.Lock(), 0
+
+    def patience(self, go_on: Callable[[OSError], None]) -> Patience:
+        """One that waits faults out that pass. `go_on` is given the fault and raises where nobody waits any more."""
+
+        def patiently(attempt: Callable[[], Result]) -> Result:
+            try:
+                return attempt()
+            except OSError as error:
+                fault = error
+            self._count(1)
+            try:
+                while fault.errno in PASSING:
+                    self.reason = fault.strerror or str(fault)
+                    time.sleep(TRY_AGAIN_S)
+                    go_on(fault)
+                    try:
+                        return attempt()
+                    except OSError as error:
+                        fault = error
+                raise fault
+            finally:
+                self._count(-1)
+
+        return patiently
+
+    def _count(self, more: int) -> None:
+        with self._lock:
+            self._waiting += more
+            if not self._waiting:
+                self.reason = ""
+
+
+def not_stored(error: OSError) -> Refusal:
+    """What the sender of an upload is told."""
+    log.error("An upload could not be stored: %s", error, extra={"peer": "", "kind": "not stored"})
+    return Refusal("unavailable", "the server cannot store the upload")
 
 
 @dataclass(frozen=True)
@@ -46,19 +117,33 @@ class Stored:
         self.path.unlink(missing_ok=True)
 
 
+class _NewFile(io.FileIO):
+    """A file for this user alone, made and written to with patience."""
+
+    def __init__(self, path: Path, patience: Patience) -> None:
+        make = super().__init__
+        self._patience = patience
+        patience(lambda: make(path, "x", opener=_for_this_user))
+
+    def write(self, data: Any) -> int:
+        write = super().write
+        return self._patience(lambda: write(data))
+
+
 class IncomingUpload:
     """An upload that is being stored. Every method but `discard` raises OSError where the disk does.
 
     Args:
         path: of the file, which must not be there yet.
         shapes: in the order in which the tensors come.
+        patience: with a disk that cannot take it.
     """
 
-    def __init__(self, path: Path, shapes: Shapes, wire_dtype: str) -> None:
-        self._shapes, self._wire_dtype = shapes, wire_dtype
+    def __init__(self, path: Path, shapes: Shapes, wire_dtype: str, patience: Patience = once) -> None:
+        self._path, self._shapes, self._wire_dtype = path, shapes, wire_dtype
         self._to_come = iter(shapes.values())
         self._missing_bytes = 0  # of the tensor that is being written
-        self._file = open(path, "xb", buffering=BUFFER_BYTES, opener=_for_this_user)  # noqa: SIM115
+        self._file = io.BufferedWriter(_NewFile(path, patience), BUFFER_BYTES)
 
     def write(self, data: memoryview) -> None:
         """The next bytes of the tensors, which follow one another."""
@@ -76,24 +161,25 @@ class IncomingUpload:
     def stored(self, metrics: Mapping[str, int | float]) -> Stored:
         """Close the file, all of whose tensors are written."""
         self._file.close()
-        return Stored(Path(self._file.name), self._shapes, self._wire_dtype, metrics)
+        return Stored(self._path, self._shapes, self._wire_dtype, metrics)
 
     def discard(self) -> None:
         """Remove the file, also one that is `stored`."""
-        Path(self._file.name).unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            self._file.close()
+            self._file.raw.close()  # what is buffered is not written any more
 
 
-def store(path: Path, arrays: Tensors, wire_dtype: str, metrics: Mapping[str, int | float]) -> Stored:
+def store(path: Path, arrays: Tensors, wire_dtype: str, metrics: Mapping[str, int | float],
+          patience: Patience = once) -> Stored:
     """Put packed arrays into the store. Raises OSError where the disk does, and leaves nothing then."""
-    incoming = IncomingUpload(path, shapes_of(arrays), wire_dtype)
+    incoming = IncomingUpload(path, shapes_of(arrays), wire_dtype, patience)
     try:
         for pieces in chunks(arrays):
             for piece in pieces:
                 incoming.write(piece)
         return incoming.stored(metrics)
-    except OSError:
+    except BaseException:
         incoming.discard()
         raise
 

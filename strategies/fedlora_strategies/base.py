@@ -253,8 +253,8 @@ class FederatedLoRA(Strategy):
             replies: those that `aggregate_train` was given.
             why: its state is not taken.
         Raises:
-            Diverged: this is the second time, none is left out that was not before, or what the others give cannot be
-                gone on from either. The memory is that of the state before the round.
+            Diverged: this is the second time, none is left out that was not before, all are, or what the others give
+                cannot be gone on from either. The memory is that of the state before the round.
         """
         closed, taken = self._closed, self.disclosed.keys() - self.rejected.keys()
         assert closed is not None and closed.under_way.number == server_round, "a round is aggregated first"
@@ -263,7 +263,8 @@ class FederatedLoRA(Strategy):
                 raise Diverged(why)
             self._closed = closed = dataclasses.replace(closed, k=closed.k / 2)
             again = self._combine(closed, replies)
-            if self.disclosed.keys() - self.rejected.keys() == taken:
+            left = self.disclosed.keys() - self.rejected.keys()
+            if not left or left == taken:
                 raise Diverged(why)
             return again
         except Diverged:

@@ -1,6 +1,7 @@
 """The round loop over a real engine whose clients come, go, decline and forget."""
 
 import json
+import time
 from collections import Counter
 from threading import Event
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedlora.plan import Refusal
-from fedlora_server import checkpoint
+from fedlora_server import checkpoint, round_state
 from fedlora_server.observer import Observer
 from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import Run, run_federation
@@ -299,7 +300,66 @@ def test_clients_whose_time_is_up_are_lost_and_the_round_closes_with_half_of_tho
 
     [record] = federation.run(round_timeout_s=0.1, observer=Overdue()).records
     assert record.uploaded == ("g", "h") and record.lost == tuple("abcdef")
-    assert told == [(1, record.lost, 2)], "half of eight, and two are there"
+    assert told == [(1, record.lost, 0)], "half of the two that are left"
+
+
+class Fresh(Observer):
+    """One more name comes each time that somebody was asked, or somebody's time was up."""
+
+    def __init__(self, federation, session, silent=False):
+        self.federation, self.session, self.silent, self.asked_at = federation, session, silent, []
+
+    def _come(self):
+        engine = self.federation.engine
+        name = f"fresh {len(list(engine.get_node_ids()))}"
+        engine.silent |= {name} if self.silent else set()
+        engine.join(name, self.session(name))
+
+    def asked(self, round, attempt, names):
+        self.asked_at.append(time.monotonic())
+        self._come()
+
+    def overdue(self, round, names, missing):
+        self._come()
+
+
+def test_new_names_that_never_answer_do_not_hold_a_round_beyond_its_time():
+    federation = Federation("abcdef", rounds=1, silent="cdef")
+    fresh = Fresh(federation, lambda name: LinearSession(name, federation.layout), silent=True)
+    [record] = federation.run(round_timeout_s=0.2, observer=fresh).records
+    assert record.uploaded == ("a", "b") and record.lost == tuple("cdef") and record.attempts == 1
+
+
+def test_new_names_that_decline_at_once_are_asked_ever_more_rarely_and_hold_no_round():
+    federation = Federation("abcdef", rounds=1, silent="b")
+    for name in "cdef":
+        replace(federation, name, Declining(name, federation.layout, "unavailable"))
+    fresh = Fresh(federation, lambda name: Declining(name, federation.layout, "unavailable"))
+    [record] = federation.run(round_timeout_s=2.0, observer=fresh).records
+    assert record.uploaded == ("a",) and record.lost == ("b",)
+    at_once = round_state.BACKUPS_AT_ONCE
+    assert at_once < record.attempts <= 1 + at_once + 1 and all(np.diff(fresh.asked_at)[at_once:] >= 1.0)
+    assert fresh.asked_at[-1] - fresh.asked_at[0] < 2.0, "once half of those left is there, nobody is asked any more"
+
+
+def test_a_round_that_gets_too_few_uploads_asks_backup_clients_so_often_and_no_more(monkeypatch):
+    monkeypatch.setattr(round_state, "BACKUPS_PER_ROUND", 3)
+    federation = Federation("ab", rounds=1, silent="b")
+    fresh = Fresh(federation, lambda name: LinearSession(name, federation.layout), silent=True)
+    result = federation.run(round_timeout_s=0.05, min_replies=2, observer=fresh)
+    assert result.ended == "wait-timeout" and len(fresh.asked_at) == 1 + 3
+    assert result.why.startswith("round 1: b, fresh ") and result.why.endswith("lost")
+
+
+def test_a_run_that_ends_for_want_of_clients_says_why_they_declined():
+    federation = Federation("abc", rounds=2)
+    for name in "ab":
+        replace(federation, name, Declining(name, federation.layout, "model-mismatch"))
+    replace(federation, "c", Declining("c", federation.layout, "policy"))
+    result = federation.run()
+    assert result.ended == "wait-timeout"
+    assert result.why == ("round 1: a, b declined: the client's base model is not the plan's [model-mismatch]; "
+                          "c declined: the client's policy does not allow this [policy]")
 
 
 def test_an_explicit_number_of_replies_stands_whoever_is_lost():
@@ -310,7 +370,7 @@ def test_an_explicit_number_of_replies_stands_whoever_is_lost():
 
 def test_a_client_that_missed_m_rounds_in_a_row_is_left_out_of_the_next_2_to_the_m_minus_1():
     federation = Federation("abc", rounds=12, max_participations=12, silent="b")
-    records = federation.run(round_timeout_s=0.05).records
+    records = federation.run(round_timeout_s=0.3).records
     assert [record.round for record in records if "b" in record.cohort] == [1, 3, 7]
     assert all(record.lost == ("b",) for record in records if "b" in record.cohort)
 
@@ -461,6 +521,23 @@ def test_a_run_whose_states_stay_bad_stops_with_the_last_good_one_and_names_the_
     assert same(stored.state, seen[1]) and all(np.isfinite(array).all() for array in stored.state.values())
     assert federation.keys() == {name: [(1, 0), (2, 0)] for name in "abc"}, "nobody trains again"
     assert federation.engine.idle() and not federation.engine._orders, "and no upload is kept"
+
+
+def test_a_state_that_is_no_good_leaves_nothing_behind_where_no_upload_is_left():
+    recipe = strategy_class("fedsvd").recipe.with_optimizer("momentum", {"lr": 0.5})
+    federation = Federation("a", recipe=recipe, rounds=3)
+    replace(federation, "a", Times("a", federation.layout, 4.0, since=2))
+    seen, memories = [], []
+
+    class Kept(Observer):
+        def finished(self, record):
+            memories.append(federation.strategy.memory)
+
+    result = federation.run(observer=Kept(), evaluate=lambda state: seen.append(1) or {
+        "loss": 1.0 if len(seen) < 3 else 100.0})
+    assert result.ended == "diverged" and result.rounds == 1 and "lower --lr" in result.why
+    assert len(federation.strategy.usual_norms) == 1 and same(federation.strategy.memory, memories[-1])
+    assert set(federation.strategy.rejected) == set(federation.engine.get_node_ids()), "the only one is left out"
 
 
 def test_a_run_that_is_taken_up_compares_with_the_rounds_before(tmp_path):

@@ -22,6 +22,7 @@ from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies import FedSB, strategy_class
 from fedlora_strategies.messages import assign_id, assume_identity, to_record, train_message
 from tests.federation import STRATEGIES, LinearSession, layout_of, plan_of, start_of
+from tests.fedlora.ledgers import no_file_left
 
 PLAN = plan_of("fedavg-lora")
 LAYOUT = layout_of(PLAN.family)
@@ -268,6 +269,17 @@ def test_an_upload_that_does_not_fit_becomes_a_refusal(engine_of, change, code, 
     outcome = until_outcome(engine, pushed)
     assert isinstance(outcome, Refusal) and outcome.code == code and text in outcome.detail
     until_idle(engine, "a")
+
+
+def test_an_upload_for_which_no_file_can_be_opened_waits_until_one_can(engine_of):
+    engine = engine_of(SuperLink({1: LinearNode("a")}))
+    until_idle(engine, "a")
+    with no_file_left():
+        [sent] = engine.push_messages([order("a")])
+        until(engine, lambda: engine.held_up)
+        assert engine.wait([sent], 0.0) == {}
+    assert until_outcome(engine, sent) == "uploaded" and not engine.held_up
+    engine.cancel([sent])
 
 
 def test_a_superlink_that_fails_ends_the_wait_with_where_the_results_are(engine_of):
