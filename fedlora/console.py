@@ -15,6 +15,9 @@ from rich.console import Console
 
 MOST_WAITING = 1 << 20
 """Characters that wait for a reader; what comes after them is counted and dropped."""
+REST_OF_LINE = 1 << 16
+"""How many more may wait, or are dropped, so that a line is whole or not there. What comes after more without an end is
+no line but what moves about on a terminal; of that, whole writes are dropped."""
 LEAVE_S = 2.0
 """How long a command that ends waits for the last of its lines to be read."""
 
@@ -54,9 +57,9 @@ class QueuedLines(io.TextIOBase):
         except (OSError, AttributeError, ValueError):
             self._descriptor = None
         self._waiting: deque[str] = deque()
-        self._characters = self._dropped = 0
+        self._characters = self._dropped = self._skipped = 0
         self._changed = threading.Condition()  # re-entrant: a signal's handler may write amid a write
-        self._at_line_start, self._dropping, self._ended = True, False, False  # whole lines are dropped
+        self._at_line_start, self._ended = True, False
         self._thread = threading.Thread(target=self._forward, name="fedlora-stderr", daemon=True)
         self._thread.start()
 
@@ -75,11 +78,13 @@ class QueuedLines(io.TextIOBase):
 
     def write(self, text: str) -> int:
         with self._changed:
-            full = self._characters + len(text) > MOST_WAITING and self._at_line_start
-            if self._ended or self._dropping or full:
+            most = MOST_WAITING if self._at_line_start else MOST_WAITING + REST_OF_LINE
+            in_skipped_line = 0 < self._skipped < REST_OF_LINE
+            if self._ended or in_skipped_line or self._characters + len(text) > most:
                 self._dropped += text.count("\n")
-                self._dropping = not text.endswith("\n")
+                self._skipped = self._skipped + len(text) if self._at_line_start and not text.endswith("\n") else 0
             elif text:
+                self._skipped = 0
                 self._waiting.append(text)
                 self._characters += len(text)
                 self._at_line_start = text.endswith("\n")
@@ -120,4 +125,7 @@ class QueuedLines(io.TextIOBase):
             dropped, self._dropped = self._dropped, 0
             self._waiting.clear()
             self._characters = 0
-        return text + (f"({dropped:,} lines were left out, for nobody read this)\n" if dropped else "")
+        if dropped:
+            text += "" if text.endswith("\n") else "\n"
+            text += f"({dropped:,} lines were left out, for nobody read this)\n"
+        return text

@@ -18,8 +18,8 @@ def expanded(path: Path | str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{path} begins with a home directory that is not known here (no HOME is set, or there is no "
-                         "such user); write the whole path") from None
+        raise ValueError(f"{str(path)!r} begins with a home directory that is not known here (no HOME is set, or there "
+                         "is no such user). Write the whole path") from None
 
 
 def user_folder(variable: str, *below_home: str) -> Path:

@@ -74,6 +74,15 @@ def test_a_model_is_all_that_a_server_app_needs(strategy, checkpoint):
     np.testing.assert_allclose(after[bias], ready.state[bias] + plan.rounds, rtol=1e-6)
 
 
+def test_what_a_server_app_exports_names_the_base_model_for_others_and_cuts_as_the_run_did(checkpoint, tmp_path):
+    ready = FedSVD.for_model(str(checkpoint("bert")), labels=("no", "yes"), rank=2, max_length=16)
+    folder = ready.export(ready.arrays, tmp_path / "adapter")
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == ready.strategy.plan.model.title and named.startswith("local:")
+    assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 16
+    assert not any(str(checkpoint("bert")) in file.read_text(errors="replace") for file in folder.rglob("*.*"))
+
+
 @pytest.mark.parametrize(("values", "told"), [
     ({"ranks": 2}, "'ranks' is no value of a preset"), ({"rank": 0}, "rank"), ({"init": "nowhere"}, "nowhere"),
     ({"init": "dp"}, "fedlora-server makes it"),

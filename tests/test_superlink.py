@@ -143,7 +143,8 @@ def test_a_server_app_of_ones_own_runs_a_strategy_of_ours(tmp_path, checkpoint):
         out = tmp_path / "adapter"
         flower.run(EXAMPLE, model=str(model), rank=2, rounds=1, out=str(out))
         flower.wait_until((out / "adapter_model.safetensors").exists, timeout_s=120)
-    assert json.loads((out / "adapter_config.json").read_text())["r"] == 2
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["r"] == 2 and config["base_model_name_or_path"].startswith("local:")
     tensors = load_file(out / "adapter_model.safetensors")
     assert all(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
 

@@ -14,7 +14,7 @@ library_name: peft
 - lora
 ---
 
-A LoRA adapter for {title}, trained with FedLoRA.{labels}
+A LoRA adapter for {title}, trained with FedLoRA.{notes}
 
 ```python
 {code}```
@@ -25,30 +25,43 @@ from transformers import AutoConfig, {auto}, AutoTokenizer
 
 base, adapter = {base}, {adapter}{what}
 config = AutoConfig.from_pretrained(f"{{adapter}}/base")
-model = {auto}.from_pretrained(base, config=config{sizes})
+model = {auto}.from_pretrained(base, {revision}config=config{sizes})
 model = PeftModel.from_pretrained(model, adapter)
 tokenizer = AutoTokenizer.from_pretrained(adapter)
 '''
 
+_LEFT = """ Its tokenizer pads at the left, as `generate` needs it; for the logits of several texts
+at once, and for training, set `tokenizer.padding_side = "right"`."""
 
-def card(model: PreTrainedModel, task: str, base_name: str) -> str:
+
+def padding_side(task: str) -> str:
+    """Where the tokenizer that goes with an adapter pads. A text is continued after its last token: no padding there.
+    """
+    return "left" if task_named(task).peft_type == "CAUSAL_LM" else "right"
+
+
+def card(model: PreTrainedModel, task: str, base_name: str, revision: str | None = None) -> str:
     """The text.
 
     Args:
         model: whose config says the labels.
         task: its key.
         base_name: a hub id, or a name that is none (it has a colon).
+        revision: the hub's commit, where it is known.
     """
     kind, from_hub = task_named(task), ":" not in base_name
     labels = [_quoted(str(name)) for name in (model.config.id2label or {}).values()] if kind.has_labels else []
-    names = f" Its outputs are {', '.join(labels)}, in this order." if labels else ""
+    notes = f" Its outputs are {', '.join(labels)}, in this order." if labels else ""
+    if padding_side(task) == "left":
+        notes += _LEFT
     title = base_name if from_hub else f"a {model.config.model_type} model ({base_name})"
     what = "  # this folder" if from_hub else "  # the base model's folder, and this one"
-    return _CARD.format(base_model=f"base_model: {base_name}\n" if from_hub else "", title=title, labels=names,
-                        code=loading_code(task, _quoted(base_name if from_hub else "…"), '"adapter"', what))
+    return _CARD.format(base_model=f"base_model: {base_name}\n" if from_hub else "", title=title, notes=notes,
+                        code=loading_code(task, _quoted(base_name if from_hub else "…"), '"adapter"', what,
+                                          revision=revision))
 
 
-def loading_code(task: str, base: str, adapter: str, what: str = "") -> str:
+def loading_code(task: str, base: str, adapter: str, what: str = "", *, revision: str | None = None) -> str:
     """Python that loads an adapter as `model`, with its `tokenizer`.
 
     Args:
@@ -56,9 +69,11 @@ def loading_code(task: str, base: str, adapter: str, what: str = "") -> str:
         base: expression for the base model's hub id or folder.
         adapter: expression for the adapter's folder.
         what: the two are, as a comment.
+        revision: the commit of the hub's model that the adapter was trained on; None where it is not known.
     """
     kind = task_named(task)
     return _LOADING.format(auto=kind.auto_class.__name__, base=base, adapter=adapter, what=what,
+                           revision=f"revision={_quoted(revision)}, " if revision else "",
                            sizes=", ignore_mismatched_sizes=True" if kind.has_head else "")
 
 

@@ -1,7 +1,8 @@
 """Write an adapter as a standard PEFT folder that predicts, wherever it is loaded, what the run predicted.
 
     adapter_config.json, adapter_model.safetensors      for anybody's `PeftModel.from_pretrained`
-    tokenizer.json, tokenizer_config.json, …            the run's tokenizer, with the token that it pads with
+    tokenizer.json, tokenizer_config.json, …            the run's tokenizer, with the token that it pads with; a
+                                                        language model's pads at the left, for `generate`
     base/config.json                                    the base model's, with the labels in order and the pad token
     README.md                                           the lines that load it
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +25,15 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedlora import models
 from fedlora.adapters.attach import AdaptedModel
-from fedlora.adapters.card import card
+from fedlora.adapters.card import card, padding_side
 from fedlora.files import replace_file
 from fedlora.plan import Tensors
 from fedlora.tasks import task_named
 
 _PREFIX = "base_model.model."  # where PEFT's files say that the base model's own names begin
-
+_TITLE = re.compile("local:[0-9a-f]{12}")  # of a model that is no hub's
 
 _NOT_HANDED_ON = ("name_or_path", "is_local", "local_files_only", "tokenizer_file", "vocab_file", "merges_file",
                   "special_tokens_map_file")
@@ -49,15 +52,20 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
         adapted: gives names and shapes; what it holds now does not matter.
         tensors: the full state.
         out_dir: made if need be; files of the same names are replaced.
-        base_name: of the base model, for whoever loads the adapter: its hub id, or another name where it has none.
+        base_name: of the base model, for whoever loads the adapter: its hub id, with "@<commit>" where that is known
+            (`fedlora.models.hub_name`), or the title of its `ModelRef` where it has none.
         max_length: tokens that the run kept of a record: a classifier's tokenizer cuts there; None for its own limit.
     Returns:
         out_dir.
     Raises:
-        ValueError: the tensors do not fit the adapter.
+        ValueError: the tensors do not fit the adapter, or the name is an alias or a path of this machine.
     """
     layout = adapted.layout
     layout.check(tensors, "state")
+    if not models.is_hub_name(base_name) and not _TITLE.fullmatch(base_name):
+        raise ValueError(f"{base_name!r} names the base model on this machine alone. Give its hub id, as org/model or "
+                         "org/model@<commit>, or the title of the run's ModelRef (plan.model.title)")
+    repository, _, commit = base_name.partition("@")
     files: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
@@ -75,7 +83,8 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     bases = [adapted.base_layer(module) for module in layout.modules]
     config = LoraConfig(
         task_type=task_named(adapted.task).peft_type,
-        base_model_name_or_path=base_name, inference_mode=True, r=rank, lora_alpha=alpha,  # type: ignore[arg-type]
+        base_model_name_or_path=repository, revision=commit or None, inference_mode=True,
+        r=rank, lora_alpha=alpha,  # type: ignore[arg-type]
         rank_pattern={name: own for name, own in ranks.items() if own != rank},
         alpha_pattern={name: own for name, own in alphas.items() if own != alpha},  # type: ignore[misc]
         target_modules=list(layout.modules) or DUMMY_TARGET_MODULES,
@@ -86,7 +95,7 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     weights = to_bytes({name: value.contiguous() for name, value in files.items()}, metadata={"format": "pt"})
     replace_file(out_dir / "adapter_model.safetensors", weights, 0o666)
     _hand_on(adapted, out_dir, max_length)
-    (out_dir / "README.md").write_text(card(adapted.model, adapted.task, base_name), encoding="utf-8")
+    (out_dir / "README.md").write_text(card(adapted.model, adapted.task, repository, commit or None), encoding="utf-8")
     return out_dir
 
 
@@ -96,7 +105,7 @@ def _hand_on(adapted: AdaptedModel, out_dir: Path, max_length: int | None) -> No
     settings = out_dir / "tokenizer_config.json"
     said = {name: value for name, value in json.loads(settings.read_text(encoding="utf-8")).items()
             if name not in _NOT_HANDED_ON}
-    said["padding_side"] = "right"
+    said["padding_side"] = padding_side(adapted.task)
     said["model_input_names"] = adapted.tokenizer.model_input_names
     if adapted.tokenizer.split_special_tokens:
         said["split_special_tokens"] = True

@@ -167,7 +167,7 @@ def _alike(wanted: str, names: Collection[str]) -> list[str]:
 
 
 def _first_rows(file: str) -> list[dict[str, Any]]:
-    path = Path(file).expanduser()
+    path = Path(file)  # expanded before, and a file's own name may begin with ~
     if not path.is_file():
         return []
     return [row for _, row in itertools.islice(records(path, lambda _: True, Problems()), _SAMPLE)]

@@ -14,6 +14,7 @@ from fedlora.data.formats import SUFFIXES, Record, records
 from fedlora.data.parquet import hub_records
 from fedlora.data.problems import FIRST, Problems
 from fedlora.data.rows import shown
+from fedlora.places import expanded
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def sources(path: Path | str, wanted: Callable[[str], bool], problems: Problems,
         ValueError: the path is neither a file or folder nor the name of a dataset, or there is nothing in it.
     """
     check_there(path)
-    local = _expanded(path)
+    local = expanded(path)
     try:
         folder = local.is_dir()
         if folder:
@@ -77,7 +78,7 @@ def sources(path: Path | str, wanted: Callable[[str], bool], problems: Problems,
 
 def check_there(path: Path | str) -> None:
     """Raises ValueError where `path` is neither a file or folder nor a name that the hub could know."""
-    local = _expanded(path)
+    local = expanded(path)
     try:
         there = local.exists() or local.is_symlink()
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered, a zero byte
@@ -87,14 +88,6 @@ def check_there(path: Path | str) -> None:
     if not there and not _is_hub_name(str(path)):
         raise ValueError(f"{shown(path)} does not exist. Name a file that ends in {ACCEPTED}, or a folder of such "
                          "files")
-
-
-def _expanded(path: Path | str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{shown(path)}: the home folder of ~ is not known on this machine. Write the path in full"
-                         ) from None
 
 
 def _is_hub_name(name: str) -> bool:

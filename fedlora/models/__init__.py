@@ -9,6 +9,7 @@ from fedlora.models.folder import (
     MINILM_WEIGHTS_SHA256,
     TOKENIZER_FILES,
     hub_name,
+    is_hub_name,
     most_adapter_bytes,
     obtain,
     reference,
@@ -21,5 +22,5 @@ from fedlora.models.tokenizer import load_tokenizer
 from fedlora.plan import ModelRef
 
 __all__ = ["MINILM_REPOSITORY", "MINILM_WEIGHTS_SHA256", "MOST_WEIGHT", "TOKENIZER_FILES", "LoadedModel", "ModelRef",
-           "check_task", "embedded_tokens", "hub_name", "load", "load_tokenizer", "most_adapter_bytes", "obtain",
-           "reference", "resolve", "verify"]
+           "check_task", "embedded_tokens", "hub_name", "is_hub_name", "load", "load_tokenizer", "most_adapter_bytes",
+           "obtain", "reference", "resolve", "verify"]

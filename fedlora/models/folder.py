@@ -81,8 +81,14 @@ def reference(name: str, path: Path) -> ModelRef:
 
 
 def hub_name(ref: ModelRef) -> str | None:
-    """The hub id of a pinned model, without its commit; None for a folder."""
-    return {"minilm": MINILM_REPOSITORY, "local": None}.get(ref.name, ref.name.partition("@")[0])
+    """The hub id of a pinned model, with "@<commit>" where that is known; None for a folder."""
+    return {"minilm": MINILM_REPOSITORY, "local": None}.get(ref.name, ref.name)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is what `hub_name` gives: neither an alias nor a path."""
+    return name == MINILM_REPOSITORY or (_HUB_NAME.fullmatch(name) is not None and name not in ("minilm", "local")
+                                         and not Path(name).is_dir())
 
 
 def most_adapter_bytes(path: Path) -> int:

@@ -2,6 +2,7 @@
 
     ready = FedSVD.for_model("minilm", labels=("no", "yes"), rank=8)
     result = ready.strategy.start(grid, ready.arrays, num_rounds=ready.strategy.plan.rounds)
+    ready.export(result.arrays, Path("adapter"))
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from flwr.app import ArrayRecord
@@ -25,13 +27,14 @@ from fedlora.adapters import (
     all_targets,
     attach_planned,
     automatic_targets,
+    export,
     initial_tensors,
     start_of,
 )
 from fedlora.models import LoadedModel
 from fedlora.plan import ModelRef, RunPlan, Tensors
 
-from .messages import to_record
+from .messages import to_record, to_tensors
 from .recipe import RECIPES, Preset, Recipe
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ class FromRecipe(Protocol):
     """A strategy's class: see `fedlora_strategies.base.FederatedLoRA`."""
 
     recipe: ClassVar[Recipe]
+    plan: RunPlan
 
     def __init__(self, plan: RunPlan, layout: AdapterLayout, *, min_nodes: int = 1, recipe: Recipe | None = None,
                  seed: int = 0) -> None: ...
@@ -54,7 +58,7 @@ class Ready(Generic[S]):
     """A run that can start.
 
     Attributes:
-        adapted: the base model with its adapters, for evaluation and export (`fedlora.adapters.export`).
+        adapted: the base model with its adapters, for evaluation.
         state: every tensor that is not in the base checkpoint.
     """
 
@@ -66,6 +70,12 @@ class Ready(Generic[S]):
     def arrays(self) -> ArrayRecord:
         """The state as `strategy.start` takes it."""
         return to_record(self.state)
+
+    def export(self, arrays: ArrayRecord, out_dir: Path) -> Path:
+        """Write what `strategy.start` returned as a PEFT adapter: see `fedlora.adapters.export`."""
+        plan = self.strategy.plan
+        return export(self.adapted, to_tensors(arrays), out_dir, models.hub_name(plan.model) or plan.model.title,
+                      max_length=plan.max_length)
 
 
 def ready(strategy: type[S], model: str, *, labels: Sequence[str] = (), private: bool = False,

@@ -90,11 +90,13 @@ def test_targets_beyond_attention_export_too(checkpoint, tmp_path):
     assert_export_computes_the_same(adapted, random_state(adapted), tmp_path)
 
 
-def test_three_lines_load_it_where_the_base_name_is_a_folder(checkpoint, tmp_path):
+def test_three_lines_load_it_where_the_base_name_was_made_a_folder(checkpoint, tmp_path):
     adapted = adapted_model(checkpoint("qwen2"), "causal-lm", "bra")
     state = random_state(adapted)
     adapted.write(state)
-    export(adapted, state, tmp_path, str(checkpoint("qwen2")))
+    export(adapted, state, tmp_path, "tiny")
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"tiny"', json.dumps(str(checkpoint("qwen2")))))
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     # in float64, for float32 rounds B(R(Ax)) and (BR)(Ax) differently, by up to 2e-5 of logits up to 5
     torch.testing.assert_close(logits(model.double()), logits(adapted.model.double()), atol=1e-5, rtol=1e-5)
@@ -116,6 +118,17 @@ def test_export_refuses_tensors_that_do_not_fit(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="missing"):
         export(adapted, {}, tmp_path, "tiny")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["minilm", "local", "models/bert", "./bert", "/srv/bert", "~/bert", "a/b/c",
+                                  "C:\\bert"])
+def test_a_name_that_means_something_here_alone_is_refused(name, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "bert").mkdir(parents=True)
+    adapted = adapted_model(checkpoint("bert"), "classification")
+    with pytest.raises(ValueError, match=r"on this machine alone\. Give its hub id"):
+        export(adapted, random_state(adapted), tmp_path / "adapter", name)
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_minilm_exports_to_the_same_logits(tmp_path):

@@ -369,10 +369,16 @@ def test_names_are_shown_without_what_moves_a_terminal(tmp_path):
 
 
 @pytest.mark.parametrize(("path", "told"), [
-    ("~nobody-here/notes.csv", "home folder"), ("/tmp/" + "x" * 5000, "cannot be looked for"),
+    ("~nobody-here/notes.csv", "home directory"), ("/tmp/" + "x" * 5000, "cannot be looked for"),
     ("a\0b.csv", "a\\x00b.csv does not exist")])
 def test_a_path_that_cannot_be_is_an_error(path, told):
     assert told in refusal(path) and len(refusal(path)) < 400
+
+
+def test_a_file_whose_name_begins_with_a_tilde_is_no_home_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "~notes.csv", ["report", "class"], [("warm", "yes"), ("dull", "no")])
+    assert "--column text=report" in refusal(".")
 
 
 # --- Units ---

@@ -71,7 +71,7 @@ def loaded_as_printed(folder: Path, base: Path):
 def predicted(model, tokenizer, expected, *seconds):
     """Logits of `TEXTS`, padded together, where they are not of padding; and what is expected there."""
     inputs = tokenizer(TEXTS, *seconds, padding=True, truncation=True, return_tensors="pt",
-                       **({} if expected.dim() == 2 else {"max_length": MOST}))
+                       **({} if expected.dim() == 2 else {"max_length": MOST, "padding_side": "right"}))
     with torch.no_grad():
         logits = model(**inputs).logits
     if expected.dim() == 2:
@@ -115,6 +115,48 @@ def test_however_it_is_loaded_it_predicts_what_the_run_predicted(name, task, tmp
         told = pipeline("text-classification", model=str(merged), device="cpu")(
             TEXTS, truncation=True, batch_size=4, top_k=1)
         assert [one[0]["label"] for one in told] == [LABELS[row] for row in expected.argmax(1)]
+
+
+@pytest.mark.parametrize("name", [name for name, task in CASES if task == "causal-lm"])
+def test_texts_that_are_continued_together_end_as_each_alone(name, tmp_path):
+    adapted, _, _ = made(name, "causal-lm", tmp_path)
+    folder = export(adapted, random_state(adapted), tmp_path / "adapter", "local:0123456789ab", max_length=MOST)
+    assert "pads at the left" in (folder / "README.md").read_text()
+    model, tokenizer = loaded_as_printed(folder, adapted.base_path)
+
+    def continued(texts):
+        inputs = tokenizer(texts, padding=True, return_tensors="pt")
+        return model.generate(**inputs, do_sample=False, min_new_tokens=5, max_new_tokens=5)[:, -5:].tolist()
+
+    alone = [continued([text])[0] for text in TEXTS]
+    assert continued(TEXTS) == alone and len({*map(tuple, alone)}) > 1
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_a_base_model_of_the_hub_is_loaded_as_it_was_when_the_run_adapted_it(task, tmp_path, monkeypatch):
+    adapted, own, records = made("gpt2", task, tmp_path)
+    state = random_state(adapted)
+    adapted.write(state)
+    expected = of_the_run(adapted, own, records)
+    then, now = "1" * 40, "2" * 40
+    cache = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(adapted.base_path, cache / "snapshots" / then)
+    architecture("gpt2", cache / "snapshots" / now, seed=1)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(now)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    reference = models.reference("org/tiny", models.resolve(f"org/tiny@{then}"))
+    folder = export(adapted, state, tmp_path / "adapter", models.hub_name(reference), max_length=MOST)
+    torch.testing.assert_close(*predicted(*loaded_as_printed(folder, Path("org/tiny")), expected), atol=1e-5, rtol=1e-5)
+    readme, config = (folder / "README.md").read_text(), json.loads((folder / "adapter_config.json").read_text())
+    assert "base_model: org/tiny\n" in readme and f'revision="{then}"' in readme
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/tiny", then)
+    if task == "causal-lm":
+        auto = AutoPeftModelForCausalLM.from_pretrained(folder)
+        _, tokenizer = loaded_as_printed(folder, Path("org/tiny"))
+        torch.testing.assert_close(*predicted(auto, tokenizer, expected), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if WHOLE or name in QUICK])

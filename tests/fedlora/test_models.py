@@ -154,7 +154,7 @@ def test_a_cached_hub_model_is_found_without_network_and_pinned_by_its_commit(ch
     path = models.resolve("org/tiny")
     assert path.name == commit
     ref = models.reference("org/tiny", path)
-    assert ref.name == f"org/tiny@{commit}"
+    assert ref.name == models.hub_name(ref) == f"org/tiny@{commit}" and models.is_hub_name(ref.name)
     assert models.obtain(ref) == path
 
 

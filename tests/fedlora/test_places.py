@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.config import values
+from fedlora.data import check_there
 from fedlora.places import expanded, user_folder
 
 NOBODY = """
@@ -35,9 +36,10 @@ def test_a_place_below_a_home_that_is_not_known_is_refused_with_the_remedy(nobod
     with pytest.raises(ValueError, match=r"no home directory.* set HOME, or XDG_STATE_HOME"):
         user_folder("XDG_STATE_HOME", ".local", "state")
     for place in ("~/records.csv", "~no-such-user/records.csv"):
-        with pytest.raises(ValueError, match=r"~.* write the whole path"):
-            expanded(place)
-        with pytest.raises(argparse.ArgumentTypeError, match="write the whole path"):
+        for refused in (expanded, check_there):
+            with pytest.raises(ValueError, match=r"~.* Write the whole path"):
+                refused(place)
+        with pytest.raises(argparse.ArgumentTypeError, match="Write the whole path"):
             values.text(place)
     monkeypatch.setenv("XDG_STATE_HOME", "/srv/state")
     assert user_folder("XDG_STATE_HOME", ".local", "state") == Path("/srv/state/fedlora")

@@ -5,9 +5,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora import adapters
 from fedlora_strategies import FedSVD
-from fedlora_strategies.messages import to_tensors
 
 app = ServerApp()
 
@@ -20,4 +18,4 @@ def main(grid: Grid, context: Context) -> None:
                              min_nodes=int(config["clients"]), rank=int(config["rank"]), rounds=int(config["rounds"]),
                              local_steps=2, batch_size=16)
     result = ready.strategy.start(grid, ready.arrays, num_rounds=int(config["rounds"]))
-    adapters.export(ready.adapted, to_tensors(result.arrays), Path(str(config["out"])), str(config["model"]))
+    ready.export(result.arrays, Path(str(config["out"])))
