@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import socket
@@ -16,7 +17,7 @@ from queue import SimpleQueue
 import grpc
 
 from fedlora import wire
-from fedlora.plan import Refusal, Refused, RoundPlan, Tensors, Upload
+from fedlora.plan import LONGEST_LABEL, Refusal, Refused, RoundPlan, Tensors, Upload
 from fedlora.wire import WireError, pb
 from fedlora_client.connection import Connection, Goodbye, RunChanged, ServerUnreachable
 from tests import fuzz
@@ -107,6 +108,11 @@ class Stranger:
         self._heard.wait(timeout_s)
         return "nothing" if self._first is None else str(self._first.WhichOneof("kind"))
 
+    @property
+    def is_named(self) -> bool:
+        """Whether the name is this stream's: else the first answer is a Welcome that asks for the name's secret."""
+        return self._first is not None and bool(self._first.welcome.secret)
+
     def close(self) -> None:
         self._done.set()
         self._channel.close()
@@ -178,6 +184,83 @@ def ready_and_silent(target: Target) -> None:
         one.close()
 
 
+def all_places_taken_by_ready(target: Target) -> None:
+    """As many that are ready as there are places, while south's link is cut: it comes back all the same."""
+    def opened() -> Stranger:
+        time.sleep(0.005)
+        return Stranger(target, target.join(f"taken {target.done['connections']}"), READY)
+
+    held = [opened() for _ in range(MOST_JOINED)]
+    while target.goes_on():
+        target.proxy.cut()
+        time.sleep(0.5)
+        while target.goes_on() and len(held) < MOST_JOINED + 2:  # its place is another's
+            held.append(opened())
+        target.proxy.restore()
+        for one in held[MOST_JOINED:]:
+            one.close()
+        del held[MOST_JOINED:]
+        time.sleep(5.0)
+    target.proxy.restore()
+    for one in held:
+        one.close()
+
+
+def more_names_than_are_remembered(target: Target) -> None:
+    """Ready and gone, a new name each, a few at a time."""
+    def come_and_go() -> None:
+        while target.goes_on():
+            number = next(numbers)
+            one = Stranger(target, target.join(f"gone {number}"), READY)
+            one.answer()
+            one.close()
+
+    numbers = itertools.count()
+    threads = [threading.Thread(target=come_and_go, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _fresh_names(target: Target, asked: Callable[[Connection, RoundPlan], None]) -> None:
+    """Ever new ones, each ready until it is asked."""
+    for number in itertools.count():
+        if not target.goes_on():
+            return
+        connection = Connection(target.address, f"fresh {number}", private=True, connect_timeout_s=5)
+        target.count("connections")
+        with contextlib.suppress(Goodbye, Refused, RunChanged, ServerUnreachable, WireError):
+            connection.join()
+            connection.ready()
+            plan, _ = connection.next_request()
+            asked(connection, plan)
+            target.count("asked")
+
+
+def backups_that_are_silent(target: Target) -> None:
+    """A new name whenever the last one was asked, which stays and says nothing; the oldest of twenty leaves."""
+    held: list[Connection] = []
+
+    def stay(connection: Connection, plan: RoundPlan) -> None:
+        held.append(connection)
+        if len(held) > 20:
+            held.pop(0).leave()
+
+    _fresh_names(target, stay)
+    for connection in held:
+        connection.leave()
+
+
+def backups_that_decline(target: Target) -> None:
+    """A new name whenever the last one was asked, which declines at once and leaves."""
+    def decline(connection: Connection, plan: RoundPlan) -> None:
+        connection.send(Refusal("unavailable"))
+        connection.leave()
+
+    _fresh_names(target, decline)
+
+
 def name_theft(target: Target) -> None:
     """South's link is cut time after time, and its name asked for meanwhile, with and without a secret."""
     attempts = 0
@@ -185,8 +268,9 @@ def name_theft(target: Target) -> None:
         target.proxy.cut()
         cut_until = time.monotonic() + 1.5
         while target.goes_on() and time.monotonic() < cut_until:
-            one = Stranger(target, target.join("south", secret=os.urandom(32) if attempts % 2 else b""), READY)
-            target.count("NAMES TAKEN", one.answer() == "welcome")
+            secret = os.urandom(32) if attempts % 2 else b""
+            one = Stranger(target, target.join("south"), target.join("south", secret=secret), READY)
+            target.count("NAMES TAKEN", one.answer() == "welcome" and one.is_named)
             one.close()
             attempts += 1
         target.proxy.restore()
@@ -211,6 +295,24 @@ def labels_999(target: Target) -> None:
     """One client that announces 999, ready before the honest ones come, and refuses whatever it is asked."""
     takes_part(target, True, lambda plan, tensors: Refusal("unavailable"),
                tuple(f"label {number}" for number in range(999)))
+
+
+def labels_900_from_many(target: Target) -> None:
+    """A hundred clients with 900 each, as long as they may be, ready before the honest ones come; later, new ones."""
+    def opened(number: int) -> Stranger:
+        labels = [f"{number:03} {place:03} ".ljust(LONGEST_LABEL, "x") for place in range(900)]
+        ready = pb.ClientFrame(ready=pb.Ready(labels=labels)).SerializeToString()
+        return Stranger(target, target.join(f"wordy {number}"), ready)
+
+    for begin in itertools.count(step=100):
+        held = [opened(number) for number in range(begin, begin + 100)]
+        time.sleep(2.0)
+        target.start_honest()
+        time.sleep(5.0)
+        for one in held:
+            one.close()
+        if not target.goes_on():
+            return
 
 
 def giant_frames(target: Target) -> None:
@@ -336,7 +438,10 @@ ATTACKS = (
     Attack(idle_connections, comes_first=True, files=1024), Attack(half_handshakes, comes_first=True, files=1024),
     Attack(joins_without_ready, comes_first=True), Attack(join_storm, takes_part=True),
     Attack(join_storm, takes_part=True, stderr_read=False),
+    Attack(all_places_taken_by_ready, takes_part=True), Attack(more_names_than_are_remembered, takes_part=True),
+    Attack(backups_that_are_silent, takes_part=True), Attack(backups_that_decline, takes_part=True),
     Attack(name_theft), Attack(labels_999, DEADLINE, comes_first=True, takes_part=True),
+    Attack(labels_900_from_many, DEADLINE, comes_first=True, takes_part=True),
     Attack(repeated_declined, takes_part=True), Attack(garbage_bytes), Attack(garbage_frames, takes_part=True),
     Attack(giant_frames, takes_part=True),
     Attack(ready_and_silent, takes_part=True), Attack(slow_upload, takes_part=True),

@@ -66,6 +66,8 @@ class Server:
         self.engine._registry.proposal = proposal
         for seat in self.engine._registry._seats.values():
             seat.proposal = proposal
+        for name in self.engine._names.taken if proposal.plan.run_id != before.plan.run_id else ():
+            self.engine._names.forget(name)  # whose a name is holds for a run
         for session in list(self.engine._sessions):
             session._context.cancel()
 

@@ -32,6 +32,7 @@ from tests.server.test_grpc_hostile import (
     request_head,
     upload_frames,
     upload_head,
+    welcome_frame,
 )
 
 _POLICY = pb.Refusal(code="policy")
@@ -202,7 +203,7 @@ def to_clients(frames: int, seed: int) -> Counter:
     """
     choice, met = random.Random(seed), Counter()
     mutator = Mutator(pb.ServerFrame, FROM_SERVERS, choice)
-    welcome = pb.ServerFrame(welcome=wire.proposal_to_wire(Proposal(RUN))).SerializeToString()
+    welcome = welcome_frame()
     goodbye = pb.ServerFrame(goodbye=pb.Goodbye(reason="enough")).SerializeToString()
 
     def serve(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:

@@ -10,7 +10,8 @@
 A stream that breaks is opened again with the same process token. A request that this process has in hand is then
 neither sent nor trained again: its answer, the identical bytes, follows on the new stream.
 
-Each Welcome holds a secret that keeps the name this client's for the rest of the run; it is shown with every Join.
+A Welcome holds a secret that keeps the name this client's for the rest of the run. It is shown when a server asks for
+it, by a Welcome without one, and only the secret of the run that this Welcome is of: no other server sees it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,6 @@ from fedlora import wire
 from fedlora.plan import GOODBYES, PROTOCOL, Proposal, Refusal, Refused, RoundPlan, Tensors, Upload
 from fedlora.wire import Incoming, Key, Repeats, WireError, pb
 
-FRAME_PREFIX_BYTES = 5
-SECRET_BYTES = 32
 LEAVE_TIMEOUT_S = 2.0
 _PATIENCE_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
@@ -68,12 +67,12 @@ class _Suspended(Exception):
 
 
 class Secrets(Protocol):
-    """Keeps what proves to a server that a name is this client's, beyond this process."""
+    """Keeps what proves in a run that a name is this client's, beyond this process."""
 
-    def secret(self, server: str, name: str) -> bytes:
-        """The last one of the server at this address; b"" if there is none."""
+    def secret(self, run_id: str, name: str) -> bytes:
+        """The last one; b"" if there is none."""
 
-    def save_secret(self, server: str, name: str, secret: bytes) -> None: ...
+    def save_secret(self, run_id: str, name: str, secret: bytes) -> None: ...
 
 
 class _Stream:
@@ -83,6 +82,7 @@ class _Stream:
         self.outgoing: SimpleQueue[Iterable[bytes] | None] = SimpleQueue()
         self.call: grpc.Call | None = None
         self.welcomed = False
+        self.has_proved = False
         self.is_ready = False
         self.last_frame_at = time.monotonic()
         self.plan: RoundPlan | None = None  # of the request that is coming in
@@ -128,7 +128,8 @@ class Connection:
         self._private, self._connect_timeout_s, self._report = private, connect_timeout_s, report
         self.max_tensor_bytes = 8 << 30
         self._process = token_bytes(16)
-        self._secrets, self._secret = secrets, secrets.secret(server, name) if secrets is not None else b""
+        self._secrets = secrets
+        self._own: dict[str, bytes] = {}  # of the run joined last: its secret
         self._changed = threading.Condition()
         self._stream = _Stream()
         self._thread: threading.Thread | None = None
@@ -284,9 +285,7 @@ class Connection:
         stream = _Stream()
         with self._changed:
             self._stream = stream
-        stream.send(pb.ClientFrame(join=pb.Join(protocol=PROTOCOL, schema=wire.SCHEMA, name=self.name,
-                                                fedlora_version=fedlora.__version__, process=self._process,
-                                                private=self._private, secret=self._secret)))
+        stream.send(self._join_frame())
         with grpc.insecure_channel(self.server, options=wire.CHANNEL_OPTIONS) as channel:  # TLS: grpc.secure_channel
             call = channel.stream_stream(wire.SERVICE)(self._requests(stream))
             stream.call = call
@@ -295,7 +294,7 @@ class Connection:
             overdue.start()
             try:
                 for data in call:
-                    self.bytes_down += len(data) + FRAME_PREFIX_BYTES
+                    self.bytes_down += len(data) + wire.FRAME_PREFIX_BYTES
                     stream.last_frame_at = time.monotonic()
                     frame, chunk = wire.read_frame(pb.ServerFrame, data)
                     if frame is not None:
@@ -320,10 +319,15 @@ class Connection:
                     stream.is_ready, stream.call, self._until = False, None, math.inf
                 call.cancel()
 
+    def _join_frame(self, secret: bytes = b"") -> pb.ClientFrame:
+        return pb.ClientFrame(join=pb.Join(protocol=PROTOCOL, schema=wire.SCHEMA, name=self.name,
+                                           fedlora_version=fedlora.__version__, process=self._process,
+                                           private=self._private, secret=secret))
+
     def _requests(self, stream: _Stream) -> Iterator[bytes]:
         while (frames := stream.outgoing.get()) is not None:
             for frame in frames:
-                self.bytes_up += len(frame) + FRAME_PREFIX_BYTES
+                self.bytes_up += len(frame) + wire.FRAME_PREFIX_BYTES
                 yield frame
 
     def _on_frame(self, stream: _Stream, frame: pb.ServerFrame) -> None:
@@ -341,7 +345,11 @@ class Connection:
             raise WireError("a Task is followed by its chunks")
         if kind == "welcome":
             proposal = wire.proposal_from_wire(frame.welcome)
-            self._keep(frame.welcome.secret)
+            if not frame.welcome.secret and not stream.has_proved:
+                stream.has_proved = True
+                stream.send(self._join_frame(self._secret(proposal.plan.run_id)))
+                return
+            self._keep(proposal.plan.run_id, frame.welcome.secret)
             self._on_welcome(stream, proposal)
         elif kind == "request":
             self._on_request(stream, frame.request)
@@ -365,15 +373,20 @@ class Connection:
                 self._say_ready(stream)
             self._changed.notify_all()
 
-    def _keep(self, secret: bytes) -> None:
+    def _secret(self, run_id: str) -> bytes:
+        """The name's in this run; b"" if there is none."""
+        own = self._own.get(run_id)
+        return own or (self._secrets.secret(run_id, self.name) if self._secrets is not None else b"")
+
+    def _keep(self, run_id: str, secret: bytes) -> None:
         """The name's from now on, before this client is ready and the name its own."""
-        if len(secret) not in (0, SECRET_BYTES):
-            raise WireError(f"the name's secret does not have {SECRET_BYTES} bytes")
-        if secret and secret != self._secret:
-            self._secret = secret
+        if len(secret) not in (0, wire.SECRET_BYTES):
+            raise WireError(f"the name's secret does not have {wire.SECRET_BYTES} bytes")
+        if secret and secret != self._own.get(run_id):
+            self._own = {run_id: secret}
             try:
                 if self._secrets is not None:
-                    self._secrets.save_secret(self.server, self.name, secret)
+                    self._secrets.save_secret(run_id, self.name, secret)
             except OSError as error:
                 self._report(f"What proves that the name {self.name} is this client's cannot be kept in --state "
                              f"({error.strerror or error}): should this client be started again in the same run, its "

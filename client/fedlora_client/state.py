@@ -19,12 +19,11 @@ from safetensors.numpy import save as to_bytes
 
 from fedlora.files import replace_file
 from fedlora.plan import Released, RoundPlan, Tensors, Upload, upload_metrics
-from fedlora.wire import is_loopback
 
 SPARE_BYTES = 2**20
 """Beside the upload: for reports, and for the ledger where it is on the same disk."""
 MOST_SECRETS = 100
-"""Of servers and names."""
+"""Of runs and names."""
 
 
 class MemoryState:
@@ -164,21 +163,18 @@ class FolderState:
         """Set the mark."""
         replace_file(self.unfinished(run_id), b"")
 
-    def secret(self, server: str, name: str) -> bytes:
-        """What was last kept for the name at the server's address, else at another port of its host: a server that
-        takes its run up again, or a tunnel, can have another one. b"" if nothing was."""
-        kept = [(at, bytes.fromhex(secret)) for at, whose, secret in self._secrets() if whose == name]
-        near = [secret for at, secret in kept if _host(at) == _host(server)]
-        return dict(kept).get(server) or (near[-1] if near else b"")
+    def secret(self, run_id: str, name: str) -> bytes:
+        """What was last kept for the name in the run, at whatever address its server is; b"" if nothing was."""
+        return next((bytes.fromhex(secret) for *whose, secret in self._secrets() if whose == [run_id, name]), b"")
 
-    def save_secret(self, server: str, name: str, secret: bytes) -> None:
+    def save_secret(self, run_id: str, name: str, secret: bytes) -> None:
         """Keep it in place of the one before, for this user alone to read."""
-        others = [kept for kept in self._secrets() if kept[:2] != [server, name]]
-        kept = [*others[1 - MOST_SECRETS:], [server, name, secret.hex()]]
+        others = [kept for kept in self._secrets() if kept[:2] != [run_id, name]]
+        kept = [*others[1 - MOST_SECRETS:], [run_id, name, secret.hex()]]
         replace_file(self.folder / "secrets.json", json.dumps(kept, indent=1).encode())
 
     def _secrets(self) -> list[list[str]]:
-        """[server, name, secret in hexadecimal] each, the newest last."""
+        """[run id, name, secret in hexadecimal] each, the newest last."""
         path = self.folder / "secrets.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
@@ -192,11 +188,6 @@ class FolderState:
 
 
 State = MemoryState | FolderState
-
-
-def _host(server: str) -> str:
-    """Of host:port; the names of this machine itself are one."""
-    return "" if is_loopback(server) else server.rpartition(":")[0]
 
 
 def _lock(path: Path):

@@ -2,6 +2,7 @@
 
 from . import fedlora_pb2 as pb
 from .codec import (
+    SECRET_BYTES,
     SERVICE,
     Key,
     Repeats,
@@ -38,6 +39,7 @@ from .tensors import (
 )
 from .transport import (
     CHANNEL_OPTIONS,
+    FRAME_PREFIX_BYTES,
     JOIN_TIMEOUT_S,
     NOTICED_WITHIN_S,
     SERVER_OPTIONS,
@@ -50,10 +52,12 @@ __all__ = [
     "ARRAY_DTYPES",
     "CHANNEL_OPTIONS",
     "CHUNK_BYTES",
+    "FRAME_PREFIX_BYTES",
     "JOIN_TIMEOUT_S",
     "MAX_FRAME_BYTES",
     "NOTICED_WITHIN_S",
     "SCHEMA",
+    "SECRET_BYTES",
     "SERVER_OPTIONS",
     "SERVICE",
     "SPOKEN",

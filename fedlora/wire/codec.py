@@ -11,6 +11,8 @@ import time
 from typing import Any, TypeVar
 
 from fedlora.plan import (
+    LONGEST_LABEL,
+    MOST_ANNOUNCED,
     MOST_LABELS,
     PROTOCOL,
     Proposal,
@@ -31,6 +33,8 @@ from .tensors import Shapes, WireError, header_of, shapes_of
 
 SERVICE = "/fedlora.Federation/Session"
 MAX_NAME, MAX_TEXT = 64, 2000
+SECRET_BYTES = 32
+"""Of what proves that a name is a client's own."""
 Key = tuple[str, int, int]
 Headed = TypeVar("Headed", pb.TrainRequest, pb.Upload)
 
@@ -57,12 +61,14 @@ def proposal_from_wire(welcome: pb.Welcome) -> Proposal:
         raise WireError(f"the server's welcome is not valid: {error}") from None
 
 
-def labels_from_wire(labels, most: int = MOST_LABELS) -> tuple[str, ...]:
+def labels_from_wire(labels, *, announced: bool = False) -> tuple[str, ...]:
+    """A server's label set, or what a client `announced`."""
+    most, longest = (MOST_ANNOUNCED, LONGEST_LABEL) if announced else (MOST_LABELS, 200)
     if len(labels) > most:
         raise WireError(f"{len(labels)} label names are more than the {most} that may be")
-    if len(set(labels)) != len(labels) or not all(label and len(label) <= 200 and label.isprintable()
+    if len(set(labels)) != len(labels) or not all(label and len(label) <= longest and label.isprintable()
                                                   for label in labels):
-        raise WireError("a label is repeated, empty, longer than 200 characters or not printable")
+        raise WireError(f"a label is repeated, empty, longer than {longest} characters or not printable")
     return tuple(labels)
 
 

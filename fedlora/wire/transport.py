@@ -32,6 +32,8 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
     ("grpc.so_reuseport", 0),  # by default a second server may bind the same port, and takes half of the clients
 )
+FRAME_PREFIX_BYTES = 5
+"""gRPC's own, before each frame."""
 JOIN_TIMEOUT_S = 10.0
 """The first frame of either side must come within this."""
 STALL_TIMEOUT_S = 60.0

@@ -173,9 +173,14 @@ def _begun(options: ServerConfig, listen: Listen | None) -> Path | None:
 
 
 def _joined(engine: RegistryEngine, before: Mapping[str, Mapping[str, object]]) -> dict[str, Mapping[str, object]]:
-    """Name → what a client disclosed when it joined; label names are asked for once, maybe by an earlier server."""
+    """Name → what a client disclosed when it joined; label names are asked for once, maybe by an earlier server. Once
+    somebody was asked to train, those of the others are left out: they were for nothing, and anybody can announce them.
+    """
+    members = engine.members()
+    begun = any(member.asked for member in members)
     now = {member.name: {"fedlora_version": member.fedlora_version, "private": member.private,
-                         "label_names": list(member.announced_labels)} for member in engine.members()}
+                         "label_names": list(member.announced_labels if member.asked or not begun else ())}
+           for member in members}
     return {**before, **{name: about | {"label_names": about["label_names"] or before.get(name, {}).get(
         "label_names", [])} for name, about in now.items()}}
 

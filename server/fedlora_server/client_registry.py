@@ -2,7 +2,8 @@
 
 One lock guards everything. A client keeps its seat, by name, over broken streams; a stream that comes back with the
 same process token takes over, and orders that were not answered are given to it again. Once it was ready, nobody else
-has the name: whoever comes back shows its secret (`names`), or the token of the process that had it last.
+has the name: whoever comes back shows its secret (`names`), or the token of the process that had it last. Who shows the
+secret takes over a stream that still stands, as one does whose other end is gone.
 
 What strangers can have this remember is bounded. A client that leaves before it is ready is forgotten, and of those
 that were ready, are away and were never asked for anything the `MOST_AWAY` are remembered that were ready for longest:
@@ -12,11 +13,13 @@ whoever would have a name forgotten keeps more clients than there are places rea
 from __future__ import annotations
 
 import hmac
+import secrets
 import shlex
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import Protocol
 
 from flwr.app import Message
@@ -26,11 +29,14 @@ from fedlora.plan import Proposal, Refusal, Refused, RoundPlan, Tensors
 from fedlora.wire import Key, Repeats, pb
 
 from .engine import Outcome, node_id
-from .names import SECRET_BYTES, Names
+from .label_sets import FEW
+from .names import Names
 from .upload_store import Stored
 
 MOST_AWAY = 1024
 """Seats of clients that were never asked for anything and are gone."""
+MOST_LABELS_HELD = 100_000
+"""Label names that clients have announced. Beyond it, one that announces more than `FEW` is not taken."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,9 @@ class Member:
     Attributes:
         joined_at, ready_at: Unix time of the first Join, and of the first Ready or None.
         connected: whether its stream stands now. It can be asked to train if it is also ready.
-        announced_labels: the label names that it disclosed.
+        announced_labels: the label names that it disclosed. Of one that is away and was never asked the first `FEW`;
+            once the label set is settled, those in it and the first `FEW` others.
+        asked: whether it was asked for anything.
         bytes_up, bytes_down: moved over all its streams.
     """
 
@@ -50,6 +58,7 @@ class Member:
     ready_at: float | None
     connected: bool
     announced_labels: tuple[str, ...]
+    asked: bool
     fedlora_version: str
     private: bool
     bytes_up: int
@@ -83,15 +92,28 @@ class PendingRequest:
         yield from wire.transfer_frames(pb.ServerFrame(request=request).SerializeToString(), self.tensors)
 
 
+class Unproven(Refused):
+    """The name is a client's own, and the Join does not show its secret: whoever has it is to show it now."""
+
+
+class Standing(IntEnum):
+    """What a client has done for the run, the least first: one that has done more may have the place of another."""
+
+    NEW = 0
+    KNOWN = 1  # was asked; or comes back and shows its name's secret
+    UPLOADED = 2
+
+
 class ClientStream(Protocol):
     """What the registry needs of a client's stream. The calls are made under the registry's lock and must be quick."""
 
     name: str
     process: bytes
+    secret: bytes
 
     def ask(self, order: PendingRequest) -> None: ...
     def cancel(self, key: Key) -> None: ...
-    def close(self) -> None: ...
+    def close(self, why: Refusal | None = None) -> None: ...
 
 
 @dataclass
@@ -104,6 +126,7 @@ class _Seat:
     proposal: Proposal  # what its process was told
     joined_at: float
     ready_at: float | None = None
+    secret: bytes = b""
     labels: tuple[str, ...] = ()
     stream: ClientStream | None = None
     ready: bool = False
@@ -118,6 +141,10 @@ class _Seat:
 
     def order(self, key: Key) -> PendingRequest | None:
         return next((order for order in self.orders if order.plan.key == key), None)
+
+    @property
+    def standing(self) -> Standing:
+        return Standing.UPLOADED if self.accepted else Standing.KNOWN if self.asked else Standing.NEW
 
 
 class ClientRegistry:
@@ -140,20 +167,24 @@ class ClientRegistry:
         self._changed = threading.Condition()
         self._news = self._seen = 0
         self._seats: dict[int, _Seat] = {}
+        self._given: dict[int, _Seat] = {}  # by `nodes`, since the last `wait`: none of these is ever unknown
         self._orders: dict[str, PendingRequest] = {}
         self._moved_before = [0, 0]  # bytes up and down of seats that are forgotten
 
     # What the streams report.
 
-    def join(self, stream: ClientStream, join: pb.Join, told: Proposal | None = None) -> Proposal:
-        """Give the stream its name's seat.
+    def join(self, stream: ClientStream, join: pb.Join, told: Proposal | None = None,
+             admit: Callable[[Standing, ClientStream | None], None] = lambda standing, replaced: None) -> Proposal:
+        """Give the stream its name's seat, and the secret that is the name's once it is ready.
 
         Args:
             told: what its process was told before; None where that is not known yet.
+            admit: given what the client has done, and the stream that it takes over; it raises what it likes where
+                there is no place.
         Returns:
             What it is to be told: what its process was told when it came first, or what new ones are told now.
         Raises:
-            Refused: versions, privacy or names do not fit.
+            Refused: versions, privacy or names do not fit; `Unproven` where the name's secret would help.
             WireError: the name or the token is not one.
         """
         ours, theirs = self.proposal.plan.fedlora_version, wire.clean(join.fedlora_version)
@@ -166,25 +197,33 @@ class ClientRegistry:
             raise wire.WireError(str(error)) from None
         if len(join.process) != 16:
             raise wire.WireError("the process token does not have 16 bytes")
-        if len(join.secret) not in (0, SECRET_BYTES):
-            raise wire.WireError(f"the name's secret does not have {SECRET_BYTES} bytes")
+        if len(join.secret) not in (0, wire.SECRET_BYTES):
+            raise wire.WireError(f"the name's secret does not have {wire.SECRET_BYTES} bytes")
         if self.proposal.plan.private and not join.private:
             raise Refused("privacy-mismatch", "the server runs with --privacy required and this client with "
                                               "--epsilon inf; change one of the two flags")
+        own = self._names is not None and self._names.is_own(join.name, join.secret)
+        taken = not own and self._names is not None and not self._names.may_have(join.name, join.secret)
         with self._changed:
             node = node_id(join.name)
             seat = self._seats.get(node)
             again = seat is not None
-            if seat is None or not hmac.compare_digest(seat.process, join.process):
-                self._check_name(join, seat)
+            same = seat is not None and hmac.compare_digest(seat.process, join.process)
+            if not own and not same:
+                self._check_name(join, seat, taken)
+            admit(max(seat.standing if seat is not None else Standing.NEW, Standing.KNOWN if own else Standing.NEW),
+                  seat.stream if seat is not None else None)
             if seat is None:
                 seat = _Seat(join.name, node, join.process, theirs, join.private, told or self.proposal, time.time())
                 self._seats[node] = seat
             elif seat.stream is not None:
-                self._vacate(seat)
-            if seat.process != join.process:
+                self._vacate(seat, None if same else Refusal("name-in-use", "another process came and showed this "
+                                                                            "name's secret"))
+            if not same:
                 seat.proposal = told or self.proposal
-            stream.name, stream.process = join.name, join.process
+            if self._names is not None:
+                seat.secret = join.secret or (seat.secret if same else b"") or secrets.token_bytes(wire.SECRET_BYTES)
+            stream.name, stream.process, stream.secret = join.name, join.process, seat.secret
             seat.stream, seat.process, seat.version, seat.private = stream, join.process, theirs, join.private
             self._new(Event("rejoined" if again else "joined", seat.name))
             return seat.proposal
@@ -194,6 +233,8 @@ class ClientRegistry:
 
         Returns:
             Whether it has the seat; not if another stream has taken it over.
+        Raises:
+            Refused: it announced more label names than can be remembered.
         """
         with self._changed:
             seat = self._seat(stream)
@@ -203,7 +244,12 @@ class ClientRegistry:
                 raise wire.WireError("labels were announced though nobody asked for them")
             if seat.ready:
                 raise wire.WireError("a client is ready once on a stream")
-            seat.ready, seat.ready_from, seat.labels = True, time.monotonic(), labels or seat.labels
+            if self.proposal.announce_labels and len(labels) > FEW and (
+                    len(labels) + sum(len(other.labels) for other in self._seats.values()) > MOST_LABELS_HELD):
+                raise Refused("unavailable", f"{len(labels)} label names are more than the server remembers beside "
+                                             "those of the other clients; the coordinator can name them with --labels")
+            seat.ready, seat.ready_from = True, time.monotonic()
+            seat.labels = self._remembered(labels) or seat.labels
             seat.ready_at = seat.ready_at or time.time()
             seat.working = working
             for order in seat.orders:
@@ -213,17 +259,20 @@ class ClientRegistry:
                     and not self._left_over(seat)):
                 stream.cancel(working)
             self._dispatch(seat)
-            self._new(Event("ready", seat.name, f"discloses its label names {', '.join(labels)}" if labels else ""))
+            self._new(Event("ready", seat.name, _disclosed(labels)))
             return True
 
     def gone(self, stream: ClientStream, kind: str = "lost") -> None:
         """The stream ended. What the client was asked is lost, until it comes back."""
         with self._changed:
             seat = self._seat(stream)
-            if seat is not None:
-                self._vacate(seat)
-                self._forget_seats(seat)
-                self._new(Event(kind, seat.name))
+            if seat is None:
+                return
+            self._vacate(seat)
+            forgotten = self._forget_seats(seat)
+            self._new(Event(kind, seat.name))
+        if forgotten is not None and self._names is not None:
+            self._names.forget(forgotten)
 
     def expected(self, stream: ClientStream, key: Key) -> PendingRequest | None:
         """The order that an upload with this key would answer; None if it was accepted before.
@@ -290,32 +339,41 @@ class ClientRegistry:
         """Tell this label set to those who join from now on, and ask them for no label names."""
         with self._changed:
             self.proposal = replace(self.proposal, plan=replace(self.proposal.plan, labels=labels))
+            for seat in self._seats.values():
+                seat.labels = self._remembered(seat.labels)
 
     def members(self) -> list[Member]:
         """All that became ready, in that order, and then those that have joined and are not; without those that are
         forgotten."""
         with self._changed:
-            members = [Member(s.name, s.node_id, s.joined_at, s.ready_at, s.stream is not None, s.labels, s.version,
-                              s.private, s.bytes_up, s.bytes_down) for s in self._seats.values()]
+            members = [Member(s.name, s.node_id, s.joined_at, s.ready_at, s.stream is not None, s.labels, bool(s.asked),
+                              s.version, s.private, s.bytes_up, s.bytes_down) for s in self._seats.values()]
         return sorted(members, key=lambda m: (m.ready_at or float("inf"), m.joined_at))
 
     def nodes(self, *, idle: bool) -> list[int]:
-        """Connected and ready clients, sorted by name; with `idle` only those that have nothing to do."""
+        """Connected and ready clients, sorted by name; with `idle` only those that have nothing to do.
+
+        Until the next `wait` each has a name and can be asked, whatever becomes of it meanwhile.
+        """
         with self._changed:
             seats = [s for s in self._seats.values() if s.stream is not None and s.ready and not (
                 idle and ((s.working and not self._left_over(s))
                           or any(o.outcome in (None, "lost") for o in s.orders)))]
+            self._given.update((seat.node_id, seat) for seat in seats)
         return [seat.node_id for seat in sorted(seats, key=lambda s: s.name)]
 
     def name_of(self, node: int) -> str:
         with self._changed:
-            if node not in self._seats:
+            seat = self._seats.get(node) or self._given.get(node)
+            if seat is None:
                 raise ValueError(f"no client with node id {node} has joined; ids are those of get_node_ids()")
-            return self._seats[node].name
+            return seat.name
 
     def push(self, orders: Collection[PendingRequest]) -> None:
         with self._changed:
             for order in orders:
+                if order.node_id not in self._seats:  # it left since its id was given, and was forgotten
+                    self._remember_seat(self._given[order.node_id])
                 if order.plan.key in self._seats[order.node_id].asked:
                     raise ValueError(f"client {self._seats[order.node_id].name!r} was asked for round "
                                      f"{order.plan.round}, attempt {order.plan.attempt} before; raise the attempt, so "
@@ -332,6 +390,7 @@ class ClientRegistry:
 
     def wait(self, message_ids: Collection[str], timeout_s: float) -> dict[str, Outcome]:
         with self._changed:
+            self._given.clear()
             self._changed.wait_for(lambda: self._news != self._seen, timeout_s)
             self._seen = self._news
             orders = {i: self._orders[i] for i in message_ids if i in self._orders}
@@ -364,6 +423,12 @@ class ClientRegistry:
             return (self._moved_before[0] + sum(seat.bytes_up for seat in self._seats.values()),
                     self._moved_before[1] + sum(seat.bytes_down for seat in self._seats.values()))
 
+    def standing(self, stream: ClientStream) -> Standing:
+        """Of the client whose stream this is."""
+        with self._changed:
+            seat = self._seat(stream)
+            return Standing.NEW if seat is None else seat.standing
+
     def streams(self) -> list[ClientStream]:
         with self._changed:
             return [seat.stream for seat in self._seats.values() if seat.stream is not None]
@@ -375,34 +440,51 @@ class ClientRegistry:
         seat = self._seats.get(node_id(stream.name)) if stream.name else None
         return seat if seat is not None and seat.stream is stream else None
 
-    def _check_name(self, join: pb.Join, seat: _Seat | None) -> None:
-        """Raises Refused where a process that did not have the name last may not have it."""
+    def _check_name(self, join: pb.Join, seat: _Seat | None, taken: bool) -> None:
+        """Raises Refused where a process that did not have the name last, and shows no secret, may not have it."""
+        why = Unproven if taken and not join.secret else Refused
         if seat is not None and seat.stream is not None:
-            raise Refused("name-in-use", f"a client named {join.name!r} is connected; choose another --name, or stop "
-                                         "the other client first. (One whose machine is gone is forgotten within "
-                                         f"{wire.NOTICED_WITHIN_S} s.)")
-        if self._names is not None and not self._names.may_have(join.name, join.secret):
+            raise why("name-in-use", f"a client named {join.name!r} is connected; choose another --name, or stop the "
+                                     "other client first. (One whose machine is gone is forgotten within "
+                                     f"{wire.NOTICED_WITHIN_S} s.)")
+        if taken:
             shown = "another secret than it was given" if join.secret else "no secret of it"
-            raise Refused("name-in-use", f"{join.name!r} took part in this run before, and this client shows {shown}. "
-                                         "Start it with the --state folder that the name was used with; if that is "
-                                         "lost, the coordinator frees the name with `fedlora-server forget "
-                                         f"{shlex.quote(join.name)} --out RUN_FOLDER`")
+            raise why("name-in-use", f"{join.name!r} took part in this run before, and this client shows {shown}. "
+                                     "Start it with the --state folder that the name was used with; if that is lost, "
+                                     "the coordinator frees the name with `fedlora-server forget "
+                                     f"{shlex.quote(join.name)} --out RUN_FOLDER`")
 
-    def _forget_seats(self, gone: _Seat) -> None:
-        """Keep what is remembered of clients that are away within its bound."""
-        if gone.ready_at is None and not gone.asked:
-            return self._forget_seat(gone)
+    def _forget_seats(self, gone: _Seat) -> str | None:
+        """Keep what is remembered of clients that are away within its bound. Returns the name that is free now."""
+        if gone.asked:
+            return None
+        if gone.ready_at is None:
+            self._forget_seat(gone)
+            return None
         away = [seat for seat in self._seats.values() if seat.stream is None and not seat.asked]
-        if len(away) > MOST_AWAY:
-            first = min(away, key=lambda seat: seat.ready_s)
-            self._forget_seat(first)
-            if self._names is not None:
-                self._names.forget(first.name)
+        if len(away) <= MOST_AWAY:
+            return None
+        first = min(away, key=lambda seat: seat.ready_s)
+        self._forget_seat(first)
+        return first.name
 
     def _forget_seat(self, seat: _Seat) -> None:
         del self._seats[seat.node_id]
         self._moved_before[0] += seat.bytes_up
         self._moved_before[1] += seat.bytes_down
+
+    def _remember_seat(self, seat: _Seat) -> None:
+        self._seats[seat.node_id] = seat
+        self._moved_before[0] -= seat.bytes_up
+        self._moved_before[1] -= seat.bytes_down
+
+    def _remembered(self, labels: tuple[str, ...]) -> tuple[str, ...]:
+        """Of the label names that a client announced."""
+        if self.proposal.announce_labels or len(labels) <= FEW:
+            return labels
+        settled = {label: label for label in self.proposal.plan.labels}  # one string, whoever announced it
+        others = [label for label in labels if label not in settled][:FEW]
+        return tuple(settled.get(label, label) for label in labels if label in settled or label in others)
 
     def _left_over(self, seat: _Seat) -> bool:
         """Whether the client works on the round that an earlier server had begun."""
@@ -416,9 +498,11 @@ class ClientRegistry:
             seat.working = order.plan.key
             seat.stream.ask(order)
 
-    def _vacate(self, seat: _Seat) -> None:
+    def _vacate(self, seat: _Seat, why: Refusal | None = None) -> None:
         if seat.stream is not None:
-            seat.stream.close()
+            seat.stream.close(why)
+        if not seat.asked:
+            seat.labels = seat.labels[:FEW]
         if seat.ready:
             seat.ready_s += time.monotonic() - seat.ready_from
         seat.stream, seat.ready, seat.working = None, False, None
@@ -435,3 +519,10 @@ class ClientRegistry:
         self._changed.notify_all()
         if event is not None:
             self._notify(event)
+
+
+def _disclosed(labels: tuple[str, ...]) -> str:
+    """For the operator: a client decides how many they are, and not how long a line is."""
+    if len(labels) <= 3:
+        return f"discloses its label names {', '.join(labels)}" if labels else ""
+    return f"discloses {len(labels)} label names: {', '.join(labels[:3])}, …"

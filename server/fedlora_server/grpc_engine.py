@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from fedlora.plan import Proposal
 from fedlora_strategies.messages import assume_identity
 
 from .anchors import Anchors
-from .client_registry import Event
+from .client_registry import ClientStream, Event, Standing
 from .connections import Room, Strangers
-from .grpc_session import READY_TIMEOUT_S, GrpcSession
+from .grpc_session import READY_TIMEOUT_S, GrpcSession, NoPlace
 from .names import Names
 from .registry_engine import RegistryEngine
 
@@ -31,9 +31,13 @@ log = logging.getLogger(__name__)
 
 SPARE_STREAMS = 64
 """Streams that are just being ended, beside those of as many clients as may be. gRPC has a thread for each."""
+MOST_AT_THE_DOOR = SPARE_STREAMS // 2
+"""Streams that have no place, and whose Join is awaited to see whether they may have one."""
 
 LOOK_EVERY_S = 0.5
 """For overdue streams and for connections that carry no client; a look takes milliseconds."""
+
+TAKEN = "its place was needed for another client; join again"
 
 CLOSE_TIMEOUT_S = 2.0
 """How long clients have to hear the goodbye."""
@@ -50,17 +54,18 @@ class GrpcEngine(RegistryEngine):
     """Listens from the moment it is made, until `close`. This process' threads share memory from then on
     (`wire.share_arenas`).
 
-    A client keeps its place once it is ready. While all places are taken, whoever comes takes that of a stream that is
-    not: the oldest one of the peer with most. A client whose place was taken comes back by itself, and what it does
-    between Join and Ready goes on meanwhile.
+    While all places are taken, whoever comes takes that of a stream that is not ready: the oldest one of the peer with
+    most. Where all are ready, a client that has done more for the run (`Standing`) takes the place of one that has done
+    least, the latest of them, and any other is turned away. So those who only say that they are ready, however many,
+    keep out nobody who was asked before. A client whose place was taken comes back by itself, and what it does between
+    Join and Ready goes on meanwhile.
 
     Args:
         address: host:port; port 0 takes a free one (see `address`).
         proposal: told to every client that joins.
         uploads: folder for uploads that wait to be aggregated; made if absent, emptied of them at the end.
         insecure: allow plaintext beyond this machine.
-        max_clients: at a time; fewer where the system does not allow as many open files (`Room`). Once so many are
-            ready, further ones are turned away (RESOURCE_EXHAUSTED).
+        max_clients: at a time; fewer where the system does not allow as many open files (`Room`).
         names: folder that keeps whose names are taken, for a server that takes the run up again, once
             `keep_names` was called; None forgets them with this process.
         ready_within_s: from Join to Ready.
@@ -128,13 +133,11 @@ class GrpcEngine(RegistryEngine):
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         session = GrpcSession(self._registry, context, lambda: self._trained or {}, self._uploads, self._anchors,
-                              self._names, self._held_up)
+                              self._names, self._admit, self._held_up)
         with self._lock:
             if self._closed.is_set():
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the server is closing")
-            if not self._make_room():
-                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED,
-                              f"the server has {self._room.clients} clients that are ready, as many as it takes")
+            self._make_room(session)
             self._sessions.add(session)
         try:
             threading.Thread(target=self._read, args=(session, requests), name="fedlora-reader", daemon=True).start()
@@ -144,20 +147,34 @@ class GrpcEngine(RegistryEngine):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the server has no thread left for this stream")
         return session.responses()
 
-    def _make_room(self) -> bool:
-        """For one more stream, under the lock. False where all places are those of clients that are ready."""
-        present = [session for session in self._sessions if session.ended_at is None]
-        if len(present) < self._room.clients:
-            return True
-        waiting = [session for session in present if not session.is_ready]
-        if not waiting:
-            return False
-        of_peer = Counter(session.peer.group for session in waiting)
-        most = max(of_peer.values())
-        first = min((session for session in waiting if of_peer[session.peer.group] == most),
-                    key=lambda session: session.started_at)
-        first.end(grpc.StatusCode.RESOURCE_EXHAUSTED, "its place was needed for another client; join again")
-        return True
+    def _make_room(self, session: GrpcSession) -> None:
+        """For one more stream, under the lock: a place, or where all are those of ready clients one at the door."""
+        placed = self._placed()
+        if len(placed) < self._room.clients or _end_one_of([other for other in placed if not other.is_ready]):
+            return
+        session.has_place = False
+        waiting = [other for other in self._sessions if other.ended_at is None and not other.has_place]
+        if len(waiting) >= MOST_AT_THE_DOOR:
+            _end_one_of(waiting)
+
+    def _admit(self, session: GrpcSession, standing: Standing, replaced: ClientStream | None) -> None:
+        """Give a stream at the door a place, now that it is known whose it is.
+
+        Raises:
+            NoPlace: no client has done less for the run.
+        """
+        with self._lock:
+            placed = [other for other in self._placed() if other is not replaced]
+            if not session.has_place and len(placed) >= self._room.clients and not _end_one_of(
+                    [other for other in placed if not other.is_ready]):
+                last = min(placed, key=lambda other: (self._registry.standing(other), -other.started_at))
+                if self._registry.standing(last) >= standing:
+                    raise NoPlace(f"the server has {self._room.clients} clients that are ready, as many as it takes")
+                last.end(grpc.StatusCode.RESOURCE_EXHAUSTED, TAKEN)
+            session.has_place = True
+
+    def _placed(self) -> list[GrpcSession]:
+        return [session for session in self._sessions if session.ended_at is None and session.has_place]
 
     def _read(self, session: GrpcSession, requests: Iterator[bytes]) -> None:
         try:
@@ -178,3 +195,15 @@ class GrpcEngine(RegistryEngine):
             except OSError as error:  # no file could be opened to look; gRPC's own bounds hold
                 log.warning("The connections could not be looked at: %s", error,
                             extra={"peer": "", "kind": "connections"})
+
+
+def _end_one_of(waiting: Collection[GrpcSession]) -> bool:
+    """The oldest of the peer that has most. False where there is none."""
+    if not waiting:
+        return False
+    of_peer = Counter(session.peer.group for session in waiting)
+    most = max(of_peer.values())
+    first = min((session for session in waiting if of_peer[session.peer.group] == most),
+                key=lambda session: session.started_at)
+    first.end(grpc.StatusCode.RESOURCE_EXHAUSTED, TAKEN)
+    return True

@@ -9,7 +9,6 @@ has a bound; whoever goes beyond it has its stream ended in the same way.
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -20,19 +19,17 @@ from queue import SimpleQueue
 import grpc
 
 from fedlora import wire
-from fedlora.plan import MOST_ANNOUNCED, Refusal, Refused
+from fedlora.plan import Refusal, Refused
 from fedlora.wire import Incoming, Key, Repeats, Shapes, WireError, pb
 
 from .anchors import Anchors
-from .client_registry import ClientRegistry, PendingRequest
+from .client_registry import ClientRegistry, ClientStream, PendingRequest, Standing, Unproven
 from .connections import peer_of
-from .names import SECRET_BYTES, Names
+from .names import Names
 from .upload_store import HeldUp, IncomingUpload, Patience, Stored, new_upload, not_stored
 
 log = logging.getLogger(__name__)
 
-FRAME_PREFIX_BYTES = 5
-"""gRPC's own, before each frame."""
 DRAINED_BYTES = 512 << 20
 """This much of a refused upload may be under way when the sender hears of the refusal."""
 READY_TIMEOUT_S = 600.0
@@ -78,6 +75,10 @@ class _Upload:
             self.file.discard()
 
 
+class NoPlace(Exception):
+    """The server has as many clients as it takes; the message is for whoever was to come."""
+
+
 class GrpcSession:
     """A `Stream` of the registry.
 
@@ -86,22 +87,27 @@ class GrpcSession:
         uploads: folder for uploads.
         anchors: where uploads' anchors go. Nothing else here, and no strategy, sees them.
         names: where the name of a client that is ready is kept as its own.
+        admit: asked when the client joins, with what it has done and the stream that it takes over. Raises NoPlace.
         held_up: where uploads wait that cannot be stored for now.
 
     Attributes:
         peer: the client's end of the connection.
         name: empty until the client has joined; then it has a seat.
+        secret: keeps the name the client's once it is ready.
+        has_place: whether it holds one of the server's places; else it has until its Join to be given one.
         is_ready: whether it has said so.
         ended_at: since when the stream is being ended by this server, monotonic; None while it is not.
     """
 
     def __init__(self, registry: ClientRegistry, context: grpc.ServicerContext, trained: Callable[[], Shapes],
-                 uploads: Path, anchors: Anchors, names: Names, held_up: HeldUp) -> None:
-        self.name, self.process = "", b""
+                 uploads: Path, anchors: Anchors, names: Names,
+                 admit: Callable[[GrpcSession, Standing, ClientStream | None], None], held_up: HeldUp) -> None:
+        self.name, self.process, self.secret = "", b"", b""
+        self.has_place = True
         self.peer, self.is_ready = peer_of(context.peer()), False
         self.ended_at: float | None = None
         self.started_at = self.last_frame_at = time.monotonic()
-        self._names, self._secret = names, b""
+        self._names, self._admit, self._proof_wanted = names, admit, False
         self._asked = self._acknowledged = 0
         self._registry, self._context, self._trained, self._uploads = registry, context, trained, uploads
         self._anchors, self._held_up = anchors, held_up
@@ -124,8 +130,10 @@ class GrpcSession:
     def cancel(self, key: Key) -> None:
         self.send([pb.ServerFrame(cancel=wire.key_to_wire(key)).SerializeToString()])
 
-    def close(self) -> None:
-        """End the stream after what is queued."""
+    def close(self, why: Refusal | None = None) -> None:
+        """End the stream after what is queued, and say why it must not be opened again if it must not."""
+        if why is not None:
+            self.send([pb.ServerFrame(refused=wire.refusal_to_wire(why)).SerializeToString()])
         self._outgoing.put(None)
 
     def goodbye(self, reason: str) -> None:
@@ -154,7 +162,7 @@ class GrpcSession:
         """The frames for gRPC to send, until the stream is to end."""
         while (frames := self._outgoing.get()) is not None:
             for frame in frames:
-                self._registry.count(self, down=len(frame) + FRAME_PREFIX_BYTES)
+                self._registry.count(self, down=len(frame) + wire.FRAME_PREFIX_BYTES)
                 yield frame
         if self._failure is not None:
             self._context.abort(*self._failure)
@@ -164,7 +172,7 @@ class GrpcSession:
         try:
             for data in requests:
                 self.last_frame_at = time.monotonic()
-                self._registry.count(self, up=len(data) + FRAME_PREFIX_BYTES)
+                self._registry.count(self, up=len(data) + wire.FRAME_PREFIX_BYTES)
                 frame, chunk = wire.read_frame(pb.ClientFrame, data)
                 if frame is not None:
                     self._on_frame(frame)
@@ -186,8 +194,10 @@ class GrpcSession:
             if self._failure is not None:
                 log.warning("The stream of client %r was ended: %s", self.name, self._failure[1],
                             extra={"peer": self._peer, "kind": "ended"})
-            self._registry.gone(self, "left" if self._left else "lost")
-            self.close()
+            try:
+                self._registry.gone(self, "left" if self._left else "lost")
+            finally:
+                self.close()
 
     def _on_frame(self, frame: pb.ClientFrame) -> None:
         if self._acknowledged - self._asked > MOST_UNWANTED:
@@ -200,10 +210,7 @@ class GrpcSession:
         if kind == "join":
             self._on_join(frame.join)
         elif kind == "ready":
-            working = self._key(frame.ready.working) if frame.ready.HasField("working") else None
-            if self._registry.ready(self, wire.labels_from_wire(frame.ready.labels, MOST_ANNOUNCED), working):
-                self.is_ready = True
-                self._names.keep(self.name, self._secret)
+            self._on_ready(frame.ready)
         elif kind == "upload":
             self._on_upload(frame.upload)
         elif kind == "end":
@@ -215,17 +222,33 @@ class GrpcSession:
 
     def _on_join(self, join: pb.Join) -> None:
         try:
-            proposal = self._registry.join(self, join)
+            proposal = self._registry.join(self, join, admit=partial(self._admit, self))
+        except NoPlace as none:
+            self.end(grpc.StatusCode.RESOURCE_EXHAUSTED, str(none))
+            self._left = True
         except Refused as refused:
+            if isinstance(refused, Unproven) and not self._proof_wanted:
+                self._proof_wanted = True  # it learns of which run; a Join with that run's secret is to follow
+                welcome = wire.proposal_to_wire(replace(self._registry.proposal, anchor=None))
+                self.send([pb.ServerFrame(welcome=welcome).SerializeToString()])
+                return
             log.warning("A client that calls itself %r was turned away: %s", wire.clean(join.name), refused.refusal,
                         extra={"peer": self._peer, "kind": "turned away"})
-            self.send([pb.ServerFrame(refused=wire.refusal_to_wire(refused.refusal)).SerializeToString()])
-            self.close()
+            self.close(refused.refusal)
             self._left = True
         else:
             welcome = wire.proposal_to_wire(replace(proposal, anchor=self._anchors.newest(self.name)))
-            welcome.secret = self._secret = join.secret or secrets.token_bytes(SECRET_BYTES)
+            welcome.secret = self.secret
             self.send([pb.ServerFrame(welcome=welcome).SerializeToString()])
+
+    def _on_ready(self, ready: pb.Ready) -> None:
+        working = self._key(ready.working) if ready.HasField("working") else None
+        try:
+            if self._registry.ready(self, wire.labels_from_wire(ready.labels, announced=True), working):
+                self.is_ready = True
+                self._names.keep(self.name, self.secret)
+        except Refused as refused:
+            self.end(grpc.StatusCode.RESOURCE_EXHAUSTED, refused.refusal.detail)
 
     def _on_upload(self, upload: pb.Upload) -> None:
         if anchor := wire.anchor_from_wire(upload):  # whatever becomes of the upload: the client let it go

@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 FOLDER = "names"
 """Of a run's folder."""
-SECRET_BYTES = 32
 
 
 def file_of(folder: Path, name: str) -> Path:
@@ -80,6 +79,12 @@ class Names:
             self._drop(name)
             return True
 
+    def is_own(self, name: str, secret: bytes) -> bool:
+        """Whether the name belongs to who shows this secret."""
+        with self._lock:
+            digest = self._digests.get(name)
+            return digest is not None and hmac.compare_digest(digest, _digest(secret))
+
     def keep(self, name: str, secret: bytes) -> None:
         """The name is theirs. Where it cannot be written, it is as long as this process lives."""
         with self._lock:
@@ -90,10 +95,14 @@ class Names:
                 self._write(name)
 
     def forget(self, name: str) -> None:
-        """The name is free."""
+        """The name is free. Where its file cannot be removed, it is as long as this process lives."""
         with self._lock:
             if self._folder is not None and name in self._written:
-                file_of(self._folder, name).unlink(missing_ok=True)
+                try:
+                    file_of(self._folder, name).unlink(missing_ok=True)
+                except OSError as error:
+                    log.warning("%s cannot be changed (%s): that the name %r is free is known only while this server "
+                                "lives", self._folder, error, name, extra={"peer": "", "kind": "name not removed"})
             self._drop(name)
 
     def _drop(self, name: str) -> None:

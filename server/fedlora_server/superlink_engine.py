@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 
 from fedlora import wire
 from fedlora.adapters import AdapterLayout
-from fedlora.plan import MOST_ANNOUNCED, Proposal, Refusal, Refused, Upload
+from fedlora.plan import Proposal, Refusal, Refused, Upload
 from fedlora.wire import Key, pb
 from fedlora_strategies.messages import is_undelivered, join_message, read_join_reply, read_reply, train_message
 
@@ -45,7 +45,7 @@ class _Node:
 
     def __init__(self, flower_id: int, told: Proposal, outgoing: SimpleQueue[tuple[_Node, PendingRequest]]) -> None:
         self.flower_id, self.told = flower_id, told
-        self.name, self.process = "", b""
+        self.name, self.process, self.secret = "", b"", b""
         self.cancelled: Key | None = None
         self._outgoing = outgoing
 
@@ -56,7 +56,7 @@ class _Node:
         """Takes effect if the order has not been sent yet; Flower has no message to stop a node."""
         self.cancelled = key
 
-    def close(self) -> None:
+    def close(self, why: Refusal | None = None) -> None:
         """There is no connection."""
 
 
@@ -169,7 +169,7 @@ class SuperLinkEngine(RegistryEngine):
             join, ready = (partial(wire.parse, pb.ClientFrame, frame) for frame in answer)
             self._registry.join(node, join().join, node.told)
             labels = ready().ready.labels  # read only where the versions fit
-            self._registry.ready(node, wire.labels_from_wire(labels, MOST_ANNOUNCED), None)
+            self._registry.ready(node, wire.labels_from_wire(labels, announced=True), None)
         except Refused as refused:
             self._notify(Event("declined", node.name or f"SuperNode {node.flower_id}", str(refused.refusal)))
         except Exception as error:

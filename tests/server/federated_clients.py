@@ -18,12 +18,12 @@ from fedlora_client.state import FolderState
 
 
 class KeptSecrets(dict):
-    """What proves to servers that a name is somebody's, for as long as the test lasts."""
+    """What proves in one run that a name is somebody's, for as long as the test lasts."""
 
-    def secret(self, server: str, name: str) -> bytes:
+    def secret(self, run_id: str, name: str) -> bytes:
         return self.get(name, b"")
 
-    def save_secret(self, server: str, name: str, secret: bytes) -> None:
+    def save_secret(self, run_id: str, name: str, secret: bytes) -> None:
         self[name] = secret
 
 

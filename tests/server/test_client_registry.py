@@ -20,7 +20,7 @@ class Line:
     """A client's stream, and what went over it."""
 
     def __init__(self):
-        self.name, self.process, self.said = "", b"", []
+        self.name, self.process, self.secret, self.said = "", b"", b"", []
 
     def ask(self, order):
         self.said.append(("task", order.plan.key))
@@ -28,7 +28,7 @@ class Line:
     def cancel(self, key):
         self.said.append(("cancel", key))
 
-    def close(self):
+    def close(self, why=None):
         self.said.append(("close",))
 
 

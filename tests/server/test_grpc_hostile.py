@@ -36,6 +36,12 @@ def join_frame(name: str = "mallory", **changes) -> pb.ClientFrame:
     return pb.ClientFrame(join=pb.Join(**(fields | changes)))
 
 
+def welcome_frame(secret: bytes = bytes(wire.SECRET_BYTES)) -> bytes:
+    welcome = wire.proposal_to_wire(Proposal(RUN))
+    welcome.secret = secret
+    return pb.ServerFrame(welcome=welcome).SerializeToString()
+
+
 def upload_frames(tensors=UPLOAD) -> list[bytes]:
     return list(wire.transfer_frames(upload_head(tensors), tensors))
 
@@ -213,7 +219,7 @@ class HostileServer:
         def serve(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             next(requests)
             if welcome:
-                yield pb.ServerFrame(welcome=wire.proposal_to_wire(Proposal(RUN))).SerializeToString()
+                yield welcome_frame()
                 next(requests)
             yield from frames
             yield pb.ServerFrame(goodbye=pb.Goodbye(reason="enough")).SerializeToString()

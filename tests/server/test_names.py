@@ -56,7 +56,7 @@ def test_a_name_that_was_ready_is_refused_to_who_does_not_show_its_secret_and_gi
     engine, state = listen(), FolderState(tmp_path / "state")
     leave(engine, client(engine, state))
     stranger = FolderState(tmp_path / "stranger")
-    stranger.save_secret(engine.address, "north", OTHER)
+    stranger.save_secret(RUN.run_id, "north", OTHER)
     for kept in (None, stranger):
         with pytest.raises(Refused, match=r"--state folder.*fedlora-server forget north --out") as refused:
             client(engine, kept)
@@ -73,6 +73,42 @@ def test_the_same_process_has_its_name_back_without_anything_on_the_disk(listen)
     while not (engine.members()[0].connected and engine.get_node_ids()):
         engine.wait([], 0.02)
     north.leave()
+
+
+def test_a_secret_is_shown_to_no_server_of_another_run(listen, tmp_path):
+    engine, state = listen(), FolderState(tmp_path / "state")
+    leave(engine, client(engine, state))
+    others = GrpcEngine("127.0.0.1:0", Proposal(plan_of("ffa-lora", run_id="b" * 16)), tmp_path / "others")
+    leave(others, client(others))
+    with pytest.raises(Refused, match="shows no secret of it"):
+        client(others, state)
+    others.close("the test is over")
+
+
+def test_whoever_shows_the_secret_takes_over_a_stream_that_still_stands_and_who_had_it_is_told(listen, tmp_path):
+    engine, state = listen(), FolderState(tmp_path / "state")
+    before = client(engine, state)
+    again = client(engine, state)
+    with pytest.raises(Refused, match="another process"):
+        before.next_request()
+    while not engine.get_node_ids():
+        engine.wait([], 0.02)
+    with pytest.raises(Refused, match="is connected"):
+        client(engine)
+    leave(engine, again)
+
+
+def test_a_process_that_comes_back_keeps_the_secret_that_it_has(listen, tmp_path):
+    """So that a crash between a Welcome and the next Ready locks nobody out."""
+    engine, state = listen(), FolderState(tmp_path / "state")
+    north = client(engine, state)
+    secret = state.secret(RUN.run_id, "north")
+    [session] = engine._sessions
+    session._context.cancel()
+    while not any(other is not session and other.is_ready for other in list(engine._sessions)):
+        engine.wait([], 0.02)
+    assert secret and state.secret(RUN.run_id, "north") == secret
+    leave(engine, north)
 
 
 def test_a_name_that_never_was_ready_is_nobodys(listen):
@@ -154,26 +190,36 @@ def test_a_name_that_cannot_be_written_holds_as_long_as_the_server(tmp_path, cap
     assert "cannot be written" in caplog.text
 
 
-def test_a_client_keeps_the_secret_of_each_server_and_name_for_itself(tmp_path):
+def test_a_name_whose_file_cannot_be_removed_is_free_as_long_as_the_server_lives(tmp_path, caplog):
+    names = Names(tmp_path / "names")
+    names.begin()
+    names.keep("north", OWN)
+    path = file_of(tmp_path / "names", "north")
+    path.unlink()
+    path.mkdir()
+    names.forget("north")
+    assert names.may_have("north", OTHER) and "cannot be changed" in caplog.text
+
+
+def test_a_client_keeps_the_secret_of_each_run_and_name_for_itself(tmp_path):
     state = FolderState(tmp_path)
-    state.save_secret("127.0.0.1:1", "north", OTHER)
-    state.save_secret("127.0.0.1:1", "north", OWN)
-    state.save_secret("127.0.0.1:2", "north", OTHER)
-    assert state.secret("127.0.0.1:1", "north") == OWN and state.secret("127.0.0.1:2", "north") == OTHER
-    assert state.secret("localhost:3", "north") == OTHER, "the newest of the host, at a port that is not known yet"
-    assert state.secret("127.0.0.1:1", "south") == state.secret("192.0.2.1:1", "north") == b""
+    state.save_secret("a" * 16, "north", OTHER)
+    state.save_secret("a" * 16, "north", OWN)
+    state.save_secret("b" * 16, "north", OTHER)
+    assert state.secret("a" * 16, "north") == OWN and state.secret("b" * 16, "north") == OTHER
+    assert state.secret("a" * 16, "south") == state.secret("c" * 16, "north") == b""
     assert stat.S_IMODE(os.stat(tmp_path / "secrets.json").st_mode) == 0o600
-    for port in range(300):
-        state.save_secret(f"127.0.0.1:{port}", "south", OTHER)
-    assert len(state._secrets()) == 100 and state.secret("127.0.0.1:299", "south") == OTHER
+    for number in range(300):
+        state.save_secret(f"{number:016}", "south", OTHER)
+    assert len(state._secrets()) == 100 and state.secret(f"{299:016}", "south") == OTHER
 
 
 def test_a_secret_that_cannot_be_kept_is_said_and_the_client_goes_on(listen):
     class Full(dict):
-        def secret(self, server, name):
+        def secret(self, run_id, name):
             return b""
 
-        def save_secret(self, server, name, secret):
+        def save_secret(self, run_id, name, secret):
             raise OSError(28, "No space left on device")
 
     said, engine = [], listen()

@@ -11,16 +11,19 @@ import pytest
 
 import fedlora
 from fedlora import wire
-from fedlora.plan import PROTOCOL, Proposal, Refusal
+from fedlora.plan import PROTOCOL, Proposal, Refusal, Refused
 from fedlora.wire import pb
 from fedlora_client.connection import Connection, ServerUnreachable
-from fedlora_server.client_registry import MOST_AWAY, ClientRegistry
+from fedlora_client.state import FolderState
+from fedlora_server.client_registry import MOST_AWAY, MOST_LABELS_HELD, ClientRegistry
 from fedlora_server.engine import node_id
 from fedlora_server.grpc_engine import GrpcEngine
+from fedlora_server.label_sets import FEW
 from fedlora_server.names import Names
 from tests.federation import plan_of
 from tests.processes import PATIENCE
-from tests.server.test_client_registry import Line
+from tests.server.federated_clients import KeptSecrets
+from tests.server.test_client_registry import Line, order
 from tests.server.test_grpc_hostile import KEY, READY, converse, join_frame
 
 RUN = plan_of("ffa-lora")
@@ -98,6 +101,53 @@ def test_while_all_places_are_those_of_ready_clients_the_next_one_is_told_so(lis
         one.leave()
 
 
+def test_ready_clients_that_were_never_asked_keep_out_nobody_who_shows_a_secret_of_the_run(listen, tmp_path):
+    engine, state = listen(max_clients=PLACES), FolderState(tmp_path / "state")
+    north = Connection(engine.address, "north", private=False, secrets=state)
+    north.join()
+    north.ready()
+    wait_until(engine.get_node_ids, engine)
+    north.leave()
+    wait_until(lambda: not engine.get_node_ids(), engine)
+    sitting = [Sitting(engine, f"client {number}", READY) for number in range(PLACES)]
+    wait_until(lambda: len(engine.get_node_ids()) == PLACES, engine)
+    north = Connection(engine.address, "north", private=False, secrets=state)
+    north.join()
+    north.ready()
+    wait_until(lambda: node_id("north") in engine.get_node_ids(), engine)
+    with pytest.raises(grpc.RpcError) as ended:
+        next(sitting[-1].call)
+    assert ended.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "place was needed" in ended.value.details()
+    assert len(engine.get_node_ids()) == PLACES
+    for one in (north, *sitting):
+        one.leave()
+
+
+def test_streams_that_wait_at_the_door_and_say_nothing_keep_out_nobody_who_is_known(listen):
+    engine = listen(max_clients=PLACES)
+    secrets = KeptSecrets()
+    for place in (1, 2):
+        north = Connection(engine.address, "north", private=False, secrets=secrets)
+        north.join()
+        north.ready()
+        wait_until(lambda: node_id("north") in engine.get_node_ids(), engine)
+        if place == 2:
+            break
+        north.leave()
+        wait_until(lambda: not engine.get_node_ids(), engine)
+        sitting = [Sitting(engine, f"client {number}", READY) for number in range(PLACES)]
+        wait_until(lambda: len(engine.get_node_ids()) == PLACES, engine)
+        channels = [grpc.insecure_channel(engine.address, options=wire.CHANNEL_OPTIONS) for _ in range(100)]
+        done = threading.Event()
+        silent = [channel.stream_stream(wire.SERVICE)(iter(done.wait, True)) for channel in channels]
+    done.set()
+    for channel in channels:
+        channel.close()
+    assert silent
+    for one in (north, *sitting):
+        one.leave()
+
+
 def test_a_client_that_takes_longer_than_it_may_to_become_ready_joins_again_and_is_ready_then(listen):
     engine, said = listen(ready_within_s=0.5), []
     north = Connection(engine.address, "north", private=False, report=said.append)
@@ -165,3 +215,55 @@ def test_of_names_that_are_away_and_were_never_asked_those_are_remembered_that_w
     assert len(remembered) == MOST_AWAY and "north" in remembered
     assert not names.may_have("north", b"")
     assert {json.loads(path.read_text())["name"] for path in (tmp_path / "names").iterdir()} <= remembered
+
+
+def test_a_client_that_was_named_as_idle_and_is_forgotten_before_it_is_asked_is_lost():
+    registry = ClientRegistry(Proposal(RUN), lambda event: None, names=Names(None))
+    north = joined(registry, "north")
+    registry.ready(north, (), None)
+    registry.count(north, up=3, down=5)
+    [node] = registry.nodes(idle=True)
+    registry.gone(north)
+    for number in range(MOST_AWAY + 10):
+        line = joined(registry, f"name {number}")
+        registry.ready(line, (), None)
+        time.sleep(1e-4)
+        registry.gone(line)
+    assert "north" not in {member.name for member in registry.members()}
+    assert registry.name_of(node) == "north" and registry.moved() == (3, 5)
+    registry.push([order(1)])
+    assert registry.wait(["1/0"], 0.0) == {"1/0": "lost"}
+    assert registry.name_of(node) == "north" and registry.moved() == (3, 5)
+
+
+LONG = tuple(f"label {number}" for number in range(999))
+
+
+def announces(registry, name, labels):
+    line = joined(registry, name)
+    registry.ready(line, labels, None)
+    return line
+
+
+def test_a_line_about_label_names_does_not_grow_with_them():
+    events = []
+    registry = ClientRegistry(Proposal(RUN.with_open_labels()), events.append)
+    announces(registry, "north", LONG)
+    assert events[-1].detail == "discloses 999 label names: label 0, label 1, label 2, …"
+    announces(registry, "south", ("no", "yes"))
+    assert events[-1].detail == "discloses its label names no, yes"
+
+
+def test_of_label_names_a_bounded_number_is_held_and_few_are_taken_from_anybody():
+    registry = ClientRegistry(Proposal(RUN.with_open_labels()), lambda event: None)
+    with pytest.raises(Refused, match="--labels"):
+        for number in range(MOST_LABELS_HELD // len(LONG) + 1):
+            last = announces(registry, f"name {number}", tuple(f"{number} {label}" for label in LONG))
+    announces(registry, "north", ("no", "yes"))
+    held = sum(len(member.announced_labels) for member in registry.members())
+    registry.gone(last)
+    assert held <= MOST_LABELS_HELD and held - sum(
+        len(member.announced_labels) for member in registry.members()) == len(LONG) - FEW
+    registry.fix_labels(("no", "yes"))
+    assert max(len(member.announced_labels) for member in registry.members()) == FEW
+    assert {member.name: member.announced_labels for member in registry.members()}["north"] == ("no", "yes")
