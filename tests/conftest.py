@@ -1,19 +1,25 @@
+from __future__ import annotations
+
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.processes import Deployment
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny models only lose by more threads
 
 # a shell script's background jobs, and what they start, ignore Ctrl-C; tests send it to their processes
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-WAITING = frozenset({"test_bench", "test_demo", "test_end_to_end", "test_files_of_protocol_4", "test_hostile_server",
-                     "test_kills", "test_neighbours", "test_restarts", "test_snapshots", "test_strategy_toys",
-                     "test_superlink", "test_workers"})
+WAITING = frozenset({"test_attacks", "test_bench", "test_demo", "test_end_to_end", "test_files_of_protocol_4",
+                     "test_hostile_server", "test_kills", "test_neighbours", "test_orderly_stop", "test_restarts",
+                     "test_snapshots", "test_strategy_toys", "test_superlink", "test_workers"})
 """Modules whose tests start processes and wait for them."""
 
 
@@ -51,6 +57,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return folders[kind]
 
     return folder_of
+
+
+@pytest.fixture
+def deploy(tmp_path: Path, checkpoint: Callable[[str], Path]) -> Iterator[Callable[[str], Deployment]]:
+    """Start deployments, each in a folder of its own."""
+    from tests.processes import Deployment
+
+    started: list[Deployment] = []
+
+    def deploy(name: str) -> Deployment:
+        folder = tmp_path / name
+        folder.mkdir()
+        started.append(Deployment(folder, checkpoint("bert")))
+        return started[-1]
+
+    yield deploy
+    for deployment in started:
+        deployment.__exit__()
 
 
 @pytest.fixture

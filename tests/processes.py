@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from safetensors.numpy import load_file
 
 import fedlora_simulations.processes as simulated
 from fedlora.privacy.accounting import nominal_size
@@ -175,6 +176,11 @@ class Deployment:
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
+
+    def adapter(self) -> dict[str, bytes]:
+        """Tensor name → bytes, of the adapter that the run left."""
+        tensors = load_file(self.out / "adapter" / "adapter_model.safetensors")
+        return {name: tensor.tobytes() for name, tensor in tensors.items()}
 
     def wait_for(self, name: str, text: str, timeout_s: float = 90.0) -> None:
         """Block until the log of a process holds `text`."""

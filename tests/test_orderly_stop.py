@@ -7,35 +7,13 @@ import shutil
 import signal
 
 import pytest
-from safetensors.numpy import load_file
 
-from tests.processes import Deployment, write_rows
+from tests.processes import write_rows
 
 SMALL = ("--rank", 2, "--local-steps", 2, "--batch-size", 8, "--max-length", 16)
 LONG = (*SMALL, "--local-steps", 5, "--batch-size", 120)
 PLENTY = 200
 """An ε so large that its noise is found at once."""
-
-
-@pytest.fixture
-def deploy(tmp_path, checkpoint):
-    """Start deployments, each in a folder of its own."""
-    started = []
-
-    def deploy(name):
-        folder = tmp_path / name
-        folder.mkdir()
-        started.append(Deployment(folder, checkpoint("bert")))
-        return started[-1]
-
-    yield deploy
-    for deployment in started:
-        deployment.__exit__()
-
-
-def adapter(deployment):
-    tensors = load_file(deployment.out / "adapter" / "adapter_model.safetensors")
-    return {name: tensor.tobytes() for name, tensor in tensors.items()}
 
 
 def test_clients_of_a_suspended_server_wait_and_the_same_command_goes_on_to_the_same_adapter(deploy, tmp_path):
@@ -58,7 +36,7 @@ def test_clients_of_a_suspended_server_wait_and_the_same_command_goes_on_to_the_
         assert deployment.end("server") == 0, deployment.log("server")
         assert deployment.end("north") == deployment.end("south") == 0, deployment.log("north")
     assert "goes on after round 1 of 3" in broken.log("server")
-    assert adapter(broken) == adapter(whole)
+    assert broken.adapter() == whole.adapter()
     assert broken.server(*server).wait(60) == 2 and "is not empty" in broken.log("server"), "a finished run is kept"
 
 

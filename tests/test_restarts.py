@@ -21,29 +21,13 @@ from fedlora.privacy import Accountant, Ledger, Spend
 from fedlora.privacy.report import verify
 from fedlora.wire import tensors_digest
 from tests.driven_server import Server
-from tests.processes import PATIENCE, Deployment, write_rows
+from tests.processes import PATIENCE, write_rows
 from tests.server.tcp_proxy import TcpProxy
 
 SMALL = ("--rank", 2, "--local-steps", 2, "--batch-size", 8, "--max-length", 16)
 EXACT = 1e-6
 PLENTY = 200
 """An ε so large that its noise is found at once."""
-
-
-@pytest.fixture
-def deploy(tmp_path, checkpoint):
-    """Start deployments, each in a folder of its own."""
-    started = []
-
-    def deploy(name):
-        folder = tmp_path / name
-        folder.mkdir()
-        started.append(Deployment(folder, checkpoint("bert")))
-        return started[-1]
-
-    yield deploy
-    for deployment in started:
-        deployment.__exit__()
 
 
 @dataclass
@@ -87,11 +71,6 @@ def wait_until(true, deployment, timeout_s=90.0):
 def kill(deployment, name):
     deployment.processes[name].send_signal(signal.SIGKILL)
     assert deployment.end(name) == -signal.SIGKILL
-
-
-def adapter(deployment):
-    tensors = load_file(deployment.out / "adapter" / "adapter_model.safetensors")
-    return {name: tensor.tobytes() for name, tensor in tensors.items()}
 
 
 def test_a_client_killed_between_rounds_and_after_storage_ends_with_the_same_epsilon_and_adapter(deploy, tmp_path):
@@ -138,7 +117,7 @@ def test_a_client_killed_between_rounds_and_after_storage_ends_with_the_same_eps
     assert again.trainings == once.trainings == [(1, 0, "released"), (2, 0, "released")]
     assert stored.read_bytes() == content and again.charges[1].sha256 == tensors_digest(tensors)
     assert [charge.sha256 for charge in again.charges] == [charge.sha256 for charge in once.charges]
-    assert adapter(broken) == adapter(whole)
+    assert broken.adapter() == whole.adapter()
     assert again.epsilon == pytest.approx(once.epsilon, abs=EXACT)
     print(f"recorded ε {again.epsilon:.3f}; a fresh engine per round would print {again.epsilon_of_a_round:.3f}")
     assert again.epsilon_of_a_round < again.epsilon - 0.5
@@ -192,7 +171,7 @@ def test_a_server_killed_inside_a_round_is_taken_up_again_at_no_cost(deploy, tmp
         assert deployment.end("server") == 0, deployment.log("server")
         assert deployment.end("north") == deployment.end("south") == 0, deployment.log("north")
     assert "goes on after round 1 of 3" in broken.log("server")
-    assert adapter(broken) == adapter(whole)
+    assert broken.adapter() == whole.adapter()
     for name in files:
         assert account(broken, name).trainings == [(round, 0, "released") for round in (1, 2, 3)]
         assert account(broken, name).epsilon == pytest.approx(account(whole, name).epsilon, abs=EXACT)

@@ -39,15 +39,6 @@ def engine(tmp_path):
     engine.close("the test is over")
 
 
-@pytest.fixture
-def processes():
-    started: list[subprocess.Popen] = []
-    yield started
-    for process in started:
-        process.kill()
-        process.wait()
-
-
 def until(condition, engine: GrpcEngine) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():

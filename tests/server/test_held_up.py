@@ -38,15 +38,6 @@ class Outage(Observer):
         self.reasons.append(reason)
 
 
-@pytest.fixture
-def processes():
-    started = []
-    yield started
-    for process in started:
-        process.kill()
-        process.wait()
-
-
 def test_uploads_that_cannot_be_stored_are_waited_for_and_nobody_is_lost_or_asked_again(tmp_path, processes):
     plan = plan_of("ffa-lora", rounds=2, max_participations=2)
     layout, watching = layout_of(plan.family), Outage()

@@ -2,8 +2,6 @@
 
 import time
 
-import pytest
-
 from fedlora.plan import Proposal
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.observer import Observer
@@ -14,15 +12,6 @@ from tests.federation import layout_of, plan_of, start_of
 from tests.server.federated_clients import start_client
 
 ROUND_TIMEOUT_S = 2.0
-
-
-@pytest.fixture
-def processes():
-    started = []
-    yield started
-    for process in started:
-        process.kill()
-        process.wait()
 
 
 def test_two_honest_clients_finish_beside_six_that_never_answer(tmp_path, processes):
