@@ -163,9 +163,11 @@ class GrpcEngine(RegistryEngine):
         Raises:
             NoPlace: no client has done less for the run.
         """
+        if session.has_place:  # nearly all: the registry waits for this
+            return
         with self._lock:
             placed = [other for other in self._placed() if other is not replaced]
-            if not session.has_place and len(placed) >= self._room.clients and not _end_one_of(
+            if len(placed) >= self._room.clients and not _end_one_of(
                     [other for other in placed if not other.is_ready]):
                 last = min(placed, key=lambda other: (self._registry.standing(other), -other.started_at))
                 if self._registry.standing(last) >= standing:
@@ -201,9 +203,9 @@ def _end_one_of(waiting: Collection[GrpcSession]) -> bool:
     """The oldest of the peer that has most. False where there is none."""
     if not waiting:
         return False
-    of_peer = Counter(session.peer.group for session in waiting)
+    of_peer = Counter(session.peer_group for session in waiting)
     most = max(of_peer.values())
-    first = min((session for session in waiting if of_peer[session.peer.group] == most),
+    first = min((session for session in waiting if of_peer[session.peer_group] == most),
                 key=lambda session: session.started_at)
     first.end(grpc.StatusCode.RESOURCE_EXHAUSTED, TAKEN)
     return True

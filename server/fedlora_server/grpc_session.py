@@ -91,7 +91,7 @@ class GrpcSession:
         held_up: where uploads wait that cannot be stored for now.
 
     Attributes:
-        peer: the client's end of the connection.
+        peer, peer_group: the client's end of the connection, and whom limits hold for (`Peer.group`).
         name: empty until the client has joined; then it has a seat.
         secret: keeps the name the client's once it is ready.
         has_place: whether it holds one of the server's places; else it has until its Join to be given one.
@@ -105,6 +105,7 @@ class GrpcSession:
         self.name, self.process, self.secret = "", b"", b""
         self.has_place = True
         self.peer, self.is_ready = peer_of(context.peer()), False
+        self.peer_group = self.peer.group
         self.ended_at: float | None = None
         self.started_at = self.last_frame_at = time.monotonic()
         self._names, self._admit, self._proof_wanted = names, admit, False
