@@ -33,7 +33,7 @@ POINTS: Mapping[str, tuple[str, str]] = {
     "before it begins": (f"{_RESERVATION}.begin", BEFORE),
     "once it has begun": (f"{_RESERVATION}.begin", AFTER),
     "during the training": ("fedlora.training.accumulation:PrivateStep.finish", BEFORE),
-    "after the training": ("fedlora.training.trainer:Trainer.run", AFTER),
+    "after the training": ("fedlora.training.trainer:Trainer.train", AFTER),
     "before the update is kept": (f"{_UPDATES}.save_upload", BEFORE),
     "before that is noted": (f"{_RESERVATION}.stored", BEFORE),
     "once that is noted": (f"{_RESERVATION}.stored", AFTER),
@@ -97,13 +97,19 @@ def server_that_dies(point: str, occurrence: int, arguments: Sequence[str], log:
     processes._run("server", arguments, log, environment)
 
 
-def _kill_at(where: str, when: str, occurrence: int, counts: Callable[[], bool]) -> None:
-    """Have this process killed in the n-th call of a function, of those that come when `counts`."""
+def found(where: str) -> tuple[Any, str]:
+    """The owner of a point's function, and its name there."""
     module, _, path = where.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)
     for one in owners:
         owner = getattr(owner, one)
+    return owner, name
+
+
+def _kill_at(where: str, when: str, occurrence: int, counts: Callable[[], bool]) -> None:
+    """Have this process killed in the n-th call of a function, of those that come when `counts`."""
+    owner, name = found(where)
     original, left = getattr(owner, name), [occurrence]
 
     def die() -> None:

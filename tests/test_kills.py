@@ -3,7 +3,7 @@
 import pytest
 
 from fedlora.plan import PROTOCOL
-from tests.kills import campaign, restored_snapshot, server_campaign
+from tests.kills import POINTS, SERVER_POINTS, campaign, found, restored_snapshot, server_campaign
 
 SAMPLE = [("once that is noted", 2), ("after the witness", 1), ("while sending", 1), ("during the training", 1)]
 
@@ -19,6 +19,12 @@ def test_a_ledger_that_was_restored_with_its_witness_is_refused(tmp_path, checkp
     code, counted, log = restored_snapshot(tmp_path, checkpoint("bert"))
     assert code not in (None, 0), log
     assert counted.charges < len(counted.left), "the ledger has forgotten what had left"
+
+
+@pytest.mark.parametrize("where", sorted({where for where, _ in (*POINTS.values(), *SERVER_POINTS.values())}))
+def test_every_point_of_the_campaign_is_a_function_that_is_there(where):
+    owner, name = found(where)
+    assert callable(getattr(owner, name))
 
 
 def test_a_server_killed_wherever_goes_on_by_the_same_command_to_the_same_adapter(tmp_path, checkpoint):
