@@ -8,6 +8,7 @@ from fedlora.models.folder import (
     MINILM_REPOSITORY,
     MINILM_WEIGHTS_SHA256,
     TOKENIZER_FILES,
+    base_name,
     hub_name,
     is_hub_name,
     most_adapter_bytes,
@@ -22,5 +23,5 @@ from fedlora.models.tokenizer import load_tokenizer
 from fedlora.plan import ModelRef
 
 __all__ = ["MINILM_REPOSITORY", "MINILM_WEIGHTS_SHA256", "MOST_WEIGHT", "TOKENIZER_FILES", "LoadedModel", "ModelRef",
-           "check_task", "embedded_tokens", "hub_name", "is_hub_name", "load", "load_tokenizer", "most_adapter_bytes",
-           "obtain", "reference", "resolve", "verify"]
+           "base_name", "check_task", "embedded_tokens", "hub_name", "is_hub_name", "load", "load_tokenizer",
+           "most_adapter_bytes", "obtain", "reference", "resolve", "verify"]

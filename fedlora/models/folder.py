@@ -85,6 +85,11 @@ def hub_name(ref: ModelRef) -> str | None:
     return {"minilm": MINILM_REPOSITORY, "local": None}.get(ref.name, ref.name)
 
 
+def base_name(ref: ModelRef) -> str:
+    """What an adapter names as its base: the hub id where there is one, else a title that is no path of a machine."""
+    return hub_name(ref) or ref.title
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a name is what `hub_name` gives: neither an alias nor a path."""
     return name == MINILM_REPOSITORY or (_HUB_NAME.fullmatch(name) is not None and name not in ("minilm", "local")

@@ -67,7 +67,7 @@ def _takes_segments(config: PretrainedConfig) -> bool:
 
 def _last_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """With which every text ends; None if texts end with what they end with."""
-    ends = {tokenizer(text)["input_ids"][-1:] and tokenizer(text)["input_ids"][-1] for text in ("a", "b c")}
+    ends = {next(reversed(tokenizer(text)["input_ids"]), None) for text in ("a", "b c")}
     last = ends.pop() if len(ends) == 1 else None
     return last if last in tokenizer.all_special_ids else None
 

@@ -152,7 +152,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
                           out, left)
                 result = run_federation(engine, run, observer=trackers, stop=stop)
                 ended = "suspended" if result.ended == "stopped" and goes_on.is_set() else result.ended
-                checkpoint.patiently(partial(write_report, out, federation, result, base.loadable_name,
+                checkpoint.patiently(partial(write_report, out, federation, result,
                                              options=resolved(options, options.strategy),
                                              joined=_joined(engine, before)), out, stop, trackers.held_up)
         finally:

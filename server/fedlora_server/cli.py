@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.config import ServerConfig, read_config
+from fedlora.files import PASSING
 
 EXIT_CODES = ("exit codes: 0 finished; 1 ended before its time, for want of clients or by a failing machine: --resume "
               "goes on; 2 the command, a file or the clients' labels must be mended first, or the training diverged; "
@@ -45,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 143 if isinstance(stopped, _Terminated) else 130
         except OSError as error:
             print(f"fedlora-server: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-            from fedlora.files import PASSING
-
             return 1 if error.errno in PASSING else 2
 
 

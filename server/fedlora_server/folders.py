@@ -7,7 +7,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 UNFINISHED = ".unfinished"
@@ -25,20 +25,13 @@ def claimed_folder(out: Path | None, name: str) -> Iterator[Path]:
         ValueError: it is not empty, or cannot be made, or another command works in it.
     """
     folder = _made(out, name)
-    mark = folder / UNFINISHED
-    lock = _hold(folder)
-    try:
-        mark.touch()
-    except OSError as error:
-        raise ValueError(f"--out {folder} cannot be used: {error.strerror}; name another folder") from None
-    try:
+    with ExitStack() as held:
+        held.callback(_remove_if_empty, folder)
+        try:
+            held.enter_context(retaken_folder(folder))
+        except OSError as error:
+            raise ValueError(f"--out {folder} cannot be used: {error.strerror}; name another folder") from None
         yield folder
-    finally:
-        with suppress(OSError):
-            mark.unlink()
-        with suppress(OSError):
-            folder.rmdir()
-        os.close(lock)
 
 
 @contextmanager
@@ -91,6 +84,11 @@ def _made(out: Path | None, name: str) -> Path:
             raise ValueError(f"--out {folder} is not empty; name another folder, so that no earlier result is lost")
         return folder
     raise AssertionError
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _move_aside(folder: Path) -> None:

@@ -118,7 +118,6 @@ class GrpcSession:
         self._upload: _Upload | None = None
         self._drained_bytes = 0
         self._left = False
-        self._peer = context.peer().rpartition(":")[0]  # without the port
 
     def send(self, frames: Iterable[bytes]) -> None:
         """Queue frames; an iterator is asked for each only when the one before has been sent."""
@@ -187,14 +186,14 @@ class GrpcSession:
             pass  # the stream broke
         except Exception:
             log.exception("The stream of client %r ended by an error of this server", self.name,
-                          extra={"peer": self._peer, "kind": "server error"})
+                          extra={"peer": self.peer_group, "kind": "server error"})
             self._failure = grpc.StatusCode.INTERNAL, "the server failed; its log says why"
         finally:
             if self._upload is not None:
                 self._upload.discard()
             if self._failure is not None:
                 log.warning("The stream of client %r was ended: %s", self.name, self._failure[1],
-                            extra={"peer": self._peer, "kind": "ended"})
+                            extra={"peer": self.peer_group, "kind": "ended"})
             try:
                 self._registry.gone(self, "left" if self._left else "lost")
             finally:
@@ -234,7 +233,7 @@ class GrpcSession:
                 self.send([pb.ServerFrame(welcome=welcome).SerializeToString()])
                 return
             log.warning("A client that calls itself %r was turned away: %s", wire.clean(join.name), refused.refusal,
-                        extra={"peer": self._peer, "kind": "turned away"})
+                        extra={"peer": self.peer_group, "kind": "turned away"})
             self.close(refused.refusal)
             self._left = True
         else:

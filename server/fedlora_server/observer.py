@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +57,14 @@ def jsonable(value: object) -> object:
     if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
         return str(value)
     return value
+
+
+MOST_NAMED = 8
+
+
+def named(clients: Collection[str]) -> str:
+    """Clients for a line: their names, or how many they are where they are many."""
+    return ", ".join(clients) if len(clients) <= MOST_NAMED else f"{len(clients)} clients"
 
 
 class Observer:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fedlora import adapters
+from fedlora import adapters, models
 from fedlora.files import replace_file
 from fedlora.plan import RunPlan, to_scalars
 from fedlora.versions import environment
@@ -21,20 +21,19 @@ from .run_setup import Federation
 PACKAGES = ("flwr", "grpcio", "numpy", "opacus", "peft", "torch", "transformers")
 
 
-def write_report(out: Path, federation: Federation, result: FederationResult, base: str, *,
+def write_report(out: Path, federation: Federation, result: FederationResult, *,
                  options: Mapping[str, object] | None = None,
                  joined: Mapping[str, Mapping[str, object]] | None = None) -> None:
     """Write `adapter/` and `report.json`; also for a run that ended early, but for the adapter where no round was
     finished.
 
     Args:
-        base: names the base model in the adapter's configuration (`run_setup.BaseModel.loadable_name`).
         options: of the command, with the preset's values (`run_setup.resolved`).
         joined: client name → what it disclosed when it joined.
     """
     if result.rounds:
-        adapters.export(federation.adapted, result.state, out / "adapter", base,
-                        max_length=federation.plan.max_length)
+        adapters.export(federation.adapted, result.state, out / "adapter",
+                        models.base_name(federation.plan.model), max_length=federation.plan.max_length)
     report = describe(federation.plan, federation.strategy, result, options or {}, joined or {})
     text = json.dumps(jsonable(report), indent=1, allow_nan=False)
     replace_file(out / REPORT, f"{text}\n".encode(), 0o666)

@@ -16,7 +16,7 @@ from fedlora_strategies import FederatedLoRA
 
 from .client_sampling import POLL_S, RETURN_S, Clients, Ended
 from .engine import Engine, Outcome, Replies
-from .observer import Observer
+from .observer import Observer, named
 
 ASKS_PER_ROUND = 3
 """A client that declines, or lost the frozen tensors, is asked again in later attempts, up to so often per round."""
@@ -242,8 +242,7 @@ class OpenRound:
         if self.lost:
             by_reason["lost"] = list(self.lost)
         most = sorted(by_reason.items(), key=lambda item: -len(item[1]))[:MOST_REASONS]
-        told = "; ".join(f"{', '.join(names) if len(names) <= 8 else f'{len(names)} clients'} {reason}"
-                         for reason, names in most)
+        told = "; ".join(f"{named(names)} {reason}" for reason, names in most)
         return told and f"round {self._number}: {told}"
 
     def _backups(self, count: int) -> list[int]:

@@ -48,11 +48,6 @@ class BaseModel:
             return self.reference.name
         return f"{self.path.resolve().name} ({self.reference.title})"
 
-    @property
-    def loadable_name(self) -> str:
-        """What the exported adapter names as its base: a hub id where there is one, else what is no path of here."""
-        return models.hub_name(self.reference) or self.reference.title
-
 
 def find_model(options: RunConfig) -> BaseModel:
     """Resolve --model and refuse a task that it cannot learn; cheap, so that it comes before a port is bound.

@@ -70,7 +70,7 @@ class Simulated:
 
 def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseModel, population: Population, *,
              observer: Observer | None = None, out: Path | None = None,
-             between: Callable[[str, Session], Session] | None = None) -> Simulated:
+             between: Callable[[str, Session], Session] = lambda name, session: session) -> Simulated:
     """Run one method with one seed to its end.
 
     Args:
@@ -100,11 +100,7 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
                         min_replies=options.min_replies, evaluate_every=options.eval_every,
                         round_timeout_s=math.inf, wait_timeout_s=0.0)  # no clock decides, and nobody new can come
     count = min(options.workers, len(sessions))
-    if between is None:
-        engine = _engine(options, federation, base, trainer, make_sketch_trainer, sessions, count)
-    else:
-        engine = InProcessEngine({name: between(name, session) for name, session in sessions.items()}, run_id,
-                                 federation.adapted.layout)
+    engine = _engine(options, federation, base, trainer, make_sketch_trainer, sessions, count, between)
     try:
         began = time.monotonic()
         run = Run(federation.strategy, federation.state, loop, federation.start, evaluate, out)
@@ -117,7 +113,7 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
         if out is not None:
             computed = {"device": str(trainer.device), "precision": trainer.precision,
                         "threads": _threads(options, count)}
-            write_report(out, federation, result, base.loadable_name,
+            write_report(out, federation, result,
                          options=resolved(options, method.strategy) | {"seed": seed} | computed)
     finally:
         engine.close("the run is over")
@@ -127,8 +123,8 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
 
 def _engine(options: SimulationConfig, federation: Federation, base: BaseModel, trainer: Trainer,
             make_sketch_trainer: Callable[[], Trainer], sessions: Mapping[str, ClientSession],
-            count: int) -> InProcessEngine:
-    """Args: count: of workers."""
+            count: int, between: Callable[[str, Session], Session]) -> InProcessEngine:
+    """Args: count: of workers; between: see `simulate`."""
     run_id, layout = federation.plan.run_id, federation.adapted.layout
     if options.ray_address and options.engine != "ray":
         raise ValueError(f"--ray-address {options.ray_address} needs --engine ray")
@@ -140,7 +136,7 @@ def _engine(options: SimulationConfig, federation: Federation, base: BaseModel, 
     elif options.batch_clients > 1:
         workers = ThisProcess(trainer, make_sketch_trainer)
     else:
-        return InProcessEngine(sessions, run_id, layout)
+        return InProcessEngine({name: between(name, session) for name, session in sessions.items()}, run_id, layout)
     return WorkerEngine(sessions, run_id, layout, workers, group=options.batch_clients)
 
 

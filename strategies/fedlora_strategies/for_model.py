@@ -74,7 +74,7 @@ class Ready(Generic[S]):
     def export(self, arrays: ArrayRecord, out_dir: Path) -> Path:
         """Write what `strategy.start` returned as a PEFT adapter: see `fedlora.adapters.export`."""
         plan = self.strategy.plan
-        return export(self.adapted, to_tensors(arrays), out_dir, models.hub_name(plan.model) or plan.model.title,
+        return export(self.adapted, to_tensors(arrays), out_dir, models.base_name(plan.model),
                       max_length=plan.max_length)
 
 

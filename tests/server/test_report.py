@@ -74,7 +74,7 @@ def test_a_run_leaves_an_adapter_and_a_report_even_if_its_loss_diverged(tmp_path
     federation = SimpleNamespace(plan=plan, adapted=adapted, strategy=FedSB(plan, adapted.layout))
     state = initial_tensors(adapted, init="orthonormal", seed=0)
     result = FederationResult(state, (record(1, evaluation={"loss": float("nan"), "count": np.int64(3)}),), "finished")
-    write_report(tmp_path, federation, result, "local:0123456789ab")
+    write_report(tmp_path, federation, result)
     assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json",
                                                                         "adapter_model.safetensors"}
     report = json.loads((tmp_path / "report.json").read_text())

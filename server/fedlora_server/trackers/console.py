@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedlora_server.observer import RoundRecord
+from fedlora_server.observer import MOST_NAMED, RoundRecord, named
 from fedlora_server.trackers import Tracker, Watched
 
 SHOWN_ROUNDS = 15
@@ -56,7 +56,7 @@ class Display(Tracker):
 
     def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
         what = "asked" if attempt == 0 else "asked as backup"
-        self._say(f"round {round}: {what} {', '.join(names) if len(names) <= 8 else len(names)}",
+        self._say(f"round {round}: {what} {', '.join(names) if len(names) <= MOST_NAMED else len(names)}",
                   quiet=attempt == 0 and self._live is None)
 
     def fewer(self, round: int, connected: int, needed: int) -> None:
@@ -66,8 +66,8 @@ class Display(Tracker):
     def overdue(self, round: int, names: tuple[str, ...], missing: int) -> None:
         lacking = f"; {missing} upload{'s are' if missing != 1 else ' is'} lacking" if missing else ""
         are = "is" if len(names) == 1 else "are"
-        who = ", ".join(names) if len(names) <= 8 else f"{len(names)} clients"
-        self._say(f"round {round}: {who} did not answer within --round-timeout and {are} lost to the round{lacking}")
+        self._say(f"round {round}: {named(names)} did not answer within --round-timeout and {are} lost to the "
+                  f"round{lacking}")
 
     def doubted(self, round: int, why: str) -> None:
         self._say(f"round {round}: the next state is not taken: {why}; it is made once more, without the uploads that "
