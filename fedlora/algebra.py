@@ -45,8 +45,10 @@ def reorthogonalize(factors: Factors) -> Factors:
 
     Args:
         factors: B (m, r) and A (r, n), r <= min(m, n).
+
     Returns:
         B' with orthogonal columns of falling norm, A' with orthonormal rows.
+
     Raises:
         ValueError: the ranks of B and A differ or exceed min(m, n).
     """
@@ -121,6 +123,7 @@ class WeightedMean:
         Args:
             tensors: the same names and shapes each time.
             weight: positive and finite; the mean divides by their sum.
+
         Raises:
             ValueError: another set of names or shapes, or an impossible weight; nothing is added then.
         """

@@ -32,7 +32,8 @@ def messages() -> Console:
 @contextmanager
 def stderr_that_never_blocks() -> Iterator[None]:
     """Have this process' stderr written by a thread, so that a pipe that nobody reads, or a terminal that is held,
-    stops neither a round nor a signal's handler. What a full queue has no room for is dropped, and that is said."""
+    stops neither a round nor a signal's handler. What a full queue has no room for is dropped, and that is said.
+    """
     before = sys.stderr
     lines = QueuedLines(before)
     sys.stderr = lines

@@ -1,5 +1,6 @@
 """Files that are replaced as a whole: whoever reads, and whatever crashes, finds the old one or the new one; and how
-many may be open."""
+many may be open.
+"""
 
 from __future__ import annotations
 

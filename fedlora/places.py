@@ -28,6 +28,7 @@ def user_folder(variable: str, *below_home: str) -> Path:
     Args:
         variable: the XDG variable that names its parent, as in XDG_STATE_HOME.
         below_home: where the parent is if the variable is not set.
+
     Raises:
         ValueError: neither the variable nor a home directory tells it.
     """

@@ -128,6 +128,7 @@ class Task(ABC):
         Args:
             unusable: takes the number of rows left out, by kind, and with it no row is an error: for private training,
                 where each is the null record, and an answer that one of them decides would tell of it.
+
         Raises:
             ValueError: without `unusable`, for a row that its owner should correct; with file and line.
         """
@@ -177,6 +178,7 @@ class Task(ABC):
 
         Args:
             micro_batch: records computed at once; None for bounds on records, tokens and outputs.
+
         Raises:
             ValueError: there are no records.
             MemoryError: with what helps.
@@ -227,7 +229,8 @@ class Task(ABC):
 def _by_length(lengths: np.ndarray, max_length: int, *, most: int,
                tokens: int | None) -> Iterator[tuple[int, np.ndarray]]:
     """(padded length, indices) of batches of like length, of at most so many records and, but for a single record,
-    so many padded tokens."""
+    so many padded tokens.
+    """
     order = np.argsort(lengths, kind="stable")
     padded = np.maximum(lengths, np.minimum(-(-lengths // _EVALUATION_BUCKET) * _EVALUATION_BUCKET, max_length))[order]
     start = 0

@@ -104,6 +104,7 @@ def architecture(name: str, folder: Path, *, seed: int = 0) -> Path:
     Args:
         name: of `ARCHITECTURES`.
         folder: made if need be.
+
     Returns:
         folder.
     """

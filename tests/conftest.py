@@ -30,7 +30,8 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Spread the tests that wait for processes evenly over the run, between the modules of the others: they would come
-    last, and then all wait at once."""
+    last, and then all wait at once.
+    """
     waiting = [item for item in items if item.path.stem in WAITING]
     others = [item for item in items if item.path.stem not in WAITING]
     items.clear()

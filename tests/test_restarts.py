@@ -152,7 +152,8 @@ def test_a_client_killed_inside_a_training_is_charged_for_exactly_one_more(deplo
 
 def test_a_server_killed_inside_a_round_is_taken_up_again_at_no_cost(deploy, tmp_path):
     """In round 2 north trains, record by record, and south has sent: the new server finds both where they were, and
-    Adam's moments in FedSVD's coordinates."""
+    Adam's moments in FedSVD's coordinates.
+    """
     files = {name: write_rows(tmp_path / f"{name}.jsonl", seed, rows=600)
              for seed, name in enumerate(("north", "south"))}
     server = ("--min-clients", 2, "--min-replies", 2, "--seed", 5, "--rounds", 3, *SMALL, "--local-steps", 5,

@@ -60,6 +60,7 @@ def tiny_checkpoint(kind: str, folder: Path, *, seed: int = 0) -> Path:
         kind: one of `KINDS`.
         folder: made if need be; what it holds under the same names is replaced.
         seed: of the weights.
+
     Returns:
         folder.
     """

@@ -105,6 +105,7 @@ class Connection:
         report: given a line for the user now and then, from another thread.
         insecure: allow plaintext beyond this machine.
         secrets: None keeps the name's in memory: another process cannot have it in the same run.
+
     Raises:
         ValueError: the server's address or the name is not one, or is not loopback and `insecure` is not set.
 
@@ -181,6 +182,7 @@ class Connection:
         Returns:
             The plan and the tensors that came with it: finite float32 arrays that arrived whole, whose names and
             shapes are yet to be held against the layout.
+
         Raises:
             Goodbye, RunChanged, ServerUnreachable, Refused, WireError.
         """
@@ -196,6 +198,7 @@ class Connection:
 
         Returns:
             None if the answer was accepted, else why not ("too-late", "invalid-tensors", …).
+
         Raises:
             Goodbye, RunChanged, ServerUnreachable, Refused, WireError.
         """

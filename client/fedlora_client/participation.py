@@ -203,7 +203,8 @@ class Participation:
 
     def answer_unattended(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
         """`answer` where nobody notices that a process ends: after a round that failed, or whose process was killed,
-        the run is refused until the owner removes the mark that is left."""
+        the run is refused until the owner removes the mark that is left.
+        """
         run_id = plan.run.run_id
         mark = self._state.unfinished(run_id)
         if mark.exists():

@@ -27,6 +27,7 @@ class PrivacyGate:
 
     Args:
         options: of fedlora-client.
+
     Raises:
         ValueError: the policy or the ledger cannot be trusted, or contradicts the command line.
 
@@ -140,6 +141,7 @@ class PrivacyGate:
 
         Args:
             sealed: as `Proposal.anchor`.
+
         Raises:
             Refused: "policy"; the reason is in the local log.
         """
@@ -159,6 +161,7 @@ class PrivacyGate:
 
         Returns:
             What the owner should hear.
+
         Raises:
             LedgerError: the ledger does not fit its witness, or another one beside the data.
             ValueError: a row has a label that is not declared.
@@ -187,8 +190,10 @@ class PrivacyGate:
 
         Args:
             budget: of the run; None without privacy.
+
         Returns:
             What the owner should hear.
+
         Raises:
             LedgerError: the witness cannot be written, so that nothing could leave.
             ValueError: the policy cannot be written, or another process has just declared another unit.
@@ -231,8 +236,10 @@ class PrivacyGate:
 
         Args:
             fresh: as the run's own budget gives them.
+
         Returns:
             The terms, and a copy of the ledger's book under the limits that they were held against.
+
         Raises:
             BudgetExhausted: no terms fit.
         """

@@ -42,6 +42,7 @@ class ClientSession:
         ledger, dataset: what this run is charged to.
         approve: asked once the noise is known; raises `Forbidden` where the owner's policy does not allow it.
         anchors: the server keeps anchors.
+
     Raises:
         Refused: "privacy-mismatch"; "policy" where the plan cannot be followed within the limits, "budget" where the
             lifetime budget does not allow it (the reason is in the local log).
@@ -145,8 +146,10 @@ class ClientSession:
             stop: asked between micro-batches; True abandons the round (which stays charged). None for when its time is
                 up.
             charged: called before the training, its charge on the disk.
+
         Returns:
             What may be sent: the upload, or why there is none.
+
         Raises:
             LedgerError: the charge cannot be written; nothing was trained.
         """
@@ -163,6 +166,7 @@ class ClientSession:
 
         Args:
             prepare: called right before the charge: what can fail without a record is to fail there.
+
         Returns:
             What is to be trained now, once, by whatever trainer, and then given to `finish`; or the answer.
         """
@@ -243,7 +247,8 @@ class ClientSession:
 
     def _prepared_trainer(self, plan: RoundPlan) -> Trainer:
         """The round's, shown to be batch-invariant. Round 0 has another adapter on a base model of its own, needed
-        once."""
+        once.
+        """
         trainer, run = self.trainer, self.run
         if plan.round == 0:
             if self._sketch_trainer is None:
@@ -302,7 +307,8 @@ class ClientSession:
 
 def _check_time(plan: RoundPlan) -> None:
     """Raises Refused where nobody waits for the round any more, by the order's own word: it is not begun, and costs
-    nothing."""
+    nothing.
+    """
     if plan.is_late:
         log.warning("Round %d, attempt %d is not begun: its time was up before this client could. Nothing is charged.",
                     plan.round, plan.attempt)

@@ -42,8 +42,10 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
         server: its address.
         labels: label names that were announced.
         refusals: (round, code) of each refusal sent.
+
     Returns:
         The path of privacy.json.
+
     Raises:
         ValueError: the signing key cannot be used.
     """

@@ -36,6 +36,7 @@ class SuperNodeClient:
     Attributes:
         name: this client's at the server.
         private: whether it trains under differential privacy.
+
     Raises:
         ValueError: an option is not for SuperNodes.
     """
@@ -50,7 +51,8 @@ class SuperNodeClient:
 
     def join(self, proposal: Proposal) -> tuple[str, ...] | Refusal:
         """Read the data and check it against what the server proposes; the label names that are disclosed, or why
-        this client will not take part."""
+        this client will not take part.
+        """
         return self._take_part(proposal, lambda part: part.announced)
 
     def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
@@ -66,7 +68,8 @@ class SuperNodeClient:
 
     def _take_part(self, proposal: Proposal, act: Callable[[Participation], Answer]) -> Answer | Refusal:
         """What `act` does with this client's part in the run. What goes wrong is told here, and to the server only
-        what a refusal says."""
+        what a refusal says.
+        """
         set_environment(allow_download=self._options.allow_download)
         from fedlora.console import messages
 

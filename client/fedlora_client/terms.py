@@ -80,6 +80,7 @@ def private_terms(limits: Limits, budget: Budget, run: RunPlan, plan_sha256: str
 
     Args:
         plan_sha256, scales: of the plan, once its labels are fixed; what the run costs does not depend on them.
+
     Raises:
         ValueError: the run would sample the units too often, or the budget cannot be kept.
     """

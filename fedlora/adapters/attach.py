@@ -101,6 +101,7 @@ class AdaptedModel:
 
         Args:
             tensors: any subset of `layout.state`.
+
         Raises:
             ValueError: an unknown name or a wrong shape; nothing is written then.
         """
@@ -141,6 +142,7 @@ class AdaptedModel:
 
         Args:
             active: their names; () for all.
+
         Raises:
             ValueError: one is not a trained tensor of this adapter.
         """
@@ -183,6 +185,7 @@ def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets
         dropout: of the adapter's input, active in train mode only.
         options: of the family.
         ranks: (full module name, rank) where it is not `rank`.
+
     Raises:
         ValueError: an unknown family, target or option, nothing to train, or a model that already has an adapter.
     """

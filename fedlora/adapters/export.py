@@ -55,8 +55,10 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
         base_name: of the base model, for whoever loads the adapter: its hub id, with "@<commit>" where that is known
             (`fedlora.models.hub_name`), or the title of its `ModelRef` where it has none.
         max_length: tokens that the run kept of a record: a classifier's tokenizer cuts there; None for its own limit.
+
     Returns:
         out_dir.
+
     Raises:
         ValueError: the tensors do not fit the adapter, or the name is an alias or a path of this machine.
     """

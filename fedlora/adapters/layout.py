@@ -90,6 +90,7 @@ class AdapterLayout:
             tensors: what came.
             which: "trained", "frozen" or "state": what should have come.
             most: largest magnitude of a value; None for `MOST_VALUE`, or of "trained" `MOST_TRAINED`.
+
         Raises:
             ValueError: a name is missing or unknown; a shape, dtype or byte order is wrong; a value is not finite or
                 beyond `most`.

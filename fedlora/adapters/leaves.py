@@ -67,7 +67,8 @@ class Leaf(nn.Module):
     @abstractmethod
     def write(self, x: torch.Tensor, g: torch.Tensor, sink: Sink) -> None:
         """Give the sink each record's gradients of the tensors that require one, from [records, T, d_in] inputs and
-        [records, T, d_out] gradients."""
+        [records, T, d_out] gradients.
+        """
 
     @abstractmethod
     def input_gradient(self, g: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

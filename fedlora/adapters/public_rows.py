@@ -32,6 +32,7 @@ def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping
         task: its key.
         labels: the label set; () where it is not known yet.
         others: flag → path of the run's other data, none of which may be the same file, in its folder, or around it.
+
     Raises:
         ValueError: it cannot be read, has no labels or wrong ones, or is private or held-out data.
     """
@@ -58,6 +59,7 @@ def public_start(adapted: AdaptedModel, task: Task, rows: data.Rows, *, seed: in
         adapted: as `attach` made it. It stays so.
         rows: as `read_public` gave them.
         seed: of the head, and of the choice of rows where there are more than `ROWS`.
+
     Raises:
         ValueError: no row can be trained on, or the gradient of a weight is zero or not finite.
     """

@@ -114,8 +114,10 @@ def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int,
         init: as --init has it; what stands behind a colon is not read here.
         seed: of all draws.
         gradient: a site's, (d_out, d_in), for starts that read public rows.
+
     Returns:
         float32 tensors, one for each of `adapted.layout.state`, in its order.
+
     Raises:
         ValueError: there is no such start, the family cannot start so, or a rank is above a layer's smaller side.
     """

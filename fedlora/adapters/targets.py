@@ -26,6 +26,7 @@ def automatic_targets(model: PreTrainedModel) -> tuple[str, ...]:
 
     Returns:
         Suffixes of module names, for `attach`; full names where a suffix would take in layers that are not used.
+
     Raises:
         ValueError: the model follows none of the known naming conventions.
     """
@@ -44,6 +45,7 @@ def all_targets(model: PreTrainedModel, *, private: bool) -> tuple[str, ...]:
 
     Args:
         private: leave out those that are not given each record by itself, as the router of a mixture of experts.
+
     Raises:
         ValueError: the model has no numbered blocks, or no layer of them can be trained under privacy.
     """

@@ -100,6 +100,7 @@ def config_from(table: Mapping[str, str | int | float | bool], config: type[C], 
 
     Args:
         source: named in errors.
+
     Raises:
         ValueError: a key is not an option of the command, or a value is not one of its values.
     """

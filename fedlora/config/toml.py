@@ -71,6 +71,7 @@ def arguments(values: Mapping[str, Any], config: type[Config], source: str) -> l
 
     Args:
         source: named in errors.
+
     Raises:
         ValueError: a key is not an option of the command, or its value has no form on a command line.
     """

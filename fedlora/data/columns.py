@@ -109,7 +109,8 @@ def show_columns(file: str, names: Sequence[str], usual: Collection[str], sample
 
 def _may_show(file: str, names: Sequence[str], usual: Collection[str], sample: Sequence[Mapping[str, Any]]) -> bool:
     """Only CSV and TSV can lack a header. There a usual name tells one, and so does a column without a value that could
-    be a name, where no name comes again below itself."""
+    be a name, where no name comes again below itself.
+    """
     if any(len(name) > 40 or len(name.split()) > 4 or re.fullmatch(r"[-+\d.,:/ ]*", name) for name in names):
         return False
     if not file.lower().endswith((".csv", ".tsv")) or {folded(name) for name in usual} & {folded(n) for n in names}:

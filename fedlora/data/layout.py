@@ -81,7 +81,8 @@ class LayoutFinder:
 
     def find(self, file: str, row: Mapping[str, Any]) -> Layout | None:
         """The first kind that has all columns which --column names, and whose own are in a file's first row, but for
-        those that a row may lack. None where that is none, or another than in the files before; it is noted."""
+        those that a row may lack. None where that is none, or another than in the files before; it is noted.
+        """
         beside = {self.form.answer.column} if self.form.answer else set()
         found = next((one for one in self.form.kinds if self.names.keys() - beside <= set(one[1])
                       and all(find_column(self._name(n), row) for n in required(one))), None)

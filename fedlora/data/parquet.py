@@ -100,6 +100,7 @@ def hub_records(name: str, problems: Problems, *, allow_download: bool) -> Itera
 
     Args:
         allow_download: False takes what the hub's cache on this machine has, and asks no one else.
+
     Raises:
         ValueError: the hub or the dataset cannot be reached.
     """

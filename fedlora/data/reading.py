@@ -43,6 +43,7 @@ def read_rows(path: Path | str, task: str, form: RowFormat, *, columns: Mapping[
         declared: the label set, where it is known already: a word like "none" is a label if it is in there.
         held_out: whether the rows are to evaluate on, not to train on; see `fedlora.data.sources.sources`.
         others: what the files of all tasks hold, by name: to know a header, and files that are another task's.
+
     Raises:
         ValueError: with file, line and remedy of all that is wrong, never with a row's text or id.
     """

@@ -99,7 +99,8 @@ def place(file: str, line: int) -> str:
 
 def shown(name: object) -> str:
     """A path or a column's name as a message has it: what would move a terminal's cursor, or cannot be printed, is
-    written as an escape."""
+    written as an escape.
+    """
     text = str(name)
     return text if text.isprintable() else "".join(
         one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
@@ -107,7 +108,8 @@ def shown(name: object) -> str:
 
 def spelling(text: str) -> str:
     """The one form of all ways to write a name that look alike: NFKC, without characters of category Cf (zero-width
-    blanks, byte-order marks, soft hyphens) and without outer blanks. Capitals are kept."""
+    blanks, byte-order marks, soft hyphens) and without outer blanks. Capitals are kept.
+    """
     if text.isascii():
         return text.strip()
     composed = unicodedata.normalize("NFKC", text)
@@ -164,7 +166,8 @@ def label_names(rows: Rows) -> tuple[str, ...]:
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
     """Labels as a classifier's outputs are numbered where nobody says otherwise: by value if all are whole numbers,
-    else by name."""
+    else by name.
+    """
     names = set(labels)
     numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in names)
     return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))

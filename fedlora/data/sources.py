@@ -41,6 +41,7 @@ def sources(path: Path | str, wanted: Callable[[str], bool], problems: Problems,
         held_out: whether rows to evaluate on are looked for, not to train on. Of a folder with files called as the
             splits of a published data set ("train", "test-00000-of-00001", "reviews_dev"), those of the other use are
             left out.
+
     Raises:
         ValueError: the path is neither a file or folder nor the name of a dataset, or there is nothing in it.
     """
@@ -183,7 +184,8 @@ def _of_split(files: list[Path], left: Left, *, held_out: bool) -> list[Path]:
 
 def _split(file: Path, files: list[Path]) -> str | None:
     """The split that a file's name says it is: the whole name, but for the number of a part; or its last word, where
-    another file is called alike but for "train"."""
+    another file is called alike but for "train".
+    """
     words = [word for word in re.split(r"[-_. ]+", file.stem.casefold()) if word]
     while len(words) > 1 and (words[-1].isdigit() or words[-1] == "of"):
         words.pop()

@@ -36,8 +36,10 @@ def resolve(name: str, *, path: Path | None = None, allow_download: bool = False
             with or without "@<commit>".
         path: the user's own folder; wins over the name.
         allow_download: fetch from the hub what is not in its local cache. Only safetensors, JSON and tokenizer files.
+
     Returns:
         A folder with config.json, safetensors and a tokenizer. One of the hub is called after its commit.
+
     Raises:
         ValueError: the model is not here, cannot be fetched, or is incomplete.
     """

@@ -18,6 +18,7 @@ def follow_names(model: PreTrainedModel, head: str | None, missing: Sequence[str
         missing: parameters that the checkpoint lacks.
         own: config.json's names of the outputs, by number.
         labels: of the run, in the order of the outputs; () where they are not known.
+
     Returns:
         What to say where the names of a head that is kept are not the run's; "" otherwise.
     """

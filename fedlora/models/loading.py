@@ -60,6 +60,7 @@ def load(path: Path, task: str, labels: Sequence[str] | int, *, dtype: torch.dty
             are not known; () or 0 where it has none. A checkpoint's own head is kept if it has as many outputs as the
             task's, its rows in the order of the names, and counts as missing otherwise.
         dtype: of the weights.
+
     Raises:
         ValueError: the model cannot do the task, its weights are not those of its config, or its tokenizer does not
             fit it.

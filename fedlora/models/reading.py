@@ -40,6 +40,7 @@ def check_task(path: Path, task: str, max_length: int | None = None) -> None:
     Args:
         task: its key.
         max_length: tokens of the longest record, if that is to be checked too.
+
     Raises:
         ValueError: an encoder for a language model, a model type that transformers does not know for the task, weights
             of fewer bits, or records longer than the model's positions.

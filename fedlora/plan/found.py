@@ -17,7 +17,8 @@ FOUND: Mapping[str, str] = {"family": "fedlora.adapters.families", "task": "fedl
 @dataclass(frozen=True)
 class TaskFacts:
     """What plans are held against. A task's class says it in literals, see `fedlora.task.Task`; whoever only passes a
-    plan on needs no PyTorch for it."""
+    plan on needs no PyTorch for it.
+    """
 
     model_is: str
     has_labels: bool

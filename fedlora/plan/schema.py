@@ -86,7 +86,8 @@ def _checked(name: str, value: object, kind: str) -> object:
 
 def round_to_scalars(plan: RoundPlan) -> Scalars:
     """`to_scalars` of the run plus the round's own `round`, `attempt`, `frozen_sha256`, `active`, and `deadline_s`, the
-    seconds that are left now."""
+    seconds that are left now.
+    """
     return to_scalars(plan.run) | {"round": plan.round, "attempt": plan.attempt, "frozen_sha256": plan.frozen_sha256,
                                    "active": list(plan.active), "deadline_s": plan.left_s}
 

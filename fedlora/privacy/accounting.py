@@ -78,7 +78,8 @@ def _epsilon(history: tuple[Spend, ...], delta: float) -> float:
 @functools.lru_cache(maxsize=4096)
 def prv_epsilon(history: tuple[Spend, ...], delta: float) -> float | None:
     """PRV's upper bound; 0.0 for an empty history, None where RDP exceeds `PRV_LIMIT`, delta is below
-    `PRV_LEAST_DELTA`, or PRV fails or is not finite."""
+    `PRV_LEAST_DELTA`, or PRV fails or is not finite.
+    """
     bound = rdp_epsilon(history, delta)
     if not history:
         return 0.0
@@ -176,7 +177,8 @@ def _least_multiple(epsilon: float, low: int, high: int, spent: Callable[[int], 
 
 def four_digits(epsilon: float, *, down: bool = False) -> str:
     """Epsilon as a person reads it, rounded up: a text never promises more than what was computed. `down` for what is
-    left, or may be asked for."""
+    left, or may be asked for.
+    """
     if math.isinf(epsilon):
         return "infinite"
     places = 3 if epsilon <= 0 else max(0, 3 - math.floor(math.log10(epsilon)))

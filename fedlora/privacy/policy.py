@@ -199,8 +199,10 @@ class Policy:
 
         Args:
             taken: ids that the ledger holds for other data.
+
         Returns:
             What the file says of the data set now; where another process was first, that one's declaration.
+
         Raises:
             ValueError: the file cannot be read or written.
         """

@@ -21,6 +21,7 @@ def written(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[st
 
     Args:
         where: file and line.
+
     Raises:
         ValueError: the template fails, or writes what the assistant said otherwise than it was said.
     """

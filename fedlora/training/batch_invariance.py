@@ -71,6 +71,7 @@ def show_shapes(gradients: Gradients, records: Records, first: Mapping[int, int]
         records: made up, see `made_up_records`; 2·i and 2·i + 1 are those of the i-th length.
         first: padded length → rows of the first shape to try.
         one_at_a_time: as of `Shapes`.
+
     Raises:
         ValueError: not even the same record alone has the same gradient twice.
     """

@@ -122,7 +122,8 @@ class GradientBuffer:
 
     def routed(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """[records, *shape], or None where the parameters stand for themselves. One that all clients share, as it does
-        not train, is repeated."""
+        not train, is repeated.
+        """
         if not self._stacks:
             return None
         stack = self._stacks.get(id(parameter))

@@ -66,6 +66,7 @@ class GraphedPass:
 
         Args:
             compute: what is recorded; always of one model, and given its batch on the device.
+
         Raises:
             RuntimeError: the pass cannot be recorded, or fails.
         """
@@ -166,7 +167,8 @@ def _no_collection() -> Iterator[None]:
 @contextmanager
 def _no_waiting() -> Iterator[None]:
     """RuntimeError where the host would wait for the GPU; in a recording it would be an error that damages more. All
-    threads are held to it: none but this one's backward pass may wait meanwhile."""
+    threads are held to it: none but this one's backward pass may wait meanwhile.
+    """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # says that the mode is a prototype

@@ -32,7 +32,8 @@ from fedlora.training.loop import Client
 
 def check_alike(jobs: Sequence[TrainingJob], adapted: AdaptedModel) -> None:
     """Raises ValueError where clients cannot share a pass: they differ in the plan, the frozen tensors or what is
-    active, or have dropout, which cannot repeat."""
+    active, or have dropout, which cannot repeat.
+    """
     one, names = jobs[0], {spec.name for spec in adapted.layout.frozen}
     if any((other.run, other.active) != (one.run, one.active) or any(
             not np.array_equal(_start(other)[name], _start(one)[name]) for name in names) for other in jobs[1:]):
@@ -102,7 +103,8 @@ class SummedStep(PlainStep):
 def stacked(jobs: Sequence[TrainingJob], adapted: AdaptedModel, device: torch.device) -> tuple[
         dict[int, torch.Tensor], list[dict[str, nn.Parameter]]]:
     """The clients' trained tensors, stacked under the ids of the model's parameters; and each client's own, by name,
-    which share memory with the stacks: what an optimiser writes is what the leaves read."""
+    which share memory with the stacks: what an optimiser writes is what the leaves read.
+    """
     own = adapted.parameters()
     stacks = {spec.name: torch.stack([torch.tensor(_start(job)[spec.name]) for job in jobs]).to(device, torch.float32)
               for spec in adapted.layout.trained}

@@ -165,7 +165,8 @@ class PerRecordOptimizer(DPOptimizer):
 
     def _draw_noise(self) -> torch.Tensor:
         """[values] of the standard normal distribution, in the processor's memory; pinned, if it goes to CUDA: then
-        the copy need not be waited for."""
+        the copy need not be waited for.
+        """
         noise = torch.from_numpy(self.noise.gaussian(self.buffer.values))
         return noise.pin_memory() if self._sum.device.type == "cuda" else noise
 
@@ -184,7 +185,8 @@ class PerRecordOptimizer(DPOptimizer):
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """As Opacus': clip, and unless this step is to be skipped, add noise, measure what the noise went into and
-        adjust it. Returns whether the wrapped optimizer is to step."""
+        adjust it. Returns whether the wrapped optimizer is to step.
+        """
         ready = bool(super().pre_step(closure))
         if ready:
             self._checks.note_applied(self._sum, self._drawn_noise)

@@ -111,6 +111,7 @@ def subsets(sizes: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     Args:
         sizes: [units]; the rows of those below k have no meaning.
         uniform: [units, k] in [0, 1).
+
     Returns:
         [units, k] int64, in random order but not in an unbiased one.
     """
@@ -153,6 +154,7 @@ def micro_batches(lengths: np.ndarray, indices: np.ndarray, max_length: int, at_
         indices: of the drawn records.
         at_once: padded length → most records in a part.
         ladder: the lengths to which records are padded.
+
     Yields:
         (padded length, indices of the part)
     """

@@ -72,6 +72,7 @@ class Trainer:
     Attributes:
         adapted: as it was given.
         active: the same, of whose trained tensors those train that `activate` named.
+
     Raises:
         ValueError: this machine cannot compute so.
     """
@@ -135,6 +136,7 @@ class Trainer:
 
         Args:
             active: names of the layout's trained tensors; () for all of them.
+
         Raises:
             ValueError: one is none of them.
         """
@@ -164,6 +166,7 @@ class Trainer:
         Args:
             run: the plan that will be trained.
             rows_per_unit: most records of one unit in a step; 1 where each record is a unit.
+
         Raises:
             ValueError: this machine computes no shape so.
             MemoryError: naming the flags that help.
@@ -222,6 +225,7 @@ class Trainer:
 
         Args:
             stop: asked between micro-batches; True discards the unfinished step and returns.
+
         Raises:
             MemoryError: naming the flags that help.
             RuntimeError: a runtime check found a fault (`fedlora.training.runtime_checks`).
@@ -339,7 +343,8 @@ class Trainer:
 
     def private_rows(self, length: int, most_of_a_draw: int) -> int:
         """Rows of the first shape to try for private micro-batches of this length: a power of two, which processors
-        split evenly, unless --micro-batch says otherwise. It follows from public values alone."""
+        split evenly, unless --micro-batch says otherwise. It follows from public values alone.
+        """
         if self.micro_batch is not None:
             return min(self.micro_batch, most_of_a_draw)
         rows = records_at_once(length, min(self.most_rows, most_of_a_draw), self._tokens(PRIVATE_TOKENS))
@@ -408,7 +413,8 @@ def _grouped(adapted: AdaptedModel) -> list[tuple[nn.Parameter, str]]:
 
 def plain_divisor(run: RunPlan, records: Records, sampling_rate: float) -> float:
     """By which a step without privacy is divided: the expected batch; a client with fewer units than that uses all of
-    them, and their mean."""
+    them, and their mean.
+    """
     return run.expected_batch if sampling_rate < 1 else records.units_count
 
 

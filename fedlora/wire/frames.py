@@ -37,6 +37,7 @@ def read_frame(kind: type[Frame], data: bytes) -> tuple[Frame | None, Chunk | No
 
     Returns:
         What the frame says, None if nothing but a chunk; and its chunk, to be taken after that.
+
     Raises:
         WireError: it is no frame, it is empty or of a kind that this version does not know, or it has a field, at any
             depth, that this version does not know. What another version says of itself is let through without them,

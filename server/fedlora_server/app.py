@@ -70,6 +70,7 @@ def serve(options: ServerConfig, console: Console, *, listen: Listen | None = No
         options: of fedlora-server.
         listen: None for gRPC at --address.
         run_id: 16 hexadecimal digits; None draws them.
+
     Raises:
         ValueError: an option is wrong, the port is taken, or the clients named no labels.
     """

@@ -158,6 +158,7 @@ def patiently(write: Callable[[], object], folder: Path, stop: threading.Event, 
 
     Args:
         say: given why it waits, once.
+
     Raises:
         ValueError: the folder was removed.
         OSError: another fault, or still that one when `stop` is set.

@@ -181,8 +181,10 @@ class ClientRegistry:
             told: what its process was told before; None where that is not known yet.
             admit: given what the client has done, and the stream that it takes over; it raises what it likes where
                 there is no place.
+
         Returns:
             What it is to be told: what its process was told when it came first, or what new ones are told now.
+
         Raises:
             Refused: versions, privacy or names do not fit; `Unproven` where the name's secret would help.
             WireError: the name or the token is not one.
@@ -233,6 +235,7 @@ class ClientRegistry:
 
         Returns:
             Whether it has the seat; not if another stream has taken it over.
+
         Raises:
             Refused: it announced more label names than can be remembered.
         """
@@ -295,6 +298,7 @@ class ClientRegistry:
 
         Args:
             acknowledge: given what is returned, before the client's next order is on its way.
+
         Returns:
             Why the answer cannot be taken after all, or None.
         """
@@ -344,7 +348,8 @@ class ClientRegistry:
 
     def members(self) -> list[Member]:
         """All that became ready, in that order, and then those that have joined and are not; without those that are
-        forgotten."""
+        forgotten.
+        """
         with self._changed:
             members = [Member(s.name, s.node_id, s.joined_at, s.ready_at, s.stream is not None, s.labels, bool(s.asked),
                               s.version, s.private, s.bytes_up, s.bytes_down) for s in self._seats.values()]

@@ -75,7 +75,8 @@ class Clients:
 
     def missed(self, round: int, nodes: Iterable[int]) -> None:
         """They did not answer in time. After m such rounds in a row a client is left out of the next 2^m − 1 cohorts:
-        those that never answer cannot make every round last as long as it may."""
+        those that never answer cannot make every round last as long as it may.
+        """
         for node in nodes:
             times = self._missed.get(node, (0, 0))[0] + 1
             self._missed[node] = times, round + 2**min(times, 30)
@@ -87,7 +88,8 @@ class Clients:
 
     def in_time(self, round: int, nodes: Iterable[int], least: int) -> list[int]:
         """Those of the nodes whose turn it is after what they missed; where these are fewer than `least`, as many more
-        as are lacking, those first whose turn comes soonest."""
+        as are lacking, those first whose turn comes soonest.
+        """
         nodes = list(nodes)
         waiting = sorted((self._missed[node][1], node) for node in nodes if self._missed.get(node, (0, 0))[1] > round)
         left_out = {node for _, node in waiting[max(0, least - (len(nodes) - len(waiting))):]}

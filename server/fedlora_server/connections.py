@@ -115,6 +115,7 @@ class Strangers:
         Args:
             clients: the peers of all clients that have joined.
             now: seconds, of a clock that only goes on.
+
         Returns:
             How many were ended.
         """

@@ -100,7 +100,8 @@ class Engine(Grid):
     @abstractmethod
     def cancel(self, message_ids: Iterable[str]) -> None:
         """Forget these messages and what was answered: clients that work on them are told to stop and uploads that
-        still come are refused."""
+        still come are refused.
+        """
 
     @abstractmethod
     def close(self, reason: str) -> None:
@@ -132,7 +133,8 @@ class Engine(Grid):
 
 class Replies:
     """The replies to some messages, read one at a time and as often as they are gone through. They are discarded once
-    nobody holds this any more."""
+    nobody holds this any more.
+    """
 
     def __init__(self, engine: Engine, message_ids: Sequence[str]) -> None:
         self._engine, self._message_ids = engine, message_ids

@@ -71,6 +71,7 @@ class GrpcEngine(RegistryEngine):
         ready_within_s: from Join to Ready.
         anchors: the file that keeps clients' anchors beyond this run; None forgets them with this process.
         notify, under_way: as of `RegistryEngine`.
+
     Raises:
         ValueError: the address is not one, is taken, or is not loopback and `insecure` is not set.
     """

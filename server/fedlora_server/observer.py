@@ -47,7 +47,8 @@ class RoundRecord:
 
 def jsonable(value: object) -> object:
     """The value with numpy's numbers as Python's; paths, and numbers that JSON does not know (a diverged loss), as
-    text."""
+    text.
+    """
     if isinstance(value, Mapping):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -265,7 +265,8 @@ class OpenRound:
 
     def _ask_again(self, arrays: ArrayRecord) -> None:
         """Those of an earlier server's clients that are back, for the attempt that they know: who trained for it sends
-        what he stored, and nobody trains twice."""
+        what he stored, and nobody trains twice.
+        """
         if not self._awaited:
             return
         back: dict[int, list[int]] = {}

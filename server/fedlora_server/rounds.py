@@ -101,6 +101,7 @@ def run_federation(engine: Engine, run: Run, *, observer: Observer | None = None
     Args:
         observer: told what happens.
         stop: when it is set, the open round is abandoned and the state of the last finished one returned.
+
     Raises:
         ValueError: the run cannot be taken up as it was left, or its folder was removed.
         OSError: its folder cannot be written to.

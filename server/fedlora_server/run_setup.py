@@ -93,6 +93,7 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
         seed: of the frozen tensors.
         run_id: 16 hexadecimal digits; None draws them.
         protocol: with which the run began.
+
     Raises:
         ValueError: the options do not fit the model, the task or each other.
     """

@@ -60,7 +60,8 @@ FIXED = ("privacy", "task", "seeds", "clients", "partition", "eval_data", "local
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig(SimulationConfig):
     """Plant canaries in one client's data, attack what it releases, and say how much privacy it lost at least. Most
-    options are those of a simulation."""
+    options are those of a simulation.
+    """
 
     forms: ClassVar[tuple[str, ...]] = ("fedlora-simulate audit --data DIR_OR_FILE [options]",)
 
@@ -117,6 +118,7 @@ def run_audit(options: AuditConfig, base: BaseModel, *, private: bool) -> Audit:
     Args:
         options: of fedlora-simulate, with canaries, count, rows and seed.
         private: under `options.epsilon`, or without privacy; all else is the same.
+
     Raises:
         ValueError: the options do not fit the model, the data or each other.
         Refused: the client does not allow the plan.
@@ -191,7 +193,8 @@ def _client_rows(options: AuditConfig) -> tuple[Rows, tuple[str, ...]]:
 
 def _settled(options: AuditConfig, method: Method, size: int, private: bool) -> AuditConfig:
     """The options of one run: with and without privacy alike, the preset of the private case stands for what is
-    not given, and the batch is as large as the budget allows, where an update tells most."""
+    not given, and the batch is as large as the budget allows, where an update tells most.
+    """
     options = replace(options, privacy="required", init=method.init or options.init)
     values = planned(options, method.strategy)
     most = Budget.declare(size, epsilon=1.0, declared_size=size, delta=options.delta)

@@ -166,7 +166,8 @@ class InProcessEngine(Engine):
     def wait(self, message_ids: Iterable[str], timeout_s: float) -> Mapping[str, Outcome]:
         """Let pending clients train: one, whatever time it takes, and further ones while `TURN_S` is not over and all
         of them upload: after any other answer the round may want to ask somebody else first, whatever the clock says.
-        With none pending nothing new will ever come."""
+        With none pending nothing new will ever come.
+        """
         wanted = [m for m in message_ids if m in self._orders]
         until, trained = time.monotonic() + TURN_S, False
         for message_id in wanted:

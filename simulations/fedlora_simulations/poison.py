@@ -65,7 +65,8 @@ KINDS: Mapping[str, Sent] = {
 @dataclass(frozen=True, kw_only=True)
 class PoisonConfig(SimulationConfig):
     """Have one client send what it did not train, and say what that costs the adapter. Options are those of a
-    simulation; all runs are without privacy."""
+    simulation; all runs are without privacy.
+    """
 
     forms: ClassVar[tuple[str, ...]] = ("fedlora-simulate poison --data DIR_OR_FILE --eval-data FILE [options]",)
 

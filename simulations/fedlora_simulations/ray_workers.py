@@ -29,6 +29,7 @@ class RayWorkers(Workers):
 
     Args:
         address: of a running cluster, as `ray.init` takes it; None starts Ray on this machine.
+
     Raises:
         ValueError: Ray is not installed or does not start, nothing answers at `address`, or the cluster is too small.
     """

@@ -78,6 +78,7 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
         observer: told what happens.
         out: folder for the run's adapter and report; None leaves nothing.
         between: from a client's name and session to what answers in its place; where all train in this process.
+
     Raises:
         ValueError: the options do not fit the model, the data or each other.
         Refused: the clients' privacy limits do not allow the plan.

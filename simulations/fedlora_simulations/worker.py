@@ -143,6 +143,7 @@ class WorkerLost(RuntimeError):
 
 def threads_each(workers: int) -> int:
     """CPU threads for each of some workers on this machine. More in all than there are cores wait for each other by
-    spinning: two processes with two threads each are slower on two cores than one."""
+    spinning: two processes with two threads each are slower on two cores than one.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // workers)

@@ -130,7 +130,8 @@ class FederatedLoRA(Strategy):
     @property
     def linear(self) -> bool:
         """Whether the server step needs nothing but the weighted sum of the uploads; only then can secure aggregation
-        serve it."""
+        serve it.
+        """
         return self.step.linear
 
     @property
@@ -183,6 +184,7 @@ class FederatedLoRA(Strategy):
             config: optionally `nodes` (ids, default all of the grid), `attempt` (default 0), and `deadline_s`, for how
                 many seconds from now answers are waited for (default: for ever).
             grid: asked for its nodes if `nodes` is absent.
+
         Raises:
             ValueError: the state does not fit the layout.
         """
@@ -231,6 +233,7 @@ class FederatedLoRA(Strategy):
 
         Args:
             replies: if they can be gone through again, they are read one at a time; else all wait in memory.
+
         Raises:
             Diverged: what they give is not finite, or beyond what can be gone on from.
         """
@@ -252,6 +255,7 @@ class FederatedLoRA(Strategy):
         Args:
             replies: those that `aggregate_train` was given.
             why: its state is not taken.
+
         Raises:
             Diverged: this is the second time, none is left out that was not before, all are, or what the others give
                 cannot be gone on from either. The memory is that of the state before the round.
@@ -327,7 +331,8 @@ class FederatedLoRA(Strategy):
 
     def _in_order(self, replies: Iterable[Message], under_way: UnderWay) -> Iterator[tuple[int, Upload]]:
         """The valid uploads by ascending node id; those of nodes that are still awaited hold back the later ones. Of
-        nodes that are in `rejected` already nothing is read."""
+        nodes that are in `rejected` already nothing is read.
+        """
         early: dict[int, Upload] = {}
         awaited = set(under_way.awaited)
         turn = sorted(awaited, reverse=True)

@@ -1,8 +1,8 @@
 """From a base model to all that a ServerApp needs: the typed plan, the adapters, the strategy and its first state.
 
-    ready = FedSVD.for_model("minilm", labels=("no", "yes"), rank=8)
-    result = ready.strategy.start(grid, ready.arrays, num_rounds=ready.strategy.plan.rounds)
-    ready.export(result.arrays, Path("adapter"))
+ready = FedSVD.for_model("minilm", labels=("no", "yes"), rank=8)
+result = ready.strategy.start(grid, ready.arrays, num_rounds=ready.strategy.plan.rounds)
+ready.export(result.arrays, Path("adapter"))
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def ready(strategy: type[S], model: str, *, labels: Sequence[str] = (), private:
         run_id: 16 hexadecimal digits; None draws them.
         min_nodes: for how many nodes round 1 waits.
         values: of the preset, by the names of `Preset`: rank=8, rounds=3, init="weight".
+
     Raises:
         ValueError: the model cannot be found, or a value does not fit it.
     """

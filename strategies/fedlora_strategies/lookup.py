@@ -26,6 +26,7 @@ def strategy_class(name: str) -> type[FederatedLoRA]:
     Args:
         name: a key of `recipes/`, or module:attribute of a subclass of `FederatedLoRA` or of a `Recipe`. The module is
             looked for in the working directory too.
+
     Raises:
         ValueError: there is none, its module cannot be imported, or what it names is neither.
     """

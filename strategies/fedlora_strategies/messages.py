@@ -160,7 +160,8 @@ def read_train_messages(messages: Iterable[Message]) -> Iterator[tuple[Message, 
 def reply(answer: Upload | Refusal, to: Message, wire_dtype: str = "fp32",
           arrays: ArrayRecord | None = None) -> Message:
     """The reply to an order, from what a client answered in a run of this wire dtype. `arrays`: an upload's tensors as
-    they travel, in place of its own."""
+    they travel, in place of its own.
+    """
     if isinstance(answer, Refusal):
         return Message(Error(REFUSED, f"{answer.code}: {answer.detail}"), reply_to=to)
     content = RecordDict({
@@ -228,7 +229,8 @@ def _refusal(error: Error) -> Refusal:
 
 def _records(content: RecordDict, *kinds: type) -> list:
     """The content's records, one of each kind. (Flower's `array_records` and its like leave reference cycles, which
-    keep every upload in memory until the garbage collector comes by.)"""
+    keep every upload in memory until the garbage collector comes by.)
+    """
     found = {type(record): record for record in content.values()}
     if len(content) != len(kinds) or set(found) != set(kinds):
         names = [kind.__name__ for kind in kinds]

@@ -27,6 +27,7 @@ class PrivateStart(FederatedLoRA):
         adapted: as the run's strategy needs it.
         state: a start that does not depend on data, taken where the sketches decide nothing.
         seed: of Q and P.
+
     Attributes:
         tensors: what round 0 sends.
     """

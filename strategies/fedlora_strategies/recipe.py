@@ -32,7 +32,8 @@ _SLOTS = ("reduction", "refactorization", "schedule")
 @dataclass(frozen=True)
 class Preset:
     """Defaults of one (recipe, private); see `RunPlan` for their meaning. `batch_size` is its expected_batch, `init`
-    the start: that of the recipe where it is empty."""
+    the start: that of the recipe where it is empty.
+    """
 
     rank: int
     alpha: float
@@ -57,7 +58,8 @@ class Preset:
     def private(cls, rank: int, alpha: float, lr: float, *, clip_norm: float, head_scale: float) -> Preset:
         """The clip norm is for the middle of the run, not for its start: adapters' gradients are tiny until the head
         has grown, then those of misjudged records are the longest, and clipping them all to one length turns the mean
-        around."""
+        around.
+        """
         return cls(rank, alpha, "adamw", lr, local_steps=4, batch_size=256, clip_norm=clip_norm, head_scale=head_scale,
                    rounds=20, lr_schedule="linear", targets=("auto",))
 

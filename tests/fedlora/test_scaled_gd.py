@@ -69,7 +69,8 @@ def trained(run, count):
 @pytest.mark.parametrize("private", [True, False])
 def test_a_step_is_that_of_the_adjusted_gradient_whoever_trains(private):
     """Stochastic gradient descent is linear, so that a step without an adjustment tells the gradient that it had. The
-    runtime checks, which hold that gradient against the sum and the noise, let both steps through."""
+    runtime checks, which hold that gradient against the sum and the noise, let both steps through.
+    """
     run = plan("lora", private=private, optimizer="sgd", local_steps=1, lr=1.0)
     trainer, trainings, plain = trained(run, 2)
     _, _, together = trained(dataclasses.replace(run, adjustment="scaled-gd"), 2)

@@ -34,7 +34,8 @@ def test_rounds_of_compiled_blocks_are_those_of_the_models_own(kind, task):
 
 def test_later_blocks_need_no_more_versions(monkeypatch, tmp_path):
     """Each version counts towards a limit, beyond which PyTorch compiles no more. The first block has one of its own,
-    as no gradient leaves it."""
+    as no gradient leaves it.
+    """
     run = plan("lora", local_steps=1)
     versions = []
     for layers in (2, 4):

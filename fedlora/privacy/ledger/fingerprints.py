@@ -23,8 +23,10 @@ def fingerprints(rows: Rows, key: bytes, units: Sequence[str] | None) -> list[by
         rows: the training rows.
         key: the ledger's `fingerprint_key`, 32 bytes.
         units: [rows] the unit (a patient's id, say) of each row; None where the row is the unit.
+
     Returns:
         Keyed BLAKE2b digests of 16 bytes, of the content in Unicode NFC, case folded, white space collapsed.
+
     Raises:
         ValueError: a unit is empty (it names the row's file and line), or the units are not one per row.
     """

@@ -49,6 +49,7 @@ class Ledger:
         new: go on where a ledger or a witness is lost. A ledger that is damaged is moved aside, and the one begun in
             its place is marked for ever; one that is whole is kept, and marked where a witness contradicts it.
         clock: seconds since 1970, recorded and never trusted.
+
     Raises:
         LedgerError: damaged, of the other kind, on a network file system, or not writable; with path and remedy.
     """
@@ -90,6 +91,7 @@ class Ledger:
             unit: "row" or "column:NAME", for whom it is; runs that protect another unit are refused.
             distinct: datasets that share nobody with this one, whatever their fingerprints say.
             witness: the witness file, to be written before anything leaves.
+
         Raises:
             LedgerError: the witness is missing, names another ledger, or has seen more than this ledger holds.
             ValueError: a limit is out of range.
@@ -145,6 +147,7 @@ class Ledger:
 
         Returns:
             False where the anchor is not of this ledger's key, and tells nothing.
+
         Raises:
             LedgerError: it has seen more than this ledger holds, and no mark says so; or as `fingerprint_key`.
         """
@@ -164,7 +167,8 @@ class Ledger:
 
     def marks(self) -> tuple[Mapping, ...]:
         """What --new-ledger gave up: {dataset, ledger_id, rows, head} of each ledger that a witness still knew. Of an
-        anchor the dataset is ""."""
+        anchor the dataset is "".
+        """
         with self._chain.transaction("DEFERRED") as book:
             return tuple(book.marks)
 

@@ -61,6 +61,7 @@ class RunTerms:
         max_participations: the most trainings that this run may begin.
         relation: of neighbouring data, for which the noise was chosen.
         accountant: with which it was chosen.
+
     Raises:
         ValueError: a value is out of range; it names the value.
     """
@@ -334,7 +335,8 @@ class Book:
 
     def room_for(self, runs: int, dataset: str, terms: RunTerms) -> bool:
         """Whether so many runs on these terms fit every lifetime concerned, one after the other: by the filter alone,
-        since a run that closes a budget leaves room for none."""
+        since a run that closes a budget leaves room for none.
+        """
         planned = terms.spends(terms.max_participations)
         return all((limit := self.declared(name)) is None
                    or self._room(limit, [*self._beside(name, dataset, terms), *[planned] * runs])

@@ -80,6 +80,7 @@ def privacy_report(run: ReportedRun, now: float | None = None) -> dict:
 
     Args:
         now: seconds since 1970.
+
     Raises:
         ValueError: a value that no run can have, which `verify` would not accept either.
     """
@@ -205,6 +206,7 @@ def write_report(folder: Path, report: Mapping) -> Path:
 
     Returns:
         The path of privacy.json.
+
     Raises:
         ValueError: the report is not signed, or `verify` would not accept it: then nothing is written.
     """

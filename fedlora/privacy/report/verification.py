@@ -119,6 +119,7 @@ def verify(report: Mapping, public_key: str | None = None) -> Verified:
 
     Args:
         public_key: of the author, 64 hexadecimal digits; None accepts any author and names the key.
+
     Raises:
         ValueError: it names what differs: the shape, the author, the signature, an epsilon below the recomputed one,
             or a guarantee that covers less than was begun.

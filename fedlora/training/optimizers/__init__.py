@@ -25,6 +25,7 @@ def make_optimizer(key: str, parameters: Sequence[nn.Parameter], lr: float) -> t
         key: as in "adamw".
         parameters: those that train.
         lr: the learning rate of the round.
+
     Raises:
         ValueError: none is called so.
     """

@@ -60,7 +60,8 @@ def read_result(file: Path) -> Mapping[str, Any]:
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """Every ratio of either result, in the order of the new one, then what is gone; of one set-up seconds and bytes
-    too, where more or fewer is better."""
+    too, where more or fewer is better.
+    """
     units = same_setup(old, new)
     before, after = dict(_values(old, units)), dict(_values(new, units))
     return [Change(*key, before.get(key), after.get(key), _verdict(before.get(key), after.get(key)))

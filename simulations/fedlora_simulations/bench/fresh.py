@@ -1,6 +1,6 @@
 """Functions in a process of their own: for peak memory, for what is imported, and for anything that leaves traces.
 
-    in_fresh_process("fedlora_simulations.bench.figures.memory:peak", strategy="fed-sb")
+in_fresh_process("fedlora_simulations.bench.figures.memory:peak", strategy="fed-sb")
 """
 
 from __future__ import annotations

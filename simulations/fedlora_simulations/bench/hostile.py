@@ -129,7 +129,8 @@ def _watched(subject: Subject, watch: Watch) -> Iterator[dict[str, list[Row]]]:
 @contextlib.contextmanager
 def rounding_otherwise(subject: Subject, rows: Callable[[int], bool]) -> Iterator[None]:
     """As on a processor whose linear layers round one row for each record otherwise for some numbers of rows: by one
-    unit in the last place, upwards. So do some with 16 rows and more."""
+    unit in the last place, upwards. So do some with 16 rows and more.
+    """
     def hook(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
         if output.dim() != 2 or not rows(len(output)):
             return output
@@ -171,6 +172,7 @@ def threshold_head(subject: Subject, present: torch.Tensor, absent: torch.Tensor
 
     Args:
         present, absent: [rows, d] of `head_inputs`; none of `absent` where there is no other record.
+
     Returns:
         Its tensors, and the label that is wrong for all where the record is present, and right where it is not.
     """
@@ -201,7 +203,8 @@ def threshold_head(subject: Subject, present: torch.Tensor, absent: torch.Tensor
 def most_different_layer(subject: Subject, with_it: Records, without: Records, state: Tensors,
                          text: np.ndarray) -> tuple[str | None, torch.Tensor | None]:
     """The linear layer of whose outputs for this text the most bits differ, and the difference; (None, None) if none
-    does."""
+    does.
+    """
     layers = {name: module for name, module in subject.adapted.model.named_modules()
               if isinstance(module, nn.Linear) and name != subject.adapted.head}
 

@@ -154,7 +154,8 @@ class Times:
 
     def over(self, other: Times, *, factor: float = 1.0, better: str = "lower", target: float | None = None) -> Value:
         """This variant's wall time over another's of the same `interleaved`, times a factor: 10, say, if the other one
-        does its work ten times when it is called."""
+        does its work ten times when it is called.
+        """
         return _ratio(self.wall, other.wall, factor, better, target)
 
     def cpu_over(self, other: Times, *, factor: float = 1.0, better: str = "lower",

@@ -52,7 +52,8 @@ class Subject:
 
     def train(self, block: int, *, private: bool, sampling_rate: float = 1.0) -> TrainResult:
         """One round of the plan's steps from whatever the adapter holds; the same records are drawn in a block, with
-        and without privacy. The noise is new each time: noise that repeats would set off a runtime check."""
+        and without privacy. The noise is new each time: noise that repeats would set off a runtime check.
+        """
         return self.step({"sampling": RandomStream.derived(0, "bench", block, "sampling"),
                           "noise": RandomStream.derived(0, "bench", next(self._trained), "noise")},
                          private=private, sampling_rate=sampling_rate)
@@ -66,7 +67,8 @@ class Subject:
 
     def rounds(self, rows: Rows, records: int, *, private: bool) -> Iterator[list[TrainingJob]]:
         """Round after round of clients that have `records` of the rows each, with noise of their own; all rounds start
-        from one state."""
+        from one state.
+        """
         start, encode = self.adapted.read("state"), self.trainer.task.encode
         parts = [encode(rows.take(range(first, first + records))) for first in range(0, len(rows), records)]
         for number in itertools.count(1):
@@ -78,7 +80,8 @@ class Subject:
 
 def precisions(settings: Settings) -> tuple[str, ...]:
     """In which to train: bf16 only where the device has it. Elsewhere it is emulated, many times slower than fp32, and
-    chosen by nobody; a quick measurement has it all the same."""
+    chosen by nobody; a quick measurement has it all the same.
+    """
     has_bf16 = resolve_precision("auto", settings.device) == "bf16"
     return ("fp32", "bf16") if has_bf16 or settings.quick else ("fp32",)
 

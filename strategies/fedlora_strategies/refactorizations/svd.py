@@ -29,8 +29,8 @@ from . import Refactored
 @dataclass(frozen=True)
 class Svd:
     """Attributes:
-        warmup: rounds at the start after which nothing is refactorised.
-        period: from then on, refactorise after every `period`-th round (paper: 1).
+    warmup: rounds at the start after which nothing is refactorised.
+    period: from then on, refactorise after every `period`-th round (paper: 1).
     """
 
     period: int = 1

@@ -53,7 +53,8 @@ class Elementwise(ABC):
     def turn(self, own: Tensors, factors: Mapping[str, np.ndarray | None]) -> Tensors:
         """First moments W turn to W M, as the pseudo-gradients that they are averages of would have. Second moments are
         of single values and cannot: they turn to W (M ∘ M), exact where a row's values are uncorrelated, as those of
-        isotropic noise are. That keeps them positive, and for an orthogonal M their sum over a row."""
+        isotropic noise are. That keeps them positive, and for an orthogonal M their sum over a row.
+        """
         memory = dict(own)
         for name, factor in factors.items():
             for moment, power in self.moments.items():

@@ -1,6 +1,6 @@
 """Fed-SB with momentum at the server: R goes on in the direction of the last rounds.
 
-    server        R ← R + m,   m ← β m + Σ p_k R_k − R
+server        R ← R + m,   m ← β m + Σ p_k R_k − R
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ class Neighbours:
 
 def cases(total: int, models: Sequence[str], threads: Sequence[int], *, bf16: float) -> list[Case]:
     """Every value of every field as often as any other, record counts within each generator; but for the models, and
-    for the share of bf16 in the inputs for the first."""
+    for the share of bf16 in the inputs for the first.
+    """
     random = np.random.default_rng(22)
 
     def spread(values: Sequence[Any], count: int) -> list[Any]:
@@ -113,7 +114,8 @@ def cases(total: int, models: Sequence[str], threads: Sequence[int], *, bf16: fl
 
 def neighbours(one: Subject, case: Case, device: str, label: int | None = None) -> Neighbours:
     """The case's records: with one label for all those of one length are one text, so that one decision is that of all;
-    else texts and labels are random."""
+    else texts and labels are random.
+    """
     random = np.random.default_rng(case.seed)
     tokenizer = one.trainer.task.tokenizer
     embedded: int = one.adapted.model.get_input_embeddings().weight.shape[0]  # type: ignore
