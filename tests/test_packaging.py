@@ -23,7 +23,7 @@ def test_a_wheel_holds_exactly_the_five_packages_and_the_wire_code(tmp_path):
     assert {name for name in top if not name.endswith(".dist-info")} == PACKAGES
     assert {"fedlora/wire/fedlora_pb2.py", "fedlora/wire/fedlora.proto"} <= set(names)
     assert {name for name in names if not name.endswith((".py", ".pyi"))
-            and ".dist-info/" not in name} == {"fedlora/wire/fedlora.proto"}
+            and ".dist-info/" not in name} == {"fedlora/wire/fedlora.proto", *(f"{name}/py.typed" for name in PACKAGES)}
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--roundz", "3"]], ids=["help", "an unknown flag"])
