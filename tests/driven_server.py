@@ -64,7 +64,7 @@ class Server:
         before = self.engine._registry.proposal
         proposal = dataclasses.replace(before, plan=dataclasses.replace(before.plan, **changes))
         self.engine._registry.proposal = proposal
-        for seat in self.engine._registry._seats.values():
+        for seat in self.engine._registry._seats:
             seat.proposal = proposal
         for name in self.engine._names.taken if proposal.plan.run_id != before.plan.run_id else ():
             self.engine._names.forget(name)  # whose a name is holds for a run
@@ -83,7 +83,7 @@ class Server:
 
     def order(self, round, attempt=0, **changes):
         """Give the idle client an order, and return its message id."""
-        seat = self.engine._registry._seats[self.engine.idle()[0]]  # our own server never asks twice
+        seat = self.engine._registry._seats.recall(self.engine.idle()[0])  # our own server never asks twice
         seat.asked.clear()
         seat.accepted = None
         layout = self.layout if round else self.sketches

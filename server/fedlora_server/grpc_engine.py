@@ -21,11 +21,12 @@ from fedlora.plan import Proposal
 from fedlora_strategies.messages import assume_identity
 
 from .anchors import Anchors
-from .client_registry import ClientStream, Event, Standing
+from .client_registry import Event
 from .connections import Room, Strangers
 from .grpc_session import READY_TIMEOUT_S, GrpcSession, NoPlace
 from .names import Names
 from .registry_engine import RegistryEngine
+from .seats import ClientStream, Standing
 
 log = logging.getLogger(__name__)
 

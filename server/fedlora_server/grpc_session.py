@@ -23,9 +23,11 @@ from fedlora.plan import Refusal, Refused
 from fedlora.wire import Incoming, Key, Repeats, Shapes, WireError, pb
 
 from .anchors import Anchors
-from .client_registry import ClientRegistry, ClientStream, PendingRequest, Standing, Unproven
+from .client_registry import ClientRegistry
 from .connections import peer_of
+from .joining import Unproven
 from .names import Names
+from .seats import ClientStream, PendingRequest, Standing
 from .upload_store import HeldUp, IncomingUpload, Patience, Stored, new_upload, not_stored
 
 log = logging.getLogger(__name__)

@@ -64,3 +64,10 @@ def agree(announced: Mapping[str, tuple[str, ...]], clients: int) -> LabelSet:
             labels.update(own)
             of.append(name)
     return LabelSet(data.in_order(labels), tuple(of), left_out)
+
+
+def told_of(labels: tuple[str, ...]) -> str:
+    """Return a line of bounded length that tells which label names a client announced; "" if it announced none."""
+    if len(labels) <= 3:
+        return f"discloses its label names {', '.join(labels)}" if labels else ""
+    return f"discloses {len(labels)} label names: {', '.join(labels[:3])}, …"

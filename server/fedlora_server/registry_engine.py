@@ -16,9 +16,10 @@ from fedlora.plan import Proposal, Refusal, Released, RoundPlan, Tensors, Upload
 from fedlora.wire import Shapes
 from fedlora_strategies.messages import assign_id, read_train_messages, reply
 
-from .client_registry import ClientRegistry, Event, Member, PendingRequest
+from .client_registry import ClientRegistry, Event
 from .engine import Engine, Outcome
 from .names import Names
+from .seats import Member, PendingRequest
 from .upload_store import HeldUp
 
 log = logging.getLogger(__name__)

@@ -27,9 +27,10 @@ from fedlora.plan import Proposal, Refusal, Refused, Upload
 from fedlora.wire import Key, pb
 from fedlora_strategies.messages import is_undelivered, join_message, read_join_reply, read_reply, train_message
 
-from .client_registry import Event, PendingRequest
+from .client_registry import Event
 from .engine import Outcome
 from .registry_engine import RegistryEngine
+from .seats import PendingRequest
 from .upload_store import Stored, new_upload, not_stored, store
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,9 @@ import pytest
 import fedlora
 from fedlora.plan import PROTOCOL, Proposal, Refusal
 from fedlora.wire import SCHEMA, pb
-from fedlora_server.client_registry import ClientRegistry, PendingRequest
+from fedlora_server.client_registry import ClientRegistry
 from fedlora_server.engine import node_id
+from fedlora_server.seats import PendingRequest
 from fedlora_server.upload_store import Stored
 from tests.federation import plan_of
 

@@ -15,11 +15,12 @@ from fedlora.plan import PROTOCOL, Proposal, Refusal, Refused
 from fedlora.wire import pb
 from fedlora_client.connection import Connection, ServerUnreachable
 from fedlora_client.state import FolderState
-from fedlora_server.client_registry import MOST_AWAY, MOST_LABELS_HELD, ClientRegistry
+from fedlora_server.client_registry import ClientRegistry
 from fedlora_server.engine import node_id
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.label_sets import FEW
 from fedlora_server.names import Names
+from fedlora_server.seats import MOST_AWAY, MOST_LABELS_HELD
 from tests.federation import plan_of
 from tests.processes import PATIENCE
 from tests.server.federated_clients import KeptSecrets
