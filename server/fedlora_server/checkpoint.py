@@ -25,11 +25,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from fedlora.files import PASSING, replace_file
+from fedlora.files import replace_file
 from fedlora.plan import RunPlan, Tensors, from_scalars, to_scalars
 
 from .folders import UNFINISHED
 from .observer import RoundRecord, jsonable
+from .patience import outlast
 
 ABOUT, ASKED, LINES, STATE = "run.json", "asked.json", "metrics.jsonl", "checkpoint.safetensors"
 REPORT = "report.json"
@@ -154,34 +155,44 @@ LOOK_AGAIN_S = 2.0
 
 
 def patiently(write: Callable[[], object], folder: Path, stop: threading.Event, say: Callable[[str], object]) -> None:
-    """Write to the run's folder, as soon as the machine can: what a round has cost is not lost to a full disk.
+    """Write to the run's folder. If the disk is full, wait until it is not, so that no finished round is lost.
 
     Args:
-        say: given why it waits, once.
+        write: writes one or more files; called again from its beginning after each fault.
+        folder: the run's folder.
+        stop: when it is set, waiting ends.
+        say: called once with the reason, if it has to wait.
 
     Raises:
         ValueError: the folder was removed.
-        OSError: another fault, or still that one when `stop` is set.
+        OSError: writing failed by a fault that does not pass, or the fault was still there when `stop` was set.
     """
     told = False
-    while True:
-        if not folder.is_dir():
-            raise ValueError(f"the run's folder {folder} was removed while the run lasted, and what it held is lost. "
-                             "Nothing more is trained; start the run again, in a folder that stays")
+
+    def attempt() -> None:
+        _check_folder(folder)
         try:
             write()
-            return
         except FileNotFoundError:
-            if folder.is_dir():
-                raise
-            continue
-        except OSError as error:
-            if error.errno not in PASSING or stop.is_set():
-                raise
-            if not told:
-                say(f"{folder} cannot be written to ({error.strerror}). It goes on when it can; Ctrl-C stops it")
-            told = True
+            _check_folder(folder)
+            raise
+
+    def wait(fault: OSError) -> None:
+        nonlocal told
+        if stop.is_set():
+            raise fault
+        if not told:
+            say(f"{folder} cannot be written to ({fault.strerror}). It goes on when it can; Ctrl-C stops it")
+        told = True
         stop.wait(LOOK_AGAIN_S)
+
+    outlast(attempt, wait)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"the run's folder {folder} was removed while the run lasted, and what it held is lost. "
+                         "Nothing more is trained; start the run again, in a folder that stays")
 
 
 def holds_unfinished_run(folder: Path) -> bool:

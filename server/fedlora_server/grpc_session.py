@@ -27,8 +27,9 @@ from .client_registry import ClientRegistry
 from .connections import peer_of
 from .joining import Unproven
 from .names import Names
+from .patience import HeldUp, Patience
 from .seats import ClientStream, PendingRequest, Standing
-from .upload_store import HeldUp, IncomingUpload, Patience, Stored, new_upload, not_stored
+from .upload_store import IncomingUpload, Stored, new_upload, not_stored
 
 log = logging.getLogger(__name__)
 

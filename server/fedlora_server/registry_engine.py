@@ -19,8 +19,8 @@ from fedlora_strategies.messages import assign_id, read_train_messages, reply
 from .client_registry import ClientRegistry, Event
 from .engine import Engine, Outcome
 from .names import Names
+from .patience import HeldUp
 from .seats import Member, PendingRequest
-from .upload_store import HeldUp
 
 log = logging.getLogger(__name__)
 

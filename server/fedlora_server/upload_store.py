@@ -12,83 +12,25 @@ import logging
 import mmap
 import os
 import secrets
-import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from flwr.app import ArrayRecord
 
-from fedlora.files import PASSING
 from fedlora.plan import Refusal, Tensors
 from fedlora.wire import ARRAY_DTYPES, Shapes, shapes_of
 from fedlora.wire.npy import npy_header, npy_size
 from fedlora.wire.tensors import chunks
 from fedlora_strategies.messages import record_of
 
-log = logging.getLogger(__name__)
+from .patience import Patience, once
 
-Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 
 BUFFER_BYTES = 128 * 1024
 """Of each file: a small adapter's many tensors are written at once, and hundreds of open files stay small."""
-TRY_AGAIN_S = 0.5
-"""How soon a full disk is tried again."""
-
-
-class Patience(Protocol):
-    """Calls something that can fail by the disk, as often as is worth it, and returns what it does."""
-
-    def __call__(self, attempt: Callable[[], Result]) -> Result: ...
-
-
-def once(attempt: Callable[[], Result]) -> Result:
-    """A patience that has none."""
-    return attempt()
-
-
-class HeldUp:
-    """Who waits to store an upload that this machine cannot take for now: refused, its client would train for it again.
-
-    Attributes:
-        reason: why somebody waits; "" while nobody does.
-    """
-
-    def __init__(self) -> None:
-        self.reason = ""
-        self._lock, self._waiting = threading.Lock(), 0
-
-    def patience(self, go_on: Callable[[OSError], None]) -> Patience:
-        """One that waits faults out that pass. `go_on` is given the fault and raises where nobody waits any more."""
-
-        def patiently(attempt: Callable[[], Result]) -> Result:
-            try:
-                return attempt()
-            except OSError as error:
-                fault = error
-            self._count(1)
-            try:
-                while fault.errno in PASSING:
-                    self.reason = fault.strerror or str(fault)
-                    time.sleep(TRY_AGAIN_S)
-                    go_on(fault)
-                    try:
-                        return attempt()
-                    except OSError as error:
-                        fault = error
-                raise fault
-            finally:
-                self._count(-1)
-
-        return patiently
-
-    def _count(self, more: int) -> None:
-        with self._lock:
-            self._waiting += more
-            if not self._waiting:
-                self.reason = ""
 
 
 def not_stored(error: OSError) -> Refusal:

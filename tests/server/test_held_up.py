@@ -10,9 +10,10 @@ import pytest
 from fedlora.plan import Proposal
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.observer import Observer
+from fedlora_server.patience import HeldUp
 from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import Run, run_federation
-from fedlora_server.upload_store import HeldUp, new_upload, store
+from fedlora_server.upload_store import new_upload, store
 from fedlora_strategies import strategy_class
 from fedlora_strategies.messages import to_arrays
 from tests.federation import layout_of, plan_of, start_of
