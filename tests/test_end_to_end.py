@@ -1,7 +1,7 @@
-"""Real processes over real gRPC: what simulation and deployment have in common, and what happens when things go wrong.
+"""End-to-end tests of real processes over gRPC: they give the same adapter as a simulation, and survive faults.
 
-Processes are forked from one that has the libraries in memory, where importing Flower fails in every client: the client
-does without it. In the test of a kill they are the installed commands.
+Processes are forked from one that has the libraries in memory. In a client, importing Flower fails, because clients
+must run without it. The test of a kill runs the installed commands.
 """
 
 import json
@@ -29,7 +29,7 @@ def deployment(tmp_path, checkpoint):
 
 
 def hospitals(folder, count=3):
-    """Each in a folder of its own: the clients stand for machines that do not see each other's."""
+    """Return data files, each in its own folder, as if on machines that do not see each other's files."""
     return [write_rows(folder / str(i) / f"hospital-{i}.jsonl", seed=i) for i in range(count)]
 
 
@@ -108,9 +108,9 @@ def test_a_second_signal_ends_a_server_at_once_whoever_does_not_answer(deploymen
     deployment.server("--min-clients", 1, *SMALL, "--rounds", 500)
     deployment.client("north", hospitals(tmp_path, 1)[0])
     deployment.wait_for("server", "round 1: 1 of 1 replied")
-    deployment.processes["north"].send_signal(signal.SIGSTOP)  # the goodbye waits for it
+    deployment.processes["north"].send_signal(signal.SIGSTOP)  # so that the server waits for it when it says goodbye
     deployment.processes["server"].send_signal(signal.SIGINT)
-    deployment.wait_for("server", "Again to stop at once")
+    deployment.wait_for("server", "A second signal stops the server at once")
     deployment.processes["server"].send_signal(signal.SIGINT)
     assert deployment.end("server", 1) == 130
     assert not (deployment.out / "report.json").exists(), "the first signal was enough: this test shows nothing"
@@ -203,7 +203,7 @@ def test_clients_that_do_not_fit_are_turned_away_with_what_to_change(deployment,
     deployment.wait_for("server", "twin ready")
     deployment.folder = tmp_path / "second"
     deployment.folder.mkdir()
-    [file] = hospitals(deployment.folder, 1)  # a witness lies beside the first one's
+    [file] = hospitals(deployment.folder, 1)  # in the same folder as the first one's data and witness
     other = write_rows(tmp_path / "other.jsonl", 1, rows=5)
     with other.open("a") as more:
         more.write(json.dumps({"text": f"{secret} acute", "label": secret}) + "\n")

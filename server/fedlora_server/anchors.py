@@ -1,8 +1,8 @@
-"""What clients have this server keep for them: the last anchor of each name, in one file outside of all run folders.
+"""The file in which the server keeps each client's last anchor, outside all run folders.
 
-An anchor is 68 bytes that only its client can read (`fedlora.privacy.ledger.anchor`). Nothing here is ever removed:
-a client is to learn from it that its own ledger was put back to an earlier state, in whatever run and after however
-long. An anchor that cannot be written is a warning, and kept while this process lives.
+An anchor is 68 bytes that only its client can read (`fedlora.privacy.ledger.anchor`). From it the client learns, in any
+later run, whether its own ledger was restored to an earlier state. So no anchor is ever removed. An anchor that cannot
+be written is kept in memory while this process lives, and a warning is logged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedlora.plan import ANCHOR_BYTES
 log = logging.getLogger(__name__)
 
 WAIT_S = 1.0
-"""How long another server's write is waited for; each takes microseconds."""
+"""Seconds to wait while another server writes to the file; a write takes microseconds."""
 
 _TABLE = f"""
     CREATE TABLE IF NOT EXISTS anchors (name TEXT PRIMARY KEY,
@@ -28,22 +28,22 @@ _KEEP = "INSERT INTO anchors VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET seal
 
 
 def default_place() -> Path | None:
-    """The user's, by the XDG base directories; None, and a warning, where this user has none."""
+    """Return the user's own file, in the XDG state folder. Without such a folder, log a warning and return None."""
     try:
         return user_folder("XDG_STATE_HOME", ".local", "state") / "anchors.sqlite"
     except ValueError as error:
-        log.warning("Clients' anchors are kept while this server runs, and no longer: %s.", error)
+        log.warning("Clients' anchors are kept while this server runs, and not beyond: %s.", error)
         return None
 
 
 class Anchors:
-    """The anchors of all names; any number of threads, and of servers of this user, may use it.
+    """The last anchor of each name. Any number of threads, and of servers of the same user, may use one file.
 
-    A write is on the disk soon after, not at once (synchronous = NORMAL): one that a power cut loses leaves the anchor
-    before it, and waiting for the disk would cost every upload milliseconds.
+    A write reaches the disk soon after `keep` returns, not before (SQLite's synchronous = NORMAL). Waiting for the disk
+    would cost every upload milliseconds. A power cut can lose the last write and leaves the anchor before it.
 
     Args:
-        path: the file; made, with its folder, for the first anchor. None keeps them in memory.
+        path: the SQLite file; made, with its folder, for the first anchor. None keeps anchors in memory.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -54,7 +54,7 @@ class Anchors:
         self._warned = False
 
     def newest(self, name: str) -> bytes:
-        """The last anchor that came under this name; b"" if none did."""
+        """Return the last anchor sent under this name; b"" if there is none."""
         with self._lock:
             if name in self._unwritten or self._path is None or not self._path.exists():
                 return self._unwritten.get(name, b"")
@@ -66,7 +66,7 @@ class Anchors:
                 return b""
 
     def keep(self, name: str, sealed: bytes) -> None:
-        """Put it in place of the one before."""
+        """Replace the name's anchor by `sealed`."""
         with self._lock:
             self._unwritten[name] = sealed
             if self._path is not None:
@@ -77,7 +77,7 @@ class Anchors:
                     self._warn(error)
 
     def close(self) -> None:
-        """Let go of the file, until it is used again."""
+        """Close the file. A later call opens it again."""
         with self._lock:
             if self._db is not None:
                 self._db.close()
@@ -100,7 +100,7 @@ class Anchors:
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
-            log.warning("%s cannot be used (%s), so what clients have this server keep against restored ledgers lasts "
-                        "only as long as it runs. See to the file, or set XDG_STATE_HOME to a folder that can be "
-                        "written", self._path, error)
+            log.warning("%s cannot be used (%s). Clients' anchors, by which they notice that a ledger was restored, "
+                        "are kept only while this server runs. Repair the file, or set XDG_STATE_HOME to a folder that "
+                        "can be written to", self._path, error)
             self._warned = True

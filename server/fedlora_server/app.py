@@ -1,4 +1,4 @@
-"""The server's way through a run: check, listen, wait for clients, freeze the labels, run the rounds, report."""
+"""One run of fedlora-server from start to end: check, listen, await clients, fix the labels, run rounds, report."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from .settings import settings
 from .trackers import Trackers, Watched
 
 Listen = Callable[[Proposal, Path, Callable[[Event], None]], RegistryEngine]
-"""Makes the engine from what clients are told, the folder for uploads, and whom to tell of events."""
+"""Makes the engine, given the proposal for clients, the folder for uploads, and a function to call with each event."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Served:
     """How the server's run ended.
 
     Attributes:
-        result: None if it was stopped before the first round could begin.
-        ended: as `FederationResult.ended`, or "suspended" where SIGTERM stopped it.
+        out: the run's folder.
+        result: the rounds' outcome; None if the run was stopped before its first round.
+        ended: as `FederationResult.ended`, or "suspended" if SIGTERM stopped it.
     """
 
     out: Path
@@ -67,12 +68,14 @@ def serve(options: ServerConfig, console: Console, *, listen: Listen | None = No
     """Run a federation from the first client to the report.
 
     Args:
-        options: of fedlora-server.
-        listen: None for gRPC at --address.
-        run_id: 16 hexadecimal digits; None draws them.
+        options: the command's options.
+        console: where the coordinator reads along.
+        listen: makes the engine; None listens for gRPC at --address.
+        run_id: 16 hexadecimal digits; None draws them at random.
 
     Raises:
-        ValueError: an option is wrong, the port is taken, or the clients named no labels.
+        ValueError: an option is wrong, the port is taken, or the clients announced no usable label set.
+        OSError: a file cannot be read or written.
     """
     with ExitStack() as held:
         if (begun := _begun(options, listen)) is not None:
@@ -108,7 +111,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
         console.print(f"With {options.min_clients} clients and --max-participations {most}, only {possible} of the "
                       f"{values.rounds} rounds can be done; more clients must join.")
     announced = task.has_labels and not options.labels
-    protocol = left.plan.protocol if left else PROTOCOL  # clients of a run know its plan by every value in it
+    protocol = left.plan.protocol if left else PROTOCOL  # the plan that clients compare must not change
     federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
                          options.seed, run_id=left.plan.run_id if left else run_id, protocol=protocol)
     proposal = Proposal(federation.plan.with_open_labels() if announced else federation.plan)
@@ -162,20 +165,24 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
 
 
 def _begun(options: ServerConfig, listen: Listen | None) -> Path | None:
-    """The folder of the run to take up: that of --resume, or of the same command given before."""
+    """Return the folder of the run to resume: that of --resume, or --out if it holds an unfinished run."""
     if options.resume is None:
         unfinished = listen is None and options.out is not None and checkpoint.holds_unfinished_run(options.out)
         return options.out if unfinished else None
     if listen is not None:
-        raise ValueError("--resume is for fedlora-server alone: a SuperLink gives every run an id of its own")
+        raise ValueError("--resume works only with fedlora-server. A SuperLink gives every run a new id; leave out "
+                         "--resume and start a new run")
     if options.out is not None:
-        raise ValueError(f"--resume goes on in the run's own folder; leave --out {options.out} out")
+        raise ValueError(f"--resume continues in the run's own folder; leave out --out {options.out}")
     return options.resume
 
 
 def _joined(engine: RegistryEngine, before: Mapping[str, Mapping[str, object]]) -> dict[str, Mapping[str, object]]:
-    """Name → what a client disclosed when it joined; label names are asked for once, maybe by an earlier server. Once
-    somebody was asked to train, those of the others are left out: they were for nothing, and anybody can announce them.
+    """Return what each client disclosed when it joined, by name: now, and to an earlier server (`before`).
+
+    Clients announce label names only once, so those told to an earlier server are kept. As soon as one client was asked
+    to train, the label names of clients that were not asked are left out: nothing used them, and anybody can announce
+    any.
     """
     members = engine.members()
     begun = any(member.asked for member in members)
@@ -194,10 +201,10 @@ def _grpc(options: ServerConfig, out: Path, left: Unfinished | None) -> Listen:
 
 def _freeze_labels(engine: RegistryEngine, options: ServerConfig, held_out: Rows | None, trackers: Trackers,
                    stop: threading.Event) -> tuple[str, ...]:
-    """The label set that the first --min-clients clients announced (`label_sets`); () if stopped before.
+    """Wait for --min-clients clients and return the label set that they announced (`label_sets`); () if stopped.
 
     Raises:
-        ValueError: they are too few, or --eval-data has others.
+        ValueError: the set has fewer than two labels, or --eval-data has a label outside of it.
     """
     told = -1
     said: set[tuple[str, str]] = set()
@@ -205,8 +212,8 @@ def _freeze_labels(engine: RegistryEngine, options: ServerConfig, held_out: Rows
         agreed = label_sets.agree({member.name: member.announced_labels for member in engine.members()
                                    if member.ready_at is not None and member.connected}, options.min_clients)
         for name, why in agreed.left_out.items() - said:
-            trackers.said(f"The label names of {name} are left out: {why}. If they are right, start again with "
-                          "--labels")
+            trackers.said(f"The label names of {name} are left out: {why}. If they are right, start again and name all "
+                          "labels with --labels")
             said.add((name, why))
         if len(agreed.of) >= options.min_clients:
             break
@@ -235,7 +242,7 @@ def _tell(trackers: Trackers, lines: PeerLines, event: Event) -> None:
 
 @contextmanager
 def _told_sparingly(lines: PeerLines) -> Iterator[None]:
-    """Have what is logged about a peer said once a minute."""
+    """Within the block, limit log lines about a peer to one a minute (`PeerLines`)."""
     handlers, sparing = tuple(logging.getLogger().handlers), PeerFilter(lines)
     for handler in handlers:
         handler.addFilter(sparing)
@@ -248,7 +255,10 @@ def _told_sparingly(lines: PeerLines) -> Iterator[None]:
 
 @contextmanager
 def _stopped_by_signals(stop: threading.Event, goes_on: threading.Event, console: Console) -> Iterator[None]:
-    """The first SIGINT or SIGTERM sets `stop`, SIGTERM `goes_on` too; a second one ends the process at once."""
+    """Within the block, stop the run at a signal instead of ending the process.
+
+    The first SIGINT or SIGTERM sets `stop`; SIGTERM sets `goes_on` too. A second signal ends the process at once.
+    """
 
     def on_signal(number: int, frame: object) -> None:
         if stop.is_set():
@@ -257,7 +267,8 @@ def _stopped_by_signals(stop: threading.Event, goes_on: threading.Event, console
             goes_on.set()
         stop.set()
         console.print("Stopping: the last finished round is written, and clients "
-                      f"{'wait for this server' if goes_on.is_set() else 'are told'}. Again to stop at once.")
+                      f"{'wait for this server to return' if goes_on.is_set() else 'are told'}. A second signal stops "
+                      "the server at once.")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,13 +1,14 @@
-"""What a run leaves in its folder while it lasts, so that a server can take it up again after a crash or a stop.
+"""The files in a run's folder from which a server resumes the run after a crash or a stop.
 
-    run.json                 the options, the plan, who joined with what, and after which rounds it was taken up again
-    asked.json               whom the last round asked, written before it does
+    run.json                 the options, the plan, what each client disclosed, and after which rounds it was resumed
+    asked.json               which clients the latest round asks, written before it asks them
     metrics.jsonl            one line for each finished round
     checkpoint.safetensors   the state after the last finished round, and the server step's memory as "step/<slot>/…"
 
-The files are written in this order, and but for the lines they are always whole. A line whose round has no checkpoint
-is dropped when the run is taken up again: the round asks the same clients for the same attempts once more, and those
-that have trained for it send what they stored.
+A round writes the last three in this order. Each file is replaced atomically, except metrics.jsonl, which grows by a
+line. If the server dies between the last two writes, metrics.jsonl has a line for a round without a checkpoint. It is
+dropped when the run is resumed: the round asks the same clients for the same attempts again, and those that have
+trained for them send the upload that they stored.
 """
 
 from __future__ import annotations
@@ -36,21 +37,22 @@ ABOUT, ASKED, LINES, STATE = "run.json", "asked.json", "metrics.jsonl", "checkpo
 REPORT = "report.json"
 _MEMORY = "step/"
 _SINCE_7 = frozenset({"usual_norm", "curbed"})
-"""What lines of earlier protocols do not say of a round."""
+"""Fields of `RoundRecord` that lines written under earlier protocols lack."""
 
 _NOT_KEPT = frozenset({"config", "out", "resume", "labels"})
-"""Options that are not those of the run, or stand in its plan."""
+"""Options that run.json leaves out: they belong to one command, or are in the plan."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Whom a round asked.
+    """The clients that a round asked, and what must be known to ask fairly after a restart.
 
     Attributes:
-        attempts: for each attempt the names of those asked.
-        participations: name → how often it was asked in the run.
-        declined: names of those that declined for good.
-        missed: name → how many rounds in a row it did not answer in time, and from which on it is asked again.
+        round: the round's number.
+        attempts: for each attempt the names of the clients asked.
+        participations: name → how often the client was asked in the run.
+        declined: names of the clients that declined for good.
+        missed: name → (how many rounds in a row it did not answer in time, the round from which it is asked again).
     """
 
     round: int
@@ -62,17 +64,18 @@ class Asked:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A run as it was left.
+    """A run as its last server left it.
 
     Attributes:
-        resumed: after which rounds it was taken up before.
-        round: the last finished one; 0 if there is none.
-        state: after it; None if the run was left before its first state was written.
-        memory: of the server step, after it; empty where it has none.
-        records: of the finished rounds.
-        asked: by the last round that asked anybody.
-        joined: name → what a client disclosed when it joined, before the first round.
-        step: what the server does between rounds (`Recipe.described`); empty in runs of earlier versions.
+        plan: the run's plan.
+        resumed: the rounds after which it was resumed before.
+        joined: name → what the client disclosed when it joined, before the first round.
+        asked: the clients of the last round that asked any.
+        round: the last finished round; 0 if there is none.
+        state: the state after that round; None if the run stopped before its first state was written.
+        memory: the server step's memory after that round; empty if the step has none.
+        records: one record for each finished round.
+        step: the parts of the server step (`Recipe.described`); empty in runs of earlier versions.
     """
 
     plan: RunPlan
@@ -87,16 +90,23 @@ class Unfinished:
 
     @property
     def resumptions(self) -> tuple[int, ...]:
-        """`resumed`, once it is taken up now."""
+        """The rounds after which the run was resumed, including now."""
         return *self.resumed, self.round
 
     @property
     def under_way(self) -> int:
-        """The round that may have been begun."""
+        """The round that the last server may have begun without finishing it."""
         return 0 if self.state is None and self.plan.private_start else self.round + 1
 
     def check(self, plan: RunPlan, step: Mapping[str, object] | None = None) -> None:
-        """Raises ValueError where the plan, or what the server does, is another one by the options that are given now.
+        """Check that the options given now lead to the run's own plan and server step.
+
+        Args:
+            plan: the plan that they lead to.
+            step: the server step's parts, as of `Recipe.described`; None leaves them unchecked.
+
+        Raises:
+            ValueError: a value differs. The message names each.
         """
         then: dict[str, object] = {**to_scalars(self.plan)}
         now: dict[str, object] = {**to_scalars(plan)}
@@ -109,13 +119,22 @@ class Unfinished:
 
 
 def _put(path: Path, content: bytes) -> None:
-    """Replace a file of the run's folder, which is there. Nothing in it is secret: its mode is the umask's."""
+    """Replace a file in the run's folder, which must exist. The mode is the umask's, since no content is secret."""
     replace_file(path, content, 0o666, make_folder=False)
 
 
 def begin(folder: Path, options: Mapping[str, object], plan: RunPlan, joined: Mapping[str, Mapping[str, object]],
           resumed: tuple[int, ...] = (), step: Mapping[str, object] | None = None) -> None:
-    """Write what the run is; `options` as `vars` of those of fedlora-server, `step` as of `Unfinished`."""
+    """Write run.json: what must be known to resume the run before it has finished a round.
+
+    Args:
+        folder: the run's folder.
+        options: the options of fedlora-server by name.
+        plan: the run's plan.
+        joined: name → what the client disclosed when it joined.
+        resumed: the rounds after which the run was resumed.
+        step: the parts of the server step, as of `Recipe.described`.
+    """
     kept = {name: value for name, value in options.items() if name not in _NOT_KEPT and value not in (None, {}, ())}
     about = {"options": jsonable(kept), "plan": to_scalars(plan), "joined": joined, "resumed": resumed,
              "step": _plain(step or {})}
@@ -123,15 +142,19 @@ def begin(folder: Path, options: Mapping[str, object], plan: RunPlan, joined: Ma
 
 
 def remember(folder: Path, asked: Asked) -> None:
-    """Write whom a round asks."""
+    """Write asked.json: the clients that a round is about to ask."""
     _put(folder / ASKED, f"{json.dumps(asdict(asked))}\n".encode())
 
 
 def save(folder: Path, run_id: str, round: int, state: Tensors, memory: Tensors) -> None:
-    """Replace the folder's checkpoint: a reader, or a crash, finds the old one or the new one, nothing between.
+    """Replace the checkpoint atomically: a reader, or a server after a crash, finds the old one or the new one.
 
     Args:
-        memory: of the server step, each array of its own dtype.
+        folder: the run's folder.
+        run_id: the run's id.
+        round: the round that has just finished.
+        state: every tensor that is not in the base checkpoint, after that round.
+        memory: the server step's memory after that round, in any dtypes.
     """
     kept = {**state, **{_MEMORY + name: array for name, array in memory.items()}}
     arrays = {name: np.ascontiguousarray(array) for name, array in kept.items()}
@@ -139,8 +162,8 @@ def save(folder: Path, run_id: str, round: int, state: Tensors, memory: Tensors)
 
 
 def note(folder: Path, record: RoundRecord) -> None:
-    """Add the line of a finished round, or nothing where the disk has no room for all of it."""
-    with (folder / LINES).open("ab", buffering=0) as lines:  # a buffer would write again what was taken back
+    """Append a finished round's line to metrics.jsonl. If the disk has no room for all of it, nothing is appended."""
+    with (folder / LINES).open("ab", buffering=0) as lines:  # closing a buffer would write what was cut off again
         whole, left = lines.seek(0, os.SEEK_END), memoryview(_line(record).encode())
         try:
             while left:
@@ -152,6 +175,7 @@ def note(folder: Path, record: RoundRecord) -> None:
 
 
 LOOK_AGAIN_S = 2.0
+"""Seconds between two attempts to write to a full disk."""
 
 
 def patiently(write: Callable[[], object], folder: Path, stop: threading.Event, say: Callable[[str], object]) -> None:
@@ -182,7 +206,7 @@ def patiently(write: Callable[[], object], folder: Path, stop: threading.Event, 
         if stop.is_set():
             raise fault
         if not told:
-            say(f"{folder} cannot be written to ({fault.strerror}). It goes on when it can; Ctrl-C stops it")
+            say(f"{folder} cannot be written to ({fault.strerror}). The run goes on as soon as it can; Ctrl-C stops it")
         told = True
         stop.wait(LOOK_AGAIN_S)
 
@@ -196,7 +220,10 @@ def _check_folder(folder: Path) -> None:
 
 
 def holds_unfinished_run(folder: Path) -> bool:
-    """Whether a run was begun in the folder and is not finished, or not all of its clients may know that it is."""
+    """Return whether the folder's run can be resumed.
+
+    It can if it was begun and is not finished, or if the server died before it could tell all clients that it is.
+    """
     if not (folder / ABOUT).exists():
         return False
     try:
@@ -207,19 +234,20 @@ def holds_unfinished_run(folder: Path) -> bool:
 
 
 def options_of(folder: Path) -> dict[str, object]:
-    """The options with which the folder's run was begun, as `fedlora.config.read_config` takes them.
+    """Return the options with which the folder's run was begun, for `fedlora.config.read_config`.
 
     Raises:
         ValueError: the folder holds no run.
     """
-    return _about(folder)["options"]
+    options: dict[str, object] = _about(folder)["options"]
+    return options
 
 
 def take_up(folder: Path) -> Unfinished:
-    """The folder's run as it was left; lines of rounds that were not finished are dropped from metrics.jsonl.
+    """Read the folder's run as its last server left it, and drop the line of an unfinished round from metrics.jsonl.
 
     Raises:
-        ValueError: the folder holds no run, or one of another FedLoRA version.
+        ValueError: the folder holds no run, a run of an incompatible FedLoRA version, or damaged files.
     """
     about = _about(folder)
     try:
@@ -233,11 +261,12 @@ def _take_up(folder: Path, about: Mapping[str, Any]) -> Unfinished:
     try:
         plan, resumed, joined = from_scalars(about["plan"]), tuple(about["resumed"]), dict(about["joined"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume: {folder / ABOUT} is not of this FedLoRA version: {error}") from None
+        raise ValueError(f"--resume: {folder / ABOUT} was not written by this FedLoRA version: {error}. Resume the run "
+                         "with the version that began it, or begin a new run") from None
     run_id, round, state, memory = load(folder) if (folder / STATE).exists() else (plan.run_id, -1, None, {})
     if run_id != plan.run_id:
-        raise ValueError(f"--resume: {folder / STATE} is of run {run_id}, and {ABOUT} of {plan.run_id}; restore the "
-                         "one that belongs to the other")
+        raise ValueError(f"--resume: {folder / STATE} belongs to run {run_id}, and {ABOUT} to run {plan.run_id}; "
+                         "restore the file that belongs to the other")
     records = tuple(record for record in _records(folder / LINES) if record.round <= round)
     _put(folder / LINES, "".join(map(_line, records)).encode())
     return Unfinished(plan, resumed, joined, _asked(folder), max(0, round), state, memory, records,
@@ -245,12 +274,13 @@ def _take_up(folder: Path, about: Mapping[str, Any]) -> Unfinished:
 
 
 def _plain(step: Mapping[str, object]) -> dict[str, Any]:
-    """As it is read back."""
-    return json.loads(json.dumps(jsonable(step)))
+    """Return the parts as they read back from JSON, to compare them with those in run.json."""
+    plain: dict[str, Any] = json.loads(json.dumps(jsonable(step)))
+    return plain
 
 
 class Stored(NamedTuple):
-    """A checkpoint: the state after a round, and the server step's memory, empty in those of earlier versions."""
+    """A checkpoint: the state after a round, and the server step's memory (empty in files of earlier versions)."""
 
     run_id: str
     round: int
@@ -259,10 +289,10 @@ class Stored(NamedTuple):
 
 
 def load(folder: Path) -> Stored:
-    """The folder's checkpoint.
+    """Read the folder's checkpoint.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder has none.
     """
     path = folder / STATE
     if not path.exists():
@@ -274,7 +304,7 @@ def load(folder: Path) -> Stored:
     return Stored(about["run_id"], int(about["round"]), tensors, memory)
 
 
-def _about(folder: Path) -> dict:
+def _about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / ABOUT).read_text())
         if not isinstance(about, dict) or not isinstance(about.get("options"), dict):
@@ -298,7 +328,7 @@ def _asked(folder: Path) -> Asked | None:
 
 
 def _records(lines: Path) -> list[RoundRecord]:
-    """Those of whole lines; a crash may have cut the last one."""
+    """Return the records of all complete lines. A crash may have cut the last line short."""
     records = []
     for line in lines.read_text().splitlines() if lines.exists() else ():
         try:
@@ -312,8 +342,8 @@ def _line(record: RoundRecord) -> str:
     return json.dumps(jsonable(asdict(record)), allow_nan=False) + "\n"
 
 
-def _record(values: dict) -> RoundRecord:
-    """Inverse of `_line`: lists are tuples again, and what JSON does not know is a number again."""
+def _record(values: dict[str, Any]) -> RoundRecord:
+    """Return the record that `_line` wrote: lists become tuples, and "nan" and "inf" numbers again."""
     fields = {field.name: values[field.name] for field in dataclasses.fields(RoundRecord)
               if field.name not in _SINCE_7 or field.name in values}
     numbers = {name: float(value) for name, value in fields["evaluation"].items()}

@@ -1,4 +1,4 @@
-"""fedlora-server: waits for clients, combines what they send, leaves a PEFT adapter and a report."""
+"""The command fedlora-server: waits for clients, combines their updates, writes a PEFT adapter and a report."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from fedlora.config import ServerConfig, read_config
 from fedlora.files import PASSING
 
-EXIT_CODES = ("exit codes: 0 finished; 1 ended before its time, for want of clients or by a failing machine: --resume "
-              "goes on; 2 the command, a file or the clients' labels must be mended first, or the training diverged; "
-              "130 stopped by Ctrl-C, 143 suspended by SIGTERM: --resume, or the same command, goes on")
+EXIT_CODES = ("exit codes: 0 finished; 1 ended early, for lack of clients or by a fault of this machine (continue with "
+              "--resume); 2 the command, a file or the clients' labels must be corrected first, or the training "
+              "diverged; 130 stopped by Ctrl-C, 143 suspended by SIGTERM (continue with --resume or the same command)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,19 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return forget(argv[1:])
     options = read_config(ServerConfig, argv, epilog=EXIT_CODES, begun_with=_begun_with)
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own messages say more
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # FedLoRA's own messages say more
     if not options.allow_download:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
     from fedlora.console import stderr_that_never_blocks
 
-    signal.signal(signal.SIGTERM, _terminate)  # until the run takes it over
+    signal.signal(signal.SIGTERM, _terminate)  # until the run installs its own handler
     with stderr_that_never_blocks():
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
         try:
             return _run(options)
         except KeyboardInterrupt as stopped:
-            print("fedlora-server: stopped before it listened; nothing was changed", file=sys.stderr)
+            print("fedlora-server: stopped before it listened for clients; nothing was changed", file=sys.stderr)
             return 143 if isinstance(stopped, _Terminated) else 130
         except OSError as error:
             print(f"fedlora-server: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Terminated(KeyboardInterrupt):
-    """By SIGTERM."""
+    """Raised by SIGTERM, as KeyboardInterrupt is by Ctrl-C."""
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -85,7 +85,7 @@ def _run(options: ServerConfig) -> int:
     if result.ended == "diverged":
         print(f"fedlora-server: {result.why}", file=sys.stderr)
     elif result.ended != "finished":
-        why = "Too few clients were left for --wait-timeout" if result.ended == "wait-timeout" else "It was stopped"
+        why = "Too few clients came within --wait-timeout" if result.ended == "wait-timeout" else "The run was stopped"
         console.print(f"{why}{f' ({result.why})' if result.why else ''}; fedlora-server --resume {out} goes on.",
                       soft_wrap=True, markup=False)
     return code

@@ -1,4 +1,4 @@
-"""Which clients may be asked, and who of them is: cohorts, and the wait for clients."""
+"""Which clients may be asked to train, which of them form a round's cohort, and the wait until enough are there."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .engine import Engine, node_id
 from .observer import Observer
 
 POLL_S = 0.25
-"""How soon a stop is noticed while nothing else happens."""
+"""Seconds within which a stop is noticed while nothing else happens."""
 
 RETURN_S = 15.0
-"""How long a server that takes up a run waits for the clients of the earlier one; living ones take seconds."""
+"""Seconds for which a resumed run waits for its clients to return. Clients that are alive take a few."""
 
 
 class Ended(Exception):
-    """The run ends before its last round.
+    """Raised if the run ends before its last round.
 
     Attributes:
         reason: "stopped" or "wait-timeout".
-        why: what became of those that were asked, for whoever gave the command; "" for nothing to say.
+        why: what happened to the clients that were asked, for the coordinator to read; may be "".
     """
 
     def __init__(self, reason: str, why: str = "") -> None:
@@ -35,19 +35,27 @@ class Ended(Exception):
 
 
 class Clients:
-    """Which clients may be asked: none more often than the plan's `max_participations`, none that declined for good.
+    """The clients of a run, how often each was asked, and which did not answer in time.
+
+    No client is asked more often than the plan's `max_participations`, and none that declined for good.
 
     Args:
-        seed: of the cohorts.
-        keep: is given what must be known to take the run up again, before anybody is asked.
-        left: what an earlier server of this run kept last.
+        engine: where the clients are.
+        plan: the run's plan.
+        seed: decides the cohorts, together with the round and the names.
+        keep: called before clients are asked, with all that a server needs to resume the run.
+        left: what an earlier server of this run gave to `keep` last.
+
+    Attributes:
+        participations: node id → how often the client was asked in rounds.
+        declined: node ids of clients that declined for good.
     """
 
     def __init__(self, engine: Engine, plan: RunPlan, seed: int, *, keep: Callable[[Asked], None] = lambda asked: None,
                  left: Asked | None = None) -> None:
         self._engine, self._plan, self._seed, self._keep = engine, plan, seed, keep
         self._left = left
-        known = left if left is not None and left.round else Asked(0)  # a private start counts beside the rounds
+        known = left if left is not None and left.round else Asked(0)  # a private start does not count as a round
         self.participations = Counter({node_id(name): times for name, times in known.participations.items()})
         self.declined = {node_id(name) for name in known.declined}
         self._names = {node_id(name): name for name in (*known.participations, *known.declined)}
@@ -56,16 +64,21 @@ class Clients:
         self._names |= {node_id(name): name for name in known.missed}
 
     def eligible(self) -> list[int]:
-        """Idle clients that may be asked."""
+        """Return the node ids of idle clients that may be asked."""
         return [node for node in self._engine.idle()
                 if node not in self.declined and self.participations[node] < self._plan.max_participations]
 
     def asked_before(self, round: int) -> tuple[tuple[str, ...], ...]:
-        """Whom an earlier server asked in this round, attempt by attempt."""
+        """Return the names of clients that an earlier server asked in this round, one tuple for each attempt."""
         return self._left.attempts if self._left is not None and self._left.round == round else ()
 
     def remember(self, round: int, attempts: Iterable[tuple[str, ...]]) -> None:
-        """Keep whom the round asks, right before it does."""
+        """Store which clients the round asks, just before it asks them.
+
+        Args:
+            round: the round's number.
+            attempts: the names of the clients asked, one tuple for each attempt so far.
+        """
         self._keep(Asked(round, tuple(attempts), {self._name(node): n for node, n in self.participations.items()},
                          tuple(map(self._name, self.declined)),
                          {self._name(node): misses for node, misses in self._missed.items()}))
@@ -74,21 +87,30 @@ class Clients:
         return self._names.get(node) or self._engine.name_of(node)
 
     def missed(self, round: int, nodes: Iterable[int]) -> None:
-        """They did not answer in time. After m such rounds in a row a client is left out of the next 2^m − 1 cohorts:
-        those that never answer cannot make every round last as long as it may.
+        """Record that these clients did not answer in time.
+
+        After m such rounds in a row, a client is left out of the next 2^m − 1 cohorts. So clients that never answer
+        cannot make every round last until its timeout.
         """
         for node in nodes:
             times = self._missed.get(node, (0, 0))[0] + 1
             self._missed[node] = times, round + 2**min(times, 30)
 
     def came_in_time(self, nodes: Iterable[int]) -> None:
-        """They answered: what they missed before is forgotten."""
+        """Record that these clients answered, which clears what `missed` recorded."""
         for node in nodes:
             self._missed.pop(node, None)
 
     def in_time(self, round: int, nodes: Iterable[int], least: int) -> list[int]:
-        """Those of the nodes whose turn it is after what they missed; where these are fewer than `least`, as many more
-        as are lacking, those first whose turn comes soonest.
+        """Return the nodes that are not left out of this round for what they missed.
+
+        If fewer than `least` remain, left-out nodes are added until there are that many, those first that are due
+        soonest.
+
+        Args:
+            round: the round's number.
+            nodes: candidates for its cohort.
+            least: how many nodes to return at least, if there are that many.
         """
         nodes = list(nodes)
         waiting = sorted((self._missed[node][1], node) for node in nodes if self._missed.get(node, (0, 0))[1] > round)
@@ -96,11 +118,12 @@ class Clients:
         return [node for node in nodes if node not in left_out]
 
     def draw(self, round: int, nodes: Iterable[int], size: int | None) -> list[int]:
-        """A cohort of at most `size` of the nodes: those with the fewest participations, ties by SHA-256.
+        """Return a cohort of at most `size` nodes (None for all): those asked least often, in an order set by SHA-256.
 
-        Balanced, because privacy is calibrated to the most participations that any client can have: with stable
-        membership nobody takes part more often than ⌈rounds · size / clients⌉ times. It depends on the seed, the round
-        and the names alone, so that simulation and deployment draw the same, and compared methods too.
+        The draw is balanced because noise is calibrated to the largest number of participations that a client can have:
+        while the same clients are there, none takes part more than ⌈rounds · size / clients⌉ times. The order depends
+        only on the seed, the round and the names, so a simulation and a deployment draw the same cohorts, and so do
+        the methods that are compared with each other.
         """
 
         def key(node: int) -> tuple[int, bytes]:
@@ -111,10 +134,17 @@ class Clients:
 
     def wait_for(self, needed: int, timeout_s: float | None, stop: Event, observer: Observer, *,
                  to_begin: bool = False) -> list[int]:
-        """Block until `needed` clients are eligible, or `to_begin` merely there, and return all that are.
+        """Wait until enough clients are eligible, and return the node ids of all that are.
+
+        Args:
+            needed: how many are enough.
+            timeout_s: seconds to wait at most; None for no limit.
+            stop: ends the wait when it is set.
+            observer: told how many are missing.
+            to_begin: count every client that is connected and ready, and at the timeout go on with those there are.
 
         Raises:
-            Ended: stopped, or `timeout_s` passed; `to_begin` whoever is there by then is enough.
+            Ended: the run was stopped, or the timeout passed (not with `to_begin`).
         """
         since, told = time.monotonic(), -1
         while len(present := list(self._engine.get_node_ids()) if to_begin else self.eligible()) < needed:
@@ -131,7 +161,7 @@ class Clients:
         return present
 
     def tell_if_fewer(self, round: int, needed: int, observer: Observer) -> None:
-        """Say, once, that fewer clients are connected than the run waited for."""
+        """Tell the observer if fewer clients are connected than `needed`, once for each such number of clients."""
         before, self._connected = self._connected, len(list(self._engine.get_node_ids()))
         if self._connected < needed and self._connected != before:
             observer.fewer(round, self._connected, needed)

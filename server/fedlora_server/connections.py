@@ -1,9 +1,9 @@
-"""The TCP connections on a server's port: how many there may be, and which of them end when they are too many.
+"""Limits on the TCP connections to the server's port, and which connections are ended when there are too many.
 
-gRPC bounds them in all and ends those that never finish HTTP/2's greeting. It has no bound for one peer, and turns
-everybody away while the bound is reached. So this process's own sockets are looked at now and then, from outside of
-gRPC, and some that carry no client are shut down, the oldest of the peer with most first. One that carries a client is
-never touched, however many clients share an address.
+gRPC limits the total and ends connections that never finish the HTTP/2 handshake. It has no limit for a single peer,
+and turns everybody away once the total is reached. So the server regularly looks at this process's own sockets, without
+gRPC's help, and shuts down some that carry no client ("strangers"), beginning with the oldest one of the peer that has
+most. A connection that carries a client is never touched, however many clients share an address.
 """
 
 from __future__ import annotations
@@ -26,48 +26,55 @@ from fedlora.files import open_files_allowed
 log = logging.getLogger(__name__)
 
 STRANGERS = 512
-"""Connections beside those of clients, at most. Beyond half of them the oldest end, however young."""
+"""Largest number of connections that carry no client. Beyond half of it the oldest are ended, at any age."""
 STRANGERS_OF_A_PEER = 64
-"""Of one peer, once they are older than `GRACE_S`: hundreds of clients behind one address may come at once."""
+"""Largest number of one peer's strangers older than `GRACE_S`. Younger ones do not count, because hundreds of clients
+behind one address may connect at the same moment."""
 GRACE_S = 2.0
-"""A Join is here within this, but over the slowest links."""
+"""Seconds within which a Join arrives, except over the slowest links."""
 STRANGER_S = wire.JOIN_TIMEOUT_S + 5.0
-"""Whoever has connected joins within this: the greeting and the Join have JOIN_TIMEOUT_S each, and overlap."""
+"""Seconds after which a connection without a client is ended. The handshake and the Join may take JOIN_TIMEOUT_S each,
+but overlap."""
 RESERVED_FILES = 256
-"""Open files beside connections and uploads: the model, checkpoints, logs and trackers need about 60."""
+"""Open files kept free for other uses: the model, checkpoints, logs and trackers need about 60."""
 _OPEN_FILES = next((path for path in ("/proc/self/fd", "/dev/fd") if Path(path).is_dir()), "")
 
 
 @dataclass(frozen=True)
 class Room:
-    """How much a server takes at a time: `clients` with an upload each, and `strangers`, all within its open files."""
+    """How many connections a server takes at a time, within its limit on open files.
+
+    Attributes:
+        clients: number of clients, each with a connection and an upload's file.
+        strangers: number of connections that carry no client.
+    """
 
     clients: int
     strangers: int
 
     @classmethod
     def of(cls, clients: int) -> Room:
-        """For so many clients, or for as many as the system's limit on open files allows, which is said."""
+        """Return room for this many clients. If the system allows fewer open files, log that and return what fits."""
         wanted = 2 * clients + STRANGERS + RESERVED_FILES
         if (allowed := open_files_allowed(wanted)) >= wanted:
             return cls(clients, STRANGERS)
         left = max(48, allowed - RESERVED_FILES)
         room = cls(min(clients, (left - left // 4) // 2), min(STRANGERS, left // 4))
-        log.warning("This system allows %d open files, enough for %d clients and %d connections beside theirs; for "
-                    "%d clients have the hard limit of `ulimit -n` raised to %d", allowed, room.clients,
-                    room.strangers, clients, wanted)
+        log.warning("This system allows %d open files, enough for %d clients and %d other connections. For %d clients, "
+                    "have the hard limit of `ulimit -n` raised to %d", allowed, room.clients, room.strangers, clients,
+                    wanted)
         return room
 
     @property
     def connections(self) -> int:
-        """Of clients and others together."""
+        """Number of connections in all."""
         return self.clients + self.strangers
 
     @property
     def options(self) -> tuple[tuple[str, int], ...]:
-        """What gRPC itself is told."""
+        """The options for gRPC's server that set the same limits there."""
         return (("grpc.max_allowed_incoming_connections", self.connections),
-                ("grpc.max_concurrent_streams", 1),  # a client opens a channel for each
+                ("grpc.max_concurrent_streams", 1),  # a client opens a channel for each stream
                 ("grpc.server_handshake_timeout_ms", int(wire.JOIN_TIMEOUT_S * 1000)),
                 ("grpc.max_connection_idle_ms", int(STRANGER_S * 1000)))
 
@@ -80,13 +87,13 @@ class Peer(NamedTuple):
 
     @property
     def group(self) -> str:
-        """Whom limits hold for: an address of IPv4, or the 64 bits of one of IPv6 that tell networks apart."""
+        """The address that limits apply to: an IPv4 address, or an IPv6 address's /64 network."""
         address = ipaddress.ip_address(self.host)
         return self.host if address.version == 4 else str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
 
 
 def peer_of(name: str) -> Peer:
-    """As gRPC names it: ipv4:192.0.2.1:4711 or ipv6:[2001:db8::1]:4711, percent-encoded."""
+    """Parse gRPC's name of a peer: ipv4:192.0.2.1:4711 or ipv6:[2001:db8::1]:4711, percent-encoded."""
     _, _, address = unquote(name).partition(":")
     host, _, port = address.rpartition(":")
     return _peer(host.strip("[]"), int(port))
@@ -99,10 +106,11 @@ def _peer(host: str, port: int) -> Peer:
 
 
 class Strangers:
-    """Ends connections on `port` that carry no client, where they are too old or too many; see `surplus`.
+    """Ends connections that carry no client if they are too old or too many (see `surplus`).
 
     Args:
-        most: of them at a time.
+        port: the server's port.
+        most: largest number of such connections at a time.
     """
 
     def __init__(self, port: int, most: int) -> None:
@@ -110,14 +118,14 @@ class Strangers:
         self._since: dict[Peer, float] = {}
 
     def end_surplus(self, clients: Collection[Peer], now: float) -> int:
-        """Look once.
+        """Look at all connections once, and end the surplus ones.
 
         Args:
             clients: the peers of all clients that have joined.
-            now: seconds, of a clock that only goes on.
+            now: monotonic time in seconds.
 
         Returns:
-            How many were ended.
+            How many connections were ended.
         """
         found = {peer: number for number in _open_files() if (peer := _peer_on(number, self._port)) is not None}
         self._since = {peer: self._since.get(peer, now) for peer in found if peer not in clients}
@@ -128,10 +136,15 @@ class Strangers:
 
 
 def surplus(since: Mapping[Peer, float], most: int, now: float) -> list[Peer]:
-    """Which strangers are to go, given since when each is one.
+    """Return the strangers whose connections must end.
 
-    All that are older than `STRANGER_S`; of each peer those beyond `STRANGERS_OF_A_PEER` that are older than
-    `GRACE_S`; and beyond half of `most` whoever is the oldest of the peer that has most then.
+    These are all older than `STRANGER_S`; of each peer, those beyond `STRANGERS_OF_A_PEER` that are older than
+    `GRACE_S`; and, while more than half of `most` are left, the oldest one of the peer that has most.
+
+    Args:
+        since: each stranger, and when it was first seen (monotonic seconds).
+        most: largest number of strangers at a time.
+        now: monotonic time in seconds.
     """
     of_peer: defaultdict[str, list[Peer]] = defaultdict(list)
     for peer in sorted(since, key=since.__getitem__, reverse=True):
@@ -147,23 +160,26 @@ def surplus(since: Mapping[Peer, float], most: int, now: float) -> list[Peer]:
 
 
 def _open_files() -> list[int]:
-    """Numbers of this process's; none where the system does not tell."""
+    """Return this process's file descriptors; none if the system does not list them."""
     return [int(name) for name in os.listdir(_OPEN_FILES)] if _OPEN_FILES else []
 
 
 def _peer_on(number: int, port: int, shut: Peer | None = None) -> Peer | None:
-    """The other end of the open file with this number, if it is a connection whose own end is `port`.
+    """Return the peer of a file descriptor, if it is a connection to `port`.
 
-    gRPC may close it, and open another under the number, at any time: a copy is looked at, which nobody else has.
+    At any time gRPC may close the descriptor and open another file under its number. So a duplicate is looked at, which
+    belongs to this function alone.
 
     Args:
-        shut: the connection is shut down if this is its other end.
+        number: the file descriptor.
+        port: the server's port.
+        shut: if this is the connection's peer, the connection is shut down.
     """
     try:
-        if not stat.S_ISSOCK(os.fstat(number).st_mode):  # most are not: no need of a copy
+        if not stat.S_ISSOCK(os.fstat(number).st_mode):  # most are not sockets and need no duplicate
             return None
         duplicate = os.dup(number)
-    except OSError:  # it is closed by now
+    except OSError:  # closed in the meantime
         return None
     try:
         with socket.socket(fileno=duplicate) as copy:
@@ -174,7 +190,7 @@ def _peer_on(number: int, port: int, shut: Peer | None = None) -> Peer | None:
             if peer == shut:
                 copy.shutdown(socket.SHUT_RDWR)
             return peer
-    except OSError:  # it listens, or the number is another file's by now
+    except OSError:  # a listening socket, or one that was closed in the meantime
         return None
     finally:
         if duplicate >= 0:

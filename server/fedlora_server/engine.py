@@ -1,16 +1,17 @@
-"""What carries messages between the round loop and the clients: a Flower `Grid` that also says who is there.
+"""The interface between the round loop and the clients: a Flower `Grid` that also knows which clients are there.
 
-Flower's `Grid` can push messages and pull replies. A federation that must survive dead clients, ask backup clients and
-keep its memory flat needs a little more, and `Engine` is that little. The round loop is written against it alone, so
-that it runs unchanged over gRPC (`grpc_engine.GrpcEngine`) and in one process (`fedlora_simulations.in_process`).
+Flower's `Grid` can push messages and pull replies. A federation that survives dead clients, asks backup clients and
+keeps its memory flat needs a little more, and `Engine` adds just that. The round loop uses nothing else, so it runs
+unchanged over gRPC (`grpc_engine.GrpcEngine`), over Flower's SuperLink (`superlink_engine.SuperLinkEngine`) and in one
+process (`fedlora_simulations.in_process`).
 
-A message has one of four states, and `wait` tells of the last three:
+A message is in one of four states; `wait` reports the last three:
 
-    pending     asked, not answered
-    "uploaded"  the reply is here, checked and waiting in the upload store
-    Refusal     the client, or the engine on its behalf, declined
-    "lost"      the client is gone. If it comes back before `cancel`, it is asked again with the same (run, round,
-                attempt), re-sends what it has or goes on training, and the state may still become one of the others.
+    pending     sent and not answered
+    "uploaded"  the reply has arrived, was checked, and waits in the upload store
+    Refusal     the client declined, or the engine did on its behalf
+    "lost"      the client is gone. If it returns before `cancel`, it is asked again with the same (run, round,
+                attempt). It then sends the upload that it has, or goes on training, and the state may still change.
 """
 
 from __future__ import annotations
@@ -24,28 +25,29 @@ from typing import Any, Literal
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+from typing_extensions import override
 
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal
 
 Outcome = Literal["uploaded", "lost"] | Refusal
-"""What became of a message that is no longer pending."""
+"""The state of a message that is not pending."""
 
 
 def node_id(name: str) -> int:
-    """A client's node id in every engine: the first 63 bits of SHA-256 of its name. Never 0."""
+    """Return a client's node id, the same in every engine: the first 63 bits of its name's SHA-256. Never 0."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1 or 1
 
 
 class Engine(Grid):
-    """A Grid that knows names, sees clients come and go, and gives replies back one at a time."""
+    """A Grid that knows clients by name, sees them come and go, and hands out replies one at a time."""
 
     def expect(self, layout: AdapterLayout) -> None:
-        """From the next message on, these tensors travel; an engine may leave their check to the strategy."""
+        """Expect these tensors in messages from now on. An engine may leave the check to the strategy."""
 
     @property
     def held_up(self) -> str:
-        """Why uploads that come in cannot be stored for now and wait for that; "" while they can."""
+        """Why arriving uploads cannot be stored and have to wait; "" while they can be stored."""
         return ""
 
     @property
@@ -60,22 +62,22 @@ class Engine(Grid):
 
     @abstractmethod
     def name_of(self, node_id: int) -> str:
-        """The name of a client that has joined, also if it has left since.
+        """Return the name of a client that has joined, even if it has left since.
 
         Raises:
-            ValueError: no client with this node id ever joined.
+            ValueError: no client with this node id has joined.
         """
 
     @abstractmethod
     def idle(self) -> list[int]:
-        """Node ids of the clients that are connected, ready and have nothing to do, sorted by name."""
+        """Return the node ids of the clients that are connected, ready and have nothing to do, sorted by name."""
 
     @abstractmethod
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Send messages on their way and return their ids, in order, without waiting for anything.
+        """Queue messages for sending and return their ids, in the same order. Does not wait.
 
-        Each must hold exactly one ArrayRecord (of the plan's wire dtype), one ConfigRecord with the fields of
-        `fedlora.plan.round_to_scalars`, and nothing else. A message to a client that is not connected becomes "lost".
+        Each message holds one ArrayRecord (in the plan's wire dtype) and one ConfigRecord with the fields of
+        `fedlora.plan.round_to_scalars`. A message to a client that is not connected becomes "lost".
 
         Raises:
             ValueError: a message holds anything else, or its node id is unknown.
@@ -83,44 +85,55 @@ class Engine(Grid):
 
     @abstractmethod
     def wait(self, message_ids: Iterable[str], timeout_s: float) -> Mapping[str, Outcome]:
-        """Block until something is new since the last call, then say how all these messages stand.
+        """Wait for news since the last call, then return the state of each of these messages that is not pending.
 
-        New is a changed outcome of one of them, or a client that came, left or became idle. Pending messages are
-        absent from the answer. With nothing new for `timeout_s` seconds it answers all the same; 0 never blocks.
+        News is a message's new state, or a client that came, left or became idle.
+
+        Args:
+            message_ids: the messages to report on.
+            timeout_s: return after so many seconds without news; 0 returns at once.
         """
 
     @abstractmethod
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """The replies, in the order asked, each read from the upload store only when the iterator reaches it.
+        """Yield the replies to these messages, in order. Each is read from the upload store when its turn comes.
 
-        "uploaded" and a Refusal give what `fedlora_strategies.messages.reply` makes of the upload or the refusal; other
-        states give nothing. A reply is kept, and given again, until its message is cancelled.
+        An upload or a Refusal becomes a reply by `fedlora_strategies.messages.reply`. Messages in other states are
+        skipped. A reply is kept, and can be pulled again, until its message is cancelled.
         """
 
     @abstractmethod
     def cancel(self, message_ids: Iterable[str]) -> None:
-        """Forget these messages and what was answered: clients that work on them are told to stop and uploads that
-        still come are refused.
+        """Forget these messages and their replies.
+
+        Clients that work on them are told to stop. Uploads that still arrive are refused.
         """
 
     @abstractmethod
     def close(self, reason: str) -> None:
-        """Tell all clients goodbye and release everything. May be called twice."""
+        """Say goodbye to all clients, with this reason, and release everything. May be called twice."""
 
+    @override
     def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
                        ttl: float | None = None) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
+    @override
     def set_run(self, run: Any) -> None:
         self._run = run
 
     @property
     def run(self) -> Any:
-        """What `set_run` was given; only Flower's own processes need one."""
+        """What `set_run` was given. Only Flower's own processes use it."""
         return getattr(self, "_run", None)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:
-        """As in Flower: push, wait for all (no reply from lost clients), pull. Replies come in the order pushed."""
+        """Push messages, wait until each is answered or lost, and return the replies in the order pushed.
+
+        Args:
+            messages: as for `push_messages`.
+            timeout: seconds to wait at most; None for no limit. Messages that are unanswered by then are cancelled.
+        """
         pushed = self.push_messages(messages)
         deadline = None if timeout is None else time.monotonic() + timeout
         outcomes = self.wait(pushed, 0.0)
@@ -132,8 +145,9 @@ class Engine(Grid):
 
 
 class Replies:
-    """The replies to some messages, read one at a time and as often as they are gone through. They are discarded once
-    nobody holds this any more.
+    """An iterable of the replies to some messages. Each iteration reads them anew, one at a time.
+
+    The replies are discarded when nothing refers to this object any more, or by `discard`.
     """
 
     def __init__(self, engine: Engine, message_ids: Sequence[str]) -> None:
@@ -145,5 +159,5 @@ class Replies:
         return iter(self._engine.pull_messages(self._message_ids))
 
     def discard(self) -> None:
-        """Forget them now."""
+        """Discard the replies now."""
         self._discarded()

@@ -1,6 +1,6 @@
-"""fedlora-server as a Flower ServerApp: the same run, with the SuperNodes of a SuperLink as its clients.
+"""fedlora-server as a Flower ServerApp: the same run, with a SuperLink's SuperNodes as clients.
 
-Its run configuration is made of the options of fedlora-server; paths are those of the SuperLink's machine.
+The keys of its run configuration are the options of fedlora-server. Paths are paths on the SuperLink's machine.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation; whatever keeps it from its last round fails Flower's run.
+    """Run the federation. Flower's run fails if the federation does not reach its last round.
+
+    Args:
+        grid: reaches the SuperNodes.
+        context: holds the run's configuration.
 
     Raises:
         ValueError: an option is wrong, or does not fit the others, the model or the data.
-        RuntimeError: the run ended early. What was finished is in --out.
+        RuntimeError: the run ended early. The finished rounds are in --out.
     """
     options = config_from(context.run_config, ServerConfig, "--run-config")
     served = serve(options, messages(), listen=partial(SuperLinkEngine, grid), run_id=f"{context.run_id:016x}")

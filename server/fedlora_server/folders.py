@@ -1,4 +1,4 @@
-"""The folder that a command leaves its results in."""
+"""The folder for a command's results: made, locked against other commands, and moved aside after a kill."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 UNFINISHED = ".unfinished"
-"""In a folder while a command works in it: only a kill leaves it behind."""
+"""Marker file that is in a folder while a command works in it. Only a command that was killed leaves it behind."""
 
 
 @contextmanager
 def claimed_folder(out: Path | None, name: str) -> Iterator[Path]:
-    """--out, or runs/<time>-<name>, made and empty, for as long as the command lasts.
+    """Within the block, hold a new or empty folder for the command's results.
 
-    What a command that was killed has left there is moved aside, so that the same command can be given again. A folder
-    in which nothing is left is taken away.
+    If a command that was killed has left results there, the folder is renamed first, so that the same command can be
+    given again. If the folder is empty at the end, it is removed.
+
+    Args:
+        out: the folder (--out); None for runs/TIME-NAME.
+        name: NAME of that folder.
 
     Raises:
-        ValueError: it is not empty, or cannot be made, or another command works in it.
+        ValueError: the folder is not empty, cannot be made, or another command works in it.
     """
     folder = _made(out, name)
     with ExitStack() as held:
@@ -36,7 +40,7 @@ def claimed_folder(out: Path | None, name: str) -> Iterator[Path]:
 
 @contextmanager
 def retaken_folder(folder: Path) -> Iterator[Path]:
-    """The folder of a run that is taken up, for as long as the command lasts.
+    """Within the block, hold an existing folder, such as that of a run that is resumed.
 
     Raises:
         ValueError: another command works in it.
@@ -53,7 +57,7 @@ def retaken_folder(folder: Path) -> Iterator[Path]:
 
 
 def _hold(folder: Path) -> int:
-    """Keep other commands from this folder, until the descriptor that is returned is closed.
+    """Lock the folder against other commands, until the returned file descriptor is closed.
 
     Raises:
         ValueError: another command works in it.
@@ -78,7 +82,7 @@ def _made(out: Path | None, name: str) -> Path:
             taken = any(folder.iterdir())
         except OSError as error:
             if out is None and isinstance(error, FileExistsError):
-                continue  # another command was given in the same second
+                continue  # another command began in the same second
             raise ValueError(f"--out {folder} cannot be used: {error.strerror}; name another folder") from None
         if taken:
             raise ValueError(f"--out {folder} is not empty; name another folder, so that no earlier result is lost")
@@ -92,7 +96,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _move_aside(folder: Path) -> None:
-    """Rename what a killed command has left, and make the folder anew."""
+    """Rename a folder that a killed command has left, and make an empty one in its place."""
     lock = _hold(folder)
     try:
         folder = folder.absolute()

@@ -1,4 +1,4 @@
-"""fedlora-server forget: whoever joins next under a name has it, whatever secret it was used with before."""
+"""The command fedlora-server forget: frees a client's name, so that the next client to join under it owns it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from .names import FOLDER, Names, file_of
 
 MOST_SHOWN = 20
-"""Names, where one is not found."""
+"""Number of taken names shown if the given one is not among them."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="fedlora-server forget", description="Free the name of a client that has lost its --state folder, or "
-        "whose name somebody else took, for whoever joins next under it. A server that runs need not be stopped.")
-    parser.add_argument("name", metavar="NAME", help="of the client")
+        prog="fedlora-server forget", description="Free a client's name, if the client has lost its --state folder or "
+        "somebody else took its name. The next client that joins under the name owns it. The server may keep running.")
+    parser.add_argument("name", metavar="NAME", help="the client's name")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
     options = parser.parse_args(argv)
     folder = options.out / FOLDER
@@ -30,14 +30,15 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         print(f"fedlora-server forget: {folder} cannot be changed: {error.strerror or error}", file=sys.stderr)
         return 2
-    print(f"{options.name} is forgotten: whoever joins next under this name has it, once nobody is connected with it.")
+    print(f"{options.name} is forgotten: the next client that joins under this name owns it, once nobody is connected "
+          "with it.")
     return 0
 
 
 def _why_not(out: Path, name: str) -> str:
     if not out.is_dir():
-        return f"--out {out} is no folder; name that of the run"
+        return f"--out {out} is not a folder; give the run's folder"
     names = sorted(Names(out / FOLDER).taken)
     more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
-    return (f"no client has become ready as {name!r} in the run of {out}, so nobody has to prove anything for this "
-            f"name. Taken are: {', '.join(names[:MOST_SHOWN]) or 'none'}{more}")
+    return (f"no client owns the name {name!r} in the run of {out}, so anybody can join under it. Taken names: "
+            f"{', '.join(names[:MOST_SHOWN]) or 'none'}{more}")

@@ -1,7 +1,8 @@
-"""The gRPC engine: a Flower `Grid` over FedLoRA's own wire, with persistent clients and an audited schema.
+"""The gRPC engine: the Flower `Grid` to which clients connect with FedLoRA's own protocol.
 
-`client_registry` knows who was asked what, `registry_engine` checks what the strategy wants to send and gives replies
-back lazily from the upload store, `grpc_session` speaks with one client, and this file binds the port.
+This file binds the port and decides which streams have a place. `client_registry` knows which client was asked what,
+`registry_engine` checks what the strategy sends and reads replies from the upload store, and `grpc_session` speaks with
+one client.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+from typing_extensions import override
 
 from fedlora import wire
 from fedlora.plan import Proposal
@@ -31,50 +33,57 @@ from .seats import ClientStream, Standing
 log = logging.getLogger(__name__)
 
 SPARE_STREAMS = 64
-"""Streams that are just being ended, beside those of as many clients as may be. gRPC has a thread for each."""
+"""Streams allowed beyond the clients' places: those being ended, and those at the door. gRPC has a thread for each."""
 MOST_AT_THE_DOOR = SPARE_STREAMS // 2
-"""Streams that have no place, and whose Join is awaited to see whether they may have one."""
+"""Largest number of streams "at the door": they have no place, and their Join will show whether they may have one."""
 
 LOOK_EVERY_S = 0.5
-"""For overdue streams and for connections that carry no client; a look takes milliseconds."""
+"""Seconds between two looks for overdue streams and for connections without a client. A look takes milliseconds."""
 
 TAKEN = "its place was needed for another client; join again"
 
 CLOSE_TIMEOUT_S = 2.0
-"""How long clients have to hear the goodbye."""
+"""Seconds that clients have to receive the goodbye."""
 
 
 def check_address(address: str, *, insecure: bool) -> None:
-    """Raises ValueError where `address` is not one, or is not loopback and `insecure` is not set."""
+    """Check that the server may listen on an address.
+
+    Raises:
+        ValueError: it is not an address, or other machines can reach it and `insecure` is not set.
+    """
     if not wire.is_loopback(address) and not insecure:
         raise ValueError(f"{address} can be reached from other machines and the connection is not encrypted; "
                          "listen on 127.0.0.1 (through an SSH tunnel, say), or accept that with --insecure")
 
 
 class GrpcEngine(RegistryEngine):
-    """Listens from the moment it is made, until `close`. This process' threads share memory from then on
-    (`wire.share_arenas`).
+    """An engine whose clients connect over gRPC. It listens from when it is made until `close`.
 
-    While all places are taken, whoever comes takes that of a stream that is not ready: the oldest one of the peer with
-    most. Where all are ready, a client that has done more for the run (`Standing`) takes the place of one that has done
-    least, the latest of them, and any other is turned away. So those who only say that they are ready, however many,
-    keep out nobody who was asked before. A client whose place was taken comes back by itself, and what it does between
-    Join and Ready goes on meanwhile.
+    Each client's stream holds one of a limited number of places. When all are taken, a new stream takes the place of
+    one that is not ready: the oldest of the peer that has most. If all places belong to ready clients, a client with a
+    higher `Standing` takes the place of one with the lowest, the latest of those; any other client is turned away. So
+    strangers who do no more than say that they are ready can never keep out a client that was asked before, however
+    many they are. A client that lost its place joins again by itself, and continues meanwhile what it does between Join
+    and Ready.
+
+    Making one changes how this process allocates memory: its threads share arenas (`wire.share_arenas`).
 
     Args:
         address: host:port; port 0 takes a free one (see `address`).
-        proposal: told to every client that joins.
-        uploads: folder for uploads that wait to be aggregated; made if absent, emptied of them at the end.
-        insecure: allow plaintext beyond this machine.
-        max_clients: at a time; fewer where the system does not allow as many open files (`Room`).
-        names: folder that keeps whose names are taken, for a server that takes the run up again, once
-            `keep_names` was called; None forgets them with this process.
-        ready_within_s: from Join to Ready.
-        anchors: the file that keeps clients' anchors beyond this run; None forgets them with this process.
-        notify, under_way: as of `RegistryEngine`.
+        proposal: what every client that joins is told.
+        uploads: folder for uploads that wait to be aggregated; made if absent, cleared of them at the end.
+        insecure: allow plaintext connections from other machines.
+        max_clients: largest number of clients at a time; fewer if the system allows too few open files (`Room`).
+        notify: called with each `Event`, from any thread; it must return quickly.
+        under_way: the round that an earlier server of this run had begun, if any (see `ClientRegistry`).
+        anchors: file that keeps clients' anchors beyond this run; None keeps them in memory.
+        names: folder that records who owns each name, from `keep_names` on, for a server that resumes the run; None
+            keeps that in memory.
+        ready_within_s: seconds from Join to Ready.
 
     Raises:
-        ValueError: the address is not one, is taken, or is not loopback and `insecure` is not set.
+        ValueError: the address is malformed or taken, or other machines can reach it and `insecure` is not set.
     """
 
     def __init__(self, address: str, proposal: Proposal, uploads: Path, *, insecure: bool = False,
@@ -106,7 +115,7 @@ class GrpcEngine(RegistryEngine):
 
     def _bind(self, address: str) -> int:
         try:
-            port = self._server.add_insecure_port(address)  # TLS: add_secure_port with credentials
+            port: int = self._server.add_insecure_port(address)  # TLS: add_secure_port with credentials
         except RuntimeError:
             port = 0
         if port == 0:
@@ -115,9 +124,11 @@ class GrpcEngine(RegistryEngine):
                              "--address") from None
         return port
 
+    @override
     def keep_names(self) -> None:
         self._names.begin()
 
+    @override
     def close(self, reason: str) -> None:
         if self._closed.is_set():
             return
@@ -143,14 +154,14 @@ class GrpcEngine(RegistryEngine):
             self._sessions.add(session)
         try:
             threading.Thread(target=self._read, args=(session, requests), name="fedlora-reader", daemon=True).start()
-        except RuntimeError:  # the system allows no further thread
+        except RuntimeError:  # the system allows no more threads
             with self._lock:
                 self._sessions.discard(session)
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the server has no thread left for this stream")
         return session.responses()
 
     def _make_room(self, session: GrpcSession) -> None:
-        """For one more stream, under the lock: a place, or where all are those of ready clients one at the door."""
+        """Give a new stream a place, or put it at the door if ready clients hold them all. Called under the lock."""
         placed = self._placed()
         if len(placed) < self._room.clients or _end_one_of([other for other in placed if not other.is_ready]):
             return
@@ -160,12 +171,17 @@ class GrpcEngine(RegistryEngine):
             _end_one_of(waiting)
 
     def _admit(self, session: GrpcSession, standing: Standing, replaced: ClientStream | None) -> None:
-        """Give a stream at the door a place, now that it is known whose it is.
+        """Give a stream at the door a place, now that its Join has shown which client it is.
+
+        Args:
+            session: the client's stream.
+            standing: how much the client has done for the run.
+            replaced: the client's own earlier stream, whose place becomes free.
 
         Raises:
-            NoPlace: no client has done less for the run.
+            NoPlace: no client with a place has done less for the run.
         """
-        if session.has_place:  # nearly all: the registry waits for this
+        if session.has_place:  # as nearly all have: the registry is locked here, and counting places takes long
             return
         with self._lock:
             placed = [other for other in self._placed() if other is not replaced]
@@ -196,13 +212,13 @@ class GrpcEngine(RegistryEngine):
                 session.check_deadlines(now, self._ready_within_s)
             try:
                 self._strangers.end_surplus({session.peer for session in sessions if session.name}, now)
-            except OSError as error:  # no file could be opened to look; gRPC's own bounds hold
-                log.warning("The connections could not be looked at: %s", error,
+            except OSError as error:  # no descriptor was left for looking; gRPC's own limits still hold
+                log.warning("The server could not check its connections: %s", error,
                             extra={"peer": "", "kind": "connections"})
 
 
 def _end_one_of(waiting: Collection[GrpcSession]) -> bool:
-    """The oldest of the peer that has most. False where there is none."""
+    """End the oldest of these streams of the peer that has most. Return False if there is none."""
     if not waiting:
         return False
     of_peer = Counter(session.peer_group for session in waiting)

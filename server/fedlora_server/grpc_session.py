@@ -1,9 +1,9 @@
-"""One client's stream at the server: frames in, frames out, nothing that could crash the server.
+"""One client's stream at the server: reads the client's frames, sends the server's, and survives whatever comes in.
 
-gRPC gives each stream a thread that sends; a second one reads. Whatever a client sends that the protocol does not
-allow ends its stream with INVALID_ARGUMENT; an upload that does not fit the order is refused by an Ack, from its
-header if that shows it, and the stream goes on. What one client can have the server keep in memory, or do for nothing,
-has a bound; whoever goes beyond it has its stream ended in the same way.
+gRPC gives each stream a thread that sends; a second thread reads. A frame that the protocol does not allow ends the
+stream with INVALID_ARGUMENT. An upload that does not fit its order is refused by an Ack, as early as its header if that
+shows it, and the stream goes on. The memory and the work that one client can cost the server are bounded; a client that
+goes beyond a bound has its stream ended with INVALID_ARGUMENT too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import grpc
+from typing_extensions import override
 
 from fedlora import wire
 from fedlora.plan import Refusal, Refused
@@ -34,19 +35,28 @@ from .upload_store import IncomingUpload, Stored, new_upload, not_stored
 log = logging.getLogger(__name__)
 
 DRAINED_BYTES = 512 << 20
-"""This much of a refused upload may be under way when the sender hears of the refusal."""
+"""Bytes of a refused upload that are read and dropped: so much can be in transit until the sender learns of the
+refusal."""
 READY_TIMEOUT_S = 600.0
-"""From Join to Ready: a client hashes its model, and may ask its owner at a terminal. One that takes longer joins again
-by itself, and is ready as soon as its owner has answered."""
+"""Seconds from Join to Ready. In this time a client hashes its model, and may ask its owner at a terminal. A client
+that takes longer joins again by itself, and is ready as soon as its owner has answered."""
 MOST_UNWANTED = 64
-"""Answers on a stream beyond the requests on it: each is acknowledged, which waits in memory for a client that reads
-nothing. An honest one can have one, to what the stream before brought."""
+"""Number of answers on a stream beyond the requests sent on it. Each is acknowledged, and acknowledgements pile up in
+memory if the client does not read. An honest client sends at most one: its answer to a request of an earlier stream."""
 END_TIMEOUT_S = 1.0
-"""A client that does not take the status with which its stream ends within this is cut off."""
+"""Seconds that a client has to receive the status with which its stream ends, before it is cut off."""
 
 
 class _Upload:
-    """An upload that is coming in. `file` is None where the bytes are not needed; `patience` is the disk's."""
+    """An upload that is arriving.
+
+    Attributes:
+        key: the order that it answers.
+        metrics: the numbers that came with it.
+        acknowledged: whether its Ack has been sent, which happens early if it is refused.
+        file: where its bytes go; None if they are dropped.
+        incoming: checks the bytes as they arrive, and holds the reason if the upload is refused.
+    """
 
     def __init__(self, key: Key, shapes: Shapes, wire_dtype: str, metrics: dict[str, int | float],
                  folder: Path | None, refusal: Refusal | None, patience: Patience) -> None:
@@ -67,39 +77,47 @@ class _Upload:
                 self.incoming.refusal = not_stored(error)
 
     def stored(self) -> Stored | Refusal | None:
-        """What came, whole and checked; None where it had been accepted before."""
+        """Return the whole, checked upload, or why it cannot be stored; None if it had been accepted before."""
         try:
             return None if self.file is None else self.file.stored(self.metrics)
         except OSError as error:
             return not_stored(error)
 
     def discard(self) -> None:
+        """Remove what was stored of it."""
         if self.file is not None:
             self.file.discard()
 
 
 class NoPlace(Exception):
-    """The server has as many clients as it takes; the message is for whoever was to come."""
+    """Raised if the server has no place for a further client. The message is sent to the client."""
 
 
-class GrpcSession:
-    """A `Stream` of the registry.
+class GrpcSession(ClientStream):
+    """One client's stream, as the registry's `ClientStream`.
 
     Args:
-        trained: gives the shapes that an upload must have, none before the layout is known.
+        registry: the run's clients.
+        context: gRPC's side of the stream.
+        trained: returns the shapes that an upload must have by tensor name; empty before the layout is known.
         uploads: folder for uploads.
-        anchors: where uploads' anchors go. Nothing else here, and no strategy, sees them.
-        names: where the name of a client that is ready is kept as its own.
-        admit: asked when the client joins, with what it has done and the stream that it takes over. Raises NoPlace.
+        anchors: where the anchors that come with uploads are kept. No strategy ever sees them.
+        names: where a client's name is recorded as its own once it is ready.
+        admit: called when the client joins, with this session, the client's standing and the stream that this one
+            replaces. Raises NoPlace.
         held_up: where uploads wait that cannot be stored for now.
 
     Attributes:
-        peer, peer_group: the client's end of the connection, and whom limits hold for (`Peer.group`).
-        name: empty until the client has joined; then it has a seat.
-        secret: keeps the name the client's once it is ready.
-        has_place: whether it holds one of the server's places; else it has until its Join to be given one.
-        is_ready: whether it has said so.
-        ended_at: since when the stream is being ended by this server, monotonic; None while it is not.
+        peer: the client's end of the connection.
+        peer_group: the address that limits apply to (`Peer.group`).
+        name: the client's name; empty until it has joined.
+        process: token of the client's process.
+        secret: proves that the name is this client's, from its Ready on.
+        has_place: whether the stream holds one of the server's places. If not, its Join decides whether it gets one.
+        is_ready: whether the client has said that it is ready.
+        started_at: when the stream began (monotonic seconds).
+        last_frame_at: when the last frame arrived (monotonic seconds).
+        ended_at: when the server began to end the stream (monotonic seconds); None if it has not.
     """
 
     def __init__(self, registry: ClientRegistry, context: grpc.ServicerContext, trained: Callable[[], Shapes],
@@ -123,35 +141,44 @@ class GrpcSession:
         self._left = False
 
     def send(self, frames: Iterable[bytes]) -> None:
-        """Queue frames; an iterator is asked for each only when the one before has been sent."""
+        """Queue frames. An iterator is advanced only when the frame before has been sent."""
         self._outgoing.put(frames)
 
+    @override
     def ask(self, order: PendingRequest) -> None:
         self._asked += 1
         self.send(order.frames(self._sent))
 
+    @override
     def cancel(self, key: Key) -> None:
         self.send([pb.ServerFrame(cancel=wire.key_to_wire(key)).SerializeToString()])
 
+    @override
     def close(self, why: Refusal | None = None) -> None:
-        """End the stream after what is queued, and say why it must not be opened again if it must not."""
+        """End the stream once the queued frames are sent. With `why`, the client is told not to open it again."""
         if why is not None:
             self.send([pb.ServerFrame(refused=wire.refusal_to_wire(why)).SerializeToString()])
         self._outgoing.put(None)
 
     def goodbye(self, reason: str) -> None:
+        """Tell the client why the server ends, and end the stream."""
         self._left = True
         self.send([pb.ServerFrame(goodbye=pb.Goodbye(reason=reason)).SerializeToString()])
         self.close()
 
     def end(self, status: grpc.StatusCode, why: str) -> None:
-        """End the stream; its client is told why."""
+        """End the stream with a gRPC status that tells the client why."""
         self.ended_at = time.monotonic()
         self._failure = self._failure or (status, why)
         self.close()
 
     def check_deadlines(self, now: float, ready_within_s: float) -> None:
-        """End a stream whose Join, whose Ready, or whose next chunk is overdue."""
+        """End the stream if its Join, its Ready, the next chunk of its upload, or its end is overdue.
+
+        Args:
+            now: monotonic time in seconds.
+            ready_within_s: seconds from Join to Ready.
+        """
         silent_s = now - self.last_frame_at
         if self.ended_at is not None:
             if now - self.ended_at > END_TIMEOUT_S:
@@ -162,7 +189,7 @@ class GrpcSession:
             self.end(grpc.StatusCode.DEADLINE_EXCEEDED, f"not ready within {ready_within_s:g} s of joining; join again")
 
     def responses(self) -> Iterator[bytes]:
-        """The frames for gRPC to send, until the stream is to end."""
+        """Yield the frames for gRPC to send, until the stream is to end."""
         while (frames := self._outgoing.get()) is not None:
             for frame in frames:
                 self._registry.count(self, down=len(frame) + wire.FRAME_PREFIX_BYTES)
@@ -171,7 +198,7 @@ class GrpcSession:
             self._context.abort(*self._failure)
 
     def read(self, requests: Iterator[bytes]) -> None:
-        """Take frames until the stream ends. Runs in a thread of its own."""
+        """Take the client's frames until the stream ends. Runs in its own thread."""
         try:
             for data in requests:
                 self.last_frame_at = time.monotonic()
@@ -204,7 +231,7 @@ class GrpcSession:
 
     def _on_frame(self, frame: pb.ClientFrame) -> None:
         if self._acknowledged - self._asked > MOST_UNWANTED:
-            raise WireError("too many answers to what was not asked")
+            raise WireError("too many answers to requests that were never sent")
         kind = frame.WhichOneof("kind")
         if (kind == "join") == bool(self.name):
             raise WireError("a stream begins with one Join")
@@ -231,7 +258,7 @@ class GrpcSession:
             self._left = True
         except Refused as refused:
             if isinstance(refused, Unproven) and not self._proof_wanted:
-                self._proof_wanted = True  # it learns of which run; a Join with that run's secret is to follow
+                self._proof_wanted = True  # told which run this is, the client may join again with that run's secret
                 welcome = wire.proposal_to_wire(replace(self._registry.proposal, anchor=None))
                 self.send([pb.ServerFrame(welcome=welcome).SerializeToString()])
                 return
@@ -254,7 +281,7 @@ class GrpcSession:
             self.end(grpc.StatusCode.RESOURCE_EXHAUSTED, refused.refusal.detail)
 
     def _on_upload(self, upload: pb.Upload) -> None:
-        if anchor := wire.anchor_from_wire(upload):  # whatever becomes of the upload: the client let it go
+        if anchor := wire.anchor_from_wire(upload):  # kept even if the upload is refused: the client has released it
             self._anchors.keep(self.name, anchor)
         upload = self._received.restore(upload)
         key, shapes = self._key(upload.key), wire.shapes_from(upload.tensors)
@@ -264,7 +291,7 @@ class GrpcSession:
             order = self._registry.expected(self, key)
             if order is not None:
                 folder = self._uploads
-            active = order.plan.active if order is not None else shapes  # sent again, it is dropped
+            active = order.plan.active if order is not None else shapes  # an upload that is sent again is dropped
             wire.check_shapes(shapes, {name: shape for name, shape in self._trained().items()
                                        if not active or name in active})
             metrics = wire.metrics_from_wire(upload, private=self._registry.proposal.plan.private)
@@ -294,10 +321,10 @@ class GrpcSession:
         upload = self._upload
         assert upload is not None
         answer = upload.incoming.finish(checksum) or upload.stored()
-        self._upload = None  # if that failed, `read` discards it
+        self._upload = None  # an upload whose check failed above is discarded by `read`
         refusal = answer if isinstance(answer, Refusal) else None
         if refusal is not None:
-            upload.discard()  # before the client hears of it, and may be asked for the next
+            upload.discard()  # before the client learns of it and may be asked for the next
         if not upload.acknowledged:
             refusal = self._registry.answered(self, upload.key, answer,
                                             lambda late: self._send_ack(upload.key, late or refusal)) or refusal
@@ -305,13 +332,13 @@ class GrpcSession:
             upload.discard()
 
     def _go_on(self, key: Key, fault: OSError) -> None:
-        """Of `HeldUp`: while the disk is full, the upload waits on its way.
+        """Return if an upload is still needed that waits for a full disk.
 
         Raises:
-            OSError: nobody waits for it any more.
-            RpcError: the stream is gone; a client that comes back sends it again.
+            OSError: the order was cancelled; this is the fault itself.
+            RpcError: the stream is gone; a client that returns sends the upload again.
         """
-        self.last_frame_at = time.monotonic()  # it is not the client that stalls
+        self.last_frame_at = time.monotonic()  # the delay is this machine's, not the client's
         if self._left or not self._context.is_active():
             raise grpc.RpcError
         try:
@@ -324,7 +351,7 @@ class GrpcSession:
         if declined.HasField("key"):
             key = self._key(declined.key)
             self._registry.answered(self, key, refusal, lambda late: self._send_ack(key, late))
-        else:  # it takes no part, and has nothing more to say
+        else:  # the client takes no part in the run at all
             self._registry.declined(self, refusal)
             self._left = True
 
@@ -332,7 +359,7 @@ class GrpcSession:
         return wire.key_from_wire(key, self._registry.proposal.plan.run_id)
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Settle the upload that is coming in; the rest of it is dropped."""
+        """Refuse the upload that is arriving, and drop the rest of it."""
         assert self._upload is not None
         key = self._upload.key
         self._upload.discard()

@@ -1,15 +1,14 @@
-"""Which label names a run has, where its clients name them: the union of what the first ones announced.
+"""A run's label set, if its clients name the labels: the union of what the first clients announced.
 
-Whoever announces decides with the others what is trained, so one client must be able neither to end the run nor to
-swamp it. Of the clients that are connected and ready, in the order in which they became so,
+Clients that announce labels decide together what is trained. One of them must not be able to end the run or to swamp
+it. The connected and ready clients are taken in the order in which they became ready. A client is left out if
 
-- one is left out that announced none;
-- one that announced more than `DISPROPORTION` times the lower median of how many each announced, or than
-  `FEW` where that is more;
-- one whose names would make the set larger than `MOST_ANNOUNCED`.
+- it announced no label names;
+- it announced more than `DISPROPORTION` times as many as the usual client (the lower median), and more than `FEW`;
+- its names would make the set larger than `MOST_ANNOUNCED`.
 
-The set is the union of the first --min-clients that are not left out, and whoever else has a label beside it declines
-by itself. A client can still add a few names that nobody uses; --labels alone rules that out.
+The set is the union over the first --min-clients clients that are not left out. Any other client that has a label
+outside of the set declines by itself. A client can still add a few names that nobody uses; only --labels prevents that.
 """
 
 from __future__ import annotations
@@ -22,17 +21,19 @@ from fedlora import data
 from fedlora.plan import MOST_ANNOUNCED
 
 DISPROPORTION = 10
+"""Ratio to the usual number of label names beyond which a client is left out."""
 FEW = 20
+"""Number of label names that any client may announce, however few the others announce."""
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """What was announced.
+    """The label set that clients announced together.
 
     Attributes:
-        labels: in the order of `data.in_order`.
-        of: the names of the clients whose labels they are.
-        left_out: name → why the client's labels are not among them.
+        labels: the labels, in the order of `data.in_order`.
+        of: names of the clients that announced them.
+        left_out: name → why the client's labels are not included.
     """
 
     labels: tuple[str, ...]
@@ -41,10 +42,11 @@ class LabelSet:
 
 
 def agree(announced: Mapping[str, tuple[str, ...]], clients: int) -> LabelSet:
-    """Of the first `clients` that are not left out, or of fewer where there are not so many.
+    """Return the label set of the first clients that are not left out.
 
     Args:
         announced: name → label names, in the order in which the clients became ready.
+        clients: how many clients decide. If there are fewer, all of them decide.
     """
     usual = median_low([len(labels) for labels in announced.values() if labels] or [0])
     most = max(FEW, DISPROPORTION * usual)
@@ -57,9 +59,9 @@ def agree(announced: Mapping[str, tuple[str, ...]], clients: int) -> LabelSet:
         if not own:
             left_out[name] = "it announced none"
         elif len(own) > most:
-            left_out[name] = f"it announced {len(own)}, and half of the clients {usual} or fewer"
+            left_out[name] = f"it announced {len(own)}, and half of the clients announced {usual} or fewer"
         elif len(labels.union(own)) > MOST_ANNOUNCED:
-            left_out[name] = f"with its {len(own)} the set would have more than {MOST_ANNOUNCED}"
+            left_out[name] = f"with its {len(own)} names the set would have more than {MOST_ANNOUNCED}"
         else:
             labels.update(own)
             of.append(name)

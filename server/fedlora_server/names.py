@@ -1,7 +1,8 @@
-"""Whose a name is: the SHA-256 of the secret that each client showed, or was given, when it first became ready.
+"""The owners of clients' names: for each name, the SHA-256 of the secret that proves it.
 
-Held for a run, each in a file of its own in the run's folder, so that a server that takes the run up again knows them
-and `fedlora-server forget` can remove one while a server runs. The secrets themselves are with the clients alone.
+A client shows a secret when it joins, or is given one, and the name is its own from its first Ready on. Names are kept
+for a run, each in its own file in the run's folder. So a server that resumes the run knows them, and `fedlora-server
+forget` can remove one while a server runs. Only clients have the secrets themselves.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from fedlora.files import replace_file
 log = logging.getLogger(__name__)
 
 FOLDER = "names"
-"""Of a run's folder."""
+"""Name of the folder within a run's folder."""
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """Where a name's digest is kept; a name can hold any printable character."""
+    """Return the file that holds a name's digest. It is named by a hash, since names hold any printable character."""
     return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
 
 
 class Names:
-    """Any number of threads may use it.
+    """The names that clients own. Any number of threads may use it.
 
     Args:
-        folder: those that an earlier server of the run kept there hold on. None keeps them in memory alone, as
-            everything is kept before `begin`.
+        folder: where names are kept from `begin` on. Names that an earlier server of the run kept there are read. None
+            keeps names in memory.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -45,27 +46,27 @@ class Names:
                 about = json.loads(path.read_text(encoding="utf-8"))
                 name, digest = about["name"], bytes.fromhex(about["secret_sha256"])
             except (OSError, ValueError, KeyError, TypeError) as error:
-                log.warning("%s cannot be read (%s); whoever joins next under the name that it held has the name",
-                            path, error)
+                log.warning("%s cannot be read (%s): the next client that joins under the name in it will own that "
+                            "name", path, error)
                 continue
             self._digests[name] = digest
             self._written.add(name)
 
     @property
     def taken(self) -> tuple[str, ...]:
-        """The names that somebody has."""
+        """The names that clients own."""
         with self._lock:
             return tuple(self._digests)
 
     def begin(self) -> None:
-        """The run has begun: names are kept in the folder from now on."""
+        """Keep names in the folder from now on, including those known so far."""
         with self._lock:
             self._begun = self._folder is not None
             for name in self._digests.keys() - self._written:
                 self._write(name)
 
     def may_have(self, name: str, secret: bytes) -> bool:
-        """Whether the name is free, or belongs to who shows this secret. One whose file was removed is free."""
+        """Return whether the name is free or this secret proves it. A name becomes free if its file is removed."""
         with self._lock:
             digest = self._digests.get(name)
             if digest is None or hmac.compare_digest(digest, _digest(secret)):
@@ -80,13 +81,13 @@ class Names:
             return True
 
     def is_own(self, name: str, secret: bytes) -> bool:
-        """Whether the name belongs to who shows this secret."""
+        """Return whether the name is owned and this secret proves it."""
         with self._lock:
             digest = self._digests.get(name)
             return digest is not None and hmac.compare_digest(digest, _digest(secret))
 
     def keep(self, name: str, secret: bytes) -> None:
-        """The name is theirs. Where it cannot be written, it is as long as this process lives."""
+        """Record that this secret proves the name. If no file can be written, that holds while this process lives."""
         with self._lock:
             if self._digests.get(name) != _digest(secret):
                 self._digests[name] = _digest(secret)
@@ -95,14 +96,14 @@ class Names:
                 self._write(name)
 
     def forget(self, name: str) -> None:
-        """The name is free. Where its file cannot be removed, it is as long as this process lives."""
+        """Free the name. If its file cannot be removed, that holds while this process lives."""
         with self._lock:
             if self._folder is not None and name in self._written:
                 try:
                     file_of(self._folder, name).unlink(missing_ok=True)
                 except OSError as error:
-                    log.warning("%s cannot be changed (%s): that the name %r is free is known only while this server "
-                                "lives", self._folder, error, name, extra={"peer": "", "kind": "name not removed"})
+                    log.warning("%s cannot be changed (%s): the name %r is free only while this server runs",
+                                self._folder, error, name, extra={"peer": "", "kind": "name not removed"})
             self._drop(name)
 
     def _drop(self, name: str) -> None:
@@ -113,11 +114,11 @@ class Names:
         assert self._folder is not None
         about = {"name": name, "secret_sha256": self._digests[name].hex()}
         try:
-            self._folder.mkdir(exist_ok=True)  # in the run's folder, which is not made anew where it was removed
+            self._folder.mkdir(exist_ok=True)  # not its parents: if the run's folder was removed, it stays so
             replace_file(file_of(self._folder, name), json.dumps(about).encode(), make_folder=False)
             self._written.add(name)
         except OSError as error:
-            log.warning("%s cannot be written (%s): that the name %r is taken is known only while this server lives",
+            log.warning("%s cannot be written to (%s): the name %r belongs to its client only while this server runs",
                         self._folder, error, name, extra={"peer": "", "kind": "name not written"})
 
 

@@ -1,4 +1,4 @@
-"""What a run tells while it lasts, and what it says of each finished round."""
+"""The events that a run reports while it lasts (`Observer`), and the record of a finished round (`RoundRecord`)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ from fedlora.plan import RunPlan
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What happened in one round. Round 0 is before the first: an evaluation, or a private start too.
+    """What happened in one round. Round 0 comes before training: an evaluation, and a private start if there is one.
 
     Attributes:
-        cohort: names asked, backup clients last; attempts: how many times somebody was asked.
-        uploaded, lost: names. refused: name → refusal code. rejected: name → why its upload added nothing.
-        curbed: name → for how few examples its upload counts.
-        disclosed: name → what its upload said beside the tensors.
-        update_norm: L2 norm of the change of all trained tensors; usual_norm: lower median of those of the uploads that
-            were taken, with which later rounds may compare theirs; train_loss: mean, only without privacy.
-        bytes_up, bytes_down: of all clients, from the start of the round to its end.
-        evaluation: on the server's own data, if it has any.
+        round: the round's number.
+        cohort: names of the clients asked, backup clients last.
+        attempts: how many times clients were asked.
+        uploaded: names of the clients whose uploads arrived in time.
+        lost: names of the clients that left or did not answer in time.
+        refused: name → refusal code.
+        rejected: name → why the client's upload was left out.
+        curbed: name → how many examples the client's upload counts for, if it claimed far more.
+        disclosed: name → the numbers that came with the upload's tensors.
+        usual_norm: lower median of the L2 norms of the uploads that were taken; later rounds may compare theirs to it.
+        update_norm: L2 norm of the change of all trained tensors.
+        train_loss: mean training loss; only without privacy.
+        bytes_up: bytes received from all clients during the round.
+        bytes_down: bytes sent to all clients during the round.
+        seconds: the round's duration.
+        evaluation: figures on the server's own data, if it has any.
     """
 
     round: int
@@ -46,8 +54,10 @@ class RoundRecord:
 
 
 def jsonable(value: object) -> object:
-    """The value with numpy's numbers as Python's; paths, and numbers that JSON does not know (a diverged loss), as
-    text.
+    """Return the value in a form that JSON can hold.
+
+    Numpy numbers become Python numbers, tuples lists, and paths text. NaN and infinities, as of a diverged loss, become
+    text too.
     """
     if isinstance(value, Mapping):
         return {key: jsonable(item) for key, item in value.items()}
@@ -61,49 +71,66 @@ def jsonable(value: object) -> object:
 
 
 MOST_NAMED = 8
+"""Largest number of clients that a line names one by one."""
 
 
 def named(clients: Collection[str]) -> str:
-    """Clients for a line: their names, or how many they are where they are many."""
+    """Return clients for a line: their names, or their number if there are more than `MOST_NAMED`."""
     return ", ".join(clients) if len(clients) <= MOST_NAMED else f"{len(clients)} clients"
 
 
 class Observer:
-    """What the round loop tells while it runs; override what is of interest. Called from the loop's own thread."""
+    """Hears of each event of the round loop. Override the methods of interest; each does nothing by default.
+
+    The methods are called from the loop's own thread. `round` is always the round's number.
+    """
 
     def begin(self, plan: RunPlan, before: Sequence[RoundRecord]) -> None:
-        """The rounds begin, after those that an earlier server finished."""
+        """Hear that the rounds begin.
 
-    def waiting(self, needed: int, present: int, timeout_s: float | None) -> None:
-        """Nobody can be asked: `present` clients could take part and `needed` are. None: it waits without limit."""
-
-    def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
-        """Orders were sent; attempt 0 is the round's cohort, later ones are of backup clients."""
-
-    def fewer(self, round: int, connected: int, needed: int) -> None:
-        """Only `connected` clients are there, fewer than the `needed` that the run waited for; it goes on with them."""
-
-    def overdue(self, round: int, names: tuple[str, ...], missing: int) -> None:
-        """These clients' time is up and they are lost to the round, which needs `missing` more uploads."""
-
-    def doubted(self, round: int, why: str) -> None:
-        """The round's next state is no good: its uploads are screened by half the measure and combined once more."""
-
-    def uncompared(self, round: int, uploads: int) -> None:
-        """The round's uploads were too few to compare their lengths, and no earlier round can help. Told once."""
-
-    def held_up(self, reason: str) -> None:
-        """The run cannot write to its folder, or store uploads, and waits until it can; the reason is this machine's.
+        Args:
+            plan: the run's plan.
+            before: records of the rounds that an earlier server finished; empty in a new run.
         """
 
+    def waiting(self, needed: int, present: int, timeout_s: float | None) -> None:
+        """Hear that the loop waits for clients.
+
+        Args:
+            needed: how many clients it needs.
+            present: how many there are.
+            timeout_s: seconds that it waits; None for no limit.
+        """
+
+    def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
+        """Hear that clients were asked. Attempt 0 asks the round's cohort, later attempts ask backup clients."""
+
+    def fewer(self, round: int, connected: int, needed: int) -> None:
+        """Hear that only `connected` clients are left of the `needed` that the run began with. It goes on with them."""
+
+    def overdue(self, round: int, names: tuple[str, ...], missing: int) -> None:
+        """Hear that these clients did not answer in time, and that the round needs `missing` more uploads."""
+
+    def doubted(self, round: int, why: str) -> None:
+        """Hear that the round's result is unusable (`why`), and is computed again with a screen twice as strict."""
+
+    def uncompared(self, round: int, uploads: int) -> None:
+        """Hear that a round had too few uploads to recognise unusually long ones, and no earlier round to compare with.
+
+        Called at most once in a run.
+        """
+
+    def held_up(self, reason: str) -> None:
+        """Hear that the run waits because this machine cannot store files for now."""
+
     def answered(self, round: int, name: str, outcome: str) -> None:
-        """A client's state changed: "uploaded", "lost" or a refusal's text."""
+        """Hear what became of a client's order: "uploaded", "lost" or a refusal's text."""
 
     def evaluated(self, round: int, figures: Mapping[str, float]) -> None:
-        """The server evaluated the state after the round; 0 is the start."""
+        """Hear the figures of the state after the round, on the server's data. Round 0 is the start."""
 
     def finished(self, record: RoundRecord) -> None:
-        """The round is closed and its checkpoint is written."""
+        """Hear that the round is closed and its checkpoint is written."""
 
     def ended(self, reason: str) -> None:
-        """There is no further round: "finished", "stopped", "wait-timeout" or "diverged"."""
+        """Hear that there is no further round: "finished", "stopped", "wait-timeout" or "diverged"."""

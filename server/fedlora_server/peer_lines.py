@@ -1,6 +1,6 @@
-"""How often what a peer does is said: once a minute for each peer and kind, whatever it does.
+"""A limit on log lines about peers: one a minute for each peer and kind of line.
 
-A peer decides how often it joins, breaks the protocol or declines; it must not decide how long a log becomes.
+A peer decides how often it joins, breaks the protocol or declines. It must not decide how long the log becomes.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 
+from typing_extensions import override
+
 MINUTE_S = 60.0
 MOST_PEERS = 4096
-"""(peer, kind) that are remembered; the longest silent are forgotten first."""
+"""Number of (peer, kind) pairs that are remembered. Those that were logged longest ago are forgotten first."""
 MOST_OF_A_KIND = 200
-"""Lines of one kind in a minute, whoever they are about: names cost a peer nothing."""
+"""Number of lines of one kind in a minute, for all peers together, since a peer can make up names for free."""
 
 
 class PeerLines:
-    """Decides which lines are said.
+    """Decides which lines about peers are logged. Any number of threads may use it.
 
     Args:
-        clock: seconds that never go back.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -30,10 +32,18 @@ class PeerLines:
         self._lock = threading.Lock()
         self._said: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._unsaid: Counter[tuple[str, str]] = Counter()
-        self._minutes: dict[str, tuple[float, int, int]] = {}  # kind: since when, said, unsaid
+        self._minutes: dict[str, tuple[float, int, int]] = {}  # kind → (minute's start, lines logged, lines left out)
 
     def admit(self, peer: str, kind: str) -> str | None:
-        """None where a line is not to be said; else what to add to it: how many like it were not."""
+        """Decide about one line.
+
+        Args:
+            peer: whom the line is about: a client's name or address.
+            kind: what it says, in a word.
+
+        Returns:
+            None if the line must not be logged; else a text to append to it, which counts the lines left out before.
+        """
         now, key = self._clock(), (peer, kind)
         with self._lock:
             if now - self._said.get(key, -MINUTE_S) < MINUTE_S:
@@ -57,12 +67,13 @@ class PeerLines:
 
 
 class PeerFilter(logging.Filter):
-    """Of a log handler: lines that say in `extra` of which peer and kind they are pass as `PeerLines` decides."""
+    """A log handler's filter. `PeerLines` decides about records that have `peer` and `kind` in their `extra`."""
 
     def __init__(self, lines: PeerLines) -> None:
         super().__init__()
         self._lines = lines
 
+    @override
     def filter(self, record: logging.LogRecord) -> bool:
         peer = getattr(record, "peer", None)
         if peer is None:

@@ -1,4 +1,4 @@
-"""fedlora-server presets: the values that a run gets where only a strategy and a privacy setting are named."""
+"""The command fedlora-server presets: prints each strategy's default values, with and without privacy."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fedlora.config import flag, shown
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="fedlora-server presets", description="The values of each strategy, with and without privacy. A flag "
-        "overrides its value; fedlora-server --help explains them.")
+        prog="fedlora-server presets", description="Print each strategy's default values, with and without privacy. "
+        "The flag of the same name overrides a value; fedlora-server --help explains the flags.")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON instead of a table")
     as_json = parser.parse_args(argv).as_json
     from fedlora_strategies.recipe import presets
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print(privacy: str, rows: Mapping[str, Mapping[str, object]]) -> None:
-    """A row for each strategy; what all of them have alike stands above."""
+    """Print a row for each strategy. Values that are the same for all strategies stand above the table."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""What the gRPC and the SuperLink engine share: registered clients, checked orders, and stored replies."""
+"""The base of the gRPC and the SuperLink engine: registered clients, checked orders, and stored replies."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from flwr.app import Message
+from typing_extensions import override
 
 from fedlora import wire
 from fedlora.adapters import AdapterLayout
@@ -26,18 +27,18 @@ log = logging.getLogger(__name__)
 
 
 class RegistryEngine(Engine):
-    """An engine whose clients join by name and take a seat in a `ClientRegistry`. It serves from the moment it is made.
+    """An engine whose clients join by name and take a seat in a `ClientRegistry`. It serves from when it is made.
 
     Args:
-        proposal: told to every client that joins.
+        proposal: what every client that joins is told.
         uploads: folder for uploads that wait to be aggregated.
-        notify: called with each `Event`, from any thread; it must be quick.
+        notify: called with each `Event`, from any thread; it must return quickly.
         under_way: the round that an earlier server of this run had begun, if any (see `ClientRegistry`).
-        names: whose each name is (see `ClientRegistry`).
+        names: who owns each name (see `ClientRegistry`).
     """
 
     address: str
-    """Where clients find it, for the operator."""
+    """The address under which clients find it, for the coordinator to read."""
 
     def __init__(self, proposal: Proposal, uploads: Path, notify: Callable[[Event], None], *,
                  under_way: int | None = None, names: Names | None = None) -> None:
@@ -46,46 +47,54 @@ class RegistryEngine(Engine):
         self._dtype = wire.ARRAY_DTYPES[proposal.plan.wire_dtype]
         self._trained: Shapes | None = None
         self._frozen: Shapes = {}
-        self._answered: dict[str, PendingRequest] = {}  # whose replies were given, and can be again
+        self._answered: dict[str, PendingRequest] = {}  # their replies were pulled, and can be again
 
+    @override
     def expect(self, layout: AdapterLayout) -> None:
-        """Fix which tensors travel: before the first message, once the label set is known."""
+        """Fix the tensors of messages. Call it before the first message, once the label set is known."""
         self._trained = {spec.name: tuple(spec.shape) for spec in layout.trained}
         self._frozen = {spec.name: tuple(spec.shape) for spec in layout.frozen}
 
     def fix_labels(self, labels: tuple[str, ...]) -> None:
-        """The label set is settled: whoever joins from now on is told it, and discloses no label names."""
+        """Tell this label set to the clients that join from now on, and ask them for no label names."""
         self._registry.fix_labels(labels)
 
     def keep_names(self) -> None:
-        """The run has begun. An engine whose clients prove their names may keep them in its folder from now on."""
+        """Begin to record who owns each name in the run's folder, which exists now. Does nothing by default."""
 
     def members(self) -> list[Member]:
-        """The clients in the order in which they became ready, with what each disclosed (`ClientRegistry.members`)."""
+        """Return the clients in the order in which they became ready, each with what it disclosed."""
         return self._registry.members()
 
     @property
+    @override
     def held_up(self) -> str:
         return self._held_up.reason
 
     @property
+    @override
     def bytes_up(self) -> int:
         return self._registry.moved()[0]
 
     @property
+    @override
     def bytes_down(self) -> int:
         return self._registry.moved()[1]
 
+    @override
     def name_of(self, node_id: int) -> str:
         return self._registry.name_of(node_id)
 
+    @override
     def get_node_ids(self) -> list[int]:
-        """Node ids of the clients that are connected and ready, sorted by name."""
+        """Return the node ids of the clients that are connected and ready, sorted by name."""
         return self._registry.nodes(idle=False)
 
+    @override
     def idle(self) -> list[int]:
         return self._registry.nodes(idle=True)
 
+    @override
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         orders = [self._order(*order) for order in read_train_messages(messages)]
         self._registry.push(orders)
@@ -96,8 +105,8 @@ class RegistryEngine(Engine):
             raise ValueError("the engine does not know the layout yet; call expect(layout) before the first message")
         run = self._registry.proposal.plan
         if (plan.run.run_id, plan.run.wire_dtype) != (run.run_id, run.wire_dtype):
-            raise ValueError(f"the message is of run {plan.run.run_id} in {plan.run.wire_dtype}; this engine serves "
-                             f"{run.run_id} in {run.wire_dtype}")
+            raise ValueError(f"the message belongs to run {plan.run.run_id} in {plan.run.wire_dtype}; this engine "
+                             f"serves {run.run_id} in {run.wire_dtype}")
         self._registry.name_of(message.metadata.dst_node_id)
         known = {**self._trained, **self._frozen}
         for name in {*tensors, *self._trained}:
@@ -111,9 +120,11 @@ class RegistryEngine(Engine):
         assign_id(message, message_id)
         return PendingRequest(message_id, message, message.metadata.dst_node_id, plan, tensors)
 
+    @override
     def wait(self, message_ids: Iterable[str], timeout_s: float) -> dict[str, Outcome]:
         return self._registry.wait(list(message_ids), timeout_s)
 
+    @override
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         for message_id in message_ids:
             order = self._answered.get(message_id) or self._registry.take(message_id)
@@ -126,6 +137,7 @@ class RegistryEngine(Engine):
                 upload = Upload(*order.plan.key, tensors=Released({}), **order.stored.metrics)  # type: ignore[arg-type]
                 yield reply(upload, order.message, arrays=self._held_up.patience(_go_on_reading)(order.stored.read))
 
+    @override
     def cancel(self, message_ids: Iterable[str]) -> None:
         message_ids = list(message_ids)
         answered = [order for message_id in message_ids if (order := self._answered.pop(message_id, None))]
@@ -134,12 +146,12 @@ class RegistryEngine(Engine):
                 order.stored.discard()
 
     def _clear_uploads(self) -> None:
-        with contextlib.suppress(OSError):  # it is the caller's folder and may hold more; the disk may fail
+        with contextlib.suppress(OSError):  # the folder is the caller's and may hold other files; the disk may fail
             for left in self._uploads.glob("*.upload"):
                 left.unlink()
             self._uploads.rmdir()
 
 
 def _go_on_reading(fault: OSError) -> None:
-    """Of `HeldUp`: what is stored is read as soon as a file can be opened again."""
+    """Log the fault and wait on: stored uploads are read as soon as a file can be opened again."""
     log.warning("Stored uploads cannot be read for now: %s", fault, extra={"peer": "", "kind": "not read"})

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the adapter in PEFT format, and report.json."""
+"""The files that a run ends with: the adapter in PEFT format, and report.json."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fedlora import adapters, models
 from fedlora.files import replace_file
@@ -24,12 +25,14 @@ PACKAGES = ("flwr", "grpcio", "numpy", "opacus", "peft", "torch", "transformers"
 def write_report(out: Path, federation: Federation, result: FederationResult, *,
                  options: Mapping[str, object] | None = None,
                  joined: Mapping[str, Mapping[str, object]] | None = None) -> None:
-    """Write `adapter/` and `report.json`; also for a run that ended early, but for the adapter where no round was
-    finished.
+    """Write `adapter/` and `report.json`, also for a run that ended early. Without a finished round, no adapter.
 
     Args:
-        options: of the command, with the preset's values (`run_setup.resolved`).
-        joined: client name → what it disclosed when it joined.
+        out: the run's folder.
+        federation: the run as it was prepared.
+        result: how it ended.
+        options: the command's options, with the preset's values (`run_setup.resolved`).
+        joined: client name → what the client disclosed when it joined.
     """
     if result.rounds:
         adapters.export(federation.adapted, result.state, out / "adapter",
@@ -41,7 +44,17 @@ def write_report(out: Path, federation: Federation, result: FederationResult, *,
 
 def describe(plan: RunPlan, strategy: FederatedLoRA, result: FederationResult, options: Mapping[str, object],
              joined: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
-    """All that is needed to read and to repeat the run. ε is each client's own business and not known here."""
+    """Return the content of report.json: all that is needed to understand the run and to repeat it.
+
+    It holds no ε, because each client accounts for its own and does not tell the server.
+
+    Args:
+        plan: the run's plan.
+        strategy: its strategy.
+        result: how it ended.
+        options: the command's options, with the preset's values.
+        joined: client name → what the client disclosed when it joined.
+    """
     evaluated = [record for record in result.records if record.evaluation]
     return {
         "ended": result.ended,
@@ -62,9 +75,10 @@ def describe(plan: RunPlan, strategy: FederatedLoRA, result: FederationResult, o
     }
 
 
-def disclosures(records: Sequence[RoundRecord], joined: Mapping[str, Mapping[str, object]]) -> dict[str, dict]:
-    """Per client everything that it told the server beside its tensors, and in which rounds it took part."""
-    said: dict[str, dict] = {name: {"joined_with": dict(about)} for name, about in joined.items()}
+def disclosures(records: Sequence[RoundRecord], joined: Mapping[str, Mapping[str, object]]
+                ) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return all that each client told the server beside its tensors: when it joined, and in each round."""
+    said: dict[str, dict[str, dict[str, Any]]] = {name: {"joined_with": dict(about)} for name, about in joined.items()}
     for record in records:
         for name, scalars in record.disclosed.items():
             said.setdefault(name, {}).setdefault("rounds", {})[str(record.round)] = dict(scalars)

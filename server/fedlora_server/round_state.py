@@ -1,4 +1,4 @@
-"""One round that is under way: whom it asked, what they answered, and when backup clients are asked."""
+"""One round while it is open: which clients it asked, what they answered, and when it asks backup clients."""
 
 from __future__ import annotations
 
@@ -19,40 +19,43 @@ from .engine import Engine, Outcome, Replies
 from .observer import Observer, named
 
 ASKS_PER_ROUND = 3
-"""A client that declines, or lost the frozen tensors, is asked again in later attempts, up to so often per round."""
+"""How often a round asks one client. It asks again if the client declined or lost the frozen tensors."""
 
 BACKUPS_PER_ROUND = 16
-"""So often a round asks backup clients: whoever makes up names has one for each time."""
+"""How often a round asks backup clients. Without a limit, someone who makes up names could prolong it for ever."""
 
 BACKUPS_AT_ONCE = 4
-"""After so many times, each one more waits: for a second, and then twice as long as the one before."""
+"""How often backup clients are asked at once. Each further time waits: 1 s, then twice as long as the time before."""
 
 TRAINED_NOTHING = frozenset({"missing-tensors", "too-late"})
-"""Refusals that come before the client's training starts and do not use up a participation."""
+"""Refusal codes of clients that did not begin to train, so that no participation is used up."""
 
 MOST_REASONS = 3
-"""That are told of why a round came to nothing."""
+"""Largest number of reasons named when a round fails."""
 
 FOR_GOOD = frozenset({"policy", "budget", "model-mismatch", "version-mismatch", "privacy-mismatch", "labels"})
-"""Refusals after which a client is not asked again in this run."""
+"""Refusal codes after which a client is not asked again in this run."""
 
 
 @dataclass(frozen=True)
 class RoundOptions:
-    """How rounds are run; nothing here is sent to clients.
+    """How rounds are run. Nothing here is sent to clients.
 
     Attributes:
-        seed: of the cohorts.
-        clients_per_round: size of a cohort; None takes every eligible client.
-        min_clients: round 1 waits, without limit, until so many are connected; a run that is taken up after it, for
-            `RETURN_S`.
-        min_replies: uploads without which no round closes. None for half, rounded up and at least 1, of those asked
-            first that are neither lost nor declined; until the first attempt's time is up, and as long as there are
-            idle clients to ask, for half of all of them.
-        round_timeout_s: how long each attempt's clients have to answer. Who does not is told to stop, and lost to the
-            round.
-        wait_timeout_s: how long a round with nobody at work and nobody left to ask waits before the run ends.
+        seed: decides the cohorts.
+        clients_per_round: size of a cohort; None for every eligible client.
+        min_clients: round 1 waits, without limit, until so many clients are connected. A resumed run waits for them for
+            `RETURN_S` seconds.
+        min_replies: number of uploads without which no round closes. None for half of the round's first cohort, rounded
+            up and at least 1: of all its clients until their time is up and while idle clients can replace them, later
+            of those that are neither lost nor declined.
+        round_timeout_s: seconds that each attempt's clients have to answer. A client that does not is told to stop and
+            counts as lost.
+        wait_timeout_s: seconds that a round waits, with no client at work and none left to ask, before the run ends.
         evaluate_every: evaluate after every so many rounds, and after the last.
+
+    Raises:
+        ValueError: an option is out of its range or contradicts another.
     """
 
     seed: int
@@ -73,7 +76,12 @@ class RoundOptions:
                              "that are asked in a round; lower --min-replies or raise --clients-per-round")
 
     def rounds_within(self, plan_rounds: int, max_participations: int) -> int:
-        """How many rounds `min_clients` clients can close if each starts at most `max_participations`."""
+        """Return how many of the plan's rounds `min_clients` clients can close.
+
+        Args:
+            plan_rounds: number of rounds in the plan.
+            max_participations: how many rounds each client may take part in.
+        """
         cohort = min(self.clients_per_round or self.min_clients, self.min_clients)
         needed = self.min_replies or -(-cohort // 2)
         return min(plan_rounds, max_participations * self.min_clients // needed) if needed <= self.min_clients else 0
@@ -82,22 +90,28 @@ class RoundOptions:
 class OpenRound:
     """One round from its first order to its last upload.
 
-    Attributes:
-        names of clients: cohort (all asked), uploaded, lost (gone, or out of time), refused (→ code).
+    Args:
+        engine: sends orders and stores uploads.
+        strategy: makes the messages.
+        clients: which clients may be asked.
+        number: the round's number.
+        options: how rounds are run.
+        observer: told what happens.
+        stop: ends the round when it is set.
     """
 
     def __init__(self, engine: Engine, strategy: FederatedLoRA, clients: Clients, number: int, options: RoundOptions,
                  observer: Observer, stop: Event) -> None:
         self._engine, self._strategy, self._clients, self._number = engine, strategy, clients, number
         self._options, self._observer, self._stop = options, observer, stop
-        self._asks: Counter[int] = Counter()
-        self._open: dict[str, int] = {}
-        self._uploads: dict[int, str] = {}
-        self._told: dict[str, str] = {}
+        self._asks: Counter[int] = Counter()  # node → how often it was asked
+        self._open: dict[str, int] = {}  # message id of an open order → node
+        self._uploads: dict[int, str] = {}  # node → message id
+        self._told: dict[str, str] = {}  # message id → the outcome that the observer knows
         self._lost: set[int] = set()
         self._late: set[int] = set()
         self._until: dict[int, float] = {}  # attempt → its deadline
-        self._orders: dict[str, int] = {}  # message → attempt
+        self._orders: dict[str, int] = {}  # message id → attempt
         self._alone_since: float | None = None
         self._backups_asked, self._backups_from = 0, -math.inf
         self._looked_at, self._told_held_up = time.monotonic(), False
@@ -107,31 +121,38 @@ class OpenRound:
 
     @property
     def attempts(self) -> int:
-        """How many times somebody was asked."""
+        """How many times clients were asked in this round."""
         return len(self._attempts)
 
     @property
     def cohort(self) -> tuple[str, ...]:
+        """Names of all clients asked, backup clients last."""
         return tuple(self._engine.name_of(node) for node in self._asks)
 
     @property
     def uploaded(self) -> tuple[str, ...]:
+        """Names of the clients whose uploads arrived in time."""
         return tuple(sorted(self._engine.name_of(node) for node in self._uploads))
 
     @property
     def refused(self) -> dict[str, str]:
+        """The refusal code of each client that declined, by name."""
         return {name: refusal.code for name, refusal in self._refusals.items()}
 
     @property
     def lost(self) -> tuple[str, ...]:
+        """Names of the clients that are gone or did not answer in time."""
         return tuple(sorted(self._engine.name_of(node) for node in self._lost | self._late))
 
     def collect(self, arrays: ArrayRecord) -> Replies:
-        """Ask until enough have uploaded; then the replies in order of node id, each read when it is its turn.
+        """Ask clients until enough have uploaded, and return the replies in order of node id.
+
+        Args:
+            arrays: the state to train from.
 
         Raises:
-            Ended: stopped, or nobody came for `wait_timeout_s`. Open orders are not cancelled: clients finish what they
-                have begun and keep it, for the run may be taken up again.
+            Ended: the run was stopped, or too few clients were there for `wait_timeout_s`. Open orders are not
+                cancelled: clients finish their training and keep the upload, because the run may be resumed.
         """
         self._run(arrays)
         self._engine.cancel(list(self._open))
@@ -156,21 +177,21 @@ class OpenRound:
 
     @property
     def _wanted(self) -> int:
-        """Uploads for which backup clients are asked."""
+        """Number of uploads that the round tries to reach by asking backup clients."""
         if time.monotonic() >= min(self._until.values(), default=math.inf):
             return self._needed
         return self._options.min_replies or -(-len(self._attempts[0]) // 2)
 
     @property
     def _needed(self) -> int:
-        """Uploads without which the round does not close."""
+        """Number of uploads without which the round does not close."""
         if self._options.min_replies:
             return self._options.min_replies
         left = set(self._attempts[0]) - set(self.lost) - self._refusals.keys() - self._awaited.keys()
         return max(1, -(-len(left) // 2))
 
     def _give_up_the_late(self) -> None:
-        """Those whose time is up are told to stop, and lost to the round: what they still send is too late."""
+        """Tell clients whose time is up to stop, and count them as lost. What they still send is too late."""
         now = time.monotonic()
         late = {message: node for message, node in self._open.items() if now >= self._until[self._orders[message]]}
         if not late:
@@ -186,7 +207,7 @@ class OpenRound:
                                max(0, self._wanted - len(self._uploads)))
 
     def _begin(self, arrays: ArrayRecord) -> None:
-        """Ask the cohort, or wait for the one that an earlier server asked."""
+        """Ask a cohort, or await the return of the clients that an earlier server asked in this round."""
         if self._awaited:
             self._await_return()
             return
@@ -197,32 +218,33 @@ class OpenRound:
         self._ask(self._clients.draw(self._number, present, self._options.clients_per_round), arrays)
 
     def _listen(self, arrays: ArrayRecord) -> None:
-        """Take the next answers, and ask at once those that are back and those that must be sent more."""
+        """Take the next answers. Ask clients that have returned, and those that lack frozen tensors, again at once."""
         if self._stop.is_set():
             raise Ended("stopped")
         outcomes = self._engine.wait(list(self._open), POLL_S)
         self._stand_still()
-        self._ask_again(arrays)  # before backup clients are
+        self._ask_again(arrays)  # returned clients are asked before backup clients
         if forgetful := self._take_note(outcomes):
             self._ask(forgetful, arrays)
 
     def _stand_still(self) -> None:
-        """Nobody's time passes while this machine cannot store what comes."""
+        """Stop the clients' clocks while this machine cannot store uploads, and tell the observer."""
         before, self._looked_at = self._looked_at, time.monotonic()
         if not (reason := self._engine.held_up):
             return
         self._until = {attempt: until + self._looked_at - before for attempt, until in self._until.items()}
         if not self._told_held_up:
             self._told_held_up = True
-            self._observer.held_up(f"uploads cannot be stored ({reason}). They are taken when they can; Ctrl-C stops "
-                                   "the run")
+            self._observer.held_up(f"uploads cannot be stored ({reason}). The run goes on as soon as they can; Ctrl-C "
+                                   "stops it")
 
     def _is_enough(self) -> bool:
-        """Whether the round closes with what is there. Nobody trains, and nobody is left to ask: whoever is lost has
-        `RETURN_S` to come back.
+        """Return whether the round closes with the uploads it has, now that no client trains and none is left to ask.
+
+        It waits up to `RETURN_S` seconds for lost clients to return.
 
         Raises:
-            Ended: too few are there, and so it has been for `wait_timeout_s`.
+            Ended: there have been too few uploads for `wait_timeout_s`.
         """
         lacking, limit = self._needed - len(self._uploads), self._options.wait_timeout_s
         now = time.monotonic()
@@ -235,7 +257,7 @@ class OpenRound:
         return lacking <= 0 and (not self._lost or now - self._alone_since >= min(RETURN_S, limit))
 
     def _why_so_few(self) -> str:
-        """What became of those that were asked and did not upload: the reasons of most of them."""
+        """Return why clients did not upload: the most common reasons, each with the clients' names."""
         by_reason: dict[str, list[str]] = {}
         for name, refusal in sorted(self._refusals.items()):
             by_reason.setdefault(f"declined: {refusal}", []).append(name)
@@ -246,17 +268,17 @@ class OpenRound:
         return told and f"round {self._number}: {told}"
 
     def _backups(self, count: int) -> list[int]:
-        """Idle clients for a further attempt, those first that were not asked in this round."""
+        """Return up to `count` idle clients that can replace others. Those not yet asked in this round come first."""
         if self._backups_asked == BACKUPS_PER_ROUND:
             return []
         busy = {*self._open.values(), *self._uploads, *self._late}
         free = [n for n in self._clients.eligible() if n not in busy and self._asks[n] < ASKS_PER_ROUND
-                and self._engine.name_of(n) not in self._awaited]  # who has trained already is asked for that
+                and self._engine.name_of(n) not in self._awaited]  # these are asked for what they trained
         drawn = self._clients.draw(self._number, free, None)
         return sorted(drawn, key=lambda node: self._asks[node])[:count]
 
     def _await_return(self) -> None:
-        """Clients that an earlier server asked in this round look for this one."""
+        """Wait up to `RETURN_S` seconds until the clients that an earlier server asked in this round are back."""
         deadline = time.monotonic() + RETURN_S
         while self._awaited.keys() - map(self._engine.name_of, self._engine.idle()) and time.monotonic() < deadline:
             if self._stop.is_set():
@@ -264,8 +286,9 @@ class OpenRound:
             self._engine.wait((), POLL_S)
 
     def _ask_again(self, arrays: ArrayRecord) -> None:
-        """Those of an earlier server's clients that are back, for the attempt that they know: who trained for it sends
-        what he stored, and nobody trains twice.
+        """Ask clients of an earlier server that have returned, for the same attempt as that server did.
+
+        A client that has trained for it sends the upload that it stored, so no client trains twice.
         """
         if not self._awaited:
             return
@@ -278,7 +301,7 @@ class OpenRound:
             self._send(attempt, nodes, arrays)
 
     def _ask_instead(self, backups: list[int], arrays: ArrayRecord) -> None:
-        """Ask backup clients, unless it is too soon after the last ones."""
+        """Ask backup clients, unless the last ones were asked too recently (`BACKUPS_AT_ONCE`)."""
         now = time.monotonic()
         if now >= self._backups_from:
             self._backups_asked += 1
@@ -305,7 +328,7 @@ class OpenRound:
             self._asks[node] += 1
 
     def _take_note(self, outcomes: Mapping[str, Outcome]) -> list[int]:
-        """Sort the answers; returns the nodes that must be sent the frozen tensors again."""
+        """Record the answers, and return the nodes to which the frozen tensors must be sent again."""
         forgetful = []
         self._lost = {self._open[m] for m, outcome in outcomes.items() if outcome == "lost" and m in self._open}
         for message_id, outcome in outcomes.items():

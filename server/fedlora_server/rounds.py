@@ -1,16 +1,17 @@
-"""The round loop: one for simulation and deployment, over any `Engine`.
+"""The round loop, the same for simulation and deployment, over any `Engine`.
 
     for each round
-        draw the cohort from the eligible clients that are idle
-        send the orders and wait
-            whose time is up is lost; too few can still answer: ask idle clients as backups, as the next attempt
-            the first ones' time is up, or no backup client is left: close with half of those that are left, or say so
-            and wait for clients
-        take the uploads in order of node id, screen and reduce them, take the server's step
-        evaluate the state; if it is no good, screen and reduce the same uploads once more, by half the measure
+        draw a cohort from the idle clients that may be asked
+        send the orders and wait; meanwhile
+            count clients whose time is up as lost
+            if too few clients can still answer, ask idle ones as backups, in the next attempt
+            once the first clients' time is up, or no backup is left, close with half of the remaining clients' uploads;
+            if there are fewer, say so and wait for clients
+        take the uploads in order of node id, screen them, reduce them, and take the server's step
+        evaluate the state; if it is unusable, screen the same uploads again, twice as strictly, and reduce them again
         write a line of metrics.jsonl and the checkpoint
 
-No client is asked twice for one (run, round, attempt). What was uploaded to a short round stays.
+No client is asked twice for the same (run, round, attempt). Uploads stay valid while the round waits for more.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .observer import Observer, RoundRecord
 from .round_state import OpenRound, RoundOptions
 
 MOST_LOSS = 10.0
-"""A state whose loss is more than so many times that of the start is not taken."""
+"""Ratio of a state's loss to the loss of the start, above which the state is unusable."""
 
 Evaluate = Callable[[Tensors], Mapping[str, float]]
 
@@ -48,12 +49,12 @@ class FederationResult:
     """How a run ended.
 
     Attributes:
-        state: after the last finished round.
-        records: one per finished round, and round 0 if the start was evaluated.
-        ended: "finished", "stopped", "wait-timeout", or "diverged": the next state was no good, whichever uploads made
-            it.
-        resumed: after which rounds another server took the run up.
-        why: of "diverged" and "wait-timeout", for whoever gave the command; may be "".
+        state: the state after the last finished round.
+        records: one for each finished round, and one for round 0 if the start was evaluated.
+        ended: "finished", "stopped", "wait-timeout", or "diverged": the next state was unusable, even without the
+            longest uploads.
+        resumed: the rounds after which the run was resumed.
+        why: more about "diverged" and "wait-timeout", for the coordinator to read; may be "".
     """
 
     state: Tensors
@@ -64,21 +65,22 @@ class FederationResult:
 
     @property
     def rounds(self) -> int:
-        """How many rounds were finished."""
+        """Number of the last finished round."""
         return self.records[-1].round if self.records else 0
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of.
+    """All that a run needs beside an engine.
 
     Attributes:
+        strategy: makes messages and combines uploads.
         state: every tensor that is not in the base checkpoint, as the run starts.
         options: how rounds are run.
-        start: a round 0, whose outcome takes the place of `state`.
-        evaluate: figures of a state on the server's own data.
-        out: folder for `checkpoint.safetensors` and `metrics.jsonl`.
-        left: how an earlier server left this run; it goes on from there.
+        start: a private start: a round 0 whose outcome replaces `state`.
+        evaluate: returns the figures of a state on the server's own data.
+        out: folder for `checkpoint.safetensors` and `metrics.jsonl`; None writes nothing.
+        left: how an earlier server left this run, to go on from there.
     """
 
     strategy: FederatedLoRA
@@ -91,26 +93,29 @@ class Run:
 
     @property
     def plan(self) -> RunPlan:
+        """The run's plan."""
         return self.strategy.plan
 
 
 def run_federation(engine: Engine, run: Run, *, observer: Observer | None = None,
                    stop: Event | None = None) -> FederationResult:
-    """Run all rounds of a plan.
+    """Run all rounds of a run's plan.
 
     Args:
+        engine: reaches the clients.
+        run: what to run.
         observer: told what happens.
-        stop: when it is set, the open round is abandoned and the state of the last finished one returned.
+        stop: when it is set, the open round is abandoned, and the state after the last finished round is returned.
 
     Raises:
-        ValueError: the run cannot be taken up as it was left, or its folder was removed.
+        ValueError: the run cannot be resumed as it was left, or its folder was removed.
         OSError: its folder cannot be written to.
     """
     return _UnderWay(engine, run, observer or Observer(), stop or Event()).to_the_end()
 
 
 class _UnderWay:
-    """A run from its first state to its last, on an engine."""
+    """A run in progress: its state, its records and its clients."""
 
     def __init__(self, engine: Engine, run: Run, observer: Observer, stop: Event) -> None:
         self._engine, self._run, self._observer, self._stop = engine, run, observer, stop
@@ -127,6 +132,7 @@ class _UnderWay:
                                                  if record.round and record.usual_norm is not None)
 
     def to_the_end(self) -> FederationResult:
+        """Run the remaining rounds."""
         run, ended, why = self._run, "finished", ""
         self._observer.begin(run.plan, tuple(self._records))
         initial = self._figures(0, self._state) if self._fresh else {}
@@ -138,7 +144,7 @@ class _UnderWay:
             else:
                 self._save(0)
         try:
-            if self._done == run.plan.rounds:  # those that an earlier server asked are told that it is over
+            if self._done == run.plan.rounds:  # clients of an earlier server return to be told that it is over
                 asked = len(self._clients.participations.keys() - self._clients.declined)
                 self._clients.wait_for(asked, RETURN_S, self._stop, self._observer, to_begin=True)
             else:
@@ -160,20 +166,25 @@ class _UnderWay:
         return FederationResult(self._state, tuple(self._records), ended, run.left.resumptions if run.left else (), why)
 
     def _begin(self, start: PrivateStart, evaluation: Mapping[str, float]) -> None:
-        """Round 0. It moves the model nowhere: its evaluation is that of the state before."""
+        """Run round 0, a private start. The model computes the same after it, so `evaluation` holds for it too."""
         self._engine.expect(start.layout)
         sketches, record = self._hold(0, start, to_record(start.tensors))
         if sketches is not None:
             self._state = start.begin(Released(to_tensors(sketches)))
         self._engine.expect(self._run.strategy.layout)
-        self._clients.participations.clear()  # the release is beside the rounds
+        self._clients.participations.clear()  # the start's release does not count as a round
         self._conclude(replace(record, update_norm=None, evaluation=evaluation))
 
     def _hold(self, number: int, by: FederatedLoRA, arrays: ArrayRecord) -> tuple[ArrayRecord | None, RoundRecord]:
-        """One round: the next state, if there is one, and what happened.
+        """Run one round, and return the next state (None if it did not change) and the round's record.
+
+        Args:
+            number: the round's number.
+            by: the strategy, or the private start in round 0.
+            arrays: the state before the round.
 
         Raises:
-            Diverged: no next state is any good.
+            Diverged: the next state is unusable, even without the longest uploads.
         """
         engine = self._engine
         began, up, down = time.monotonic(), engine.bytes_up, engine.bytes_down
@@ -205,18 +216,18 @@ class _UnderWay:
             bytes_up=engine.bytes_up - up, bytes_down=engine.bytes_down - down, seconds=time.monotonic() - began)
 
     def _evaluated(self, number: int, after: ArrayRecord | None) -> Mapping[str, float]:
-        """Figures of the state after a round. `after` is None where it is still the one before."""
+        """Return the figures of the state after a round. `after` is None if the state did not change."""
         return self._figures(number, self._state if after is None else to_tensors(after))
 
     def _figures(self, number: int, state: Tensors) -> Mapping[str, float]:
-        """Of a state after a round, where that is to be evaluated."""
+        """Return the figures of the state after a round, or none if that round is not evaluated."""
         run = self._run
         if run.evaluate is None or (number % run.options.evaluate_every and number != run.plan.rounds):
             return {}
         return run.evaluate(state)
 
     def _is_no_good(self, figures: Mapping[str, float]) -> str:
-        """What is wrong with a state of these figures; "" for nothing."""
+        """Return why a state with these figures is unusable; "" if it is not."""
         start = self._records[0].evaluation if self._records and not self._records[0].round else {}
         if wrong := [name for name, value in figures.items()
                      if not math.isfinite(value) and math.isfinite(start.get(name, 0.0))]:
@@ -228,12 +239,13 @@ class _UnderWay:
 
     def _remedy(self, error: Diverged) -> str:
         optimizer = cast(Mapping[str, object] | None, self._run.strategy.described.get("optimizer"))
-        server = f", or --server-lr, which is {optimizer['lr']:g}" if optimizer and "lr" in optimizer else ""
+        server = f" or --server-lr (now {optimizer['lr']:g})" if optimizer and "lr" in optimizer else ""
         done, seen = (max((record.round for record in records), default=0) for records in (
             self._records, [record for record in self._records if record.evaluation]))
-        kept = f"; what is kept was last evaluated after round {seen} of {done}" if 0 < seen < done else ""
-        return (f"the next state is no good, also without the uploads that go furthest: {error}. Nothing of the round "
-                f"is taken{kept}. Begin a new run with a lower --lr, which is {self._run.plan.lr:g}{server}")
+        kept = f"; the state after round {done} is kept (last evaluated: round {seen})" if 0 < seen < done else ""
+        return (f"the training diverged: the next state is unusable, even without the longest uploads: {error}. The "
+                f"round's result is dropped{kept}. Begin a new run with a lower --lr (now {self._run.plan.lr:g})"
+                f"{server}")
 
     def _conclude(self, record: RoundRecord) -> None:
         self._records.append(record)

@@ -1,4 +1,4 @@
-"""From options to a run: the base model, the typed plan, the tensors that start it and how progress is measured."""
+"""Turns options into a run: base model, plan, the tensors that start it, and the evaluation on held-out rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fedlora_strategies.for_model import plan_of
 from fedlora_strategies.private_start import PrivateStart
 
 ANY_LABELS = ("0", "1")
-"""Stands for the labels that clients will announce, so that everything else can be tried before they come."""
+"""Placeholder for the labels that clients will announce, so that all else can be checked before they come."""
 
 Evaluate = Callable[[Tensors], Mapping[str, float]]
 
@@ -36,24 +36,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model's folder and its pinned name, known before anything is loaded."""
+    """The base model before it is loaded.
+
+    Attributes:
+        path: its folder.
+        reference: its name and hashes, as the plan states them.
+    """
 
     path: Path
     reference: ModelRef
 
     @property
     def title(self) -> str:
-        """As it is read on this machine: of a folder its own name, and what the hash of its weights begins with."""
+        """The name to show on this machine: for a folder its name, with the beginning of its weights' hash."""
         if self.reference.name != "local":
             return self.reference.name
         return f"{self.path.resolve().name} ({self.reference.title})"
 
 
 def find_model(options: RunConfig) -> BaseModel:
-    """Resolve --model and refuse a task that it cannot learn; cheap, so that it comes before a port is bound.
+    """Find --model and check that it fits --task. Cheap, so it is done before a port is bound.
 
     Raises:
-        ValueError: the model cannot be found or is not made for --task, or the file of --init public:FILE is no good.
+        ValueError: the model cannot be found or does not fit --task, or the file of --init public:FILE is unusable.
     """
     check_start(options)
     path = models.resolve(options.model, allow_download=options.allow_download)
@@ -62,16 +67,25 @@ def find_model(options: RunConfig) -> BaseModel:
 
 
 def check_start(options: RunConfig) -> None:
-    """Raises ValueError where the file of --init public:FILE is no good; cheap, and before anything is trained."""
+    """Check the file of --init public:FILE. Cheap, so it is done before anything is trained.
+
+    Raises:
+        ValueError: the file is unusable.
+    """
     _public_rows(options, options.init, options.labels or ())
 
 
 @dataclass(frozen=True)
 class Federation:
-    """One run, ready to start: what clients are told, and what the server keeps.
+    """One run, ready to start.
 
     Attributes:
-        start: the round before the first, of --init dp; None without.
+        plan: what clients are told.
+        adapted: the base model with its adapters.
+        task: what the model learns.
+        state: every tensor that is not in the base checkpoint, as the run starts.
+        strategy: makes messages and combines uploads.
+        start: the private start of --init dp, a round before the first; None without it.
     """
 
     plan: RunPlan
@@ -87,12 +101,13 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
     """Load the base model, attach the adapters, and draw every tensor that is not in the base checkpoint.
 
     Args:
-        options: of fedlora-server or fedlora-simulate; None stands for the preset of (strategy, privacy).
-        strategy: as `strategy_class` takes it.
-        labels: the frozen label set; () for tasks that have none; `ANY_LABELS` for a rehearsal.
-        seed: of the frozen tensors.
-        run_id: 16 hexadecimal digits; None draws them.
-        protocol: with which the run began.
+        options: options of fedlora-server or fedlora-simulate; a value of None stands for the preset's.
+        strategy: the strategy's name, as `strategy_class` takes it.
+        base: the base model.
+        labels: the run's label set; () for tasks without labels; `ANY_LABELS` to check all else beforehand.
+        seed: decides the tensors that are drawn.
+        run_id: 16 hexadecimal digits; None draws them at random.
+        protocol: the protocol version with which the run began.
 
     Raises:
         ValueError: the options do not fit the model, the task or each other.
@@ -106,8 +121,8 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
     if plan.private:
         Trainer(adapted, task, device="cpu", precision="fp32").rehearse()
     elif padding_counts(adapted, task):
-        _say("The model does not tell a text from what fills it up: what it predicts depends on how far a text is "
-             "padded, so that its adapter predicts otherwise where texts are batched otherwise.")
+        _say("This model does not ignore padding: what it predicts for a text depends on how far the text is padded. "
+             "So its adapter predicts differently where texts are batched differently.")
     if plan.private_start or (start_of(init)[1] and labels is ANY_LABELS):
         init = "orthonormal"
     rows = _public_rows(options, init, labels)
@@ -125,13 +140,16 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
 
 @functools.cache
 def _say(about_the_model: str) -> None:
-    """Once, however often it is loaded."""
+    """Log a warning about the model, once, even if the model is loaded several times."""
     if about_the_model:
         log.warning("%s", about_the_model)
 
 
 def _public_rows(options: RunConfig, init: str | None, labels: tuple[str, ...]) -> data.Rows | None:
-    """The rows of --init public:FILE; None for any other start. In a simulation --data is private, here as there."""
+    """Read the rows of --init public:FILE; None for any other start.
+
+    The file must not overlap with --data (a simulation's private rows) or --eval-data.
+    """
     file = init and start_of(init)[1]
     if not file:
         return None
@@ -141,10 +159,10 @@ def _public_rows(options: RunConfig, init: str | None, labels: tuple[str, ...]) 
 
 
 def recipe_of(options: RunConfig, strategy: str) -> Recipe:
-    """What the strategy is made of, with what flags put in its place at the server.
+    """Return the strategy's recipe, with the parts and values that flags replace.
 
     Raises:
-        ValueError: an optimiser at the server or the strategy has no such option, or it cannot have such a value.
+        ValueError: the strategy or the server's optimizer has no such option, or the value is outside of its range.
     """
     recipe = strategy_class(strategy).recipe
     try:
@@ -161,12 +179,12 @@ def recipe_of(options: RunConfig, strategy: str) -> Recipe:
 
 
 def planned(options: RunConfig, strategy: str) -> Preset:
-    """The preset of (strategy, --privacy), with the values that flags override.
+    """Return the preset of (strategy, --privacy), with the values that flags override.
 
     Raises:
-        ValueError: --max-participations is more than the rounds, --dropout is asked for with privacy, --init dp
-            without, another --init does not fit the strategy or --targets, a head that the task does not have is to
-            be trained, or --labels names one label.
+        ValueError: the options contradict each other: --max-participations is above the number of rounds, --dropout is
+            combined with privacy, --init dp with none, --init does not fit the strategy or --targets, --head train is
+            asked for a task without a head, or --labels names fewer than two labels.
     """
     recipe = recipe_of(options, strategy)
     chosen = recipe.preset(options.privacy == "required", options.init)
@@ -197,7 +215,7 @@ def planned(options: RunConfig, strategy: str) -> Preset:
 
 
 def without_effect(options: RunConfig) -> list[str]:
-    """What was asked for and changes nothing in this run, as sentences."""
+    """Return a sentence for each option that was given and has no effect in this run."""
     private, head = options.privacy == "required", _trains_head(options)
     reasons = {
         "without privacy nothing is clipped and noised": () if private else (
@@ -217,13 +235,23 @@ def _trains_head(options: RunConfig) -> bool:
 
 
 def resolved(options: RunConfig, strategy: str) -> dict[str, object]:
-    """The options as a report shows them: the preset's values stand where none were given."""
+    """Return the options for a report, with the preset's value for each option that was not given."""
     return vars(options) | {"strategy": strategy} | dataclasses.asdict(planned(options, strategy))
 
 
 def make_plan(options: RunConfig, strategy: str, reference: ModelRef, labels: tuple[str, ...],
               loaded: LoadedModel, run_id: str, protocol: int = PROTOCOL) -> RunPlan:
-    """The plan that options and the preset give together."""
+    """Make the plan from the options and the preset.
+
+    Args:
+        options: options of fedlora-server or fedlora-simulate.
+        strategy: the strategy's name.
+        reference: the base model's name and hashes.
+        labels: the run's label set.
+        loaded: the base model.
+        run_id: 16 hexadecimal digits.
+        protocol: the protocol version with which the run began.
+    """
     values = planned(options, strategy)
     private = options.privacy == "required"
     others = {option.plan: getattr(options, name) for name, option in options_of(type(options)).items()
@@ -236,10 +264,10 @@ def make_plan(options: RunConfig, strategy: str, reference: ModelRef, labels: tu
 
 
 def held_out(options: RunConfig) -> Rows | None:
-    """The rows of --eval-data, checked; None without it.
+    """Read and check the rows of --eval-data; None without it.
 
     Raises:
-        ValueError: the rows cannot be read, have no labels, or labels outside --labels.
+        ValueError: the rows cannot be read, lack labels or answers, or have a label outside of --labels.
     """
     if options.eval_data is None:
         return None
@@ -254,10 +282,16 @@ def held_out(options: RunConfig) -> Rows | None:
 
 def evaluator(federation: Federation, rows: Rows | None, *, device: str | torch.device = "cpu",
               precision: torch.dtype | None = None) -> Evaluate | None:
-    """A function from the state to its task's figures on held-out rows.
+    """Return a function that computes the task's figures of a state on held-out rows; None without rows.
+
+    Args:
+        federation: the run; its model is written to at each evaluation.
+        rows: the held-out rows.
+        device: where to evaluate.
+        precision: the dtype to evaluate in; None for float32.
 
     Raises:
-        ValueError: a label is outside the run's set.
+        ValueError: a row's label is outside of the run's set.
     """
     if rows is None:
         return None

@@ -1,4 +1,4 @@
-"""What a run is made of, told when it starts: each value that shapes what is trained, and where it comes from.
+"""The block printed when a run starts: each value that shapes the training, by whether it was given or is a default.
 
 given    rounds 3 · batch-size 64
 preset   rank 2 · alpha 5 · targets auto · init orthonormal · lr 0.03 · …
@@ -19,10 +19,12 @@ SOURCES = ("given", "preset", "default")
 
 
 def settings(config: RunConfig, strategy: str, values: Preset) -> Table:
-    """A block of three lines, on a wide terminal. What was given as it is by default counts as the default.
+    """Return the block: three lines on a wide terminal. A given value that equals the default counts as the default.
 
     Args:
-        values: the preset's, with those that were given in their places.
+        config: the command's options.
+        strategy: the strategy's name.
+        values: the preset's values, with those that were given in their place.
     """
     found: dict[str, list[str]] = {source: [] for source in SOURCES}
     defaults = {field.name: field.default for field in dataclasses.fields(config)}

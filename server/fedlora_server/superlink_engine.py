@@ -1,11 +1,11 @@
-"""The SuperLink engine: the clients are Flower SuperNodes, reached through the Grid of a ServerApp.
+"""The SuperLink engine: its clients are Flower SuperNodes, reached through a ServerApp's Grid.
 
-Flower knows nodes by numbers of its own and carries messages. Who a node is and which of its answers count is decided
-as over gRPC, by the same registry and the same checks: each node that appears is asked to join, and is known by its
-name from then on, so that uploads are averaged in the same order whatever numbers Flower gives.
+Flower numbers the nodes and carries messages. Which client a node is, and which of its answers count, is decided by the
+same registry and the same checks as over gRPC. Each node that appears is asked to join, and is known by its name from
+then on. So uploads are averaged in the same order, whatever numbers Flower gives.
 
-One thread speaks with the SuperLink, over HTTP: it looks every second who is there and what was answered. Flower
-cannot tell a node to stop; what comes for a cancelled order is dropped, and the node counts as busy until then.
+One thread polls the SuperLink over HTTP each second for nodes and answers. Flower cannot tell a node to stop. The
+answer to a cancelled order is dropped when it comes, and until then the node counts as busy.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from queue import Empty, SimpleQueue
 
 from flwr.app import Message
 from flwr.serverapp import Grid
+from typing_extensions import override
 
 from fedlora import wire
 from fedlora.adapters import AdapterLayout
@@ -30,19 +31,19 @@ from fedlora_strategies.messages import is_undelivered, join_message, read_join_
 from .client_registry import Event
 from .engine import Outcome
 from .registry_engine import RegistryEngine
-from .seats import PendingRequest
+from .seats import ClientStream, PendingRequest
 from .upload_store import Stored, new_upload, not_stored, store
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
-"""SuperNodes themselves ask for messages every 3 s."""
+"""Seconds between two polls of the SuperLink. SuperNodes themselves poll every 3 s."""
 REPLIES_AT_ONCE = 8
-"""So many uploads are in memory at most."""
+"""Largest number of replies pulled at once, and so of uploads in memory."""
 
 
-class _Node:
-    """A SuperNode as the registry's `Stream`. `name` is empty until it has joined."""
+class _Node(ClientStream):
+    """A SuperNode, as the registry's `ClientStream`. `name` is empty until it has joined."""
 
     def __init__(self, flower_id: int, told: Proposal, outgoing: SimpleQueue[tuple[_Node, PendingRequest]]) -> None:
         self.flower_id, self.told = flower_id, told
@@ -50,25 +51,28 @@ class _Node:
         self.cancelled: Key | None = None
         self._outgoing = outgoing
 
+    @override
     def ask(self, order: PendingRequest) -> None:
         self._outgoing.put((self, order))
 
+    @override
     def cancel(self, key: Key) -> None:
-        """Takes effect if the order has not been sent yet; Flower has no message to stop a node."""
+        """Drop the order if it has not been sent yet. Flower has no message that stops a node."""
         self.cancelled = key
 
+    @override
     def close(self, why: Refusal | None = None) -> None:
-        """There is no connection."""
+        """Do nothing: a node has no connection of its own."""
 
 
 class SuperLinkEngine(RegistryEngine):
-    """Looks for nodes from the moment it is made, until `close`.
+    """An engine whose clients are SuperNodes. It polls the SuperLink from when it is made until `close`.
 
     Args:
-        grid: of the ServerApp; used by this engine alone.
-        proposal: what each node is told when it is asked to join; `run_id` is the plan's, not Flower's.
-        uploads: folder for uploads that wait to be aggregated; made if absent, emptied of them at the end.
-        notify: called with each `Event`, from any thread; it must be quick.
+        grid: the ServerApp's Grid. No one else may use it meanwhile.
+        proposal: what each node is told when it is asked to join. Its `run_id` is FedLoRA's, not Flower's.
+        uploads: folder for uploads that wait to be aggregated; made if absent, cleared of them at the end.
+        notify: called with each `Event`, from any thread; it must return quickly.
     """
 
     address = "Flower's SuperLink"
@@ -79,23 +83,26 @@ class SuperLinkEngine(RegistryEngine):
         self._layout: AdapterLayout | None = None
         self._nodes: dict[int, _Node] = {}
         self._outgoing: SimpleQueue[tuple[_Node, PendingRequest]] = SimpleQueue()
-        self._asked: dict[str, tuple[_Node, Key | None]] = {}  # by Flower's message id; no key: asked to join
+        self._asked: dict[str, tuple[_Node, Key | None]] = {}  # Flower's message id → node and order (None: a Join)
         self._failure: Exception | None = None
         self._closed = threading.Event()
         uploads.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._keep_looking, name="fedlora-superlink", daemon=True)
         self._thread.start()
 
+    @override
     def expect(self, layout: AdapterLayout) -> None:
         super().expect(layout)
         self._layout = layout
 
+    @override
     def wait(self, message_ids: Iterable[str], timeout_s: float) -> dict[str, Outcome]:
         if self._failure is not None:
-            raise RuntimeError("the SuperLink cannot be used any more; checkpoint.safetensors holds the last finished "
-                               "round") from self._failure
+            raise RuntimeError("the exchange with the SuperLink failed; checkpoint.safetensors in the run's folder "
+                               "holds the last finished round") from self._failure
         return super().wait(message_ids, timeout_s)
 
+    @override
     def close(self, reason: str) -> None:
         self._closed.set()
         self._thread.join()
@@ -114,7 +121,7 @@ class SuperLinkEngine(RegistryEngine):
             self._failure = error
 
     def _meet(self, present: set[int]) -> None:
-        """Ask those to join that appeared, and give up those that are gone."""
+        """Ask new nodes to join, and give up those that are gone."""
         for flower_id in self._nodes.keys() - present:
             self._lose(self._nodes[flower_id])
         for flower_id in sorted(present - self._nodes.keys()):
@@ -139,7 +146,7 @@ class SuperLinkEngine(RegistryEngine):
                 arrays = order.message.content["arrays"]
                 self._registry.count(node, down=wire.size_of(wire.shapes_of(order.tensors), self._wire_dtype))
                 message = train_message(order.plan, arrays, node.flower_id)  # type: ignore[arg-type]
-                if order.plan.until < math.inf:  # a node that asks for it later is not given it
+                if order.plan.until < math.inf:  # Flower does not deliver the message after that time
                     message.metadata.ttl = max(LOOK_EVERY_S, order.plan.left_s)
                 self._post(node, order.plan.key, message)
 
@@ -162,14 +169,14 @@ class SuperLinkEngine(RegistryEngine):
                     self._on_answer(node, key, reply)
 
     def _on_join(self, node: _Node, reply: Message) -> None:
-        """Give the node its name's seat; one that is turned away is not asked again until it reconnects."""
+        """Give the node its name's seat. A node that is turned away is asked again only when it reconnects."""
         try:
             answer = read_join_reply(reply)
             if isinstance(answer, Refusal):
                 raise Refused(answer.code, wire.clean(answer.detail))
             join, ready = (partial(wire.parse, pb.ClientFrame, frame) for frame in answer)
             self._registry.join(node, join().join, node.told)
-            labels = ready().ready.labels  # read only where the versions fit
+            labels = ready().ready.labels  # read only after `join` has checked the version
             self._registry.ready(node, wire.labels_from_wire(labels, announced=True), None)
         except Refused as refused:
             self._notify(Event("declined", node.name or f"SuperNode {node.flower_id}", str(refused.refusal)))
@@ -190,24 +197,25 @@ class SuperLinkEngine(RegistryEngine):
             answer = Refusal("invalid-tensors", wire.clean(str(error)))
         except OSError as error:
             answer = not_stored(error)
-        except Exception:  # a reply that nobody thought of must not end the run of all the others
+        except Exception:  # one node's malformed reply must not end the run for all
             log.exception("The reply of client %r could not be read", node.name)
             answer = Refusal("invalid-tensors")
         if self._registry.answered(node, key, answer) is not None and isinstance(answer, Stored):
             answer.discard()
 
     def _store(self, node: _Node, key: Key, upload: Upload) -> Stored:
-        """Check an upload as the gRPC service does and put it into the store.
+        """Check an upload as the gRPC engine does, and store it.
 
         Raises:
-            Refused, ValueError: it does not fit the order, the layout or the run's privacy.
+            Refused: no such order is open.
+            ValueError: it does not fit the order, the layout or the run's privacy.
         """
         if (upload.run_id, upload.round, upload.attempt) != key:
             raise ValueError(f"the upload is for round {upload.round}, attempt {upload.attempt} of run "
                              f"{upload.run_id}; {key} was ordered")
         order = self._registry.expected(node, key)
         assert self._layout is not None
-        active = order.plan.active if order else tuple(upload.tensors)  # sent again, it is dropped
+        active = order.plan.active if order else tuple(upload.tensors)  # an upload that is sent again is dropped
         (self._layout.activated(active) if active else self._layout).check(upload.tensors, "trained")
         metrics = wire.metrics_from_wire(wire.upload_to_wire(upload), private=self._registry.proposal.plan.private)
         self._registry.count(node, up=wire.size_of(wire.shapes_of(upload.tensors), self._wire_dtype))
@@ -216,7 +224,12 @@ class SuperLinkEngine(RegistryEngine):
                      self._held_up.patience(partial(self._go_on, node, key)))
 
     def _go_on(self, node: _Node, key: Key, fault: OSError) -> None:
-        """Of `HeldUp`, where nobody is met or asked meanwhile."""
+        """Return if an upload is still needed that waits for a full disk. The engine's thread does nothing else then.
+
+        Raises:
+            OSError: the engine is closed; this is the fault itself.
+            Refused: the order was cancelled.
+        """
         if self._closed.is_set():
             raise fault
         self._registry.expected(node, key)

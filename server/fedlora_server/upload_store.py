@@ -1,7 +1,7 @@
-"""Uploads that wait to be aggregated, each in a file: its tensors one after the other, as in .npy files.
+"""Files of uploads that wait to be aggregated: one upload a file, its tensors one after the other in .npy format.
 
-Replies read the file where the operating system has it, without a copy, so that memory grows neither with the number
-of clients nor, beyond one upload, with what they send.
+A reply maps its upload's file into memory and copies nothing. So memory grows neither with the number of clients nor
+with what they send, beyond one upload.
 """
 
 from __future__ import annotations
@@ -30,18 +30,26 @@ from .patience import Patience, once
 log = logging.getLogger(__name__)
 
 BUFFER_BYTES = 128 * 1024
-"""Of each file: a small adapter's many tensors are written at once, and hundreds of open files stay small."""
+"""Write buffer of each file: a small adapter's many tensors go out in one write, and hundreds of open files cost little
+memory."""
 
 
 def not_stored(error: OSError) -> Refusal:
-    """What the sender of an upload is told."""
+    """Log why an upload could not be stored, and return the refusal for its sender."""
     log.error("An upload could not be stored: %s", error, extra={"peer": "", "kind": "not stored"})
     return Refusal("unavailable", "the server cannot store the upload")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A stored upload: the tensors' file, and the rest."""
+    """A stored upload.
+
+    Attributes:
+        path: file with the tensors.
+        shapes: the tensors' shapes by name, in the order in which they stand in the file.
+        wire_dtype: "fp32" or another key of `fedlora.wire.ARRAY_DTYPES`.
+        metrics: the numbers that came with the tensors.
+    """
 
     path: Path
     shapes: Shapes
@@ -49,18 +57,18 @@ class Stored:
     metrics: Mapping[str, int | float]
 
     def read(self) -> ArrayRecord:
-        """The tensors as they travelled, however often; their memory is free once the record is gone."""
+        """Return the tensors as they were sent. The file stays mapped in memory as long as the record exists."""
         with self.path.open("rb") as file:
             content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return read_record(content, self.shapes, self.wire_dtype)
 
     def discard(self) -> None:
-        """Remove the file; records that were read stay as they are."""
+        """Remove the file. Records read from it stay valid."""
         self.path.unlink(missing_ok=True)
 
 
 class _NewFile(io.FileIO):
-    """A file for this user alone, made and written to with patience."""
+    """A new file that only this user can open. A `Patience` decides how often each write is tried."""
 
     def __init__(self, path: Path, patience: Patience) -> None:
         make = super().__init__
@@ -73,22 +81,23 @@ class _NewFile(io.FileIO):
 
 
 class IncomingUpload:
-    """An upload that is being stored. Every method but `discard` raises OSError where the disk does.
+    """An upload that is being stored. Every method except `discard` raises OSError if the disk fails.
 
     Args:
-        path: of the file, which must not be there yet.
-        shapes: in the order in which the tensors come.
-        patience: with a disk that cannot take it.
+        path: the file, which must not exist yet.
+        shapes: the tensors' shapes by name, in the order in which the tensors come.
+        wire_dtype: "fp32" or another key of `fedlora.wire.ARRAY_DTYPES`.
+        patience: decides how often a failing write is tried again.
     """
 
     def __init__(self, path: Path, shapes: Shapes, wire_dtype: str, patience: Patience = once) -> None:
         self._path, self._shapes, self._wire_dtype = path, shapes, wire_dtype
         self._to_come = iter(shapes.values())
-        self._missing_bytes = 0  # of the tensor that is being written
+        self._missing_bytes = 0  # left to come of the tensor that is being written
         self._file = io.BufferedWriter(_NewFile(path, patience), BUFFER_BYTES)
 
     def write(self, data: memoryview) -> None:
-        """The next bytes of the tensors, which follow one another."""
+        """Append the next bytes of the tensors. A piece may begin and end anywhere, and span several tensors."""
         dtype = ARRAY_DTYPES[self._wire_dtype]
         while data:
             if not self._missing_bytes:
@@ -101,20 +110,24 @@ class IncomingUpload:
             self._missing_bytes -= len(piece)
 
     def stored(self, metrics: Mapping[str, int | float]) -> Stored:
-        """Close the file, all of whose tensors are written."""
+        """Close the file, once all tensors are written, and return the stored upload."""
         self._file.close()
         return Stored(self._path, self._shapes, self._wire_dtype, metrics)
 
     def discard(self) -> None:
-        """Remove the file, also one that is `stored`."""
+        """Remove the file, even if the upload is already stored."""
         self._path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            self._file.raw.close()  # what is buffered is not written any more
+            self._file.raw.close()  # closing the raw file drops what is still buffered
 
 
 def store(path: Path, arrays: Tensors, wire_dtype: str, metrics: Mapping[str, int | float],
           patience: Patience = once) -> Stored:
-    """Put packed arrays into the store. Raises OSError where the disk does, and leaves nothing then."""
+    """Store arrays that are already packed in the wire's dtype.
+
+    Raises:
+        OSError: the disk failed. No file is left behind.
+    """
     incoming = IncomingUpload(path, shapes_of(arrays), wire_dtype, patience)
     try:
         for pieces in chunks(arrays):
@@ -127,7 +140,7 @@ def store(path: Path, arrays: Tensors, wire_dtype: str, metrics: Mapping[str, in
 
 
 def read_record(content: memoryview, shapes: Shapes, wire_dtype: str) -> ArrayRecord:
-    """Tensors that stand one after the other as in .npy files, without a copy."""
+    """Return a record of tensors that stand one after the other in .npy format. No byte is copied."""
     dtype, arrays, start = ARRAY_DTYPES[wire_dtype], [], 0
     for name, shape in shapes.items():
         stop = start + npy_size(shape, dtype)
@@ -137,7 +150,7 @@ def read_record(content: memoryview, shapes: Shapes, wire_dtype: str) -> ArrayRe
 
 
 def new_upload(store: Path) -> Path:
-    """A path in the store that no other upload has."""
+    """Return the path for a further upload in the folder `store`."""
     return store / f"{secrets.token_hex(8)}.upload"
 
 

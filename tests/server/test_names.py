@@ -1,4 +1,4 @@
-"""A name that was ready in a run is its client's for the rest of it: whoever comes back shows its secret."""
+"""Once a client was ready, its name is its own for the run: whoever joins under it must show the name's secret."""
 
 import json
 import os
@@ -21,7 +21,7 @@ NAMES = ("north", "ärzte/../ haus", "%s")
 
 @pytest.fixture
 def listen(tmp_path):
-    """Start servers of one run, each in place of the one before."""
+    """Return a function that starts a server of the run, in place of the one before."""
     running = []
 
     def listen(**options):
@@ -99,7 +99,7 @@ def test_whoever_shows_the_secret_takes_over_a_stream_that_still_stands_and_who_
 
 
 def test_a_process_that_comes_back_keeps_the_secret_that_it_has(listen, tmp_path):
-    """So that a crash between a Welcome and the next Ready locks nobody out."""
+    """So a crash between a Welcome and the next Ready locks no client out."""
     engine, state = listen(), FolderState(tmp_path / "state")
     north = client(engine, state)
     secret = state.secret(RUN.run_id, "north")
@@ -129,7 +129,7 @@ def test_a_server_that_takes_the_run_up_again_knows_whose_a_name_is(listen, tmp_
         client(engine)
     with pytest.raises(Refused, match="'south'"):
         client(engine, name="south")
-    leave(engine, client(engine, state))  # it is at another port now
+    leave(engine, client(engine, state))  # the server now has another port
 
 
 def test_a_forgotten_name_is_free_at_once_and_stays_the_next_ones(listen, tmp_path, capsys):
@@ -151,9 +151,9 @@ def test_forget_says_which_names_are_taken(tmp_path, capsys):
     names.begin()
     names.keep("north", OWN)
     assert main(["forget", "nroth", "--out", str(tmp_path)]) == 2
-    assert "'nroth'" in (said := capsys.readouterr().err) and "Taken are: north" in said
+    assert "'nroth'" in (said := capsys.readouterr().err) and "Taken names: north" in said
     assert main(["forget", "north", "--out", str(tmp_path / "elsewhere")]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_away_for_a_moment_frees_no_name(tmp_path):

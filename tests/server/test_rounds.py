@@ -1,4 +1,4 @@
-"""The round loop over a real engine whose clients come, go, decline and forget."""
+"""The round loop, over a real engine whose clients come, go, decline and forget."""
 
 import json
 import time
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_at_a_time")
 
 
 class Engine(InProcessEngine):
-    """Some of its clients are told what is asked and never answer."""
+    """An engine that can have some clients receive orders and never answer."""
 
     silent = frozenset()
 
@@ -32,7 +32,7 @@ class Engine(InProcessEngine):
 
 
 class Federation:
-    """Linear clients named after the letters, and everything that the loop tells."""
+    """A federation of linear clients with one-letter names, which records all that the loop tells its observer."""
 
     def __init__(self, names="abcd", strategy="fedsvd", recipe=None, silent="", **changes):
         self.plan = plan_of(strategy, **changes)
@@ -55,7 +55,7 @@ class Federation:
 
 
 class Declining(LinearSession):
-    """Declines the first `times` orders with `code`."""
+    """A client that declines the first `times` orders with `code`."""
 
     def __init__(self, name, layout, code, times=1000):
         super().__init__(name, layout)
@@ -67,7 +67,7 @@ class Declining(LinearSession):
 
 
 class Calling(LinearSession):
-    """Calls something before it trains in a round."""
+    """A client that calls a function before it trains in a given round."""
 
     def __init__(self, name, layout, call):
         super().__init__(name, layout)
@@ -230,7 +230,7 @@ def test_a_lost_client_that_comes_back_is_asked_for_the_same_key_and_counts():
 
 
 class Returning(Engine):
-    """Those that left come back after the round has looked for them five times."""
+    """An engine whose clients, if they leave, return once the round has looked for them five times."""
 
     looks = 0
 
@@ -244,7 +244,7 @@ class Returning(Engine):
 
 
 def lost_for_a_moment(**options):
-    """All but one leave while that one trains."""
+    """Return a federation in which all clients but one leave while that one trains."""
     federation = Federation("abcd", rounds=1)
     engine = federation.engine = Returning(federation.sessions, federation.plan.run_id, federation.layout)
     first, *others = in_training_order(federation)
@@ -304,7 +304,7 @@ def test_clients_whose_time_is_up_are_lost_and_the_round_closes_with_half_of_tho
 
 
 class Fresh(Observer):
-    """One more name comes each time that somebody was asked, or somebody's time was up."""
+    """Has a client with a new name join whenever clients were asked, or their time was up."""
 
     def __init__(self, federation, session, silent=False):
         self.federation, self.session, self.silent, self.asked_at = federation, session, silent, []
@@ -463,7 +463,7 @@ def test_an_upload_that_is_not_finite_counts_as_declined_and_adds_nothing():
 
 
 class Times(LinearSession):
-    """Sends its update times a factor, in the rounds from `since` on."""
+    """A client that multiplies its update by a factor, from round `since` on."""
 
     def __init__(self, name, layout, factor, since=1):
         super().__init__(name, layout)
@@ -496,7 +496,7 @@ def test_a_state_with_ten_times_the_loss_of_the_start_is_made_again_without_the_
 
     federation, other = Federation("abc", rounds=1), Federation("ab", rounds=1)
     replace(federation, "c", Times("c", federation.layout, 3.6))
-    steps = 2 * federation.plan.lr  # each moves the head's bias by so much, and the mean of three by nearly twice that
+    steps = 2 * federation.plan.lr  # one update moves the bias by this, the mean of three by nearly twice
     result = federation.run(observer=Doubt(), evaluate=lambda state: {
         "loss": 100.0 if state["head.out.bias"].max() > 1.5 * steps else 1.0})
     assert result.ended == "finished" and set(result.records[-1].rejected) == {"c"}
@@ -515,7 +515,7 @@ def test_a_run_whose_states_stay_bad_stops_with_the_last_good_one_and_names_the_
 
     result = federation.run(out=tmp_path, evaluate=evaluate)
     assert result.ended == "diverged" and result.rounds == 1
-    assert "--lr, which is 0.3" in result.why and "--server-lr, which is 0.5" in result.why
+    assert "--lr (now 0.3)" in result.why and "--server-lr (now 0.5)" in result.why
     stored = checkpoint.load(tmp_path)
     assert stored.round == 1 and same(stored.state, result.state) and same(stored.memory, federation.strategy.memory)
     assert same(stored.state, seen[1]) and all(np.isfinite(array).all() for array in stored.state.values())

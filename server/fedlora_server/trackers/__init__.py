@@ -1,7 +1,7 @@
-"""Trackers: what watches a run, and shows or keeps what it sees. Each file of this folder is one, found by its name.
+"""Trackers: they watch a run, and show or store what they see. Each file of this folder is one, found by its name.
 
-A file says `TRACKER = ` a class of `Tracker`. What a run needs to be taken up again, metrics.jsonl among it, is no
-tracker's: it is written whatever watches.
+A file defines `TRACKER`, a subclass of `Tracker`. The files that a run needs to be resumed, such as metrics.jsonl, are
+written whichever trackers watch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from typing_extensions import override
 
 from fedlora import registry
 from fedlora.plan import RunPlan
@@ -23,13 +24,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Watched:
-    """A run, as its trackers are told of it before anything happens.
+    """All that trackers learn of a run before it begins.
 
     Attributes:
-        title: in a few words.
-        out: its folder, which is there.
-        console: where its operator is; stderr by convention, so that a command's output can be piped.
-        options: of the command, by name, with the preset's values where none were given.
+        title: the run in a few words.
+        out: the run's folder, which exists.
+        console: where the coordinator reads; stderr by convention, so that a command's output can be piped.
+        options: the command's options by name, with the preset's value for each that was not given.
     """
 
     title: str
@@ -39,29 +40,33 @@ class Watched:
 
 
 class Tracker(Observer):
-    """An observer with a beginning and an end, made for one run. Override what is of interest.
+    """An observer with a beginning and an end, made for one run. Override the methods of interest.
 
-    One that raises is said to have failed, and hears no more; the run goes on.
+    If a method raises, the failure is logged and the tracker hears no more. The run goes on.
+
+    Args:
+        run: the run to watch.
     """
 
     def __init__(self, run: Watched) -> None:
         self.run = run
 
     def open(self) -> None:
-        """Before clients come."""
+        """Begin, before any client has joined."""
 
     def said(self, line: str) -> None:
-        """Something for the operator that is no event of the round loop. Called from any thread."""
+        """Take a line for the coordinator that is no event of the round loop. Called from any thread."""
 
     def close(self) -> None:
-        """After all else, whatever way the run ended."""
+        """End, after all else, however the run ended."""
 
 
 class Trackers(Tracker):
-    """Several at once, as a context manager around the run.
+    """Several trackers that act as one, and a context manager that opens and closes them around the run.
 
     Args:
-        keys: of `fedlora_server.trackers`, in any order.
+        keys: names of files in `fedlora_server.trackers`, in any order.
+        run: the run to watch.
     """
 
     def __init__(self, keys: Iterable[str], run: Watched) -> None:
@@ -86,7 +91,7 @@ class Trackers(Tracker):
                 getattr(tracker, event)(*about)
             except Exception as error:
                 if self._trackers.pop(key, None) is None:
-                    continue  # another thread was first to say so
+                    continue  # another thread has logged it already
                 log.error("The tracker %s failed (%s: %s). The run goes on without it.", key, type(error).__name__,
                           error)
                 log.debug("Why", exc_info=True)
@@ -94,47 +99,62 @@ class Trackers(Tracker):
                     with suppress(Exception):
                         tracker.close()
 
+    @override
     def open(self) -> None:
         self._tell("open")
 
+    @override
     def said(self, line: str) -> None:
         self._tell("said", line)
 
+    @override
     def begin(self, plan: RunPlan, before: Sequence[RoundRecord]) -> None:
         self._tell("begin", plan, before)
 
+    @override
     def waiting(self, needed: int, present: int, timeout_s: float | None) -> None:
         self._tell("waiting", needed, present, timeout_s)
 
+    @override
     def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
         self._tell("asked", round, attempt, names)
 
+    @override
     def fewer(self, round: int, connected: int, needed: int) -> None:
         self._tell("fewer", round, connected, needed)
 
+    @override
     def overdue(self, round: int, names: tuple[str, ...], missing: int) -> None:
         self._tell("overdue", round, names, missing)
 
+    @override
     def doubted(self, round: int, why: str) -> None:
         self._tell("doubted", round, why)
 
+    @override
     def uncompared(self, round: int, uploads: int) -> None:
         self._tell("uncompared", round, uploads)
 
+    @override
     def held_up(self, reason: str) -> None:
         self._tell("held_up", reason)
 
+    @override
     def answered(self, round: int, name: str, outcome: str) -> None:
         self._tell("answered", round, name, outcome)
 
+    @override
     def evaluated(self, round: int, figures: Mapping[str, float]) -> None:
         self._tell("evaluated", round, figures)
 
+    @override
     def finished(self, record: RoundRecord) -> None:
         self._tell("finished", record)
 
+    @override
     def ended(self, reason: str) -> None:
         self._tell("ended", reason)
 
+    @override
     def close(self) -> None:
         self._tell("close")

@@ -1,4 +1,4 @@
-"""What an operator sees: a live table on a terminal, one plain line for each event anywhere else."""
+"""The coordinator's display: a live table on a terminal, one plain line for each event anywhere else."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
 from fedlora_server.observer import MOST_NAMED, RoundRecord, named
 from fedlora_server.trackers import Tracker, Watched
 
 SHOWN_ROUNDS = 15
-"""The live table keeps the last so many rounds on the screen; metrics.jsonl has them all."""
+"""Number of rounds in the live table. metrics.jsonl has them all."""
 
 
 def quantity(count: int | float) -> str:
-    """Bytes for people: 1234567 is "1.2 MB"."""
+    """Return a number of bytes with a unit: 1234567 is "1.2 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -26,12 +27,12 @@ def quantity(count: int | float) -> str:
 
 
 def figures(evaluation: Mapping[str, float]) -> str:
-    """"accuracy 0.812, loss 0.431"; the count is left out."""
+    """Return the figures as in "accuracy 0.812, loss 0.431", without the count."""
     return ", ".join(f"{name} {value:.3f}" for name, value in evaluation.items() if name != "count")
 
 
 class Display(Tracker):
-    """Keeps the rounds that it has shown."""
+    """Shows the run's events on the console."""
 
     def __init__(self, run: Watched) -> None:
         super().__init__(run)
@@ -40,49 +41,58 @@ class Display(Tracker):
         self._status = ""
         self._live = Live(console=run.console, auto_refresh=False) if run.console.is_terminal else None
 
+    @override
     def open(self) -> None:
         if self._live:
             self._live.start()
 
+    @override
     def close(self) -> None:
         self._say("", quiet=True)
         if self._live:
             self._live.stop()
 
+    @override
     def waiting(self, needed: int, present: int, timeout_s: float | None) -> None:
         limit = "" if timeout_s is None else f", for at most {timeout_s:.0f} s"
         self._say(f"waiting for {needed - present} more client{'s' * (needed - present != 1)} "
                   f"({present} of {needed} ready){limit}")
 
+    @override
     def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
         what = "asked" if attempt == 0 else "asked as backup"
         self._say(f"round {round}: {what} {', '.join(names) if len(names) <= MOST_NAMED else len(names)}",
                   quiet=attempt == 0 and self._live is None)
 
+    @override
     def fewer(self, round: int, connected: int, needed: int) -> None:
         self._say(f"round {round}: {connected} client{'s' * (connected != 1)} connected, fewer than --min-clients "
-                  f"{needed}; the run goes on (--min-replies is what a round cannot do without)")
+                  f"{needed}; the run goes on (--min-replies sets how many uploads a round needs)")
 
+    @override
     def overdue(self, round: int, names: tuple[str, ...], missing: int) -> None:
-        lacking = f"; {missing} upload{'s are' if missing != 1 else ' is'} lacking" if missing else ""
-        are = "is" if len(names) == 1 else "are"
-        self._say(f"round {round}: {named(names)} did not answer within --round-timeout and {are} lost to the "
+        lacking = f"; {missing} more upload{'s are' if missing != 1 else ' is'} needed" if missing else ""
+        self._say(f"round {round}: {named(names)} did not answer within --round-timeout and will be left out of this "
                   f"round{lacking}")
 
+    @override
     def doubted(self, round: int, why: str) -> None:
-        self._say(f"round {round}: the next state is not taken: {why}; it is made once more, without the uploads that "
-                  "go furthest")
+        self._say(f"round {round}: the new state is unusable: {why}; it is computed again without the longest uploads")
 
+    @override
     def uncompared(self, round: int, uploads: int) -> None:
-        self._say(f"round {round}: {uploads} upload{'s' * (uploads != 1)} and no earlier round to compare with; one "
-                  "that goes too far would not be noticed")
+        self._say(f"round {round}: with {uploads} upload{'s' * (uploads != 1)} and no earlier round to compare with, "
+                  "an unusually long upload would not be noticed")
 
+    @override
     def held_up(self, reason: str) -> None:
         self._say(f"the run waits: {reason}")
 
+    @override
     def answered(self, round: int, name: str, outcome: str) -> None:
         self._say(f"round {round}: {name} {outcome}", quiet=outcome == "uploaded" and not self._live)
 
+    @override
     def finished(self, record: RoundRecord) -> None:
         self._records.append(record)
         if record.round == 0:
@@ -98,6 +108,7 @@ class Display(Tracker):
         for name, how in record.curbed.items():
             self._say(f"round {record.round}: the upload of {name} weighs less than it claims: {how}")
 
+    @override
     def said(self, line: str) -> None:
         (self._live.console if self._live else self._console).print(line, highlight=False, markup=False)
 

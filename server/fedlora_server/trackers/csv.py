@@ -1,10 +1,12 @@
-"""rounds.csv, a line for each finished round, for spreadsheets and data frames."""
+"""The file rounds.csv: one line for each finished round, for spreadsheets and data frames."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
+
+from typing_extensions import override
 
 from fedlora.files import replace_file
 from fedlora.plan import RunPlan
@@ -14,20 +16,22 @@ from fedlora_server.trackers import Tracker, Watched
 FILE = "rounds.csv"
 OF_A_ROUND = ("round", "asked", "uploaded", "lost", "refused", "rejected", "update_norm", "train_loss", "bytes_up",
               "bytes_down", "seconds")
-"""Its first columns; the figures of evaluations come after them. Of clients, it has how many there were."""
+"""The first columns; the figures of evaluations follow. Columns about clients hold numbers of clients, not names."""
 
 
 class Table(Tracker):
-    """Writes the file whole after each round: which figures there will be is not known before they are."""
+    """Writes the whole file after each round, because later rounds may bring figures that earlier ones lack."""
 
     def __init__(self, run: Watched) -> None:
         super().__init__(run)
         self._records: list[RoundRecord] = []
 
+    @override
     def begin(self, plan: RunPlan, before: Sequence[RoundRecord]) -> None:
         self._records = list(before)
         self._write()
 
+    @override
     def finished(self, record: RoundRecord) -> None:
         self._records.append(record)
         self._write()

@@ -1,4 +1,4 @@
-"""curves.png: what the run learned if that was evaluated, how far it moved, what it cost."""
+"""The picture curves.png: evaluation figures, update norms, traffic and time over the rounds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from typing_extensions import override
 
 from fedlora.plan import RunPlan
 from fedlora_server.observer import RoundRecord
 from fedlora_server.trackers import Tracker, Watched
 
-ENDINGS = {"finished": "", "stopped": ", stopped early", "wait-timeout": ", ended for want of clients",
+ENDINGS = {"finished": "", "stopped": ", stopped early", "wait-timeout": ", ended for lack of clients",
            "diverged": ", ended because training diverged"}
 
 INK, GRID = "#333333", "#dddddd"
@@ -24,18 +25,21 @@ Panel = Callable[[Axes, Sequence[RoundRecord]], None]
 
 
 class Plots(Tracker):
-    """Draws once there is no further round, also if the run ended early."""
+    """Draws the picture when the rounds have ended, also if the run ended early."""
 
     def __init__(self, run: Watched) -> None:
         super().__init__(run)
         self._records: list[RoundRecord] = []
 
+    @override
     def begin(self, plan: RunPlan, before: Sequence[RoundRecord]) -> None:
         self._plan, self._records = plan, list(before)
 
+    @override
     def finished(self, record: RoundRecord) -> None:
         self._records.append(record)
 
+    @override
     def ended(self, reason: str) -> None:
         plan, last = self._plan, self._records[-1].round if self._records else 0
         draw(self.run.out / "curves.png", self._records,
@@ -44,10 +48,15 @@ class Plots(Tracker):
 
 
 def draw(path: Path, records: Sequence[RoundRecord], title: str) -> Path:
-    """Write a PNG with one panel per quantity over the rounds.
+    """Write a PNG with one panel per quantity over the rounds, and return its path.
 
-    With evaluation: the task's figures and the loss first. Always: update norm, bytes and time. A run without a
-    finished round gets empty panels.
+    With evaluations, the first panels show the task's figures and the loss. Update norm, bytes and time are always
+    shown. A run without a finished round gets empty panels.
+
+    Args:
+        path: the file to write.
+        records: the run's records.
+        title: stands above the panels.
     """
     measured = dict.fromkeys(name for r in records for name in r.evaluation if name != "count")
     figures = sorted(measured, key=lambda name: name == "loss")
@@ -65,7 +74,7 @@ def draw(path: Path, records: Sequence[RoundRecord], title: str) -> Path:
 
 
 def _places(figure: Figure, rows: int, columns: int, count: int) -> list[Axes]:
-    """`count` axes in reading order; a first row that is not full has wider panels."""
+    """Return `count` axes in reading order. If the first row is not full, its panels are wider."""
     first = count - (rows - 1) * columns
     grid = figure.add_gridspec(rows, columns * first)
     places = [figure.add_subplot(grid[0, i * columns:(i + 1) * columns]) for i in range(first)]
