@@ -1,6 +1,6 @@
-"""A tiny random base checkpoint of every architecture that FedLoRA is said to work with, as its makers publish it.
+"""Tiny random base checkpoints, one of every architecture that FedLoRA supports, in the form of its published models.
 
-`tests.tiny` has the few that most tests run on; these are for what is to hold of all, and take some 50 ms each to make.
+`tests.tiny` has the few that most tests use. These are for tests of what holds for all; each takes some 50 ms to make.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ EXPERTS = GROUPED | {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make one.
+    """How to make one architecture's checkpoint.
 
     Attributes:
-        sizes: what makes its config tiny.
-        tokenizer: which of the tokenizers below.
-        decoder: saved with its language-model head.
-        targets: to be named where no convention is known; () for those that are chosen.
-        private: whether it can be trained under privacy.
+        sizes: config values that make the model tiny.
+        tokenizer: one of the tokenizers below.
+        decoder: whether it is saved with a language-model head.
+        targets: value of --targets, where no default is known for the architecture; () for the default.
+        private: whether it can be trained with privacy.
     """
 
     sizes: Mapping[str, Any] = field(default_factory=lambda: SIZES)
@@ -95,15 +95,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2_moe": _decoder(EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 32}, "qwen2"),
     "qwen3_moe": _decoder(EXPERTS | {"num_experts": 4, "head_dim": 8}, "qwen2"),
 }
-"""Model type → how to make one."""
+"""Model type → how to make its checkpoint."""
 
 
 def architecture(name: str, folder: Path, *, seed: int = 0) -> Path:
     """Write a checkpoint: config.json, model.safetensors and the tokenizer's files.
 
     Args:
-        name: of `ARCHITECTURES`.
-        folder: made if need be.
+        name: key of `ARCHITECTURES`.
+        folder: made if it does not exist.
+        seed: decides the weights.
 
     Returns:
         folder.
@@ -120,7 +121,7 @@ def architecture(name: str, folder: Path, *, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         model = (AutoModelForCausalLM if made.decoder else AutoModel).from_config(config)
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias"):  # they start at 0, where a mistake with them would not show
+            if parameter_name.endswith("bias"):  # biases start at 0, where a mistake with them would not show
                 torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -128,7 +129,7 @@ def architecture(name: str, folder: Path, *, seed: int = 0) -> Path:
 
 
 def _ends() -> Any:
-    """Ends every text with </s>, and has a pad token."""
+    """Return a tokenizer that ends every text with </s> and has a pad token."""
     tokenizer = tiny_tokenizer("qwen2")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", tokenizer.eos_token_id)])

@@ -1,4 +1,4 @@
-"""What peers do to a server in `tests.attacks`: with a connection alone, with a Join, or as a client that is asked."""
+"""The attacks of `tests.attacks` on a server: by a mere connection, after a Join, or as a client that is asked."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Target:
     """A run under attack.
 
     Args:
-        start_honest: starts the honest clients, for attacks that come before them.
+        start_honest: starts the honest clients; for attacks that begin before them.
 
     Attributes:
-        done: what was done to it: "connections", "frames", and what else there is to say.
-        until: when the attack ends; the harness says so once round 1 is over.
+        done: counts of what was done to the run: "connections", "frames" and others.
+        until: when the attack ends; set by the harness once round 1 is over.
         proxy: the link of the client south.
     """
 
@@ -50,11 +50,11 @@ class Target:
         self._lock = threading.Lock()
 
     def goes_on(self) -> bool:
-        """Whether the attack is to go on."""
+        """Return whether the attack should continue."""
         return time.monotonic() < self.until and self.deployment.processes["server"].poll() is None
 
     def rest(self) -> None:
-        """Until the attack ends."""
+        """Wait until the attack ends."""
         while self.goes_on():
             time.sleep(0.05)
 
@@ -73,10 +73,10 @@ class Target:
 
 
 class Stranger:
-    """A stream that sends its frames, and then nothing until it is closed.
+    """A stream that sends some frames, and then nothing until it is closed.
 
     Args:
-        reads: whether it takes what the server says.
+        reads: whether it reads what the server sends.
     """
 
     def __init__(self, target: Target, *frames: bytes, reads: bool = True) -> None:
@@ -104,13 +104,13 @@ class Stranger:
         self._heard.set()
 
     def answer(self, timeout_s: float = 10.0) -> str:
-        """Which kind of frame came first; "nothing" if none did."""
+        """Return the kind of the first frame received; "nothing" if none came."""
         self._heard.wait(timeout_s)
         return "nothing" if self._first is None else str(self._first.WhichOneof("kind"))
 
     @property
     def is_named(self) -> bool:
-        """Whether the name is this stream's: else the first answer is a Welcome that asks for the name's secret."""
+        """Return whether the server gave this stream its name. If not, its Welcome asks for the name's secret."""
         return self._first is not None and bool(self._first.welcome.secret)
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ class Stranger:
 
 
 def _hold(target: Target, most: int, opened: Callable[[], socket.socket | Stranger]) -> None:
-    """So many at a time, and then ever new ones in place of the oldest. The honest come when so many are there."""
+    """Hold `most` open, replace the oldest again and again, and start the honest clients once all are open."""
     held: list[socket.socket | Stranger] = []
     while target.goes_on():
         with contextlib.suppress(OSError):
@@ -134,12 +134,12 @@ def _hold(target: Target, most: int, opened: Callable[[], socket.socket | Strang
 
 
 def idle_connections(target: Target) -> None:
-    """1,300 that say nothing."""
+    """Hold 1,300 connections that send nothing."""
     _hold(target, MOST_IDLE, target.connect)
 
 
 def half_handshakes(target: Target) -> None:
-    """1,300 that begin HTTP/2 and go no further; every third one byte by byte."""
+    """Hold 1,300 connections that begin HTTP/2 and stop there, every third one sending byte by byte."""
     def opened() -> socket.socket:
         one = target.connect()
         one.sendall(PREFACE[:1 + target.done["connections"] % len(PREFACE)] if target.done["connections"] % 3 == 0
@@ -150,16 +150,16 @@ def half_handshakes(target: Target) -> None:
 
 
 def garbage_bytes(target: Target) -> None:
-    """Random bytes, also behind HTTP/2's preface, on connection after connection."""
+    """Send random bytes on connection after connection, some of them after HTTP/2's preface."""
     choice = random.Random(0)
     while target.goes_on():
         with contextlib.suppress(OSError), target.connect() as one:
             one.sendall((PREFACE if choice.random() < 0.5 else b"") + choice.randbytes(choice.randrange(1, 4096)))
-        time.sleep(0.002)  # else this machine runs out of ports
+        time.sleep(0.002)  # without a pause this machine runs out of ports
 
 
 def joins_without_ready(target: Target) -> None:
-    """As many as there are places."""
+    """Hold as many streams that have joined and are not ready as there are places."""
     def opened() -> Stranger:
         time.sleep(0.005)
         return Stranger(target, target.join(f"joined {target.done['connections']}"))
@@ -168,7 +168,7 @@ def joins_without_ready(target: Target) -> None:
 
 
 def join_storm(target: Target) -> None:
-    """A new name each, gone at once; every other one is ready before."""
+    """Join under a new name each time and leave at once; every other stream is ready first."""
     while target.goes_on():
         number = target.done["connections"]
         one = Stranger(target, target.join(f"name {number}"), *[READY] * (number % 2))
@@ -177,7 +177,7 @@ def join_storm(target: Target) -> None:
 
 
 def ready_and_silent(target: Target) -> None:
-    """Six that are asked and never answer."""
+    """Run six clients that are ready, are asked and never answer."""
     held = [Stranger(target, target.join(f"silent {number}"), READY, reads=number % 2 == 0) for number in range(6)]
     target.rest()
     for one in held:
@@ -185,7 +185,7 @@ def ready_and_silent(target: Target) -> None:
 
 
 def all_places_taken_by_ready(target: Target) -> None:
-    """As many that are ready as there are places, while south's link is cut: it comes back all the same."""
+    """Fill all places with ready clients while south's link is cut. South must get back in all the same."""
     def opened() -> Stranger:
         time.sleep(0.005)
         return Stranger(target, target.join(f"taken {target.done['connections']}"), READY)
@@ -194,7 +194,7 @@ def all_places_taken_by_ready(target: Target) -> None:
     while target.goes_on():
         target.proxy.cut()
         time.sleep(0.5)
-        while target.goes_on() and len(held) < MOST_JOINED + 2:  # its place is another's
+        while target.goes_on() and len(held) < MOST_JOINED + 2:  # south's place is taken too
             held.append(opened())
         target.proxy.restore()
         for one in held[MOST_JOINED:]:
@@ -207,7 +207,7 @@ def all_places_taken_by_ready(target: Target) -> None:
 
 
 def more_names_than_are_remembered(target: Target) -> None:
-    """Ready and gone, a new name each, a few at a time."""
+    """Become ready and leave under a new name each time, a few at a time."""
     def come_and_go() -> None:
         while target.goes_on():
             number = next(numbers)
@@ -224,7 +224,7 @@ def more_names_than_are_remembered(target: Target) -> None:
 
 
 def _fresh_names(target: Target, asked: Callable[[Connection, RoundPlan], None]) -> None:
-    """Ever new ones, each ready until it is asked."""
+    """Keep joining under new names; each is ready until it is asked, and `asked` decides what it does then."""
     for number in itertools.count():
         if not target.goes_on():
             return
@@ -239,7 +239,7 @@ def _fresh_names(target: Target, asked: Callable[[Connection, RoundPlan], None])
 
 
 def backups_that_are_silent(target: Target) -> None:
-    """A new name whenever the last one was asked, which stays and says nothing; the oldest of twenty leaves."""
+    """Join under a new name whenever the last one is asked. Twenty stay, ready and silent; then the oldest leaves."""
     held: list[Connection] = []
 
     def stay(connection: Connection, plan: RoundPlan) -> None:
@@ -253,7 +253,7 @@ def backups_that_are_silent(target: Target) -> None:
 
 
 def backups_that_decline(target: Target) -> None:
-    """A new name whenever the last one was asked, which declines at once and leaves."""
+    """Join under a new name whenever the last one is asked, which declines at once and leaves."""
     def decline(connection: Connection, plan: RoundPlan) -> None:
         connection.send(Refusal("unavailable"))
         connection.leave()
@@ -262,7 +262,7 @@ def backups_that_decline(target: Target) -> None:
 
 
 def name_theft(target: Target) -> None:
-    """South's link is cut time after time, and its name asked for meanwhile, with and without a secret."""
+    """Cut south's link again and again, and meanwhile try to join under its name, with and without a secret."""
     attempts = 0
     while target.goes_on():
         target.proxy.cut()
@@ -279,7 +279,7 @@ def name_theft(target: Target) -> None:
 
 
 def repeated_declined(target: Target) -> None:
-    """A thousand on each stream: that it takes no part, or for what nobody asked."""
+    """Send a thousand Declined frames on each stream: for the whole run, or for orders that nobody gave."""
     refusal = wire.refusal_to_wire(Refusal("policy"))
     for_nothing = pb.Declined(key=pb.Key(round=1, attempt=9), refusal=refusal)
     while target.goes_on():
@@ -292,13 +292,16 @@ def repeated_declined(target: Target) -> None:
 
 
 def labels_999(target: Target) -> None:
-    """One client that announces 999, ready before the honest ones come, and refuses whatever it is asked."""
+    """Announce 999 label names as one client that is ready before the honest ones and refuses every order."""
     takes_part(target, True, lambda plan, tensors: Refusal("unavailable"),
                tuple(f"label {number}" for number in range(999)))
 
 
 def labels_900_from_many(target: Target) -> None:
-    """A hundred clients with 900 each, as long as they may be, ready before the honest ones come; later, new ones."""
+    """Announce 900 label names of the greatest length from each of a hundred clients, ready before the honest ones.
+
+    Later, ever new clients do the same.
+    """
     def opened(number: int) -> Stranger:
         labels = [f"{number:03} {place:03} ".ljust(LONGEST_LABEL, "x") for place in range(900)]
         ready = pb.ClientFrame(ready=pb.Ready(labels=labels)).SerializeToString()
@@ -316,7 +319,7 @@ def labels_900_from_many(target: Target) -> None:
 
 
 def giant_frames(target: Target) -> None:
-    """16 MiB each, four streams at a time, after a Join and instead of one."""
+    """Send frames of 16 MiB on four streams at a time, some after a Join and some in place of one."""
     frame = pb.ClientFrame(chunk=pb.Chunk(data=bytes(GIANT_BYTES))).SerializeToString()
     while target.goes_on():
         held = [Stranger(target, *([target.join(f"giant {number}"), READY] * (number % 2)), frame)
@@ -327,7 +330,7 @@ def giant_frames(target: Target) -> None:
 
 
 def garbage_frames(target: Target) -> None:
-    """Frames of the protocol, changed at random (`tests.fuzz`)."""
+    """Send frames of the protocol, changed at random (`tests.fuzz`)."""
     met = fuzz.to_server(target.address, 10**9, seed=random.randrange(10**6), goes_on=target.goes_on)
     target.count("connections", sum(times for how, times in met.items() if how != "frames"))
     for how in ("frames", "ERRORS OF THE SERVER"):
@@ -336,7 +339,7 @@ def garbage_frames(target: Target) -> None:
 
 def takes_part(target: Target, private: bool, answer: Callable[[RoundPlan, Tensors], Upload | Refusal],
                labels: tuple[str, ...] = ()) -> None:
-    """As a client that is asked, and answers as it likes. The honest come once it is ready."""
+    """Take part as a client that answers orders as `answer` decides, and start the honest clients once it is ready."""
     connection = Connection(target.address, "mallory", private=private, connect_timeout_s=5)
     target.count("connections")
     try:
@@ -360,25 +363,25 @@ def _moved(tensors: Tensors, by: float) -> Tensors:
 
 
 def upload_times_a_million(target: Target) -> None:
-    """In a private run: what was sent, moved by 10⁶."""
+    """Answer a private run's orders with the state that was sent, moved by 10⁶."""
     takes_part(target, True, lambda plan, tensors: Upload(*plan.key, tensors=_moved(tensors, 1e6), steps=1, delta=1e-5,
                                                           noise_multiplier=1.0))
 
 
 def plain_upload_times_a_million(target: Target) -> None:
-    """In a plain run: the same, and as many examples as a number can say."""
+    """Answer a plain run's orders in the same way, and claim as many examples as the field can hold."""
     takes_part(target, False, lambda plan, tensors: Upload(*plan.key, tensors=_moved(tensors, 1e6), steps=1,
                                                            num_examples=2**62, train_loss=0.1))
 
 
 def examples_2_to_the_62(target: Target) -> None:
-    """In a plain run: an upload of an ordinary size that says that it stands for 2⁶² examples."""
+    """Answer a plain run's orders with an ordinary upload that claims 2⁶² examples."""
     takes_part(target, False, lambda plan, tensors: Upload(*plan.key, tensors=_moved(tensors, 0.05), steps=1,
                                                            num_examples=2**62, train_loss=0.1))
 
 
 def slow_upload(target: Target) -> None:
-    """One client that is asked, and answers with a value at a time."""
+    """Answer orders as one client, one value at a time."""
     def requests() -> Iterator[bytes]:
         yield target.join("slow")
         yield READY
@@ -404,22 +407,22 @@ def slow_upload(target: Target) -> None:
 
 LABELS = ("--labels", "routine,urgent")
 DEADLINE = ("--round-timeout", 20)
-"""Seconds that a round takes on no machine, and that one which waits for silent clients loses."""
+"""A round's time limit in seconds, longer than any machine needs. A round with silent clients takes all of it."""
 PRIVATE = (*LABELS, *DEADLINE)
 PLAIN = (*LABELS, "--privacy", "off", *DEADLINE)
 
 
 @dataclass(frozen=True)
 class Attack:
-    """How to attack, and the run that is attacked.
+    """An attack, and the run that it attacks.
 
     Attributes:
-        options: of the server.
-        comes_first: the attack is there before the honest clients, and starts them; else it begins with round 1.
-        takes_part: the attacker says that it is ready and is asked as any client, if only for a moment: the run
-            may end with another adapter, of ordinary size.
+        options: options for the server.
+        comes_first: whether the attack begins before the honest clients, and starts them. If not, it begins in round 1.
+        takes_part: whether the attacker is ready and is asked like any client, if only for a moment. Then the run may
+            end with another adapter, of ordinary size.
         files: the system's limit on the server's open files.
-        stderr_read: whether anybody reads what the server says.
+        stderr_read: whether anybody reads the server's stderr.
     """
 
     run: Callable[[Target], None]

@@ -1,9 +1,9 @@
-"""What bad peers can do to a run: `python -m tests.attacks [--seconds 60] [NAME …]`, two minutes for each attack.
+"""A campaign of attacks on a run: `python -m tests.attacks [--seconds 60] [NAME …]`, two minutes for each attack.
 
-Each attack (`tests.attackers`) lasts for that time, against a real fedlora-server with two honest client processes. Its
-run is held against one that nobody attacked: the adapter must be the same, byte by byte, or of ordinary size where the
-attacker is a client that takes part. `python -m tests.attacks fuzz --frames 100000` sends so many changed frames each
-way. Not collected by pytest; `tests/test_attacks.py` is a sample.
+Each attack (`tests.attackers`) lasts for that time, against a real fedlora-server with two honest client processes. The
+run is compared with one that nobody attacked. The adapter must be the same, byte by byte; if the attacker takes part as
+a client, it must be of ordinary size. `python -m tests.attacks fuzz --frames 100000` sends that many randomly changed
+frames to servers and to clients. pytest does not collect this file; `tests/test_attacks.py` runs a sample of it.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ HONEST = ("north", "south")
 OPTIONS = ("--min-clients", 2, "--min-replies", 2, "--seed", 5, "--rank", 2, "--local-steps", 3, "--batch-size", 20,
            "--max-length", 16)
 PLENTY = 200
-"""An ε so large that its noise is found at once."""
+"""An ε so large that calibrating its noise takes no time."""
 ROUND_S = 0.4
-"""About what a round takes clients that train record by record, on a machine of two cores that does nothing else."""
+"""About the seconds of a round whose clients train record by record, on an idle machine with two cores."""
 MOST_GROWTH_MB = 400
-"""Of the server's memory, above that of the run that nobody attacked."""
+"""Largest growth of the server's memory over that in the run that nobody attacked."""
 MOST_LOG_BYTES = 500_000
-"""In a minute."""
+"""Largest size of a minute of the server's log."""
 MOST_LARGER = 10.0
-"""The largest value of an adapter, against that of the run that nobody attacked."""
+"""Largest ratio of an adapter's largest value to that of the run that nobody attacked."""
 ENOUGH_FILES = 8192
 
 
 @dataclass
 class Outcome:
-    """Of one run.
+    """The outcome of one run.
 
     Attributes:
-        name: of the attacks.
+        name: the names of the attacks.
         code: the server's exit code; None if it did not end.
-        adapter: its bytes; empty if there is none.
-        said: the server's last line.
-        wrong: what must not happen in any run.
-        done: what the attackers did.
+        adapter: the adapter's bytes; empty if there is none.
+        said: the last line of the server's log.
+        wrong: faults that no run may have.
+        done: counts of what the attackers did.
     """
 
     name: str
@@ -81,12 +81,12 @@ class Outcome:
 
     @property
     def largest(self) -> float:
-        """The largest value of the adapter by size; NaN if one is not finite."""
+        """The adapter's largest absolute value; NaN if a value is not finite."""
         values = [np.abs(array.astype(np.float64)).max() for array in load(self.adapter).values()]
         return float(max(values)) if np.isfinite(values).all() else float("nan")
 
     def verdict(self, alone: Outcome, takes_part: bool) -> str:
-        """Against the run that nobody attacked. It begins with FAILED if an attack did harm."""
+        """Compare with the run that nobody attacked (`alone`). The text begins with FAILED if the attack did harm."""
         growth_mb, minutes = self.most_mb - alone.most_mb, max(1.0, self.seconds / 60)
         wrong = [*self.wrong, *[f"{growth_mb} MB more than undisturbed"] * (growth_mb > MOST_GROWTH_MB),
                  *["the log is too long"] * (self.log_bytes > MOST_LOG_BYTES * minutes)]
@@ -107,7 +107,7 @@ class Outcome:
 
 
 def server_within(files: int | None, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-    """fedlora-server, with so many open files as the system's limit."""
+    """Run fedlora-server with a limit of `files` open files."""
     if files is not None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(files, 256), files))
     processes._run("server", arguments, log, environment)
@@ -115,7 +115,7 @@ def server_within(files: int | None, arguments: Sequence[str], log: Path, enviro
 
 def run(folder: Path, checkpoint: Path, attacks: Sequence[Attack], options: Sequence[object], seconds: float,
         rounds: int | None = None) -> Outcome:
-    """One run under all these attacks at once, of as many rounds as fill the time."""
+    """Run the server under all these attacks at once, for as many rounds as fill the time."""
     folder.mkdir(parents=True)
     outcome, began = Outcome(" and ".join(attack.name for attack in attacks) or "nobody attacks"), time.monotonic()
     rounds = rounds or max(3, round(seconds / ROUND_S))
@@ -166,7 +166,7 @@ def run(folder: Path, checkpoint: Path, attacks: Sequence[Attack], options: Sequ
 
 
 def start_honest(deployment: Deployment, once: threading.Lock, private: bool, proxy: str) -> None:
-    """The first time."""
+    """Start the honest clients, unless that has been done."""
     if once.acquire(blocking=False):
         for number, name in enumerate(HONEST):
             data = write_rows(deployment.folder / "data" / name / "rows.jsonl", seed=number)
@@ -175,7 +175,7 @@ def start_honest(deployment: Deployment, once: threading.Lock, private: bool, pr
 
 
 def conclusions(deployment: Deployment, code: int | None, unread: bool) -> Iterator[str]:
-    """What went wrong with the processes."""
+    """Return what went wrong with the processes."""
     for name in ("server", *HONEST):
         if name in deployment.processes and not (unread and name == "server"):
             if code is not None and name != "server":
@@ -192,12 +192,12 @@ def conclusions(deployment: Deployment, code: int | None, unread: bool) -> Itera
 
 @contextlib.contextmanager
 def unread_pipe(path: Path) -> Iterator[None]:
-    """A named pipe of a page that is open and that nobody reads."""
+    """Within the block, keep a named pipe of one page open that nobody reads."""
     import fcntl
 
     os.mkfifo(path)
     pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK)
-    with contextlib.suppress(AttributeError, OSError):  # Linux alone can make it small
+    with contextlib.suppress(AttributeError, OSError):  # only Linux can make it small
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
     try:
         yield
@@ -206,7 +206,7 @@ def unread_pipe(path: Path) -> Iterator[None]:
 
 
 def memory_mb(pid: int) -> int:
-    """Of a process; 0 once it has ended, or where the system does not tell."""
+    """Return a process's memory; 0 if it has ended, or if the system does not tell."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
     except OSError:
@@ -245,7 +245,7 @@ def row(outcome: Outcome, verdict: str) -> str:
 
 
 def campaign(folder: Path, checkpoint: Path, attacks: Sequence[Attack], seconds: float) -> int:
-    """Each attack by itself; prints a line for each. Returns how many did harm."""
+    """Run each attack by itself, print a line for each, and return how many did harm."""
     alone: dict[tuple[object, ...], Outcome] = {}
     failed = 0
     print(HEADINGS, flush=True)
@@ -262,7 +262,7 @@ def campaign(folder: Path, checkpoint: Path, attacks: Sequence[Attack], seconds:
 
 
 def fuzzed(folder: Path, checkpoint: Path, frames: int, seconds: float) -> int:
-    """So many changed frames each way: to servers, in as many runs as it takes, and to clients. Returns what failed."""
+    """Send `frames` changed frames to servers, in as many runs as it takes, and to clients. Return what failed."""
     attack, failed, sent, number = Attack(garbage_frames, takes_part=True), 0, 0, 0
     alone = run(folder / "alone", checkpoint, (), attack.options, seconds)
     print(f"{HEADINGS}\n{row(alone, ' '.join(map(str, attack.options)))}", flush=True)
@@ -280,7 +280,7 @@ def fuzzed(folder: Path, checkpoint: Path, frames: int, seconds: float) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 1 if an attack did harm."""
+    """Run the command and return its exit code: 1 if an attack did harm."""
     from tests.tiny import tiny_checkpoint
 
     parser = argparse.ArgumentParser(prog="python -m tests.attacks", description=__doc__.partition("\n")[0])

@@ -1,12 +1,12 @@
-"""`make bits`: whether a change left every adapter as it was, bit for bit.
+"""The check `make bits`: did a change leave every exported adapter as it was, bit for bit?
 
 The parent commit and the working tree each run every strategy, with privacy and without, in one process, by two
 workers, over gRPC and with batched clients, on tiny models and with seeded noise. The SHA-256 of each adapter that they
-export must agree. Commands are given as a user gives them, so that nothing needs to be alike inside the two.
+export must agree. Both are driven by the commands that users give, so their insides may differ.
 
     python -m tests.bits [--base REVISION] [--only WORD]
 
-A change that moves bits on purpose says so, and which, in its commit's message.
+A commit that changes bits on purpose says so, and for which ways, in its message.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "build" / "bits"
-"""What a commit gave on this machine, so that it is run once."""
+"""Folder for a commit's results on this machine, so that it is run only once."""
 
 STRATEGIES = ("fedavg-lora", "ffa-lora", "fed-sb", "fedsvd")
 PRIVACY: Mapping[str, Sequence[str]] = {"plain": ("--epsilon", "inf"), "private": ("--epsilon", "8")}
@@ -45,14 +45,14 @@ ALONE: Mapping[str, Sequence[str]] = {
     "units and bf16": ("--privacy-unit", "column:patient", "--wire-dtype", "bf16"),
     "language model": ("--task", "causal-lm"),
 }
-"""Further ways, with privacy and in one process."""
+"""Further ways to run, all with privacy and in one process."""
 
 CLIENTS = 3
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both trees are given: folders of models, of each client's rows, and of the rows of a language model."""
+    """The inputs that both trees are given: models, each client's rows, and rows for a language model."""
 
     folder: Path
 
@@ -74,8 +74,8 @@ class Tree:
     """The code of one commit, or the working tree.
 
     Args:
-        source: its folder.
-        scratch: for what its runs leave.
+        source: the folder of the code.
+        scratch: folder for the results of its runs.
     """
 
     def __init__(self, source: Path, inputs: Inputs, scratch: Path) -> None:
@@ -87,7 +87,7 @@ class Tree:
             "OMP_NUM_THREADS": "1"}
 
     def adapters(self, only: str) -> dict[str, str]:
-        """Way → SHA-256 of its adapter, of all ways whose name holds `only`."""
+        """Return the SHA-256 of each way's adapter, for all ways whose names contain `only`."""
         found: dict[str, str] = {}
         for privacy, epsilon in PRIVACY.items():
             for way, flags in SIMULATED.items():
@@ -127,7 +127,7 @@ class Tree:
             out.with_suffix(f".ledger-{n}"), "--yes", "--declared-size", 120, "--labels", "routine,urgent")
             for n in range(CLIENTS)]
         try:
-            for process in (*clients, server):  # a server waits for clients that have failed
+            for process in (*clients, server):  # a server would wait for clients that have failed
                 _finish(process)
         finally:
             server.kill()
@@ -173,7 +173,7 @@ def _of_commit(commit: str, inputs: Inputs, scratch: Path, only: str) -> dict[st
 
 
 def main() -> int:
-    """0 if all adapters agree, 1 if not."""
+    """Run the check and return the exit code: 0 if all adapters agree, 1 if not."""
     parser = argparse.ArgumentParser(description="Compare the adapters of two versions of the code, bit for bit.")
     changed = bool(subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, check=True,
                                   capture_output=True).stdout)

@@ -12,25 +12,26 @@ import pytest
 if TYPE_CHECKING:
     from tests.processes import Deployment
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny models only lose by more threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # set before torch is imported; more threads only slow tiny models down
 
-# a shell script's background jobs, and what they start, ignore Ctrl-C; tests send it to their processes
+# background jobs of a shell script, and the processes they start, ignore Ctrl-C, which tests send to their processes
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WAITING = frozenset({"test_attacks", "test_bench", "test_demo", "test_end_to_end", "test_files_of_protocol_4",
                      "test_hostile_server", "test_kills", "test_neighbours", "test_orderly_stop", "test_restarts",
                      "test_snapshots", "test_strategy_toys", "test_superlink", "test_workers"})
-"""Modules whose tests start processes and wait for them."""
+"""Test files whose tests start processes and wait for them."""
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """More than there are cores: tests of real processes wait for them most of the time."""
+    """Return more workers than there are cores: tests of real processes spend most of their time waiting."""
     return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spread the tests that wait for processes evenly over the run, between the modules of the others: they would come
-    last, and then all wait at once.
+    """Spread the tests that wait for processes evenly between the files of other tests.
+
+    Left in place, they would come last and all wait at the same time.
     """
     waiting = [item for item in items if item.path.stem in WAITING]
     others = [item for item in items if item.path.stem not in WAITING]
@@ -47,8 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of the tiny checkpoint of a kind, written once per session. Read it only."""
-    from tests.tiny import tiny_checkpoint  # imports torch, which the process that hands out the tests does not need
+    """Return a function that gives the folder of a tiny checkpoint, written once per session. Do not write to it."""
+    from tests.tiny import tiny_checkpoint  # imports torch, which the process that distributes the tests does not need
 
     folders: dict[str, Path] = {}
 
@@ -80,5 +81,5 @@ def deploy(tmp_path: Path, checkpoint: Callable[[str], Path]) -> Iterator[Callab
 
 @pytest.fixture
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A round in this process is told of each client that has trained, as of those that take their time."""
+    """Have the round loop see clients of the in-process engine finish one by one, as real clients do."""
     monkeypatch.setattr("fedlora_simulations.in_process.TURN_S", 0.0)

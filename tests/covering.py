@@ -1,4 +1,4 @@
-"""Which cases of a grid are tested: a set in which every two values meet, or all of them where FEDLORA_TESTS=all."""
+"""The cases of a grid that are tested: enough for every two values to meet, or all with FEDLORA_TESTS=all."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 WHOLE = os.environ.get("FEDLORA_TESTS") == "all"
-"""Set by `make test-all`."""
+"""Whether all cases are tested, as `make test-all` asks."""
 
 
 def covering(*axes: Sequence[Any], valid: Callable[..., bool] = lambda *case: True, whole: bool = WHOLE) -> list[tuple]:
-    """Cases such that every two values of different axes that go together in some case are together in one.
+    """Return cases in which every two values of different axes meet at least once, if any valid case has both.
 
-    Built case by case: each takes the most pairs that are still missing. The same axes give the same cases.
+    They are chosen one by one: each is the case with the most pairs that are still missing. The same axes always give
+    the same cases.
 
     Args:
-        axes: the values of each, which may be tuples and are then spread out in the case.
-        valid: whether a case can be; asked with one value of each axis.
-        whole: every valid case.
+        axes: the values of each axis. A value that is a tuple is spread out in the case.
+        valid: returns whether a case is possible, given one value of each axis.
+        whole: return every valid case.
     """
     grid = [case for case in itertools.product(*axes) if valid(*case)]
     chosen = grid if whole else []

@@ -1,4 +1,4 @@
-"""FedLoRA's own gRPC engine, driven by hand, and a real client process called north."""
+"""A run whose orders a test gives by hand: FedLoRA's gRPC engine, and a real client process called north."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from tests.processes import Deployment, write_rows
 
 
 class RecordingEngine(GrpcEngine):
-    """Keeps what clients send: the frames of each of their streams, as bytes."""
+    """An engine that keeps every frame that clients send, as bytes, stream by stream."""
 
     def __init__(self, *arguments, **options):
         self.streams = []
@@ -44,7 +44,7 @@ class Server:
         self.data = write_rows(folder / "data" / "north.jsonl", seed=0)
 
     def prepare(self, checkpoint):
-        """The tensors that the plan's first round starts from."""
+        """Return the tensors that the plan's first round starts from."""
         adapted = attach_planned(models.load(checkpoint, self.plan.task, len(self.plan.labels)), self.plan)
         self.state = initial_tensors(adapted, init="orthonormal", seed=0)
         self.layout, self.sketches = adapted.layout, sketch_layout(adapted.layout, adapted.missing)
@@ -54,7 +54,7 @@ class Server:
         return self
 
     def wait_until_ready(self, times):
-        """Until the client has said so over so many streams."""
+        """Wait until the client has been ready on so many streams."""
         while len(self.engine.streams) < times or not self.engine.idle():
             assert self.deployment.processes["north"].poll() is None, self.log()
             self.engine.wait([], 0.05)
@@ -67,12 +67,12 @@ class Server:
         for seat in self.engine._registry._seats:
             seat.proposal = proposal
         for name in self.engine._names.taken if proposal.plan.run_id != before.plan.run_id else ():
-            self.engine._names.forget(name)  # whose a name is holds for a run
+            self.engine._names.forget(name)  # a name belongs to a client for one run
         for session in list(self.engine._sessions):
             session._context.cancel()
 
     def ask(self, round, attempt=0, **changes):
-        """What the client answers to an order with a changed plan: an Upload or a Refusal."""
+        """Give an order with a changed plan, and return the client's answer: an Upload or a Refusal."""
         while not self.engine.idle():
             assert self.deployment.processes["north"].poll() is None, self.deployment.log("north")
             self.engine.wait([], 0.2)
@@ -83,7 +83,7 @@ class Server:
 
     def order(self, round, attempt=0, **changes):
         """Give the idle client an order, and return its message id."""
-        seat = self.engine._registry._seats.recall(self.engine.idle()[0])  # our own server never asks twice
+        seat = self.engine._registry._seats.recall(self.engine.idle()[0])  # the registry itself refuses to ask twice
         seat.asked.clear()
         seat.accepted = None
         layout = self.layout if round else self.sketches
@@ -95,7 +95,7 @@ class Server:
         return sent
 
     def reply(self, sent):
-        """The answer to an order that has come: an Upload or a Refusal."""
+        """Return the answer that has arrived for an order: an Upload or a Refusal."""
         return read_reply(next(iter(self.engine.pull_messages([sent]))))
 
     def charges(self):

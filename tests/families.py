@@ -1,4 +1,4 @@
-"""The seams' keys, and the cases for tests that run over models, tasks and families."""
+"""The keys of models, tasks and families, and the combinations of them that tests run."""
 
 from fedlora import registry
 from tests.covering import covering
@@ -9,9 +9,9 @@ TASKS = registry.keys("fedlora.tasks")
 
 
 def can(kind: str, task: str, *others: object) -> bool:
-    """Whether a kind of tiny model can be trained for a task."""
+    """Return whether a kind of tiny model can be trained for a task."""
     return task == "classification" or (task == "causal-lm" and kind in DECODERS)
 
 
 MODELS = covering(KINDS, TASKS, FAMILIES, valid=can)
-"""(kind, task, family): every kind of tiny model with every family, and both with every task that can be."""
+"""(kind, task, family) such that every two of their values meet, where the model can be trained for the task."""

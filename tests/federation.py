@@ -1,4 +1,4 @@
-"""A federation small enough for theorems: linear clients whose loss, gradients and layouts are written out here."""
+"""A federation small enough to check theorems on: linear clients, with loss and gradients written out here."""
 
 from collections.abc import Mapping
 
@@ -12,21 +12,21 @@ from fedlora_strategies import strategy_class
 from fedlora_strategies.recipe import RECIPES
 
 STRATEGIES = registry.keys(RECIPES)
-"""Every one that is found."""
+"""The keys of all built-in strategies."""
 
 ROWS, COLUMNS = 7, 5
-"""Of a target weight: (d_out, d_in)."""
+"""Shape of a target weight: (d_out, d_in)."""
 
 
 def layout_of(family: str, *, rank: int = 2, modules: tuple[str, ...] = ("layer.0.q", "layer.1.q"), head: bool = True,
               rows: int = ROWS, columns: int = COLUMNS) -> AdapterLayout:
-    """The layout of `modules` (rows, columns) targets and a trained head of three values."""
+    """Return the layout of `modules` targets of shape (rows, columns) and a trained head of three values."""
     heads = [TensorSpec("head.out.bias", (3,), "head")] if head else []
     return AdapterLayout.of(family_of(family), [Site(module, rows, columns, rank, 1.0) for module in modules], heads)
 
 
 def start_of(layout: AdapterLayout, seed: int) -> dict[str, np.ndarray]:
-    """Orthonormal A (and B where it is frozen); whatever trains besides A starts at zero, as in the papers."""
+    """Return a start as in the papers: orthonormal A (and B if it is frozen), and zero for all else that trains."""
     generator = np.random.default_rng(seed)
     state = {}
     for spec in layout.state:
@@ -42,7 +42,7 @@ def start_of(layout: AdapterLayout, seed: int) -> dict[str, np.ndarray]:
 
 
 def plan_of(strategy: str, **changes) -> RunPlan:
-    """A non-private plan of one local SGD step; `changes` replace its fields."""
+    """Return a non-private plan of one local SGD step. `changes` replace its fields."""
     values = dict(
         run_id="0123456789abcdef", fedlora_version="0.1.0", strategy=strategy,
         family=strategy_class(strategy).recipe.family, private=False,
@@ -54,20 +54,20 @@ def plan_of(strategy: str, **changes) -> RunPlan:
 
 
 def update_of(state: Mapping[str, np.ndarray], module: str) -> np.ndarray:
-    """The module's ΔW (rows, columns) in float64, by the definition of its family."""
+    """Return the module's ΔW [rows, columns] in float64, by the definition of its family."""
     B, A = (state[f"{module}.{factor}"].astype(np.float64) for factor in "BA")
     R = state.get(f"{module}.R")
     return B @ A if R is None else B @ R.astype(np.float64) @ A
 
 
 class LinearSession:
-    """A real client of a tiny problem: least squares of each module's update against its own data.
+    """A client that trains for real, on a tiny problem: the least squares of each module's update on its own data.
 
-    Behaves as `fedlora_client.session.ClientSession`: keeps the frozen tensors it was sent, trains once per key, and
-    moves and uploads those alone that train in the round.
+    It behaves as `fedlora_client.session.ClientSession` does: it keeps the frozen tensors that it was sent, trains once
+    for each key, and moves and uploads only the tensors that train in the round.
 
     Attributes:
-        forgets_in: round at whose first attempt the frozen tensors are lost; 0 for none.
+        forgets_in: the round at whose first attempt it loses the frozen tensors; 0 for none.
     """
 
     def __init__(self, name: str, layout: AdapterLayout, *, records: int = 12) -> None:
@@ -114,7 +114,7 @@ class LinearSession:
         moved = {"head.out.bias": state["head.out.bias"] + np.float32(lr)} if "head.out.bias" in state else {}
         for module in self.layout.modules:
             residual = self.inputs @ update_of(state, module).T - self.outputs[module]
-            G = residual.T @ self.inputs / len(self.inputs)  # of ΔW
+            G = residual.T @ self.inputs / len(self.inputs)  # gradient of ΔW
             B, A = state[f"{module}.B"], state[f"{module}.A"]
             gradients = {"A": lambda G=G, B=B: B.T @ G, "B": lambda G=G, A=A: G @ A.T,
                          "R": lambda G=G, A=A, B=B: B.T @ G @ A.T}

@@ -1,4 +1,4 @@
-"""Frames of the protocol, changed at random, for either side: `python -m tests.attacks fuzz --frames 100000`."""
+"""Random changes of the protocol's frames, for servers and clients: `python -m tests.attacks fuzz --frames 100000`."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ NUMBERS = (0, 1, -1, 2**31 - 1, -2**31, 2**32 - 1, 2**62, -2**63, 2**64 - 1)
 
 
 class Mutator:
-    """Changes real frames.
+    """Makes changed frames out of real ones.
 
     Args:
         kind: pb.ClientFrame or pb.ServerFrame.
-        known: frames as a peer that behaves would send them.
+        known: frames as a correct peer would send them.
     """
 
     def __init__(self, kind: type[Message], known: Sequence[bytes], choice: random.Random) -> None:
@@ -63,7 +63,7 @@ class Mutator:
             self._noise)
 
     def frame(self) -> bytes:
-        """One of the known, changed in one way or in two."""
+        """Return a known frame, changed in one way or in two."""
         data = self._choice.choice(self._known)
         for _ in range(self._choice.choice((1, 1, 2))):
             data = self._choice.choice(self._ways)(data)
@@ -93,7 +93,7 @@ class Mutator:
         return data[:last] + data[first:last] * self._choice.randint(1, 50) + data[last:]
 
     def _lying(self, data: bytes) -> bytes:
-        """With another length than follows, or than there is, somewhere."""
+        """Return the frame with a wrong length prefix in some place."""
         place, length = self._place(data), self._choice.choice(LENGTHS)
         varint = bytearray()
         while length > 127:
@@ -102,7 +102,7 @@ class Mutator:
         return data[:place] + bytes([*varint, length]) + data[place + 1:]
 
     def _other_fields(self, data: bytes) -> bytes:
-        """A frame that can be decoded, with other values."""
+        """Return a frame that can be decoded and has other values."""
         frame = self._kind()
         try:
             frame.ParseFromString(data)
@@ -135,7 +135,7 @@ class Mutator:
             setattr(message, field.name, value)
 
     def _value(self, field: FieldDescriptor) -> object:
-        """Within the field's type; None where a number does not fit it."""
+        """Return a random value of the field's type; None for a number that does not fit it."""
         kinds = FieldDescriptor
         if field.cpp_type in (kinds.CPPTYPE_FLOAT, kinds.CPPTYPE_DOUBLE):
             return self._choice.choice((0.0, -0.0, 1e-45, 1e38, -1.0, float("inf"), float("nan")))
@@ -156,7 +156,7 @@ class Mutator:
 
 
 def to_server(address: str, frames: int, seed: int, goes_on: Callable[[], bool] = lambda: True) -> Counter:
-    """Send so many to a server, a few on each stream, of which most begin with a Join that is in order.
+    """Send changed frames to a server, a few on each stream. Most streams begin with a correct Join.
 
     Returns:
         How streams ended, and "frames": how many were handed to gRPC on streams that the server took.
@@ -175,7 +175,7 @@ def to_server(address: str, frames: int, seed: int, goes_on: Callable[[], bool] 
             yield mutator.frame()
         yield pb.ClientFrame(leave=pb.Leave()).SerializeToString()
 
-    with ExitStack() as stack:  # the server takes one stream of a channel at a time, and the last one may be ending
+    with ExitStack() as stack:  # a channel each: the server takes one stream of it
         channels = [stack.enter_context(grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS)) for _ in range(8)]
         for number in count():
             if met["frames"] >= frames or not goes_on():
@@ -196,7 +196,7 @@ def to_server(address: str, frames: int, seed: int, goes_on: Callable[[], bool] 
 
 
 def to_clients(frames: int, seed: int) -> Counter:
-    """Send so many from a server to real connections of clients in this process, a few to each.
+    """Send changed frames to real client connections in this process, a few to each.
 
     Returns:
         How connections ended, "frames": how many were handed to gRPC, and "MB at most" of this process.
@@ -237,7 +237,7 @@ def to_clients(frames: int, seed: int) -> Counter:
 
 
 def _meet(address: str) -> str:
-    """What becomes of one connection: a typed error's name, "a request", or another error's in capitals."""
+    """Return how one connection ends: a typed error's name, "a request", or another error's name in capitals."""
     connection = Connection(address, "north", private=False, connect_timeout_s=3)
     try:
         connection.join()

@@ -1,10 +1,10 @@
-"""A table of data files as they come: what `fedlora-client` prints of each before it connects.
+"""A table of data files as users may have them, with what `fedlora-client` prints about each before it connects.
 
     python -P tests/inputs_data.py [--only WORD] > table.md
 
-makes each input in a temporary folder and starts the client's own command on it, with a server that nobody runs: what
-reads the input ends with "no server" (exit code 3), what refuses it with 2. Whatever PYTHONPATH names is what runs, so
-that two versions can be compared. An input that has not ended after 20 s hangs.
+makes each input in a temporary folder and runs the client's command on it, with the address of a server that does not
+exist. A client that can read the input ends with "no server" (exit code 3), one that refuses it with 2. After 20 s it
+counts as hanging. The code that runs is the one on PYTHONPATH, so two versions can be compared.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ ROWS = [("pain since noon", 1), ("no complaints at all", 0), ("fever for two day
 
 Make = Callable[[Path], Any]
 INPUTS: dict[str, tuple[Make, tuple[str, ...]]] = {}
-"""What an input is → what makes it in a folder (and gives --data if that is not the folder), and further options."""
+"""Description of an input → a function that makes it in a folder, and further options.
+
+The function returns the value of --data if that is not the folder.
+"""
 
 
 def an_input(what: str, *options: str) -> Callable[[Make], Make]:
@@ -44,7 +47,7 @@ def an_input(what: str, *options: str) -> Callable[[Make], Make]:
 
 
 def text(name: str, content: str | bytes) -> Make:
-    """One file of that content."""
+    """Make one file with this content."""
     def make(folder: Path) -> None:
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -84,7 +87,7 @@ def several(*makes: Make) -> Make:
 
 
 def at(name: str, make: Make) -> Make:
-    """--data names a file of the folder."""
+    """Have --data name a file in the folder."""
     def made(folder: Path) -> Path:
         make(folder)
         return folder / name
@@ -274,12 +277,12 @@ def _parquet_twice(path: Path) -> None:
 
 
 def _socket(path: Path) -> None:
-    os.chdir(path.parent)  # a socket's path is short
+    os.chdir(path.parent)  # the path of a socket must be short
     socket.socket(socket.AF_UNIX).bind(path.name)
 
 
 def printed(what: str, home: Path) -> tuple[int | None, str]:
-    """The exit code of the client's command, None where it hangs, and what it prints."""
+    """Return the exit code of the client's command (None if it hangs) and its output."""
     make, options = INPUTS[what]
     folder = home / "data"
     folder.mkdir()
@@ -291,14 +294,14 @@ def printed(what: str, home: Path) -> tuple[int | None, str]:
         for number in (1, 2):
             os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
         os.environ["HOME"] = os.environ["XDG_CONFIG_HOME"] = os.environ["XDG_DATA_HOME"] = str(home)
-        logging.getLogger().handlers.clear()  # of a library that was imported before the client said how
+        logging.getLogger().handlers.clear()  # set by a library that was imported before the client could decide
         from fedlora_client.cli import main
 
         try:
             main([f"--data={data}", f"--simulated-ledger={home / 'ledger'}", "--name=trial", "--yes",
                   f"--state={home / 'state'}", "--server=127.0.0.1:9", "--connect-timeout=0.1",
                   *options])
-        except BaseException:  # as the interpreter would
+        except BaseException:  # prints what the interpreter would
             import traceback
 
             traceback.print_exc()

@@ -1,11 +1,11 @@
-"""A table of base models as they come: what a small simulation prints of each, and what its adapter is worth elsewhere.
+"""A table of base models as users may have them: the output of a small simulation of each, and its adapter's loss.
 
     python -P tests/inputs_models.py [--only WORD] > table.md
 
-makes each input in a temporary folder and runs `fedlora-simulate` on it for one round. A run that ends well is checked
-twice: the adapter is loaded by the lines of its README.md (of versions that write none: by those of the project's), and
-its loss on the held-out rows is held against the report's; of conversations it is shown what the assistant learns.
-Whatever PYTHONPATH names is what runs, so that two versions can be compared.
+makes each input in a temporary folder and runs `fedlora-simulate` on it for one round. If the run succeeds, the
+adapter is loaded by the lines of its README.md (or of the project's, for versions that write none), and its loss on the
+held-out rows is compared with the report's. For conversations, the table also shows what the assistant learns. The code
+that runs is the one on PYTHONPATH, so two versions can be compared.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ LIMIT_S = 60
 
 Change = Callable[[Path], Any]
 INPUTS: dict[str, tuple[str, tuple[Change, ...], tuple[str, ...]]] = {}
-"""What an input is → architecture, what changes its folder (and gives --model if that is not the folder), options."""
+"""Description of an input → architecture, functions that change its folder, and further options.
+
+The last function returns the value of --model if that is not the folder.
+"""
 
 PRIVATE = ("--epsilon=8", "--delta=1e-3", "--declared-size=20", "--batch-size=4")
 PLAIN = ("--privacy=off", "--epsilon=inf")
@@ -48,7 +51,7 @@ TURNS = (("user", "one"), ("assistant", "<think>why</think> two"), ("user", "thr
 
 
 def config(**values: Any) -> Change:
-    """These values in config.json; None takes one out."""
+    """Set these values in config.json; None removes one."""
     def change(base: Path) -> None:
         file = base / "config.json"
         made = json.loads(file.read_text()) | values
@@ -116,7 +119,7 @@ def shards(missing: bool = False) -> Change:
 
 
 def model(name: str) -> Change:
-    """--model is this, and not the folder."""
+    """Have --model name this, and not the folder."""
     return lambda base: name
 
 
@@ -224,7 +227,7 @@ for what, base, changes, *options in [
 
 
 def rows(folder: Path, options: Sequence[str], chats: bool) -> tuple[Path, Path]:
-    """Files to train on and held out."""
+    """Write and return the files to train on and to hold out."""
     made = []
     for i in range(40):
         text = f"{WORDS[i % 4]}, {i}"
@@ -241,7 +244,7 @@ def rows(folder: Path, options: Sequence[str], chats: bool) -> tuple[Path, Path]
 
 
 def printed(what: str, home: Path) -> tuple[str, str]:
-    """What the command prints, and what came of it."""
+    """Return the command's output, and a summary of its outcome."""
     kind, changes, options = INPUTS[what]
     base = named = architecture(kind, home / "model")
     for change in changes:
@@ -271,7 +274,7 @@ def printed(what: str, home: Path) -> tuple[str, str]:
 
 
 def _in_a_process(do: Callable[[], Any], out: Path) -> tuple[int | None, str]:
-    """Exit code, None where it has not ended in time; what it prints."""
+    """Call `do` in a child process. Return the exit code (None if it did not end in time) and the output."""
     process = os.fork()
     if process == 0:
         for number in (1, 2):
@@ -283,7 +286,7 @@ def _in_a_process(do: Callable[[], Any], out: Path) -> tuple[int | None, str]:
             code = 0
         except SystemExit as left:
             code = left.code if isinstance(left.code, int) else bool(left.code)
-        except BaseException:  # as the interpreter would
+        except BaseException:  # prints what the interpreter would
             import traceback
 
             traceback.print_exc()
@@ -308,7 +311,7 @@ def _simulate(flags: list[str]) -> None:
 
 
 def _elsewhere(out: Path, base: Path, held_out: Path, decoder: bool, chats: bool) -> None:
-    """Print the losses, the report's and the loaded adapter's; of conversations what is learned of the first."""
+    """Print the report's loss and the loaded adapter's; for conversations, also what is learned from the first one."""
     from fedlora.tasks import read, task_named
 
     warnings.simplefilter("ignore")
@@ -355,7 +358,7 @@ def _elsewhere(out: Path, base: Path, held_out: Path, decoder: bool, chats: bool
 
 
 def _plain(said: str, home: Path) -> str:
-    """Without what every run prints."""
+    """Return the output without the lines that every run prints."""
     usual = r"given|preset|default|  |seed 0|before training|round 1|fedavg-lora|bytes are|method|Adapters, reports|$"
     lines = [line for line in said.replace(str(home), "HOME").splitlines() if not re.match(usual, line)]
     return "<br>".join(line[:1200].replace("|", "\\|") for line in lines)

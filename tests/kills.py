@@ -1,8 +1,9 @@
-"""A campaign of kills at named points: `python -m tests.kills [KILLS [SEED]]`, minutes for 60.
+"""A campaign of kills at named points in the code: `python -m tests.kills [KILLS [SEED]]`, minutes for 60 kills.
 
-A real server, and a real client with a real ledger, policy and witness. Two thirds of the kills (SIGKILL) are of the
-client, at points after a charge: what the server has received is then held against the ledger. The others are of the
-server: started again by the same command, time after time, its run ends with the adapter of one that nobody killed.
+It runs a real server, and a real client with a real ledger, policy and witness. Two thirds of the kills (SIGKILL) hit
+the client, at points after a charge; then all that the server has received is compared with the ledger. The others hit
+the server, which is started again by the same command each time; its run must end with the adapter of a run without
+kills.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ POINTS: Mapping[str, tuple[str, str]] = {
     "while sending": ("fedlora_client.connection:Connection._answer_frames", AMID),
     "after sending": ("fedlora_client.connection:Connection.send", AFTER),
 }
-"""Name → function, and when in its call. Each comes once or more in a round, when its charge is on the disk."""
+"""Name of a point in the client → function, and when in its call the kill comes.
+
+Each point is passed at least once in a round, after the round's charge is on the disk.
+"""
 
 _CHECKPOINT, _UPLOAD = "fedlora_server.checkpoint", "fedlora_server.upload_store:IncomingUpload"
 SERVER_POINTS: Mapping[str, tuple[str, str]] = {
@@ -63,20 +67,20 @@ SERVER_POINTS: Mapping[str, tuple[str, str]] = {
     "before the report, after the adapter": ("fedlora_server.report:describe", BEFORE),
     "once the report is written": ("fedlora_server.app:write_report", AFTER),
 }
-"""As `POINTS`; some come once in a server's life, the last three at the end of its run."""
+"""The points in the server, as in `POINTS`. A server passes some of them only once, the last three at its run's end."""
 
 ROUNDS = 100
 SERVED_ROUNDS = 8
 PLENTY = 200
-"""An ε so large that its noise is found at once."""
+"""An ε so large that calibrating its noise takes no time."""
 
 AGREED = ("--yes",)
-"""What a client of a real ledger is told where there is no terminal."""
+"""Options that a client with a real ledger needs if there is no terminal."""
 
 
 def client_that_dies(point: str, occurrence: int, arguments: Sequence[str], log: Path,
                      environment: Mapping[str, str]) -> None:
-    """fedlora-client, killed when it comes to `point` for the n-th time after its first charge."""
+    """Run fedlora-client, and kill it at `point`, the n-th time it passes it after its first charge."""
     charged: list[object] = []
     _kill_at(*POINTS[point], occurrence, lambda: bool(charged))
     reserve = Ledger.reserve
@@ -92,13 +96,13 @@ def client_that_dies(point: str, occurrence: int, arguments: Sequence[str], log:
 
 def server_that_dies(point: str, occurrence: int, arguments: Sequence[str], log: Path,
                      environment: Mapping[str, str]) -> None:
-    """fedlora-server, killed when it comes to `point` for the n-th time."""
+    """Run fedlora-server, and kill it at `point`, the n-th time it passes it."""
     _kill_at(*SERVER_POINTS[point], occurrence, lambda: True)
     processes._run("server", arguments, log, environment)
 
 
 def found(where: str) -> tuple[Any, str]:
-    """The owner of a point's function, and its name there."""
+    """Return the object that has a point's function as an attribute, and the attribute's name."""
     module, _, path = where.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)
@@ -108,7 +112,7 @@ def found(where: str) -> tuple[Any, str]:
 
 
 def _kill_at(where: str, when: str, occurrence: int, counts: Callable[[], bool]) -> None:
-    """Have this process killed in the n-th call of a function, of those that come when `counts`."""
+    """Have this process killed in the n-th call of a function. Calls are counted while `counts()` is true."""
     owner, name = found(where)
     original, left = getattr(owner, name), [occurrence]
 
@@ -131,13 +135,13 @@ def _kill_at(where: str, when: str, occurrence: int, counts: Callable[[], bool])
     def amid(frames: Any) -> Iterator[bytes]:
         for frame in frames:
             yield frame
-            die()  # gRPC has it, and asks for the next one
+            die()  # gRPC has taken this frame and asks for the next
 
     setattr(owner, name, dying)
 
 
 def server_that_tells(told: Path, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-    """fedlora-server, which writes down the SHA-256 of every update that it has received whole."""
+    """Run fedlora-server, and have it write down the SHA-256 of every update that it has received in full."""
     from fedlora.wire import tensors_digest
     from fedlora_server.upload_store import IncomingUpload, read_record
     from fedlora_strategies.messages import to_tensors
@@ -170,12 +174,13 @@ class Started(Forked):
 
 @dataclass(frozen=True)
 class Counted:
-    """What has left, and what was charged.
+    """The updates that have left the client, and the trainings that its ledger has charged.
 
     Attributes:
-        left: SHA-256 of the distinct updates that the server has received.
-        charges: trainings charged; released: SHA-256 of those charged whose update was released.
-        states: of the charges.
+        left: SHA-256 of each distinct update that the server has received.
+        charges: number of trainings charged.
+        released: SHA-256 of each update that the ledger records as released.
+        states: the states of the charges.
     """
 
     left: frozenset[str]
@@ -184,13 +189,13 @@ class Counted:
     states: Counter
 
     def check(self) -> None:
-        """Nothing has left that is not charged, and each update has a charge of its own."""
+        """Assert that every update that has left is charged, each by its own charge."""
         assert self.left <= self.released, f"{len(self.left - self.released)} updates left that the ledger lacks"
         assert len(self.left) <= self.charges
 
 
 class Campaign:
-    """One run, whose client north dies and is started again."""
+    """One run, whose client north is killed and started again."""
 
     def __init__(self, folder: Path, checkpoint: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +211,7 @@ class Campaign:
             environment={"COLUMNS": "200"})
 
     def live(self, point: str | None, occurrence: int = 1) -> None:
-        """Start north, which dies at the point, if there is one."""
+        """Start north, to be killed at the point if one is given."""
         function = partial(client_that_dies, point, occurrence) if point else partial(processes._run, "client")
         self.deployment.processes["north"] = Started(
             function, self.folder / "north.log", "--data", self.data, "--name", "north", "--server",
@@ -215,7 +220,7 @@ class Campaign:
             *AGREED, environment=self._user)
 
     def die(self, point: str, occurrence: int = 1) -> Counted:
-        """Start north and wait until it was killed; what has left and what was charged then."""
+        """Start north, wait until it is killed, and return what had left and what was charged by then."""
         self.live(point, occurrence)
         code = self.deployment.end("north")
         assert code == -signal.SIGKILL, f"{point}: ended with {code}\n{self.deployment.log('north')}"
@@ -234,7 +239,7 @@ class Campaign:
                        Counter(charge.state for charge in charges))
 
     def go_on(self, updates: int) -> None:
-        """Wait until so many further distinct updates have left, or north has ended."""
+        """Wait until so many more distinct updates have left, or north has ended."""
         least = len(self.counted().left) + updates
         deadline = time.monotonic() + 60 * PATIENCE
         while len(self.counted().left) < least and self.deployment.processes["north"].poll() is None:
@@ -246,21 +251,21 @@ class Campaign:
         assert self.deployment.end("north") == -signal.SIGKILL
 
     def stop(self) -> Counted:
-        """Have the coordinator stop the run, and both end as they should."""
+        """Stop the run as its coordinator would, and check that both processes end as they should."""
         self.deployment.processes["server"].send_signal(signal.SIGINT)
         assert self.deployment.end("server") == 130, self.deployment.log("server")
         assert self.deployment.end("north") == 0, self.deployment.log("north")
         return self.counted()
 
     def snapshot(self) -> Path:
-        """A copy of the user's ledger, policy and keys, and of the data with its witness."""
+        """Copy the user's ledger, policy and keys, and the data with its witness. Return the copy's folder."""
         copy = self.folder / "snapshot"
         shutil.copytree(self.home, copy / "home")
         shutil.copytree(self.data.parent, copy / "data")
         return copy
 
     def restore(self, copy: Path) -> None:
-        """Put it back, all together."""
+        """Put a snapshot back, all of it."""
         for place, kept in ((self.home, "home"), (self.data.parent, "data")):
             shutil.rmtree(place)
             shutil.copytree(copy / kept, place)
@@ -270,7 +275,7 @@ class Campaign:
 
 
 def campaign(folder: Path, checkpoint: Path, kills: Sequence[tuple[str, int]]) -> Counted:
-    """One run with these kills, (point, occurrence) each; ended by its coordinator after two more rounds."""
+    """Run with these kills, (point, occurrence) each, and have the coordinator end the run after two more rounds."""
     run = Campaign(folder, checkpoint)
     try:
         for point, occurrence in kills:
@@ -286,10 +291,10 @@ def campaign(folder: Path, checkpoint: Path, kills: Sequence[tuple[str, int]]) -
 
 
 def server_campaign(folder: Path, checkpoint: Path, kills: Sequence[tuple[str, int]]) -> int:
-    """One run whose server dies at these points, (point, occurrence) each, and is started again by the same command.
+    """Run a server that is killed at these points, (point, occurrence) each, and started again by the same command.
 
     Returns:
-        How many of the points it came to before its run was at its end.
+        How many of the points it passed before its run ended.
     """
     adapters, died = [], 0
     for name in ("whole", "broken"):
@@ -326,14 +331,14 @@ def server_campaign(folder: Path, checkpoint: Path, kills: Sequence[tuple[str, i
 
 
 def restored_snapshot(folder: Path, checkpoint: Path) -> tuple[int | None, Counted, str]:
-    """A client whose ledger, policy and witness are put back together to what they were two rounds ago.
+    """Run a client, and restore its ledger, policy and witness together to their state of two rounds ago.
 
     Returns:
-        Its exit code, None if it went on until it was stopped; what has left and what its ledger says; its log.
+        The client's exit code (None if it went on until it was stopped), what had left and was charged, and its log.
     """
     run = Campaign(folder, checkpoint)
     try:
-        for _ in range(2):  # of which the first is all that the snapshot knows
+        for _ in range(2):  # the snapshot knows only of the first
             run.live(None)
             run.go_on(2)
             run.kill()
@@ -351,7 +356,7 @@ def restored_snapshot(folder: Path, checkpoint: Path) -> tuple[int | None, Count
 
 
 def plan_of_kills(count: int, seed: int) -> list[tuple[str, int]]:
-    """Every point of the client as often as any other, at its first to third occurrence."""
+    """Return `count` kills at the client's points, each point equally often, at its first to third occurrence."""
     choice = random.Random(seed)
     points = [list(POINTS)[i % len(POINTS)] for i in range(count)]
     choice.shuffle(points)
@@ -359,7 +364,10 @@ def plan_of_kills(count: int, seed: int) -> list[tuple[str, int]]:
 
 
 def plan_of_server_kills(count: int) -> list[tuple[str, int]]:
-    """Every point of the server as often as any other, at its first occurrence, those of the end last."""
+    """Return `count` kills at the server's points, each point equally often, at its first occurrence.
+
+    The points at the end of a run come last.
+    """
     points = [list(SERVER_POINTS)[i % len(SERVER_POINTS)] for i in range(count)]
     return [(point, 1) for point in sorted(points, key=lambda point: "report" in point)]
 

@@ -1,4 +1,4 @@
-"""Real fedlora-server and fedlora-client processes over loopback, with a tiny model, for tests from end to end."""
+"""Real fedlora-server and fedlora-client processes on this machine, with a tiny model, for end-to-end tests."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ import fedlora_simulations.processes as simulated
 from fedlora.privacy.accounting import nominal_size
 
 PATIENCE = 4
-"""Time limits end tests that hang; machines under load are slower than those on which the limits were chosen."""
+"""Factor on time limits, which only end tests that hang: a machine under load is slower than usual."""
 
 WORDS = ("fever", "cough", "pain", "calm", "rest", "acute", "mild", "now", "since", "denies")
 
 
 def write_rows(file: Path, seed: int, rows: int = 120, labels: tuple[str, ...] = ("routine", "urgent")) -> Path:
-    """Rows whose label can be learned from their words."""
+    """Write rows whose label can be learned from their words, and return the file."""
     rng = np.random.default_rng(seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as out:
@@ -58,18 +58,18 @@ class Process(Protocol):
 
 
 SERVERS = ("flwr", "fedlora_server", "fedlora_strategies", "fedlora_simulations")
-"""Packages that a client has to do without."""
+"""Packages that a client must do without."""
 
 FORKS = multiprocessing.get_context("forkserver")
-simulated.PRELOADED = ["tests.warm"]  # a process has one fork server, whoever needs it first
+simulated.PRELOADED = ["tests.warm"]  # a process has only one fork server, made by whoever needs it first
 FORKS.set_forkserver_preload(simulated.PRELOADED)
 
 
 class Forked:
-    """fedlora-<command> in a process of its own, forked from one that has imported the libraries and done no more."""
+    """A fedlora-<command> process, forked from a process that has only imported the libraries."""
 
     def __init__(self, command: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-        log.write_bytes(b"")  # there at once, as whoever waits for a word in it expects
+        log.write_bytes(b"")  # the file must exist for tests that wait for a word in it
         self._process = FORKS.Process(target=_run, args=(command, arguments, log, environment), daemon=True)
         self._process.start()
         assert self._process.pid is not None
@@ -108,12 +108,15 @@ def _run(command: str, arguments: Sequence[str], log: Path, environment: Mapping
 
 def start(command: str, *arguments: object, log: Path, seed: int | None = None, home: Path | None = None,
           fresh: bool = False) -> Process:
-    """Start fedlora-<command>; a client in which importing Flower fails.
+    """Start fedlora-<command>. In a client, importing Flower fails.
 
     Args:
+        command: "server", "client" or "simulate".
+        *arguments: the command's arguments.
+        log: file for its stdout and stderr.
         seed: makes a client's noise predictable.
-        home: where the user's ledger, policy and key are, or what a server keeps for its clients.
-        fresh: run the installed command, as a user does, in place of a fork that saves its imports.
+        home: folder of the user's ledger, policy and key, or of what a server keeps for its clients.
+        fresh: run the installed command, as a user does, in place of a fork, which saves the time of its imports.
     """
     environment = {"COLUMNS": "200"}
     if home is not None:
@@ -129,10 +132,10 @@ def start(command: str, *arguments: object, log: Path, seed: int | None = None, 
 
 
 class Deployment:
-    """One server and clients that are killed at the end, whatever happens.
+    """One server and its clients, all killed at the end of the test.
 
     Args:
-        fresh: as of `start`.
+        fresh: see `start`.
     """
 
     def __init__(self, folder: Path, checkpoint: Path, *, fresh: bool = False) -> None:
@@ -145,7 +148,7 @@ class Deployment:
         return self._server("--model", self.checkpoint, "--address", self.address, "--out", self.out, *arguments)
 
     def resume(self, *arguments: object) -> Process:
-        """A new server for the run of the one before, with no other options than these."""
+        """Start a server that resumes the run of the one before, with no other options than these."""
         return self._server("--resume", self.out, *arguments)
 
     def _server(self, *arguments: object) -> Process:
@@ -156,7 +159,7 @@ class Deployment:
 
     def client(self, name: str, data: Path, *arguments: object, seed: int | None = None,
                defaults: bool = True) -> Process:
-        """Start a client; `defaults` are what an owner declares of rows of `write_rows`."""
+        """Start a client. With `defaults` it declares the size and labels of rows from `write_rows`."""
         size = nominal_size(data.read_bytes().count(b"\n") or 1) if data.is_file() else 120
         if seed is not None:
             arguments = (*arguments, "--simulated-ledger", self.home(name))
@@ -171,19 +174,19 @@ class Deployment:
         return process
 
     def home(self, name: str) -> Path:
-        """Each client stands for a machine of its own: its user's files are below this."""
+        """Return the folder of a client's user files. Each client has its own, as if on its own machine."""
         return self.folder / "home" / name
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
 
     def adapter(self) -> dict[str, bytes]:
-        """Tensor name → bytes, of the adapter that the run left."""
+        """Return the bytes of each tensor of the run's adapter, by name."""
         tensors = load_file(self.out / "adapter" / "adapter_model.safetensors")
         return {name: tensor.tobytes() for name, tensor in tensors.items()}
 
     def wait_for(self, name: str, text: str, timeout_s: float = 90.0) -> None:
-        """Block until the log of a process holds `text`."""
+        """Wait until the log of a process contains `text`."""
         deadline = time.monotonic() + PATIENCE * timeout_s
         while text not in self.log(name):
             assert self.processes[name].poll() is None, f"{name} ended without {text!r}:\n{self.log(name)}"
@@ -191,7 +194,7 @@ class Deployment:
             time.sleep(0.05)
 
     def end(self, name: str, timeout_s: float = 120.0) -> int:
-        """The exit code of a process."""
+        """Wait until a process ends, and return its exit code."""
         try:
             return self.processes[name].wait(PATIENCE * timeout_s)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,7 @@
-"""A sample of `tests.attacks`: what needs a connection alone, at once, moves no bit of a run; changed frames, too."""
+"""A sample of `tests.attacks`: all attacks by a mere connection, at the same time, and changed frames.
+
+Neither may change a bit of the run.
+"""
 
 import random
 from collections import Counter
@@ -19,7 +22,7 @@ def test_a_run_under_several_attacks_ends_with_the_adapter_of_one_that_nobody_at
     alone = run(tmp_path / "alone", checkpoint("bert"), (), PRIVATE, SECONDS, ROUNDS)
     outcome = run(tmp_path / "attacked", checkpoint("bert"), attacks, PRIVATE, SECONDS, ROUNDS)
     assert alone.adapter and not alone.wrong and outcome.done["connections"] > 1000
-    outcome.log_bytes = 0  # how much is said is not for this to say
+    outcome.log_bytes = 0  # the log's length is not tested here
     assert outcome.verdict(alone, takes_part=False) == "as undisturbed"
 
 

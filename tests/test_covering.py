@@ -1,4 +1,4 @@
-"""The cases that stand for a grid: every two values meet in one of them."""
+"""Tests of `tests.covering`: every two values of a grid meet in one of the chosen cases."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What stands in examples/ runs as it says there; the Flower app is run by tests/test_superlink.py."""
+"""The examples in examples/ run as they say. tests/test_superlink.py runs the Flower app."""
 
 import json
 import math
@@ -21,7 +21,7 @@ SMALL = ("--rank=2", "--rounds=2", "--local-steps=1", "--batch-size=8", "--max-l
 
 @pytest.fixture
 def simulated(tmp_path, checkpoint):
-    """What is left in the folder of the only run."""
+    """Return the folder with the results of the only run."""
     def simulated(name, *flags):
         write_rows(tmp_path / "data" / "rows.jsonl", 0)
         out = tmp_path / name
@@ -50,7 +50,7 @@ def test_a_strategy_of_ones_own_is_named_by_its_module_and_takes_its_options(sim
 
 
 class Echo:
-    """Sends back what it was sent, moved by one."""
+    """A client that sends back what it was sent, with 1 added to each value."""
 
     def __init__(self, layout):
         self.layout = layout
@@ -67,7 +67,7 @@ def test_a_model_is_all_that_a_server_app_needs(strategy, checkpoint):
     assert (plan.rank, plan.rounds, plan.labels, plan.private) == (2, 2, ("no", "yes"), False)
     assert plan.lr == ready.strategy.recipe.open.lr
     layout.check(ready.state, "state")
-    ready.strategy.screen = math.inf  # no training moves a tensor by one
+    ready.strategy.screen = math.inf  # screening off: no training moves values by 1
     engine = InProcessEngine({"a": Echo(layout), "b": Echo(layout)}, plan.run_id, layout)
     after = to_tensors(ready.strategy.start(engine, ready.arrays, num_rounds=plan.rounds).arrays)
     bias = next(spec.name for spec in layout.trained if spec.group == "head" and spec.name.endswith("bias"))

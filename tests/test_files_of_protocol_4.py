@@ -1,6 +1,6 @@
-"""What the version that spoke protocol 4 left on the disk is read, checked and gone on with.
+"""Files written by the version of protocol 4 can be read, checked and continued.
 
-`fixtures/protocol-4/make.py` had it written by real processes of that version.
+`fixtures/protocol-4/make.py` made them, with real processes of that version.
 """
 
 import json
@@ -17,17 +17,17 @@ from tests.processes import Deployment
 WRITTEN = Path(__file__).parent / "fixtures" / "protocol-4"
 FIGURES = json.loads((WRITTEN / "figures.json").read_text())
 AGREED = ("--yes",)
-"""What a client of a real ledger is told where there is no terminal."""
+"""Options that a client with a real ledger needs if there is no terminal."""
 
 
 @pytest.fixture
 def left(tmp_path):
-    """The files, at a place of their own: what names it in them is rewritten, as an owner would who moves them."""
+    """Copy the files to a new place, and rewrite the paths in them, as an owner would who moves them."""
     here = shutil.copytree(WRITTEN, tmp_path / "left")
     for file in (here / "home" / "config" / "fedlora" / "policy.toml", here / "run" / "run.json"):
         file.write_text(file.read_text().replace("@HERE@", str(here)))
     for file in (here / "home" / "state" / "fedlora").iterdir():
-        file.chmod(0o600)  # git keeps no modes
+        file.chmod(0o600)  # git does not store file modes
     return here
 
 
@@ -102,7 +102,7 @@ def test_a_privacy_report_verifies(name, capsys):
 
 
 class Moved(Deployment):
-    """The server's run and the clients' user files as they were left."""
+    """A deployment that begins with the server's run and the clients' files as they were left."""
 
     def home(self, name):
         return self.folder / "home"

@@ -1,6 +1,6 @@
-"""A server that asks for more than was agreed gets a refusal and no update: real client processes over real gRPC.
+"""A server that asks for more than was agreed gets a refusal and no update.
 
-The server is driven by hand, so that each order can be made hostile.
+The clients are real processes over real gRPC. A test gives each order by hand, so that it can be hostile.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def test_a_repeated_round_gets_the_same_bytes_and_costs_nothing_and_a_repeated_t
     ({}, {"lr": 1.0}), ({}, {"rank": 1}), ({}, {"targets": ("value",)}),
     ({"private_start": True}, {"private_start": False})], ids=lambda terms: " ".join(terms))
 def test_a_plan_that_is_not_what_was_said_when_joining_is_declined(serve, said, changes):
-    server = serve(**said).client("--epsilon", 200)  # so much that its noise is found at once
+    server = serve(**said).client("--epsilon", 200)  # so large that calibrating its noise takes no time
     assert server.ask(1, **changes) == Refusal("policy")
     assert server.deployment.end("north", 60) == 4
     assert server.charges() == ()
@@ -99,7 +99,7 @@ def test_under_privacy_no_label_name_is_announced_because_a_row_has_it(serve):
     server = serve(announce=True)
     for flag in ((), ("--labels", "routine,urgent")):
         server.client("--simulated-ledger", server.deployment.folder / "simulated", *flag, defaults=False)
-        if not flag:  # as an owner who declares nothing
+        if not flag:  # like an owner who declares nothing
             assert server.deployment.end("north", 60) == 4
             assert 'labels = ["routine", "urgent"]' in server.log() and "labels]" in server.log()
     assert server.ask(1).steps == 2
@@ -107,7 +107,7 @@ def test_under_privacy_no_label_name_is_announced_because_a_row_has_it(serve):
 
 
 def test_tensors_that_cut_the_adapter_off_get_noise_and_no_word_of_it(serve):
-    """Whether they do depends on the records, so that a server which chooses them could read it off a refusal."""
+    """Whether tensors do so depends on the records, so a refusal would tell the server about the records."""
     server = serve()
     for spec in server.layout.frozen:
         server.state[spec.name] = np.full(spec.shape, 1e-45, np.float32)
@@ -210,4 +210,4 @@ def test_a_run_beyond_the_lifetime_is_declined_and_the_log_says_what_is_left(ser
     server.client("--policy", path)
     assert server.deployment.end("north", 60) == 4
     assert server.charges() == () and "lifetime" in server.log() and str(path.name) in server.log()
-    assert not any(member.ready_at for member in server.engine.members())  # who waits for clients does not count it
+    assert not any(member.ready_at for member in server.engine.members()), "it does not count as a client that came"

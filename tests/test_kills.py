@@ -1,4 +1,4 @@
-"""A sample of `tests.kills`: a client killed after its first charge, wherever, has been charged for all that left."""
+"""A sample of `tests.kills`: a client killed anywhere after its first charge was charged for all that had left."""
 
 import pytest
 

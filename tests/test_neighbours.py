@@ -1,7 +1,7 @@
-"""Neighbouring data sets get equal answers: all that a client sends is the same, but for noise and random tokens.
+"""On neighbouring data sets a client sends the same, except for noise and random tokens.
 
-Real client processes over real gRPC, and a hostile server that chooses lengths, labels, batches and targets such that
-one row decides whether there is anything to train on.
+The clients are real processes over real gRPC. A hostile server chooses lengths, labels, batches and targets such that a
+single row decides whether there is anything to train on.
 """
 
 import dataclasses
@@ -36,15 +36,15 @@ PLANS = {
                        "targets": ("query", "value"), "clip_norm": 1e-6, "local_steps": 3},
     "causal-lm": {"run_id": "ef" * 8, "max_length": 12, "expected_batch": 3, "clip_norm": 1e-6, "local_steps": 3,
                   "task": "causal-lm", "labels": (), "targets": ("q_proj",), "train_head": False}}
-"""What the server comes back with in the end: at most one row of each data set can be trained on."""
+"""The server's last plan for each task. At most one row of each data set can be trained on."""
 
 BEFORE = {"classification": ({"max_length": 2, "labels": ("calm", "other"), "run_id": "cd" * 8},),
           "causal-lm": ({"max_length": 1, "run_id": "cd" * 8}, {"max_length": 64, "run_id": "12" * 8})}
-"""What it says in the runs before, to look at the client's answer to each."""
+"""The server's plans of the runs before, chosen to learn from the client's answer to each."""
 
 
 def neighbours(task):
-    """Data sets that differ in one row: the one that the server's plan can use, another, or none (the null record)."""
+    """Return data sets that differ in one row: a row that the server's plan can use, another one, or none (removed)."""
     kind = KINDS[task]
     plain = [kind["row"](*kind["plain"])] * (ROWS - 1)
     variants = {"chosen": [kind["row"](*kind["chosen"])], "removed": []}
@@ -60,7 +60,7 @@ def write(path, rows, column):
 
 
 def blank(message):
-    """Zeros in place of the random bytes of a frame, which are as many."""
+    """Replace the random bytes of a frame by as many zeros."""
     for field, value in message.ListFields():
         if field.type == field.TYPE_BYTES:
             setattr(message, field.name, b"\0" * len(value))
@@ -70,7 +70,7 @@ def blank(message):
 
 
 def said(data):
-    """A frame less the values of noised tensors, their checksum, and random tokens."""
+    """Return a frame without the values of noised tensors, their checksum, and random tokens."""
     frame, chunk = read_frame(pb.ClientFrame, data)
     if frame is not None:
         frame.ClearField("chunk")
@@ -80,7 +80,7 @@ def said(data):
 
 
 def sent(folder, checkpoint, task, column, rows):
-    """What the client has sent, frame by frame of each of its streams, up to the answer to the last order."""
+    """Run a client, and return its log and each frame it sent on each stream, up to the answer to the last order."""
     plan = {**PLANS[task], "local_steps": 2, "clip_norm": 0.5, "expected_batch": 4, "max_length": 16,
             **({"labels": ("routine", "urgent")} if task == "classification" else {})}
     server = Server(folder, checkpoint, **plan | {"run_id": "ab" * 8})
@@ -109,7 +109,7 @@ def sent(folder, checkpoint, task, column, rows):
 @pytest.mark.parametrize("task", KINDS)
 def test_what_a_client_sends_does_not_depend_on_a_row(tmp_path, checkpoint, task, column):
     folder = checkpoint("bert" if task == "classification" else "llama")
-    with ThreadPoolExecutor(3) as several:  # they wait for their processes most of the time
+    with ThreadPoolExecutor(3) as several:  # they mostly wait for their processes
         asked = {name: several.submit(sent, tmp_path / name.replace(" ", "-"), folder, task, column, rows)
                  for name, rows in neighbours(task).items()}
         found = {name: one.result() for name, one in asked.items()}

@@ -1,4 +1,4 @@
-"""Real processes that are stopped, suspended, held up or robbed of their folder: as good as a crash."""
+"""Real processes that are stopped, suspended or held up, or lose their folder: a run survives as after a crash."""
 
 import fcntl
 import json
@@ -13,11 +13,11 @@ from tests.processes import write_rows
 SMALL = ("--rank", 2, "--local-steps", 2, "--batch-size", 8, "--max-length", 16)
 LONG = (*SMALL, "--local-steps", 5, "--batch-size", 120)
 PLENTY = 200
-"""An ε so large that its noise is found at once."""
+"""An ε so large that calibrating its noise takes no time."""
 
 
 def test_clients_of_a_suspended_server_wait_and_the_same_command_goes_on_to_the_same_adapter(deploy, tmp_path):
-    """SIGTERM comes in round 2, while north trains, record by record, and when south has sent."""
+    """SIGTERM comes in round 2, when south has sent its update and north, record by record, still trains."""
     files = {name: write_rows(tmp_path / f"{name}.jsonl", seed, rows=600)
              for seed, name in enumerate(("north", "south"))}
     server = ("--min-clients", 2, "--min-replies", 2, "--seed", 5, "--rounds", 3, *LONG)
@@ -43,7 +43,7 @@ def test_clients_of_a_suspended_server_wait_and_the_same_command_goes_on_to_the_
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_waited_for_clients_is_taken_up_with_the_label_names_that_are_yet_to_be_announced(
         deploy, tmp_path, end):
-    """Killed, north looks for the server that comes; stopped, it is told to leave."""
+    """If the server is killed, north looks for its successor. If it is stopped, north is told to leave."""
     deployment = deploy("run")
     data = write_rows(tmp_path / "north" / "notes.jsonl", 0)
     deployment.server("--privacy", "off", "--min-clients", 2, "--rounds", 1, *SMALL)
@@ -82,7 +82,7 @@ def test_a_removed_folder_is_said_and_ends_the_run(deploy, tmp_path):
     deployment.server("--labels", "routine,urgent", "--min-clients", 1, "--rounds", 500, *SMALL)
     deployment.client("north", write_rows(tmp_path / "north.jsonl", 0), "--epsilon", PLENTY, seed=5)
     deployment.wait_for("north", "round 2/500: sent")
-    gone = deployment.out.rename(tmp_path / "gone")  # at once, as what is open there is written to
+    gone = deployment.out.rename(tmp_path / "gone")  # renamed, not removed piece by piece, since files in it are open
     shutil.rmtree(gone)
     assert deployment.end("server") == 2 and deployment.end("north") == 1
     assert f"folder {deployment.out} was removed" in deployment.log("server")
@@ -91,7 +91,7 @@ def test_a_removed_folder_is_said_and_ends_the_run(deploy, tmp_path):
 
 
 def test_a_server_whose_stderr_nobody_reads_runs_to_its_end_and_heeds_signals(deploy, tmp_path, monkeypatch):
-    """Its stderr is a pipe of 4 kB that is full before it begins."""
+    """The server's stderr is a pipe of 4 kB that is full before it begins."""
     unread = []
 
     def with_an_unread_log(deployment, rounds):

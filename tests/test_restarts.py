@@ -1,6 +1,6 @@
-"""Real processes that die at the worst moments and are started again: what was spent is known, and sent once.
+"""Real processes that die at the worst moments and are started again: all spending is recorded, and sent once.
 
-The account of an interrupted run is held against that of an uninterrupted one, of the same processes.
+The ledger of an interrupted run is compared with that of an uninterrupted run of the same processes.
 """
 
 import json
@@ -27,12 +27,12 @@ from tests.server.tcp_proxy import TcpProxy
 SMALL = ("--rank", 2, "--local-steps", 2, "--batch-size", 8, "--max-length", 16)
 EXACT = 1e-6
 PLENTY = 200
-"""An ε so large that its noise is found at once."""
+"""An ε so large that calibrating its noise takes no time."""
 
 
 @dataclass
 class Account:
-    """What a simulated ledger holds of its only run."""
+    """The only run in a simulated ledger."""
 
     charges: tuple
     epsilon: float
@@ -43,7 +43,7 @@ class Account:
 
     @property
     def epsilon_of_a_round(self):
-        """What an accountant that begins anew each round would print."""
+        """The ε that an accountant would give if it began anew each round."""
         terms = self.charges[0].terms
         spend = Spend(terms.noise_multiplier, terms.sampling_rate, terms.local_steps)
         return Accountant((spend,)).epsilon(terms.delta)
@@ -74,10 +74,10 @@ def kill(deployment, name):
 
 
 def test_a_client_killed_between_rounds_and_after_storage_ends_with_the_same_epsilon_and_adapter(deploy, tmp_path):
-    """North is killed twice: when its first upload was acknowledged, and when its second was stored and got lost.
+    """North is killed twice: after its first upload was acknowledged, and after its second was stored but got lost.
 
-    South is stopped meanwhile, which keeps the first round open. The last north has another noise seed, so that a
-    second training would not give what the first one stored.
+    Meanwhile south is paused, which keeps the first round open. The last north has another noise seed, so a second
+    training would give another update than the stored one.
     """
     files = {name: write_rows(tmp_path / f"{name}.jsonl", seed) for seed, name in enumerate(("north", "south"))}
     server = ("--min-clients", 2, "--min-replies", 2, "--seed", 5, "--rounds", 2, *SMALL)
@@ -100,7 +100,7 @@ def test_a_client_killed_between_rounds_and_after_storage_ends_with_the_same_eps
     start_north(5)
     broken.wait_for("north", "Joined")
 
-    proxy.mute_uplink_after(500)  # in the middle of the next order
+    proxy.mute_uplink_after(500)  # cut in the middle of the next order
     broken.processes["south"].send_signal(signal.SIGCONT)
     wait_until(lambda: account(broken, "north").trainings == [(1, 0, "released"), (2, 0, "released")], broken)
     [stored] = (broken.folder / "state" / "north").glob("*/upload.safetensors")
@@ -124,7 +124,7 @@ def test_a_client_killed_between_rounds_and_after_storage_ends_with_the_same_eps
 
 
 def test_a_client_killed_inside_a_training_is_charged_for_exactly_one_more(deploy, tmp_path):
-    """The first north takes its records one by one, which makes its training last. It leaves a report all the same."""
+    """The first north trains record by record, which takes long. It leaves a report although it is killed."""
     deployment = deploy("run")
     steps = 5
     deployment.server("--min-clients", 1, "--rounds", 2, *SMALL, "--local-steps", steps, "--batch-size", 120)
@@ -151,8 +151,9 @@ def test_a_client_killed_inside_a_training_is_charged_for_exactly_one_more(deplo
 
 
 def test_a_server_killed_inside_a_round_is_taken_up_again_at_no_cost(deploy, tmp_path):
-    """In round 2 north trains, record by record, and south has sent: the new server finds both where they were, and
-    Adam's moments in FedSVD's coordinates.
+    """The server dies in round 2, when south has sent its update and north, record by record, still trains.
+
+    The new server finds both as they were, and Adam's moments in FedSVD's coordinates.
     """
     files = {name: write_rows(tmp_path / f"{name}.jsonl", seed, rows=600)
              for seed, name in enumerate(("north", "south"))}
@@ -183,7 +184,7 @@ def test_a_server_killed_inside_a_round_is_taken_up_again_at_no_cost(deploy, tmp
 
 
 def test_a_run_that_was_stopped_goes_on_when_server_and_clients_are_started_again(deploy, tmp_path):
-    """It is stopped in round 2, while north trains, record by record, and when south has sent."""
+    """The run is stopped in round 2, when south has sent its update and north still trains."""
     files = {name: write_rows(tmp_path / f"{name}.jsonl", seed, rows=600)
              for seed, name in enumerate(("north", "south"))}
     whole, broken = deploy("whole"), deploy("broken")
@@ -221,7 +222,7 @@ LIVES, LONGEST_S = 22, 12.0
 
 
 def test_a_client_killed_at_any_moment_has_been_charged_for_all_that_the_server_received(tmp_path, checkpoint):
-    """Each life lasts for a random part of the time that the first one took for three rounds, or of `LONGEST_S`."""
+    """Each process lives for a random part of the time that the first one took for three rounds, or of `LONGEST_S`."""
     server = Server(tmp_path, checkpoint("bert"), rounds=500, max_participations=500)
     choice, received, number, sent = random.Random(3), {}, 0, None
 
@@ -276,13 +277,16 @@ class Call:
     end: int
 
     def wrote(self, data):
-        """Whether these bytes are among those that it was given."""
+        """Return whether the call was given these bytes, among others."""
         strings = re.findall(r'"((?:[^"\\]|\\.)*)"', self.arguments)
         return data in "".join(strings).encode().decode("unicode_escape").encode("latin-1")
 
 
 def system_calls(log):
-    """In the order in which they began; strace splits a call that another thread's interrupts."""
+    """Return the calls in an strace log in the order in which they began.
+
+    strace splits a call into two lines if another thread's call comes between.
+    """
     under_way, calls = {}, []
     for number, line in enumerate(log.read_text().splitlines()):
         if resumed := re.match(r"(\d+) +<\.\.\. \w+ resumed>", line):
@@ -297,7 +301,7 @@ def system_calls(log):
 
 
 def trace(process, log):
-    """strace of a running process, from now on."""
+    """Attach strace to a running process."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     traced = "trace=openat,write,writev,pwrite64,sendto,sendmsg,fsync,fdatasync,rename"
@@ -311,7 +315,7 @@ def trace(process, log):
 
 
 def test_a_real_client_has_charge_update_and_witness_on_the_disk_before_a_byte_of_the_update_leaves(deploy, tmp_path):
-    """It is traced before there is a server: from its joining to the end."""
+    """The client is traced from before its Join, when there is no server yet, to its end."""
     deployment = deploy("run")
     data = write_rows(tmp_path / "data" / "north.jsonl", 0)
     tracer = trace(deployment.client("north", data, "--epsilon", PLENTY, "--connect-timeout", 300), tmp_path / "calls")
@@ -335,13 +339,13 @@ def test_a_real_client_has_charge_update_and_witness_on_the_disk_before_a_byte_o
     wal, folder, witness = "ledger.sqlite-wal>", str(stored.parent), ".fedlora-witness-north.json.new"
     first("pwrite64", wal, b'"kind":"reserved"')
     synchronised(wal)
-    first("write", f"<{folder}/", update)  # what the training gave
+    first("write", f"<{folder}/", update)  # the training's result
     synchronised(f"{stored}.new>")
     first("rename", f"{stored}.new")
     synchronised(f"<{folder}>")
     first("pwrite64", wal, b'"kind":"stored"')
     synchronised(wal)
-    first("write", f"{witness}>", after=order[-1].end)  # it was tried when joining
+    first("write", f"{witness}>", after=order[-1].end)  # joining wrote it once already, as a trial
     synchronised(f"{witness}>")
     first("rename", witness, after=order[-1].end)
     synchronised(f"<{data.parent}>")

@@ -1,6 +1,6 @@
-"""`flwr run` on a real SuperLink with real SuperNodes: Flower's own processes drive our strategies and our client.
+"""Tests of `flwr run` on a real SuperLink with SuperNodes: Flower's processes run FedLoRA's strategies and client.
 
-Its round is slow by nature (README.md): a process for each message, which loads everything anew.
+A round is slow there (README.md): Flower starts a process for each message, which loads everything anew.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ SMALL = {"rank": 2, "rounds": 2, "local-steps": 2, "batch-size": 8, "max-length"
 
 
 class Flower:
-    """A SuperLink and its SuperNodes, which end with all that they started: Flower gives its apps other sessions."""
+    """A SuperLink and its SuperNodes. At the end it kills all their processes, which Flower spreads over sessions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
@@ -112,7 +112,7 @@ def test_supernodes_and_simulation_end_with_the_same_adapter(tmp_path, checkpoin
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["ended"] == "finished" and report["plan"]["labels"] == ["routine", "urgent"]
     assert report["disclosed"]["hospital-0"]["joined_with"]["label_names"] == ["routine", "urgent"]
-    for name in nodes:  # every message had a process of its own, and they shared one account and one report
+    for name in nodes:  # the processes of all messages share one ledger and one report
         ledger = Ledger(tmp_path / name / "ledger.sqlite", simulated=True)
         assert [(charge.round, charge.state) for charge in ledger.charges()] == [(1, "released"), (2, "released")]
         ledger.close()
@@ -131,7 +131,7 @@ def test_supernodes_and_simulation_end_with_the_same_adapter(tmp_path, checkpoin
 
 @with_flower
 def test_a_server_app_of_ones_own_runs_a_strategy_of_ours(tmp_path, checkpoint):
-    """The example: a plain Flower run, with privacy, whose adapter is PEFT's."""
+    """Runs examples/flower_app: a plain Flower run, with privacy, whose result is a PEFT adapter."""
     model = checkpoint("bert")
     with Flower(tmp_path) as flower:
         flower.superlink()

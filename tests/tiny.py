@@ -1,6 +1,6 @@
 """Tiny random base checkpoints of every model type that FedLoRA attaches to, each with a real tokenizer.
 
-They load in milliseconds through the same `Auto` classes as the real ones, so that tests mock nothing.
+They load in milliseconds through the same `Auto` classes as real models, so tests need no mocks.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def tiny_checkpoint(kind: str, folder: Path, *, seed: int = 0) -> Path:
 
     Args:
         kind: one of `KINDS`.
-        folder: made if need be; what it holds under the same names is replaced.
-        seed: of the weights.
+        folder: made if it does not exist; files of the same names are replaced.
+        seed: decides the weights.
 
     Returns:
         folder.
@@ -78,8 +78,8 @@ def tiny_checkpoint(kind: str, folder: Path, *, seed: int = 0) -> Path:
 
 
 def _config(kind: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    # spare embedding rows, as many real models have: transformers adds <|endoftext|> to Qwen2's tokenizer on loading;
-    # and a weight scale at which two layers of 32 features give logits well apart
+    # Spare embedding rows, as many real models have: transformers adds <|endoftext|> to Qwen2's tokenizer on loading.
+    # The weight scale is one at which two layers of 32 features give logits that are well apart.
     sizes = {"vocab_size": VOCABULARY + 8, "initializer_range": 0.2}
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
            "eos_token_id": tokenizer.eos_token_id}
@@ -101,7 +101,7 @@ def _config(kind: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
 
 
 def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text can be encoded, nothing is unknown."""
+    """Return a byte-level BPE tokenizer, which can encode any text without unknown tokens."""
     if kind in ENCODERS:
         special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
                    "mask_token": "[MASK]"}

@@ -1,7 +1,7 @@
-"""What the commands and the workers of simulations import, which takes about eight seconds: once here, for all
-processes that are forked from it.
+"""Imports all that the commands and the simulations' workers need, once for all processes forked from this one.
 
-First the client's part, in which importing Flower fails: a client must run without it.
+That takes about eight seconds. The client's modules are imported first, while importing Flower fails, because a client
+must run without it.
 """
 
 import gc
@@ -24,5 +24,5 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping  #
 import fedlora_server.app  # noqa: E402, F401
 import fedlora_simulations.worker  # noqa: E402, F401
 
-get_checkpoint_conversion_mapping("bert")  # builds those of all models, once a process
-gc.freeze()  # no fork looks through what was imported, nor copies it
+get_checkpoint_conversion_mapping("bert")  # builds all models' mappings, else each process would
+gc.freeze()  # so no fork scans the imported objects, which would copy their memory

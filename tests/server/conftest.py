@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def processes() -> Iterator[list[subprocess.Popen]]:
-    """Takes what a test starts; it is killed when the test is over."""
+    """Take the processes that a test starts, and kill them when the test is over."""
     started: list[subprocess.Popen] = []
     yield started
     for process in started:

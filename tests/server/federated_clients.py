@@ -1,4 +1,4 @@
-"""Real client processes for tests of the transport: they join, send back the tensors of a frozen-A family that train.
+"""Real client processes for tests of the transport: they send back the trained tensors that they were sent.
 
 As a program: `python federated_clients.py ADDRESS NAME [behaviour [STATE]]`. It never imports Flower or torch.
 """
@@ -18,7 +18,7 @@ from fedlora_client.state import FolderState
 
 
 class KeptSecrets(dict):
-    """What proves in one run that a name is somebody's, for as long as the test lasts."""
+    """The secrets of a client's names, kept in memory for as long as the test lasts."""
 
     def secret(self, run_id: str, name: str) -> bytes:
         return self.get(name, b"")
@@ -29,17 +29,17 @@ class KeptSecrets(dict):
 
 def start_client(address: str, name: str, behaviour: str = "echo", state: Path | None = None,
                  **kwargs) -> subprocess.Popen:
-    """Start this file as a client process. Without `state` another process cannot have the name in the same run."""
+    """Start this file as a client process. Without `state`, no later process can join the run under its name."""
     return subprocess.Popen([sys.executable, __file__, address, name, behaviour, *map(str, [state] if state else [])],
                             **kwargs)
 
 
 def echo(address: str, name: str, behaviour: str, state: str | None = None) -> int:
-    """Take part until the end. Behaviours: "echo"; "hang" trains until it is cancelled, then echoes;
-    "silent" is ready and answers nothing.
+    """Take part until the end, and return the exit code.
 
-    Prints one line per task and one for how it ended. Exit codes: 0 goodbye, 1 a training saw Flower or torch in this
-    process, 3 no server, 4 refused.
+    Behaviours: "echo" answers at once; "hang" trains until it is cancelled, then echoes; "silent" is ready and answers
+    nothing. The process prints one line per task and one for how it ended. Exit codes: 0 goodbye, 1 Flower or torch
+    was imported in this process, 3 no server, 4 refused.
     """
     connection = Connection(address, name, private=False, connect_timeout_s=60.0,
                             report=lambda line: print(line, file=sys.stderr, flush=True),
@@ -80,4 +80,4 @@ if __name__ == "__main__":
     code = echo(*sys.argv[1:5])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # as fedlora-client does
+    os._exit(code)  # as fedlora-client ends

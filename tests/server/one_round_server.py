@@ -1,7 +1,7 @@
 """A server process that asks its first client for one round: `-m tests.server.one_round_server ADDRESS RUN SPOOL WHEN`.
 
-Listens once it has read a line from stdin. Prints "listening" and "uploaded".
-With WHEN "stay" it then waits to be killed, else it says goodbye.
+It listens once it has read a line from stdin, and prints "listening" and "uploaded". With WHEN "stay" it then waits to
+be killed, otherwise it says goodbye.
 """
 
 from __future__ import annotations

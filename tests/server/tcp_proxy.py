@@ -1,4 +1,4 @@
-"""A TCP link that a test can cut, mend and make deaf: real sockets between a real client and a real server."""
+"""A TCP link between a real client and a real server that a test can cut, restore or mute."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import threading
 
 
 class TcpProxy:
-    """Forwards to `target` (host:port) from `address`.
+    """A proxy that forwards connections to `address` on to `target` (host:port).
 
     Attributes:
-        bytes_up, bytes_down: that came from the client and from the server.
-        swallowed_up: those of the client that never reached the server.
+        bytes_up: bytes received from the client.
+        bytes_down: bytes received from the server.
+        swallowed_up: bytes of the client that were dropped.
     """
 
     def __init__(self, target: str) -> None:
@@ -26,7 +27,7 @@ class TcpProxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
-        """Close all links, and new ones as soon as they come."""
+        """Close all connections, and every new one at once."""
         self._open = False
         for pair in self._pairs:
             for end in pair:
@@ -36,15 +37,15 @@ class TcpProxy:
         self._pairs.clear()
 
     def restore(self) -> None:
-        """Forward again, both ways."""
+        """Forward again, in both directions."""
         self._open, self._mute_down, self._mute_up_from = True, False, math.inf
 
     def mute_downlink(self) -> None:
-        """Swallow what the server says."""
+        """Drop all that the server sends."""
         self._mute_down = True
 
     def mute_uplink_after(self, bytes_down: int) -> None:
-        """Swallow what the client says from the moment when it has been told so many bytes more."""
+        """Drop all that the client sends once it has received `bytes_down` further bytes."""
         self._mute_up_from = self.bytes_down + bytes_down
 
     def _accept(self) -> None:
@@ -55,7 +56,7 @@ class TcpProxy:
                 continue
             try:
                 server = socket.create_connection(self._target)
-            except OSError:  # nobody listens there
+            except OSError:  # nobody listens at the target
                 client.close()
                 continue
             self._pairs.append((client, server))

@@ -1,4 +1,4 @@
-"""What the server keeps for its clients: the last anchor of each name, whatever becomes of uploads and runs."""
+"""The server keeps the last anchor of each name, whatever happens to uploads and runs."""
 
 import logging
 import stat
@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_used_is_one_warning_and_the_run_goes_on(path, cap
 
 
 class Server:
-    """One run's server with a file for anchors, and the client north, which is asked by hand."""
+    """One run's server with a file for anchors, and the client north, to which a test gives orders by hand."""
 
     def __init__(self, folder, anchors, run_id):
         self.run = plan_of("ffa-lora", run_id=run_id)
@@ -96,7 +96,7 @@ class Server:
         return self.client.join()
 
     def ask(self, round, sealed):
-        """Have the client answer an order with this anchor; returns the message that the strategy gets."""
+        """Have the client answer an order with this anchor, and return the message that the strategy gets."""
         node = node_id(self.client.name)
         while node not in self.engine.idle():
             self.engine.wait([], 0.05)
@@ -136,7 +136,7 @@ def test_a_name_is_given_its_last_anchor_back_in_every_later_run(tmp_path, path)
 
 @pytest.mark.parametrize("tensors", [UPLOAD, {"head.out.bias": np.zeros(4, np.float32)}], ids=["late", "unfit"])
 def test_an_upload_that_is_refused_leaves_its_anchor_all_the_same(tmp_path, path, tensors):
-    """Nobody asked for it: the server gave the round up, or another server had asked."""
+    """Nobody asked for the upload: the server gave up the round, or an earlier server had asked."""
     with Server(tmp_path, path, "a" * 16) as server:
         upload = wire.upload_to_wire(Upload("a" * 16, 1, 0, tensors, steps=1, anchor=anchor(7)))
         head = pb.ClientFrame(upload=upload).SerializeToString()
@@ -163,7 +163,7 @@ def test_no_strategy_sees_an_anchor(tmp_path, path):
 
 
 def test_a_stream_that_comes_back_with_a_newer_anchor_is_the_same_run(tmp_path, path):
-    """Its Welcome differs from the one before in nothing but what the server keeps of the client."""
+    """Its Welcome differs from the one before only in the anchor."""
     with Server(tmp_path, path, "a" * 16) as server:
         server.join()
         server.client.ready()

@@ -1,4 +1,4 @@
-"""What a round costs on a real connection: the values of the communication table, and hardly a byte more."""
+"""The traffic of a round on a real connection: the values of the communication table, and hardly a byte more."""
 
 import math
 import threading
@@ -20,11 +20,11 @@ MINILM = tuple(f"bert.encoder.layer.{i}.attention.self.{part}" for i in range(6)
 RANK = {"fed-sb": 32}
 ROUNDS = 5
 HTTP2_BYTES = 400
-"""Most of a round's pings, window updates and frame headers, whatever the adapter's size."""
+"""Upper bound on a round's pings, window updates and frame headers, for any size of adapter."""
 
 
 class Meter(Observer):
-    """Bytes that went through the proxy until each round's end."""
+    """Records how many bytes have passed the proxy at each round's end."""
 
     def __init__(self, proxy):
         self.proxy, self.seen = proxy, []
@@ -33,7 +33,7 @@ class Meter(Observer):
         self.seen.append((self.proxy.bytes_up, self.proxy.bytes_down))
 
     def per_round(self):
-        """(up, down) of the rounds after the first, in which frozen tensors, names and the plan travel once."""
+        """Return (up, down) of each round after the first, which alone carries frozen tensors, names and the plan."""
         return [(last - first) / (ROUNDS - 1) for first, last in zip(self.seen[0], self.seen[-1], strict=True)]
 
 
@@ -58,7 +58,7 @@ def test_a_round_moves_one_per_cent_more_bytes_than_its_values_at_most(strategy,
     layout = layout_of(plan.family, rank=RANK.get(strategy, 8), modules=MINILM, head=False, rows=384, columns=384)
     start = {spec.name: np.ones(spec.shape, np.float32) for spec in layout.state}
     engine, server_step = GrpcEngine("127.0.0.1:0", Proposal(plan), tmp_path), strategy_class(strategy)(plan, layout)
-    server_step.screen = math.inf  # what this client sends, no training made
+    server_step.screen = math.inf  # screening off: no training made what this client sends
     engine.expect(layout)
     proxy = TcpProxy(engine.address)
     meter = Meter(proxy)

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and a second server that goes on with it."""
+"""A run's files, and a second server that resumes the run from them."""
 
 import json
 import resource
@@ -22,11 +22,11 @@ NAMES = "abcdef"
 
 
 class Crash(Exception):
-    """The server's end in the middle of a run."""
+    """Stands for the server's death in the middle of a run."""
 
 
 class Crashing(Observer):
-    """Ends the server's work right before a round's orders, in the middle of its answers, or after its checkpoint."""
+    """Crashes right before a round's orders, in the middle of its answers, or after its checkpoint."""
 
     def __init__(self, *, asked=None, answered=None, finished=None):
         self.when = {"asked": asked, "answered": answered, "finished": finished}
@@ -45,7 +45,7 @@ class Crashing(Observer):
 
 
 class Remembering(LinearSession):
-    """Sends what it trained before, as a real client does; `trained` counts its trainings."""
+    """A client that sends a stored update again, as real ones do. `trained` counts its trainings."""
 
     def __init__(self, name, layout):
         super().__init__(name, layout)
@@ -74,7 +74,7 @@ def crashed(folder, observer, run=None, **options):
 
 
 def resumed(folder, clients, *, evaluate=None, observer=None, recipe=None, **options):
-    """A new server, with the clients of the old one."""
+    """Resume the run by a new server, with the clients of the old one."""
     run = Federation(clients.sessions, clients.plan.strategy, rounds=clients.plan.rounds, recipe=recipe,
                      max_participations=clients.plan.max_participations)
     for name, session in clients.sessions.items():
@@ -97,7 +97,7 @@ def lines(folder):
 @pytest.mark.parametrize("moment", [{"asked": 1}, {"answered": 1}, {"finished": 1}, {"asked": 3}, {"answered": 3},
                                     {"finished": 4}])
 def test_a_run_that_is_taken_up_again_ends_as_if_nothing_had_happened(tmp_path, moment):
-    """Every client may start two of the four rounds of three, so that the cohorts tell whether that was remembered."""
+    """Each client may take part in two of four rounds, so the cohorts show whether participations were remembered."""
     whole = federation().run(clients_per_round=3)
     first = crashed(tmp_path, Crashing(**moment))
     result = resumed(tmp_path, first)
@@ -110,7 +110,7 @@ def test_a_run_that_is_taken_up_again_ends_as_if_nothing_had_happened(tmp_path, 
 
 
 def test_the_clients_that_were_asked_are_asked_again_for_the_attempts_that_they_know(tmp_path):
-    """a declines at first, so that the round asks one of the others as backup as attempt 1 before the server ends."""
+    """Client a declines at first, so the round asks another as a backup, in attempt 1, before the server dies."""
     class Busy(Remembering):
         def run_round(self, plan, tensors):
             return Refusal("unavailable") if plan.round == 2 else super().run_round(plan, tensors)
@@ -141,13 +141,13 @@ def test_the_clients_that_were_asked_are_asked_again_for_the_attempts_that_they_
 
 
 def cohort_of(run, round):
-    """Who is asked in a round of two of all clients, if nothing goes wrong."""
+    """Return the two clients that are asked in a round if nothing goes wrong."""
     whole = federation("".join(run.sessions), rounds=3, max_participations=3).run(clients_per_round=2)
     return whole.records[round - 1].cohort
 
 
 def test_min_clients_need_only_be_there(tmp_path):
-    """After three rounds only the cohort of the fourth may still take part."""
+    """After three rounds, only the clients of the fourth may still take part."""
     first = crashed(tmp_path, Crashing(finished=3), min_clients=6)
     assert resumed(tmp_path, first, min_clients=6).ended == "finished"
 
@@ -160,7 +160,7 @@ def test_a_run_goes_on_without_a_client_that_does_not_come_back(tmp_path, monkey
 
 
 def test_a_client_that_is_back_late_sends_what_it_trained_and_is_no_backup(tmp_path, monkeypatch):
-    """It comes while the round waits, when backup clients would be asked in its place."""
+    """It returns while the round waits, and would ask backup clients in its place."""
     monkeypatch.setattr(round_state, "RETURN_S", 0.0)
     first = crashed(tmp_path, Crashing(answered=3))
     whole, late = federation().run(clients_per_round=3), []
@@ -195,7 +195,7 @@ def test_a_line_for_which_the_disk_had_no_room_leaves_nothing_and_is_whole_the_n
     checkpoint.note(tmp_path, record)
     whole = (tmp_path / checkpoint.LINES).read_bytes()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, before[1]))  # it can begin the line, and no more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, before[1]))  # room to begin the line, but not to end it
     try:
         with pytest.raises(OSError):
             checkpoint.note(tmp_path, record)
@@ -210,7 +210,7 @@ def test_what_a_crash_cut_off_is_dropped_and_done_anew(tmp_path):
     whole = federation().run(clients_per_round=3)
     first = crashed(tmp_path, Crashing(finished=2))
     third = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) | {"round": 3}
-    with (tmp_path / "metrics.jsonl").open("a") as file:  # written, and its checkpoint was not; then half a line
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # a whole line without its checkpoint, then half a line
         file.write(json.dumps(third) + "\n" + json.dumps(third)[:40])
     result = resumed(tmp_path, first)
     assert same(result.state, whole.state) and [record.round for record in result.records] == [1, 2, 3, 4]
@@ -260,7 +260,7 @@ def test_what_the_server_does_cannot_change_while_a_run_lasts_even_where_its_mem
     for other in (FedSVD.recipe.with_optimizer("yogi", {"beta1": 0.0}), FedSVD.recipe.with_optimizer("adam", {})):
         with pytest.raises(ValueError, match=r"optimizer.*now.*Leave these options out"):
             left.check(run.plan, other.described())
-    checkpoint.begin(tmp_path, {}, run.plan, {})  # as a version before wrote it
+    checkpoint.begin(tmp_path, {}, run.plan, {})  # as an earlier version wrote it
     checkpoint.take_up(tmp_path).check(run.plan, adam.described())
 
 

@@ -1,4 +1,4 @@
-"""What the registry makes of clients that worked for an earlier server of the run."""
+"""The registry's treatment of clients that still work for an earlier server of the run."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ NODE = node_id("north")
 
 
 class Line:
-    """A client's stream, and what went over it."""
+    """A client's stream that records what is sent over it."""
 
     def __init__(self):
         self.name, self.process, self.secret, self.said = "", b"", b"", []
@@ -43,7 +43,7 @@ def order(round, attempt=0):
 
 
 def back(working, *, under_way=3):
-    """A registry that goes on with a run, and north, which still works for its earlier server."""
+    """Return the registry of a resumed run, and the stream of north, which still works for the earlier server."""
     registry, line = ClientRegistry(Proposal(RUN), lambda event: None, under_way=under_way), Line()
     registry.join(line, pb.Join(protocol=PROTOCOL, schema=SCHEMA, fedlora_version=fedlora.__version__, name="north",
                               process=b"n" * 16, private=True))

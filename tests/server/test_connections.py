@@ -1,4 +1,4 @@
-"""What connections that carry no client can take from those that do: a bounded number of places, for a bounded time."""
+"""Connections that carry no client take a bounded number of places, for a bounded time."""
 
 import resource
 import socket
@@ -60,7 +60,7 @@ def engine(tmp_path):
 
 
 def ended(sockets):
-    """How many of these the other side has ended."""
+    """Return how many of these sockets the other side has closed."""
     count = 0
     for one in sockets:
         one.setblocking(False)
@@ -105,7 +105,7 @@ def test_a_client_joins_and_stays_while_a_thousand_connections_are_opened_that_s
 
 
 def test_many_clients_of_one_address_are_not_strangers(engine, monkeypatch):
-    """Nor is one that has been connected for longer than a stranger may be."""
+    """A client that has been connected for longer than a stranger may be is no stranger either."""
     monkeypatch.setattr(connections, "STRANGERS_OF_A_PEER", 2)
     monkeypatch.setattr(connections, "STRANGER_S", 0.2)
     monkeypatch.setattr(connections, "GRACE_S", 0.0)

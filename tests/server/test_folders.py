@@ -1,4 +1,4 @@
-"""The folder of a command: no result is lost, and what a kill leaves blocks nothing."""
+"""The folder of a command: no result is overwritten, and the leftovers of a kill block no later command."""
 
 import multiprocessing
 import os

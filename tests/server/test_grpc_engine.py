@@ -1,4 +1,4 @@
-"""The gRPC engine with real connections: what arrives, who is noticed, and that nobody trains twice for one order."""
+"""The gRPC engine on real connections: messages arrive, lost clients are noticed, nobody trains twice for an order."""
 
 import contextlib
 import signal
@@ -344,7 +344,7 @@ def test_once_the_labels_are_fixed_new_clients_are_asked_for_none_and_old_ones_c
     assert early.next_request()[0] == slow.next_request()[0]
     early.leave()
     until(lambda: len(engine.get_node_ids()) == 1, engine)
-    for name in ("early", "late"):  # a new process of the same client is asked for none either
+    for name in ("early", "late"):  # a new process of the same client need not announce labels either
         late = Connection(engine.address, name, private=False, secrets=secrets)
         assert late.join() == Proposal(replace(RUN, labels=("no", "yes")), anchor=b"")
         late.ready()
@@ -411,7 +411,7 @@ def test_a_server_that_was_killed_and_restarted_is_found_again(processes, tmp_pa
         address = f"127.0.0.1:{free.getsockname()[1]}"
 
     def serve(run_id: str, when: str) -> subprocess.Popen:
-        """A server process that listens once it is told a line, as its imports take long."""
+        """Start a server process that listens once a line is written to it, because its imports take long."""
         processes.append(subprocess.Popen(
             [sys.executable, "-m", "tests.server.one_round_server", address, run_id, str(tmp_path / run_id), when],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]))

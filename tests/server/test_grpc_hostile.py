@@ -1,4 +1,4 @@
-"""Either side may send anything: the other answers with a typed error, goes on, and adds nothing."""
+"""A peer may send anything: the other side answers with a typed error, goes on, and uses none of it."""
 
 import threading
 import time
@@ -52,7 +52,7 @@ def upload_head(tensors=UPLOAD) -> bytes:
 
 
 def converse(address: str, frames: list[bytes]) -> tuple[list[pb.ServerFrame], grpc.StatusCode]:
-    """Send the frames, hear everything until the server has been silent for a moment or ended the stream."""
+    """Send the frames, and return all frames until the server is silent for a moment or ends the stream."""
     heard: list[pb.ServerFrame] = []
     done = threading.Event()
 
@@ -81,7 +81,7 @@ def engine(tmp_path_factory):
 
 
 def assert_still_works(engine: GrpcEngine, number: int) -> None:
-    """An honest client does a round."""
+    """Check that an honest client can still do a round."""
     honest = Connection(engine.address, "honest", private=False)
     honest.join()
     honest.ready()
@@ -106,11 +106,11 @@ CHUNK = pb.ClientFrame(chunk=pb.Chunk(data=bytes(64))).SerializeToString()
 EARLY = pb.ClientFrame(chunk=pb.Chunk(data=bytes(4), checksum=0)).SerializeToString()
 LONG = pb.ClientFrame(chunk=pb.Chunk(data=bytes(1 << 20))).SerializeToString()
 UNKNOWN = b"\xa0\x06\x01"
-"""A field 100, which no message has; appended to a message's bytes it is that message's."""
+"""The bytes of a field 100, which no message has. Appended to a message, they become its field."""
 
 
 def with_unknown_inside(number: int, message: Message) -> bytes:
-    """A frame whose message of this number has a field more than this version knows."""
+    """Return a frame in whose n-th message there is a field that this version does not know."""
     inside = message.SerializeToString() + UNKNOWN
     assert len(inside) < 1 << 14
     return bytes([number << 3 | 2, len(inside) & 0x7F | 0x80, len(inside) >> 7]) + inside
@@ -149,7 +149,7 @@ def test_a_frame_above_the_limit_is_refused_unread(engine):
 @pytest.mark.parametrize("more", [b"", UNKNOWN], ids=["known fields", "a field more"])
 def test_versions_that_do_not_fit_are_refused_by_name(engine, changes, named, more):
     if more and "fedlora_version" in changes:
-        changes = changes | {"schema": b"\xcd" * 32}  # a version with the same schema has no field more
+        changes = changes | {"schema": b"\xcd" * 32}  # versions with the same schema have the same fields
     frame = with_unknown_inside(1, join_frame(**changes).join) if more else join_frame(**changes).SerializeToString()
     [heard], _ = converse(engine.address, [frame])
     assert heard.refused.code == "version-mismatch"
@@ -213,7 +213,7 @@ def test_after_all_that_the_server_works_and_holds_no_streams(engine):
 
 
 class HostileServer:
-    """Welcomes a client properly, waits for its Ready, and then sends the given frames."""
+    """A server that welcomes a client properly, waits for its Ready, and then sends the given frames."""
 
     def __init__(self, frames: list[bytes], *, welcome: bool = True) -> None:
         def serve(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -239,7 +239,7 @@ class HostileServer:
 
 
 def meet(frames: list[bytes], **kwargs):
-    """What an honest client gets from a hostile server: a task or the error that ends it."""
+    """Return what an honest client gets from a hostile server: a task, or the error that ends its connection."""
     with HostileServer(frames, **kwargs) as address:
         connection = Connection(address, "north", private=False, connect_timeout_s=3)
         try:
@@ -298,7 +298,7 @@ def test_what_is_no_fedlora_server_is_named_so():
 def test_a_server_of_another_version_is_refused_by_name(changes, more):
     other = wire.proposal_to_wire(Proposal(RUN))
     other.fedlora_version = "0.0.9"
-    other.ClearField("run")  # as an older version, which does not know it, would send it
+    other.ClearField("run")  # as sent by an older version, which does not know the field
     for name, value in changes.items():
         setattr(other, name, value)
     frame = with_unknown_inside(1, other) if more else pb.ServerFrame(welcome=other).SerializeToString()

@@ -1,4 +1,4 @@
-"""Uploads that come while the server can open no file, or its disk is full: they wait, and nobody trains again."""
+"""Uploads that arrive while the server's disk is full, or it can open no file: they wait, and nobody trains again."""
 
 import contextlib
 import threading
@@ -25,7 +25,7 @@ ROUND_TIMEOUT_S, OUTAGE_S = 4.0, 6.0
 
 
 class Outage(Observer):
-    """From when round 1 has asked, for longer than its clients have."""
+    """Lets no file be opened, from round 1's orders until after its clients' time limit."""
 
     def __init__(self):
         self.reasons, self.outage = [], contextlib.ExitStack()

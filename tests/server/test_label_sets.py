@@ -1,4 +1,4 @@
-"""One client that announces cannot decide alone which labels a run has, nor end it."""
+"""Announced label names: no single client can decide the run's labels, nor end the run."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""What a peer does is said, and does not decide how much."""
+"""A peer's actions are logged, but it cannot decide how long the log becomes."""
 
 import logging
 

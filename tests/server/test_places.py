@@ -1,4 +1,4 @@
-"""The places of a server: streams that are not ready hold none for long, and nobody's names fill its memory."""
+"""The server's places: streams that are not ready lose theirs, and names of strangers do not fill its memory."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def listen(tmp_path):
 
 
 class Sitting:
-    """Joins under a name of its own, says what it is told to, and then nothing."""
+    """A client that joins under its own name, sends the given frames, and then nothing."""
 
     def __init__(self, engine, name, *frames):
         self._done = threading.Event()
@@ -71,7 +71,7 @@ def wait_until(true, engine):
 
 
 def test_an_honest_client_gets_in_while_others_join_and_are_not_ready(listen):
-    """They are five times as many as there are places. Whoever is ready stays; who loses a place is told why."""
+    """They are five times as many as the places. Ready clients stay; a stream that loses its place is told why."""
     engine = listen(max_clients=PLACES)
     north = Connection(engine.address, "north", private=False)
     north.join()

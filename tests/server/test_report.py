@@ -1,4 +1,4 @@
-"""What a run leaves behind can be read, whatever way it ended."""
+"""A run's adapter and report can be read, however the run ended."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""The same loop over sockets: real connections, one thread each, and the same bits as in one process."""
+"""The round loop over real connections gives the same bits as in one process."""
 
 import threading
 
@@ -16,7 +16,7 @@ from tests.federation import STRATEGIES, LinearSession, layout_of, plan_of, star
 
 
 def serve(session, address, rounds):
-    """A client that answers orders; it leaves after `rounds` of them without a word."""
+    """Answer orders as a client that leaves after `rounds` of them without a word."""
     connection = Connection(address, session.name, private=False, connect_timeout_s=20.0)
     try:
         connection.join()
@@ -30,7 +30,7 @@ def serve(session, address, rounds):
 
 
 def federate(strategy, folder, *, leaver=None, forgetful=None, wire_dtype="fp32", **options):
-    """Run over gRPC with clients a to d, of which one may leave after round 1 or forget the frozen tensors then."""
+    """Run over gRPC with clients a to d. After round 1, one may leave, and one may forget the frozen tensors."""
     plan, seed = plan_of(strategy, wire_dtype=wire_dtype), 5
     layout = layout_of(plan.family)
     sessions = {name: LinearSession(name, layout) for name in "abcd"}

@@ -1,4 +1,4 @@
-"""A run's folder on a disk that is full, or that is taken away."""
+"""A run whose folder is on a full disk, or is removed."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_at_a_time")
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MB."""
+    """Mount a file system of 1 MB, and give its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder],
@@ -28,7 +28,7 @@ def small_disk(tmp_path):
 
 
 class Freeing(Observer):
-    """Fills the disk when round 2 has asked, and makes room when it hears that the run waits."""
+    """Fills the disk once round 2 has asked, and makes room when it hears that the run waits."""
 
     def __init__(self, disk):
         self.ballast, self.reasons = disk / "ballast", []

@@ -1,4 +1,4 @@
-"""What a run is made of: told when it starts, and by fedlora-server presets."""
+"""The settings that a run prints when it starts, and the values that fedlora-server presets prints."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from fedlora_strategies.recipe import presets
 
 
 def told(command, *argv):
-    """Source → what is said to come from it, on a terminal of 80 columns; and the lines."""
+    """Run a command on a terminal of 80 columns, and return its settings by source, and its lines."""
     config = read_config(CONFIGS[command], argv)
     console = Console(file=StringIO(), width=80)
     console.print(settings(config, "fedsvd", planned(config, "fedsvd")))

@@ -1,4 +1,4 @@
-"""Clients that say Ready and never answer, as processes of their own: the others go on at the deadline, to the end."""
+"""Client processes that are ready and never answer: at the deadline the others go on, and finish the run."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The SuperLink engine against a Grid in one process, whose nodes answer with the client's own Flower app."""
+"""The SuperLink engine on a Grid in this process, whose nodes run the client's own Flower app."""
 
 import dataclasses
 import threading
@@ -32,11 +32,11 @@ SECONDS = 20.0
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch):
     monkeypatch.setattr("fedlora_server.superlink_engine.LOOK_EVERY_S", 0.01)
-    assume_identity("0" * 15 + "1")  # of Flower's run, as in a ServerApp
+    assume_identity("0" * 15 + "1")  # the id of Flower's run, as in a ServerApp
 
 
 class LinearNode(LinearSession):
-    """A node that says `answer` when it is asked to join, and answers orders as long as `answers` is set."""
+    """A node that gives `answer` when asked to join, and answers orders while `answers` is true."""
 
     def __init__(self, name, layout=LAYOUT, answer=()):
         super().__init__(name, layout)
@@ -50,7 +50,7 @@ class LinearNode(LinearSession):
 
 
 class SuperLink(Grid):
-    """Nodes by Flower's numbers. Messages to one that is offline come back as Flower's NODE_UNAVAILABLE."""
+    """A Grid of nodes by Flower's ids. A message to an offline node is answered by Flower's NODE_UNAVAILABLE."""
 
     def __init__(self, nodes):
         self.nodes, self.mail, self.down = dict(nodes), {}, False
@@ -173,7 +173,7 @@ def test_a_private_run_turns_a_node_without_privacy_away(engine_of):
 
 
 class Drifted(SuperLink):
-    """One of the two sides, whose frame `key` is rewritten on the way, has another schema and says more."""
+    """A SuperLink that rewrites the frame `key` on its way, as if its sender had a schema with a further field."""
 
     def __init__(self, nodes, key):
         super().__init__(nodes)

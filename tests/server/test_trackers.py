@@ -1,4 +1,4 @@
-"""What each tracker shows, and that none can end a run."""
+"""What each tracker shows. No tracker's failure can end a run."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ def test_a_tracker_that_fails_is_named_once_and_the_others_hear_all(tmp_path, ca
     with caplog.at_level(logging.ERROR), Trackers(("plots", "csv", "console"), run) as trackers:
         trackers.begin(plan_of("fedsvd"), ())
         shutil.rmtree(run.out)
-        run.out.touch()  # nothing can be written there any more
+        run.out.touch()  # a file in the folder's place: nothing can be written there
         trackers.finished(RoundRecord(1, cohort=("a",), uploaded=("a",)))
         trackers.finished(RoundRecord(2, cohort=("a",), uploaded=("a",)))
         trackers.ended("finished")

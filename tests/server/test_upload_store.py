@@ -1,4 +1,4 @@
-"""The uploads: what is stored comes back bit for bit, out of the file itself, and a full disk leaves nothing behind."""
+"""Stored uploads come back bit for bit, mapped from their files, and a full disk leaves no file behind."""
 
 import gc
 from io import BytesIO
