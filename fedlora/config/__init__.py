@@ -1,9 +1,9 @@
-"""One typed, frozen config for each command: each option is a field, and parser, file and --help derive from it.
+"""The commands' options: one typed, frozen config for each command, from whose fields parser, file and --help derive.
 
-    options = read_config(ServerConfig, argv)                               # ends the process with code 2
-    options = config_from(context.node_config, ClientConfig, "--node-config")     # raises ValueError
+    options = read_config(ServerConfig, argv)          # a bad value ends the process with exit code 2
+    options = config_from(context.node_config, ClientConfig, "--node-config")     # a bad value raises ValueError
 
-Reading it imports neither torch nor numpy.
+Importing this package imports neither torch nor numpy, so that --help is quick.
 """
 
 from fedlora.config import values

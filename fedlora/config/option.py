@@ -1,4 +1,4 @@
-"""One option is one field of a config: its type, its default, and in its metadata how it is given and explained."""
+"""Options as fields of a config: a field has the type and the default, its metadata the parser and the help text."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from fedlora.config import values
 from fedlora.config.values import Choices
 
 RUN, MODEL, PRIVACY, NETWORK, TUNING = GROUPS = ("run", "model", "privacy", "network", "tuning")
-"""Of --help, in its order."""
+"""The groups of --help, in their order."""
 
 PRESET = "preset"
-"""Stands in where a value of the strategy's preset is not given."""
+"""Shown in --help as the default of options whose default is the value of the strategy's preset."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """How a field is given.
+    """The way an option is given on the command line, and its explanation in --help.
 
     Attributes:
-        help: one line.
+        help: the help text, one sentence without its full stop.
         group: one of `GROUPS`.
-        parse: from text to value; None for what is true or false.
-        choices: the words that it can be, if they are few.
-        metavar: stands for the value in --help; None for the name, or the choices.
-        unset: what stands in where it is not given, in words, by command where commands differ; `PRESET` for a value of
-            the preset; None where the default is all there is to say.
-        plan: the field of `fedlora.plan.RunPlan` that follows from it; "" for none.
-        keys: the package whose keys its help lists; "" for none.
-        place: in its group of --help: 1 for what nearly every run gives, 9 for what hardly one does.
+        parse: turns the text of a value into the value; None for a flag.
+        choices: the words that the value can be, if they are few.
+        metavar: what stands for the value in --help; None for the type's usual one, or the choices.
+        unset: what applies if the option is not given, in words; a mapping from command to words if commands differ;
+            `PRESET` for the preset's value; None to show the default itself.
+        plan: the field of `fedlora.plan.RunPlan` that follows from the option; "" for none.
+        keys: a package whose keys the help text lists; "" for none.
+        place: sorts the options of a group in --help, from 1 for those that nearly every run gives to 9 for the rarest.
     """
 
     help: str
@@ -48,7 +48,20 @@ class Option:
 def option(default: Any, help: str, group: str, parse: Callable[[str], Any] | None = values.text, *,
            choices: Choices | None = None, metavar: str | None = None, unset: str | Mapping[str, str] | None = None,
            plan: str = "", keys: str = "", place: int = 5) -> Any:
-    """A field of a config, with the metadata that `Option` explains."""
+    """Return a dataclass field for a config, with an `Option` as its metadata.
+
+    Args:
+        default: the field's default. A dict is copied for each config.
+        help: see `Option`, as for the remaining arguments.
+        group: one of `GROUPS`.
+        parse: turns the text of a value into the value; None for a flag.
+        choices: the words that the value can be.
+        metavar: what stands for the value in --help.
+        unset: what applies if the option is not given, in words.
+        plan: the field of the plan that follows from the option.
+        keys: a package whose keys the help text lists.
+        place: sorts the options of a group in --help.
+    """
     metadata = {"option": Option(help, group, parse, choices, metavar, unset, plan, keys, place)}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -56,10 +69,10 @@ def option(default: Any, help: str, group: str, parse: Callable[[str], Any] | No
 
 
 def options_of(config: type) -> dict[str, Option]:
-    """Field → option, in the order of the fields: those that several commands have come first."""
+    """Return the options of a config by field name, in the order of the fields."""
     return {f.name: f.metadata["option"] for f in dataclasses.fields(config)}
 
 
 def flag(name: str) -> str:
-    """A field's name on the command line and in the file."""
+    """Return a field's name on the command line and in the TOML file, with hyphens."""
     return name.replace("_", "-")

@@ -1,7 +1,8 @@
-"""From a command line to a config: the parser, and --help, derive from the config's fields.
+"""The command-line parser of each command, made from the fields of its config.
 
-A value comes from, in falling order: the command line, the file's table named after the command ([server], [client],
-[simulate]), the file's top level, the run that is resumed, the preset of (strategy, privacy), the default of the field.
+If an option is given in several places, the first of these wins: the command line; the TOML file's table named after
+the command ([server], [client], [simulate]); the file's top level; the run that is resumed; the preset of the strategy
+and privacy setting; the field's default.
 """
 
 from __future__ import annotations
@@ -23,22 +24,28 @@ C = TypeVar("C", bound=Config)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Its errors are one line: the usage would be three more."""
+    """A parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 class _Merged(argparse.Action):
-    """Given twice, mappings and pairs of names and numbers add up."""
+    """The action of options that can be given several times: their mappings, or (name, number) pairs, are merged."""
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
         both = dict(getattr(namespace, self.dest, {})) | dict(values)
         setattr(namespace, self.dest, tuple(sorted(both.items())) if isinstance(values, tuple) else both)
 
 
 def build_parser(config: type[Config], *, epilog: str | None = None) -> argparse.ArgumentParser:
-    """The parser of one command. Its defaults are all absent, so that `read_config` can tell what was given."""
+    """Return the parser of a command. It sets no defaults, so that `read_config` can tell which options were given.
+
+    Args:
+        config: the command's config.
+        epilog: the last lines of --help.
+    """
     parser = _Parser(prog=re.split(r" [\[-]", config.forms[0])[0], usage="\n       ".join(config.forms),
                      description=config.__doc__, epilog=epilog, add_help=False, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS,
@@ -54,14 +61,14 @@ def build_parser(config: type[Config], *, epilog: str | None = None) -> argparse
     return parser
 
 
-def _add(part: argparse._ArgumentGroup, field: dataclasses.Field, command: str) -> None:
-    """The field's flag, its help, and what stands in where it is not given."""
+def _add(part: argparse._ArgumentGroup, field: dataclasses.Field[Any], command: str) -> None:
+    """Add a field's option to the parser, with its help text and, in brackets, what applies if it is not given."""
     option: Option = field.metadata["option"]
     unset = option.unset[command] if isinstance(option.unset, Mapping) else option.unset
     if unset is None and option.parse is not None and field.default not in (None, dataclasses.MISSING):
         unset = shown(field.default)
     name = f"--{flag(field.name)}"
-    known = f" ({', '.join(registry.keys(option.keys))})" if option.keys else ""
+    known = f" (installed: {', '.join(registry.keys(option.keys))})" if option.keys else ""
     text = (option.help + known + (f" [{unset}]" if unset else "")).replace("%", "%%")
     if option.parse is None:
         part.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
@@ -73,36 +80,39 @@ def _add(part: argparse._ArgumentGroup, field: dataclasses.Field, command: str) 
 
 
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT", "Path": "PATH"}
-"""What stands for a value of a type in --help, where nothing better does."""
+"""What stands for a value in --help, by the value's type, if the option has no metavar of its own."""
 
 
 def shown(value: Any) -> str:
-    """A value as it is given."""
+    """Return a value as it is written on the command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(
         value, float) else str(value)
 
 
 def read_config(config: type[C], argv: Sequence[str] | None, *, epilog: str | None = None,
                 begun_with: Callable[[Path], Mapping[str, Any]] | None = None) -> C:
-    """Parse `argv` over the --config file over the defaults; a bad value ends the process with code 2.
+    """Read a config from the command line and the --config file. A bad value ends the process with exit code 2.
 
     Args:
-        argv: None for the process's own.
+        config: the command's config.
+        argv: the arguments; None for the process's own.
         epilog: the last lines of --help.
-        begun_with: the options of the run in the folder that --resume names, which then stand in for the defaults; it
-            raises ValueError where there is none.
+        begun_with: returns the options of the run in the folder that --resume names. They then replace the defaults. It
+            raises ValueError if there is no such run.
     """
     return _read(build_parser(config, epilog=epilog), config, argv, begun_with)
 
 
 def config_from(table: Mapping[str, str | int | float | bool], config: type[C], source: str) -> C:
-    """A config from keys and values, as Flower's run and node configurations give them; "" is not given.
+    """Make a config from keys and values, as Flower's run and node configurations hold them.
 
     Args:
-        source: named in errors.
+        table: option → value. An option whose value is "" counts as not given.
+        config: the command's config.
+        source: where the table comes from, for error messages.
 
     Raises:
-        ValueError: a key is not an option of the command, or a value is not one of its values.
+        ValueError: a key is not an option of the command, or a value is not allowed.
     """
     def complain(message: str) -> NoReturn:
         raise ValueError(f"{source}: {message.removeprefix('argument ')}")

@@ -13,22 +13,28 @@ from fedlora.config.shared import RECIPES, SERVER, ConnectedConfig, RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig(RunConfig, ConnectedConfig):
-    """Coordinate a federated run."""
+    """Coordinate a federated run: wait for clients, have them train, and combine what they send.
+
+    Brackets show what applies if an option is not given; [preset] depends on --strategy and --privacy (see
+    `fedlora-server presets`). Flags are off unless given.
+    """
 
     command: ClassVar[str] = SERVER
     forms: ClassVar[tuple[str, ...]] = (
         "fedlora-server [--strategy NAME] [--labels A,B,…] [options]", "fedlora-server --resume DIR",
         "fedlora-server presets [--json] | fedlora-server forget NAME --out DIR")
 
-    strategy: str = option("fedsvd", "how uploads are combined, or module:Class of your own", RUN, values.strategy,
-                           keys=RECIPES, metavar="NAME", plan="strategy", place=1)
-    min_clients: int = option(2, "clients to wait for before round 1", RUN, values.count, place=2)
+    strategy: str = option("fedsvd", "what clients train and how uploads are combined; module:Class for a strategy of "
+                           "your own", RUN, values.strategy, keys=RECIPES, metavar="NAME", plan="strategy", place=1)
+    min_clients: int = option(2, "number of clients to wait for before round 1", RUN, values.count, place=2)
     resume: Path | None = option(
-        None, "go on with the run whose --out folder this is, with the options that it was begun with", RUN,
+        None, "continue the run whose --out folder this is, with the options that it was started with", RUN,
         values.path, metavar="DIR", place=3)
-    seed: int = option(0, "of the frozen tensors and the cohorts", RUN, values.natural)
+    seed: int = option(0, "random seed of the adapter's initial values and of the choice of clients in each round", RUN,
+                       values.natural)
 
-    address: str = option("127.0.0.1:9092", "where to listen", NETWORK, metavar="HOST:PORT", place=1)
-    round_timeout: float = option(1800.0, "seconds that clients have for a round; who needs longer is lost to it",
-                                  NETWORK, values.positive)
-    wait_timeout: float = option(600.0, "seconds to wait when too few clients are left", NETWORK, values.positive)
+    address: str = option("127.0.0.1:9092", "address to listen on", NETWORK, metavar="HOST:PORT", place=1)
+    round_timeout: float = option(1800.0, "seconds that clients have to answer in a round; a client that needs longer "
+                                  "is dropped from the round", NETWORK, values.positive)
+    wait_timeout: float = option(600.0, "seconds to wait for more clients when a round has too few, before the run "
+                                 "ends", NETWORK, values.positive)

@@ -1,4 +1,4 @@
-"""The options of fedlora-simulate: those of a server, those of its clients, and how they are simulated."""
+"""The options of fedlora-simulate: those of a server, those of its clients, and those of the simulation itself."""
 
 from __future__ import annotations
 
@@ -12,30 +12,36 @@ from fedlora.config.shared import RECIPES, SIMULATE, LocalConfig, RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SimulationConfig(RunConfig, LocalConfig):
-    """Simulate federations: every method on the same split, seed by seed."""
+    """Simulate federated runs on one machine: every method on the same data split, one run for each seed.
+
+    Brackets show what applies if an option is not given; [preset] depends on --strategy and --privacy (see
+    `fedlora-server presets`). Flags are off unless given.
+    """
 
     command: ClassVar[str] = SIMULATE
     forms: ClassVar[tuple[str, ...]] = (
         "fedlora-simulate --data DIR_OR_FILE [options]", "fedlora-simulate {audit,bench,poison} [--help]")
 
     strategy: tuple[str, ...] = option(
-        ("fedsvd",), "one or more, separated by commas, or module:Class of your own, each if need be with a start of "
-        "its own: fed-sb:weight; ffa-lora:orthonormal is FedSVD's control", RUN, values.strategies, keys=RECIPES,
-        metavar="A[,B…]", plan="strategy", place=1)
-    clients: int | None = option(None, "simulated clients", RUN, values.count,
-                                 unset="2; with --partition files one for each", place=1)
-    partition: str = option("iid", "iid, dirichlet:ALPHA, shards:K or files", RUN, place=1)
-    seeds: tuple[int, ...] = option((0,), "one run per seed", RUN, values.seeds, metavar="N,…", place=1)
+        ("fedsvd",), "one or more strategies, each a name or module:Class of your own, with an --init of its own after "
+        "a colon if you like: fed-sb:weight; ffa-lora:orthonormal is the control for FedSVD", RUN, values.strategies,
+        keys=RECIPES, metavar="A[,B…]", plan="strategy", place=1)
+    clients: int | None = option(None, "number of simulated clients", RUN, values.count,
+                                 unset="2; with --partition files, one for each file", place=1)
+    partition: str = option("iid", "how rows are split over clients: iid, dirichlet:ALPHA (label shares drawn at "
+                            "random), shards:K (K pieces of the rows sorted by label), or files (one file each)", RUN,
+                            metavar="SCHEME", place=1)
+    seeds: tuple[int, ...] = option((0,), "random seeds, one run for each", RUN, values.seeds, metavar="N,…", place=1)
 
     batch_clients: int = option(
-        1, "clients whose steps share one pass of the base model, for clients with few tokens a step; equal to 1 but "
-        "for rounding", TUNING, values.count, place=7)
+        1, "clients that share one pass of the base model in each step, for clients with few tokens a step; results "
+        "are equal up to rounding", TUNING, values.count, place=7)
     workers: int = option(
-        1, "processes that train clients at the same time, each with the base model and with --threads of its own "
-        "[cores / workers]; several GPUs are dealt out among them", TUNING, values.count, place=7)
+        1, "processes that train clients in parallel, each with a base model and with --threads of its own (by default "
+        "cores / workers); several GPUs are shared out among them", TUNING, values.count, place=7)
     engine: str = option(
-        "in-process", "who trains: this process and the --workers it starts here, or as many workers of Ray, one base "
-        "model each", TUNING, choices=("in-process", "ray"), place=8)
+        "in-process", "what trains the clients: this process and its --workers, or --workers of Ray, each with a base "
+        "model of its own", TUNING, choices=("in-process", "ray"), place=8)
     ray_address: str | None = option(
-        None, "a running Ray cluster, as in ray://HOST:10001 or auto; --threads is then 1 unless given", TUNING,
-        unset="Ray is started on this machine", place=8)
+        None, "address of a running Ray cluster, as in ray://HOST:10001, or auto; --threads is then 1 unless given",
+        TUNING, unset="Ray is started on this machine", place=8)

@@ -1,7 +1,7 @@
-"""The TOML file that can stand in for a command's flags, and other tables of keys and values, as arguments.
+"""TOML files and other tables of options, turned into command-line arguments.
 
-A key that belongs to another command is left to it, so that one file drives all three; one that belongs to none is an
-error. The server's `seed` is also the one seed of a simulation, if `seeds` names none.
+One file can drive all three commands: a command skips the keys of other commands. A key that no command has is an
+error. The server's `seed` is also the only seed of a simulation, unless `seeds` is given.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ CONFIGS: Mapping[str, type[Config]] = {SERVER: ServerConfig, CLIENT: ClientConfi
 
 
 def keys(config: type[Config]) -> list[str]:
-    """Of a config in a file."""
+    """Return the keys that a TOML file can have for a config."""
     return [flag(name) for name in options_of(config)]
 
 
 def file_arguments(path: Path, config: type[Config]) -> list[str]:
-    """The file's values as command-line arguments, so that file and flags are checked by the same code.
+    """Return a file's values as command-line arguments, so that the same code checks files and flags.
+
+    Args:
+        path: the TOML file.
+        config: the command's config.
 
     Raises:
         ValueError: the file cannot be read, is not TOML, or has a key that no command knows.
@@ -41,18 +45,19 @@ def file_arguments(path: Path, config: type[Config]) -> list[str]:
         raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         both = all(re.search(rf"(?m)^\s*{start}", text) for start in (r"server\s*=", r"\[server\]"))
-        hint = "; beside a table [server], the client's `server` belongs under [client]" if both else ""
+        hint = "; next to a table [server], the client's option `server` belongs under [client]" if both else ""
         raise ValueError(f"--config {path} is not TOML: {error}{hint}") from None
     values = _of(table, config)
     if "config" in values:
         raise ValueError(f"--config {path}: 'config' cannot name another file")
     if "resume" in values:
-        raise ValueError(f"--config {path}: 'resume' is a flag alone, for the run brings its own options")
+        raise ValueError(f"--config {path}: 'resume' cannot stand in a file, because the resumed run brings its own "
+                         "options; give --resume on the command line")
     return arguments(values, config, f"--config {path}")
 
 
 def _of(table: dict[str, Any], config: type[Config]) -> dict[str, Any]:
-    """What a file says to one command: its own table over the top level, less what is for the others."""
+    """Return a file's values for one command: its own table over the top level, without other commands' keys."""
     own = table.pop(config.command, {})
     for other in CONFIGS.keys() - {config.command}:
         table.pop(other, None) if isinstance(table.get(other), dict) else None
@@ -67,13 +72,15 @@ def _of(table: dict[str, Any], config: type[Config]) -> dict[str, Any]:
 
 
 def arguments(values: Mapping[str, Any], config: type[Config], source: str) -> list[str]:
-    """Keys and values as command-line arguments.
+    """Return keys and values as command-line arguments.
 
     Args:
-        source: named in errors.
+        values: option → value. Lists and mappings are joined with commas.
+        config: the command's config.
+        source: where the values come from, for error messages.
 
     Raises:
-        ValueError: a key is not an option of the command, or its value has no form on a command line.
+        ValueError: a key is not an option of the command, or its value cannot be written on a command line.
     """
     here = {flag(name): option for name, option in options_of(config).items()}
     given: list[str] = []
@@ -94,7 +101,7 @@ def arguments(values: Mapping[str, Any], config: type[Config], source: str) -> l
                 value = ",".join(f"{k}={v}" for k, v in value)
             elif isinstance(value, list):
                 if split := [item for item in value if "," in str(item)]:
-                    raise ValueError(f"{source}: {key} holds {split[0]!r}, which its comma would make two of")
+                    raise ValueError(f"{source}: {key} holds {split[0]!r}, and an item must not contain a comma")
                 value = ",".join(map(str, value))
             given.append(f"--{name}={value}")
     return given

@@ -1,4 +1,4 @@
-"""From the text of an option to its value; the errors say what was expected."""
+"""Parsers that turn the text of an option into its value. Their errors say what was expected."""
 
 from __future__ import annotations
 
@@ -13,15 +13,24 @@ from fedlora.places import expanded
 from fedlora.plan import check_unit
 
 STARTS, RECIPES = "fedlora.adapters.starts", "fedlora_strategies.recipes"
-"""Packages whose keys are values of options. A client's machine may do without the latter: it is looked for when
-asked."""
+"""Packages whose modules are the values of options.
+
+The second may be missing on a client's machine, so it is only looked up when a strategy is parsed."""
 
 Choices = Sequence[str] | Callable[[], Sequence[str]]
-"""The words that a value can be, or where they are found once somebody asks."""
+"""The words that a value can be, or a function that returns them."""
 
 
-def number(kind: Callable[[str], Any], low: float, high: float = math.inf, *, open_low: bool = False) -> Callable:
-    """A parser of numbers in [low, high], or (low, high] if `open_low`; its errors say what was expected."""
+def number(kind: Callable[[str], Any], low: float, high: float = math.inf, *,
+           open_low: bool = False) -> Callable[[str], Any]:
+    """Return a parser of numbers in [low, high], or in (low, high] if `open_low`.
+
+    Args:
+        kind: int or float.
+        low: the lower bound.
+        high: the upper bound.
+        open_low: exclude the lower bound itself.
+    """
 
     def parse(given: str) -> Any:
         try:
@@ -45,7 +54,7 @@ finite = number(float, 0, 1e300, open_low=True)
 
 
 def text(given: str) -> str:
-    """Anything but nothing, or what cannot be told."""
+    """Return the text itself, unless it is blank or begins with an unknown home directory."""
     if not given.strip():
         raise argparse.ArgumentTypeError("it is empty; give a value, or leave the option out")
     if given.startswith("~"):
@@ -57,17 +66,17 @@ def text(given: str) -> str:
 
 
 def path(given: str) -> Path:
-    """A place, there or not."""
+    """Parse a path, which need not exist."""
     return Path(text(given))
 
 
 def names(given: str) -> tuple[str, ...]:
-    """What stands between commas."""
+    """Split a list at its commas; blank parts are dropped."""
     return tuple(part.strip() for part in given.split(",") if part.strip())
 
 
-def distinct(given: str, each: Callable[[str], Any] = str) -> tuple:
-    """At least one, compared as what `each` makes of them."""
+def distinct(given: str, each: Callable[[str], Any] = str) -> tuple[Any, ...]:
+    """Parse a list of at least one value, each parsed by `each`. Two equal values are an error."""
     values = tuple(map(each, names(given)))
     if not values or len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"{given!r} must name at least one, and none twice")
@@ -75,31 +84,31 @@ def distinct(given: str, each: Callable[[str], Any] = str) -> tuple:
 
 
 def seeds(given: str) -> tuple[int, ...]:
-    """Whole numbers."""
+    """Parse a list of different whole numbers of at least 0."""
     return distinct(given, natural)
 
 
 def labels(given: str) -> tuple[str, ...]:
-    """Label names, as rows have them."""
-    from fedlora.data.rows import normalize_label  # --help needs no numpy
+    """Parse a list of different label names, normalised as the labels of rows are."""
+    from fedlora.data.rows import normalize_label  # imported late, so that --help needs no numpy
 
     return distinct(given, lambda name: normalize_label(name) or name)
 
 
 def start(given: str) -> str:
-    """How the frozen factors start: a key of `fedlora.adapters.starts`, and what it takes behind a colon."""
+    """Check --init: a key of `fedlora.adapters.starts`, followed by a colon and a value if that start takes one."""
     takes = {key: registry.literals(STARTS, key, "START").get("takes") for key in registry.keys(STARTS)}
     key, colon, argument = given.partition(":")
     if key in takes and (bool(colon), bool(argument)) == (bool(takes[key]),) * 2:
         return given
     shown = ", ".join(f"{name}:{what}" if what else name for name, what in takes.items())
     reasons = {"gradient": "a start from the clients' raw gradients would release private rows without noise; ",
-               **{name: f"name the {what} behind a colon: " for name, what in takes.items() if what}}
+               **{name: f"name the {what} after a colon: " for name, what in takes.items() if what}}
     raise argparse.ArgumentTypeError(f"{given!r}: {reasons.get(key, 'there is no such start; ')}choose one of {shown}")
 
 
 def method(given: str) -> tuple[str, str | None]:
-    """A strategy, and the start that may follow it: "fed-sb:weight", "my_module:MyStrategy:weight"."""
+    """Split a strategy from the start that may follow it: "fed-sb:weight", "my_module:MyStrategy:weight"."""
     parts = given.split(":")
     count = 1 if parts[0] in registry.keys(RECIPES) else 2
     chosen_one, init = ":".join(parts[:count]), ":".join(parts[count:]) or None
@@ -110,22 +119,27 @@ def method(given: str) -> tuple[str, str | None]:
 
 
 def strategy(given: str) -> str:
-    """One, whose start is another option's."""
+    """Parse one strategy. A start after a colon is an error, because the server has --init for it."""
     name, init = method(given)
     if init is not None:
-        raise argparse.ArgumentTypeError(f"{given!r}: the start is named with --init {init}")
+        raise argparse.ArgumentTypeError(f"{given!r}: give the start with --init {init}")
     return name
 
 
 def strategies(given: str) -> tuple[str, ...]:
-    """Several, each if need be with a start of its own."""
+    """Parse a list of different strategies, each with or without a start of its own."""
     for name in (found := distinct(given)):
         method(name)
     return found
 
 
 def several(known: Choices, what: str) -> Callable[[str], tuple[str, ...]]:
-    """A parser of several of the known words, none twice; `what` one of them is."""
+    """Return a parser of lists of known words, none twice.
+
+    Args:
+        known: the words.
+        what: what one of them is called in error messages.
+    """
 
     def parse(given: str) -> tuple[str, ...]:
         for name in (found := distinct(given)):
@@ -137,7 +151,7 @@ def several(known: Choices, what: str) -> Callable[[str], tuple[str, ...]]:
 
 
 def unit(given: str) -> str:
-    """Of privacy."""
+    """Check a unit of privacy: "row" or "column:NAME"."""
     try:
         check_unit(given)
     except ValueError as error:
@@ -146,7 +160,7 @@ def unit(given: str) -> str:
 
 
 def numbers(given: str) -> tuple[tuple[str, float], ...]:
-    """(name, number), in order of the names."""
+    """Parse a list of name=number into (name, number) pairs, in the order of the names."""
     return _by_name(given, _finite, "as in beta1=0,beta2=0.99")
 
 
@@ -158,7 +172,7 @@ def _finite(given: str) -> float:
 
 
 def whole_numbers(given: str) -> tuple[tuple[str, int], ...]:
-    """(name, whole number of at least 1), in order of the names."""
+    """Parse a list of name=number into (name, whole number of at least 1) pairs, in the order of the names."""
     return _by_name(given, count, "as in encoder.layer.0.attention.self.query=4")
 
 
@@ -173,19 +187,19 @@ def _by_name(given: str, each: Callable[[str], Any], example: str) -> tuple[tupl
 
 
 def columns(given: str) -> Mapping[str, str]:
-    """Field → column."""
+    """Parse a list of name=column into a mapping from a field's name to the column that holds it."""
     parts = [(name.strip(), column.strip()) for name, _, column in (part.partition("=") for part in names(given))]
     if not parts or not all(name and column for name, column in parts):
         raise argparse.ArgumentTypeError(f"{given!r} is not of the form name=column, as in text=note")
     if len(pairs := dict(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"{given!r} names a column for one field twice; name one for each")
+        raise argparse.ArgumentTypeError(f"{given!r} names two columns for the same field; name one for each")
     return pairs
 
 
 def chosen(choices: Choices) -> Sequence[str]:
-    """The words themselves."""
+    """Return the words that a value can be."""
     return choices() if callable(choices) else choices
 
 
 ADD_UP = (columns, numbers, whole_numbers)
-"""Parsers of options that can be given more than once."""
+"""Parsers of options that can be given several times, and then add up."""

@@ -1,4 +1,4 @@
-"""Flags, config file and defaults, and what derives from the fields of a config."""
+"""Configs: command-line flags, the TOML file, defaults, and the parser made from a config's fields."""
 
 import dataclasses
 import re
@@ -131,7 +131,7 @@ def test_help_stands_in_groups_names_every_option_once_and_has_a_short_usage(com
 
 
 MADE_BY_THE_SERVER = {"run_id", "fedlora_version", "family", "adapter_scale", "weight_by_examples", "protocol"}
-"""What of a plan follows from no option alone."""
+"""Fields of a plan that no single option decides."""
 
 
 @pytest.mark.parametrize("command", ["server", "simulate"])
@@ -146,7 +146,7 @@ def test_an_option_and_the_value_of_the_plan_that_has_its_name_have_one_type():
     plan = {field.name: field.type for field in dataclasses.fields(RunPlan)}
     for field in dataclasses.fields(ServerConfig):
         option = field.metadata["option"]
-        if option.plan == field.name != "model":  # a plan pins it
+        if option.plan == field.name != "model":  # an option names the model; a plan also has its hashes
             assert field.type.removesuffix(" | None") == plan[field.name], field.name
 
 

@@ -259,7 +259,7 @@ def test_an_option_names_a_column_once(capsys):
     assert options.column == {"text": "note", "label": "klass"}
     with pytest.raises(SystemExit):
         read_config(ClientConfig, ["--column=text=note,text=body"])
-    assert "names a column for one field twice" in capsys.readouterr().err
+    assert "names two columns for the same field" in capsys.readouterr().err
 
 
 # --- Folders ---
