@@ -1,7 +1,7 @@
-"""The contract between a server and its clients: typed values, no code.
+"""The contract between a server and its clients: plans, uploads and refusals, as typed values without code.
 
-The server proposes a `RunPlan` once and a `RoundPlan` each round; the client answers with an `Upload` or a `Refusal`.
-Everything here is a frozen value that is checked when it is made, on either side of the wire.
+The server proposes a `RunPlan` once, and sends a `RoundPlan` in each round. The client answers with an `Upload` or a
+`Refusal`. All of these are frozen values, checked when they are made, on either side of the network.
 """
 
 from fedlora.plan.found import FOUND, task_facts

@@ -1,4 +1,4 @@
-"""What a plan names by a key, looked up in what is installed, and what is known of it without importing it."""
+"""Lookup of what a plan names by key, among the installed packages, without importing it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from fedlora import registry
 FOUND: Mapping[str, str] = {"family": "fedlora.adapters.families", "task": "fedlora.tasks",
                             "optimizer": "fedlora.training.optimizers",
                             "adjustment": "fedlora.training.adjustments"}
-"""Fields that are a key each → the package whose files they name."""
+"""Field of a plan that holds a key → the package whose modules the key chooses from."""
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What plans are held against. A task's class says it in literals, see `fedlora.task.Task`; whoever only passes a
-    plan on needs no PyTorch for it.
+    """The facts about a task that plans are checked against.
+
+    They are literals in the task's class (`fedlora.task.Task` explains them), so that checking a plan does not need
+    PyTorch.
     """
 
     model_is: str
@@ -27,10 +29,10 @@ class TaskFacts:
 
 @cache
 def task_facts(key: str) -> TaskFacts:
-    """Those of a task that is installed."""
+    """Return the facts about an installed task, by its key."""
     said = registry.literals(FOUND["task"], key, "TASK")
     names = ("model_is", "has_labels", "has_head")
-    if lacking := [name for name in names if name not in said]:  # inherited, or computed
+    if lacking := [name for name in names if name not in said]:  # inherited, or not a literal
         task = registry.load(FOUND["task"], key).TASK
         said = {**said, **{name: getattr(task, name) for name in lacking}}
     return TaskFacts(str(said["model_is"]), bool(said["has_labels"]), bool(said["has_head"]))

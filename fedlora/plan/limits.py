@@ -1,50 +1,61 @@
-"""The bounds of every value that the two sides agree on, and the words that it can be."""
+"""Bounds and allowed words of the values in plans and uploads, which both sides check."""
 
 from __future__ import annotations
 
 PROTOCOL = 7
-"""Version of the wire protocol. Two sides with different numbers refuse each other. It rises with each change of the
-.proto's messages, of a plan's meaning, or of what is answered to what."""
+"""Version of the wire protocol. Two sides with different versions refuse each other.
+
+It is raised with each change of the messages in the .proto file, of a plan's meaning, or of which message answers
+which."""
 CONTINUED = (4, 5, 6, PROTOCOL)
-"""Protocols under which a run may have been begun that this version takes up again: their plans mean the same."""
+"""Protocol versions under which a run may have begun that this version can resume. Their plans mean the same."""
 
 LR_SCHEDULES = ("constant", "linear")
 WIRE_DTYPES = ("fp32", "bf16")
 ROW, COLUMN = "row", "column:"
-"""Units of privacy: each row, or "column:NAME" for all rows of a client with one value in that column together."""
+"""Units of privacy: each row by itself, or "column:NAME" for all of a client's rows with the same value there."""
 
 LEAST_SCALE, MOST_CLIP_NORM, MOST_SCALE = 1e-6, 1e6, 1e16
-"""Of clip norms and of the factors on gradients: far outside of what trains, and well within what numbers can hold. The
-start from noised gradients scales by 1e10 clip norms."""
+"""Allowed range of clip norms and gradient scales: far wider than useful, safely inside float32.
+
+The start from noised gradients scales by 1e10 clip norms."""
 
 MOST_RANK = 4096
-"""Of an adapter: a plan may not have a client take memory without end."""
+"""Highest rank of an adapter, so that a plan cannot make a client allocate memory without limit."""
 
 LONGEST_NAME = 64
-"""Characters of a strategy's, a family's or a task's name, which a client shows whether it knows it or not."""
+"""Most characters of the name of a strategy, family or task. A client shows the name even if it does not know it."""
 
 LONGEST_LABEL, MOST_ANNOUNCED, MOST_LABELS = 64, 1000, 5000
-"""Characters of a label name that a client announces, names that it does, and names that a server may give."""
+"""Most characters of a label name that a client announces, most names that it announces, and most that a run has."""
 
 ANCHOR_BYTES = 68
-"""Of a ledger's sealed anchor (`fedlora.privacy.ledger.anchor`), whatever it holds."""
+"""Length of a ledger's sealed anchor (`fedlora.privacy.ledger.anchor`), whatever it holds."""
 
 MOST_STEPS = 100_000
-"""Of one client in one run: what an accountant takes seconds for."""
+"""Most optimiser steps of one client in one run. An accountant needs some seconds for this many."""
 
 
 def check_unit(unit: str) -> None:
-    """Raises ValueError for anything but "row" or "column:NAME"."""
+    """Check a unit of privacy.
+
+    Raises:
+        ValueError: it is neither "row" nor "column:NAME".
+    """
     if unit != ROW and not (unit.startswith(COLUMN) and len(unit) > len(COLUMN)):
         raise ValueError(f"the privacy unit is {unit!r}; it must be row or column:NAME, as in column:patient_id")
 
 
 def unit_column(unit: str) -> str | None:
-    """The column that tells the units, or None where each row is one."""
+    """Return the column that identifies the units of privacy; None if each row is a unit."""
     return None if unit == ROW else unit.removeprefix(COLUMN)
 
 
 def check_run_id(run_id: str) -> None:
-    """Raises ValueError unless it can be a run's; it names a folder at the client."""
+    """Check the id of a run. A client uses it as the name of a folder.
+
+    Raises:
+        ValueError: it is not 16 lower-case hexadecimal digits.
+    """
     if len(run_id) != 16 or set(run_id) - set("0123456789abcdef"):
         raise ValueError(f"run_id is {run_id!r}; it must be 16 lower-case hexadecimal digits")

@@ -1,4 +1,4 @@
-"""What a client answers, and how either side declines or says goodbye: frozen values, checked when they are made."""
+"""Messages beside plans: a client's upload, either side's refusal, and the ways in which a run can end."""
 
 from __future__ import annotations
 
@@ -10,26 +10,35 @@ if TYPE_CHECKING:  # the commands' --help reads this module and needs no numpy
     import numpy as np
 
 Tensors = Mapping[str, "np.ndarray"]
-"""Named float32 arrays in C order; names are those of `fedlora.adapters.AdapterLayout`."""
+"""Named float32 arrays in C order. The names are those of `fedlora.adapters.AdapterLayout`."""
 
 Released = NewType("Released", Tensors)
-"""Tensors that have left a client; under privacy, through the noise. Server steps are given these and what the server
-made itself, so that all they do is post-processing."""
+"""Tensors that have left a client. Under privacy they have passed through the noise.
+
+Server steps only receive these and values that the server made itself. So whatever they compute is post-processing,
+which costs no privacy."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What one client sends for one round. Under privacy, everything in it has passed through the noise.
+    """The values that one client sends for one round. Under privacy, everything computed from records is noised.
 
-    In round 0 the tensors are by how much the release's steps moved them: its noised gradients.
+    In round 0, the release of a private start, the tensors hold how far the release's steps moved them: the client's
+    noised gradients.
 
     Attributes:
-        tensors: the trained tensors after the round, float32, rounded to what the wire dtype can carry.
-        steps: optimiser steps done.
-        delta, noise_multiplier: of the client's guarantee; None without privacy.
-        num_examples, train_loss: only without privacy, else None.
-        anchor: of the client's ledger, sealed, for the server to keep; empty where it has no real one, or nobody keeps
-            it. Made when the upload leaves, and not stored with it.
+        run_id: the run.
+        round: number of the round, as in its `RoundPlan`.
+        attempt: number of the attempt, as in its `RoundPlan`.
+        tensors: the trained tensors after the round, float32, rounded to the wire dtype.
+        steps: number of optimiser steps done.
+        delta: δ of the client's guarantee; None without privacy.
+        noise_multiplier: standard deviation of the client's noise, as a multiple of the clip norm; None without
+            privacy.
+        num_examples: number of the client's records; None under privacy.
+        train_loss: mean training loss; None under privacy.
+        anchor: the sealed anchor of the client's ledger, for the server to keep; empty if the client has no real
+            ledger or the server keeps no anchors. It is made when the upload is sent, and not stored with it.
     """
 
     run_id: str
@@ -57,17 +66,20 @@ REFUSALS: Mapping[str, str] = {
     "name-in-use": "the name is another client's",
     "labels": "the labels that the client declares do not fit the plan's label set, or it declares none",
 }
-"""Every code with which one side declines, and its fixed meaning. Under privacy none depends on a row's content;
-without it "labels" can tell that some row has a label outside the plan's set."""
+"""The codes with which a side can decline, and their meanings.
+
+Under privacy no code depends on a row's content. Without privacy, "labels" can disclose that some row has a label
+outside the plan's label set."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A typed no.
+    """A refusal with one of a fixed set of codes.
 
     Attributes:
         code: one of `REFUSALS`.
-        detail: more for the other side, never anything from private data; empty for policy, budget and unavailable.
+        detail: an explanation for the other side, which never contains private data. It is empty for the codes policy,
+            budget and unavailable.
     """
 
     code: str
@@ -82,7 +94,7 @@ class Refusal:
 
 
 class Refused(Exception):
-    """Raised where a refusal ends what was being done."""
+    """The exception for a refusal that ends the current operation. Its attribute `refusal` has the code."""
 
     def __init__(self, code: str, detail: str = "") -> None:
         self.refusal = Refusal(code, detail)
@@ -98,14 +110,14 @@ GOODBYES: Mapping[str, str] = {
     "failed": "the server failed",
     "diverged": "training diverged; the coordinator has to lower the learning rate",
 }
-"""How a run can end, and the words with which the server says goodbye then."""
+"""The ways in which a run can end for a client, and the explanation that the server sends with each."""
 
 
 UPLOAD_METRICS = ("steps", "delta", "noise_multiplier", "num_examples", "train_loss")
-"""The only scalars that may leave a client beside its tensors; those that are None are left out. The anchor is none."""
+"""The only scalars that an upload can have beside its tensors and the anchor. Those that are None are left out."""
 
 
 def upload_metrics(upload: Upload) -> dict[str, int | float]:
-    """The upload's scalars that are not None, by name, in the order of `UPLOAD_METRICS`."""
+    """Return the upload's scalars that are not None, by name, in the order of `UPLOAD_METRICS`."""
     values = ((name, getattr(upload, name)) for name in UPLOAD_METRICS)
     return {name: value for name, value in values if value is not None}

@@ -1,4 +1,4 @@
-"""What a client is told when it joins, before it is ready."""
+"""The proposal that a client receives when it joins, before it says that it is ready."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from fedlora.plan.run import RunPlan
 
 
 def check_anchor(sealed: bytes) -> None:
-    """Raises ValueError for anything but an anchor's length, or nothing."""
+    """Check the length of a sealed anchor, which may be empty.
+
+    Raises:
+        ValueError: the length is neither 0 nor `ANCHOR_BYTES`.
+    """
     if len(sealed) not in (0, ANCHOR_BYTES):
-        raise ValueError(f"an anchor of {len(sealed)} bytes; it has {ANCHOR_BYTES}, or none")
+        raise ValueError(f"the anchor has {len(sealed)} bytes; it must have {ANCHOR_BYTES}, or none")
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """The whole plan, so that everything can be weighed before anything is disclosed or charged.
+    """The whole plan of a run, so that a client can decide before it discloses anything or charges its budget.
 
     Attributes:
-        plan: of the run; where its labels are open, clients must name theirs when they are ready, which discloses them,
-            and the labels alone may be another's once training begins.
-        anchor: the last one that the server was sent under this client's name, b"" if none was; None where it keeps
-            none, and none is to be sent.
+        plan: the run's plan. If its labels are open, clients must name theirs when they are ready, which discloses
+            them. Then the labels are the only part of the plan that may change before training begins.
+        anchor: the last anchor that the server received under this client's name; b"" if it received none. None if the
+            server keeps no anchors, so that the client sends none.
     """
 
     plan: RunPlan
@@ -39,7 +43,7 @@ class Proposal:
         return self.plan.labels_open
 
     def broken_by(self, run: RunPlan) -> list[str]:
-        """What of the run's plan is not as it was proposed, by name."""
+        """Return the names of the fields in which a run's plan differs from the proposed plan."""
         told = run.with_open_labels() if self.announce_labels else run
         return [field.name for field in dataclasses.fields(RunPlan)
                 if getattr(told, field.name) != getattr(self.plan, field.name)]

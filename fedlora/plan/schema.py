@@ -1,4 +1,4 @@
-"""Plans as flat typed values, as they travel and are stored, and back."""
+"""Conversion of plans to flat typed values, as they are sent and stored, and back."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ PAIRS: Mapping[str, tuple[str, str, type]] = {
     "family_options": ("family_option_names", "family_option_values", float),
     "ranks": ("rank_sites", "rank_values", int),
 }
-"""Fields that are pairs of a name and a number → the two lists that stand for them, and the number's type."""
+"""Field of (name, number) pairs → names of the two lists that represent it, and the number's type."""
 
 SINCE: Mapping[str, int] = {
     **{name: 6 for names in PAIRS.values() for name in names[:2]}, "adjustment": 6,
 }
-"""Values that plans of earlier protocols do not have: they are left out of those plans, whose hashes stay as they were,
-and are empty there."""
+"""Value → the protocol version that introduced it.
+
+Plans of earlier protocols leave the value out, so that their hashes stay the same. Read back, it is empty there."""
 
 
 def to_scalars(plan: RunPlan) -> Scalars:
-    """The plan as flat typed values: nested `model` becomes `model_name`, `model_weights_sha256`, ….
+    """Return a plan as flat typed values. The nested `model` becomes `model_name`, `model_weights_sha256`, ….
 
-    Inverse of `from_scalars`. The Flower ConfigRecord and the gRPC message both have exactly these fields.
+    `from_scalars` is the inverse. Flower's ConfigRecord and the gRPC message both have exactly these fields.
     """
     flat: Scalars = {}
     for f in dataclasses.fields(plan):
@@ -42,10 +43,10 @@ def to_scalars(plan: RunPlan) -> Scalars:
 
 
 def from_scalars(flat: Mapping[str, object]) -> RunPlan:
-    """Build a plan from `to_scalars`' values.
+    """Build a plan from the values that `to_scalars` returns.
 
     Raises:
-        ValueError: a field is missing, unknown, of the wrong type or out of range.
+        ValueError: a field is missing, unknown, of the wrong type, or out of range.
     """
     model_names = {f"model_{f.name}": f.name for f in dataclasses.fields(ModelRef)}
     kinds = {f.name: str(f.type) for f in dataclasses.fields(RunPlan) if f.name not in ("model", *PAIRS)}
@@ -71,7 +72,16 @@ _TYPES: Mapping[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float":
 
 
 def _checked(name: str, value: object, kind: str) -> object:
-    """The value as `kind`, the name of a type or of a tuple of it, asks for it; ValueError where it is of another."""
+    """Return a value with the type that its field needs.
+
+    Args:
+        name: the field, for the message.
+        value: its value, as it was received.
+        kind: the type's name, such as "int" or "tuple[str, ...]". An int is accepted for a float.
+
+    Raises:
+        ValueError: the value has another type.
+    """
     def single(one: object, of: str) -> object:
         if not isinstance(one, _TYPES[of]) or (of != "bool" and isinstance(one, bool)):
             raise ValueError(f"{name} must be of type {kind}, not {type(value).__name__}")
@@ -85,15 +95,20 @@ def _checked(name: str, value: object, kind: str) -> object:
 
 
 def round_to_scalars(plan: RoundPlan) -> Scalars:
-    """`to_scalars` of the run plus the round's own `round`, `attempt`, `frozen_sha256`, `active`, and `deadline_s`, the
-    seconds that are left now.
+    """Return a round's plan as flat typed values: those of the run, and the round's own.
+
+    The deadline becomes `deadline_s`, the number of seconds left now.
     """
     return to_scalars(plan.run) | {"round": plan.round, "attempt": plan.attempt, "frozen_sha256": plan.frozen_sha256,
                                    "active": list(plan.active), "deadline_s": plan.left_s}
 
 
 def round_from_scalars(flat: Mapping[str, object]) -> RoundPlan:
-    """Inverse of `round_to_scalars`, the seconds counted from now; raises ValueError as `from_scalars` does."""
+    """Build a round's plan from the values that `round_to_scalars` returns. The deadline is counted from now.
+
+    Raises:
+        ValueError: a field is missing, unknown, of the wrong type, or out of range.
+    """
     own = {"round": "int", "attempt": "int", "frozen_sha256": "str", "active": "tuple[str, ...]",
            "deadline_s": "float"}
     if missing := own.keys() - flat.keys():

@@ -1,4 +1,4 @@
-"""The contract's values: checked when made, and the same after every trip through flat scalars."""
+"""Plans and messages: they are checked when they are made, and unchanged by conversion to flat values and back."""
 
 import dataclasses
 import math
