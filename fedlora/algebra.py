@@ -1,7 +1,8 @@
-r"""The mathematics of low-rank updates and their means, on plain tensors.
+r"""The linear algebra of low-rank updates and weighted means, on plain tensors.
 
-Shapes: B is (m, r), A is (r, n) with m = d_out and n = d_in; the update is proportional to B A. No (m, n) matrix is
-formed. Everything works in the dtype and on the device of its input; use float64 where bits matter.
+Shapes: B is (m, r) and A is (r, n), with m = d_out and n = d_in. The update is proportional to B A; the full (m, n)
+product is never formed. Each function works in the dtype and on the device of its input. Use float64 where the exact
+bits matter.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fedlora.plan import Tensors
 
 @dataclass(frozen=True)
 class Factors:
-    """A low-rank matrix B A.
+    """The two factors of a low-rank matrix B A.
 
     Attributes:
         B: (m, r).
@@ -28,26 +29,26 @@ class Factors:
 
 
 def reorthogonalize(factors: Factors) -> Factors:
-    r"""Rewrite B A as B' A' with orthonormal rows of A', leaving the product unchanged.
+    r"""Rewrite B A as B' A', where A' has orthonormal rows, without changing the product.
 
-    The refactorisation of Lee et al., FedSVD (arXiv:2505.12805), in its thin form: with A^T = Q R, the SVD
-    U S V^T of the small B R^T gives B' = U S and A' = V^T Q^T. Costs O((m + n) r^2).
+    This is the refactorisation of Lee et al., FedSVD (arXiv:2505.12805), in its thin form: with A^T = Q R, the SVD
+    U S V^T of the small B R^T gives B' = U S and A' = V^T Q^T. It costs O((m + n) r^2).
 
     ===========================  ====================================================================================
     Case                         Result
     ===========================  ====================================================================================
-    B = 0                        the input itself: the SVD of 0 has arbitrary rows
-    rank(B A) < r, A full rank   the last columns of B' are 0 and A' stays inside row(A)
-    rank(A) < r                  A' is orthonormal all the same; rows beyond rank(A) are arbitrary, with B' columns 0
+    B = 0                        the input itself, because the SVD of 0 has arbitrary rows
+    rank(B A) < r, A full rank   the last columns of B' are 0, and the rows of A' stay in the row space of A
+    rank(A) < r                  A' is orthonormal too; its rows beyond rank(A) are arbitrary, their columns of B' 0
     ===========================  ====================================================================================
 
-    Signs, which an SVD leaves open, are fixed: the entry of largest magnitude in each row of A' is positive.
+    An SVD leaves signs open. They are fixed here: the entry of largest magnitude in each row of A' is positive.
 
     Args:
-        factors: B (m, r) and A (r, n), r <= min(m, n).
+        factors: B (m, r) and A (r, n), with r <= min(m, n).
 
     Returns:
-        B' with orthogonal columns of falling norm, A' with orthonormal rows.
+        B' with orthogonal columns of decreasing norm, and A' with orthonormal rows.
 
     Raises:
         ValueError: the ranks of B and A differ or exceed min(m, n).
@@ -69,25 +70,32 @@ def reorthogonalize(factors: Factors) -> Factors:
 
 
 def row_signs(matrix: torch.Tensor) -> torch.Tensor:
-    """For each row the sign (1 or -1) of its entry of largest magnitude: (r, n) to (r,)."""
+    """Return the sign (1 or -1) of each row's entry of largest magnitude: (r, n) to (r,)."""
     largest = matrix.gather(1, matrix.abs().argmax(dim=1, keepdim=True)).squeeze(1)
     return torch.where(largest < 0, -1.0, 1.0).to(matrix.dtype)
 
 
 def orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis of the row space, signs fixed as in `reorthogonalize`: (r, n) to (r, n), r <= n.
+    """Return an orthonormal basis of the row space, signs fixed as in `reorthogonalize`: (r, n) to (r, n), r <= n.
 
-    Of a matrix of independent Gaussians it is uniformly distributed up to the signs.
+    If the entries of the matrix are independent Gaussians, the basis is uniformly distributed up to its signs.
     """
-    rows = torch.linalg.qr(matrix.T)[0].T
+    rows: torch.Tensor = torch.linalg.qr(matrix.T)[0].T
     return rows * row_signs(rows)[:, None]
 
 
 def leading_factors(matrix: torch.Tensor, rank: int) -> Factors:
-    """The leading singular vectors: B (m, r) the left ones as columns, A (r, n) the right ones as rows.
+    """Return the leading singular vectors of a matrix, in float64.
 
-    From the eigenvectors of the smaller Gram matrix in float64: as accurate as an SVD for leading vectors, and several
-    times faster.
+    They are computed from the eigenvectors of the smaller Gram matrix. For leading vectors that is as accurate as an
+    SVD, and several times faster.
+
+    Args:
+        matrix: (m, n).
+        rank: r, the number of singular vectors to return.
+
+    Returns:
+        B (m, r), with the left singular vectors as columns, and A (r, n), with the right ones as rows.
 
     Raises:
         ValueError: rank exceeds min(m, n).
@@ -100,17 +108,18 @@ def leading_factors(matrix: torch.Tensor, rank: int) -> Factors:
         transposed = leading_factors(W.T, rank)
         signs = row_signs(transposed.B.T)
         return Factors(B=transposed.A.T * signs, A=transposed.B.T * signs[:, None])
-    left = torch.linalg.eigh(W @ W.T)[1].flip(1)[:, :rank]  # (m, r), largest first
-    Q, R = torch.linalg.qr(W.T @ left)  # R is diagonal up to rounding: the columns are orthogonal already
+    left = torch.linalg.eigh(W @ W.T)[1].flip(1)[:, :rank]  # (m, r), largest eigenvalue first
+    Q, R = torch.linalg.qr(W.T @ left)  # the columns are orthogonal already, so R is diagonal up to rounding
     rows = Q.T * torch.where(R.diagonal() < 0, -1.0, 1.0).double()[:, None]
     signs = row_signs(rows)
     return Factors(B=left * signs, A=rows * signs[:, None])
 
 
 class WeightedMean:
-    """Weighted mean of many sets of named tensors, taken one at a time: one float64 copy in memory, however many.
+    """A running weighted mean of sets of named tensors.
 
-    The bits depend on the order of `add`; feed one fixed order.
+    Sets are added one at a time, so memory holds one float64 copy however many there are. The bits of the result depend
+    on the order of the calls to `add`: always add in the same order.
     """
 
     def __init__(self) -> None:
@@ -118,14 +127,15 @@ class WeightedMean:
         self._total = 0.0
 
     def add(self, tensors: Tensors, weight: float) -> None:
-        """Add one set.
+        """Add one set of tensors to the mean.
 
         Args:
-            tensors: the same names and shapes each time.
-            weight: positive and finite; the mean divides by their sum.
+            tensors: arrays with the same names and shapes in every call.
+            weight: positive and finite. The mean divides by the sum of the weights.
 
         Raises:
-            ValueError: another set of names or shapes, or an impossible weight; nothing is added then.
+            ValueError: the names or shapes differ from earlier calls, or the weight is not positive and finite. The
+                mean is unchanged then.
         """
         if not 0 < weight < float("inf"):
             raise ValueError(f"weight is {weight}; it must be positive and finite")
@@ -138,7 +148,7 @@ class WeightedMean:
         self._total += weight
 
     def result(self) -> dict[str, np.ndarray]:
-        """The mean, float32.
+        """Return the mean of all sets added so far, as float32 arrays.
 
         Raises:
             ValueError: nothing was added.

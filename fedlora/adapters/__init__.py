@@ -1,4 +1,4 @@
-"""Adapters: families say which tensors there are, starts what they begin with."""
+"""Adapters: families define which tensors there are, and starts define their initial values."""
 
 from fedlora.adapters.attach import AdaptedModel, attach, attach_planned
 from fedlora.adapters.export import export

@@ -1,8 +1,9 @@
-"""Put an adapter on a loaded base model, and move its tensors in and out.
+"""Attachment of an adapter to a loaded base model, and access to the adapter's tensors.
 
-The family builds what is added to each target module's output. Every trained tensor belongs to a leaf
-(`fedlora.adapters.leaves`), so that gradients by record exist. The base model's weights are frozen and are never
-written: one copy serves any number of simulated clients, whose tensors are written in turn.
+The family builds the module whose output is added to that of each target layer. Every trained tensor belongs to a leaf
+(`fedlora.adapters.leaves`), which can compute the gradient of each record separately. The base model's weights are
+frozen and never written. One copy therefore serves any number of simulated clients, whose tensors are written to the
+adapter in turn.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
 from fedlora.adapters.family import Delta, Leaves, Site, TensorSpec, family_of
 from fedlora.adapters.layout import AdapterLayout
@@ -28,9 +30,9 @@ from fedlora.tasks import task_named
 
 
 class AdaptedLinear(nn.Module):
-    """base(x) + delta(x), in place of a linear layer of a model, which stays as it is.
+    """A linear layer with an adapter: computes base(x) + delta(x). The base layer itself is unchanged.
 
-    The delta is given x in the dtype of its own tensors, after dropout; the sum has the dtype of the base's output.
+    The delta receives x after dropout, in the dtype of its own tensors. The sum has the dtype of the base's output.
     """
 
     def __init__(self, base: nn.Linear | Conv1D, delta: Delta, dropout: float) -> None:
@@ -38,35 +40,37 @@ class AdaptedLinear(nn.Module):
         self.base, self.delta = base, delta
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
 
+    @override
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        output = self.base(inputs)
+        output: torch.Tensor = self.base(inputs)
         own = next(self.delta.parameters()).dtype
-        return (output + self.delta(self.dropout(inputs.to(own)), output, self.base)).to(output.dtype)
+        added: torch.Tensor = self.delta(self.dropout(inputs.to(own)), output, self.base)
+        return (output + added).to(output.dtype)
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base layer's, which some models look at."""
+        """The base layer's weight, which the code of some models reads."""
         return self.base.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The base layer's."""
+        """The base layer's bias."""
         return self.base.bias
 
 
 class AdaptedModel:
-    """A base model with an adapter. Made by `attach`.
+    """A base model with an adapter, as `attach` makes it.
 
     Attributes:
-        model: the module to call; the one that was loaded, changed in place.
+        model: the module to call. It is the loaded model, changed in place.
         layout: names, shapes and roles of the adapter's tensors.
-        tokenizer: of the base model, as the run uses it.
+        tokenizer: the base model's tokenizer, as the run uses it.
         base_path: folder of the base checkpoint.
-        task: its key; see `fedlora.tasks`.
-        head: name of the classifier's final linear module; None where the task has no head.
+        task: key of the task (see `fedlora.tasks`).
+        head: name of the classifier's final linear module; None if the task has no head.
         missing: names of the parameters that are not in the base checkpoint.
-        classifier: the classifier's parameters that are in the base checkpoint and frozen, as they were loaded; few
-            models have any. `export` needs them unrounded even if a trainer has stored the base in bfloat16 since.
+        classifier: copies of the classifier's frozen parameters that are in the base checkpoint, as they were loaded.
+            Few models have any. `export` needs them unrounded, even if a trainer has stored the base in bfloat16 since.
     """
 
     def __init__(self, loaded: LoadedModel, layout: AdapterLayout, head: str | None,
@@ -83,27 +87,27 @@ class AdaptedModel:
         self._leaves = leaves  # tensor name -> its module and the parameter's name there
 
     def parameter(self, name: str) -> nn.Parameter:
-        """The model's parameter behind a tensor of `layout.state`."""
+        """Return the model's parameter for a tensor of `layout.state`."""
         module, parameter_name = self._leaves[name]
-        return getattr(module, parameter_name)
+        return cast(nn.Parameter, getattr(module, parameter_name))
 
     def base_layer(self, module_name: str) -> nn.Linear | Conv1D:
-        """The frozen module that an adapter was put on."""
+        """Return the frozen layer below an adapted module."""
         return cast(AdaptedLinear, self.model.get_submodule(module_name)).base
 
     def base_weight(self, module_name: str) -> torch.Tensor:
-        """The frozen weight W0 of a target module, (d_out, d_in) also where the module stores its transpose."""
+        """Return the frozen weight W0 of an adapted module, (d_out, d_in) even if the module stores its transpose."""
         base = self.base_layer(module_name)
         return base.weight.detach().T if isinstance(base, Conv1D) else base.weight.detach()
 
     def write(self, tensors: Tensors) -> None:
-        """Overwrite parameters in place, on their device.
+        """Overwrite tensors of the adapter in place, on their device.
 
         Args:
-            tensors: any subset of `layout.state`.
+            tensors: new values for any subset of `layout.state`.
 
         Raises:
-            ValueError: an unknown name or a wrong shape; nothing is written then.
+            ValueError: a name is unknown or a shape is wrong. Nothing is written then.
         """
         for name, array in tensors.items():
             if name not in self._leaves:
@@ -115,36 +119,38 @@ class AdaptedModel:
                 self.parameter(name).copy_(torch.tensor(array))
 
     def read(self, which: str = "trained") -> dict[str, np.ndarray]:
-        """Copies of the parameters, float32, in the layout's order.
+        """Return float32 copies of the adapter's tensors, in the layout's order.
 
         Args:
-            which: "trained", "frozen" or "state".
+            which: "trained", "frozen", or "state" for both.
         """
-        specs = getattr(self.layout, which)
+        specs: Sequence[TensorSpec] = getattr(self.layout, which)
         if not specs:
             return {}
-        # in one piece: a GPU would be waited for once for each
+        # in one transfer: with one for each tensor, a GPU would have to be waited for each time
         values = torch.cat([self.parameter(spec.name).detach().float().flatten() for spec in specs]).cpu()
         sizes = [math.prod(spec.shape) for spec in specs]
         return {spec.name: part.reshape(spec.shape).numpy().copy()
-                for spec, part in zip(specs, values.split(sizes), strict=True)}
+                for spec, part in zip(specs, torch.split(values, sizes), strict=True)}
 
     def trained_parameters(self) -> list[tuple[TensorSpec, nn.Parameter]]:
-        """Spec and parameter of every trained tensor, in the order of `layout.trained`."""
+        """Return the spec and the parameter of every trained tensor, in the order of `layout.trained`."""
         return [(spec, self.parameter(spec.name)) for spec in self.layout.trained]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The model's parameter behind every tensor of `layout.state`, by name."""
+        """Return the model's parameter for every tensor of `layout.state`, by name."""
         return {spec.name: self.parameter(spec.name) for spec in self.layout.state}
 
     def activated(self, active: Sequence[str]) -> AdaptedModel:
-        """The same model, of whose trained tensors these alone train and the others are frozen.
+        """Return a view of this model in which only the named trained tensors train and all others are frozen.
+
+        The view shares the model: its parameters' `requires_grad` are set in place.
 
         Args:
-            active: their names; () for all.
+            active: names of the tensors that train; () for all.
 
         Raises:
-            ValueError: one is not a trained tensor of this adapter.
+            ValueError: a name is not a trained tensor of this adapter.
         """
         chosen = set(active or (spec.name for spec in self.layout.trained))
         if unknown := chosen - {spec.name for spec in self.layout.trained}:
@@ -157,37 +163,38 @@ class AdaptedModel:
         return view
 
     def trained_leaves(self) -> list[Leaf]:
-        """Every leaf that trains, in the order of `layout.trained`."""
+        """Return every leaf that holds a trained tensor, in the order of `layout.trained`."""
         return list(dict.fromkeys(cast(Leaf, self._leaves[spec.name][0]) for spec in self.layout.trained))
 
     def dropouts(self) -> list[nn.Module]:
-        """The modules that drop parts of the adapters' inputs."""
+        """Return the dropout modules on the adapters' inputs."""
         return [module.dropout for module in self.model.modules() if isinstance(module, AdaptedLinear)]
 
 
 def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets: Sequence[str], train_head: bool,
            dropout: float = 0.0, options: Sequence[tuple[str, float]] = (),
            ranks: Sequence[tuple[str, int]] = ()) -> AdaptedModel:
-    """Put an adapter on a loaded model, in place. All its values are 0; write real ones with `write`.
+    """Put an adapter on a loaded model, in place. The adapter's values are all 0; set them with `AdaptedModel.write`.
 
-    Trained and frozen adapter tensors are float32 whatever the base's dtype; so are the head's and the other parameters
-    that are missing from the checkpoint.
+    The adapter's tensors are float32, whatever the base's dtype. So are the head's parameters and all others that are
+    missing from the checkpoint.
 
     Args:
-        loaded: a model without adapters.
+        loaded: a model without an adapter.
         family: a key of `fedlora.adapters.families`.
         rank: r, at least 1.
         alpha: the update is scaled by alpha / rank.
-        targets: full names or suffixes of linear modules; () adapts none. The classifier and modules that are not in
-            the base checkpoint are left out even if they match.
-        train_head: train the final linear of the classifier. The other parameters that are missing from the
+        targets: full names or suffixes of linear modules; () adapts none. The classifier, and modules that are not in
+            the base checkpoint, are left out even if they match.
+        train_head: train the classifier's final linear layer too. Other parameters that are missing from the
             checkpoint stay frozen.
-        dropout: of the adapter's input, active in train mode only.
-        options: of the family.
-        ranks: (full module name, rank) where it is not `rank`.
+        dropout: probability of dropout on the adapter's input, in train mode only.
+        options: (name, value) of the family's own options.
+        ranks: (full module name, rank) of the modules whose rank is not `rank`.
 
     Raises:
-        ValueError: an unknown family, target or option, nothing to train, or a model that already has an adapter.
+        ValueError: a family, target or option is unknown, nothing would be trained, or the model already has an
+            adapter.
     """
     chosen = family_of(family, options)
     model = loaded.model
@@ -228,7 +235,13 @@ def attach(loaded: LoadedModel, *, family: str, rank: int, alpha: float, targets
 
 
 def _heads(loaded: LoadedModel, trained: str | None, leaves: Leaves) -> list[TensorSpec]:
-    """The parameters that are missing from the checkpoint, and those of the trained head, which becomes a leaf."""
+    """Turn the trained head into a leaf, and return the specs of its parameters and of all missing ones.
+
+    Args:
+        loaded: the model. Missing parameters are those that its checkpoint lacks.
+        trained: name of the head's final linear layer; None if it is not trained.
+        leaves: takes the parameters.
+    """
     model, specs, parameters = loaded.model, [], set[str]()
     if trained:
         leaf = Linear.of(cast(nn.Linear, model.get_submodule(trained)))
@@ -244,6 +257,6 @@ def _heads(loaded: LoadedModel, trained: str | None, leaves: Leaves) -> list[Ten
 
 
 def attach_planned(loaded: LoadedModel, run: RunPlan) -> AdaptedModel:
-    """`attach` as the plan of a run says."""
+    """Put the adapter on a loaded model that the plan of a run describes; see `attach`."""
     return attach(loaded, family=run.family, rank=run.rank, alpha=run.alpha, targets=run.targets,
                   train_head=run.train_head, dropout=run.dropout, options=run.family_options, ranks=run.ranks)

@@ -1,4 +1,4 @@
-"""README.md of an adapter's folder: what it is, and the lines that load it."""
+"""The README.md of an exported adapter: what the adapter is, and Python code that loads it."""
 
 from __future__ import annotations
 
@@ -35,19 +35,21 @@ at once, and for training, set `tokenizer.padding_side = "right"`."""
 
 
 def padding_side(task: str) -> str:
-    """Where the tokenizer that goes with an adapter pads. A text is continued after its last token: no padding there.
+    """Return the side on which an exported adapter's tokenizer pads.
+
+    For text generation that is the left side, because a model continues a text after its last token.
     """
     return "left" if task_named(task).peft_type == "CAUSAL_LM" else "right"
 
 
 def card(model: PreTrainedModel, task: str, base_name: str, revision: str | None = None) -> str:
-    """The text.
+    """Return the text of an adapter's README.md.
 
     Args:
-        model: whose config says the labels.
-        task: its key.
-        base_name: a hub id, or a name that is none (it has a colon).
-        revision: the hub's commit, where it is known.
+        model: the adapted model. Its config has the names of the labels.
+        task: key of the task.
+        base_name: the base model's hub id, or a title with a colon ("local:…") if it has none.
+        revision: commit of the base model on the hub, if it is known.
     """
     kind, from_hub = task_named(task), ":" not in base_name
     labels = [_quoted(str(name)) for name in (model.config.id2label or {}).values()] if kind.has_labels else []
@@ -62,14 +64,14 @@ def card(model: PreTrainedModel, task: str, base_name: str, revision: str | None
 
 
 def loading_code(task: str, base: str, adapter: str, what: str = "", *, revision: str | None = None) -> str:
-    """Python that loads an adapter as `model`, with its `tokenizer`.
+    """Return Python code that loads an adapter as `model`, with its `tokenizer`.
 
     Args:
-        task: its key.
-        base: expression for the base model's hub id or folder.
-        adapter: expression for the adapter's folder.
-        what: the two are, as a comment.
-        revision: the commit of the hub's model that the adapter was trained on; None where it is not known.
+        task: key of the task.
+        base: Python expression for the base model's hub id or folder.
+        adapter: Python expression for the adapter's folder.
+        what: a comment that explains the two; "" for none.
+        revision: commit of the hub's model that the adapter was trained on; None if it is not known.
     """
     kind = task_named(task)
     return _LOADING.format(auto=kind.auto_class.__name__, base=base, adapter=adapter, what=what,

@@ -1,13 +1,14 @@
-"""Write an adapter as a standard PEFT folder that predicts, wherever it is loaded, what the run predicted.
+"""Export of an adapter as a standard PEFT folder that gives, wherever it is loaded, the predictions of the run.
 
-    adapter_config.json, adapter_model.safetensors      for anybody's `PeftModel.from_pretrained`
-    tokenizer.json, tokenizer_config.json, …            the run's tokenizer, with the token that it pads with; a
-                                                        language model's pads at the left, for `generate`
-    base/config.json                                    the base model's, with the labels in order and the pad token
-    README.md                                           the lines that load it
+    adapter_config.json, adapter_model.safetensors      what `PeftModel.from_pretrained` loads
+    tokenizer.json, tokenizer_config.json, …            the run's tokenizer, with its pad token; for a language model
+                                                        it pads on the left, as `generate` needs it
+    base/config.json                                    the base model's config, with the labels in order and the pad
+                                                        token
+    README.md                                           the code that loads the adapter
 
-The config is in a folder of its own, for transformers takes a folder with both a config and an adapter for a model. No
-file names a path of this machine.
+The config is in a folder of its own, because transformers takes a folder with both a config and an adapter for a model.
+No file contains a path of this machine.
 """
 
 from __future__ import annotations
@@ -32,35 +33,37 @@ from fedlora.files import replace_file
 from fedlora.plan import Tensors
 from fedlora.tasks import task_named
 
-_PREFIX = "base_model.model."  # where PEFT's files say that the base model's own names begin
-_TITLE = re.compile("local:[0-9a-f]{12}")  # of a model that is no hub's
+_PREFIX = "base_model.model."  # PEFT puts this before the base model's own parameter names
+_TITLE = re.compile("local:[0-9a-f]{12}")  # the title of a model that is not from the hub
 
 _NOT_HANDED_ON = ("name_or_path", "is_local", "local_files_only", "tokenizer_file", "vocab_file", "merges_file",
                   "special_tokens_map_file")
-"""What a tokenizer's settings say of the machine that it was loaded on."""
+"""Tokenizer settings that are left out of the export, because they describe the machine it was loaded on."""
 
 
 def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: str, *,
            max_length: int | None = None) -> Path:
-    """Write the folder.
+    """Write an adapter as a PEFT folder.
 
-    Every family becomes plain LoRA, by the factors of its `update`. Where ranks differ, PEFT's patterns say so. The
-    classifier is written whole, as are all other parameters that are missing from the base checkpoint, as PEFT's
-    modules_to_save. Where only the head was trained, PEFT's placeholder stands for the target modules.
+    Every family is written as plain LoRA, with the factors that its `update` returns. If ranks differ between modules,
+    PEFT's rank and alpha patterns hold them. The classifier, and all other parameters that are missing from the base
+    checkpoint, are written whole as PEFT's modules_to_save. If only the head was trained, PEFT's placeholder stands in
+    for the target modules.
 
     Args:
-        adapted: gives names and shapes; what it holds now does not matter.
-        tensors: the full state.
-        out_dir: made if need be; files of the same names are replaced.
-        base_name: of the base model, for whoever loads the adapter: its hub id, with "@<commit>" where that is known
-            (`fedlora.models.hub_name`), or the title of its `ModelRef` where it has none.
-        max_length: tokens that the run kept of a record: a classifier's tokenizer cuts there; None for its own limit.
+        adapted: the adapted model. It gives names and shapes; its current values are not used.
+        tensors: the values of all tensors of `adapted.layout.state`.
+        out_dir: the folder to write. It is created if needed; files of the same names are replaced.
+        base_name: the base model's name for those who load the adapter: its hub id, with "@<commit>" if that is known
+            (`fedlora.models.hub_name`), or the title of its `ModelRef` if it has no hub id.
+        max_length: tokens that the run kept of a record. A classifier's tokenizer is set to cut there. None for the
+            tokenizer's own limit.
 
     Returns:
-        out_dir.
+        `out_dir`.
 
     Raises:
-        ValueError: the tensors do not fit the adapter, or the name is an alias or a path of this machine.
+        ValueError: the tensors do not fit the adapter, or `base_name` is an alias or a path of this machine.
     """
     layout = adapted.layout
     layout.check(tensors, "state")
@@ -86,9 +89,9 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     config = LoraConfig(
         task_type=task_named(adapted.task).peft_type,
         base_model_name_or_path=repository, revision=commit or None, inference_mode=True,
-        r=rank, lora_alpha=alpha,  # type: ignore[arg-type]
+        r=rank, lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT annotates int, and takes floats
         rank_pattern={name: own for name, own in ranks.items() if own != rank},
-        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},  # type: ignore[misc]
+        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
         target_modules=list(layout.modules) or DUMMY_TARGET_MODULES,
         modules_to_save=_modules_to_save(adapted) or None,
         fan_in_fan_out=bool(bases) and all(isinstance(base, Conv1D) for base in bases))
@@ -102,7 +105,7 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
 
 
 def _hand_on(adapted: AdaptedModel, out_dir: Path, max_length: int | None) -> None:
-    """Tokenizer and config, as the run has them."""
+    """Write the tokenizer and the base model's config as the run used them."""
     adapted.tokenizer.save_pretrained(out_dir)
     settings = out_dir / "tokenizer_config.json"
     said = {name: value for name, value in json.loads(settings.read_text(encoding="utf-8")).items()
@@ -115,15 +118,15 @@ def _hand_on(adapted: AdaptedModel, out_dir: Path, max_length: int | None) -> No
         said["model_max_length"] = max_length
     settings.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     config = copy.deepcopy(adapted.model.config)
-    config.use_cache = True  # the run does without, for it generates nothing
+    config.use_cache = True  # training turned the cache off, and generation needs it
     config.save_pretrained(out_dir / "base")
 
 
 def _modules_to_save(adapted: AdaptedModel) -> list[str]:
-    """The largest modules all of whose parameters are written: those outside the base checkpoint, and the classifier.
+    """Return the largest modules whose parameters are all written: those missing from the base, and the classifier.
 
-    PEFT saves the module "classifier" or "score" of a sequence classifier whether it is listed or not, and cannot save
-    a part of it beside: so it is written whole, whatever of it is in the base checkpoint.
+    PEFT saves the module "classifier" or "score" of a sequence classifier whether it is listed or not, and it cannot
+    save only a part of that module. So the classifier is written whole, even the parts that are in the base checkpoint.
     """
     written = {spec.name.removeprefix("head.") for spec in adapted.layout.state if spec.group == "head"}
     written |= adapted.classifier.keys()
@@ -137,5 +140,5 @@ def _is_covered(name: str, module: nn.Module, written: set[str]) -> bool:
 
 
 def _integral(value: float) -> int | float:
-    """An integer where it is one up to rounding, as PEFT writes alpha."""
+    """Return a value as an integer if it is one up to rounding, as PEFT writes alpha."""
     return round(value) if abs(value - round(value)) < 1e-9 else value

@@ -1,8 +1,8 @@
-"""Adapter families: which tensors are frozen, trained and sent, and how they make the update.
+"""The base class of adapter families: which tensors are frozen, trained and sent, and how they form the update.
 
-A family is one file in `fedlora.adapters.families`, whose `FAMILY` is a frozen dataclass. Its fields are the family's
-own options, numbers with defaults, checked when it is made. A server names its key and its options; a client makes it
-from what is installed there.
+A family is one file in `fedlora.adapters.families`, whose `FAMILY` is a frozen dataclass. The fields of that dataclass
+are the family's own options: numbers with defaults, checked when an instance is made. A server sends a family's key and
+options. A client makes the instance from the code installed on its own machine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,14 +24,17 @@ from fedlora.plan import Tensors
 
 FAMILIES = "fedlora.adapters.families"
 
+_Leaf = TypeVar("_Leaf", Linear, Diagonal)
+
 
 @dataclass(frozen=True)
 class Site:
-    """A place of the model that is adapted: a linear layer.
+    """A linear layer of the model that is adapted.
 
     Attributes:
-        name: of the module, in full.
-        d_out, d_in: of its weight W0, (d_out, d_in) also where the module stores its transpose.
+        name: the module's full name.
+        d_out: number of outputs. The weight W0 counts as (d_out, d_in), even if the module stores its transpose.
+        d_in: number of inputs.
         rank: r.
         scaling: s = alpha / r, the factor on the update.
     """
@@ -45,14 +48,14 @@ class Site:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named float32 tensor.
+    """Name, shape and role of one float32 tensor.
 
     Attributes:
-        name: "<site>.<factor>" of a tensor of one site, another name of a shared one; "head.<parameter>" of a model
-            parameter that is trained directly or is not in the base checkpoint.
-        shape: as its family defines it; as in the model for "head.".
+        name: "<site>.<factor>" for a tensor of one site; another name for a tensor that sites share; "head.<parameter>"
+            for a model parameter that is trained directly or is missing from the base checkpoint.
+        shape: the shape that the family defines; for "head.", the parameter's own.
         group: "adapter" or "head".
-        trains: whether clients train and send it; else it is frozen during a round.
+        trains: whether clients train and send it. If not, it is frozen during a round.
         sites: names of the sites whose update it is part of.
     """
 
@@ -64,23 +67,23 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
-        """Number of values."""
+        """The number of values."""
         return math.prod(self.shape)
 
 
 class LowRank(NamedTuple):
-    """B (d_out, k) and A (k, d_in) with ΔW = s·B·A."""
+    """The factors B (d_out, k) and A (k, d_in) of an update ΔW = s·B·A."""
 
     B: np.ndarray
     A: np.ndarray
 
 
 class Bases(NamedTuple):
-    """What a start gives for one site.
+    """The bases that a start provides for one site.
 
     Attributes:
-        A: (r, d_in), its rows.
-        B: (d_out, r), its columns; None of a start that gives none.
+        A: (r, d_in). The rows of A span the inputs that the update reads.
+        B: (d_out, r). The columns of B span the outputs that it writes. None if the start provides no B.
     """
 
     A: torch.Tensor
@@ -88,14 +91,14 @@ class Bases(NamedTuple):
 
 
 Draw = Callable[[str, tuple[int, ...]], torch.Tensor]
-"""(name, shape) → standard normal float64 values, of a stream of their own for each name."""
+"""(name, shape) → standard normal float64 values. Each name has a random stream of its own."""
 
 
 class Leaves:
-    """Makes the leaves of an adapter. A tensor that is asked for twice, by several sites, is one and the same.
+    """A factory for the leaves of an adapter. Sites that ask for the same tensor name share one leaf.
 
     Attributes:
-        made: tensor name → its leaf and the parameter's name there.
+        made: tensor name → its leaf, and the name of the leaf's parameter.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -103,7 +106,7 @@ class Leaves:
         self.made: dict[str, tuple[nn.Module, str]] = {}
 
     def linear(self, name: str, d_out: int, d_in: int) -> Linear:
-        """x W^T with a tensor W of this name, (d_out, d_in)."""
+        """Return the leaf that computes x W^T, where W is the (d_out, d_in) tensor of this name."""
         if name not in self.made:
             leaf = Linear(d_in, d_out, bias=False, device=self._device)
             nn.init.zeros_(leaf.weight)
@@ -111,40 +114,40 @@ class Leaves:
         return self._known(name, Linear)
 
     def diagonal(self, name: str, size: int) -> Diagonal:
-        """e * x with a tensor e of this name, (size,)."""
+        """Return the leaf that computes e * x, where e is the (size,) tensor of this name."""
         if name not in self.made:
             self.made[name] = Diagonal(size, device=self._device), "scale"
         return self._known(name, Diagonal)
 
-    def _known(self, name: str, kind: type):
+    def _known(self, name: str, kind: type[_Leaf]) -> _Leaf:
         leaf, _ = self.made[name]
-        assert type(leaf) is kind, f"{name} is one leaf"
+        assert type(leaf) is kind, f"{name} is a {kind.__name__} wherever it is used"
         return leaf
 
 
 class Delta(nn.Module):
-    """s·ΔW·x of one site. A family's `build` makes it."""
+    """The module that computes one site's update s·ΔW·x. A family's `build` makes it."""
 
     @abstractmethod
     def forward(self, x: torch.Tensor, output: torch.Tensor, base: nn.Module) -> torch.Tensor:
-        """What is added to the base layer's output.
+        """Return what is added to the base layer's output, [..., d_out].
 
         Args:
-            x: [..., d_in] in the dtype of the adapter's tensors, after dropout.
-            output: [..., d_out], the base layer's.
+            x: [..., d_in] input in the dtype of the adapter's tensors, after dropout.
+            output: [..., d_out] output of the base layer.
             base: the base layer.
         """
 
 
 @dataclass(frozen=True)
 class Family(ABC):
-    """A family; its subclasses' fields are its options.
+    """An adapter family. The dataclass fields of a subclass are the family's options.
 
     Attributes:
-        name: its key.
-        exact: whether ΔW is linear in the trained tensors, so that the mean of the models is the model of the mean,
-            and noise is not squared.
-        bases: which of a start's bases it takes, "A" or "A" and "B".
+        name: class attribute, the family's key.
+        exact: class attribute, whether ΔW is linear in the trained tensors. Then averaging the tensors averages the
+            updates exactly, and no product of two noises occurs.
+        bases: class attribute, which bases the family takes from a start: ("A",) or ("A", "B").
     """
 
     name: ClassVar[str]
@@ -153,26 +156,36 @@ class Family(ABC):
 
     @abstractmethod
     def specs(self, sites: Sequence[Site]) -> Sequence[TensorSpec]:
-        """Every tensor of the adapter."""
+        """Return the spec of every tensor of the adapter."""
 
     @abstractmethod
     def build(self, site: Site, leaves: Leaves) -> Delta:
-        """The module that computes a site's update; every tensor of `specs` is in a leaf."""
+        """Build the module that computes a site's update. It must take every tensor of `specs` from `leaves`."""
 
     @abstractmethod
     def initial(self, site: Site, bases: Bases, draw: Draw) -> Mapping[str, torch.Tensor | np.ndarray]:
-        """A site's tensors, from a start's bases, such that ΔW = 0."""
+        """Return the initial values of a site's tensors, by name. They must give ΔW = 0.
+
+        Args:
+            site: the site.
+            bases: the bases that the start provides for it.
+            draw: source of random values, for tensors that no base decides.
+        """
 
     @abstractmethod
     def update(self, state: Tensors, site: Site) -> LowRank:
-        """ΔW / s of a site, for export and for server steps that need it whole."""
+        """Return the factors of ΔW / s for a site, for export and for server steps that need the whole update."""
 
 
 def family_of(name: str, options: Sequence[tuple[str, float]] = ()) -> Family:
-    """The family with this key and these options.
+    """Return the family with this key and these options.
+
+    Args:
+        name: a key of `fedlora.adapters.families`.
+        options: (name, value) of the options that are not at their default.
 
     Raises:
-        ValueError: there is none, or it has no such option, or not with this value.
+        ValueError: there is no such family or option, or the option cannot have this value.
     """
     kind: type[Family] = registry.load(FAMILIES, name).FAMILY
     fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}

@@ -1,4 +1,4 @@
-"""Which tensors an adapter consists of, and which of them train: the contract that both sides check arrays against."""
+"""The layout of an adapter: its tensors and which of them train. Both sides check received arrays against it."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from fedlora.adapters.family import Family, Site, TensorSpec
 from fedlora.plan import Tensors
 
 MOST_VALUE = 1e18
-"""Of a tensor, in magnitude: sums and products of larger ones leave float32's range, and would end a run."""
+"""Largest magnitude of a tensor's value. Sums and products of larger values can leave float32's range and end a run."""
 
 MOST_TRAINED = 1e16
-"""Of a tensor that a client sends: FedSVD gathers up to √rank times as much in one value of the next state."""
+"""Largest magnitude of a value that a client sends. FedSVD can gather √rank times as much in one value of the next
+state, which must stay below `MOST_VALUE`."""
 
 
 MOST_RECEIVED = 1e4
-"""Of a tensor from which a client trains privately: far above what training makes. The second line behind
-`fedlora.training.batch_invariance`: what could be rounded by other records cannot be magnified much either."""
+"""Largest magnitude of a value from which a client trains privately. Training stays far below it.
+
+This is the second defence after `fedlora.training.batch_invariance`: if another record did influence the rounding of a
+record's gradient, a server could not magnify that influence much."""
 
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """All tensors that are not in the base checkpoint, and how they make the update.
+    """All tensors that are not in the base checkpoint, and the family that forms the update from them.
 
     Attributes:
-        family: which tensors there are and which train.
-        sites: what is adapted, by name.
-        trained: what a client trains and uploads, sorted by name.
-        frozen: what is fixed during a round (frozen factors, frozen parameters missing from the checkpoint), sorted
-            by name.
+        family: the adapter family.
+        sites: the adapted layers, sorted by name.
+        trained: the tensors that a client trains and uploads, sorted by name.
+        frozen: the tensors that are fixed during a round (frozen factors, and frozen parameters that are missing from
+            the checkpoint), sorted by name.
     """
 
     family: Family
@@ -43,20 +46,25 @@ class AdapterLayout:
 
     @classmethod
     def of(cls, family: Family, sites: Iterable[Site], heads: Iterable[TensorSpec] = ()) -> AdapterLayout:
-        """The family's tensors for these sites, and the parameters outside of the adapters.
+        """Return the layout of a family's tensors for these sites, and of the parameters outside the adapters.
+
+        Args:
+            family: the adapter family.
+            sites: the adapted layers.
+            heads: specs of the model's own parameters that train, or that are missing from the base checkpoint.
 
         Raises:
-            ValueError: two tensors have one name.
+            ValueError: two tensors have the same name.
         """
         placed = tuple(sorted(sites, key=lambda site: site.name))
         specs = sorted([*family.specs(placed), *heads], key=lambda spec: spec.name)
         if twice := next((one.name for one, other in itertools.pairwise(specs) if one.name == other.name), None):
-            raise ValueError(f"the adapter family {family.name} names two tensors {twice!r}")
+            raise ValueError(f"the adapter family {family.name} gives two tensors the name {twice!r}")
         return cls(family, placed, tuple(spec for spec in specs if spec.trains),
                    tuple(spec for spec in specs if not spec.trains))
 
     def activated(self, active: Collection[str]) -> AdapterLayout:
-        """The layout in which the trained tensors with these names train, and the others are frozen."""
+        """Return the layout in which only the trained tensors with these names train, and all others are frozen."""
         specs = sorted((dataclasses.replace(spec, trains=spec.trains and spec.name in active) for spec in self.state),
                        key=lambda spec: spec.name)
         return dataclasses.replace(self, trained=tuple(spec for spec in specs if spec.trains),
@@ -64,36 +72,37 @@ class AdapterLayout:
 
     @property
     def state(self) -> tuple[TensorSpec, ...]:
-        """Trained and frozen together, sorted by name."""
+        """The trained and the frozen tensors together, sorted by name."""
         return tuple(sorted(self.trained + self.frozen, key=lambda spec: spec.name))
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of the adapted modules, sorted."""
+        """The names of the adapted modules, sorted."""
         return tuple(site.name for site in self.sites)
 
     @property
     def rank(self) -> int:
-        """The largest of the sites' ranks; 0 where nothing is adapted."""
+        """The largest rank of any site; 0 if nothing is adapted."""
         return max((site.rank for site in self.sites), default=0)
 
     @property
     def num_trained(self) -> int:
-        """Number of trained values: the length of one record's gradient."""
+        """The number of trained values, which is the length of one record's gradient."""
         return sum(spec.size for spec in self.trained)
 
     @np.errstate(over="ignore", invalid="ignore")
     def check(self, tensors: Tensors, which: str, most: float | None = None) -> None:
-        """Check arrays from the other side, whole, before any of them is used.
+        """Check all arrays received from the other side, before any of them is used.
 
         Args:
-            tensors: what came.
-            which: "trained", "frozen" or "state": what should have come.
-            most: largest magnitude of a value; None for `MOST_VALUE`, or of "trained" `MOST_TRAINED`.
+            tensors: the received arrays.
+            which: the tensors that they should be: "trained", "frozen", or "state" for both.
+            most: largest allowed magnitude of a value; None for `MOST_TRAINED` if `which` is "trained", else
+                `MOST_VALUE`.
 
         Raises:
-            ValueError: a name is missing or unknown; a shape, dtype or byte order is wrong; a value is not finite or
-                beyond `most`.
+            ValueError: a name is missing or unknown; a shape, dtype or byte order is wrong; or a value is not finite or
+                is larger than `most`.
         """
         if most is None:
             most = MOST_TRAINED if which == "trained" else MOST_VALUE
@@ -114,17 +123,17 @@ class AdapterLayout:
 
 
 def _within(array: np.ndarray, most: float) -> bool:
-    """Whether every value is a number of at most this magnitude. Called with numpy's warnings off.
+    """Return whether every value is a number of at most this magnitude. Call it with numpy's warnings off.
 
-    A sum of squares bounds each of them, in a third of the time that a minimum and a maximum take. Where it is too
-    large or not a number, each value is looked at.
+    A sum of squares below `most` bounds every value, and takes a third of the time of a minimum and a maximum. Only if
+    it is too large, or not a number, is each value checked.
     """
     values = array.reshape(-1)
     return bool(np.dot(values, values) < most or np.all(np.abs(values) <= most))
 
 
 def _some(names: set[str]) -> str:
-    """At most three of the names, quoted, and how many more; names from the other side are cut short."""
+    """List at most three names, quoted, and count the rest. Long names are cut, as they come from the other side."""
     if not names:
         return "none"
     shown = ", ".join(repr(str(name)[:80]) for name in sorted(names, key=str)[:3])

@@ -1,4 +1,4 @@
-"""A public file to start from: its rows, and the direction in which they would move each adapted weight."""
+"""Starts from public rows (--init public:FILE): the file's rows, and the loss's gradient on them for each weight."""
 
 from __future__ import annotations
 
@@ -18,28 +18,31 @@ from fedlora.tasks import Records, Task, read, task_named
 PREFIX = "public:"
 
 ROWS = 512
-"""Most rows that the gradient is averaged over; of a larger file they are drawn by the seed."""
+"""Most rows that the gradient is averaged over. From a larger file, this many are drawn at random by the seed."""
 
 _BATCH = 32
 
 
 def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping[str, str],
                 others: Mapping[str, str | Path | None] | None = None, allow_download: bool = False) -> data.Rows:
-    """Read and check the file of --init public:FILE.
+    """Read and check the public file of --init public:FILE.
 
     Args:
-        path, allow_download: as `fedlora.tasks.read` takes them.
-        task: its key.
-        labels: the label set; () where it is not known yet.
-        others: flag → path of the run's other data, none of which may be the same file, in its folder, or around it.
+        path: file, folder or hub dataset, as for `fedlora.tasks.read`.
+        task: key of the task.
+        labels: the run's label set; () if it is not known yet.
+        columns: the file's name for a column, where it is not the expected one.
+        others: flag → path of the run's other data. The public file must not be one of them, nor contain one or lie
+            inside one.
+        allow_download: fetch a hub dataset that is not in the local cache.
 
     Raises:
-        ValueError: it cannot be read, has no labels or wrong ones, or is private or held-out data.
+        ValueError: the file cannot be read, its labels are missing or wrong, or it is private or held-out data.
     """
     for flag, other in (others or {}).items():
         if other is not None and _overlap(expanded(path), expanded(other)):
             why = ("a start from it would release private rows without noise" if flag == "--data" else
-                   "figures on rows that the start was taken from say nothing")
+                   "an evaluation on rows that the start was computed from means nothing")
             raise ValueError(f"--init {PREFIX}{path} is (part of) {flag} {other}: {why}. Name another file")
     rows = read(path, task, columns=columns, allow_download=allow_download)
     if task_named(task).has_labels:
@@ -53,12 +56,15 @@ def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping
 
 
 def public_start(adapted: AdaptedModel, task: Task, rows: data.Rows, *, seed: int) -> dict[str, np.ndarray]:
-    """The full state of an adapter whose fixed factors come from public rows; heads are drawn as in every start.
+    """Return the initial values of all tensors of an adapter whose bases come from public rows.
+
+    Heads are drawn at random, as for every start.
 
     Args:
-        adapted: as `attach` made it. It stays so.
-        rows: as `read_public` gave them.
-        seed: of the head, and of the choice of rows where there are more than `ROWS`.
+        adapted: the model as `attach` made it. Its values are restored afterwards.
+        task: the run's task.
+        rows: the public rows, as `read_public` returned them.
+        seed: seed of the head, and of the choice of rows if there are more than `ROWS`.
 
     Raises:
         ValueError: no row can be trained on, or the gradient of a weight is zero or not finite.
@@ -69,7 +75,7 @@ def public_start(adapted: AdaptedModel, task: Task, rows: data.Rows, *, seed: in
     if not len(records):
         raise ValueError("--init public: no row of the file has a label, or an answer within --max-length")
     before = adapted.read("state")
-    adapted.write(initial_tensors(adapted, init="orthonormal", seed=seed))  # the update is 0; the head is the run's
+    adapted.write(initial_tensors(adapted, init="orthonormal", seed=seed))  # an update of 0, and the run's own head
     try:
         gradients = mean_gradients(adapted, task, records)
     finally:
@@ -78,7 +84,14 @@ def public_start(adapted: AdaptedModel, task: Task, rows: data.Rows, *, seed: in
 
 
 def mean_gradients(adapted: AdaptedModel, task: Task, records: Records) -> dict[str, torch.Tensor]:
-    """Module → gradient (d_out, d_in) of the mean loss of all records with respect to its frozen weight, float32."""
+    """Return the gradient of the records' mean loss with respect to each adapted module's frozen weight.
+
+    Returns:
+        Module name → gradient, (d_out, d_in) float32.
+
+    Raises:
+        ValueError: a gradient is zero or not finite.
+    """
     modules = adapted.layout.modules
     weights = [adapted.base_layer(module).weight for module in modules]
     sums = [torch.zeros(weight.shape, device=weight.device) for weight in weights]
@@ -105,6 +118,6 @@ def mean_gradients(adapted: AdaptedModel, task: Task, records: Records) -> dict[
 
 
 def _overlap(one: Path, other: Path) -> bool:
-    """Whether one path is the other or lies inside it."""
+    """Return whether the two paths are the same, or one lies inside the other."""
     first, second = one.resolve(), other.resolve()
     return first == second or first in second.parents or second in first.parents

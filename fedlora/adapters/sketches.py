@@ -1,18 +1,20 @@
-r"""Starts from the clients' own rows: what they release of the gradient is noised, and charged like a round.
+r"""Private starts (--init dp): clients release noised sketches of their gradient, charged like a round of training.
 
-The gradient G (d_out, d_in) of the loss with respect to a frozen weight has a few leading singular vectors, which are
-where an adapter can move best. It is far too large to be released under noise. Each client releases two sketches of
-it, for random Q (d_out, r) with orthonormal columns and P (r, d_in) with orthonormal rows, the same for all clients:
+The leading singular vectors of G, the gradient (d_out, d_in) of the loss with respect to a frozen weight, are the
+directions in which an adapter can best move that weight. G itself is far too large to be released under noise. So each
+client releases two sketches of it. They use a random Q (d_out, r) with orthonormal columns and a random P (r, d_in)
+with orthonormal rows, which are the same for all clients:
 
     Z = Q^T G   (r, d_in)    its right singular vectors are nearly G's leading ones (Halko et al., arXiv:0909.4061)
     Y = G P^T   (d_out, r)   its left singular vectors, likewise
 
-They are the gradients, divided by s, of an adapter s·B·A at B = Q, A = P, where s is so small that the model is the
-base model. So a release is a round of training like any other: local steps with the run's sampling rate, noise
-multiplier and clip norm, in which a record's sketches of all layers are clipped once, as one vector. Before that they
-are scaled up until they are longer than the clip norm: a start needs directions, and no lengths.
+Up to the factor s, these are the gradients of an adapter s·B·A at B = Q and A = P, where s is so small that the model
+is practically the base model. So a release is a round of training like any other: local steps with the run's sampling
+rate, noise multiplier and clip norm, in which a record's sketches of all layers are clipped once, as one vector. Before
+clipping they are scaled up until they are longer than the clip norm, because a start needs directions, not lengths.
 
-The server takes the mean over clients: A = right singular vectors of Z; where B is fixed too, B = left ones of Y.
+The server averages over clients. A becomes the right singular vectors of the mean Z; if the family freezes B too, B
+becomes the left singular vectors of the mean Y.
 """
 
 from __future__ import annotations
@@ -29,21 +31,25 @@ from fedlora.algebra import orthonormal_rows
 from fedlora.plan import Released, RunPlan, Tensors
 
 PRIVATE_START = "dp"
-"""Of --init."""
+"""The start's key, as --init has it."""
 
 SCALING = 1e-4
-"""s. The factors' spectral norms are 1, so the weights move by this much, where they themselves are some units long."""
+"""The factor s. Q and P have spectral norm 1, so each weight changes by at most this much in spectral norm, where
+weights have norms of some units."""
 
 LEAST_NORM = 1e-6
-"""A record whose sketches together are longer than this counts by their direction alone."""
+"""A record whose sketches together have at least this L2 norm is clipped, so that only their direction counts."""
 
 STEP = 1e-2
-"""How far one step moves the factors, in units of the clipped mean: so little that a later step has about the same Q
-and P."""
+"""How far one step moves the factors, in units of the clipped mean. It is so small that Q and P are practically the
+same in later steps."""
 
 
 def sketch_plan(run: RunPlan) -> RunPlan:
-    """The plan of the release within a run: what it and all clients compute by, whatever the server sends."""
+    """Return the plan by which all clients compute the release of a run's private start.
+
+    Each client derives it from the run's plan. The server cannot change it.
+    """
     scale = run.clip_norm / (SCALING * LEAST_NORM)
     return dataclasses.replace(run, family="lora", family_options=(), alpha=run.rank * SCALING, train_head=False,
                                dropout=0.0, optimizer="sgd", lr=STEP * scale / run.clip_norm, lr_schedule="constant",
@@ -51,11 +57,13 @@ def sketch_plan(run: RunPlan) -> RunPlan:
 
 
 def sketch_layout(layout: AdapterLayout, missing: tuple[str, ...]) -> AdapterLayout:
-    """The layout of `attach` by `sketch_plan`: both factors travel; heads that no checkpoint has are fixed.
+    """Return the layout of the sketches: both factors travel, and heads that are missing from the checkpoint are fixed.
+
+    It is the layout that `attach` gives for `sketch_plan`.
 
     Args:
-        layout: of the run.
-        missing: parameters that are not in the base checkpoint.
+        layout: layout of the run's own adapter.
+        missing: names of the parameters that are not in the base checkpoint.
     """
     heads = [dataclasses.replace(spec, trains=False) for spec in layout.state
              if spec.name in {f"head.{name}" for name in missing}]
@@ -64,11 +72,12 @@ def sketch_layout(layout: AdapterLayout, missing: tuple[str, ...]) -> AdapterLay
 
 
 def sketch_tensors(layout: AdapterLayout, state: Tensors, seed: int) -> dict[str, np.ndarray]:
-    """Q and P, in the places of B and A, and the heads that the run starts with.
+    """Draw Q and P, under the names of B and A, and add the heads that the run starts with.
 
     Args:
-        layout: of the sketches.
-        state: of the run's start.
+        layout: layout of the sketches, from `sketch_layout`.
+        state: initial values of the run's own adapter, for the heads.
+        seed: the run's seed.
     """
     tensors = {spec.name: state[spec.name] for spec in layout.frozen}
     for spec in layout.trained:
@@ -79,18 +88,18 @@ def sketch_tensors(layout: AdapterLayout, state: Tensors, seed: int) -> dict[str
 
 
 def private_start(layout: AdapterLayout, state: Tensors, sketches: Released) -> dict[str, np.ndarray]:
-    """The state that a run starts from.
+    """Compute the values that a run starts from, given the released sketches.
 
     Args:
-        layout: of the run.
-        state: any start of the run; of it, what the sketches do not decide is taken.
-        sketches: the mean of the released Z, under the names of A, and Y, under those of B.
+        layout: layout of the run's own adapter.
+        state: the values of any other start of the run. Tensors that the sketches do not decide keep these values.
+        sketches: the mean over clients of the released Z (under the names of A) and Y (under the names of B).
     """
     def of_site(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.from_numpy(sketches[f"{site.name}.A"]), torch.from_numpy(sketches[f"{site.name}.B"])
 
     def weight(site: Site) -> torch.Tensor:
-        raise AssertionError("a start that reads what clients released reads nothing else")
+        raise AssertionError("a start from the clients' releases reads no weight")
 
     source = Source(0, weight, sketches=of_site)
     return {**state, **site_tensors(layout, start_of(PRIVATE_START)[0], source)}

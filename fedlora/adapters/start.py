@@ -1,7 +1,8 @@
-"""Starts: which bases an adapter begins with, drawn once by the server and sent to every client.
+"""The base class of starts, which give an adapter its initial values; the server draws them once for all clients.
 
-A start is one file in `fedlora.adapters.starts`, whose `START` gives each site's bases; the family makes its tensors of
-them, so that the update is 0. None of it depends on a private row, but through a noised release that is charged.
+A start is one file in `fedlora.adapters.starts`, whose `START` provides bases for each site. The family makes its
+tensors from them, so that the update is 0. No start depends on a private row, except through a noised release, which is
+charged to the clients' privacy budgets.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from fedlora import registry
 from fedlora.adapters.attach import AdaptedModel
@@ -28,14 +30,15 @@ Reads = Literal["nothing", "weights", "public rows", "clients"]
 
 @dataclass(frozen=True)
 class Source:
-    """What a start may be made from.
+    """The values that a start may be computed from.
 
     Attributes:
-        seed: of all draws.
-        weight: a site's frozen weight W0, (d_out, d_in).
-        gradient: of a loss on public rows with respect to it, (d_out, d_in); None but for starts that read them.
-        sketches: a site's mean of what clients released of their gradients, (Z, Y) as in `fedlora.adapters.sketches`;
-            None but for starts that read them.
+        seed: seed of all random draws.
+        weight: returns a site's frozen weight W0, (d_out, d_in).
+        gradient: returns the gradient of the loss on public rows with respect to that weight, (d_out, d_in). None
+            unless the start reads public rows.
+        sketches: returns the mean over clients of the released sketches (Z, Y) of a site, which
+            `fedlora.adapters.sketches` defines. None unless the start reads them.
     """
 
     seed: int
@@ -44,22 +47,25 @@ class Source:
     sketches: Callable[[Site], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def draw(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Standard normal float64 values, from the stream of the seed and a name."""
+        """Draw standard normal float64 values from the random stream of the seed and a name."""
         return gaussian(self.seed, name, shape)
 
     def uniform(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Float64 values in [-1, 1), from the same stream."""
+        """Draw uniform float64 values in [-1, 1) from the random stream of the seed and a name."""
         return torch.from_numpy(_stream(self.seed, name).uniform(-1, 1, shape))
 
 
 class Start(ABC):
-    """A start. Its file's name is its key, as --init has it.
+    """A start. The name of its file is its key, as --init has it.
 
     Attributes:
-        reads: what it is made from; "clients" is a noised release, which is charged as one participation.
-        takes: what stands behind a colon, as in public:FILE; "" for nothing. A literal, so that --help can read it.
-        gives: the bases that it gives.
-        orthonormal: whether rows of A and columns of B are; the rank then cannot exceed a layer's smaller side.
+        reads: class attribute, what the start is computed from. "clients" means a noised release, which is charged as
+            one participation.
+        takes: class attribute, what follows the key after a colon, as in public:FILE; "" for nothing. It must be a
+            literal, so that --help can read it from the file.
+        gives: class attribute, the bases that the start provides.
+        orthonormal: class attribute, whether the rows of A and the columns of B are orthonormal. The rank then cannot
+            exceed a layer's smaller side.
     """
 
     reads: ClassVar[Reads] = "nothing"
@@ -69,57 +75,60 @@ class Start(ABC):
 
     @abstractmethod
     def bases(self, site: Site, source: Source) -> Bases:
-        """A site's bases, float64."""
+        """Return a site's bases, float64."""
 
     def lacks(self, family: Family) -> tuple[str, ...]:
-        """The bases that a family needs and this start does not give; () where the two fit."""
+        """Return the bases that a family needs and this start does not provide; () if the two fit."""
         return tuple(base for base in family.bases if base not in self.gives)
 
 
 class SingularStart(Start):
-    """The leading singular vectors of a matrix of each site's weight's shape."""
+    """A start from the leading singular vectors of a matrix with the shape of each site's weight."""
 
     @abstractmethod
     def matrix(self, site: Site, source: Source) -> torch.Tensor:
-        """(d_out, d_in)"""
+        """Return the matrix of a site, (d_out, d_in)."""
 
+    @override
     def bases(self, site: Site, source: Source) -> Bases:
         leading = leading_factors(self.matrix(site, source), site.rank)
         return Bases(A=leading.A, B=leading.B)
 
 
 def start_of(init: str) -> tuple[Start, str]:
-    """The start that --init names, and what stands behind its colon, if anything.
+    """Return the start that --init names, and the text after its colon ("" if there is none).
 
     Raises:
-        ValueError: there is none, or it needs a file.
+        ValueError: there is no such start, or the text after the colon is missing or superfluous.
     """
     key, _, argument = init.partition(":")
     start: Start = registry.load(STARTS, key).START()
     if bool(start.takes) != bool(argument):
-        raise ValueError(f"--init {init}: " + (f"{key} takes nothing behind a colon" if argument else
-                                               f"name what it takes, as in {key}:{start.takes}"))
+        raise ValueError(f"--init {init}: " + (f"{key} takes nothing after a colon" if argument else
+                                               f"give it a {start.takes}, as in {key}:{start.takes}"))
     return start, argument
 
 
 def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int,
                     gradient: Callable[[Site], torch.Tensor] | None = None) -> dict[str, np.ndarray]:
-    """Draw the full state of an adapter.
+    """Draw the initial values of all tensors of an adapter.
 
-    A head or other parameter that is missing from the checkpoint is drawn as transformers does for nearly every
-    model: matrices from N(0, initializer_range²), biases 0, norms 1. One that is in the checkpoint keeps its value.
+    A head, or another parameter that is missing from the checkpoint, is drawn as transformers does for nearly every
+    model: matrices from N(0, initializer_range²), biases 0, norm weights 1. A parameter that is in the checkpoint keeps
+    its value.
 
     Args:
-        adapted: as `attach` made it, nothing written to it yet; it stays so.
-        init: as --init has it; what stands behind a colon is not read here.
-        seed: of all draws.
-        gradient: a site's, (d_out, d_in), for starts that read public rows.
+        adapted: the model as `attach` made it, before anything is written to it. It is not changed.
+        init: the start, as --init has it. The text after a colon is not used here.
+        seed: seed of all random draws.
+        gradient: returns a site's gradient, (d_out, d_in), for starts that read public rows.
 
     Returns:
-        float32 tensors, one for each of `adapted.layout.state`, in its order.
+        float32 arrays, one for each tensor of `adapted.layout.state`, in its order.
 
     Raises:
-        ValueError: there is no such start, the family cannot start so, or a rank is above a layer's smaller side.
+        ValueError: there is no such start, it does not provide what the family needs, or a rank exceeds a layer's
+            smaller side.
     """
     source = Source(seed, lambda site: adapted.base_weight(site.name), gradient)
     tensors = adapted.read("state")
@@ -135,14 +144,14 @@ def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int,
 
 
 def site_tensors(layout: AdapterLayout, start: Start, source: Source) -> dict[str, np.ndarray]:
-    """The tensors of all sites, as they start.
+    """Return the initial values of the tensors of all sites, float32.
 
     Raises:
-        ValueError: the family cannot start so, or a rank is above a layer's smaller side.
+        ValueError: the start does not provide what the family needs, or a rank exceeds a layer's smaller side.
     """
     if lacking := start.lacks(layout.family):
         raise ValueError(f"the adapter family {layout.family.name} keeps {' and '.join(layout.family.bases)} frozen, "
-                         f"and this start gives no {' and no '.join(lacking)}; choose --init orthonormal, weight or "
+                         f"but this start gives no {' and no '.join(lacking)}; choose --init orthonormal, weight or "
                          "public:FILE")
     tensors: dict[str, np.ndarray] = {}
     for site in layout.sites:
@@ -155,16 +164,16 @@ def site_tensors(layout: AdapterLayout, start: Start, source: Source) -> dict[st
 
 
 def _stream(seed: int, name: str) -> np.random.Generator:
-    """A stream of its own for each seed and tensor, so that no two layers start alike."""
+    """Return the random stream of a seed and a tensor's name, so that no two layers start alike."""
     return np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()))
 
 
 def gaussian(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal float64 values from the stream of one seed and name."""
+    """Draw standard normal float64 values from the random stream of a seed and a name."""
     return torch.from_numpy(_stream(seed, name).standard_normal(shape))
 
 
 def float32(values: torch.Tensor | np.ndarray) -> np.ndarray:
-    """As it travels."""
+    """Return the values as a contiguous float32 array on the CPU, as they are sent."""
     array = values.cpu().numpy() if isinstance(values, torch.Tensor) else values
     return np.ascontiguousarray(array, dtype=np.float32)

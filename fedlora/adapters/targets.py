@@ -1,4 +1,4 @@
-"""Which linear layers of a model are adapted: by name, by the ending of a name, or those that the papers adapt."""
+"""Choice of the linear layers to adapt: by name, by name ending, or those that the LoRA papers adapt."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _CONVENTIONS = (
     ("q_proj", "v_proj"),  # Llama, Qwen2, Mistral, Gemma, OPT
     ("c_attn",),  # GPT-2
     ("q_lin", "v_lin"),  # DistilBERT
-    ("value_proj",),  # DeBERTa, whose query_proj is given the relative positions too, which belong to no record
+    ("value_proj",),  # DeBERTa; its query_proj also receives the relative positions, which belong to no record
     ("query_key_value",),  # GPT-NeoX, BLOOM, Falcon
     ("qkv_proj",),  # Phi-3
 )
 
 
 def automatic_targets(model: PreTrainedModel) -> tuple[str, ...]:
-    """The projections that the LoRA papers adapt: queries and values, or the fused one that holds them.
+    """Return the projections that the LoRA papers adapt: queries and values, or the fused projection that holds them.
 
     Returns:
-        Suffixes of module names, for `attach`; full names where a suffix would take in layers that are not used.
+        Suffixes of module names for `attach`, or full names if a suffix would also match layers that are not used.
 
     Raises:
         ValueError: the model follows none of the known naming conventions.
@@ -41,13 +41,15 @@ def automatic_targets(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def all_targets(model: PreTrainedModel, *, private: bool) -> tuple[str, ...]:
-    """Every linear layer of the repeated blocks, as suffixes of module names for `attach`.
+    """Return every linear layer of the model's repeated blocks, as suffixes of module names for `attach`.
 
     Args:
-        private: leave out those that are not given each record by itself, as the router of a mixture of experts.
+        model: the model.
+        private: leave out layers that cannot be trained under privacy, because they do not receive each record
+            separately. The router of a mixture of experts is one.
 
     Raises:
-        ValueError: the model has no numbered blocks, or no layer of them can be trained under privacy.
+        ValueError: the model has no numbered blocks, or none of their layers can be trained under privacy.
     """
     numbered = [name for name in _linear_names(model) if any(part.isdigit() for part in name.split("."))]
     inner = {_within_block(name) for name in numbered} - {""}
@@ -58,8 +60,8 @@ def all_targets(model: PreTrainedModel, *, private: bool) -> tuple[str, ...]:
         kept = [name for name in numbered if name not in strange and _within_block(name)]
         if not kept:
             name, given = next(iter(strange.items()))
-            raise ValueError(f"no linear layer of {type(model).__name__} is given each record by itself ({name} "
-                             f"{given}), so that none can be trained under privacy; choose another --model")
+            raise ValueError(f"no linear layer of {type(model).__name__} receives each record separately ({name} "
+                             f"{given}), so none can be trained under privacy; choose another --model")
         inner = {_within_block(name) for name in kept}
         shared = {suffix for suffix in inner if any(_matches(name, suffix) for name in strange)}
         inner = inner - shared | {name for name in kept if _within_block(name) in shared}
@@ -72,14 +74,21 @@ def _within_block(name: str) -> str:
 
 
 _RECORDS, _LENGTH = 3, 8
-"""Of the made-up batch on which `not_by_record` looks."""
+"""Records, and tokens of each, in the made-up batch that `not_by_record` runs the model on."""
 
 
 def not_by_record(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
-    """Which of these layers are not given each record's own values for its own output, and what they are given.
+    """Find the layers that do not receive each record's values separately, by running the model on a made-up batch.
 
-    Such are a router that is given all tokens of a batch in one row, a projection of positions that belong to no
+    Examples are a router that receives all tokens of a batch in one row, a projection of positions that belong to no
     record, and a layer that is not used.
+
+    Args:
+        model: the model.
+        names: the linear layers to look at.
+
+    Returns:
+        Layer → what it receives instead, as the end of a sentence for a message.
     """
     seen = _seen(model, names)
     return {name: f"is given {' and '.join('×'.join(map(str, shape)) for shape in dict.fromkeys(shapes))} values for "
@@ -89,7 +98,10 @@ def not_by_record(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str
 
 
 def _seen(model: PreTrainedModel, names: Sequence[str]) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes of what each layer is given in a pass over made-up records; none where the output does not follow it."""
+    """Run the model on made-up records, and return the shapes of each layer's inputs.
+
+    A use of a layer that the model's output does not depend on is left out.
+    """
     shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
@@ -106,7 +118,7 @@ def _seen(model: PreTrainedModel, names: Sequence[str]) -> dict[str, list[tuple[
             logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever the model's own code raises
+    except Exception as error:  # the model's code can raise anything
         raise ValueError(f"{type(model).__name__} does not take {_RECORDS} records of {_LENGTH} tokens "
                          f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); choose another --model"
                          ) from error
@@ -121,7 +133,7 @@ def _seen(model: PreTrainedModel, names: Sequence[str]) -> dict[str, list[tuple[
 
 
 def _made_up_tokens(model: PreTrainedModel) -> torch.Tensor:
-    """[records, tokens], ordinary ones but for the last."""
+    """Make a batch of ordinary tokens, [records, tokens]. Encoder-decoders get an end-of-text token at the end."""
     config = model.config.get_text_config()
     special = {config.pad_token_id, config.bos_token_id, config.eos_token_id}
     ordinary = [token for token in range(getattr(config, "vocab_size", _LENGTH * 2)) if token not in special]
@@ -134,7 +146,17 @@ def _made_up_tokens(model: PreTrainedModel) -> torch.Tensor:
 
 def target_modules(model: PreTrainedModel, targets: Sequence[str], missing: Sequence[str],
                     head: str | None) -> list[str]:
-    """Full names of the modules that the targets name, in the model's order."""
+    """Return the full names of the linear layers that the targets match, in the model's order.
+
+    Args:
+        model: the model.
+        targets: full names or suffixes of module names.
+        missing: names of the parameters that are not in the base checkpoint. Their modules are left out.
+        head: name of the head's final linear layer; the whole classifier around it is left out. None if there is none.
+
+    Raises:
+        ValueError: a target matches no layer.
+    """
     outside = {name.rpartition(".")[0] for name in missing} | ({top(head)} if head else set())
     candidates = [name for name in _linear_names(model) if not any(is_inside(name, other) for other in outside)]
     for target in targets:
@@ -145,8 +167,8 @@ def target_modules(model: PreTrainedModel, targets: Sequence[str], missing: Sequ
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
-    # the output projection of a language model is no adapter target: it is often tied to the embeddings
-    output = model.get_output_embeddings()
+    # the output projection of a language model is not a target, because it is often tied to the embeddings
+    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers does not annotate it
     return [name for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D)) and module is not output]
 
@@ -156,11 +178,12 @@ def _matches(name: str, target: str) -> bool:
 
 
 def is_inside(name: str, module: str) -> bool:
+    """Return whether a module's or parameter's name is the module itself or lies inside it."""
     return name == module or name.startswith(f"{module}.")
 
 
 def top(head: str) -> str:
-    """The classifier as PEFT sees it: the top-level module that the final linear is, or is in."""
+    """Return the classifier as PEFT sees it: the top-level module that is, or contains, the final linear layer."""
     return head.partition(".")[0]
 
 

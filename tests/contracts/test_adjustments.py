@@ -1,4 +1,4 @@
-"""What every adjustment promises, whichever files there are."""
+"""Contract tests for adjustments: they run on every adjustment that is installed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def _fits(key, family):
 @pytest.fixture(params=[(key, family) for key in KEYS for family in FAMILIES if _fits(key, family)],
                 ids=lambda pair: "-".join(pair))
 def case(request):
-    """(key, layout) of an adapter that can be trained so."""
+    """Return (key of an adjustment, layout of an adapter that it fits)."""
     key, family = request.param
     return key, layout_of(family)
 
 
 def state_of(layout, *, at_the_start=False):
-    """The adapter's tensors, random unless `at_the_start`, where some factors are zero."""
+    """Return the adapter's tensors: random ones, or those of a start, where some factors are zero."""
     generator = torch.Generator().manual_seed(3)
     return {name: torch.from_numpy(array) if at_the_start else torch.randn(array.shape, generator=generator)
             for name, array in start_of(layout, 0).items()}
@@ -39,7 +39,7 @@ def gradients_of(layout, seed=4):
 
 
 def adjusted(key, layout, state, several):
-    """What one client's adjustment makes of the gradients of several steps, as its parameters are given them."""
+    """Return what one client's adjustment makes of the gradients of several steps."""
     parameters = {name: nn.Parameter(tensor.clone()) for name, tensor in state.items()}
     adjuster = Adjuster(key, layout, parameters)
     given = []

@@ -1,4 +1,4 @@
-"""What every adapter family promises, whichever files there are."""
+"""Contract tests for adapter families: they run on every family that is installed."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_exact_means_that_the_mean_of_the_models_is_the_model_of_the_mean(key):
 
 
 def test_every_record_has_the_gradient_that_it_has_alone(key, checkpoint):
-    """By the leaves in one pass, against autograd's of each record."""
+    """Compare the leaves' gradients of one pass with autograd's gradient of each record alone."""
     from tests.fedlora.private_training import brute_force_row, make_records, make_trainer, per_record_rows, plan
 
     trainer = make_trainer("bert", plan(key))

@@ -1,4 +1,4 @@
-"""What every start promises, whichever files there are."""
+"""Contract tests for starts: they run on every start that is installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def matrix(*shape, seed=0):
 
 
 def source(seed=1):
-    """All that any start may read."""
+    """Return a source with every value that a start may read."""
     return Source(seed, lambda site: matrix(site.d_out, site.d_in), lambda site: matrix(site.d_out, site.d_in, seed=2),
                   lambda site: (matrix(site.rank, site.d_in, seed=3), matrix(site.d_out, site.rank, seed=4)))
 

@@ -1,4 +1,4 @@
-"""Attaching: the forward pass is the formula's, and exactly the tensors that should train do."""
+"""Attaching adapters: the forward pass follows the formula, and exactly the right tensors train."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def adapted_model(path, task, family="lora", **options):
 
 
 def random_state(adapted, seed=0):
-    """Every tensor of the state drawn anew, of a size at which each of them matters."""
+    """Draw new values for all tensors of the state, large enough for each to influence the output."""
     rng = np.random.default_rng(seed)
     return {spec.name: rng.normal(0, 0.5, spec.shape).astype(np.float32) for spec in adapted.layout.state}
 

@@ -1,4 +1,4 @@
-"""What is exported is a standard PEFT adapter: plain PEFT on a fresh base model computes the same logits."""
+"""Export of adapters: plain PEFT on a fresh base model computes the same logits."""
 
 import json
 
@@ -19,7 +19,7 @@ def fresh_base(path, task, pad_token_id):
         return AutoModelForCausalLM.from_pretrained(path)
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=LABELS)
     if pad_token_id is not None:
-        model.config.pad_token_id = pad_token_id  # GPT-2 and Llama have none of their own
+        model.config.pad_token_id = pad_token_id  # GPT-2 and Llama have no pad token of their own
     return model
 
 
@@ -98,7 +98,7 @@ def test_three_lines_load_it_where_the_base_name_was_made_a_folder(checkpoint, t
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text().replace('"tiny"', json.dumps(str(checkpoint("qwen2")))))
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
-    # in float64, for float32 rounds B(R(Ax)) and (BR)(Ax) differently, by up to 2e-5 of logits up to 5
+    # in float64, because float32 rounds B(R(Ax)) and (BR)(Ax) differently: by up to 2e-5 for logits up to 5
     torch.testing.assert_close(logits(model.double()), logits(adapted.model.double()), atol=1e-5, rtol=1e-5)
 
 

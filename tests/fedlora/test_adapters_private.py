@@ -1,4 +1,4 @@
-"""A start from noised gradients: what is released are sketches of the gradient, and they find its singular vectors."""
+"""Starts from noised gradients: clients release sketches of the gradient, which reveal its singular vectors."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def case(checkpoint, family, strategy, **changes):
 
 
 def released(checkpoint, plan, layout, tensors):
-    """By how much the release's steps move the factors, with hardly any noise; and the records."""
+    """Return how far the release's steps move the factors, with hardly any noise; and the records."""
     own = sketch_plan(plan)
     loaded = models.load(checkpoint("bert"), "classification", 2)
     adapted = attach_planned(loaded, own)

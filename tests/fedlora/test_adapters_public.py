@@ -1,4 +1,4 @@
-"""A start from public rows: the gradient is the loss's own, and its singular vectors are the fixed factors."""
+"""Starts from public rows: the gradient is that of the loss, and its singular vectors become the frozen factors."""
 
 import json
 

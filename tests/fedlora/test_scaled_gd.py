@@ -1,4 +1,4 @@
-"""Scaled gradient descent against its formula, and where an adjustment stands in a step."""
+"""Scaled gradient descent: it follows its formula, and acts on the noised gradient before the optimiser."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_with_orthonormal_rows_and_nothing_learned_yet_the_gradient_is_a_multipl
 
 
 def test_how_long_the_factors_are_does_not_matter_but_for_the_step():
-    """Factors c times as long have gradients c times as long, and are to be moved c times as far: c of c² / c."""
+    """With factors c times as long, gradients are c times as long, and each factor must move c times as far."""
     gradients, tensors = factors(1), factors(0)
     given = adjusted(gradients, tensors)
     longer = adjusted({name: 10 * gradient for name, gradient in gradients.items()},
@@ -68,8 +68,10 @@ def trained(run, count):
 
 @pytest.mark.parametrize("private", [True, False])
 def test_a_step_is_that_of_the_adjusted_gradient_whoever_trains(private):
-    """Stochastic gradient descent is linear, so that a step without an adjustment tells the gradient that it had. The
-    runtime checks, which hold that gradient against the sum and the noise, let both steps through.
+    """The adjusted step is the one that the formula gives for the gradient of the step without an adjustment.
+
+    That gradient can be computed from the plain step, because stochastic gradient descent is linear. The runtime
+    checks, which compare the gradient with the sum and the noise, accept both steps.
     """
     run = plan("lora", private=private, optimizer="sgd", local_steps=1, lr=1.0)
     trainer, trainings, plain = trained(run, 2)

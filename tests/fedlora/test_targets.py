@@ -1,4 +1,4 @@
-"""Which layers can be trained under privacy: those that are given each record's values for an output of its own."""
+"""Target layers: under privacy, only those can train that receive each record's values separately."""
 
 import pytest
 
@@ -21,8 +21,8 @@ def rehearse(model, targets):
     return adapted
 
 
-STRANGE = {"deberta-v2": {"query_proj", "key_proj"},  # are given the positions too, which are no record's
-           "qwen2_moe": {"shared_expert_gate", "gate_proj", "up_proj", "down_proj"},  # are given all tokens in one row
+STRANGE = {"deberta-v2": {"query_proj", "key_proj"},  # also receive positions, which belong to no record
+           "qwen2_moe": {"shared_expert_gate", "gate_proj", "up_proj", "down_proj"},  # receive all tokens in one row
            "opt": {"fc1", "fc2"}, "bart": set(), "llama": set(), "bert": set()}
 
 
@@ -51,7 +51,7 @@ def test_whatever_targets_are_chosen_can_be_trained_under_privacy(name, tmp_path
 
 
 def test_layers_without_a_part_in_the_output_are_not_chosen(tmp_path):
-    """CANINE's last encoder is for what is said of each character, and a classifier says nothing of that."""
+    """CANINE's last encoder computes outputs for each character, which a classifier does not use."""
     if not WHOLE:
         pytest.skip("its tokenizer takes seconds to load; make test-all")
     model = loaded("canine", tmp_path)

@@ -1,1 +1,1 @@
-"""One file for each adapter family; its key is the file's name."""
+"""Adapter families, one in each file. The file's name is the family's key."""

@@ -16,7 +16,7 @@ from fedlora.adapters.families.lora import Lora
 
 @dataclass(frozen=True)
 class FrozenA(Lora):
-    """B alone trains."""
+    """The family in which only the factor B trains."""
 
     name: ClassVar[str] = "frozen-a"
     exact: ClassVar[bool] = True

@@ -1,1 +1,1 @@
-"""One file for each start, the values that an adapter begins with; its key is the file's name."""
+"""Starts, the initial values of an adapter, one in each file. The file's name is the start's key."""
