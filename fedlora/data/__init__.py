@@ -1,4 +1,4 @@
-"""Users' files as checked rows of text, and their split over simulated clients."""
+"""Reading of users' files into checked rows of text, and their split over simulated clients."""
 
 from fedlora.data.columns import Answer, RowFormat, column_names
 from fedlora.data.partition import partition

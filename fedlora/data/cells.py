@@ -1,4 +1,4 @@
-"""Single cells of a file: what is wrong with a text, an answer, an id or a conversation."""
+"""Checks of single cells of a data file: texts, answers, ids of units, and conversations."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fedlora.data.problems import Problems
 from fedlora.data.rows import Message, is_missing, normalize_unit, place, shown, spelling
 
 Fault = tuple[str, str]
-"""What is wrong, and the remedy."""
+"""(what is wrong, how to correct it)."""
 
 _REMEMBERED = 100_000
-"""Different values of a column that are not looked at again."""
+"""Most values of a column that are remembered, so that equal values need not be checked again."""
 
 _FILL = "Fill it, or remove the row"
 
 
 def text_fault(column: str, value: Any) -> Fault | None:
-    """What is wrong with a text, if anything."""
+    """Return what is wrong with a text; None if it is a string that can be used."""
     if isinstance(value, str) and not value.isspace() and value and len(value) <= LONGEST and _is_whole(value):
         return None
     name = shown(column)
@@ -33,7 +33,7 @@ def text_fault(column: str, value: Any) -> Fault | None:
     if not value.strip():
         return f"{name} is empty", _FILL
     if len(value) > LONGEST:
-        return f"{name} is longer than {LONGEST // 2**20} MiB", "Cut what no model could read"
+        return f"{name} is longer than {LONGEST // 2**20} MiB", "Shorten it; no model reads that much"
     return _half(name)
 
 
@@ -52,10 +52,10 @@ def _half(what: str) -> Fault:
 
 
 class AnswerCells:
-    """Reads answers; each different value is parsed once.
+    """A reader of answer cells that parses each different value once.
 
     Attributes:
-        words: word that stands for a missing value → how many cells were it.
+        words: word that stands for a missing value ("NA", say) → number of cells that held it.
     """
 
     def __init__(self, answer: Answer, problems: Problems) -> None:
@@ -64,14 +64,18 @@ class AnswerCells:
         self.words: Counter[str] = Counter()
 
     def read(self, file: str, line: int, value: Any) -> tuple[Any, str | None]:
-        """The answer, None where there is none; and what it is where a label set has that instead."""
+        """Parse a cell, and note a fault if it holds no valid answer.
+
+        Returns:
+            The answer, or None if there is none; and its other reading (see `Rows.otherwise`), or None.
+        """
         if value is None:
             return None, None
         key = (type(value), value)
         try:
             found = self._known.get(key)
         except TypeError:
-            found = None  # a list, or an object
+            found = None  # a list or an object, which cannot be a key
         if found is None:
             found = self._parse(file, line, value)
             if found[0] is not None and len(self._known) < _REMEMBERED:
@@ -96,14 +100,14 @@ class AnswerCells:
 
 
 class UnitCells:
-    """Reads ids of units; each different value is looked at once."""
+    """A reader of cells with the ids of privacy units. It checks each different value once."""
 
     def __init__(self, column: str, problems: Problems) -> None:
         self._column, self._problems = shown(column), problems
         self._known: dict[tuple[type, Any], str] = {}
 
     def read(self, file: str, line: int, value: Any) -> str:
-        """The normalised id; "" for one that is noted as a fault."""
+        """Return a cell's normalised id. If the cell holds no valid id, note the fault and return ""."""
         try:
             found = self._known.get((type(value), value))
         except TypeError:
@@ -122,7 +126,7 @@ class UnitCells:
                                "Write it as a whole number or a string")
             return ""
         if name is None:
-            self._problems.add(place(file, line), f"{self._column} is missing or empty, so it is not known whose row "
+            self._problems.add(place(file, line), f"{self._column} is missing or empty, so it is unknown whose row "
                                "this is", _FILL)
             return ""
         if not _is_whole(name):
@@ -138,12 +142,16 @@ _EXAMPLE = '[{"role": "user", "content": …}, {"role": "assistant", "content": 
 
 
 def conversation(value: Any) -> tuple[tuple[Message, ...], Fault | None]:
-    """The turns of a conversation, given as a list or as its JSON; and what is wrong with it, if anything."""
+    """Parse a conversation, given as a list of messages or as the JSON of one.
+
+    Returns:
+        The messages, and None; or (), and what is wrong.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            return (), ("messages is text that is no JSON (as Python prints a list, say)",
+            return (), ("messages is text, but not JSON (perhaps a list as Python prints it)",
                         f"Write it with json.dumps: {_EXAMPLE}")
     if not isinstance(value, list) or not value:
         return (), ("messages is not a list of messages", f"Write {_EXAMPLE}")
@@ -160,7 +168,7 @@ def conversation(value: Any) -> tuple[tuple[Message, ...], Fault | None]:
             return (), fault
         plain = role.strip().casefold()
         if (meant := _ALIASES.get(plain, plain)) in _ROLES and meant != role:
-            return (), (f"a message has a role that means {meant}, and is written otherwise",
+            return (), (f"a message has a role that means {meant}, but is spelled differently",
                         f'Write "role": "{meant}"')
         turns.append((role, str(content)))
     if all(role != "assistant" for role, _ in turns):

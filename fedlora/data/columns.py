@@ -1,4 +1,4 @@
-"""The names of columns: which is meant, which may be shown, which is likely the one that is looked for."""
+"""Names of columns: which columns a task reads, which column a name means, and which names an error may show."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from fedlora.data.rows import shown, spelling
 
 KindOfRows = tuple[str, tuple[str, ...]]
-"""One of `fedlora.data.rows.KINDS`, and the columns that hold it."""
+"""(one of `fedlora.data.rows.KINDS`, the names of the columns that hold it)."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The column with what a model is to say of a text.
+    """The column that holds what a model learns to predict from a text.
 
     Attributes:
-        column: its name, where --column gives no other.
-        parse: a cell's value as the task takes it, None where there is none. It raises TypeError for any other; the
-            message says what the value is ("a fraction"), and never holds it. Words that stand for a missing value do
-            not come to it.
-        remedy: how to write it, for the owner of a cell that does not parse.
+        column: the column's name, unless --column gives another.
+        parse: turns a cell's value into the answer, or None if there is none. It raises TypeError for a value that
+            cannot be an answer. The error's message describes the value ("a fraction") without quoting it. Words that
+            stand for a missing value are handled before.
+        remedy: how to write an answer, for the owner of a cell that does not parse.
     """
 
     column: str
@@ -32,12 +32,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What the files of a task hold.
+    """The columns that the data files of a task have.
 
     Attributes:
-        kinds: of rows, each with its columns; the first whose columns are there is taken.
-        answer: a column beside them; None where the rows themselves hold what is learned.
-        otherwise: ends the error about columns that are not there.
+        kinds: the kinds of rows that the task reads, each with its columns. The first kind whose columns a file has is
+            used.
+        answer: the column of answers; None if the rows themselves hold what is learned.
+        otherwise: ending of the error message about missing columns.
     """
 
     kinds: tuple[KindOfRows, ...]
@@ -46,30 +47,38 @@ class RowFormat:
 
 
 def column_names(form: RowFormat) -> set[str]:
-    """All columns that rows can have, but for that of the unit."""
+    """Return the names of all columns that rows can have, except the column of the privacy unit."""
     return {name for _, columns in form.kinds for name in columns} | ({form.answer.column} if form.answer else set())
 
 
 def required(kind_of_rows: KindOfRows) -> tuple[str, ...]:
-    """The columns that each row has; the second of a pair may be empty or absent."""
+    """Return the columns that every row must have. The second column of a pair may be empty or absent."""
     kind, columns = kind_of_rows
     return columns[:1] if kind == "pair" else columns
 
 
 def folded(name: str) -> str:
-    """Names of columns are one where they differ in capitals, outer blanks or invisible characters alone."""
+    """Return a column's name without differences in capitals, outer blanks and invisible characters."""
     return spelling(name).casefold()
 
 
 def find_column(wanted: str, present: Collection[str]) -> str | None:
-    """The column that is meant: the one of that very name, else the only one that is the same when `folded`."""
+    """Return the column that a name means: the one with exactly this name, else the only one that is equal `folded`.
+
+    Args:
+        wanted: the name.
+        present: names of the file's columns.
+
+    Returns:
+        The column's name in the file; None if there is no such column, or several.
+    """
     if wanted in present:
         return wanted
     alike = [name for name in present if folded(name) == folded(wanted)]
     return alike[0] if len(alike) == 1 else None
 
 
-# --- What an error shows ---
+# --- What an error message shows ---
 
 _LIKELY: Mapping[str, tuple[str, ...]] = {
     "text": ("text", "texts", "note", "notes", "sentence", "content", "body", "document", "comment", "comments",
@@ -80,22 +89,25 @@ _LIKELY: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "query", "input", "request"),
     "completion": ("completion", "output", "response", "answer", "reply", "target"),
     "messages": ("messages", "conversation", "conversations", "dialogue", "dialog", "chat", "turns")}
-"""Names under which files of others have what a task calls by its own."""
+"""A task's name for a column → names that files from elsewhere often use for it."""
 
 _USUAL_WORDS = frozenset(name for names in _LIKELY.values() for name in names) | {
     "id", "idx", "index", "date", "patient", "pid", "name", "age", "sex", "split", "source"}
 
 _SUGGESTED_LABELS = 20
 _SHORT = 8
-"""Characters: a column whose texts have as many on average is not proposed as one of texts."""
+"""A column whose values have at most this many characters on average is not suggested as the column of texts."""
 
 
 def show_columns(file: str, names: Sequence[str], usual: Collection[str], sample: Sequence[Mapping[str, Any]]) -> str:
-    """The columns for an error message, unless they may be a row of a file that has no header.
+    """Describe a file's columns for an error message.
+
+    The names are not shown if they might be a row of private data, as in a file without a header line.
 
     Args:
-        names: the file's columns.
-        usual: names of which any one tells a header.
+        file: the file's name.
+        names: names of the file's columns.
+        usual: names of which any one shows that the first line is a header.
         sample: the file's first rows.
     """
     if not _may_show(file, names, usual, sample):
@@ -108,8 +120,10 @@ def show_columns(file: str, names: Sequence[str], usual: Collection[str], sample
 
 
 def _may_show(file: str, names: Sequence[str], usual: Collection[str], sample: Sequence[Mapping[str, Any]]) -> bool:
-    """Only CSV and TSV can lack a header. There a usual name tells one, and so does a column without a value that could
-    be a name, where no name comes again below itself.
+    """Return whether the names are surely a header, and not a row of private data.
+
+    Only CSV and TSV files can lack a header. There, one usual name shows that the first line is a header. So does a
+    column none of whose values could be a column's name, if no name occurs again as a value in its own column.
     """
     if any(len(name) > 40 or len(name.split()) > 4 or re.fullmatch(r"[-+\d.,:/ ]*", name) for name in names):
         return False
@@ -137,10 +151,12 @@ def _no_name(value: str) -> bool:
 
 def suggestion(form: RowFormat, missing: Collection[str], names: Sequence[str], sample: Sequence[Mapping[str, Any]]
                ) -> str:
-    """The --column that may be meant, for a file whose columns can be shown; "" where none is likely.
+    """Suggest a --column option for a file that lacks columns; "" if no suggestion is likely.
 
     Args:
-        missing: the task's names that are in the file under another one, if at all.
+        form: the columns that the task reads.
+        missing: the task's names of the columns that were not found.
+        names: names of the file's columns that may be suggested.
         sample: the file's first rows.
     """
     found: dict[str, str] = {}
@@ -168,7 +184,7 @@ def _likely(wanted: str, names: Sequence[str]) -> str | None:
 
 
 def _by_values(wanted: str, form: RowFormat, names: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> str | None:
-    """The longest texts, or short values that come again and again."""
+    """Find a column by its values: for texts the longest ones, for answers a few short values that recur."""
     values = {name: each for name, each in _values(names, sample).items() if each}
     if wanted == "text":
         lengths = {name: sum(map(len, each)) / len(each) for name, each in values.items()}

@@ -1,8 +1,7 @@
-"""The four file formats, each as a stream of (line, {column: value}).
+"""The four file formats, each read as a stream of (line number, {column: value}).
 
 Text formats are read line by line with the standard library, because neither pyarrow nor `datasets` can say on which
-line of a file a row stands. A fault is noted by file and line with its remedy, and no row is quoted: it may be a
-patient's.
+line of a file a row is. A fault is noted with file, line and remedy. No row is ever quoted: it may be a patient's.
 """
 
 from __future__ import annotations
@@ -23,12 +22,13 @@ SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 
 def records(file: Path, wanted: Callable[[str], bool], problems: Problems) -> Iterator[Record]:
-    """Every row of a file that can be read, with its line number (row number in parquet), both counted from 1.
+    """Yield every readable row of a file with its line number (in parquet, its row number), counted from 1.
 
     Args:
-        wanted: whether a column will be looked at. In a parquet file's rows the others are named, and None: they are
-            not read, whatever they hold.
-        problems: takes what is wrong with the file.
+        file: the file. Its suffix decides the format.
+        wanted: returns whether a column of this name is needed. A parquet file's other columns are not read; rows have
+            their names with the value None.
+        problems: collects what is wrong with the file.
     """
     suffix = file.suffix.lower()
     try:
@@ -57,7 +57,7 @@ def _jsonl(file: Path, problems: Problems) -> Iterator[Record]:
             if isinstance(row, dict) and any(line.count(f'"{name}"') > 1 for name in row):
                 json.loads(line, object_pairs_hook=_object)  # slower, and rarely needed
         except _Twice:
-            problems.add(where, "the object has a name twice", "Write each name once")
+            problems.add(where, "the object has the same name twice", "Write each name once")
             continue
         except json.JSONDecodeError as error:
             if bare_return(line):
@@ -70,7 +70,7 @@ def _jsonl(file: Path, problems: Problems) -> Iterator[Record]:
             problems.add(f"{where} (character {error.colno})", "the line is not valid JSON",
                          "Write one complete object per line")
             if number == 1 and line.strip() == "{":
-                return  # an object over many lines: each would be a fault
+                return  # an object written over many lines: each line would be a fault
             continue
         except (ValueError, RecursionError):
             problems.add(where, "the line is JSON nested too deeply or with a number too long",
@@ -88,7 +88,7 @@ class _Twice(Exception):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values under one name, json would take the last and say nothing."""
+    """Refuse an object with the same name twice. json would silently keep the last value."""
     made = dict(pairs)
     if len(made) < len(pairs):
         raise _Twice

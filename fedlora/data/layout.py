@@ -1,4 +1,4 @@
-"""Which columns of a file are which of a task's, found by its first row."""
+"""Assignment of a file's columns to the columns that a task reads, by the file's first row."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ from fedlora.data.problems import Problems
 from fedlora.data.rows import place, shown
 
 _SAMPLE = 50
-"""Rows of a file that are looked at when its columns are not known."""
+"""Rows of a file that are examined, to suggest columns, if the expected ones are missing."""
 
 
 @dataclass
 class Layout:
-    """A file's columns.
+    """The columns of one file.
 
     Attributes:
-        kind: of `fedlora.data.rows.KINDS`.
-        wanted: the names of text columns, of the answer's and of the unit's, as task and flags have them.
-        texts: the file's names of the text columns.
-        answer, unit: the file's names of those; None where there is none (yet).
-        present: all names met so far.
+        kind: the kind of rows, one of `fedlora.data.rows.KINDS`.
+        wanted: names of the text columns, of the answer's column and of the unit's column, as the task and the options
+            give them; None for a column that is not needed.
+        present: names of all columns met so far, in order.
+        texts: the file's own names of the text columns.
+        answer: the file's own name of the answer's column; None if it has not been met.
+        unit: the file's own name of the unit's column; None if it has not been met.
     """
 
     kind: str
@@ -46,7 +48,7 @@ class Layout:
     unit: str | None = None
 
     def extend(self, row: Mapping[str, Any]) -> None:
-        """Take notice of further names: a line of .jsonl may have others than the first."""
+        """Add a row's columns to the known ones. A line of a .jsonl file may have columns that the first lacks."""
         self.present |= dict.fromkeys(row)
         texts, answer, unit = self.wanted
         self.texts = tuple(find_column(name, self.present) or name for name in texts)
@@ -55,21 +57,28 @@ class Layout:
 
     @property
     def needs_second(self) -> bool:
-        """Whether the second text must be there in each row."""
+        """Whether every row must have the second text."""
         return self.kind != "pair"
 
     def repeats(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row's first text is its column's name, and so is each other value that is read."""
+        """Return whether each value of a row other than the first text is the name of its own column.
+
+        If that also holds for the first text, the row is a repeated header.
+        """
         others = [name for name in (*self.texts[1:], self.answer, self.unit) if name is not None]
         return bool(others) and all(row.get(name) == name for name in others)
 
 
 class LayoutFinder:
-    """Finds the same kind of rows in all files.
+    """A finder of the columns in each file, which makes sure that all files have the same kind of rows.
 
     Args:
-        names: the file's names for the task's columns, of those that --column names.
-        forms: what the files of all tasks hold, by their names.
+        task: key of the task.
+        form: the columns that the task reads.
+        names: the task's name of a column → the file's name, for the columns that --column gives.
+        unit: the file's name of the unit's column; None if each row is a unit.
+        forms: task → the columns that it reads, for all tasks.
+        problems: collects what is wrong.
     """
 
     def __init__(self, task: str, form: RowFormat, names: Mapping[str, str], unit: str | None,
@@ -80,8 +89,13 @@ class LayoutFinder:
         self._first_file = ""
 
     def find(self, file: str, row: Mapping[str, Any]) -> Layout | None:
-        """The first kind that has all columns which --column names, and whose own are in a file's first row, but for
-        those that a row may lack. None where that is none, or another than in the files before; it is noted.
+        """Find the columns of a file by its first row.
+
+        The first kind of rows is taken that includes all columns which --column names, and whose required columns the
+        row has.
+
+        Returns:
+            The layout; None if no kind fits, or another kind than in the files before. That is then noted as a fault.
         """
         beside = {self.form.answer.column} if self.form.answer else set()
         found = next((one for one in self.form.kinds if self.names.keys() - beside <= set(one[1])
@@ -105,7 +119,10 @@ class LayoutFinder:
         return layout
 
     def check_optional(self, file: str, layout: Layout) -> None:
-        """A row may lack its answer or the second of a pair; a file whose rows all do has no such column."""
+        """Check, after a file's last row, that some row had the columns which a single row may lack.
+
+        Those are the answer and the second text of a pair. Also remark on columns that were matched by a similar name.
+        """
         present = layout.present
         if any(find_column(name, present) is None for name in layout.wanted[0]):
             self._note_missing(file, present)
@@ -116,7 +133,7 @@ class LayoutFinder:
                                 strict=True):
             if wanted is not None and name is not None and name != wanted:
                 self.problems.remark(shown(file), f"the column {shown(name)} is taken for {shown(wanted)}",
-                                     "Name another if it is not")
+                                     "Name another column if that is wrong")
 
     def _name(self, name: str) -> str:
         return self.names.get(name, name)
@@ -135,7 +152,7 @@ class LayoutFinder:
         else:
             remedy = f"Name yours with --column {example}=NAME{self.form.otherwise}"
         twice = [name for name in missing if len(_alike(self._name(name), row)) > 1]
-        also = f"several are called {shown(self._name(twice[0]))}, but for capitals and blanks; " if twice else ""
+        also = f"several are called {shown(self._name(twice[0]))}, apart from capitals and blanks; " if twice else ""
         self.problems.add(place(file, 1), f"{self.task} needs the columns {wanted}; {also}{columns}", remedy + likely)
 
     def _note_no_column(self, file: str, row: Mapping[str, Any], name: str, remedy: str, missing: str | None = None
@@ -143,11 +160,11 @@ class LayoutFinder:
         columns, likely = self._columns(file, row, {missing} if missing else set())
         what = f"there is no column {shown(name)}"
         if len(_alike(name, row)) > 1:
-            what = f"several columns are called {shown(name)}, but for capitals and blanks"
+            what = f"several columns are called {shown(name)}, apart from capitals and blanks"
         self.problems.add(place(file, 1), f"{what}; {columns}", remedy + likely)
 
     def _columns(self, file: str, row: Mapping[str, Any], missing: set[str]) -> tuple[str, str]:
-        """What is shown of a file's columns, and the --column that may be meant."""
+        """Return the description of a file's columns for a message, and the suggestion that ends the message."""
         usual = {*self.names.values(), *([self.unit] if self.unit else []),
                  *(name for form in self.forms.values() for name in column_names(form))}
         sample = _first_rows(file)
@@ -157,7 +174,7 @@ class LayoutFinder:
         return said, f". Perhaps {likely}" if likely else ""
 
     def _other_task(self, row: Mapping[str, Any]) -> str | None:
-        """The task whose columns these are, every one that it needs."""
+        """Return another task that needs columns which the row all has; None if there is none."""
         return next((name for name, form in self.forms.items() if name != self.task for one in form.kinds
                      if one[0] != "text" and all(find_column(column, row) for column in one[1])
                      and (form.answer is None or find_column(form.answer.column, row))), None)
@@ -168,7 +185,7 @@ def _alike(wanted: str, names: Collection[str]) -> list[str]:
 
 
 def _first_rows(file: str) -> list[dict[str, Any]]:
-    path = Path(file)  # expanded before, and a file's own name may begin with ~
+    path = Path(file)  # not expanded again: the name of a file in a folder may begin with ~
     if not path.is_file():
         return []
     return [row for _, row in itertools.islice(records(path, lambda _: True, Problems()), _SAMPLE)]

@@ -1,4 +1,4 @@
-"""A file's lines of text, with their numbers, and what else a file may be than its name says."""
+"""Numbered lines of a text file, and recognition of files that are of another kind than their names say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedlora.data.problems import Problems
 from fedlora.data.rows import place, shown
 
 LONGEST = 16 * 1024 * 1024
-"""Of a line or a field, in bytes or characters. What is longer is a quotation mark that is not closed, or no text."""
+"""Most bytes of a line, and most characters of a field. Anything longer is an unclosed quotation, or not text."""
 
 _OTHERS = (
     (b"\x1f\x8b", "is packed by gzip, whatever its name says", "Unpack it: gunzip -c {name} > new{suffix}"),
@@ -23,15 +23,17 @@ _OTHERS = (
     (b"SQLite format 3", "is an SQLite database, whatever its name says", "Export its rows as .csv or .jsonl"),
     (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself", "Fetch it: git lfs pull"),
     (b"/annex/objects/", "is a pointer of git-annex, not the file itself", "Fetch it: git annex get {name}"),
-    (b"<!DOCTYPE html", "is a web page, as a download gives that needs a login", "Download the file itself"),
-    (b"<html", "is a web page, as a download gives that needs a login", "Download the file itself"))
+    (b"<!DOCTYPE html", "is a web page, as a download without the needed login gives", "Download the file itself"),
+    (b"<html", "is a web page, as a download without the needed login gives", "Download the file itself"))
 
 
 def is_another(file: Path, problems: Problems, *, expected: bytes = b"") -> bool:
-    """Whether the first bytes are those of another kind of file, which is noted.
+    """Return whether a file begins like a file of another kind, and note it as a fault if so.
 
     Args:
-        expected: what the file may begin with in any case.
+        file: the file.
+        problems: takes the fault.
+        expected: the first bytes of the kind of file that this one should be; b"" for text.
     """
     with file.open("rb") as stream:
         start = stream.read(64)
@@ -44,12 +46,13 @@ def is_another(file: Path, problems: Problems, *, expected: bytes = b"") -> bool
 
 
 def lines_of(file: Path, problems: Problems) -> Iterator[tuple[int, str]]:
-    """Lines as text with their numbers, from 1. A UTF-8 byte-order mark is dropped.
+    """Yield the lines of a UTF-8 file with their numbers, counted from 1. A byte-order mark is dropped.
 
-    Anything but UTF-8 is noted; where that can be, its line is given nevertheless, so that what follows is read too.
+    Bytes that are not UTF-8 are noted as a fault. If possible the line is yielded all the same, so that the faults of
+    later lines are found too.
     """
     with file.open("rb") as stream:
-        small = file.stat().st_size < LONGEST  # one call for each line is slower
+        small = file.stat().st_size < LONGEST  # then no line is too long; calling readline for each line is slower
         for number, raw in enumerate(stream if small else iter(lambda: stream.readline(LONGEST + 1), b""), start=1):
             if number == 1:
                 if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -59,8 +62,7 @@ def lines_of(file: Path, problems: Problems) -> Iterator[tuple[int, str]]:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if len(raw) > LONGEST:
                 problems.add(place(str(file), number), f"the line is longer than {LONGEST // 2**20} MiB",
-                             "Write one row a line, and cut what no model could read; the rest of the file was not "
-                             "looked at")
+                             "Write one row per line, and shorten the text; the rest of the file was not checked")
                 return
             if b"\0" in raw:
                 problems.add(place(str(file), number), "the line holds a zero byte, so it is not UTF-8 text",
@@ -78,12 +80,12 @@ def lines_of(file: Path, problems: Problems) -> Iterator[tuple[int, str]]:
 
 
 def bare_return(line: str) -> bool:
-    """Whether a carriage return stands in a line."""
+    """Return whether a line has a carriage return in it, other than at its end."""
     return "\r" in line.rstrip("\r\n")
 
 
 def add_bare_return(file: Path, number: int, problems: Problems) -> None:
-    """Note one."""
+    """Note the fault that a line has a carriage return in it."""
     name = shown(file.name)
     problems.add(place(str(file), number), "the line holds a carriage return (\\r) without a line feed (\\n); "
                  "lines must end in \\n or \\r\\n", f"Convert the file: tr '\\r' '\\n' < {name} > new{file.suffix}")

@@ -1,4 +1,4 @@
-"""Parquet files and datasets of the Hugging Face hub. Both may number their classes, and name what a number means."""
+"""Reading of parquet files and hub datasets, both of which may store classes as numbers with a list of names."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ Record = tuple[int, dict[str, Any]]
 
 
 class NumberedClass(str):
-    """The name of a class that a file has as a number."""
+    """The name of a class that the file stores as a number."""
 
     number: int
 
     @classmethod
     def of(cls, name: str, number: int) -> NumberedClass:
-        """With both."""
+        """Return the name of a class together with its number."""
         made = cls(name)
         made.number = number
         return made
 
 
 class _Names:
-    """Puts the name of a class for its number; -1 is a missing label, as the hub has it.
+    """A replacement of the numbers of classes by their names. The number -1 means a missing label, as on the hub.
 
     Args:
-        classes: column → names, in the order of their numbers.
+        classes: column → names of its classes, in the order of their numbers.
+        problems: takes the fault if a number has no name.
     """
 
     def __init__(self, classes: Mapping[str, list[str]], problems: Problems) -> None:
@@ -45,14 +46,14 @@ class _Names:
             if isinstance(value, str):
                 continue
             if value not in names:
-                self._problems.add(place(file, number), f"the {shown(column)} is a number that has no name, though the "
-                                   "file says what its numbers mean (ClassLabel)", "Write the file again")
+                self._problems.add(place(file, number), f"the {shown(column)} is a number that has no name in the "
+                                   "file's own list of classes (ClassLabel)", "Write the file again with all names")
             row[column] = names.get(value)
         return row
 
 
 def parquet(file: Path, wanted: Callable[[str], bool], problems: Problems) -> Iterator[Record]:
-    """As `fedlora.data.formats.records`."""
+    """Yield every readable row of a parquet file with its number, as `fedlora.data.formats.records` does."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -62,7 +63,8 @@ def parquet(file: Path, wanted: Callable[[str], bool], problems: Problems) -> It
         with pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
             if len(set(names)) < len(names):
-                problems.add(place(str(file), 1), "two columns have one name", "Write the file with each name once")
+                problems.add(place(str(file), 1), "two columns have the same name",
+                             "Write the file with each name once")
                 return
             taken = [name for name in names if wanted(name)]
             classes = _Names({column: each for column, each in _classes(table.schema_arrow.metadata).items()
@@ -82,7 +84,7 @@ def parquet(file: Path, wanted: Callable[[str], bool], problems: Problems) -> It
 
 
 def _classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Column → the names of its numbered classes, as `datasets` leaves them in a parquet file."""
+    """Return the names of each column's numbered classes, which the library `datasets` stores in a file's metadata."""
     try:
         features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         found = {column: feature["names"] for column, feature in features.items()
@@ -94,11 +96,13 @@ def _classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
 
 
 def hub_records(name: str, problems: Problems, *, allow_download: bool) -> Iterator[Record]:
-    """Rows of a dataset on the Hugging Face hub, named "org/dataset", "org/dataset/config", with ":split" or without.
+    """Yield the rows of a dataset on the Hugging Face hub with their numbers, counted from 1.
 
-    The split is "train" unless named. Only data files are read, never a loading script.
+    Only data files are read, never a loading script.
 
     Args:
+        name: "org/dataset" or "org/dataset/config", with or without ":split". The split is "train" unless given.
+        problems: collects what is wrong with the rows.
         allow_download: False takes what the hub's cache on this machine has, and asks no one else.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Split one dataset over simulated clients: evenly, by Dirichlet label shares, or by shards of sorted labels.
+"""Split of one data set over simulated clients: evenly, by Dirichlet label shares, or by shards of sorted labels.
 
 "dirichlet:α" draws each label's shares over the clients from Dirichlet(α, …, α) (Hsu et al., arXiv:1909.06335, in the
-form most federated papers use); "shards:k" gives each client k pieces of the data sorted by label (McMahan et al.,
+form that most federated papers use). "shards:k" gives each client k pieces of the data sorted by label (McMahan et al.,
 arXiv:1602.05629).
 """
 
@@ -16,13 +16,18 @@ _DRAWS = 1000
 
 def partition(n: int, labels: Sequence[str | int | None] | None, scheme: str, clients: int, seed: int
               ) -> list[np.ndarray]:
-    """Row indices of each client: sorted, disjoint, together all of range(n), none empty.
+    """Split rows over clients.
 
     Args:
         n: number of rows.
-        labels: one per row; only the schemes by label need them. None is a label like others: leave out rows that
-            will not be trained on.
+        labels: one label for each row; only "dirichlet" and "shards" need them. None counts as a label like any other,
+            so leave out rows that will not be trained on.
         scheme: "iid", "dirichlet:α" with α > 0, or "shards:k" with k >= 1.
+        clients: number of clients.
+        seed: seed of the split.
+
+    Returns:
+        The row indices of each client. Each array is sorted and not empty; together they hold each row exactly once.
 
     Raises:
         ValueError: the scheme is unknown, or cannot give every client a row.
@@ -54,7 +59,7 @@ def _positive(value: str, *, whole: bool) -> bool:
 
 
 def _dirichlet(codes: np.ndarray, alpha: float, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Draw until no client is empty."""
+    """Draw label shares until every client has a row."""
     for _ in range(_DRAWS):
         parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
         for code in range(codes.max() + 1):

@@ -1,4 +1,4 @@
-"""What is wrong with files of rows, collected by kind: whoever has forty faults to mend hears of them at once."""
+"""Collection of the faults in data files by kind, so that their owner learns of all of them at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 FIRST = 3
-"""So many places of each kind are named."""
+"""Number of places that are named for each kind of fault."""
 
 _MOST_KINDS = 12
 
@@ -18,9 +18,9 @@ class _Kind:
 
 
 class Problems:
-    """Faults, and what is remarkable but none, by kind in the order in which each was first met.
+    """The faults of data files, and remarks on what may be a mistake, each by kind in the order of first occurrence.
 
-    No row's content is ever among them.
+    They never contain the content of a row.
     """
 
     def __init__(self) -> None:
@@ -34,33 +34,42 @@ class Problems:
         """Note a fault.
 
         Args:
-            where: file and line, or the file.
-            what: is wrong there, in the same words for all faults of its kind.
-            remedy: a sentence without its full stop.
+            where: file and line, or only the file.
+            what: what is wrong, in the same words for all faults of the same kind.
+            remedy: how to correct it, as a sentence without its full stop.
         """
         _note(self._faults, where, what, remedy)
 
     def remark(self, where: str, what: str, remedy: str) -> None:
-        """Note what may be meant so, and may not; as `add`."""
+        """Note something that may be intended or a mistake. The arguments are those of `add`."""
         _note(self._remarks, where, what, remedy)
 
     def remarks(self) -> list[str]:
-        """A line for each kind."""
+        """Return the remarks, one line for each kind."""
         return _lines(self._remarks)
 
     def raise_any(self) -> None:
-        """Raises ValueError with all kinds of faults, of each the count and the first places, if there is any."""
+        """Raise an error with all faults noted so far, if there are any.
+
+        Raises:
+            ValueError: there are faults. For each kind the message gives the number and the first places.
+        """
         lines = _lines(self._faults)
         if len(lines) > 1:
             rest = [f"and {len(lines) - _MOST_KINDS} more kinds"] if len(lines) > _MOST_KINDS else []
-            lines = [f"{len(self):,} faults of {len(lines)} kinds; nothing is done before they are mended:",
+            lines = [f"{len(self):,} faults of {len(lines)} kinds; nothing else is done until they are corrected:",
                      *(f"  {line}" for line in lines[:_MOST_KINDS] + rest)]
         if lines:
             raise ValueError("\n".join(lines))
 
 
 def places(first: Sequence[str], count: int) -> str:
-    """How a message names where `count` things are, of which the first few are given."""
+    """Return a message's list of places, of which the first few are named and the rest counted.
+
+    Args:
+        first: the first places.
+        count: the number of all places.
+    """
     return ", ".join(first[:FIRST]) + (f" and {count - FIRST:,} more" if count > FIRST else "")
 
 

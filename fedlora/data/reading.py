@@ -1,4 +1,4 @@
-"""From a path to `Rows`: find the files, find the columns that a task names, check every row."""
+"""Reading of a path into `Rows`: finds the files, finds the columns that a task needs, and checks every row."""
 
 from __future__ import annotations
 
@@ -26,31 +26,34 @@ def read_rows(path: Path | str, task: str, form: RowFormat, *, columns: Mapping[
               unit: str | None = None, allow_download: bool = False, labels: bool = False,
               declared: Collection[str] = (), held_out: bool = False,
               others: Mapping[str, RowFormat] | None = None) -> Rows:
-    """Read and check all rows of a file, a folder (its files in the order of their names) or a hub dataset.
+    """Read and check all rows of a file, a folder (its files in the order of their names), or a hub dataset.
 
-    What of a folder is not read, and what of the rows may not be meant as it is read, is said in warnings.
+    Warnings say which files of a folder are not read, and which rows may be read otherwise than their owner intends.
 
     Args:
-        path: a .jsonl, .csv, .tsv or .parquet file, a folder of such, or "org/dataset[/config][:split]".
-        task, form: what they are for, as errors call it, and what they hold for that.
-        columns: the file's name for a column, where it is not the expected one: {"text": "note"}. A name stands for the
-            column of that very name, else for the one that differs in capitals and outer blanks alone.
-        unit: the file's column that names the person (or other unit of privacy) a row belongs to, for `Rows.units`;
-            None if each row is a unit of its own. An id means the same in all files of a folder.
+        path: a .jsonl, .csv, .tsv or .parquet file, a folder of such files, or "org/dataset[/config][:split]".
+        task: key of the task, for messages.
+        form: the columns that the task reads.
+        columns: the file's name for a column, where it is not the expected one: {"text": "note"}. A name means the
+            column with exactly this name, else the only one that differs just in capitals and outer blanks.
+        unit: the file's column with the id of the person (or other unit of privacy) that a row belongs to, for
+            `Rows.units`; None if each row is its own unit. An id means the same unit in all files of a folder.
         allow_download: fetch a hub dataset that is not in the hub's cache on this machine.
-        labels: whether the answers are names of classes: they become `Rows.labels`, which the label set of a run is
-            held against, and which a client may announce. Others become `Rows.values`.
-        declared: the label set, where it is known already: a word like "none" is a label if it is in there.
-        held_out: whether the rows are to evaluate on, not to train on; see `fedlora.data.sources.sources`.
-        others: what the files of all tasks hold, by name: to know a header, and files that are another task's.
+        labels: whether answers are names of classes. If so they become `Rows.labels`, which are checked against the
+            run's label set and which a client may announce. Other answers become `Rows.values`.
+        declared: the label set, if it is known already. A word like "none" then counts as a label if it is in the set.
+        held_out: whether the rows are for evaluation, not for training; see `fedlora.data.sources.sources`.
+        others: task → the columns that it reads, for all tasks. It helps to recognise a header line, and files that
+            belong to another task.
 
     Raises:
-        ValueError: with file, line and remedy of all that is wrong, never with a row's text or id.
+        ValueError: something is wrong. The message gives file, line and remedy of all faults, and never a row's text or
+            id.
     """
     names, problems = dict(columns or {}), Problems()
     known = column_names(form)
     if unknown := sorted(set(names) - known):
-        raise ValueError(f"--column {unknown[0]}=… names no column of {task}. Those are: "
+        raise ValueError(f"--column {unknown[0]}=…: {task} has no column {unknown[0]}. Its columns are: "
                          f"{', '.join(sorted(known))}")
     _check_distinct(form, names, unit)
     reader = _Reader(LayoutFinder(task, form, names, unit, dict(others or {}) | {task: form}, problems), problems)
@@ -68,7 +71,11 @@ def read_rows(path: Path | str, task: str, form: RowFormat, *, columns: Mapping[
 
 
 def _check_distinct(form: RowFormat, names: Mapping[str, str], unit: str | None) -> None:
-    """Raises ValueError where one column of a file is named for two things."""
+    """Check that no column of a file is named for two purposes.
+
+    Raises:
+        ValueError: one is.
+    """
     taken: dict[str, str] = {}
     for name, column in names.items():
         if (other := taken.setdefault(folded(column), name)) != name:
@@ -76,11 +83,11 @@ def _check_distinct(form: RowFormat, names: Mapping[str, str], unit: str | None)
     for name in column_names(form):
         if unit is not None and folded(names.get(name, name)) == folded(unit):
             raise ValueError(f"--privacy-unit column:{unit} is the column that is read as {name}, and does not say "
-                             "whose rows are together. Name the column with the ids of people (or of other units)")
+                             "whose rows belong together. Name the column with the ids of people (or of other units)")
 
 
 class _Reader:
-    """Collects checked rows; one kind for all files."""
+    """A collector of checked rows, which are of the same kind in all files."""
 
     def __init__(self, finder: LayoutFinder, problems: Problems) -> None:
         self.finder, self.problems = finder, problems
@@ -113,7 +120,7 @@ class _Reader:
         if layout is not None:
             self.finder.check_optional(file, layout)
         elif len(self.problems) == before:
-            self.problems.add(file, "the file holds no rows", "Add some, or take the file away")
+            self.problems.add(file, "the file holds no rows", "Add rows, or remove the file")
 
     def _add_row(self, file: str, line: int, layout: Layout, row: Mapping[str, Any]) -> None:
         get = row.get
@@ -130,7 +137,7 @@ class _Reader:
                 text = ""
             elif text == layout.texts[0] and layout.repeats(row):
                 self.problems.add(place(file, line), "the row repeats the names of the columns, as in exports that "
-                                  "were joined", "Take it out, and check that the rows below have the same columns")
+                                  "were joined", "Remove it, and check that the rows below have the same columns")
             self.texts.append(text)  # type: ignore[arg-type]
             if len(layout.texts) == 2:
                 second = get(layout.texts[1])
@@ -146,22 +153,29 @@ class _Reader:
 
     @property
     def missing_answers(self) -> Mapping[str, int]:
-        """Word that stands for a missing value → the answers that were it."""
+        """Word that stands for a missing value → number of answers that held it."""
         return self.answer_cells.words if self.answer_cells is not None else {}
 
     def rows(self, labels: bool) -> Rows:
-        """What was read. Raises ValueError with all that is wrong with it."""
+        """Return all rows that were read.
+
+        Args:
+            labels: whether answers are names of classes.
+
+        Raises:
+            ValueError: something is wrong with the rows or files.
+        """
         kind_of_rows = self.finder.kind_of_rows
         kind, columns = kind_of_rows or ("", ())
         if kind == "pair" and all(second is None for second in self.seconds):
-            kind = "text"  # GLUE's single-sentence tasks keep an empty sentence2
+            kind = "text"  # some data sets of single sentences have an empty column sentence2
         elif None in self.seconds:
             for row in [row for row, second in enumerate(self.seconds) if second is None and kind == "pair"]:
                 self.problems.add(self._where(row), f"{columns[1]} is empty, but not in other rows",
                                   "Fill it, or remove the row")
         check_units(self.units, self._where, self.problems)
         self.problems.raise_any()
-        assert kind_of_rows is not None, "a path without a file to read is an error"
+        assert kind_of_rows is not None, "a path without a file to read was refused before"
         answers = None if self.answer_cells is None else tuple(self.answers)
         two = labels and any(one is not None for one in self.otherwise)
         return Rows(kind=kind, texts=tuple(self.texts),

@@ -1,4 +1,4 @@
-"""What may not be meant as it is read: said, and left to the owner; of ids of units, refused."""
+"""Remarks on rows that may be read otherwise than their owner intends, and refusal of ambiguous ids of units."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from fedlora.data.rows import MISSING, Rows, label_names, shown
 
 
 def check_units(units: Sequence[str], where: Callable[[int], str], problems: Problems) -> None:
-    """Note ids that one person may have twice: each would be protected on its own only.
+    """Note different ids that may be the same person's. If they are, that person is protected less than declared.
 
     Args:
-        where: names the row of an index.
+        units: the normalised id of each row's unit.
+        where: returns the place of a row, by its index, for messages.
+        problems: takes the faults and remarks.
     """
     first: dict[str, int] = {}
     for row, unit in enumerate(units):
@@ -27,20 +29,22 @@ def check_units(units: Sequence[str], where: Callable[[int], str], problems: Pro
                          "not known whose row this is", "Export the ids as text")
         if unit.isdigit() and unit != bare.setdefault(unit.lstrip("0"), unit):
             other = first[bare[unit.lstrip("0")]]
-            problems.add(f"{where(row)} (see {where(other)})", "two ids differ in leading zeros alone: a program that "
-                         "took them for numbers dropped these, and one person would be two units",
+            problems.add(f"{where(row)} (see {where(other)})", "two ids differ only in leading zeros: a program that "
+                         "took ids for numbers may have dropped zeros, and one person would be two units",
                          "Write the ids alike in all rows and files; put a letter before them if they are two people's")
         elif unit != small.setdefault(unit.casefold(), unit):
-            problems.remark(f"{where(row)} (see {where(first[small[unit.casefold()]])})", "two ids differ in "
-                            "capitals alone, and are two units", "Write them alike if they are one person's")
+            problems.remark(f"{where(row)} (see {where(first[small[unit.casefold()]])})", "two ids differ only in "
+                            "capitals, and count as two units", "Write them alike if they are one person's")
 
 
 def remark_on(rows: Rows, words: Mapping[str, int], problems: Problems, *, declared: Collection[str] = ()) -> None:
-    """Note what is remarkable in rows that were read.
+    """Note whatever in the rows may be a mistake.
 
     Args:
-        words: that stand for a missing value → the answers that were it.
-        declared: the label set, where it is known.
+        rows: the rows that were read.
+        words: word that stands for a missing value → number of answers that held it.
+        problems: takes the remarks.
+        declared: the label set, if it is known.
     """
     _missing_answers(rows, words, declared, problems)
     _texts_that_are_words(rows, problems)
@@ -54,7 +58,7 @@ def _missing_answers(rows: Rows, words: Mapping[str, int], declared: Collection[
     lacking = [row for row, answer in enumerate(answers) if answer is None]
     found = sorted(word for word in words if word not in declared)
     if not lacking or (len(lacking) == len(answers) and not found):
-        return  # the latter is an error for whoever needs them
+        return  # if all are missing, that is an error for the caller that needs them
     some = f" or a word that stands for a missing value ({', '.join(found[:5])})" if found else ""
     named = (", unless the run's label set has that word: if it is the name of a class, name all classes with --labels"
              if found and rows.labels is not None else "")
@@ -79,29 +83,29 @@ def _labels_alike(rows: Rows, problems: Problems) -> None:
     if several:
         first = {label: row for row, label in reversed(list(enumerate(rows.labels or ()))) if label in several}
         problems.remark(places([rows.where(row) for row in sorted(first.values())], len(first)),
-                        f"{len(several)} labels differ from another in capitals alone, and are classes of their own",
-                        "Write them alike if they are one")
+                        f"{len(several)} labels differ from another only in capitals, and count as different classes",
+                        "Write them alike if they are one class")
     fractions = [name for name in label_names(rows) if re.fullmatch(r"[-+]?\d*[.,]\d+", name)]
     if fractions:
         row = (rows.labels or ()).index(fractions[0])
-        problems.remark(rows.where(row), f"{len(fractions)} labels are fractions, and are classes of their own",
+        problems.remark(rows.where(row), f"{len(fractions)} labels are fractions, and count as different classes",
                         "Name the column with the classes with --column label=NAME if this one holds measurements")
 
 
 def _numbered(rows: Rows, problems: Problems) -> None:
-    """Files whose classes have names, and files with numbers of classes."""
+    """Remark on labels that are numbers in one file and have names in another."""
     if rows.labels is None or rows.otherwise is None or len(rows.files) < 2:
         return
     numbers = {other for label, other in zip(rows.labels, rows.otherwise, strict=True) if label and other}
     bare = [row for row, label in enumerate(rows.labels) if label in numbers and rows.otherwise[row] is None]
     if bare:
         problems.remark(places([rows.where(row) for row in bare[:FIRST]], len(bare)),
-                        "the label is a number, and another file has a name for that number: they are two classes",
+                        "the label is a number, and another file has a name for that number: they count as two classes",
                         "Write the labels alike in all files")
 
 
 def _twice(rows: Rows, problems: Problems) -> None:
-    """Rows of one file that are in another too."""
+    """Remark on rows of one file that another file contains too."""
     if len(rows.files) < 2:
         return
     first: dict[int, int] = {}
@@ -112,5 +116,5 @@ def _twice(rows: Rows, problems: Problems) -> None:
             again[file, other] += 1
     for (file, other), count in again.items():
         problems.remark(f"{shown(rows.files[file])} and {shown(rows.files[other])}",
-                        f"{count:,} rows have the same text in both files", "If one is a copy of the other, take it "
-                        "away: what is there twice counts twice, and ε is for one of the two")
+                        f"{count:,} rows have the same text in both files", "If one is a copy of the other, remove it: "
+                        "a row that is there twice counts twice, and ε protects only one of the two")

@@ -1,4 +1,4 @@
-"""Rows of a user's files, as text: what was read, and where each row stands."""
+"""Rows read from a user's files, the place of each row in its file, and the normal form of labels and ids."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fedlora.data.problems import FIRST, places
 
+T = TypeVar("T")
+
 KINDS = ("text", "pair", "completion", "messages")
-"""What a row is: one text, two texts, a prompt with its completion, or a conversation."""
+"""Kinds of rows: one text, two texts, a prompt with its completion, or a conversation."""
 
 Message = tuple[str, str]
 """(role, content)."""
 
 MISSING = frozenset(("", "na", "n/a", "n.a.", "<na>", "#n/a", "nan", "-nan", "nat", "none", "null"))
-"""What programs write where a value is missing, in small letters.
+"""Words that programs write for a missing value, in small letters.
 
-column      such a word is
-label       no label, unless the label set has the word: it may be the name of a class (`labelled_by`)
-unit        no id: the row is refused. Taken for one, it would make a single person of all who have none
-text        a text like others, since people write "None" and "NA" too; how many there are is said
+column      meaning of such a word
+label       no label, unless the label set contains the word, which may be the name of a class (`labelled_by`)
+unit        no id, so the row is refused; as an id, it would make one person of all people without an id
+text        an ordinary text, because people write "None" and "NA" too; a remark says how many there are
 """
 
 
@@ -37,19 +39,20 @@ class Rows:
 
     Attributes:
         kind: one of `KINDS`.
-        texts: the text, the first of a pair, or the prompt; "" for each conversation.
-        seconds: the second of a pair or the completion, else None.
-        messages: the conversations, else None.
-        labels: normalised label names, None where a row has no label; None for tasks without labels.
-        values: answers that are no names of classes, as their task reads them, None where a row has none; None for
-            tasks without such.
-        otherwise: what a label is where the run's label set has that, and not what `labels` says: a word that stands
-            for a missing value, or the number of a class that has a name. None where no label has two readings.
+        texts: for each row the text, the first text of a pair, or the prompt; "" for each conversation.
+        seconds: for each row the second text of a pair, or the completion; None for other kinds.
+        messages: for each row the conversation; None for other kinds.
+        labels: for each row the normalised label name, or None if it has no label; None for tasks without labels.
         files: the files read, in order.
         file_of: [rows] index into `files`.
-        lines: [rows] the line on which a row begins, counted from 1 (in a parquet file, the row's number).
-        units: the normalised id of the person (or other unit of privacy) that each row belongs to; None where each row
-            is a unit of its own.
+        lines: [rows] number of the line on which each row begins, counted from 1 (in a parquet file, of the row).
+        units: for each row the normalised id of the person (or other unit of privacy) that it belongs to; None if each
+            row is its own unit.
+        values: for each row the answer as its task parses it, or None if it has none, for answers that are not names of
+            classes; None for other tasks.
+        otherwise: for each row the other reading of its label, or None. The other reading is a word that can also stand
+            for a missing value, or the number of a class that has a name. It is used if the run's label set contains
+            it, but not what `labels` says (`labelled_by`). None if no label has two readings.
     """
 
     kind: str
@@ -68,38 +71,39 @@ class Rows:
         return len(self.texts)
 
     def where(self, row: int) -> str:
-        """"file:line" of a row; for formats without lines, "file:row number"."""
+        """Return the place of a row as "file:line", or as "file:row number" for formats without lines."""
         return place(self.files[self.file_of[row]], int(self.lines[row]))
 
     @property
     def answers(self) -> tuple[Any, ...] | None:
-        """What is to be said of each row, None where that is not known; None where the rows themselves hold it."""
+        """The answer of each row, or None if it has none; None for tasks whose rows themselves hold what is learned."""
         return self.values if self.labels is None else self.labels
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Rows:
-        """The rows at `indices`, in that order."""
-        def pick(column):
+        """Return the rows at `indices`, in that order."""
+        def pick(column: tuple[T, ...] | None) -> tuple[T, ...] | None:
             return None if column is None else tuple(column[i] for i in indices)
 
         index = np.asarray(indices, dtype=np.int64)
-        return dataclasses.replace(self, texts=pick(self.texts), seconds=pick(self.seconds),
+        return dataclasses.replace(self, texts=tuple(self.texts[i] for i in indices), seconds=pick(self.seconds),
                                    messages=pick(self.messages), labels=pick(self.labels), units=pick(self.units),
                                    values=pick(self.values), otherwise=pick(self.otherwise),
                                    file_of=self.file_of[index], lines=self.lines[index])
 
     def by_file(self) -> list[np.ndarray]:
-        """The indices of each file's rows, in the order of `files`."""
+        """Return the indices of each file's rows, in the order of `files`."""
         return [np.flatnonzero(self.file_of == i) for i in range(len(self.files))]
 
 
 def place(file: str, line: int) -> str:
-    """How an error names a row."""
+    """Return a row's place as messages show it: "file:line", or "file:row number" for formats without lines."""
     return f"{shown(file)}:{line}" if file.lower().endswith((".jsonl", ".csv", ".tsv")) else f"{shown(file)}:row {line}"
 
 
 def shown(name: object) -> str:
-    """A path or a column's name as a message has it: what would move a terminal's cursor, or cannot be printed, is
-    written as an escape.
+    """Return a path or a column's name as messages show it.
+
+    Characters that cannot be printed, or that would move a terminal's cursor, are written as escapes.
     """
     text = str(name)
     return text if text.isprintable() else "".join(
@@ -107,8 +111,10 @@ def shown(name: object) -> str:
 
 
 def spelling(text: str) -> str:
-    """The one form of all ways to write a name that look alike: NFKC, without characters of category Cf (zero-width
-    blanks, byte-order marks, soft hyphens) and without outer blanks. Capitals are kept.
+    """Return the normal form of a name, in which all spellings that look alike are equal.
+
+    It is Unicode's NFKC form, without characters of category Cf (zero-width blanks, byte-order marks, soft hyphens) and
+    without outer blanks. Capitals are kept.
     """
     if text.isascii():
         return text.strip()
@@ -118,9 +124,10 @@ def spelling(text: str) -> str:
 
 
 def normalize_label(value: object) -> str | None:
-    """0, 0.0, "0", "0.0" and " 0 " are all "0"; a name is brought to its one `spelling`; null and "" are None.
+    """Return the normal form of a label, or None if the cell is empty or null.
 
-    A truth value is "True" or "False", as programs write it into CSV.
+    0, 0.0, "0", "0.0" and " 0 " all become "0". A name becomes its `spelling`. A truth value becomes "True" or "False",
+    as programs write it into CSV files.
 
     Raises:
         TypeError: the value is neither a whole number nor a string. The message names the type, never the value.
@@ -130,7 +137,7 @@ def normalize_label(value: object) -> str | None:
     if isinstance(value, str):
         name = spelling(value)
         return re.sub(r"^([+-]?\d+)\.0+$", r"\1", name) or None
-    if isinstance(value, int):  # a truth value is one
+    if isinstance(value, int):  # truth values included
         return str(value)
     if isinstance(value, (float, Decimal)) and math.isfinite(value) and value == int(value):
         return str(int(value))
@@ -138,15 +145,16 @@ def normalize_label(value: object) -> str | None:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a cell holds no value, or a word that stands for none."""
+    """Return whether a cell holds no value, or a word that stands for a missing value."""
     return value is None or value != value or (isinstance(value, str) and spelling(value).casefold() in MISSING)
 
 
 def normalize_unit(value: object) -> str | None:
-    """As `normalize_label`: 7, 7.0 and " 7 " are one id. None where there is no id, or a word that stands for none.
+    """Return the normal form of a unit's id, or None if the cell is empty or holds a word for a missing value.
 
-    Two ways to write one person's id would make two units of that person, each protected on its own only. Leading zeros
-    and capitals are kept, since codes may differ in them.
+    7, 7.0 and " 7 " are the same id, as for `normalize_label`. If two spellings of one person's id counted as two
+    units, each would only be protected by itself. Leading zeros and capitals are kept, because codes may differ in
+    them.
 
     Raises:
         TypeError: the value is neither a whole number nor a string, or a number too large to be exact. The message
@@ -160,13 +168,14 @@ def normalize_unit(value: object) -> str | None:
 
 
 def label_names(rows: Rows) -> tuple[str, ...]:
-    """The names of the labels that occur, in `in_order`; () if there are none."""
+    """Return the names of all labels that occur, in the order of `in_order`."""
     return in_order({label for label in rows.labels or () if label is not None})
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Labels as a classifier's outputs are numbered where nobody says otherwise: by value if all are whole numbers,
-    else by name.
+    """Sort labels by value if all are whole numbers, else by name.
+
+    This is the order of a classifier's outputs unless --labels gives another.
     """
     names = set(labels)
     numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in names)
@@ -174,7 +183,10 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def labelled_by(rows: Rows, labels: Collection[str]) -> Rows:
-    """The rows as a label set has them read: a label that it lacks, and whose other reading it has, is the latter."""
+    """Return the rows with each label in the reading that a label set contains.
+
+    If the set lacks a label but contains its other reading (`Rows.otherwise`), the other reading is used.
+    """
     if rows.labels is None or rows.otherwise is None:
         return rows
     both = zip(rows.labels, rows.otherwise, strict=True)
@@ -183,15 +195,19 @@ def labelled_by(rows: Rows, labels: Collection[str]) -> Rows:
 
 
 def labelled_otherwise(rows: Rows, allowed: Collection[str]) -> list[int]:
-    """The rows that have a label, and none of the allowed ones."""
+    """Return the indices of the rows whose label is not among the allowed ones. Rows without a label do not count."""
     names = {*allowed, None}
     return [row for row, label in enumerate(labelled_by(rows, allowed).labels or ()) if label not in names]
 
 
 def check_labels(rows: Rows, allowed: Sequence[str]) -> None:
-    """Raises ValueError for labels outside the allowed ones, naming file and line of the first, and what is allowed."""
+    """Check that all labels are among the allowed ones.
+
+    Raises:
+        ValueError: some are not. The message names file and line of the first ones, and the allowed labels.
+    """
     wrong = labelled_otherwise(rows, allowed)
     if wrong:
         raise ValueError(f"{places([rows.where(row) for row in wrong[:FIRST]], len(wrong))}: the label is not in the "
                          f"label set. Allowed are: {', '.join(allowed)}. Correct the row, or add its label wherever "
-                         "--labels are named")
+                         "--labels is given")

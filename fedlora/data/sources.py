@@ -1,4 +1,4 @@
-"""From a path to the files that are read, and what is said of everything else that lies there."""
+"""Choice of the files to read at a path, with a warning about everything else that may be data there."""
 
 from __future__ import annotations
 
@@ -29,21 +29,24 @@ _TRAIN = frozenset(("train", "training"))
 _HELD_OUT = frozenset(("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation", "heldout"))
 
 _MOST_LOOKED_AT = 10_000
-"""Entries of a folder's folders that are looked at for data: one may be the root of a disk."""
+"""Most entries of a subfolder that are searched for data, because it may be the root of a disk."""
 
 
 def sources(path: Path | str, wanted: Callable[[str], bool], problems: Problems, *, allow_download: bool = False,
             held_out: bool = False) -> Iterator[tuple[str, Iterator[Record]]]:
-    """The files of a path in the order of their names, each with its rows; or a hub dataset.
+    """Yield the files at a path in the order of their names, each with a stream of its rows; or a hub dataset.
 
     Args:
-        wanted, problems: as `fedlora.data.formats.records`.
-        held_out: whether rows to evaluate on are looked for, not to train on. Of a folder with files called as the
-            splits of a published data set ("train", "test-00000-of-00001", "reviews_dev"), those of the other use are
-            left out.
+        path: a file, a folder, or the name of a hub dataset.
+        wanted: returns whether a column of this name is needed.
+        problems: collects what is wrong with the files.
+        allow_download: fetch a hub dataset that is not in the hub's cache on this machine.
+        held_out: whether the rows are for evaluation, not for training. If files of a folder are named like the splits
+            of a published data set ("train", "test-00000-of-00001", "reviews_dev"), the splits for the other purpose
+            are left out.
 
     Raises:
-        ValueError: the path is neither a file or folder nor the name of a dataset, or there is nothing in it.
+        ValueError: the path is neither a file, nor a folder, nor the name of a dataset; or nothing in it can be read.
     """
     check_there(path)
     local = expanded(path)
@@ -60,11 +63,11 @@ def sources(path: Path | str, wanted: Callable[[str], bool], problems: Problems,
         if not files and not problems:
             said = f": left out are {_told(left)}" if left else ""
             remedy = "Name the file that is meant" if left else "Put the data there"
-            raise ValueError(f"{shown(path)} is a folder without a file to read, which would end in {ACCEPTED}{said}. "
+            raise ValueError(f"{shown(path)} is a folder without a file to read, which must end in {ACCEPTED}{said}. "
                              f"{remedy}, or name another folder")
         if left:
-            log.warning("%s: left out: %s. Files are read that end in %s and lie in the folder itself", shown(path),
-                        _told(left), ACCEPTED)
+            log.warning("%s: left out: %s. Only files that end in %s and lie in the folder itself are read",
+                        shown(path), _told(left), ACCEPTED)
     elif not local.exists() and not local.is_symlink():
         yield str(path), hub_records(str(path), problems, allow_download=allow_download)
         return
@@ -78,46 +81,50 @@ def sources(path: Path | str, wanted: Callable[[str], bool], problems: Problems,
 
 
 def check_there(path: Path | str) -> None:
-    """Raises ValueError where `path` is neither a file or folder nor a name that the hub could know."""
+    """Check that a path exists, or can be the name of a hub dataset.
+
+    Raises:
+        ValueError: it does not exist, and is not the name of a dataset; or it cannot be looked up.
+    """
     local = expanded(path)
     try:
         there = local.exists() or local.is_symlink()
-    except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered, a zero byte
-        reason = error.strerror if isinstance(error, OSError) else "no path holds a zero byte"
+    except (OSError, ValueError) as error:  # a name too long, a folder without permission, a zero byte
+        reason = error.strerror if isinstance(error, OSError) else "a path cannot hold a zero byte"
         name = shown(path) if len(str(path)) < 300 else f"{shown(str(path)[:100])}…{shown(str(path)[-100:])}"
-        raise ValueError(f"{name} cannot be looked for: {reason}. Check the path and its permissions") from None
+        raise ValueError(f"{name} cannot be looked up: {reason}. Check the path and its permissions") from None
     if not there and not _is_hub_name(str(path)):
         raise ValueError(f"{shown(path)} does not exist. Name a file that ends in {ACCEPTED}, or a folder of such "
                          "files")
 
 
 def _is_hub_name(name: str) -> bool:
-    """Whether a name that is no local path may be sent to the hub; a mistyped local path must not be."""
+    """Return whether a name that is not a local path may be sent to the hub. A mistyped local path must not be."""
     part = r"[A-Za-z0-9][\w.-]*"
     return (re.fullmatch(rf"{part}/{part}(/{part})?(:\w+)?", name) is not None
             and not name.endswith(SUFFIXES) and not Path(name.split("/")[0]).exists())
 
 
 Left = dict[str, list[str]]
-"""Why → the names of what is left out for that."""
+"""Reason → names of the files and folders that are left out for it."""
 
 
 def _in_folder(folder: Path, problems: Problems, *, held_out: bool) -> tuple[list[Path], Left]:
-    """The files to read, and what else there is that its owner may take for data."""
+    """Return the files of a folder to read, and everything else in it that its owner may take for data."""
     left: Left = {}
     found: list[Path] = []
     for one in sorted(folder.iterdir()):
         data = one.suffix.lower() in SUFFIXES
         if one.name.startswith("."):
             if data:
-                left.setdefault("hidden, as a dot before the name says", []).append(one.name)
+                left.setdefault("hidden, because the name begins with a dot", []).append(one.name)
         elif one.is_dir():
             if why := _why_folder_is_left(one):
                 left.setdefault(why, []).append(f"{one.name}/")
         elif one.name.startswith("~$"):
-            left.setdefault("the lock of a document that is open", []).append(one.name)
+            left.setdefault("the lock file of an open document", []).append(one.name)
         elif not data and one.is_symlink() and not one.exists():
-            left.setdefault("a link to where nothing is: mount the share that it leads to", []).append(one.name)
+            left.setdefault("a broken link: mount the share that it leads to", []).append(one.name)
         elif not data:
             left.setdefault(_REMEDIES.get(one.suffix.lower(), ""), []).append(one.name)
         elif _can_be_read(one, problems):
@@ -135,7 +142,10 @@ def _told(left: Left) -> str:
 
 
 def _can_be_read(file: Path, problems: Problems) -> bool:
-    """Whether it is an ordinary file. Nothing else is opened: to open a named pipe waits for who writes into it."""
+    """Return whether a path is an ordinary file, and note a fault if not.
+
+    Nothing else is opened. Opening a named pipe would wait until another process writes to it.
+    """
     try:
         mode = file.stat().st_mode
     except OSError as error:
@@ -143,8 +153,8 @@ def _can_be_read(file: Path, problems: Problems) -> bool:
             problems.add(shown(file), f"the file cannot be read: {error.strerror}",
                          "Check the path and its permissions")
         elif isinstance(error, FileNotFoundError):
-            problems.add(shown(file), f"the file is a link to {shown(os.readlink(file))}, where nothing is",
-                         "Mount the share that it leads to, or take the link away")
+            problems.add(shown(file), f"the file is a link to {shown(os.readlink(file))}, which does not exist",
+                         "Mount the share that it leads to, or remove the link")
         else:
             problems.add(shown(file), f"the file is a link that cannot be followed: {error.strerror}",
                          "Put the file itself there")
@@ -152,12 +162,12 @@ def _can_be_read(file: Path, problems: Problems) -> bool:
     if stat.S_ISREG(mode):
         return True
     kind = "named pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
-    problems.add(shown(file), f"this is a {kind}, not a file", "Write what it gives into a file, or take it away")
+    problems.add(shown(file), f"this is a {kind}, not a file", "Write its content into a file, or remove it")
     return False
 
 
 def _why_folder_is_left(folder: Path) -> str:
-    """"" where a folder in the folder holds no data, nor could."""
+    """Return why a subfolder that may hold data is not read; "" if it holds none."""
     shut: list[OSError] = []
     seen = 0
     for at, folders, names in os.walk(folder, onerror=shut.append):
@@ -165,12 +175,12 @@ def _why_folder_is_left(folder: Path) -> str:
         if Path(at).suffix.lower() in SUFFIXES or any(Path(n).suffix.lower() in SUFFIXES for n in [*folders, *names]):
             return "folders are not searched: name the one with the data, or put the files together"
         if seen > _MOST_LOOKED_AT:
-            return "too large a folder to look for data in"
-    return f"cannot be looked into: {shut[0].strerror}" if shut else ""
+            return "a folder too large to search for data"
+    return f"cannot be searched: {shut[0].strerror}" if shut else ""
 
 
 def _of_split(files: list[Path], left: Left, *, held_out: bool) -> list[Path]:
-    """Without the splits of a published data set that are not for this use."""
+    """Return the files without the splits of a published data set that are for the other purpose."""
     splits = {file: _split(file, files) for file in files}
     others = _TRAIN if held_out else _HELD_OUT
     if held_out and not any(split in _HELD_OUT for split in splits.values()):
@@ -183,8 +193,10 @@ def _of_split(files: list[Path], left: Left, *, held_out: bool) -> list[Path]:
 
 
 def _split(file: Path, files: list[Path]) -> str | None:
-    """The split that a file's name says it is: the whole name, but for the number of a part; or its last word, where
-    another file is called alike but for "train".
+    """Return the split that a file's name names; None if it names none.
+
+    That is the whole name without the number of a part ("test-00000-of-00001"), or the last word of the name if
+    another file has the same name with "train" in its place ("reviews_dev" next to "reviews_train").
     """
     words = [word for word in re.split(r"[-_. ]+", file.stem.casefold()) if word]
     while len(words) > 1 and (words[-1].isdigit() or words[-1] == "of"):
@@ -200,13 +212,13 @@ def _split(file: Path, files: list[Path]) -> str | None:
 
 
 def _without_copies(files: list[Path], left: Left) -> list[Path]:
-    """Each content once: a copy's rows would count twice, and ε is for one row."""
+    """Return the files without exact copies. The rows of a copy would count twice, and ε protects only one of them."""
     sizes: dict[int, list[Path]] = {}
     for file in files:
         try:
             sizes.setdefault(file.stat().st_size, []).append(file)
         except OSError:
-            sizes.setdefault(-1, []).append(file)  # gone since: reading it says so
+            sizes.setdefault(-1, []).append(file)  # it has disappeared; reading it will report that
     copies: set[Path] = set()
     for size, alike in sizes.items():
         first: dict[str, Path] = {}

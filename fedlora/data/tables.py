@@ -1,4 +1,4 @@
-"""CSV and TSV: a header, and rows of fields. Read with the standard library, which can say on which line a row is."""
+"""Reading of CSV and TSV files with the standard library, which can say on which line a row begins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon"}
 
 
 def table(file: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each row with the line on which it begins, by column. An empty field is None, an empty line no row."""
+    """Yield each row as {column: value}, with the number of the line on which it begins.
+
+    An empty field becomes None. An empty line is not a row.
+    """
     tabs = file.suffix.lower() == ".tsv"
     remedy = _TSV_REMEDY if tabs else "Quote fields that contain the separator, a quotation mark or a line break"
     header: list[str] | None = None
@@ -36,17 +39,17 @@ def table(file: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]
                          f"the row has more or fewer fields than the header, which has {columns}", remedy)
         elif fields[-1].strip("\ufeff ").casefold() in names and names == set(map(folded, fields)):
             problems.add(place(str(file), number), "the row repeats the header, as in exports that were joined",
-                         "Take it out, and check that the rows below have the same columns")
+                         "Remove it, and check that the rows below have the same columns")
         else:
             yield number, {name: field or None for name, field in zip(header, fields, strict=True)}
 
 
 def _is_header(file: Path, number: int, header: list[str], problems: Problems) -> bool:
     if "" in header:
-        problems.add(place(str(file), number), "the header has a column without a name, as where a separator ends the "
-                     "line; it must name every column once", "Correct the header line")
+        problems.add(place(str(file), number), "the header has a column without a name (a separator at the end of the "
+                     "line makes one); it must name every column once", "Correct the header line")
     elif len(set(header)) != len(header):
-        problems.add(place(str(file), number), "the header has one name twice; it must name every column once",
+        problems.add(place(str(file), number), "the header has the same name twice; it must name every column once",
                      "Correct the header line")
     else:
         return True
@@ -54,7 +57,7 @@ def _is_header(file: Path, number: int, header: list[str], problems: Problems) -
 
 
 def _csv(file: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each row, with the line on which it begins."""
+    """Yield the fields of each row of a CSV file, with the number of the line on which it begins."""
     csv.field_size_limit(LONGEST)
     reader = csv.reader((line for _, line in _separated(file, ",", problems)), strict=True)
     columns = 0
@@ -65,7 +68,8 @@ def _csv(file: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
             columns = columns or len(fields)
             if reader.line_num > number and _may_hold_rows(fields, columns):
                 problems.remark(place(str(file), number), "a quoted field has lines that look like rows", "If its "
-                                "quotation mark is one too many, several people's rows are one record: double it")
+                                "quotation mark is a stray one, several people's rows became one record: double the "
+                                "mark")
             yield number, fields
         except StopIteration:
             return
@@ -75,15 +79,18 @@ def _csv(file: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
                 return
             if "limit" in str(error):
                 problems.add(place(str(file), number), f"a field is longer than {LONGEST // 2**20} MiB: a quotation "
-                             "mark is not closed, or it is no text", "Close the quotation mark, or cut the field; the "
-                             "rest of the file was not looked at")
+                             "mark is not closed, or the field is not text", "Close the quotation mark, or shorten the "
+                             "field; the rest of the file was not checked")
                 return
             problems.add(place(str(file), number), "the row is not valid CSV: a quotation mark is not closed, or not "
                          "doubled inside a quoted field", "Quote the field and double the quotation marks in it")
 
 
 def _may_hold_rows(fields: list[str], columns: int) -> bool:
-    """Whether the lines of a field, but for the last, end in something short behind the right number of commas."""
+    """Return whether the lines of one field look like rows of their own, which a stray quotation mark has joined.
+
+    They do if all lines except the last have the right number of commas and end in something short, such as a label.
+    """
     for place_of, field in enumerate(fields):
         first, *inner = field.split("\n")[:-1] or [""]
         if (inner or place_of < columns - 1) and _ends_row(first, columns - place_of) and all(
@@ -98,20 +105,21 @@ def _ends_row(line: str, fields: int) -> bool:
 
 
 def _tsv(file: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each line, with its number.
+    """Yield the fields of each line of a TSV file, with the line's number.
 
-    Some programs write TSV without any quoting, so that a field may begin with a quotation mark; others quote a field
-    that holds one, a tab or a line break, and double the marks in it. A line is one row whatever its marks: read
-    otherwise, a stray mark would make one record of two people's rows. Hence
+    Some programs write TSV without quoting, so that a field may begin with a quotation mark. Others quote a field that
+    contains a quotation mark, a tab or a line break, and double the marks in it. Here each line is one row, whatever
+    its marks. Otherwise a stray mark could make one record of two people's rows. Hence
 
-        field                                     is
-        "said ""no"" twice"                       said "no" twice, as each field that is quoted and closed on its line
-        "so it began                              the same, mark included, as every other stray mark
-        quoted, and with a tab or a line break    an error: its line has too many or too few fields, or is the only
-                                                  field of its line and not closed there
+        field                                     is read as
+        "said ""no"" twice"                       said "no" twice; so is every field that is quoted and closed on its
+                                                  line
+        "so it began                              itself, with its mark; so is every other stray mark
+        quoted, and with a tab or a line break    an error: its line has too many or too few fields, or has only this
+                                                  field, which is not closed on it
 
-    Where each line of a quoted field happens to have as many fields as the header, which takes tabs in it as well as
-    line breaks, nothing tells it from rows, and it is read as rows.
+    If every line of a quoted field happens to have as many fields as the header (the field must contain tabs as well as
+    line breaks for that), it cannot be distinguished from rows, and is read as rows.
     """
     for number, line in _separated(file, "\t", problems):
         line = line.rstrip("\r\n")
@@ -133,7 +141,7 @@ def _unquoted(field: str) -> str:
 
 
 def _separated(file: Path, separator: str, problems: Problems) -> Iterator[tuple[int, str]]:
-    """The lines of a table, the first of which is looked at for other separators and other ends of lines."""
+    """Yield the lines of a table, after checking the first for another separator and other line ends."""
     lines = lines_of(file, problems)
     for number, line in lines:
         if line.strip():

@@ -1,4 +1,4 @@
-"""Files of rows for tests, and what reading refuses of them."""
+"""Data files for tests, and the messages with which reading refuses them."""
 
 from __future__ import annotations
 

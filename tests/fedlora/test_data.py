@@ -1,4 +1,4 @@
-"""Every format gives the same rows; every bad row is named by file and line, and never quoted."""
+"""Reading of data files: every format gives the same rows, and a bad row is named by file and line, never quoted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fedlora.data_files import SECRET, refusal, write, write_lines
 
 NOTES = [("chest pain,\tsweating", 1), (f'{SECRET} said "no"\nand left', 0), ("line\u2028separator and ünïcode", 1)]
 LINES = [(text.replace("\t", " ").replace("\n", " "), label) for text, label in NOTES]
-"""What TSV can hold."""
+"""Texts that a TSV file can hold."""
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
@@ -262,7 +262,8 @@ def test_damaged_parquet_is_an_error(tmp_path):
 
 
 def test_of_a_parquet_file_only_the_needed_columns_are_read(tmp_path):
-    path, far = tmp_path / "a.parquet", pa.array([2**31 - 1, 0], pa.date32())  # Python's dates end with the year 9999
+    # a date beyond the year 9999, which Python cannot represent
+    path, far = tmp_path / "a.parquet", pa.array([2**31 - 1, 0], pa.date32())
     pq.write_table(pa.table({"note": ["x", "y"], "label": [1, 0], "seen": far, "patient": ["p", "q"]}), path)
     rows = read(path, "classification", columns={"text": "note"}, unit="patient")
     assert (rows.texts, rows.labels, rows.units) == (("x", "y"), ("1", "0"), ("p", "q"))
@@ -288,7 +289,8 @@ def test_a_folder_says_what_of_it_is_not_read(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         read(tmp_path, "classification")
     assert "left out: sub/ (folders are not searched" in caplog.messages[-1] and "; b.json (" in caplog.messages[-1]
-    assert "Files are read that end in .jsonl, .csv, .tsv, .parquet" in caplog.messages[-1]
+    assert caplog.messages[-1].endswith("Only files that end in .jsonl, .csv, .tsv, .parquet and lie in the folder "
+                                        "itself are read")
     for name in ("c.jsonl.gz", "d.txt", "e.txt", "f.txt", "g.txt"):
         (tmp_path / name).write_text(SECRET)
     with caplog.at_level(logging.WARNING):
@@ -299,7 +301,7 @@ def test_a_folder_says_what_of_it_is_not_read(tmp_path, caplog):
 
 def test_paths_that_hold_nothing_say_what_is_accepted(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    assert "which would end in .jsonl, .csv, .tsv, .parquet: left out are notes.txt" in refusal(tmp_path)
+    assert "which must end in .jsonl, .csv, .tsv, .parquet: left out are notes.txt" in refusal(tmp_path)
     assert "Give a file that ends in" in refusal(tmp_path / "notes.txt")
     assert "does not exist" in refusal(tmp_path / "nowhere")
     assert "does not exist" in refusal("./here/nowhere")
@@ -363,7 +365,7 @@ def test_whole_numbers_are_ordered_by_value_and_names_by_name(labels, ordered):
     ("classification", {"label": "label"}, "text"), ("causal-lm", {"text": "one"}, "text"),
     ("causal-lm", {"prompt": "one", "completion": "two"}, "completion")])
 def test_columns_that_are_named_are_those_that_are_read(tmp_path, task, columns, kind):
-    """Though others with the usual names are there too."""
+    """Named columns are read even if the file has columns with the usual names too."""
     turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}]
     row = {"text": "id-1", "messages": turns, "one": "first", "two": "second", "label": 1}
     file = tmp_path / "rows.jsonl"

@@ -1,4 +1,4 @@
-"""Files as programs, people and disks leave them: read as they were meant, or refused; never in silence."""
+"""Imperfect data files, as programs, people and disks leave them: read as intended, or refused with a message."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUFFIXES = [".jsonl", ".csv", ".tsv", ".parquet"]
 
 @pytest.fixture
 def said(caplog):
-    """What is said of an input that is read."""
+    """Return a function that reads an input and returns the warnings about it."""
     def of(path, task: str = "classification", **options) -> str:
         caplog.clear()
         with caplog.at_level(logging.WARNING):
@@ -119,7 +119,7 @@ def test_metadata_that_no_dataset_library_wrote_names_no_class(tmp_path):
 
 def test_labels_that_differ_in_capitals_or_are_fractions_are_said(tmp_path, said):
     path = write(tmp_path / "a.csv", ["text", "label"], [("x", "Yes"), ("y", "yes"), ("z", "no"), ("w", "0.5")])
-    assert f"{path}:2, {path}:3: 2 labels differ from another in capitals alone" in said(path)
+    assert f"{path}:2, {path}:3: 2 labels differ from another only in capitals" in said(path)
     assert "1 labels are fractions" in said(path)
 
 
@@ -188,12 +188,12 @@ def test_rows_that_a_quotation_mark_has_joined_are_said_and_a_letter_is_none(tmp
 def test_a_name_twice_in_an_object_or_a_schema_is_refused(tmp_path):
     twice = f'{{"text": "{SECRET}", "label": 1, "text": "x"}}'
     path = write_lines(tmp_path / "a.jsonl", {"text": "x", "label": 1}, twice)
-    assert f"{path}:2: the object has a name twice" in refusal(path)
+    assert f"{path}:2: the object has the same name twice" in refusal(path)
     write_lines(path, {"text": 'says "text" and "label"', "label": 1, "x": {"text": 1}})
     assert len(read(path, "classification")) == 1
     columns = [pa.array(["x"]), pa.array(["y"]), pa.array([1])]
     pq.write_table(pa.Table.from_arrays(columns, ["text", "text", "label"]), tmp_path / "b.parquet")
-    assert "two columns have one name" in refusal(tmp_path / "b.parquet")
+    assert "two columns have the same name" in refusal(tmp_path / "b.parquet")
 
 
 @pytest.mark.parametrize(("start", "remedy"), [
@@ -218,10 +218,10 @@ def test_columns_are_known_in_any_capitals_and_with_blanks_and_that_is_said(tmp_
 
 def test_of_two_columns_alike_none_is_guessed_and_the_very_name_goes_first(tmp_path):
     path = write(tmp_path / "a.csv", ["Text", "TEXT", "label"], [("x", "y", 1)])
-    assert "several are called text, but for capitals" in refusal(path)
+    assert "several are called text, apart from capitals" in refusal(path)
     assert read(path, "classification", columns={"text": "TEXT"}).texts == ("y",)
     path = write(tmp_path / "b.csv", ["Text", "text", "Label", "LABEL"], [("x", "y", 1, 2)])
-    assert "several columns are called label, but for capitals" in refusal(path)
+    assert "several columns are called label, apart from capitals" in refusal(path)
     assert read(path, "classification", columns={"label": "LABEL"}).texts == ("y",)
 
 
@@ -316,7 +316,7 @@ def test_links_to_nowhere_pipes_and_sockets_are_refused_and_nothing_waits(tmp_pa
     with socket.socket(socket.AF_UNIX) as one:
         one.bind("e.csv")
         message = refusal(tmp_path)
-    assert "is a link to /mnt/no/such/share/b.csv, where nothing is. Mount the share" in message
+    assert "is a link to /mnt/no/such/share/b.csv, which does not exist. Mount the share" in message
     assert "c.csv: the file is a link that cannot be followed" in message
     assert "d.csv: this is a named pipe" in message and "e.csv: this is a socket" in message
     for name in "bcde":
@@ -332,7 +332,7 @@ def test_what_lies_beside_data_is_said_with_its_remedy(tmp_path, said):
     (tmp_path / "sub.csv" / "part-0.csv").write_text("text,label\n")
     message = said(tmp_path)
     for told in ("._a.csv (hidden", "~$a.csv (the lock", "a.xlsx (a workbook", "a.zip (packed", "a.json (not .jsonl",
-                 "README.txt", "share (a link to where nothing is", "sub.csv/ (folders are not searched"):
+                 "README.txt", "share (a broken link", "sub.csv/ (folders are not searched"):
         assert told in message
     assert ".DS_Store" not in message
 
@@ -341,7 +341,7 @@ def test_what_lies_beside_data_is_said_with_its_remedy(tmp_path, said):
 def test_what_may_not_be_read_is_said(tmp_path, said):
     write(tmp_path / "a.csv", ["text", "label"], [("x", 1)])
     (tmp_path / "sub").mkdir(mode=0)
-    assert "sub/ (cannot be looked into" in said(tmp_path)
+    assert "sub/ (cannot be searched" in said(tmp_path)
     (tmp_path / "a.csv").chmod(0)
     assert "Permission denied" in refusal(tmp_path)
 
@@ -369,7 +369,7 @@ def test_names_are_shown_without_what_moves_a_terminal(tmp_path):
 
 
 @pytest.mark.parametrize(("path", "told"), [
-    ("~nobody-here/notes.csv", "home directory"), ("/tmp/" + "x" * 5000, "cannot be looked for"),
+    ("~nobody-here/notes.csv", "home directory"), ("/tmp/" + "x" * 5000, "cannot be looked up"),
     ("a\0b.csv", "a\\x00b.csv does not exist")])
 def test_a_path_that_cannot_be_is_an_error(path, told):
     assert told in refusal(path) and len(refusal(path)) < 400
@@ -387,14 +387,15 @@ def test_ids_that_lost_their_leading_zeros_are_refused(tmp_path):
     pq.write_table(pa.table({"text": ["x"], "label": [1], "pid": [7]}), tmp_path / "a.parquet")
     write(tmp_path / "b.csv", ["text", "label", "pid"], [("y", 1, "007"), ("z", 1, "8")])
     message = refusal(tmp_path, unit="pid")
-    assert f"{tmp_path / 'b.csv'}:2 (see {tmp_path / 'a.parquet'}:row 1): two ids differ in leading zeros" in message
+    where = f"{tmp_path / 'b.csv'}:2 (see {tmp_path / 'a.parquet'}:row 1)"
+    assert f"{where}: two ids differ only in leading zeros" in message
     path = write(tmp_path / "b.csv", ["text", "label", "pid"], [("y", 1, "A-007"), ("z", 1, "A-7")])
     assert read(path, "classification", unit="pid").units == ("A-007", "A-7")
 
 
 def test_ids_in_other_capitals_are_said_and_rounded_ones_refused(tmp_path, said):
     path = write(tmp_path / "a.csv", ["text", "label", "pid"], [("x", 1, "P1"), ("y", 1, "p1"), ("z", 1, "P2")])
-    assert f"{path}:3 (see {path}:2): two ids differ in capitals alone" in said(path, unit="pid")
+    assert f"{path}:3 (see {path}:2): two ids differ only in capitals" in said(path, unit="pid")
     path = write(tmp_path / "a.csv", ["text", "label", "pid"], [("x", 1, "1.23457E+11"), ("y", 1, "1e5")])
     assert f"{path}:2: the id is a number that a spreadsheet has rounded" in refusal(path, unit="pid")
 

@@ -1,4 +1,4 @@
-"""The column that says whose rows belong together: the same in every format, and never empty."""
+"""The column of privacy units: its ids are read alike in every format, and are never empty."""
 
 from __future__ import annotations
 
