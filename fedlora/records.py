@@ -9,26 +9,27 @@ import numpy as np
 import torch
 
 Tokens = Sequence[int] | np.ndarray
-"""One text's token ids, or one value for each."""
+"""One text's token ids, or one value for each of its tokens."""
 
 IGNORED = -100
-"""Label of a token that no loss is taken on."""
+"""Label of a token that does not count in the loss."""
 
 
 @dataclass(frozen=True)
 class Records:
-    """What is trained on: n records of differing length, without any padding.
+    """The records that a model trains on: n token sequences of any lengths, stored without padding.
 
     Attributes:
         tokens: [total] int32 token ids, record after record.
         offsets: [n + 1] int64; record i is tokens[offsets[i]:offsets[i + 1]].
-        pad_id: the token that fills a batch.
-        labels: [n] int64 index into the label set, or another number to be predicted of each; None for language models.
-        segments: [total] uint8, 1 for tokens of a pair's second text, if the model tells them apart; else None.
-        answers: [total] uint8, 1 for the tokens that a language model is to predict; else None.
-        left_out: how many rows were not taken, see `fedlora.task.Task.encode`.
-        units: [n] int64, which unit of privacy (a patient, say) each record belongs to, from 0 to `units_count` - 1,
-            each of which has at least one record; None if each record is a unit of its own.
+        pad_id: the token that pads records to the length of their batch.
+        labels: [n] int64 index into the label set, or another number to predict for each record; None for language
+            models.
+        segments: [total] uint8, 1 for tokens of a pair's second text, if the model distinguishes the two; else None.
+        answers: [total] uint8, 1 for the tokens that a language model learns to predict; None for other tasks.
+        left_out: number of rows that gave no record, as `fedlora.task.Task.encode` explains.
+        units: [n] int64 number of the privacy unit (a patient, say) that each record belongs to. Units are numbered
+            from 0 to `units_count` - 1, and each has at least one record. None if each record is its own unit.
     """
 
     tokens: np.ndarray
@@ -45,12 +46,15 @@ class Records:
 
     @property
     def units_count(self) -> int:
-        """The number of units that have a record: what n̂, q and δ are about."""
+        """The number of privacy units with at least one record.
+
+        The declared size, the sampling rate and δ refer to units in this sense.
+        """
         return len(self) if self.units is None else int(self.units.max(initial=-1)) + 1
 
     @property
     def lengths(self) -> np.ndarray:
-        """[n] int64 number of tokens of each record."""
+        """The number of tokens of each record, [n] int64."""
         return np.diff(self.offsets)
 
 
@@ -60,9 +64,10 @@ class Batch:
 
     Attributes:
         input_ids: [records, length] int64, padded on the right.
-        labels: [records] the records' own, or [records, length] int64 tokens to predict, `IGNORED` elsewhere.
-        attention_mask: [records, length] int64, also where nothing is padded: what a model does must not follow that.
-        token_type_ids: [records, length] int64, if the model takes them.
+        labels: [records] labels of the records, or [records, length] int64 tokens to predict, `IGNORED` elsewhere.
+        attention_mask: [records, length] int64. It is there even if no record is padded, so that a model takes the same
+            path through its code either way.
+        token_type_ids: [records, length] int64, if the model takes them; else None.
     """
 
     input_ids: torch.Tensor
@@ -71,26 +76,31 @@ class Batch:
     token_type_ids: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Those that there are, by name."""
+        """Return all tensors of the batch that are not None, by name."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """The model's keyword arguments: all but the labels."""
+        """Return the model's keyword arguments: all tensors except the labels."""
         return {name: tensor for name, tensor in self.tensors().items() if name != "labels"}
 
     def to(self, device: str | torch.device) -> Batch:
-        """The same on another device."""
+        """Return the batch with its tensors on another device."""
         return Batch(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
 
 def pack(sequences: Sequence[Tokens], pad_id: int, *, labels: Sequence[int] | np.ndarray | None = None,
          segments: Sequence[Tokens] | None = None, answers: Sequence[Tokens] | None = None, left_out: int = 0,
          units: Sequence[str] | None = None) -> Records:
-    """Lists of token ids, and what belongs to each token, as flat arrays.
+    """Pack lists of token ids, and the values that belong to each token, into flat arrays.
 
     Args:
-        labels: one for each sequence; an array keeps its type.
-        units: the id of each sequence's unit; they are numbered in the order of the ids.
+        sequences: the token ids of each record.
+        pad_id: the token that pads records to the length of their batch.
+        labels: one for each sequence. An array keeps its dtype; other sequences become int64.
+        segments: for each sequence, 0 or 1 for each token; see `Records.segments`.
+        answers: for each sequence, 0 or 1 for each token; see `Records.answers`.
+        left_out: number of rows that gave no record.
+        units: the id of each sequence's privacy unit. Units are numbered in the sorted order of their ids.
     """
     def flat(lists: Sequence[Tokens] | None, dtype: type) -> np.ndarray | None:
         return None if lists is None else np.concatenate([np.asarray(one, dtype=dtype) for one in [[], *lists]],
@@ -106,7 +116,10 @@ def pack(sequences: Sequence[Tokens], pad_id: int, *, labels: Sequence[int] | np
 
 
 def concatenate(several: Sequence[Records]) -> Records:
-    """The records of several, one after the other, without their units. They are of one task, tokenizer and kind."""
+    """Join several sets of records into one, in order, without their units.
+
+    All must come from the same task and tokenizer, and have the same optional arrays.
+    """
     def joined(name: str) -> np.ndarray | None:
         return None if getattr(several[0], name) is None else np.concatenate([getattr(one, name) for one in several])
 
@@ -119,12 +132,15 @@ def concatenate(several: Sequence[Records]) -> Records:
 
 def collate(records: Records, indices: Sequence[int] | np.ndarray, length: int, device: str | torch.device = "cpu", *,
             rows: int | None = None, filler: int = 0) -> Batch:
-    """Records `indices`, padded on the right to `length` tokens, and constant rows after them.
+    """Make a batch of the chosen records, padded on the right to `length` tokens, with constant rows after them.
 
     Args:
-        length: at least the longest of these records.
-        rows: of the batch; None for one for each record.
-        filler: the token that each further row consists of; its label is 0, or that token at every position.
+        records: the records to choose from.
+        indices: which of them, in this order.
+        length: tokens of each row; at least as many as the longest chosen record has.
+        device: where to put the tensors.
+        rows: number of rows of the batch; None for one row for each record.
+        filler: the token that fills each further row. The label of such a row is 0, or this token at every position.
     """
     index = np.asarray(indices, dtype=np.int64)
     count = len(index) if rows is None else rows

@@ -1,7 +1,7 @@
-"""What a task is to all others: columns to rows to records, a model, a loss per record, and an evaluation.
+"""The base class of tasks: from rows to records, a model, a loss for each record, and an evaluation.
 
-Each file of `fedlora.tasks` is one, and says `TASK = ` its class. What the class says of itself needs neither tokenizer
-nor model: the options, the plan and the files of rows are held against it.
+Each file in `fedlora.tasks` defines one task, as a class assigned to `TASK`. Its class attributes need neither a
+tokenizer nor a model, so that options, plans and data files can be checked against them early.
 """
 
 from __future__ import annotations
@@ -27,33 +27,36 @@ _CHUNK = 1024
 
 _EVALUATION_BATCH = 64
 _EVALUATION_TOKENS = 8192
-"""Of a batch in evaluation: most records, and padded tokens."""
+"""Most records, and most padded tokens, of a batch in evaluation."""
 
 _OUTPUTS = 2**26
-"""Most values that the model gives for a batch, but for that of a single record: a vocabulary's are many."""
+"""Most output values of the model for a batch. A single record may exceed it, as with a large vocabulary."""
 
 _EVALUATION_BUCKET = 8
+"""In evaluation, padded lengths are rounded up to a multiple of this."""
 
 Encoded = TypeVar("Encoded")
 
 
 class Task(ABC):
-    """Holds a tokenizer and the plan's part that says what a record is.
+    """A task: what a record is, what the model predicts, and how the model is evaluated.
 
-    Class attributes:
-        name: its key, that of the file.
-        model_is: what is trained, in words: "a causal language model".
-        has_labels: whether its answers are names of classes, so that a run has a label set.
-        has_head: whether the model ends in a layer that a base checkpoint may lack, and that can be trained too.
-        rows: what the files of rows hold.
-        auto_class: transformers' class that loads a model for it.
-        model_types: of config.json, for which that class has a model.
-        metric: the measured figure that runs are compared by.
-        peft_type: of the exported adapter.
-    The first four are literals: a plan's checks read them from the file (`fedlora.plan.task_facts`).
+    The first four class attributes must be literals: the checks of a plan read them from the file without importing it
+    (`fedlora.plan.task_facts`).
 
     Attributes:
-        max_length: tokens kept of a record.
+        name: class attribute, the task's key; the name of its file.
+        model_is: class attribute, the kind of model in words: "a causal language model".
+        has_labels: class attribute, whether answers are names of classes, so that a run has a label set.
+        has_head: class attribute, whether the model ends in a layer that a base checkpoint may lack and that can be
+            trained too.
+        rows: class attribute, the columns that data files of this task have.
+        auto_class: class attribute, the transformers class that loads a model for the task.
+        model_types: class attribute, the model types (`model_type` in config.json) that `auto_class` can load.
+        metric: class attribute, the name of the figure that runs are compared by.
+        peft_type: class attribute, PEFT's task type for the exported adapter.
+        tokenizer: the base model's tokenizer.
+        max_length: number of tokens kept of a record.
     """
 
     name: ClassVar[str]
@@ -68,18 +71,27 @@ class Task(ABC):
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         if tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no pad token. Set one, like tokenizer.pad_token = tokenizer.eos_token")
+            raise ValueError("the tokenizer has no pad token. Set one, as in tokenizer.pad_token = tokenizer.eos_token")
         self.tokenizer = tokenizer
         self.max_length = max_length
 
     @classmethod
     def of(cls, run: RunPlan, tokenizer: Any) -> Self:
-        """The task of a plan."""
+        """Return the task that a plan describes, with this tokenizer."""
         return cls(tokenizer, run.max_length)
 
     @classmethod
     def check_answered(cls, rows: Rows, file: str, wanted_for: str) -> None:
-        """Raises ValueError, naming the file and what needs them, where no row has the answer that it should have."""
+        """Check that at least one row has an answer, if the task's rows have an answer column.
+
+        Args:
+            rows: the rows of a file.
+            file: its name, for the message.
+            wanted_for: what needs the answers, for the message.
+
+        Raises:
+            ValueError: no row has an answer.
+        """
         if cls.rows.answer is not None and not any(answer is not None for answer in rows.answers or ()):
             column = cls.rows.answer.column
             raise ValueError(f"{file} has no {column}s; {wanted_for} needs a {column} column (--column {column}=NAME "
@@ -87,35 +99,37 @@ class Task(ABC):
 
     @classmethod
     def why_not(cls, model_type: str, *, encoder: bool) -> str:
-        """Why a base model cannot do the task, and what to choose; "" where it is not known to be unable.
+        """Return why a base model cannot do the task, and what to choose instead; "" if no reason is known.
 
         Args:
-            model_type: of its config.json.
-            encoder: whether it was made to fill gaps in texts.
+            model_type: `model_type` in the model's config.json.
+            encoder: whether the model is an encoder, made to fill gaps in texts.
         """
         return ""
 
     @classmethod
     def model_options(cls, labels: int) -> Mapping[str, Any]:
-        """What the model's configuration is to say.
+        """Return the settings of the model's config that the task requires.
 
         Args:
-            labels: how many the run's label set has.
+            labels: number of labels in the run's label set.
         """
         return {}
 
     @classmethod
     def head(cls, model: nn.Module) -> str | None:
-        """The final linear module of the task's head: the last one that has the model's outputs. None without a head.
+        """Return the name of the head's final linear layer; None if the task has no head.
+
+        That is the model's last linear layer with as many outputs as there are labels.
 
         Raises:
-            ValueError: there is no such module.
+            ValueError: there is no such layer.
         """
         if not cls.has_head:
             return None
         outputs: int = model.config.num_labels  # type: ignore[union-attr, assignment]
-        names = [name for name, module in model.named_modules()
-                 if isinstance(module, nn.Linear) and module.out_features == outputs]
+        names: list[str] = [name for name, module in model.named_modules()
+                            if isinstance(module, nn.Linear) and module.out_features == outputs]
         if not names:
             raise ValueError(f"{type(model).__name__} has no final linear layer with {outputs} outputs; choose another "
                              "model")
@@ -123,68 +137,85 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, rows: Rows, unusable: Counter[str] | None = None) -> Records:
-        """Tokenise rows; those that cannot be trained on are left out and counted.
+        """Tokenise rows. Rows that cannot be trained on give no record, and are counted in `Records.left_out`.
 
         Args:
-            unusable: takes the number of rows left out, by kind, and with it no row is an error: for private training,
-                where each is the null record, and an answer that one of them decides would tell of it.
+            rows: the rows to tokenise.
+            unusable: counts the rows left out, by reason. Give it in private training: then no row raises an error,
+                because an error that depends on one row would disclose something about that row. Each unusable row
+                stands for a record that contributes nothing.
 
         Raises:
-            ValueError: without `unusable`, for a row that its owner should correct; with file and line.
+            ValueError: `unusable` was not given, and a row has a fault that its owner should correct. The message names
+                file and line.
         """
 
     @abstractmethod
     def made_up(self, tokens: Sequence[Sequence[int]]) -> Records:
-        """A record of each of these texts' tokens, on which a model is tried before a real one is read."""
+        """Return one made-up record for each sequence of tokens, to try a model before it sees real records."""
 
     @abstractmethod
     def per_record_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """[records] float32: each record's loss, which depends on no other record."""
+        """Return the loss of each record, [records] float32. It must not depend on the other records of the batch."""
 
     @abstractmethod
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """For evaluation: per-record values to be summed; "loss" and "count" are among them."""
+        """Return [records] values to be summed over all records in an evaluation; "loss" and "count" among them."""
 
     @abstractmethod
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
-        """The evaluation's figures from the sums of `measure`: `metric`, "loss" and "count" among them."""
+        """Return the evaluation's figures from the sums of `measure`; `metric`, "loss" and "count" among them."""
 
     def collate(self, records: Records, indices: np.ndarray, length: int, device: str | torch.device = "cpu", *,
                 rows: int | None = None) -> Batch:
-        """See `fedlora.records.collate`; further rows consist of the first ordinary token."""
+        """Make a batch of records as `fedlora.records.collate` does, with `filler` in the further rows.
+
+        Args:
+            records: the records to choose from.
+            indices: which of them, in this order.
+            length: tokens of each row; at least as many as the longest chosen record has.
+            device: where to put the tensors.
+            rows: number of rows of the batch; None for one row for each record.
+        """
         return collate(records, indices, length, device, rows=rows, filler=self.filler)
 
     @functools.cached_property
     def filler(self) -> int:
-        """The first token that has no special meaning."""
+        """The first token without a special meaning; it fills rows that hold no record."""
         special = set(self.tokenizer.all_special_ids)
         return next(token for token in range(len(self.tokenizer)) if token not in special)
 
     @property
     def outputs_per_token(self) -> int:
-        """About how many values the model gives for a token."""
+        """Approximate number of values that the model outputs for each token."""
         return 1
 
     @property
     def most_tokens(self) -> int:
-        """Of a batch, padded, so that what the model gives for them fits into memory."""
+        """Most padded tokens of a batch for which the model's outputs fit into memory."""
         return max(1, _OUTPUTS // self.outputs_per_token)
 
     @memory_advice("evaluation", "lower --max-length, choose a smaller --model, or leave out --eval-data")
     @torch.no_grad()
     def evaluate(self, model: torch.nn.Module, records: Records, *, micro_batch: int | None = None,
                  device: str | torch.device = "cpu", autocast_dtype: torch.dtype | None = None) -> dict[str, float]:
-        """Figures over all records, in evaluation mode; the model's mode is as before afterwards.
+        """Evaluate a model on records and return the figures of `summarize`.
+
+        The model is in evaluation mode meanwhile, and back in its former mode afterwards.
 
         Args:
-            micro_batch: records computed at once; None for bounds on records, tokens and outputs.
+            model: the model to evaluate.
+            records: the held-out records.
+            micro_batch: records computed at once; None to limit records, tokens and outputs instead.
+            device: where to compute.
+            autocast_dtype: dtype of the computation; None for the model's own.
 
         Raises:
             ValueError: there are no records.
-            MemoryError: with what helps.
+            MemoryError: memory ran out. The message says what helps.
         """
         if not len(records):
-            raise ValueError("there is nothing to evaluate on: no row has a label or an answer within --max-length")
+            raise ValueError("there is nothing to evaluate on: no row has a label, or an answer within --max-length")
         training = model.training
         model.eval()
         autocast = (contextlib.nullcontext() if autocast_dtype is None
@@ -205,12 +236,15 @@ class Task(ABC):
 
     def _each(self, rows: Sequence[int], encode: Callable[[Sequence[int]], Sequence[Encoded]],
               unusable: Counter[str] | None) -> Iterator[tuple[int, Encoded]]:
-        """(row, what `encode` makes of it); but for those that it fails on, where `unusable` counts them."""
+        """Yield each row with its encoding. If `encode` fails on a row, count that row in `unusable` and go on.
+
+        Without `unusable`, the error is raised.
+        """
         if not rows:
             return
         try:
             encoded = encode(rows)
-        except BaseException as error:  # tokenizers in Rust panic past `Exception`
+        except BaseException as error:  # a panic in a Rust tokenizer is not an `Exception`
             if unusable is None or isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             if len(rows) == 1:
@@ -228,8 +262,13 @@ class Task(ABC):
 
 def _by_length(lengths: np.ndarray, max_length: int, *, most: int,
                tokens: int | None) -> Iterator[tuple[int, np.ndarray]]:
-    """(padded length, indices) of batches of like length, of at most so many records and, but for a single record,
-    so many padded tokens.
+    """Group records of similar length into batches, and yield the padded length and the indices of each.
+
+    Args:
+        lengths: [n] number of tokens of each record.
+        max_length: padded lengths are not rounded up beyond this.
+        most: most records of a batch.
+        tokens: most padded tokens of a batch, except for a batch of a single record; None for no limit.
     """
     order = np.argsort(lengths, kind="stable")
     padded = np.maximum(lengths, np.minimum(-(-lengths // _EVALUATION_BUCKET) * _EVALUATION_BUCKET, max_length))[order]

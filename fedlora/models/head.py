@@ -1,4 +1,4 @@
-"""A checkpoint's own head meets a run's label set: rows follow names."""
+"""Reordering of a checkpoint's own classification head, so that its outputs follow the run's label set by name."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from transformers.modeling_utils import PreTrainedModel
 
 def follow_names(model: PreTrainedModel, head: str | None, missing: Sequence[str],
                  own: Mapping[str, str] | None, labels: Sequence[str]) -> str:
-    """Write the labels' names into the model's config, and put the rows of its own head in their order.
+    """Write the labels' names into the model's config, and put the rows of the checkpoint's own head in their order.
 
     Args:
-        head: name of the final linear layer; None where the task has none.
-        missing: parameters that the checkpoint lacks.
-        own: config.json's names of the outputs, by number.
-        labels: of the run, in the order of the outputs; () where they are not known.
+        model: the loaded model.
+        head: name of the head's final linear layer; None if the task has no head.
+        missing: names of the parameters that the checkpoint lacks.
+        own: the names of the outputs in config.json (id2label), by number.
+        labels: the run's labels in the order of the outputs; () if they are not known.
 
     Returns:
-        What to say where the names of a head that is kept are not the run's; "" otherwise.
+        A message for the user if the checkpoint has a head whose names are not those of the run; else "".
     """
     if head is None or not labels:
         return ""
@@ -33,9 +34,9 @@ def follow_names(model: PreTrainedModel, head: str | None, missing: Sequence[str
     if order is None:
         named = (f"calls its outputs {', '.join(names)}" if names != [f"LABEL_{number}" for number in range(len(names))]
                  else "has no names for its outputs")
-        return (f"The base model has a head of its own that {named}: in this order they start as {', '.join(labels)}. "
-                "Name the outputs in config.json (id2label), or the labels in their order with --labels, if that is "
-                "not what they mean.")
+        return (f"The base model has a head of its own that {named}. Its outputs start, in this order, as "
+                f"{', '.join(labels)}. If they mean something else, name the outputs in config.json (id2label), or "
+                "give the labels in the right order with --labels.")
     if order != list(range(len(labels))):
         final = model.get_submodule(head)
         assert isinstance(final, nn.Linear), "a task's head is linear"
@@ -46,7 +47,7 @@ def follow_names(model: PreTrainedModel, head: str | None, missing: Sequence[str
 
 
 def _rows(names: Sequence[str], labels: Sequence[str]) -> list[int] | None:
-    """For each label the row of its name, up to case and spaces around it; None unless each has one of its own."""
+    """Return the row of each label's name, ignoring capitals and outer blanks if needed; None if names do not match."""
     for key in (str, lambda name: name.strip().casefold()):
         places = {key(name): place for place, name in enumerate(names)}
         rows = [places.get(key(label), -1) for label in labels]

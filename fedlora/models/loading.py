@@ -1,4 +1,4 @@
-"""Load a base model for a task, and refuse one whose weights are not what its config says."""
+"""Loading of a base model for a task, with checks that its weights are complete and of ordinary size."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from fedlora.task import Task
 from fedlora.tasks import task_named
 
 MOST_WEIGHT = 1e6
-"""Of a base model, in magnitude. Whoever coordinates a run chooses it, so that its content is the server's."""
+"""Largest magnitude of a base model's weight. The server chooses the base model, so its content is not trusted."""
 
 _DRAWN = ("pooler", "contact_head")
-"""Parts of an encoder that checkpoints for other tasks rightly lack."""
+"""Parts of an encoder that checkpoints made for other tasks may lack. They are drawn at random."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class LoadedModel:
     """A base model in memory, in eval mode.
 
     Attributes:
-        model: for the task, without adapters. Its config says the labels' names and the pad token.
-        tokenizer: has a pad token; see `fedlora.models.tokenizer`.
-        missing: names of the parameters that are not in the checkpoint (the task head), drawn at random by
-            transformers, sorted.
-        task: its key; see `fedlora.tasks`.
-        path: the folder.
-        said: what whoever started the run should know about the head; "" for nothing.
+        model: the model for the task, without an adapter. Its config has the labels' names and the pad token.
+        tokenizer: the model's tokenizer, which has a pad token (see `fedlora.models.tokenizer`).
+        missing: names of the parameters that are not in the checkpoint (such as the task's head), sorted. transformers
+            has drawn them at random.
+        task: key of the task (see `fedlora.tasks`).
+        path: the model's folder.
+        said: a message about the head for the user who started the run; "" for none.
     """
 
     model: PreTrainedModel
@@ -49,22 +49,21 @@ class LoadedModel:
     said: str = ""
 
 
-@memory_advice("loading the base model", "end other programs, or have the server started with a smaller --model")
+@memory_advice("loading the base model", "close other programs, or start the run with a smaller --model")
 def load(path: Path, task: str, labels: Sequence[str] | int, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a base model for a task, on the CPU, in eval mode, with transformers' fused attention where it has one.
+    """Load a base model for a task on the CPU, in eval mode, with transformers' fused attention if it has one.
 
     Args:
-        path: as `resolve` returned it.
-        task: its key.
-        labels: the run's label set in the order of the classifier's outputs, or how many there are while their names
-            are not known; () or 0 where it has none. A checkpoint's own head is kept if it has as many outputs as the
-            task's, its rows in the order of the names, and counts as missing otherwise.
-        dtype: of the weights.
+        path: the folder that `resolve` returned.
+        task: key of the task.
+        labels: the run's label set in the order of the classifier's outputs, or the number of labels while their names
+            are not known; () or 0 if there are none. The checkpoint's own head is kept if it has as many outputs; its
+            rows are put in the order of the names. Otherwise the head counts as missing.
+        dtype: dtype of the weights.
 
     Raises:
-        ValueError: the model cannot do the task, its weights are not those of its config, or its tokenizer does not
-            fit it.
-        MemoryError: with what helps.
+        ValueError: the model cannot do the task, its weights do not fit its config, or its tokenizer does not fit it.
+        MemoryError: memory ran out. The message says what helps.
     """
     check_task(path, task)
     kind = task_named(task)
@@ -77,7 +76,7 @@ def load(path: Path, task: str, labels: Sequence[str] | int, *, dtype: torch.dty
                 **kind.model_options(labels if isinstance(labels, int) else len(names)))
         except (MemoryError, RuntimeError):
             raise
-        except Exception as error:  # safetensors' and transformers' own, some of them bare
+        except Exception as error:  # safetensors and transformers raise errors of many kinds, some of them bare
             raise unreadable(path, error) from error
     absent = set(info["missing_keys"]) | {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     missing = tuple(sorted(absent & {name for name, _ in model.named_parameters()}))
@@ -86,12 +85,15 @@ def load(path: Path, task: str, labels: Sequence[str] | int, *, dtype: torch.dty
     said = follow_names(model, kind.head(model), missing, config_of(path).get("id2label"), names)
     tokenizer = tokenizer_for(path, model.config, embedded_tokens(model))
     _set_pad_token(model.config, tokenizer.pad_token_id)
-    model.config.use_cache = False  # of keys and values: for generation, which nobody does here
+    model.config.use_cache = False  # the cache of keys and values only serves generation
     return LoadedModel(model.eval(), tokenizer, missing, task, path, said)
 
 
 def embedded_tokens(model: PreTrainedModel) -> int | None:
-    """How many tokens the model has embeddings for; None where it makes one of any number, as of a character's."""
+    """Return the number of tokens that the model has embeddings for.
+
+    None if it computes an embedding from any number, as CANINE does from a character's code.
+    """
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:
@@ -100,29 +102,40 @@ def embedded_tokens(model: PreTrainedModel) -> int | None:
 
 
 def _set_pad_token(config: PretrainedConfig, pad: int | None) -> None:
-    """Where a classifier looks for it. Encoders do not: some count positions from the one they were made with."""
+    """Set the pad token in the config, where a decoder's classifier looks for it.
+
+    An encoder that has a pad token keeps its own, because some encoders count positions from it.
+    """
     own = config.get_text_config()
     if own.pad_token_id is None or config.model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         config.pad_token_id = own.pad_token_id = pad
 
 
 def _check_present(path: Path, model: PreTrainedModel, missing: Sequence[str], kind: type[Task]) -> None:
-    """Raises ValueError where the checkpoint lacks more than a head."""
+    """Check that the checkpoint lacks no parameters except those of a head.
+
+    Raises:
+        ValueError: it does.
+    """
     base = f"{model.base_model_prefix}."
     lacking = [name for name in missing if not kind.has_head or (
         name.startswith(base) and not any(part in _DRAWN for part in name.split(".")))]
     if lacking:
         raise ValueError(f"the weights in {path} are not those of its config.json: they lack {lacking[0]}"
-                         f"{' and more' if len(lacking) > 1 else ''}, or have it in another size. Fetch the model "
+                         f"{' and more' if len(lacking) > 1 else ''}, or have it with another shape. Fetch the model "
                          "again.")
 
 
 def _check_weights(path: Path, model: PreTrainedModel) -> None:
-    """Raises ValueError where a weight is no number, or so large that it could only be made to magnify rounding."""
+    """Check the magnitude of all weights. Larger ones could only serve to magnify rounding.
+
+    Raises:
+        ValueError: a weight is not finite, or is larger than `MOST_WEIGHT`.
+    """
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
         if not torch.linalg.vector_norm(parameter.detach(), ord=math.inf) <= MOST_WEIGHT:
-            raise ValueError(f"{path} holds a value in {name} that is not finite or is beyond {MOST_WEIGHT:g}, as no "
-                             "training leaves it: the model is damaged, or was made to do harm. Fetch it again, or "
-                             "choose another")
+            raise ValueError(f"{path} holds a value in {name} that is not finite or is beyond {MOST_WEIGHT:g}, which "
+                             "training never produces: the model is damaged, or was made to do harm. Fetch it again, "
+                             "or choose another")

@@ -1,4 +1,4 @@
-"""What a model folder's files say before anything is loaded, and in whose words a file is no good."""
+"""Checks of a model folder's files before anything is loaded, and explanations of files that cannot be read."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _LOADING = threading.RLock()
 
 
 def config_of(path: Path) -> Mapping[str, Any]:
-    """What config.json says.
+    """Return the content of a model folder's config.json.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: it is not a JSON object.
     """
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -35,15 +35,16 @@ def config_of(path: Path) -> Mapping[str, Any]:
 
 
 def check_task(path: Path, task: str, max_length: int | None = None) -> None:
-    """Check from config.json alone that a model can do a task; quick enough to be done before anything else.
+    """Check from config.json alone that a model can do a task, which is quick enough to do first.
 
     Args:
-        task: its key.
-        max_length: tokens of the longest record, if that is to be checked too.
+        path: the model's folder.
+        task: key of the task.
+        max_length: most tokens of a record; None to leave that unchecked.
 
     Raises:
-        ValueError: an encoder for a language model, a model type that transformers does not know for the task, weights
-            of fewer bits, or records longer than the model's positions.
+        ValueError: the model is an encoder and the task needs a language model; transformers does not offer this model
+            type for the task; the weights are quantised; or records can be longer than the model's positions.
     """
     config = config_of(path)
     model_type = config.get("model_type")
@@ -56,34 +57,40 @@ def check_task(path: Path, task: str, max_length: int | None = None) -> None:
         raise ValueError(f"{path} {why}")
     if model_type not in kind.model_types:
         raise ValueError(f"{path} has model type {model_type!r}, which transformers does not offer for {task} without "
-                         "code from the model's own repository, and that is never run. Choose another model.")
+                         "code from the model's own repository. Such code is never run. Choose another model.")
     if quantised := config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config"):
         method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else "unnamed"
-        raise ValueError(f"{path} is quantised (quantization_config in config.json, method {method}), and adapters are "
-                         "trained beside weights of 16 or 32 bits here. Choose the model that it was made from, or "
+        raise ValueError(f"{path} is quantised (quantization_config in config.json, method {method}), but adapters are "
+                         "only trained on weights of 16 or 32 bits. Choose the model that it was made from, or "
                          "save it dequantised (model.dequantize()) without quantization_config.")
     positions = config.get("max_position_embeddings", config.get("n_positions"))
     if positions is not None and any(name in model_type for name in ("roberta", "camembert")):
-        positions -= (config.get("pad_token_id", 1) or 0) + 1  # these count positions from the pad token's id + 1
+        positions -= (config.get("pad_token_id", 1) or 0) + 1  # these models start positions at the pad token's id + 1
     if max_length is not None and positions is not None and max_length > positions:
         raise ValueError(f"max_length is {max_length}, and {path} has {positions} positions; lower --max-length.")
 
 
 def unreadable(path: Path, error: BaseException | None = None, *, file: Path | None = None) -> ValueError:
-    """Why a folder, or the file that is named, cannot be read, and what to do."""
+    """Return an error that says why a model's folder or file cannot be read, and what to do.
+
+    Args:
+        path: the model's folder.
+        error: the error that a library raised, if any.
+        file: the file that cannot be read, if it is known.
+    """
     pointer = next((one for one in sorted(path.iterdir()) if one.is_file() and _begins_as_pointer(one)), None)
     if pointer is not None:
         return ValueError(f"{pointer} cannot be read: it is a pointer of Git LFS in place of the file itself. Fetch "
                           "the model again, with git lfs pull or through the hub.")
     why = f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})" if error else ""
     if isinstance(error, ImportError):
-        return ValueError(f"{path} needs a package that is not installed{why}. Install it, or take out of config.json "
-                          "what asks for it.")
+        return ValueError(f"{path} needs a package that is not installed{why}. Install it, or remove the setting in "
+                          "config.json that asks for it.")
     if file is not None:
-        return ValueError(f"{file} cannot be read: it is not what save_pretrained writes, so that it is damaged or was "
-                          "not fetched whole. Fetch the model again.")
-    return ValueError(f"{path} cannot be read{why}: it is damaged, was not fetched whole, or was made for a "
-                      f"transformers other than {transformers.__version__}. Fetch the model again.")
+        return ValueError(f"{file} cannot be read: it is not what save_pretrained writes, so it is damaged or was not "
+                          "fetched completely. Fetch the model again.")
+    return ValueError(f"{path} cannot be read{why}: it is damaged, was not fetched completely, or was made for another "
+                      f"version of transformers than {transformers.__version__}. Fetch the model again.")
 
 
 def _begins_as_pointer(file: Path) -> bool:
@@ -93,17 +100,19 @@ def _begins_as_pointer(file: Path) -> bool:
 
 @contextmanager
 def silent_transformers() -> Iterator[None]:
-    """Without the progress bars and the report on missing heads: the missing parameters are ours to send.
+    """Silence transformers' progress bars and its report on missing heads while a model is loaded.
 
-    One thread at a time: what transformers changes while it loads, whether weights are tied say, is the process's own.
+    The report would mislead, because the server sends the missing parameters. Only one thread loads at a time:
+    transformers changes settings of the whole process meanwhile (whether weights are tied, say).
     """
     with _LOADING:
         verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        # the ignored errors: transformers leaves these functions without types
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
             transformers_logging.set_verbosity(verbosity)
             if bars:
-                transformers_logging.enable_progress_bar()
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
-"""Tasks: what a record is, its loss, and how a model is judged. Each file of this folder is one, found by its name.
+"""Tasks, one in each file: what a record is, its loss, and how a model is evaluated. The file's name is the key.
 
-What all tasks share is in `fedlora.task`, and the records that they make are in `fedlora.records`.
+Their base class is in `fedlora.task`, and the records that they make are in `fedlora.records`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,36 @@ __all__ = ["Records", "Task", "concatenate", "read", "task_for", "task_named"]
 
 
 def task_named(key: str) -> type[Task]:
-    """The task behind a key, as in "causal-lm".
+    """Return the class of the task with a key, such as "causal-lm".
 
     Raises:
-        ValueError: none is called so.
+        ValueError: no installed task has this key.
     """
-    return registry.load("fedlora.tasks", key).TASK
+    task: type[Task] = registry.load("fedlora.tasks", key).TASK
+    return task
 
 
 def task_for(run: RunPlan, tokenizer: Any) -> Task:
-    """The plan's task."""
+    """Return the task that a plan describes, with this tokenizer."""
     return task_named(run.task).of(run, tokenizer)
 
 
 def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = None, unit: str | None = None,
          allow_download: bool = False, declared: Collection[str] = (), held_out: bool = False) -> Rows:
-    """The rows of a task's files; see `fedlora.data.read_rows`, also for what it raises.
+    """Read and check the rows of a task's data files, as `fedlora.data.read_rows` does.
 
     Args:
-        task: its key.
+        path: a file, a folder, or the name of a hub dataset.
+        task: key of the task.
+        columns: the file's name for a column, where it is not the expected one.
+        unit: the file's column with the id of the unit of privacy; None if each row is a unit.
+        allow_download: fetch a hub dataset that is not in the hub's cache on this machine.
+        declared: the label set, if it is known already.
+        held_out: whether the rows are for evaluation, not for training.
+
+    Raises:
+        ValueError: something is wrong. The message gives file, line and remedy of all faults, and never a row's text or
+            id.
     """
     kind = task_named(task)
     return read_rows(path, task, kind.rows, columns=columns, unit=unit, allow_download=allow_download,

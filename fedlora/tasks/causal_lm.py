@@ -1,4 +1,7 @@
-"""Continue a text. A record's loss is the mean over its own answer tokens, whatever else is in the batch."""
+"""Language modelling: continue a text. A record's loss is the mean over its own answer tokens.
+
+The loss of a record does not depend on the other records of its batch.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing_extensions import override
 
 from fedlora.data import RowFormat, Rows
 from fedlora.data.rows import Message
@@ -21,7 +25,7 @@ from fedlora.tasks._conversations import written
 
 
 class CausalLM(Task):
-    """Learns whole texts, completions of prompts, or the assistant's turns of conversations."""
+    """The task of learning whole texts, completions of prompts, or the assistant's turns of conversations."""
 
     name = "causal-lm"
     model_is = "a causal language model"
@@ -34,6 +38,7 @@ class CausalLM(Task):
     peft_type = "CAUSAL_LM"
 
     @classmethod
+    @override
     def why_not(cls, model_type: str, *, encoder: bool) -> str:
         return (f"is an encoder (model type {model_type}): it cannot be a causal language model. Choose --task "
                 "classification, or a decoder such as Llama, Qwen2 or GPT-2.") if encoder else ""
@@ -44,8 +49,12 @@ class CausalLM(Task):
             raise ValueError("the tokenizer has no end-of-text token, so a model would never learn to stop. "
                              "Choose a model made for text generation")
 
+    @override
     def encode(self, rows: Rows, unusable: Counter[str] | None = None) -> Records:
-        """Tokenise, append the end-of-text token, cut on the right. Rows without an answer token left are left out."""
+        """Tokenise rows, append the end-of-text token, and cut on the right.
+
+        Rows that have no answer token left are left out.
+        """
         tokens: list[np.ndarray] = []  # a list of Python's integers takes ten times the memory
         answers: list[np.ndarray] = []
         kept: list[int] = []
@@ -65,7 +74,7 @@ class CausalLM(Task):
         for chunk in self._chunks(rows):
             for row, (ids, learned) in self._each(chunk, tokenize, unusable):
                 ids, learned = ids[:self.max_length], learned[:self.max_length]
-                if any(learned[1:]):  # nothing stands before the first token to predict it from
+                if any(learned[1:]):  # the first token cannot be predicted, because nothing comes before it
                     tokens.append(np.array(ids, np.int32))
                     answers.append(np.array(learned, np.uint8))
                     kept.append(row)
@@ -75,8 +84,10 @@ class CausalLM(Task):
                     units=rows.take(kept).units)
 
     def _tokenize(self, texts: list[str], *, special: bool) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=special, truncation=True, max_length=self.max_length,
-                              return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+        ids: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=special, truncation=True, max_length=self.max_length,
+            return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+        return ids
 
     def _ended(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
@@ -89,15 +100,23 @@ class CausalLM(Task):
         return prompt + completion, [0] * len(prompt) + [1] * len(completion)
 
     def _check_conversations(self) -> None:
-        """Raises ValueError where no conversation can be written, whatever it says."""
+        """Check that the tokenizer can write conversations.
+
+        Raises:
+            ValueError: it has no chat template, or cannot map tokens to characters.
+        """
         why = ("has no chat template" if not self.tokenizer.chat_template
-               else "" if self.tokenizer.is_fast else "does not tell which characters a token stands for")
+               else "" if self.tokenizer.is_fast else "cannot tell which characters a token stands for")
         if why:
-            raise ValueError(f"the tokenizer {why}, and the rows hold messages. Give prompt and completion instead of "
+            raise ValueError(f"the tokenizer {why}, but the rows hold messages. Give prompt and completion instead of "
                              "messages, or choose a model made for conversations")
 
     def _conversation(self, messages: tuple[Message, ...], where: str) -> tuple[list[int], list[int]]:
-        """The chat template's text; the answer is every assistant turn with the template's end mark."""
+        """Tokenise a conversation as its chat template writes it.
+
+        Returns:
+            The token ids; and for each token 1 if it belongs to an assistant's turn or the turn's end mark, else 0.
+        """
         text, spans = written(self.tokenizer, messages, where)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         learned = [int(any(start <= begin < stop for start, stop in spans))
@@ -107,34 +126,39 @@ class CausalLM(Task):
             ids, learned = self._ended(ids), [*learned, 1]
         return ids, learned
 
+    @override
     def made_up(self, tokens: Sequence[Sequence[int]]) -> Records:
-        """All but the first token are the answer."""
+        """Return one record for each sequence of tokens. All tokens except the first are answer tokens."""
         return pack(tokens, self.tokenizer.pad_token_id, answers=[[0] + [1] * (len(one) - 1) for one in tokens])
 
     @property
+    @override
     def outputs_per_token(self) -> int:
-        """The vocabulary."""
+        """The size of the vocabulary."""
         return len(self.tokenizer)
 
+    @override
     def per_record_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """[records] float32: mean cross entropy over each record's own answer tokens."""
+        """Return the mean cross entropy over each record's own answer tokens, [records] float32."""
         losses, counts = self._token_losses(model, batch)
         return losses / counts
 
+    @override
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         losses, counts = self._token_losses(model, batch)
         return {"loss": losses, "tokens": counts, "count": torch.ones(len(losses))}
 
+    @override
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
-        """Mean loss per answer token and its exponential, over `count` records."""
+        """Return the mean loss per answer token, its exponential (the perplexity), and the number of records."""
         loss = sums["loss"] / sums["tokens"]
         return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "count": int(sums["count"])}
 
     def _token_losses(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Per record, the sum of its answer tokens' losses and their number: [records] float32 each.
+        """Return for each record the sum of its answer tokens' losses, and their number: [records] float32 each.
 
-        Every token's loss is computed, so that no shape follows how many answer tokens a batch has: on CUDA the host
-        would have to wait to know, and a record's rounding must not depend on the answers of others.
+        The loss of every token is computed, so that no shape depends on how many answer tokens a batch has. With such a
+        shape, the host would have to wait for the GPU, and the rounding of a record could depend on other records.
         """
         logits = model(**batch.inputs()).logits[:, :-1]
         targets = batch.labels[:, 1:]

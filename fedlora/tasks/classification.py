@@ -1,4 +1,4 @@
-"""Classify a text, or a pair of texts, into the plan's label set."""
+"""Classification of a text, or of a pair of texts, into the labels of the plan."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from typing_extensions import override
 
 from fedlora.data import (
     Answer,
@@ -27,7 +28,11 @@ from fedlora.task import Task
 
 
 class Classification(Task):
-    """Attributes: labels, the label set in the order of the classifier's outputs."""
+    """The task of predicting the label of a text or of a pair of texts.
+
+    Attributes:
+        labels: the label set, in the order of the classifier's outputs.
+    """
 
     name = "classification"
     model_is = "a classifier"
@@ -45,22 +50,27 @@ class Classification(Task):
     def __init__(self, tokenizer: Any, labels: Sequence[str], max_length: int) -> None:
         super().__init__(tokenizer, max_length)
         self.labels = tuple(labels)
-        # where the model reads a text at its end, no text can hold one in writing: see `fedlora.models.tokenizer`
+        # set for models that read a text at its end-of-text token, which the words of a text then cannot produce
+        # (`fedlora.models.tokenizer`)
         self._end: int | None = tokenizer.eos_token_id if getattr(tokenizer, "split_special_tokens", False) else None
 
     @classmethod
+    @override
     def of(cls, run: RunPlan, tokenizer: Any) -> Self:
         return cls(tokenizer, run.labels, run.max_length)
 
     @classmethod
+    @override
     def model_options(cls, labels: int) -> Mapping[str, Any]:
         return {"num_labels": labels}
 
+    @override
     def encode(self, rows: Rows, unusable: Counter[str] | None = None) -> Records:
         """Tokenise texts or pairs, with the tokenizer's special tokens. Rows without a label are left out.
 
         Raises:
-            ValueError: a label is outside the set, without `unusable`; names file and line and the allowed labels.
+            ValueError: `unusable` was not given, and a label is outside the label set. The message names file and line,
+                and the allowed labels.
         """
         if rows.labels is None or rows.kind not in ("text", "pair"):
             raise ValueError(f"these rows were read as {rows.kind} without labels; classification needs text and label")
@@ -83,13 +93,13 @@ class Classification(Task):
             found = self.tokenizer(*columns, truncation=True, max_length=self.max_length, return_attention_mask=False)
             types = found.get("token_type_ids")
             if types and rows.kind != "pair" and not any(map(any, types)):
-                types = None  # as zeros stand for a single text with nearly every model
+                types = None  # nearly every model takes zeros for a single text if none are given
             return list(zip(found["input_ids"], types or [None] * len(some), strict=True))
 
         for chunk in self._chunks(rows):
             labelled = [row for row in chunk if rows.labels[row] in classes]
             for row, (ids, types) in self._each(labelled, tokenize, unusable):
-                ids = ids[:self.max_length]  # tokenizers cut nothing where their special tokens alone are more
+                ids = ids[:self.max_length]  # tokenizers do not cut if their special tokens alone exceed the length
                 if not ids:
                     if unusable is not None:
                         unusable["no token"] += 1
@@ -108,42 +118,50 @@ class Classification(Task):
                     units=rows.take(kept).units)
 
     def _ends(self, rows: Rows) -> int:
-        """How many end-of-text tokens the model finds in each; 0 where it does not look for them."""
+        """Return the number of end-of-text tokens in each tokenised row; 0 if the model does not look for them."""
         if self._end is None:
             return 0
         found = self.tokenizer(*["a"] * (1 + (rows.seconds is not None)))["input_ids"]
         if found[-1:] != [self._end]:
-            raise ValueError("the model reads its texts at an end-of-text token, and its tokenizer ends no "
+            raise ValueError("the model reads its texts at an end-of-text token, but its tokenizer ends no "
                              f"{rows.kind} with one. Give the tokenizer a post-processor that does, or choose another "
                              "model")
-        return found.count(self._end)
+        return int(found.count(self._end))
 
+    @override
     def collate(self, records: Records, indices: np.ndarray, length: int, device: str | torch.device = "cpu", *,
                 rows: int | None = None) -> Batch:
-        """As of every task; where the model reads a text at its end, the further rows end as the records do."""
+        """Make a batch of records as every task does.
+
+        If the model reads a text at its end, the further rows end with as many end-of-text tokens as the records.
+        """
         batch = super().collate(records, indices, length, device, rows=rows)
         if self._end is not None and len(batch.labels) > len(indices):
             ends = int((records.tokens[:records.offsets[:2][-1]] == self._end).sum())
             batch.input_ids[len(indices):, length - max(1, ends):] = self._end
         return batch
 
+    @override
     def made_up(self, tokens: Sequence[Sequence[int]]) -> Records:
-        """Of the first two labels in turn."""
+        """Return one record for each sequence of tokens, with the first two labels in turn."""
         if self._end is not None:
             tokens = [[*(token for token in one[:-1] if token != self._end), self._end] for one in tokens]
         return pack(tokens, self.tokenizer.pad_token_id, labels=[i % 2 for i in range(len(tokens))])
 
+    @override
     def per_record_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """[records] float32: cross entropy of each record."""
+        """Return the cross entropy of each record, [records] float32."""
         return self.measure(model, batch)["loss"]
 
+    @override
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         logits = model(**batch.inputs()).logits.float()
         return {"loss": F.cross_entropy(logits, batch.labels, reduction="none"),
                 "right": logits.argmax(-1) == batch.labels, "count": torch.ones(len(logits))}
 
+    @override
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
-        """accuracy and mean loss over `count` records."""
+        """Return the accuracy, the mean loss, and the number of records."""
         return {"accuracy": sums["right"] / sums["count"], "loss": sums["loss"] / sums["count"],
                 "count": int(sums["count"])}
 

@@ -1,4 +1,4 @@
-"""What every task promises, whichever files there are."""
+"""Contract tests for tasks: they run on every task that is installed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CELLS: dict[str, Callable[[str], dict[str, Any]]] = {
     "completion": lambda text: {0: "Q: " + text, 1: text},
     "messages": lambda text: {0: [{"role": "user", "content": "Q"}, {"role": "assistant", "content": text}]},
 }
-"""Kind of rows → the cells of a row, by their columns' places."""
+"""Kind of rows → a function from a text to a row's cells, by the positions of their columns."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Made:
     loaded: LoadedModel
 
     def rows(self, kind: int = 0, *, answered: bool = True) -> Rows:
-        """Of one of the kinds that the task reads. 0 and 1 are an answer to whatever takes one."""
+        """Return rows of one of the kinds that the task reads. The answers are 0 and 1, which every task takes."""
         form = self.task.rows
         name, columns = form.kinds[kind]
         lines = []
@@ -77,7 +77,7 @@ def _made(key: str, checkpoint: Callable[[str], Path]) -> Made:
     base = next(folder for folder in map(checkpoint, KINDS) if _can_do(folder, key))
     labels = ("0", "1") if task_named(key).has_labels else ()
     loaded = models.load(base, key, len(labels))
-    run: Any = SimpleNamespace(labels=labels, max_length=48)  # a plan names what is left out here too
+    run: Any = SimpleNamespace(labels=labels, max_length=48)  # the fields of a plan that tasks read
     return Made(key, task_named(key).of(run, loaded.tokenizer), loaded)
 
 

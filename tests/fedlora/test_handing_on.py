@@ -1,4 +1,4 @@
-"""What is handed on predicts what the run predicted, for every architecture and in every way that it can be loaded."""
+"""Exported adapters predict what the run predicted, for every architecture and every way to load them."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ TEXTS = ["the patient reports chest pain", "a small cut", "warm, funny and well 
          "the jokes </s> are older than the actors, and the plot is dull"]
 LABELS = ("dull", "warm", "neither")
 MOST = 12
-"""Tokens of a record: the longest text is cut."""
+"""Most tokens of a record, fewer than the longest text has."""
 
 QUICK = ("bert", "roberta", "deberta-v2", "albert", "bart", "t5", "gpt2", "llama", "qwen2_moe", "gemma3_text")
 CASES = [(name, task) for name, task in itertools.product(ARCHITECTURES, ("classification", "causal-lm"))
@@ -33,10 +33,9 @@ CASES = [(name, task) for name, task in itertools.product(ARCHITECTURES, ("class
 
 
 def made(name, task, folder, *, own_head=lambda base: None, train_head=True, seconds=()):
-    """An adapted tiny model, its task, and the records of `TEXTS`, or of pairs of them with others.
+    """Make an adapted tiny model, its task, and the records of `TEXTS` (or of pairs of them with other texts).
 
-    Args:
-        own_head: changes the folder of the base model.
+    `own_head` may change the base model's folder before it is loaded.
     """
     base, kind = architecture(name, folder / "secretly-named"), task_named(task)
     own_head(base)
@@ -54,14 +53,14 @@ def made(name, task, folder, *, own_head=lambda base: None, train_head=True, sec
 
 
 def of_the_run(adapted, task, records):
-    """The logits that a run's evaluation computes."""
+    """Return the logits that a run's evaluation computes."""
     batch = task.collate(records, np.arange(len(records)), int(records.lengths.max()))
     with torch.no_grad():
         return adapted.model(**batch.inputs()).logits
 
 
 def loaded_as_printed(folder: Path, base: Path):
-    """(model, tokenizer), by the lines in the adapter's README.md."""
+    """Load (model, tokenizer) with the code in the adapter's README.md."""
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
     names = {}
     exec(code.replace('"…"', repr(str(base))).replace('"adapter"', repr(str(folder))), names)
@@ -69,14 +68,14 @@ def loaded_as_printed(folder: Path, base: Path):
 
 
 def predicted(model, tokenizer, expected, *seconds):
-    """Logits of `TEXTS`, padded together, where they are not of padding; and what is expected there."""
+    """Return the logits of `TEXTS`, padded together, at all places that are not padding; and the expected logits."""
     inputs = tokenizer(TEXTS, *seconds, padding=True, truncation=True, return_tensors="pt",
                        **({} if expected.dim() == 2 else {"max_length": MOST, "padding_side": "right"}))
     with torch.no_grad():
         logits = model(**inputs).logits
     if expected.dim() == 2:
         return logits, expected
-    length = min(logits.shape[1], expected.shape[1])  # a run's texts have an end-of-text token more
+    length = min(logits.shape[1], expected.shape[1])  # a run's texts also have an end-of-text token
     real = inputs["attention_mask"][:, :length].bool()
     return logits[:, :length][real], expected[:, :length][real]
 
@@ -97,7 +96,7 @@ def test_however_it_is_loaded_it_predicts_what_the_run_predicted(name, task, tmp
     config = json.loads((folder / "adapter_config.json").read_text())  # as a user names the folder of the base model
     named = shutil.copytree(folder, tmp_path / "named")
     (named / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(adapted.base_path)}))
-    if task == "classification" and name != "canine":  # PEFT asks for the embeddings that it has not
+    if task == "classification" and name != "canine":  # PEFT asks for embeddings, which CANINE does not have
         auto = AutoPeftModelForSequenceClassification.from_pretrained(
             named, num_labels=len(LABELS), pad_token_id=tokenizer.pad_token_id, ignore_mismatched_sizes=True)
         torch.testing.assert_close(*predicted(auto, tokenizer, expected), atol=1e-5, rtol=1e-5)

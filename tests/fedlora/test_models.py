@@ -21,7 +21,7 @@ from tests.tiny import DECODERS, ENCODERS, KINDS, MAX_POSITIONS, tiny_checkpoint
 
 @pytest.fixture
 def folder(checkpoint, tmp_path):
-    """A tiny BERT of the test's own, to be damaged."""
+    """Return a copy of a tiny BERT that the test may damage."""
     return shutil.copytree(checkpoint("bert"), tmp_path / "own")
 
 
@@ -272,7 +272,7 @@ def test_threads_may_load_models_at_the_same_time(checkpoint):
 
 
 def own_head(folder, path, names, *, seed=0):
-    """A tiny BERT with a head of its own, whose outputs have these names."""
+    """Save a tiny BERT with a classification head of its own, whose outputs have these names."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(names))
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = {name: number for number, name in enumerate(names)}
@@ -292,8 +292,8 @@ def test_rows_of_a_checkpoints_own_head_follow_the_labels_names(kind, checkpoint
 
 
 @pytest.mark.parametrize(("names", "said"), [
-    (["LABEL_0", "LABEL_1"], "has no names for its outputs: in this order they start as no, yes"),
-    (["entailment", "contradiction"], "calls its outputs entailment, contradiction: in this order"),
+    (["LABEL_0", "LABEL_1"], "has no names for its outputs. Its outputs start, in this order, as no, yes"),
+    (["entailment", "contradiction"], "calls its outputs entailment, contradiction. Its outputs start, in this order"),
     (["yes", "YES"], "calls its outputs yes, YES"), (["yes", "no"], "")])
 def test_a_head_whose_names_are_not_the_labels_is_kept_in_its_order_and_that_is_said(names, said, checkpoint, tmp_path):
     own = own_head(checkpoint("bert"), tmp_path, names)
@@ -305,7 +305,7 @@ def test_a_head_whose_names_are_not_the_labels_is_kept_in_its_order_and_that_is_
 
 
 def test_a_pad_token_is_never_the_token_that_ends_every_text(checkpoint, tmp_path):
-    """A classifier reads the last token that does not pad: with one text it would be another than with two."""
+    """A classifier reads the last token that is not padding, which must not differ between one text and two."""
     folder = shutil.copytree(checkpoint("llama"), tmp_path / "own")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

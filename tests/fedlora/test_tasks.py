@@ -1,4 +1,4 @@
-"""Records, batches and losses against plain references on tiny real models."""
+"""Tasks: records, batches and losses are compared with plain reference code on tiny real models."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_conversations_are_learned_in_the_assistants_turns_as_the_template_marks
 
 
 def learned(tokenizer, folder, *turns):
-    """(what is learned, the rest) of a conversation of (role, content), decoded."""
+    """Return the decoded text of a conversation that is learned, and the rest of the text."""
     messages = [{"role": role, "content": content} for role, content in turns]
     records = CausalLM(tokenizer, 256).encode(rows_of(folder, "causal-lm", {"messages": messages}))
     return [tokenizer.decode(records.tokens[records.answers == which]) for which in (1, 0)]
@@ -209,18 +209,18 @@ PROMPT = "{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
 @pytest.mark.parametrize(("template", "answers", "rest"), [
-    # what the template adds to the last turn is not the assistant's
+    # words that the template adds to the last turn are not the assistant's
     ("{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}(thinking){% endif %}"
      "{{ m.content }};{% endfor %}" + PROMPT, "<think>why</think> two;<think>how</think> four;</s>",
      "[user]one;[assistant][user]three;[assistant](thinking)"),
-    # the reasoning of earlier turns is taken out
+    # the template removes the reasoning of earlier turns
     ("{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last else m.content.split('</think>')[-1] }};"
      "{% endfor %}" + PROMPT, " two;<think>how</think> four;</s>", "[user]one;[assistant][user]three;[assistant]"),
-    # a last turn alone is ended
+    # the template ends only the last turn
     ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if loop.last and not add_generation_prompt %}<end>"
      "{% endif %}{% endfor %}" + PROMPT, "<think>why</think> two<think>how</think> four<end></s>",
      "[user]one[assistant][user]three[assistant]"),
-    # no header where an answer is to come
+    # the template adds no prompt for an answer
     ("{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}",
      " <think>why</think> two; <think>how</think> four;</s>", "user: one;assistant:user: three;assistant:"),
 ], ids=["adds", "takes out", "ends the last", "no generation prompt"])
@@ -240,7 +240,7 @@ def test_a_templates_own_system_text_is_not_learned_where_the_assistant_begins(t
 def test_a_template_that_writes_other_words_than_were_said_is_refused_without_quoting_them(tmp_path):
     tokenizer, _ = loaded(tmp_path, "llama", "causal-lm")
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }};{% endfor %}" + PROMPT
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: .* turn 2 otherwise than it was said") as refused:
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: .* changes the words of turn 2") as refused:
         learned(tokenizer, tmp_path, ("user", "a"), ("assistant", "secret"))
     assert "secret" not in str(refused.value).lower()
 
@@ -283,7 +283,7 @@ def test_no_record_is_longer_than_the_maximum_length_however_short_that_is(tmp_p
 
 
 def same(these, those):
-    """Whether two clients would train on the same."""
+    """Return whether two sets of records would train a model in the same way."""
     return all(np.array_equal(getattr(these, name), getattr(those, name))
                for name in ("tokens", "offsets", "labels", "segments", "answers", "units"))
 
@@ -336,7 +336,7 @@ def test_classification_is_evaluated_as_one_record_after_the_other(tmp_path, kin
 
 
 class Watched(torch.nn.Module):
-    """Keeps the shape of every batch that goes through the model."""
+    """A model that records the shape of every batch that goes through it."""
 
     def __init__(self, model):
         super().__init__()
