@@ -1,4 +1,4 @@
-"""What people are told while a command runs, by a thread that alone waits for whoever reads it."""
+"""Console messages on stderr, written by a thread of their own so that a slow reader never blocks a command."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
+from typing_extensions import override
 
 MOST_WAITING = 1 << 20
-"""Characters that wait for a reader; what comes after them is counted and dropped."""
+"""Most characters that wait to be written. Lines that come when the queue is full are counted and dropped."""
 REST_OF_LINE = 1 << 16
-"""How many more may wait, or are dropped, so that a line is whole or not there. What comes after more without an end is
-no line but what moves about on a terminal; of that, whole writes are dropped."""
+"""Characters by which a line may exceed the queue, or be dropped, so that each line is written whole or not at all.
+
+Longer output without a line end is not a line but moves on a terminal, as a progress bar does. It is dropped write by
+write."""
 LEAVE_S = 2.0
-"""How long a command that ends waits for the last of its lines to be read."""
+"""Seconds that a command waits, when it ends, for its last lines to be written."""
 
 
 def messages() -> Console:
-    """On stderr, so that a command's output can be piped; a message in a file is one line, however long."""
+    """Return a console on stderr, so that the command's output on stdout can be piped.
+
+    Where stderr is not a terminal, lines are not wrapped: each message in a log file is one line, however long.
+    """
     console = Console(stderr=True, markup=False, highlight=False)
     console.soft_wrap = not console.is_terminal
     return console
@@ -31,8 +37,10 @@ def messages() -> Console:
 
 @contextmanager
 def stderr_that_never_blocks() -> Iterator[None]:
-    """Have this process' stderr written by a thread, so that a pipe that nobody reads, or a terminal that is held,
-    stops neither a round nor a signal's handler. What a full queue has no room for is dropped, and that is said.
+    """Let a thread write this process's stderr, so that writing to it returns at once.
+
+    A pipe that nobody reads, or a paused terminal, then stops neither a round nor a signal handler. Lines that do not
+    fit into the queue are dropped, and a message says how many.
     """
     before = sys.stderr
     lines = QueuedLines(before)
@@ -45,10 +53,11 @@ def stderr_that_never_blocks() -> Iterator[None]:
 
 
 class QueuedLines(io.TextIOBase):
-    """A text stream whose `write` returns at once.
+    """A text stream whose `write` returns at once and leaves the writing to a thread.
 
     Args:
-        target: where the text goes in the end; by its descriptor where it has one, so that no lock of its own is held.
+        target: the stream that the text is written to. If it has a file descriptor, that is written to directly, so
+            that no lock of the stream is held.
     """
 
     def __init__(self, target: TextIO) -> None:
@@ -59,25 +68,31 @@ class QueuedLines(io.TextIOBase):
             self._descriptor = None
         self._waiting: deque[str] = deque()
         self._characters = self._dropped = self._skipped = 0
-        self._changed = threading.Condition()  # re-entrant: a signal's handler may write amid a write
+        self._changed = threading.Condition()  # re-entrant: a signal handler may write in the middle of a write
         self._at_line_start, self._ended = True, False
         self._thread = threading.Thread(target=self._forward, name="fedlora-stderr", daemon=True)
         self._thread.start()
 
     @property
+    @override
     def encoding(self) -> str:  # type: ignore[override]
         return getattr(self._target, "encoding", None) or "utf-8"
 
+    @override
     def fileno(self) -> int:
         return self._target.fileno()
 
+    @override
     def isatty(self) -> bool:
         return self._target.isatty()
 
+    @override
     def writable(self) -> bool:
         return True
 
+    @override
     def write(self, text: str) -> int:
+        """Queue the text, or drop it if the queue is full, and return its length."""
         with self._changed:
             most = MOST_WAITING if self._at_line_start else MOST_WAITING + REST_OF_LINE
             in_skipped_line = 0 < self._skipped < REST_OF_LINE
@@ -92,11 +107,12 @@ class QueuedLines(io.TextIOBase):
                 self._changed.notify()
         return len(text)
 
+    @override
     def flush(self) -> None:
-        """Nothing: whoever writes does not wait."""
+        """Do nothing: a writer never waits for the text to reach the target."""
 
     def end(self, timeout_s: float) -> None:
-        """Take no more, and wait until all is written, but not for longer than that."""
+        """Accept no more text, and wait until the rest is written, for at most `timeout_s` seconds."""
         with self._changed:
             self._ended = True
             self._changed.notify()
@@ -113,10 +129,10 @@ class QueuedLines(io.TextIOBase):
                 while data:
                     data = data[os.write(self._descriptor, data):]
             except (OSError, ValueError):
-                pass  # nobody is there to be told
+                pass  # stderr itself is gone, so the error cannot be reported
 
     def _next(self) -> str | None:
-        """What is to be written, once there is something; None at the end."""
+        """Wait for text and return all that is queued; None once the stream has ended and the queue is empty."""
         with self._changed:
             while not self._waiting and not self._ended:
                 self._changed.wait()
@@ -128,5 +144,5 @@ class QueuedLines(io.TextIOBase):
             self._characters = 0
         if dropped:
             text += "" if text.endswith("\n") else "\n"
-            text += f"({dropped:,} lines were left out, for nobody read this)\n"
+            text += f"({dropped:,} lines were left out because nothing read this output)\n"
         return text

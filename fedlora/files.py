@@ -1,5 +1,6 @@
-"""Files that are replaced as a whole: whoever reads, and whatever crashes, finds the old one or the new one; and how
-many may be open.
+"""Atomic replacement of files, and the limit on open files.
+
+A file replaced here is never half written: a reader, or a restart after a crash, finds the old content or the new one.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import resource
 from pathlib import Path
 
 PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
-"""Faults of a machine that end by themselves: a full disk, and too many open files."""
+"""Error numbers of conditions that can pass by themselves: a full disk or quota, too many open files."""
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o600, *, make_folder: bool = True) -> None:
-    """Atomically put `content` in place of the file; it is on the disk when this returns.
+    """Replace a file's content atomically. The new content is on the disk when this returns.
 
     Args:
-        mode: of a file that is made, less the process's umask.
-        make_folder: whether to make the file's folder if need be.
+        path: the file to replace or create.
+        content: the new content.
+        mode: permissions of a newly created file, before the process's umask is applied.
+        make_folder: create the file's folder if it does not exist.
     """
     if make_folder:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,14 +34,14 @@ def replace_file(path: Path, content: bytes, mode: int = 0o600, *, make_folder: 
             os.fsync(handle)
     except OSError as error:
         error.filename = error.filename or str(path)
-        temporary.unlink(missing_ok=True)  # a full disk is to have its space again
+        temporary.unlink(missing_ok=True)  # give the space back, in case the disk is full
         raise
     os.replace(temporary, path)
     to_disk(path.parent)
 
 
 def to_disk(path: Path) -> None:
-    """Make a file's content last, or a folder's created, renamed and removed names."""
+    """Flush a file's content, or a folder's list of names, to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -47,7 +50,11 @@ def to_disk(path: Path) -> None:
 
 
 def open_files_allowed(wanted: int) -> int:
-    """How many files this process may have open, once so many as the system allows, up to `wanted`, are asked for."""
+    """Raise this process's limit on open files towards `wanted`, and return how many it may have open.
+
+    Returns:
+        `wanted` if the system allows that many, else the most that it allows.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return wanted
@@ -55,17 +62,17 @@ def open_files_allowed(wanted: int) -> int:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
             return count
-        except (ValueError, OSError):  # above the hard limit; or macOS, which allows less than it says
+        except (ValueError, OSError):  # above the hard limit; macOS allows less than the limit that it reports
             continue
     return soft
 
 
 def allow_open_files(count: int) -> None:
-    """Let this process have so many files open.
+    """Let this process have `count` files open at once.
 
     Raises:
-        ValueError: the system does not allow it.
+        ValueError: the system allows fewer.
     """
     if (allowed := open_files_allowed(count)) < count:
-        raise ValueError(f"so many clients need {count} open files and this system allows {allowed}; use fewer "
-                         "--clients, or have the hard limit of `ulimit -n` raised")
+        raise ValueError(f"this many clients need {count} open files, and this system allows {allowed}; use fewer "
+                         "--clients, or raise the hard limit of `ulimit -n`")

@@ -1,4 +1,4 @@
-"""Out of memory, said for people."""
+"""Out-of-memory errors that say what to do about them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import torch
 
 @contextlib.contextmanager
 def memory_advice(doing: str, remedy: str) -> Iterator[None]:
-    """Raises MemoryError with the remedy in place of what PyTorch or Python raise when memory runs out."""
+    """Turn the out-of-memory errors of PyTorch and Python into one MemoryError that names a remedy.
+
+    Args:
+        doing: what runs in the `with` block, as the subject of the message: "evaluation".
+        remedy: what the user can do about it.
+
+    Raises:
+        MemoryError: memory ran out in the `with` block.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -1,8 +1,8 @@
-"""What is found, not listed: each module of a seam's package is one family, one start, one task, one tracker, …
+"""Lookup of extensions by name: each module of a registered package is one family, one start, one task, one tracker, …
 
-A package's keys are its modules' names with hyphens, and their titles the first lines of their docstrings. Both are
-read from the files, so that `--help` imports nothing. A server names a key; whoever looks it up finds what is installed
-beside it, and nothing else: no code travels.
+A key is a module's name with hyphens in place of underscores. Its title is the first line of the module's docstring.
+Both are read from the files without importing them, so that `--help` stays fast. A server sends only a key. Whoever
+looks it up finds only what is installed on its own machine: no code travels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import ModuleType
 
 @cache
 def titles(package: str) -> Mapping[str, str]:
-    """Key → title of every module of a package, by name; nothing but the package's top level is looked at.
+    """Return the title of every public module directly in a package, by key.
 
     Args:
         package: its full name, as in "fedlora.adapters.families".
@@ -31,31 +31,38 @@ def titles(package: str) -> Mapping[str, str]:
 
 
 def keys(package: str) -> tuple[str, ...]:
-    """The keys that `load` knows, by name."""
+    """Return the keys of a package's modules, in the order of their names."""
     return tuple(titles(package))
 
 
 def load(package: str, key: str) -> ModuleType:
-    """The module behind a key.
+    """Import and return the module of a key.
 
     Raises:
-        ValueError: there is none; the message lists those that there are.
+        ValueError: no module has this key. The message lists the keys that exist.
     """
     if key not in titles(package):
         kind = package.rpartition(".")[2]
-        raise ValueError(f"{key!r} is none of the {kind} that are installed here; choose one of "
-                         f"{', '.join(keys(package))}")
+        raise ValueError(f"{key!r} is not among the {kind} installed here; choose one of {', '.join(keys(package))}")
     return importlib.import_module(f"{package}.{key.replace('-', '_')}")
 
 
 @cache
 def literals(package: str, key: str, name: str) -> Mapping[str, object]:
-    """What the class that a module calls `name` says of itself in literals: attribute → value.
+    """Return the class attributes that are written as literals in a module's registered class.
 
-    Read from the file as titles are, for whoever has to know it and makes nothing. What the class inherits is not
-    there.
+    They are read from the file without importing it, for callers that need a fact about the class but no instance.
+    Inherited attributes are not included.
+
+    Args:
+        package: the package's full name.
+        key: a key of `keys(package)`.
+        name: the module's variable that holds the class, such as "TASK".
+
+    Returns:
+        Attribute → value; empty if `name` is not assigned a class of the module.
     """
-    assert key in titles(package), "a key is looked up before"
+    assert key in titles(package), "callers check the key first"
     module = ast.parse((_folder(package) / f"{key.replace('-', '_')}.py").read_text("utf-8"))
     called = _assigned(module.body).get(name)
     found = [node for node in module.body if isinstance(node, ast.ClassDef)
@@ -76,7 +83,7 @@ def _assigned(body: Sequence[ast.stmt]) -> dict[str, ast.expr]:
 
 @cache
 def source_sha256(package: str, key: str) -> str:
-    """Of a key's file."""
+    """Return the SHA-256 of the source file behind a key."""
     return hashlib.sha256((_folder(package) / f"{key.replace('-', '_')}.py").read_bytes()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What every tracker promises, whichever files there are."""
+"""Contract tests for trackers: they run on every tracker that is installed."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ pwd.getpwuid = unknown
 sys.argv[0] = "fedlora"
 runpy.run_module(sys.argv.pop(1), run_name="__main__")
 """
-"""Runs a module as a user of whom the machine knows nothing."""
+"""A script that runs a module as a user without an entry in the machine's user database."""
 
 
 @pytest.fixture
 def nobody(monkeypatch):
-    """No HOME, and no entry among the machine's users."""
+    """Pretend that HOME is not set and that the machine has no entry for the user."""
     def unknown(uid: int):
         raise KeyError("getpwuid(): uid not found")
 
@@ -37,9 +37,9 @@ def test_a_place_below_a_home_that_is_not_known_is_refused_with_the_remedy(nobod
         user_folder("XDG_STATE_HOME", ".local", "state")
     for place in ("~/records.csv", "~no-such-user/records.csv"):
         for refused in (expanded, check_there):
-            with pytest.raises(ValueError, match=r"~.* Write the whole path"):
+            with pytest.raises(ValueError, match=r"~.* Write the full path"):
                 refused(place)
-        with pytest.raises(argparse.ArgumentTypeError, match="Write the whole path"):
+        with pytest.raises(argparse.ArgumentTypeError, match="Write the full path"):
             values.text(place)
     monkeypatch.setenv("XDG_STATE_HOME", "/srv/state")
     assert user_folder("XDG_STATE_HOME", ".local", "state") == Path("/srv/state/fedlora")
