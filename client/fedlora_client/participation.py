@@ -248,7 +248,7 @@ class Participation:
         if report is None or self._session is None:
             return
         try:
-            draw_spending(report.with_suffix(".png"), self._session)
+            draw_spending(report.with_suffix(".svg"), self._session)
         except (ValueError, OSError) as error:
             log.error("The picture of what was spent could not be drawn: %s", error)
         self._console.print(f"What left this machine, and what it cost: {report.with_suffix('.md')}", soft_wrap=True)

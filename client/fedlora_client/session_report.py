@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from fedlora.files import replace_file
 from fedlora.plan import PROTOCOL, ROW
 from fedlora.privacy import INSECURE_SEED_VARIABLE, Accountant, Ledger, Spend
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
@@ -28,6 +30,7 @@ from fedlora.wire import ARRAY_DTYPES
 from . import paths
 from .budget import runs_of
 from .session import ClientSession
+from .spending_chart import spending_chart
 
 POINTS = 12
 """Numbers of rounds for which ε is drawn: each costs PRV a tenth of a second or more."""
@@ -78,27 +81,25 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
 
 
 def draw_spending(path: Path, session: ClientSession) -> None:
-    """ε against the rounds that this client started, under the guarantee at the run's maximum."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    """Write the picture of the run's ε against rounds started; nothing where no ε holds or no round was started.
 
+    Args:
+        path: The SVG file, replaced if it exists.
+        session: The run's session. Its ε is that of the run alone, at the run's own δ.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     terms, started, most = session.terms, len(session.started), session.terms.max_participations
     if terms.noise_multiplier is None or terms.delta is None or session.streams.predictable or not started:
         return
     rounds = sorted({started, *np.linspace(1, most, min(most, POINTS), dtype=int).tolist()})
-    spent = [Accountant((Spend(terms.noise_multiplier, terms.sampling_rate, terms.local_steps * count),)).epsilon(
-        terms.delta) for count in rounds]
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(rounds, spent, color="0.7", linestyle="--", label="if every round is started")
-    until = rounds.index(started) + 1
-    axes.plot(rounds[:until], spent[:until], marker="o", markersize=3, label=f"{started} rounds started")
-    axes.axhline(spent[-1], color="tab:red", linewidth=0.8, label=f"guarantee at the maximum: {spent[-1]:.2f}")
-    axes.set(xlabel="rounds started", ylabel=f"ε at δ = {terms.delta:g}", ylim=(0, None),
-             title=f"{session.dataset}, run {session.run.run_id}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    planned = [(count, Accountant((Spend(terms.noise_multiplier, terms.sampling_rate, terms.local_steps * count),))
+                .epsilon(terms.delta)) for count in rounds]
+    if not 0 < planned[-1][1] < math.inf:
+        return  # no axis shows that
+    chart = spending_chart(f"{session.dataset}, run {session.run.run_id}", terms.delta, planned, started)
+    replace_file(path, chart.encode())
 
 
 def _lifetime(ledger: Ledger, dataset: str, delta: float | None) -> LifetimeAccount | None:
