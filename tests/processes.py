@@ -57,8 +57,11 @@ class Process(Protocol):
     def kill(self) -> None: ...
 
 
-SERVERS = ("flwr", "fedlora_server", "fedlora_strategies", "fedlora_simulations")
-"""Packages that a client must do without."""
+NOT_INSTALLED = ("flwr", "datasets", "matplotlib")
+"""Packages that requirements-client.txt leaves out: a client has to do without them."""
+
+NOT_CLIENTS = (*NOT_INSTALLED, "fedlora_server", "fedlora_strategies", "fedlora_simulations")
+"""Packages that a client must not find in memory."""
 
 FORKS = multiprocessing.get_context("forkserver")
 simulated.PRELOADED = ["tests.warm"]  # a process has only one fork server, made by whoever needs it first
@@ -97,9 +100,9 @@ def _run(command: str, arguments: Sequence[str], log: Path, environment: Mapping
         os.dup2(out.fileno(), 2)
     os.environ.update(environment)
     if command == "client":
-        for name in [name for name in sys.modules if name.partition(".")[0] in SERVERS]:
+        for name in [name for name in sys.modules if name.partition(".")[0] in NOT_CLIENTS]:
             del sys.modules[name]
-        sys.modules["flwr"] = None  # type: ignore[assignment]
+        sys.modules.update(dict.fromkeys(NOT_INSTALLED))  # type: ignore[arg-type]
         from fedlora_client.cli import main
     else:
         from fedlora_server.cli import main
@@ -108,7 +111,7 @@ def _run(command: str, arguments: Sequence[str], log: Path, environment: Mapping
 
 def start(command: str, *arguments: object, log: Path, seed: int | None = None, home: Path | None = None,
           fresh: bool = False) -> Process:
-    """Start fedlora-<command>. In a client, importing Flower fails.
+    """Start fedlora-<command>. In a client, importing Flower, `datasets` or matplotlib fails.
 
     Args:
         command: "server", "client" or "simulate".

@@ -1,7 +1,7 @@
 """Imports all that the commands and the simulations' workers need, once for all processes forked from this one.
 
-That takes about eight seconds. The client's modules are imported first, while importing Flower fails, because a client
-must run without it.
+That takes about eight seconds. The client's modules are imported first, while importing Flower, `datasets` and
+matplotlib fails, because a client must run without them.
 """
 
 import gc
@@ -10,12 +10,14 @@ import sys
 from fedlora_client.cli import set_environment
 
 set_environment(allow_download=False)
-sys.modules["flwr"] = None  # type: ignore[assignment]
+without = ("flwr", "datasets", "matplotlib")
+sys.modules.update(dict.fromkeys(without))  # type: ignore[arg-type]
 
 import fedlora_client.app  # noqa: E402
 import fedlora_client.connection  # noqa: E402, F401
 
-del sys.modules["flwr"]
+for name in without:
+    del sys.modules[name]
 
 import matplotlib.backends.backend_agg  # noqa: E402
 import matplotlib.figure  # noqa: E402, F401

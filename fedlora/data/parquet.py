@@ -106,9 +106,15 @@ def hub_records(name: str, problems: Problems, *, allow_download: bool) -> Itera
         allow_download: False takes what the hub's cache on this machine has, and asks no one else.
 
     Raises:
-        ValueError: the hub or the dataset cannot be reached.
+        ValueError: the hub or the dataset cannot be reached, or the package `datasets`, which nothing else needs, is
+            not installed.
     """
-    import datasets
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{name!r} is no file or folder here, and reading a dataset from the hub needs the package "
+                         "datasets. Check the path, install that with pip install 'datasets>=3.0', or download the "
+                         "dataset and name its folder") from None
 
     path, _, split = name.partition(":")
     organisation, dataset, *config = path.split("/")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -340,6 +341,11 @@ def test_the_hub_is_asked_only_where_that_is_allowed_and_one_that_cannot_be_reac
     assert "add --allow-download" in refusal("nobody-here/no-such-dataset")
     assert "the hub did not give a dataset" in refusal("nobody-here/no-such-dataset", allow_download=True)
     assert asked == [True, False] and not datasets.config.HF_HUB_OFFLINE
+
+
+def test_where_the_package_that_reads_the_hub_is_not_installed_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'datasets>=3.0'" in refusal("nobody-here/no-such-dataset", allow_download=True)
 
 
 def test_a_hub_datasets_classes_have_their_names_and_minus_1_is_missing(monkeypatch):
