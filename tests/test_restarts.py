@@ -200,7 +200,7 @@ def test_a_run_that_was_stopped_goes_on_when_server_and_clients_are_started_agai
     stopped = json.loads((broken.out / "report.json").read_text())
     assert (stopped["ended"], stopped["finished_rounds"]) == ("stopped", 1)
     assert account(broken, "north").trainings[-1] == (2, 0, "released"), "finished and kept"
-    assert "finished first and kept" in broken.log("north")
+    assert "finishes its training and keeps the result" in broken.log("north")
 
     assert broken.resume("--rounds", 4).wait(60 * PATIENCE) == 2
     assert "begun with rounds 3, now 4" in broken.log("server")

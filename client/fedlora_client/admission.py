@@ -1,15 +1,15 @@
-"""What a run will cost, told before it is charged, and the owner's word on it.
+"""The cost of a run, shown to the data holder before anything is charged, and the two questions asked at a terminal.
 
     ╭─ What this run costs data set north ─────────────────────────────────────────╮
     │ trains         frozen-a, rank 2, in query, value, and the head: fedsvd,      │
-    │                20 rounds of 4 steps, rate 0.03, clip norm 3                  │
-    │ declared size  1,300 records. It is public: the noise tells of it.           │
-    │ reserved       ε 8.000 of the 8.000 that are left of its lifetime's 8        │
+    │                20 rounds of 4 steps of sgd, rate 0.03, clip norm 3           │
+    │ declared size  1,300 records. It is public: the noise level reveals it.      │
+    │ reserved       ε 8.000 of the 8.000 left in its lifetime budget of 8         │
     │ afterwards     ε 0.000 left, even if the run breaks off                      │
     │ a second run   like it would fit if both had --epsilon 3.912                 │
     ╰──────────────────────────────────────────────────────────────────────────────╯
 
-All of it follows from the options, the policy, the ledger and what the server proposes, never from a record.
+Everything shown is computed from the options, the policy, the ledger and the server's proposal. No record is used.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ from fedlora.privacy.ledger.lifetime_budget import Book, Run
 from .terms import with_room
 
 MOST_TARGETS = 4
-"""Names of adapted layers that are shown; a plan for all linear layers has as many as the model's blocks have."""
+"""Number of adapted layer names that are shown; a plan that adapts every linear layer of a block has more."""
 
 MOST_NOISE_FOR_TWO = 100
-"""So many times the run's noise is tried for a second run."""
+"""Limit of the search for an ε at which two runs fit: up to this many times the run's noise is tried."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes from its data set's lifetime.
+    """The part of a data set's lifetime budget that a run takes.
 
     Attributes:
-        limit, left: ε of the lifetime, and what is left of it before the run; infinite where there is no limit.
-        afterwards: what is left once the run has begun all that it may, and where it `closes` the budget, as soon as
-            it has begun at all.
-        guarantee: ε of the run alone, at its own δ.
-        closes: whether it fits only as the data set's one run.
-        for_two: the --epsilon at which a second run like it fits beside it; None where there is none.
-        second_fits: whether one fits as it is.
+        limit: ε of the lifetime budget; infinite if there is no limit.
+        left: ε left of it before the run; infinite if there is no limit.
+        afterwards: ε left once the run has begun every training that it may. A run that `closes` the budget leaves
+            only this much from its first training on.
+        guarantee: ε of the run alone, at the run's own δ.
+        closes: whether the run fits only as the data set's single run. Such a run uses up the budget when it begins.
+        for_two: the --epsilon at which two runs of this kind fit side by side; None if there is none.
+        second_fits: whether a second run with the same --epsilon fits beside this one.
     """
 
     limit: float
@@ -59,10 +60,15 @@ class Cost:
 
     @classmethod
     def of(cls, book: Book, dataset: str, terms: RunTerms) -> Cost | None:
-        """None where the run does not fit.
+        """Compute the cost of a run.
 
         Args:
-            book: a copy, which is written into.
+            book: a copy of the ledger's book. The run is entered into it.
+            dataset: id of the data set that is charged.
+            terms: the run's terms; private, so that they have noise and a δ.
+
+        Returns:
+            The cost; None if the run does not fit the budget.
         """
         closes = book.admit(dataset, terms)
         if closes is None:
@@ -81,24 +87,27 @@ class Cost:
 
 def _guarantee(terms: RunTerms) -> float:
     planned = terms.spends(terms.max_participations)
-    assert planned is not None and terms.delta is not None, "a run that costs something has noise, and a delta"
+    assert planned is not None and terms.delta is not None, "a run that costs something has noise and a delta"
     return Accountant(planned).epsilon(terms.delta)
 
 
 def panel(cost: Cost, dataset: str, size: str, plan: RunPlan) -> Panel:
-    """What is trained, and the cost in four lines.
+    """Return the box that shows what a run trains and what it costs.
 
     Args:
-        size: the declared size, in words.
+        cost: the run's cost.
+        dataset: id of the data set that is charged.
+        size: the declared size in words, such as "1,300 records".
+        plan: the plan that the server proposes.
     """
     lines = Table.grid(padding=(0, 2))
     lines.add_row("trains", Text(what_is_trained(plan)))
-    lines.add_row("declared size", f"{size}. It is public: the noise tells of it.")
+    lines.add_row("declared size", f"{size}. It is public: the noise level reveals it.")
     if cost.limit == math.inf:
-        lines.add_row("reserved", f"ε {four_digits(cost.guarantee)}; no lifetime limits this data set")
+        lines.add_row("reserved", f"ε {four_digits(cost.guarantee)}; no lifetime budget limits this data set")
     else:
         lines.add_row("reserved", f"ε {four_digits(cost.left - cost.afterwards)} of the "
-                                  f"{four_digits(cost.left, down=True)} that are left of its lifetime's {cost.limit:g}")
+                                  f"{four_digits(cost.left, down=True)} left in its lifetime budget of {cost.limit:g}")
         lines.add_row("afterwards", f"ε {four_digits(cost.afterwards, down=True)} left, " + (
             "even if the run breaks off" if cost.closes else "and more if the run breaks off"))
         lines.add_row("a second run", "like it fits as well" if cost.second_fits else
@@ -108,7 +117,7 @@ def panel(cost: Cost, dataset: str, size: str, plan: RunPlan) -> Panel:
 
 
 def what_is_trained(plan: RunPlan) -> str:
-    """The plan in one line, of which the owner is told before anything is charged."""
+    """Describe the plan in one line: family, rank, layers, strategy, rounds, steps, optimizer and clip norm."""
     targets = [*plan.targets[:MOST_TARGETS], *(["…"] if len(plan.targets) > MOST_TARGETS else [])]
     ranks = max([plan.rank, *(rank for _, rank in plan.ranks)])
     rank = f"rank {plan.rank}" + (f", in {len(plan.ranks)} layers up to {ranks}" if plan.ranks else "")
@@ -122,27 +131,33 @@ def what_is_trained(plan: RunPlan) -> str:
 
 
 def ask_size(console: Console, proposal: int, units: str) -> int:
-    """The declared size, from whoever sits at the terminal; an empty answer takes the proposal.
+    """Ask at the terminal for the declared size, the public number of units; an empty answer takes the proposal.
+
+    Args:
+        console: where to ask.
+        proposal: the number that an empty answer stands for.
+        units: what is counted, such as "records".
 
     Raises:
-        ValueError: nobody answers.
+        ValueError: the input ended without an answer.
     """
-    console.print(f"How many {units} does this data set have, as the public may know? The noise is computed from that "
-                  "number, and tells of it; it stays the same when a few are added or removed.", soft_wrap=True)
+    console.print(f"About how many {units} does this data set have? The noise is computed from the number that you "
+                  "give and reveals it, so the number is public. Give the same one again after a few are added or "
+                  "removed.", soft_wrap=True)
     while True:
         try:
             answer = console.input(f"Declared size [{proposal}]: ", markup=False).strip().replace(",", "")
         except EOFError:
-            raise ValueError("no size was declared; name it with --declared-size") from None
+            raise ValueError("no size was declared; give it with --declared-size N") from None
         if not answer:
             return proposal
         if answer.isdecimal() and int(answer) >= 1:
             return int(answer)
-        console.print("That is no whole number of at least 1.")
+        console.print(f"Give a whole number of at least 1, or press Enter for {proposal}.")
 
 
 def ask_whether(console: Console) -> bool:
-    """Whether to take part, from whoever sits at the terminal; only yes is yes."""
+    """Ask at the terminal whether to take part. Only "y" and "yes" mean yes; so no answer means no."""
     try:
         return console.input("Take part? [y/N]: ", markup=False).strip().lower() in ("y", "yes")
     except EOFError:

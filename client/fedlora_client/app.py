@@ -1,4 +1,4 @@
-"""The client's main loop: join, take part in the run that the server proposes, answer its orders, leave politely."""
+"""The client's main loop: join a server, take part in the run that it proposes, answer its orders and leave."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ from .participation import Participation
 
 
 class EndedEarly(Exception):
-    """The run ended before its time; the message says why."""
+    """The run ended before it was finished; the message says why."""
 
 
 class RoundFailed(Exception):
-    """A round went wrong here, and further ones could fail alike; the message says what to do."""
+    """A round failed on this machine, and further rounds could fail the same way; the message says what to do."""
 
 
 def take_part(options: ClientConfig, console: Console) -> None:
     """Take part in the server's run until it says goodbye.
 
+    Args:
+        options: the options of fedlora-client.
+        console: where the data holder is told what happens.
+
     Raises:
-        EndedEarly: the server gave the run up.
-        RoundFailed: a round failed here.
+        EndedEarly: the server ended the run before it was finished.
+        RoundFailed: a round failed on this machine.
         ValueError: an option or the data is wrong.
-        Refused: one side declined; the code says why.
-        ServerUnreachable: no server within --connect-timeout.
+        Refused: this client or the server declined; the code says why.
+        ServerUnreachable: no server answered within --connect-timeout.
+        WireError: the server does not speak this protocol.
     """
     holder = DataHolder.of(options, console, asks=sys.stdin.isatty() and sys.stdout.isatty())
     gate, limits = holder.gate, holder.limits
@@ -52,14 +57,14 @@ def take_part(options: ClientConfig, console: Console) -> None:
                 console.print(f"The server was restarted with another run, {proposal.plan.run_id}.")
     except Goodbye as goodbye:
         if not goodbye.as_planned:
-            raise EndedEarly(f"the server says goodbye before its time: {goodbye}") from None
+            raise EndedEarly(f"the server ended the run early: {goodbye}") from None
         console.print(f"The server says goodbye: {goodbye}")
     finally:
         connection.leave()
 
 
 def _serve(holder: DataHolder, proposal: Proposal, connection: Connection) -> None:
-    """Answer the orders of one run; ends with an exception of the connection."""
+    """Answer the orders of one run until the connection raises what ends it (`Goodbye`, `RunChanged`, …)."""
     try:
         part = Participation(holder, proposal)
     except Refused as refused:
@@ -80,8 +85,8 @@ def _serve(holder: DataHolder, proposal: Proposal, connection: Connection) -> No
             if isinstance(answer, Refusal) and answer.code in ("policy", "labels"):
                 raise Refused(answer.code, "see the messages above")
             if part.failed:
-                raise RoundFailed(f"round {plan.round} failed here, for the reason above; what had begun stays "
-                                  "charged, and further rounds could fail alike. Remove the cause, then start this "
-                                  "client again")
+                raise RoundFailed(f"round {plan.round} failed on this machine, for the reason above. It stays charged "
+                                  "if it had begun, and further rounds could fail the same way. Remove the cause, then "
+                                  "start this client again")
     finally:
         part.conclude()

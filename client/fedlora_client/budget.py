@@ -1,4 +1,4 @@
-"""fedlora-client budget: what was spent on which data set, when and by which run, and what is left."""
+"""The command fedlora-client budget: show what was spent on which data set, by which run, and what is left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from rich.console import Console
 from rich.table import Table
@@ -19,14 +20,56 @@ from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS, Book, Declarat
 from . import paths
 
 AHEAD = (1, 5, 20)
-"""Numbers of further rounds whose price is shown where none is asked for."""
+"""Numbers of further rounds whose cost is shown where --rounds is not given."""
+
+
+class RunSpending(TypedDict):
+    """One run's spending, as `fedlora-client budget --json` prints it. "inf" stands for an infinite ε.
+
+    `rounds` counts the trainings that were begun; `charged` is their ε, at the run's own δ, and `epsilon` is the same
+    number. `reserved` is the ε that counts against the lifetime.
+    """
+
+    run: str
+    first: str
+    last: str
+    rounds: int
+    steps: int
+    noise_multiplier: float | None
+    sampling_rate: float
+    delta: float | None
+    unit: str
+    updates_released: int
+    epsilon: float | str | None
+    charged: float | str | None
+    reserved: float | str | None
+
+
+class DatasetSpending(TypedDict):
+    """One data set's spending, as `fedlora-client budget --json` prints it; see `describe`."""
+
+    epsilon: float | str | None
+    delta: float | None
+    spent: float | str | None
+    charged: float | str | None
+    reserved: float | str | None
+    updates_released: int
+    remaining: float | str | None
+    closed_by: str | None
+    overlapping: list[str]
+    runs: list[RunSpending]
+    spent_after_further_rounds: dict[str, float | str | None]
+    no_forecast: str | None
 
 
 def show_budget(*, policy: Path | None, simulated_ledger: Path | None, rounds: int | None, as_json: bool) -> int:
-    """Show the ledger; returns the exit code.
+    """Print what the ledger holds, and return the command's exit code.
 
     Args:
-        rounds: what so many more would cost; None for some usual numbers.
+        policy: the policy file with the limits; None for the user's own.
+        simulated_ledger: folder of a simulated ledger to show; None for the user's real one.
+        rounds: show the cost of this many further rounds; None for 1, 5 and 20.
+        as_json: print JSON instead of tables.
     """
     folder = simulated_ledger
     try:
@@ -57,7 +100,7 @@ def show_budget(*, policy: Path | None, simulated_ledger: Path | None, rounds: i
 
 
 def _with_limits(book: Book, policy: Policy) -> Book:
-    """The book under the policy's limits, which the next run will declare."""
+    """Put the policy's limits into the book: the next run will declare them, whatever the ledger has now."""
     for known in policy.datasets.values():
         last = book.declared(known.id)
         orders = last.orders if last else FILTER_ORDERS
@@ -65,15 +108,19 @@ def _with_limits(book: Book, policy: Policy) -> Book:
     return book
 
 
-def describe(ledger: Ledger, book: Book, dataset: str, ahead: Sequence[int]) -> dict:
-    """One data set's spending, as JSON: lifetime, runs in order, and the price of further rounds like the last.
+def describe(ledger: Ledger, book: Book, dataset: str, ahead: Sequence[int]) -> DatasetSpending:
+    """Return one data set's spending: its lifetime budget, its runs in order and the cost of further rounds.
 
-    Shown apart are the updates released, what is charged (for trainings that were begun) and what is reserved (counts
-    against the lifetime: the planned maximum of a run that lasts, or that closed the budget).
+    Three quantities are kept apart. Updates released: uploads that left this machine. Charged: ε of the trainings that
+    were begun. Reserved: ε that counts against the lifetime; for a run that still lasts, or that closed the budget,
+    that is the ε of the most trainings that it may begin.
 
     Args:
-        book: of the ledger, under the limits that count now.
-        ahead: numbers of further rounds; where there is no price for them, `no_forecast` says why.
+        ledger: the ledger to read.
+        book: the ledger's book, under the limits that count now.
+        dataset: id of the data set.
+        ahead: numbers of further rounds like those of the last run. Where their cost cannot be told, `no_forecast`
+            says why.
     """
     lifetime, own = book.lifetime(dataset), runs_of(ledger, dataset)
     prices, why_not = {}, _no_forecast(own, lifetime)
@@ -89,19 +136,19 @@ def describe(ledger: Ledger, book: Book, dataset: str, ahead: Sequence[int]) -> 
 
 
 def _no_forecast(own: Sequence[Sequence[Charge]], lifetime: Lifetime) -> str | None:
-    """Why there is no price of further rounds, as a sentence; None where there is one."""
+    """Say why the cost of further rounds cannot be told; None if it can."""
     if lifetime.closed_by is not None:
-        return (f"run {lifetime.closed_by} closed the budget, and no round more fits before its epsilon is raised in "
-                "the policy")
+        return (f"run {lifetime.closed_by} closed the budget; no further round fits unless epsilon is raised in the "
+                "policy")
     if not own:
-        return "no run has been charged yet, and a round's price is that of the last run's"
+        return "no run has been charged yet, and the forecast is for rounds like those of the last run"
     if own[-1][0].terms.noise_multiplier is None:
-        return "the last run had no noise, and another round like its own costs an infinite ε"
+        return "the last run had no noise, and another round like its rounds costs an infinite ε"
     return None
 
 
 def runs_of(ledger: Ledger, dataset: str) -> list[list[Charge]]:
-    """The charges of each run, in order; those that cost nothing are left out."""
+    """Return a data set's charges, one list per run, in order. Voided charges, which cost nothing, are left out."""
     runs: dict[str, list[Charge]] = {}
     for charge in ledger.charges(dataset):
         if charge.state != "voided":
@@ -113,7 +160,7 @@ def _released(charges: Sequence[Charge]) -> int:
     return sum(charge.state == "released" for charge in charges)
 
 
-def _run(ledger: Ledger, book: Book, charges: Sequence[Charge]) -> dict:
+def _run(ledger: Ledger, book: Book, charges: Sequence[Charge]) -> RunSpending:
     first, terms = charges[0], charges[0].terms
     epsilon = _finite(ledger.epsilon(first.dataset, first.run_id))
     held = terms.spends(book.runs[first.dataset, first.run_id].committed)
@@ -125,10 +172,10 @@ def _run(ledger: Ledger, book: Book, charges: Sequence[Charge]) -> dict:
             "reserved": _finite(reserved)}
 
 
-def _show(console: Console, name: str, about: dict) -> None:
+def _show(console: Console, name: str, about: DatasetSpending) -> None:
     counts = f"updates released: {about['updates_released']}; ε {_text(about['charged'])} charged"
     limit = f"no lifetime budget; {counts}" if about["epsilon"] is None else (
-        f"{counts}, {_text(about['reserved'])} reserved of its lifetime's {about['epsilon']} (RDP, δ "
+        f"{counts}, {_text(about['reserved'])} reserved of its lifetime budget of {about['epsilon']} (RDP, δ "
         f"{about['delta']:g}), {_text(about['remaining'], down=True)} left")
     console.print(Text.assemble("\n", (name, "bold"), f": {limit}"))
     if about["overlapping"]:
@@ -144,9 +191,10 @@ def _show(console: Console, name: str, about: dict) -> None:
     if about["runs"]:
         console.print(table)
     for rounds, spent in about["spent_after_further_rounds"].items():
-        beyond = isinstance(about["epsilon"], float) and (spent == "inf" or spent > about["epsilon"])
+        epsilon = about["epsilon"]
+        beyond = isinstance(epsilon, float) and (spent == "inf" or (isinstance(spent, float) and spent > epsilon))
         console.print(f"charged after {rounds} more rounds like the last: ε {_text(spent)}"
-                      f"{', more than its lifetime has' if beyond else ''}", highlight=False)
+                      f"{', more than its lifetime budget' if beyond else ''}", highlight=False)
     if about["no_forecast"]:
         console.print(f"no forecast: {about['no_forecast']}", highlight=False)
 
@@ -156,7 +204,7 @@ def _time(seconds: float) -> str:
 
 
 def _finite(value: float | None) -> float | str | None:
-    """JSON has no infinity."""
+    """Return the value for JSON, which has no infinity."""
     return value if value is None or math.isfinite(value) else "inf"
 
 

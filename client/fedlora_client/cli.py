@@ -1,6 +1,7 @@
-"""fedlora-client: trains on this machine's records, sends noised adapter matrices, nothing else.
+"""The command fedlora-client: train on this machine's records and send noised adapter matrices, nothing else.
 
-`fedlora-client budget` shows what was spent, `fedlora-client verify privacy.json` checks a report; neither connects.
+`fedlora-client budget` shows what was spent, and `fedlora-client verify privacy.json` checks a report. Neither of the
+two opens a connection.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import NoReturn
 from fedlora.config import ClientConfig, read_config
 from fedlora.config.values import count
 
-EPILOG = ("exit codes: 0 the run was finished or its coordinator stopped it; to try again: 1 it ended early, 3 no "
-          "server; to mend first: 2 wrong input, 4 one side refused, 5 a round failed here, for the reason in the log, "
-          "and stays charged; 130 interrupted. Also: `fedlora-client budget` "
-          "shows what was spent and what is left; `fedlora-client verify privacy.json` checks a report.")
+EPILOG = ("exit codes: 0 the run was finished, or its coordinator stopped it; 1 it ended early: try again; 2 wrong "
+          "input: correct it; 3 no server answered: try again; 4 this client or the server refused: the log says why; "
+          "5 a round failed on this machine and stays charged: the log says why, fix that first; 130 interrupted. "
+          "Also: `fedlora-client budget` shows what was spent and what is left; `fedlora-client verify privacy.json` "
+          "checks a report.")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -38,16 +40,21 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         try:
             code = _run(options)
         except KeyboardInterrupt:
-            print("fedlora-client: left; what was spent is in the ledger, what was sent in --state", file=sys.stderr)
+            print("fedlora-client: interrupted; the ledger has what was spent, and --state has the last upload",
+                  file=sys.stderr)
             code = 130
-    # Everything that matters is on the disk; gRPC's threads, rarely, keep an interpreter from ending by itself.
+    # End at once: everything that matters is on the disk, and gRPC's threads sometimes keep an interpreter alive.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def set_environment(*, allow_download: bool) -> None:
-    """Before the libraries that read it are imported: no telemetry, and no hub without --allow-download."""
+    """Turn off telemetry, and access to the hub unless it is allowed. Call before those libraries are imported.
+
+    Args:
+        allow_download: False has the Hugging Face libraries use only what is on this machine.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own messages say more
     if not allow_download:
@@ -55,11 +62,13 @@ def set_environment(*, allow_download: bool) -> None:
 
 
 def _budget(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fedlora-client budget", description="What was spent on which data set, when "
-                                     "and by which run, and what is left.")
-    parser.add_argument("--policy", type=Path, metavar="FILE.toml", help="[policy.toml in the user's configuration]")
-    parser.add_argument("--simulated-ledger", type=Path, metavar="DIR", help="show the ledger of a demo or simulation")
-    parser.add_argument("--rounds", type=count, metavar="N", help="what N more rounds would cost [1, 5 and 20]")
+    parser = argparse.ArgumentParser(prog="fedlora-client budget", description="Show what was spent on which data set, "
+                                     "when and by which run, and what is left.")
+    parser.add_argument("--policy", type=Path, metavar="FILE.toml", help="the policy with the data sets' limits "
+                        "[policy.toml in the user's configuration folder]")
+    parser.add_argument("--simulated-ledger", type=Path, metavar="DIR", help="show the ledger of a demo or simulation "
+                        "in this folder")
+    parser.add_argument("--rounds", type=count, metavar="N", help="show the cost of N more rounds [of 1, 5 and 20]")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON instead of tables")
     options = vars(parser.parse_args(arguments))
     from .budget import show_budget
@@ -70,8 +79,9 @@ def _budget(arguments: Sequence[str]) -> int:
 def _verify(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="fedlora-client verify", description="Recompute a privacy report's ε from "
                                      "its signed history, and check the signature.")
-    parser.add_argument("report", type=Path, help="privacy.json")
-    parser.add_argument("--public-key", metavar="HEX", help="the client's key, from a source that you trust")
+    parser.add_argument("report", type=Path, help="path of a privacy.json")
+    parser.add_argument("--public-key", metavar="HEX", help="the public key that must have signed the report; get it "
+                        "from a source that you trust")
     options = parser.parse_args(arguments)
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""The client's connection to its server: one gRPC stream, kept up by a thread of its own while the main thread trains.
+"""The client's connection to its server: one gRPC stream, kept up by a thread while the main thread trains.
 
     connection = Connection("127.0.0.1:9092", "north", private=True, report=print)
     proposal = connection.join()                 # read the data, then
@@ -7,11 +7,13 @@
         plan, tensors = connection.next_request()
         refusal = connection.send(train(plan, tensors, stop=connection.is_unwanted))
 
-A stream that breaks is opened again with the same process token. A request that this process has in hand is then
-neither sent nor trained again: its answer, the identical bytes, follows on the new stream.
+A stream that breaks is opened again with the same process token, by which the server recognises this process. If a
+request is in hand at that moment, the server does not send it again and it is not trained again: its answer, with
+identical bytes, follows on the new stream.
 
-A Welcome holds a secret that keeps the name this client's for the rest of the run. It is shown when a server asks for
-it, by a Welcome without one, and only the secret of the run that this Welcome is of: no other server sees it.
+The server's Welcome holds a secret that reserves this client's name for the rest of the run. A server that finds the
+name taken sends a Welcome without a secret; the client then joins again with the secret that it keeps for the run named
+in that Welcome. The secrets of other runs are not shown.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ from fedlora.plan import GOODBYES, PROTOCOL, Proposal, Refusal, Refused, RoundPl
 from fedlora.wire import Incoming, Key, Repeats, WireError, pb
 
 LEAVE_TIMEOUT_S = 2.0
+"""How long `leave` waits for the thread to say goodbye, in seconds."""
+
 _PATIENCE_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+"""Pauses before the next attempts to connect, in seconds; the last one is repeated."""
 
 
 class ServerUnreachable(Exception):
@@ -41,7 +46,7 @@ class ServerUnreachable(Exception):
 
 
 class Goodbye(Exception):
-    """The server ended the run; the message is its reason."""
+    """The server ended the run, or its part in it; the message is the server's reason."""
 
     @property
     def as_planned(self) -> bool:
@@ -50,12 +55,12 @@ class Goodbye(Exception):
 
     @property
     def run_may_go_on(self) -> bool:
-        """Whether the run may be taken up again, where what this client is training would be asked for."""
+        """Whether the run may be resumed; the server would then ask for what this client is training now."""
         return str(self) in (GOODBYES["stopped"], GOODBYES["wait-timeout"], GOODBYES["failed"])
 
 
 class RunChanged(Exception):
-    """The server came back with another run: look at `proposal`, then call `ready` again."""
+    """The server was restarted with another run. Check `proposal`, then call `ready` again."""
 
     def __init__(self, proposal: Proposal) -> None:
         self.proposal = proposal
@@ -63,20 +68,25 @@ class RunChanged(Exception):
 
 
 class _Suspended(Exception):
-    """The server said that it comes back: as good as a broken stream."""
+    """The server said that it will be back. It is treated as a broken stream."""
 
 
 class Secrets(Protocol):
-    """Keeps what proves in a run that a name is this client's, beyond this process."""
+    """Storage for the secrets that prove, run by run, that a name is this client's. It outlives the process."""
 
     def secret(self, run_id: str, name: str) -> bytes:
-        """The last one; b"" if there is none."""
+        """Return the secret that was saved last for the run and the name; b"" if there is none."""
 
-    def save_secret(self, run_id: str, name: str, secret: bytes) -> None: ...
+    def save_secret(self, run_id: str, name: str, secret: bytes) -> None:
+        """Keep the secret in place of the one before.
+
+        Raises:
+            OSError: it cannot be written.
+        """
 
 
 class _Stream:
-    """One attempt at a stream: what is to be sent, and how far the conversation is."""
+    """One attempt at a stream: the frames still to be sent, and how far the conversation has come."""
 
     def __init__(self) -> None:
         self.outgoing: SimpleQueue[Iterable[bytes] | None] = SimpleQueue()
@@ -85,7 +95,7 @@ class _Stream:
         self.has_proved = False
         self.is_ready = False
         self.last_frame_at = time.monotonic()
-        self.plan: RoundPlan | None = None  # of the request that is coming in
+        self.plan: RoundPlan | None = None  # the request whose tensors are arriving
         self.incoming: Incoming | None = None
         self.sent, self.received = Repeats(), Repeats()
         self.tensors: dict[str, np.ndarray] = {}
@@ -95,25 +105,29 @@ class _Stream:
 
 
 class Connection:
-    """Made without connecting; `join` connects.
+    """The client's side of the conversation with one server. Creating it does not connect; `join` does.
 
     Args:
-        server: host:port.
-        name: this client's, unique at the server.
-        private: whether this client trains under differential privacy; told to the server.
-        connect_timeout_s: how long a server is looked for, at first and again whenever it is lost.
-        report: given a line for the user now and then, from another thread.
-        insecure: allow plaintext beyond this machine.
-        secrets: None keeps the name's in memory: another process cannot have it in the same run.
+        server: the server's address, host:port.
+        name: this client's name, unique at the server.
+        private: whether this client trains under differential privacy; the server is told.
+        connect_timeout_s: how long to look for the server, in seconds: at first, and again whenever it is lost.
+        report: called with a line for the user now and then, from another thread.
+        insecure: allow a server on another machine although the connection is not encrypted.
+        secrets: where the name's secrets are kept. None keeps them in memory, so that no later process can use the
+            name in the same run.
 
     Raises:
-        ValueError: the server's address or the name is not one, or is not loopback and `insecure` is not set.
+        ValueError: the address or the name is malformed, or the address is not on this machine and `insecure` is not
+            set.
 
     Attributes:
-        max_tensor_bytes: a request with more is refused from its header, before memory is taken for it.
-        cancelled: set while the request in hand is no longer wanted. A run that was only stopped, or whose server is
-            gone, may be taken up again: what is in hand is then worth finishing, and what was spent on it not lost.
-        bytes_up, bytes_down: moved so far.
+        max_tensor_bytes: most bytes of tensors in a request. A larger one is refused by its header, before memory is
+            allocated for it.
+        cancelled: set when the request in hand is no longer wanted. It stays clear when the run was only stopped or
+            the server is gone: the run may be resumed, so that what is being trained is worth finishing.
+        bytes_up: bytes sent so far.
+        bytes_down: bytes received so far.
     """
 
     def __init__(self, server: str, name: str, *, private: bool, connect_timeout_s: float = 60.0,
@@ -130,7 +144,7 @@ class Connection:
         self.max_tensor_bytes = 8 << 30
         self._process = token_bytes(16)
         self._secrets = secrets
-        self._own: dict[str, bytes] = {}  # of the run joined last: its secret
+        self._own: dict[str, bytes] = {}  # {run id: secret} of the run that was joined last
         self._changed = threading.Condition()
         self._stream = _Stream()
         self._thread: threading.Thread | None = None
@@ -138,21 +152,24 @@ class Connection:
         self._end: Exception | None = None
         self._proposal: Proposal | None = None
         self._run_changed = False
-        self._labels: tuple[str, ...] | None = None  # None: not ready
+        self._labels: tuple[str, ...] | None = None  # None until `ready` is called
         self._request: tuple[RoundPlan, Tensors] | None = None
-        self._working: Key | None = None  # received, and its answer not acknowledged
-        self._until = math.inf  # of the request in hand
+        self._working: Key | None = None  # the request in hand: received, and its answer not yet acknowledged
+        self._until = math.inf  # when the time of the request in hand is up, by time.monotonic()
         self._answer: tuple[Key, Upload | Refusal] | None = None
         self._acks: dict[Key, Refusal | None] = {}
 
     def join(self) -> Proposal:
-        """Connect, retrying, and join.
+        """Connect and join; keep trying until the connect timeout.
+
+        Returns:
+            The run that the server proposes.
 
         Raises:
-            ServerUnreachable: nobody answered within the connect timeout.
+            ServerUnreachable: no server answered within the connect timeout.
             Refused: the server turned this client away; the code and detail say why.
             Goodbye: the server is closing.
-            WireError: what answered does not speak this protocol.
+            WireError: the peer does not speak this protocol.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._keep_up, name="fedlora-connection", daemon=True)
@@ -164,7 +181,12 @@ class Connection:
             return self._proposal
 
     def ready(self, labels: tuple[str, ...] = ()) -> None:
-        """Say that requests may come. `labels` (if the proposal asks for them) are disclosed."""
+        """Tell the server that it may send requests.
+
+        Args:
+            labels: this client's label names. They are disclosed to the server if the proposal asks for them, and else
+                not sent.
+        """
         with self._changed:
             self._wait(lambda: True)
             self._labels = labels
@@ -180,11 +202,15 @@ class Connection:
         """Block until the server asks for a round. Clears `cancelled`.
 
         Returns:
-            The plan and the tensors that came with it: finite float32 arrays that arrived whole, whose names and
-            shapes are yet to be held against the layout.
+            The plan and the tensors that came with it. The tensors arrived whole and are finite float32 arrays; their
+            names and shapes are not yet checked against the layout.
 
         Raises:
-            Goodbye, RunChanged, ServerUnreachable, Refused, WireError.
+            Goodbye: the server ended the run.
+            RunChanged: the server was restarted with another run.
+            ServerUnreachable: the server was lost for longer than the connect timeout.
+            Refused: the server turned this client away.
+            WireError: the server broke the protocol.
         """
         with self._changed:
             self._wait(lambda: self._request is not None)
@@ -194,13 +220,23 @@ class Connection:
             return request
 
     def send(self, answer: Upload | Refusal) -> Refusal | None:
-        """Answer the request in hand and wait until the server has acknowledged it, over as many streams as it takes.
+        """Answer the request in hand, and wait until the server has acknowledged the answer.
+
+        If the stream breaks, the answer is sent again on the next one. If the request was cancelled meanwhile, the
+        server gets a refusal ("unavailable") instead.
+
+        Args:
+            answer: the upload, or why there is none.
 
         Returns:
-            None if the answer was accepted, else why not ("too-late", "invalid-tensors", …).
+            None if the server accepted the answer, else its reason ("too-late", "invalid-tensors", …).
 
         Raises:
-            Goodbye, RunChanged, ServerUnreachable, Refused, WireError.
+            Goodbye: the server ended the run.
+            RunChanged: the server was restarted with another run.
+            ServerUnreachable: the server was lost for longer than the connect timeout.
+            Refused: the server turned this client away.
+            WireError: the server broke the protocol.
         """
         with self._changed:
             key = self._working
@@ -214,15 +250,15 @@ class Connection:
             return self._acks.pop(key)
 
     def is_unwanted(self) -> bool:
-        """Whether the request in hand was cancelled, or its time is up.
+        """Return whether the request in hand was cancelled, or its time is up.
 
-        Once the stream broke, no clock decides: a server that comes back cancels what it does not want, or has taken up
-        the run and given the request more time.
+        After a broken stream there is no deadline any more. A server that comes back cancels what it does not want, and
+        one that has resumed the run has given the request more time.
         """
         return self.cancelled.is_set() or time.monotonic() >= self._until
 
     def leave(self) -> None:
-        """Say so to the server and close. May be called at any time, also twice."""
+        """Tell the server that this client leaves, and close. May be called at any time, also twice."""
         self._leaving.set()
         self._stream.send(pb.ClientFrame(leave=pb.Leave()))
         self._stream.outgoing.put(None)
@@ -232,7 +268,7 @@ class Connection:
             self._stream.call.cancel()
 
     def _wait(self, ready: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Wait, under the lock, until `ready`; raise what ends this connection first."""
+        """Wait until `ready()` is true, or raise what ended the connection. The caller holds the lock."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             if self._end is not None:
@@ -251,7 +287,7 @@ class Connection:
         if stream.call is not None and stream.incoming is not None and silent_s > wire.STALL_TIMEOUT_S:
             stream.call.cancel()
 
-    # The connection's thread.
+    # The connection's thread. `ready` and `send` call `_say_ready` and `_give` in the main thread, too.
 
     def _keep_up(self) -> None:
         try:
@@ -261,15 +297,15 @@ class Connection:
                 error = self._converse()
                 if self._stream.welcomed:
                     lost_at = time.monotonic()
-                    attempt = 0 if lost_at - began > 2 * _PATIENCE_S[-1] else attempt  # no storm at a server that fails
+                    attempt = 0 if lost_at - began > 2 * _PATIENCE_S[-1] else attempt  # do not storm a failing server
                     if not self._leaving.is_set():
-                        self._report(f"The connection to {self.server} was lost ({error}); looking for it again, for "
+                        self._report(f"The connection to {self.server} was lost ({error}); trying to connect again for "
                                      f"{self._connect_timeout_s:g} s.")
                 elif attempt == 0:
                     self._report(f"No server at {self.server} yet ({error}); trying for {self._connect_timeout_s:g} s.")
                 if time.monotonic() - lost_at > self._connect_timeout_s:
                     raise ServerUnreachable(f"no server at {self.server} for {self._connect_timeout_s:g} s ({error}). "
-                                            "Start fedlora-server there, or name its address with --server")
+                                            "Start fedlora-server there, or give its address with --server")
                 self._leaving.wait(_PATIENCE_S[min(attempt, len(_PATIENCE_S) - 1)])
                 attempt += 1
             raise Goodbye("this client left")
@@ -279,12 +315,12 @@ class Connection:
                 if not (isinstance(error, ServerUnreachable) or (isinstance(error, Goodbye) and error.run_may_go_on)):
                     self.cancelled.set()
                 elif self._working is not None and self._request is None and self._answer is None:
-                    self._report("The server is gone. What is being trained is finished first and kept, in case that "
-                                 "its run is taken up again; Ctrl-C leaves at once.")
+                    self._report("The server is gone. This client finishes its training and keeps the result, in case "
+                                 "the run is resumed; Ctrl-C leaves at once.")
                 self._changed.notify_all()
 
     def _converse(self) -> str:
-        """Open a stream and serve it until it breaks; returns how it broke. Raises what must not be retried."""
+        """Open a stream and serve it until it breaks. Return how it broke; raise what must not be retried."""
         stream = _Stream()
         with self._changed:
             self._stream = stream
@@ -311,10 +347,12 @@ class Connection:
                 if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
                     raise WireError(f"the server ended the stream: {wire.clean(error.details() or '')}") from None
                 if error.code() == grpc.StatusCode.UNIMPLEMENTED:
-                    raise WireError(f"what listens at {self.server} is not a FedLoRA server") from None
+                    raise WireError(f"the program that listens at {self.server} is not a FedLoRA server; check "
+                                    "--server") from None
                 if error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED):
                     return wire.clean(error.details() or "")  # the server's own words
-                return error.code().name.lower()
+                status: str = error.code().name.lower()
+                return status
             finally:
                 overdue.cancel()
                 stream.outgoing.put(None)
@@ -343,9 +381,9 @@ class Connection:
                 raise _Suspended
             raise Goodbye(wire.clean(frame.goodbye.reason))
         if (kind == "welcome") == stream.welcomed:
-            raise WireError("the server's stream begins with one Welcome")
+            raise WireError("the server broke the protocol: its stream must begin with exactly one Welcome")
         if (kind == "end") != (stream.incoming is not None) and kind not in ("ack", "cancel"):
-            raise WireError("a Task is followed by its chunks")
+            raise WireError("the server broke the protocol: a Task must be followed by its chunks")
         if kind == "welcome":
             proposal = wire.proposal_from_wire(frame.welcome)
             if not frame.welcome.secret and not stream.has_proved:
@@ -357,7 +395,7 @@ class Connection:
         elif kind == "request":
             self._on_request(stream, frame.request)
         elif kind == "end":
-            self._on_end(stream, checksum=0)  # of no bytes
+            self._on_end(stream, checksum=0)  # the checksum of no bytes
         elif kind == "ack":
             self._on_ack(frame.ack)
         elif kind == "cancel":
@@ -367,7 +405,7 @@ class Connection:
         with self._changed:
             stream.welcomed = True
             before, self._proposal = self._proposal, proposal
-            # a server that takes its run up again has fixed the label set that clients were to name
+            # A server that resumes its run has fixed the label set that clients were asked for: still the same run.
             if before is not None and before.plan.with_open_labels() != proposal.plan.with_open_labels():
                 self._run_changed, self._labels = True, None
                 self._request = self._working = self._answer = None
@@ -377,12 +415,12 @@ class Connection:
             self._changed.notify_all()
 
     def _secret(self, run_id: str) -> bytes:
-        """The name's in this run; b"" if there is none."""
+        """Return the secret of this client's name in the run; b"" if there is none."""
         own = self._own.get(run_id)
         return own or (self._secrets.secret(run_id, self.name) if self._secrets is not None else b"")
 
     def _keep(self, run_id: str, secret: bytes) -> None:
-        """The name's from now on, before this client is ready and the name its own."""
+        """Save the secret of this client's name. This happens before Ready, which makes the name this client's."""
         if len(secret) not in (0, wire.SECRET_BYTES):
             raise WireError(f"the name's secret does not have {wire.SECRET_BYTES} bytes")
         if secret and secret != self._own.get(run_id):
@@ -391,21 +429,21 @@ class Connection:
                 if self._secrets is not None:
                     self._secrets.save_secret(run_id, self.name, secret)
             except OSError as error:
-                self._report(f"What proves that the name {self.name} is this client's cannot be kept in --state "
-                             f"({error.strerror or error}): should this client be started again in the same run, its "
-                             "coordinator has to free the name first (fedlora-server forget).")
+                self._report(f"The secret that proves that the name {self.name} is this client's cannot be written to "
+                             f"--state ({error.strerror or error}). If this client is started again in the same run, "
+                             "the coordinator has to free the name first (fedlora-server forget).")
 
     def _say_ready(self, stream: _Stream) -> None:
         working = None if self._working is None else wire.key_to_wire(self._working)
         assert self._proposal is not None
         labels = self._labels if self._proposal.announce_labels else ()
-        stream.is_ready = True  # before it is said: the first request may come at once
+        stream.is_ready = True  # set before Ready is sent: the first request may come at once
         stream.send(pb.ClientFrame(ready=pb.Ready(labels=labels or (), working=working)))
         if self._answer is not None:
             stream.outgoing.put(self._answer_frames(stream, *self._answer))
 
     def _give(self, key: Key, answer: Upload | Refusal) -> None:
-        """Answer over this stream, or the next; under the lock."""
+        """Send the answer on this stream if it is ready, else on the next. The caller holds the lock."""
         self._answer = key, answer
         if self._stream.is_ready:
             self._stream.outgoing.put(self._answer_frames(self._stream, key, answer))
@@ -421,7 +459,7 @@ class Connection:
         yield next(frames)
         for frame in frames:
             given = self._answer
-            if given is None or given[0] != key:  # refused while under way
+            if given is None or given[0] != key:  # the server refused the answer while it was being sent
                 yield pb.ClientFrame(end=pb.End()).SerializeToString()
                 return
             yield frame
@@ -439,14 +477,15 @@ class Connection:
         stream.plan = plan
         size = wire.size_of(shapes, plan.run.wire_dtype)
         if size > self.max_tensor_bytes:
-            refusal = Refusal("invalid-tensors", f"{size} bytes of tensors; this client takes {self.max_tensor_bytes}")
+            refusal = Refusal("invalid-tensors", f"{size} bytes of tensors; this client takes at most "
+                              f"{self.max_tensor_bytes}")
             stream.incoming, stream.tensors = Incoming(shapes, lambda data: None, plan.run.wire_dtype, refusal), {}
         else:
             stream.incoming, stream.tensors = wire.receive_in_memory(shapes, plan.run.wire_dtype)
 
     def _on_chunk(self, stream: _Stream, data: memoryview, checksum: int | None) -> None:
         if stream.incoming is None:
-            raise WireError("a chunk belongs to no Task")
+            raise WireError("the server broke the protocol: a chunk belongs to no Task")
         stream.incoming.add(data)
         if checksum is not None:
             self._on_end(stream, checksum)
@@ -457,7 +496,7 @@ class Connection:
         tensors, stream.incoming, stream.tensors = wire.unpacked(stream.tensors, plan.run.wire_dtype), None, {}
         with self._changed:
             if self._working == plan.key:
-                return  # in hand already; its answer follows
+                return  # this request is in hand already; its answer follows
             self._working, self._answer, self._until = plan.key, None, plan.until
             if refusal is not None:
                 self._give(plan.key, refusal)
@@ -469,7 +508,7 @@ class Connection:
         with self._changed:
             if key != self._working:
                 return
-            if self._request is not None:  # nobody has begun with it
+            if self._request is not None:  # the main thread has not taken it yet
                 self._request = None
                 self._give(key, Refusal("unavailable"))
             else:

@@ -1,4 +1,4 @@
-"""The data holder's side of any run: policy, ledger and data, opened before a server is called."""
+"""The data holder's policy, ledger and data, opened and checked before a server is called."""
 
 from __future__ import annotations
 
@@ -27,13 +27,18 @@ from .terms import Limits
 
 @dataclass(frozen=True)
 class DataHolder:
-    """This side of any run: whose data it is, what may be done with it, and what was done before.
+    """All that a client brings to any run: its data, what may be done with them and what was done before.
 
     Attributes:
-        options: of fedlora-client.
-        rows: of --data.
+        options: the options of fedlora-client.
+        gate: the policy and the ledger.
+        rows: the rows of --data.
+        limits: what the options and the policy allow together.
+        state: the folder of uploads and reports, held by this process alone.
+        streams: the source of this client's random numbers.
         console: where the data holder is told what happens.
-        asks: whether someone sits at a terminal.
+        asks: whether the data holder is asked before a run begins: someone sits at a terminal, and a real budget is
+            charged.
     """
 
     options: ClientConfig
@@ -47,18 +52,24 @@ class DataHolder:
 
     @classmethod
     def of(cls, options: ClientConfig, console: Console, *, asks: bool = False) -> DataHolder:
-        """Open the policy, the ledger and the state, read the data, and say what does not protect.
+        """Open the policy, the ledger and the state, read and check the data, and warn where privacy is off.
+
+        Args:
+            options: the options of fedlora-client.
+            console: where the data holder is told what happens.
+            asks: whether someone sits at a terminal.
 
         Raises:
-            ValueError: an option is wrong, the data are, or one of them cannot be used.
+            ValueError: an option or the data is wrong, or a file cannot be used.
         """
         if options.data is None:
-            raise ValueError("--data is missing: name the folder or file with your training rows")
+            raise ValueError("--data is missing: give the folder or file with your training rows")
         data.check_there(options.data)
         if options.model and options.model.startswith(("/", ".")) and not Path(options.model).is_dir():
-            raise ValueError(f"--model {options.model} is no folder; give that of the base model, or leave it out")
+            raise ValueError(f"--model {options.model} is no folder; give the folder of the base model, or leave the "
+                             "option out")
         name = options.name or socket.gethostname()
-        check_computing(options.device, options.precision, options.compile)  # not in round 1
+        check_computing(options.device, options.precision, options.compile)  # now, rather than in round 1
         gate = PrivacyGate(options)
         limits = limits_of(options, gate)
         streams = run_streams(name)
@@ -66,19 +77,19 @@ class DataHolder:
             console.print("PRIVACY IS OFF (--epsilon inf): what this client sends can reveal its records.",
                           style="bold red")
         if streams.predictable:
-            console.print("THE NOISE IS PREDICTABLE (test-only seed set in the environment): no ε holds for this run.",
-                          style="bold red")
+            console.print(f"THE NOISE IS PREDICTABLE ({INSECURE_SEED_VARIABLE}, for tests only, is set): no ε holds "
+                          "for this run.", style="bold red")
         if streams.predictable and not gate.ledger.simulated:
             raise ValueError(f"{INSECURE_SEED_VARIABLE} is set: whoever knows the seed can subtract the noise, so no "
                              "real budget covers this run. Unset it, or add --simulated-ledger DIR for made-up data")
         if gate.ledger.simulated:
-            console.print("The ledger is a simulated one (--simulated-ledger): no lifetime budget protects this data.",
-                          style="yellow")
+            console.print("The ledger is a simulated one (--simulated-ledger): no lifetime budget protects these data. "
+                          "Use it for made-up data only.", style="yellow")
         charged = limits.private and not gate.ledger.simulated
         if charged and not asks and not (options.yes and gate.declared_size):
-            raise ValueError("there is no terminal to ask at: --yes takes part without being asked, --declared-size N "
-                             f"(or declared-size in {gate.policy.path}) names the public size of the data. Where a "
-                             "real ledger is charged, both are needed")
+            raise ValueError("there is no terminal to ask at, and the run would be charged to a real ledger. Add --yes "
+                             "to take part without being asked, and give the public size of the data with "
+                             f"--declared-size N (or declared-size in {gate.policy.path})")
         rows = read(options.data, options.task, columns=options.column, unit=gate.unit_column,
                     allow_download=options.allow_download, declared=gate.labels or ())
         task_named(options.task).check_answered(rows, f"--data {options.data}", options.task)
@@ -92,17 +103,17 @@ class DataHolder:
 
     @property
     def name(self) -> str:
-        """This client's, at the server."""
+        """This client's name at the server."""
         return self.streams.name
 
     def close(self) -> None:
-        """Let other processes have the ledger's runs and the state."""
+        """Release the ledger's runs and the state folder, so that another process can use them."""
         self.gate.ledger.close()
         self.state.close()
 
 
 def _what_was_read(rows: Rows, unit_column: str | None) -> str:
-    """In a line, so that its owner sees where a file means something else; counts alone."""
+    """Say in one line what was read, in counts alone, so that its owner notices a misunderstood file."""
     files = data.shown(rows.files[0]) if len(rows.files) == 1 else f"{len(rows.files)} files"
     told = [f"rows: {len(rows):,}"]
     if rows.labels is not None:

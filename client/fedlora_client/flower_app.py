@@ -1,9 +1,9 @@
-"""The client as a Flower ClientApp: for the in-process, Ray and SuperNode engines. No other client module knows Flower.
+"""The client as a Flower ClientApp, which a SuperNode runs. No other module of the client imports Flower.
 
-    app = client_app(session_of)      # session_of(context) -> the node's ClientSession, or all of a `Node`
+    app = client_app(session_of)      # session_of(context) returns the node's ClientSession, or a whole `Node`
 
-`app` itself is what a SuperNode runs: its node configuration is made of the options of fedlora-client. The message
-layout is that of `fedlora_strategies.messages`, which the client does not import.
+The `app` of this module is what a SuperNode runs; its node configuration consists of the options of fedlora-client.
+Messages have the layout of `fedlora_strategies.messages`, which the client does not import.
 """
 
 from __future__ import annotations
@@ -34,28 +34,39 @@ from fedlora.wire.npy import from_npy, to_npy
 from .supernode import SuperNodeClient
 
 REFUSED = 100
-"""Flower error code of a refusal."""
+"""Flower error code that marks a refusal."""
 
 log = logging.getLogger(__name__)
 
 
 class Session(Protocol):
-    """What the app needs of `fedlora_client.session.ClientSession`."""
+    """The part of `fedlora_client.session.ClientSession` that the app uses."""
 
-    def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal: ...
+    def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
+        """Train once for `plan`, starting from `tensors`; return what may be sent."""
 
 
 class Node(Session, Protocol):
-    """What the app needs of a node that joins a server by its name: `fedlora_client.supernode.SuperNodeClient`."""
+    """A session that also joins a server by name, such as `fedlora_client.supernode.SuperNodeClient`.
+
+    Attributes:
+        name: the client's name at the server.
+        private: whether the client trains under differential privacy.
+    """
 
     name: str
     private: bool
 
-    def join(self, proposal: Proposal) -> tuple[str, ...] | Refusal: ...
+    def join(self, proposal: Proposal) -> tuple[str, ...] | Refusal:
+        """Return the label names that are disclosed to the server, or why this client does not take part."""
 
 
 def join(message: Message, node: Node) -> Message:
-    """Answer a welcome with the frames of joining and of being ready, as over gRPC, or with a refusal.
+    """Answer a server's welcome: with the frames Join and Ready, as over gRPC, or with a refusal.
+
+    Args:
+        message: Flower's message with the Welcome frame.
+        node: the client.
 
     Raises:
         Refused: the server speaks another version of the protocol.
@@ -77,12 +88,16 @@ def join(message: Message, node: Node) -> Message:
 
 
 def train(message: Message, session: Session) -> Message:
-    """Answer one order to train: decode it, run the round, encode the upload or the refusal.
+    """Answer one order to train: decode it, run the round, and encode the upload or the refusal.
+
+    Args:
+        message: Flower's message with the plan and the tensors.
+        session: the client.
 
     Raises:
         ValueError: the message is not an order of this FedLoRA version.
     """
-    records = list(message.content.values())  # not Flower's `array_records`: it leaves reference cycles
+    records = list(message.content.values())  # Flower's own `array_records` leaves reference cycles
     arrays = [record for record in records if isinstance(record, ArrayRecord)]
     configs = [record for record in records if isinstance(record, ConfigRecord)]
     if (len(records), len(arrays), len(configs)) != (2, 1, 1):
@@ -105,10 +120,13 @@ def train(message: Message, session: Session) -> Message:
 
 
 def client_app(session_of: Callable[[Context], Session]) -> ClientApp:
-    """A ClientApp whose nodes train with `session_of(context)`, and join with it if it is a `Node`.
+    """Return a Flower ClientApp that answers with `session_of(context)`; it answers welcomes too if that is a `Node`.
 
-    The text of an exception can quote private rows, and Flower sends it to the server: here it goes to the local log
-    and the server learns only that the client is unavailable.
+    Flower sends the text of an exception to the server, and that text can quote private rows. Here it is written to the
+    local log, and the server learns only that the client is unavailable.
+
+    Args:
+        session_of: returns the session of the node that a Flower context belongs to.
     """
     app = ClientApp()
 
@@ -119,8 +137,8 @@ def client_app(session_of: Callable[[Context], Session]) -> ClientApp:
             except Refused as refused:
                 return _refused(refused.refusal, message)
             except Exception:
-                log.exception("The message cannot be answered; the server is told only that this client is "
-                              "unavailable.")
+                log.exception("The server's message cannot be answered, for the reason below; the server is told only "
+                              "that this client is unavailable.")
                 return _refused(Refusal("unavailable"), message)
 
         return answered

@@ -1,4 +1,4 @@
-"""What a client tells of its labels, and what it holds against the server's set."""
+"""Which label names a client tells a server, and how it checks the server's label set."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ from fedlora.plan import (
 log = logging.getLogger(__name__)
 
 ROWS_PER_LABEL = 5
-"""So many rows has each label name on average, or the column is not announced."""
+"""Least rows per label name, on average. A column with fewer looks like texts, and its values are not announced."""
 
 
 def check_declared(declared: Sequence[str] | None, labels: Sequence[str]) -> None:
-    """Raises Refused, by what is declared alone, where the server's set lacks one of the declared labels."""
+    """Check that the server's label set has every declared label. The rows play no part in the answer.
+
+    Args:
+        declared: the label names that the data holder declared; None if there are none.
+        labels: the server's label set.
+
+    Raises:
+        Refused: "labels": one is missing; the local log names it.
+    """
     if lacking := [name for name in declared or () if name not in labels]:
         log.error("The declared labels %s are not in the server's set, which is: %s.", ", ".join(lacking),
                   ", ".join(labels))
@@ -29,30 +37,35 @@ def check_declared(declared: Sequence[str] | None, labels: Sequence[str]) -> Non
 
 
 def how_to_declare(rows: Rows) -> str:
-    """For the owner's eyes: the labels that the files hold, where they can be names."""
+    """Tell the data holder which labels the files hold, and how to declare them. Never sent to a server."""
     try:
         names = json.dumps(names_to_announce(rows), ensure_ascii=False)
     except ValueError as error:
         return str(error)
-    return (f"The files hold labels = {names}. If the server may know them, write that into policy.toml, or name them "
+    return (f"The files hold labels = {names}. If the server may know them, write that into policy.toml, or give them "
             "with --labels")
 
 
 def names_to_announce(rows: Rows) -> tuple[str, ...]:
-    """The label names that the server asked for, where they can be names: texts must not leave this machine as such.
+    """Return the label names to tell a server that asks for them. Texts must not leave this machine as labels.
+
+    Args:
+        rows: the client's data.
 
     Raises:
-        ValueError: one is long or not printable, or there are too many for so few rows. None is shown.
+        ValueError: a label is too long or not printable, or there are too many for so few rows. The message shows
+            none.
     """
-    remedy = "It would be told to the server. Name the right column with --column label=NAME, or have the server " \
+    remedy = "It would be told to the server. Give the right column with --column label=NAME, or have the server " \
              "started with --labels"
     names, labelled = data.label_names(rows), 0
     for row, label in enumerate(rows.labels or ()):
         labelled += label is not None
         if label is not None and not (len(label) <= LONGEST_LABEL and label.isprintable()):
-            raise ValueError(f"{rows.where(row)}: the label is no name of a class: it has {len(label)} characters, and "
-                             f"at most {LONGEST_LABEL} printable ones are announced. {remedy}")
+            raise ValueError(f"{rows.where(row)}: the label is no name of a class: it has {len(label)} characters, "
+                             f"and only labels of at most {LONGEST_LABEL} printable characters are announced. {remedy}")
     if len(names) > max(2, min(MOST_ANNOUNCED, labelled // ROWS_PER_LABEL)):
-        raise ValueError(f"the label column has {len(names)} different values in {labelled} rows, and looks like texts "
-                         f"(at most {MOST_ANNOUNCED} names are announced, of {ROWS_PER_LABEL} rows each). {remedy}")
+        raise ValueError(f"the label column has {len(names)} different values in {labelled} rows and looks like texts "
+                         f"(at most {MOST_ANNOUNCED} names are announced, with {ROWS_PER_LABEL} rows each on average). "
+                         f"{remedy}")
     return names

@@ -1,8 +1,8 @@
-"""A data holder's part in a run: check the proposal, load the model, answer orders, write the report.
+"""A data holder's part in one run: check the proposal, load the model, answer orders, write the privacy report.
 
-What is wrong with the data is said before a server is called. From then on no row ends, delays or changes an answer:
-each follows from the options, the policy, the ledger and what the server proposes, and a row that a private run cannot
-use is its null record.
+Errors in the data are reported before a server is called. After that, in a private run, no row can end, delay or change
+an answer: every decision follows from the options, the policy, the ledger and the server's proposal. A row that the run
+cannot use stays in the data set as a null record, which may be sampled and contributes nothing.
 """
 
 from __future__ import annotations
@@ -52,18 +52,23 @@ from .terms import private_terms
 
 log = logging.getLogger(__name__)
 
+
 class Participation:
-    """This client's part in one run: admitted before it is ready, the model loaded once the plan is known.
+    """This client's part in one run. It is admitted when created; the model is loaded with the first order.
+
+    Args:
+        holder: the data holder's policy, ledger and data.
+        proposal: what the server proposes.
 
     Raises:
         Refused: the proposal does not fit this client's limits, task, model, labels or budget, or its owner says no.
-        ValueError: without privacy, the data do not fit the proposal; or the owner's files cannot be written.
+        ValueError: the data do not fit the proposal of a run without privacy, or the owner's files cannot be written.
 
     Attributes:
-        announced: label names that the server asked for, disclosed when ready; else ().
-        most_tensor_bytes: what an order may bring at most.
-        failed: whether a round went wrong here. To go on is for the owner to decide: the server could have one failing
-            round after another charged, and chooses the tensors on which it fails or not.
+        announced: the label names that the server asked for, which Ready will disclose; () if it did not ask.
+        most_tensor_bytes: the most bytes of tensors that an order may bring.
+        failed: whether a round failed on this machine. The owner then has to decide whether to go on: the server
+            chooses the tensors, so it could make one round after another fail, each of them charged.
     """
 
     def __init__(self, holder: DataHolder, proposal: Proposal) -> None:
@@ -94,7 +99,7 @@ class Participation:
             console.print(f"Disclosed to the server: the label names {', '.join(self.announced)}")
 
     def _find_model(self) -> Path:
-        """The folder of the base model, which can do the task with any row."""
+        """Return the folder of the base model, once it is shown to fit the task and the format of the rows."""
         plan, options = self._proposal.plan, self._options
         path = models.obtain(plan.model, path=model_folder(options.model, plan.model.name),
                              allow_download=options.allow_download)
@@ -102,19 +107,22 @@ class Participation:
             models.check_task(path, plan.task, plan.max_length)
             tokenizer = models.load_tokenizer(path)
             if self._rows.kind == "messages" and not tokenizer.chat_template:
-                raise ValueError(f"the tokenizer in {path} has no chat template, and --data holds messages; give "
-                                 "prompt and completion instead")
+                raise ValueError(f"the tokenizer in {path} has no chat template, and --data holds messages; use "
+                                 "columns prompt and completion instead")
         except ValueError as error:
             log.error("%s", error)
             raise Refused("unavailable") from None
         return path
 
     def _check_labels(self) -> tuple[str, ...]:
-        """Hold the declared labels against the server's set; what is announced, where it asks for that.
+        """Check the declared labels against the server's set.
+
+        Returns:
+            The label names to announce; () unless the server asks for them.
 
         Raises:
-            Refused: "labels", by what is declared alone.
-            ValueError: without privacy, by what the rows hold.
+            Refused: "labels": decided by the declared labels alone.
+            ValueError: in a run without privacy, the labels of the rows do not fit.
         """
         plan, rows, declared = self._proposal.plan, self._rows, self._gate.labels
         if not task_named(plan.task).has_labels:
@@ -122,7 +130,8 @@ class Participation:
         if plan.labels_open:
             if declared is not None or not plan.private:
                 return data.in_order(declared or names_to_announce(rows))
-            log.error("The server asks for the label names, and under privacy none is told because a row has it. %s",
+            log.error("The server asks for the label names. Under privacy a client tells only names that its owner "
+                      "declared, never those that its rows hold. %s",
                       how_to_declare(rows))
             raise Refused("labels")
         check_declared(declared, plan.labels)
@@ -135,10 +144,11 @@ class Participation:
         return ()
 
     def _admit(self, holder: DataHolder) -> Budget:
-        """Say what the run costs, and take it on.
+        """Settle the run's terms, show what it costs, and ask the owner if someone is there to be asked.
 
         Raises:
-            Refused: "policy" or "budget": what was promised or is left does not allow it, or the owner says no.
+            Refused: "policy": the policy does not allow the terms, or the owner says no. "budget": the lifetime budget
+                does not allow them.
         """
         gate, plan, console = self._gate, self._proposal.plan, self._console
         units = "records" if self._limits.unit == ROW else f"values of {gate.unit_column}"
@@ -158,7 +168,7 @@ class Participation:
             log.error("%s", error)
             raise Refused("policy") from None
         if gate.ledger.terms(gate.dataset, plan.run_id) is not None:
-            return budget  # the owner was asked when it began
+            return budget  # the run goes on; its owner was asked when it began
         cost = Cost.of(book, gate.dataset, terms)
         assert cost is not None, "what was settled fits"
         console.print(panel(cost, gate.dataset, f"{budget.declared_size:,} {units}", plan))
@@ -168,23 +178,35 @@ class Participation:
         return budget
 
     def _declare_size(self, holder: DataHolder, units: str) -> Budget:
-        """The budget of the run, whose public size is declared, asked for, or the default."""
+        """Return the run's budget, for its public size.
+
+        The size is the declared one, else the answer at the terminal, else the number of units rounded down to two
+        significant digits.
+        """
         gate, count = self._gate, unit_count(self._rows)
         if gate.declared_size is None and holder.asks:
             size = gate.declared_size = ask_size(self._console, nominal_size(count), units)
-            if gate.listed:  # else it is written when the data set is adopted
-                self._console.print(f"To be asked no more, write declared-size = {size} under "
+            if gate.listed:  # a new data set gets its entry, with the size, from `PrivacyGate.take_charge`
+                self._console.print(f"To avoid this question in future, write declared-size = {size} under "
                                     f"[dataset.{gate.dataset}] in {gate.policy.path}.", soft_wrap=True)
         self._limits = replace(self._limits, declared_size=gate.declared_size or nominal_size(count))
         return self._limits.budget(count)
 
     def answer(self, plan: RoundPlan, tensors: Tensors,
                stop: Callable[[], bool] | None = None) -> Upload | Refusal:
-        """Train, or say why not; whatever goes wrong here stays in the local log, and sets `failed`. `stop`: as of
-        `ClientSession.run_round`.
+        """Train for one order, or say why not. An error stays in the local log and sets `failed`.
 
-        The privacy report lists a training before it reads a record, and an upload before it leaves, so that a process
-        that is killed and never started again has left it.
+        The privacy report is brought up to date twice: after the charge and before a record is read, and before the
+        upload leaves. So it is complete even if this process is killed and never started again.
+
+        Args:
+            plan: the order.
+            tensors: the tensors that came with it.
+            stop: called between micro-batches; True abandons the round, which stays charged. None stops when the
+                round's time is up.
+
+        Returns:
+            What may be sent: the upload, or a refusal.
         """
         try:
             if self._session is None or self._session.run.run_id != plan.run.run_id:
@@ -197,19 +219,27 @@ class Participation:
         except (ValueError, MemoryError, OSError) as error:
             log.error("%s", error)
         except Exception:
-            log.exception("Round %d failed; the server is told only that this client is unavailable.", plan.round)
+            log.exception("Round %d failed, for the reason below; the server is told only that this client is "
+                          "unavailable.", plan.round)
         self.failed = True
         return Refusal("unavailable")
 
     def answer_unattended(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
-        """`answer` where nobody notices that a process ends: after a round that failed, or whose process was killed,
-        the run is refused until the owner removes the mark that is left.
+        """Do the same as `answer` where nobody watches, as under a SuperNode that starts a process for each message.
+
+        A mark is kept on disk while the round lasts. If the round fails or its process is killed, the mark stays, and
+        all further orders of the run are refused until the owner removes it.
+
+        Args:
+            plan: the order.
+            tensors: the tensors that came with it.
         """
         run_id = plan.run.run_id
         mark = self._state.unfinished(run_id)
         if mark.exists():
-            log.error("A round of run %s failed on this machine or was killed, and more could fail alike and be "
-                      "charged. Find out why in this log, then remove %s to go on in this run.", run_id, mark)
+            log.error("A round of run %s failed on this machine or was killed; further rounds could fail the same "
+                      "way and be charged. Find the reason in this log, then remove %s to go on with the run.", run_id,
+                      mark)
             return Refusal("unavailable")
         self._state.save_unfinished(run_id)
         answer = self.answer(plan, tensors)
@@ -219,7 +249,14 @@ class Participation:
 
     def report(self, plan: RoundPlan, answer: Upload | Refusal, declined: Refusal | None = None,
                moved: str = "") -> None:
-        """One line for this client's own user; `moved` ends it."""
+        """Print one line about a round for the data holder, and note a refusal for the privacy report.
+
+        Args:
+            plan: the order.
+            answer: what this client answered.
+            declined: why the server did not accept the upload; None if it did.
+            moved: text to end the line with, such as the bytes sent and received.
+        """
         if isinstance(answer, Refusal):
             self._refusals.append((plan.round, answer.code))
             try:
@@ -234,16 +271,16 @@ class Participation:
         self._console.print(f"round {plan.round}/{plan.run.rounds}: {line}; {self._spent()}{moved}", soft_wrap=True)
 
     def conclude(self) -> None:
-        """Free what the run had not begun, however it ended, and leave its privacy report."""
+        """End the run in the ledger, which frees what it had not begun, and leave its privacy report."""
         if self._session is not None:
             try:
                 self._session.ledger.end_run(self._session.dataset, self._session.run.run_id)
             except (ValueError, OSError) as error:
-                log.error("The run could not be ended in the ledger: %s", error)
+                log.error("The ledger could not be told that the run has ended: %s", error)
             self.leave_report()
 
     def leave_report(self) -> None:
-        """Bring the privacy report up to date, with its picture, and say where it is."""
+        """Bring the privacy report and its picture up to date, and say where they are."""
         report = self._write_report()
         if report is None or self._session is None:
             return
@@ -254,7 +291,7 @@ class Participation:
         self._console.print(f"What left this machine, and what it cost: {report.with_suffix('.md')}", soft_wrap=True)
 
     def _write_report(self) -> Path | None:
-        """The privacy report of what was done so far; None where there is nothing to report, or it cannot be."""
+        """Write the privacy report of everything so far. Return its path; None if there is none (the log says why)."""
         session = self._session
         if session is None:
             return None
@@ -268,14 +305,18 @@ class Participation:
     def _spent(self) -> str:
         session = self._session
         if session is None or not self._limits.private or self._streams.predictable:
-            return "no privacy" if session else "nothing charged"
+            return "no privacy" if session else "nothing was charged"
         return (f"updates released: {session.released}; ε {four_digits(session.epsilon())} charged of "
                 f"{four_digits(session.reserved())} reserved (δ {session.terms.delta:g})")
 
     def _check_plan(self, run: RunPlan) -> None:
-        """Raises Refused where the plan is not what the server said when this client joined, or lacks a label."""
+        """Check that the plan is the proposed one and, where labels were still open, that they fit.
+
+        Raises:
+            Refused: "policy": the plan was changed. "labels": the labels do not fit.
+        """
         if broken := self._proposal.broken_by(run):
-            log.error("The plan's %s is not what the server said when this client joined.", broken[0])
+            log.error("The plan's %s is not what the server said when this client joined; refused.", broken[0])
             raise Refused("policy")
         if task_named(run.task).has_labels:
             check_declared(self._gate.labels, run.labels)
@@ -287,9 +328,10 @@ class Participation:
                     raise Refused("labels") from None
 
     def _tell_unusable(self, records: Records, unusable: Counter[str] | None) -> None:
-        """On this machine alone."""
+        """Tell the data holder how many rows cannot be trained on. The server is not told."""
         if unusable is None and records.left_out:
-            self._console.print(f"{records.left_out} rows are left out: no label, or no answer within --max-length.")
+            self._console.print(f"{records.left_out:,} rows are left out: they have no label, or no answer within "
+                                "--max-length.")
         if unusable is not None and records.left_out:
             kinds = ", ".join(f"{kind}: {count:,}" for kind, count in unusable.items() if count)
             self._console.print(f"{records.left_out:,} of {len(self._rows):,} rows are not trained on ({kinds}).")
@@ -298,7 +340,7 @@ class Participation:
                                 style="bold red")
 
     def _open(self, run: RunPlan) -> ClientSession:
-        """Load the model once for the run."""
+        """Load the model and open the session of the run. Called once, with the first order."""
         self._check_plan(run)
         loaded = models.load(self._model_path, run.task, run.labels)
         task = task_for(run, loaded.tokenizer)
@@ -311,7 +353,7 @@ class Participation:
             try:
                 adapted = attach_planned(model, plan)
                 check_adjustment(plan.adjustment, adapted.layout)
-            except ValueError as error:  # the plan's fault, whatever the data
+            except ValueError as error:  # the plan's fault; the data play no part in it
                 log.error("The server's plan does not fit the model: %s", error)
                 raise Refused("policy") from None
             return Trainer(adapted, task, device=options.device, precision=options.precision,
@@ -330,26 +372,34 @@ class Participation:
         if run.private:
             unit = "record" if self._limits.unit == ROW else self._gate.unit_column
             self._console.print(
-                f"Private: every {unit} is sampled with rate {terms.sampling_rate:.4g}, clipped to "
-                f"{terms.clip_norm:g}, and hidden by noise of {terms.noise_multiplier:.3f} × that"
+                f"Private: in each step every {unit} is sampled with probability {terms.sampling_rate:.4g}; its "
+                f"gradient is clipped to {terms.clip_norm:g}, and hidden by noise of {terms.noise_multiplier:.3f} × "
+                "that"
                 + ("." if self._streams.predictable else
                    f"; all {run.max_participations} rounds{' and the start' if run.private_start else ''} together "
                    f"cost at most ε {self._limits.epsilon:g} at δ {terms.delta:g}."))
             if terms.noise_multiplier != session.noise_for_run:
                 self._console.print(
-                    f"The lifetime budget leaves less than that: the noise is {terms.noise_multiplier:.3f} × the clip "
-                    f"norm in place of {session.noise_for_run:.3f}. `fedlora-client budget` shows what is left.",
+                    f"The lifetime budget leaves less than that, so the noise is {terms.noise_multiplier:.3f} × the "
+                    f"clip norm instead of {session.noise_for_run:.3f}. `fedlora-client budget` shows what is left.",
                     style="yellow")
         return session
 
 
 def check_known(plan: RunPlan) -> None:
-    """Raises Refused where the plan names what is not installed here, such as a family of a newer FedLoRA."""
+    """Check that the family, task, optimizer and adjustment that the plan names are installed here.
+
+    Args:
+        plan: the plan that the server proposes.
+
+    Raises:
+        Refused: "policy": one is not, for example because the server's FedLoRA is newer. The log names it.
+    """
     for field, package in FOUND.items():
         name, known = getattr(plan, field), registry.keys(package)
         if name and name not in known:
             log.error("The server's plan has the %s %r, which this FedLoRA (%s) does not know; it knows %s. Install "
-                      "the server's version, or have it choose one of them.", field, name, fedlora.__version__,
+                      "the server's version, or have the server choose one of these.", field, name, fedlora.__version__,
                       ", ".join(known) or "none")
             raise Refused("policy")
     try:
@@ -360,15 +410,20 @@ def check_known(plan: RunPlan) -> None:
 
 
 def model_folder(model: str | None, planned: str) -> Path | None:
-    """The folder that --model names; None where the plan's model is meant, whose commit a shared file may leave out.
+    """Return the folder that --model names; None if --model names the plan's model or is not given.
+
+    Args:
+        model: the value of --model. It may leave out the commit of the plan's model, so that both sides can share one
+            file of options.
+        planned: the name of the plan's model.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: --model is neither a folder nor the plan's model.
     """
     if model and Path(model).is_dir():
         return Path(model)
     if model and planned == "local":
-        raise ValueError(f"--model {model} is no folder, and the plan's model is a folder of the server's; give that "
+        raise ValueError(f"--model {model} is no folder, and the plan's model is a folder on the server; give that "
                          "of your copy")
     if model and model not in (planned, planned.partition("@")[0]):
         raise ValueError(f"--model {model} is neither a folder nor the plan's {planned}; give the folder of the base "

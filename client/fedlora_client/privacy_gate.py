@@ -1,4 +1,4 @@
-"""The data owner's side of a client process: the policy that is asked first, and the ledger that is charged."""
+"""The data owner's control over a client: the policy that is asked first, and the ledger that is charged."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ log = logging.getLogger(__name__)
 
 
 class PrivacyGate:
-    """What the owner of --data allows and has spent.
+    """The policy and the ledger of the owner of --data, opened and checked before a server is called.
 
     Args:
-        options: of fedlora-client.
+        options: the options of fedlora-client.
 
     Raises:
         ValueError: the policy or the ledger cannot be trusted, or contradicts the command line.
 
     Attributes:
-        policy, ledger: opened before a server is called.
-        unit: of privacy, by the command line and the policy.
-        declared_size: the public number of units, by the command line and the policy; None where neither names one.
-        labels: the names that may be told to a server, likewise.
-        dataset: the id that is charged; known before the data is read.
+        policy: the owner's policy.
+        ledger: the ledger that is charged.
+        unit: the unit of privacy, "row" or "column:NAME", by the command line or else the policy.
+        declared_size: the public number of units, by the command line or else the policy; None if neither has it.
+        labels: the label names that a server may be told, by the command line or else the policy; None if neither
+            has them.
+        dataset: id of the data set that is charged; known before the data are read.
     """
 
     def __init__(self, options: ClientConfig) -> None:
@@ -64,7 +66,11 @@ class PrivacyGate:
         self.dataset = self._known.id if self._known else self._unlisted()
 
     def _check_made_up(self, options: ClientConfig) -> None:
-        """Raises ValueError where a simulated ledger would hide what is spent of real data."""
+        """Check that the data are not known to be real, as a simulated ledger would not charge their budget.
+
+        Raises:
+            ValueError: a policy lists the data, or a real ledger left a witness beside them.
+        """
         where = f"--simulated-ledger {options.simulated_ledger}: "
         for path in {options.policy or paths.policy(), paths.policy()}:
             if real := Policy.read(path).dataset_around(self._data):
@@ -75,27 +81,28 @@ class PrivacyGate:
                              "would not charge it. Leave the option out, or put made-up data in a folder of its own")
 
     def _check_unit(self) -> None:
-        """Raises ValueError where the run would protect another unit than the lifetime budget."""
+        """Raise ValueError if the run would protect another unit of privacy than the lifetime budget does."""
         if self._known is not None and self.unit != self._known.unit:
             raise ValueError(f"--privacy-unit {self.unit}: the lifetime budget of [dataset.{self._known.id}] in "
-                             f"{self.policy.path} is for {self._known.unit}. Leave the flag out, or change the policy")
+                             f"{self.policy.path} is for {self._known.unit}. Leave the option out, or change the "
+                             "policy")
 
     def _check_declared(self, known: DatasetPolicy) -> None:
-        """Take what the policy declares. Raises ValueError where the command line says otherwise."""
+        """Take the size and the labels that the policy declares; raise ValueError if the command line contradicts."""
         sizes = self.declared_size, known.declared_size
         labels = self.labels and set(self.labels), known.labels and set(known.labels)
         for flag, (given, declared) in {"--declared-size": sizes, "--labels": labels}.items():
             if None not in (given, declared) and given != declared:
                 raise ValueError(f"{flag} is not what [dataset.{known.id}] in {self.policy.path} declares. Leave the "
-                                 "flag out, or change the policy")
+                                 "option out, or change the policy")
         self.declared_size = self.declared_size or known.declared_size
         self.labels = self.labels or known.labels
 
     def _unlisted(self) -> str:
-        """The id of data that the policy does not name: the one they had before, or one that no other data have.
+        """Return the id of data that the policy does not list: their id in the ledger, or else a new one.
 
         Raises:
-            ValueError: the ledger holds a limit for them, so that the policy has lost it.
+            ValueError: the ledger has a lifetime budget for these data, so the policy must have lost its entry.
         """
         place, held = absolute(self._data), self.ledger.datasets()
         before = [name for name, at in held.items() if at == place and name not in self.policy.datasets]
@@ -110,25 +117,28 @@ class PrivacyGate:
         return dataset
 
     def _taken(self) -> set[str]:
-        """Ids under which the ledger holds other data."""
+        """Return the ids under which the ledger holds other data."""
         place = absolute(self._data)
         return {name for name, at in self.ledger.datasets().items() if at not in (None, place)}
 
     @property
     def listed(self) -> bool:
-        """Whether the policy names the data set."""
+        """Whether the policy lists the data set."""
         return self._known is not None
 
     @property
     def unit_column(self) -> str | None:
-        """The column that tells the units, or None where each row is one."""
+        """The column that says which unit of privacy a row belongs to; None if each row is a unit."""
         return unit_column(self.unit)
 
     def check_proposal(self, proposal: Proposal) -> None:
-        """Before anything is made of the data.
+        """Check the proposed plan against the policy. Called before the data play any part.
+
+        Args:
+            proposal: what the server proposes.
 
         Raises:
-            Refused: "policy"; the reason is in the local log.
+            Refused: "policy": the policy forbids it; the reason is in the local log.
         """
         try:
             self.policy.check_proposal(proposal, server=self._server)
@@ -137,13 +147,16 @@ class PrivacyGate:
             raise Refused("policy") from None
 
     def check_anchor(self, sealed: bytes | None) -> None:
-        """Before anything is charged, hold the ledger against what the server keeps of it.
+        """Check that the ledger is not older than the anchor that the server keeps. Called before anything is charged.
+
+        An anchor says how far the ledger had come when the anchor was sent. A ledger that has come less far is an older
+        copy, which has forgotten spending.
 
         Args:
-            sealed: as `Proposal.anchor`.
+            sealed: the anchor, as in `Proposal.anchor`.
 
         Raises:
-            Refused: "policy"; the reason is in the local log.
+            Refused: "policy": the ledger has come less far; the reason is in the local log.
         """
         if not sealed or self.ledger.simulated:
             return
@@ -153,17 +166,23 @@ class PrivacyGate:
             log.error("%s", error)
             raise Refused("policy") from None
         if not known:
-            log.warning("The server keeps an anchor under this client's name that is not of this ledger's key: another "
-                        "ledger's, or changed. It is ignored, and replaced with the next upload.")
+            log.warning("The server keeps an anchor under this client's name that is not of this ledger's key: it is "
+                        "another ledger's, or was changed. It is ignored, and replaced with the next upload.")
 
     def recognise(self, rows: Rows) -> list[str]:
-        """Check the data against what is declared, and tell the ledger whose they are: before a server is called.
+        """Check the data against the declarations, and enter their fingerprints into the ledger.
+
+        Called before a server is called. The fingerprints (keyed hashes of the records) find data sets that share
+        records, which share their budget.
+
+        Args:
+            rows: the data.
 
         Returns:
-            What the owner should hear.
+            Lines to show to the owner.
 
         Raises:
-            LedgerError: the ledger does not fit its witness, or another one beside the data.
+            LedgerError: the ledger contradicts a witness file beside the data, its own or another's.
             ValueError: a row has a label that is not declared.
         """
         if self.labels is not None:
@@ -186,17 +205,18 @@ class PrivacyGate:
         return told
 
     def take_charge(self, budget: Budget | None) -> list[str]:
-        """Be ready to charge a run, whatever comes of it. The first private use writes the policy.
+        """Make the policy and the witness ready, so that a run can be charged. The first private run writes the policy.
 
         Args:
-            budget: of the run; None without privacy.
+            budget: the run's budget; None for a run without privacy.
 
         Returns:
-            What the owner should hear.
+            Lines to show to the owner.
 
         Raises:
-            LedgerError: the witness cannot be written, so that nothing could leave.
-            ValueError: the policy cannot be written, or another process has just declared another unit.
+            LedgerError: the witness cannot be written; no update could leave this machine.
+            ValueError: the policy cannot be written or its δ is too large for the declared size, or another process
+                has just declared another unit.
         """
         told: list[str] = []
         if self.ledger.simulated:
@@ -204,14 +224,14 @@ class PrivacyGate:
         if self._known is None and budget is not None:
             told.append(self._adopt(budget))
         if self._known is not None and budget is not None and self._known.delta >= 1 / budget.declared_size:
-            raise ValueError(f"[dataset.{self.dataset}] in {self.policy.path} has delta {self._known.delta:g}, and "
-                             f"with {budget.declared_size:,} declared records publishing one of them in full would "
-                             "satisfy it; lower it below one in so many")
+            raise ValueError(f"[dataset.{self.dataset}] in {self.policy.path} has delta {self._known.delta:g}, which "
+                             f"allows to publish one of the {budget.declared_size:,} declared records in full; lower "
+                             f"it below 1 / {budget.declared_size:,}")
         self.ledger.testify(self.dataset)
         return told
 
     def _declare(self) -> None:
-        """Have the ledger keep the policy's limit, and watch the witness."""
+        """Have the ledger keep the policy's limit, check the witness file, and update that before each release."""
         if self._known is None:
             self.ledger.watch(self.dataset, self._witness())
         else:
@@ -219,7 +239,7 @@ class PrivacyGate:
                                 unit=self._known.unit, distinct=self._known.distinct, witness=self._witness())
 
     def _adopt(self, budget: Budget) -> str:
-        """Give the data set the budget of its first private run for life; says so."""
+        """Write the budget of the first private run into the policy as the data set's lifetime budget; say so."""
         self._known = known = self.policy.adopt(
             self._data, epsilon=budget.epsilon, delta=budget.delta, unit=self.unit,
             declared_size=budget.declared_size, taken=self._taken())
@@ -227,24 +247,27 @@ class PrivacyGate:
         self._check_declared(known)
         self.dataset = known.id
         self._declare()
-        self.ledger.register(self.dataset, self._digests, place=absolute(self._data))  # known, but to another id
+        self.ledger.register(self.dataset, self._digests, place=absolute(self._data))  # the id may be new
         return (f"{self.policy.path} now gives this data set, as [dataset.{known.id}], a lifetime budget of ε "
                 f"{known.epsilon:g} at δ {known.delta:g}, over all runs. Edit it to allow more or less.")
 
     def settle(self, fresh: RunTerms, budget: Budget) -> tuple[RunTerms, Book]:
-        """The terms of a run: those it was begun with, or new ones whose noise fits the lifetime too.
+        """Return the run's terms: the stored ones if the run has begun, else new ones that fit the lifetime budget.
+
+        New terms have the least noise, at least that of `fresh`, with which the run fits the lifetime budget.
 
         Args:
-            fresh: as the run's own budget gives them.
+            fresh: the terms that follow from the run's own budget.
+            budget: the run's own budget, which becomes the lifetime budget of a data set without one.
 
         Returns:
-            The terms, and a copy of the ledger's book under the limits that they were held against.
+            The terms, and a copy of the ledger's book with the limits that they were checked against.
 
         Raises:
             BudgetExhausted: no terms fit.
         """
         book = self.ledger.current(self.dataset, fresh.run_id)
-        if self._known is None and not self.ledger.simulated:  # to be adopted
+        if self._known is None and not self.ledger.simulated:  # `take_charge` will declare this limit
             book.limit(self.dataset, Declaration(0.0, budget.epsilon, budget.delta, FILTER_ORDERS, (), self.unit))
         begun = self.ledger.terms(self.dataset, fresh.run_id)
         terms = begun or with_room(fresh, lambda other: book.admit(self.dataset, other) is not None) or fresh
@@ -252,12 +275,12 @@ class PrivacyGate:
         return terms, book
 
     def approve(self, terms: RunTerms) -> None:
-        """Raises Forbidden where the policy does not allow the run's terms."""
+        """Raise Forbidden if the policy does not allow the run's noise."""
         self.policy.check_terms(terms.noise_multiplier)
 
     @property
     def _beside(self) -> Path:
-        """The folder of the data; of the ledger where the data are on a hub."""
+        """The folder where the data are, for witness files; that of the ledger if the data are on a hub."""
         place = Path(absolute(self._data))
         return place if place.is_dir() else place.parent if place.exists() else paths.ledger().parent
 
@@ -266,12 +289,12 @@ class PrivacyGate:
 
 
 def limits_of(options: ClientConfig, gate: PrivacyGate) -> Limits:
-    """What the command line and the policy allow together."""
+    """Return what the command line and the policy allow together."""
     policy = gate.policy
     return Limits.of(options, gate.unit, declared_size=gate.declared_size,
                      max_sampling_rate=policy.max_sampling_rate, announce_size=policy.announce_size)
 
 
 def unit_count(rows: Rows) -> int:
-    """All units of privacy, those too whose rows cannot be trained on."""
+    """Count the units of privacy, also those whose rows cannot be trained on."""
     return len(rows) if rows.units is None else len(set(rows.units))

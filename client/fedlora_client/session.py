@@ -1,8 +1,9 @@
-"""The client's core: one order to train in, one upload or one refusal out. It knows neither Flower nor sockets.
+"""The client's core: takes one order to train and returns one upload or one refusal. It uses no Flower and no sockets.
 
-Order of events in a round, each on the disk before the next: the charge in the ledger, the training, the finished
-(noised) upload, its release. A process that dies in between has been charged; one that dies after the upload is stored
-sends the same bytes again at no cost.
+In a round the following happens in this order. The ledger has the charge on disk before a record is read; then this
+module trains; the finished, noised upload is on disk before the ledger notes that it is stored; the ledger notes the
+release before the upload leaves. If the process dies in between, the round stays charged. If it dies after the ledger
+noted that the upload is stored, the same bytes are sent again at no further cost.
 """
 
 from __future__ import annotations
@@ -29,30 +30,36 @@ from .terms import Limits, private_terms, with_room
 
 log = logging.getLogger(__name__)
 
+
 class ClientSession:
-    """One client's part in one run.
+    """One client's part in one run: it fixes the run's terms, charges each training and makes the uploads.
 
     Args:
-        run: the plan of the run; a round that carries another is refused.
-        trainer: the process's trainer, frozen by all simulated clients.
+        run: the plan of the run; a round that carries another plan is refused.
+        trainer: the process's trainer; all simulated clients share one.
         records: this client's encoded training records.
-        limits: what this client allows.
+        limits: what the data holder allows.
         state: where the last upload and the frozen tensors are kept.
-        streams: where this client draws its random numbers from, under its name.
-        ledger, dataset: what this run is charged to.
-        approve: asked once the noise is known; raises `Forbidden` where the owner's policy does not allow it.
-        anchors: the server keeps anchors.
+        streams: the source of this client's random numbers, under its name.
+        ledger: the ledger that the run is charged to.
+        dataset: id of the data set that is charged.
+        approve: called with the terms before they are used; raises `Forbidden` if the owner's policy does not allow
+            them.
+        sketch_trainer: makes the trainer for round 0; needed for a plan with a private start only.
+        anchors: whether the server keeps anchors.
 
     Raises:
-        Refused: "privacy-mismatch"; "policy" where the plan cannot be followed within the limits, "budget" where the
-            lifetime budget does not allow it (the reason is in the local log).
+        Refused: "privacy-mismatch": one side trains with privacy and the other without. "policy": the plan cannot be
+            followed within the limits. "budget": the lifetime budget does not allow the run. The reason is in the
+            local log.
+        ValueError: no record of a run without privacy can be trained on, or the plan's adjustment does not fit the
+            adapter.
 
     Attributes:
-        terms: sampling rate, noise and clip norm, fixed for the run.
-        noise_for_run: the noise multiplier that --epsilon alone asks for; that of `terms` is larger where the lifetime
-            budget leaves less.
-        anchors: whether uploads carry the ledger's anchor. Nothing decides it but that the ledger is real and the
-            server keeps it.
+        terms: sampling rate, noise multiplier, clip norm and so on; fixed for the run.
+        noise_for_run: the noise multiplier that follows from --epsilon alone; None without privacy. The one in `terms`
+            is larger if the lifetime budget leaves less.
+        anchors: whether uploads carry the ledger's anchor: the ledger is real and the server keeps anchors.
     """
 
     def __init__(self, run: RunPlan, trainer: Trainer, records: Records, limits: Limits, state: State,
@@ -61,8 +68,8 @@ class ClientSession:
                  sketch_trainer: Callable[[], Trainer] | None = None, anchors: bool = False) -> None:
         limits.check(run)
         check_adjustment(run.adjustment, trainer.adapted.layout)
-        if not (len(records) or run.private):  # a private client trains on none: noise alone
-            raise ValueError("no row can be trained on: each lacks a label, or an answer within --max-length")
+        if not (len(records) or run.private):  # a private client without usable records sends noise alone
+            raise ValueError("no row can be trained on: every row lacks a label, or an answer within --max-length")
         self.run, self.trainer, self.records = run, trainer, records
         self.limits, self.state, self.streams = limits, state, streams
         self.ledger, self.dataset = ledger, dataset
@@ -80,7 +87,11 @@ class ClientSession:
             raise Refused("budget") from None
 
     def _settle(self) -> RunTerms:
-        """The terms of the run: those it was begun with, or new ones whose noise fits the lifetime budget too."""
+        """Return the run's terms: the stored ones if the run has begun, else new ones that fit the lifetime budget.
+
+        Raises:
+            Refused: "policy": the plan or the limits have changed since the run began.
+        """
         fresh = self._terms_for_this_run()
         self.noise_for_run = fresh.noise_multiplier
         known = self.ledger.terms(self.dataset, self.run.run_id)
@@ -89,17 +100,18 @@ class ClientSession:
                 fresh, lambda terms: self.ledger.fits(self.dataset, terms))
             return found or fresh  # for `Ledger.begin_run` to refuse
         if known.plan_sha256 != fresh.plan_sha256:
-            log.error("The server changed the plan of run %s while it lasts; refused.", self.run.run_id)
+            log.error("The server changed the plan of run %s during the run; refused.", self.run.run_id)
             raise Refused("policy")
         same = dataclasses.replace(fresh, noise_multiplier=known.noise_multiplier) == known
         if not same or (fresh.noise_multiplier or 0.0) > (known.noise_multiplier or 0.0):
-            log.error("Run %s was begun with %s; the limits and the data now ask for %s. They cannot change within a "
-                      "run: start as before, or take part in a new run.", self.run.run_id, known, fresh)
+            log.error("Run %s was begun with %s; the options and the data now require %s. The terms cannot change "
+                      "during a run: start with the options and data of before, or take part in a new run.",
+                      self.run.run_id, known, fresh)
             raise Refused("policy")
         return known
 
     def _terms_for_this_run(self) -> RunTerms:
-        """Of this plan, whatever was spent before."""
+        """Return the terms that follow from the plan and the limits, without regard to what was spent before."""
         limits, run, count = self.limits, self.run, self.records.units_count
         plan_sha256 = hashlib.sha256(json.dumps(to_scalars(run), sort_keys=True).encode()).hexdigest()
         scales = {"adapter": run.adapter_scale, "head": run.head_scale}
@@ -118,22 +130,25 @@ class ClientSession:
 
     @property
     def started(self) -> tuple[tuple[int, int], ...]:
-        """(round, attempt) of every training that began, whether or not it was sent."""
+        """(round, attempt) of every training that was begun, whether or not its upload was sent."""
         return tuple((charge.round, charge.attempt) for charge in self.ledger.charges(self.dataset, self.run.run_id)
                      if charge.state != "voided")
 
     def epsilon(self) -> float:
-        """Charged so far in this run; infinite without privacy."""
+        """Return the ε charged so far in this run; infinite without privacy."""
         return self.ledger.epsilon(self.dataset, self.run.run_id)
 
     def reserved(self) -> float:
-        """Epsilon of all that the run may begin: held for it while it lasts. Infinite without privacy."""
+        """Return the ε of all trainings that the run may begin, which is reserved while it lasts.
+
+        It is infinite without privacy.
+        """
         spends = self.terms.spends(self.terms.max_participations)
         return float("inf") if spends is None else Accountant(spends).epsilon(self.terms.delta or 0.0)
 
     @property
     def released(self) -> int:
-        """Updates that have left this machine, or are about to."""
+        """Number of updates that have left this machine or are about to."""
         return sum(charge.state == "released" for charge in self.ledger.charges(self.dataset, self.run.run_id))
 
     def run_round(self, plan: RoundPlan, tensors: Tensors, stop: Callable[[], bool] | None = None,
@@ -141,14 +156,15 @@ class ClientSession:
         """Train once for `plan`, starting from `tensors`.
 
         Args:
-            plan: the order; a repeated (run, round, attempt) gets the stored upload, or is refused.
+            plan: the order. A (run, round, attempt) that was trained before is not trained again: it gets the stored
+                upload, or a refusal if there is none.
             tensors: the trained tensors, and the frozen ones unless this client holds them already.
-            stop: asked between micro-batches; True abandons the round (which stays charged). None for when its time is
-                up.
-            charged: called before the training, its charge on the disk.
+            stop: called between micro-batches; True abandons the round, which stays charged. None stops when the
+                round's time is up.
+            charged: called once the charge is on disk and before the training.
 
         Returns:
-            What may be sent: the upload, or why there is none.
+            What may be sent: the upload, or a refusal.
 
         Raises:
             LedgerError: the charge cannot be written; nothing was trained.
@@ -162,13 +178,19 @@ class ClientSession:
 
     def begin(self, plan: RoundPlan, tensors: Tensors,
               prepare: Callable[[], object] = lambda: None) -> TrainingJob | Upload | Refusal:
-        """All of `run_round` that comes before the training, up to the charge, which is on the disk.
+        """Do everything in `run_round` that comes before the training. The charge is on disk when this returns a job.
 
         Args:
-            prepare: called right before the charge: what can fail without a record is to fail there.
+            plan: the order.
+            tensors: the trained tensors, and the frozen ones unless this client holds them already.
+            prepare: called right before the charge. Everything that can fail without a record should fail here, as a
+                failure then costs nothing.
 
         Returns:
-            What is to be trained now, once, by whatever trainer, and then given to `finish`; or the answer.
+            The job, to be trained once by any trainer and then given to `finish`; or an answer that needs no training.
+
+        Raises:
+            LedgerError: the charge cannot be written.
         """
         if plan.run != self.run:
             log.error("Round %d came with another plan than the run began with; refused.", plan.round)
@@ -184,7 +206,7 @@ class ClientSession:
             start = self._complete(plan, tensors, layout)
             self._check_room(plan.round, 4 * active.num_trained)
             prepare()
-            _check_time(plan)  # nothing takes time from here to the charge
+            _check_time(plan)  # from here to the charge nothing takes long
         except Refused as refused:
             return refused.refusal
         try:
@@ -202,14 +224,22 @@ class ClientSession:
             active=plan.active)
 
     def finish(self, plan: RoundPlan, result: TrainResult) -> Upload | Refusal:
-        """All of `run_round` that comes after the training that `begin` gave for this plan."""
+        """Do everything in `run_round` that comes after the training.
+
+        Args:
+            plan: the order.
+            result: the result of the job that `begin` returned for this order.
+
+        Returns:
+            What may be sent: the upload, or a refusal if the training was stopped early.
+        """
         reservation, start = self._begun.pop(plan.key)
         if result.steps < self.run.local_steps:
             log.info("Round %d was stopped before its last step; it stays charged.", plan.round)
             return Refusal("unavailable")
         if result.nonfinite:
-            log.warning("Round %d: the gradients of %d drawn records were not finite and count as zero.", plan.round,
-                        result.nonfinite)
+            log.warning("Round %d: the gradients of %d drawn records were not finite and were counted as zero.",
+                        plan.round, result.nonfinite)
         private, announced = self.run.private, self.limits.announce_size
         tensors = result.tensors
         if plan.round == 0:
@@ -227,27 +257,39 @@ class ClientSession:
         return self._anchored(upload)
 
     def _check_turn(self, plan: RoundPlan, started: list[int]) -> None:
-        """Whether it may be begun, after the rounds that were. Raises Refused; the reason is in the local log."""
+        """Check that this round may follow those that were begun.
+
+        Args:
+            plan: the order.
+            started: the round numbers of all trainings that were begun.
+
+        Raises:
+            Refused: "policy": a start from gradients is not planned or comes too late. "unavailable": it was begun
+                before. "budget": no further training is allowed. The reason is in the local log.
+        """
         if plan.round == 0:
             if not self.run.private_start or any(started):
-                log.error("The server asks for gradients to start from, %s; refused.",
-                          "after the first round" if self.run.private_start else "which this run was not to have")
+                log.error("The server asks for gradients to initialise the adapter, %s; refused.",
+                          "but training has begun" if self.run.private_start else "which is not in this run's plan")
                 raise Refused("policy")
             if started:
-                log.warning("The gradients to start from are released once; that was begun before.")
+                log.warning("The gradients to initialise the adapter are released only once, and that was begun "
+                            "before; refused.")
                 raise Refused("unavailable")
         elif sum(map(bool, started)) >= self.run.max_participations:
-            log.warning("This client has started %d rounds, the most that its privacy was calibrated to.", len(started))
+            log.warning("This client has started %d rounds, the most that its noise was calibrated to; refused.",
+                        len(started))
             raise Refused("budget")
 
     @property
     def sketch_layout(self) -> AdapterLayout:
-        """What travels in round 0."""
+        """The layout of the tensors of round 0, in which gradients are released to initialise the adapter."""
         return sketch_layout(self.trainer.adapted.layout, self.trainer.adapted.missing)
 
     def _prepared_trainer(self, plan: RoundPlan) -> Trainer:
-        """The round's, shown to be batch-invariant. Round 0 has another adapter on a base model of its own, needed
-        once.
+        """Return the trainer for the round, after checking that it is batch-invariant.
+
+        Round 0 trains another adapter on a second copy of the base model, which is needed only once.
         """
         trainer, run = self.trainer, self.run
         if plan.round == 0:
@@ -262,22 +304,29 @@ class ClientSession:
         return trainer
 
     def _again(self, plan: RoundPlan) -> Upload | Refusal:
-        """The identical bytes of an order that was trained before, at no cost; none if it was not finished."""
+        """Answer an order that was begun before: with the stored upload's identical bytes, which costs nothing more.
+
+        An order that was begun and not finished is refused.
+        """
         stored = self.state.stored_upload(plan)
         if stored is None or not self.ledger.is_stored(self.dataset, *plan.key):
-            log.warning("Round %d, attempt %d was begun before and not finished; it is not trained twice.",
+            log.warning("Round %d, attempt %d was begun before and not finished; it is not trained again.",
                         plan.round, plan.attempt)
             return Refusal("unavailable")
         self.ledger.released_again(self.dataset, *plan.key, tensors_digest(stored.tensors))
-        log.info("Round %d was trained before; the stored upload is sent again at no cost.", plan.round)
+        log.info("Round %d was trained before; the stored upload is sent again at no further cost.", plan.round)
         return self._anchored(stored)
 
     def _anchored(self, upload: Upload) -> Upload:
-        """The upload as it leaves, now that its release is on the disk."""
+        """Add the ledger's anchor to an upload whose release is on disk, so that the anchor covers the release."""
         return dataclasses.replace(upload, anchor=self.ledger.anchor()) if self.anchors else upload
 
     def _check_room(self, round: int, num_bytes: int) -> None:
-        """Raises Refused where the disk has no room for the upload: the round is not begun, and costs nothing."""
+        """Check that the disk has room for the upload. A round that is refused here is not begun and costs nothing.
+
+        Raises:
+            Refused: "unavailable": there is not enough room.
+        """
         try:
             self.state.check_room(num_bytes)
         except OSError as error:
@@ -285,7 +334,15 @@ class ClientSession:
             raise Refused("unavailable") from None
 
     def _complete(self, plan: RoundPlan, tensors: Tensors, layout: AdapterLayout) -> Tensors:
-        """The received tensors, with the frozen ones that did not travel added from the cache, checked."""
+        """Add the frozen tensors that this client holds to the received ones, and check them all.
+
+        Returns:
+            Every tensor of the layout.
+
+        Raises:
+            Refused: "missing-tensors": the server believes that this client holds frozen tensors which it does not
+                hold. "invalid-tensors": names, shapes, values or the digest of the frozen tensors are wrong.
+        """
         names = {spec.name for spec in layout.frozen}
         received = {name: array for name, array in tensors.items() if name in names}
         held_sha256, held = self.state.frozen()
@@ -297,7 +354,7 @@ class ClientSession:
         except ValueError as error:
             raise Refused("invalid-tensors", str(error)) from error
         if (tensors_digest(frozen) if received or not names else held_sha256) != plan.frozen_sha256:
-            if received.keys() != names:  # what is held is not what the server believes
+            if received.keys() != names:  # the client holds other tensors than the server believes
                 raise Refused("missing-tensors")
             raise Refused("invalid-tensors", "the frozen tensors do not have the digest that the order names")
         if received:
@@ -306,21 +363,23 @@ class ClientSession:
 
 
 def _check_time(plan: RoundPlan) -> None:
-    """Raises Refused where nobody waits for the round any more, by the order's own word: it is not begun, and costs
-    nothing.
+    """Check that the order's time is not up. A round that is refused here is not begun and costs nothing.
+
+    Raises:
+        Refused: "too-late": nobody waits for this round any more.
     """
     if plan.is_late:
-        log.warning("Round %d, attempt %d is not begun: its time was up before this client could. Nothing is charged.",
-                    plan.round, plan.attempt)
+        log.warning("Round %d, attempt %d is not begun, and nothing is charged: its time was up before this client was "
+                    "ready.", plan.round, plan.attempt)
         raise Refused("too-late", "the client could not begin in time")
 
 
 def _activated(layout: AdapterLayout, plan: RoundPlan) -> AdapterLayout:
-    """Of the tensors that the round has train.
+    """Return the layout in which only the tensors that this round trains count as trained.
 
     Raises:
-        Refused: "invalid-tensors": it names one that does not.
+        Refused: "invalid-tensors": the order names a tensor that does not train in this run.
     """
     if unknown := set(plan.active) - {spec.name for spec in layout.trained}:
-        raise Refused("invalid-tensors", f"the order has {len(unknown)} tensors train that do not train in this run")
+        raise Refused("invalid-tensors", f"the order trains {len(unknown)} tensors that do not train in this run")
     return layout.activated(plan.active) if plan.active else layout

@@ -1,4 +1,4 @@
-"""From a client's session to its privacy report: privacy.json, privacy.md and privacy.png in the run's folder."""
+"""The privacy report of a client's run: writes privacy.json, privacy.md and privacy.svg into the run's folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .session import ClientSession
 from .spending_chart import spending_chart
 
 POINTS = 12
-"""Numbers of rounds for which ε is drawn: each costs PRV a tenth of a second or more."""
+"""At most this many values of ε are computed for the picture; each takes PRV a tenth of a second or more."""
 
 
 def write_privacy_report(folder: Path, session: ClientSession, *, server: str, labels: Sequence[str],
@@ -41,10 +41,11 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
     """Write and sign the report of what this client has done in its run so far.
 
     Args:
-        folder: of the run.
-        server: its address.
-        labels: label names that were announced.
-        refusals: (round, code) of each refusal sent.
+        folder: the run's folder.
+        session: the client's session in the run.
+        server: the server's address.
+        labels: the label names that were announced.
+        refusals: (round, code) of each refusal that was sent.
 
     Returns:
         The path of privacy.json.
@@ -81,14 +82,14 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
 
 
 def draw_spending(path: Path, session: ClientSession) -> None:
-    """Write the picture of the run's ε against rounds started; nothing where no ε holds or no round was started.
+    """Write the picture of the run's ε against rounds started. Nothing is written if no ε holds or no round started.
 
     Args:
-        path: The SVG file, replaced if it exists.
-        session: The run's session. Its ε is that of the run alone, at the run's own δ.
+        path: the SVG file; replaced if it exists.
+        session: the client's session in the run. ε is that of the run alone, at the run's own δ.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: the file cannot be written.
     """
     terms, started, most = session.terms, len(session.started), session.terms.max_participations
     if terms.noise_multiplier is None or terms.delta is None or session.streams.predictable or not started:
@@ -97,13 +98,13 @@ def draw_spending(path: Path, session: ClientSession) -> None:
     planned = [(count, Accountant((Spend(terms.noise_multiplier, terms.sampling_rate, terms.local_steps * count),))
                 .epsilon(terms.delta)) for count in rounds]
     if not 0 < planned[-1][1] < math.inf:
-        return  # no axis shows that
+        return  # no axis can show that
     chart = spending_chart(f"{session.dataset}, run {session.run.run_id}", terms.delta, planned, started)
     replace_file(path, chart.encode())
 
 
 def _lifetime(ledger: Ledger, dataset: str, delta: float | None) -> LifetimeAccount | None:
-    """Everything that counts against the data set's lifetime, as the ledger has it."""
+    """Return everything in the ledger that counts against the data set's lifetime; None if no δ is known."""
     state = ledger.lifetime(dataset)
     if (state.delta or delta) is None:
         return None

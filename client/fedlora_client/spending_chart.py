@@ -23,11 +23,11 @@ def spending_chart(title: str, delta: float, planned: Sequence[tuple[int, float]
     """Draw ε against rounds started, with the run's guarantee as a horizontal line.
 
     Args:
-        title: Names the data set and the run. Written into the picture as text, whatever characters it has.
-        delta: The run's δ, for the label of the vertical axis.
-        planned: (rounds started, ε after so many), at least one, in ascending order. The last one is the run's maximum;
-            `started` is among the rounds.
-        started: Number of rounds that this client has started.
+        title: names the data set and the run. It is escaped, so it may hold any characters.
+        delta: the run's δ, for the label of the vertical axis.
+        planned: (number of rounds, ε after so many rounds), in ascending order, at least one. The last one is the run's
+            maximum, with ε > 0. `started` is one of the numbers.
+        started: number of rounds that this client has started.
 
     Returns:
         The SVG document.

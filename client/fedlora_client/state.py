@@ -1,8 +1,7 @@
-"""What a client keeps on its own disk beside the ledger: what it sent last, the frozen tensors it holds, and what
-proves to servers that its name is its own.
+"""The client's own files beside the ledger: its last upload, the frozen tensors it holds, and its names' secrets.
 
-Every file is replaced atomically and is on the disk (fsync) before the call returns: an upload before it leaves. After
-a crash the stored bytes are sent again at no cost.
+Every file is replaced atomically and is on disk (fsync) when the call returns. In particular an upload is on disk
+before it leaves: after a crash the stored bytes are sent again at no further cost.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from safetensors import safe_open
@@ -21,53 +21,58 @@ from fedlora.files import replace_file
 from fedlora.plan import Released, RoundPlan, Tensors, Upload, upload_metrics
 
 SPARE_BYTES = 2**20
-"""Beside the upload: for reports, and for the ledger where it is on the same disk."""
+"""Bytes that must stay free beside an upload: for reports, and for the ledger if it is on the same disk."""
+
 MOST_SECRETS = 100
-"""Of runs and names."""
+"""Secrets that are kept, one for each run and name; the oldest are dropped."""
 
 
 class MemoryState:
-    """Keeps the frozen tensors in memory, and no upload: for simulations, where the process is the world.
+    """State of a simulated client: the frozen tensors are kept in memory, and uploads are not kept at all.
 
-    Nothing that was sent is asked for again there, and the uploads of a thousand clients would take more memory than
-    the base model.
+    A simulation never asks for an upload again, and the uploads of a thousand clients would take more memory than the
+    base model.
 
     Args:
-        frozen: the cache of frozen tensors, one for all simulated clients.
+        frozen: the cache of frozen tensors, {digest: tensors}, shared by all simulated clients.
     """
 
     def __init__(self, frozen: dict[str, Tensors]) -> None:
         self._frozen = frozen
 
     def stored_upload(self, plan: RoundPlan) -> None:
-        """None: a round that was trained before is not sent again."""
+        """Return None: no upload is kept."""
 
     def save_upload(self, upload: Upload) -> None:
-        """Keeps nothing."""
+        """Do nothing: no upload is kept."""
 
     def note_size(self, upload: Upload) -> None:
-        """Keeps nothing."""
+        """Do nothing: sizes are for the privacy report of a real client."""
 
     def sizes(self, run_id: str) -> dict[tuple[int, int], int]:
-        """Of no upload."""
+        """Return {}: no sizes are kept."""
         return {}
 
     def check_room(self, upload_bytes: int) -> None:
-        """Nothing is kept, so that there is always room."""
+        """Do nothing: what is not kept needs no room."""
 
     def frozen(self) -> tuple[str, Tensors]:
-        """The frozen tensors that were received last, by whichever client, and their digest; ("", {}) if none were."""
+        """Return the digest of the frozen tensors that any client received last, and those; ("", {}) if none."""
         return next(iter(self._frozen.items()), ("", {}))
 
     def save_frozen(self, sha256: str, tensors: Tensors) -> None:
-        """Keep the tensors in place of the ones kept before."""
+        """Keep the tensors, whose digest is `sha256`, in place of the former ones."""
         if sha256 not in self._frozen:
             self._frozen.clear()
             self._frozen[sha256] = tensors
 
 
 class FolderState:
-    """Keeps them as files below `folder`, one folder per run. Only one process at a time may hold it."""
+    """State of a real client: files below `folder`, with one folder per run. Only one process at a time may use it.
+
+    Raises:
+        ValueError: another process uses the folder, or it cannot be written.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -75,13 +80,13 @@ class FolderState:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(folder / "lock")
         except BlockingIOError:
-            raise ValueError(f"--state {folder} is in use by another fedlora-client; "
-                             "stop that one, or give each client its own --state") from None
+            raise ValueError(f"--state {folder} is in use by another fedlora-client; stop that one, or give each "
+                             "client a --state of its own") from None
         except OSError as error:
             raise ValueError(f"--state {folder} cannot be written: {error.strerror}; name another folder") from None
 
     def stored_upload(self, plan: RoundPlan) -> Upload | None:
-        """The upload made for exactly this (run, round, attempt), if it is the last one."""
+        """Return the last upload if it was made for exactly this (run, round, attempt); else None."""
         path = self.run_folder(plan.run.run_id) / "upload.safetensors"
         if not path.exists():
             return None
@@ -93,36 +98,43 @@ class FolderState:
         return Upload(*plan.key, tensors=Released(tensors), **about)
 
     def check_room(self, upload_bytes: int) -> None:
-        """Asked before a training is charged, that it need not end for want of room. The size is that of any upload.
+        """Check that the disk has room for one more upload beside the last one. Called before a training is charged.
+
+        Args:
+            upload_bytes: size of the upload. It follows from the plan, not from the data.
 
         Raises:
-            OSError: ENOSPC: the disk has no room for an upload of so many bytes beside the last one.
+            OSError: ENOSPC: there is not enough room.
         """
         free = shutil.disk_usage(self.folder).free
         if free < upload_bytes + SPARE_BYTES:
             raise OSError(errno.ENOSPC, f"--state {self.folder} has room for {free:,} bytes, and an upload of "
-                                        f"{upload_bytes:,} is to be kept there before it leaves; make room")
+                                        f"{upload_bytes:,} is to be kept there before it leaves; free some space")
 
     def save_upload(self, upload: Upload) -> None:
+        """Keep the upload in place of the run's former one."""
         about = {"round": upload.round, "attempt": upload.attempt} | upload_metrics(upload)
         replace_file(self.run_folder(upload.run_id) / "upload.safetensors",
                      to_bytes(dict(upload.tensors), metadata={"upload": json.dumps(about)}))
 
     def note_size(self, upload: Upload) -> None:
-        """Keep how many values the upload has: in a round that trains a part of the tensors they are fewer."""
+        """Keep the number of values in the upload, for the privacy report.
+
+        It differs from round to round where a round trains only a part of the tensors.
+        """
         sizes = self.sizes(upload.run_id) | {
             (upload.round, upload.attempt): sum(array.size for array in upload.tensors.values())}
         replace_file(self.run_folder(upload.run_id) / "sizes.json",
                      json.dumps([[*key, size] for key, size in sizes.items()]).encode())
 
     def sizes(self, run_id: str) -> dict[tuple[int, int], int]:
-        """(round, attempt) → the number of values of its upload, made by whatever process."""
+        """Return {(round, attempt): number of values in the upload}, for the uploads of earlier processes too."""
         path = self.run_folder(run_id) / "sizes.json"
         kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         return {(round, attempt): size for round, attempt, size in kept}
 
     def frozen(self) -> tuple[str, Tensors]:
-        """The frozen tensors that were received last, and their digest; ("", {}) if none were."""
+        """Return the digest of the frozen tensors that were received last, and the tensors; ("", {}) if none."""
         path = next((path for path in self._frozen_files if path.exists()), None)
         if path is None:
             return "", {}
@@ -131,7 +143,7 @@ class FolderState:
             return stored.metadata()["sha256"], tensors
 
     def save_frozen(self, sha256: str, tensors: Tensors) -> None:
-        """Keep the tensors in place of the ones kept before: a client needs only the latest."""
+        """Keep the tensors, whose digest is `sha256`, in place of the former ones: only the latest are needed."""
         arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         kept, former = self._frozen_files
         replace_file(kept, to_bytes(arrays, metadata={"sha256": sha256}))
@@ -139,11 +151,14 @@ class FolderState:
 
     @property
     def _frozen_files(self) -> tuple[Path, Path]:
-        """Where they are kept, and where versions before protocol 6 did."""
+        """The file of the frozen tensors, and the file in which versions before protocol 6 kept them."""
         return self.folder / "frozen.safetensors", self.folder / "shared.safetensors"
 
     def said(self, run_id: str) -> tuple[tuple[str, ...], list[tuple[int, str]]]:
-        """The label names announced in the run, and the (round, code) of each refusal sent, by whatever process."""
+        """Return the label names that were announced in the run, and (round, code) of each refusal that was sent.
+
+        Those of earlier processes are included.
+        """
         path = self.run_folder(run_id) / "said.json"
         if not path.exists():
             return (), []
@@ -156,41 +171,49 @@ class FolderState:
                      json.dumps({"labels": labels, "refusals": refusals}).encode())
 
     def unfinished(self, run_id: str) -> Path:
-        """The mark of a round that is under way, or was never finished; see `Participation.answer_unattended`."""
+        """Return the path of the mark that says that a round is being trained, or was never finished.
+
+        See `Participation.answer_unattended`.
+        """
         return self.run_folder(run_id) / "unfinished"
 
     def save_unfinished(self, run_id: str) -> None:
-        """Set the mark."""
+        """Create the mark of `unfinished`."""
         replace_file(self.unfinished(run_id), b"")
 
     def secret(self, run_id: str, name: str) -> bytes:
-        """What was last kept for the name in the run, at whatever address its server is; b"" if nothing was."""
+        """Return the secret that was saved last for the run and the name; b"" if there is none.
+
+        The server's address plays no part: a run may move to another one.
+        """
         return next((bytes.fromhex(secret) for *whose, secret in self._secrets() if whose == [run_id, name]), b"")
 
     def save_secret(self, run_id: str, name: str, secret: bytes) -> None:
-        """Keep it in place of the one before, for this user alone to read."""
+        """Keep the secret in place of the one before, in a file that only this user can read."""
         others = [kept for kept in self._secrets() if kept[:2] != [run_id, name]]
         kept = [*others[1 - MOST_SECRETS:], [run_id, name, secret.hex()]]
         replace_file(self.folder / "secrets.json", json.dumps(kept, indent=1).encode())
 
     def _secrets(self) -> list[list[str]]:
-        """[run id, name, secret in hexadecimal] each, the newest last."""
+        """Return [run id, name, secret in hexadecimal] of each secret, the newest last."""
         path = self.folder / "secrets.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        kept: list[list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return kept
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Release the folder, so that another process can use it."""
         self._lock.close()
 
     def run_folder(self, run_id: str) -> Path:
-        """Where what belongs to one run is kept."""
+        """Return the folder of one run's files."""
         return self.folder / run_id
 
 
 State = MemoryState | FolderState
 
 
-def _lock(path: Path):
+def _lock(path: Path) -> TextIO:
+    """Lock a file until it is closed; raise BlockingIOError if another process has locked it."""
     import fcntl  # Linux and macOS; Windows through WSL
 
     handle = path.open("w")

@@ -1,11 +1,12 @@
-"""fedlora-client where Flower's SuperNode holds the connection: each message is answered by a process of its own.
+"""The client under a Flower SuperNode, which holds the connection and starts a process for each message.
 
-Nothing stays in memory between two messages: policy, ledger and state are opened, the data is read and checked, and
-the model loaded, each time anew. The charges, the frozen tensors, the last upload and what was announced or refused
-are on the disk, where fedlora-client has them too. A SuperNode answers every run that its SuperLink submits; what
-bounds them all together is the data set's lifetime budget. Nobody is there to be asked, so that a real ledger needs
-`yes` and `declared-size` in the node's configuration. A round that fails is the last of its run here, until the
-owner says otherwise.
+Nothing stays in memory between two messages. Each time, the policy, the ledger and the state are opened, the data are
+read and checked, and the model is loaded. Charges, frozen tensors, the last upload, and what was announced or refused
+are on disk, in the same files that fedlora-client uses.
+
+A SuperNode answers every run that its SuperLink submits; the data set's lifetime budget limits all of them together.
+Nobody is there to be asked, so a real ledger needs `yes` and `declared-size` in the node's configuration. After a round
+that failed, all further rounds of its run are refused until the owner removes a mark.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ Answer = TypeVar("Answer")
 
 
 class SuperNodeClient:
-    """Answers messages; made for each of them.
+    """Answers the messages of a SuperNode. A new one is made for each message.
 
     Args:
-        options: of fedlora-client. --server is not called, only held against the policy and named in reports.
+        options: the options of fedlora-client. --server is not called; it is checked against the policy and named in
+            reports.
 
     Attributes:
-        name: this client's at the server.
-        private: whether it trains under differential privacy.
+        name: this client's name at the server.
+        private: whether this client trains under differential privacy.
 
     Raises:
-        ValueError: an option is not for SuperNodes.
+        ValueError: an option cannot be used under a SuperNode.
     """
 
     def __init__(self, options: ClientConfig) -> None:
@@ -50,13 +52,26 @@ class SuperNodeClient:
         self.private: bool = options.epsilon != float("inf")
 
     def join(self, proposal: Proposal) -> tuple[str, ...] | Refusal:
-        """Read the data and check it against what the server proposes; the label names that are disclosed, or why
-        this client will not take part.
+        """Check the server's proposal against the policy, the data and the budget.
+
+        Args:
+            proposal: what the server proposes.
+
+        Returns:
+            The label names that are disclosed to the server, or why this client does not take part.
         """
         return self._take_part(proposal, lambda part: part.announced)
 
     def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
-        """Train once for `plan`, as `ClientSession.run_round` does, and bring the run's privacy report up to date."""
+        """Train once for an order, and bring the run's privacy report up to date.
+
+        Args:
+            plan: the order.
+            tensors: the tensors that came with it.
+
+        Returns:
+            What may be sent: the upload, or a refusal.
+        """
 
         def train(part: Participation) -> Upload | Refusal:
             answer = part.answer_unattended(plan, tensors)
@@ -67,8 +82,9 @@ class SuperNodeClient:
         return self._take_part(Proposal(plan.run), train)
 
     def _take_part(self, proposal: Proposal, act: Callable[[Participation], Answer]) -> Answer | Refusal:
-        """What `act` does with this client's part in the run. What goes wrong is told here, and to the server only
-        what a refusal says.
+        """Call `act` with this client's part in the run. The server learns of an error only what a refusal says.
+
+        The error itself is written to the local log.
         """
         set_environment(allow_download=self._options.allow_download)
         from fedlora.console import messages

@@ -1,5 +1,4 @@
-"""What the data holder allows, and the terms of a run that follow from it: all of them public, before a record is read.
-"""
+"""The data holder's limits, and the terms of a run that follow from them. Neither depends on a record's content."""
 
 from __future__ import annotations
 
@@ -17,23 +16,23 @@ from fedlora.privacy import MOST_SAMPLING_RATE, SIGMA_STEP, Budget, RunTerms
 log = logging.getLogger(__name__)
 
 MOST_EXTRA_NOISE = 10
-"""Where the lifetime budget leaves room only for more than so many times the noise of --epsilon, it is exhausted: who
-wants such a run asks for less epsilon."""
+"""A run gets at most this many times the noise that --epsilon asks for. If the lifetime budget requires more, it counts
+as exhausted; to take part nevertheless, give a smaller --epsilon."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the data holder allows, whatever a server proposes.
+    """The data holder's limits. No proposal of a server changes them.
 
     Attributes:
-        epsilon: most that one run may spend; infinite turns privacy off.
-        delta: None for min(1e-5, 0.1 / n̂).
-        declared_size: the public n̂; None for the number of units, rounded down to two significant digits.
-        max_clip_norm: the plan's clip norm is lowered to at most this.
-        unit: "row", or "column:NAME".
-        rows_per_unit: most rows of one unit that enter a step.
-        max_sampling_rate: a private plan that would sample more often is refused.
-        announce_size: whether uploads state sigma and delta, which tell n̂.
+        epsilon: the most ε that one run may spend; infinite turns privacy off.
+        delta: δ of a run; None for min(1e-5, 0.1 / n̂), where n̂ is the declared size.
+        declared_size: n̂, the public number of units; None for their number rounded down to two significant digits.
+        max_clip_norm: a larger clip norm (L2) in the plan is lowered to this.
+        unit: the unit of privacy, "row" or "column:NAME".
+        rows_per_unit: the most rows of one unit that enter a step.
+        max_sampling_rate: a private plan that would sample units with a higher probability is refused.
+        announce_size: whether uploads state the noise multiplier and δ, from which n̂ can be computed.
     """
 
     epsilon: float
@@ -47,7 +46,13 @@ class Limits:
 
     @classmethod
     def of(cls, options: LocalConfig, unit: str, **allowed: Any) -> Limits:
-        """The options of fedlora-client or fedlora-simulate as limits, and other attributes, which win over them."""
+        """Make limits from the options of fedlora-client or fedlora-simulate.
+
+        Args:
+            options: the options.
+            unit: the unit of privacy.
+            **allowed: values of other attributes; they override the options.
+        """
         return cls(options.epsilon, **{
             "delta": options.delta, "declared_size": options.declared_size,
             "max_clip_norm": options.max_clip_norm or float("inf"), "unit": unit,
@@ -55,34 +60,56 @@ class Limits:
 
     @property
     def private(self) -> bool:
+        """Whether this client trains under differential privacy."""
         return self.epsilon != float("inf")
 
     def budget(self, units: int) -> Budget:
-        """Of one run on so many units of privacy. Raises ValueError where there can be none."""
+        """Return the budget of one run.
+
+        Args:
+            units: number of units of privacy in the data; used only where no size is declared.
+
+        Raises:
+            ValueError: the values do not make a valid budget, such as a δ that is too large for the declared size.
+        """
         return Budget.declare(units, epsilon=self.epsilon, delta=self.delta, declared_size=self.declared_size,
                               max_sampling_rate=self.max_sampling_rate)
 
     def check(self, run: RunPlan) -> None:
-        """Refuse a plan whose privacy contradicts --epsilon, or cannot be kept; the log says why."""
+        """Refuse a plan whose privacy contradicts --epsilon or cannot be kept.
+
+        Args:
+            run: the plan.
+
+        Raises:
+            Refused: "privacy-mismatch": one side trains with privacy and the other without. "policy": the plan has
+                dropout, which is not private (the log says why).
+        """
         if self.private != run.private:
             servers = "required" if run.private else "off"
             raise Refused("privacy-mismatch", f"the server runs with --privacy {servers} and this client with "
-                                              f"--epsilon {self.epsilon:g}; change one of the two flags")
+                                              f"--epsilon {self.epsilon:g}; change one of the two options")
         if run.private and run.dropout:
-            log.error("The plan has dropout %g: a record's mask depends on the others in its batch, so that ε would "
-                      "not cover it; refused.", run.dropout)
+            log.error("The plan has dropout %g. A record's mask would depend on the other records of its batch, which "
+                      "ε does not cover; refused.", run.dropout)
             raise Refused("policy")
 
 
 def private_terms(limits: Limits, budget: Budget, run: RunPlan, plan_sha256: str = "",
                   scales: Mapping[str, float] | None = None) -> RunTerms:
-    """The terms on which a run uses this budget up exactly at its most participations, whatever was spent before.
+    """Return the terms with which a run uses up the budget exactly when it begins all trainings that it may.
+
+    What was spent before the run plays no part.
 
     Args:
-        plan_sha256, scales: of the plan, once its labels are fixed; what the run costs does not depend on them.
+        limits: the data holder's limits.
+        budget: ε, δ and the declared size of the run.
+        run: the plan.
+        plan_sha256: digest of the plan once its labels are fixed; it has no influence on the cost.
+        scales: factor for each group of tensors, from the plan; they have no influence on the cost.
 
     Raises:
-        ValueError: the run would sample the units too often, or the budget cannot be kept.
+        ValueError: the run would sample the units with too high a probability, or no noise keeps the budget.
     """
     return RunTerms(
         run_id=run.run_id, plan_sha256=plan_sha256, unit=limits.unit, declared_size=budget.declared_size,
@@ -93,7 +120,13 @@ def private_terms(limits: Limits, budget: Budget, run: RunPlan, plan_sha256: str
 
 
 def with_room(terms: RunTerms, fits: Callable[[RunTerms], bool], most: float = MOST_EXTRA_NOISE) -> RunTerms | None:
-    """The terms with the smallest noise, from theirs to `most` times as much, that fit; None where none do."""
+    """Return the terms with the least noise that fits; None if none does.
+
+    Args:
+        terms: private terms; their noise is the least that is tried. Noise multipliers are multiples of `SIGMA_STEP`.
+        fits: whether terms fit the lifetime budget; true for more noise if it is true for less.
+        most: the most noise that is tried, as a multiple of that of `terms`.
+    """
     def with_noise(multiple: int) -> RunTerms:
         return dataclasses.replace(terms, noise_multiplier=multiple * SIGMA_STEP)
 

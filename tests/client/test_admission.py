@@ -1,4 +1,4 @@
-"""What a run costs is told, and asked about, before anything is spent of it; what is told is what the ledger does."""
+"""A run's cost is shown, and the owner asked, before anything is charged; the ledger then charges what was shown."""
 
 import dataclasses
 import os
@@ -98,7 +98,7 @@ def server(tmp_path, checkpoint):
 
 
 class Terminal:
-    """The installed fedlora-client at a terminal of its own, as a person has it."""
+    """The installed fedlora-client at a terminal of its own, as a person uses it."""
 
     def __init__(self, server, *arguments):
         home = server.deployment.home("north")
@@ -114,7 +114,7 @@ class Terminal:
         os.set_blocking(self._master, False)
 
     def expect(self, text, answer=""):
-        """Wait until it says `text`, after what was waited for before, and type the answer."""
+        """Wait until the client prints `text` after everything waited for before; then type the answer."""
         deadline = time.monotonic() + PATIENCE * 60
         while (found := self.text.find(text, self._seen)) < 0:
             assert time.monotonic() < deadline, self.text

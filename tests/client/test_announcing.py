@@ -1,4 +1,4 @@
-"""Label names that a client tells the server: names of classes, never texts."""
+"""A client tells the server names of classes as its labels, never texts."""
 
 import pytest
 

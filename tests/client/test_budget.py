@@ -1,4 +1,4 @@
-"""fedlora-client budget and verify: what the ledger holds, for people and as JSON."""
+"""fedlora-client budget and verify show what the ledger holds, for people and as JSON."""
 
 import json
 
@@ -21,14 +21,14 @@ def ledger(tmp_path, monkeypatch):
 
 
 def command(*arguments):
-    """The exit code of `fedlora-client <arguments>`."""
+    """Run `fedlora-client <arguments>` and return its exit code."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     return ended.value.code
 
 
 def budget(capsys, *arguments):
-    """What `fedlora-client budget --json` says of each data set."""
+    """Return what `fedlora-client budget --json` says of each data set."""
     assert command("budget", "--json", *arguments) == 0
     return json.loads(capsys.readouterr().out)["datasets"]
 
@@ -85,7 +85,7 @@ def test_an_id_in_brackets_is_shown_as_it_is(ledger, capsys):
 
 def test_the_price_of_more_rounds_is_what_the_ledger_will_charge(ledger, capsys):
     orders = (2.0, 8.0, 40.0)
-    with ledger._chain.transaction():  # a budget that was begun with other orders than today's
+    with ledger._chain.transaction():  # a budget that was created with other orders than today's
         ledger._chain.append("declare", dataset="north", epsilon=6.0, delta=1e-5, orders=orders, distinct=(),
                              unit="row")
     spend(ledger, "north", "11" * 8, 2)

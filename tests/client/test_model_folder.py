@@ -1,4 +1,4 @@
-"""What --model may say at a client: its own folder, or the plan's model by name."""
+"""A client's --model is a folder of its own, or names the plan's model."""
 
 import pytest
 

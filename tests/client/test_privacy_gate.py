@@ -1,4 +1,4 @@
-"""The owner's side of a client: the first use writes the policy, and everything later is held against it."""
+"""The owner's control over a client: the first use writes the policy, and every later use is checked against it."""
 
 import math
 
@@ -87,7 +87,7 @@ def test_a_copy_of_some_rows_shares_the_budget_and_a_lost_ledger_is_noticed(nort
 
 
 def released(gate, epsilon=8.0):
-    """One update of a run has left."""
+    """Charge a run of one round, and note that its update has left."""
     ledger = gate.ledger
     ledger.begin_run(gate.dataset, RunTerms("ab" * 8, "a" * 64, "row", 120, 0.1, None if epsilon == math.inf else 4.0,
                                              None if epsilon == math.inf else 1e-5, 1.0, {}, 1, 1))
@@ -99,7 +99,7 @@ def released(gate, epsilon=8.0):
 
 
 def spent(path, epsilon=8.0):
-    """A whole run on the data, after which the witness lies beside them."""
+    """Charge a whole run to the data; afterwards a witness file lies beside them."""
     gate = PrivacyGate(options(path, epsilon=epsilon))
     gate.recognise(read(path, "classification"))
     gate.take_charge(BUDGET if epsilon != math.inf else None)

@@ -1,4 +1,4 @@
-"""The client's core with a real tiny model: what is charged, what is sent again, what is declined."""
+"""The client's core with a real, tiny model: what is charged, what is sent again and what is declined."""
 
 import dataclasses
 import gc
@@ -47,7 +47,7 @@ def make_plan(**changes):
 
 
 class Desk:
-    """One client with everything that its session needs; `session()` is what a (re)started process would have."""
+    """One client with everything that its session needs; `session()` does what a (re)started process would do."""
 
     def __init__(self, checkpoint, state, ledger):
         self.state, self.ledger, self.plan = state, ledger, make_plan()
@@ -98,7 +98,7 @@ def test_a_repeated_order_gets_the_identical_bytes_at_no_cost_even_after_a_resta
 
 
 def test_a_real_ledgers_anchor_is_made_when_an_upload_leaves_and_tells_of_its_release(desk, tmp_path):
-    """Also of one that is sent again, which it is not stored with."""
+    """An upload that is sent again gets a new anchor: the stored upload has none."""
     desk.ledger = Ledger(tmp_path / "real" / "ledger.sqlite")
     session = desk.session(anchors=True)
     first = session.run_round(desk.order(1), desk.start)
@@ -126,7 +126,7 @@ def test_an_order_that_was_begun_and_not_finished_stays_charged_and_is_not_train
 
 
 def test_an_upload_that_the_ledger_does_not_know_is_not_sent(desk, monkeypatch):
-    """The process died after its file was written and before the ledger noted it."""
+    """The process dies after the upload's file is written and before the ledger notes it."""
     def killed(upload):
         save_upload(upload)
         raise KeyboardInterrupt
@@ -169,7 +169,7 @@ def test_an_order_whose_time_is_up_is_refused_and_charges_nothing(desk):
 
 
 def test_a_client_that_could_not_begin_in_time_charges_nothing(desk):
-    """Whatever comes before the charge takes as long as a model may take to load."""
+    """The preparation before the charge may take long, such as loading a model; the deadline is checked after it."""
     session, order = desk.session(), desk.order(1, left_s=0.2)
     begun = session.begin(order, desk.start, prepare=lambda: time.sleep(0.3))
     assert begun.code == "too-late" and session.started == () and session.epsilon() == 0.0
@@ -346,7 +346,7 @@ def test_restarts_between_rounds_cost_nothing_where_a_fresh_engine_would_have_fo
     spent = [Accountant((Spend(terms.noise_multiplier, terms.sampling_rate, steps),)).epsilon(terms.delta)
              for steps in (4, 2)]
     assert restarted == pytest.approx(spent[0], abs=1e-6)
-    assert spent[1] < restarted - 0.5  # what an accountant that begins anew each round would have printed
+    assert spent[1] < restarted - 0.5  # what an accountant that started afresh each round would print
 
 
 def test_what_the_owners_policy_forbids_is_refused_before_anything_is_charged(desk):

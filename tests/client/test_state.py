@@ -1,4 +1,4 @@
-"""What a client keeps beside the ledger is on the disk, whole, and read back as it was written."""
+"""A client's files beside the ledger are whole on disk, and read back as they were written."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a SuperNode's client answers, message by message: nothing is in memory between two, and nothing is forgotten."""
+"""A SuperNode's client keeps nothing in memory between two messages, and forgets nothing."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ OTHER_MODEL = ModelRef("local", "0" * 64, "1" * 64, "2" * 64)
 
 
 class Node:
-    """A SuperNode called north, and a server whose orders to it can be made hostile."""
+    """A SuperNode called north, and the orders of a server that may be hostile."""
 
     def __init__(self, folder, checkpoint):
         self.plan = RunPlan(
@@ -75,9 +75,9 @@ def test_a_supernode_compiles_nothing(node):
 def test_a_supernode_follows_no_plan_but_the_one_that_its_run_began_with(node, tmp_path):
     announced = Proposal(node.plan)
     assert SuperNodeClient(node.options).join(announced) == ()
-    assert node.ask(0) == Refusal("policy")  # a start from private rows, which the run was not to have
+    assert node.ask(0) == Refusal("policy")  # the plan has no start from private gradients
     first = node.ask(1)
-    assert first.steps == 2 and first.anchor == b"", "nobody would keep it"
+    assert first.steps == 2 and first.anchor == b"", "the server keeps no anchors"
     for changes in ({"clip_norm": 5.0}, {"local_steps": 4}, {"max_participations": 3, "rounds": 3}, {"rounds": 3},
                     {"expected_batch": 16}, {"strategy": "fedsvd"}, {"max_length": 32}, {"private_start": True}):
         assert node.ask(2, **changes) == Refusal("policy"), changes
