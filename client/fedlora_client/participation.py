@@ -82,7 +82,8 @@ class Participation:
         limits.check(plan)
         check_known(plan)
         if plan.task != options.task:
-            log.error("The server's task is %s and this client's --task is %s.", plan.task, options.task)
+            log.error("The server's task is %s and this client's --task is %s; refused. Add --task %s if your data are "
+                      "for that.", plan.task, options.task, plan.task)
             raise Refused("policy")
         gate.check_proposal(proposal)
         gate.check_anchor(proposal.anchor)
@@ -291,7 +292,11 @@ class Participation:
         self._console.print(f"What left this machine, and what it cost: {report.with_suffix('.md')}", soft_wrap=True)
 
     def _write_report(self) -> Path | None:
-        """Write the privacy report of everything so far. Return its path; None if there is none (the log says why)."""
+        """Write the privacy report of everything so far.
+
+        Returns:
+            The path of privacy.json; None if there is nothing to report, or it cannot be written (the log says why).
+        """
         session = self._session
         if session is None:
             return None
