@@ -1,11 +1,10 @@
-"""What privacy costs, who allows it, where it is written down, and where randomness comes from."""
+"""Differential privacy: accounting, the owner's policy, the ledger of what was spent, and the random streams."""
 
 from fedlora.privacy.accounting import (
     MOST_SAMPLING_RATE,
     SIGMA_STEP,
     Accountant,
     Budget,
-    Spend,
     calibrate,
     four_digits,
     nominal_size,
@@ -13,6 +12,7 @@ from fedlora.privacy.accounting import (
 from fedlora.privacy.ledger import BudgetExhausted, Charge, Ledger, LedgerError, Lifetime, RunTerms
 from fedlora.privacy.policy import DatasetPolicy, Forbidden, Policy
 from fedlora.privacy.rng import INSECURE_SEED_VARIABLE, RandomStream, RunStreams, run_streams
+from fedlora.privacy.spend import Spend
 
 __all__ = [
     "INSECURE_SEED_VARIABLE",

@@ -1,27 +1,28 @@
-"""policy.toml: what the owner of this machine's data allows, whatever a server proposes and a command line asks for.
+"""The owner's policy file, policy.toml: the limits that no server's proposal and no command line can exceed.
 
-    min-noise-multiplier = 0.5            # all of these are optional
-    max-rounds = 100
-    max-sampling-rate = 0.2
-    strategies = ["fed-sb", "fedsvd"]     # how the server says that it combines uploads; it alone knows whether it does
-    families = ["frozen-a", "bra"]        # which tensors are trained here and sent
+    min-noise-multiplier = 0.5            # every setting is optional
+    max-rounds = 100                      # the most trainings that a run may ask for
+    max-sampling-rate = 0.2               # the highest probability with which a step may sample a unit
+    strategies = ["fed-sb", "fedsvd"]     # as the server names its way of combining uploads; a client cannot check it
+    families = ["frozen-a", "bra"]        # kinds of adapter, which decide what tensors are trained here and sent
     models = ["<SHA-256 of the weights>"]
     servers = ["127.0.0.1:9092"]
-    announce-labels = false               # a server that asks for the label names is refused
-    announce-size = false                 # uploads do not state sigma and delta, which tell the declared size
-    private-start = false                 # a server that asks for noised gradients to start from is refused
+    announce-labels = false               # refuse servers that ask for the label names
+    announce-size = false                 # leave sigma and delta out of uploads: they tell about the declared size
+    private-start = false                 # refuse servers that ask for noised gradients to start the adapters from
 
-    [dataset.north]                       # one for each data set, under an id of the owner's choice
+    [dataset.north]                       # one table for each data set, under an id of the owner's choice
     data = "/records/north"
-    epsilon = 8.0                         # lifetime, over all runs
+    epsilon = 8.0                         # lifetime budget, over all runs
     delta = 1e-5
     unit = "column:patient_id"            # or "row", the default
-    declared-size = 1300                  # public number of units, from which the noise is computed
-    labels = ["routine", "urgent"]        # names that may be told to a server; every labelled row has one of them
-    distinct = ["south"]                  # data sets that describe other people even where rows are alike
-    witness = "/backed-up/folder"         # default: beside the data
+    declared-size = 1300                  # public number of units; the noise is computed from it
+    labels = ["routine", "urgent"]        # names that a server may be told; each labelled row must have one of them
+    distinct = ["south"]                  # data sets about other people, even if some rows look the same
+    witness = "/backed-up/folder"         # folder of the ledger's witness file; default: beside the data
 
-It is read before the data. What it forbids is refused with a bare code; the reason goes to this machine's own log.
+The client reads this file before the data. A server whose proposal is forbidden receives only a code; the reason goes
+to this machine's own log.
 """
 
 from __future__ import annotations
@@ -46,22 +47,24 @@ from fedlora.privacy.accounting import MOST_SAMPLING_RATE
 
 
 class Forbidden(ValueError):
-    """The policy does not allow it; the message is for the owner's eyes."""
+    """The policy does not allow a proposal or its terms. The message is for the owner and is never sent."""
 
 
 @dataclass(frozen=True)
 class DatasetPolicy:
-    """The lifetime budget of one data set.
+    """One data set's table in policy.toml: where the data are, their lifetime budget and their unit of privacy.
 
     Attributes:
-        id: the owner's name for it, the key of the ledger.
-        data: the folder or file, as an absolute path.
-        epsilon, delta: of everything that is ever released from it.
-        unit: "row", or "column:NAME" where all rows with one value there are one unit of privacy.
-        declared_size: the public number of units; None where the command line names it, or it is asked for.
-        labels: the label names, normalised; None where they are not declared.
+        id: the owner's name for the data set, under which the ledger charges it.
+        data: the folder or file as an absolute path, or the name of a hub data set.
+        epsilon: limit on epsilon for everything that is ever released from the data, for one unit under the zero-out
+            relation; positive, infinite for no limit.
+        delta: the delta of that limit, in (0, 1).
+        unit: "row", or "column:NAME" if all rows that share a value of that column are one unit of privacy.
+        declared_size: the public number of units; None if the command line or a prompt supplies it.
+        labels: the label names, normalised; None if they are not declared.
         distinct: ids of data sets that share nobody with this one.
-        witness: folder of the ledger's witness file.
+        witness: folder of the ledger's witness file; None for beside the data.
     """
 
     id: str
@@ -76,7 +79,8 @@ class DatasetPolicy:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.id):
-            raise ValueError(f"{self.id!r} is no id of a data set: use 1 to 64 letters, digits, - and _")
+            raise ValueError(f"{self.id!r} is no id of a data set; use 1 to 64 letters, digits, - and _, with a letter "
+                             "or digit first")
         if not self.epsilon > 0:
             raise ValueError(f"[dataset.{self.id}] epsilon is {self.epsilon!r}; it must be positive")
         if not 0 < self.delta < 1:
@@ -89,7 +93,7 @@ class DatasetPolicy:
             check_label_names(self.labels or (), f"[dataset.{self.id}] labels")
 
     def toml(self) -> str:
-        """Its table in policy.toml."""
+        """Return this data set's table as it stands in policy.toml."""
         lines = [f"[dataset.{self.id}]", f"data = {_string(self.data)}",
                  f"epsilon = {self.epsilon!r}  # lifetime, over all runs; raise it to allow more. Raising is recorded",
                  f"delta = {self.delta!r}", f"unit = {_string(self.unit)}"]
@@ -104,7 +108,22 @@ class DatasetPolicy:
 
 @dataclass(frozen=True)
 class Policy:
-    """What policy.toml says; without the file, the defaults. None allows anything."""
+    """The contents of policy.toml, or the defaults if there is no such file.
+
+    Attributes:
+        path: the file.
+        min_noise_multiplier: smallest allowed noise standard deviation / clip norm.
+        max_rounds: the most trainings that a run may ask of this client, a private start included.
+        max_sampling_rate: highest allowed probability with which a step samples each unit.
+        strategies: allowed strategies, as servers name them; None allows any. So do the next three.
+        families: allowed adapter families.
+        models: allowed base models, by the SHA-256 of their weights.
+        servers: allowed servers, as host:port.
+        announce_labels: whether a server may ask for the label names.
+        announce_size: whether uploads state the noise multiplier and delta, which tell about the declared size.
+        private_start: whether a server may ask for noised gradients from which the adapters start.
+        datasets: id → the data set's own table.
+    """
 
     path: Path
     min_noise_multiplier: float = 0.0
@@ -121,10 +140,10 @@ class Policy:
 
     @classmethod
     def read(cls, path: Path) -> Policy:
-        """The policy in a file; a missing file is a policy without limits.
+        """Read a policy file. A missing file gives the defaults.
 
         Raises:
-            ValueError: the file cannot be read, or says something that is not understood; nothing is guessed.
+            ValueError: the file cannot be read, or has an unknown setting or a value of the wrong type.
         """
         if not path.exists():
             return cls(path)
@@ -139,18 +158,23 @@ class Policy:
             raise ValueError(f"the policy {path}: {error}") from None
 
     def dataset_at(self, data: str) -> DatasetPolicy | None:
-        """The data set that was declared for exactly this --data."""
+        """Return the data set that is declared for exactly this --data; None if there is none."""
         place = absolute(data)
         return next((known for known in self.datasets.values() if known.data == place), None)
 
     def dataset_around(self, data: str) -> DatasetPolicy | None:
-        """A data set whose place is this --data, holds it, or lies in it."""
+        """Return a data set whose place is this --data, contains it or lies inside it; None if there is none."""
         place = Path(absolute(data))
         return next((known for known in self.datasets.values()
                      if place.is_relative_to(known.data) or Path(known.data).is_relative_to(place)), None)
 
     def free_id(self, data: str, taken: Collection[str] = ()) -> str:
-        """An id that no data set has yet, nor is `taken`, after the name of the folder or file."""
+        """Return an unused id for a data set, made from the name of its folder or file.
+
+        Args:
+            data: the --data of the data set.
+            taken: further ids that must not be used.
+        """
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(absolute(data)).stem).strip("-_")[:48] or "data"
         number = 1
         while (name := stem if number == 1 else f"{stem}-{number}") in self.datasets or name in taken:
@@ -158,10 +182,14 @@ class Policy:
         return name
 
     def check_proposal(self, proposal: Proposal, *, server: str) -> None:
-        """What a server says when this client joins, before anything is disclosed or charged.
+        """Hold a server's proposal against the limits, before anything is disclosed or charged.
+
+        Args:
+            proposal: the run as the server proposes it to a client that joins.
+            server: the server's address, as host:port.
 
         Raises:
-            Forbidden: naming the limit, the proposed value, and where to change it.
+            Forbidden: the proposal exceeds a limit; the message names the limit, the value and the policy's file.
         """
         run = proposal.plan
         for key, value, allowed in (("strategies", run.strategy, self.strategies),
@@ -173,35 +201,47 @@ class Policy:
         if run.most_trainings > self.max_rounds:
             self._forbid(f"max-rounds = {self.max_rounds:g}", f"the server may ask for {run.most_trainings}")
         if proposal.announce_labels and not self.announce_labels:
-            self._forbid("announce-labels = false", "the server asks for the label names; it must name them itself, "
-                                                    "with --labels")
+            self._forbid("announce-labels = false", "the server asks for the label names; ask the coordinator to name "
+                                                    "them with fedlora-server --labels")
         if run.private_start and not self.private_start:
-            self._forbid("private-start = false", "the server asks for a start from noised gradients of these records")
+            self._forbid("private-start = false", "the server asks for noised gradients of these records to start the "
+                                                  "adapters from")
 
     def check_terms(self, noise_multiplier: float | None) -> None:
-        """What follows from the proposal and the budget, before any record is trained on.
+        """Hold the run's noise against the policy, before any record is trained on.
+
+        Args:
+            noise_multiplier: the run's noise standard deviation / clip norm; None if privacy is off.
 
         Raises:
-            Forbidden: as `check_proposal`.
+            Forbidden: there is less noise than the policy demands; the message names the limit and the value.
         """
         if noise_multiplier is not None and noise_multiplier < self.min_noise_multiplier:
             self._forbid(f"min-noise-multiplier = {self.min_noise_multiplier:g}",
-                         f"this run would need only {noise_multiplier:.4g}; a lower --epsilon gives more")
+                         f"the noise multiplier of this run would be only {noise_multiplier:.4g}; a lower --epsilon "
+                         "raises it")
         if noise_multiplier is None and self.min_noise_multiplier > 0:
             self._forbid(f"min-noise-multiplier = {self.min_noise_multiplier:g}", "this run adds no noise")
 
     def _forbid(self, limit: str, found: str) -> None:
-        raise Forbidden(f"the policy {self.path} has {limit}, and {found}. Change the policy if that is what you want")
+        raise Forbidden(f"the policy {self.path} has {limit}, and {found}. Change that line if you want to allow it")
 
     def adopt(self, data: str, *, epsilon: float, delta: float, unit: str, declared_size: int | None = None,
               taken: Collection[str] = ()) -> DatasetPolicy:
-        """Declare a data set that the file does not name, with the first run's ε as its lifetime.
+        """Append a table for a data set that the file does not name yet, with the first run's ε as its lifetime budget.
+
+        The file is replaced under a lock, so that of two processes that adopt the same data the first one decides.
 
         Args:
+            data: the --data of the data set.
+            epsilon: lifetime limit on epsilon.
+            delta: the delta of that limit.
+            unit: "row" or "column:NAME".
+            declared_size: public number of units; None leaves it out of the file.
             taken: ids that the ledger holds for other data.
 
         Returns:
-            What the file says of the data set now; where another process was first, that one's declaration.
+            The data set as the file declares it now; if another process was first, that one's declaration.
 
         Raises:
             ValueError: the file cannot be read or written.
@@ -217,14 +257,14 @@ class Policy:
                 before, mode = (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) if path.exists() else (b"", 0o600)
                 replace_file(path, before + f"\n{declared.toml()}".encode(), mode)
         except OSError as error:
-            raise ValueError(f"the policy {self.path} cannot be written: {error.strerror}; name another file with "
-                             "--policy") from None
+            raise ValueError(f"the policy {self.path} cannot be written: {error.strerror}; make it writable, or name "
+                             "another file with --policy") from None
         return declared
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time changes the file."""
+    """Hold the policy file's lock, so that one process at a time changes the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -236,7 +276,15 @@ def _string(text: str) -> str:
 
 
 def check_label_names(names: Sequence[str], source: str) -> None:
-    """Raises ValueError for names that a server cannot be told, under `source`: where they stand."""
+    """Check that label names can be announced to a server.
+
+    Args:
+        names: the label names.
+        source: where they were written, for the message.
+
+    Raises:
+        ValueError: there is no name, or one is empty, repeated, too long or not printable, or there are too many.
+    """
     if not names or "" in names or len(set(names)) < len(names):
         raise ValueError(f"{source} must name at least one label, none twice, and none empty")
     if wrong := [name for name in names if len(name) > LONGEST_LABEL or not name.isprintable()]:
@@ -247,7 +295,7 @@ def check_label_names(names: Sequence[str], source: str) -> None:
 
 
 def absolute(data: str) -> str:
-    """How a data set's place is written down: an absolute path without links, or a hub name as it is."""
+    """Return a data set's place as it is written down: an absolute path without links, or a hub name unchanged."""
     path = expanded(data)
     return str(path.resolve()) if path.exists() else data
 
@@ -266,7 +314,7 @@ def _parse(path: Path, table: Mapping[str, Any]) -> Policy:
     entries = dict(table)
     declared = entries.pop("dataset", {})
     if not isinstance(declared, dict) or not all(isinstance(entry, dict) for entry in declared.values()):
-        raise ValueError("dataset must be tables, as in [dataset.north]")
+        raise ValueError("dataset must be tables, one for each data set, as in [dataset.north]")
     datasets = {}
     for name, entry in declared.items():
         values = _typed(entry, _DATASET_FIELDS, f"[dataset.{name}] ")
@@ -283,7 +331,16 @@ def _parse(path: Path, table: Mapping[str, Any]) -> Policy:
 
 
 def _typed(entries: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], where: str) -> dict[str, Any]:
-    """The entries under their Python names, each of the type it must have."""
+    """Return a table's entries under their Python names, after checking that each is known and of the right type.
+
+    Args:
+        entries: the table.
+        known: setting → its allowed types.
+        where: the table's name, as a prefix of messages.
+
+    Raises:
+        ValueError: a setting is unknown or has a value of another type.
+    """
     values: dict[str, Any] = {}
     for key, value in entries.items():
         if key not in known:

@@ -1,12 +1,12 @@
-"""Streams of random numbers for sampling and noise: AES-256 in counter mode under a 256-bit key.
+"""Random streams for sampling and noise: AES-256 in counter mode under a 256-bit key.
 
-torch's CPU generator uses 32 bits of its seed, and two clients that share a seed share their noise. Here deployment
-and simulation run the same code and differ only in the key: from the operating system's entropy, or derived by
-SHA-256 from (seed, client, round, purpose, attempt).
+torch's generator is not used: on the CPU it takes 32 bits of its seed, and two clients with the same seed would draw
+the same noise. Deployment and simulation run the same code here and differ only in the key. In deployment it comes from
+the operating system's entropy. In a simulation it is the SHA-256 of (seed, client, round, purpose, attempt).
 
-Gaussians are drawn in float64 by Box-Muller, and each value is a sum of `DRAWS` draws, as in the secure mode of
-Opacus (Holohan & Braghin, arXiv:2107.10138): that makes the attack on the floating-point representation
-(Mironov 2012; arXiv:2112.05307) expensive. It does not remove it: the residual leakage is stated, not denied.
+Gaussians are drawn in float64 by Box-Muller. Each value is a sum of `DRAWS` draws, as in the secure mode of Opacus
+(Holohan & Braghin, arXiv:2107.10138). This makes the attack on the floating-point representation of noise (Mironov
+2012; arXiv:2112.05307) expensive. It does not rule the attack out, and the privacy report says so.
 """
 
 from __future__ import annotations
@@ -20,49 +20,58 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 INSECURE_SEED_VARIABLE = "FEDLORA_INSECURE_NOISE_SEED"
-"""Test only. An integer here makes sampling and noise of this process predictable: no epsilon holds for such a run."""
+"""Environment variable for tests only. An integer in it makes this process's sampling and noise predictable, so no
+epsilon holds for its runs."""
 
 DRAWS = 4
-"""Gaussian draws summed into one value: 2n with n = 2, see arXiv:2107.10138, section 5.1."""
+"""Number of Gaussian draws summed into one value: 2n with n = 2 in arXiv:2107.10138, section 5.1."""
 
 _BLOCK = 16_384
-"""So many pairs of values are drawn at once: what they take stays in a processor's cache."""
+"""Number of pairs of values drawn at once; their memory fits a processor's cache."""
 
 
 class RandomStream:
-    """An endless sequence of uniform or Gaussian numbers that is determined by its key and the order of calls."""
+    """An endless sequence of uniform or Gaussian numbers, determined by a 32-byte key and the order of calls."""
 
     def __init__(self, key: bytes) -> None:
         if len(key) != 32:
             raise ValueError(f"the key has {len(key)} bytes; a stream needs 32, from os.urandom or SHA-256")
-        # One key serves one stream, so the counter may start at zero.
+        # Each key serves one stream only, so the counter may start at zero.
         self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
 
     @classmethod
     def from_os(cls) -> RandomStream:
-        """A stream nobody can predict: 256 bits of the operating system's entropy."""
+        """Return a stream that nobody can predict: its key is 256 bits of the operating system's entropy."""
         return cls(os.urandom(32))
 
     @classmethod
     def derived(cls, seed: int, name: str, round: int, purpose: str, attempt: int = 0) -> RandomStream:
-        """A reproducible stream for simulation and tests; different arguments give independent streams."""
+        """Return a reproducible stream, for simulation and tests. Different arguments give independent streams.
+
+        Args:
+            seed: whoever knows it can subtract the noise.
+            name: the client's name.
+            round: the round of the run.
+            purpose: "sampling" or "noise".
+            attempt: the attempt at this round.
+        """
         identity = json.dumps(["fedlora stream 1", seed, name, round, purpose, attempt])
         return cls(hashlib.sha256(identity.encode()).digest())
 
     def uniform(self, count: int) -> np.ndarray:
-        """`count` float64 values, multiples of 2^-53 in [0, 1)."""
+        """Return `count` uniform float64 values, multiples of 2^-53 in [0, 1)."""
         words = np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
         return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def gaussian(self, count: int) -> np.ndarray:
-        """`count` float64 values of the standard normal distribution."""
+        """Return `count` float64 values of the standard normal distribution (mean 0, standard deviation 1)."""
         values = np.zeros((2, (count + 1) // 2))
         for start in range(0, values.shape[1], _BLOCK):
             block = values[:, start:start + _BLOCK]
             for _ in range(DRAWS):
                 u, v = self.uniform(block.size).reshape(block.shape)
                 radius = np.sqrt(np.log(1.0 - u) * (-2.0 / DRAWS))  # 1 - u is in (0, 1]
-                # cosine and sine of 2·pi·(v - 1/2) by the tangent of its half: a third of the time of both
+                # Cosine and sine of 2·pi·(v - 1/2), from the tangent of half the angle: a third of the time of both.
                 tangent = np.tan(np.pi * (v - 0.5))
                 square = tangent * tangent
                 radius /= 1.0 + square
@@ -73,11 +82,11 @@ class RandomStream:
 
 @dataclass(frozen=True)
 class RunStreams:
-    """Where one client's streams of a run come from.
+    """The source of one client's random streams in one run.
 
     Attributes:
-        name: of the client.
-        seed: None in deployment: every stream is keyed afresh by the operating system. An integer makes all of them
+        name: the client's name.
+        seed: None in deployment: the operating system gives each stream a fresh key. An integer makes all streams
             reproducible, and then no epsilon may be printed as a guarantee.
     """
 
@@ -86,21 +95,24 @@ class RunStreams:
 
     @property
     def predictable(self) -> bool:
-        """True if whoever knows the seed can subtract the noise."""
+        """True if the streams follow from a seed: whoever knows it can subtract the noise."""
         return self.seed is not None
 
     def stream(self, round: int, purpose: str, attempt: int = 0) -> RandomStream:
-        """A fresh stream for one purpose ("sampling", "noise") of one attempt at one round."""
+        """Return a stream for one purpose ("sampling", "noise") in one attempt at one round.
+
+        In deployment each call returns a fresh stream; with a seed, equal arguments return equal streams.
+        """
         if self.seed is None:
             return RandomStream.from_os()
         return RandomStream.derived(self.seed, self.name, round, purpose, attempt)
 
 
 def run_streams(name: str) -> RunStreams:
-    """The streams of a deployed client: the operating system's, unless the test-only variable is set.
+    """Return the streams of a deployed client: the operating system's, unless the test-only variable is set.
 
     Raises:
-        ValueError: the variable is set to something that is not an integer.
+        ValueError: the variable `INSECURE_SEED_VARIABLE` is set to something that is not an integer.
     """
     value = os.environ.get(INSECURE_SEED_VARIABLE)
     if value is None:
@@ -108,5 +120,5 @@ def run_streams(name: str) -> RunStreams:
     try:
         return RunStreams(name, int(value))
     except ValueError:
-        raise ValueError(f"{INSECURE_SEED_VARIABLE} is {value!r}; it must be an integer, and it must be unset wherever "
-                         "privacy matters") from None
+        raise ValueError(f"{INSECURE_SEED_VARIABLE} is {value!r}; it must be an integer. It is for tests only: unset "
+                         "it wherever privacy matters") from None

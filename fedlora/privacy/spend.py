@@ -1,4 +1,7 @@
-"""What steps cost in Rényi divergence: the accounting that is cheap, and that every other one is held against."""
+"""RDP accounting: the cost of noised steps in Rényi divergence. Cheap, and the bound that every other is held against.
+
+Unit and relation are those of `fedlora.privacy.accounting`: one unit, zero-out.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,18 @@ import numpy as np
 from fedlora.privacy import renyi
 
 RDP_ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 64), 80, 96, 128, 192, 256, 384, 512)
+"""Rényi orders among which a run's epsilon is minimised."""
 
 
 @dataclass(frozen=True)
 class Spend:
-    """`steps` steps with one noise multiplier and one sampling rate."""
+    """A number of steps with one noise multiplier and one sampling rate.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise / clip norm; positive and finite.
+        sampling_rate: probability with which each unit enters a step, in (0, 1].
+        steps: at least 1.
+    """
 
     noise_multiplier: float
     sampling_rate: float
@@ -22,8 +32,8 @@ class Spend:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
-            raise ValueError(f"noise_multiplier is {self.noise_multiplier!r}; without positive, finite noise there is "
-                             "no guarantee to account for")
+            raise ValueError(f"noise_multiplier is {self.noise_multiplier!r}; it must be positive and finite, since "
+                             "without noise there is no guarantee to account for")
         if not 0 < self.sampling_rate <= 1:
             raise ValueError(f"sampling_rate is {self.sampling_rate!r}; it must be in (0, 1]")
         if not (isinstance(self.steps, int) and self.steps >= 1):
@@ -31,12 +41,26 @@ class Spend:
 
 
 def rdp(spend: Spend, orders: tuple[float, ...] = RDP_ORDERS) -> np.ndarray:
-    """[len(orders)] Rényi divergence of `spend` at each order; infinite at an order where it cannot be computed."""
+    """Return the Rényi divergence of `spend` at each order, `[len(orders)]`; infinite where it cannot be computed."""
     return spend.steps * renyi.divergence(spend.noise_multiplier, spend.sampling_rate, orders)
 
 
 def rdp_epsilon(history: tuple[Spend, ...], delta: float, orders: tuple[float, ...] = RDP_ORDERS) -> float:
-    """RDP's upper bound at its best order; 0.0 for an empty history, inf where no order gives a finite one."""
+    """Return RDP's upper bound on epsilon at `delta`, at the best of the orders.
+
+    Sources: arXiv:1908.10530 for the divergence, arXiv:1905.09982 (theorem 21) for its conversion.
+
+    Args:
+        history: the steps, in any order.
+        delta: in (0, 1).
+        orders: the Rényi orders to choose from. They must not depend on the data.
+
+    Returns:
+        0.0 for an empty history; infinity if no order gives a finite bound.
+
+    Raises:
+        ValueError: delta is not in (0, 1).
+    """
     if not 0 < delta < 1:
         raise ValueError(f"delta is {delta!r}; it must be in (0, 1)")
     if not history:

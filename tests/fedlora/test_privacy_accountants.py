@@ -1,4 +1,4 @@
-"""PRV and RDP against dp-accounting's privacy loss distributions, which share no code with them."""
+"""Tests of PRV and RDP against dp-accounting's privacy loss distributions, which share no code with them."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from fedlora.privacy.accounting import Spend, pld_epsilon, prv_epsilon
 from fedlora.privacy.spend import rdp_epsilon
 
 GRID = 0.002
-"""Most that the grid of `pld_epsilon` adds in the range below."""
+"""The most that the grid of `pld_epsilon` adds to epsilon in the range below."""
 
 
 @pytest.mark.parametrize(("q", "sigma", "steps", "prv", "by_pld", "rdp"), [
@@ -23,7 +23,7 @@ def test_reference_values(q, sigma, steps, prv, by_pld, rdp):
 
 
 def drawn(count):
-    """`count` points with q in [.001, .2], sigma in [.6, 4], T <= 5000 and epsilon <= 15, and the range's corners."""
+    """Return `count` random points (q in [.001, .2], sigma in [.6, 4], T <= 5000, epsilon <= 15) and the corners."""
     random_numbers = random.Random(2106)
 
     def log_uniform(low, high):

@@ -1,4 +1,4 @@
-"""Accounting against independent figures, and calibration against accounting."""
+"""Tests of accounting against independent figures, and of calibration against accounting."""
 
 import math
 
@@ -18,7 +18,7 @@ from fedlora.privacy.accounting import (
 )
 from fedlora.privacy.spend import rdp_epsilon
 
-# sigma, q, steps, epsilon by dp_accounting's PLD at delta = 1e-5, epsilon by RDP (PRIVACY.md)
+# sigma, q, steps, epsilon by dp-accounting's PLD at delta = 1e-5, epsilon by RDP
 PUBLISHED = [(1.0, 0.01, 500, 1.326, 1.653), (0.8, 0.02, 1000, 6.419, 7.201), (1.0, 0.01, 1, 0.199, math.inf)]
 
 

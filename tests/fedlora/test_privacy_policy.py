@@ -1,4 +1,4 @@
-"""policy.toml: what it allows, what it refuses, and that nothing in it is guessed."""
+"""Tests of policy.toml: what it allows, what it refuses, and that unclear settings are errors."""
 
 import math
 
@@ -12,7 +12,7 @@ from .test_plan import make_plan
 
 
 def proposed(**changes):
-    """What a server at 127.0.0.1:9092 says of its run of 8 rounds of Fed-SB."""
+    """Return a server's proposal of a run of 8 rounds of Fed-SB, with changes to its plan."""
     plan = make_plan(**{"strategy": "fed-sb", "family": "bra", "rounds": 8, "max_participations": 8} | changes)
     return {"proposal": Proposal(plan), "server": "127.0.0.1:9092"}
 

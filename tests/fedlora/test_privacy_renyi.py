@@ -1,6 +1,7 @@
-"""Rényi divergences at many orders at once, against Opacus', dp-accounting's and the definition."""
+"""Tests of the Rényi divergences at many orders: they equal Opacus', dp-accounting's and the defining integral."""
 
 import math
+from inspect import signature
 
 import dp_accounting
 import numpy as np
@@ -13,6 +14,7 @@ from scipy.stats import norm
 
 from fedlora.privacy import renyi
 from fedlora.privacy.accounting import Spend, prv_epsilon
+from fedlora.privacy.prv import QuickPRVAccountant
 from fedlora.privacy.spend import RDP_ORDERS, rdp_epsilon
 
 POINTS = [(sigma, q) for sigma in (0.3, 0.62, 1.0, 4.0) for q in (1e-4, 0.023, 0.2, 0.9)]
@@ -39,7 +41,7 @@ def test_it_is_the_integral_that_defines_it(sigma, q, alpha):
 def test_epsilon_is_dp_accountings_at_whole_orders_and_no_larger_at_all(sigma, q):
     event = dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(sigma))
 
-    def theirs(orders):  # in between they add up absolute values: a bound
+    def theirs(orders):  # at other orders dp-accounting adds up absolute values, which gives an upper bound
         return RdpAccountant(list(orders)).compose(event, 100).get_epsilon(1e-5)
 
     whole, history = tuple(order for order in RDP_ORDERS if order % 1 == 0), (Spend(sigma, q, 100),)
@@ -55,6 +57,17 @@ def test_what_cannot_be_told_is_infinite_and_never_negative():
     extreme = [renyi.divergence(sigma, q, RDP_ORDERS) for sigma in (1e-3, 1e3) for q in (1e-12, 0.5, 1 - 1e-12)]
     assert not np.isnan(extreme).any() and np.min(extreme) >= 0
     assert renyi.epsilon((2.0, 3.0), np.array([math.inf, math.inf]), 1e-5) == math.inf
+
+
+def test_the_private_method_of_opacus_that_is_replaced_is_still_the_one_that_chooses_the_grid(monkeypatch):
+    """`QuickPRVAccountant` overrides `_get_domain`. If Opacus renames it, the override would silently do nothing."""
+    assert list(signature(PRVAccountant._get_domain).parameters) == [
+        "self", "prvs", "num_self_compositions", "eps_error", "delta_error"]
+    asked = []
+    ours = QuickPRVAccountant._get_domain
+    monkeypatch.setattr(QuickPRVAccountant, "_get_domain",
+                        lambda *args, **named: asked.append(1) or ours(*args, **named))
+    assert prv_epsilon((Spend(1.0, 0.0101, 500),), 1e-5) is not None and asked == [1]
 
 
 @pytest.mark.parametrize("history", [

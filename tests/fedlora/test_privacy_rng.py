@@ -1,4 +1,4 @@
-"""Random streams: reproducible from a key, independent between keys, and of the right distribution."""
+"""Tests of the random streams: reproducible from a key, independent between keys, and of the right distribution."""
 
 import numpy as np
 import pytest
