@@ -1,6 +1,6 @@
-"""Files written by the version of protocol 4 can be read, checked and continued.
+"""Tests of old files: ledger, policy, reports and runs of the version with protocol 4 are read, checked and continued.
 
-`fixtures/protocol-4/make.py` made them, with real processes of that version.
+Real processes of that version wrote the files, by `fixtures/protocol-4/make.py`.
 """
 
 import json
@@ -17,7 +17,7 @@ from tests.processes import Deployment
 WRITTEN = Path(__file__).parent / "fixtures" / "protocol-4"
 FIGURES = json.loads((WRITTEN / "figures.json").read_text())
 AGREED = ("--yes",)
-"""Options that a client with a real ledger needs if there is no terminal."""
+"""Option of a client with a real ledger that has no terminal to ask."""
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def left(tmp_path):
     for file in (here / "home" / "config" / "fedlora" / "policy.toml", here / "run" / "run.json"):
         file.write_text(file.read_text().replace("@HERE@", str(here)))
     for file in (here / "home" / "state" / "fedlora").iterdir():
-        file.chmod(0o600)  # git does not store file modes
+        file.chmod(0o600)  # git keeps no modes
     return here
 
 
@@ -102,14 +102,14 @@ def test_a_privacy_report_verifies(name, capsys):
 
 
 class Moved(Deployment):
-    """A deployment that begins with the server's run and the clients' files as they were left."""
+    """Start a deployment on the server's run and the clients' user files as they were left."""
 
     def home(self, name):
         return self.folder / "home"
 
 
 def test_a_run_that_was_stopped_goes_on_to_its_end_with_its_clients(left):
-    """Both have trained for round 2; neither the stored updates nor round 1 is charged again."""
+    """Both clients have trained for round 2. Neither the stored updates nor round 1 is charged again."""
     stored = {name: next((left / "state" / name).glob("*/upload.safetensors")) for name in ("north", "south")}
     with Moved(left, left / "model") as deployment:
         deployment.resume("--address", deployment.address)

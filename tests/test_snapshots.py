@@ -1,4 +1,4 @@
-"""Real processes whose owner's files were restored to an earlier state, or written by the version before."""
+"""Tests with real processes whose owner's files are put back to an earlier state, or come from the last version."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from tests.processes import Deployment, write_rows
 
 SMALL = ("--rank", 2, "--local-steps", 2, "--batch-size", 8, "--max-length", 16)
 PLENTY = 200
-"""An ε so large that calibrating its noise takes no time."""
+"""An ε so large that its noise is found at once."""
 
 
 @pytest.fixture
@@ -37,12 +37,12 @@ class North:
         policy.write_text(DatasetPolicy("north", str(self.data), 10_000.0, 1e-5).toml())
 
     def take_part(self, *arguments):
-        """Take part in the running server's run, and return the client's exit code."""
+        """Take part in the present server's run; return the client's exit code."""
         self.deployment.client("north", self.data, "--epsilon", PLENTY, *arguments)
         return self.deployment.end("north")
 
     def run(self, name, *arguments):
-        """Start a server, and take part in its run of one round."""
+        """Do a run of one round with a server of its own, to the report."""
         self.serve(name)
         assert self.take_part(*arguments) == 0, self.deployment.log("north")
         assert self.deployment.end("server") == 0, self.deployment.log("server")
@@ -52,7 +52,7 @@ class North:
         self.deployment.server("--min-clients", 1, "--rounds", 1, *SMALL)
 
     def copy(self):
-        """Copy all of the owner's files, including the witness beside the data."""
+        """Copy all of the owner's files, with the witness beside the data."""
         for kept in (self.home, self.data.parent):
             shutil.copytree(kept, self.deployment.folder / "copy" / kept.name)
 
@@ -72,14 +72,14 @@ class North:
             ledger.close()
 
     def reports(self):
-        """Return the reports of all its runs, oldest first."""
+        """Return the reports of all runs, oldest first."""
         found = sorted((self.deployment.folder / "state" / "north").glob("*/privacy.json"),
                        key=lambda path: path.stat().st_mtime)
         return [json.loads(path.read_text()) for path in found]
 
 
 def test_a_snapshot_of_all_that_an_owner_has_is_refused_when_it_is_put_back_until_the_owner_decides(deployment):
-    """Each run has its own server and folder. An update leaves between the snapshot and its restoration."""
+    """Each run has a server and a folder of its own. An update leaves after the snapshot and before it is put back."""
     north = North(deployment)
     north.run("first")
     north.copy()
@@ -124,7 +124,7 @@ def test_a_simulated_ledger_sends_no_anchor_and_says_so(deployment):
 
 
 def test_a_run_that_the_version_before_began_is_taken_up_with_the_plan_that_its_clients_know(deployment):
-    """The run's folder says protocol 4. The plan's hash, by which clients recognise the run, includes the protocol."""
+    """The run's folder states the earlier protocol, and so does the plan whose hash identifies the run to a client."""
     north = North(deployment)
     asked = ["--model", deployment.checkpoint, "--address", deployment.address, "--labels", "routine,urgent",
              "--min-clients", 1, "--rounds", 2, *SMALL]

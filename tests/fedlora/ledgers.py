@@ -1,4 +1,4 @@
-"""What the ledger's tests share: terms of runs, and an account of the truth that shares no code with the ledger."""
+"""Shared parts of the ledger's tests: terms of runs, and an exact epsilon that shares no code with the ledger."""
 
 import math
 import os
@@ -15,17 +15,21 @@ SHA = "0" * 64
 
 
 def terms(run_id="r1", **changes) -> RunTerms:
-    """A run whose steps read every record (q = 1), so that its exact epsilon is known in closed form."""
+    """Return terms of a run whose steps read every record (q = 1), so that its epsilon is known in closed form."""
     return RunTerms(**{"run_id": run_id, "plan_sha256": "a" * 64, "unit": "row", "declared_size": 1000,
                        "sampling_rate": 1.0, "noise_multiplier": 20.0, "delta": DELTA, "clip_norm": 1.0,
                        "scales": {"adapter": 1.0}, "local_steps": 2, "max_participations": 5} | changes)
 
 
 def gaussian_epsilon(trainings: list[tuple[float, int]], delta: float = DELTA) -> float:
-    """The exact epsilon of Gaussian steps without sampling: (noise multiplier, steps) each.
+    """Return the exact epsilon of Gaussian steps without sampling.
 
-    Together they are one Gaussian with mu^2 = sum of steps / sigma^2 (Dong, Roth & Su 2022, Corollary 3.3; Balle &
-    Wang 2018, Theorem 8).
+    Together the steps are one Gaussian mechanism with mu^2 = sum of steps / sigma^2 (Dong, Roth & Su 2022, Corollary
+    3.3; Balle & Wang 2018, Theorem 8).
+
+    Args:
+        trainings: (noise multiplier, steps) of each training.
+        delta: in (0, 1).
     """
     mu = math.sqrt(sum(steps / sigma**2 for sigma, steps in trainings))
     if mu == 0:
@@ -47,7 +51,7 @@ def gaussian_epsilon(trainings: list[tuple[float, int]], delta: float = DELTA) -
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Run `work` in a fork of this process, which has all modules loaded; it ends when `work` does. Returns its pid."""
+    """Run `work` in a fork of this process, which has all modules loaded, and return the fork's process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -61,7 +65,7 @@ def forked(work: Callable[[], None]) -> int:
 
 
 def ended(pid: int) -> int:
-    """The exit status of a forked process; minus the signal that killed it."""
+    """Wait for a forked process, and return its exit status, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -89,7 +93,7 @@ def train(ledger: Ledger, round: int, run_id: str = "r1", dataset: str = "a", at
 
 @contextmanager
 def full_disk():
-    """No file of this process can grow, as on a full disk."""
+    """Let no file of this process grow, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
@@ -100,7 +104,7 @@ def full_disk():
 
 @contextmanager
 def no_file_left():
-    """This process can open no file that is not open yet."""
+    """Let this process open no further file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:

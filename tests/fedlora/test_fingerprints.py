@@ -1,4 +1,4 @@
-"""Copies of a record are recognised, other records are not, and nothing readable leaves the machine."""
+"""Tests of fingerprints: copies of a record are recognised, other records are not, and the text cannot be read."""
 
 import dataclasses
 

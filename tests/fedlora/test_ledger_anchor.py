@@ -1,4 +1,4 @@
-"""The anchor: what a server keeps tells of a ledger that was put back, and tells the server nothing."""
+"""Tests of the anchor: it reveals a ledger that was put back, and tells the server that keeps it nothing."""
 
 import secrets
 import shutil
@@ -37,7 +37,7 @@ def test_whatever_else_a_server_says_is_no_anchor(sealed):
 
 
 def test_two_anchors_of_one_state_have_nothing_in_common():
-    """Half of all bits differ between any two, whatever they hold: 40 standard deviations would be 0.8."""
+    """About half of all bits differ between any two anchors, whatever they hold; 0.8 is 40 standard deviations off."""
     sealed = [seal(KEY, rows, "ab" * 32) for rows in (1, 1, 2, 2**63)]
     for one, other in combinations(sealed, 2):
         different = (int.from_bytes(one, "big") ^ int.from_bytes(other, "big")).bit_count() / (8 * ANCHOR_BYTES)
@@ -60,7 +60,7 @@ def spend(path, *rounds, **options):
 
 
 def restored(path, copy):
-    """Put a ledger's folder (ledger, key and witness) back."""
+    """Put a ledger's folder (ledger, key and witness) back to an earlier copy."""
     shutil.rmtree(path.parent)
     shutil.copytree(copy, path.parent)
 
@@ -77,11 +77,11 @@ def test_a_ledger_that_was_put_back_with_its_witness_and_key_is_refused_until_it
     shutil.copytree(path.parent, tmp_path / "copy")
     after = spend(path, 2, 3)
     restored(path, tmp_path / "copy")
-    ledger = opened(path)  # its files agree with each other
+    ledger = opened(path)  # no error: its files agree with each other
     assert ledger.check_anchor(before[-1])
     rows = ledger.book().rows
     for sealed in after:
-        with pytest.raises(LedgerError, match=r"with \d+ rows, does not know: .* anchor of \d+ rows.*--new-ledger"):
+        with pytest.raises(LedgerError, match=r"with \d+ rows, is an older copy .* anchor of \d+ rows.*--new-ledger"):
             ledger.check_anchor(sealed)
     assert ledger.marks() == () and ledger.book().rows == rows, "a refusal changes nothing"
     ledger.close()
@@ -126,7 +126,7 @@ def test_a_foreign_anchor_says_nothing(path, tmp_path):
 def test_an_anchor_costs_the_ledger_no_row(path):
     spend(path, 1)
     ledger = opened(path)
-    ledger.anchor()  # the key is made once
+    ledger.anchor()  # makes the key, which is one row
     rows = ledger.book().rows
     sealed = [ledger.anchor() for _ in range(3)]
     assert ledger.book().rows == rows and len(set(sealed)) == 3

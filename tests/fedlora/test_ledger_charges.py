@@ -1,4 +1,4 @@
-"""Every training is charged once, before it reads, whatever happens then; on a full disk nothing is trained."""
+"""Tests of charges: every training is charged once, before it reads a record; on a full disk nothing is trained."""
 
 import dataclasses
 import math
@@ -179,7 +179,7 @@ def test_on_a_full_disk_nothing_is_trained_and_nothing_leaves(path):
     stored.stored(SHA)
     voided = ledger.reserve("a", "r1", 2, 0)
     with full_disk():
-        with pytest.raises(LedgerError, match=r"nothing may be trained.*see to the disk"):
+        with pytest.raises(LedgerError, match=r"nothing may be trained.*make room on the disk"):
             ledger.reserve("a", "r1", 3, 0)
         with pytest.raises(LedgerError, match="nothing may leave"):
             stored.released()

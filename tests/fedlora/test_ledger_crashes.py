@@ -1,4 +1,4 @@
-"""A process killed anywhere has recorded at least what it spent, and the next one goes on from there."""
+"""Tests of crashes: a process killed anywhere has recorded at least what it spent, and the next one continues."""
 
 import os
 import random
@@ -25,7 +25,7 @@ from .ledgers import DELTA, ended, forked, gaussian_epsilon, terms, witness_of
 
 SHA = "0" * 64
 STRIDE = 6
-"""Lines of code from one kill to the next. With 1, each of about 900 lines is the last one once."""
+"""Distance in executed lines from one kill to the next. With 1, each of about 900 lines is once the last one."""
 
 SIGMA, STEPS, MOST = 50.0, 1, 400
 RUN = terms(noise_multiplier=SIGMA, local_steps=STEPS, max_participations=MOST)
@@ -39,7 +39,7 @@ def opened(folder: Path) -> Ledger:
 
 @pytest.fixture
 def folder(tmp_path):
-    """In memory where there is such a place: what a killed process wrote is not lost with it, synchronised or not."""
+    """Provide a folder, in memory if possible: what a process wrote survives its kill, synchronised or not."""
     where = Path("/dev/shm")
     made = Path(tempfile.mkdtemp(dir=where if os.access(where, os.W_OK) else tmp_path))
     yield made
@@ -48,12 +48,12 @@ def folder(tmp_path):
 
 @pytest.fixture(autouse=True)
 def opacus_is_loaded():
-    """Forks then need not import it."""
+    """Import Opacus in this process, so that its forks need not."""
     assert filter_epsilon([RUN.spends(MOST)], DELTA, FILTER_ORDERS) < 20.0
 
 
 class Told:
-    """What a worker truly did, told through a pipe before it did it: bytes in a pipe survive their writer."""
+    """A worker's account of what it is about to do, sent through a pipe. Bytes in a pipe survive the writer's death."""
 
     def __init__(self):
         self.read_end, self.write_end = os.pipe()
@@ -64,7 +64,7 @@ class Told:
         os.write(self.write_end, f"{what} {round}\n".encode())
 
     def listen(self, blocking: bool = True) -> int:
-        """Take in what has come, and return how many lines there are. Blocks for at least one."""
+        """Read the lines that have come, at least one, and return how many there are in all."""
         os.set_blocking(self.read_end, blocking)
         with suppress(BlockingIOError):
             self._rest += os.read(self.read_end, 1 << 20)
@@ -77,7 +77,7 @@ class Told:
 
 
 def work(folder: Path, told: Told, seed: int, trainings: int) -> None:
-    """As a client does: what was stored and had not left goes first, then new rounds."""
+    """Work as a client does: first send updates that were stored and not sent, then train new rounds."""
     choice = random.Random(seed)
     ledger = opened(folder)
     ledger.begin_run("a", RUN)
@@ -100,8 +100,8 @@ def work(folder: Path, told: Told, seed: int, trainings: int) -> None:
 
 
 def check(folder: Path, told: Told) -> str:
-    """The state in which the last charge was left. The ledger must know of all that was told."""
-    witness = read_witness(witness_of(folder))  # before the ledger is opened, and so could be mended
+    """Check that the ledger has recorded all that the worker told. Return the state of the last charge."""
+    witness = read_witness(witness_of(folder))  # read before opening the ledger, which could change it
     ledger = opened(folder)
     by_round = {charge.round: charge for charge in ledger.charges("a")}
     for round in told.rounds("read"):
@@ -117,7 +117,7 @@ def check(folder: Path, told: Told) -> str:
 
 
 def test_200_kills_at_random_moments_never_lose_a_charge(folder):
-    """20 processes after each other on each of 10 ledgers, each killed by SIGKILL in the middle of its work."""
+    """On each of 10 ledgers, 20 processes work one after the other. Each is killed by SIGKILL in the middle."""
     choice, left, kills = random.Random(7), Counter(), 0
     for i in range(10):
         place, told = folder / str(i), Told()
@@ -137,7 +137,7 @@ def test_200_kills_at_random_moments_never_lose_a_charge(folder):
 
 
 def test_a_kill_at_any_line_of_the_ledger_never_loses_a_charge(folder):
-    """From opening to the second update: the n-th line executed is the last, for every `STRIDE`-th n to the end."""
+    """Kill a process after its n-th executed line, for every `STRIDE`-th n from the opening to the second update."""
     source = str(Path(fedlora.privacy.ledger.__file__).parent)
     start = folder / "start"
     work(start, Told(), 2, 1)
@@ -218,7 +218,7 @@ for round in (1, 2):
 
 
 def test_charge_and_witness_are_synchronised_to_the_disk_before_the_reading_and_the_sending(tmp_path):
-    """The system calls of a real process, as strace records them; reading and sending stand for themselves."""
+    """Check the order of a real process' system calls, as strace records them."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     log = tmp_path / "log"

@@ -1,4 +1,4 @@
-"""Epsilon recorded is never below epsilon spent, never above the lifetime."""
+"""Tests of the lifetime budget: epsilon on record is never below epsilon spent, and never above the limit."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ def path(tmp_path):
     return tmp_path / "own" / "ledger.sqlite"
 
 
-# The property: any sequence of everything that can happen to two ledgers on one file
+# A property of any sequence of the things that can happen to two processes with one ledger file
 
 
 RUNS = {(dataset, f"{dataset}{i}"): terms(f"{dataset}{i}", noise_multiplier=sigma, max_participations=most)
@@ -34,7 +34,10 @@ PAYS = {"a": "ab", "b": "ab", "c": "c"}
 
 
 class World:
-    """`a` and `b` share a record; `c` shares one with `a` but is declared distinct. `truth` is all that was read."""
+    """Two processes with one ledger, and the truth about what was read.
+
+    The data sets `a` and `b` share a record. `c` shares one with `a`, but is declared distinct.
+    """
 
     def __init__(self, folder):
         self.folder, self.now = folder, 1e9
@@ -140,7 +143,7 @@ def test_recorded_is_never_below_the_truth_nor_above_the_lifetime_whatever_happe
         shutil.rmtree(folder)
 
 
-# The filter, runs at a time, data sets that share records
+# The filter, several runs at the same time, and data sets that share records
 
 
 def test_the_filter_bounds_the_exact_epsilon_and_shares_delta_among_its_orders():
@@ -155,7 +158,7 @@ def test_the_filter_bounds_the_exact_epsilon_and_shares_delta_among_its_orders()
 
 
 def sole(**changes):
-    """A run that PRV allows within epsilon = 1 and the filter does not."""
+    """Return terms of a run that fits epsilon = 1 by PRV but not by the filter."""
     return terms(**{"noise_multiplier": 14.5, "local_steps": 1, "max_participations": 10} | changes)
 
 
@@ -248,7 +251,7 @@ def test_two_processes_at_once_cannot_both_spend_one_budget(path):
 
     def work(name):
         os.close(start)
-        os.read(go, 1)  # all at once: the parent closes its end
+        os.read(go, 1)  # returns when the parent closes its end, so that all begin at once
         ledger = opened(path, epsilon=2.0)
         for round in range(5):
             try:
@@ -304,7 +307,7 @@ def test_runs_that_protect_different_units_never_share_a_budget(path, spent, ask
     ledger.declare(dataset, epsilon=100.0, delta=DELTA, unit=asked)  # as after an edit of policy.toml
     other = terms("r2", noise_multiplier=1000.0, unit=asked)
     assert not ledger.fits(dataset, other)
-    with pytest.raises(BudgetExhausted, match=f"'a' is or was spent for .*--privacy-unit {spent}"):
+    with pytest.raises(BudgetExhausted, match=f"budget of 'a' protects .*--privacy-unit {spent}"):
         ledger.begin_run(dataset, other)
     if copy:
         ledger.declare("b", epsilon=100.0, delta=DELTA, unit=asked, distinct=["a"])
@@ -316,7 +319,7 @@ def test_a_copy_by_rows_cannot_spend_a_budget_of_patients_that_nobody_has_used_y
     ledger.declare("a", epsilon=8.0, delta=DELTA, unit=PATIENT)
     ledger.register("a", [b"x" * 16])
     ledger.register("b", [b"x" * 16])
-    with pytest.raises(BudgetExhausted, match="rows with one value of 'patient_id'"):
+    with pytest.raises(BudgetExhausted, match="rows that share a value of 'patient_id'"):
         ledger.begin_run("b", terms(noise_multiplier=1000.0))
     assert [d.unit for d in ledger.lifetime("a").declared] == ["row", PATIENT]
 

@@ -1,4 +1,7 @@
-"""A ledger that was edited, rolled back, swapped, lost or put in a doubtful place is an error."""
+"""Tests of the witness and the chain: a ledger that was edited, rolled back, swapped or lost is refused.
+
+So is a ledger in a place that cannot be relied on.
+"""
 
 import json
 import os
@@ -60,7 +63,7 @@ def test_an_edited_ledger_is_an_error(used, edit):
 
 
 def rehash(path, edit):
-    """Put `edit(event)` in place of each event's text, and continue the chain over it."""
+    """Replace each event's text by `edit(text)`, and recompute the chain's hashes."""
     db = sqlite3.connect(path)
     head = ""
     for sequence, event in db.execute("SELECT sequence, event FROM events ORDER BY sequence").fetchall():
@@ -72,7 +75,7 @@ def rehash(path, edit):
 
 
 def test_a_rehashed_chain_contradicts_the_witness(used):
-    """Someone who recomputes every hash has made another ledger, and the witness knows."""
+    """A ledger whose hashes were all recomputed is whole by itself; only the witness contradicts it."""
     rehash(used, lambda event: event.replace('"noise_multiplier":20.0', '"noise_multiplier":40.0'))
     with pytest.raises(LedgerError, match="does not hold"):
         opened(used)
@@ -87,7 +90,7 @@ def test_every_run_says_for_which_relation_and_with_which_accountant_it_was_char
 
 
 def test_a_ledger_of_format_1_is_read_and_its_run_goes_on(used):
-    witness_of(used.parent).unlink()  # its hashes are about to change
+    witness_of(used.parent).unlink()  # the ledger's hashes are about to change
     rehash(used, lambda event: event.replace('"format":2', '"format":1').replace('"relation":"zero-out",', "")
            .replace('"accountant":"PRV or RDP",', ""))
     ledger = opened(used, new=True)
@@ -98,7 +101,7 @@ def test_a_ledger_of_format_1_is_read_and_its_run_goes_on(used):
     assert len(opened(used).charges()) == 3
     execute(used, "UPDATE events SET event = replace(event, '\"format\":1', '\"format\":3')")
     rehash(used, str)
-    with pytest.raises(LedgerError, match="a format up to 2"):
+    with pytest.raises(LedgerError, match=r"format that this version reads \(1 to 2\)"):
         Ledger(used)
 
 
@@ -109,7 +112,7 @@ def test_an_older_copy_of_the_ledger_is_an_error(used, tmp_path):
     train(ledger, 3)
     ledger.close()
     shutil.copy(tmp_path / "backup", used)
-    with pytest.raises(LedgerError, match=r"has seen \d+ rows.*older copy.*--new-ledger"):
+    with pytest.raises(LedgerError, match=r"older copy.*has seen \d+ rows.*--new-ledger"):
         opened(used)
 
 
@@ -278,7 +281,7 @@ def test_every_witness_in_the_folder_of_the_data_must_be_the_ledgers(used, tmp_p
     ledger = opened(used)
     ledger.begin_run("a", terms())
     train(ledger, 3)
-    with pytest.raises(LedgerError, match="another ledger"):  # it has spent more than was given up
+    with pytest.raises(LedgerError, match="another ledger"):  # more was spent since than the mark gave up
         Ledger(other).check_folder(folder)
 
 
@@ -304,7 +307,7 @@ def test_a_new_ledger_helps_where_the_old_one_and_the_witness_are_unreadable(use
     opened(used)
 
 
-# Kinds and places
+# Real and simulated ledgers, and network file systems
 
 
 def test_real_and_simulated_ledgers_are_never_mixed(path, tmp_path):

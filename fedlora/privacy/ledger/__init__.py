@@ -1,4 +1,4 @@
-"""What was ever spent of each data set on this machine: a hash-chained file of events, and the lifetime filter."""
+"""The ledger of privacy spending: a hash-chained file of events per machine, and each data set's lifetime budget."""
 
 from fedlora.privacy.ledger.ledger import Ledger
 from fedlora.privacy.ledger.lifetime_budget import BudgetExhausted, Charge, Declaration, LedgerError, Lifetime, RunTerms

@@ -1,11 +1,12 @@
-"""The anchor: how far a ledger had come when something last left, sealed for a server to keep and give back.
+"""The anchor: the state of a ledger when an update last left, encrypted for a server to keep and give back.
 
-Ledger, policy and witness lie on one machine. Put back together to an earlier state they agree with each other, and
-what left since is forgotten. An anchor is off the machine: it tells where it comes back newer than the ledger. The
-server that keeps it cannot read it, make one, or tell two of them apart by what they hold.
+Ledger, policy and witness are on one machine. If all of them are put back to an earlier state together, they agree with
+each other, and what left since is forgotten. An anchor is kept elsewhere: if it comes back newer than the ledger, the
+ledger was put back. The server that keeps an anchor can neither read it nor make one, nor tell from two anchors whether
+they hold the same state.
 
-An anchor is AES-256-GCM of (rows, 8 bytes, big-endian; head, 32 bytes) after its random nonce of 12 bytes, under a key
-that HKDF-SHA256 makes of the ledger's own.
+An anchor has 68 bytes: a random nonce (12), then the number of rows (8, big-endian) and the chain's hash (32) under
+AES-256-GCM, then its tag (16). The key is derived from the ledger's own by HKDF-SHA256.
 """
 
 from __future__ import annotations
@@ -25,17 +26,30 @@ assert NONCE_BYTES + ROWS_BYTES + HEAD_BYTES + TAG_BYTES == ANCHOR_BYTES
 
 
 def seal(key: bytes, rows: int, head: str) -> bytes:
-    """The anchor of a ledger with so many rows and this head (64 hex digits); never twice the same.
+    """Encrypt a ledger's state. The nonce is random, so two calls never return the same bytes.
 
     Args:
         key: the ledger's `fingerprint_key`, 32 bytes.
+        rows: number of the ledger's rows.
+        head: the chain's hash after them, 64 hexadecimal digits.
+
+    Returns:
+        The anchor, `ANCHOR_BYTES` bytes.
     """
     nonce = secrets.token_bytes(NONCE_BYTES)
     return nonce + _cipher(key).encrypt(nonce, rows.to_bytes(ROWS_BYTES, "big") + bytes.fromhex(head), None)
 
 
 def unseal(key: bytes, sealed: bytes) -> tuple[int, str] | None:
-    """The rows and the head that were sealed; None where it was not with this key, or was changed since."""
+    """Decrypt an anchor.
+
+    Args:
+        key: the ledger's `fingerprint_key`, 32 bytes.
+        sealed: the anchor, as a server gave it back.
+
+    Returns:
+        The rows and the head that were sealed; None if the anchor was not made with this key or was changed.
+    """
     if len(sealed) != ANCHOR_BYTES:
         return None
     try:

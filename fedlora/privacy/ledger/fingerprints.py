@@ -1,6 +1,7 @@
-"""Keyed hashes by which a machine recognises a record that it has seen in another dataset. They never leave it.
+"""Fingerprints: keyed hashes by which a machine recognises a record of another data set. They never leave the machine.
 
-They are a safety net below the dataset id that the owner declares: copies are recognised, edited rows are not.
+They are a safety net. The owner's id of a data set decides first; fingerprints recognise copies of rows under another
+id. Edited rows are not recognised.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ from fedlora.data.rows import Rows
 
 
 def fingerprints(rows: Rows, key: bytes, units: Sequence[str] | None) -> list[bytes]:
-    """One fingerprint per row, then one per distinct unit.
+    """Return one fingerprint per row, then one per distinct unit.
 
-    A row's covers its texts and not its label, so that a relabelled copy is the same record; rows are hashed under a
-    column unit too, so that the same file is recognised under both kinds of unit.
+    A row's fingerprint covers its texts and not its label, so that a relabelled copy is the same record. Rows are
+    hashed even if a column is the unit, so that the same file is recognised under both kinds of unit.
 
     Args:
         rows: the training rows.
         key: the ledger's `fingerprint_key`, 32 bytes.
-        units: [rows] the unit (a patient's id, say) of each row; None where the row is the unit.
+        units: `[rows]`, the unit of each row (a patient's id, say); None if each row is a unit of its own.
 
     Returns:
-        Keyed BLAKE2b digests of 16 bytes, of the content in Unicode NFC, case folded, white space collapsed.
+        Keyed BLAKE2b digests of 16 bytes each. They are taken over the content in Unicode NFC, case folded and with
+        white space collapsed.
 
     Raises:
-        ValueError: a unit is empty (it names the row's file and line), or the units are not one per row.
+        ValueError: a unit is empty (the message names the row's file and line), or there is not one unit per row.
     """
     if units is not None and len(units) != len(rows):
         raise ValueError(f"there are {len(units)} units for {len(rows)} rows; each row belongs to one")
@@ -45,12 +47,12 @@ def fingerprints(rows: Rows, key: bytes, units: Sequence[str] | None) -> list[by
     found = [keyed_hash(b"row", content(row)) for row in range(len(rows))]
     for row, unit in enumerate(units or ()):
         if not normalized(unit):
-            raise ValueError(f"{rows.where(row)}: the row's unit is empty, so nobody's budget would pay for it; give "
-                             "it an id, or remove the row")
+            raise ValueError(f"{rows.where(row)}: the row's unit is empty, so it would count for nobody's budget; give "
+                             "the row an id, or remove it")
     return found + [keyed_hash(b"unit", [unit]) for unit in dict.fromkeys(normalized(unit) for unit in units or ())]
 
 
 def normalized(text: str) -> str:
-    """Unicode NFC, case folded, white space collapsed to single blanks and stripped."""
+    """Return the text in Unicode NFC, case folded, with white space collapsed to single blanks and stripped."""
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
     return " ".join(folded.split())

@@ -1,8 +1,9 @@
-"""An append-only, hash-chained list of events in one SQLite file: what the ledger is made of.
+"""The ledger's storage: an append-only, hash-chained list of events in one SQLite file.
 
-A row is (sequence, canonical JSON, SHA-256 of the head before it and this text). `Book` reads them in order, and so
-checks every row when the file is opened, and every new one before each transaction. SQLite runs in WAL mode with
-synchronous=FULL: a transaction that has ended is on the disk.
+A row is (sequence number, canonical JSON, SHA-256 over the previous row's hash and this text). The last row's hash is
+the chain's head. `Book` applies the rows in order and checks each of them: all rows when the file is opened, and new
+ones at the start of each transaction. SQLite runs in WAL mode with synchronous=FULL, so that a committed transaction is
+on the disk.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from fedlora.privacy.ledger.lifetime_budget import Book, LedgerError, chained
 from fedlora.privacy.ledger.network import network_file_system
 
 FORMAT = 2
-"""Of a new ledger. Format 1 had no places of data, and no relation and accountant of a run: it is read with those that
-every run had then, and continued; whoever reads format 1 alone finds the first new row damaged, and stops."""
+"""Format of new ledgers. Format 1 had no places of data, and its runs had no relation and accountant. It is read with
+the relation and accountant that every run had then, and continued in place. A program that knows format 1 only takes
+the first new row for damage, and stops."""
 READABLE = (1, 2)
+"""Formats that this version reads and continues."""
 WAIT_S = 30.0
-"""How long another process's transaction is waited for; each takes milliseconds."""
+"""Seconds to wait for another process's transaction; one takes milliseconds."""
 
 _TABLES = """
     CREATE TABLE events (sequence INTEGER PRIMARY KEY, event TEXT NOT NULL, sha256 TEXT NOT NULL);
@@ -34,16 +37,27 @@ _TABLES = """
     CREATE INDEX fingerprints_by_digest ON fingerprints (digest);
 """
 
-_LOST = "restore it from a backup, or use --new-ledger and count what was spent before as lost budget"
+_LOST = ("restore it from a backup, or use --new-ledger: what was spent before is then not counted, and the new ledger "
+         "says so for ever")
 
 
 class HashChain:
-    """Arguments and errors as of `Ledger`.
+    """One open ledger file, as a chain of events.
+
+    Args:
+        path: the SQLite file, created if it does not exist; None for a chain in memory.
+        simulated: whether the ledger is a simulation's; an existing file must be of the same kind.
+        new: move an existing file aside and begin another.
+        clock: returns seconds since 1970, for the events' times.
 
     Attributes:
-        db: the connection, for use within `transaction` only.
-        mutex: held throughout a transaction, for threads of this process.
-        name: how messages name the file.
+        path: the file; None in memory.
+        db: the connection. Use it within `transaction` only.
+        mutex: held throughout a transaction, so that threads of this process take turns.
+        name: the ledger's name in messages.
+
+    Raises:
+        LedgerError: the file is damaged, of the other kind, on a network file system or not writable.
     """
 
     def __init__(self, path: Path | None, *, simulated: bool, new: bool, clock: Callable[[], float]) -> None:
@@ -56,12 +70,14 @@ class HashChain:
         try:
             self.db = self._open(beginning, simulated, new)
         except (OSError, sqlite3.Error) as error:
-            raise LedgerError(f"{self.name} cannot be opened ({error}); {_LOST}, or name another place") from error
+            raise LedgerError(f"{self.name} cannot be opened ({error}); make it readable and writable, or {_LOST}"
+                              ) from error
         try:
             with self.transaction("DEFERRED") as book:
                 about = book.ledger
             if about.get("format") not in READABLE:
-                raise LedgerError(f"{self.name} was not begun as a ledger of a format up to {FORMAT}; {_LOST}")
+                raise LedgerError(f"{self.name} is no ledger of a format that this version reads (1 to {FORMAT}); if a "
+                                  f"newer FedLoRA wrote it, use that one; else {_LOST}")
             if about["simulated"] != simulated:
                 found, wanted = (("real", "simulated")[kind] for kind in (about["simulated"], simulated))
                 raise LedgerError(f"{self.name} is a {found} ledger and a {wanted} one is needed; the two are never "
@@ -70,7 +86,7 @@ class HashChain:
             self.db.close()
             raise
 
-    def _open(self, beginning: Mapping, simulated: bool, new: bool) -> sqlite3.Connection:
+    def _open(self, beginning: Mapping[str, object], simulated: bool, new: bool) -> sqlite3.Connection:
         text = _canonical(1, "ledger", self._clock(), beginning)
         if self.path is None:
             db = _connect(":memory:")
@@ -78,8 +94,8 @@ class HashChain:
             return db
         remote = None if simulated else network_file_system(self.path)
         if remote:
-            raise LedgerError(f"{self.name} would lie on a network file system ({remote}), where locks and writes "
-                              "cannot be relied on; name a folder on a local disk")
+            raise LedgerError(f"{self.name} is on a network file system ({remote}), where locks and writes cannot be "
+                              "relied on; name a folder on a local disk")
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if new:
             _move_aside(self.path)
@@ -95,9 +111,13 @@ class HashChain:
         return db
 
     def _make(self, path: Path, text: str) -> None:
-        """Build it whole under another name, then link it: there is no half-made ledger, whoever dies or races."""
+        """Make a new ledger at `path` with `text` as its first event.
+
+        It is built under another name, synchronised to the disk by SQLite, then linked to its own name, and the folder
+        is synchronised last. So nobody ever sees half a ledger, whichever process dies or is faster.
+        """
         if beside(path, "-wal").exists():
-            raise LedgerError(f"{self.name} is missing and a part of it, {path.name}-wal, is still there; {_LOST}")
+            raise LedgerError(f"{self.name} is missing, but a part of it, {path.name}-wal, is still there; {_LOST}")
         temporary = beside(path, f".{secrets.token_hex(8)}.new")
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o600))
         try:
@@ -113,7 +133,12 @@ class HashChain:
 
     @contextlib.contextmanager
     def transaction(self, mode: str = "IMMEDIATE") -> Iterator[Book]:
-        """The book as it stands on the disk; what the block appends is on the disk afterwards, or not at all.
+        """Open a transaction, and yield the state of the ledger as it is on the disk.
+
+        When the block ends, all that it appended is on the disk. If it raises, none of it is.
+
+        Args:
+            mode: "IMMEDIATE" to write, which excludes other writers; "DEFERRED" only to read.
 
         Raises:
             LedgerError: the file is damaged, was replaced, or cannot be read or written.
@@ -122,28 +147,30 @@ class HashChain:
             try:
                 self.check_process()
                 if self.path is not None and self.path.stat().st_ino != self._inode:
-                    raise LedgerError(f"{self.name} was replaced while it was open; restart, and restore it if it was "
-                                      "not you who did")
+                    raise LedgerError(f"{self.name} was replaced while it was open; if you did not replace it, restore "
+                                      "it from a backup, then restart")
                 self.db.execute(f"BEGIN {mode}")
                 self._catch_up()
                 yield self._book
                 self.db.execute("COMMIT")
             except BaseException as error:
-                self._book = Book()  # to be read anew: it may hold what was not written
+                self._book = Book()  # the old one may hold events that were not written; the next one reads all anew
                 with contextlib.suppress(sqlite3.Error):
                     if self.db.in_transaction:
                         self.db.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error | OSError):
                     raise LedgerError(f"{self.name} cannot be read or written ({error}), so nothing may be trained or "
-                                      "sent; see to the disk, or restore the ledger from a backup") from error
+                                      "sent; make room on the disk or mend it, or restore the ledger from a "
+                                      "backup") from error
                 raise
 
     def check_process(self) -> None:
-        """Raises LedgerError in a fork of the process that opened it, where a charge would have two owners."""
+        """Raise LedgerError in a fork of the process that opened the chain, where a charge would have two owners."""
         if os.getpid() != self._pid:
             raise LedgerError(f"{self.name} was opened by the process that forked this one; open it again")
 
     def _catch_up(self) -> None:
+        """Apply the rows that other processes have added, after checking that the last known row is unchanged."""
         book = self._book
         if book.rows and self.row(book.rows) != book.head:
             raise LedgerError(f"{self.name} lost or changed row {book.rows} while it was open; {_LOST}")
@@ -155,12 +182,17 @@ class HashChain:
             raise LedgerError(f"{self.name} is damaged: {error}. To go on, {_LOST}") from error
 
     def row(self, sequence: int) -> str | None:
-        """The head after this row; None without such a row."""
+        """Return the chain's hash after a row, 64 hexadecimal digits; None if there is no such row."""
         found = self.db.execute("SELECT sha256 FROM events WHERE sequence = ?", (sequence,)).fetchone()
         return found[0] if found else None
 
-    def append(self, kind: str, **body) -> int:
-        """Add an event; only within a transaction. Returns its sequence number."""
+    def append(self, kind: str, **body: object) -> int:
+        """Append an event and return its sequence number. Call this within a transaction only.
+
+        Args:
+            kind: names the method of `Book` that applies the event.
+            body: the event's fields, as plain JSON values.
+        """
         book = self._book
         text = _canonical(book.rows + 1, kind, self._clock(), body)
         row = (book.rows + 1, text, chained(book.head, text))
@@ -170,11 +202,16 @@ class HashChain:
 
 
 def beside(path: Path, suffix: str) -> Path:
+    """Return the path beside `path` whose name is the same with a suffix appended."""
     return path.with_name(path.name + suffix)
 
 
 def take_lock(path: Path) -> int | None:
-    """An open handle that holds the lock while this process lives; None where another one has it."""
+    """Lock a file, and return the open handle, which holds the lock until it is closed or this process ends.
+
+    Returns:
+        None if another handle has the lock.
+    """
     path.parent.mkdir(mode=0o700, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -186,7 +223,7 @@ def take_lock(path: Path) -> int | None:
 
 
 def _move_aside(path: Path) -> None:
-    """Keep an old ledger under another name. Raises LedgerError while a process holds a run of it."""
+    """Keep an old ledger under another name. Raise LedgerError while a process holds a run of it."""
     for file in beside(path, "-runs").glob("*"):
         handle = take_lock(file)
         if handle is None:
@@ -204,12 +241,13 @@ def _connect(database: str | Path, uri: bool = False) -> sqlite3.Connection:
 
 
 def _begin(db: sqlite3.Connection, text: str) -> None:
-    """The tables and the first event, in one transaction."""
+    """Create the tables and add the first event, in one transaction."""
     db.executescript(f"BEGIN; {_TABLES}")
     db.execute("INSERT INTO events VALUES (1, ?, ?)", (text, chained("", text)))
     db.execute("COMMIT")
 
 
-def _canonical(sequence: int, kind: str, now: float, body: Mapping) -> str:
+def _canonical(sequence: int, kind: str, now: float, body: Mapping[str, object]) -> str:
+    """Return an event's one spelling, which is hashed: sorted keys, no spaces, ASCII."""
     return json.dumps({"sequence": sequence, "kind": kind, "time": float(now), "body": body}, sort_keys=True,
                       separators=(",", ":"), allow_nan=False)

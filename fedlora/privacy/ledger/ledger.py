@@ -1,12 +1,21 @@
-"""The ledger: what was ever spent of each dataset on this machine, on the owner's own disk. It fails closed.
+"""The ledger: a durable record, on the owner's own disk, of all privacy spent on each data set. It fails closed.
 
-Order of events, each on the disk before the next: the charge, the first record read, the finished noised update, the
-witness, the update leaves. So epsilon recorded is never below epsilon spent, whenever the process dies. What is
-promised about whom, and when a run fits, stands in `lifetime`.
+One training goes through five steps in this order. What a step writes is on the disk before the next step begins:
 
-An event is one row (sequence, canonical JSON, SHA-256 of the row before and this one); rows are only ever added, and
-all else (charges, runs, budgets) is read off them. Other files: `<ledger>-key` (for the fingerprints), and
-`<ledger>-runs/`, with one lock per unfinished run that tells a live process from a dead one.
+1. The charge is written to the ledger.
+2. The first record is read.
+3. The finished, noised update is stored, and the ledger records its SHA-256.
+4. The witness beside the data is written, then the ledger records the release.
+5. The update leaves.
+
+So the epsilon on record is never below the epsilon spent, at whatever moment the process dies. A charge whose training
+died is spent: it is never given back. Unit and relation of the guarantee, and the rule by which a run fits a budget,
+are in `lifetime_budget`.
+
+An event is one row: its sequence number, its canonical JSON, and the SHA-256 over the previous row's hash and this
+text. Rows are only ever added; charges, runs and budgets are all derived from them. Two files lie beside the ledger:
+`<ledger>-key`, which keys the fingerprints, and `<ledger>-runs/`, which has one lock file per unfinished run. The lock
+tells a run of a live process from one whose process died.
 """
 
 from __future__ import annotations
@@ -21,9 +30,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fedlora.plan import ROW, check_unit, unit_column
-from fedlora.privacy.accounting import Accountant, Spend
+from fedlora.privacy.accounting import Accountant
 from fedlora.privacy.ledger.anchor import seal, unseal
 from fedlora.privacy.ledger.hash_chain import HashChain, beside, take_lock
 from fedlora.privacy.ledger.lifetime_budget import (
@@ -38,20 +48,31 @@ from fedlora.privacy.ledger.lifetime_budget import (
 from fedlora.privacy.ledger.overlap_index import OverlapIndex
 from fedlora.privacy.ledger.reservation import Reservation
 from fedlora.privacy.ledger.witnesses import Witnesses
+from fedlora.privacy.spend import Spend
 
 
 class Ledger:
-    """One user's ledger on this machine; any number of processes may hold it open.
+    """One user's ledger on this machine. Any number of processes may have it open at once.
 
     Args:
-        path: the database; made, with its folder, where it does not exist. None keeps it in memory (simulated only).
-        simulated: for demo and simulation. A simulated ledger is no place for real charges, nor the reverse.
-        new: go on where a ledger or a witness is lost. A ledger that is damaged is moved aside, and the one begun in
-            its place is marked for ever; one that is whole is kept, and marked where a witness contradicts it.
-        clock: seconds since 1970, recorded and never trusted.
+        path: the SQLite file. It is created, with its folder, if it does not exist. None keeps the ledger in memory,
+            which only a simulated one may be.
+        simulated: whether the ledger is for a demo or a simulation. A simulated ledger never takes real charges, and a
+            real one never takes simulated charges.
+        new: the owner's --new-ledger: go on although a ledger or a witness is lost. A damaged ledger is moved aside,
+            and the one begun in its place says for ever that it replaced another. A whole ledger is kept; if a witness
+            contradicts it, it gets a permanent mark.
+        clock: returns seconds since 1970. Times are recorded and never trusted.
+
+    Attributes:
+        path: the file; None in memory.
+        ledger_id: 32 random hexadecimal digits, fixed when the ledger was begun.
+        created_anew: whether this ledger was begun in place of a lost one.
+        simulated: as in the arguments.
 
     Raises:
-        LedgerError: damaged, of the other kind, on a network file system, or not writable; with path and remedy.
+        LedgerError: the file is damaged, of the other kind, on a network file system or not writable. The message names
+            the path and the remedy.
     """
 
     def __init__(self, path: Path | None, *, simulated: bool = False, new: bool = False,
@@ -70,7 +91,7 @@ class Ledger:
             self.simulated: bool = book.ledger["simulated"]
 
     def close(self) -> None:
-        """Let go of the file and of the runs held: they count as a dead process's from then on."""
+        """Close the file and release the locks of the runs held. From then on these runs count as a dead process's."""
         with self._chain.mutex:
             self._chain.db.close()
             for handle in self._held.values():
@@ -82,19 +103,19 @@ class Ledger:
 
     def declare(self, dataset: str, *, epsilon: float, delta: float, unit: str = ROW, distinct: Collection[str] = (),
                 witness: Path | None = None) -> None:
-        """Set the lifetime budget of a dataset, and check its witness. A changed budget stays visible for ever.
+        """Set the lifetime budget of a data set, and check its witness. Earlier budgets stay on record for ever.
 
         Args:
-            dataset: the owner's id of it.
-            epsilon: limit over all runs; infinite for none.
-            delta: of that limit.
-            unit: "row" or "column:NAME", for whom it is; runs that protect another unit are refused.
-            distinct: datasets that share nobody with this one, whatever their fingerprints say.
-            witness: the witness file, to be written before anything leaves.
+            dataset: the owner's id of the data set.
+            epsilon: limit over all runs, for one unit under the zero-out relation; infinite for no limit.
+            delta: the delta of that limit, in (0, 1).
+            unit: "row" or "column:NAME": the unit that the limit protects. Runs that protect another one are refused.
+            distinct: ids of data sets that share nobody with this one, whatever their fingerprints say.
+            witness: the witness file, to be written before each update leaves; None for none.
 
         Raises:
             LedgerError: the witness is missing, names another ledger, or has seen more than this ledger holds.
-            ValueError: a limit is out of range.
+            ValueError: a limit or the unit is out of range.
         """
         if not epsilon > 0:
             raise ValueError(f"epsilon is {epsilon!r}; a lifetime must be positive")
@@ -112,29 +133,30 @@ class Ledger:
                                    unit=unit)
 
     def watch(self, dataset: str, witness: Path) -> None:
-        """Check a dataset's witness, a file, and write it before each update leaves from now on.
+        """Check a data set's witness file, and write it before each update that leaves from now on.
 
         Raises:
-            LedgerError: it is missing, names another ledger, or has seen more than this ledger holds; or the ledger is
-                simulated.
+            LedgerError: the witness is missing, names another ledger, or has seen more than this ledger holds; or this
+                ledger is simulated.
         """
         if self.simulated:
             raise LedgerError(f"{self._chain.name} is simulated: it neither reads nor writes a witness of real data")
         self._witnesses.watch(dataset, witness)
 
     def check_folder(self, folder: Path) -> None:
-        """Check every witness in a folder of data, whichever dataset it was written for.
+        """Check every witness file in a folder of data, whichever data set it was written for.
 
         Raises:
-            LedgerError: one names another ledger, or has seen more than this ledger holds, and no mark says so.
+            LedgerError: a witness names another ledger or has seen more than this ledger holds, and no mark records
+                that the owner accepted this.
         """
         self._witnesses.check_folder(folder)
 
     def anchor(self) -> bytes:
-        """How far this ledger has come, sealed for a server to keep; b"" where it is simulated.
+        """Return this ledger's number of rows and last hash, encrypted for a server to keep; b"" if simulated.
 
         Raises:
-            LedgerError: as `fingerprint_key`.
+            LedgerError: the key is missing or is another one.
         """
         if self.simulated:
             return b""
@@ -143,13 +165,14 @@ class Ledger:
             return seal(key, book.rows, book.head)
 
     def check_anchor(self, sealed: bytes) -> bool:
-        """Hold this ledger against the last anchor that a server has of it.
+        """Check this ledger against an anchor that a server kept.
 
         Returns:
-            False where the anchor is not of this ledger's key, and tells nothing.
+            False if the anchor was not made with this ledger's key, so that it tells nothing.
 
         Raises:
-            LedgerError: it has seen more than this ledger holds, and no mark says so; or as `fingerprint_key`.
+            LedgerError: the anchor has seen more than this ledger holds, and no mark records that the owner accepted
+                this; or the key is missing or is another one.
         """
         known = unseal(self.fingerprint_key(), sealed)
         if known is not None:
@@ -157,68 +180,76 @@ class Ledger:
         return known is not None
 
     def testify(self, dataset: str) -> None:
-        """Write the dataset's witness now, so that a folder that cannot be written is known before anything is spent.
+        """Write the data set's witness now, so that a folder that is not writable is noticed before anything is spent.
 
         Raises:
-            LedgerError: it contradicts the ledger, or cannot be written.
+            LedgerError: the witness contradicts the ledger, or cannot be written.
         """
         with self._chain.transaction() as book:
             self._witnesses.testify(book, dataset)
 
-    def marks(self) -> tuple[Mapping, ...]:
-        """What --new-ledger gave up: {dataset, ledger_id, rows, head} of each ledger that a witness still knew. Of an
-        anchor the dataset is "".
+    def marks(self) -> tuple[Mapping[str, Any], ...]:
+        """Return the permanent marks: one for each contradiction that the owner accepted with --new-ledger.
+
+        Returns:
+            What each contradicting witness had seen, as {dataset, ledger_id, rows, head}. For an anchor, dataset is "".
         """
         with self._chain.transaction("DEFERRED") as book:
             return tuple(book.marks)
 
     def fingerprint_key(self) -> bytes:
-        """The 32 bytes that key the fingerprints; made once, mode 0600. They never leave the machine.
+        """Return the 32-byte key of the fingerprints. It is made once (file mode 0600) and never leaves the machine.
 
         Raises:
-            LedgerError: the key is missing or another one, so that overlaps could no longer be seen.
+            LedgerError: the key is missing or is another one, so that overlaps could no longer be recognised.
         """
         return self._register.key()
 
     def datasets(self) -> dict[str, str | None]:
-        """Every id that the ledger holds anything of, and where its data were last; None where that is not known.
+        """Return every data set's id, with the place where its data were last found; None if that is not known.
 
-        Ids with a place come in the order in which they were last found there.
+        Ids with a place come first, ordered by when the data were last recorded at that place.
         """
         with self._chain.transaction("DEFERRED") as book:
             ids = [*book.declarations, *book.registered, *(dataset for dataset, _ in book.runs)]
             return {**book.places, **{name: None for name in ids if name not in book.places}}
 
     def register(self, dataset: str, digests: Iterable[bytes], *, place: str | None = None) -> None:
-        """Add the keyed hashes (16 bytes each, see `fingerprints`) of a dataset's records; known ones are kept.
+        """Add the fingerprints of a data set's records. Fingerprints that were added before are kept.
 
         Args:
-            place: of the data, as policy.toml has it; None leaves it unknown.
+            dataset: the owner's id of the data set.
+            digests: keyed hashes of the records and units, 16 bytes each (see `fingerprints`).
+            place: where the data are, as policy.toml has it; None leaves that unknown.
+
+        Raises:
+            LedgerError: the stored fingerprints were changed.
+            ValueError: a digest does not have 16 bytes.
         """
         self._register.add(dataset, digests, place)
 
     def overlapping(self, dataset: str) -> tuple[str, ...]:
-        """The other datasets that share at least one record with it, less those declared distinct by either."""
+        """Return the other data sets that share a record with this one, unless either declares the other distinct."""
         with self._chain.transaction("DEFERRED") as book:
             return book.overlapping(dataset)
 
     def distinct(self, dataset: str) -> tuple[str, ...]:
-        """The datasets that this one declares distinct, and those that declare it so."""
+        """Return the data sets that this one declares distinct, and those that declare this one distinct."""
         with self._chain.transaction("DEFERRED") as book:
             return book.distinct(dataset)
 
     def lifetime(self, dataset: str) -> Lifetime:
-        """Limit, spent and remaining epsilon of a dataset, with all that overlaps it."""
+        """Return a data set's limit, spent and remaining epsilon, counting the data sets that overlap it too."""
         with self._chain.transaction("DEFERRED") as book:
             return book.lifetime(dataset)
 
     def book(self) -> Book:
-        """A copy of all that the events say, to look at and to try other limits on."""
+        """Return a copy of the ledger's derived state, to read and to try other limits on."""
         with self._chain.transaction("DEFERRED") as book:
             return copy.deepcopy(book)
 
     def current(self, dataset: str, run_id: str) -> Book:
-        """`book`, after the runs whose process is gone have ended, but for this one."""
+        """End the runs whose process is gone, except this run, and return a copy of the ledger's derived state."""
         with self._chain.transaction() as book:
             self._end_dead(book, (dataset, run_id))
             return copy.deepcopy(book)
@@ -226,17 +257,20 @@ class Ledger:
     # Runs
 
     def fits(self, dataset: str, terms: RunTerms) -> bool:
-        """Whether the run's planned maximum is within every lifetime concerned, beside all other runs."""
+        """Return whether the run's planned maximum fits every lifetime budget it concerns, beside all other runs."""
         with self._chain.transaction() as book:
             self._end_dead(book, (dataset, terms.run_id))
             return book.admit(dataset, terms) is not None
 
     def begin_run(self, dataset: str, terms: RunTerms) -> None:
-        """Hold what the run may spend at most, until `end_run` or the end of this process. Again: no effect.
+        """Reserve the most that a run can spend, until `end_run` or the end of this process.
+
+        Beginning a run again in the process that holds it has no effect. A run that ended, or whose process died, may
+        be begun again with the same terms if it still fits.
 
         Raises:
-            BudgetExhausted: it does not fit the lifetime.
-            LedgerError: the run is known with other terms, or a live process holds it.
+            BudgetExhausted: the run does not fit a lifetime budget.
+            LedgerError: the run is known with other terms, or another live process holds it.
         """
         key = (dataset, terms.run_id)
         fresh = key not in self._held
@@ -274,7 +308,10 @@ class Ledger:
         return beside(self.path, "-runs") / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
     def _end_dead(self, book: Book, but: tuple[str, str]) -> None:
-        """End the runs whose process is gone: what they have not begun is free again."""
+        """End the runs whose process is gone, which frees what they reserved and did not begin.
+
+        Only a live process holds a run's lock file, so a lock that can be taken belongs to a dead one.
+        """
         for key, run in book.runs.items():
             if run.active and key != but and key not in self._held and self.path is not None:
                 handle = take_lock(self._lock_file(key))
@@ -283,13 +320,20 @@ class Ledger:
                     self._let_go(key, handle)
 
     def _let_go(self, key: tuple[str, str], handle: int | None) -> None:
-        """Within a transaction, for locks are taken within them only, so that nobody else has the file open."""
+        """Delete a run's lock file and release its lock. Call this within a transaction only.
+
+        Lock files are opened within transactions only, so no other process can have this one open while it is deleted.
+        """
         if handle is not None:
             self._lock_file(key).unlink()
             os.close(handle)
 
     def end_run(self, dataset: str, run_id: str) -> None:
-        """Free what the run has not begun. It may be begun again, where it still fits."""
+        """End a run that this process holds, which frees what it has not begun. It may be begun again if it still fits.
+
+        Raises:
+            LedgerError: this process does not hold the run.
+        """
         key = (dataset, run_id)
         with self._chain.transaction() as book:
             if key not in self._held:
@@ -299,13 +343,13 @@ class Ledger:
             self._let_go(key, self._held.pop(key))
 
     def terms(self, dataset: str, run_id: str) -> RunTerms | None:
-        """The terms with which the run was begun; None for an unknown run."""
+        """Return the terms with which a run was begun; None if the run is unknown."""
         with self._chain.transaction("DEFERRED") as book:
             run = book.runs.get((dataset, run_id))
             return run.terms if run else None
 
     def charges(self, dataset: str | None = None, run_id: str | None = None) -> tuple[Charge, ...]:
-        """All charges, voided ones too, in order; of one dataset or run where given."""
+        """Return all charges in order, voided ones included; only those of one data set or run if given."""
         with self._chain.transaction("DEFERRED") as book:
             if dataset is not None and run_id is not None:
                 return tuple(book.charges_of(dataset, run_id))
@@ -313,10 +357,10 @@ class Ledger:
                          if dataset in (None, charge.dataset) and run_id in (None, charge.run_id))
 
     def history(self, dataset: str, run_id: str) -> tuple[Spend, ...]:
-        """What the run has begun so far, for `Accountant(history).epsilon(delta)`.
+        """Return the steps that a run has begun so far, for `Accountant(history).epsilon(delta)`.
 
         Raises:
-            ValueError: it trained without noise, so no history bounds it; `epsilon` says infinite.
+            ValueError: the run trained without noise, so that its epsilon is infinite.
         """
         with self._chain.transaction("DEFERRED") as book:
             run = book.runs.get((dataset, run_id))
@@ -326,7 +370,15 @@ class Ledger:
         return spends
 
     def epsilon(self, dataset: str, run_id: str, delta: float | None = None) -> float:
-        """Upper bound on epsilon of what the run has begun, at `delta` or its own; infinite where it had no noise."""
+        """Return an upper bound on the epsilon of all that a run has begun; infinite if it trained without noise.
+
+        The bound is for one unit of this run's data, under the zero-out relation.
+
+        Args:
+            dataset: the owner's id of the data set.
+            run_id: the run; an unknown one has spent 0.
+            delta: default the run's own.
+        """
         terms = self.terms(dataset, run_id)
         if terms is None:
             return 0.0
@@ -340,10 +392,16 @@ class Ledger:
     def reserve(self, dataset: str, run_id: str, round: int, attempt: int) -> Reservation:
         """Charge one training before it reads a record. The charge is on the disk when this returns.
 
+        Args:
+            dataset: the owner's id of the data set.
+            run_id: a run that this process holds (`begin_run`).
+            round: round of the run; 0 is a private start.
+            attempt: attempt at this round.
+
         Raises:
-            BudgetExhausted: the run has begun its most participations, or the lifetime no longer allows it.
-            LedgerError: the run is not held by this process, this training was charged before, or the disk failed;
-                nothing may be trained then.
+            BudgetExhausted: the run has begun its most participations, or the lifetime budget no longer allows it.
+            LedgerError: this process does not hold the run, this training was charged before, or the disk failed. Then
+                nothing may be trained.
         """
         key = (dataset, run_id)
         with self._chain.transaction() as book:
@@ -357,35 +415,44 @@ class Ledger:
                 raise BudgetExhausted(f"run {run_id} of dataset {dataset!r} has begun {run.begun} trainings, the most "
                                       "that its noise was calibrated to; take part in a new run")
             closes = admitted(book, dataset, run.terms)
-            if not closes <= run.closes:  # a limit was lowered since, or more data overlap
+            if not closes <= run.closes:  # since the run began, a limit was lowered or more data sets overlap
                 self._chain.append("run", dataset=dataset, terms=asdict(run.terms), closes=sorted(closes))
             sequence = self._chain.append("reserved", dataset=dataset, run_id=run_id, round=round, attempt=attempt)
         return Reservation(self._chain, sequence, partial(self._release, dataset, sequence))
 
     def is_stored(self, dataset: str, run_id: str, round: int, attempt: int) -> bool:
-        """Whether the finished update of this training was stored, so that it may be sent again."""
+        """Return whether this training's finished update was stored, so that it may be sent, or sent again."""
         with self._chain.transaction("DEFERRED") as book:
             charge = book.charge(dataset, run_id, round, attempt)
         return charge is not None and charge.sha256 is not None
 
     def released_again(self, dataset: str, run_id: str, round: int, attempt: int, sha256: str | None = None) -> None:
-        """Right before a stored update leaves, in this process or a later one. It costs nothing more.
+        """Record that a stored update is about to leave, in this process or a later one. Sending again costs nothing.
+
+        Call this right before sending: first the witness is written, then the ledger.
+
+        Args:
+            dataset: the owner's id of the data set.
+            run_id: the run.
+            round: round of the training.
+            attempt: attempt at this round.
+            sha256: hash of the bytes about to be sent (64 hexadecimal digits); None skips this comparison.
 
         Raises:
-            LedgerError: no update of this training was stored, its SHA-256 is another one, or the witness failed;
-                nothing may leave then.
+            LedgerError: no update of this training was stored, its SHA-256 differs, or the witness cannot be written.
+                Then nothing may leave.
         """
         with self._chain.transaction("DEFERRED") as book:
             charge = book.charge(dataset, run_id, round, attempt)
         if charge is None or charge.sha256 is None or sha256 not in (None, charge.sha256):
-            raise LedgerError(f"{self._chain.name} knows no such stored update of round {round}, attempt {attempt} of "
-                              f"run {run_id}; it may not be sent")
+            raise LedgerError(f"{self._chain.name} has no record of this stored update of round {round}, attempt "
+                              f"{attempt} of run {run_id}; it may not be sent")
         self._release(dataset, charge.sequence)
 
     def _release(self, dataset: str, sequence: int) -> None:
         with self._chain.transaction() as book:
             if book.charges[sequence].state not in ("stored", "released"):
-                raise LedgerError(f"charge {sequence} is {book.charges[sequence].state}: only an update that is stored "
+                raise LedgerError(f"charge {sequence} is {book.charges[sequence].state}; only an update that is stored "
                                   "may leave")
             self._witnesses.testify(book, dataset)
             if book.charges[sequence].state == "stored":
@@ -393,10 +460,10 @@ class Ledger:
 
 
 def admitted(book: Book, dataset: str, terms: RunTerms) -> frozenset[str]:
-    """The budgets that the run would close, as `Book.admit`.
+    """Return the data sets whose budgets the run would close (usually none), by `Book.admit`.
 
     Raises:
-        BudgetExhausted: it does not fit; with what is left, and the remedy.
+        BudgetExhausted: the run does not fit; the message states what is left of each budget, and the remedy.
     """
     closes = book.admit(dataset, terms)
     if closes is not None:
@@ -407,14 +474,14 @@ def admitted(book: Book, dataset: str, terms: RunTerms) -> frozenset[str]:
             where, unit = other
             apart = f", or declare {where!r} distinct in policy.toml if it describes other people"
             raise BudgetExhausted(f"run {terms.run_id} of dataset {dataset!r} protects {_whom(terms.unit)}, and "
-                                  f"the budget of {where!r} is or was spent for {_whom(unit)}; what one costs the "
-                                  f"other is not known. Take part with --privacy-unit {unit}"
-                                  f"{apart if where != dataset else ''}")
+                                  f"the budget of {where!r} protects {_whom(unit)}; one budget cannot pay for both, "
+                                  "since the cost of one to the other is not known. Take part with --privacy-unit "
+                                  f"{unit}{apart if where != dataset else ''}")
         state = book.lifetime(name)
         if state.epsilon is not None:
             closed = f", closed by run {state.closed_by}" if state.closed_by else ""
-            left.append(f"{name!r}: limit {state.epsilon:g} at delta {state.delta:g}, spent {state.spent:.4g}, "
-                        f"with all that unfinished runs may begin {state.committed:.4g}, remaining "
+            left.append(f"{name!r}: limit {state.epsilon:g} at delta {state.delta:g}, spent {state.spent:.4g} "
+                        f"({state.committed:.4g} with all that unfinished runs may still begin), remaining "
                         f"{state.remaining:.4g}{closed}")
     apart = ", or declare the others distinct there if they describe other people" if len(left) > 1 else ""
     raise BudgetExhausted(f"run {terms.run_id} with at most {terms.max_participations} x {terms.local_steps} steps "
@@ -423,7 +490,7 @@ def admitted(book: Book, dataset: str, terms: RunTerms) -> frozenset[str]:
 
 
 def _is_whole(path: Path, simulated: bool) -> bool:
-    """Whether the ledger at `path` can be trusted by itself, whatever witnesses say."""
+    """Return whether the ledger at `path` is undamaged by itself; its witnesses are not looked at."""
     try:
         ledger = Ledger(path, simulated=simulated)
     except LedgerError:
@@ -441,7 +508,7 @@ def _is_whole(path: Path, simulated: bool) -> bool:
 
 def _whom(unit: str) -> str:
     column = unit_column(unit)
-    return "single rows" if column is None else f"all rows with one value of {column!r} together"
+    return "single rows" if column is None else f"all rows that share a value of {column!r}, together"
 
 
 def _changes(old: RunTerms, new: RunTerms) -> str:

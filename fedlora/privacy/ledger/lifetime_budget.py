@@ -1,21 +1,22 @@
-"""How much of a dataset's lifetime is spent, and whether one more run fits: a book of events, without any file.
+"""The lifetime budget: how much of it each data set has spent, and whether one more run fits. No file is touched here.
 
-Unit: one record, or one person where the run's unit is a column. Relation: zero-out, as in `accounting`. All that is
-charged to one budget protects the same unit. A run by rows could be charged to a person by group privacy at k, the most
-rows of one person, only if k were known for the data as they were then, and for every data set that shares a record
-with them and has no such column. It is not, so such a run is refused.
+Unit: one record, or in runs whose unit is a column all rows that share a value of it (one person, say). Relation:
+zero-out, as in `fedlora.privacy.accounting`. All runs that are charged to one budget protect the same unit. A run that
+protects rows could be charged to a person by group privacy at k, where k is the most rows of one person. That needs k
+for the data as they were at that run, and for every data set that shares a record with them and lacks the column. It is
+not known, so such a run is refused.
 
-The lifetime (epsilon, delta) is kept by a Rényi filter (Feldman & Zrnic, NeurIPS 2021, arXiv:2008.11193): what was
-charged is summed at each of the orders that were fixed when the budget was created, and a run fits while at one of
-them the sum, converted, is at most epsilon. Later runs are chosen after seeing earlier outputs, and with them the
-order at which the sum is smallest. A single order would keep (epsilon, delta); to leave the choice among k of them
-open, the conversion is made at delta / k (union bound). Hence `FILTER_ORDERS` are few: 14 of them add about a
-sixth to a third to RDP's epsilon.
+The lifetime (epsilon, delta) is kept by a Rényi filter (Feldman & Zrnic, NeurIPS 2021, arXiv:2008.11193). The orders
+are fixed when the budget is created. At each order, the Rényi divergences of all that was charged are summed. A run
+fits if at one of the orders this sum, converted to an epsilon, is at most the limit. Later runs are chosen after seeing
+earlier outputs, and so is the order at which the sum is smallest. With a single order the filter would keep (epsilon,
+delta) as it is. To allow a choice among k orders, the conversion is made at delta / k (union bound). This is why
+`FILTER_ORDERS` are few: 14 orders add about a sixth to a third to RDP's epsilon.
 
-A dataset's only run needs no filter: its parameters were fixed before anything was seen, so PRV's epsilon at its
-planned maximum is enough. A run that was admitted on that ground alone closes the budget: all that it was planned to
-spend counts from then on, whatever it did, so the sum stays above the limit and nothing that was seen decides over
-the guarantee.
+A data set's only run needs no filter. Its parameters were fixed before any output was seen, so PRV's epsilon at its
+planned maximum is enough. A run that fits for this reason only *closes* the budget: from its first training on, its
+whole planned maximum counts, whatever it really did. The filter's sum then stays above the limit, no further run fits,
+and nothing that was seen can influence the guarantee.
 """
 
 from __future__ import annotations
@@ -25,45 +26,50 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from fedlora.privacy import renyi
-from fedlora.privacy.accounting import Accountant, Spend
-from fedlora.privacy.spend import rdp
+from fedlora.privacy.accounting import Accountant
+from fedlora.privacy.spend import Spend, rdp
 
 FILTER_ORDERS = (2, 2.5, 3, 3.5, 4, 5, 7, 9, 13, 17, 25, 33, 65, 129)
-"""Dense where epsilon is large (little noise), since there the best order is small."""
+"""Rényi orders of a new budget's filter. They are dense among small orders, which are best if there is little noise."""
+
+Event = Mapping[str, Any]
+"""One event as parsed JSON: sequence, kind, time (seconds since 1970) and body."""
 
 
 class LedgerError(ValueError):
-    """The ledger cannot be trusted or used as asked. The message names the file and the remedy."""
+    """The ledger cannot be trusted, or cannot be used as asked. The message names the file and the remedy."""
 
 
 class BudgetExhausted(LedgerError):
-    """The lifetime of the dataset, or the run's most participations, do not allow it."""
+    """A lifetime budget, or the run's own maximum of trainings, does not allow what was asked."""
 
 
 @dataclass(frozen=True)
 class RunTerms:
-    """What is fixed while a run lasts.
+    """The privacy terms of one run, fixed while it lasts.
 
     Attributes:
-        run_id, plan_sha256: which run, and the digest of its plan.
-        unit: "row" or "column:NAME".
+        run_id: the run.
+        plan_sha256: digest of the run's plan.
+        unit: the unit that the run protects: "row" or "column:NAME".
         declared_size: public nominal number of units.
         sampling_rate: probability with which each unit enters a step.
-        noise_multiplier: noise std / clip_norm; None where privacy is off, which is recorded as infinite.
-        delta: of the run's own guarantee; None where privacy is off.
-        clip_norm: L2, in units of the scaled update.
-        scales: factor per group of tensors.
-        local_steps: steps of one participation.
+        noise_multiplier: noise standard deviation / clip_norm; None if privacy is off, which costs an infinite epsilon.
+        delta: the delta of the run's own guarantee; None if privacy is off.
+        clip_norm: L2 bound on one unit's scaled gradient.
+        scales: group of tensors → data-independent factor on its gradients before clipping.
+        local_steps: steps of one training.
         max_participations: the most trainings that this run may begin.
-        relation: of neighbouring data, for which the noise was chosen.
-        accountant: with which it was chosen.
+        relation: the relation of neighbouring data sets for which the noise was computed.
+        accountant: the accountant with which the noise was computed.
 
     Raises:
-        ValueError: a value is out of range; it names the value.
+        ValueError: a value is out of range; the message names it.
     """
 
     run_id: str
@@ -97,7 +103,7 @@ class RunTerms:
                 raise ValueError(f"delta is {self.delta!r}; a run with noise needs one in (0, 1)")
 
     def spends(self, participations: int) -> tuple[Spend, ...] | None:
-        """What so many participations cost; None where that is infinite."""
+        """Return the steps of a number of trainings; None if privacy is off, so that their cost is infinite."""
         if not participations:
             return ()
         if self.noise_multiplier is None:
@@ -107,13 +113,19 @@ class RunTerms:
 
 @dataclass(frozen=True)
 class Charge:
-    """One training that was begun, or was about to.
+    """The charge for one training. It counts as spent unless it was voided.
 
     Attributes:
-        sequence: its place among all events of the ledger; this, and never the time, is the order.
-        state: "reserved", "stored", "released", or "voided" (nothing was read; it costs nothing).
-        time: seconds since 1970 by the machine's clock, recorded and not trusted.
-        sha256: of the stored update's bytes; None before it is stored.
+        sequence: place among all events of the ledger. This, never the time, is the order.
+        dataset: the owner's id of the data set.
+        run_id: the run.
+        round: round of the run; 0 is a private start.
+        attempt: attempt at this round.
+        steps: steps charged, whether or not they were finished.
+        state: "reserved", "stored", "released", or "voided" (nothing was read, so it costs nothing).
+        time: seconds since 1970 by the machine's clock; recorded and not trusted.
+        terms: the run's terms.
+        sha256: hash of the stored update's bytes; None before it is stored.
     """
 
     sequence: int
@@ -130,15 +142,15 @@ class Charge:
 
 @dataclass(frozen=True)
 class Declaration:
-    """A lifetime budget as it was declared at one time; the latest counts, the earlier ones stay visible.
+    """A lifetime budget as it was declared at one time. The latest one counts; earlier ones stay on record.
 
     Attributes:
-        time: seconds since 1970, not trusted.
-        epsilon: infinite for a dataset without limit.
-        delta: of the lifetime.
-        orders: Rényi orders of the filter, from the first declaration.
-        distinct: datasets declared to share nobody with this one.
-        unit: "row" or "column:NAME", for whom the limit is.
+        time: seconds since 1970; not trusted.
+        epsilon: limit over all runs, for one unit under the zero-out relation; infinite for no limit.
+        delta: the delta of that limit.
+        orders: Rényi orders of the filter, taken from the first declaration.
+        distinct: data sets declared to share nobody with this one.
+        unit: the unit that the limit protects: "row" or "column:NAME".
     """
 
     time: float
@@ -151,16 +163,18 @@ class Declaration:
 
 @dataclass(frozen=True)
 class Lifetime:
-    """A dataset's budget and what is left of it, over the dataset and all that overlap it.
+    """A data set's lifetime budget and what is left of it. Data sets that overlap it count too.
 
     Attributes:
-        epsilon, delta: the limit; None where none was declared.
-        spent: epsilon, at delta, of every training begun and not voided; infinite where one had no noise.
-        committed: the same with all that unfinished runs may still begin.
-        remaining: epsilon less committed, 0 where the budget is closed; None without a limit.
-        closed_by: the run that was admitted as the only one and closed the budget.
-        declared: all declarations, the first one first.
-        charged: epsilon of the trainings that were begun alone, whatever closed the budget.
+        epsilon: the limit; None if none was declared.
+        delta: the delta of the limit; None if none was declared.
+        spent: epsilon at delta of what counts as spent: every training begun and not voided, or the planned maximum of
+            a run that closed the budget; infinite if a training had no noise.
+        committed: `spent`, with all that unfinished runs may still begin.
+        remaining: epsilon minus `committed`, or 0 if the budget is closed; None without a limit.
+        closed_by: the run that fits only as the data set's sole run, and so closed the budget; None if there is none.
+        declared: all declarations, oldest first.
+        charged: epsilon at delta of the trainings really begun, even if a run closed the budget.
     """
 
     epsilon: float | None
@@ -175,7 +189,16 @@ class Lifetime:
 
 @dataclass
 class Run:
-    """A run in the book: `active` until it is ended; `closes` are the budgets that it was admitted to alone."""
+    """A run as the events describe it.
+
+    Attributes:
+        dataset: the owner's id of the data set.
+        terms: the run's terms.
+        closes: data sets whose budgets this run fits only as their sole run, and so closes once it has begun a
+            training.
+        active: whether the run still reserves its planned maximum; False once it has ended.
+        begun: number of trainings charged and not voided.
+    """
 
     dataset: str
     terms: RunTerms
@@ -185,19 +208,35 @@ class Run:
 
     @property
     def charged(self) -> int:
-        """Participations that count as spent. A run of which nothing was read has closed nothing."""
+        """The number of trainings that count as spent. A run that has begun none has closed no budget."""
         return self.terms.max_participations if self.closes and self.begun else self.begun
 
     @property
     def committed(self) -> int:
+        """The number of trainings that count as spent or as reserved."""
         return self.terms.max_participations if self.active else self.charged
 
 
 @dataclass
 class Book:
-    """What the events say so far. It is only ever changed by `apply`, in the order of the events."""
+    """The ledger's state, derived from its events. Events change it by `apply` only, in their order.
 
-    ledger: Mapping = field(default_factory=dict)
+    Attributes:
+        ledger: the first event's body: ledger_id, simulated, anew, format.
+        rows: number of events applied.
+        head: the chain's hash after them, 64 hexadecimal digits; "" before the first.
+        key_sha256: SHA-256 of the fingerprint key; None before it was made.
+        declarations: data set → its lifetime budgets, oldest first.
+        registered: data set → (number of its fingerprints, SHA-256 over them in sorted order).
+        shares: data set → the data sets with which it shares a fingerprint.
+        runs: (data set, run id) → the run.
+        charges: sequence number → the charge.
+        sequences: (data set, run id) → the sequence numbers of its charges, in order.
+        marks: the contradictions by witnesses that the owner accepted.
+        places: data set → where its data were last found, ordered by when that was recorded.
+    """
+
+    ledger: Mapping[str, Any] = field(default_factory=dict)
     rows: int = 0
     head: str = ""
     key_sha256: str | None = None
@@ -207,14 +246,19 @@ class Book:
     runs: dict[tuple[str, str], Run] = field(default_factory=dict)
     charges: dict[int, Charge] = field(default_factory=dict)
     sequences: dict[tuple[str, str], list[int]] = field(default_factory=dict)
-    marks: list[Mapping] = field(default_factory=list)
+    marks: list[Mapping[str, Any]] = field(default_factory=list)
     places: dict[str, str] = field(default_factory=dict)
 
     def apply(self, sequence: int, text: str, sha256: str) -> None:
-        """Take in the next event: `text` is its canonical JSON, `sha256` the chain's head after it.
+        """Apply the next event.
+
+        Args:
+            sequence: its number, one more than the last event's.
+            text: its canonical JSON.
+            sha256: the chain's hash after it, 64 hexadecimal digits.
 
         Raises:
-            LedgerError: it does not continue the chain, or says something that cannot be.
+            LedgerError: the event does not continue the chain, or its content is not possible at this point.
         """
         if sequence != self.rows + 1 or sha256 != chained(self.head, text):
             raise LedgerError(f"row {sequence} does not continue the chain after row {self.rows}")
@@ -227,99 +271,107 @@ class Book:
             raise LedgerError(f"row {sequence} cannot be understood ({type(error).__name__}: {error})") from error
         self.rows, self.head = sequence, sha256
 
-    def _ledger(self, event, **about) -> None:
+    # One method per kind of event, named after the kind. Its arguments are the event and the fields of its body.
+
+    def _ledger(self, event: Event, **about: Any) -> None:
         if self.ledger:
             raise ValueError("a second beginning")
         self.ledger = about
 
-    def _mark(self, event, **about) -> None:
+    def _mark(self, event: Event, **about: Any) -> None:
         self.marks.append(about)
 
-    def _key(self, event, sha256) -> None:
+    def _key(self, event: Event, sha256: str) -> None:
         self.key_sha256 = sha256
 
-    def _declare(self, event, dataset, epsilon, delta, orders, distinct, unit) -> None:
+    def _declare(self, event: Event, dataset: str, epsilon: float | None, delta: float, orders: Sequence[float],
+                 distinct: Sequence[str], unit: str) -> None:
         self.limit(dataset, Declaration(event["time"], math.inf if epsilon is None else epsilon, delta, tuple(orders),
                                         tuple(distinct), unit))
 
-    def _register(self, event, dataset, records, sha256, shares) -> None:
+    def _register(self, event: Event, dataset: str, records: int, sha256: str, shares: Sequence[str]) -> None:
         self.registered[dataset] = (records, sha256)
         for other in shares:
             self.shares.setdefault(dataset, set()).add(other)
             self.shares.setdefault(other, set()).add(dataset)
 
-    def _data(self, event, dataset, place) -> None:
-        self.places.pop(dataset, None)  # the latest stands last
+    def _data(self, event: Event, dataset: str, place: str) -> None:
+        self.places.pop(dataset, None)  # so that the latest is last
         self.places[dataset] = place
 
-    def _run(self, event, dataset, terms, closes) -> None:
+    def _run(self, event: Event, dataset: str, terms: Mapping[str, Any], closes: Sequence[str]) -> None:
         known = self.runs.get((dataset, terms["run_id"]))
         if known is None:
             known = self.runs[dataset, terms["run_id"]] = Run(dataset, RunTerms(**terms), frozenset())
         known.closes, known.active = known.closes | frozenset(closes), True
 
-    def _end(self, event, dataset, run_id) -> None:
+    def _end(self, event: Event, dataset: str, run_id: str) -> None:
         self.runs[dataset, run_id].active = False
 
-    def _reserved(self, event, dataset, run_id, round, attempt) -> None:
+    def _reserved(self, event: Event, dataset: str, run_id: str, round: int, attempt: int) -> None:
         run = self.runs[dataset, run_id]
         run.begun += 1
         self.sequences.setdefault((dataset, run_id), []).append(event["sequence"])
         self.charges[event["sequence"]] = Charge(event["sequence"], dataset, run_id, round, attempt,
                                                  run.terms.local_steps, "reserved", event["time"], run.terms)
 
-    def _stored(self, event, charge, sha256) -> None:
+    def _stored(self, event: Event, charge: int, sha256: str) -> None:
         self._advance(charge, "reserved", state="stored", sha256=sha256)
 
-    def _released(self, event, charge) -> None:
+    def _released(self, event: Event, charge: int) -> None:
         self._advance(charge, "stored", state="released")
 
-    def _voided(self, event, charge) -> None:
+    def _voided(self, event: Event, charge: int) -> None:
         self._advance(charge, "reserved", state="voided")
         self.runs[self.charges[charge].dataset, self.charges[charge].run_id].begun -= 1
 
-    def _advance(self, sequence: int, expected: str, **changes) -> None:
+    def _advance(self, sequence: int, expected: str, **changes: Any) -> None:
         charge = self.charges[sequence]
         if charge.state != expected:
             raise ValueError(f"charge {sequence} is {charge.state}, not {expected}")
         self.charges[sequence] = replace(charge, **changes)
 
     def limit(self, dataset: str, declared: Declaration) -> None:
-        """From now on this limit counts."""
+        """Make this declaration the data set's current one."""
         self.declarations.setdefault(dataset, []).append(declared)
 
     def charge(self, dataset: str, run_id: str, round: int, attempt: int) -> Charge | None:
-        """The charge of this training that was not voided."""
+        """Return the charge of this training that was not voided; None if there is none."""
         return next((c for c in self.charges_of(dataset, run_id) if c.state != "voided"
                      and (c.round, c.attempt) == (round, attempt)), None)
 
     def charges_of(self, dataset: str, run_id: str) -> Iterator[Charge]:
-        """A run's charges, in order."""
+        """Yield a run's charges in order, voided ones included."""
         return (self.charges[sequence] for sequence in self.sequences.get((dataset, run_id), ()))
 
     def declared(self, dataset: str) -> Declaration | None:
+        """Return the data set's current lifetime budget; None if none was declared."""
         return self.declarations.get(dataset, [None])[-1]
 
     def overlapping(self, dataset: str) -> tuple[str, ...]:
-        """The datasets that share a record with this one, unless either of the two declares them distinct."""
+        """Return the other data sets that share a record with this one, unless either declares the other distinct."""
         return tuple(sorted(self.shares.get(dataset, set()) - set(self.distinct(dataset))))
 
     def distinct(self, dataset: str) -> tuple[str, ...]:
-        """The datasets that this one declares distinct, and those that declare it so."""
+        """Return the data sets that this one declares distinct, and those that declare this one distinct."""
         own = self.declared(dataset)
         by_others = {other for other in self.declarations if dataset in self.declarations[other][-1].distinct}
         return tuple(sorted(by_others | set(own.distinct if own else ())))
 
     def counted(self, dataset: str) -> list[Run]:
-        """The runs whose trainings someone in `dataset` pays for."""
+        """Return the runs that count against the data set's budget: its own and those of overlapping data sets."""
         names = {dataset, *self.overlapping(dataset)}
         return [run for run in self.runs.values() if run.dataset in names and run.committed]
 
     def admit(self, dataset: str, terms: RunTerms) -> frozenset[str] | None:
-        """The budgets that the run would close (usually none); None where it does not fit.
+        """Decide whether a run fits.
 
-        It has to fit the lifetime of `dataset` and of every dataset that overlaps it, its planned maximum added to
-        all that is charged or held for other runs, and protect the unit that they do.
+        It must protect the same unit as every budget concerned, which are those of `dataset` and of every data set that
+        overlaps it. Its planned maximum must fit each of them, beside all that is charged to or reserved for other
+        runs.
+
+        Returns:
+            The data sets whose budgets the run would close, usually none; None if the run does not fit.
         """
         planned, closes = terms.spends(terms.max_participations), set()
         for name in (dataset, *self.overlapping(dataset)):
@@ -334,8 +386,14 @@ class Book:
         return frozenset(closes)
 
     def room_for(self, runs: int, dataset: str, terms: RunTerms) -> bool:
-        """Whether so many runs on these terms fit every lifetime concerned, one after the other: by the filter alone,
-        since a run that closes a budget leaves room for none.
+        """Return whether a number of runs on these terms, one after the other, fit every budget concerned.
+
+        Only the filter's rule is used: a run that closes a budget leaves no room for another.
+
+        Args:
+            runs: number of runs.
+            dataset: the data set.
+            terms: terms of each run.
         """
         planned = terms.spends(terms.max_participations)
         return all((limit := self.declared(name)) is None
@@ -347,14 +405,14 @@ class Book:
         return limit.epsilon == math.inf or filter_epsilon(spends, limit.delta, limit.orders) <= limit.epsilon
 
     def _beside(self, name: str, dataset: str, terms: RunTerms) -> list[tuple[Spend, ...] | None]:
-        """What the budget of `name` holds for other runs than this one of `dataset`."""
+        """Return the steps that count against the budget of `name`, without those of this run of `dataset`."""
         return [run.terms.spends(run.committed) for run in self.counted(name)
                 if (run.dataset, run.terms.run_id) != (dataset, terms.run_id)]
 
     def other_unit(self, name: str, terms: RunTerms) -> tuple[str, str] | None:
-        """(dataset, unit) of a limit or a run that protects another unit than this run, and has one budget with `name`.
+        """Return a (data set, unit) that counts against the budget of `name` and protects another unit than this run.
 
-        None if there is none, or no privacy.
+        It is that of the limit itself or of a run that is counted. None if there is none, or if this run has no noise.
         """
         limit = self.declared(name)
         units = [(name, limit.unit)] if limit else []
@@ -363,7 +421,7 @@ class Book:
         return None if terms.noise_multiplier is None else found
 
     def lifetime(self, dataset: str) -> Lifetime:
-        """Limit, spent and remaining epsilon of a dataset, with all that overlaps it."""
+        """Return a data set's limit, spent and remaining epsilon, counting the data sets that overlap it too."""
         limit, runs = self.declared(dataset), self.counted(dataset)
         delta, orders = self._accounted(dataset)
 
@@ -371,7 +429,7 @@ class Book:
             spends = [run.terms.spends(count) for run, count in zip(runs, participations, strict=True)]
             filtered = filter_epsilon(spends, delta, orders)
             if len(runs) == 1 and dataset in runs[0].closes and spends[0] and delta is not None:
-                return min(filtered, Accountant(spends[0]).epsilon(delta))  # its planned maximum, whatever it began
+                return min(filtered, Accountant(spends[0]).epsilon(delta))  # PRV holds for a sole run; see the module
             return filtered
 
         spent, committed = epsilon(run.charged for run in runs), epsilon(run.committed for run in runs)
@@ -385,12 +443,12 @@ class Book:
                         closing.terms.run_id if closing else None, tuple(self.declarations[dataset]), charged)
 
     def spent_after(self, dataset: str, further: Sequence[Spend]) -> float:
-        """Epsilon spent once this is spent too, by the filter; infinite where a run had no noise."""
+        """Return the epsilon spent once `further` is spent too, by the filter; infinite if a run had no noise."""
         charged = [run.terms.spends(run.charged) for run in self.counted(dataset)]
         return filter_epsilon([*charged, further], *self._accounted(dataset))
 
     def _accounted(self, dataset: str) -> tuple[float | None, Sequence[float]]:
-        """(delta, orders) of the limit; without one, the smallest delta of a run, None where there is none."""
+        """Return the limit's delta and orders; without a limit, the smallest delta of a run (None without a run)."""
         if limit := self.declared(dataset):
             return limit.delta, limit.orders
         deltas = [run.terms.delta for run in self.counted(dataset) if run.terms.delta]
@@ -398,12 +456,24 @@ class Book:
 
 
 def chained(head: str, text: str) -> str:
-    """The head of the chain after one more event, as 64 hex digits."""
+    """Return the chain's hash after one more event: SHA-256 of the previous hash, a line break and the event's text."""
     return hashlib.sha256(f"{head}\n{text}".encode()).hexdigest()
 
 
 def filter_epsilon(spends: Collection[Sequence[Spend] | None], delta: float | None, orders: Sequence[float]) -> float:
-    """Epsilon at `delta` by the filter's rule; 0.0 where nothing was spent, infinite where a spend is (None)."""
+    """Return the epsilon at `delta` of everything spent, by the filter's rule (arXiv:2008.11193; see the module).
+
+    At each order the Rényi divergences are summed and converted at delta / len(orders), where a negative conversion
+    term counts as 0. The smallest result counts.
+
+    Args:
+        spends: the steps of each run; None for a run without noise.
+        delta: in (0, 1); may be None only if nothing finite was spent.
+        orders: Rényi orders, fixed when the budget was created.
+
+    Returns:
+        0.0 if nothing was spent; infinity if a run had no noise.
+    """
     if any(spend is None for spend in spends):
         return math.inf
     parts = [rdp(part, tuple(orders)) for spend in spends if spend for part in spend]

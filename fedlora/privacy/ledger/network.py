@@ -1,4 +1,4 @@
-"""Whether a path lies on a network file system, where locks and fsync cannot be relied on."""
+"""Detection of network file systems, on which a ledger is refused since locks and fsync cannot be relied on there."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _NETWORK = frozenset((
 
 
 def network_file_system(path: Path) -> str | None:
-    """The type of the network file system that `path` lies on, such as "nfs4"; None for a local disk.
+    """Return the type of the network file system that `path` is on, such as "nfs4"; None for a local disk.
 
-    Where the system does not tell its mounts, None: elsewhere than on Linux this is a best effort.
+    It is None too if the operating system does not list its mounts. Except on Linux this is a best effort.
     """
     try:
         if sys.platform == "linux":
@@ -30,12 +30,22 @@ def network_file_system(path: Path) -> str | None:
 
 
 def is_network(kind: str) -> bool:
-    """Every file system in user space (fuse.*) counts as one: most are sshfs, rclone and their like."""
+    """Return whether a type of file system is a network one.
+
+    Every file system in user space (fuse.*) counts as one: most are sshfs, rclone and the like.
+    """
     return kind in _NETWORK or kind.startswith("fuse.")
 
 
 def file_system(path: Path, mounts: list[tuple[str, str]]) -> str | None:
-    """The type of the file system that `path` lies on: of the longest mount point above it, the last mounted."""
+    """Return the type of the file system that `path` is on; None if no mount point is above it.
+
+    The mount point with the most components counts; among equal ones the last mounted.
+
+    Args:
+        path: an existing or a future file.
+        mounts: (mount point, type) of each mount, in the order of mounting.
+    """
     resolved, best = Path(path).resolve(), None
     for point, kind in mounts:
         if resolved.is_relative_to(point) and (best is None or len(Path(point).parts) >= best[0]):
@@ -44,11 +54,14 @@ def file_system(path: Path, mounts: list[tuple[str, str]]) -> str | None:
 
 
 def linux_mounts(text: str) -> list[tuple[str, str]]:
-    r"""(mount point, type) of each line of /proc/mounts; blanks in a point stand there as \040."""
+    r"""Return (mount point, type) for each line of /proc/mounts, where a blank in a mount point is written \040."""
     fields = [line.split() for line in text.splitlines()]
     return [(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), f[1]), f[2]) for f in fields if len(f) >= 3]
 
 
 def bsd_mounts(text: str) -> list[tuple[str, str]]:
-    """(mount point, type) of each line of what `mount` prints on macOS: "//host/share on /Volumes/a (smbfs, nodev)"."""
+    """Return (mount point, type) for each line that `mount` prints on macOS.
+
+    Such a line reads "//host/share on /Volumes/a (smbfs, nodev)".
+    """
     return [(m[1], m[2]) for m in re.finditer(r"^.* on (/.*?) \((\w+)[,)]", text, re.MULTILINE)]

@@ -1,4 +1,4 @@
-"""One training's way through the ledger: charged, begun or voided, stored, released; never back, and none left out."""
+"""The states of one charged training: reserved, then begun (or voided), stored, released. None is skipped or undone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from fedlora.privacy.ledger.lifetime_budget import LedgerError
 
 
 class Reservation:
-    """One charged training. Made by `Ledger.reserve`; of no use after the process ends.
+    """One charged training, as returned by `Ledger.reserve`. It can be used in this process only.
 
     Args:
-        sequence: of the charge.
-        release: writes the witness, then the ledger, or raises LedgerError.
+        chain: the ledger's chain of events.
+        sequence: sequence number of the charge.
+        release: writes the witness, then the ledger; raises LedgerError if either fails.
     """
 
     def __init__(self, chain: HashChain, sequence: int, release: Callable[[], None]) -> None:
@@ -28,42 +29,50 @@ class Reservation:
         self._state = to
 
     def begin(self) -> None:
-        """Right before the first record is read. From here on it is spent, and good for one training.
+        """Record in this process that the first record is about to be read. From here on the charge cannot be voided.
+
+        Nothing is written: the charge itself is on the disk already, and counts unless it was voided.
 
         Raises:
-            LedgerError: it has begun before, or was voided.
+            LedgerError: the training has begun before, or was voided.
         """
         with self._chain.mutex:
             self._step(expected="reserved", to="begun")
 
     def void(self) -> None:
-        """Nothing was read and nothing will be: take the charge back.
+        """Take the charge back, because nothing was read and nothing will be.
 
         Raises:
-            LedgerError: it has begun, or the disk failed; then it stays charged, and is of no more use.
+            LedgerError: the training has begun, or the disk failed. Then it stays charged and cannot be used any more.
         """
         with self._chain.mutex:
-            self._step(expected="reserved", to="voided")  # whatever the disk says: it can no longer begin
+            self._step(expected="reserved", to="voided")  # first of all: even if the disk fails, it can no longer begin
             with self._chain.transaction():
                 self._chain.append("voided", charge=self.sequence)
 
     def stored(self, sha256: str) -> None:
-        """The finished, noised update is on the disk; `sha256` (64 hex digits) is that of its bytes.
+        """Record that the finished, noised update is on the disk.
+
+        Args:
+            sha256: hash of the update's bytes, 64 hexadecimal digits.
 
         Raises:
             LedgerError: the training has not begun, or the disk failed.
         """
         with self._chain.mutex:
             if self._state != "begun":
-                raise LedgerError(f"charge {self.sequence} is {self._state}: call begin before the training")
+                raise LedgerError(f"charge {self.sequence} is {self._state}; call begin before the training")
             with self._chain.transaction():
                 self._chain.append("stored", charge=self.sequence, sha256=sha256)
             self._state = "stored"
 
     def released(self) -> None:
-        """Right before the update leaves: the witness, then the ledger. Again, for sending again: no cost.
+        """Record that the update is about to leave: first in the witness, then in the ledger.
+
+        Call this right before sending. Calling it again, to send again, costs nothing.
 
         Raises:
-            LedgerError: it was not stored, or witness or ledger cannot be written; nothing may leave then.
+            LedgerError: the update was not stored, or the witness or the ledger cannot be written. Then nothing may
+                leave.
         """
         self._release()

@@ -1,7 +1,7 @@
-"""The witness: a small file beside the data that says how far the ledger had come when something last left.
+"""The witness file: a small file beside the data that states how far the ledger had come when an update last left.
 
-A ledger that is missing, was restored from an older copy, or is another one contradicts it. Both files deleted
-together, or a copy of the data on another machine, are outside of what it can tell.
+It contradicts a ledger that is missing, was restored from an older copy, or is another one. It cannot tell if witness
+and ledger were deleted together, or if a copy of the data is used on another machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from fedlora.privacy.ledger.lifetime_budget import LedgerError
 
 @dataclass(frozen=True)
 class Witness:
-    """The ledger's `head` (64 hex digits) after `rows` events, written for one dataset."""
+    """The state of a ledger that a witness has seen.
+
+    Attributes:
+        dataset: id of the data set for which it was written; "" for an anchor.
+        ledger_id: the ledger.
+        rows: number of the ledger's events.
+        head: the chain's hash after them, 64 hexadecimal digits.
+    """
 
     dataset: str
     ledger_id: str
@@ -25,17 +32,24 @@ class Witness:
 
 
 def witness_file(folder: Path, dataset: str) -> Path:
-    """The name under which a dataset's witness lies in a folder."""
+    """Return the path of a data set's witness file in a folder."""
     return folder / f".fedlora-witness-{dataset}.json"
 
 
 def witnesses_in(folder: Path) -> list[Path]:
-    """All witnesses in a folder, in order; none where there is no such folder."""
+    """Return the paths of all witness files in a folder, sorted; none if there is no such folder."""
     return sorted(folder.glob(witness_file(Path(), "*").name))
 
 
 def read_witness(path: Path) -> Witness | None:
-    """None where there is no file. Raises LedgerError for one that cannot be read as a witness."""
+    """Read a witness file.
+
+    Returns:
+        None if there is no such file.
+
+    Raises:
+        LedgerError: the file cannot be read as a witness.
+    """
     try:
         witness = Witness(**json.loads(path.read_text()))
         if not isinstance(witness.rows, int) or not 0 <= witness.rows < 2**63 or not isinstance(witness.head, str):
@@ -44,14 +58,20 @@ def read_witness(path: Path) -> Witness | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        raise LedgerError(f"{path}, the ledger's witness, cannot be read ({error}). Restore it, or use --new-ledger "
-                          "and count what was spent before as lost budget") from error
+        raise LedgerError(f"{path}, the ledger's witness, cannot be read ({error}). Restore it, or use --new-ledger: "
+                          "spending that the ledger does not know is then not counted, and it says so for ever"
+                          ) from error
 
 
 def write_witness(path: Path, witness: Witness) -> None:
-    """On the disk when it returns. Raises LedgerError where it cannot be written; nothing may leave then."""
+    """Write a witness file. It is on the disk when this returns.
+
+    Raises:
+        LedgerError: the file cannot be written; then nothing may leave.
+    """
     try:
         replace_file(path, json.dumps(asdict(witness)).encode())
     except OSError as error:
         raise LedgerError(f"{path}, the ledger's witness, cannot be written ({error.strerror}), so nothing may leave; "
-                          "make room or make its folder writable, or set `witness` in policy.toml") from error
+                          "make room, make its folder writable, or set `witness` in policy.toml to another folder"
+                          ) from error

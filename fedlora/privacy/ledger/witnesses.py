@@ -1,6 +1,7 @@
-"""Witnesses against a ledger: what they have seen is checked, and they are written before each update leaves.
+"""Checks of a ledger against its witnesses, which notice a ledger that was lost, replaced or put back.
 
-They are files beside the data, and the anchor that a server gives back.
+A witness is a record, outside of the ledger, of how far the ledger had come. There are two kinds: a file beside the
+data, written before each update leaves, and the anchor that a server keeps and hands back.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from fedlora.privacy.ledger.witness import Witness, read_witness, witnesses_in, 
 
 
 class Witnesses:
-    """The witness files of one ledger's datasets.
+    """The witnesses of one ledger.
 
     Args:
-        chain: the ledger's.
-        ledger: its file, for errors; None in memory.
-        give_up: --new-ledger: go on where a witness contradicts the ledger, and mark that for ever.
+        chain: the ledger's chain of events.
+        ledger: the ledger's file, for messages; None in memory.
+        give_up: the owner's --new-ledger: go on if a witness contradicts the ledger, and record a permanent mark.
     """
 
     def __init__(self, chain: HashChain, ledger: Path | None, *, give_up: bool) -> None:
@@ -27,10 +28,10 @@ class Witnesses:
         self._files: dict[str, Path] = {}
 
     def watch(self, dataset: str, file: Path) -> None:
-        """Check a dataset's witness, and write it before each update leaves from now on.
+        """Check a data set's witness file, and write it before each update that leaves from now on.
 
         Raises:
-            LedgerError: it is missing, names another ledger, or has seen more than this ledger holds.
+            LedgerError: the witness is missing, names another ledger, or has seen more than this ledger holds.
         """
         path = self._files[dataset] = Path(file).absolute()
         with self._chain.transaction() as book:
@@ -42,12 +43,13 @@ class Witnesses:
                 self._write(book, dataset)
 
     def check_folder(self, folder: Path) -> None:
-        """Check every witness in a folder of data, whichever dataset it was written for.
+        """Check every witness file in a folder of data, whichever data set it was written for.
 
-        Data are so recognised where the ledger and the policy that named them were lost together.
+        This recognises the data even if the ledger and the policy that named them were lost together.
 
         Raises:
-            LedgerError: one names another ledger, or has seen more than this ledger holds, and no mark says so.
+            LedgerError: a witness names another ledger or has seen more than this ledger holds, and no mark records
+                that the owner accepted this.
         """
         with self._chain.transaction() as book:
             for path in witnesses_in(folder):
@@ -56,20 +58,27 @@ class Witnesses:
                     self._give_up(book, seen, wrong)
 
     def check_anchor(self, rows: int, head: str) -> None:
-        """Check what a server kept of this ledger, by the rows and the head that it had then.
+        """Check the state of this ledger that a server kept.
+
+        Args:
+            rows: number of rows that the ledger had then.
+            head: the chain's hash after them, 64 hexadecimal digits.
 
         Raises:
-            LedgerError: the ledger does not hold them, and no mark says so.
+            LedgerError: the ledger does not have these rows, and no mark records that the owner accepted this.
         """
         with self._chain.transaction() as book:
             seen = Witness("", book.ledger["ledger_id"], rows, head)
             if self._chain.row(rows) != head and asdict(seen) not in book.marks:
-                self._give_up(book, seen, f"updates have left that {self._chain.name}, with {book.rows} rows, does not "
-                                          f"know: the server keeps its anchor of {rows} rows, so it is an older copy, "
-                                          f"or was changed. {self._remedy}")
+                self._give_up(book, seen, f"{self._chain.name}, with {book.rows} rows, is an older copy or was "
+                                          f"changed: the server keeps its anchor of {rows} rows, so updates have left "
+                                          f"that this ledger does not know. {self._remedy}")
 
     def testify(self, book: Book, dataset: str) -> None:
-        """Right before an update leaves, within the transaction, so that witnesses of two processes never go back.
+        """Check and write a data set's witness, right before an update leaves.
+
+        This happens within the ledger's transaction, so that of two processes none can write an older witness over a
+        newer one.
 
         Raises:
             LedgerError: the witness contradicts the ledger, or cannot be written.
@@ -81,7 +90,7 @@ class Witnesses:
             self._write(book, dataset)
 
     def _look(self, book: Book, path: Path, dataset: str | None = None) -> tuple[Witness, str]:
-        """What a witness has seen, and how that contradicts this ledger; "" where it does not."""
+        """Return what a witness file has seen, and how that contradicts this ledger ("" if it does not)."""
         remedy = self._remedy
         try:
             seen = read_witness(path)
@@ -89,26 +98,28 @@ class Witnesses:
             return Witness(dataset or path.name, "unreadable", 0, ""), str(error)
         if seen is None:
             left = any(charge.dataset == dataset and charge.state == "released" for charge in book.charges.values())
-            missing = (f"{path} is missing, though updates made from dataset {dataset!r} have left this machine. "
-                       f"Restore it, or name its place as `witness` in policy.toml. {remedy}")
+            missing = (f"{path}, the ledger's witness, is missing, though updates made from dataset {dataset!r} have "
+                       f"left this machine. Restore it, or name its folder as `witness` in policy.toml. {remedy}")
             return Witness(dataset or path.name, "missing", 0, ""), missing if left else ""
         if seen.ledger_id != book.ledger["ledger_id"]:
-            return seen, (f"{path} was written by another ledger, {seen.ledger_id}, with {seen.rows} rows; "
-                          f"{self._chain.name} is {book.ledger['ledger_id']}, with {book.rows}. {remedy}")
+            return seen, (f"{path}, the ledger's witness, was written by another ledger, {seen.ledger_id}, with "
+                          f"{seen.rows} rows; {self._chain.name} is {book.ledger['ledger_id']}, with {book.rows} rows. "
+                          f"{remedy}")
         if dataset not in (None, seen.dataset):
-            raise LedgerError(f"{path} belongs to dataset {seen.dataset!r}, not to {dataset!r}; correct policy.toml")
+            raise LedgerError(f"{path}, the ledger's witness, belongs to dataset {seen.dataset!r}, not to {dataset!r}; "
+                              "correct the ids or the `witness` folders in policy.toml")
         if self._chain.row(seen.rows) != seen.head:
-            return seen, (f"{path} has seen {seen.rows} rows that {self._chain.name}, with {book.rows}, does not "
-                          f"hold: it is an older copy, or was changed. {remedy}")
+            return seen, (f"{self._chain.name}, with {book.rows} rows, is an older copy or was changed: {path}, its "
+                          f"witness, has seen {seen.rows} rows that it does not hold. {remedy}")
         return seen, ""
 
     @property
     def _remedy(self) -> str:
-        return (f"Restore {self._ledger} as it was, or use --new-ledger and count what was spent before as lost "
-                "budget; the mark stays")
+        return (f"Restore {self._ledger} as it was. Or use --new-ledger: spending that the ledger does not know is "
+                "then not counted, and it says so for ever")
 
     def _give_up(self, book: Book, seen: Witness, wrong: str) -> None:
-        """With --new-ledger, mark for ever what a witness knew and this ledger does not; else raise LedgerError."""
+        """With --new-ledger, record a permanent mark of what a witness has seen; otherwise raise LedgerError."""
         if not self._gives_up:
             raise LedgerError(wrong)
         if asdict(seen) not in book.marks:
