@@ -1,4 +1,4 @@
-"""The privacy report: what its figures are worth, what breaks a signature, and what an author cannot get past."""
+"""Tests of the privacy report: its figures, its signature, and what a dishonest author cannot get past `verify`."""
 
 import copy
 import json
@@ -57,7 +57,7 @@ LIFETIME = LifetimeAccount(epsilon=8.0, delta=1e-5, charges=(
 
 
 def made(**changes):
-    """A report of a private run with four charged trainings."""
+    """Return a report of a private run with four charged trainings."""
     arguments = {
         "dataset": "ward-7", "run_id": RUN, "client": "north", "server": "127.0.0.1:9092", "plan_sha256": "cd" * 32,
         "strategy": "fedsvd", "base_model": {"name": "minilm", "weights_sha256": "ef" * 32}, "unit": "row",
@@ -68,7 +68,7 @@ def made(**changes):
 
 
 def not_private():
-    """A run without noise, over 4,321 records whose number nobody declared."""
+    """Return a report of a run without noise over 4,321 records, with no declared size."""
     off = replace(MECHANISM, noise_multiplier=None, sampling_rate=50 / 4321, rows={})
     return made(mechanism=off, delta=None, declared_size=None, disclosed=announced(client="north", private=False),
                 trainings=[training(1, noise_multiplier=None, sampling_rate=50 / 4321)],
@@ -76,7 +76,7 @@ def not_private():
 
 
 def leaves(value, path=()):
-    """Every (path, value) of a JSON document that is neither an object nor a list with something in it."""
+    """Yield the (path, value) of every leaf of a JSON document; empty objects and lists are leaves too."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = [leaf for name, inner in items for leaf in leaves(inner, (*path, name))]
     return found or [(path, value)]
@@ -136,7 +136,7 @@ def test_a_lower_epsilon_signed_again_by_its_own_author_is_caught(path):
     for name in path:
         value = value[name]
     lower = changed(report, path, value - 1e-4)
-    if path[-1] == "epsilon":  # consistently
+    if path[-1] == "epsilon":  # lower both places, so that the report is consistent
         lower = changed(lower, (*path[:-1], "accountants", "PRV"), value - 1e-4)
     with pytest.raises(ValueError, match="its own history amounts to"):
         verify(sign(lower, KEY))
@@ -255,7 +255,8 @@ def test_the_page_has_the_jsons_figures():
     spent, remaining = re.search(r"counted ([\d.]+), remaining ([\d.]+)", page).groups()
     assert 0 <= float(spent) - lifetime["spent"] < 1e-3 and 0 <= lifetime["remaining"] - float(remaining) < 1e-3
     for value in (RUN, "5000", "1e-05", "0.5", "head × 0.1", "8 tokens × 32", "ward-7-old", "ward-8", "127.0.0.1:9092",
-                  public_key(KEY), "296000 bytes", "2 uploads"):
+                  public_key(KEY), "296000 bytes", "2 uploads", "by the factor e^ε, plus δ",
+                  "the charge was taken back"):
         assert value in page, value
     for item in report["left_without_noise"]:
         assert item["value"].split("_")[0] in page
@@ -313,7 +314,7 @@ def test_noise_without_a_sampling_rate_is_not_accounted_as_nothing():
 
 def test_an_infinite_limit_is_none():
     report = sign(made(lifetime=replace(LIFETIME, epsilon=math.inf)), KEY)
-    assert verify(report).guarantee and report["lifetime"]["remaining"] is None and "no limit" in markdown(report)
+    assert verify(report).guarantee and report["lifetime"]["remaining"] is None and "No limit" in markdown(report)
 
 
 def test_marks_of_the_ledger_are_stated():

@@ -1,4 +1,4 @@
-"""A run's privacy report: built from facts, signed, shown on one page, and verified by anyone."""
+"""The privacy report of a client's run: built from facts, signed, shown on one page, and verified by anyone."""
 
 from fedlora.privacy.report.facts import (
     Disclosure,

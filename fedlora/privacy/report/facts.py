@@ -1,4 +1,4 @@
-"""What a privacy report states: facts of one client's part in one run, from which every figure follows."""
+"""The facts that a privacy report states about one client's part in one run. Every figure follows from them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What every step of the run does; it does not change while the run lasts.
+    """The mechanism of every step of the run. It does not change while the run lasts.
 
     Attributes:
-        noise_multiplier: sigma, noise standard deviation / clip_norm; None where privacy is off.
-        sampling_rate: q; None where it would disclose the number of records (privacy off, no declared size).
-        expected_batch: q times the declared size, the constant by which the noised sum is divided.
-        local_steps, max_participations: their product is the most steps of the run.
-        clip_norm: L2 bound of one unit's scaled gradient.
+        noise_multiplier: sigma, the noise's standard deviation / clip_norm; None if privacy is off.
+        sampling_rate: q, the probability with which each unit enters a step; None if it would disclose the number of
+            records (privacy is off and no size was declared).
+        expected_batch: q times the declared size, a constant: the noised sum is divided by it.
+        local_steps: steps of one training.
+        max_participations: the most trainings of the run; times local_steps, the most steps.
+        clip_norm: L2 bound on one unit's scaled gradient.
         scales: group of tensors → data-independent factor on its gradients before clipping.
         precision: "fp32" or "bf16".
-        rows: padded length → rows of every micro-batch, shown to be batch-invariant
-            (`fedlora.training.batch_invariance`); none where privacy is off.
-        one_at_a_time: why micro-batches have a single record; "" where that is not so by rule.
+        rows: padded length in tokens → rows of every micro-batch of that length, for which batch invariance was shown
+            (`fedlora.training.batch_invariance`); empty if privacy is off.
+        one_at_a_time: why micro-batches have a single record; "" if there is no such rule.
     """
 
     noise_multiplier: float | None
@@ -40,15 +42,18 @@ class Mechanism:
 
 @dataclass(frozen=True)
 class TrainingEntry:
-    """A training that was begun, in the order of the ledger.
+    """One training that was charged.
 
     Attributes:
-        round, attempt: as the server ordered; round 0 is a private start.
-        state: "reserved", "stored", "released", or "voided" (given back: nothing was read).
-        steps: charged, whether or not they were finished.
-        time: seconds since 1970 at which it was charged.
-        noise_multiplier, sampling_rate: as in `Mechanism`, of this training.
-        upload_bytes, upload_sha256: of what was stored or left, if there is one.
+        round: round of the run, as the server ordered it; 0 is a private start.
+        attempt: attempt at this round.
+        state: "reserved", "stored", "released", or "voided" (the charge was taken back, since nothing was read).
+        steps: steps charged, whether or not they were finished.
+        time: when it was charged, in seconds since 1970.
+        noise_multiplier: this training's, as in `Mechanism`.
+        sampling_rate: this training's, as in `Mechanism`.
+        upload_bytes: size of the stored update; None if there is none.
+        upload_sha256: hash of the stored update, 64 hexadecimal digits; None if there is none.
     """
 
     round: int
@@ -64,10 +69,14 @@ class TrainingEntry:
 
 @dataclass(frozen=True)
 class LifetimeCharge:
-    """What one run charged to the lifetime, of this dataset or of one that overlaps with it.
+    """One run's charge to the lifetime budget.
 
     Attributes:
-        noise_multiplier: None for a run without privacy: it spent everything.
+        dataset: the data set of that run: this report's or one that overlaps it.
+        run_id: the run.
+        noise_multiplier: noise standard deviation / clip norm; None for a run without noise, whose epsilon is infinite.
+        sampling_rate: probability with which each unit entered a step; None if it is withheld.
+        steps: steps that count as spent.
     """
 
     dataset: str
@@ -79,19 +88,21 @@ class LifetimeCharge:
 
 @dataclass(frozen=True)
 class LifetimeAccount:
-    """The budget of the dataset over all runs, as the ledger has it.
+    """The data set's lifetime budget, over all runs, as the ledger has it.
 
     Attributes:
         epsilon: the limit; None or infinite if there is none.
-        delta: at which the limit and what is spent are stated; None for the run's.
-        charges: everything that counts: not voided, of the dataset and of the overlapping ones.
-        spent, remaining: the ledger's own figures; None to state what the charges amount to.
-        overlapping: other datasets that share a record with this one, and are counted.
-        distinct: datasets that the owner declared distinct, and are not counted.
-        closed_by: run whose admission used the whole budget; its planned maximum counts.
+        delta: the delta at which limit and spending are stated; None for the run's own.
+        charges: everything that counts: charges not voided, of this data set and of those that overlap it.
+        spent: the ledger's own figure for what is spent; None to compute it from the charges.
+        remaining: the ledger's own figure for what is left; None to compute it from the charges.
+        overlapping: other data sets that share a record with this one, and are counted.
+        distinct: data sets that the owner declared distinct, and are not counted.
+        closed_by: the run that closed the budget, so that its planned maximum counts; None if there is none.
+        ledger_id: id of the ledger.
         new_ledger: the mark that an earlier ledger was given up ("ledger 3f2a…, 12 rows"); None if there is none.
-        simulated: True for a ledger that cannot stand for real data.
-        orders: of the RDP filter, fixed when the budget was made.
+        simulated: whether the ledger is a simulation's and stands for no real data.
+        orders: Rényi orders of the filter, fixed when the budget was created.
     """
 
     epsilon: float | None
@@ -110,7 +121,12 @@ class LifetimeAccount:
 
 @dataclass(frozen=True)
 class Disclosure:
-    """Something that left the client without noise. Numbers of records and losses are named, never repeated."""
+    """Something that left the client without noise. A number of records or a loss is named, but its value not repeated.
+
+    Attributes:
+        what: the kind of information.
+        value: its value, or a remark.
+    """
 
     what: str
     value: str
@@ -118,7 +134,14 @@ class Disclosure:
 
 def announced(*, client: str, private: bool, labels: Sequence[str] | None = None,
               protocol: int | None = None) -> tuple[Disclosure, ...]:
-    """What a client says when it joins. `labels` is None where they were not announced."""
+    """Return what a client tells the server when it joins.
+
+    Args:
+        client: the client's name.
+        private: whether it trains under differential privacy.
+        labels: the label names that it announced; None if it announced none.
+        protocol: the protocol version; None if it told none.
+    """
     said = [Disclosure("client name", client), Disclosure("FedLoRA version", fedlora.__version__),
             Disclosure("whether it trains under differential privacy", "yes" if private else "no")]
     if protocol is not None:
@@ -130,20 +153,30 @@ def announced(*, client: str, private: bool, labels: Sequence[str] | None = None
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """What is known of one client's part in one run.
+    """All facts of a report: one client's part in one run.
 
     Attributes:
+        dataset: the owner's id of the data set.
+        run_id: the run.
+        client: the client's name.
+        server: the server's address.
+        plan_sha256: digest of the run's plan.
+        strategy: the way of combining uploads, as the server names it.
         base_model: "name" and the hashes that the client checked.
-        unit: whom one guarantee covers: "row", or "column:NAME" for all rows that share a value of that column.
-        declared_size: the public number of units; None only where privacy is off and none was declared.
-        delta: None only where privacy is off.
-        disclosed: see `announced`; participation and what uploads carry are added by the report.
-        rows_per_unit: most rows of one unit that a step uses, where units themselves are sampled.
+        unit: the unit of privacy: "row", or "column:NAME" for all rows that share a value of that column.
+        declared_size: the public number of units; None only if privacy is off and none was declared.
+        delta: the delta of the run's guarantee; None only if privacy is off.
+        mechanism: the mechanism of every step.
+        trainings: every training that was charged, in the order of the ledger.
+        lifetime: the data set's lifetime budget; None if there is no ledger.
+        disclosed: what the client told when it joined (`announced`). The report adds participation and what uploads
+            carry.
+        rows_per_unit: the most rows of one unit that a step uses, if units are sampled; None if rows are.
         terms_announced: whether uploads state the noise multiplier and delta.
         anchored: whether uploads carry the ledger's sealed anchor.
-        predictable: why whoever knows the seed can subtract the noise ("a simulation", the variable's name); None
-            where randomness is the operating system's. If it is set, no epsilon is printed.
-        refusals: (round, code) of each refusal sent; round None before the first.
+        predictable: why sampling and noise are predictable ("a simulation", the variable's name); None if the keys come
+            from the operating system. If it is set, no epsilon is printed.
+        refusals: (round, code) of each refusal that was sent; round None before the first round.
     """
 
     dataset: str
@@ -168,8 +201,12 @@ class ReportedRun:
 
     @property
     def private(self) -> bool:
+        """Whether the run adds noise."""
         return self.mechanism.noise_multiplier is not None
 
     def rate(self, sampling_rate: float | None) -> float | None:
-        """What may be said of it: expected batch / rate would be the number of records where none was declared."""
+        """Return the sampling rate as the report may state it: None if no size was declared.
+
+        Without a declared size, expected batch / sampling rate would be the exact number of records.
+        """
         return None if self.declared_size is None else sampling_rate

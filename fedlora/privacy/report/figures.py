@@ -1,38 +1,43 @@
-"""What follows from the facts of a privacy report. Its author and whoever verifies it both compute with this.
+"""The computation of a privacy report's figures from its facts, used by the report's author and by its verifier.
 
-The facts are plain JSON, see `fedlora.privacy.report.privacy_report`. A unit is whom one guarantee covers, a row or
-all rows with one value of a column; the relation is zero-out.
+The facts are plain JSON, as `fedlora.privacy.report.privacy_report` writes them. Every epsilon is for one unit (a row,
+or all rows that share a value of a column) under the zero-out relation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
-from fedlora.privacy.accounting import Accountant, Spend, four_digits, pld_epsilon, prv_epsilon
+from fedlora.privacy.accounting import Accountant, four_digits, pld_epsilon, prv_epsilon
 from fedlora.privacy.ledger.lifetime_budget import filter_epsilon
-from fedlora.privacy.spend import rdp_epsilon
+from fedlora.privacy.report.signing import Document
+from fedlora.privacy.spend import Spend, rdp_epsilon
 
 SCHEMA, VERSION = "fedlora privacy report", 2
 READABLE = (1, 2)
-"""Versions that can be verified. In the first, more noise covered what rounding was measured to add in bf16
-(`rounding_cover`); since the second, a record's arithmetic is shown to depend on no other (`batch_invariance`)."""
+"""Versions that can be verified. In version 1, extra noise covered the rounding that was measured in bf16
+(`rounding_cover`). Since version 2, a record's arithmetic is shown not to depend on others (`batch_invariance`)."""
 
 RELATION = "zero-out: one unit is replaced by one that contributes nothing (accounts like adding or removing it)"
 LABELS = {"guarantee": "guarantee at the run's maximum", "spent": "spent so far"}
 STATES = ("reserved", "stored", "released", "voided")
 
 Steps = tuple[float | None, float | None, int]
-"""Noise multiplier and sampling rate, None where there is none or it is withheld, and steps."""
+"""(noise multiplier, None without noise; sampling rate, None if it is withheld; number of steps)."""
 
 
 def stated(epsilon: float | None) -> float | str | None:
-    """As JSON can hold it: an infinite epsilon becomes "infinite"."""
+    """Return epsilon as JSON can hold it: infinity becomes "infinite"."""
     return "infinite" if epsilon is not None and math.isinf(epsilon) else epsilon
 
 
-def why_no_guarantee(report: Mapping) -> str | None:
-    """None if the report's facts allow a guarantee, else the reason why no epsilon may be stated."""
+def why_no_guarantee(report: Document) -> str | None:
+    """Return the reason why no epsilon may be stated; None if the report's facts allow a guarantee.
+
+    A verifier compares the reason with the one in the report, so its words are part of the format.
+    """
     source = report["randomness"]
     if source["predictable"]:
         return (f"PREDICTABLE: sampling and noise follow from a seed ({source['why']}). Whoever knows it can subtract "
@@ -42,24 +47,27 @@ def why_no_guarantee(report: Mapping) -> str | None:
     return None
 
 
-def whom(unit: Mapping) -> str:
-    """Whom one guarantee covers, in words; no article, no number of records."""
+def whom(unit: Document) -> str:
+    """Return in words whom one guarantee covers: one row, or all rows that share a value of a column."""
     name = unit["name"]
-    return "one row" if name == "row" else f"all rows with one value of {name.removeprefix('column:')}"
+    return "one row" if name == "row" else f"all rows that share one value of {name.removeprefix('column:')}"
 
 
-def planned_history(report: Mapping) -> tuple[Spend, ...]:
-    """What the run's maximum consists of, as one unit pays for it; () without noise or sampling rate."""
+def planned_history(report: Document) -> tuple[Spend, ...]:
+    """Return the noised steps of the run's planned maximum; () without noise."""
     return _spends(planned(report))
 
 
-def spent_history(report: Mapping) -> tuple[Spend, ...]:
-    """Every training that was begun and not voided, as one unit pays for it; () without noise or sampling rate."""
+def spent_history(report: Document) -> tuple[Spend, ...]:
+    """Return the noised steps of every training that was charged and not voided."""
     return _spends(begun(report))
 
 
-def lifetime_spent(report: Mapping) -> float:
-    """Epsilon of everything charged to the dataset's lifetime, at the lifetime's delta, by the ledger's own rule."""
+def lifetime_spent(report: Document) -> float:
+    """Return the epsilon of everything charged to the lifetime budget, at its delta, by the ledger's own rule.
+
+    This is the Rényi filter's figure. If a sole run closed the budget, it is PRV's or RDP's where that is smaller.
+    """
     account = report["lifetime"]
     if any(c["noise_multiplier"] is None and c["steps"] for c in account["charges"]):
         return math.inf
@@ -70,8 +78,15 @@ def lifetime_spent(report: Mapping) -> float:
     return min(filtered, Accountant(tuple(spend for part in spends for spend in part)).epsilon(account["delta"]))
 
 
-def figures(label: str, steps: int, history: tuple[Spend, ...], delta: float | None) -> dict:
-    """One row of the report; no figure at all if `delta` is None."""
+def figures(label: str, steps: int, history: tuple[Spend, ...], delta: float | None) -> dict[str, Any]:
+    """Return one row of the report: a number of steps and their epsilon by each accountant.
+
+    Args:
+        label: the row's name.
+        steps: the number of steps.
+        history: the same steps with their noise and sampling rate.
+        delta: None if no epsilon may be stated for this run; then the row has no figure.
+    """
     if delta is None:
         return {"label": label, "steps": steps, "epsilon": None, "accountant": None,
                 "accountants": {"PRV": None, "RDP": None, "PLD": None}, "note": "no epsilon is stated for this run"}
@@ -79,21 +94,25 @@ def figures(label: str, steps: int, history: tuple[Spend, ...], delta: float | N
     prv, rdp, pld = found["PRV"], found["RDP"], found["PLD"]
     assert rdp is not None
     best = "PRV" if prv is not None and prv <= rdp else "RDP"
-    note = [] if prv is not None else ["PRV gives no finite figure here, RDP's is the statement"]
+    note = [] if prv is not None else ["PRV gives no finite figure here, so RDP's is stated"]
     if pld is None:
         note.append("PLD is not computed for figures this large")
     return {"label": label, "steps": steps, "epsilon": stated(found[best]), "accountant": best,
             "accountants": {name: stated(value) for name, value in found.items()}, "note": "; ".join(note)}
 
 
-def steps_of(report: Mapping) -> dict[str, int]:
-    """Steps of the run's maximum and of what was begun, whether or not they were noised."""
+def steps_of(report: Document) -> dict[str, int]:
+    """Return the number of steps of the run's planned maximum and of what was charged, noised or not."""
     return {"guarantee": sum(steps for _, _, steps in planned(report)),
             "spent": sum(steps for _, _, steps in begun(report))}
 
 
 def number(epsilon: float | str | None) -> float | None:
-    """Inverse of `stated`. Raises ValueError for another text than "infinite" and for a negative number."""
+    """Return epsilon from its JSON form; the inverse of `stated`.
+
+    Raises:
+        ValueError: it is a text other than "infinite", or a negative number.
+    """
     if epsilon == "infinite":
         return math.inf
     if isinstance(epsilon, str) or (epsilon is not None and epsilon < 0):
@@ -102,32 +121,35 @@ def number(epsilon: float | str | None) -> float | None:
 
 
 def shown(epsilon: float | str | None) -> str:
-    """Epsilon in four digits, rounded up: what a person reads never promises more than the JSON."""
+    """Format epsilon with four digits, rounded up so that the page never promises more than the JSON."""
     value = number(epsilon)
     return "not computed" if value is None else four_digits(value)
 
 
 def accountants(history: tuple[Spend, ...], delta: float) -> dict[str, float | None]:
-    """Epsilon by each accountant; None where it has no finite figure or is not installed."""
+    """Return epsilon at `delta` by each accountant; None if an accountant has no finite figure."""
     return {"PRV": prv_epsilon(history, delta), "RDP": rdp_epsilon(history, delta),
             "PLD": pld_epsilon(history, delta)}
 
 
-def planned(report: Mapping) -> list[Steps]:
-    """The run's maximum."""
+def planned(report: Document) -> list[Steps]:
+    """Return the steps of the run's planned maximum."""
     mechanism = report["mechanism"]
     return [(mechanism["noise_multiplier"], mechanism["sampling_rate"],
              mechanism["local_steps"] * mechanism["max_participations"])]
 
 
-def begun(report: Mapping) -> list[Steps]:
-    """Every training that was begun and not voided."""
+def begun(report: Document) -> list[Steps]:
+    """Return the steps of every training that was charged and not voided."""
     return [(t["noise_multiplier"], t["sampling_rate"], t["steps"]) for t in report["trainings"]
             if t["state"] != "voided"]
 
 
 def merged(steps: Iterable[Steps]) -> dict[tuple[float | None, float | None], int]:
-    """Steps by (noise multiplier, sampling rate). The order of steps whose parameters are fixed changes no bound."""
+    """Add up the steps with equal (noise multiplier, sampling rate).
+
+    The order of steps is dropped: it changes no bound, since their parameters were fixed in advance.
+    """
     found: dict[tuple[float | None, float | None], int] = {}
     for sigma, q, count in steps:
         found[sigma, q] = found.get((sigma, q), 0) + count
@@ -135,12 +157,12 @@ def merged(steps: Iterable[Steps]) -> dict[tuple[float | None, float | None], in
 
 
 def _spends(steps: Iterable[Steps]) -> tuple[Spend, ...]:
-    """Those with noise. Raises ValueError where their sampling rate is withheld: then they cannot be accounted for."""
+    """Return the noised steps, merged. Raise ValueError if their sampling rate is withheld: they have no epsilon."""
     found = []
     for (sigma, q), count in merged(steps).items():
         if sigma is not None and q is None:
             raise ValueError(f"{count} steps with noise multiplier {sigma!r} have no sampling rate; a run with noise "
-                             "declares its size, and states the rate that follows from it")
+                             "must declare its size and state the sampling rate that follows from it")
         if sigma is not None and q is not None:
             found.append(Spend(sigma, q, count))
     return tuple(found)

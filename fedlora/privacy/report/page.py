@@ -1,19 +1,20 @@
-"""A privacy report as one page that a person can read and sign. It has the JSON's figures and no others."""
+"""The privacy report as one page, privacy.md, for a person to read and sign. All its figures are the JSON's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from fedlora.privacy.accounting import four_digits
 from fedlora.privacy.report.figures import LABELS, shown, whom
-from fedlora.privacy.report.signing import document_digest
+from fedlora.privacy.report.signing import Document, document_digest
 
 MOST_LINES = 12
-"""Of trainings; the rest is in privacy.json."""
+"""The most lines in the page's table of trainings; the rest is in privacy.json."""
 
 
-def markdown(report: Mapping) -> str:
-    """The page, in Markdown."""
+def markdown(report: Document) -> str:
+    """Return the page for a report, as Markdown."""
     run = report["run"]
     parts = [f"# Privacy report: dataset {_code(run['dataset'])}, run {_code(run['id'])}",
              f"{_text(run['client'])} trained for the server {_code(run['server'])} (strategy {_text(run['strategy'])}"
@@ -24,7 +25,7 @@ def markdown(report: Mapping) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _statement(report: Mapping) -> str:
+def _statement(report: Document) -> str:
     privacy, unit = report["privacy"], report["unit"]
     if privacy["no_guarantee"] is not None:
         return f"**No guarantee.** {_text(privacy['no_guarantee'])}. No epsilon is printed."
@@ -35,47 +36,52 @@ def _statement(report: Mapping) -> str:
         by = [shown(found["accountants"][name]) for name in ("PRV", "RDP", "PLD")]
         rows.append(f"| {label} | {found['steps']} | **{shown(found['epsilon'])}** | {' | '.join(by)} |")
     released = sum(training["state"] == "released" for training in report["trainings"])
-    apart = (f"Updates released: {released}. Charged for what was begun: ε {shown(privacy['spent']['epsilon'])}. "
-             f"Reserved, the most that this run may begin: ε {shown(guarantee['epsilon'])}.")
+    apart = (f"Updates released: {released}. Charged, for all trainings that were begun: "
+             f"ε {shown(privacy['spent']['epsilon'])}. Reserved, for the most trainings that this run may begin: "
+             f"ε {shown(guarantee['epsilon'])}.")
     notes = "; ".join(sorted({privacy[kind]["note"] for kind in LABELS if privacy[kind]["note"]}))
     return "\n\n".join(filter(None, [
-        f"**ε = {shown(guarantee['epsilon'])} at δ = {privacy['delta']!r}** ({guarantee['accountant']}) is guaranteed "
-        f"for {_text(whom(unit))}, whatever else is known. Relation: {_text(unit['relation'])}. Stopping early is "
-        "covered by it; the smaller figure is what was spent so far.",
-        "\n".join(rows), apart, _text(notes) and f"{_text(notes)}.",
+        f"**ε = {shown(guarantee['epsilon'])} at δ = {privacy['delta']!r}** (accountant {guarantee['accountant']}) is "
+        f"guaranteed for {_text(whom(unit))}, whatever else an attacker knows. Relation: {_text(unit['relation'])}. "
+        "In words: with and without this unit, the probability of anything that an attacker may observe differs at "
+        "most by the factor e^ε, plus δ. This covers the run's planned maximum, so a run that stops early is covered "
+        "too. The second line of the table is what was spent so far.",
+        "\n".join(rows),
+        f"PRV and RDP are upper bounds on ε, and the smaller one is stated. PLD is an independent check. {apart}",
+        _text(notes) and f"{_text(notes)}.",
         f"**Against whom.** {_text(report['adversary'])}"]))
 
 
-def _mechanism(report: Mapping) -> str:
+def _mechanism(report: Document) -> str:
     mechanism, unit, source = report["mechanism"], report["unit"], report["randomness"]
     scales = ", ".join(f"{_text(name)} × {value!r}" for name, value in mechanism["scales"].items())
     lines = [f"- {_text(mechanism['name'])}. {_text(mechanism['sampler'])}.",
-             f"- declared size {_or_none(unit['declared_size'])}, expected batch {mechanism['expected_batch']}, "
-             f"sampling rate {_or_none(mechanism['sampling_rate'])}, "
-             f"noise multiplier {_or_none(mechanism['noise_multiplier'])}, clip norm "
-             f"{mechanism['clip_norm']!r} on all groups together ({scales or 'no scales'}); at most "
-             f"{mechanism['max_participations']} rounds of {mechanism['local_steps']} steps.",
-             f"- computed in {_text(mechanism['precision'])}. {_independence(mechanism['batch_invariance'])}"
+             f"- Declared size {_or_none(unit['declared_size'])}, expected batch {mechanism['expected_batch']}, "
+             f"sampling rate {_or_none(mechanism['sampling_rate'])}, noise multiplier (standard deviation / clip norm) "
+             f"{_or_none(mechanism['noise_multiplier'])}. Clip norm (L2) {mechanism['clip_norm']!r} over all groups of "
+             f"tensors together, after scaling their gradients ({scales or 'no scales'}). At most "
+             f"{mechanism['max_participations']} trainings of {mechanism['local_steps']} steps.",
+             f"- Computed in {_text(mechanism['precision'])}. {_independence(mechanism['batch_invariance'])}"
              if mechanism["noise_multiplier"] is not None else "",
-             "- Round 0 released random projections of the gradient, for the adapters to start from: every record's "
-             "are scaled to the clip norm, and their sum is noised as in any round."
+             "- Round 0 released random projections of the gradient, from which the adapters start: each record's are "
+             "scaled to the clip norm, and their sum is noised as in any other round."
              if any(training["round"] == 0 for training in report["trainings"]) else "",
-             f"- at most {unit['rows_per_unit']} rows of one unit in a step." if unit["rows_per_unit"] else "",
+             f"- A step uses at most {unit['rows_per_unit']} rows of one unit." if unit["rows_per_unit"] else "",
              f"- Randomness: {_text(source['generator'])}; key: {_text(source['key'])}; {_text(source['gaussian'])}."]
     return "## Mechanism\n\n" + "\n".join(filter(None, lines))
 
 
-def _independence(found: Mapping) -> str:
-    """That no record's arithmetic depends on another's, and in which shapes."""
+def _independence(found: Document) -> str:
+    """Return how it was shown that no record's arithmetic depends on another's, and for which shapes."""
     rows = ", ".join(f"{length} tokens × {rows}" for length, rows in sorted(
         found["rows"].items(), key=lambda item: int(item[0])))
     alone = f" One record at a time: {_text(found['one_at_a_time'])}." if found["one_at_a_time"] else ""
     return f"Shown {_text(found['shown'])} ({rows}).{alone}"
 
 
-def _trainings(report: Mapping) -> str:
-    """One line for each stretch of trainings that are alike."""
-    stretches: list[list[Mapping]] = []
+def _trainings(report: Document) -> str:
+    """Return the table of trainings, with one line for each stretch of consecutive trainings that are alike."""
+    stretches: list[list[Document]] = []
     for training in report["trainings"]:
         if stretches and _kind(stretches[-1][-1]) == _kind(training):
             stretches[-1].append(training)
@@ -92,55 +98,59 @@ def _trainings(report: Mapping) -> str:
         lines.append(f"| {len(stretches) - MOST_LINES} more lines in privacy.json | | | | |")
     sent = [t["upload"] for t in report["trainings"] if t["state"] == "released" and t["upload"]]
     size = sum(u["bytes"] or 0 for u in sent)
-    said = f"{len(sent)} uploads left, {size} bytes in all; the SHA-256 of each is in privacy.json."
-    return "## Every training that was begun\n\n" + ("\n".join(lines) if stretches else "None.") + f"\n\n{said}"
+    said = f"{len(sent)} uploads left this client, {size} bytes in all; the SHA-256 of each is in privacy.json."
+    states = ("Reserved: charged, before the first record was read. Stored: the noised update is finished. Released: "
+              "it left this client. Voided: nothing was read, so the charge was taken back.\n\n" if stretches else "")
+    return "## Every training that was begun\n\n" + ("\n".join(lines) if stretches else "None.") + f"\n\n{states}{said}"
 
 
-def _kind(training: Mapping) -> tuple:
+def _kind(training: Document) -> tuple[Any, ...]:
     return tuple(training[name] for name in ("state", "noise_multiplier", "sampling_rate", "steps"))
 
 
-def _lifetime(report: Mapping) -> str:
+def _lifetime(report: Document) -> str:
     account = report["lifetime"]
     if account is None:
         return ""
     lines = []
     if report["privacy"]["no_guarantee"] is None:
-        limit = "no limit was declared" if account["epsilon"] is None else f"limit ε = {account['epsilon']!r}"
+        limit = "No limit was declared" if account["epsilon"] is None else f"Limit ε = {account['epsilon']!r}"
         left = "" if account["remaining"] is None else f", remaining {four_digits(account['remaining'], down=True)}"
         lines.append(f"- {limit} at δ = {account['delta']!r}; counted {shown(account['spent'])}{left} "
                      f"({_text(account['accountant'])}).")
-    for name, words in (("overlapping", "shares records with, and is charged for"),
-                        ("distinct", "declared distinct by the owner, and not charged for")):
+    for name, words in (("overlapping", "Data sets that share records with this one; counted too"),
+                        ("distinct", "Data sets that the owner declared to be about other people; not counted")):
         if account[name]:
             lines.append(f"- {words}: {', '.join(_code(other) for other in account[name])}.")
     if account["closed_by"]:
-        lines.append(f"- closed by run {_code(account['closed_by'])}, whose planned maximum counts in full.")
+        lines.append(f"- Closed by run {_code(account['closed_by'])}, whose planned maximum counts in full; no further "
+                     "run fits.")
     if account["new_ledger"]:
-        lines.append(f"- **An earlier ledger was given up:** {_text(account['new_ledger'])}. What it had counted is "
-                     "not counted here.")
+        lines.append(f"- **An earlier ledger was given up:** {_text(account['new_ledger'])}. Spending that only that "
+                     "ledger knew is not counted here.")
     if account["simulated"]:
         lines.append("- The ledger is a simulation's; it stands for no real data.")
     return "## The dataset's budget over all runs\n\n" + ("\n".join(lines) or "Nothing to state.")
 
 
-def _left(report: Mapping) -> str:
+def _left(report: Document) -> str:
     lines = [f"- {_text(item['what'])}: {_text(item['value'])}" for item in report["left_without_noise"]]
     return "## What left this client without noise\n\n" + "\n".join(lines)
 
 
-def _closing(report: Mapping) -> str:
+def _closing(report: Document) -> str:
     found = ", ".join(f"{name} {value}" for name, value in report["versions"].items() if value)
     signature = report.get("signature")
     signed = f"Ed25519 public key `{signature['public_key']}`." if signature else "Not signed."
     return (f"---\n\n{_text(found)}. SHA-256 of privacy.json without its signature (canonical form): "
-            f"`{document_digest(report)}`. {signed} `fedlora-client verify privacy.json` recomputes every ε above from "
-            "the signed history; that proves the arithmetic, not that noise was added.\n\n"
+            f"`{document_digest(report)}`. {signed} `fedlora-client verify privacy.json` checks the signature and "
+            "recomputes every ε above from the history in that file; this proves the arithmetic, not that noise was "
+            "added.\n\n"
             "Read and approved: ______________________________   Date: ______________")
 
 
 def _named(model: Mapping[str, str]) -> str:
-    """A base model by its name; a folder, which has none that travels, by what the hash of its weights begins with."""
+    """Return a base model's name; for a model from a local folder, the first digits of its weights' hash instead."""
     name = model.get("name", "not named")
     return f"{name}:{model['weights_sha256'][:12]}" if name == "local" and "weights_sha256" in model else name
 
@@ -150,7 +160,7 @@ def _or_none(value: float | None) -> str:
 
 
 def _text(value: str) -> str:
-    """A name that somebody chose, as plain text: no line breaks, no markup, no table cells."""
+    """Return a text that somebody chose as plain text in Markdown: no line breaks, no markup, no table cells."""
     plain = "".join(c if c.isprintable() else " " for c in value)
     for mark in "\\`*_[]<>|#":
         plain = plain.replace(mark, "\\" + mark)

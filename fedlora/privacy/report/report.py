@@ -1,12 +1,12 @@
-"""A run's privacy report: what was promised, what was spent, what left without noise, and what nothing covers.
+"""The privacy report of a run: the guarantee, what was spent, what left without noise, and what is not covered.
 
     report = sign(privacy_report(ReportedRun(...)), load_or_create_key(path))
     write_report(folder, report)        # privacy.json, and privacy.md for a person to read and sign
-    verify(report)                      # anyone, anywhere: the signature, and every epsilon anew from the history
+    verify(report)                      # anyone, anywhere: checks the signature and recomputes every epsilon
 
-A report is plain JSON. It states facts (who, with which noise, how many steps) and what follows from them; a number
-of records never appears, only the declared size. Where no guarantee holds (predictable noise, or none), it says why
-and prints no epsilon at all.
+A report is plain JSON. It states facts (who took part, with which noise, for how many steps) and the figures that
+follow from them. The exact number of records never appears, only the declared size. If no guarantee holds, because the
+noise was predictable or there was none, the report says why and states no epsilon at all.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fedlora.files import replace_file
 from fedlora.plan import ANCHOR_BYTES
@@ -34,57 +34,63 @@ from fedlora.privacy.report.figures import (
     why_no_guarantee,
 )
 from fedlora.privacy.report.page import markdown
+from fedlora.privacy.report.signing import Document
 from fedlora.privacy.report.verification import verify
 from fedlora.privacy.rng import DRAWS
 from fedlora.versions import environment
 
 PACKAGES = ("torch", "opacus", "numpy", "scipy", "cryptography", "dp-accounting")
+"""Packages whose versions the report lists."""
 
 ADVERSARY = (
     "The server, and everyone who sees what leaves this client: the other institutions, the network, whoever receives "
-    "the final model. Each may know everything about all other records and may choose what it asks for from what it "
-    "saw before. Not covered: someone with access to this client's machine. The guarantee holds for this client alone, "
-    "without trusting the server; nothing is claimed from who takes part in a round, since the server sees that.")
+    "the final model. Each of them may know everything about all other records, and may choose what to ask for from "
+    "what it has seen before. Not covered: someone with access to this client's machine. The guarantee holds for this "
+    "client alone and needs no trust in the server. It takes no credit for which clients take part in a round, since "
+    "the server sees that.")
 
-SAMPLER = "Poisson: each {unit} enters each step on its own with the sampling rate; an empty draw is noised as well"
+SAMPLER = "Poisson: each {unit} enters each step independently, with the sampling rate; an empty draw is noised as well"
 
 BATCH_INVARIANCE = (
     "before the first training, on made-up records, on this machine and with this model: a record's gradient, norm and "
-    "loss have the same bits at every place of a micro-batch and beside any others. Each padded length has one number "
-    "of rows, filled with constant ones")
+    "loss have the same bits at every place of a micro-batch and beside any other records. Every micro-batch of one "
+    "padded length has the same number of rows; places that are left over are filled with constant rows")
 
 NOT_COVERED = (
-    "Timing and availability: how long a round takes, whether and when this client answers; a machine that runs out of "
-    "memory in a round; an owner who leaves after having read the data.",
-    "Whether this client comes at all: it does not where its files cannot be read, have other columns than task and "
-    "model need, or do not fit what their owner declares of them; nor where another data set of this machine that "
-    "shares records has used up its budget.",
-    "Floating point: noise is drawn as real numbers would be, and rounded; each value is a sum of several draws, which "
-    "makes an attack on the rounding expensive, not impossible.",
-    "Rounding: that no record's depends on others was seen on made-up records, bit for bit; a processor that computes "
-    "otherwise from time to time is not covered.",
-    "Edited rows: a record that was changed counts as another record; the dataset's name covers both, if it is kept.",
-    "Someone with records at several institutions is protected by the sum of their budgets, not by each one.",
-    "Another machine, user or ledger: what was released from the same data there is not counted here.",
-    "Restored copies: ledger, policy, witness and key that are put back together to an earlier state are noticed by "
-    "the newest anchor that a server has of this client, and not where that server is another one, a Flower SuperLink, "
-    "or knows the client by another name, where it hands back an older anchor or none, or where the copy is from "
-    "before the key was made.",
-    "Tuning: if values were chosen by looking at results on this data, that choice is not counted.",
-    "The arithmetic assumes that the software ran as published; this report cannot prove that noise was added.",
+    "Timing and availability: how long a round takes, whether and when this client answers, a machine that runs out of "
+    "memory in a round, and an owner who leaves after the data were read.",
+    "Whether this client takes part at all: it does not if its files cannot be read, lack the columns that task and "
+    "model need, or contradict what their owner declared; nor if another data set of this machine that shares records "
+    "with them has used up its budget.",
+    "Floating point: noise is computed with rounded numbers, not with real ones. Each value is a sum of several draws, "
+    "which makes an attack on the rounding expensive, not impossible.",
+    "Rounding: that no record's arithmetic depends on another record was shown on made-up records, bit for bit. A "
+    "processor that computes differently from time to time is not covered.",
+    "Edited rows: a record that was changed counts as another record. One budget covers both only if the data keep "
+    "their dataset name.",
+    "Several institutions: someone with records at more than one of them is protected by the sum of their budgets, not "
+    "by each single one.",
+    "Other machines, users and ledgers: what was released from the same data there is not counted here.",
+    "Restored copies: if ledger, policy, witness and key are put back together to an earlier state, only the newest "
+    "anchor that a server keeps of this client reveals it. Nothing reveals it if that server is another one or a "
+    "Flower SuperLink, if it knows this client by another name, if it hands back an older anchor or none, or if the "
+    "copy is from before the key was made.",
+    "Tuning: if settings were chosen by looking at results on this data, that choice is not counted.",
+    "The software: the arithmetic assumes that it ran as published; this report cannot prove that noise was added.",
 )
 
 
-def privacy_report(run: ReportedRun, now: float | None = None) -> dict:
-    """The report of one client about one run, unsigned.
+def privacy_report(run: ReportedRun, now: float | None = None) -> dict[str, Any]:
+    """Return the unsigned report of one client about one run.
 
     Args:
-        now: seconds since 1970.
+        run: the facts.
+        now: the time that the report states, in seconds since 1970; default the present.
 
     Raises:
-        ValueError: a value that no run can have, which `verify` would not accept either.
+        ValueError: the facts contradict each other in a way that `verify` would not accept either.
     """
-    report: dict = {
+    report: dict[str, Any] = {
         "schema": SCHEMA,
         "version": VERSION,
         "made": _iso(time.time() if now is None else now),
@@ -115,7 +121,7 @@ def privacy_report(run: ReportedRun, now: float | None = None) -> dict:
     return report
 
 
-def _mechanism(run: ReportedRun) -> dict:
+def _mechanism(run: ReportedRun) -> dict[str, Any]:
     done = run.mechanism
     return {
         "name": "Poisson-sampled Gaussian" if run.private else "none: privacy is off",
@@ -133,7 +139,7 @@ def _mechanism(run: ReportedRun) -> dict:
                              "one_at_a_time": done.one_at_a_time or None}}
 
 
-def _training(entry: TrainingEntry, run: ReportedRun) -> dict:
+def _training(entry: TrainingEntry, run: ReportedRun) -> dict[str, Any]:
     return {"round": entry.round, "attempt": entry.attempt, "state": entry.state, "time": _iso(entry.time),
             "steps": entry.steps, "noise_multiplier": entry.noise_multiplier,
             "sampling_rate": run.rate(entry.sampling_rate),
@@ -141,8 +147,11 @@ def _training(entry: TrainingEntry, run: ReportedRun) -> dict:
                                                                 "sha256": entry.upload_sha256}}
 
 
-def _fill_lifetime(report: dict, known: LifetimeAccount) -> None:
-    """State what the lifetime has spent and left; nothing where this run prints no epsilon."""
+def _fill_lifetime(report: dict[str, Any], known: LifetimeAccount) -> None:
+    """Fill in the lifetime budget's spent and remaining epsilon; None if this run may state no epsilon.
+
+    Of the ledger's figure and the recomputed one, the less favourable counts.
+    """
     account = report["lifetime"]
     if report["privacy"]["no_guarantee"] is not None:
         account |= {"epsilon": None, "spent": None, "remaining": None}
@@ -154,15 +163,15 @@ def _fill_lifetime(report: dict, known: LifetimeAccount) -> None:
     account["spent"] = stated(spent)
 
 
-def _lifetime(account: LifetimeAccount, delta: float | None) -> dict:
+def _lifetime(account: LifetimeAccount, delta: float | None) -> dict[str, Any]:
     return {
         "epsilon": None if account.epsilon in (None, math.inf) else account.epsilon,
         "delta": delta if account.delta is None else account.delta,
         "spent": None, "remaining": None,
-        "accountant": "RDP filter at fixed orders, or PRV for the only run where that closed the budget",
+        "accountant": "RDP filter at fixed orders, or PRV for a sole run that closed the budget",
         "orders": list(account.orders),
         "charges": [{"dataset": c.dataset, "run": c.run_id, "noise_multiplier": c.noise_multiplier,
-                     "sampling_rate": None if c.noise_multiplier is None else c.sampling_rate,  # it would tell n
+                     "sampling_rate": None if c.noise_multiplier is None else c.sampling_rate,  # reveals n
                      "steps": c.steps} for c in account.charges],
         "overlapping": list(account.overlapping), "distinct": list(account.distinct), "closed_by": account.closed_by,
         "ledger": account.ledger_id, "new_ledger": account.new_ledger, "simulated": account.simulated}
@@ -201,14 +210,18 @@ def _iso(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def write_report(folder: Path, report: Mapping) -> Path:
-    """Write `privacy.json` and `privacy.md` into `folder`, each complete or not at all.
+def write_report(folder: Path, report: Document) -> Path:
+    """Write `privacy.json` and `privacy.md` into a folder, each completely or not at all.
+
+    Args:
+        folder: created if it does not exist.
+        report: a signed report.
 
     Returns:
         The path of privacy.json.
 
     Raises:
-        ValueError: the report is not signed, or `verify` would not accept it: then nothing is written.
+        ValueError: the report is not signed, or `verify` does not accept it. Then nothing is written.
     """
     verify(report)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Ed25519 signatures over plain JSON: who wrote a document, and that no field of it was changed since."""
+"""Ed25519 signatures over plain JSON, which prove who wrote a document and that no field was changed since."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -16,51 +17,59 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 ALGORITHM = "Ed25519"
 DOMAIN = b"fedlora privacy report 1\n"
-"""Signed before the document, so that the key's signatures mean nothing elsewhere."""
+"""Prefix of the signed bytes, so that a signature of this key is valid for nothing but a privacy report."""
+
+Document = Mapping[str, Any]
+"""A JSON object, as Python's `json` module reads it."""
 
 
-def canonical(document: Mapping) -> bytes:
-    """The one spelling that is signed: sorted keys, no spaces, ASCII, each float in its shortest exact form.
+def canonical(document: Document) -> bytes:
+    """Return the one spelling of a document that is signed.
+
+    Keys are sorted, there are no spaces, all is ASCII, and each float is in its shortest exact form.
 
     Raises:
-        ValueError: the document is not plain JSON: a number that is not finite, or another type of value.
+        ValueError: the document is not plain JSON: it has a number that is not finite, or another type of value.
     """
     try:
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"this is not plain JSON ({error}); a document is signed as JSON alone") from None
+        raise ValueError(f"this is not plain JSON ({error}); only plain JSON can be signed") from None
 
 
-def document_digest(document: Mapping) -> str:
-    """SHA-256 of the document without its signature, in hexadecimal digits."""
+def document_digest(document: Document) -> str:
+    """Return the SHA-256 of a document without its signature, 64 hexadecimal digits."""
     return hashlib.sha256(canonical({k: v for k, v in document.items() if k != "signature"})).hexdigest()
 
 
 def load_or_create_key(path: Path) -> Ed25519PrivateKey:
-    """The signing key in `path` (PEM, mode 0600), made at the first call. It never leaves the machine.
+    """Return the signing key in `path` (PEM, file mode 0600), made at the first call. It never leaves the machine.
 
     Raises:
-        ValueError: others than the owner may read or write the file, or it holds no Ed25519 key.
+        ValueError: someone other than the owner may read or write the file, or it holds no Ed25519 key.
     """
     if not path.exists():
         _create(path)
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
-        raise ValueError(f"{path} has mode {mode:04o}: others than its owner can use this signing key. Run "
-                         f"chmod 600 '{path}', or, if somebody may have copied it, delete it: a new one is made, and "
-                         "whoever verifies needs its new public key")
+        raise ValueError(f"{path} has mode {mode:04o}, so others than its owner can use this signing key. Run "
+                         f"chmod 600 '{path}'. If somebody may have copied the key, delete the file instead: a new key "
+                         "is made, and whoever verifies your reports needs its public key")
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)
     except (TypeError, ValueError):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        raise ValueError(f"{path} holds no unencrypted Ed25519 key in PEM form; restore it, or delete it and a new one "
-                         "is made, whose public key differs")
+        raise ValueError(f"{path} holds no unencrypted Ed25519 key in PEM form; restore it, or delete it: a new key is "
+                         "made then, with another public key")
     return key
 
 
 def _create(path: Path) -> None:
-    """Put a new key at `path`, complete or not at all; a key that another process put there meanwhile stays."""
+    """Put a new key at `path`, complete or not at all. If another process was first, its key stays.
+
+    The key is written to a temporary file, synchronised to the disk, and then linked to `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     pem = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
@@ -78,12 +87,18 @@ def _create(path: Path) -> None:
 
 
 def public_key(key: Ed25519PrivateKey) -> str:
-    """The 32 bytes with which anyone can check the key's signatures, as 64 hexadecimal digits."""
+    """Return the public key, with which anyone can check the key's signatures: 32 bytes as 64 hexadecimal digits."""
     return key.public_key().public_bytes_raw().hex()
 
 
-def sign(report: Mapping, key: Ed25519PrivateKey) -> dict:
-    """The report with a `signature` that covers every other field and the public key; an earlier one is replaced.
+def sign(report: Document, key: Ed25519PrivateKey) -> dict[str, Any]:
+    """Return the report with a `signature`, which covers every other field and the public key.
+
+    A signature that the report already has is replaced.
+
+    Args:
+        report: plain JSON.
+        key: the author's.
 
     Raises:
         ValueError: the report is not plain JSON.
@@ -93,17 +108,20 @@ def sign(report: Mapping, key: Ed25519PrivateKey) -> dict:
     return {**report, "signature": {**about, "value": value}}
 
 
-def check_signature(report: Mapping) -> str:
-    """The public key (hexadecimal) whose owner signed exactly this report.
+def check_signature(report: Document) -> str:
+    """Check a report's signature, and return the public key whose owner signed exactly this report.
+
+    Returns:
+        The key, 64 hexadecimal digits.
 
     Raises:
-        ValueError: there is no signature, or the report or the signature was changed after signing.
+        ValueError: there is no signature, or the report or its signature was changed after signing.
     """
     signature = report.get("signature")
     if not isinstance(signature, Mapping) or set(signature) != {"algorithm", "public_key", "value"}:
         raise ValueError("the report carries no signature, so nobody vouches for it; ask its author for the signed one")
     if signature["algorithm"] != ALGORITHM:
-        raise ValueError(f"signature.algorithm is {signature['algorithm']!r}; only {ALGORITHM} is known")
+        raise ValueError(f"signature.algorithm is {signature['algorithm']!r}; it must be {ALGORITHM}")
     about = {name: signature[name] for name in ("algorithm", "public_key")}
     try:
         raw, value = (bytes.fromhex(signature[name]) for name in ("public_key", "value"))
@@ -113,8 +131,8 @@ def check_signature(report: Mapping) -> str:
     except (TypeError, ValueError, InvalidSignature):
         raise ValueError("the signature does not fit the report: a field was changed after it was signed, or the file "
                          "is damaged; ask its author for the original") from None
-    return signature["public_key"]
+    return raw.hex()
 
 
-def _signed_bytes(report: Mapping, about: Mapping) -> bytes:
+def _signed_bytes(report: Document, about: Document) -> bytes:
     return DOMAIN + canonical({**{k: v for k, v in report.items() if k != "signature"}, "signature": about})

@@ -1,6 +1,6 @@
-"""Checking a privacy report: its shape, its signature, and every epsilon anew from the history that was signed.
+"""Verification of a privacy report: its fields, its signature, and every epsilon, recomputed from the signed history.
 
-What that proves is said in `Verified.text`: the arithmetic and the author's key, not that noise was added.
+This proves the arithmetic and whose key signed the report, not that noise was added. `Verified.text` says so.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -38,11 +39,11 @@ from fedlora.privacy.report.figures import (
     whom,
     why_no_guarantee,
 )
-from fedlora.privacy.report.signing import check_signature
+from fedlora.privacy.report.signing import Document, check_signature
 from fedlora.versions import versions
 
 TOLERANCE = 1e-6
-"""A stated epsilon may be this much below the recomputed one: another processor rounds the same sums differently."""
+"""How far a stated epsilon may be below the recomputed one: another processor rounds the same sums differently."""
 
 _NUMBER = (int, float)
 _MAYBE = (*_NUMBER, type(None))
@@ -50,7 +51,7 @@ _TEXT = (str, type(None))
 _EPSILON = (*_NUMBER, str, type(None))
 _FIGURES = {"label": str, "steps": int, "epsilon": _EPSILON, "accountant": _TEXT,
             "accountants": {"PRV": _EPSILON, "RDP": _EPSILON, "PLD": _EPSILON}, "note": str}
-SHAPE: dict = {
+SHAPE: dict[str, Any] = {
     "schema": str, "version": int, "made": str,
     "run": {"id": str, "dataset": str, "client": str, "server": str, "plan_sha256": str, "strategy": str,
             "base_model": {...: str}},
@@ -75,16 +76,23 @@ SHAPE: dict = {
     "versions": {...: _TEXT},
     "signature": {"algorithm": str, "public_key": str, "value": str},
 }
-"""Of the version that is written."""
+"""Fields and types of the version that is written. `...` stands for any name; `(shape, None)` for a value or null."""
 
 _FIRST_MECHANISM = {name: kind for name, kind in SHAPE["mechanism"].items() if name != "batch_invariance"}
 SHAPES = {1: {**SHAPE, "mechanism": {**_FIRST_MECHANISM, "rounding_cover": _NUMBER}}, VERSION: SHAPE}
-"""Of each version that can be read."""
+"""Version → fields and types, for each version that can be read."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One figure of the report beside the same one computed here; None: not stated, or not computable here."""
+    """One figure of a report beside the same figure computed here.
+
+    Attributes:
+        label: the figure's row.
+        accountant: the accountant by which it was computed.
+        stated: epsilon in the report; None if it is not stated.
+        recomputed: epsilon computed here; None if it cannot be computed.
+    """
 
     label: str
     accountant: str
@@ -94,15 +102,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Verified:
-    """A report that holds together.
+    """The result of verifying a report that is consistent and correctly signed.
 
     Attributes:
-        public_key: whose owner signed it, in hexadecimal digits. Compare it with the one that the author gave you.
+        public_key: the key that signed the report, 64 hexadecimal digits. Compare it with the one that the author gave
+            you.
         guarantee: False if the report itself says that no guarantee holds.
-        epsilon, delta: of the guarantee at the run's maximum, None without one.
-        spent: epsilon spent so far, None without a guarantee.
+        epsilon: epsilon guaranteed at the run's planned maximum, for one unit under zero-out; None without a guarantee.
+        delta: the delta of that guarantee; None without a guarantee.
+        spent: epsilon spent so far; None without a guarantee.
         checks: every figure that was compared.
-        text: what follows from this, and what does not.
+        text: what the verification proves and what it does not.
     """
 
     public_key: str
@@ -114,26 +124,28 @@ class Verified:
     text: str
 
 
-def verify(report: Mapping, public_key: str | None = None) -> Verified:
-    """Check a signed report.
+def verify(report: Document, public_key: str | None = None) -> Verified:
+    """Verify a signed report.
 
     Args:
-        public_key: of the author, 64 hexadecimal digits; None accepts any author and names the key.
+        report: the JSON of privacy.json.
+        public_key: the author's, 64 hexadecimal digits; None accepts any author, and the result names the key.
 
     Raises:
-        ValueError: it names what differs: the shape, the author, the signature, an epsilon below the recomputed one,
-            or a guarantee that covers less than was begun.
+        ValueError: a field is missing, unknown or of the wrong type; the signature is not the author's or does not fit;
+            facts contradict each other; an epsilon is below the recomputed one; or the guarantee covers fewer steps
+            than were begun. The message names the field.
     """
     if not isinstance(report, Mapping) or report.get("schema") != SCHEMA:
         raise ValueError(f"this is not a {SCHEMA}; name a client's privacy.json")
     version = report.get("version")
     if version not in READABLE or isinstance(version, bool):
-        raise ValueError(f"the report has version {version!r} and this FedLoRA reads "
+        raise ValueError(f"the report has version {version!r}, and this FedLoRA reads versions "
                          f"{' and '.join(map(str, READABLE))}; verify it with the FedLoRA version that it names")
     author = check_signature(report)
     if public_key is not None and public_key.strip().lower() != author:
         raise ValueError(f"the report is signed by {author}, not by {public_key.strip().lower()}; it is another "
-                         "client's, or its author has a new key: ask")
+                         "client's, or its author has a new key: ask the author for the public key")
     _fit(report, SHAPES[version], "report")
     _check_facts(report)
     privacy = report["privacy"]
@@ -145,7 +157,16 @@ def verify(report: Mapping, public_key: str | None = None) -> Verified:
 
 
 def verify_file(path: Path, console: Console, public_key: str | None = None) -> int:
-    """Verify the report in `path` and print a short table. Returns the exit code: 0 if it holds together, else 2."""
+    """Verify the report in a file, and print its figures and what they prove.
+
+    Args:
+        path: a privacy.json.
+        console: where to print.
+        public_key: the author's, 64 hexadecimal digits; None accepts any author and prints the key.
+
+    Returns:
+        The exit code: 0 if the report is consistent and correctly signed, else 2.
+    """
     try:
         report = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
         verified = verify(report, public_key)
@@ -169,8 +190,8 @@ def verify_file(path: Path, console: Console, public_key: str | None = None) -> 
     return 0
 
 
-def _check_facts(report: Mapping) -> None:
-    """What must hold between the facts, before anything is computed from them."""
+def _check_facts(report: Document) -> None:
+    """Check that the facts fit each other, before anything is computed from them."""
     unit, mechanism, privacy = report["unit"], report["mechanism"], report["privacy"]
     name, size, delta = unit["name"], unit["declared_size"], privacy["delta"]
     _require(name == "row" or (name.startswith("column:") and len(name) > 7), "unit.name", name, 'it must be "row" or '
@@ -182,48 +203,50 @@ def _check_facts(report: Mapping) -> None:
         _require(value > 0, f"mechanism {field}", value, "it must be positive")
     if "rounding_cover" in mechanism:
         _require(mechanism["rounding_cover"] >= 0, "mechanism.rounding_cover", mechanism["rounding_cover"],
-                 "less noise than accounted for is no cover")
+                 "it must be at least 0")
     else:
         for length, rows in mechanism["batch_invariance"]["rows"].items():
-            _require(rows >= 1, f"mechanism.batch_invariance.rows {length}", rows, "a micro-batch has at least one row")
+            _require(rows >= 1, f"mechanism.batch_invariance.rows {length}", rows, "it must be at least 1")
     seen: set[tuple[int, int]] = set()
     for training in report["trainings"]:
         key = training["round"], training["attempt"]
         if training["state"] != "voided":  # a voided one may be begun again
-            _require(key not in seen, "trainings", key, "this round and attempt is charged twice")
+            _require(key not in seen, "trainings", key, "this (round, attempt) is charged twice")
             seen.add(key)
         _require(training["state"] in STATES, "state", training["state"], f"it must be one of {', '.join(STATES)}")
-        _require(training["steps"] >= 1, "steps", training["steps"], "a training has at least one")
+        _require(training["steps"] >= 1, "steps", training["steps"], "a training has at least 1 step")
     _require(report["randomness"]["predictable"] == (report["randomness"]["why"] is not None), "randomness.why",
-             report["randomness"]["why"], "it is the reason of predictable randomness, and of no other")
+             report["randomness"]["why"], "it must give a reason if randomness is predictable, and only then")
     reason = why_no_guarantee(report)
     _require(privacy["no_guarantee"] == reason, "privacy.no_guarantee", privacy["no_guarantee"],
-             f"the report's own facts make it {reason!r}")
+             f"by the report's own facts it must be {reason!r}")
     steps = steps_of(report)
     most = max(steps.values())
-    _require(most <= MOST_STEPS, "steps", most, f"more than {MOST_STEPS} are not computed")
+    _require(most <= MOST_STEPS, "steps", most, f"at most {MOST_STEPS} steps can be recomputed")
     for kind, label in LABELS.items():
-        _require(privacy[kind]["label"] == label, f"privacy.{kind}.label", privacy[kind]["label"], f"it is {label!r}")
+        _require(privacy[kind]["label"] == label, f"privacy.{kind}.label", privacy[kind]["label"],
+                 f"it must be {label!r}")
         _require(privacy[kind]["steps"] == steps[kind], f"privacy.{kind}.steps", privacy[kind]["steps"],
-                 f"the report's own facts make it {steps[kind]}")
+                 f"by the report's own facts it must be {steps[kind]}")
     if reason is not None:
         lifetime = report["lifetime"] or {}
         found = [lifetime.get(field) for field in ("epsilon", "spent", "remaining")]
         found += [value for kind in LABELS for value in (privacy[kind]["epsilon"],
                                                          *privacy[kind]["accountants"].values())]
-        _require(all(value is None for value in found), "epsilon", found, "none may be stated without a guarantee")
+        _require(all(value is None for value in found), "epsilon", found, "it may not be stated without a guarantee")
         return
     _require(size is not None and size >= 1, "unit.declared_size", size, "a guarantee needs a declared size")
     _require(delta is not None and 0 < delta < 1 / size, "privacy.delta", delta, f"it must be positive and below "
              f"1/{size}, the declared size")
     rate = min(1.0, mechanism["expected_batch"] / size)
     _require(mechanism["sampling_rate"] is not None and math.isclose(mechanism["sampling_rate"], rate, rel_tol=1e-9),
-             "mechanism.sampling_rate", mechanism["sampling_rate"], f"an expected batch of "
-             f"{mechanism['expected_batch']} out of {size} makes it {rate!r}")
+             "mechanism.sampling_rate", mechanism["sampling_rate"], f"with an expected batch of "
+             f"{mechanism['expected_batch']} out of {size} declared units it must be {rate!r}")
     _covers(planned(report), begun(report), "the guarantee")
 
 
-def _check_figures(report: Mapping, kind: str) -> list[Check]:
+def _check_figures(report: Document, kind: str) -> list[Check]:
+    """Recompute the epsilons of one row of the report, and check that none is stated too low."""
     claimed = report["privacy"][kind]
     history = planned_history(report) if kind == "guarantee" else spent_history(report)
     found = accountants(history, report["privacy"]["delta"])
@@ -234,22 +257,23 @@ def _check_figures(report: Mapping, kind: str) -> list[Check]:
             _not_below(report, f"{check.label}, {check.accountant}", check.stated,
                        math.inf if check.recomputed is None else check.recomputed)
     _require(claimed["accountant"] in ("PRV", "RDP"), f"privacy.{kind}.accountant", claimed["accountant"],
-             "the statement is PRV's or RDP's")
+             "it must be PRV or RDP")
     _require(claimed["epsilon"] is not None and claimed["epsilon"] == claimed["accountants"][claimed["accountant"]],
              f"privacy.{kind}.epsilon", claimed["epsilon"], f"it is not {claimed['accountant']}'s figure")
     return checks
 
 
-def _check_lifetime(report: Mapping) -> list[Check]:
+def _check_lifetime(report: Document) -> list[Check]:
+    """Recompute the lifetime budget's epsilon. Check that spending is not understated nor the rest overstated."""
     account = report["lifetime"]
     if account is None:
         return []
     _require(account["delta"] is not None and 0 < account["delta"] < 1, "lifetime.delta", account["delta"],
              "it must be in (0, 1)")
     _require(tuple(account["orders"]) == FILTER_ORDERS, "lifetime.orders", account["orders"],
-             "other orders could be chosen after the fact")
+             "the filter's orders are fixed; others could have been chosen after seeing results")
     most = max((charge["steps"] for charge in account["charges"]), default=0)
-    _require(most <= MOST_STEPS, "lifetime.charges steps", most, f"more than {MOST_STEPS} are not computed")
+    _require(most <= MOST_STEPS, "lifetime.charges steps", most, f"at most {MOST_STEPS} steps can be recomputed")
     own = [c for c in account["charges"] if c["run"] == report["run"]["id"]]
     _covers([(c["noise_multiplier"], c["sampling_rate"], c["steps"]) for c in own],
             planned(report) if begun(report) and account["closed_by"] == report["run"]["id"] else begun(report),
@@ -261,18 +285,19 @@ def _check_lifetime(report: Mapping) -> list[Check]:
     if limit is not None:
         left = 0.0 if account["closed_by"] else max(0.0, limit - spent)
         _require(account["remaining"] is not None and account["remaining"] <= left + TOLERANCE, "lifetime.remaining",
-                 account["remaining"], f"of {limit} only {left} is left")
+                 account["remaining"], f"of the limit {limit} only {left} is left")
     return [Check("lifetime, spent", "RDP" if account["closed_by"] is None else "RDP or PRV", spent, recomputed)]
 
 
-def _not_below(report: Mapping, what: str, claimed: float, recomputed: float) -> None:
+def _not_below(report: Document, what: str, claimed: float, recomputed: float) -> None:
+    """Raise ValueError if a stated epsilon is below the recomputed one by more than `TOLERANCE`."""
     if claimed >= recomputed - TOLERANCE:
         return
     here = versions(("opacus", "numpy", "scipy", "dp-accounting"))
     other = {name: report["versions"].get(name) for name in here}
     hint = "" if other == here else f" (it was computed with {_listed(other)}, here with {_listed(here)})"
-    raise ValueError(f"{what}: the report states epsilon {claimed!r} and its own history amounts to {recomputed!r}"
-                     f"{hint}; do not rely on it")
+    raise ValueError(f"{what}: the report states epsilon {claimed!r}, but its own history amounts to {recomputed!r}"
+                     f"{hint}; do not rely on this report")
 
 
 def _listed(found: Mapping[str, str | None]) -> str:
@@ -285,21 +310,21 @@ def _covers(most: Iterable[Steps], done: Iterable[Steps], what: str) -> None:
     for kind, steps in merged(done).items():
         if steps > allowed.get(kind, 0):
             raise ValueError(f"{what} covers {allowed.get(kind, 0)} steps with noise multiplier {kind[0]} and sampling "
-                             f"rate {kind[1]}, and {steps} were begun; do not rely on it")
+                             f"rate {kind[1]}, and {steps} were begun; do not rely on this report")
 
 
-def _without_guarantee(report: Mapping) -> str:
-    return (f"No guarantee. {report['privacy']['no_guarantee']}. The signature fits: this is what the owner of the key "
-            "wrote.")
+def _without_guarantee(report: Document) -> str:
+    return (f"No guarantee. {report['privacy']['no_guarantee']}. The signature is valid: this is what the owner of the "
+            "key wrote.")
 
 
-def _with_guarantee(report: Mapping) -> str:
+def _with_guarantee(report: Document) -> str:
     unit, privacy = report["unit"], report["privacy"]
     guarantee = privacy["guarantee"]
     return (f"Verified: {guarantee['steps']} steps of the stated mechanism are ({shown(guarantee['epsilon'])}, "
-            f"{privacy['delta']})-differentially private for {whom(unit)}, under zero-out. This proves the "
-            "arithmetic and whose key signed it. It does not prove that noise was added, that the list of trainings is "
-            "complete, or that the software ran as published.")
+            f"{privacy['delta']})-differentially private for {whom(unit)}, under the zero-out relation. This proves "
+            "the arithmetic and whose key signed the report. It does not prove that noise was added, that the list of "
+            "trainings is complete, or that the software ran as published.")
 
 
 def _require(ok: bool, field: str, value: object, remedy: str) -> None:
@@ -308,15 +333,21 @@ def _require(ok: bool, field: str, value: object, remedy: str) -> None:
 
 
 def _fit(value: object, shape: object, where: str) -> None:
-    """Raise ValueError unless `value` has exactly the fields and types of `shape`; `...` stands for any name."""
+    """Raise ValueError unless a value has exactly the fields and types of a shape (see `SHAPE`).
+
+    Args:
+        value: the value.
+        shape: the shape.
+        where: the value's place in the report, for messages.
+    """
     if isinstance(shape, dict):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} is {type(value).__name__}; it must be an object")
         if ... in shape:
             shape = dict.fromkeys(value, shape[...])
         if set(value) != set(shape):
-            raise ValueError(f"{where} lacks {sorted(set(shape) - set(value))} and has unknown "
-                             f"{sorted(set(value) - set(shape))}; it is not a report of the version that it states")
+            raise ValueError(f"{where} lacks the fields {sorted(set(shape) - set(value))} and has the unknown fields "
+                             f"{sorted(set(value) - set(shape))}; this is no report of the version that it states")
         for name, inner in shape.items():
             _fit(value[name], inner, f"{where}.{name}")
     elif isinstance(shape, list):
@@ -332,7 +363,11 @@ def _fit(value: object, shape: object, where: str) -> None:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A person and a program must read the same value, so no name may appear twice."""
+    """Return a JSON object in which no name appears twice, so that a person and a program read the same value.
+
+    Raises:
+        ValueError: a name appears twice.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
