@@ -1,4 +1,4 @@
-"""The wire format: one .proto, its generated code, and the codec both sides use. It opens no socket."""
+"""The wire format: one .proto file, its generated code, and the codec that both sides use. It opens no socket."""
 
 from . import fedlora_pb2 as pb
 from .codec import (

@@ -1,4 +1,4 @@
-"""Bytes to frames and back. What is no frame of ours is a `WireError`; chunks are copied as little as may be."""
+"""Conversion between bytes and frames. Bytes that are no valid frame are a `WireError`; chunks are hardly copied."""
 
 from __future__ import annotations
 
@@ -14,34 +14,43 @@ from .schema import is_spoken
 from .tensors import CHUNK_BYTES, WireError, add_to_checksum, chunks
 
 Chunk = tuple[memoryview, int | None]
-"""The bytes, and the checksum of a transfer's last one."""
+"""(bytes, checksum). Only the last chunk of a transfer has a checksum; else it is None."""
 Frame = TypeVar("Frame", pb.ClientFrame, pb.ServerFrame)
 
 
 def parse(kind: type[Frame], data: bytes) -> Frame:
     """Decode a frame that carries no chunk.
 
+    Args:
+        kind: `pb.ClientFrame` or `pb.ServerFrame`.
+        data: the serialized frame.
+
     Raises:
-        WireError: it does, or as `read_frame`.
+        WireError: the frame carries a chunk or is not valid (see `read_frame`).
     """
     frame, chunk = read_frame(kind, data)
     if frame is None or chunk is not None:
-        raise WireError("a frame brings a chunk where none may come")
+        raise WireError("a frame brings a chunk where none is allowed")
     return frame
 
 
 def read_frame(kind: type[Frame], data: bytes) -> tuple[Frame | None, Chunk | None]:
     """Decode one frame of a stream.
 
-    A chunk that stands at the start, where `transfer_frames` puts it, is read by hand and not copied.
+    A chunk at the start of the frame, where `transfer_frames` puts it, is read by hand and not copied.
+
+    Args:
+        kind: `pb.ClientFrame` or `pb.ServerFrame`.
+        data: the serialized frame.
 
     Returns:
-        What the frame says, None if nothing but a chunk; and its chunk, to be taken after that.
+        The message, None if the frame carries only a chunk; and the chunk, None if there is none. The message comes
+        first: handle it before the chunk.
 
     Raises:
-        WireError: it is no frame, it is empty or of a kind that this version does not know, or it has a field, at any
-            depth, that this version does not know. What another version says of itself is let through without them,
-            for the reader to answer by name.
+        WireError: the bytes are no frame, the frame is empty or of an unknown kind, or it has a field, at any depth,
+            that this version does not know. The greeting or refusal of another version is let through without its
+            unknown fields, so that the reader can name both versions in its answer.
     """
     chunk, rest = _leading_chunk(memoryview(data))
     if chunk is not None and not rest:
@@ -63,30 +72,30 @@ def read_frame(kind: type[Frame], data: bytes) -> tuple[Frame | None, Chunk | No
 
 
 def _drop_unknown(frame: pb.ClientFrame | pb.ServerFrame) -> bool:
-    """Remove what this version's .proto does not have, at any depth; whether there was anything."""
-    size = frame.ByteSize()
+    """Remove the fields that this version's .proto does not have, at any depth. Return whether there were any."""
+    size: int = frame.ByteSize()
     frame.DiscardUnknownFields()
-    return frame.ByteSize() != size
+    known_size: int = frame.ByteSize()
+    return known_size != size
 
 
 def _is_of_another_version(frame: pb.ClientFrame | pb.ServerFrame) -> bool:
-    """Whether a frame ends the conversation because the two versions differ, once it is looked at."""
+    """Return whether a frame is the greeting or the refusal of another version, after which the conversation ends."""
     kind = frame.WhichOneof("kind")
     if kind in ("join", "welcome"):
         return not is_spoken(getattr(frame, kind))
-    return kind == "refused" and frame.refused.code == "version-mismatch"  # type: ignore[union-attr]
+    return kind == "refused" and frame.refused.code == "version-mismatch"
 
 
 def transfer_frames(head: bytes, arrays: Tensors) -> Iterator[bytes]:
-    """The serialized frames of a transfer, the same in both directions; a small one is a single frame, which stays
-    below `MAX_FRAME_BYTES`.
+    """Yield the serialized frames of a transfer, which has the same form in both directions.
 
-    A chunk is put into its frame by hand: the tensors' bytes are then copied once, or twice where a chunk holds
-    several tensors, and not three times.
+    A small transfer is a single frame, below `MAX_FRAME_BYTES`. A chunk is put into its frame by hand: the tensors'
+    bytes are then copied once (twice if a chunk holds several tensors) and not three times.
 
     Args:
-        head: the serialized frame of the Task or Upload.
-        arrays: packed; what `head` names.
+        head: the serialized frame of the TrainRequest or Upload.
+        arrays: name → packed array, for the tensors that `head` names.
     """
     checksum, left = 0, sum(array.nbytes for array in arrays.values())
     together = 0 < left <= CHUNK_BYTES and len(head) <= CHUNK_BYTES // 2
@@ -104,11 +113,15 @@ def transfer_frames(head: bytes, arrays: Tensors) -> Iterator[bytes]:
 
 
 _CHUNK, _DATA, _CHECKSUM = b"\x22", b"\x0a", b"\x11"
-"""Protobuf's tags of a frame's chunk and of a chunk's fields."""
+"""Protobuf's tags of a frame's field `chunk` and of a chunk's fields `data` and `checksum`."""
 
 
 def _leading_chunk(frame: memoryview) -> tuple[Chunk | None, memoryview]:
-    """The chunk at the start of a frame, and what follows it; none where it was not written in the usual way."""
+    """Return the chunk at the start of a frame, and the bytes after it.
+
+    The chunk is None if there is none at the start, or if its fields are not in the order in which `transfer_frames`
+    writes them. Protobuf's own decoder then reads the whole frame.
+    """
     if frame[:1] != _CHUNK:
         return None, frame
     size, start = _read_varint(frame, 1)
@@ -136,7 +149,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(view: memoryview, start: int) -> tuple[int, int]:
-    """The value of at most 4 bytes at `start`, and where it ends; a longer one reads as -1."""
+    """Return the varint at `start` and the position after it; the value is -1 if it has more than 4 bytes."""
     value = 0
     for i, byte in enumerate(view[start:start + 4]):
         value |= (byte & 0x7F) << 7 * i

@@ -1,7 +1,7 @@
-"""Arrays as bytes in the .npy format 1.0, which is how Flower's messages hold them; never on FedLoRA's own wire.
+"""Arrays as bytes in numpy's .npy format 1.0, which Flower's messages use. FedLoRA's own wire format does not use it.
 
-The same bytes as `numpy.save` writes, in C order. Its header takes longer to write and to parse than a small adapter
-tensor takes to copy, hence the caches.
+The bytes are those that `numpy.save` writes, in C order. Writing or parsing the header takes longer than copying a
+small adapter tensor, so headers are cached.
 """
 
 from __future__ import annotations
@@ -13,24 +13,29 @@ from io import BytesIO
 import numpy as np
 
 MAGIC = b"\x93NUMPY\x01\x00"
+"""First bytes of the format's version 1.0."""
 
 
 def to_npy(array: np.ndarray) -> bytes:
-    """Serialise a plain array."""
+    """Return the bytes of an array whose values are plain numbers."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     return b"".join((npy_header(array.shape, array.dtype), data))
 
 
 def npy_size(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Bytes of such an array in this format."""
+    """Return how many bytes an array of this shape and dtype has in this format."""
     return len(npy_header(shape, dtype)) + math.prod(shape) * dtype.itemsize
 
 
 def from_npy(data: bytes | memoryview) -> np.ndarray:
-    """A read-only view of the bytes where they are plain and in C order, else a read-only copy in C order.
+    """Decode an array, without running any code that the bytes could hold (no pickle).
+
+    Returns:
+        A read-only view of the bytes if they have version 1.0 of the format and C order; else a read-only copy in C
+        order.
 
     Raises:
-        ValueError: the bytes are no such array, or code would be needed to decode them.
+        ValueError: the bytes are no array in the .npy format, or decoding them would need pickle.
     """
     start = bytes(data[:10 + int.from_bytes(data[8:10], "little")])
     try:
@@ -41,15 +46,15 @@ def from_npy(data: bytes | memoryview) -> np.ndarray:
         array = np.asarray(np.load(BytesIO(data), allow_pickle=False), order="C")
     except ValueError:
         raise
-    except Exception as error:  # numpy parses the header as Python, and takes the memory that it asks for
-        raise ValueError(f"{len(data)} bytes that are no array in the .npy format") from error
+    except Exception as error:  # numpy parses the header as a Python literal, and allocates the size that it states
+        raise ValueError(f"these {len(data)} bytes are no array in the .npy format") from error
     array.flags.writeable = False
     return array
 
 
 @lru_cache(maxsize=1024)
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """What stands before an array's values in C order."""
+    """Return the bytes before the values of an array in C order."""
     stream = BytesIO()
     description = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(stream, {"descr": description, "fortran_order": False, "shape": shape})

@@ -1,7 +1,7 @@
-"""What both sides hold against each other when they meet: the protocol's number, and a digest of the .proto itself.
+"""The protocol's identity, which both sides compare when they meet: its number, and a digest of the .proto file.
 
-A number says what somebody meant, the digest what the code reads: a field that was added without raising the number
-would be dropped in silence by whoever does not know it.
+The number is set by hand; the digest follows from the code. It catches a field that somebody added without raising the
+number: the other side would drop such a field silently.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ class Greeting(Protocol):
 
 
 def canonical(file: FileDescriptor) -> str:
-    """A .proto's messages and calls as text: what decides how bytes are read, and neither comments nor order."""
+    """Return a .proto file's messages and calls as text.
+
+    The text has all that decides how bytes are read. It has neither comments nor the order of the file.
+    """
     return "".join(f"{line}\n" for line in sorted(_lines(file)))
 
 
@@ -60,16 +63,17 @@ def _enum(enum: EnumDescriptor) -> Iterator[str]:
 
 
 SCHEMA = hashlib.sha256(canonical(pb.DESCRIPTOR).encode()).digest()
-"""Of this version's .proto, 32 bytes. It changes with every field; raise `fedlora.plan.PROTOCOL` with it."""
+"""SHA-256 of this version's .proto in canonical form, 32 bytes. Every change of a field changes it; raise
+`fedlora.plan.PROTOCOL` with it."""
 
 
 def is_spoken(greeting: Greeting) -> bool:
-    """Whether the other side reads and writes the very frames that this one does."""
+    """Return whether the other side has exactly this version's protocol."""
     return (greeting.protocol, greeting.schema) == (PROTOCOL, SCHEMA)
 
 
 def spoken_by(greeting: Greeting) -> str:
-    """The other side's protocol, as a person compares it with `SPOKEN`."""
+    """Return the other side's protocol as text, for a message beside `SPOKEN`."""
     return _named(greeting.protocol, greeting.schema)
 
 
@@ -78,4 +82,4 @@ def _named(protocol: int, schema: bytes) -> str:
 
 
 SPOKEN = _named(PROTOCOL, SCHEMA)
-"""This side's."""
+"""This side's protocol as text, for messages."""

@@ -1,7 +1,7 @@
-"""Named tensors as a byte stream: headers, chunks of at most 1 MiB, a checksum.
+"""Named tensors as a byte stream: a header of names and shapes, chunks of at most 1 MiB, and a checksum.
 
-The bytes of all tensors follow one another in the order of their sorted names, little-endian, in C order. Many small
-tensors share a chunk and a large one spans many, so that a transfer costs one copy on either side and no more memory
+The bytes of all tensors follow one another in the order of their sorted names, little-endian and in C order. Many small
+tensors share a chunk, and a large tensor spans several. So a transfer costs one copy on either side, and no more memory
 than its destination.
 """
 
@@ -22,28 +22,33 @@ from . import fedlora_pb2 as pb
 from .dtypes import ARRAY_DTYPES, is_finite
 
 CHUNK_BYTES = 1 << 20
+"""The most bytes in a chunk."""
 MAX_FRAME_BYTES = 2 << 20
-"""gRPC itself refuses a larger frame unread. Task and Upload headers must fit too: some 30,000 tensors do."""
+"""The most bytes in a frame; gRPC itself refuses a larger one unread. The header of a TrainRequest or Upload must fit
+too, which some 30,000 tensors do."""
 
 Shapes = Mapping[str, tuple[int, ...]]
+"""Name of a tensor → its shape."""
 
 
 class WireError(ValueError):
-    """The other side broke the protocol. What it sent is dropped and the stream ends."""
+    """The other side broke the protocol. The message that it sent is dropped, and the stream ends."""
 
 
 def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor, in the order of transfer: sorted by name."""
+    """Return the shape of each tensor, in the order of transfer: sorted by name."""
     return {name: tensors[name].shape for name in sorted(tensors)}
 
 
 def size_of(shapes: Shapes, wire_dtype: str) -> int:
-    """Bytes of the tensors on the wire."""
+    """Return how many bytes the tensors have on the wire."""
     return ARRAY_DTYPES[wire_dtype].itemsize * sum(math.prod(shape) for shape in shapes.values())
 
 
 def tensors_digest(tensors: Tensors) -> str:
-    """SHA-256 (hex) of names, shapes and float32 bytes, whatever they travelled as. The mapping's order is no matter.
+    """Return the SHA-256 (64 hexadecimal digits) of the tensors' names, shapes and float32 bytes.
+
+    Neither the order of the mapping nor the dtype in which the tensors travelled matters.
 
     Raises:
         ValueError: a tensor is not float32.
@@ -56,7 +61,7 @@ def tensors_digest(tensors: Tensors) -> str:
 
 
 def chunks(arrays: Tensors) -> Iterator[list[memoryview]]:
-    """The packed arrays' bytes as chunks of at most `CHUNK_BYTES`, each a list of pieces that are views, not copies."""
+    """Yield the bytes of packed arrays as chunks of at most `CHUNK_BYTES`; each is a list of views, without copies."""
     pieces: list[memoryview] = []
     room = CHUNK_BYTES
     for name in sorted(arrays):
@@ -73,14 +78,17 @@ def chunks(arrays: Tensors) -> Iterator[list[memoryview]]:
 
 
 def add_to_checksum(checksum: int, chunk: memoryview) -> int:
-    """Fold the next chunk in: 31 c + the sum of its 64-bit little-endian words (the last padded), modulo 2^64."""
+    """Return the checksum after one more chunk.
+
+    It is 31 × checksum + the sum of the chunk's 64-bit little-endian words (the last one padded), modulo 2^64.
+    """
     whole = len(chunk) // 8 * 8
     words = int(np.add.reduce(np.frombuffer(chunk[:whole], "<u8"))) + int.from_bytes(chunk[whole:], "little")
     return (31 * checksum + words) % 2**64
 
 
 def split(shapes: Shapes, values: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays of `shapes`, as views into the flat one that holds them one after the other."""
+    """Return arrays of these shapes, as views into the flat array that holds them one after the other."""
     tensors, start = {}, 0
     for name, shape in shapes.items():
         stop = start + math.prod(shape)
@@ -90,18 +98,19 @@ def split(shapes: Shapes, values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def header_of(shapes: Shapes) -> list[pb.Tensor]:
+    """Encode names and shapes as a header."""
     return [pb.Tensor(name=name, shape=shape) for name, shape in shapes.items()]
 
 
 def shapes_from(header: Sequence[pb.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Decode a header.
+    """Decode a header into names and shapes.
 
     Raises:
-        WireError: names are not sorted, repeated, empty or not printable, or a shape is not one.
+        WireError: a name is out of order, repeated, empty or not printable, or a shape is not valid.
     """
     names = [tensor.name for tensor in header]
     if any(a >= b for a, b in itertools.pairwise(names)) or "" in names:
-        raise WireError("tensor names are not sorted, not unique or empty")
+        raise WireError("tensor names are not sorted, are repeated or are empty")
     if not all(map(str.isprintable, names)):
         raise WireError("a tensor's name is not printable")
     if any(len(tensor.shape) > 8 or any(size < 1 for size in tensor.shape) for tensor in header):
@@ -110,10 +119,10 @@ def shapes_from(header: Sequence[pb.Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(shapes: Shapes, expected: Shapes) -> None:
-    """Refuse headers that are not exactly the expected ones, before a chunk is read.
+    """Check that names and shapes are exactly the expected ones, before a chunk is read.
 
     Raises:
-        Refused: "invalid-tensors", naming the first differences.
+        Refused: "invalid-tensors", if they differ; the detail names the first differences.
     """
     missing, unknown = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
     if missing or unknown:
@@ -124,15 +133,21 @@ def check_shapes(shapes: Shapes, expected: Shapes) -> None:
 
 
 class Incoming:
-    """The receiving end of one transfer. It writes checked chunks on; a refusal once given sticks.
+    """The receiving end of one transfer. It checks each chunk and passes it on.
 
-    After a refusal, chunks that are under way are dropped until the sender ends the transfer.
+    A refusal is final: later chunks are dropped until the sender ends the transfer.
 
     Args:
-        shapes: from the header.
-        write: takes the bytes of each chunk, in order, once they are known to be finite.
-        wire_dtype: of the run.
-        refusal: already refused because of the header.
+        shapes: names and shapes from the header.
+        write: called with the bytes of each chunk, in order, after all their values were found finite.
+        wire_dtype: "fp32" or "bf16", as the run's plan says.
+        refusal: given if the header was refused already.
+
+    Attributes:
+        shapes: as in the arguments.
+        refusal: why the transfer is refused; None so far.
+        total_bytes: bytes that the header announces.
+        received_bytes: bytes received so far, dropped ones included.
     """
 
     def __init__(self, shapes: Shapes, write: Callable[[memoryview], object], wire_dtype: str,
@@ -149,7 +164,7 @@ class Incoming:
         """Take the next chunk.
 
         Raises:
-            WireError: more bytes than announced, or not whole values.
+            WireError: the chunk is empty, too large, cut within a value, or beyond the announced size.
         """
         start, width = self.received_bytes, self._dtype.itemsize
         self.received_bytes += len(data)
@@ -166,10 +181,16 @@ class Incoming:
         self._write(data)
 
     def finish(self, checksum: int) -> Refusal | None:
-        """End the transfer; None if all is well.
+        """End the transfer.
+
+        Args:
+            checksum: the sender's.
+
+        Returns:
+            Why the transfer is refused; None if it is complete and correct.
 
         Raises:
-            WireError: bytes are missing and nothing had been refused.
+            WireError: bytes are missing, and the transfer was not refused before.
         """
         if self.refusal:
             return self.refusal
@@ -185,13 +206,13 @@ class Incoming:
 
 
 def receive_in_memory(shapes: Shapes, wire_dtype: str) -> tuple[Incoming, dict[str, np.ndarray]]:
-    """An `Incoming` and the packed arrays that it fills."""
+    """Return the receiving end of a transfer, and the packed arrays that it fills."""
     values = np.empty(sum(math.prod(shape) for shape in shapes.values()), ARRAY_DTYPES[wire_dtype])
     return Incoming(shapes, _filling(values), wire_dtype), split(shapes, values)
 
 
 def _filling(values: np.ndarray) -> Callable[[memoryview], None]:
-    """A `write` that fills `values` from its start."""
+    """Return a `write` for `Incoming` that fills an array from its start."""
     target, start = values.view(np.uint8), 0
 
     def write(data: memoryview) -> None:
@@ -204,7 +225,7 @@ def _filling(values: np.ndarray) -> Callable[[memoryview], None]:
 
 def _bytes_of(name: str, array: np.ndarray, *allowed: np.dtype) -> memoryview:
     if array.dtype not in allowed:
-        raise ValueError(f"tensor {name} is {array.dtype}; only float32 travels, convert it first")
+        raise ValueError(f"tensor {name} is {array.dtype}; only float32 is sent, so convert it first")
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 

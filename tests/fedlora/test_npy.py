@@ -1,4 +1,4 @@
-"""Arrays in the .npy format: numpy's own bytes, decoded without a copy, and nothing that needs code."""
+"""Tests of arrays in the .npy format: numpy's own bytes, decoded without a copy, and never by running code."""
 
 from io import BytesIO
 

@@ -1,4 +1,4 @@
-"""The wire format: the generated code is the .proto's, what is sent arrives, and nothing else is believed."""
+"""Tests of the wire format: the generated code fits the .proto, what is sent arrives, and all else is refused."""
 
 import dataclasses
 import filecmp
@@ -58,7 +58,7 @@ def frames_of(tensors, wire_dtype="fp32"):
 
 
 def receive(tensors, frames, wire_dtype="fp32"):
-    """What a receiver makes of a transfer's serialized frames: (refusal or None, tensors)."""
+    """Receive a transfer's serialized frames; return (refusal or None, tensors)."""
     incoming, received = wire.receive_in_memory(wire.shapes_of(tensors), wire_dtype)
     says = []
     for data in frames:
@@ -96,7 +96,7 @@ def test_the_proto_has_exactly_the_fields_of_the_plan():
 PUBLISHED = {5: "180033d786f88ed0e0a5c13ce83c658fe9e28af713b988b1fbbdeecd52371a28",
              6: "43a53f96f263b14a4585abfaa54c5f01fa561824302accf32086ea36dc9fc3fc",
              7: "3407d55c4c8ce7848773e463f7a424637e9e92b534b674e1cc64e94ae25bc767"}
-"""Protocol → digest of the .proto with which it was published."""
+"""Protocol number → digest of the .proto with which it was published."""
 
 
 def test_the_proto_does_not_change_without_the_protocols_number():
@@ -107,7 +107,7 @@ def test_the_proto_does_not_change_without_the_protocols_number():
 
 
 def dynamic(change):
-    """The messages of a .proto that was changed, made without protoc."""
+    """Return the message classes of a changed .proto, made without protoc."""
     file = descriptor_pb2.FileDescriptorProto()
     pb.DESCRIPTOR.CopyToProto(file)
     change({message.name: message for message in file.message_type})
@@ -164,7 +164,7 @@ def test_a_field_that_this_version_does_not_know_is_refused_at_any_depth():
     pb.ServerFrame(welcome=pb.Welcome(protocol=PROTOCOL + 1, schema=wire.SCHEMA)),
     pb.ServerFrame(refused=pb.Refusal(code="version-mismatch"))], ids=range(4))
 def test_another_version_is_heard_out_before_its_unknown_fields_are_refused(frame):
-    """Else neither side could say by name what does not fit."""
+    """Otherwise neither side could name the two versions in its answer."""
     read, _ = wire.read_frame(type(frame), frame.SerializeToString() + b"\xa0\x06\x01")
     assert read == frame
 
@@ -319,7 +319,7 @@ def test_protobufs_own_frames_and_ours_are_read_alike(frame):
     says = pb.ClientFrame()
     says.CopyFrom(frame)
     says.ClearField("chunk")
-    ours = pb.ClientFrame(chunk=frame.chunk).SerializeToString() + says.SerializeToString()  # the chunk first
+    ours = pb.ClientFrame(chunk=frame.chunk).SerializeToString() + says.SerializeToString()  # our order: chunk first
     for sent in (frame.SerializeToString(), ours):
         read, chunk = wire.read_frame(pb.ClientFrame, sent)
         assert chunk == (frame.chunk.data, frame.chunk.checksum if frame.chunk.HasField("checksum") else None)
@@ -380,7 +380,7 @@ def test_a_value_that_is_not_finite_is_refused_with_its_tensors_name(bad, wire_d
 def test_a_changed_bit_is_refused():
     tensors = draw({"a": (50,)})
     [frame] = frames_of(tensors)
-    for place in (-1, -12):  # of the checksum, of the last value
+    for place in (-1, -12):  # a byte of the checksum, a byte of the last value
         changed = bytearray(frame)
         changed[place - len(HEAD)] ^= 1
         refusal, _ = receive(tensors, [bytes(changed)])
