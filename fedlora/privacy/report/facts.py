@@ -201,7 +201,7 @@ class ReportedRun:
 
     @property
     def private(self) -> bool:
-        """Whether the run adds noise."""
+        """True if the run adds noise."""
         return self.mechanism.noise_multiplier is not None
 
     def rate(self, sampling_rate: float | None) -> float | None:
