@@ -1,1 +1,1 @@
-"""What is done with FedLoRA from outside of it."""
+"""Examples of using FedLoRA from one's own code: a strategy, and a Flower app."""

@@ -1,10 +1,12 @@
-"""A strategy of your own: FedSVD whose B fades between rounds, with momentum at the server.
+"""Example of a strategy of one's own: FedSVD whose trained factor B fades between rounds, with momentum at the server.
+
+Run it from the folder that holds `examples/`:
 
     fedlora-simulate --strategy examples.own_strategy:FadingFedSVD --strategy-options fade=0.05 --data notes/ …
     fedlora-server   --strategy examples.own_strategy:FadingFedSVD …
 
-from the folder that holds `examples/`. Clients need none of it: they are told a name and an adapter family, which is
-FedSVD's, as are the values of a run that names no others.
+Clients need no copy of this file: a client is told the strategy's name and its adapter family, which is FedSVD's. The
+default values of a run are FedSVD's too.
 """
 
 from __future__ import annotations
@@ -22,7 +24,11 @@ from fedlora_strategies.server_optimizers.momentum import Momentum
 
 @dataclass(frozen=True)
 class Fading(Constant):
-    """Attributes: fade: how much of the adapters' trained tensors is lost after each round, in [0, 1)."""
+    """A schedule that shrinks the adapters' trained tensors after each round.
+
+    Attributes:
+        fade: The share of their values that is lost in each round, in [0, 1).
+    """
 
     fade: float = 0.01
 
@@ -38,6 +44,6 @@ class Fading(Constant):
 
 
 class FadingFedSVD(FedSVD):
-    """FedSVD, but for what stands here."""
+    """FedSVD with another schedule and a server optimizer."""
 
     recipe = replace(FedSVD.recipe, schedule=Fading(), optimizer=Momentum(lr=0.5, beta1=0.5))

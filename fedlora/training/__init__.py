@@ -1,4 +1,4 @@
-"""Training on private data: gradients by record, clipping, noise."""
+"""Local training on one client's data: per-record gradients, clipping, noise and the optimizer."""
 
 from fedlora.training.job import TrainingJob, TrainResult
 from fedlora.training.precision import resolve_device, resolve_precision

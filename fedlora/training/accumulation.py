@@ -1,4 +1,4 @@
-"""How the losses of micro-batches become one step, with and without privacy."""
+"""The accumulation of micro-batches into one optimizer step, with and without privacy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.runtime_checks import GradientCheck
@@ -14,58 +15,86 @@ from fedlora.training.sampling import Draw
 
 
 class Step(ABC):
-    """A round's steps: for each group of a draw open, (begin, a pass, take)*, shut; then finish. After all, check.
+    """The steps of one client in one round.
+
+    The training loop calls, for each step:
+
+        for each group of the drawn units
+            open
+            for each micro-batch: begin, (the pass through the model), take
+            shut
+        finish
+
+    and after the last step `check`, then `close`.
 
     Attributes:
-        clipped: units whose gradient was longer than the clip norm.
-        nonfinite: records whose gradient was not finite, and counted as zero.
+        group: The group that is open.
+        clipped: The number of units whose gradient was longer than the clip norm; set by `close`.
+        nonfinite: The number of records whose gradient was not finite and counted as zero; set by `close`.
     """
 
     clipped = 0
     nonfinite = 0
 
     def open(self, group: Draw) -> None:
-        """Before the micro-batches of a draw, or of a group of its units."""
+        """Begin a group of drawn units."""
         self.group = group
 
     def begin(self, rows: int) -> None:  # noqa: B027 (a step may have nothing to do here)
-        """Before the forward pass of a micro-batch of so many rows."""
+        """Prepare for the forward pass of a micro-batch of this many rows."""
 
     def weights(self, places: np.ndarray, rows: int) -> torch.Tensor | None:
-        """[rows] float32: of the losses in the sum whose gradient is taken; None for ones.
+        """Return the weights of the rows' losses in the sum that is differentiated.
 
         Args:
-            places: [records] where the first of the rows' records stand in the group; the other rows are to be dropped.
+            places: [records] The positions in the group of the records in the first rows. The rows after them are
+                fillers, which must not count.
+            rows: The number of rows, fillers included.
+
+        Returns:
+            [rows] float32, or None if each loss has weight 1.
         """
         return None
 
     @abstractmethod
     def take(self, places: np.ndarray) -> None:
-        """After the backward pass of a micro-batch, whoever did it; `places` as above."""
+        """Take the gradients of a micro-batch, after its backward pass.
+
+        Args:
+            places: [records] The records' positions in the group.
+        """
 
     def shut(self) -> None:  # noqa: B027
-        """The group is complete."""
+        """Mark the group as complete: no further record can join it."""
 
     @abstractmethod
     def finish(self, *, telling: Callable[[], bool]) -> None:
-        """The draw is complete; it may have been empty.
+        """Take the optimizer step with the gradients of all groups of the draw, which may have been empty.
 
         Args:
-            telling: see `fedlora.training.runtime_checks.tells`; may be asked at the round's end.
+            telling: Returns whether the draw's gradients should reach every tensor
+                (`fedlora.training.runtime_checks.tells`). It may be called as late as at the end of the round.
         """
 
     def check(self) -> None:  # noqa: B027
-        """After the last step: raises RuntimeError if any was not what it should be."""
+        """Check all steps of the round, after the last one.
+
+        Raises:
+            RuntimeError: A step was not what it should be.
+        """
 
     def close(self) -> None:  # noqa: B027
-        """No more steps; drop what is unfinished."""
+        """End the round's steps, and drop what is unfinished."""
 
 
 class PlainStep(Step):
-    """Autograd's sum over the units, divided by the same constant as the private step.
+    """A step without privacy: the sum of the units' gradients, taken by autograd, divided by a constant.
 
     Args:
-        adjust: done to the gradients before each step.
+        optimizer: The optimizer over the trained parameters.
+        divisor: The constant. It is the one that a private step would divide by, unless the client has fewer units
+            than that.
+        adjust: Changes the parameters' gradients before each step; None for no change.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, divisor: float,
@@ -73,14 +102,17 @@ class PlainStep(Step):
         self.optimizer, self.divisor, self.adjust = optimizer, divisor, adjust
         self.optimizer.zero_grad()
 
+    @override
     def weights(self, places: np.ndarray, rows: int) -> torch.Tensor:
         weights = torch.zeros(rows)
         weights[:len(places)] = torch.from_numpy(self.group.weights[places] / self.divisor)
         return weights
 
+    @override
     def take(self, places: np.ndarray) -> None:
-        """Autograd has added it up."""
+        """Do nothing: autograd has added the gradients up."""
 
+    @override
     def finish(self, *, telling: Callable[[], bool]) -> None:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -93,32 +125,40 @@ class PlainStep(Step):
 
 
 class PrivateStep(Step):
-    """Clip and sum each micro-batch, or each group of units; noise once for each draw.
+    """A step with privacy: units are clipped and summed as they arrive, and noise is added once for each draw.
+
+    Where each record is a unit, every micro-batch is clipped and summed at once. Where units have several records, a
+    whole group is clipped when it is shut.
 
     Args:
-        gradients: is told of each draw.
+        optimizer: Clips, sums, adds noise and steps.
+        gradients: The runtime check that sees each draw's sum.
     """
 
     def __init__(self, optimizer: PerRecordOptimizer, gradients: GradientCheck) -> None:
         self.optimizer, self.gradients = optimizer, gradients
 
+    @override
     def open(self, group: Draw) -> None:
         super().open(group)
         self.optimizer.expect_noise()
         if group.owners is not None:
             self.optimizer.open_units(len(group))
 
+    @override
     def begin(self, rows: int) -> None:
         self.optimizer.buffer.arm(rows)
 
+    @override
     def take(self, places: np.ndarray) -> None:
-        """Sum up the gradients that are in the buffer."""
+        """Add the gradients that are in the buffer to the sum, or to those of their units."""
         self.optimizer.buffer.keep(len(places))
         if self.group.owners is None:
             self._sum_up()
         else:
             self.optimizer.gather(self.group.owners[places], self.group.weights[places])
 
+    @override
     def shut(self) -> None:
         if self.group.owners is not None:
             self._sum_up()
@@ -128,6 +168,7 @@ class PrivateStep(Step):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    @override
     def finish(self, *, telling: Callable[[], bool]) -> None:
         optimizer = self.optimizer
         if self.gradients.waiting:
@@ -136,9 +177,11 @@ class PrivateStep(Step):
         optimizer.step()
         optimizer.zero_grad()
 
+    @override
     def check(self) -> None:
         self.optimizer.check()
 
+    @override
     def close(self) -> None:
         self.optimizer.buffer.disarm()
         self.clipped, self.nonfinite = self.optimizer.clipped, self.optimizer.nonfinite

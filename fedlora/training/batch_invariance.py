@@ -1,13 +1,16 @@
-"""Batch invariance: in no bit does a record's gradient depend on how many others there are, which, or on its place.
+"""Batch invariance: no bit of a record's gradient may depend on the other records of its batch, or on its place.
 
-A matrix product may be rounded otherwise for 15 rows than for 16, and a server can send tensors that magnify the
-difference until one record's presence moves the sum by many clip norms. Bounds on tensors only make that harder.
-So every private micro-batch of one padded length has one shape: what the drawn records leave free is filled with
-constant rows, whose gradients are dropped. That makes the number of records meaningless. Companions and places are
-compared bit for bit on made-up records, on the machine and with the model, precision and settings that will train,
-before the first charge. Where some bit differs, half as many rows are tried, down to one record at a time.
+A matrix product may be rounded differently for 15 rows than for 16. A malicious server can send tensors that magnify
+this difference until the presence of one record moves the clipped sum by many clip norms. Bounds on the tensors would
+only make that harder. Therefore:
 
-Models whose inner shapes follow the content (mixtures of experts, quantised products) run one record at a time by rule.
+- Every private micro-batch of one padded length has the same shape. Rows that the drawn records leave free are filled
+  with constant rows, whose gradients are dropped. So the number of records has no influence.
+- Before the first charge, made-up records are computed beside different companions and at different places, and their
+  gradients are compared bit for bit: on the machine and with the model, precision and settings that will train. Where
+  a bit differs, half as many rows are tried, down to one record at a time.
+- Models whose inner shapes follow the content (mixtures of experts, quantised products) always run one record at a
+  time.
 """
 
 from __future__ import annotations
@@ -35,13 +38,14 @@ from fedlora.versions import environment
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "opacus", "numpy")
+"""The packages whose versions can change the rounding."""
 
 MOST_KEPT = 100
-"""Findings in a file, the newest."""
+"""The most findings kept in a file; the newest are kept."""
 
 SETTINGS = ("ATEN_", "BLIS_", "CUBLAS_", "CUDA_", "DNNL_", "GOTO_", "KMP_", "MKL_", "NVIDIA_", "OMP_", "ONEDNN_",
             "OPENBLAS_", "PYTORCH_", "TORCH")
-"""Beginnings of the environment variables that can change how these libraries compute."""
+"""Prefixes of the environment variables that can change how these libraries compute."""
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
@@ -51,8 +55,8 @@ class Shapes:
     """The shapes of private micro-batches on one machine, shown to be batch-invariant there.
 
     Attributes:
-        rows: padded length → rows, the same whatever is drawn.
-        one_at_a_time: why every micro-batch has a single record; "" where that is not so by rule.
+        rows: Padded length → number of rows, the same whatever is drawn.
+        one_at_a_time: The reason why every micro-batch must have a single record, or "" if there is none.
     """
 
     rows: Mapping[int, int]
@@ -60,20 +64,22 @@ class Shapes:
 
 
 Gradients = Callable[[Records, np.ndarray, int, int], tuple[torch.Tensor, torch.Tensor]]
-"""(records, indices, padded length, rows) → ([rows, values] gradients, [rows] losses) of a micro-batch of these records
-and filler rows after them, computed as in training."""
+"""A function (records, indices, padded length, rows) → ([rows, values] gradients, [rows] losses).
+
+It computes a micro-batch of these records, with filler rows after them, as in training."""
 
 
 def show_shapes(gradients: Gradients, records: Records, first: Mapping[int, int], one_at_a_time: str) -> Shapes:
-    """Find the largest shape of each padded length in which this machine computes each record on its own.
+    """Find, for each padded length, the largest micro-batch in which no record changes another one's gradient.
 
     Args:
-        records: made up, see `made_up_records`; 2·i and 2·i + 1 are those of the i-th length.
-        first: padded length → rows of the first shape to try.
-        one_at_a_time: as of `Shapes`.
+        gradients: Computes a micro-batch as in training.
+        records: Made-up records from `made_up_records`. Those of the i-th length have the indices 2·i and 2·i + 1.
+        first: Padded length → number of rows to try first. Halves of it are tried next.
+        one_at_a_time: The reason why every micro-batch must have a single record, or "".
 
     Raises:
-        ValueError: not even the same record alone has the same gradient twice.
+        ValueError: Even one record alone does not have the same gradient twice.
     """
     rows = {}
     for place, (length, most) in enumerate(first.items()):
@@ -84,9 +90,9 @@ def show_shapes(gradients: Gradients, records: Records, first: Mapping[int, int]
                              "tokens alone, so that no clipping could protect it. Choose another --device or "
                              "--precision, or another --model")
         if rows[length] < most:
-            log.warning("Records of %d tokens are trained %d at a time in place of %d: in larger micro-batches this "
-                        "machine rounds a record's gradient by its place or its companions.", length, rows[length],
-                        most)
+            log.warning("Records of %d tokens are trained %d at a time in place of %d: in larger micro-batches, this "
+                        "machine's rounding of a record's gradient depends on its position or on the other records.",
+                        length, rows[length], most)
     return Shapes(rows, one_at_a_time)
 
 
@@ -97,7 +103,17 @@ def _halves(rows: int) -> Iterator[int]:
 
 
 def _is_invariant(gradients: Gradients, records: Records, looked_at: int, length: int, rows: int) -> bool:
-    """Whether a record has the same gradient, norm and loss at every place, and beside copies, others and fillers."""
+    """Check that a record has the same gradient, norm and loss bits at every place and beside different companions.
+
+    The companions are copies of the record, another record, and filler rows.
+
+    Args:
+        gradients: Computes a micro-batch as in training.
+        records: The made-up records.
+        looked_at: The record's index. The record after it is its companion.
+        length: The padded length.
+        rows: The number of rows of the micro-batch.
+    """
     count = max(1, rows - rows // 4)
     copies = np.full(rows, looked_at)
     mixed = np.where(np.arange(count) % 2, looked_at + 1, looked_at)
@@ -111,17 +127,20 @@ def _is_invariant(gradients: Gradients, records: Records, looked_at: int, length
 
 
 def _results(gradients: Gradients, records: Records, indices: np.ndarray, length: int, rows: int) -> torch.Tensor:
-    """[rows, values + 2] bit patterns: gradients, norms and losses."""
+    """Return the bit patterns of a micro-batch's results: [rows, values + 2] gradients, then the norm and the loss."""
     found, losses = gradients(records, indices, length, rows)
     norms = row_norms(found).to(found)
     return torch.cat([found, norms[:, None], losses.float()[:, None]], dim=1).view(torch.int32)
 
 
 def made_up_records(task: Task, embeddings: int, lengths: Sequence[int], *, seed: int = 0) -> Records:
-    """Two records of random ordinary tokens for each length: a full one less one token, and a shorter one.
+    """Make two records of random ordinary tokens for each length: one token less than full, and two thirds full.
 
     Args:
-        embeddings: number of tokens that the model knows.
+        task: The task, with its tokenizer.
+        embeddings: The number of tokens that the model knows.
+        lengths: The padded lengths.
+        seed: The seed of the random choice.
     """
     random, tokenizer = np.random.default_rng(seed), task.tokenizer
     words = np.setdiff1d(np.arange(min(len(tokenizer), embeddings)), tokenizer.all_special_ids)
@@ -131,7 +150,7 @@ def made_up_records(task: Task, embeddings: int, lengths: Sequence[int], *, seed
 
 
 def content_dependent(model: nn.Module) -> str:
-    """Why a model's inner shapes follow the content of a micro-batch; "" where nothing says so."""
+    """Return why the model's inner shapes depend on the content of a micro-batch, or "" if no reason is known."""
     config = getattr(model, "config", None)
     experts = next((name for name in _EXPERTS if (getattr(config, name, None) or 0) > 1), None)
     if experts:
@@ -145,22 +164,24 @@ def content_dependent(model: nn.Module) -> str:
 
 @dataclass
 class Findings:
-    """Shapes that were shown before, under everything that they depend on.
+    """A memory of the shapes that were shown to be batch-invariant, each under a key from `key_of`.
 
     Args:
-        file: where they are kept between processes; None keeps them in memory. A file that cannot be read or written
-            costs the check again, and nothing else.
+        file: The file that keeps them between processes; None keeps them in memory only. If the file cannot be read or
+            written, the check is done again; nothing else is lost.
     """
 
     file: Path | None = None
     _known: dict[str, Shapes] = field(default_factory=dict)
 
     def get(self, key: str) -> Shapes | None:
+        """Return the shapes found under a key, or None."""
         if self.file is not None and key not in self._known:
             self._known |= self._read()
         return self._known.get(key)
 
     def put(self, key: str, shapes: Shapes) -> None:
+        """Remember shapes under a key."""
         self._known[key] = shapes
         if self.file is None:
             return
@@ -168,7 +189,8 @@ class Findings:
         try:
             replace_file(self.file, json.dumps(kept, indent=1).encode())
         except OSError as error:
-            log.warning("%s could not be written (%s): what was shown is not remembered.", self.file, error.strerror)
+            log.warning("%s could not be written (%s): the check for batch invariance will be done again next time.",
+                        self.file, error.strerror)
 
     def _read(self) -> dict[str, Shapes]:
         assert self.file is not None
@@ -182,16 +204,21 @@ class Findings:
 
 
 IN_MEMORY = Findings()
-"""What was shown in this process, where no file is named."""
+"""The findings of this process, used where no file is named."""
 
 
 def key_of(run: RunPlan, model: nn.Module, shapes: Mapping[int, int], *, device: torch.device, precision: str,
            compiled: bool, trained: Sequence[str] = ()) -> str:
-    """SHA-256 over what the rounding of a pass can depend on.
+    """Return a SHA-256 over everything that the rounding of a pass can depend on.
 
     Args:
-        shapes: padded length → rows of the first shape to try.
-        trained: names of the tensors that train.
+        run: The run's plan.
+        model: The model with its adapters.
+        shapes: Padded length → number of rows to try first.
+        device: The device to train on.
+        precision: "fp32" or "bf16".
+        compiled: Whether the model's blocks are compiled.
+        trained: The names of the tensors that train.
     """
     config = {name: value for name, value in model.config.to_dict().items()  # type: ignore[union-attr, operator]
               if name != "_name_or_path"}
@@ -220,7 +247,7 @@ def _device(device: torch.device) -> list[str]:
 
 
 def _processor() -> str:
-    """Its name and instruction sets, where the system tells them."""
+    """Return the processor's name and instruction sets, as far as the system tells them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

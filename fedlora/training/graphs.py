@@ -1,13 +1,13 @@
-"""The forward and backward pass of a micro-batch as a CUDA graph: launched as a whole, not kernel by kernel.
+"""CUDA graphs: the forward and backward pass of a micro-batch, launched as a whole and not kernel by kernel.
 
-A GPU runs the thousands of kernels of a pass faster than Python can launch them: those for 32 records of 64 tokens and
-a Llama of 1 B in bf16 keep an H100 busy for 31 ms, and the processor beside it for 96. A graph is recorded once for
-each shape [records, length] and then replayed on other records, which are copied into the memory that it reads. Hence
-micro-batches on CUDA are filled up to a few shapes, which has another merit: no record's gradient depends on how many
-others there are.
+A GPU runs the thousands of kernels of a pass faster than Python can launch them. For 32 records of 64 tokens and a
+Llama with 1 B parameters in bf16, the kernels keep an H100 busy for 31 ms, but the processor needs 96 ms to launch
+them. A graph is recorded once for each shape [records, length]. It is then replayed on other records, which are copied
+into the memory that the graph reads. For this, micro-batches on CUDA are filled up to a few shapes, which has another
+benefit: no record's gradient depends on the number of other records.
 
-A pass that makes the host wait for the GPU, or does anything else that cannot be recorded, goes on without graphs; so
-does one with dropout, whose random numbers are to repeat with the round's.
+Two kinds of passes run without graphs: those that cannot be recorded, for example because they make the host wait for
+the GPU, and those with dropout, whose random numbers must repeat with the round's.
 """
 
 from __future__ import annotations
@@ -27,15 +27,24 @@ from fedlora.training.gradient_buffer import GradientBuffer
 log = logging.getLogger(__name__)
 
 Compute = Callable[[Batch, torch.Tensor | None], torch.Tensor]
-"""(batch, weights) → [records] losses. Runs the backward pass of their sum, weighted if there are weights."""
+"""A function (batch, weights) → [records] losses that also runs the backward pass of their (weighted) sum."""
 
 Replay = Callable[[], object]
-"""Does again what was recorded, on what is now in the memory that it was recorded with."""
+"""A function that repeats the recorded pass on the present contents of the memory that the recording read."""
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """One recorded pass: what it reads (batch, weights) and writes (rows of `written` tensors, losses)."""
+    """One recorded pass, with the memory that it reads and writes.
+
+    Attributes:
+        batch: Read: the batch.
+        weights: Read: the losses' weights, if any.
+        rows: Written: the rows of the gradient buffer; None if autograd sums the gradients in the parameters.
+        written: The ids of the parameters whose gradients are in `rows`.
+        losses: Written: [records] losses.
+        replay: Repeats the pass.
+    """
 
     batch: Batch
     weights: torch.Tensor | None
@@ -46,10 +55,11 @@ class _Graph:
 
 
 class GraphedPass:
-    """Passes over batches in the processor's memory, recorded for each of their shapes.
+    """Passes of one model over batches from the processor's memory, recorded once for each shape.
 
     Args:
-        record: how: given a computation that may be repeated, returns its replay and its result.
+        device: The device to compute on.
+        record: Records a repeatable computation; returns its replay and its result. None records CUDA graphs.
     """
 
     def __init__(self, device: torch.device,
@@ -61,14 +71,21 @@ class GraphedPass:
 
     def __call__(self, compute: Compute, batch: Batch, weights: torch.Tensor | None,
                  buffer: GradientBuffer) -> torch.Tensor:
-        """[records] losses, to be used before the next call; the gradients are in the buffer, if it is armed, or in
-        the parameters.
+        """Compute a batch, by replaying the graph of its shape. A new shape is recorded first.
+
+        The gradients end up in the buffer if it is armed, else in the parameters.
 
         Args:
-            compute: what is recorded; always of one model, and given its batch on the device.
+            compute: The computation. It must be of the same model in every call, and is given its batch on the device.
+            batch: The batch, in the processor's memory.
+            weights: [records] The losses' weights in the sum; None for 1.
+            buffer: The gradient buffer.
+
+        Returns:
+            [records] losses. The next call overwrites them.
 
         Raises:
-            RuntimeError: the pass cannot be recorded, or fails.
+            RuntimeError: The pass cannot be recorded, or fails.
         """
         if not buffer.armed:
             self._accumulate_in_place(buffer)
@@ -106,7 +123,7 @@ class GraphedPass:
         return _Graph(read, weights, buffer.rows if armed else None, buffer.written, losses, replay)
 
     def _accumulate_in_place(self, buffer: GradientBuffer) -> None:
-        """Autograd adds to the memory that was recorded: the parameters' gradients are always the same tensors."""
+        """Make each parameter's `grad` the same tensor in every pass: a graph adds to the memory that it recorded."""
         for slot in buffer.slots:
             parameter = slot.parameter
             if id(parameter) not in self._gradients:
@@ -117,33 +134,33 @@ class GraphedPass:
 
 
 def without_waiting(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device; a copy to CUDA is done when its turn comes, and not waited for."""
+    """Return the values on the device. The host does not wait for a copy to CUDA; the GPU does it in order."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 class _CudaRecorder:
-    """Graphs of one model: they are replayed one at a time, so that all may use the same memory."""
+    """A recorder of one model's CUDA graphs. They are replayed one at a time, so that all share the same memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, compute: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(here):  # whatever happens, this is the current one afterwards
+        with torch.cuda.stream(here):  # restores the current stream, also after an error
             try:
                 with torch.cuda.stream(self._stream):
-                    compute()  # what is set up by a first pass must not be recorded
+                    compute()  # a first pass sets things up that must not be recorded
                     with _no_waiting():
                         expected = compute()
-                # thread_local: another thread may meanwhile ask for memory, as that which draws noise does
+                # thread_local: other threads may allocate memory meanwhile, as the one that draws noise does
                 with _no_collection(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream,
                                                         capture_error_mode="thread_local"):
                     losses = compute()
-            finally:  # what it has begun must not go on beside a pass without graphs
+            finally:  # after a failure, work that was begun must not overlap with a pass without graphs
                 here.wait_stream(self._stream)
             graph.replay()
         if not torch.allclose(losses, expected, rtol=0.01, atol=1e-3, equal_nan=True):
@@ -153,7 +170,7 @@ class _CudaRecorder:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Graphs of another model that is not used any more must not be freed in the midst of a recording."""
+    """Switch garbage collection off, so that no graph of a discarded model is freed in the middle of a recording."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -166,12 +183,14 @@ def _no_collection() -> Iterator[None]:
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """RuntimeError where the host would wait for the GPU; in a recording it would be an error that damages more. All
-    threads are held to it: none but this one's backward pass may wait meanwhile.
+    """Raise RuntimeError where the host would wait for the GPU.
+
+    Within a recording, such a wait would be an error that does more damage. The setting holds for all threads, so no
+    other thread may wait for the GPU meanwhile, except for those of this one's backward pass.
     """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # says that the mode is a prototype
+        warnings.simplefilter("ignore")  # PyTorch warns that the mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield

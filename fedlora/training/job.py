@@ -1,4 +1,4 @@
-"""What a client trains in one round, and what that gives."""
+"""The inputs and the results of one client's training in one round."""
 
 from __future__ import annotations
 
@@ -10,30 +10,41 @@ from fedlora.privacy.rng import RandomStream
 from fedlora.tasks import Records
 
 ROWS_PER_UNIT = 8
-"""Most records of one unit in a step, where it is not given."""
+"""Default for the most records that one unit of privacy contributes to a step."""
 
 
 class Streams(Protocol):
-    """Where a client's random numbers come from; `fedlora.privacy.RunStreams` is one."""
+    """The source of a client's random numbers, for example `fedlora.privacy.RunStreams`."""
 
     def stream(self, round: int, purpose: str, attempt: int = 0) -> RandomStream:
-        """For "sampling" or "noise" of a round; each call makes it anew, or goes on with it."""
+        """Return the stream for "sampling" or "noise" of a round and attempt.
+
+        An implementation may return a fresh stream for every call, or continue the one it returned before.
+        """
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What one client trains in one round: settled, charged, and good for one training in any process.
+    """One client's training task for one round, complete enough to run in any process.
+
+    Its privacy cost is charged before the job is made. A job may be trained once: a second training would release
+    results that nobody has paid for.
 
     Attributes:
-        run, records: of the client.
-        start: the tensors to start from, all that is not in the base checkpoint; None for those that the model holds.
-        sampling_rate: q of Poisson sampling over units; the step is divided by the plan's expected batch of units.
-        noise_multiplier: None trains without privacy: no clipping, no noise.
-        clip_norm: the client's, at most the plan's.
-        streams, round, attempt: where the random numbers come from.
-        lr: the round's learning rate; None for the plan's.
-        rows_per_unit: most records of one unit in a step; of no meaning where `records.units` is None.
-        active: names of the trained tensors that train; () for all.
+        run: The run's plan.
+        records: The client's training records.
+        start: Every tensor that is not in the base checkpoint, as the round starts. None starts from the tensors that
+            the model holds now.
+        sampling_rate: q, the probability with which Poisson sampling includes a unit in a step. The summed gradient is
+            divided by the plan's expected batch, in units.
+        noise_multiplier: sigma, in units of the clip norm. None trains without privacy: no clipping and no noise.
+        clip_norm: The client's clip norm (L2), at most the plan's.
+        streams: The source of random numbers. `round` and `attempt` select the streams.
+        round: The round's number, from 1.
+        attempt: The number of the attempt at this round, from 0.
+        lr: The round's learning rate. None takes the plan's.
+        rows_per_unit: The most records of one unit in a step. Unused where `records.units` is None.
+        active: The names of the tensors to train in this round. () trains all that the layout marks as trained.
     """
 
     run: RunPlan
@@ -55,34 +66,35 @@ class TrainingJob:
 
     @property
     def private(self) -> bool:
+        """Whether this job clips and adds noise."""
         return self.noise_multiplier is not None
 
     @property
     def rows_of_a_unit(self) -> int:
-        """Most records of one unit in a step; 1 where each record is a unit."""
+        """The most records of one unit in a step; 1 where each record is a unit of its own."""
         return 1 if self.records.units is None else self.rows_per_unit
 
     @property
     def rate(self) -> float:
-        """The learning rate."""
+        """The learning rate of the round."""
         return self.run.lr if self.lr is None else self.lr
 
     def stream(self, purpose: str) -> RandomStream:
-        """For "sampling" or "noise"."""
+        """Return this round's random stream for "sampling" or "noise"."""
         return self.streams.stream(self.round, purpose, self.attempt)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a round gave. Under privacy only `tensors` and `steps` may leave the machine.
+    """The result of one client's training in one round. Under privacy only `tensors` and `steps` may leave the machine.
 
     Attributes:
-        tensors: the tensors that were trained.
-        steps: optimiser steps done; fewer than planned if training was stopped.
-        drawn: number of units of each step.
-        mean_loss: over the drawn records; nan if there were none.
-        clipped_share: share of drawn units whose gradient was longer than the clip norm; 0.0 without privacy.
-        nonfinite: drawn records whose gradient was not finite, and counted as zero.
+        tensors: The trained tensors, by name.
+        steps: The number of optimizer steps done; fewer than planned if training was stopped.
+        drawn: The number of units drawn in each step.
+        mean_loss: The mean loss over the drawn records; nan if none was drawn.
+        clipped_share: The share of drawn units whose gradient was longer than the clip norm; 0.0 without privacy.
+        nonfinite: The number of drawn records whose gradient was not finite. They count as zero in the sum.
     """
 
     tensors: Tensors

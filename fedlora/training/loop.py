@@ -1,6 +1,7 @@
-"""The training loop: the plan's local steps of one client, or of several in lockstep.
+"""The training loop: the local steps of one client, or of several simulated clients in lockstep.
 
-Each client draws its step, the drawn records go through the model in micro-batches, and the gradients become its step:
+In each step a client draws records, the records go through the model in micro-batches, and the step is taken with
+their gradients:
 
     for each local step
         every client draws its units
@@ -9,8 +10,8 @@ Each client draws its step, the drawn records go through the model in micro-batc
             every client takes the gradients of its own records
         every client finishes its step: noise, if it is private, and the optimiser
 
-Everything but the pass is each client's own, alone or not: its sampler and its streams, its sum and its noise, its
-optimiser, its runtime checks.
+Clients share only the pass through the model. Each has its own sampler, random streams, gradient sum, noise, optimizer
+and runtime checks, whether it trains alone or beside others.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from fedlora.training.sampling import Draw, Sampler
 
 
 class Client:
-    """One client's part of the loop.
+    """One client's state during the loop: what it draws, and the losses and steps so far.
 
     Args:
-        parameters: name → what holds the tensor, for all of the layout's state.
-        buffer: the gradients of its own records, while it takes them.
-        make_step: from the job, these parameters, the buffer and the check.
-        first: where its records begin among everybody's.
+        job: The client's training task.
+        layout: The adapter's tensors.
+        parameters: Tensor name → the parameter that holds it, for the whole of `layout.state`.
+        buffer: The buffer that holds the gradients of this client's records while `step.take` reads them.
+        make_step: Makes the client's `Step` from the job, the parameters, the buffer and the gradient check.
+        first: The index of the client's first record in the concatenation of all clients' records.
     """
 
     def __init__(self, job: TrainingJob, layout: AdapterLayout, parameters: Mapping[str, nn.Parameter],
@@ -58,12 +61,12 @@ class Client:
         self._rows = 0
 
     def draw(self, most: int) -> list[Draw]:
-        """The next step's groups of units, of at most so many each."""
+        """Draw the next step, and return its units in groups of at most `most` units."""
         self._draw, self.losses = self._sampler.draw(), []
         return list(self._draw.groups(most))
 
     def finish(self) -> None:
-        """The drawn records went through the model: take the step."""
+        """Take the step, after all drawn records have gone through the model."""
         loss = torch.stack(self.losses).sum() if self.losses else torch.zeros(())
         self.step.finish(telling=partial(tells, self.job.records, self._draw.indices, loss))
         self._drawn.append(len(self._draw))
@@ -71,7 +74,11 @@ class Client:
         self._rows += len(self._draw.indices)
 
     def result(self, tensors: Mapping[str, np.ndarray]) -> TrainResult:
-        """After the loop, once the step is closed. `tensors`: as they were trained."""
+        """Return the client's result, after the loop and after `step.close`.
+
+        Args:
+            tensors: The trained tensors, by name.
+        """
         tell_finite(self._rows, self.step.nonfinite)
         self.gradients.tell()
         total = sum(self._drawn)
@@ -82,27 +89,44 @@ class Client:
 
 
 class Passes(Protocol):
-    """How micro-batches go through the model: those of one client, or of several together."""
+    """The way in which micro-batches go through the model: for one client, or for several together."""
 
     most_rows: int
-    """How many gradients are held at once."""
+    """The most rows (records' or units' gradients) that are held in memory at once."""
 
     def micro_batches(self, records: Records, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """(padded length, places in `indices`) of each micro-batch of these records."""
+        """Split records into micro-batches.
+
+        Args:
+            records: All records.
+            indices: [n] The records to split.
+
+        Yields:
+            (padded length, positions in `indices`) of each micro-batch.
+        """
 
     def through(self, records: Records, indices: np.ndarray, length: int, clients: Sequence[Client],
                 owners: np.ndarray, places: np.ndarray) -> None:
-        """Take the records through the model, and have each client take its gradients and note its losses.
+        """Take one micro-batch through the model, and let each client take its gradients and note its losses.
 
         Args:
-            indices: [n] of the records.
-            owners: [n] ascending: whose each is, as an index into `clients`.
-            places: [n] where each stands in its client's group.
+            records: All clients' records.
+            indices: [n] The micro-batch's records.
+            length: The length in tokens that they are padded to.
+            clients: All clients of the loop.
+            owners: [n] For each record, its client's index in `clients`; ascending.
+            places: [n] For each record, its position in its client's group.
         """
 
 
 def run_steps(passes: Passes, clients: Sequence[Client], stop: Callable[[], bool]) -> None:
-    """Do the local steps of the clients' one plan; a step during which `stop` is true is not finished."""
+    """Do all local steps of the plan that the clients share.
+
+    Args:
+        passes: Takes micro-batches through the model.
+        clients: The clients; they have one plan.
+        stop: Asked before every step and micro-batch. True ends the loop; the unfinished step is discarded.
+    """
     alone = len(clients) == 1
     records = clients[0].job.records if alone else concatenate([client.job.records for client in clients])
     for _ in range(clients[0].job.run.local_steps):
@@ -117,7 +141,18 @@ def run_steps(passes: Passes, clients: Sequence[Client], stop: Callable[[], bool
 
 def take_groups(passes: Passes, clients: Sequence[Client], records: Records, groups: Sequence[Sequence[Draw]],
                 stop: Callable[[], bool] = lambda: False) -> bool:
-    """Take each client's groups through the model, turn by turn; False if it was stopped."""
+    """Take every client's groups through the model: all first groups, then all second ones, and so on.
+
+    Args:
+        passes: Takes micro-batches through the model.
+        clients: The clients.
+        records: All clients' records, one client after the other.
+        groups: The groups of each client, in the order of `clients`.
+        stop: Asked before every micro-batch.
+
+    Returns:
+        False if `stop` ended it, else True.
+    """
     for turn in range(max(map(len, groups))):
         active = [(k, groups[k][turn]) for k in range(len(clients)) if turn < len(groups[k])]
         for k, group in active:

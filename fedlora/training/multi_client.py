@@ -1,11 +1,11 @@
-r"""Several simulated clients in lockstep: one forward and backward pass of the base model that they share.
+r"""Lockstep training of several simulated clients that share each pass through the base model.
 
-A client that contributes a few short records to a step leaves most of a processor idle. Here the records of K clients
-go through the frozen weights together, and through the trained ones each on its own: the buffer routes record i to the
-tensors of its client k(i), which are stacked, and the leaves know how (`fedlora.adapters.leaves`).
+A client that contributes only a few short records to a step leaves most of a processor idle. Here the records of K
+clients go through the frozen weights together. The trained weights are each client's own: they are stacked, and the
+gradient buffer routes record i to the tensors of its client k(i) (`fedlora.adapters.leaves` does the arithmetic).
 
-A client ends where it would end alone, but for the rounding of sums in another order (1e-5 in fp32), and in bf16 the
-pass's. For simulations only.
+A client's result is the same as if it trained alone, but for rounding: sums are taken in another order (1e-5 in fp32),
+and in bf16 the pass itself is rounded differently. For simulations only.
 
 Symbol   Here     Shape
 W        stacks   [clients, *shape]
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import nn
+from typing_extensions import override
 
 from fedlora.adapters import AdaptedModel
 from fedlora.plan import Tensors
@@ -31,13 +32,21 @@ from fedlora.training.loop import Client
 
 
 def check_alike(jobs: Sequence[TrainingJob], adapted: AdaptedModel) -> None:
-    """Raises ValueError where clients cannot share a pass: they differ in the plan, the frozen tensors or what is
-    active, or have dropout, which cannot repeat.
+    """Check that clients can share passes.
+
+    Args:
+        jobs: The clients' training tasks.
+        adapted: The model with its adapters.
+
+    Raises:
+        ValueError: They differ in the plan, the frozen tensors or the active tensors; or the plan has dropout, whose
+            masks would not be those of a client alone.
     """
     one, names = jobs[0], {spec.name for spec in adapted.layout.frozen}
     if any((other.run, other.active) != (one.run, one.active) or any(
             not np.array_equal(_start(other)[name], _start(one)[name]) for name in names) for other in jobs[1:]):
-        raise ValueError("clients that train together must have one plan, the same active and the same frozen tensors")
+        raise ValueError("clients that train together must share the plan, the active tensors and the frozen tensors; "
+                         "train these one after another")
     if one.run.dropout:
         raise ValueError(f"dropout is {one.run.dropout:g}: clients that train together (--batch-clients) cannot each "
                          "have the dropout that they would have alone; use --dropout 0")
@@ -49,11 +58,14 @@ def _start(job: TrainingJob) -> Tensors:
 
 
 class Together:
-    """Passes that several clients share.
+    """Passes through the model that several clients share (an implementation of `fedlora.training.loop.Passes`).
 
     Args:
-        stacks: the model's parameter, by its id → what stands for it, by client.
-        fill: takes records through the model and leaves their gradients in `buffer`; returns [records] losses.
+        buffer: The buffer that the model's trained layers write to.
+        stacks: Id of a parameter of the model → the clients' own tensors in its place, [clients, *shape].
+        most_rows: The most rows of gradients that are held in memory at once.
+        micro_batches: Splits records into micro-batches, as `Passes.micro_batches` does.
+        fill: Takes records through the model and leaves their gradients in `buffer`; returns [records] losses.
     """
 
     def __init__(self, buffer: GradientBuffer, stacks: Mapping[int, torch.Tensor], most_rows: int,
@@ -64,7 +76,11 @@ class Together:
 
     def through(self, records: Records, indices: np.ndarray, length: int, clients: Sequence[Client],
                 owners: np.ndarray, places: np.ndarray) -> None:
-        """Owners ascend, so that each client's rows are neighbours."""
+        """Take one micro-batch through the model, and let each client take its gradients and note its losses.
+
+        The arguments are those of `fedlora.training.loop.Passes.through`. `owners` ascends, so that the rows of one
+        client are neighbours.
+        """
         buffer = self._buffer
         device = next(iter(self._stacks.values())).device
         buffer.route(self._stacks, torch.from_numpy(owners).to(device))
@@ -80,7 +96,14 @@ class Together:
 
 
 class SummedStep(PlainStep):
-    """A step without privacy, from the rows of a client's buffer in place of autograd's sum."""
+    """A step without privacy that sums the rows of the client's buffer, where `PlainStep` lets autograd sum.
+
+    Args:
+        inner: The optimizer over the client's own tensors.
+        divisor: The constant that the sum of gradients is divided by.
+        buffer: The client's buffer.
+        adjust: The plan's adjustment of the gradients, or None.
+    """
 
     def __init__(self, inner: torch.optim.Optimizer, divisor: float, buffer: GradientBuffer,
                  adjust: Adjuster | None) -> None:
@@ -88,11 +111,13 @@ class SummedStep(PlainStep):
         self._buffer = buffer
         self._sum = torch.zeros(buffer.values, device=buffer.slots[0].parameter.device)
 
+    @override
     def take(self, places: np.ndarray) -> None:
-        """As of `PrivateStep`."""
+        """Add the gradients that are in the buffer to the sum, each with its weight in its unit."""
         rows = self._buffer.rows
         self._sum += torch.from_numpy(self.group.weights[places]).to(rows) @ rows
 
+    @override
     def finish(self, *, telling: Callable[[], bool]) -> None:
         for slot in self._buffer.slots:
             slot.parameter.grad = (self._sum[slot.columns] / self.divisor).view_as(slot.parameter)
@@ -102,8 +127,16 @@ class SummedStep(PlainStep):
 
 def stacked(jobs: Sequence[TrainingJob], adapted: AdaptedModel, device: torch.device) -> tuple[
         dict[int, torch.Tensor], list[dict[str, nn.Parameter]]]:
-    """The clients' trained tensors, stacked under the ids of the model's parameters; and each client's own, by name,
-    which share memory with the stacks: what an optimiser writes is what the leaves read.
+    """Copy the clients' trained tensors to the device, stacked over the clients.
+
+    Args:
+        jobs: The clients' training tasks.
+        adapted: The model with its adapters.
+        device: The device to train on.
+
+    Returns:
+        The stacks, as id of the model's parameter → [clients, *shape]; and for each client its own parameters by name.
+        The clients' parameters share memory with the stacks, so that the trained layers read what an optimizer writes.
     """
     own = adapted.parameters()
     stacks = {spec.name: torch.stack([torch.tensor(_start(job)[spec.name]) for job in jobs]).to(device, torch.float32)

@@ -1,13 +1,13 @@
-"""One step of DP-SGD on the flat gradient buffer (Abadi et al. 2016, arXiv:1607.00133).
+"""The DP-SGD step: clip each unit's gradient, sum, add noise (Abadi et al. 2016, arXiv:1607.00133).
 
-    g_i  <- gradient of a unit of privacy, each group times its data-independent scale: that of a record, or the mean
-            over the drawn records of a patient, say
-    S    =  sum_i g_i · min(1, C / |g_i|)        clipped once, as one concatenated vector
-    step =  (S + N(0, sigma^2 C^2)) / b          b is public and constant, never the drawn size
-    each group of the step is divided by its scale: after the noise, so the guarantee is untouched
+    g_i  <- gradient of a unit of privacy: of a record, or for example the mean over the drawn records of a patient.
+            Each group of tensors (adapter, head) is multiplied by a scale that does not depend on the data.
+    S    =  sum_i g_i · min(1, C / |g_i|)        all tensors are clipped together, as one concatenated vector
+    step =  (S + N(0, sigma^2 C^2)) / b          b is public and constant, never the number of drawn units
+    Each group of the step is divided by its scale. This comes after the noise, so the guarantee is untouched.
 
-Norms, sums and noise are in float32 or better, whatever precision the model computes in. Opacus' `DPOptimizer` is kept
-for its step, its queue of skipped steps (micro-batches of one draw) and its pass-through to the wrapped optimizer.
+Norms, sums and noise are in float32 or better, whatever precision the model computes in. Opacus' `DPOptimizer` provides
+the step itself, the queue of skipped steps (one for each micro-batch of a draw) and the wrapping of the optimizer.
 """
 
 from __future__ import annotations
@@ -26,44 +26,50 @@ from fedlora.training.graphs import without_waiting
 from fedlora.training.runtime_checks import NoisePool, StepChecks
 
 CLIP_MARGIN = 1e-5
-"""A clipped record is left this much below the clip norm, relatively: more than its norm and its factor can be off."""
-
+"""Relative margin by which clipped gradients stay below the clip norm: more than rounding can add to their norm."""
 
 _DRAWING = ThreadPoolExecutor(thread_name_prefix="noise")
-"""Draws noise while a GPU computes: of a hundred thousand values it takes milliseconds, as a whole step may."""
+"""Draws noise while a GPU computes: a hundred thousand values take milliseconds, which can be as long as a step."""
 
 
-class PerRecordOptimizer(DPOptimizer):
-    """Clips and sums what the buffer holds; at the end of a draw adds noise and steps.
+class PerRecordOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
+    """The DP-SGD optimizer over the gradient buffer: it clips and sums, and at the end of a draw adds noise and steps.
 
-    Units of several records are opened before their micro-batches; each then adds to the units' gradients (`gather`),
-    and the next step clips those instead of the buffer's rows.
+    If each record is a unit, each step clips the buffer's rows. If units have several records, `open_units` comes
+    before their micro-batches, each micro-batch is added to the units' gradients (`gather`), and the next step clips
+    those.
+
+    On CUDA, the host waits for the GPU only in `clipped`, `nonfinite` and `check`.
 
     Args:
-        optimizer: over exactly the buffer's parameters.
-        scales: for each group of the buffer, the factor on its gradients before clipping.
-        clip_norm: C, the L2 bound of one unit's scaled gradient.
-        noise_multiplier: sigma, in units of clip_norm.
-        expected_batch_size: b.
-        noise: where the Gaussians come from.
-        pool: of the run's noise, for the runtime check; None for a new one.
-        adjust: done to the noised gradients before each step, once they were measured for the check.
-    On CUDA the host waits for the GPU where it is asked for `clipped`, `nonfinite` and `check`, and nowhere else.
+        optimizer: The wrapped optimizer, over exactly the buffer's parameters.
+        buffer: The gradient buffer.
+        scales: Group of the buffer → the factor on its gradients before clipping.
+        clip_norm: C, the bound on the L2 norm of one unit's scaled gradient.
+        noise_multiplier: sigma, in units of `clip_norm`.
+        expected_batch_size: b, the public number of units that the noised sum is divided by.
+        noise: The source of Gaussian noise.
+        pool: The noise of the run so far, for the runtime check; None for a new pool.
+        adjust: Changes the noised gradients before each step, after the runtime check has measured them.
 
     Attributes:
-        draws_ahead: whether a step's noise is drawn while its gradients are computed.
-        refused: [] `nonfinite`, where it is counted. Private.
+        draws_ahead: Whether a step's noise is drawn while its gradients are computed.
+        refused: [] The count behind `nonfinite`, on the device. Private.
+
+    Raises:
+        RuntimeError: The optimizer does not hold the buffer's parameters.
     """
 
     def __init__(self, optimizer: Optimizer, buffer: GradientBuffer, *, scales: Mapping[str, float], clip_norm: float,
                  noise_multiplier: float, expected_batch_size: float, noise: RandomStream,
                  pool: NoisePool | None = None, adjust: Callable[[], None] | None = None) -> None:
         super().__init__(optimizer, noise_multiplier=noise_multiplier, max_grad_norm=clip_norm,
-                         expected_batch_size=expected_batch_size)  # type: ignore[arg-type]
+                         expected_batch_size=expected_batch_size)
         owned = [slot.parameter for slot in buffer.slots]
         if sorted(map(id, owned)) != sorted(map(id, self.params)):
-            raise RuntimeError("the optimizer does not hold the tensors whose gradients are recorded, as happens when "
-                               "a model is moved or copied after it was wrapped; training would release noise alone")
+            raise RuntimeError("the optimizer does not hold the tensors whose gradients are recorded, so that training "
+                               "would release noise alone. This happens when a model is moved or copied after it was "
+                               "wrapped; move it first")
         self.buffer = buffer
         self.noise = noise
         self._adjust = adjust
@@ -77,33 +83,39 @@ class PerRecordOptimizer(DPOptimizer):
         self._coming_noise: Future[torch.Tensor] | None = None
         self._clipped, self.refused = torch.zeros(2, dtype=torch.int64, device=device)
         self._checks = StepChecks(buffer, scales=scales, clip_norm=clip_norm, noise_multiplier=noise_multiplier,
-                                        expected_batch_size=expected_batch_size, pool=pool or NoisePool())
+                                  expected_batch_size=expected_batch_size, pool=pool or NoisePool())
 
     @property
     def clipped(self) -> int:
-        """Units that were longer than C, counted since the start. Private."""
+        """The number of units so far whose gradient was longer than C. Private: it must not leave the machine."""
         return int(self._clipped)
 
     @property
     def nonfinite(self) -> int:
-        """Records whose gradient was not finite and counted as zero. Private, too."""
+        """The number of records so far whose gradient was not finite and counted as zero. Private, too."""
         return int(self.refused)
 
     @property
     def clipped_sum(self) -> torch.Tensor:
-        """[values] sum of the clipped, scaled gradients of the current draw, before noise. Private."""
+        """[values] The sum of the clipped, scaled gradients of the current draw, before noise. Private."""
         return self._sum
 
     @property
     def grad_samples(self) -> list[torch.Tensor]:
+        """A list that tells Opacus that there is something to step with. Opacus does not read the values here."""
         return [self.buffer.rows] if self.buffer.armed else [self._sum]
 
     @property
     def accumulated_iterations(self) -> int:
+        """1: `expected_batch_size` is that of the whole draw, so Opacus must not divide by its number of parts."""
         return 1
 
     def open_units(self, units: int) -> None:
-        """Before the micro-batches of this many units of several records each; the next step closes them."""
+        """Begin a group of units with several records each; the next step clips and sums their gradients.
+
+        Args:
+            units: The number of units.
+        """
         assert self._units is None, "units are open already"
         self._units = torch.zeros(units, self.buffer.values, device=self._sum.device)
 
@@ -111,8 +123,8 @@ class PerRecordOptimizer(DPOptimizer):
         """Add the armed buffer's records to the gradients of their units, and release the buffer.
 
         Args:
-            owners: [records] which of the open units each belongs to, ascending.
-            weights: [records] its factor in that unit's gradient.
+            owners: [records] For each record, the number of its unit among the open ones; ascending.
+            weights: [records] Each record's factor in its unit's gradient.
         """
         assert self._units is not None, "no units are open"
         self.buffer.check_complete()
@@ -121,7 +133,8 @@ class PerRecordOptimizer(DPOptimizer):
         rows *= without_waiting(torch.from_numpy(weights).float(), rows.device)[:, None]
         _, first, counts = np.unique(owners, return_index=True, return_counts=True)
         turn_of = np.arange(len(owners)) - np.repeat(first, counts)
-        # one record of each unit at a time: the order of a unit's additions is fixed, on a GPU too, and its own
+        # One record of each unit at a time: so the order in which a unit's records are added is fixed, also on a GPU,
+        # and depends on that unit alone.
         for turn in range(counts.max()):
             chosen = np.flatnonzero(turn_of == turn)
             mine, theirs = (without_waiting(torch.from_numpy(which), rows.device) for which in (chosen, owners[chosen]))
@@ -129,12 +142,15 @@ class PerRecordOptimizer(DPOptimizer):
         self.buffer.disarm()
 
     def clip_and_accumulate(self) -> None:
-        """Add the open units or else the armed buffer's records to the sum; nothing after an empty draw."""
+        """Clip the open units, or else the armed buffer's records, and add them to the sum.
+
+        An empty draw adds nothing.
+        """
         if self._units is not None:
             rows, self._units = self._units, None
         elif self.buffer.armed:
             self.buffer.check_complete()
-            rows = self.buffer.computed  # norms are taken in the shape of the micro-batch, whatever fills it
+            rows = self.buffer.computed  # norms are computed with the fillers, so that the shape is always the same
         else:
             return
         norms = torch.stack([scale * row_norms(rows[:, span]) for span, scale in self._groups]).norm(dim=0)
@@ -152,26 +168,27 @@ class PerRecordOptimizer(DPOptimizer):
         self._clipped += (norms > bound).sum().to(self._clipped.device)
 
     def _refuse(self, rows: torch.Tensor, finite: torch.Tensor) -> None:
-        """Take rows that are not finite for zero, and count them."""
+        """Set the rows that are not finite to zero, and count them."""
         finite = finite.to(rows.device)
-        if rows.device.type == "cuda" or not bool(finite.all()):  # to write them all costs less than to wait
+        if rows.device.type == "cuda" or not bool(finite.all()):  # on CUDA, writing costs less than waiting for `all`
             rows.masked_fill_(~finite[:, None], 0)  # 0 · inf is not 0
             self.refused += (~finite).sum()
 
     def expect_noise(self) -> None:
-        """At the beginning of a step, or of a part of it."""
+        """Start to draw the step's noise in another thread, at the beginning of a step or of a part of it."""
         if self.draws_ahead and self._coming_noise is None:
             self._coming_noise = _DRAWING.submit(self._draw_noise)
 
     def _draw_noise(self) -> torch.Tensor:
-        """[values] of the standard normal distribution, in the processor's memory; pinned, if it goes to CUDA: then
-        the copy need not be waited for.
+        """Draw [values] from the standard normal distribution, in the processor's memory.
+
+        The memory is pinned if the noise goes to CUDA, so that the host need not wait for the copy.
         """
         noise = torch.from_numpy(self.noise.gaussian(self.buffer.values))
         return noise.pin_memory() if self._sum.device.type == "cuda" else noise
 
     def add_noise(self) -> None:
-        """Noise on every coordinate in the scaled space, then back to the parameters' own scale."""
+        """Add noise to every coordinate in the scaled space, divide the scales out, and set the parameters' `grad`."""
         coming, self._coming_noise = self._coming_noise, None
         noise = self._draw_noise() if coming is None else coming.result()
         self._drawn_noise = self.noise_multiplier * self.max_grad_norm * noise.to(
@@ -184,8 +201,13 @@ class PerRecordOptimizer(DPOptimizer):
             slot.parameter.grad = noised[slot.columns].view_as(slot.parameter)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        """As Opacus': clip, and unless this step is to be skipped, add noise, measure what the noise went into and
-        adjust it. Returns whether the wrapped optimizer is to step.
+        """Clip and sum; unless this step is to be skipped, add noise, measure the noised gradients and adjust them.
+
+        Args:
+            closure: Passed on to Opacus.
+
+        Returns:
+            Whether the wrapped optimizer shall step.
         """
         ready = bool(super().pre_step(closure))
         if ready:
@@ -196,15 +218,20 @@ class PerRecordOptimizer(DPOptimizer):
         return ready
 
     def check(self) -> None:
-        """After the last step: the runtime checks of all. Raises RuntimeError."""
+        """Evaluate the runtime checks of all steps, after the last one.
+
+        Raises:
+            RuntimeError: A step was not what it should be.
+        """
         self._checks.check()
 
     def scale_grad(self) -> None:
+        """Divide the noised gradients by the expected batch size."""
         torch._foreach_div_([slot.parameter.grad for slot in self.buffer.slots],  # type: ignore[misc]
                             self.expected_batch_size)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the finished draw; between micro-batches of one draw only the buffer is released."""
+        """Release the buffer, and after the last micro-batch of a draw forget the draw's sum."""
         self.buffer.disarm()
         if not self._is_last_step_skipped:
             self._sum.zero_()
@@ -212,11 +239,11 @@ class PerRecordOptimizer(DPOptimizer):
 
 
 def _add_weighted(total: torch.Tensor, factors: torch.Tensor, rows: torch.Tensor) -> None:
-    """total [values] += factors [records] @ rows [records, values], in total's precision.
+    """Add factors [records] @ rows [records, values] to total [values], in the precision of `total`.
 
-    In float32 the sum of a micro-batch would be rounded by which records it has.
+    A sum in float32 would be rounded differently depending on which other records the micro-batch has.
     """
-    if rows.device.type == "cpu":  # a product would first widen all rows, which takes ten times as long
+    if rows.device.type == "cpu":  # a product would first convert all rows to float64, which takes ten times as long
         for factor, row in zip(factors.tolist(), rows, strict=True):
             total.add_(row, alpha=factor)
     else:
@@ -224,7 +251,7 @@ def _add_weighted(total: torch.Tensor, factors: torch.Tensor, rows: torch.Tensor
 
 
 def _spans(buffer: GradientBuffer, scales: Mapping[str, float]) -> list[tuple[slice, float]]:
-    """(columns, scale) of each group; groups are contiguous in the buffer."""
+    """Return (columns, scale) of each group. Each group's columns are contiguous in the buffer."""
     spans = []
     for group in dict.fromkeys(slot.group for slot in buffer.slots):
         slots = [slot for slot in buffer.slots if slot.group == group]

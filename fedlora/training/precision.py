@@ -1,4 +1,4 @@
-"""Which number format a device computes in, and what is kept out of it or stored in it."""
+"""The device and number format to compute in, and the attention that is safe for per-record gradients."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def resolve_device(device: str) -> torch.device:
-    """"auto" takes CUDA, then Apple's MPS, then the CPU.
+    """Return the device to compute on. "auto" takes CUDA if there is one, then Apple's MPS, then the CPU.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: The name is unknown, or PyTorch sees no such device.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -37,7 +37,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_precision(precision: str, device: str | torch.device) -> str:
-    """"auto" becomes "bf16" where the hardware multiplies bfloat16 matrices itself, else "fp32"."""
+    """Return "fp32" or "bf16". "auto" takes "bf16" where the hardware multiplies bfloat16 matrices itself."""
     if precision not in PRECISIONS:
         raise ValueError(f"--precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
     if precision != "auto":
@@ -57,13 +57,15 @@ def _cpu_flags() -> set[str]:
 
 
 def store_frozen_weights(model: nn.Module, dtype: torch.dtype, keep: Collection[int]) -> None:
-    """Keep the base model's frozen linear and embedding weights in `dtype`; normalisations stay as they are.
+    """Convert the base model's frozen linear and embedding weights to `dtype`. Normalisations stay as they are.
 
-    Autocast would cast frozen weights in every step. Embeddings decide the format of what flows between the layers: in
-    float32, each linear layer casts it anew.
+    This saves time: autocast would otherwise cast the frozen weights in every step. Embeddings are included because
+    their dtype is the dtype of the activations: with float32 activations, every linear layer would cast its inputs.
 
     Args:
-        keep: ids of the parameters that travel, which stay as they are even if frozen.
+        model: The base model with its adapters.
+        dtype: The dtype to store the weights in.
+        keep: The ids of parameters that are sent between server and clients. They stay as they are, even if frozen.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
@@ -71,19 +73,21 @@ def store_frozen_weights(model: nn.Module, dtype: torch.dtype, keep: Collection[
                 if not parameter.requires_grad and id(parameter) not in keep:
                     parameter.data = parameter.data.to(dtype)
         if isinstance(module, BaseTunerLayer):
-            # else PEFT casts to float32 what autocast casts back
+            # otherwise PEFT casts the inputs to float32, and autocast casts them back
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
 def attend_with_mask(model: PreTrainedModel, device: torch.device) -> None:
-    """Fused attention always with a mask; on a CPU in float32, whatever the linear layers compute in.
+    """Make the model's fused attention always use a mask, and on a CPU always compute in float32.
 
-    transformers leaves the mask out where no record of a batch is padded, which rounds a decoder's attention in another
-    way: one record would change the others' gradients. And to see whether any is, the host waits for a GPU.
+    The mask: transformers omits it where no record of a batch is padded. A decoder's attention is then rounded
+    differently, so that one record would change the gradients of the others. Besides, the test for padding makes the
+    host wait for a GPU.
 
-    PyTorch 2.13's fused attention has a backward pass for bfloat16 on CPUs that takes up to ten times as long as the
-    one for float32 (sequences of 16 to 64 tokens), and more than half of a whole step. Models that do not use fused
-    attention are left as they are.
+    float32: on CPUs, the backward pass of PyTorch 2.13's fused attention takes up to ten times as long in bfloat16 as
+    in float32 (sequences of 16 to 64 tokens), which is more than half of a whole step.
+
+    Models that do not use fused attention (`sdpa`) are left as they are.
     """
     if model.config._attn_implementation == "sdpa":
         name = "fedlora_sdpa_float32" if device.type == "cpu" else "fedlora_sdpa"
@@ -93,13 +97,25 @@ def attend_with_mask(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _full_mask(*arguments: Any, **options: Any) -> torch.Tensor | None:
-    """transformers' own, which is never left out."""
+    """Return the mask that transformers makes, with its shortcuts for leaving the mask out switched off."""
     return sdpa_mask(*arguments, **options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
 def _float32_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                        attention_mask: torch.Tensor | None, **options: Any) -> tuple[torch.Tensor, None]:
-    """As transformers' own function: query, key, value [records, heads, length, d] to [records, length, heads, d]."""
+    """Compute transformers' fused attention in float32, outside of autocast.
+
+    Args:
+        module: The attention layer.
+        query: [records, heads, length, d]
+        key: Like `query`; may have fewer heads.
+        value: Like `key`.
+        attention_mask: Added to the scores, or boolean.
+        **options: Passed on to transformers' function.
+
+    Returns:
+        ([records, length, heads, d] in the dtype of `value`, None), as transformers expects.
+    """
     with torch.autocast(query.device.type, enabled=False):
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()

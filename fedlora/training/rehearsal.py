@@ -1,7 +1,7 @@
-"""What a trainer shows on made-up records before a real one is read or charged: that each keeps its gradient to itself.
+"""Tests on made-up records, before a real record is read or charged, that no record affects another one's gradient.
 
-`rehearse` is about the model: each record has its own gradient, and every trained tensor has one.
-`show_batch_invariance` is about the machine: a record's rounding does not follow its companions.
+`rehearse` tests the model: each record has its own gradient, and every trained tensor gets one.
+`show_batch_invariance` tests the machine: the rounding of a record's gradient does not depend on the other records.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedlora.training.sampling import lengths_up_to
 
 
 class Rehearsed(Protocol):
-    """What is asked of a trainer; see `fedlora.training.trainer.Trainer`."""
+    """The part of `fedlora.training.trainer.Trainer` that the tests here use."""
 
     adapted: AdaptedModel
     active: AdaptedModel
@@ -39,24 +39,29 @@ class Rehearsed(Protocol):
         """Whether the model's blocks are compiled."""
 
     def ladder(self, private: bool) -> tuple[int, ...]:
-        """The lengths to which records are padded."""
+        """Return the lengths to which records are padded."""
 
     def private_rows(self, length: int, most_of_a_draw: int) -> int:
-        """Rows of the first shape to try for private micro-batches of a length."""
+        """Return the number of rows to try first for private micro-batches of a padded length."""
 
     def fill_buffer(self, records: Records, indices: np.ndarray, length: int) -> torch.Tensor:
-        """Leave the gradient of each record in the buffer; returns [records] losses."""
+        """Leave the gradient of each record in the buffer, and return [records] losses."""
 
     def one_pass(self, batch: Batch, weights: torch.Tensor | None) -> torch.Tensor:
-        """[records] losses, after the backward pass of their sum."""
+        """Run the backward pass of the sum of the losses, weighted if there are weights; return [records] losses."""
 
 
 _APART = {"fp32": 1e-3, "bf16": 0.3}
-"""By so much, relative to its norm, may a record's gradient differ by what it is padded to."""
+"""Precision → the largest allowed change of a record's gradient, relative to its norm, when the padding or the other
+records change."""
 
 
 def rehearse(trainer: Rehearsed) -> None:
-    """See `Trainer.rehearse`."""
+    """Test on made-up records that each has its own gradient, and that the gradient reaches every trained tensor.
+
+    Raises:
+        ValueError: Gradients are not finite, do not reach a tensor, or depend on other records or on the padding.
+    """
     length = max(2, min(8, trainer.task.max_length))
     records = _made_up(trainer, [length, length])
 
@@ -74,20 +79,23 @@ def rehearse(trainer: Rehearsed) -> None:
     slots = trainer.buffer.slots
     cut_off = sum(not bool(together[:, slot.columns].any()) for slot in slots)
     if cut_off:
-        raise ValueError(f"{cut_off} of the {len(slots)} tensors that are to be trained have no part in the loss, and "
+        raise ValueError(f"{cut_off} of the {len(slots)} tensors to be trained have no influence on the loss, and "
                          "would be trained on noise alone; choose other --targets")
     most = _APART[trainer.precision] * row_norms(alone)
     if not bool((row_norms(together - alone) <= most).all()):
-        raise ValueError("the model does not keep the records of a batch apart: the gradient of one depends on the "
-                         "others, so that no clipping protects it. Choose other --targets, or another --model")
+        raise ValueError("the model mixes the records of a batch: the gradient of one depends on the others, so that "
+                         "clipping would not protect it. Choose other --targets, or another --model")
     if not bool((row_norms(unpadded - alone) <= most).all()):
-        raise ValueError("the model does not tell a text from what fills it up: a record's gradient depends on how far "
-                         "it is padded. Choose other --targets, or another --model")
+        raise ValueError("the model treats padding as text: a record's gradient depends on how far it is padded. "
+                         "Choose other --targets, or another --model")
 
 
 @torch.no_grad()
 def padding_counts(adapted: AdaptedModel, task: Task) -> bool:
-    """Whether the loss of a made-up record depends on how far it is padded, and so does all that the model predicts."""
+    """Return whether the loss of a made-up record depends on how far it is padded.
+
+    If it does, so do all the model's predictions.
+    """
     length = max(2, min(8, task.max_length))
     records = made_up_records(task, _embedded(adapted, task), [length])
     losses = [float(task.per_record_loss(adapted.model, task.collate(records, np.array([1]), padded)))
@@ -97,7 +105,7 @@ def padding_counts(adapted: AdaptedModel, task: Task) -> bool:
 
 @contextlib.contextmanager
 def _naming_layers(trainer: Rehearsed) -> Iterator[None]:
-    """An error about a layer whose inputs are not one a record says which layers these are."""
+    """Turn an error in a layer whose inputs are not separate for each record into one that names such layers."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -107,12 +115,24 @@ def _naming_layers(trainer: Rehearsed) -> Iterator[None]:
             raise
         name, given = next(iter(strange.items()))
         raise ValueError(f"{len(strange)} of the {len(trainer.adapted.layout.sites)} target layers cannot be trained "
-                         f"under privacy, as what they are given is not a record's own: {name} {given}. Choose other "
-                         "--targets; all leaves such layers out") from error
+                         f"under privacy, because their inputs are not separate for each record: {name} {given}. "
+                         "Choose other --targets; --targets all leaves such layers out") from error
 
 
 def show_batch_invariance(trainer: Rehearsed, run: RunPlan, most_of_a_draw: int) -> Shapes:
-    """See `Trainer.show_batch_invariance`. `most_of_a_draw`: records that most draws are fewer than."""
+    """Find the shapes of private micro-batches, and test that they are batch-invariant on this machine.
+
+    Shapes that were found before under the same conditions are not tested again; then only the largest one is computed,
+    so that a lack of memory shows now.
+
+    Args:
+        trainer: The trainer.
+        run: The plan that will be trained.
+        most_of_a_draw: A number of records that few draws exceed.
+
+    Raises:
+        ValueError: This machine does not compute the same gradient twice.
+    """
     lengths = lengths_up_to(trainer.task.max_length, trainer.ladder(private=True))
     one_at_a_time = content_dependent(trainer.adapted.model)
     first = {length: 1 if one_at_a_time else trainer.private_rows(length, most_of_a_draw) for length in lengths}
@@ -121,7 +141,7 @@ def show_batch_invariance(trainer: Rehearsed, run: RunPlan, most_of_a_draw: int)
     shapes, records = trainer.findings.get(key), _made_up(trainer, lengths)
 
     def filled_up(records: Records, indices: np.ndarray, length: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """([rows, values] gradients, [rows] losses) of these records and filler rows after them."""
+        """Return ([rows, values] gradients, [rows] losses) of these records and filler rows after them."""
         trainer.buffer.arm(rows)
         losses = trainer.one_pass(trainer.task.collate(records, indices, length, rows=rows), None)
         trainer.buffer.check_complete()
@@ -148,7 +168,10 @@ def _embedded(adapted: AdaptedModel, task: Task) -> int:
 
 @contextlib.contextmanager
 def _random_tensors(trainer: Rehearsed) -> Iterator[None]:
-    """In it, the model holds random tensors, through which a record's rounding reaches all of its gradient."""
+    """Let the model hold random tensors for a while.
+
+    With zeros, as in a fresh adapter, the rounding of a record would not show in all of its gradient.
+    """
     adapted = trainer.adapted
     random, before = np.random.default_rng(0), adapted.read("state")
     adapted.write({name: (0.1 * random.standard_normal(array.shape)).astype(np.float32)

@@ -1,18 +1,20 @@
-"""Checks that run in every round, on this machine, on what was really computed rather than on what was meant to be.
+"""Runtime checks of every round: the values that were really computed, held against the privacy promise.
 
-                what is compared                                          fires when, for example
-shares          each unit's weighted gradient, and C                      clipping is wrong or left out
-applied noise   (gradient as applied · b · scale) - clipped sum, and      the noise is lost, scaled or added twice
+check           compares                                                  fires when, for example
+shares          each unit's weighted gradient with C                      clipping is wrong or left out
+applied noise   (gradient as applied · b · scale) - clipped sum with      the noise is lost, scaled or added twice
                 the noise that was drawn
-pooled noise    its standard deviation over the run, and σ·C              the noise is too small or too large
-gradients       the clipped sum of each trained tensor, and 0             an adapter is cut off from the loss
-frozen          frozen tensors after the round, and before it             an optimizer or a wrapper moves them
-owners          the tensors that train, and the model's                   the model was copied after it was wrapped
+pooled noise    its standard deviation over the run with σ·C              the noise is too small or too large
+gradients       the clipped sum of each trained tensor with 0             an adapter is cut off from the loss
+frozen          frozen tensors after the round with those before it       an optimizer or a wrapper moves them
+owners          the tensors that train with the model's                   the model was copied after it was wrapped
 
-They see private values, tell nobody, and can only stop a round: RuntimeError. The gradients, which depend on the
-records' content even where nothing is wrong, are told in the local log alone: a server chooses the tensors that a round
-starts from, and could read an answer that fails to come. `Trainer.rehearse` looks for the same faults on made-up
-records. None of it can show that no fault of another kind exists.
+The checks see private values and reveal none. All they can do is stop a round, with a RuntimeError. The exception is
+the check of gradients, whose outcome depends on the records' content even where nothing is wrong: it only writes to the
+local log. A server chooses the tensors that a round starts from, and could otherwise learn something from a missing
+answer. `Trainer.rehearse` looks for the same faults on made-up records.
+
+Passing the checks does not prove that no fault of another kind exists.
 """
 
 from __future__ import annotations
@@ -32,43 +34,63 @@ from fedlora.training.gradient_buffer import GradientBuffer, row_norms
 log = logging.getLogger(__name__)
 
 STANDARD_ERRORS = 5.0
-"""By so much may the pooled deviation of the noise be off: by chance less than once in a million rounds."""
+"""Allowed error of the pooled noise's deviation, in standard errors: exceeded by chance less than once in a million
+rounds."""
 
 _ROUNDING = 1e-5
-"""Relative; the applied gradient is float32 and was scaled twice."""
+"""Allowed relative error of the applied gradient, which is float32 and was scaled twice."""
 
 _LEAST_NOISE = 1e-3
-"""Noise below this share of the sum's root mean square is lost in float32, and no privacy: it is not measured."""
+"""Noise below this share of the sum's root mean square is not measured: float32 loses it, and it gives no privacy."""
 
 _SAMPLE = 64
-"""Values of each of the base model's tensors that are compared; of the adapter's, all are."""
+"""The number of values to compare in each tensor of the base model. The adapter's frozen tensors are compared whole."""
 
 
 def alarm(found: str) -> RuntimeError:
-    """What is raised; `found` says what was seen, without any private value."""
+    """Return the error to raise when a check fails.
+
+    Args:
+        found: What was found, as a clause that begins the message. It must not contain a private value.
+    """
     return RuntimeError(f"{found}. Nothing of this round was released. Please report this with the model's type, the "
                         "targets, and the versions of torch, transformers and opacus")
 
 
 def tell_finite(drawn: int, nonfinite: int) -> None:
-    """Of a round's records: in the local log."""
+    """Log an error on this machine if no drawn record of the round had a finite gradient.
+
+    Args:
+        drawn: The number of drawn records.
+        nonfinite: The number of those whose gradient was not finite.
+    """
     if drawn and nonfinite == drawn:
-        log.error("None of the drawn records has a finite gradient: what is released is noise alone.")
+        log.error("None of the drawn records has a finite gradient: this round releases noise alone.")
 
 
 class NoisePool:
-    """Sum of squares of the noise of a run, in units of its intended standard deviation."""
+    """The noise of a run so far: its sum of squares, in units of the intended standard deviation."""
 
     def __init__(self) -> None:
         self.values, self.squares = 0, 0.0
 
     def add(self, values: int, norm: float, deviation: float) -> None:
-        """Of noise of so many values: its norm, and the standard deviation that it should have."""
+        """Add noise to the pool.
+
+        Args:
+            values: Its number of values.
+            norm: Its L2 norm.
+            deviation: The standard deviation that it should have.
+        """
         self.values += values
         self.squares += norm**2 / deviation**2
 
     def check(self) -> None:
-        """Raises RuntimeError if the deviation is not the intended one."""
+        """Check that the noise so far has the intended standard deviation.
+
+        Raises:
+            RuntimeError: It is off by more than `STANDARD_ERRORS` standard errors.
+        """
         if self.values:
             ratio = math.sqrt(self.squares / self.values)
             error = 1 / math.sqrt(2 * self.values)
@@ -78,12 +100,17 @@ class NoisePool:
 
 
 class StepChecks:
-    """Shares and noise of a private step. Given the values that were promised, and nothing that the optimizer holds.
+    """The checks of the clipped shares and of the noise in one round's private steps.
+
+    They take the promised values from the caller, and not from the optimizer that they check.
 
     Args:
-        buffer: names the tensors and their columns.
-        scales, clip_norm, noise_multiplier, expected_batch_size: as promised.
-        pool: of the run.
+        buffer: Names the tensors and their columns.
+        scales: Group → the promised factor on its gradients.
+        clip_norm: C, as promised.
+        noise_multiplier: σ, as promised.
+        expected_batch_size: b, as promised.
+        pool: The run's noise so far.
     """
 
     def __init__(self, buffer: GradientBuffer, *, scales: Mapping[str, float], clip_norm: float,
@@ -93,9 +120,9 @@ class StepChecks:
         self._clip_norm, self._divisor = float(clip_norm), float(expected_batch_size)
         self._deviation = float(noise_multiplier) * float(clip_norm)
         self._pool = pool
-        self._longest: list[torch.Tensor] = []  # share of each part of a step, squared
-        self._applied: list[torch.Tensor] = []  # of each step: largest error; norms of the sum and of the noise
-        self._spans: list[tuple[int, int, float]] = []  # columns of one scale
+        self._longest: list[torch.Tensor] = []  # for each part of a step: the largest squared norm of a share
+        self._applied: list[torch.Tensor] = []  # for each step: the largest error, the norms of the sum and the noise
+        self._spans: list[tuple[int, int, float]] = []  # (first column, end, scale) of neighbours with one scale
         for slot in buffer.slots:
             start, scale = slot.columns.start, float(scales[slot.group])
             if self._spans and self._spans[-1][1:] == (start, scale):
@@ -103,10 +130,11 @@ class StepChecks:
             self._spans.append((start, slot.columns.stop, scale))
 
     def note_shares(self, rows: torch.Tensor, factors: torch.Tensor) -> None:
-        """Measure the units' shares of the sum, factor · scale · row, for `check`.
+        """Measure the units' shares of the sum, factor · scale · row; `check` evaluates them.
 
         Args:
-            rows, factors: [units, values] and [units], as they were multiplied.
+            rows: [units, values] The gradients that went into the sum.
+            factors: [units] The clip factors that they were multiplied by.
         """
         shares = torch.zeros_like(factors)
         for start, stop, scale in self._spans:
@@ -114,10 +142,16 @@ class StepChecks:
         self._longest.append(shares.max())
 
     def note_applied(self, clipped_sum: torch.Tensor, noise: torch.Tensor | None) -> None:
-        """Measure for `check` whether the gradients that the optimizer was just given are (sum + noise) / b, unscaled.
+        """Compare the gradients that the optimizer is about to apply with (sum + noise) / (b · scale).
+
+        `check` evaluates the result.
 
         Args:
-            clipped_sum, noise: [values], in the scaled space.
+            clipped_sum: [values] The sum, in the scaled space.
+            noise: [values] The noise that was drawn, in the scaled space; None if there was none.
+
+        Raises:
+            RuntimeError: There was no noise, or a trained tensor has no gradient.
         """
         if noise is None:
             raise alarm("a step was made without noise")
@@ -134,10 +168,11 @@ class StepChecks:
         self._applied.append(torch.stack([error.max(), norm(clipped_sum), norm(added)]))
 
     def check(self) -> None:
-        """What was noted of the steps so far.
+        """Evaluate what was measured in the steps so far.
 
         Raises:
-            RuntimeError: a share is longer than the clip norm, or a step was another than that of the drawn noise.
+            RuntimeError: A share is longer than the clip norm, or an applied gradient is not the clipped sum with the
+                drawn noise.
         """
         longest, self._longest = self._longest, []
         if longest and not float(torch.stack(longest).max().sqrt()) <= self._clip_norm:
@@ -151,20 +186,21 @@ class StepChecks:
 
 
 class GradientCheck:
-    """Over a round, the clipped sum is not zero for any tensor that should have a gradient.
+    """The check that over a round, each tensor that should have a gradient has a clipped sum other than zero.
 
-    Some rightly have none. With ΔW = s·B·R·A a factor has none while another one of the module is zero, as A in a first
-    round of lora, when B is. No adapter has one while a weight of the head is zero, nor has the head's own weight while
-    another is. And a draw may tell nothing: it is empty, its loss is next to 0, a gradient is not finite, or no text in
-    it has anything to attend to.
+    Some tensors rightly have none. With ΔW = s·B·R·A, a factor has no gradient while another factor of the same module
+    is zero, as A has none in the first round of lora, where B is zero. No adapter has one while a weight of the head is
+    zero, and no weight of the head has one while another is zero. Some draws show nothing: empty ones, those whose loss
+    is close to 0, those with a gradient that is not finite, and those in which no text has anything to attend to.
 
     Args:
-        layout: names the tensors.
-        parameters: name → what holds the tensor's present value, for all of `layout.state`.
-        buffer: says where their sums are.
+        layout: Names the tensors.
+        parameters: Tensor name → the parameter with its present value, for the whole of `layout.state`.
+        buffer: Names the columns of their sums.
 
     Attributes:
-        reads_late: whether what was noted is read at the round's end: the host would have to wait for a GPU.
+        reads_late: Whether the measurements are read only at the end of the round, so that the host does not wait for a
+            GPU in every step.
     """
 
     def __init__(self, layout: AdapterLayout, parameters: Mapping[str, torch.Tensor], buffer: GradientBuffer) -> None:
@@ -188,16 +224,17 @@ class GradientCheck:
 
     @property
     def waiting(self) -> bool:
-        """Whether some tensor is not known to have had a gradient."""
+        """Whether some tensor is not yet known to have had a gradient."""
         return bool(self._waiting)
 
     def note(self, clipped_sum: torch.Tensor, refused: torch.Tensor, *, telling: Callable[[], bool]) -> None:
-        """After a draw, before the step: the tensors hold what the gradients were taken at.
+        """Measure a draw's sum. Call it before the step, while the parameters still have the values of the draw.
 
         Args:
-            clipped_sum: [values]
-            refused: [] how many records' gradients were not finite, in the round so far.
-            telling: `tells` of this draw; asked once its sum is known, if it matters.
+            clipped_sum: [values] The draw's clipped sum.
+            refused: [] The number of records of the round so far whose gradient was not finite.
+            telling: Returns whether the draw's gradients should reach every tensor (`tells`). It is called only if the
+                answer matters, and maybe later.
         """
         seen = [torch.cumsum(clipped_sum != 0, 0)[self._ends], refused.view(1)]
         if self._blocking:
@@ -207,7 +244,7 @@ class GradientCheck:
             self._read()
 
     def _read(self) -> None:
-        """Take in what was noted."""
+        """Evaluate the measurements that were not read yet."""
         notes, self._notes = self._notes, []
         for seen, telling in notes:
             nonzero, (refused, *has_values) = np.split(seen.cpu().numpy(), [len(self._ends)])
@@ -220,7 +257,7 @@ class GradientCheck:
                 self._missed |= missed
 
     def tell(self) -> None:
-        """At the round's end, in the local log."""
+        """Log an error on this machine, at the end of the round, if a tensor had no gradient that should have had."""
         self._read()
         missed = sorted(self._missed & self._waiting)
         if missed:
@@ -230,12 +267,16 @@ class GradientCheck:
 
 
 def tells(records: Records, indices: np.ndarray, losses: float | torch.Tensor) -> bool:
-    """Whether a draw's gradients should reach every tensor: a loss, and a text with two tokens to attend to.
+    """Return whether a draw's gradients should reach every tensor.
 
-    A last token of a language model's text is attended to by none; like tokens may be attended to in any way.
+    They should if the draw has a loss, and if one of its texts has two different tokens to attend to. The last token of
+    a text does not count, as no token of a language model attends to it. Nor do equal tokens: how attention is split
+    between them makes no difference.
 
     Args:
-        losses: the sum over the drawn records.
+        records: The client's records.
+        indices: The drawn records.
+        losses: The sum of the drawn records' losses.
     """
     if not losses > 0.01 * len(indices):
         return False
@@ -245,17 +286,28 @@ def tells(records: Records, indices: np.ndarray, losses: float | torch.Tensor) -
 
 
 def check_owners(adapted: AdaptedModel, trained: Sequence[nn.Parameter]) -> None:
-    """Raises RuntimeError unless these are the model's trained tensors, in order."""
+    """Check that the tensors to be trained are the model's trained tensors, in the same order.
+
+    Raises:
+        RuntimeError: They are others.
+    """
     if [id(parameter) for _, parameter in adapted.trained_parameters()] != [id(parameter) for parameter in trained]:
         raise alarm("the tensors that would be trained are not the model's: it was copied or changed after it was "
                     "prepared")
 
 
 class FrozenCheck:
-    """Frozen tensors are after a round what they were before it. Made before the round.
+    """The check that a round leaves the frozen tensors unchanged. It is made before the round.
 
-    Of the adapter's frozen tensors every bit counts in a checksum. The base model is too large for that: of each tensor
-    the address, PyTorch's count of writes, and the first values are compared.
+    The adapter's frozen tensors are compared by a checksum over every bit. The base model is too large for that: for
+    each of its tensors, the address, PyTorch's count of writes and the first values are compared.
+
+    Args:
+        adapted: The model with its adapters.
+        trained: The parameters that will train.
+
+    Raises:
+        RuntimeError: They are not the model's trained tensors.
     """
 
     def __init__(self, adapted: AdaptedModel, trained: Sequence[nn.Parameter]) -> None:
@@ -273,12 +325,16 @@ class FrozenCheck:
         return writes, torch.stack(sums).tolist() if sums else []
 
     def check(self) -> None:
-        """At the round's end."""
+        """Compare the frozen tensors with those before the round.
+
+        Raises:
+            RuntimeError: One was changed.
+        """
         if self._seen() != self._before:
             raise alarm("frozen tensors of the model were changed during the round")
 
 
 def _checksum(values: torch.Tensor) -> torch.Tensor:
-    """Sum of the bit patterns, so that not-a-number equals itself."""
+    """Return the sum of the values' bit patterns; so a NaN equals itself."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     return values.contiguous().view(bits).sum(dtype=torch.int64)

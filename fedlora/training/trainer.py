@@ -1,8 +1,9 @@
-"""Local training of one round, with or without privacy: the same sampler, the same batches, the same loss.
+"""The trainer: one round of local training, with or without privacy.
 
-Privately, each unit's gradient is clipped and the sum is noised (`fedlora.training.optimizer`); the guarantee is for
-one unit of this client under zero-out: a record, or all records of a patient, say. It holds for the tensors alone.
-Everything else in `TrainResult` is private.
+Both ways share the sampler, the batches and the loss. Under privacy, each unit's gradient is clipped, and noise is
+added to the sum (`fedlora.training.optimizer`). The guarantee protects one unit of this client (a record, or for
+example all records of a patient) under zero-out adjacency. It covers the trained tensors only: everything else in
+`TrainResult` is private and must not leave the machine.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn
+from typing_extensions import override
 
 from fedlora.adapters import AdaptedModel
 from fedlora.memory import memory_advice
@@ -31,7 +33,7 @@ from fedlora.training.compiled import CompiledBlocks, check_compiles
 from fedlora.training.gradient_buffer import GradientBuffer
 from fedlora.training.graphs import GraphedPass
 from fedlora.training.job import TrainingJob, TrainResult
-from fedlora.training.loop import Client, run_steps
+from fedlora.training.loop import Client, Passes, run_steps
 from fedlora.training.multi_client import SummedStep, Together, check_alike, stacked
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.optimizers import make_optimizer
@@ -42,15 +44,19 @@ from fedlora.training.sampling import GRAPH_LENGTHS, LENGTHS, PRIVATE_LENGTHS, m
 log = logging.getLogger(__name__)
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 2048, "mps": 4096}
-"""Most padded tokens of a micro-batch where --micro-batch is not given. A constant, so that runs repeat bit for bit."""
+"""The most padded tokens of a micro-batch, by device, where --micro-batch is not given.
+
+They are constants so that runs repeat bit for bit."""
 
 PRIVATE_TOKENS = {"cpu": 512, "cuda": 2048, "mps": 512}
-"""The same with privacy, where a micro-batch of one record is filled up to as many. Less costs more passes, more costs
-more filling."""
+"""The same under privacy, where even a micro-batch of one record is filled up to this size.
+
+Smaller values cost more passes, larger ones more filler rows."""
 
 BUFFER_BYTES = 256 * 2**20
-"""Most memory for the gradients of a micro-batch's records where --micro-batch is not given; and as much again for the
-gradients of units that have several records."""
+"""The most memory, in bytes, for the gradients of a micro-batch's records where --micro-batch is not given.
+
+The gradients of units with several records may take as much again."""
 
 
 training_advice = partial(memory_advice, "training", "lower --micro-batch (the result stays the same), lower "
@@ -58,23 +64,30 @@ training_advice = partial(memory_advice, "training", "lower --micro-batch (the r
 
 
 class Trainer:
-    """One per process: holds the model and its buffers over rounds and over simulated clients.
+    """The trainer of a process: it holds the model and its buffers over all rounds and all simulated clients.
 
     Args:
-        adapted: the model with its adapters; moved to the device, and with bf16 its frozen weights are stored so.
-        task: gives micro-batches and per-record losses.
-        device, precision: as on the command line; "auto" is resolved.
-        micro_batch: most records computed at once; None for a bound on tokens.
-        threads: of the CPU; None leaves PyTorch's default.
-        compiled: have the model's blocks compiled, on CUDA.
-        findings: what was shown of batch invariance before.
+        adapted: The model with its adapters. It is moved to the device; with bf16, its frozen weights are converted.
+        task: Makes micro-batches and computes per-record losses.
+        device: The device as on the command line: "auto", "cpu", "cuda" or "mps".
+        precision: The precision as on the command line: "auto", "fp32" or "bf16".
+        micro_batch: The most records to compute at once; None for a limit on tokens.
+        threads: The number of CPU threads; None leaves PyTorch's default.
+        compiled: Whether to compile the model's blocks; on CUDA only.
+        findings: The memory of the shapes that were shown to be batch-invariant.
 
     Attributes:
-        adapted: as it was given.
-        active: the same, of whose trained tensors those train that `activate` named.
+        adapted: The model with its adapters, as given.
+        active: The same model, with the tensors that `activate` chose as its trained ones.
+        device: The device in use.
+        precision: The precision in use, "fp32" or "bf16".
+        buffer: The gradient buffer that the trained layers write to.
+        noise_pool: The noise of the run so far, for the runtime check.
+        few_shapes: Whether all micro-batches are filled up to a few shapes, as on CUDA.
+        blocks: The compiled blocks; None without compilation.
 
     Raises:
-        ValueError: this machine cannot compute so.
+        ValueError: This machine cannot compute in this way.
     """
 
     @training_advice()
@@ -88,8 +101,8 @@ class Trainer:
         self.adapted, self.task, self.micro_batch = adapted, task, micro_batch
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
-        if self.precision == "bf16":  # before they are moved: the device never holds them in float32
-            # what travels stays in float32
+        if self.precision == "bf16":  # before the move, so that the device never holds the weights in float32
+            # the adapter's state, which is sent and received, stays in float32
             keep = {id(adapted.parameter(spec.name)) for spec in adapted.layout.state}
             store_frozen_weights(adapted.model, torch.bfloat16, keep=keep)
         if self.device.type != "mps":
@@ -115,11 +128,11 @@ class Trainer:
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """For `Task.evaluate` on this trainer's model."""
+        """The dtype to evaluate this trainer's model in (for `Task.evaluate`); None for float32."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
     def collect_into(self, buffer: GradientBuffer) -> None:
-        """Have the leaves that train write to this buffer."""
+        """Let the layers that train write their gradients to this buffer."""
         self.buffer = buffer
         self._parameters = [parameter for _, parameter in self.active.trained_parameters()]
         self._graphed = GraphedPass(self.device) if self.few_shapes else None
@@ -132,13 +145,13 @@ class Trainer:
             leaf.sink = buffer
 
     def activate(self, active: tuple[str, ...]) -> None:
-        """Train these tensors from now on, and keep the others that could train as they are.
+        """Choose the tensors to train from now on. Other tensors keep their values.
 
         Args:
-            active: names of the layout's trained tensors; () for all of them.
+            active: Names of trained tensors of the layout; () for all of them.
 
         Raises:
-            ValueError: one is none of them.
+            ValueError: A name is not one of them.
         """
         if active != self._activated:
             self.active = self.adapted.activated(active)
@@ -147,29 +160,32 @@ class Trainer:
 
     @training_advice()
     def rehearse(self) -> None:
-        """See on made-up records that each has its own gradient and no other's: before a real one is charged.
+        """Test on made-up records, before a real one is charged, that the model can be trained under privacy.
+
+        Each record must have its own gradient, which depends on no other record.
 
         Raises:
-            ValueError: it has not, as in a model that moves or mixes its batch; or gradients are not finite, or do not
-                reach a tensor.
+            ValueError: The model mixes or reorders the records of a batch, or depends on the padding; or gradients are
+                not finite, or do not reach a tensor.
+            MemoryError: The memory does not suffice. The message names the flags that help.
         """
         rehearsal.rehearse(self)
 
     @training_advice()
     def show_batch_invariance(self, run: RunPlan, rows_per_unit: int = 1) -> Shapes:
-        """Find the shapes of private micro-batches, and show on this machine that they are batch-invariant.
+        """Find the shapes of private micro-batches, and test on this machine that they are batch-invariant.
 
-        See `fedlora.training.batch_invariance`. `train` asks for it, and before that whoever charges for a training.
-        What was shown before is remembered; the largest shape is computed in any case, so that memory that is lacking
-        is lacking now.
+        `fedlora.training.batch_invariance` explains why. `train` calls it; a caller that charges for a training calls
+        it before the charge. Shapes that were found before are remembered. The largest one is computed in any case, so
+        that a lack of memory shows before anything is charged.
 
         Args:
-            run: the plan that will be trained.
-            rows_per_unit: most records of one unit in a step; 1 where each record is a unit.
+            run: The plan that will be trained.
+            rows_per_unit: The most records of one unit in a step; 1 where each record is a unit.
 
         Raises:
-            ValueError: this machine computes no shape so.
-            MemoryError: naming the flags that help.
+            ValueError: This machine does not even compute the same gradient twice.
+            MemoryError: The memory does not suffice. The message names the flags that help.
         """
         shown_for = (run, self._activated, rows_per_unit, self.micro_batch, self.most_rows, torch.get_num_threads())
         if self._shown_for != shown_for:
@@ -179,31 +195,48 @@ class Trainer:
 
     @property
     def shapes(self) -> Shapes:
-        """What `show_batch_invariance` found last."""
+        """The shapes that `show_batch_invariance` found last."""
         return self._shapes
 
     def fill_buffer(self, records: Records, indices: np.ndarray, length: int) -> torch.Tensor:
-        """Leave the gradient of each of these records in the buffer, which is armed then; returns [records] losses."""
+        """Leave the gradient of each of these records in the buffer, and return [records] losses.
+
+        Args:
+            records: All records.
+            indices: The records to compute.
+            length: The length in tokens to pad them to.
+        """
         self.buffer.arm(len(indices))
         losses = self._compute(self.task.collate(records, indices, length, self.device), None)
         self.buffer.check_complete()
         return losses
 
     def _compute(self, batch: Batch, weights: torch.Tensor | None) -> torch.Tensor:
-        """[records] losses, after the backward pass of their sum, weighted if there are weights."""
+        """Run the backward pass of the sum of the losses, weighted if there are weights; return [records] losses."""
         with self.autocast():
             losses = self.task.per_record_loss(self.adapted.model, batch)
-        assert losses.shape == batch.input_ids.shape[:1], "a task gives one loss for each record"
-        (losses if weights is None else losses * weights).sum().backward()
+        assert losses.shape == batch.input_ids.shape[:1], "a task must return one loss for each record"
+        (losses if weights is None else losses * weights).sum().backward()  # type: ignore[no-untyped-call]
         return losses.detach()
 
     def one_pass(self, batch: Batch, weights: torch.Tensor | None) -> torch.Tensor:
-        """`_compute` of a batch in the processor's memory, by a CUDA graph where one can be recorded."""
+        """Compute a batch from the processor's memory, by a CUDA graph where one can be recorded.
+
+        It runs the backward pass of the sum of the losses. The gradients end up in the buffer if it is armed, else in
+        the parameters.
+
+        Args:
+            batch: The batch.
+            weights: [records] The losses' weights in the sum; None for 1.
+
+        Returns:
+            [records] losses. The next pass may overwrite them.
+        """
         while self._graphed is not None and not self._dropping:
             try:
                 compute = self._compute if self.blocks is None else self._compute_compiled
                 return self._graphed(compute, batch, weights, self.buffer)
-            except RuntimeError as error:  # what is wrong with the pass itself, it will say again
+            except RuntimeError as error:  # an error of the pass itself will be raised again without a graph
                 if self.blocks is not None:
                     log.warning("Training goes on without --compile: %s", type(error).__name__)
                     self.blocks = None
@@ -221,23 +254,37 @@ class Trainer:
             return self._compute(batch, weights)
 
     def train(self, job: TrainingJob, stop: Callable[[], bool] = lambda: False) -> TrainResult:
-        """Do the plan's local steps of one client, with a fresh optimiser.
+        """Do one client's local steps of a round, with a fresh optimizer.
 
         Args:
-            stop: asked between micro-batches; True discards the unfinished step and returns.
+            job: The client's training task.
+            stop: Asked between micro-batches. True discards the unfinished step and ends the training.
+
+        Returns:
+            The trained tensors, and what happened.
 
         Raises:
-            MemoryError: naming the flags that help.
-            RuntimeError: a runtime check found a fault (`fedlora.training.runtime_checks`).
+            ValueError: The job asks for something that this model or machine cannot do, such as dropout under privacy.
+            MemoryError: The memory does not suffice. The message names the flags that help.
+            RuntimeError: A runtime check found a fault (`fedlora.training.runtime_checks`).
         """
         return self._train([job], stop)[0]
 
     def train_together(self, jobs: Sequence[TrainingJob]) -> list[TrainResult]:
-        """Do the local steps of several clients of one round in lockstep (`fedlora.training.multi_client`). Of one
-        alone, it is `train`.
+        """Do the local steps of several clients of one round in lockstep (`fedlora.training.multi_client`).
+
+        With a single job, this is `train`.
+
+        Args:
+            jobs: The clients' training tasks.
+
+        Returns:
+            The clients' results, in the order of the jobs.
 
         Raises:
-            ValueError: they differ in the plan or the frozen tensors, or have dropout, which cannot repeat.
+            ValueError: The clients differ in the plan, the active or the frozen tensors, or the plan has dropout.
+            MemoryError: The memory does not suffice. The message names the flags that help.
+            RuntimeError: A runtime check found a fault.
         """
         return self._train(jobs, lambda: False)
 
@@ -248,7 +295,7 @@ class Trainer:
         if not alone:
             check_alike(jobs, self.active)
         if job.start is not None:
-            assert job.run.family == self.adapted.layout.family.name, "another adapter's"
+            assert job.run.family == self.adapted.layout.family.name, "the job is for another adapter family"
             self.adapted.write(job.start)
         parameters = self._parameters
         if job.private:
@@ -259,10 +306,10 @@ class Trainer:
         try:
             with self._dropout(job.run.dropout, clients[0].sampling):
                 run_steps(passes, clients, stop)
-            frozen.check()  # first: launched while a GPU is still at work
+            frozen.check()  # first, because it can be launched while a GPU is still at work
             for client in clients:
                 client.step.check()
-        finally:  # a round that failed must leave no record's gradient to the next one
+        finally:  # after a failed round too, no record's gradient may be left to the next one
             self._most_in_a_shape = self.most_rows
             for client in clients:
                 client.step.close()
@@ -277,21 +324,26 @@ class Trainer:
         return results
 
     def _check_private(self, job: TrainingJob, parameters: list[nn.Parameter], alone: bool) -> None:
-        """What must hold before a record is read privately."""
+        """Check what must hold before a record is read under privacy.
+
+        Raises:
+            ValueError: The plan has dropout, or this machine is not batch-invariant.
+            RuntimeError: The tensors to be trained are not the model's.
+        """
         if job.run.dropout:
             raise ValueError(f"dropout is {job.run.dropout:g}: a record's mask depends on the others in its batch, so "
-                             "that no clipping protects it. Train privately with dropout 0")
+                             "that clipping would not protect it. Train privately with dropout 0")
         check_owners(self.active, parameters)
         if alone:
             self.show_batch_invariance(job.run, job.rows_of_a_unit)
 
     def _alone(self, job: TrainingJob) -> tuple[list[Client], Alone]:
-        """One client, on the model's own tensors."""
+        """Prepare one client to train on the model's own tensors."""
         client = Client(job, self.active.layout, self.active.parameters(), self.buffer, self.make_step)
         return [client], Alone(self, private=job.private)
 
     def _together(self, jobs: Sequence[TrainingJob]) -> tuple[list[Client], Together]:
-        """Several clients, each on tensors of its own, to which the buffer routes their records."""
+        """Prepare several clients, each with tensors of its own, to which the buffer routes its records."""
         layout = self.active.layout
         stacks, own = stacked(jobs, self.active, self.device)
         groups = [(spec.name, spec.group) for spec in layout.trained]
@@ -304,7 +356,15 @@ class Trainer:
 
     def make_step(self, job: TrainingJob, parameters: Mapping[str, nn.Parameter], buffer: GradientBuffer,
                   gradients: GradientCheck, *, summed: bool = False) -> Step:
-        """How the job's gradients become its steps. `summed`: without privacy, from the buffer in place of autograd."""
+        """Make the object that turns a job's gradients into optimizer steps.
+
+        Args:
+            job: The training task.
+            parameters: Tensor name → parameter, for the whole of the layout's state.
+            buffer: The buffer with the gradients of the client's records.
+            gradients: The runtime check that sees each draw.
+            summed: Without privacy: whether to sum the rows of the buffer, where autograd would sum otherwise.
+        """
         run, layout = job.run, self.active.layout
         inner = make_optimizer(run.optimizer, [parameters[spec.name] for spec in layout.trained], job.rate)
         adjust = Adjuster.of(run.adjustment, layout, parameters)
@@ -318,56 +378,79 @@ class Trainer:
 
     @property
     def most_rows(self) -> int:
-        """How many gradients are held at once."""
+        """The most rows of gradients that are held in memory at once."""
         return max(1, BUFFER_BYTES // (4 * self.buffer.values))
 
     def micro_batches(self, records: Records, indices: np.ndarray, *,
-               private: bool = False) -> Iterator[tuple[int, np.ndarray]]:
-        """(padded length, places in `indices`) of each micro-batch of these records."""
+                      private: bool = False) -> Iterator[tuple[int, np.ndarray]]:
+        """Split records into micro-batches.
+
+        Args:
+            records: All records.
+            indices: [n] The records to split.
+            private: Whether the micro-batches are for private training.
+
+        Returns:
+            An iterator over (padded length, positions in `indices`).
+        """
         return micro_batches(records.lengths[indices], np.arange(len(indices)), self.task.max_length,
                              partial(self.rows_of, private=private), self.ladder(private))
 
     def ladder(self, private: bool) -> tuple[int, ...]:
-        """The lengths to which records are padded."""
+        """Return the lengths to which records are padded."""
         return GRAPH_LENGTHS if self.few_shapes else PRIVATE_LENGTHS if private else LENGTHS
 
     def rows_of(self, length: int, *, private: bool = False) -> int:
-        """Most records of a micro-batch of this length; with privacy, and where shapes are few, its rows."""
+        """Return the most records of a micro-batch of a padded length.
+
+        Where micro-batches are filled up (under privacy, and on CUDA), this is the number of their rows.
+        """
         if private:
             assert length in self.shapes.rows, "private training follows show_batch_invariance"
             return self.shapes.rows[length]
         most = self.most_rows if self.micro_batch is None else self.micro_batch
-        if self.few_shapes:  # shapes are filled up
+        if self.few_shapes:  # micro-batches are filled up, so no more rows than most draws have
             most = min(most, self._most_in_a_shape)
         return records_at_once(length, most, self._tokens(MICRO_BATCH_TOKENS))
 
     def private_rows(self, length: int, most_of_a_draw: int) -> int:
-        """Rows of the first shape to try for private micro-batches of this length: a power of two, which processors
-        split evenly, unless --micro-batch says otherwise. It follows from public values alone.
+        """Return the number of rows to try first for private micro-batches of a padded length.
+
+        It is a power of two, which processors split evenly, unless --micro-batch says otherwise. It follows from public
+        values alone.
+
+        Args:
+            length: The padded length.
+            most_of_a_draw: A number of records that few draws exceed.
         """
         if self.micro_batch is not None:
             return min(self.micro_batch, most_of_a_draw)
         rows = records_at_once(length, min(self.most_rows, most_of_a_draw), self._tokens(PRIVATE_TOKENS))
-        return 2 ** int(math.log2(rows))
+        power: int = 2 ** int(math.log2(rows))
+        return power
 
     def _tokens(self, most: Mapping[str, int]) -> int | None:
-        """Most padded tokens of a micro-batch."""
+        """Return the most padded tokens of a micro-batch; None if --micro-batch limits its records."""
         return None if self.micro_batch is not None else min(most[self.device.type], self.task.most_tokens)
 
     @staticmethod
     def _most_of_a_draw(run: RunPlan, rows_per_unit: int) -> int:
-        """A power of two that the records of most draws are fewer than, or as many."""
-        return 2 ** math.ceil(math.log2(run.expected_batch * rows_per_unit))
+        """Return a number of records that few draws exceed: the power of two at or above the expected number."""
+        power: int = 2 ** math.ceil(math.log2(run.expected_batch * rows_per_unit))
+        return power
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """The precision's context, to call the model in."""
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context to call the model in, which sets the precision."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     @contextlib.contextmanager
     def _dropout(self, rate: float, seed: RandomStream) -> Iterator[None]:
-        """Adapter dropout alone is in training mode, and repeats with the sampling stream."""
+        """Switch the adapters' dropout on for a while, with random numbers that follow from the sampling stream.
+
+        All other dropout of the model stays off.
+        """
         if rate == 0:
             yield
             return
@@ -386,16 +469,26 @@ class Trainer:
                     layer.eval()
 
 
-class Alone:
-    """Passes of one client: filled up to the shapes shown for privacy, or to those that a GPU has recorded."""
+class Alone(Passes):
+    """Passes of a single client.
+
+    Under privacy and on CUDA, micro-batches are filled up with filler rows: to the shapes that were shown to be
+    batch-invariant, or to those that CUDA graphs are recorded for.
+
+    Args:
+        trainer: The trainer whose model is used.
+        private: Whether the client trains under privacy.
+    """
 
     def __init__(self, trainer: Trainer, *, private: bool) -> None:
         self._trainer, self._private = trainer, private
         self.most_rows = trainer.most_rows
 
+    @override
     def micro_batches(self, records: Records, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         return self._trainer.micro_batches(records, indices, private=self._private)
 
+    @override
     def through(self, records: Records, indices: np.ndarray, length: int, clients: Sequence[Client],
                 owners: np.ndarray, places: np.ndarray) -> None:
         [client], trainer, count = clients, self._trainer, len(indices)
@@ -412,14 +505,29 @@ def _grouped(adapted: AdaptedModel) -> list[tuple[nn.Parameter, str]]:
 
 
 def plain_divisor(run: RunPlan, records: Records, sampling_rate: float) -> float:
-    """By which a step without privacy is divided: the expected batch; a client with fewer units than that uses all of
-    them, and their mean.
+    """Return the number that a step without privacy is divided by.
+
+    It is the expected batch. A client with fewer units than that uses all of them in every step, and takes their mean.
+
+    Args:
+        run: The run's plan.
+        records: The client's records.
+        sampling_rate: q. At 1, every unit enters every step.
     """
     return run.expected_batch if sampling_rate < 1 else records.units_count
 
 
 def check_computing(device: str, precision: str, compiled: bool) -> None:
-    """ValueError where this machine cannot train so; asked before anything is loaded. Arguments as of `Trainer`."""
+    """Check, before anything is loaded, that this machine can train in this way.
+
+    Args:
+        device: The device as on the command line.
+        precision: The precision as on the command line.
+        compiled: Whether to compile the model's blocks.
+
+    Raises:
+        ValueError: It cannot.
+    """
     resolved = resolve_device(device)
     resolve_precision(precision, resolved)
     if compiled:

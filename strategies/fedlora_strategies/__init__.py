@@ -1,7 +1,7 @@
-"""Flower strategies for federated LoRA: one paper, one file of `recipes/`.
+"""Flower strategies for federated LoRA, one file of `recipes/` for each paper.
 
-Each is a recipe, an adapter family plus a server step, and works with `strategy.start(grid, …)` in any Flower
-ServerApp; `FedSVD.for_model(…)` makes everything that one needs.
+A strategy is a recipe: an adapter family plus a server step. It works with `strategy.start(grid, …)` in any Flower
+ServerApp. `FedSVD.for_model(…)` makes everything that such a ServerApp needs.
 """
 
 from .base import Diverged, FederatedLoRA, Traffic

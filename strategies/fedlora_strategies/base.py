@@ -1,22 +1,23 @@
-"""What all strategies share: who is asked, what travels, and what is accepted of what comes back.
+"""The base class of all strategies: it sends the orders of a round, and checks and combines the replies.
 
-A strategy is a recipe: an adapter family plus a server step. This file translates messages; what is computed is in
-`step` and in one file for each part.
+A strategy is a recipe: an adapter family plus a server step. This file handles messages. The computation is in `step`
+and in one file for each part of the step.
 
-    state    every tensor that is not in the base checkpoint = trained + frozen, as one ArrayRecord between rounds
-    trained  moved by the clients, uploaded by each, averaged; where a schedule says so, some of them alone in a round
-    frozen   the same for everybody and frozen during a round; a node is sent only those that it does not hold yet
-    memory   what the server step keeps for itself; it does not travel
+    state    every tensor that is not in the base checkpoint = trained + frozen; one ArrayRecord between rounds
+    trained  trained and uploaded by the clients, then averaged; a schedule may train only some of them in a round
+    frozen   the same for everybody, and fixed during a round; a node is sent only those that it does not hold yet
+    memory   what the server step remembers from round to round; it is never sent
 
-What travels in a bf16 run is rounded (`fedlora.wire.dtypes`). The server's own state stays float32. Clients start from
-the rounded values and train against the rounded frozen tensors, so the server step takes the frozen tensors as they
-were sent.
+In a bf16 run, tensors are rounded when they are sent (`fedlora.wire.dtypes`), but the server's own state stays float32.
+Clients start from the rounded values and train against the rounded frozen tensors. Therefore the server step uses the
+frozen tensors as they were sent.
 
-Uploads are reduced in order of node id (a hash of the client's name), never in order of arrival. A reply that comes
-before its turn waits in memory, so that an engine that gives replies in that order keeps memory flat.
+Uploads are reduced in order of node id (a hash of the client's name), never in order of arrival, so that the sum does
+not depend on timing. A reply that comes before its turn waits in memory. An engine that delivers replies in order of
+node id keeps memory flat.
 
-They are measured while they are reduced. Where screening leaves one out, all others are read and reduced once more; so
-they are, by a stricter measure, where the state that they give is no good.
+Uploads are measured while they are reduced. If screening leaves one out, all others are read and reduced again. The
+same happens, with a stricter screening, if the resulting state is unusable.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from typing_extensions import override
 
 from fedlora.adapters import AdapterLayout
 from fedlora.adapters.layout import MOST_RECEIVED, MOST_VALUE
@@ -63,7 +65,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Traffic:
-    """Numbers of values that one client moves: `up` and `down` each round, `once` more with its first round."""
+    """The numbers of values that travel between the server and one client.
+
+    Attributes:
+        up: Values that the client uploads in each round.
+        down: Values that it is sent in each round.
+        once: Values that it is sent only with its first round.
+    """
 
     up: int
     down: int
@@ -71,34 +79,38 @@ class Traffic:
 
 
 class Diverged(ValueError):
-    """The uploads of a round give no state that could be gone on from, whichever of them are left out."""
+    """The error that a round's uploads give no usable next state, even after screening with half the limit."""
 
 
 class FederatedLoRA(Strategy):
     """A Flower strategy for one FedLoRA run.
 
-    Attributes:
-        recipe: what it is made of.
-        memory: what the server step keeps over rounds, by name; empty before the first one.
-        rejected: node id → why its reply of the last round added nothing.
-        curbed: node id → for how few examples its upload of the last round counts.
-        disclosed: node id → what its accepted upload of the last round said beside the tensors.
-        screen: k of `screening`; infinite takes every upload.
-        usual_norms: of the rounds so far, with which those of few uploads are compared.
-        uncompared: whether the last round's uploads were too few to compare, with each other or with earlier ones.
-
     Args:
-        plan: the run.
-        layout: names and shapes of the adapted model's tensors.
-        recipe: None for the class's own.
-        seed: of what a schedule draws.
-        min_nodes: with plain `start(grid, …)`, round 1 waits for this many nodes.
-        options: other values for the recipe's own, as in `FedSVD(plan, layout, period=2)`.
+        plan: The run's plan.
+        layout: The names and shapes of the adapted model's tensors.
+        recipe: The recipe; None for the class's own.
+        seed: The seed of the random numbers that a schedule draws.
+        min_nodes: With plain `start(grid, …)`, round 1 waits for this many nodes.
+        **options: Values that replace the recipe's own, as in `FedSVD(plan, layout, period=2)`.
+
+    Attributes:
+        recipe: The adapter family and the parts of the server step.
+        memory: What the server step remembers from round to round, by name; empty before the first round.
+        rejected: Node id → why its reply of the last round was not used.
+        curbed: Node id → a note that its upload of the last round counts for fewer examples than it claims.
+        disclosed: Node id → the numbers that its accepted upload of the last round told beside the tensors.
+        screen: The limit k of `screening`; infinite accepts every upload.
+        usual_norms: The usual norm of the uploads in each round so far. Later rounds with few uploads are compared with
+            them.
+        uncompared: Whether the last round had too few uploads to compare, with each other or with earlier rounds.
+
+    Raises:
+        ValueError: The adapters are not of the recipe's family, or it has no such option.
     """
 
     recipe: ClassVar[Recipe]
     sends_changes: ClassVar[bool] = False
-    """Whether an upload is by how much the tensors moved, in place of where they are."""
+    """Whether uploads hold the changes of the tensors, and not their new values."""
 
     def __init__(self, plan: RunPlan, layout: AdapterLayout, *, recipe: Recipe | None = None, seed: int = 0,
                  min_nodes: int = 1, **options: float) -> None:
@@ -124,69 +136,80 @@ class FederatedLoRA(Strategy):
 
     @classmethod
     def for_model(cls, model: str, **settings: Any) -> Ready[Self]:
-        """Everything that a ServerApp needs: see `fedlora_strategies.for_model.ready`."""
+        """Load a base model and make everything that a ServerApp needs to train it with this strategy.
+
+        Args:
+            model: The base model, as for --model.
+            **settings: The other arguments of `fedlora_strategies.for_model.ready`.
+        """
         return ready(cls, model, **settings)
 
     @property
     def linear(self) -> bool:
-        """Whether the server step needs nothing but the weighted sum of the uploads; only then can secure aggregation
-        serve it.
-        """
+        """Whether the server step needs only the weighted sum of the uploads, as secure aggregation requires."""
         return self.step.linear
 
     @property
     def exact(self) -> bool:
-        """Whether the mean of the merged models is the merged mean."""
+        """Whether averaging adapters is the same as averaging the models that they are merged into."""
         return self.layout.family.exact
 
     @property
     def trained_by(self) -> RunPlan:
-        """What clients compute by, of the plan."""
+        """The plan that clients compute by."""
         return self.plan
 
     def take_up(self, memory: Tensors, state: Tensors) -> None:
-        """Go on with the memory that an earlier server kept with this state.
+        """Continue with the memory that an earlier server stored with a state.
+
+        Args:
+            memory: The stored memory.
+            state: The state that it was stored with.
 
         Raises:
-            ValueError: it is not the memory of this server step.
+            ValueError: The memory does not fit this server step.
         """
         expected = self.step.begin(state)
         if {name: (array.shape, array.dtype) for name, array in memory.items()} != {
                 name: (array.shape, array.dtype) for name, array in expected.items()}:
             raise ValueError("the checkpoint holds the memory of another server step: "
-                             f"{_some(memory)} in it, {_some(expected)} for this one. Leave --server-optimizer and "
-                             "--strategy-options as they were when the run was begun")
+                             f"it holds {_some(memory)}, and this one needs {_some(expected)}. Use the same "
+                             "--server-optimizer and --strategy-options as when the run was begun")
         self.memory = memory
 
     @property
     def traffic(self) -> Traffic:
-        """Values per client and round, as in the communication table of METHODS."""
+        """The numbers of values that one client sends and is sent, as in METHODS' table of communication."""
         up = self.layout.num_trained
         moved = sum(spec.size for spec in self.layout.frozen if self.step.refreshes_frozen and spec.group == "adapter")
         return Traffic(up, up + moved, sum(spec.size for spec in self.layout.frozen) - moved)
 
     def forget(self, node_id: int) -> None:
-        """The node does not hold the frozen tensors (any more): they travel with its next message."""
+        """Note that a node does not hold the frozen tensors, so that its next order carries them."""
         self._held.pop(node_id, None)
 
     def expect_none_of(self, node_ids: Iterable[int]) -> None:
-        """No reply will come from these nodes in this round: the others' replies need not wait for theirs."""
+        """Note that no reply of these nodes will come in this round, so that no other reply waits for theirs."""
         if self._round:
             self._round.awaited.difference_update(node_ids)
 
+    @override
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord,
                         grid: Grid) -> list[Message]:
-        """The orders for one attempt of a round. A list, for Flower's own grid goes through them twice.
+        """Return the orders to train for one attempt at a round.
 
         Args:
-            server_round: counted from 1.
-            arrays: the state.
-            config: optionally `nodes` (ids, default all of the grid), `attempt` (default 0), and `deadline_s`, for how
-                many seconds from now answers are waited for (default: for ever).
-            grid: asked for its nodes if `nodes` is absent.
+            server_round: The round's number, from 1.
+            arrays: The state.
+            config: Optional entries: `nodes` (their ids; default: all of the grid), `attempt` (default: 0), and
+                `deadline_s` (how many seconds from now replies are accepted; default: for ever).
+            grid: Asked for its nodes if `nodes` is absent.
+
+        Returns:
+            One order for each node. It is a list because Flower's own grid goes through it twice.
 
         Raises:
-            ValueError: the state does not fit the layout.
+            ValueError: The state does not fit the layout.
         """
         if self._round is None or self._round.number != server_round:
             self._round = self._begin(server_round, arrays)
@@ -223,19 +246,25 @@ class FederatedLoRA(Strategy):
             time.sleep(1.0)
         return nodes
 
+    @override
     def aggregate_train(self, server_round: int,
                         replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The next state, or (None, None) if no reply could be used.
+        """Combine the replies of a round into the next state.
 
-        Each reply is checked whole before any of it is added. One that is an error, that answers another order, whose
-        tensors are missing, misshaped or not finite, or that screening leaves out adds nothing and is named in
-        `rejected`.
+        Each reply is checked as a whole before any of it is added. A reply is not used, and is named in `rejected`, if
+        it is an error, if it answers another order, if its tensors are missing, misshaped or not finite, or if
+        screening leaves it out.
 
         Args:
-            replies: if they can be gone through again, they are read one at a time; else all wait in memory.
+            server_round: The round's number.
+            replies: The replies. An iterable that can be read twice is read one reply at a time. The replies of an
+                iterator are all kept in memory.
+
+        Returns:
+            The next state and figures about the round; (None, None) if no reply could be used.
 
         Raises:
-            Diverged: what they give is not finite, or beyond what can be gone on from.
+            Diverged: The next state is not finite or too large, also after a stricter screening.
         """
         under_way, self._round = self._round, None
         if under_way is None or under_way.number != server_round:
@@ -250,15 +279,19 @@ class FederatedLoRA(Strategy):
 
     def aggregate_again(self, server_round: int, replies: Iterable[Message],
                         why: str) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The next state of the round that was aggregated last, its uploads screened by half the measure.
+        """Combine the replies of the last round once more, screened with half the limit.
 
         Args:
-            replies: those that `aggregate_train` was given.
-            why: its state is not taken.
+            server_round: The round's number.
+            replies: The replies that `aggregate_train` was given.
+            why: Why its state is not used.
+
+        Returns:
+            The next state and figures about the round; (None, None) if no reply could be used.
 
         Raises:
-            Diverged: this is the second time, none is left out that was not before, all are, or what the others give
-                cannot be gone on from either. The memory is that of the state before the round.
+            Diverged: This was done before for the round, or it leaves out no other upload than before, or all of them,
+                or the state is unusable again. The memory is then again that of before the round.
         """
         closed, taken = self._closed, self.disclosed.keys() - self.rejected.keys()
         assert closed is not None and closed.under_way.number == server_round, "a round is aggregated first"
@@ -276,12 +309,16 @@ class FederatedLoRA(Strategy):
             raise
 
     def _combine(self, closed: Closed, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Raises Diverged where the state that they give holds what no state can hold."""
+        """Screen and reduce the replies, then take the server step.
+
+        Raises:
+            Diverged: The next state has values that are not finite or too large.
+        """
         under_way, number = closed.under_way, closed.under_way.number
         gathering, figures = self._gather(replies, under_way, {}, math.inf)
         others, most = self._screen(figures.measured, closed)
         if others or any((one.examples or 0) > most for one in figures.measured.values()):
-            del gathering  # the next one takes its memory
+            del gathering  # frees its memory for the next one
             gathering, figures = self._gather(replies, under_way, others, most)
         if not figures.replies:
             return None, None
@@ -303,7 +340,14 @@ class FederatedLoRA(Strategy):
 
     def _gather(self, replies: Iterable[Message], under_way: UnderWay, others: Mapping[int, str],
                 most_examples: float) -> tuple[Gathering, Figures]:
-        """Reduce all uploads but those of `others`, each of which says why it is left out."""
+        """Reduce the uploads.
+
+        Args:
+            replies: The replies.
+            under_way: The round.
+            others: Node id → why its upload is left out.
+            most_examples: The most examples that an upload may count for.
+        """
         self.rejected, self.curbed = dict(others), {}
         gathering, figures = self.step.reduction.begin(), Figures()
         for node, upload in self._in_order(replies, under_way):
@@ -317,7 +361,7 @@ class FederatedLoRA(Strategy):
         return gathering, figures
 
     def _screen(self, measured: Mapping[int, Measured], closed: Closed) -> tuple[dict[int, str], float]:
-        """Which uploads are left out, and what one counts for at most."""
+        """Return node id → why its upload is left out, and the most examples that an upload may count for."""
         if math.isinf(self.screen):
             return {}, math.inf
         reach, stricter = self._reach(closed.under_way), closed.k != self.screen
@@ -325,13 +369,15 @@ class FederatedLoRA(Strategy):
         return left_out(measured, closed.k, closed.usual_norms, reach, among_few=stricter), most_examples(measured)
 
     def _reach(self, under_way: UnderWay) -> Reach:
-        """How far the training of this round can go."""
+        """Return how far the training of this round can move the tensors."""
         lr = RoundPlan(self.trained_by, under_way.number, 0, under_way.frozen_sha256).lr
         return reach_of(self.trained_by, under_way.active, lr, distance(under_way.sent, {}))
 
     def _in_order(self, replies: Iterable[Message], under_way: UnderWay) -> Iterator[tuple[int, Upload]]:
-        """The valid uploads by ascending node id; those of nodes that are still awaited hold back the later ones. Of
-        nodes that are in `rejected` already nothing is read.
+        """Yield (node id, upload) of the valid uploads, by ascending node id.
+
+        An upload is held back while a node with a lower id may still reply. Replies of nodes that are in `rejected`
+        already are not read.
         """
         early: dict[int, Upload] = {}
         awaited = set(under_way.awaited)
@@ -364,7 +410,7 @@ class FederatedLoRA(Strategy):
                              f"{under_way.number} of run {self.plan.run_id}")
         disclosed = answer.num_examples is not None or answer.train_loss is not None
         if self.plan.private and disclosed:
-            raise ValueError("the upload discloses a number of examples or a loss, which privacy forbids")
+            raise ValueError("the upload discloses a number of examples or a loss, which a private run forbids")
         if self.plan.weight_by_examples and (answer.num_examples is None or answer.num_examples < 1):
             raise ValueError(f"the upload's number of examples is {answer.num_examples}; weighting by examples "
                              "needs at least 1")
@@ -373,15 +419,18 @@ class FederatedLoRA(Strategy):
         self.disclosed[node] = upload_metrics(answer)
         return answer
 
+    @override
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord,
                            grid: Grid) -> Iterable[Message]:
-        """None: clients are not asked for figures about their private data. Evaluate at the server."""
+        """Return no orders: clients are never asked for figures about their private data. Evaluate at the server."""
         return ()
 
+    @override
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing was asked."""
+        """Return None, because no client was asked to evaluate."""
         return None
 
+    @override
     def summary(self) -> None:
         """Log the run's main values."""
         plan, traffic = self.plan, self.traffic
@@ -391,6 +440,6 @@ class FederatedLoRA(Strategy):
 
 
 def _some(names: Iterable[str]) -> str:
-    """At most three of the names, and how many more."""
+    """Return at most three of the names, and how many more there are."""
     known = sorted(names)
     return (", ".join(known[:3]) or "none") + (f" and {len(known) - 3} more" if len(known) > 3 else "")

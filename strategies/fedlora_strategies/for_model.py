@@ -1,4 +1,4 @@
-"""From a base model to all that a ServerApp needs: the typed plan, the adapters, the strategy and its first state.
+"""Everything that a ServerApp needs, made from a base model: the plan, the adapters, the strategy, the first state.
 
 ready = FedSVD.for_model("minilm", labels=("no", "yes"), rank=8)
 result = ready.strategy.start(grid, ready.arrays, num_rounds=ready.strategy.plan.rounds)
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class FromRecipe(Protocol):
-    """A strategy's class: see `fedlora_strategies.base.FederatedLoRA`."""
+    """The part of `fedlora_strategies.base.FederatedLoRA` that this file uses."""
 
     recipe: ClassVar[Recipe]
     plan: RunPlan
@@ -55,11 +55,12 @@ S = TypeVar("S", bound=FromRecipe)
 
 @dataclass(frozen=True)
 class Ready(Generic[S]):
-    """A run that can start.
+    """A run that is ready to start.
 
     Attributes:
-        adapted: the base model with its adapters, for evaluation.
-        state: every tensor that is not in the base checkpoint.
+        strategy: The strategy.
+        adapted: The base model with its adapters, for evaluation.
+        state: Every tensor that is not in the base checkpoint, with the values that round 1 starts from.
     """
 
     strategy: S
@@ -68,11 +69,19 @@ class Ready(Generic[S]):
 
     @property
     def arrays(self) -> ArrayRecord:
-        """The state as `strategy.start` takes it."""
+        """The state in the form that `strategy.start` takes."""
         return to_record(self.state)
 
     def export(self, arrays: ArrayRecord, out_dir: Path) -> Path:
-        """Write what `strategy.start` returned as a PEFT adapter: see `fedlora.adapters.export`."""
+        """Write a trained state as a PEFT adapter.
+
+        Args:
+            arrays: The state, for example `strategy.start(…).arrays`.
+            out_dir: The folder to write to.
+
+        Returns:
+            The folder with the adapter, from `fedlora.adapters.export`.
+        """
         plan = self.strategy.plan
         return export(self.adapted, to_tensors(arrays), out_dir, models.base_name(plan.model),
                       max_length=plan.max_length)
@@ -81,30 +90,33 @@ class Ready(Generic[S]):
 def ready(strategy: type[S], model: str, *, labels: Sequence[str] = (), private: bool = False,
           seed: int = 0, run_id: str | None = None, min_nodes: int = 1, max_length: int = 128,
           allow_download: bool = False, **values: Any) -> Ready[S]:
-    """Load the model, attach the adapters, draw the start.
+    """Load a base model, attach the adapters and draw the tensors that round 1 starts from.
 
     Args:
-        model: as of --model.
-        labels: of a classifier; () for a language model.
-        private: whether clients must train under differential privacy.
-        seed: of the start.
+        strategy: The strategy's class.
+        model: The base model, as for --model.
+        labels: The labels of a classifier; () for a language model.
+        private: Whether clients must train under differential privacy.
+        seed: The seed of the start.
         run_id: 16 hexadecimal digits; None draws them.
-        min_nodes: for how many nodes round 1 waits.
-        values: of the preset, by the names of `Preset`: rank=8, rounds=3, init="weight".
+        min_nodes: Round 1 waits for this many nodes.
+        max_length: The most tokens of a record.
+        allow_download: Whether the model may be downloaded.
+        **values: Values that replace the preset's, by the names of `Preset`: rank=8, rounds=3, init="weight".
 
     Raises:
-        ValueError: the model cannot be found, or a value does not fit it.
+        ValueError: The model cannot be found, or a value is unknown or does not fit the model.
     """
     recipe, task = strategy.recipe, "classification" if labels else "causal-lm"
     chosen = recipe.preset(private, values.get("init"))
     if unknown := values.keys() - {field.name for field in dataclasses.fields(Preset)}:
-        raise ValueError(f"{sorted(unknown)[0]!r} is no value of a preset; they are "
+        raise ValueError(f"{sorted(unknown)[0]!r} is no value of a preset; choose from "
                          f"{', '.join(field.name for field in dataclasses.fields(Preset))}")
     chosen = dataclasses.replace(chosen, **values)
     reads = start_of(chosen.init)[0].reads
     if reads not in ("nothing", "weights"):
-        raise ValueError(f"init is {chosen.init!r}, a start from {reads}; fedlora-server makes it. Choose orthonormal, "
-                         "weight or kaiming here")
+        raise ValueError(f"init is {chosen.init!r}, a start from {reads}, which only fedlora-server can make. Choose "
+                         "orthonormal, weight or kaiming here")
     path = models.resolve(model, allow_download=allow_download)
     models.check_task(path, task, max_length)
     loaded = models.load(path, task, labels)
@@ -119,18 +131,23 @@ def ready(strategy: type[S], model: str, *, labels: Sequence[str] = (), private:
 
 
 def _name(strategy: type) -> str:
-    """The key of one of ours, of another class its name."""
+    """Return the key of a strategy of `recipes/`; for any other class, the class's name."""
     package, _, module = strategy.__module__.rpartition(".")
     return module.replace("_", "-") if package == RECIPES else strategy.__name__
 
 
 def plan_of(strategy: str, family: str, values: Preset, reference: ModelRef, loaded: LoadedModel, *, private: bool,
             **others: Any) -> RunPlan:
-    """The plan of a run.
+    """Return the plan of a run.
 
     Args:
-        values: a preset's, which stand under their own names but for `batch_size`, the plan's expected_batch.
-        others: fields of `RunPlan` that are no preset's.
+        strategy: The strategy's name.
+        family: The key of the adapter family.
+        values: The preset. Its values have the same names in the plan, except for `batch_size`: `expected_batch` there.
+        reference: The base model's reference.
+        loaded: The loaded base model, in which the targets are looked up.
+        private: Whether clients must train under differential privacy.
+        **others: Fields of `RunPlan` that are not in a preset, or that replace those made here.
     """
     named: Mapping[tuple[str, ...], Callable[[PreTrainedModel], tuple[str, ...]]] = {
         ("auto",): automatic_targets, ("all",): partial(all_targets, private=private), ("none",): lambda model: ()}

@@ -1,7 +1,7 @@
-"""From a name to a strategy: a key of `recipes/`, or module:Class of whoever runs the server or the simulation.
+"""The lookup of a strategy by the name given to --strategy: a key of `recipes/`, or the user's own module:Class.
 
-Clients know no strategies. They are told a name, to show it, and an adapter family, which they look up in their own
-package.
+Only servers and simulations look strategies up. A client is told the strategy's name, to show it, and an adapter
+family, which it looks up in its own installation.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .recipe import RECIPES, Recipe
 
 @cache
 def strategy_class(name: str) -> type[FederatedLoRA]:
-    """The strategy behind --strategy.
+    """Return the strategy's class for a value of --strategy.
 
     Args:
-        name: a key of `recipes/`, or module:attribute of a subclass of `FederatedLoRA` or of a `Recipe`. The module is
+        name: A key of `recipes/`, or module:attribute of a subclass of `FederatedLoRA` or of a `Recipe`. The module is
             looked for in the working directory too.
 
     Raises:
-        ValueError: there is none, its module cannot be imported, or what it names is neither.
+        ValueError: There is no such name, its module cannot be imported, or it is neither of the two.
     """
     if ":" not in name:
         module = registry.load(RECIPES, name)
@@ -50,13 +50,13 @@ def strategy_class(name: str) -> type[FederatedLoRA]:
 
 
 def _own(module: ModuleType) -> type[FederatedLoRA] | None:
-    """The class of a recipe's module."""
+    """Return the strategy's class that a module of `recipes/` defines, if any."""
     return next((value for value in vars(module).values() if isinstance(value, type)
                  and issubclass(value, FederatedLoRA) and value.__module__ == module.__name__), None)
 
 
 def _of(recipe: Recipe, name: str) -> type[FederatedLoRA]:
-    """A class for a recipe that has none."""
+    """Make a strategy's class for a recipe that has none."""
     return type(name, (FederatedLoRA,), {"recipe": recipe})
 
 
@@ -66,7 +66,7 @@ def _imported(name: str, module_name: str) -> ModuleType:
         sys.path.insert(0, here)
     try:
         return importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever its code does
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
         raise ValueError(f"--strategy {name}: {module_name!r} cannot be imported ({type(error).__name__}: {error}). "
                          "Run from the folder that holds it, or put that folder on PYTHONPATH; without a colon it is "
                          f"one of {', '.join(registry.keys(RECIPES))}") from error

@@ -1,25 +1,27 @@
-"""Round plans and uploads as Flower messages. Every private name of Flower that FedLoRA uses is used in this file.
+"""Round plans and uploads as Flower messages.
 
-Flower 1.41 makes a `Message` only where `TaskIdentity` is set, and leaves the message id to its own SuperLink. Our
-own engines are neither, so `assume_identity` and `assign_id` fill both in. A test fails loudly if Flower moves them.
+Flower 1.41 can make a `Message` only in a process in which `TaskIdentity` is set, and leaves the message's id to its
+SuperLink. FedLoRA's own engines run without Flower's processes, so `assume_identity` and `assign_id` set both. These
+are private names of Flower; `tests/test_private_names.py` lists every such use and fails if Flower changes them.
 
     server → client   one ArrayRecord "arrays", one ConfigRecord "config": the fields of `RoundPlan`
     client → server   one ArrayRecord "arrays", one ConfigRecord "config": `UPLOAD_KEY`,
                       one MetricRecord "metrics": keys of `UPLOAD_METRICS`; or an Error whose reason is a refusal code
 
-Where the clients are SuperNodes, each is asked to join before its first order, with the same frames as over gRPC:
+If the clients are SuperNodes, each is asked to join before its first order, with the same frames as over gRPC:
 
     server → client   one ConfigRecord "config": `WELCOME_KEY`, a ServerFrame with the Welcome
     client → server   one ConfigRecord "config": `JOIN_KEYS`, two ClientFrames with the Join and the Ready; or an Error
 
-The arrays are of the plan's wire dtype (`fedlora.wire.dtypes`). The client's half of the mapping is
-`fedlora_client.flower_app`; tests hold the two together.
+The arrays have the plan's wire dtype (`fedlora.wire.dtypes`). The client's half of the mapping is
+`fedlora_client.flower_app`; tests check that the two fit together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
@@ -42,7 +44,7 @@ from fedlora.wire import packed, unpacked
 from fedlora.wire.npy import from_npy, to_npy
 
 UPLOAD_KEY: Mapping[str, type] = {"run_id": str, "round": int, "attempt": int}
-"""The fields that say which order an upload answers."""
+"""The fields that identify the order which an upload answers."""
 
 REFUSED = 100
 """Flower error code of a refusal; Flower's own codes are below 10."""
@@ -56,28 +58,43 @@ NUMPY = "numpy.ndarray"
 
 
 def assume_identity(run_id: str) -> None:
-    """Let this process make messages, as Flower's own processes may. `run_id`: 16 hexadecimal digits."""
+    """Let this process make messages, as Flower's own processes can.
+
+    Args:
+        run_id: The run's id, 16 hexadecimal digits.
+    """
     TaskIdentity.task_id = 0
     TaskIdentity.node_id = 0
     TaskIdentity.run_id = int(run_id, 16)
 
 
 def assign_id(message: Message, message_id: str) -> None:
-    """Give a message its id, to which the reply will point."""
+    """Give a message its id, which the reply will refer to."""
     message.metadata.__dict__["_message_id"] = message_id  # private
 
 
 def to_record(tensors: Tensors, wire_dtype: str = "fp32") -> ArrayRecord:
-    """Serialise the tensors in C order. Messages may share the record: its arrays are immutable bytes."""
+    """Serialise tensors in C order.
+
+    Args:
+        tensors: The tensors, by name.
+        wire_dtype: The dtype to send floats in: "fp32" or "bf16".
+
+    Returns:
+        A record that several messages may share, because its arrays are immutable bytes.
+    """
     return record_of((name, array.dtype, array.shape, to_npy(array))
                      for name, array in packed(tensors, wire_dtype).items())
 
 
 def record_of(arrays: Iterable[tuple[str, np.dtype, tuple[int, ...], bytes | memoryview]]) -> ArrayRecord:
-    """Arrays that are in the .npy format already: name, dtype, shape and data of each.
+    """Make a record of arrays that are in the .npy format already.
 
-    Filled in past the checks of Flower's constructors, which take longer than all else that a small reply costs, and
-    refuse a view of what is in memory already. Flower's own code reads both.
+    It bypasses the checks of Flower's constructors. They take longer than everything else about a small reply, and they
+    refuse a view of memory. Flower's own code can read such a record.
+
+    Args:
+        arrays: The name, dtype, shape and .npy data of each array.
     """
     record = ArrayRecord()
     record.__dict__["_data"].update((name, _to_array(dtype, shape, data)) for name, dtype, shape, data in arrays)
@@ -96,19 +113,26 @@ def _name_of(dtype: np.dtype) -> str:
 
 
 def to_tensors(record: ArrayRecord, wire_dtype: str = "fp32") -> Tensors:
-    """Decode every array of a record; inverse of `to_record`, but for the rounding.
+    """Decode every array of a record. It is the inverse of `to_record`, except for rounding.
+
+    Args:
+        record: The record.
+        wire_dtype: The dtype that floats were sent in: "fp32" or "bf16".
 
     Raises:
-        ValueError: as `to_arrays` does, or an array is of another dtype.
+        ValueError: An array is not what it claims to be, would need code to be decoded, or has another dtype.
     """
     return unpacked(to_arrays(record), wire_dtype)
 
 
 def to_arrays(record: ArrayRecord) -> Tensors:
-    """Every array of a record as it travels: in C order, read-only, and if possible without a copy.
+    """Decode every array of a record without converting its dtype.
+
+    Returns:
+        The arrays in C order, read-only, and if possible without a copy.
 
     Raises:
-        ValueError: an array is not what it claims to be, or would need code to be decoded.
+        ValueError: An array is not what it claims to be, or would need code to be decoded.
     """
     if any(array.stype != NUMPY for array in record.values()):
         raise ValueError("an array of the message is not a numpy array; nothing else is accepted")
@@ -119,9 +143,14 @@ def to_arrays(record: ArrayRecord) -> Tensors:
 
 
 def train_messages(plan: RoundPlan, arrays: Iterable[tuple[int, ArrayRecord]]) -> Iterator[Message]:
-    """The orders to train, one for each node id with what it is sent, packed.
+    """Make the orders to train. They share one ConfigRecord, and may share ArrayRecords.
 
-    They share one ConfigRecord, and may share their ArrayRecords.
+    Args:
+        plan: The round's plan.
+        arrays: The id of each node, with the tensors that it is sent.
+
+    Yields:
+        One order for each node.
     """
     config = ConfigRecord({**round_to_scalars(plan)})
     for node_id, record in arrays:
@@ -130,18 +159,25 @@ def train_messages(plan: RoundPlan, arrays: Iterable[tuple[int, ArrayRecord]]) -
 
 
 def train_message(plan: RoundPlan, arrays: ArrayRecord, node_id: int) -> Message:
-    """The order to train, for one node."""
+    """Make the order to train for one node."""
     return next(train_messages(plan, [(node_id, arrays)]))
 
 
 def read_train_messages(messages: Iterable[Message]) -> Iterator[tuple[Message, RoundPlan, Tensors]]:
-    """Each order, its plan and its arrays as they travel; inverse of `train_messages`. A frozen record is read once.
+    """Read orders to train. It is the inverse of `train_messages`; a record that orders share is decoded once.
+
+    Args:
+        messages: The orders.
+
+    Yields:
+        (the order, its plan, its arrays as they were sent)
 
     Raises:
-        ValueError: anything but exactly one ArrayRecord and one ConfigRecord with `RoundPlan`'s fields, or an array
-            that is not what it claims to be.
+        ValueError: An order does not hold exactly one ArrayRecord and one ConfigRecord with `RoundPlan`'s fields, or an
+            array is not what it claims to be.
     """
-    plans: dict[int, tuple[ConfigRecord, RoundPlan]] = {}  # the records too: the id of one that is gone comes again
+    # the records are kept too, because Python gives the id of a deleted object to a new one
+    plans: dict[int, tuple[ConfigRecord, RoundPlan]] = {}
     decoded: dict[int, tuple[ArrayRecord, Tensors]] = {}
     for message in messages:
         if message.metadata.message_type != TRAIN:
@@ -159,8 +195,13 @@ def read_train_messages(messages: Iterable[Message]) -> Iterator[tuple[Message, 
 
 def reply(answer: Upload | Refusal, to: Message, wire_dtype: str = "fp32",
           arrays: ArrayRecord | None = None) -> Message:
-    """The reply to an order, from what a client answered in a run of this wire dtype. `arrays`: an upload's tensors as
-    they travel, in place of its own.
+    """Make the reply to an order from a client's answer.
+
+    Args:
+        answer: The client's upload or refusal.
+        to: The order.
+        wire_dtype: The dtype to send floats in: "fp32" or "bf16".
+        arrays: The upload's tensors, if they are serialised already; None serialises those of `answer`.
     """
     if isinstance(answer, Refusal):
         return Message(Error(REFUSED, f"{answer.code}: {answer.detail}"), reply_to=to)
@@ -173,16 +214,24 @@ def reply(answer: Upload | Refusal, to: Message, wire_dtype: str = "fp32",
 
 
 def join_message(welcome: bytes, node_id: int) -> Message:
-    """The question who a node is, with what it must know to decide whether it takes part."""
+    """Make the message that asks a node to join, with the Welcome that it decides by.
+
+    Args:
+        welcome: A serialised ServerFrame with the Welcome.
+        node_id: The node.
+    """
     content = RecordDict({"config": ConfigRecord({WELCOME_KEY: welcome})})
     return Message(content=content, dst_node_id=node_id, message_type=JOIN, group_id="join")
 
 
 def read_join_reply(message: Message) -> tuple[bytes, bytes] | Refusal:
-    """The frames with the Join and the Ready, not yet parsed, or why the node will not take part.
+    """Read the reply to `join_message`.
+
+    Returns:
+        The serialised ClientFrames with the Join and the Ready, or the node's refusal to take part.
 
     Raises:
-        ValueError: anything but an error, or one ConfigRecord with the two.
+        ValueError: The reply is no error and does not hold exactly one ConfigRecord with the two frames.
     """
     if message.has_error():
         return _refusal(message.error)
@@ -190,21 +239,27 @@ def read_join_reply(message: Message) -> tuple[bytes, bytes] | Refusal:
     if set(config) != set(JOIN_KEYS) or not all(type(frame) is bytes for frame in config.values()):
         raise ValueError(f"the reply to a welcome must hold exactly the frames {', '.join(JOIN_KEYS)}")
     join, ready = (config[key] for key in JOIN_KEYS)
-    return join, ready  # type: ignore[return-value]
+    return join, ready
 
 
 def is_undelivered(message: Message) -> bool:
-    """Whether a reply is the SuperLink's own word that the node is gone."""
+    """Return whether a reply is the SuperLink's own message that the node is gone."""
     return message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE
 
 
 def read_reply(message: Message, wire_dtype: str = "fp32") -> Upload | Refusal:
-    """What a client answered; inverse of `reply`. The tensors are not yet checked against any layout.
+    """Read a client's answer. It is the inverse of `reply`. The tensors are not checked against a layout yet.
 
-    An error that is not one of our refusals (an engine's, a crashed ClientApp's) reads as "unavailable".
+    Args:
+        message: The reply.
+        wire_dtype: The dtype that floats were sent in: "fp32" or "bf16".
+
+    Returns:
+        The upload or the refusal. An error that is no refusal, such as that of an engine or of a crashed ClientApp,
+        becomes the refusal "unavailable".
 
     Raises:
-        ValueError: anything but an error, or one record of each kind with the keys that an upload has.
+        ValueError: The reply is no error and does not hold exactly one record of each kind with an upload's keys.
     """
     if message.has_error():
         return _refusal(message.error)
@@ -227,9 +282,14 @@ def _refusal(error: Error) -> Refusal:
     return Refusal(code, detail) if known else Refusal("unavailable")
 
 
-def _records(content: RecordDict, *kinds: type) -> list:
-    """The content's records, one of each kind. (Flower's `array_records` and its like leave reference cycles, which
-    keep every upload in memory until the garbage collector comes by.)
+def _records(content: RecordDict, *kinds: type) -> list[Any]:
+    """Return the content's records, one of each kind and in the order of `kinds`.
+
+    Flower's own `array_records` and the like are not used: they leave reference cycles, which keep every upload in
+    memory until the garbage collector runs.
+
+    Raises:
+        ValueError: The content is not exactly one record of each kind. The message completes "… must carry".
     """
     found = {type(record): record for record in content.values()}
     if len(content) != len(kinds) or set(found) != set(kinds):

@@ -1,15 +1,17 @@
-"""The round before the first: clients release noised sketches of their gradients, from which the adapters start.
+"""The private start: a round 0 in which clients release noised sketches of their gradients to start the adapters from.
 
     server        sends Q and P, fixed and random
     client k      releases Z_k ≈ Qᵀ G_k and Y_k ≈ G_k Pᵀ, clipped, noised, and charged as one participation
     server        A ← right singular vectors of Σ p_k Z_k; where B is fixed, B ← left ones of Σ p_k Y_k
 
-See `fedlora.adapters.sketches`. Whatever the run's strategy, the release has the factors of plain LoRA.
+`fedlora.adapters.sketches` explains the method. Round 0 uses the factors of plain LoRA, whatever the run's strategy.
 """
 
 from __future__ import annotations
 
 import dataclasses
+
+from typing_extensions import override
 
 from fedlora.adapters import AdaptedModel
 from fedlora.adapters.sketches import private_start, sketch_layout, sketch_plan, sketch_tensors
@@ -20,16 +22,16 @@ from .recipes.fedavg_lora import RECIPE
 
 
 class PrivateStart(FederatedLoRA):
-    """Average the sketches. `begin` makes the run's start of their mean.
+    """The strategy of round 0: it averages the clients' sketches. `begin` makes the run's start from the mean.
 
     Args:
-        plan: the run's.
-        adapted: as the run's strategy needs it.
-        state: a start that does not depend on data, taken where the sketches decide nothing.
-        seed: of Q and P.
+        plan: The run's plan.
+        adapted: The model with the adapters of the run's strategy.
+        state: A start that does not depend on data, for the tensors that the sketches do not determine.
+        seed: The seed of Q and P.
 
     Attributes:
-        tensors: what round 0 sends.
+        tensors: The tensors that round 0 sends.
     """
 
     recipe = RECIPE
@@ -38,14 +40,19 @@ class PrivateStart(FederatedLoRA):
     def __init__(self, plan: RunPlan, adapted: AdaptedModel, state: Tensors, seed: int) -> None:
         layout = sketch_layout(adapted.layout, adapted.missing)
         super().__init__(dataclasses.replace(plan, family=RECIPE.family), layout)
-        self.plan = plan  # what clients have agreed to
+        self.plan = plan  # the plan that clients have agreed to, with the run's own family
         self.tensors = sketch_tensors(layout, state, seed)
         self._run_layout, self._state = adapted.layout, state
 
     @property
+    @override
     def trained_by(self) -> RunPlan:
         return sketch_plan(self.plan)
 
     def begin(self, sketches: Released) -> Tensors:
-        """The state that round 1 starts from."""
+        """Return the state that round 1 starts from.
+
+        Args:
+            sketches: The mean of the clients' sketches.
+        """
         return private_start(self._run_layout, self._state, sketches)

@@ -1,8 +1,8 @@
-"""A recipe: an adapter family, a start, what the server does, and the values of a run that names no others.
+"""Recipes: a strategy's composition of an adapter family, a start, the parts of the server step, and default values.
 
-One paper, one file of `recipes/`, in the paper's order. The presets' constants were found on the demo's made-up notes
-and on public text (SST-2), never on a user's data. Orthonormal A makes the effective step about three times that of
-Kaiming A (row norm ≈ 1/√3), so rates are per recipe.
+There is one file of `recipes/` for each paper. The presets' values were found on the demo's made-up notes and on public
+text (SST-2), never on a user's data. Each recipe has its own learning rate, because an orthonormal A makes the
+effective step about three times as long as a Kaiming A does (row norm ≈ 1/√3).
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from .step import ServerStep
 RECIPES, OPTIMIZERS = "fedlora_strategies.recipes", "fedlora_strategies.server_optimizers"
 
 _SLOTS = ("reduction", "refactorization", "schedule")
-"""Whose options are the recipe's own; the optimiser's are named apart."""
+"""The parts whose options are set by --strategy-options. The server optimizer's options are given separately."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Defaults of one (recipe, private); see `RunPlan` for their meaning. `batch_size` is its expected_batch, `init`
-    the start: that of the recipe where it is empty.
+    """The default values of a recipe's runs, with or without privacy.
+
+    The values are those of `RunPlan`, with two differences. `batch_size` is called `expected_batch` there. `init` is
+    the start of the adapters, as for --init; "" stands for the recipe's start.
     """
 
     rank: int
@@ -50,15 +52,21 @@ class Preset:
 
     @classmethod
     def open(cls, rank: int, alpha: float, lr: float) -> Preset:
-        """All linear layers, where privacy adapts query and value: without noise, values cost nothing but bytes."""
+        """Return the preset of runs without privacy.
+
+        It adapts all linear layers, where private runs adapt only query and value: without noise, more trained values
+        cost nothing but bytes.
+        """
         return cls(rank, alpha, "adamw", lr, local_steps=8, batch_size=32, clip_norm=1.0, head_scale=1.0, rounds=25,
                    lr_schedule="linear", targets=("all",))
 
     @classmethod
     def private(cls, rank: int, alpha: float, lr: float, *, clip_norm: float, head_scale: float) -> Preset:
-        """The clip norm is for the middle of the run, not for its start: adapters' gradients are tiny until the head
-        has grown, then those of misjudged records are the longest, and clipping them all to one length turns the mean
-        around.
+        """Return the preset of private runs.
+
+        The clip norm is chosen for the middle of a run, not for its start. The adapters' gradients are tiny until the
+        head has grown. Later, misclassified records have the longest gradients, and clipping all records to one length
+        would reverse the direction of the mean.
         """
         return cls(rank, alpha, "adamw", lr, local_steps=4, batch_size=256, clip_norm=clip_norm, head_scale=head_scale,
                    rounds=20, lr_schedule="linear", targets=("auto",))
@@ -66,14 +74,19 @@ class Preset:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a strategy is made of.
+    """The composition of a strategy.
 
     Attributes:
-        family: key of `fedlora.adapters.families`: what is trained, frozen and sent.
-        start: how the adapters begin, as --init names it.
-        reduction, optimizer, refactorization, schedule: what the server does, see `ServerStep`.
-        private, open: the values of a run with privacy and without.
-        presets_of: start → recipe whose presets suit with it, in place of these.
+        family: The key of the adapter family (`fedlora.adapters.families`), which decides what is trained, frozen and
+            sent.
+        start: The key of the adapters' start, as for --init.
+        reduction: Combines the uploads of a round.
+        optimizer: The server optimizer, or None.
+        refactorization: Rewrites the factors between rounds, or None.
+        schedule: Says what trains in which round.
+        private: The default values of private runs.
+        open: The default values of runs without privacy.
+        presets_of: Start → the key of the recipe whose default values apply with this start, in place of these.
     """
 
     family: str
@@ -87,53 +100,71 @@ class Recipe:
     presets_of: Mapping[str, str] = field(default_factory=dict)
 
     def preset(self, private: bool, start: str | None = None) -> Preset:
-        """The values of a run that names none, or no other than its start."""
+        """Return the default values.
+
+        Args:
+            private: Whether the run is private.
+            start: The start that the user named, if any.
+        """
         if start is not None and start in self.presets_of:
-            return registry.load(RECIPES, self.presets_of[start]).RECIPE.preset(private)
+            other: Recipe = registry.load(RECIPES, self.presets_of[start]).RECIPE
+            return other.preset(private)
         chosen = self.private if private else self.open
         return dataclasses.replace(chosen, init=chosen.init or self.start)
 
     def step(self, layout: AdapterLayout, rounds: int, seed: int) -> ServerStep:
-        """What the server does in a run of so many rounds.
+        """Return the server step of a run.
+
+        Args:
+            layout: The adapters' tensors.
+            rounds: The number of planned rounds.
+            seed: The seed of the random numbers that the schedule draws.
 
         Raises:
-            ValueError: it cannot serve adapters of this layout.
+            ValueError: The step cannot work with adapters of this layout.
         """
         return ServerStep(layout, self.reduction, self.optimizer, self.refactorization, self.schedule, rounds, seed)
 
     def with_options(self, options: Mapping[str, float]) -> Recipe:
-        """With other values for options of the reduction, the refactorisation or the schedule.
+        """Return the recipe with other values for options of the reduction, the refactorisation or the schedule.
+
+        Args:
+            options: Option → value.
 
         Raises:
-            ValueError: none of them has such an option, or it cannot have such a value.
+            ValueError: None of the parts has such an option, or the value is not allowed.
         """
         parts = {slot: getattr(self, slot) for slot in _SLOTS}
         known = sorted({name for part in parts.values() for name in _options_of(part)})
         if unknown := [name for name in options if name not in known]:
-            raise ValueError(f"there is no {unknown[0]!r}; this strategy has "
+            raise ValueError(f"there is no option {unknown[0]!r}; this strategy has "
                              + (f"the options {', '.join(known)}" if known else "no options of its own"))
         return dataclasses.replace(self, **{
             slot: _with(part, {name: value for name, value in options.items() if name in _options_of(part)})
             for slot, part in parts.items()})
 
     def with_optimizer(self, name: str | None, options: Mapping[str, float]) -> Recipe:
-        """With the optimiser of a key at the server, "none", or None for the recipe's own with other options.
+        """Return the recipe with another server optimizer, or with other options for its own.
+
+        Args:
+            name: The optimizer's key, or "none"; None keeps the recipe's own.
+            options: Option → value.
 
         Raises:
-            ValueError: there is no such optimiser, it has no such option, or that cannot have such a value.
+            ValueError: There is no such optimizer, it has no such option, or the value is not allowed.
         """
         chosen = self.optimizer if name is None else None if name == "none" else registry.load(
             OPTIMIZERS, name).OPTIMIZER()
         if chosen is None and options:
-            raise ValueError(f"without an optimiser at the server there is no {next(iter(options))!r}; name one with "
-                             f"--server-optimizer: {', '.join(registry.keys(OPTIMIZERS))}")
+            raise ValueError(f"there is no option {next(iter(options))!r}, because this run has no server optimizer; "
+                             f"choose one with --server-optimizer: {', '.join(registry.keys(OPTIMIZERS))}")
         if unknown := [option for option in options if option not in _options_of(chosen)]:
-            raise ValueError(f"there is no {unknown[0]!r}; {_name_of(chosen)} has the options "
+            raise ValueError(f"there is no option {unknown[0]!r}; {_name_of(chosen)} has the options "
                              f"{', '.join(sorted(_options_of(chosen)))}")
         return dataclasses.replace(self, optimizer=_with(chosen, options))
 
     def described(self) -> dict[str, object]:
-        """What it is made of, for a report."""
+        """Return the recipe's composition, for a report."""
         parts = {slot: getattr(self, slot) for slot in ("reduction", "optimizer", "refactorization", "schedule")}
         return {"family": self.family, **{slot: None if part is None else {
             "name": _name_of(part), **_options_of(part)} for slot, part in parts.items()}}
@@ -144,13 +175,17 @@ def _options_of(part: Any) -> dict[str, Any]:
 
 
 def _name_of(part: Any) -> str:
-    """The key of a part, or of one of an outside module its class's name."""
+    """Return the key of a part; for a part from a module outside of FedLoRA, the name of its class."""
     package, _, module = type(part).__module__.rpartition(".")
     return module.replace("_", "-") if package.startswith("fedlora_strategies.") else type(part).__name__
 
 
 def _with(part: Any, options: Mapping[str, float]) -> Any:
-    """The part with these values: whole numbers where its own are."""
+    """Return the part with these values for its options.
+
+    Raises:
+        ValueError: An option that takes whole numbers is given another value.
+    """
     if not options:
         return part
     now, values = _options_of(part), {}
@@ -162,6 +197,6 @@ def _with(part: Any, options: Mapping[str, float]) -> Any:
 
 
 def presets() -> dict[tuple[str, bool], Preset]:
-    """(key, private) → its preset, of every recipe that is found."""
+    """Return (key, private) → preset, for every recipe that is installed."""
     found = {key: registry.load(RECIPES, key).RECIPE for key in registry.keys(RECIPES)}
     return {(key, private): recipe.preset(private) for private in (False, True) for key, recipe in found.items()}

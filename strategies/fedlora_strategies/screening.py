@@ -1,36 +1,38 @@
-r"""Screening: which uploads of a round are left out of its average, for no training can have made them so.
+r"""Screening: leave out uploads that no honest training can have made, before they are averaged.
 
-One finite upload, times a million, is the average of all. Before the first average each upload is held against
+A single upload, multiplied by a million, would decide the average of all. Therefore, before the average, the norm of
+each upload's change is compared with
 
-    what training can do   ‖u − sent‖ ≤ reach, which follows from the plan. It is without use where nothing bounds it.
-    the others             ‖u − sent‖ ≤ k · median, the lower median of this round's norms, or, with fewer than three
-                           uploads, of the medians of earlier rounds
+    the reach of training   ‖u − sent‖ ≤ reach, which follows from the plan; for some optimizers there is no such bound
+    the other uploads       ‖u − sent‖ ≤ k · median: the lower median of this round's norms, or with fewer than three
+                            uploads, the lower median of earlier rounds' usual norms
 
-The lower median is a norm of an honest client as long as more than half of the uploads are honest, so that what is
-taken of the others is at most k times as far as an honest client goes: one of n in the opposite direction takes k / n
-away and leaves (n − 1) / n. Honest clients' norms differ little: in 8 steps of AdamW one whose gradients all agree goes
-√8 ≈ 2.8 times as far as one whose gradients are noise alone. Without privacy k is `PLAIN`.
+As long as more than half of the uploads are honest, the lower median is at most the norm of some honest client. So a
+dishonest upload goes at most k times as far as an honest one: one of n in the opposite direction takes k / n away and
+leaves (n − 1) / n. Honest clients' norms differ little: in 8 steps of AdamW, a client whose gradients all agree goes
+√8 ≈ 2.8 times as far as one whose gradients are pure noise. Without privacy, k is `PLAIN`.
 
-With privacy, norms follow from the noise, and an owner whose lifetime budget is small raises it, to at most ten times
-what the run asks for, or lowers the clip norm, which shortens the update. k is `PRIVATE`: an upload with ten times the
-usual noise makes the mean noisier than leaving it out does, (n + 99) / n² against 1 / (n − 1) of a usual client's
-variance, whatever n.
+With privacy, the norms follow from the noise. A data holder with a small lifetime budget raises the noise, to at most
+ten times what the run asks for, or lowers the clip norm, which shortens the update. k is `PRIVATE`: for any n, an
+upload with ten times the usual noise makes the mean noisier than leaving it out does, (n + 99) / n² against 1 / (n − 1)
+of a usual client's variance.
 
 Symbol   Here             Meaning
-b        expected_batch   by which the sum of a step is divided, public
-C        clip_norm        the plan's; a client's own is at most that
-σ        noise            announced, at most `PRIVATE` times the lower median of what the round's clients announce;
-                          that in place of what is not announced
-s_g      scales           of group g, which has d_g values
-T, η     steps, lr        of the round
+b        expected_batch   the public number that the sum of a step is divided by
+C        clip_norm        the plan's clip norm; a client's own is at most that
+σ        noise            the noise multiplier that the upload announces, but at most `PRIVATE` times the lower median
+                          of the round's announced ones; this limit also stands for one that is not announced
+s_g      scales           the scale of group g, which has d_g values
+T, η     steps, lr        the round's number of steps and learning rate
 
-Reach of AdamW: η √d R(T), where R(T), slightly above T, bounds each value whatever the gradients are. It is certain.
-Reach of SGD with privacy: the gradients' sums and their noise, each over all steps,
+The reach of AdamW is η √d R(T), where R(T), slightly above T, bounds each value whatever the gradients are. No honest
+upload exceeds it. The reach of SGD with privacy is the sum of the gradients and of the noise, each over all steps:
 
     η T C (2 b + 6 √(2 b)) / (b min s_g)  +  η √T σ C / b · sqrt(Σ_g ((√d_g + 6) / s_g)²)
 
-where a client may draw twice as many records as expected, if it declared a size below its own, and by chance six
-deviations more; and the norm of d standard Gaussians is below √d + 6 but for e^-18 ≈ 1.5e-8.
+It allows for a client that draws twice as many records as expected, because it declared a size below its own, plus six
+standard deviations by chance. The norm of d standard Gaussians is below √d + 6, except with probability
+e^-18 ≈ 1.5e-8.
 """
 
 from __future__ import annotations
@@ -44,30 +46,32 @@ from fedlora.adapters import AdapterLayout
 from fedlora.plan import FOUND, RunPlan
 
 PLAIN, PRIVATE = 5.0, 10.0
-"""k, without privacy and with it."""
+"""The limit k, without privacy and with it."""
 
 EXAMPLES = 10.0
-"""An upload counts for at most so many times the lower median of the round's numbers of examples: they are a claim, and
-honest ones do differ."""
+"""An upload counts for at most this many times the lower median of the round's numbers of examples.
+
+The numbers are the clients' claims, and honest ones differ."""
 
 COMPARED = 3
-"""With fewer uploads none of them tells what is usual."""
+"""The fewest uploads of a round that are compared with each other. Fewer do not show what is usual."""
 
 OVERDRAWN, DEVIATIONS = 2.0, 6.0
-"""How many times the expected batch a step may have on average, and how many deviations more what is random."""
+"""The bounds for honest clients: the mean batch in units of the expected one, and random values in standard deviations
+from their mean."""
 
 ROUNDED = {"fp32": 2.0**-20, "bf16": 2.0**-8}
-"""How much rounding can move a tensor, relatively: in each step, and where it travels."""
+"""Wire dtype → the relative change that rounding can make to a tensor, in the steps and when it is sent."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What screening knows of an upload.
+    """The measurements of an upload that screening uses.
 
     Attributes:
-        norm: L2 norm of what it moves.
-        noise: the noise multiplier that it announces.
-        examples: the number of examples that it claims.
+        norm: The L2 norm of its change of the tensors.
+        noise: The noise multiplier that it announces, if any.
+        examples: The number of examples that it claims, if any.
     """
 
     norm: float
@@ -77,10 +81,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Reach:
-    """How far the round's training can go: at most `fixed + noise · per_noise`.
+    """The largest distance that a round's training can move the tensors: `fixed + noise · per_noise`.
 
     Attributes:
-        why: in words, for whoever reads that an upload was left out.
+        fixed: The part that does not depend on the noise.
+        per_noise: The part for each unit of noise multiplier.
+        why: The cause of the bound in words, for the message about an upload that is left out.
     """
 
     fixed: float = math.inf
@@ -89,17 +95,18 @@ class Reach:
 
     @property
     def bounded(self) -> bool:
+        """Whether there is a bound at all."""
         return self.fixed < math.inf
 
 
 def reach_of(run: RunPlan, layout: AdapterLayout, lr: float, start_norm: float) -> Reach:
-    """The reach of one round.
+    """Return the reach of one round.
 
     Args:
-        run: the plan that clients train by.
-        layout: of the tensors that train in the round.
-        lr: of the round.
-        start_norm: L2 norm of the tensors that it starts from, whose rounding counts.
+        run: The plan that clients train by.
+        layout: The layout of the tensors that train in the round.
+        lr: The round's learning rate.
+        start_norm: The L2 norm of the tensors that the round starts from; their rounding adds to the reach.
     """
     optimizer, steps = registry.load(FOUND["optimizer"], run.optimizer), run.local_steps
     told = f"{steps} steps of {run.optimizer} with --lr {lr:.3g}"
@@ -119,25 +126,28 @@ def reach_of(run: RunPlan, layout: AdapterLayout, lr: float, start_norm: float) 
 
 
 def lower_median(values: Collection[float]) -> float | None:
-    """The largest value that at least half of the others are not below; None of none."""
+    """Return the lower median (of the two middle values, the lower one), or None if there are no values."""
     return sorted(values)[(len(values) - 1) // 2] if values else None
 
 
 def usual_norm(norms: Collection[float]) -> float | None:
-    """The lower median of those that move anything at all."""
+    """Return the lower median of the norms above 0."""
     return lower_median([norm for norm in norms if norm > 0])
 
 
 def left_out(measured: Mapping[int, Measured], k: float, earlier: Sequence[float], reach: Reach, *,
              among_few: bool = False) -> dict[int, str]:
-    """Which uploads do not count, and why.
+    """Find the uploads to leave out.
 
     Args:
-        measured: of each node.
-        k: how many times as far as is usual an upload may go.
-        earlier: what was usual in earlier rounds.
-        reach: of the round.
-        among_few: fewer than `COMPARED` uploads are held against each other too.
+        measured: Node id → the measurements of its upload.
+        k: The limit, in units of the usual norm; infinite leaves nothing out.
+        earlier: The usual norms of earlier rounds.
+        reach: The reach of the round's training.
+        among_few: Whether to compare uploads with each other even if there are fewer than `COMPARED`.
+
+    Returns:
+        Node id → the reason, for each upload to leave out.
     """
     if math.isinf(k):
         return {}
@@ -157,10 +167,15 @@ def left_out(measured: Mapping[int, Measured], k: float, earlier: Sequence[float
 
 
 def _usual(norms: Collection[float], earlier: Sequence[float], among_few: bool) -> tuple[float | None, str]:
-    """The norm that others are held against, and what it is; None where there is nothing to compare with.
+    """Return the norm to compare with and its name for messages; None if there is nothing to compare with.
 
-    With two uploads and earlier rounds it is no less than the shorter one's: of two honest clients that go further
-    than before, one stays.
+    With two uploads and earlier rounds, the norm is at least that of the shorter upload. So if two honest clients go
+    further than in earlier rounds, at least one of them is kept.
+
+    Args:
+        norms: The norms of the round's uploads.
+        earlier: The usual norms of earlier rounds.
+        among_few: Whether to compare uploads with each other even if there are fewer than `COMPARED`.
     """
     here, before = usual_norm(norms), lower_median(earlier)
     if len(norms) >= COMPARED or (among_few and before is None):
@@ -172,6 +187,6 @@ def _usual(norms: Collection[float], earlier: Sequence[float], among_few: bool) 
 
 
 def most_examples(measured: Mapping[int, Measured]) -> float:
-    """The number of examples that an upload counts for at most."""
+    """Return the most examples that an upload may count for."""
     usual = lower_median([one.examples for one in measured.values() if one.examples is not None])
     return math.inf if usual is None else EXAMPLES * usual

@@ -1,13 +1,13 @@
-"""The server step: reduction, optimiser and refactorisation one after the other, then the schedule.
+"""The server step of a round: reduction, server optimizer, refactorisation and schedule, in this order.
 
     u_k, w_k        uploads and weights of the round, one at a time in order of node id
     reduced         the reduction of all (u_k, w_k)
-    trained         reduced, or x + the optimiser's answer to Δ = reduced − what clients were sent
+    trained         reduced; or with a server optimizer x + its step for Δ = reduced − what clients were sent
     state           trained and frozen, refactorised: the same update in other coordinates
-    next state      what the schedule makes of it
+    next state      the state after the schedule's changes
 
-Each may have a memory of its own: named arrays that are kept over rounds and in the checkpoint, as "<slot>/<name>". All
-of it is computed from what has left the clients, and is post-processing.
+Each part may have a memory: named arrays that are kept from round to round and in checkpoints, as "<slot>/<name>".
+Everything here is computed from what has left the clients. So it is post-processing and costs no privacy.
 """
 
 from __future__ import annotations
@@ -27,11 +27,19 @@ from .server_optimizers import ServerOptimizer
 
 @dataclass(frozen=True)
 class ServerStep:
-    """What the server does with the uploads of a round; a value, whose memory is given to it and back.
+    """The server step of a run. It is immutable: the caller passes the memory in and gets the next memory back.
 
     Attributes:
-        rounds: how many are planned, over which an optimiser's rate may fall.
-        seed: of what the schedule draws.
+        layout: The adapters' tensors.
+        reduction: Combines the uploads of a round.
+        optimizer: The server optimizer; None takes the reduced tensors as they are.
+        refactorization: Rewrites the factors between rounds; None leaves them.
+        schedule: Says what trains in which round, and changes the state between rounds.
+        rounds: The number of planned rounds, over which an optimizer's rate may fall.
+        seed: The seed of the random numbers that the schedule draws.
+
+    Raises:
+        ValueError: The refactorisation cannot work with adapters of this layout.
     """
 
     layout: AdapterLayout
@@ -48,29 +56,29 @@ class ServerStep:
 
     @property
     def linear(self) -> bool:
-        """Whether it needs nothing but the weighted sum of the uploads: the rest takes what the reduction gives."""
+        """Whether the step needs only the weighted sum of the uploads. That depends on the reduction alone."""
         return self.reduction.linear
 
     @property
     def refreshes_frozen(self) -> bool:
-        """Whether the adapters' frozen tensors change between rounds, and travel again."""
+        """Whether the adapters' frozen tensors change between rounds, so that they must be sent again."""
         return self.schedule.refreshes_frozen or (
             self.refactorization is not None and self.refactorization.refreshes_frozen)
 
     def trains(self, round: int) -> frozenset[str]:
-        """Names of the trained tensors that train in the round; empty for all.
+        """Return the names of the tensors that train in a round; empty for all trained tensors.
 
         Raises:
-            ValueError: the schedule names others.
+            ValueError: The schedule names a tensor that is not trained.
         """
         active = self.schedule.trains(round, self.layout)
         if unknown := active - {spec.name for spec in self.layout.trained}:
-            raise ValueError(f"the schedule has {sorted(unknown)[0]!r} train in round {round}, which is no trained "
-                             "tensor of the adapters")
+            raise ValueError(f"the schedule names {sorted(unknown)[0]!r} to train in round {round}, which is not a "
+                             "trained tensor of the adapters; return names from layout.trained")
         return active
 
     def begin(self, state: Tensors) -> Tensors:
-        """The memory before the first round, from the run's first state."""
+        """Return the memory before the first round, made from the run's first state."""
         trained = {spec.name: state[spec.name] for spec in self.layout.trained}
         return {
             **_named("optimizer", self.optimizer.begin(trained) if self.optimizer else {}),
@@ -80,28 +88,37 @@ class ServerStep:
 
     def combine(self, reduced: Released, sent: Tensors, state: Tensors, own: Tensors,
                 round: int) -> tuple[Tensors, Tensors]:
-        """The tensors that trained in the round, as they are now, and the next memory.
+        """Apply the server optimizer to the reduced uploads.
 
         Args:
-            reduced: what the reduction made of the uploads.
-            sent: the same tensors as clients were sent them: rounded where bf16 travels.
-            state: the server's own.
-            own: the memory.
+            reduced: The reduced uploads.
+            sent: The same tensors as clients were sent them: rounded in a bf16 run.
+            state: The state, as the server holds it.
+            own: The memory.
+            round: The round's number, from 1.
+
+        Returns:
+            The new values of the tensors that trained in the round, and the next memory.
         """
         if self.optimizer is None:
             return reduced, own
         gradient = {name: array.astype(np.float64) - sent[name] for name, array in reduced.items()}
         progress = (min(round, self.rounds) - 1) / self.rounds
         change, memory = self.optimizer.step(gradient, _of("optimizer", own), progress)
-        with np.errstate(over="ignore"):  # the state is checked
+        with np.errstate(over="ignore"):  # the caller checks that the state is finite
             moved = {name: (state[name] + change[name]).astype(state[name].dtype) for name in reduced}
         return moved, {**own, **_named("optimizer", memory)}
 
     def rewrite(self, state: Tensors, own: Tensors, round: int) -> tuple[Tensors, Tensors]:
-        """The state and the memory that the next round starts from.
+        """Apply the refactorisation and the schedule after a round.
 
         Args:
-            state: with the tensors of `combine`; frozen ones as clients held them.
+            state: The state with the tensors from `combine`; its frozen tensors as clients held them.
+            own: The memory.
+            round: The number of the round that is over.
+
+        Returns:
+            The state and the memory that the next round starts from.
         """
         if self.refactorization is not None:
             state, memory, factors = self.refactorization.apply(state, self.layout, _of("refactorization", own), round)

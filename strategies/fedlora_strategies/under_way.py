@@ -1,4 +1,4 @@
-"""One round as its strategy sees it: what was sent, what came, and what is needed to combine that once more."""
+"""The state of one round at its strategy: what was sent, what came back, and what a second combination needs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,19 @@ from .screening import Measured
 
 @dataclass
 class UnderWay:
-    """The round that is under way: what was sent, and from which nodes a reply may still come.
+    """The round under way: what was sent, and which nodes may still reply.
 
-    `trained` is the server's own, `sent` what clients start from; `frozen` and `arrays` are what clients are sent, and
-    hold. `active` are those of `trained` that train in this round: the layout of what is uploaded.
+    Attributes:
+        number: The round's number, from 1.
+        trained: The trained tensors, as the server holds them.
+        sent: The trained tensors as clients get them: rounded in a bf16 run.
+        frozen: The frozen tensors as clients get them.
+        active: The layout of the tensors that train in this round, which are those uploaded.
+        frozen_sha256: The digest of `frozen`.
+        arrays: Every tensor as it is sent, serialised.
+        changed: The names of the frozen tensors that are not those of the last round.
+        before_sha256: The digest of the last round's frozen tensors.
+        awaited: The ids of the nodes that may still reply.
     """
 
     number: int
@@ -36,10 +45,13 @@ class UnderWay:
     _records: dict[frozenset[str], ArrayRecord] = field(default_factory=dict)
 
     def arrays_for(self, held_sha256: str | None) -> ArrayRecord:
-        """What a node must be sent that holds the frozen tensors of this digest: the trained, and those it lacks.
+        """Return the tensors to send to a node: the trained ones, and the frozen ones that it lacks.
 
-        Of the frozen ones none to a node that holds this round's, the changed ones to one that holds the last
-        round's, else all. Nodes that lack the same share one record.
+        Nodes that lack the same tensors share one record.
+
+        Args:
+            held_sha256: The digest of the frozen tensors that the node holds. With this round's digest, it lacks none;
+                with that of the last round, those that changed; with another or None, all of them.
         """
         lacking = {self.frozen_sha256: frozenset(), self.before_sha256: self.changed}.get(
             held_sha256 or "", frozenset(self.frozen))
@@ -51,7 +63,14 @@ class UnderWay:
 
 @dataclass(frozen=True)
 class Closed:
-    """A round whose uploads have been combined, and can be once more: what it started from, and k of its screening."""
+    """A round whose uploads were combined, with what is needed to combine them once more.
+
+    Attributes:
+        under_way: The round.
+        memory: The server step's memory before the round.
+        usual_norms: The usual norms of the rounds before.
+        k: The limit of the screening that was used.
+    """
 
     under_way: UnderWay
     memory: Tensors
@@ -60,7 +79,13 @@ class Closed:
 
 
 class Figures:
-    """Sums over the accepted uploads of what they disclose."""
+    """The figures of a round, over its accepted uploads.
+
+    Attributes:
+        steps: The sum of the local steps.
+        losses: The training losses, as far as they were disclosed.
+        measured: Node id → what screening knows of its upload.
+    """
 
     def __init__(self) -> None:
         self.steps = 0
@@ -69,20 +94,23 @@ class Figures:
 
     @property
     def replies(self) -> int:
+        """The number of accepted uploads."""
         return len(self.measured)
 
     def add(self, upload: Upload, node: int, measured: Measured) -> None:
+        """Add an accepted upload."""
         self.measured[node] = measured
         self.steps += upload.steps
         if upload.train_loss is not None and abs(upload.train_loss) < MOST_VALUE:
             self.losses.append(upload.train_loss)
 
     def to_dict(self) -> dict[str, int | float]:
+        """Return the figures for the round's metrics."""
         loss = {"train_loss": math.fsum(self.losses) / len(self.losses)} if self.losses else {}
         return {"replies": self.replies, "steps": self.steps} | loss
 
 
 def distance(new: Tensors, old: Tensors) -> float:
-    """L2 norm of the change of all tensors of `new` together; those that `old` lacks were zero."""
+    """Return the L2 norm of new − old over all tensors of `new`; tensors that `old` lacks count as zero."""
     squares = (float(np.sum((new[name].astype(np.float64) - old.get(name, 0.0)) ** 2)) for name in sorted(new))
     return math.sqrt(math.fsum(squares))

@@ -238,7 +238,7 @@ def test_an_adapter_that_the_loss_does_not_depend_on_is_told(family, caplog):
     trainer.adapted.model.get_submodule(name.rpartition(".")[0]).delta.scaling = 0.0
     told = rf"no gradient for {2 if family == 'lora' else 1} of \d+ .*{name}"
     _told(trainer, run, make_records(trainer), told, caplog)
-    with pytest.raises(ValueError, match=r"of the \d+ tensors .* have no part in the loss"):
+    with pytest.raises(ValueError, match=r"of the \d+ tensors .* have no influence on the loss"):
         trainer.rehearse()
 
 

@@ -1,1 +1,1 @@
-"""A Flower app that federates LoRA with a FedLoRA strategy."""
+"""A Flower app that trains LoRA adapters with a FedLoRA strategy."""

@@ -1,6 +1,6 @@
-"""The ClientApp: FedLoRA's own client, with its ledger, policy and privacy report.
+"""The ClientApp: FedLoRA's own client, with its privacy ledger, policy and privacy report.
 
-It is configured where the data are, with the options of fedlora-client:
+The data holder configures it on the machine with the data, with the options of fedlora-client:
 
     flower-supernode --node-config 'data="notes.jsonl" epsilon=8 declared-size=1300 yes=true' …
 """

@@ -1,4 +1,4 @@
-"""The ServerApp: any of FedLoRA's strategies, in a plain Flower run."""
+"""The ServerApp: a plain Flower run with a FedLoRA strategy (here FedSVD; any other works the same way)."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train under differential privacy and leave the adapter in PEFT's format."""
+    """Train under differential privacy, and write the adapter in PEFT's format."""
     config = context.run_config
     ready = FedSVD.for_model(str(config["model"]), labels=str(config["labels"]).split(","), private=True,
                              min_nodes=int(config["clients"]), rank=int(config["rank"]), rounds=int(config["rounds"]),

@@ -1,10 +1,11 @@
-"""Adjustments: what is done to the gradient of a step before the optimiser is given it. Each file here is one.
+"""Adjustments of a step's gradient before the optimizer gets it: each file of this folder is one, found by its name.
 
-With privacy the gradient is noised and un-scaled by then, and all else that an adjustment is given was released, or
-follows from what was: it is post-processing, costs nothing, and may do what it likes. That the noised gradient is what
-was promised is measured before.
+Under privacy an adjustment sees the gradient after noise was added and the groups' scales were divided out. Everything
+else that it is given was released before or follows from what was. It is therefore post-processing: it costs no privacy
+and may compute anything. The runtime checks measure the noised gradient before it is adjusted.
 
-A file says `ADJUSTMENT = ` a class of this protocol; its first docstring line is its title.
+A file defines `ADJUSTMENT`, a class that fits the protocol `Adjustment`. The first line of the file's docstring is its
+title in `--help`.
 """
 
 from __future__ import annotations
@@ -22,37 +23,53 @@ PACKAGE = "fedlora.training.adjustments"
 
 
 class Adjustment(Protocol):
-    """Made anew, without arguments, for each client and round, so that it may remember earlier steps of the round."""
+    """A change to the gradients of each step.
+
+    A fresh one is made, without arguments, for each client and round. So it may remember earlier steps of the round.
+    """
 
     @staticmethod
     def fits(layout: AdapterLayout) -> str:
-        """Why an adapter cannot be trained so; "" where it can."""
+        """Return why an adapter of this layout cannot be trained with the adjustment, or "" if it can."""
 
     def __call__(self, gradients: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor],
                  start: Mapping[str, torch.Tensor], layout: AdapterLayout, step: int) -> Mapping[str, torch.Tensor]:
-        """The gradients in whose place the optimiser steps: of the same names, shapes and types.
+        """Return the gradients that the optimizer shall use in place of the given ones.
 
         Args:
-            gradients: of the trained tensors, by name; not to be written.
-            tensors: all of the adapter's state, as it is before the step; not to be written.
-            start: the same at the round's start.
-            layout: names, shapes, groups and roles.
-            step: counted from 0 in each round.
+            gradients: Tensor name → gradient, for the tensors that train. Must not be written to.
+            tensors: Tensor name → present value, before the step, for the adapter's whole state. Must not be written
+                to.
+            start: Tensor name → value at the start of the round. Must not be written to.
+            layout: The names, shapes, groups and roles of the tensors.
+            step: The number of the step in the round, from 0.
+
+        Returns:
+            Gradients with the same names, shapes and dtypes.
         """
 
 
 def check_adjustment(key: str, layout: AdapterLayout) -> None:
-    """Raises ValueError where an adapter cannot be trained with this adjustment; "" is none."""
+    """Check that an adapter of this layout can be trained with an adjustment.
+
+    Args:
+        key: The adjustment's name; "" for none.
+        layout: The adapter's tensors.
+
+    Raises:
+        ValueError: It cannot, or no adjustment of this name is installed.
+    """
     if key and (why := registry.load(PACKAGE, key).ADJUSTMENT.fits(layout)):
         raise ValueError(f"--adjustment {key}: {why}")
 
 
 class Adjuster:
-    """One client's adjustment in one round, at work on its parameters' `grad`.
+    """The adjustment of one client in one round, applied to its parameters' `grad`.
 
     Args:
-        key: of the adjustment.
-        parameters: behind every tensor of `layout.state`, by name, as the round starts.
+        key: The adjustment's name.
+        layout: The adapter's tensors.
+        parameters: Tensor name → parameter, for the whole of `layout.state`, with the values of the round's start.
     """
 
     def __init__(self, key: str, layout: AdapterLayout, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -62,17 +79,17 @@ class Adjuster:
 
     @classmethod
     def of(cls, key: str, layout: AdapterLayout, parameters: Mapping[str, nn.Parameter]) -> Adjuster | None:
-        """None where the plan names none."""
+        """Return the adjuster for a key of the plan, or None if the key is ""."""
         return cls(key, layout, parameters) if key else None
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Put the adjusted gradients of a step in the place of the others."""
+        """Replace the gradients of a step by the adjusted ones."""
         gradients = {spec.name: gradient for spec in self._layout.trained
                      if (gradient := self._parameters[spec.name].grad) is not None}
         tensors = {name: parameter.detach() for name, parameter in self._parameters.items()}
         adjusted = self._adjust(gradients, tensors, self._start, self._layout, self._step)
-        assert adjusted.keys() == gradients.keys(), "an adjustment gives each gradient that it is given"
+        assert adjusted.keys() == gradients.keys(), "an adjustment must return every gradient that it was given"
         for name, gradient in adjusted.items():
-            self._parameters[name].grad = gradient  # PyTorch refuses another shape or type
+            self._parameters[name].grad = gradient  # PyTorch refuses another shape or dtype
         self._step += 1

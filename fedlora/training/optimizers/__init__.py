@@ -1,11 +1,14 @@
-"""Local optimisers: what a client does with the gradient of a step. Each file of this folder is one, found by its name.
+"""Clients' local optimizers: each file of this folder is one, found by its name.
 
-A file says `OPTIMIZER = ` a function from the trained parameters and the learning rate to an optimiser of PyTorch's
-kind. A fresh one is made for each client and round, so that it remembers nothing of another.
+A file defines `OPTIMIZER`, a function of the trained parameters and the learning rate that returns a
+`torch.optim.Optimizer`. A fresh one is made for each client and round, so that no memory passes from one to another.
 
-It may say how far it can go, by which a server tells an upload that no training can have made: `REACH = ` a function
-from a number of steps to how far they can move one value, in units of the learning rate and whatever the gradients are;
-or `LINEAR = True` where the steps are the gradients, times the rate.
+A file may also state how far the optimizer can move a value. The server uses this to reject uploads that no training
+can have produced (`fedlora_strategies.screening`). It is one of:
+
+    REACH    a function: number of steps → the largest distance that one value can move, in units of the learning rate,
+             whatever the gradients are
+    LINEAR   True, where a step is the gradient times the learning rate
 """
 
 from __future__ import annotations
@@ -19,14 +22,15 @@ from fedlora import registry
 
 
 def make_optimizer(key: str, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """A fresh optimiser.
+    """Return a fresh optimizer.
 
     Args:
-        key: as in "adamw".
-        parameters: those that train.
-        lr: the learning rate of the round.
+        key: The optimizer's name, for example "adamw".
+        parameters: The parameters to train.
+        lr: The learning rate of the round.
 
     Raises:
-        ValueError: none is called so.
+        ValueError: No optimizer of this name is installed.
     """
-    return registry.load("fedlora.training.optimizers", key).OPTIMIZER(parameters, lr)
+    optimizer: torch.optim.Optimizer = registry.load("fedlora.training.optimizers", key).OPTIMIZER(parameters, lr)
+    return optimizer

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent: a step along the gradient, and no memory."""
+"""Stochastic gradient descent: step along the gradient, without momentum."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def sgd(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """PyTorch's, without momentum."""
+    """Return PyTorch's SGD without momentum."""
     return torch.optim.SGD(parameters, lr=lr)
 
 

@@ -1,1 +1,1 @@
-"""Strategies: one paper, one file, whose `RECIPE` is a `Recipe` and whose class is that recipe as a Flower strategy."""
+"""The strategies, one file for each paper: its `RECIPE` is a `Recipe`, its class makes that a Flower strategy."""

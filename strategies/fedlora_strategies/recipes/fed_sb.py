@@ -1,16 +1,17 @@
-"""Fed-SB: freeze A and B, train and average the r × r matrix R between them.
+"""Fed-SB: freeze the outer factors A and B, train and average the r × r matrix R between them.
 
 Singhal et al., 2025, arXiv:2502.15436.
 
-    server        fixes A, B with orthonormal rows and columns, of a start that `--init` names; R = 0
+    server        fixes A, B with orthonormal rows and columns, by the start that `--init` names; R = 0
     server        sends R, and A, B to those that do not hold them
     client k      trains R_k in ΔW = s · B R_k A, uploads it
     server        R ← Σ p_k R_k
 
-Exact: B (Σ p_k R_k) A = Σ p_k (B R_k A). Only r² values per target travel, whatever the width of the model.
+The average is exact: B (Σ p_k R_k) A = Σ p_k (B R_k A). Only r² values per target are sent, whatever the width of the
+model.
 
-The paper takes A, B and R from the first gradient on private data (LoRA-SB). Under privacy that is a release of its
-own: the starts here are independent of the data, or noised and charged (`fedlora_strategies.private_start`).
+The paper takes A, B and R from the first gradient on private data (LoRA-SB). Under privacy this would be a release of
+its own. So the starts here do not depend on data, or are noised and charged (`fedlora_strategies.private_start`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,6 @@ RECIPE = Recipe(
 
 
 class FedSB(FederatedLoRA):
-    """Average R; A and B never change."""
+    """The Fed-SB strategy: it averages R. A and B never change."""
 
     recipe = RECIPE

@@ -1,4 +1,4 @@
-"""FedAvg of LoRA factors (FedIT): train and average A and B, each on its own.
+"""FedAvg of LoRA (FedIT): train both factors A and B, and average each of them separately.
 
 Zhang et al., ICASSP 2024, arXiv:2305.05644.
 
@@ -6,8 +6,8 @@ Zhang et al., ICASSP 2024, arXiv:2305.05644.
     client k      trains A_k, B_k on its data, uploads both
     server        A ← Σ p_k A_k,   B ← Σ p_k B_k
 
-Not exact: (Σ p_k B_k)(Σ p_k A_k) ≠ Σ p_k B_k A_k. It is the baseline that the other strategies improve on. Under
-privacy the noise of both factors meets in the product.
+The average is not exact: (Σ p_k B_k)(Σ p_k A_k) ≠ Σ p_k B_k A_k. This is the baseline that the other strategies improve
+on. Under privacy, the product multiplies the noise of both factors.
 """
 
 from __future__ import annotations
@@ -21,6 +21,6 @@ RECIPE = Recipe(
 
 
 class FedAvgLoRA(FederatedLoRA):
-    """Average both factors."""
+    """The FedAvg strategy for LoRA: it averages both factors."""
 
     recipe = RECIPE

@@ -1,4 +1,4 @@
-"""FedSVD: train B alone, re-orthogonalise A between rounds.
+"""FedSVD: train and average B alone, and re-orthogonalise A by an SVD of B A between rounds.
 
 Lee et al., NeurIPS 2025, arXiv:2505.12805.
 
@@ -8,10 +8,10 @@ Lee et al., NeurIPS 2025, arXiv:2505.12805.
     server        B ← Σ p_k B_k
                   U, Σ, Vᵀ ← thin SVD of B A;   B ← U Σ,   A ← Vᵀ
 
-Exact: A is one and the same for all during a round, and the refactorisation leaves B A as it is. It turns A into the
-right singular vectors of the update learned so far. It sees nothing but the mean of (noised) uploads: post-processing.
-Clients start every round with a fresh optimiser, which has no state to rotate; one at the server is rotated, see
-`refactorizations.svd`.
+The average is exact: during a round all clients have the same A, and the refactorisation does not change B A. It makes
+A the right singular vectors of the update learned so far. It uses nothing but the mean of the (noised) uploads, so it
+is post-processing. Clients start every round with a fresh optimizer, which has no memory to rotate. The memory of a
+server optimizer is rotated (`refactorizations.svd`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,6 @@ RECIPE = Recipe(
 
 
 class FedSVD(FederatedLoRA):
-    """Average B, then refactorise B A."""
+    """The FedSVD strategy: it averages B, then refactorises B A."""
 
     recipe = RECIPE

@@ -1,4 +1,4 @@
-"""FFA-LoRA: freeze A, train and average B alone.
+"""FFA-LoRA: freeze A at its random start, train and average B alone.
 
 Sun et al., ICLR 2024, arXiv:2403.12313.
 
@@ -7,7 +7,7 @@ Sun et al., ICLR 2024, arXiv:2403.12313.
     client k      trains B_k, uploads it
     server        B ← Σ p_k B_k
 
-Exact: (Σ p_k B_k) A = Σ p_k (B_k A). Privacy noise enters the update linearly.
+The average is exact: (Σ p_k B_k) A = Σ p_k (B_k A). Privacy noise enters the update linearly.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ..recipe import Preset, Recipe
 RECIPE = Recipe(
     family="frozen-a", start="kaiming",
     private=Preset.private(2, 8.0, 3e-2, clip_norm=3.0, head_scale=2.0), open=Preset.open(8, 16.0, 6e-3),
-    presets_of={"orthonormal": "fedsvd"})  # the two then differ in nothing but the refactorisation
+    presets_of={"orthonormal": "fedsvd"})  # so that the two differ in nothing but the refactorisation
 
 
 class FFALoRA(FederatedLoRA):
-    """Average B; A never changes."""
+    """The FFA-LoRA strategy: it averages B. A never changes."""
 
     recipe = RECIPE

@@ -1,7 +1,8 @@
-"""How the uploads of a round become one set of tensors: one file each, whose `REDUCTION` is a frozen `Reduction`.
+"""Reductions, which combine the uploads of a round into one set of tensors: each file of this folder is one.
 
-A reduction begins a `Gathering` for each round and is given the uploads one at a time, in order of node id. One that
-needs them all together gathers into `Collected`, and keeps as many uploads in memory as there are clients.
+A file defines `REDUCTION`, a frozen dataclass that fits the protocol `Reduction`. A reduction begins a `Gathering` for
+each round, which gets the uploads one at a time, in order of node id. A reduction that needs all uploads at once
+gathers into `Collected`, which keeps all of them in memory.
 """
 
 from __future__ import annotations
@@ -9,38 +10,40 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
+from typing_extensions import override
+
 from fedlora.plan import Released, Tensors
 
 
 class Gathering(Protocol):
-    """The uploads of one round, as they come."""
+    """The uploads of one round, added one at a time."""
 
     def add(self, tensors: Released, weight: float) -> None:
-        """Take one upload in; `weight` is positive."""
+        """Add one upload with its weight, which is positive."""
 
     def result(self) -> Tensors:
-        """What they give together, float32; called once, after at least one upload."""
+        """Return the combined tensors, float32. Called once, after at least one upload was added."""
 
 
 class Reduction(Protocol):
-    """A way to combine uploads; a frozen dataclass whose fields, numbers, are its options.
+    """A way to combine uploads. It is a frozen dataclass whose fields are numbers: the user's options.
 
     Attributes:
-        linear: whether it needs nothing but Σ w·u over the uploads u with weights w; only then can secure aggregation
-            serve it.
+        linear: Whether the reduction needs only Σ w·u over the uploads u with weights w. Only such a reduction works
+            with secure aggregation.
     """
 
     linear: ClassVar[bool]
 
     def begin(self) -> Gathering:
-        """An empty gathering, for one round."""
+        """Return an empty gathering for one round."""
 
 
-class Collected:
+class Collected(Gathering):
     """A gathering that keeps every upload.
 
     Args:
-        combine: makes one set of tensors of all of them and their weights.
+        combine: Combines all uploads, given with their weights, into one set of tensors.
     """
 
     def __init__(self, combine: Callable[[Sequence[Tensors], Sequence[float]], Tensors]) -> None:
@@ -48,9 +51,11 @@ class Collected:
         self._uploads: list[Tensors] = []
         self._weights: list[float] = []
 
+    @override
     def add(self, tensors: Released, weight: float) -> None:
         self._uploads.append(tensors)
         self._weights.append(weight)
 
+    @override
     def result(self) -> Tensors:
         return self._combine(self._uploads, self._weights)

@@ -1,6 +1,6 @@
-"""The weighted mean, Σ w u / Σ w, taken one upload at a time.
+"""Weighted mean: average the uploads, Σ w u / Σ w, one upload at a time.
 
-In float64 and in the order of the uploads: one copy in memory, however many clients there are.
+It sums in float64 and in the order of the uploads, and keeps one copy in memory, however many clients there are.
 """
 
 from __future__ import annotations
@@ -8,15 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from typing_extensions import override
+
 from fedlora.algebra import WeightedMean
+
+from . import Reduction
 
 
 @dataclass(frozen=True)
-class Mean:
-    """Whether weights are numbers of examples or 1 is the plan's to say (`weight_by_examples`)."""
+class Mean(Reduction):
+    """The weighted mean. The plan's `weight_by_examples` decides whether weights are numbers of examples or 1."""
 
     linear: ClassVar[bool] = True
 
+    @override
     def begin(self) -> WeightedMean:
         return WeightedMean()
 

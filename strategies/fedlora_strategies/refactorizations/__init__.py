@@ -1,6 +1,7 @@
-"""How the server rewrites the factors between rounds: one file each, whose `REFACTORIZATION` is a frozen class.
+"""Refactorisations, which rewrite the adapters' factors between rounds: each file of this folder is one.
 
-The update that the factors make stays as it is; what changes is in which coordinates clients train it.
+A file defines `REFACTORIZATION`, a frozen dataclass that fits the protocol `Refactorization`. The product of the
+factors, which is the update of the model, stays the same. What changes is the coordinates in which clients train it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from fedlora.plan import Tensors
 
 
 class Refactored(NamedTuple):
-    """What a refactorisation leaves.
+    """The result of a refactorisation.
 
     Attributes:
-        state: the next one.
-        own: the next memory.
-        factors: trained tensor → M where the coordinates changed, so that what was W is W M now, (r, r) float64; None
-            where no matrix on its right says how. An optimiser's memory of that tensor is rotated, or begins anew.
+        state: The next state.
+        own: The refactorisation's next memory.
+        factors: For each trained tensor W whose coordinates changed: the matrix M, (r, r) float64, such that W M is the
+            same tensor in the new coordinates; or None if the change is no such product. A server optimizer's memory
+            of the tensor is rotated by M, or begins anew without one.
     """
 
     state: Tensors
@@ -30,24 +32,30 @@ class Refactored(NamedTuple):
 
 
 class Refactorization(Protocol):
-    """A way to rewrite factors; a frozen dataclass whose fields, numbers, are its options.
+    """A way to rewrite factors. It is a frozen dataclass whose fields are numbers: the user's options.
 
     Attributes:
-        refreshes_frozen: whether it changes the adapters' frozen tensors, which then travel again.
+        refreshes_frozen: Whether it changes the adapters' frozen tensors, so that they must be sent again.
     """
 
     refreshes_frozen: ClassVar[bool]
 
     def check(self, layout: AdapterLayout) -> None:
-        """Raises ValueError where it cannot serve adapters of this layout."""
+        """Check that the refactorisation works with adapters of this layout.
+
+        Raises:
+            ValueError: It does not.
+        """
 
     def begin(self, layout: AdapterLayout, state: Tensors) -> Tensors:
-        """The memory before the first round."""
+        """Return the memory before the first round."""
 
     def apply(self, state: Tensors, layout: AdapterLayout, own: Tensors, round: int) -> Refactored:
         """Rewrite the state after a round.
 
         Args:
-            state: trained tensors as they are now, frozen ones as clients held them.
-            own: its memory.
+            state: The trained tensors after the round, and the frozen ones as clients held them.
+            layout: The adapters' tensors.
+            own: The refactorisation's memory.
+            round: The number of the round that is over.
         """

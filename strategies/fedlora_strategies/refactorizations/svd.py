@@ -1,14 +1,14 @@
-"""Thin SVD of B A: orthonormal rows of A, orthogonal columns of B, the same product.
+"""Thin SVD of B A: give A orthonormal rows and B orthogonal columns, with the same product.
 
 Lee et al., FedSVD, NeurIPS 2025, arXiv:2505.12805.
 
     U, Σ, Vᵀ ← thin SVD of B A;   B' ← U Σ,   A' ← Vᵀ
 
-For an optimiser at the server the coordinates change by M = A A'ᵀ, (r, r): A = M A' as long as A' stays inside row(A),
-so that whatever was a direction of B, pseudo-gradients and their averages too, is that direction times M. Adam's first
-moments are rotated by M exactly; its second moments, of single values, are rotated by M's squares
-(`server_optimizers`). Beginning anew each round would leave Adam with the sign of one noised round. Where A trains too,
-its memory begins anew: it is refactorised from the left, and by a product that grows with B.
+For a server optimizer, the coordinates change by M = A A'ᵀ, (r, r). As long as the rows of A' lie in the row space of
+A, A = M A', so every direction of B, including pseudo-gradients and their averages, becomes that direction times M.
+Adam's first moments are rotated by M exactly. Its second moments belong to single values; they are rotated by the
+squares of M (`server_optimizers`). If the memory began anew each round, Adam would be left with the signs of one noised
+round. If A trains too, its memory begins anew: A is multiplied from the left, by a matrix that grows with B.
 """
 
 from __future__ import annotations
@@ -18,19 +18,25 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from fedlora.adapters import AdapterLayout
 from fedlora.algebra import Factors, reorthogonalize
 from fedlora.plan import Tensors
 
-from . import Refactored
+from . import Refactored, Refactorization
 
 
 @dataclass(frozen=True)
-class Svd:
-    """Attributes:
-    warmup: rounds at the start after which nothing is refactorised.
-    period: from then on, refactorise after every `period`-th round (paper: 1).
+class Svd(Refactorization):
+    """The thin SVD, applied after every `period`-th round.
+
+    Attributes:
+        period: The number of rounds from one refactorisation to the next (paper: 1).
+        warmup: The number of rounds at the start that are not counted and not followed by a refactorisation.
+
+    Raises:
+        ValueError: `warmup` is negative, or `period` is below 1.
     """
 
     period: int = 1
@@ -42,6 +48,7 @@ class Svd:
             raise ValueError(f"warmup is {self.warmup} and period is {self.period}; warmup must be at least 0, "
                              "period 1")
 
+    @override
     def check(self, layout: AdapterLayout) -> None:
         factors = [spec for spec in layout.state if spec.group == "adapter"]
         if other := [spec.name for spec in factors if not spec.name.endswith((".A", ".B"))]:
@@ -52,9 +59,11 @@ class Svd:
             raise ValueError(f"rank {layout.rank} exceeds the smaller side of an adapted layer, {min(sides)}: A cannot "
                              "have orthonormal rows. Choose a smaller --rank")
 
+    @override
     def begin(self, layout: AdapterLayout, state: Tensors) -> Tensors:
         return {}
 
+    @override
     def apply(self, state: Tensors, layout: AdapterLayout, own: Tensors, round: int) -> Refactored:
         if round <= self.warmup or (round - self.warmup) % self.period:
             return Refactored(state, own)
@@ -63,16 +72,23 @@ class Svd:
         for module in layout.modules:
             after |= refactorise(state, module)
             A, rows = (tensors[f"{module}.A"].astype(np.float64) for tensors in (state, after))
-            if not np.array_equal(A, rows):  # B = 0 leaves them
+            if not np.array_equal(A, rows):  # they are equal where B = 0
                 factors |= {f"{module}.B": A @ rows.T, f"{module}.A": None}
         trained = {spec.name for spec in layout.trained}
         return Refactored(after, own, {name: factor for name, factor in factors.items() if name in trained})
 
 
 def refactorise(state: Tensors, module: str) -> Tensors:
-    """The module's B (d_out, r) and A (r, d_in) with the same product and orthonormal rows of A; B = 0 changes nothing.
+    """Refactorise one module's B (d_out, r) and A (r, d_in), so that A has orthonormal rows and B A stays the same.
 
-    Computed in float64, returned in the state's dtype.
+    Where B = 0, nothing changes. The computation is in float64.
+
+    Args:
+        state: The state.
+        module: The module's name.
+
+    Returns:
+        The module's new B and A by name, in the state's dtype.
     """
     B, A = state[f"{module}.B"], state[f"{module}.A"]
     factors = reorthogonalize(Factors(B=torch.tensor(B, dtype=torch.float64), A=torch.tensor(A, dtype=torch.float64)))

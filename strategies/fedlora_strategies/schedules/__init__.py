@@ -1,7 +1,8 @@
-"""What changes from round to round: one file each, whose `SCHEDULE` is a frozen `Schedule`.
+"""Schedules, which say what changes from round to round: each file of this folder is one.
 
-A schedule sees the server's state alone, so that all it does is post-processing. Noise, sampling rate, clip norm and
-steps never depend on it.
+A file defines `SCHEDULE`, a frozen dataclass that fits the protocol `Schedule`. A schedule sees nothing but the
+server's state, so everything it does is post-processing. Noise, sampling rate, clip norm and the number of steps never
+depend on it.
 """
 
 from __future__ import annotations
@@ -15,29 +16,35 @@ from fedlora.plan import Tensors
 
 
 class Schedule(Protocol):
-    """What trains when; a frozen dataclass whose fields, numbers, are its options.
+    """A plan of what trains in which round. It is a frozen dataclass whose fields are numbers: the user's options.
 
     Attributes:
-        refreshes_frozen: whether `between` changes the adapters' frozen tensors, which then travel again.
+        refreshes_frozen: Whether `between` changes the adapters' frozen tensors, so that they must be sent again.
     """
 
     refreshes_frozen: ClassVar[bool]
 
     def trains(self, round: int, layout: AdapterLayout) -> frozenset[str]:
-        """Names of the trained tensors that clients train and upload in this round, counted from 1; empty for all.
+        """Return the names of the trained tensors that clients train and upload in a round; empty for all.
 
-        The others are sent to them and stay as they are.
+        Clients are sent the others too, and keep them as they are.
+
+        Args:
+            round: The round's number, from 1.
+            layout: The adapters' tensors.
         """
 
     def begin(self, layout: AdapterLayout, state: Tensors) -> Tensors:
-        """The memory before the first round."""
+        """Return the memory before the first round."""
 
     def between(self, state: Tensors, layout: AdapterLayout, own: Tensors, round: int,
                 rng: np.random.Generator) -> tuple[Tensors, Tensors]:
-        """The state and the memory that the next round starts from.
+        """Return the state and the memory that the next round starts from.
 
         Args:
-            state: after the server step of `round`.
-            own: its memory.
-            rng: the same for the same seed and round.
+            state: The state after the server step of `round`.
+            layout: The adapters' tensors.
+            own: The schedule's memory.
+            round: The number of the round that is over.
+            rng: Random numbers that depend on nothing but the run's seed and the round.
         """

@@ -1,10 +1,12 @@
-"""What is done with the mean at the server: one file each, whose `OPTIMIZER` is a frozen `ServerOptimizer`.
+"""Server optimizers, which apply the mean of the uploads to the server's tensors: each file of this folder is one.
 
-Reddi et al., Adaptive Federated Optimization, ICLR 2021, arXiv:2003.00295: the mean of what clients moved is the
-negative gradient, up to a factor, of the loss of all of them, and an optimiser at the server takes it as that.
+A file defines `OPTIMIZER`, a frozen dataclass that fits the protocol `ServerOptimizer`.
+
+Reddi et al., Adaptive Federated Optimization, ICLR 2021, arXiv:2003.00295: the mean change of the clients' tensors is,
+up to a factor, the negative gradient of their common loss. A server optimizer uses it as such.
 
 Paper    Here       Meaning
-x_t      values     the trained tensors that the server keeps; without rounding, also where bf16 travels
+x_t      values     the trained tensors as the server holds them: not rounded, also in a bf16 run
 Δ_t      gradient   mean of the uploads − what clients were sent: the pseudo-gradient, pointing downhill
 η        lr         the server's learning rate
 """
@@ -20,32 +22,37 @@ from fedlora.plan import Tensors
 
 
 class ServerOptimizer(Protocol):
-    """An optimiser at the server; a frozen dataclass whose fields, numbers, are its options, `lr` among them.
+    """A server optimizer. It is a frozen dataclass whose fields are numbers: the user's options, `lr` among them.
 
-    Memory is named "<moment>/<tensor>", float64, and kept over rounds and in the checkpoint. A tensor without a
-    pseudo-gradient, for it did not train in this round, keeps its memory as it was.
+    Its memory is float64 arrays named "<moment>/<tensor>", which are kept from round to round and in checkpoints. The
+    memory of a tensor that did not train in a round stays as it is.
 
     Attributes:
-        moments: name → of which power of the pseudo-gradient it is an average; 0 for a count of the tensor's steps.
+        moments: Name of a moment → the power of the pseudo-gradient that it averages; 0 for a count of the tensor's
+            steps.
     """
 
     moments: ClassVar[Mapping[str, int]]
 
     def begin(self, trained: Tensors) -> Tensors:
-        """The memory before the first round."""
+        """Return the memory before the first round."""
 
     def step(self, gradient: Tensors, own: Tensors, progress: float) -> tuple[Tensors, Tensors]:
-        """What is added to the values, and the next memory.
+        """Take one step.
 
         Args:
-            gradient: name → pseudo-gradient, float64.
-            own: the memory.
-            progress: share of the planned rounds that are over, in [0, 1).
+            gradient: Tensor name → pseudo-gradient, float64.
+            own: The memory.
+            progress: The share of the planned rounds that are over, in [0, 1).
+
+        Returns:
+            The changes to add to the values, and the next memory.
         """
 
     def turn(self, own: Tensors, factors: Mapping[str, np.ndarray | None]) -> Tensors:
-        """The memory once a refactorisation has changed the coordinates of trained tensors.
+        """Return the memory in new coordinates, after a refactorisation of trained tensors.
 
         Args:
-            factors: name → M where the tensor W is W M now, or None where its memory must begin anew.
+            own: The memory.
+            factors: Tensor name → the matrix M that takes the tensor W to W M, or None if its memory must begin anew.
         """

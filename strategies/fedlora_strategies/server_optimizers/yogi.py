@@ -1,4 +1,4 @@
-r"""Yogi at the server (FedYogi): Adam whose second moment changes by no more than a round's Δ² at a time.
+r"""Yogi at the server (FedYogi): Adam whose second moment changes in each round by at most a share of that round's Δ².
 
 Reddi et al., ICLR 2021, arXiv:2003.00295, Algorithm 2; Zaheer et al., NeurIPS 2018.
 
@@ -6,8 +6,9 @@ Reddi et al., ICLR 2021, arXiv:2003.00295, Algorithm 2; Zaheer et al., NeurIPS 2
     v ← v − (1 − β₂) Δ² sign(v − Δ²)
     x ← x + η m / (√v + τ)
 
-Where gradients become small at once, Adam forgets v in 1 / (1 − β₂) rounds and steps far; Yogi's v falls by a small
-share of the small Δ². Start, correction of the bias and refactorisations are as in `adam`.
+If the gradients suddenly become small, Adam forgets v within 1 / (1 − β₂) rounds and then takes long steps. Yogi's v
+falls only by a small share of the small Δ². The start, the correction of the bias and refactorisations are those of
+`adam`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from typing_extensions import override
 
 from .adam import Adam
 
 
 @dataclass(frozen=True)
 class Yogi(Adam):
-    """Options and memory are Adam's."""
+    """The Yogi optimizer, with Adam's options and memory."""
 
+    @override
     def second(self, v: np.ndarray, square: np.ndarray) -> np.ndarray:
-        return v - (1 - self.beta2) * square * np.sign(v - square)
+        new: np.ndarray = v - (1 - self.beta2) * square * np.sign(v - square)
+        return new
 
 
 OPTIMIZER = Yogi
