@@ -73,6 +73,7 @@ class PerRecordOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no ty
         self.buffer = buffer
         self.noise = noise
         self._adjust = adjust
+        self._draw_goes_on = False  # whether the last step was skipped, so that the sum is still growing
         self._groups = _spans(buffer, scales)
         device = owned[0].device
         self._sum = torch.zeros(buffer.values, device=device,
@@ -210,6 +211,7 @@ class PerRecordOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no ty
             Whether the wrapped optimizer shall step.
         """
         ready = bool(super().pre_step(closure))
+        self._draw_goes_on = not ready
         if ready:
             self._checks.note_applied(self._sum, self._drawn_noise)
             self._drawn_noise = None
@@ -233,7 +235,7 @@ class PerRecordOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no ty
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Release the buffer, and after the last micro-batch of a draw forget the draw's sum."""
         self.buffer.disarm()
-        if not self._is_last_step_skipped:
+        if not self._draw_goes_on:
             self._sum.zero_()
         self.original_optimizer.zero_grad(set_to_none)
 
