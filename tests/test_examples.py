@@ -85,7 +85,7 @@ def test_what_a_server_app_exports_names_the_base_model_for_others_and_cuts_as_t
 
 @pytest.mark.parametrize(("values", "told"), [
     ({"ranks": 2}, "'ranks' is no value of a preset"), ({"rank": 0}, "rank"), ({"init": "nowhere"}, "nowhere"),
-    ({"init": "dp"}, "fedlora-server makes it"),
+    ({"init": "dp"}, "only fedlora-server can make"),
     ({"targets": ("nothing",)}, "nothing"), ({"labels": ("one",)}, "two labels")])
 def test_a_value_that_does_not_fit_is_told(values, told, checkpoint):
     with pytest.raises(ValueError, match=told):

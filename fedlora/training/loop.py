@@ -8,7 +8,7 @@ their gradients:
         for each group of units, for each micro-batch of the groups' records
             one pass through the model
             every client takes the gradients of its own records
-        every client finishes its step: noise, if it is private, and the optimiser
+        every client finishes its step: noise, if it is private, and the optimizer
 
 Clients share only the pass through the model. Each has its own sampler, random streams, gradient sum, noise, optimizer
 and runtime checks, whether it trains alone or beside others.

@@ -181,7 +181,7 @@ def read_train_messages(messages: Iterable[Message]) -> Iterator[tuple[Message, 
     decoded: dict[int, tuple[ArrayRecord, Tensors]] = {}
     for message in messages:
         if message.metadata.message_type != TRAIN:
-            raise ValueError(f"message type {message.metadata.message_type!r} is not carried; only {TRAIN!r} is")
+            raise ValueError(f"message type {message.metadata.message_type!r} is not supported; only {TRAIN!r} is")
         try:
             arrays, config = _records(message.content, ArrayRecord, ConfigRecord)
         except ValueError as error:

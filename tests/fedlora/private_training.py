@@ -1,4 +1,4 @@
-"""A trainer on a tiny model and a few records, and the clipped sum that it forms before noise."""
+"""A tiny model with its trainer, a few records, and the clipped sum that the trainer forms before noise."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from fedlora.training.trainer import Alone
 from tests.tiny import DECODERS, ENCODERS, VOCABULARY, tiny_checkpoint
 
 CASES = [(kind, "classification") for kind in (*ENCODERS, *DECODERS)] + [(kind, "causal-lm") for kind in DECODERS]
-"""Every model type with every task that it can do."""
+"""Every model type with each task that it supports."""
 
 LENGTHS = (9, 5, 12, 7, 8, 3, 20, 11)
-"""Of the test records: several lengths, some padded, some exactly filling their bucket."""
+"""The lengths of the test records: different ones, some padded, some exactly as long as their padded length."""
 
 
 def plan(family: str = "lora", task: str = "classification", **changes: object) -> RunPlan:
@@ -57,7 +57,7 @@ def loaded(kind: str, task: str) -> LoadedModel:
 def make_trainer(kind: str, run: RunPlan, *, precision: str = "fp32", micro_batch: int | None = None,
                  model: LoadedModel | None = None,
                  device: str = "cpu", compiled: bool = False) -> Trainer:
-    """A trainer whose trained and frozen tensors are all random and not small, so that no gradient is 0."""
+    """Make a trainer whose trained and frozen tensors are all random and not small, so that no gradient is 0."""
     model = model or loaded(kind, run.task)
     adapted = attach(model, family=run.family, rank=run.rank, alpha=run.alpha, dropout=run.dropout,
                      targets=automatic_targets(model.model), train_head=run.train_head, options=run.family_options,
@@ -71,7 +71,7 @@ def make_trainer(kind: str, run: RunPlan, *, precision: str = "fp32", micro_batc
 
 @dataclass(frozen=True)
 class Given:
-    """Streams by purpose, whatever the round."""
+    """Fixed streams for each purpose, the same in every round."""
 
     sampling: RandomStream
     noise: RandomStream | None = None
@@ -84,13 +84,13 @@ class Given:
 
 def job_of(run: RunPlan, records: Records, *, sampling_rate: float, noise_multiplier: float | None, clip_norm: float,
            sampling: RandomStream, noise: RandomStream | None = None, **more) -> TrainingJob:
-    """A training from the tensors that the model holds."""
+    """Make a training task that starts from the tensors that the model holds."""
     return TrainingJob(run, records, None, sampling_rate, noise_multiplier, clip_norm, Given(sampling, noise), **more)
 
 
 def make_records(trainer: Trainer, *, count: int = len(LENGTHS), seed: int = 1,
                  lengths: Sequence[int] = LENGTHS) -> Records:
-    """Random tokens, which is all that a gradient needs; half of a language model's tokens are prompt."""
+    """Make records of random tokens, which is all that a gradient needs. A language model's are half prompt."""
     generator = np.random.default_rng(seed)
     lengths = [lengths[i % len(lengths)] for i in range(count)]
     tokens = [generator.integers(10, VOCABULARY, size=n).tolist() for n in lengths]
@@ -109,7 +109,7 @@ def make_optimizer(trainer: Trainer, run: RunPlan, *, noise_multiplier: float = 
 
 
 def clipped_sum(trainer: Trainer, run: RunPlan, records: Records, indices, owners=None) -> torch.Tensor:
-    """[values] float64: what the noise would be added to if exactly these records, of these units, were drawn."""
+    """Return the sum before noise, [values] float64, if exactly these records of these units were drawn."""
     trainer.show_batch_invariance(run)
     optimizer = make_optimizer(trainer, run)
     adapted = trainer.adapted
@@ -121,7 +121,7 @@ def clipped_sum(trainer: Trainer, run: RunPlan, records: Records, indices, owner
 
 
 def per_record_rows(trainer: Trainer, records: Records, indices) -> torch.Tensor:
-    """[records, values]: gradients as the buffer holds them, in the order of `indices`."""
+    """Return the gradients as the buffer holds them, [records, values], in the order of `indices`."""
     indices = np.asarray(indices, dtype=np.int64)
     rows = torch.empty(len(indices), trainer.buffer.values)
     for length, places in trainer.micro_batches(records, indices):
@@ -137,7 +137,7 @@ def per_record_rows(trainer: Trainer, records: Records, indices) -> torch.Tensor
 
 
 def brute_force_row(trainer: Trainer, records: Records, index: int) -> torch.Tensor:
-    """[values]: the same gradient from plain autograd, of the record alone and without any padding."""
+    """Return the same gradient, [values], from plain autograd on the record alone and without padding."""
     batch = trainer.task.collate(records, np.array([index]), int(records.lengths[index]))
     loss = trainer.task.per_record_loss(trainer.adapted.model, batch).sum()
     gradients = torch.autograd.grad(loss, [slot.parameter for slot in trainer.buffer.slots])

@@ -1,4 +1,4 @@
-"""A record's gradient does not depend on its companions, their number or its place, whatever tensors a server sends."""
+"""A record's gradient does not depend on the other records or on its place, whatever tensors a server sends."""
 
 import json
 import subprocess
@@ -73,7 +73,7 @@ def test_the_check_leaves_the_tensors_as_they_were():
 
 
 def spoilt(trainer, monkeypatch, spoil):
-    """The trainer's losses, of rows that stand in micro-batches as (losses, batch) → losses."""
+    """Return the trainer with its losses changed by `spoil`: (losses, batch) → losses."""
     loss = trainer.task.per_record_loss
     monkeypatch.setattr(trainer.task, "per_record_loss", lambda model, batch: spoil(loss(model, batch), batch))
     return trainer

@@ -1,4 +1,4 @@
-"""Devices and number formats that "auto" stands for."""
+"""The devices and number formats that "auto" selects."""
 
 import pytest
 

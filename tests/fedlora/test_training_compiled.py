@@ -1,4 +1,4 @@
-"""Compiled blocks train as the model's own; that they are compiled well is for a GPU (`test_training_graphs`)."""
+"""Compiled blocks train like the model's own. (`test_training_graphs` tests on a GPU that they are compiled well.)"""
 
 import pytest
 import torch
@@ -33,8 +33,10 @@ def test_rounds_of_compiled_blocks_are_those_of_the_models_own(kind, task):
 
 
 def test_later_blocks_need_no_more_versions(monkeypatch, tmp_path):
-    """Each version counts towards a limit, beyond which PyTorch compiles no more. The first block has one of its own,
-    as no gradient leaves it.
+    """Check that a model with more blocks compiles no more versions.
+
+    PyTorch stops compiling beyond a limit on versions. The first block has a version of its own, because no gradient
+    leaves it.
     """
     run = plan("lora", local_steps=1)
     versions = []

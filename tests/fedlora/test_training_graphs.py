@@ -1,7 +1,7 @@
-"""Passes that are recorded once for each shape and replayed end where passes that are run each time end.
+"""Passes that are recorded once for each shape and then replayed give the same result as passes run each time.
 
-Without a GPU the recording is played by one that computes again on the memory that it was recorded with: what is copied
-where, what is shown to the buffer and what stays of a recording are then tested on any machine.
+Without a GPU, a substitute plays the recording: it computes again on the memory that was recorded. So what is copied
+where, what the buffer is shown, and what a recording leaves behind are tested on any machine.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no 
 
 
 def played(compute):
-    """A recording on a CPU."""
+    """Record on a CPU: return a replay that computes again, and the losses."""
     compute()  # warms up, and leaves gradients behind
     losses = compute().clone()
     return lambda: losses.copy_(compute()), losses
@@ -73,7 +73,8 @@ def test_one_trainer_may_train_with_and_without_privacy_by_turns():
 def test_what_a_graph_reads_is_this_batchs_mask_and_segments_and_no_other():
     run = plan(local_steps=2)
     trainers = [make_trainer("bert", run, micro_batch=1), graphed_trainer("bert", run, micro_batch=1)]
-    records = make_records(trainers[0], lengths=(9, 16, 12, 32, 20, 32, 16, 7))  # some fill what others are padded to
+    # some records are exactly as long as the length that others are padded to
+    records = make_records(trainers[0], lengths=(9, 16, 12, 32, 20, 32, 16, 7))
     random = np.random.default_rng(0)
     records = dataclasses.replace(records, segments=random.integers(0, 2, len(records.tokens), dtype=np.uint8))
     assert_same(*(train(trainer, run, records, rate=1.0) for trainer in trainers))
@@ -135,7 +136,7 @@ def test_cuda_graphs_are_recorded_and_train_as_without(kind, task, precision, co
         start = trainers[0].adapted.read("trained")
         trainers[1].adapted.write(start)
         one, other = (train(trainer, run, records, sigma, key) for trainer in trainers)
-        if compiled and precision == "bf16":  # fused, less is rounded to bf16
+        if compiled and precision == "bf16":  # fused operations round less to bf16
             moved, by = (np.concatenate([(result.tensors[name] - start[name]).ravel() for name in start])
                          for result in (one, other))
             assert np.linalg.norm(moved - by) <= 0.25 * np.linalg.norm(by)

@@ -1,4 +1,4 @@
-"""Clients that train in lockstep end where each would end alone."""
+"""Clients that train in lockstep get the same result as when each trains alone."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from tests.families import FAMILIES
 from tests.fedlora.private_training import CASES, make_records, make_trainer, plan
 
 COUNTS = (12, 5, 9)
-"""Records of the clients."""
+"""The records of each client."""
 
 
 def make(kind="bert", task="classification", *, family="lora", units=False, **changes):
@@ -25,7 +25,7 @@ def make(kind="bert", task="classification", *, family="lora", units=False, **ch
 
 
 def training(trainer, run, number, units=False):
-    """Of one client: its own records, trained tensors, sampling rate, clip norm and streams."""
+    """Make one client's task, with its own records, trained tensors, sampling rate, clip norm and streams."""
     records = make_records(trainer, count=COUNTS[number], seed=number)
     if units:
         records = dataclasses.replace(records, units=np.arange(COUNTS[number]) // 3)

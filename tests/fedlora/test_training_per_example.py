@@ -1,4 +1,4 @@
-"""Per-record gradients against a brute-force loop and against Opacus' hooks."""
+"""Per-record gradients compared with a brute-force loop and with Opacus' hooks."""
 
 import numpy as np
 import pytest
@@ -39,8 +39,8 @@ def test_every_row_is_what_opacus_hooks_compute(kind, task, family):
     records = make_records(trainer)
     indices = np.arange(len(records))
     rows = per_record_rows(trainer, records, indices)
-    for layer in plain_layers(trainer.adapted):  # Opacus knows no subclasses
-        layer.train()  # and records nothing in evaluation mode
+    for layer in plain_layers(trainer.adapted):  # Opacus does not handle subclasses
+        layer.train()  # Opacus records nothing in evaluation mode
     hooked = GradSampleModule(trainer.adapted.model, loss_reduction="sum", strict=False)
     for length, part in trainer.micro_batches(records, indices):
         trainer.task.per_record_loss(hooked, trainer.task.collate(records, part, length)).sum().backward()
@@ -110,7 +110,7 @@ def test_a_tensor_that_no_gradient_reaches_is_noticed():
 @pytest.mark.parametrize("values", [1, 255, 256, 1000, 3_000_000])
 @pytest.mark.parametrize("size", [1.0, 1e-12, 1e-22, 1e-30, 1e15])
 def test_norms_are_right_however_many_and_however_small_the_values_are(values, size):
-    """Float32's own sum of a million equal squares is 5e-4 too small, and squares of 1e-23 are 0 there."""
+    """Float32's own sum of a million equal squares is 5e-4 too small, and the squares of 1e-23 are 0 in it."""
     rows = torch.stack([torch.full((values,), 0.3), torch.randn(values), torch.zeros(values)]) * size
     rows[1, 0] = 0
     expected = torch.linalg.vector_norm(rows.double(), dim=1)

@@ -1,4 +1,4 @@
-"""Each runtime check with the fault that it is for, really made; and what looks like a fault and is none."""
+"""Each runtime check finds the fault that it is for, and stays silent where something only looks like a fault."""
 
 import dataclasses
 import re
@@ -36,7 +36,7 @@ def _alarm(trainer, run, records, said, **options):
 
 
 def _told(trainer, run, records, said, caplog):
-    """It is in the local log, and what is released does not depend on it."""
+    """Check that the fault is in the local log, and that the round releases its result all the same."""
     result = _train(trainer, run, records)
     assert result.steps == run.local_steps and all(np.isfinite(array).all() for array in result.tensors.values())
     assert re.search(said, caplog.text)
@@ -53,7 +53,7 @@ def private(request):
 
 
 def _faulty(monkeypatch, **methods):
-    """From now on trainers use an optimizer with these methods."""
+    """Make trainers use an optimizer with these methods from now on."""
     monkeypatch.setattr(trainer_module, "PerRecordOptimizer", type("Faulty", (PerRecordOptimizer,), methods))
 
 
@@ -205,14 +205,14 @@ def test_a_small_deviation_of_the_noise_is_found_over_the_run_and_right_noise_is
             tampered.adapted.write(start)
             _train(tampered, run, records, rate=0.5, key=key, noise=Tampered(bytes([key]) * 32))
             rounds += 1
-    assert rounds >= 1  # one round's values would not have shown it
+    assert rounds >= 1  # a single round's noise would not have shown it
 
 
 # gradients
 
 @pytest.fixture(params=[False, True], ids=["at once", "at the end"])
 def reading(request, monkeypatch):
-    """When what was noted is read: as without a GPU, and as with one."""
+    """Have the measurements read at once, as on a CPU, or at the end of the round, as on a GPU."""
     make = GradientCheck.__init__
 
     def __init__(self, *given):
@@ -223,7 +223,7 @@ def reading(request, monkeypatch):
 
 
 def _module_of(trainer, factor):
-    """The first adapted module with this factor, and the factor's parameter."""
+    """Return the name of this factor in the first adapted module, and its parameter."""
     name = next(spec.name for spec in trainer.adapted.layout.trained if spec.name.endswith(f".{factor}"))
     return name, trainer.adapted.parameter(name)
 
@@ -294,7 +294,7 @@ def test_a_has_no_gradient_while_b_is_zero_and_that_is_no_fault(caplog):
     assert not any(total[slot.columns].any() for slot in trainer.buffer.slots if id(slot.parameter) in a)
     assert _train(trainer, run, records).steps == 1
 
-    # after a step B is not zero any more, and a missing gradient of A is one
+    # after a step B is not zero any more, so a missing gradient of A is a fault
     name, parameter = _module_of(trainer, "A")
     write = trainer.buffer.write
     trainer.buffer.write = lambda one, values: write(one, values * (one is not parameter))
@@ -323,7 +323,7 @@ def test_texts_with_nothing_to_attend_to_give_queries_no_gradient_and_that_is_no
     total = clipped_sum(trainer, run, records, range(3))
     queries = [slot for slot in trainer.buffer.slots if "q_proj" in names[id(slot.parameter)]]
     assert queries and all(total[slot.columns].norm() < 1e-6 * total.norm() for slot in queries)
-    write = trainer.buffer.write  # nor would there be an alarm if rounding left exactly 0
+    write = trainer.buffer.write  # no alarm either if rounding left exactly 0
     trainer.buffer.write = lambda one, values: write(
         one, values * (one not in {slot.parameter for slot in queries}))
     assert _train(trainer, run, records).steps == 1
@@ -344,7 +344,7 @@ def test_rounds_of_single_short_records_raise_no_alarm(kind, task, family):
 # frozen tensors
 
 class _Decay(torch.optim.SGD):
-    """Shrinks tensors that are none of its own."""
+    """An optimizer that also shrinks tensors that it does not own."""
 
     def __init__(self, parameters, lr, *, others, in_data):
         super().__init__(parameters, lr=lr)

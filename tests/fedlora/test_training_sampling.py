@@ -1,4 +1,4 @@
-"""Poisson sampling, and the layout of what was drawn."""
+"""Poisson sampling, and the split of drawn records into micro-batches."""
 
 import numpy as np
 import pytest

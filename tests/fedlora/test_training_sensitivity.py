@@ -1,7 +1,7 @@
-"""What the noise covers: how far one unit of privacy can move the sum, over thousands of random pairs of neighbours.
+"""The sensitivity that the noise must cover: how far one unit of privacy can move the clipped sum.
 
-For each pair both sums are computed from the start, by the trainer's own path: without the unit, the others stand in
-other places of other micro-batches.
+It is measured over thousands of random pairs of neighbours. For each pair both sums are computed from the start, by the
+trainer's own code: without the unit, the other records stand at other places of other micro-batches.
 """
 
 import numpy as np
@@ -14,15 +14,16 @@ from tests.fedlora.private_training import clipped_sum, make_trainer, plan
 from tests.tiny import VOCABULARY
 
 UNITS, PRESENT = 6, 5
-"""Of a random draw, all 2^6 subsets of 6 units are summed, beside 5 units that are always there: that makes 6 · 2^5
-pairs of neighbours."""
+"""The number of units that are drawn or not, and of those that are always drawn.
+
+All 2^6 subsets of the 6 units are summed, each beside the 5 others. That makes 6 · 2^5 pairs of neighbours."""
 
 
 def random_draw(trainer, rng, unit):
-    """(records, owners) of a draw; lengths, tokens, labels and answers are random, as are the rows of a unit."""
+    """Return (records, owners) of a draw with random lengths, tokens, labels, answers and numbers of rows in a unit."""
     sizes = np.ones(UNITS + PRESENT, dtype=int) if unit == "row" else rng.integers(1, 5, size=UNITS + PRESENT)
     owners = np.repeat(np.arange(UNITS + PRESENT), sizes)
-    lengths = rng.integers(5, rng.choice([9, 13]), size=len(owners))  # of one padded length, or two
+    lengths = rng.integers(5, rng.choice([9, 13]), size=len(owners))  # one padded length, or two
     tokens = [rng.integers(10, VOCABULARY, size=n).tolist() for n in lengths]
     pad = trainer.task.tokenizer.pad_token_id
     if trainer.task.name == "classification":
@@ -31,14 +32,14 @@ def random_draw(trainer, rng, unit):
 
 
 def sum_of(trainer, run, records, owners, units, unit):
-    """The clipped sum if exactly these units are drawn."""
+    """Return the clipped sum if exactly these units are drawn."""
     indices = np.flatnonzero(np.isin(owners, units))
     numbers = np.unique(owners[indices], return_inverse=True)[1]
     return clipped_sum(trainer, run, records, indices, None if unit == "row" else numbers)
 
 
 def movements(kind, family, task, unit, precision, rng):
-    """|S - S'| / C of every pair of neighbours of one draw."""
+    """Return |S - S'| / C for every pair of neighbours of one draw."""
     trainer = make_trainer(kind, plan(family, task), precision=precision, micro_batch=[None, 9][rng.integers(2)])
     run = plan(family, task, clip_norm=float(10 ** rng.uniform(-1.5, 0.5)), adapter_scale=float(2 ** rng.normal()),
                head_scale=float(2 ** rng.normal()))
@@ -58,11 +59,11 @@ def test_one_unit_moves_the_sum_by_at_most_the_clip_norm(kind, task, unit, preci
     moved = np.array([one for family in FAMILIES for one in movements(kind, family, task, unit, precision, rng)])
     print(f"{len(moved)} pairs of {unit}s, {task}, {precision}: at most {moved.max():.6f} clip norms")
     assert moved.max() <= 1
-    assert (moved > 0.999).mean() > 0.2  # the bound is met, not just kept
+    assert (moved > 0.999).mean() > 0.2  # the bound is reached, so the test is not vacuous
 
 
 def test_the_test_sees_patients_that_are_clipped_by_row():
-    """As if each row of a patient were clipped, and then summed: sensitivity up to k·C."""
+    """Clip each row of a patient, and then sum: the sensitivity rises up to k·C, and the measurement shows it."""
     run = plan("lora", clip_norm=0.01)
     trainer = make_trainer("bert", run)
     records, owners = random_draw(trainer, np.random.default_rng(0), "patient")

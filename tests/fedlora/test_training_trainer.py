@@ -1,4 +1,4 @@
-"""The private step: sensitivity, noise, and what does not matter; and the non-private step beside it."""
+"""The private step: its sensitivity, its noise and what must not change it; and the step without privacy."""
 
 import shutil
 from contextlib import nullcontext
@@ -40,7 +40,7 @@ def _train(trainer, run, records, *, rate=0.5, sigma=1.0, key=1, **options):
 
 
 def _flat(trainer, tensors):
-    """Trained tensors as one vector in the order of the buffer's columns."""
+    """Return the trained tensors as one vector, in the order of the buffer's columns."""
     names = {id(parameter): spec.name for spec, parameter in trainer.adapted.trained_parameters()}
     return np.concatenate([tensors[names[id(slot.parameter)]].ravel() for slot in trainer.buffer.slots])
 
@@ -64,7 +64,7 @@ def test_the_sum_is_that_of_scaled_gradients_clipped_once_as_whole_vectors(kind,
         g = brute_force_row(trainer, records, i).double() * scale
         expected += g * min(1.0, 0.7 / g.norm().item())
     error = (clipped_sum(trainer, run, records, range(len(records))) - expected).norm() / expected.norm()
-    assert error < 3e-5  # of which 1e-5 is the margin below the clip norm
+    assert error < 3e-5  # 1e-5 of it is the margin below the clip norm
 
 
 @pytest.mark.parametrize("clip_norm", [1e-3, 0.5, 1e4])
@@ -89,7 +89,7 @@ def test_a_clipped_record_uses_the_whole_clip_norm(private):
 @pytest.mark.parametrize("size", [1.0, 1e-24])
 @pytest.mark.parametrize("values", [10, 2_000_000])
 def test_no_share_is_above_the_clip_norm_whatever_the_server_chooses(clip_norm, scale, size, values):
-    """It names clip norm and scale, and sends tensors that make gradients as small as it likes."""
+    """A server chooses the clip norm and the scales, and can send tensors that make gradients as small as it likes."""
     parameter = torch.nn.Parameter(torch.zeros(values))
     buffer = GradientBuffer([(parameter, "adapter")])
     optimizer = PerRecordOptimizer(torch.optim.SGD([parameter], lr=1.0), buffer, scales={"adapter": scale},
@@ -264,7 +264,7 @@ def test_adapter_dropout_repeats_with_the_sampling_stream_and_ends_with_the_roun
     results = []
     for dropout in (0.5, 0.5, 0.0):
         trainer.adapted.write(start)
-        torch.rand(3)  # the state of torch's own generator does not matter
+        torch.rand(3)  # PyTorch's own random state must not matter
         results.append(_train(trainer, plan("lora", dropout=dropout, local_steps=2), records, sigma=None).tensors)
     assert not any(module.training for module in trainer.adapted.model.modules())
     assert all(np.array_equal(results[0][name], results[1][name]) for name in start if name in results[0])
@@ -331,7 +331,7 @@ def test_a_model_of_nonsense_is_refused_in_the_rehearsal():
 
 @pytest.mark.parametrize(("targets", "refused"), [(("value_proj",), False), (("query_proj", "value_proj"), True)])
 def test_deberta_gives_its_queries_rows_of_no_record(targets, refused, checkpoint, tmp_path):
-    """They are applied to the relative positions too."""
+    """DeBERTa applies its query layers to the relative positions too, whose rows belong to no record."""
     small = DebertaV2Config(vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                             intermediate_size=64, max_position_embeddings=64, relative_attention=True,
                             pos_att_type=["p2c", "c2p"], share_att_key=True, position_biased_input=False,

@@ -1,4 +1,4 @@
-"""Units of several records (patients, say) are drawn, averaged and clipped as one; rows as units are unchanged."""
+"""Units of several records (such as patients) are drawn, averaged and clipped as one; rows as units are unchanged."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ from tests.fedlora.private_training import (
 from tests.tiny import KINDS
 
 owners = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 3, 4])
-"""Units of 3, 2, 1, 5 and 1 of the twelve records, whose lengths fall in several buckets."""
+"""Units of 3, 2, 1, 5 and 1 of the twelve records, whose lengths fall into several padded lengths."""
 
 
 def _train(trainer, run, records, *, rate=0.5, sigma=1.0, key=1, **options):
@@ -41,7 +41,7 @@ def _sum_of(trainer, run, records):
 
 @pytest.fixture(params=FAMILIES)
 def patients(request):
-    """(trainer, plan, records with units)"""
+    """Return (trainer, plan, records with units)."""
     run = plan(request.param)
     trainer = make_trainer("bert", run)
     records = make_records(trainer, count=len(owners))
@@ -61,7 +61,7 @@ def test_the_sum_is_that_of_the_units_mean_gradients_each_clipped_once(kind, tas
         g = torch.stack(rows).mean(0) * scale
         expected += g * min(1.0, clip_norm / g.norm().item())
     error = (_sum_of(trainer, run, records) - expected).norm() / expected.norm()
-    assert error < 3e-5  # of which 1e-5 is the margin below the clip norm
+    assert error < 3e-5  # 1e-5 of it is the margin below the clip norm
 
 
 def test_a_unit_uses_the_clip_norm_once_however_many_records_it_has(patients):
@@ -193,7 +193,7 @@ def test_units_of_one_record_each_are_rows(patients):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("micro_batch", [None, 3])
 def test_a_run_by_rows_is_bit_for_bit_the_steps_written_out(patients, micro_batch, precision):
-    """As if there were no units but rows."""
+    """A run in which each row is a unit equals the steps written out as if there were no units."""
     run = plan(patients[1].family, local_steps=4)
     trainer = make_trainer("bert", run, micro_batch=micro_batch, precision=precision)
     records = make_records(trainer, count=24)
@@ -253,7 +253,7 @@ def test_a_units_gradient_has_the_same_bits_whatever_the_others_are():
     trainer, run = make_trainer("bert", plan("lora")), plan("lora")
     generator = torch.Generator().manual_seed(0)
     own = torch.randn(3, trainer.buffer.values, generator=generator)
-    own[2] = -own[:2].sum(0) * (1 + 1e-6)  # what is left is rounding for the most part
+    own[2] = -own[:2].sum(0) * (1 + 1e-6)  # the rest is mostly rounding
 
     def gathered(before, after):
         optimizer = make_optimizer(trainer, run)

@@ -1,6 +1,7 @@
-"""A reduction, an optimiser at the server, a schedule and a recipe are one new file each; a strategy is none of ours.
+"""A new reduction, server optimizer, schedule or recipe is one new file, and a strategy may come from outside.
 
-The toys are put into a copy of the packages, where the suites of their seams and runs of fedlora-simulate find them.
+The toys are put into a copy of the packages, where the test suites of their kinds and runs of fedlora-simulate find
+them.
 """
 
 import json
@@ -18,7 +19,7 @@ PLACES = {"median": "reductions", "signum": "server_optimizers", "alternating": 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Each toy among its kind, and beside the packages a module of somebody else's."""
+    """Return a tree with each toy among its kind, and with a module of somebody else's beside the packages."""
     (first, *others) = ((TOYS / f"{toy}.py", f"{OURS}/{seam}/{toy}.py") for toy, seam in PLACES.items())
     made = Tree.with_file(tmp_path_factory.mktemp("toys") / "tree", *first)
     for toy, place in others:
@@ -28,14 +29,14 @@ def tree(tmp_path_factory):
 
 
 def report_of(out, method):
-    """The report of a run, and its adapter."""
+    """Return the report of a run, and its adapter."""
     tensors = load_file(out / f"{method}-seed0" / "adapter" / "adapter_model.safetensors")
     assert tensors and all(np.isfinite(tensor).all() for tensor in tensors.values())
     return json.loads((out / f"{method}-seed0" / "report.json").read_text()), tensors
 
 
 def test_the_suites_of_their_seams_find_them_and_they_pass(tree):
-    """Among other things, a run with the recipe and the optimiser is taken up bit for bit."""
+    """The suites check, among other things, that a run with the recipe and the optimizer is resumed bit for bit."""
     suites = (f"tests/strategies/test_{seam}.py" for seam in PLACES.values())
     said = tree.passes(*suites, "-vv", "-k", "median or signum or alternating or fedavgm")
     for toy in PLACES:
@@ -52,7 +53,7 @@ def test_their_names_are_offered_and_their_options_known(tree, checkpoint, tmp_p
 
 
 def test_a_run_is_made_of_them(tree, tmp_path, checkpoint):
-    """A recipe that is found, with a start of its own, and an outside module's with a reduction that is; by workers."""
+    """One run is of a toy recipe with a start of its own, one of an outside module's strategy with a toy reduction."""
     tree.simulate("--strategy", "outside:Median,fedavgm-sb:weight", "--workers", 2, model=checkpoint("bert"),
                   out=tmp_path / "out")
     outside, _ = report_of(tmp_path / "out", "outside-Median")
@@ -70,7 +71,7 @@ def test_an_optimiser_is_chosen_by_its_name(tree, tmp_path, checkpoint):
 
 
 def test_a_schedule_has_clients_train_and_send_some_of_the_tensors(tree, tmp_path, checkpoint):
-    """In two rounds each is sent once: B and the head, then A."""
+    """In two rounds each trained tensor is sent once: B and the head in the first, A in the second."""
     tree.simulate("--strategy", "outside:Alternating", "--strategy-options", "period=1", model=checkpoint("bert"),
                   out=tmp_path / "out")
     report, tensors = report_of(tmp_path / "out", "outside-Alternating")

@@ -1,4 +1,4 @@
-"""What every recipe promises, over all that are found, and how a strategy is named and put together."""
+"""The promises of every installed recipe, and the ways to name and compose a strategy."""
 
 import dataclasses
 import sys
@@ -38,7 +38,7 @@ def test_it_is_a_flower_strategy_with_values_for_runs_with_privacy_and_without(n
 @every
 @pytest.mark.parametrize("optimizer", registry.keys(OPTIMIZERS))
 def test_a_run_with_an_optimiser_at_the_server_is_taken_up_bit_for_bit(name, optimizer, tmp_path):
-    """Whatever the recipe: its server is gone after the checkpoint of round 2 of 4, and another one goes on."""
+    """The server is lost after the checkpoint of round 2 of 4, and another one continues, for every recipe."""
     recipe = strategy_class(name).recipe.with_optimizer(optimizer, {"lr": 0.1, "decay": 0.5})
     whole = federation(strategy=name, recipe=recipe).run(clients_per_round=3)
     first = crashed(tmp_path, Crashing(finished=2), federation(strategy=name, recipe=recipe))
@@ -55,14 +55,14 @@ def test_moments_that_were_lost_would_show_and_are_refused(tmp_path):
     with pytest.raises(ValueError, match="another server step"):
         resumed(tmp_path, first, recipe=FedSVD.recipe.with_optimizer("momentum", {}))
     _, round, state, _ = checkpoint.load(tmp_path)
-    checkpoint.save(tmp_path, left.plan.run_id, round, state, {})  # as a version before would have left it
-    with pytest.raises(ValueError, match="none in it"):
+    checkpoint.save(tmp_path, left.plan.run_id, round, state, {})  # as an earlier version would have left it
+    with pytest.raises(ValueError, match="it holds none"):
         resumed(tmp_path, first, recipe=adam)
     assert resumed(tmp_path, first, recipe=FedSVD.recipe).ended == "finished"
 
 
 def test_momentum_moves_the_update_of_fedsvd_as_that_of_ffa_whose_coordinates_stay():
-    """The first moment is a direction: it goes along with every refactorisation, exactly. Six rounds."""
+    """The first moment is a direction, so it is rotated exactly by every refactorisation. Six rounds."""
     layout, generator = layout_of("frozen-a", head=False), np.random.default_rng(0)
     still, svd = (cls(plan_of(name), layout, recipe=cls.recipe.with_optimizer("momentum", {"lr": 0.5}))
                   for cls, name in ((FFALoRA, "ffa-lora"), (FedSVD, "fedsvd")))
@@ -70,7 +70,7 @@ def test_momentum_moves_the_update_of_fedsvd_as_that_of_ffa_whose_coordinates_st
     start = {key: np.linalg.qr(v.T)[0].T if key.endswith(".A") else v for key, v in start.items()}
     states, own = [start, start], [still.step.begin(start), svd.step.begin(start)]
     for number in range(1, 7):
-        moved = generator.standard_normal((7, 2))  # by the clients, in FFA-LoRA's coordinates
+        moved = generator.standard_normal((7, 2))  # the clients' change, in FFA-LoRA's coordinates
         for i, strategy in enumerate((still, svd)):
             reduced = {f"{m}.B": states[i][f"{m}.B"] + moved @ start[f"{m}.A"] @ states[i][f"{m}.A"].T
                        for m in layout.modules}
@@ -83,14 +83,14 @@ def test_momentum_moves_the_update_of_fedsvd_as_that_of_ffa_whose_coordinates_st
 
 @dataclasses.dataclass(frozen=True)
 class Alternating(Constant):
-    """A and the head in odd rounds, B in even ones; then everything is halved."""
+    """A schedule that trains A and the head in odd rounds and B in even ones, and then halves everything."""
 
     def trains(self, round, layout):
         return frozenset(spec.name for spec in layout.trained if spec.name.endswith(".B") == (round % 2 == 0))
 
 
 def alternating(clients=3, **changes):
-    """A strategy of its own, its engine with linear clients, and its start."""
+    """Return a strategy with a schedule of its own, its engine with linear clients, and its start."""
     chosen = strategy_class("fedavg-lora")
     plan, layout = plan_of("fedavg-lora", **changes), layout_of("lora")
     recipe = dataclasses.replace(chosen.recipe, schedule=Alternating()).with_optimizer("adam", {"lr": 0.1})
@@ -153,7 +153,8 @@ def test_a_schedule_that_names_what_does_not_train_is_told():
 
 def test_a_recipes_own_options_are_checked_where_they_are_given():
     assert FedSVD.recipe.with_options({"period": 3.0}).refactorization == Svd(period=3)
-    for options, told in (({"priod": 1}, "period, warmup"), ({"period": 0}, "period 1"), ({"period": 1.5}, "whole")):
+    for options, told in (({"priod": 1}, "period, warmup"), ({"period": 0}, "period at least 1"),
+                          ({"period": 1.5}, "whole")):
         with pytest.raises(ValueError, match=told):
             FedSVD.recipe.with_options(options)
     with pytest.raises(ValueError, match="no options of its own"):

@@ -1,4 +1,4 @@
-"""What every reduction promises, whatever it is: one suite over all that are found."""
+"""The promises of every reduction: one test suite over all that are installed."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_the_order_of_the_uploads_changes_nothing_but_rounding_and_the_same_orde
 
 
 def test_a_linear_one_needs_nothing_but_the_weighted_sum(name):
-    """Two uploads of one weighted sum stand for each other."""
+    """Two sets of uploads with the same weighted sum give the same result."""
     if not registry.load(REDUCTIONS, name).REDUCTION.linear:
         pytest.skip("it does not claim to be linear")
     tensors, weights = uploads(4), [1.0, 3.0, 2.0, 7.0]

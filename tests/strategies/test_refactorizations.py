@@ -1,4 +1,4 @@
-"""What every refactorisation promises, over all that are found, with adapters of every family that it serves."""
+"""The promises of every installed refactorisation, with adapters of every family that it works with."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def learned(layout, seed=0):
 
 
 def applied(name, layout, state, rounds=3):
-    """The result of so many rounds in which nothing is trained, and of the last one's factors."""
+    """Return the result of `rounds` rounds without training, and the factors of the last one."""
     part = registry.load(REFACTORIZATIONS, name).REFACTORIZATION()
     own, factors = part.begin(layout, state), {}
     for number in range(1, rounds + 1):
@@ -76,7 +76,7 @@ def test_the_same_state_gives_the_same_bits_and_is_not_written_to(name, family):
 
 @every
 def test_a_factor_takes_the_old_values_to_the_new_ones(name, family):
-    """So that an optimiser's moments, which are directions of the values, go along."""
+    """An optimizer's moments, which are directions of the values, can therefore be rotated along."""
     layout = layout_of(family)
     state = learned(layout)
     after, _, factors = applied(name, layout, state, rounds=1)

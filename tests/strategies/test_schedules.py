@@ -1,4 +1,4 @@
-"""What every schedule promises, over all that are found, with adapters of every family."""
+"""The promises of every installed schedule, with adapters of every family."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def same(one, other):
 
 @every
 def test_it_names_trained_tensors_alone_and_the_same_ones_whenever_it_is_asked(name, family):
-    """A server that takes up a run asks for a round in the middle first."""
+    """A server that resumes a run asks for a round in the middle first."""
     layout = layout_of(family)
     rounds = [made(name).trains(number, layout) for number in range(1, 9)]
     assert all(active <= {spec.name for spec in layout.trained} for active in rounds)

@@ -1,4 +1,4 @@
-"""Screening: what a client can have trained is taken, whatever the others do; what it cannot have is left out."""
+"""Screening accepts what a client can have trained, whatever the others send, and leaves out what none can have."""
 
 import dataclasses
 import math
@@ -74,7 +74,7 @@ def test_an_upload_says_why_it_is_left_out():
 
 @pytest.mark.parametrize("steps", [1, 2, 8, 40])
 def test_no_gradients_take_adamw_further_than_its_reach(steps):
-    """Those that take it furthest at the last step follow from the equality in Cauchy and Schwarz; and random ones."""
+    """The gradients that make the last step the longest follow from equality in Cauchy-Schwarz; others are random."""
     plan = plan_of("fedavg-lora", optimizer="adamw", local_steps=steps)
     layout = layout_of("lora")
     most = reach_of(plan, layout, plan.lr, 0.0).fixed / math.sqrt(layout.num_trained)
@@ -93,7 +93,7 @@ def test_no_gradients_take_adamw_further_than_its_reach(steps):
 
 @pytest.mark.parametrize("head_scale", [1.0, 3.5])
 def test_private_sgd_stays_within_its_reach_though_every_record_pulls_the_same_way(head_scale):
-    """Clipped sums of twice the expected batch, all in one direction, and noise of what is announced."""
+    """The clipped sums have twice the expected batch, all in one direction, and the noise is the announced one."""
     plan = plan_of("fedavg-lora", private=True, local_steps=4, expected_batch=64, head_scale=head_scale)
     layout, random = layout_of("lora"), np.random.default_rng(0)
     scales = np.concatenate([np.full(spec.size, {"head": head_scale}.get(spec.group, 1.0)) for spec in layout.trained])
@@ -133,7 +133,7 @@ def test_a_number_of_examples_counts_up_to_ten_times_what_is_usual(claimed):
 
 
 class Times(LinearSession):
-    """Sends its update times a factor, and claims to have so many examples."""
+    """A client that sends its update times a factor, and claims a number of examples."""
 
     def __init__(self, name, layout, factor=1.0, examples=None):
         super().__init__(name, layout)
@@ -220,7 +220,7 @@ def test_a_robust_reduction_is_given_what_screening_leaves_and_nothing_else():
 
 @dataclasses.dataclass(frozen=True)
 class Longest:
-    """Of each tensor, the upload that has the largest value in it: it needs them all together."""
+    """A reduction that takes for each tensor the upload with the largest value in it, and needs all uploads at once."""
 
     linear = False
 

@@ -1,4 +1,4 @@
-"""What every optimiser at the server promises, over all that are found; and each one's paper, where it differs."""
+"""The promises of every installed server optimizer, and each one's equations from its paper."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def tensors(seed, shapes=SHAPES):
 
 
 def steps(optimizer, gradients, own=None):
-    """What each of the gradients adds, and the memory after the last."""
+    """Return the change for each of the gradients, and the memory after the last."""
     own, changes = optimizer.begin(tensors(0)) if own is None else own, []
     for gradient in gradients:
         change, own = optimizer.step(gradient, own, progress=0.0)
@@ -49,7 +49,7 @@ def combined(name, state, reduced, sent=None, **options):
 
 @every
 def test_what_came_back_as_it_was_sent_leaves_the_state(name):
-    """Also where what was sent is rounded, and the server's own is not."""
+    """This also holds where what is sent is rounded and the server's own tensors are not."""
     state = start_of(layout_of("frozen-a"), 0)
     trained = {spec.name: state[spec.name] for spec in layout_of("frozen-a").trained}
     rounded = {key: array + np.float32(1e-3) for key, array in trained.items()}
@@ -97,7 +97,7 @@ def test_a_tensor_that_did_not_train_keeps_its_memory(name):
 
 @every
 def test_it_commutes_with_a_change_of_coordinates_that_permutes_and_flips(name):
-    """After it, steps are those of an optimiser that was in the new coordinates from the first round on."""
+    """The steps after the change are those of an optimizer that was in the new coordinates from the first round on."""
     M = np.array([[0.0, -1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     first, second = tensors(1), tensors(2)
     _, own = steps(made(name), [first])
@@ -177,7 +177,7 @@ def test_torchs_optimiser_takes_the_same_steps(name, options, reference):
 
 @pytest.mark.parametrize("name", ["adam", "yogi"])
 def test_adam_and_yogi_are_the_papers_recurrences_value_by_value(name):
-    """Reddi et al., Algorithm 2, with v at τ² before the first round and no correction of the bias."""
+    """Reddi et al., Algorithm 2, with v at τ² before the first round and without correction of the bias."""
     optimizer = made(name, lr=0.1, beta1=0.8, beta2=0.9, tau=0.01)
     gradients = [0.5, -0.2, 0.001, 0.3]
     changes, _ = steps(optimizer, [{"head": np.full(4, gradient)} for gradient in gradients])

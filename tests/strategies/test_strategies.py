@@ -1,4 +1,4 @@
-"""What the server steps do to the update, stated as theorems."""
+"""The effect of the strategies' server steps on the update, stated as theorems."""
 
 import inspect
 import itertools
@@ -30,7 +30,7 @@ MODULE = "layer.0.q"
 
 
 def federation(name, clients=4, **changes):
-    """An engine with linear clients, the strategy, and a start that has learned something (so that no factor is 0)."""
+    """Return an engine with linear clients, the strategy, and a start that has learned something, so no factor is 0."""
     plan = plan_of(name, **changes)
     layout = layout_of(plan.family)
     sessions = {f"client-{i:03}": LinearSession(f"client-{i:03}", layout) for i in range(clients)}
@@ -43,7 +43,7 @@ def federation(name, clients=4, **changes):
 
 
 def uploads_of(engine, strategy, state, round=1):
-    """The orders of one round and their replies."""
+    """Return the orders of one round and their replies."""
     return list(engine.send_and_receive(strategy.configure_train(round, to_record(state), {}, engine)))
 
 
@@ -72,7 +72,7 @@ def test_the_mean_of_merged_models_is_the_merged_mean_for_exact_strategies_only(
 @pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
 @pytest.mark.parametrize("name", EXACT)
 def test_a_round_through_messages_is_exact_up_to_float32(name, wire_dtype):
-    """In bf16 too, beside the factors as clients were sent them: only what travels is rounded, not the server's own."""
+    """In bf16 too, with the factors as clients were sent them: the server's own tensors are not rounded."""
     engine, strategy, state = federation(name, wire_dtype=wire_dtype)
     replies = uploads_of(engine, strategy, state)
     sent = [to_tensors(next(iter(r.content.array_records.values())), wire_dtype) for r in replies]
@@ -236,7 +236,7 @@ def test_minilm_uploads_have_the_published_sizes():
 
 
 class ConstantSession:
-    """Uploads ones: all of the memory is the engine's and the strategy's."""
+    """A client that uploads ones, so that all memory is the engine's and the strategy's."""
 
     def __init__(self, layout):
         self.layout = layout
@@ -251,7 +251,7 @@ def test_peak_memory_is_flat_from_10_to_300_clients(monkeypatch):
     size = 4 * layout.num_trained
     alive, counts = set(), []
 
-    class Mapped(mmap.mmap):  # an upload's memory, which tracemalloc does not see
+    class Mapped(mmap.mmap):  # the memory of an upload, which tracemalloc does not see
         def __new__(cls, *arguments, **options):
             mapped = super().__new__(cls, *arguments, **options)
             alive.add(key := next(number))
@@ -438,6 +438,6 @@ def test_uploads_keep_their_values_through_messages():
 
 @pytest.mark.parametrize("step", [Gathering.add, ServerStep.combine, private_start, PrivateStart.begin])
 def test_what_a_server_computes_with_has_left_the_clients_or_is_its_own(step):
-    """No step is given an upload, which has more in it than tensors, nor anything that a client keeps."""
+    """No step is given an upload, which holds more than tensors, nor anything else that a client keeps."""
     taken = {given.annotation for given in inspect.signature(step).parameters.values() if given.name != "self"}
     assert "Released" in taken and taken <= {"Released", "Tensors", "AdapterLayout", "int", "float"}

@@ -45,8 +45,8 @@ class Svd(Refactorization):
 
     def __post_init__(self) -> None:
         if self.warmup < 0 or self.period < 1:
-            raise ValueError(f"warmup is {self.warmup} and period is {self.period}; warmup must be at least 0, "
-                             "period 1")
+            raise ValueError(f"warmup is {self.warmup} and period is {self.period}; warmup must be at least 0, and "
+                             "period at least 1")
 
     @override
     def check(self, layout: AdapterLayout) -> None:

@@ -1,6 +1,6 @@
-"""A and B train in turn: B and the head in odd rounds, A in even ones.
+"""RoLoRA: train B and the head in odd rounds, A in even ones.
 
-Chen et al., RoLoRA, 2025, arXiv:2502.01755. Adapters whose A does not train have all that trains do so in every round.
+Chen et al., RoLoRA, 2025, arXiv:2502.01755. Adapters whose A does not train train everything else in every round.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from fedlora_strategies.schedules.constant import Constant
 
 @dataclass(frozen=True)
 class Alternating(Constant):
-    """Attributes: period: rounds of one before it is the other's turn."""
+    """The alternating schedule.
+
+    Attributes:
+        period: The number of rounds of one factor before it is the other's turn.
+    """
 
     period: int = 1
 

@@ -1,4 +1,4 @@
-"""Indicators of blocks: A has 1 where c = j modulo r, rows normalised; B likewise. Nothing is random.
+"""Block indicators: start A with 1 where c = j modulo r, with normalised rows, and B likewise; nothing is random.
 
 Kang and Yin (MiSS), 2024, arXiv:2409.15371, whose update is that of such an A.
 """
@@ -12,7 +12,7 @@ from fedlora.adapters.start import Source, Start
 
 
 class Block(Start):
-    """The same bases on every machine."""
+    """The block start, with the same bases on every machine."""
 
     def bases(self, site: Site, source: Source) -> Bases:
         return Bases(A=_indicator(site.rank, site.d_in), B=_indicator(site.rank, site.d_out).T)

@@ -1,6 +1,6 @@
-"""A trained diagonal between two frozen factors: ΔW = s·B·diag(e)·A, linear in e.
+"""Diagonal: train a diagonal between two frozen factors, ΔW = s·B·diag(e)·A, which is linear in e.
 
-The form of LoLDU (arXiv:2410.13618) and SALT (arXiv:2503.16055), with a start's bases.
+The form of LoLDU (arXiv:2410.13618) and SALT (arXiv:2503.16055), with the bases of a start.
 
     A   (r, d_in)    frozen
     e   (r,)         trained, starts at 0, times `gain`
@@ -23,7 +23,11 @@ from fedlora.plan import Tensors
 
 @dataclass(frozen=True)
 class Diagonal(Family):
-    """Attributes: gain: factor on the update beside s."""
+    """The diagonal family.
+
+    Attributes:
+        gain: A factor on the update, beside s.
+    """
 
     name: ClassVar[str] = "diagonal"
     exact: ClassVar[bool] = True

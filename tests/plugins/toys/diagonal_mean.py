@@ -1,4 +1,4 @@
-"""Train the diagonal family and average what comes back: a recipe, for a family that no other one has."""
+"""Mean of the diagonal family: train the diagonals and average them; a recipe for a family that no other one uses."""
 
 from fedlora_strategies.recipe import Preset, Recipe
 

@@ -1,4 +1,4 @@
-"""Fed-SB with momentum at the server: R goes on in the direction of the last rounds.
+"""Fed-SB with momentum at the server: move R along the direction of the last rounds.
 
 server        R ← R + m,   m ← β m + Σ p_k R_k − R
 """

@@ -1,4 +1,4 @@
-"""No step for the adapter, whatever was learned: a toy, which no package knows."""
+"""Head alone: make no step for the adapter, whatever its gradient; a toy, which no package knows."""
 
 from __future__ import annotations
 

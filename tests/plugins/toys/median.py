@@ -1,6 +1,6 @@
-"""The coordinate-wise median: fewer than half of the uploads cannot move it far.
+"""Coordinate-wise median: combine uploads so that fewer than half of them cannot move the result far.
 
-Yin et al., ICML 2018, arXiv:1803.01498. Weights are left out of account.
+Yin et al., ICML 2018, arXiv:1803.01498. The weights are ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedlora_strategies.reductions import Collected
 
 @dataclass(frozen=True)
 class Median:
-    """Needs every upload by itself."""
+    """The median. It needs all uploads at once."""
 
     linear: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""Strategies of somebody who changes nothing of ours: what they are made of lies beside ours by its key."""
+"""Strategies of a user who changes none of our files: they load parts that lie beside ours by their keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def part(seam: str, key: str, name: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Each by itself: a tree has one of the toys alone."""
+    """Load one strategy at a time, because a tree may hold only one of the toys."""
     if name == "Median":
         return replace(FedSVD.recipe, reduction=part("reductions", "median", "REDUCTION"))
     if name == "Alternating":

@@ -1,4 +1,4 @@
-"""Predict a number from a text: a toy, which no package knows."""
+"""Regression: predict a number from a text; a toy, which no package knows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedlora.task import Task
 
 
 def number(cell: object) -> float | None:
-    """A finite number; None for an empty cell."""
+    """Return a finite number, or None for an empty cell."""
     if cell is None or cell == "":
         return None
     try:
@@ -31,7 +31,7 @@ def number(cell: object) -> float | None:
 
 
 class Regression(Task):
-    """The model has one output; a record's loss is its squared distance from the record's number."""
+    """The regression task: one output, and a loss that is its squared distance from the record's number."""
 
     name = "regression"
     model_is = "a regression model"

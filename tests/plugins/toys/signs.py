@@ -1,4 +1,4 @@
-"""Each value moves by the learning rate, along the sign of its gradient: a toy, which no package knows."""
+"""Sign descent: move each value by the rate against the sign of its gradient; a toy, which no package knows."""
 
 from __future__ import annotations
 

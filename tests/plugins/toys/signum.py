@@ -1,4 +1,4 @@
-"""The sign of the momentum: every value moves by the rate.
+"""Signum at the server: move every value by the learning rate along the sign of its momentum.
 
 Bernstein et al., ICML 2018, arXiv:1802.04434.
 """
@@ -16,7 +16,11 @@ from fedlora_strategies.server_optimizers._elementwise import Elementwise
 
 @dataclass(frozen=True)
 class Signum(Elementwise):
-    """Attributes: beta1: how much of the last rounds stays."""
+    """The Signum optimizer.
+
+    Attributes:
+        beta1: The share of the momentum that remains after a round.
+    """
 
     lr: float = 1e-3
     beta1: float = 0.9

@@ -1,4 +1,4 @@
-"""How often each thing happened, in tally.json: a toy, which no package knows."""
+"""Tally: count how often each event happened, in tally.json; a toy, which no package knows."""
 
 from __future__ import annotations
 
