@@ -31,7 +31,8 @@ attacks: .venv/installed
 check: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/lint-imports
-	.venv/bin/mypy fedlora client/fedlora_client server/fedlora_server strategies/fedlora_strategies simulations/fedlora_simulations
+	.venv/bin/mypy fedlora client/fedlora_client server/fedlora_server strategies/fedlora_strategies \
+		simulations/fedlora_simulations benchmarks
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "FedLoRA needs Python 3.11 or 3.12 and found neither; install one and run make again."; exit 2; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -16,8 +17,7 @@ from typing import TYPE_CHECKING
 
 from fedlora.config import SimulationConfig, read_config
 
-STUDIES = {"bench": "what privacy and federation cost in time and memory", "audit": "an empirical lower bound on ε",
-           "poison": "what one hostile client costs"}
+STUDIES = {"audit": "an empirical lower bound on ε", "poison": "what one hostile client costs"}
 """Modules here that are commands of their own."""
 
 if TYPE_CHECKING:  # --help needs none of them
@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] and argv[0] in STUDIES:
             return int(import_module(f".{argv[0]}", __package__).main(argv[1:]))
+        if argv[:1] == ["bench"]:
+            print(_bench_moved(argv[1:]), file=sys.stderr)
+            return 2
         return _simulated(argv)
     except KeyboardInterrupt:
         print("fedlora-simulate: interrupted; finished rounds are in --out", file=sys.stderr)
@@ -45,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"fedlora-simulate: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
+
+
+def _bench_moved(argv: Sequence[str]) -> str:
+    return ("fedlora-simulate bench is now a command of its own, in a checkout of FedLoRA's repository. From its root "
+            f"run:  {shlex.join(['python', '-m', 'benchmarks', *argv])}")
 
 
 def _simulated(argv: Sequence[str]) -> int:

@@ -6,9 +6,9 @@ import torch
 from opacus import GradSampleModule
 from torch import nn
 
+from benchmarks.peers import plain_layers
 from fedlora.adapters.leaves import Linear
 from fedlora.training.gradient_buffer import GradientBuffer, row_norms
-from fedlora_simulations.bench.peers import plain_layers
 from tests.families import MODELS
 from tests.fedlora.private_training import CASES, brute_force_row, make_records, make_trainer, per_record_rows, plan
 

@@ -161,3 +161,8 @@ def test_the_limit_of_open_files_is_raised_to_what_many_clients_need_or_the_erro
             allow_open_files(hard + 1)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_the_benchmarks_own_command_is_named(capsys):
+    assert main(["bench", "step", "--model", "my model"]) == 2
+    assert "python -m benchmarks step --model 'my model'" in capsys.readouterr().err

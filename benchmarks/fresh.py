@@ -1,18 +1,25 @@
 """Functions in a process of their own: for peak memory, for what is imported, and for anything that leaves traces.
 
-in_fresh_process("fedlora_simulations.bench.figures.memory:peak", strategy="fed-sb")
+in_fresh_process("benchmarks.figures.memory:peak", strategy="fed-sb")
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+
+def child_environment() -> dict[str, str]:
+    """Return this process's environment with the checkout on the Python path, as this package is not installed."""
+    checkout = str(Path(__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (checkout, os.environ.get("PYTHONPATH"))))}
 
 
 def in_fresh_process(function: str, **arguments: Any) -> Any:
@@ -22,7 +29,7 @@ def in_fresh_process(function: str, **arguments: Any) -> Any:
         RuntimeError: it failed; with the end of what it wrote to stderr.
     """
     done = subprocess.run([sys.executable, "-m", __spec__.name, function, json.dumps(arguments)],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, env=child_environment())
     if done.returncode:
         raise RuntimeError(f"{function} failed in a process of its own: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -39,9 +39,8 @@ def measure(settings: Settings) -> Iterator[Row]:
 def simulated(argv: list[str], threads: int | None) -> int:
     """Run the simulation; the most bytes that its process held."""
     from fedlora_server.run_setup import find_model
-
-    from ...population import Method, populate
-    from ...simulate import simulate
+    from fedlora_simulations.population import Method, populate
+    from fedlora_simulations.simulate import simulate
 
     argv = [*argv, *(["--threads", str(threads)] if threads else [])]
     options = read_config(SimulationConfig, argv)

@@ -1,6 +1,6 @@
 """What every figure of the benchmark shares: how it is measured, what a measurement is, and how a figure is added.
 
-A figure is one module in `fedlora_simulations/bench/figures/`. Nothing else need be edited: the file's name (with "-"
+A figure is one module in `benchmarks/figures/`. Nothing else need be edited: the file's name (with "-"
 for "_") is the sub-command, the first line of its docstring the title and the help text, and it holds
 
     def measure(settings: Settings) -> Iterator[Row]:
@@ -15,7 +15,7 @@ for "_") is the sub-command, the first line of its docstring the title and the h
 `measure` yields a `Row` for each case as soon as it is measured; a row's name is unique within the figure and does not
 change from release to release, since results are compared by it. Each `Value` is a median with quartiles. What counts
 is a ratio (`RATIO`) of two things that were measured in turn, in one session: that alone can be compared between
-machines. Other units (s, bytes, …) are there to be read; `bench compare` looks at them only between results of one
+machines. Other units (s, bytes, …) are there to be read; `benchmarks compare` looks at them only between results of one
 machine.
 
     interleaved(variants, repeats)      times them in the order ABCCBA, CBAABC, …, after one warm-up of each
@@ -24,10 +24,11 @@ machine.
     Value.of(samples, unit)             of anything that was measured repeatedly
     exactly(number, unit)               of what does not vary: bytes on the wire, counts; no peak of memory
 
-A figure that needs a process of its own (peak memory, imports) runs one with `bench.fresh.in_fresh_process`. Models,
-rows and trainers for measurements are in `bench.subjects`. `settings.data` is always a file, `settings.quick` asks for
-sizes that take seconds: tests use it, with a tiny random model, and assert no time. What a machine cannot do (CUDA is
-not there, an extra is not installed) is `Unavailable`: it is shown, and the other figures go on.
+A figure that needs a process of its own (peak memory, imports) starts one with `benchmarks.fresh.in_fresh_process`.
+`benchmarks.subjects` has models, rows and trainers to measure. `settings.data` is always a file. `settings.quick` asks
+for sizes that take seconds: tests use it with a tiny random model, and assert nothing about times. A figure raises
+`Unavailable` for what the machine cannot do (no CUDA, a missing extra); its message is shown and the other figures go
+on.
 """
 
 from __future__ import annotations

@@ -27,11 +27,11 @@ from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import Run, run_federation
 from fedlora_server.run_setup import find_model
+from fedlora_simulations.population import Method, Population
+from fedlora_simulations.simulate import simulate
 from fedlora_strategies import strategy_class
 from fedlora_strategies.recipe import RECIPES
 
-from ...population import Method, Population
-from ...simulate import simulate
 from ..federations import MINILM, Echo, layout, plan, tensors
 from ..measure import RATIO, Figure, Row, Settings, Value, exactly
 from ..subjects import rows_of

@@ -1,4 +1,4 @@
-"""fedlora-simulate bench compare: two result files, value by value.
+"""Comparison of two result files, value by value: `python -m benchmarks compare`.
 
 A value got worse if its median did, and the quartiles of the two measurements are further apart than its tolerance;
 likewise better. One that a figure had and, with the same settings, no longer has counts as worse: else whatever cannot
@@ -43,7 +43,7 @@ class Change:
 
 
 def read_result(file: Path) -> Mapping[str, Any]:
-    """A result file of `fedlora-simulate bench`.
+    """Read a result file.
 
     Raises:
         ValueError: it cannot be read or is something else.
@@ -51,10 +51,10 @@ def read_result(file: Path) -> Mapping[str, Any]:
     try:
         result = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as a result file of fedlora-simulate bench: {error}") from error
+        raise ValueError(f"{file} cannot be read as a result file of the benchmarks: {error}") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise ValueError(f"{file} is not a result file of this fedlora-simulate bench (format {FORMAT}); write one "
-                         "with fedlora-simulate bench all --out FILE.json")
+        raise ValueError(f"{file} is not a result file of these benchmarks (format {FORMAT}); write one "
+                         "with python -m benchmarks all --out FILE.json")
     return result
 
 

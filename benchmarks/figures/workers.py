@@ -17,9 +17,9 @@ from functools import partial
 
 from fedlora.models import resolve
 from fedlora.training import Trainer, TrainingJob
+from fedlora_simulations.processes import ProcessWorkers
+from fedlora_simulations.worker import Blueprint, Workers, threads_each
 
-from ...processes import ProcessWorkers
-from ...worker import Blueprint, Workers, threads_each
 from ..measure import Figure, Row, Settings, interleaved
 from ..subjects import cut_to_length, precisions, rows_of, settle, subject
 

@@ -24,9 +24,9 @@ from fedlora_client.session import ClientSession, Limits
 from fedlora_client.state import MemoryState
 from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import Run, run_federation
+from fedlora_simulations.in_process import InProcessEngine
 from fedlora_strategies import FFALoRA
 
-from ...in_process import InProcessEngine
 from ..federations import MINILM, Echo, layout, plan, tensors
 from ..flower_engine import flower_engine
 from ..measure import RATIO, Figure, Row, Settings, Value, interleaved

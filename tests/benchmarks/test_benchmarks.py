@@ -1,6 +1,8 @@
 """Every figure of the benchmark runs at tiny sizes and says what it must; nothing is asserted of how fast."""
 
 import json
+import subprocess
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
@@ -10,19 +12,22 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import hostile, subjects
+from benchmarks.cli import figure_titles, main
+from benchmarks.federations import layout, plan, tensors
+from benchmarks.figures import independence, memory
+from benchmarks.figures.engine import sessions
+from benchmarks.figures.workers import WORKERS, worker_threads
+from benchmarks.fresh import call, forget_peak, in_fresh_process, peak_bytes, resident_bytes
+from benchmarks.measure import RATIO, Figure, Row, Settings, Unavailable, Value, exactly, interleaved
+from benchmarks.subjects import subject
 from fedlora.plan import RoundPlan
 from fedlora.tasks import read
 from fedlora.training import Trainer
 from fedlora.wire import tensors_digest
-from fedlora_simulations.bench import figure_titles, hostile, main, subjects
-from fedlora_simulations.bench.federations import layout, plan, tensors
-from fedlora_simulations.bench.figures import independence, memory
-from fedlora_simulations.bench.figures.engine import sessions
-from fedlora_simulations.bench.figures.workers import WORKERS, worker_threads
-from fedlora_simulations.bench.fresh import call, forget_peak, in_fresh_process, peak_bytes, resident_bytes
-from fedlora_simulations.bench.measure import RATIO, Figure, Row, Settings, Unavailable, Value, exactly, interleaved
-from fedlora_simulations.bench.subjects import subject
 from tests.processes import FORKS, write_rows
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def in_forked_process(function, **arguments):
@@ -31,10 +36,20 @@ def in_forked_process(function, **arguments):
         return json.loads(process.submit(call, function, json.dumps(arguments)).result())
 
 
+def test_the_command_in_a_checkout_lists_every_figure_without_loading_what_trains():
+    code = ("import runpy, sys\ntry: runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)\n"
+            "except SystemExit as ended: code = ended.code\n"
+            "assert not {'torch', 'flwr', 'transformers', 'opacus'} & set(sys.modules)\nsys.exit(code)")
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "usage: python -m benchmarks" in ended.stdout
+    assert all(name in ended.stdout for name in (*figure_titles(), "all", "compare"))
+
+
 @pytest.mark.parametrize("figure", [name for name in figure_titles() if name != "compiled"])
 def test_a_figure_gives_ratios_with_their_spread(figure, checkpoint, tmp_path, capsys, monkeypatch):
     if figure in ("aggregation", "memory", "population"):
-        monkeypatch.setattr(f"fedlora_simulations.bench.figures.{figure}.in_fresh_process", in_forked_process)
+        monkeypatch.setattr(f"benchmarks.figures.{figure}.in_fresh_process", in_forked_process)
     out = tmp_path / "result.json"
     assert main([figure, "--quick", "--model", str(checkpoint("bert")), "--threads", "1", "--repeats", "1",
                  "--out", str(out)]) == 0
@@ -279,6 +294,11 @@ def test_a_value_is_a_median_with_quartiles_and_knows_its_target():
     assert exactly(1.03, RATIO, better="lower", target=1.02).reached is False
     assert exactly(6.0, RATIO, better="higher", target=5.0).reached is True
     assert exactly(6.0, RATIO, better="higher").reached is None
+
+
+def test_a_fresh_process_finds_the_benchmarks_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert in_fresh_process("benchmarks.fresh:resident_bytes") > 1 << 20
 
 
 def test_a_fresh_process_is_another_one_and_its_failure_is_told():

@@ -1,7 +1,7 @@
-"""fedlora-simulate bench: what privacy and federation cost, figure by figure, as ratios measured in turn.
+"""python -m benchmarks: what privacy and federation cost, figure by figure, as ratios measured in turn.
 
-One sub-command measures one figure. `all` measures all of them into one result file, `compare` tells which values of
-two such files got worse. How a figure is added: `fedlora_simulations.bench.measure`.
+Each sub-command measures one figure. `all` measures all of them into one result file; `compare` says which values got
+worse from one result file to another. `benchmarks/measure.py` says how to add a figure.
 """
 
 from __future__ import annotations
@@ -34,22 +34,25 @@ _GENERATED_ROWS = 10_000
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `fedlora-simulate bench …`: 0 done, 1 a figure failed or got worse, 2 wrong input, 130 interrupted."""
+    """Run the command; return 0 done, 1 a figure failed or got worse, 2 wrong input, 130 interrupted."""
     options = _parser().parse_args(argv)
     try:
         if options.command == "compare":
             return _compare(options)
         return _measure(options)
     except ValueError as error:
-        print(f"fedlora-simulate bench: {error}", file=sys.stderr)
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"benchmarks: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fedlora-simulate bench: interrupted", file=sys.stderr)
+        print("benchmarks: interrupted", file=sys.stderr)
         return 130
 
 
 def figure_titles() -> dict[str, str]:
-    """Sub-command → title: the name of every module of `bench.figures`, and the first line of its docstring.
+    """Sub-command → title: the name of every module of `benchmarks.figures`, and the first line of its docstring.
 
     Nothing is imported: what figures need takes seconds to import.
     """
@@ -65,7 +68,7 @@ def load_figures(names: Iterable[str]) -> dict[str, Figure]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fedlora-simulate bench", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="FIGURE")
     for name, title in figure_titles().items():
@@ -168,7 +171,7 @@ def _settings(options: argparse.Namespace, folder: Path) -> Settings:
     resolve_device(options.device)
     data = options.data
     if data is None:
-        from ..triage import write_hospitals
+        from fedlora_simulations.triage import write_hospitals
 
         data = write_hospitals(folder, 0, hospitals=1, rows=200 if options.quick else _GENERATED_ROWS)[0]
     model = _model(options)

@@ -58,9 +58,8 @@ def first_step(data: str, model: str, device: str, threads: int, batch: int) -> 
     from fedlora.config import SimulationConfig, read_config
     from fedlora.training import Trainer
     from fedlora_server.run_setup import find_model
-
-    from ...population import Method, populate
-    from ...simulate import simulate
+    from fedlora_simulations.population import Method, populate
+    from fedlora_simulations.simulate import simulate
 
     options = read_config(SimulationConfig, [
         f"--data={data}", f"--model={model}", f"--device={device}", f"--threads={threads}", "--clients=1",

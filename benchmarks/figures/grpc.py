@@ -23,6 +23,7 @@ from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import to_record, train_messages
 
 from ..federations import plan, tensors
+from ..fresh import child_environment
 from ..grpc_clients import RAW_OPTIONS
 from ..measure import RATIO, Figure, Row, Settings, Times, Value, interleaved
 
@@ -139,7 +140,7 @@ def _clients(kind: str, address: str, clients: int, size: int) -> Iterator[list[
     shares = [clients // processes + (i < clients % processes) for i in range(processes)]
     module = f"{__package__.rpartition('.')[0]}.grpc_clients"
     started = [subprocess.Popen([sys.executable, "-m", module, kind, address, str(share), str(size),
-                                 str(sum(shares[:i]))]) for i, share in enumerate(shares)]
+                                 str(sum(shares[:i]))], env=child_environment()) for i, share in enumerate(shares)]
     try:
         yield started
         for process in started:

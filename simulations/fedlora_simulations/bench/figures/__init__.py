@@ -1,1 +1,0 @@
-"""One module for each figure; see `fedlora_simulations.bench.measure`."""
