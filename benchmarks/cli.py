@@ -1,4 +1,4 @@
-"""python -m benchmarks: what privacy and federation cost, figure by figure, as ratios measured in turn.
+"""The command python -m benchmarks: what privacy and federation cost, as ratios of things measured in turn.
 
 Each sub-command measures one figure. `all` measures all of them into one result file; `compare` says which values got
 worse from one result file to another. `benchmarks/measure.py` says how to add a figure.
@@ -30,7 +30,7 @@ from .compare import table as comparison
 from .measure import Figure, Row, Settings, Unavailable, Value, machine, to_json, versions
 
 _GENERATED_ROWS = 10_000
-"""Ten for each of a thousand clients."""
+"""Enough for ten rows at each of a thousand clients."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,9 +52,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def figure_titles() -> dict[str, str]:
-    """Sub-command → title: the name of every module of `benchmarks.figures`, and the first line of its docstring.
+    """Return the title of every figure by the name of its sub-command.
 
-    Nothing is imported: what figures need takes seconds to import.
+    A title is the first line of the docstring of a module in `benchmarks/figures`. It is read without importing the
+    module, because what the figures import takes seconds to load.
     """
     folder = Path(figures.__path__[0])
     return {name.replace("_", "-"): (ast.get_docstring(ast.parse((folder / f"{name}.py").read_text("utf-8"))) or "")
@@ -62,7 +63,7 @@ def figure_titles() -> dict[str, str]:
 
 
 def load_figures(names: Iterable[str]) -> dict[str, Figure]:
-    """Sub-command → figure, in the order of their numbers."""
+    """Import the figures of these sub-commands; return them by name, in the order of their numbers."""
     found = {name: importlib.import_module(f"{figures.__name__}.{name.replace('-', '_')}").FIGURE for name in names}
     return dict(sorted(found.items(), key=lambda item: item[1].number))
 
@@ -73,13 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="FIGURE")
     for name, title in figure_titles().items():
         _add_settings(commands.add_parser(name, help=title, description=f"{title}."))
-    everything = commands.add_parser("all", help="all figures, into one result file")
+    everything = commands.add_parser("all", help="measure all figures, into one result file")
     _add_settings(everything)
-    changes = commands.add_parser("compare", help="which figures got worse from one result file to another",
-                                  description="Compares two result files ratio by ratio; and, of one machine and the "
-                                              "same settings, seconds and bytes too. Exit code 1 if any median got "
-                                              "worse and the quartiles do not overlap, or a figure fails that did "
-                                              "not.")
+    changes = commands.add_parser("compare", help="show which figures got worse from one result file to another",
+                                  description="Compare two result files ratio by ratio. If both were measured on the "
+                                              "same machine with the same settings, compare seconds and bytes too. "
+                                              "The exit code is 1 if a median got worse and the quartiles are apart "
+                                              "by more than the tolerance, if a value is gone, or if a figure that "
+                                              "could be measured before fails.")
     changes.add_argument("old", type=Path, metavar="OLD.json")
     changes.add_argument("new", type=Path, metavar="NEW.json")
     changes.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -87,16 +89,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, help="rows with a text and a label; default: generated triage notes")
-    parser.add_argument("--model", help="alias, folder or hub id, or llama-1b, a random one of that shape; default: "
-                                        "minilm, on cuda llama-1b")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=_positive, help="of the CPU; default: PyTorch's")
-    parser.add_argument("--repeats", type=_positive, help="at most so many of everything that is repeated")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, not how fast")
+    parser.add_argument("--data", type=Path, help="file or folder of rows with a text and a label; default: generated "
+                                                  "triage notes")
+    parser.add_argument("--model", help="base model: an alias, a folder or a hub id; llama-1b is a model of that shape "
+                                        "with random weights; default: minilm, with --device cuda llama-1b")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure on; default: cpu")
+    parser.add_argument("--threads", type=_positive, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument("--repeats", type=_positive, help="repeat each measurement at most so many times")
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes: shows that the figures run, not how fast")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write a result file, for compare; an "
-                        "existing one of this machine and these settings keeps its other figures")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write a result file for compare; if it "
+                        "exists and is of this machine and these settings, its other figures are kept")
 
 
 def _positive(text: str) -> int:
@@ -106,11 +109,14 @@ def _positive(text: str) -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    """Measure one figure or all; a figure that cannot be measured does not keep the others from it."""
+    """Measure one figure or all of them.
+
+    With `all`, a figure that fails is noted in the result and the others go on; the exit code is then 1.
+    """
     titles = figure_titles()
     chosen = load_figures(titles if options.command == "all" else [options.command])
     if options.out is not None and not options.out.parent.is_dir():
-        raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
+        raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}; create it first")
     import torch
 
     console, progress = _console(), Console(stderr=True)
@@ -132,7 +138,7 @@ def _measure(options: argparse.Namespace) -> int:
                 for row in figure.measure(settings):
                     rows.append(row)
                     result["figures"][name] = to_json(figure, titles[name], rows, time.monotonic() - began)
-                    _save(result, options.out)  # row by row: an interrupted measurement leaves what it has
+                    _save(result, options.out)  # after each row, so that an interrupted measurement keeps what it has
                     progress.print(f"[dim]{name}: {row.case}[/dim]", highlight=False)
             except Unavailable as reason:
                 error = str(reason)
@@ -153,7 +159,7 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _console() -> Console:
-    """Wide enough for the tables where nothing says how wide it is."""
+    """Return a console that is wide enough for the tables, also where the output is not a terminal."""
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
@@ -188,7 +194,7 @@ def _model(options: argparse.Namespace) -> str:
 
 def _show(console: Console, title: str, rows: Sequence[Row], error: str | None, *, targets: bool) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row.values))
-    table = Table(title=f"{title}: medians, quartiles", box=None, title_justify="left",
+    table = Table(title=f"{title}: medians and quartiles", box=None, title_justify="left",
                   padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     for name in names:
@@ -245,9 +251,9 @@ def _compare(options: argparse.Namespace) -> int:
         if old[key] != new[key]:
             console.print(f"{key}: {old[key]} → {new[key]}", style="dim", highlight=False)
     if not same_setup(old, new):
-        console.print("Another machine or other settings: only ratios are compared.", highlight=False)
+        console.print("The machines or the settings differ, so only ratios are compared.", highlight=False)
     for name in broken:
-        console.print(f"{name} could be measured, and now not: {new['figures'][name]['error']}", style="red",
+        console.print(f"{name} was measured before but could not be now: {new['figures'][name]['error']}", style="red",
                       highlight=False, markup=False)
     if left_out:
         console.print(f"Not measured again: {', '.join(left_out)}", highlight=False)

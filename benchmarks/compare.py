@@ -1,10 +1,13 @@
 """Comparison of two result files, value by value: `python -m benchmarks compare`.
 
-A value got worse if its median did, and the quartiles of the two measurements are further apart than its tolerance;
-likewise better. One that a figure had and, with the same settings, no longer has counts as worse: else whatever cannot
-be measured any more would pass. A figure that was not measured again at all is only named. Seconds and bytes belong to
-the machine: they are compared only between results of one machine with the same settings, and with a tolerance of their
-own, as nothing that was measured in turn cancels what it did meanwhile.
+A value is worse if its median is worse and the gap between the quartile ranges of the two measurements exceeds the
+value's tolerance; better is decided likewise. A value that a figure had and no longer has, with the same settings,
+counts as worse too: otherwise something that can no longer be measured would pass. A figure that was not measured again
+at all is only named.
+
+Seconds and bytes depend on the machine, so they are compared only between results of one machine with the same
+settings. They have a wider tolerance of their own, since no second measurement taken in turn cancels the machine's
+drift.
 """
 
 from __future__ import annotations
@@ -20,18 +23,23 @@ from rich.table import Table
 from .measure import RATIO, Value, value_from_json
 
 FORMAT = 1
-"""Of result files."""
+"""Version of the format of result files."""
 
 UNIT_TOLERANCE = 0.25
-"""Share of the old median by which the quartiles of seconds and bytes may be apart."""
+"""Largest gap between quartile ranges of seconds or bytes that counts as no change, as a share of the old median."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One value in both files.
+    """One value and how it changed between the two files.
 
     Attributes:
-        verdict: "worse", "better" or "same"; "new" or "gone" if one file alone has it.
+        figure: sub-command of the figure.
+        case: name of the row.
+        name: name of the value in its row.
+        old: the value in the old file; None if only the new one has it.
+        new: the value in the new file; None if only the old one has it.
+        verdict: "worse", "better" or "same"; "new" or "gone" if only one file has the value.
     """
 
     figure: str
@@ -46,7 +54,7 @@ def read_result(file: Path) -> Mapping[str, Any]:
     """Read a result file.
 
     Raises:
-        ValueError: it cannot be read or is something else.
+        ValueError: the file cannot be read, or is not a result file of this format.
     """
     try:
         result = json.loads(file.read_text("utf-8"))
@@ -59,8 +67,12 @@ def read_result(file: Path) -> Mapping[str, Any]:
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Every ratio of either result, in the order of the new one, then what is gone; of one set-up seconds and bytes
-    too, where more or fewer is better.
+    """Compare all values of two results that have a better direction.
+
+    Seconds and bytes are left out unless both results are of the same machine and settings.
+
+    Returns:
+        One change for each value, in the order of the new result; values that are gone come last.
     """
     units = same_setup(old, new)
     before, after = dict(_values(old, units)), dict(_values(new, units))
@@ -69,20 +81,25 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 
 def same_setup(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether both were measured on machines alike, with the same settings."""
-    machines = [{name: of for name, of in result["machine"].items() if name != "load"} for result in (old, new)]
+    """Return whether both results were measured on the same kind of machine, with the same settings."""
+    machines = [{name: value for name, value in result["machine"].items() if name != "load"} for result in (old, new)]
     return machines[0] == machines[1] and old["settings"] == new["settings"]
 
 
 def joined(old: Mapping[str, Any], new: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """A result that begins with the figures of an old one, and goes on.
+    """Continue an old result: return the new one with the old one's figures and starting time.
+
+    Args:
+        old: the result that `file` holds.
+        new: a result without figures yet.
+        file: named in the error message.
 
     Raises:
-        ValueError: they are of different machines, settings or versions. `file` is where the old one lies.
+        ValueError: the results are of different machines, settings or versions.
     """
     if not same_setup(old, new) or old["versions"] != new["versions"]:
-        raise ValueError(f"--out {file} was measured on another machine, with other settings or versions; the figures "
-                         "of one file belong together. Name another file")
+        raise ValueError(f"--out {file} is of another machine, of other settings or of other versions; one file holds "
+                         "figures of one set-up only. Name another file")
     return {**new, "began": old["began"], "figures": dict(old["figures"])}
 
 
@@ -106,7 +123,7 @@ def _verdict(old: Value | None, new: Value | None) -> str:
 
 
 def table(changes: list[Change]) -> Table:
-    """Changes one by one; those that stayed the same are not shown."""
+    """Return a table of the changes, without the values that stayed the same."""
     shown = Table(title="value by value, medians (quartiles)", box=None, title_justify="left")
     for heading in ("figure", "case", "value", "old", "new", ""):
         shown.add_column(heading)

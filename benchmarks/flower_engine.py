@@ -1,6 +1,7 @@
-"""Rounds over Flower's own simulation engine (Ray), with the clients of `federations.Echo`, in a process of their own.
+"""Rounds over Flower's own simulation engine (Ray), to measure beside FedLoRA's engine.
 
-A process has one identity among Flower's, and the engines of FedLoRA take it.
+They run in a process of their own: Flower gives each process one identity, and FedLoRA's engines take that of the
+measuring process. The clients are those of `federations.Echo`.
 """
 
 from __future__ import annotations
@@ -24,38 +25,46 @@ from .measure import Unavailable
 
 @contextlib.contextmanager
 def flower_engine(run: RunPlan, layout: AdapterLayout, clients: int) -> Iterator[Callable[[int], None]]:
-    """Gives one round of `clients`: orders, echoes and the mean, by the same strategy and client app as over ours.
+    """Start Flower's engine and yield a function that runs one round over it.
+
+    A round sends the orders, receives the echoes and forms their mean, with the strategy and the client app that also
+    run over FedLoRA's engine.
+
+    Args:
+        run: plan of the run.
+        layout: adapters whose tensors travel.
+        clients: number of clients.
 
     Raises:
         Unavailable: Ray is not installed.
         RuntimeError: Flower's engine ended during the measurement.
     """
     if importlib.util.find_spec("ray") is None:
-        raise Unavailable("Flower's simulation engine, to be measured beside ours, needs Ray: "
+        raise Unavailable("Flower's simulation engine needs Ray, which is not installed: "
                           "pip install 'fedlora[ray]'")
     ours, theirs = get_context("spawn").Pipe()
     process = get_context("spawn").Process(target=_serve, args=(theirs, run, layout, clients))
     process.start()
-    theirs.close()  # so that the end of the process is the end of the pipe
+    theirs.close()  # so that the pipe ends when the process does
 
     def one_round(block: int) -> None:
         try:
             ours.send(block)
             assert ours.recv() == clients
         except (EOFError, OSError):
-            raise RuntimeError("Flower's simulation engine ended during the measurement; what it said is above"
+            raise RuntimeError("Flower's simulation engine ended during the measurement; its messages are above"
                                ) from None
 
     try:
         yield one_round
     finally:
         ours.close()
-        process.join(60)  # Ray ends its own processes meanwhile
+        process.join(60)  # time for Ray to end its own processes
         process.kill()
 
 
 def _serve(connection: Connection, run: RunPlan, layout: AdapterLayout, clients: int) -> None:
-    """The process: for each message one round, answered by how many replies it had, until the pipe is closed."""
+    """Run the process: one round for each message, answered by the number of replies, until the pipe is closed."""
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
     from flwr.app import ConfigRecord
     from flwr.serverapp import ServerApp
@@ -83,4 +92,4 @@ def _serve(connection: Connection, run: RunPlan, layout: AdapterLayout, clients:
                 connection.send(metrics and metrics["replies"])
 
     run_simulation(server, client_app(lambda context: Echo(layout)), clients,
-                   backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}})  # a client on each core
+                   backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}})  # one client on each core

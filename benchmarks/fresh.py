@@ -1,6 +1,6 @@
-"""Functions in a process of their own: for peak memory, for what is imported, and for anything that leaves traces.
+"""Functions run in a new process: to measure peak memory or imports, or where a function would leave traces behind.
 
-in_fresh_process("benchmarks.figures.memory:peak", strategy="fed-sb")
+For example: `in_fresh_process("benchmarks.figures.aggregation:peak", layers=2, width=64, rank=4, clients=10)`.
 """
 
 from __future__ import annotations
@@ -23,26 +23,30 @@ def child_environment() -> dict[str, str]:
 
 
 def in_fresh_process(function: str, **arguments: Any) -> Any:
-    """Call `module:function` with keyword arguments in a new interpreter; both ways as JSON.
+    """Call a function in a new interpreter and return its result.
+
+    Args:
+        function: "module:function".
+        arguments: keyword arguments. They travel as JSON, and so does the result.
 
     Raises:
-        RuntimeError: it failed; with the end of what it wrote to stderr.
+        RuntimeError: the function failed; the message ends with the last of what it wrote to stderr.
     """
     done = subprocess.run([sys.executable, "-m", __spec__.name, function, json.dumps(arguments)],
                           capture_output=True, text=True, env=child_environment())
     if done.returncode:
-        raise RuntimeError(f"{function} failed in a process of its own: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(f"{function} failed in a new process: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def call(function: str, arguments: str) -> str:
-    """Call `module:function` here; keyword arguments and result as JSON."""
+    """Call `module:function` in this process; keyword arguments and result are JSON."""
     module, _, name = function.partition(":")
     return json.dumps(getattr(importlib.import_module(module), name)(**json.loads(arguments)))
 
 
 def peak_bytes() -> int:
-    """The most memory that this process held resident at any one time, or since `forget_peak`."""
+    """Return the peak resident memory of this process: since `forget_peak`, or else since its start."""
     try:
         return _status("VmHWM")
     except OSError:
@@ -51,7 +55,7 @@ def peak_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds resident now; where the system does not say, the peak."""
+    """Return the resident memory of this process now, or its peak where the system does not tell."""
     try:
         return _status("VmRSS")
     except OSError:
@@ -59,7 +63,7 @@ def resident_bytes() -> int:
 
 
 def forget_peak() -> bool:
-    """Let `peak_bytes` start anew from what is resident now; False where the system cannot (it is Linux that can)."""
+    """Reset `peak_bytes` to the memory that is resident now; return False where the system cannot (only Linux can)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

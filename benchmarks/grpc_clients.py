@@ -1,9 +1,9 @@
 """A process of gRPC clients that train nothing: `python -m … fedlora|raw ADDRESS CLIENTS BYTES FIRST`.
 
-    fedlora  each takes part as fedlora-client does and sends back what it was sent
-    raw      each reads as many bytes as it is to send, then sends them; no schema, no checks, nowhere to put them
+    fedlora  each client takes part as fedlora-client does and sends back what it received
+    raw      each client receives BYTES and sends as many back: no schema, no checks, nothing stored
 
-Every client has a connection of its own. Flower and torch are not imported.
+Every client has a connection of its own; FIRST is the number of the first one. Flower and torch are not imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RAW_OPTIONS = (("grpc.max_receive_message_length", wire.MAX_FRAME_BYTES),
 
 
 def echo(address: str, name: str, size: int) -> None:
-    """A FedLoRA client, until the server says goodbye."""
+    """Run one FedLoRA client until the server says goodbye; `size` is not used."""
     connection = Connection(address, name, private=False, connect_timeout_s=300.0)
     try:
         connection.join()
@@ -38,7 +38,7 @@ def echo(address: str, name: str, size: int) -> None:
 
 
 def raw(address: str, name: str, size: int) -> None:
-    """A bare stream with the same bytes in the same chunks, until the server ends it."""
+    """Run one bare gRPC stream, which sends `size` bytes in FedLoRA's chunks each turn, until the server ends it."""
     data, starts = bytes(size), range(0, size, wire.CHUNK_BYTES)
     turns: SimpleQueue[bool] = SimpleQueue()
 
@@ -59,6 +59,7 @@ def raw(address: str, name: str, size: int) -> None:
 
 
 def main(kind: str, address: str, clients: str, size: str, first: str) -> None:
+    """Run `clients` clients of one kind, each in a thread, until all have ended."""
     wire.share_arenas()
     behaviour: Callable[[str, str, int], None] = {"fedlora": echo, "raw": raw}[kind]
     threads = [threading.Thread(target=behaviour, args=(address, f"client-{int(first) + i}", int(size)))

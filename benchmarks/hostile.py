@@ -1,8 +1,8 @@
-"""Tensors of a hostile server, made so that one record that comes or goes changes the others' gradients by rounding.
+"""Tensors of a hostile server that let the presence of one record change the other records' gradients by rounding.
 
-Whatever makes a processor round a batch of n records otherwise than one of n - 1 moves an activation by its last bits.
-`threshold_head` makes that a decision: between the two roundings of one feature it puts the boundary of a classifier so
-steep that a record's loss is nothing on one side, and its gradient as long as the clip norm, or longer, on the other.
+A processor may round a batch of n records differently from one of n - 1, which moves an activation in its last bits.
+`threshold_head` turns that into a decision. It puts the boundary of a very steep classifier between the two roundings
+of one feature: on one side a record's loss is zero, on the other its gradient is at least as long as the clip norm.
 """
 
 from __future__ import annotations
@@ -28,30 +28,33 @@ from fedlora.training.optimizer import PerRecordOptimizer
 from .subjects import Subject
 
 STEEP = 2.0**34
-"""Of the head: about 1.7e10. A power of two multiplies without rounding."""
+"""Slope of the head, about 1.7e10. A power of two, so that multiplying by it does not round."""
 
 _ASCENTS, _STEP = 2, 0.5
-"""Steps up the gradient, each of so much of a tensor's norm."""
+"""Number of gradient ascent steps, and the length of each as a share of a tensor's norm."""
 
 _VISIBLE = 1e-3
-"""Root mean square to which a difference of roundings is magnified while its effect is differentiated."""
+"""Root mean square to which a rounding difference is scaled up while its effect is differentiated."""
 
 _NOISE = itertools.count()
 
 Row = tuple[torch.Tensor, torch.Tensor]
-"""[length] token ids of a record of a pass, and what was seen of it."""
+"""The token ids of a record in a pass [length], and the values seen for it."""
 
-Watch = Callable[[Callable[[str], Callable[[torch.Tensor], None]]], list[Any]]
-"""Places hooks, given what notes the values of a name; returns their handles."""
+Note = Callable[[str], Callable[[torch.Tensor], None]]
+"""Returns, for a name, a function that notes values of all records under that name."""
+
+Watch = Callable[[Note], list[Any]]
+"""Registers hooks that note values, and returns their handles."""
 
 
 @dataclass(frozen=True)
 class Summed:
-    """What a step of `Trainer.train` had summed up right before its noise.
+    """The sums of one step of `Trainer.train` right before the noise is added.
 
     Attributes:
-        clipped: [values] float64.
-        gradients: how often each record's gradient occurred, by a hash of its bits.
+        clipped: [values] float64, the sum of the clipped gradients.
+        gradients: number of records with each gradient, by a hash of the gradient's bits.
     """
 
     clipped: torch.Tensor
@@ -60,7 +63,7 @@ class Summed:
 
 @contextlib.contextmanager
 def sums() -> Iterator[list[Summed]]:
-    """Of each private step that is done meanwhile: what its noise is added to. Nothing is changed."""
+    """Record what noise is added to, for each private step within this context. Training is not changed."""
     clip, add = PerRecordOptimizer.clip_and_accumulate, PerRecordOptimizer.add_noise
     seen: list[Summed] = []
     gradients: Counter[int] = Counter()
@@ -83,12 +86,13 @@ def sums() -> Iterator[list[Summed]]:
 
 
 def train(subject: Subject, records: Records, state: Tensors) -> Summed:
-    """One private step of all records from these tensors, as a client trains, up to its noise.
+    """Train one private step on all records from these tensors, as a client does; return the sums before the noise.
 
-    A runtime check that ends the round then is no matter: nothing would be released, and the sum was formed.
+    A runtime check may end the round afterwards. That does not matter here: the sum has been formed, and a client would
+    release nothing.
     """
     subject.adapted.write(state)
-    logging.disable(logging.ERROR)  # that hostile tensors cut the adapter off is no news
+    logging.disable(logging.ERROR)  # warnings about the hostile tensors are expected
     try:
         with sums() as seen, contextlib.suppress(RuntimeError):
             dataclasses.replace(subject, records=records).step({
@@ -102,7 +106,12 @@ def train(subject: Subject, records: Records, state: Tensors) -> Summed:
 
 @contextlib.contextmanager
 def _watched(subject: Subject, watch: Watch) -> Iterator[dict[str, list[Row]]]:
-    """What hooks see of each record, by name; `watch` places them. CUDA graphs, which call no hook, are left out."""
+    """Collect what hooks see of each record, by name, within this context.
+
+    Args:
+        subject: its model is watched. CUDA graphs are switched off, because they call no hooks.
+        watch: registers the hooks.
+    """
     seen: dict[str, list[Row]] = {}
     ids: list[torch.Tensor] = []
 
@@ -128,8 +137,13 @@ def _watched(subject: Subject, watch: Watch) -> Iterator[dict[str, list[Row]]]:
 
 @contextlib.contextmanager
 def rounding_otherwise(subject: Subject, rows: Callable[[int], bool]) -> Iterator[None]:
-    """As on a processor whose linear layers round one row for each record otherwise for some numbers of rows: by one
-    unit in the last place, upwards. So do some with 16 rows and more.
+    """Emulate a processor that rounds differently for some batch sizes; some do for 16 rows and more.
+
+    Within this context, linear layers with one output row for each record round up by one unit in the last place.
+
+    Args:
+        subject: all linear layers of its model but the head round differently.
+        rows: returns whether a batch of so many rows is rounded differently.
     """
     def hook(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
         if output.dim() != 2 or not rows(len(output)):
@@ -146,12 +160,12 @@ def rounding_otherwise(subject: Subject, rows: Callable[[int], bool]) -> Iterato
 
 
 def head_inputs(subject: Subject, records: Records, state: Tensors, text: np.ndarray) -> torch.Tensor:
-    """[rows, d]: what the classifier's last layer is given for each record that is this text."""
+    """Return the inputs of the classifier's last layer for each record that is this text, [rows, d]."""
     assert subject.adapted.head is not None
     head = subject.adapted.model.get_submodule(subject.adapted.head)
     pad = records.pad_id
 
-    def watch(note: Callable[[str], Callable]) -> list[Any]:
+    def watch(note: Note) -> list[Any]:
         take = note("head")
         return [head.register_forward_pre_hook(lambda _, given: take(given[0]))]
 
@@ -168,13 +182,16 @@ def _is(ids: torch.Tensor, text: np.ndarray, pad: int) -> bool:
 
 def threshold_head(subject: Subject, present: torch.Tensor, absent: torch.Tensor,
                    scale: float = STEEP) -> tuple[dict[str, np.ndarray], int]:
-    """A head that decides between the roundings of one feature with a further record present, and with it absent.
+    """Return a head whose decision tells whether a further record is present, from the rounding of one feature.
 
     Args:
-        present, absent: [rows, d] of `head_inputs`; none of `absent` where there is no other record.
+        subject: names the head and the shapes of its tensors.
+        present: [rows, d] inputs of the head with the record present, from `head_inputs`.
+        absent: [rows, d] the same without it; empty if there is no other record.
+        scale: slope of the head.
 
     Returns:
-        Its tensors, and the label that is wrong for all where the record is present, and right where it is not.
+        The head's tensors, and a label that is wrong for all records if the record is present and right if it is not.
     """
     absent = absent if len(absent) else present
     one, other = present.median(0).values, absent.median(0).values
@@ -191,7 +208,7 @@ def threshold_head(subject: Subject, present: torch.Tensor, absent: torch.Tensor
     edges = np.array([-scale * low, scale * high])
     if (bias := f"head.{subject.adapted.head}.bias") in shapes:
         tensors[bias] = np.resize(edges, shapes[bias]).astype(np.float32)
-    else:  # another feature, that both have alike, takes its place
+    else:  # a feature that is equal in both takes its place
         alike = torch.where(one == other, one.abs(), 0.0)
         alike[feature] = 0.0
         constant = int(alike.argmax())
@@ -202,14 +219,24 @@ def threshold_head(subject: Subject, present: torch.Tensor, absent: torch.Tensor
 
 def most_different_layer(subject: Subject, with_it: Records, without: Records, state: Tensors,
                          text: np.ndarray) -> tuple[str | None, torch.Tensor | None]:
-    """The linear layer of whose outputs for this text the most bits differ, and the difference; (None, None) if none
-    does.
+    """Find the linear layer whose output for this text changes most when one record is left out.
+
+    Args:
+        subject: its model is searched; the head is left out.
+        with_it: the records.
+        without: the records without one.
+        state: tensors to train from.
+        text: token ids of the text.
+
+    Returns:
+        Name of the layer with the largest share of values that differ, and the difference of its outputs; (None, None)
+        if no layer's output differs.
     """
     layers = {name: module for name, module in subject.adapted.model.named_modules()
               if isinstance(module, nn.Linear) and name != subject.adapted.head}
 
-    def watch(note: Callable[[str], Callable]) -> list[Any]:
-        def hook(name: str) -> Callable:
+    def watch(note: Note) -> list[Any]:
+        def hook(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
             take = note(name)
             return lambda _, given, output: take(output)
 
@@ -231,7 +258,18 @@ def most_different_layer(subject: Subject, with_it: Records, without: Records, s
 
 def magnified(subject: Subject, state: Tensors, text: np.ndarray, pad: int, layer: str,
               difference: torch.Tensor) -> dict[str, np.ndarray]:
-    """The tensors after a few steps up the gradient of how far this difference in a layer moves the head's input."""
+    """Return tensors that amplify a rounding difference, found by a few steps of gradient ascent.
+
+    The ascent maximises how far the difference in one layer moves the head's input.
+
+    Args:
+        subject: its model is differentiated.
+        state: tensors to start from.
+        text: token ids of the text to look at.
+        pad: token id of padding.
+        layer: name of the layer with the difference.
+        difference: difference of the layer's outputs, as from `most_different_layer`.
+    """
     adapted, model = subject.adapted, subject.adapted.model
     module, head = model.get_submodule(layer), model.get_submodule(adapted.head or "")
     device = subject.trainer.device
@@ -268,14 +306,14 @@ def magnified(subject: Subject, state: Tensors, text: np.ndarray, pad: int, laye
 
 
 def adapters(subject: Subject, scale: float, seed: int) -> dict[str, np.ndarray]:
-    """All tensors: random adapters of this scale, 0 for none, and a head of zeros."""
+    """Return all tensors of a state: random adapters of this scale (zeros if it is 0) and a head of zeros."""
     random = np.random.default_rng(seed)
     return {spec.name: (scale * random.standard_normal(spec.shape) if spec.group == "adapter" else
                         np.zeros(spec.shape)).astype(np.float32) for spec in subject.adapted.layout.state}
 
 
 def structured(shape: tuple[int, ...], kind: str, exponent: int, seed: int) -> np.ndarray:
-    """Values of about 10^exponent of a kind of `KINDS`, float32."""
+    """Return float32 values of about 10^exponent with the structure of one of `KINDS`."""
     random = np.random.default_rng(seed)
     values = random.standard_normal(shape)
     if kind == "zeros":

@@ -1,7 +1,7 @@
-"""What every figure of the benchmark shares: how it is measured, what a measurement is, and how a figure is added.
+"""Measuring for all figures: timing in turn, values with quartiles, and the recipe for adding a figure.
 
-A figure is one module in `benchmarks/figures/`. Nothing else need be edited: the file's name (with "-"
-for "_") is the sub-command, the first line of its docstring the title and the help text, and it holds
+A figure is one module in `benchmarks/figures/`; no other file has to be edited. The file's name (with "-" for "_") is
+the sub-command, the first line of its docstring is the title and the help text, and it holds
 
     def measure(settings: Settings) -> Iterator[Row]:
         times = interleaved({"plain": plain_step, "private": private_step}, settings.repeats(15))
@@ -12,17 +12,18 @@ for "_") is the sub-command, the first line of its docstring the title and the h
 
     FIGURE = Figure(1, measure)
 
-`measure` yields a `Row` for each case as soon as it is measured; a row's name is unique within the figure and does not
-change from release to release, since results are compared by it. Each `Value` is a median with quartiles. What counts
-is a ratio (`RATIO`) of two things that were measured in turn, in one session: that alone can be compared between
-machines. Other units (s, bytes, …) are there to be read; `benchmarks compare` looks at them only between results of one
-machine.
+`measure` yields a `Row` for each case as soon as it is measured. A row's name is unique within the figure and stays the
+same from release to release, because results are compared by it. Each `Value` is a median with quartiles.
 
-    interleaved(variants, repeats)      times them in the order ABCCBA, CBAABC, …, after one warm-up of each
-    Times.over(other), .cpu_over(other) the ratio: block by block, so that the machine's drift cancels
+The values that count are ratios (`RATIO`) of two things that were measured in turn in one session: only these can be
+compared between machines. Values in other units (s, bytes, …) are there to be read; `compare` considers them only
+between results of one machine.
+
+    interleaved(variants, repeats)      time variants in the order ABCCBA, CBAABC, …, after one warm-up of each
+    Times.over(other), .cpu_over(other) a ratio, formed block by block so that the machine's drift cancels
     Times.value()                       the seconds themselves
-    Value.of(samples, unit)             of anything that was measured repeatedly
-    exactly(number, unit)               of what does not vary: bytes on the wire, counts; no peak of memory
+    Value.of(samples, unit)             median and quartiles of anything measured repeatedly
+    exactly(number, unit)               a value that does not vary, such as bytes on the wire; not for peak memory
 
 A figure that needs a process of its own (peak memory, imports) starts one with `benchmarks.fresh.in_fresh_process`.
 `benchmarks.subjects` has models, rows and trainers to measure. `settings.data` is always a file. `settings.quick` asks
@@ -44,30 +45,30 @@ from pathlib import Path
 from typing import Any
 
 RATIO = "ratio"
-"""Unit of the values that can be compared between machines."""
+"""Unit of values that can be compared between machines."""
 
 TOLERANCE, TOLERANCE_ONCE = 0.01, 0.05
-"""Share of the median by which quartiles of what was measured may be apart without any meaning: of what was measured
-repeatedly, and of what was measured once and so has no spread."""
+"""Largest gap between quartile ranges that counts as no change, as a share of the median: for values measured
+repeatedly, and for those measured only once, which have no spread."""
 
 VERSIONS = ("fedlora", "torch", "transformers", "peft", "opacus", "flwr", "grpcio", "numpy")
 
 
 class Unavailable(Exception):
-    """This figure cannot be measured here; the message says why and what would help."""
+    """Raised by a figure that cannot be measured here; the message says why and what would help."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all figures are measured on.
+    """The data, model and device that all figures are measured on.
 
     Attributes:
         data: a file or folder of rows with a text and a label.
         model: alias, folder or hub id of the base model.
         device: "cpu" or "cuda".
-        threads: of the CPU; None leaves PyTorch's default.
-        quick: sizes that take seconds and say nothing about speed.
-        most_repeats: an upper limit to every figure's repeats; None for none.
+        threads: CPU threads; None leaves PyTorch's default.
+        quick: use sizes that take seconds and say nothing about speed.
+        most_repeats: upper limit on the repeats of every figure; None for no limit.
     """
 
     data: Path
@@ -78,20 +79,22 @@ class Settings:
     most_repeats: int | None = None
 
     def repeats(self, wanted: int) -> int:
-        """How often to measure, where a figure would choose `wanted`."""
+        """Return how often to measure what a figure wants to measure `wanted` times."""
         return min(2 if self.quick else wanted, self.most_repeats or wanted)
 
 
 @dataclass(frozen=True)
 class Value:
-    """A measured number.
+    """A measured number with its spread.
 
     Attributes:
-        median, low, high: low and high are the quartiles.
+        median: median of the samples.
+        low: lower quartile.
+        high: upper quartile.
         unit: RATIO, or a unit such as "s", "ms", "MiB", "records/s".
-        better: "lower" or "higher"; None for what is neither good nor bad.
-        target: what is to be reached; None if nothing was promised.
-        tolerance: share of the median that is noise beside the spread; 0 for what is counted.
+        better: "lower" or "higher"; None if neither is better.
+        target: bound that the median should meet; None if there is none.
+        tolerance: noise beyond the spread, as a share of the median; 0 for counted values.
     """
 
     median: float
@@ -105,7 +108,7 @@ class Value:
     @classmethod
     def of(cls, samples: Sequence[float], unit: str, *, better: str | None = None,
            target: float | None = None) -> Value:
-        """Median and quartiles of at least one sample."""
+        """Return the median and quartiles of one sample or more."""
         if len(samples) == 1:
             return cls(samples[0], samples[0], samples[0], unit, better, target, TOLERANCE_ONCE)
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
@@ -113,20 +116,20 @@ class Value:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the median reaches the target; None if there is none."""
+        """Return whether the median meets the target; None if there is no target."""
         if self.target is None:
             return None
         return self.median >= self.target if self.better == "higher" else self.median <= self.target
 
 
 def exactly(number: float, unit: str, *, better: str | None = None, target: float | None = None) -> Value:
-    """A value that is counted, not measured: whatever it changes by is a change."""
+    """Return a value that was counted, not measured: any difference in it is a change."""
     return Value(number, number, number, unit, better, target)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case of a figure: its name, what was measured, and a remark that the numbers need."""
+    """One case of a figure: its name, its values, and a note on how to read them."""
 
     case: str
     values: Mapping[str, Value]
@@ -135,10 +138,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table of figures.
+    """A figure of the benchmark.
 
     Attributes:
-        number: in that table; figures are run in this order.
+        number: its number in result files; figures are measured in this order.
         measure: yields the rows.
     """
 
@@ -148,24 +151,32 @@ class Figure:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one variant, block by block: of the wall clock, and of this process's CPU time over all threads."""
+    """Seconds that one variant took in each block: wall-clock time, and CPU time of this process over all threads."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     def over(self, other: Times, *, factor: float = 1.0, better: str = "lower", target: float | None = None) -> Value:
-        """This variant's wall time over another's of the same `interleaved`, times a factor: 10, say, if the other one
-        does its work ten times when it is called.
+        """Return the ratio of this variant's wall time to that of another variant of the same `interleaved` call.
+
+        Args:
+            other: times of the other variant.
+            factor: multiplies the ratio: 10, say, if the other variant does its work ten times in one call.
+            better: "lower" or "higher".
+            target: bound that the ratio should meet.
         """
         return _ratio(self.wall, other.wall, factor, better, target)
 
     def cpu_over(self, other: Times, *, factor: float = 1.0, better: str = "lower",
                  target: float | None = None) -> Value:
-        """The same of CPU time, which other processes disturb less; work in child processes is not in it."""
+        """Return the ratio of CPU times, with the arguments of `over`.
+
+        Other processes disturb CPU time less than wall time. Work in child processes is not counted.
+        """
         return _ratio(self.cpu, other.cpu, factor, better, target)
 
     def value(self, unit: str = "s", *, parts: int = 1) -> Value:
-        """The wall seconds, or with unit "ms" milliseconds, of each of so many equal parts."""
+        """Return the wall time of one of `parts` equal parts of a call, in "s" or "ms"."""
         return Value.of([second * {"s": 1.0, "ms": 1e3}[unit] / parts for second in self.wall], unit)
 
 
@@ -175,14 +186,14 @@ def _ratio(mine: Sequence[float], others: Sequence[float], factor: float, better
 
 def interleaved(variants: Mapping[str, Callable[[int], object]], repeats: int, *,
                 settle: Callable[[], object] = lambda: None, warm_up: bool = True) -> dict[str, Times]:
-    """Time variants in turn, so that what drifts (clock, heat, other processes) meets all alike.
+    """Time variants in turn, so that drift (of clock rate, heat, other processes) affects all of them alike.
 
     Args:
-        variants: name → what is timed; it is given the number of the block, from 0, to take the same inputs as the
-            others of that block. Each is called once before, untimed, with block 0.
-        repeats: blocks; each calls every variant twice, once in each direction, and keeps the mean.
-        settle: called before each reading of the clock, as `torch.cuda.synchronize`.
-        warm_up: False leaves out the untimed calls, of what takes minutes.
+        variants: name → function to time. It is given the number of the block, from 0, so that all variants can use the
+            same inputs in a block. Each is called once before, untimed, with block 0.
+        repeats: number of blocks. Each calls every variant twice, once in each order, and keeps the mean.
+        settle: called before each reading of the clock, such as `torch.cuda.synchronize`.
+        warm_up: False leaves out the untimed calls, for variants that take minutes.
     """
     times = {name: Times() for name in variants}
     if warm_up:
@@ -206,7 +217,7 @@ def interleaved(variants: Mapping[str, Callable[[int], object]], repeats: int, *
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the figures were measured on, without naming it."""
+    """Describe this machine for a result file: its kind, without its name."""
     import torch
 
     found = {"processor": _processor(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
@@ -217,7 +228,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what decides the speed."""
+    """Return the versions of Python and of the packages that decide the speed."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS}
 
 
@@ -231,19 +242,20 @@ def _processor() -> str:
 
 
 def to_json(figure: Figure, title: str, rows: Sequence[Row], seconds: float) -> dict[str, Any]:
-    """A measured figure, as in a result file."""
+    """Return a measured figure as it stands in a result file."""
     return {"number": figure.number, "title": title, "seconds": round(seconds, 1),
             "rows": [{"case": row.case, "values": {name: asdict(value) for name, value in row.values.items()}}
                      | ({"note": row.note} if row.note else {}) for row in rows]}
 
 
 def value_from_json(fields: Mapping[str, Any]) -> Value:
-    """Inverse of `to_json` for one value.
+    """Return the value that these fields of a result file describe.
 
     Raises:
-        ValueError: other fields than a value has.
+        ValueError: the fields are not those of a value.
     """
     try:
         return Value(**fields)
     except TypeError as error:
-        raise ValueError(f"a value with fields {sorted(fields)}: not a result file of this FedLoRA version") from error
+        raise ValueError(f"a value has the fields {sorted(fields)}: this is not a result file of this FedLoRA version; "
+                         "measure again") from error

@@ -1,4 +1,4 @@
-"""What FedLoRA's training is measured beside: Opacus, by hooks and by ghost clipping."""
+"""Peers to measure FedLoRA's training beside: Opacus with hooks, with ghost clipping, and in a published loop."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ MODES = ("hooks", "ghost")
 
 
 def opacus_round(subject: Subject, mode: str) -> Callable[[int], None]:
-    """A round's private steps by Opacus, each on all of the subject's records at once; the subject's own trainer is of
-    no use after.
+    """Return a function that trains one round's private steps with Opacus.
 
-    The model is the same, with its weights in the same precision and attention; only the clipping differs.
+    Each step takes all of the subject's records at once. The model is the same, with the same weights, precision and
+    attention; only the clipping differs.
 
     Args:
-        mode: "hooks" keeps every record's gradient; "ghost" finds their norms, then runs the backward pass again.
+        subject: gives the model, the records and the plan. Its own trainer cannot be used any more.
+        mode: "hooks" keeps every record's gradient; "ghost" computes their norms, then runs the backward pass again.
     """
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # it says so in every step
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # the warning comes in every step
     adapted, run = subject.adapted, subject.plan
     parameters = [parameter for _, parameter in adapted.trained_parameters()]
-    for layer in plain_layers(adapted):  # Opacus knows no subclasses,
-        layer.train()  # and sees layers in training mode alone; nothing else is in it, so dropout stays off
+    for layer in plain_layers(adapted):  # Opacus knows no subclasses of Linear
+        layer.train()  # Opacus handles layers in training mode only; all else stays in eval mode, without dropout
     inner = torch.optim.SGD(parameters, lr=run.lr)
     private = {"noise_multiplier": 1.0, "max_grad_norm": run.clip_norm, "expected_batch_size": len(subject.records)}
     loss = nn.CrossEntropyLoss()
@@ -63,7 +64,7 @@ def opacus_round(subject: Subject, mode: str) -> Callable[[int], None]:
 
 
 def plain_layers(adapted: AdaptedModel) -> list[nn.Linear]:
-    """Put ordinary layers, which hold the same parameters, in the places of the leaves that train."""
+    """Replace each trained leaf by an ordinary linear layer with the same parameters; return the new layers."""
     trained, made = set(map(id, adapted.trained_leaves())), []
     for name, module in list(adapted.model.named_modules()):
         if id(module) in trained:
@@ -76,10 +77,10 @@ def plain_layers(adapted: AdaptedModel) -> list[nn.Linear]:
 
 
 class PublishedLoop:
-    """A round of private training as published federated code has it: Opacus' engine, made anew each time.
+    """A round of private training as published federated code does it: with an Opacus engine made anew each round.
 
     Args:
-        subject: gives the model, the records and the plan's batch and steps; its own trainer is of no use after.
+        subject: gives the model, the records and the plan's batch and steps. Its own trainer cannot be used any more.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -90,7 +91,7 @@ class PublishedLoop:
         plain_layers(self.adapted)
         for module in self.adapted.model.modules():
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # as ours: it would cost the loop a little
+                module.p = 0.0  # as in our training; it would slow the loop a little
         self.adapted.model.train()
         everything = np.arange(len(self.records))
         batch = subject.trainer.task.collate(self.records, everything, int(self.records.lengths.max()))
@@ -98,7 +99,7 @@ class PublishedLoop:
         self.data = TensorDataset(*batch.inputs().values(), batch.labels)
 
     def __call__(self, block: int) -> int:
-        """One round of the plan's steps; returns how many records were drawn."""
+        """Train one round of the plan's steps; return the number of records drawn."""
         torch.manual_seed(block)
         parameters = [parameter for _, parameter in self.adapted.trained_parameters()]
         loader = DataLoader(self.data, batch_size=min(self.run.expected_batch, len(self.data)))

@@ -1,1 +1,1 @@
-"""One module for each figure; see `benchmarks.measure`."""
+"""The figures, one module each. `benchmarks/measure.py` says how to add one."""

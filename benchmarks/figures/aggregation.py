@@ -1,10 +1,10 @@
 """Server aggregation from 10 to 1,000 clients: time against a bare sum of the same arrays, and memory.
 
 Uploads have the shape of a 7B model's adapters (FedAvg-LoRA, 32 layers, queries and values of 4096², r = 16: 8.4
-million values, 34 MB). They come one after the other, as from an engine, and are never together in memory.
+million values, 34 MB). They arrive one after the other, as from an engine, and are never in memory together.
 
-The target refers to the bare sum in float64, in which the strategy sums too. One in float32, beside it, moves fewer
-bytes; its rounding grows with the clients.
+The target is for the ratio to a bare sum in float64, the type in which the strategy sums. The sum in float32 beside it
+moves fewer bytes, but its rounding error grows with the number of clients.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ from ..fresh import forget_peak, in_fresh_process, peak_bytes, resident_bytes
 from ..measure import RATIO, Figure, Row, Settings, Value, interleaved
 
 DIFFERENT = 4
-"""Uploads that are made; the clients' are these in turn."""
+"""Number of different uploads; the clients send them in turn."""
 
 
 class Server:
-    """A strategy in its first round, and its clients' uploads.
+    """A strategy in its first round, with the uploads of its clients.
 
     Args:
-        copied: each upload has memory of its own, as from an engine, so that one that is kept is seen.
+        layers: number of layers of the model.
+        width: rows and columns of each projection.
+        rank: rank of the adapters.
+        clients: number of clients.
+        copied: give each upload memory of its own, as an engine does, so that an upload kept too long shows in the
+            peak.
     """
 
     def __init__(self, layers: int, width: int, rank: int, clients: int, *, copied: bool = False) -> None:
@@ -46,11 +51,11 @@ class Server:
         self.start = self.records[0]
 
     def aggregate(self, block: int = 0) -> None:
-        """One round: orders out, uploads in, the next state."""
+        """Run one round: send the orders, read the uploads, form the next state."""
         nodes = ConfigRecord({"nodes": list(range(1, self.clients + 1))})
         orders = self.strategy.configure_train(1, self.start, nodes, None)  # type: ignore[arg-type]
         self.orders = list(orders)
-        _, metrics = self.strategy.aggregate_train(1, self)  # read one at a time, as from an engine
+        _, metrics = self.strategy.aggregate_train(1, self)  # uploads are read one at a time, as from an engine
         assert metrics is not None and metrics["replies"] == self.clients
 
     def __iter__(self) -> Iterator[Message]:
@@ -62,7 +67,7 @@ class Server:
             yield message
 
     def bare_sum(self, dtype: type, block: int = 0) -> dict[str, np.ndarray]:
-        """The mean of the same arrays, summed up in float64 as by the strategy or in float32, without any check."""
+        """Return the unchecked mean of the same arrays, summed in float64 as the strategy does, or in float32."""
         sums: dict[str, np.ndarray] = {name: np.zeros(array.shape, dtype) for name, array in self.uploads[0].items()}
         for number in range(self.clients):
             for name, array in self.uploads[number % len(self.uploads)].items():
@@ -71,6 +76,7 @@ class Server:
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each number of clients."""
     shape: dict[str, Any] = {"layers": 2, "width": 64, "rank": 4} if settings.quick else {**SEVEN_B, "rank": 16}
     counts = (2, 4) if settings.quick else (10, 100, 1000)
     least = None
@@ -81,9 +87,9 @@ def measure(settings: Settings) -> Iterator[Row]:
                              "aggregation": server.aggregate}, settings.repeats(max(1, 50 // clients)))
         del server
         memory = {}
-        if forget_peak():  # else the peak may be that of making the uploads
+        if forget_peak():  # otherwise the peak may be that of making the uploads
             peaks = [in_fresh_process(f"{__name__}:peak", **shape, clients=clients) for _ in range(settings.repeats(3))]
-            least = least or max(1.0, Value.of(peaks, "bytes").median)  # tiny ones may fit into what is there
+            least = least or max(1.0, Value.of(peaks, "bytes").median)  # tiny uploads fit into memory already held
             memory = {f"memory ÷ {counts[0]} clients": Value.of([peak / least for peak in peaks], RATIO, better="lower",
                                                                 target=1.05),
                       "memory": Value.of([peak / 2**20 for peak in peaks], "MiB")}
@@ -92,11 +98,11 @@ def measure(settings: Settings) -> Iterator[Row]:
             "time ÷ float32 sum": times["aggregation"].over(times["float32"]),
             "CPU time": times["aggregation"].cpu_over(times["float64"]),
             "a client": Value.of([1e3 * second / clients for second in times["aggregation"].wall], "ms"),
-            **memory}, "" if memory else "memory takes a system that can forget its peak, as Linux does")
+            **memory}, "" if memory else "memory is measured only on systems that can reset the peak, such as Linux")
 
 
 def peak(layers: int, width: int, rank: int, clients: int) -> int:
-    """The most bytes that one round of aggregation takes, an upload at a time in them."""
+    """Return the peak memory in bytes that one round of aggregation adds, which includes one upload at a time."""
     server = Server(layers, width, rank, clients, copied=True)
     forget_peak()
     before = resident_bytes()

@@ -1,7 +1,7 @@
 """Many small clients in lockstep over one pass of the base model (--batch-clients), against one after the other.
 
-Each of 8 clients contributes 2 records of 64 tokens to a step. What is left to each client alone is not shared and so
-bounds the gain: its noise, drawn from a stream of its own, its sum and its optimiser.
+Each of 8 clients contributes 2 records of 64 tokens to a step. Some work cannot be shared, which bounds the gain: every
+client draws its noise from a stream of its own, forms its own sum and runs its own optimiser.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ TARGET = 1.3
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each family and precision, with and without privacy."""
     clients, records, length = (2, 2, 16) if settings.quick else (8, 2, 64)
     rows = cut_to_length(rows_of(settings), clients * records)
     for family, rank in FAMILIES:

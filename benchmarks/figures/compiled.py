@@ -1,6 +1,6 @@
-"""A private step on CUDA with the model's blocks compiled (--compile), against one without
+"""A private step on CUDA with the model's blocks compiled (--compile), against one without.
 
-In rounds of as many steps as a private preset's.
+A round has as many steps as in a private preset.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .step import STEPS
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each precision."""
     if settings.device != "cuda":
         raise Unavailable("--compile is for CUDA, where micro-batches have few shapes; measure it with --device cuda")
     records, length, rank = (4, 16, 2) if settings.quick else (32, 64, 8)

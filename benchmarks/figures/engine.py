@@ -1,8 +1,9 @@
-"""What a client-round costs in process without training: messages, checks, the uploads and the mean; MiniLM, r = 8.
+"""Cost of a client-round in process without training: messages, checks, uploads and the mean; MiniLM, r = 8.
 
-Clients that echo what they are sent, and real sessions beside them, whose trainer gives back what it was to start from:
-these add what a client keeps books of, so ledger, reservation and digests. What a client-round costs must not grow with
-the clients. Beside it, Flower's own simulation engine, with one Ray actor for each core.
+A client-round is one client's part in one round. Some clients only echo what they are sent. Others are real sessions
+with a trainer that returns the state it was given; they add a client's bookkeeping: ledger, reservation and digests.
+The cost of a client-round must not grow with the number of clients. Flower's own simulation engine is measured beside
+ours, with one Ray actor for each core.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from fedlora.privacy import Ledger, RunStreams
 from fedlora.tasks import Records
 from fedlora.training import TrainingJob, TrainResult
 from fedlora_client.flower_app import Session
-from fedlora_client.session import ClientSession, Limits
+from fedlora_client.session import ClientSession
 from fedlora_client.state import MemoryState
+from fedlora_client.terms import Limits
 from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import Run, run_federation
 from fedlora_simulations.in_process import InProcessEngine
@@ -33,31 +35,33 @@ from ..measure import RATIO, Figure, Row, Settings, Value, interleaved
 from ..subjects import rows_of, settle, subject
 
 RECORDS = 200
-"""Of each session, which reads none of them."""
+"""Records of each session; none of them is read."""
 
-NOTES = {"clients": "echo what they are sent",
-         "real sessions": "with ledger (in memory), reservation and digests, and a trainer that trains nothing"}
+NOTES = {"clients": "clients that echo what they are sent",
+         "real sessions": "sessions with ledger (in memory), reservation and digests, whose trainer trains nothing"}
 
 
 class NoTrainer:
-    """In place of a `Trainer`: what comes out of a training is what went in."""
+    """A stand-in for `Trainer` that returns the state it was given."""
 
     def __init__(self, layout: AdapterLayout) -> None:
         self.adapted = SimpleNamespace(layout=layout)
 
     def activate(self, active: tuple[str, ...]) -> None:
-        """All of them."""
+        """Accept any selection of trained tensors; this trainer trains none."""
 
     def show_batch_invariance(self, run: RunPlan, rows_per_unit: int) -> None:
-        """There is no arithmetic."""
+        """Do nothing: there is no arithmetic to check."""
 
     def train(self, training: TrainingJob, stop: Callable[[], bool] = lambda: False) -> TrainResult:
+        """Return the trained tensors of the state that training would start from."""
         assert training.start is not None
         trained = {spec.name: training.start[spec.name] for spec in self.adapted.layout.trained}
         return TrainResult(trained, training.run.local_steps, (), 0.0, 0.0, 0)
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each kind and number of clients, and one beside Flower's engine."""
     counts = (4, 8) if settings.quick else (100, 1000)
     repeats = settings.repeats(9)
     shape = layout("frozen-a", **MINILM, rank=8)
@@ -76,7 +80,7 @@ def measure(settings: Settings) -> Iterator[Row]:
         return lambda block: one_round(echoes)
 
     def keeping_books(clients: int) -> Callable[[int], None]:
-        unused = iter([sessions(run, shape, clients) for _ in range(1 + 2 * repeats)])  # each trains a round once
+        unused = iter([sessions(run, shape, clients) for _ in range(1 + 2 * repeats)])  # each trains one round only
         return lambda block: one_round(next(unused))
 
     chosen = FFALoRA.recipe.preset(private=True)
@@ -105,7 +109,7 @@ def measure(settings: Settings) -> Iterator[Row]:
 
 
 def sessions(run: RunPlan, layout: AdapterLayout, clients: int) -> dict[str, ClientSession]:
-    """As a simulation makes them, but that they train nothing."""
+    """Make sessions as a simulation does, except that they train nothing; return them by client name."""
     records = Records(np.zeros(RECORDS, np.int32), np.arange(RECORDS + 1), 0, np.zeros(RECORDS, np.int64))
     ledger, trainer = Ledger(None, simulated=True), NoTrainer(layout)
     shared: dict[str, Tensors] = {}
@@ -116,7 +120,11 @@ def sessions(run: RunPlan, layout: AdapterLayout, clients: int) -> dict[str, Cli
 
 def beside_flower(run: RunPlan, layout: AdapterLayout, clients: int, ours: Callable[[int], None],
                   settings: Settings) -> Row:
-    """Raises Unavailable without Ray."""
+    """Measure a round over our engine in turn with one over Flower's.
+
+    Raises:
+        Unavailable: Ray is not installed.
+    """
     with flower_engine(run, layout, clients) as flowers:
         times = interleaved({"Flower": flowers, "ours": ours}, settings.repeats(5))
     values: dict[str, Any] = {name: Value.of([1e3 * second / clients for second in taken.wall], "ms")

@@ -1,6 +1,7 @@
 """A gRPC round without training, for 2, 32 and 256 client connections and 1 MB each way, against bare gRPC streams.
 
-And for one client and 400 MB. Every client has a connection of its own; those of one process share its interpreter.
+It is also measured for one client and 400 MB. Every client has a connection of its own; the clients of one process
+share its Python interpreter.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from ..grpc_clients import RAW_OPTIONS
 from ..measure import RATIO, Figure, Row, Settings, Times, Value, interleaved
 
 PROCESSES = 8
-"""At most so many client processes; each holds its share of the connections."""
+"""Most client processes; each holds an equal share of the connections."""
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each number of clients, and one for a large upload."""
     counts, size, large = ((1, 2), 1 << 12, 1 << 20) if settings.quick else ((2, 32, 256), 1 << 20, 400 << 20)
     reference = 0.0
     for clients in counts:
@@ -58,7 +60,10 @@ def _measured(clients: int, size: int, repeats: int) -> dict[str, Times]:
 
 @contextlib.contextmanager
 def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
-    """A round: every client is sent the tensors and sends them back; the replies are read from the upload store."""
+    """Start a FedLoRA server and its clients; yield a function that runs one round.
+
+    Every client is sent the tensors and sends them back. The replies are read from the upload store.
+    """
     shape = (size // 32, 8)
     layout = AdapterLayout(family_of("frozen-a"), (), (TensorSpec("layer.B", shape),), ())
     run = plan("ffa-lora", "frozen-a", private=False)
@@ -90,7 +95,10 @@ def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
 
 @contextlib.contextmanager
 def _raw(clients: int, size: int) -> Iterator[Callable[[int], None]]:
-    """The same over bare gRPC: every client counts the bytes and sends as many back."""
+    """Start a bare gRPC server and its clients; yield a function that runs one round.
+
+    Every client receives `size` bytes and sends as many back.
+    """
     arrived: SimpleQueue[None] = SimpleQueue()
     turns: list[SimpleQueue[bool]] = []
     data, starts = bytes(size), range(0, size, wire.CHUNK_BYTES)
@@ -134,8 +142,8 @@ def _raw(clients: int, size: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def _clients(kind: str, address: str, clients: int, size: int) -> Iterator[list[subprocess.Popen]]:
-    """Processes that hold so many connections together; they end when the server ends their streams."""
+def _clients(kind: str, address: str, clients: int, size: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Start processes that hold `clients` connections in all; they end when the server ends their streams."""
     processes = min(clients, PROCESSES)
     shares = [clients // processes + (i < clients % processes) for i in range(processes)]
     module = f"{__package__.rpartition('.')[0]}.grpc_clients"
@@ -150,10 +158,10 @@ def _clients(kind: str, address: str, clients: int, size: int) -> Iterator[list[
             process.kill()
 
 
-def _check(processes: list[subprocess.Popen]) -> None:
-    """While clients are waited for: none has given up."""
+def _check(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Check that no client process has ended while the server waits for its clients."""
     if any(process.poll() is not None for process in processes):
-        raise RuntimeError("a client process ended during the measurement; what it said is above")
+        raise RuntimeError("a client process ended during the measurement; its messages are above")
 
 
 FIGURE = Figure(5, measure)

@@ -1,9 +1,10 @@
-"""How far one record moves the clipped sum, of tensors made for that.
+"""How far one record moves the clipped sum, with tensors chosen by a hostile server.
 
-‖S − S′‖ / C, with S the sum before noise and S′ the same without one record: what the noise is measured for is 1. The
-tensors come from three searches: by hypothesis, by gradients, and by the decision of a steep head between two roundings
-of what it is given. What a client would refuse for its size is counted, and computed all the same. The last row is of a
-processor that rounds otherwise from 16 rows on, as some do, emulated where this one does not.
+Measured is ‖S − S′‖ / C, where S is the sum of clipped gradients before noise, S′ the same sum without one record, and
+C the clip norm. The noise is calibrated for 1. The tensors come from three searches: by the package hypothesis, by
+gradients, and by a steep head that decides between two roundings of its input. Tensors that a client would refuse for
+their size are counted and measured all the same. The last row emulates a processor that rounds differently from 16 rows
+on, as some do.
 """
 
 from __future__ import annotations
@@ -41,23 +42,35 @@ from ..subjects import Subject, precisions, rows_of, save_random_bert, subject
 INPUTS, INPUTS_QUICK = 1500, 24
 MOST_RECORDS = 64
 GIVEN_MODEL = 0.14
-"""Share of the inputs for --model; the others are for a tiny random one, which computes a hundred times as fast."""
+"""Share of the inputs for --model; the others go to a tiny random model, which is a hundred times as fast."""
 
 EMULATED = 0.04
-"""Share of bf16 in those where the device emulates it: a single input takes half a minute then."""
+"""Share of bf16 among the inputs for --model if the device emulates bf16, where one input takes half a minute."""
 
 EMULATED_ROWS = 16
-"""From so many rows on, the emulated processor rounds otherwise."""
+"""Number of rows from which the emulated processor rounds differently."""
 
 GENERATORS = ("hypothesis", "gradients", "decision")
 PLACES = ("first", "middle", "last", "random")
 TOKENS = {"cpu": (6, 11, 16), "cuda": (6, 20, 40)}
-"""Of texts, each with another padded length."""
+"""Lengths of the texts in tokens, by device; each is padded to a different length."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One input but for its tensors: what is trained on, and how."""
+    """One input of a search, without its tensors: what is trained on, and how.
+
+    Attributes:
+        generator: one of `GENERATORS`, the search for the tensors.
+        model: name of the base model.
+        precision: "fp32" or "bf16".
+        threads: CPU threads.
+        head: whether the head is trained.
+        records: number of records, with the one that is left out.
+        place: one of `PLACES`, where the record that is left out stands.
+        lengths: "one" or "several" padded lengths.
+        seed: seed of the texts and tensors.
+    """
 
     generator: str
     model: str
@@ -72,7 +85,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one input. `refused`: a client would not take the tensors; `equal`: the others' gradients, bit for bit."""
+    """The measurement of one input.
+
+    Attributes:
+        case: the input.
+        ratio: ‖S − S′‖ / C.
+        equal: whether the other records' gradients are the same, bit for bit.
+        refused: whether a client would refuse the tensors for their size.
+    """
 
     case: Case
     ratio: float
@@ -82,7 +102,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Records with and without one, which is `text`."""
+    """Two neighbouring data sets: records with and without one record, whose token ids are `text`."""
 
     with_it: Records
     without: Records
@@ -90,8 +110,13 @@ class Neighbours:
 
 
 def cases(total: int, models: Sequence[str], threads: Sequence[int], *, bf16: float) -> list[Case]:
-    """Every value of every field as often as any other, record counts within each generator; but for the models, and
-    for the share of bf16 in the inputs for the first.
+    """Draw cases in which every value of a field occurs equally often, record counts also within each generator.
+
+    Args:
+        total: number of cases.
+        models: names of the given model and of the tiny one; `GIVEN_MODEL` is the first one's share.
+        threads: numbers of CPU threads.
+        bf16: share of bf16 in the cases of the first model.
     """
     random = np.random.default_rng(22)
 
@@ -113,8 +138,14 @@ def cases(total: int, models: Sequence[str], threads: Sequence[int], *, bf16: fl
 
 
 def neighbours(one: Subject, case: Case, device: str, label: int | None = None) -> Neighbours:
-    """The case's records: with one label for all those of one length are one text, so that one decision is that of all;
-    else texts and labels are random.
+    """Make a case's records with and without one of them.
+
+    Args:
+        one: gives the tokenizer.
+        case: the case.
+        device: decides the lengths of the texts.
+        label: label of all records. Then all records of one length have the same text, so that one decision of the head
+            decides for all of them. None for random texts and labels.
     """
     random = np.random.default_rng(case.seed)
     tokenizer = one.trainer.task.tokenizer
@@ -135,7 +166,7 @@ def neighbours(one: Subject, case: Case, device: str, label: int | None = None) 
 
 
 def outcome(one: Subject, case: Case, pair: Neighbours, state: Tensors) -> Outcome:
-    """What the record that comes or goes does to the sum."""
+    """Measure how far the record that one of the two data sets lacks moves the clipped sum."""
     try:
         one.adapted.layout.check(state, "state", most=MOST_RECEIVED)
         refused = False
@@ -147,7 +178,7 @@ def outcome(one: Subject, case: Case, pair: Neighbours, state: Tensors) -> Outco
 
 
 def by_decision(one: Subject, case: Case, device: str) -> Outcome:
-    """Adapters of zeros, as a run starts with (A too where it trains beside the head), and a steep head."""
+    """Measure with a steep head over adapters of zeros, as a run starts with (with a trained head, A is zero too)."""
     pair = neighbours(one, case, device, 0)
     state = adapters(one, 0.0 if case.head else 1.0, case.seed)
     if not case.head:
@@ -156,7 +187,7 @@ def by_decision(one: Subject, case: Case, device: str) -> Outcome:
 
 
 def by_gradients(one: Subject, case: Case, device: str) -> Outcome:
-    """Random adapters that are made to magnify the roundings in which the two batches differ most, and a steep head."""
+    """Measure with a steep head over adapters that magnify the layer in which the batches round most differently."""
     pair = neighbours(one, case, device, 0)
     state = adapters(one, 10.0 ** (case.seed % 5 - 1), case.seed)
     layer, difference = most_different_layer(one, pair.with_it, pair.without, state, pair.text)
@@ -172,12 +203,12 @@ def _decided(one: Subject, case: Case, pair: Neighbours, state: Mapping[str, np.
 
 
 def by_hypothesis(one: Subject, chosen: Sequence[Case], device: str) -> list[Outcome]:
-    """Tensors that hypothesis draws, and draws nearer to those that moved the sum most."""
+    """Measure with tensors that hypothesis draws, which searches near those that moved the sum most."""
     try:
         from hypothesis import HealthCheck, Phase, given, settings, target
         from hypothesis import strategies as st
     except ImportError:
-        raise Unavailable("hypothesis searches for the tensors: pip install hypothesis") from None
+        raise Unavailable("this search needs hypothesis, which is not installed: pip install hypothesis") from None
     found: list[Outcome] = []
     coming = iter(chosen)
     kinds = st.tuples(st.sampled_from(KINDS), st.integers(-20, 17), st.integers(0, 2**32 - 1))
@@ -195,19 +226,20 @@ def by_hypothesis(one: Subject, chosen: Sequence[Case], device: str) -> list[Out
             target(min(found[-1].ratio, 100.0))
 
     search()
-    for case in coming:  # hypothesis stops early where it has drawn all that there is
+    for case in coming:  # hypothesis stops early once it has drawn all possible values
         found.append(outcome(one, case, neighbours(one, case, device), adapters(one, 1.0, case.seed)))
     return found
 
 
 def outcomes(one: Subject, chosen: Sequence[Case], device: str) -> list[Outcome]:
-    """Of cases of one model, precision, number of threads and kind of head, which `one` is."""
+    """Measure cases that share the model, precision, threads and kind of head of `one`."""
     by: Mapping[str, Callable[[Subject, Case, str], Outcome]] = {"decision": by_decision, "gradients": by_gradients}
     found = by_hypothesis(one, drawn, device) if (drawn := [c for c in chosen if c.generator == "hypothesis"]) else []
     return found + [by[case.generator](one, case, device) for case in chosen if case.generator in by]
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each model, precision, number of threads and search; then one of an emulated processor."""
     rows = rows_of(settings)
     tiny = settings.data.parent / "tiny-bert"
     save_random_bert(rows, tiny)
@@ -221,7 +253,7 @@ def measure(settings: Settings) -> Iterator[Row]:
         return case.model, case.precision, case.threads
 
     try:
-        for key, of_group in itertools.groupby(sorted(chosen, key=group, reverse=True), group):  # the slowest last
+        for key, of_group in itertools.groupby(sorted(chosen, key=group, reverse=True), group):  # slowest last
             yield from _rows(settings, rows, key, list(of_group), models)
         yield _emulated(settings, rows, str(tiny), threads[0])
     finally:
@@ -246,7 +278,7 @@ def _rows(settings: Settings, rows: Rows, key: tuple[str, str, int], chosen: Seq
 
 
 def _emulated(settings: Settings, rows: Rows, model: str, threads: int) -> Row:
-    """Every number of records, the last one gone."""
+    """Measure on an emulated processor with every number of records, leaving the last record out."""
     one = subject(replace(settings, model=model, threads=threads), rows, family="lora", rank=4, precision="fp32",
                   expected_batch=MOST_RECORDS, max_length=48)
     one.trainer.rehearse()
@@ -266,7 +298,7 @@ def _row(name: str, found: Sequence[Outcome]) -> Row:
         "above 1": exactly(sum(one.ratio > 1 for one in found), "inputs", better="lower"),
         "others bit-equal": exactly(sum(one.equal for one in found), "inputs"),
         "refused for size": exactly(sum(one.refused for one in found), "inputs")},
-        note=f"largest of {case.records} records, the {case.place} one gone, texts of {case.lengths} padded length"
+        note=f"largest with {case.records} records, the {case.place} one out, texts of {case.lengths} padded length"
              f"{'s'[:case.lengths == 'several']}, head {'trained' if case.head else 'fixed'}, seed {case.seed}")
 
 

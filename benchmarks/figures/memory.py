@@ -1,7 +1,7 @@
-"""Peak memory of a private step against a plain one, each in a process of its own, beside Opacus.
+"""Peak memory of a private step against a plain one, beside Opacus.
 
-Of the whole process, and beyond what it held before its first step: the model, the libraries and the records. On a GPU
-both are of what PyTorch has allocated there.
+Each is measured in a process of its own: the peak of the whole process, and how far it exceeds what the process held
+before its first step (the model, the libraries and the records). On a GPU both count what PyTorch has allocated there.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from .step import FAMILIES, TARGET
 
 STEPS = 3
 
-
 WHAT = {"whole process": "peak", "beyond the model": "step"}
+"""Heading of a value → key of the measurement that `step` returns."""
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each family of adapters, length of records and precision."""
     if settings.device == "cpu" and not forget_peak():
-        raise Unavailable("this system cannot tell a step's peak of memory from that of loading the model (it takes "
-                          "/proc/self/clear_refs to be writable, as on Linux); measure it on Linux or with --device "
-                          "cuda")
+        raise Unavailable("this system cannot tell the peak memory of a step from that of loading the model (this "
+                          "needs a writable /proc/self/clear_refs, as on Linux); measure it on Linux or with "
+                          "--device cuda")
     cases = [(FAMILIES[0], 16, "fp32")] if settings.quick else itertools.product(
         FAMILIES, (64, 128), precisions(settings))
     for (family, rank), length, precision in cases:
@@ -43,8 +44,8 @@ def measure(settings: Settings) -> Iterator[Row]:
 
 
 def _held(settings: Settings, **case: Any) -> dict[str, list[dict[str, int]]]:
-    """What `step` gives for each variant, repeatedly and in turn."""
-    peers = () if settings.quick else MODES  # each is a process that imports everything
+    """Measure each variant with `step`, repeatedly and in turn; return the measurements by variant."""
+    peers = () if settings.quick else MODES  # each of them would start a process that imports everything
     variants = {"plain": "plain", "private": "private", **{f"Opacus {mode}": mode for mode in peers}}
     held: dict[str, list[dict[str, int]]] = {name: [] for name in variants}
     for _ in range(1 if settings.quick else settings.repeats(3)):
@@ -61,7 +62,12 @@ def _over(held: Mapping[str, list[dict[str, int]]], variant: str, what: str, tar
 
 def step(variant: str, family: str, rank: int, precision: str, records: int, length: int,
          settings: dict[str, Any]) -> dict[str, int]:
-    """In bytes: "peak" of the process (of the GPU, if it trains there), and what the "step" added to the model."""
+    """Train a few steps of one variant in this process and measure its memory.
+
+    Returns:
+        Bytes: "peak" of the process, or of the GPU if it trains there, and "step", the part added since before the
+        first step.
+    """
     chosen = Settings(**{**settings, "data": Path(settings["data"])})
     rows = cut_to_length(rows_of(chosen), records)
     one = subject(chosen, rows, family=family, rank=rank, precision=precision, expected_batch=records,

@@ -1,6 +1,6 @@
-"""Resident memory of a whole simulation with 1 to 1,000 clients, each in a process of its own.
+"""Resident memory of a whole simulation with 1 to 1,000 clients.
 
-The clients share one data set's rows.
+Each simulation runs in a process of its own; its clients share the rows of one data set.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from ..fresh import in_fresh_process, peak_bytes
 from ..measure import RATIO, Figure, Row, Settings, Unavailable, Value
 
 ROWS_EACH = 10
-"""Of every client, at least: of fewer, batches of two take a larger share than a private client allows."""
+"""Fewest rows of a client: with fewer, batches of two exceed the sampling rate that a private client allows."""
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each number of clients."""
     counts = (1, 4) if settings.quick else (1, 10, 100, 1000)
     there, needed = len(read(settings.data, "classification")), ROWS_EACH * counts[-1]
     if there < needed:
-        raise Unavailable(f"--data has {there:,} rows, and {counts[-1]:,} clients need {needed:,}, {ROWS_EACH} each; "
+        raise Unavailable(f"--data has {there:,} rows, but {counts[-1]:,} clients need {needed:,}, {ROWS_EACH} each; "
                           "give more rows, or leave --data out for generated ones")
     with_one = None
     for clients in counts:
@@ -37,7 +38,7 @@ def measure(settings: Settings) -> Iterator[Row]:
 
 
 def simulated(argv: list[str], threads: int | None) -> int:
-    """Run the simulation; the most bytes that its process held."""
+    """Run a simulation with these options; return the peak resident memory of this process in bytes."""
     from fedlora_server.run_setup import find_model
     from fedlora_simulations.population import Method, populate
     from fedlora_simulations.simulate import simulate

@@ -1,4 +1,4 @@
-"""What cryptographic sampling and noise add to a private step, against PyTorch's generator"""
+"""Cryptographic sampling and noise in a private step, against PyTorch's generator."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..measure import Figure, Row, Settings, interleaved
 from ..subjects import rows_of, settle, subject
 
 UNITS = 60_000
-"""Of the data set that is sampled from; every one of them takes a random number in each step."""
+"""Units in the data set that is sampled from; each of them takes one random number in every step."""
 
 
 class _Unsafe(RandomStream):
-    """PyTorch's default generator behind a stream's interface: one draw for each value. For comparison only."""
+    """PyTorch's default generator behind the interface of a stream, one draw for each value. For comparison only."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -30,6 +30,7 @@ class _Unsafe(RandomStream):
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each family of adapters."""
     batch, length, units = (4, 16, 100) if settings.quick else (256, 64, UNITS)
     rows = rows_of(settings)
     rows = rows.take([i % len(rows) for i in range(batch)])
@@ -40,7 +41,7 @@ def measure(settings: Settings) -> Iterator[Row]:
 
         def step(make: type[RandomStream], block: int) -> None:
             sampling, noise = (_Unsafe(2 * block + i) if make is _Unsafe else RandomStream.from_os() for i in range(2))
-            sampling.uniform(units - batch)  # for the units that the trainer's few records stand for
+            sampling.uniform(units - batch)  # also draw for the units that the trainer does not hold
             one.step({"sampling": sampling, "noise": noise})  # noqa: B023
 
         def draws(block: int) -> None:

@@ -1,4 +1,4 @@
-"""FedSVD's thin refactorisation of B·A against the full SVD, and its growth over three sizes."""
+"""FedSVD's thin refactorisation of B·A against the full SVD, and the growth of its time over three sizes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from fedlora_strategies.refactorizations.svd import refactorise
 from ..measure import Figure, Row, Settings, Value, interleaved
 
 AT_ONCE = 10
-"""Refactorisations that are timed together: one takes milliseconds."""
+"""Refactorisations timed together, because one takes only milliseconds."""
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each size; one of them has the full SVD beside it."""
     sizes, rank, full = ((64, 128, 256), 4, 128) if settings.quick else ((1024, 4096, 16384), 16, 4096)
     states = {size: _factors(size, rank) for size in sizes}
 
@@ -24,7 +25,7 @@ def measure(settings: Settings) -> Iterator[Row]:
         for _ in range(AT_ONCE):
             refactorise(states[size], "layer")
 
-    # the full SVD takes the better part of a minute: it is timed without being warmed up
+    # the full SVD takes most of a minute, so it is timed without a warm-up
     B, A = (torch.from_numpy(states[full][f"layer.{factor}"]) for factor in "BA")
     against = interleaved({"full": lambda block: torch.linalg.svd(B @ A), "thin": partial(thin, full)},
                           settings.repeats(1), warm_up=False)

@@ -1,7 +1,7 @@
 """Time to start: --help of every command, and from the loaded model to the first training step.
 
-CPU time of processes of their own, which other work on the machine disturbs least. Importing PyTorch and transformers
-comes before the model is loaded and is shown beside it.
+Each is the CPU time of a new process, which other work on the machine disturbs least. Importing PyTorch and
+transformers comes before the model is loaded; that part is shown beside the rest.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ COMMANDS = {"fedlora-client": ("fedlora_client", ()), "fedlora-client budget": (
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each command, and one for the start of training."""
     for name, (package, words) in COMMANDS.items():
         bare, helped = [], []
         for _ in range(settings.repeats(7)):
@@ -49,11 +50,15 @@ def _child_cpu_s(*arguments: str) -> float:
 
 
 class _Begun(Exception):
-    """The first training step would begin now."""
+    """Raised in place of the first training step."""
 
 
 def first_step(data: str, model: str, device: str, threads: int, batch: int) -> dict[str, float]:
-    """Seconds in this process: all that server and client do for the first round of one private client."""
+    """Measure all that server and client do in this process up to the first step of one private client.
+
+    Returns:
+        Seconds: "wall" and "cpu" since the model was loaded, and "before", the CPU time until then.
+    """
     from fedlora import models
     from fedlora.config import SimulationConfig, read_config
     from fedlora.training import Trainer

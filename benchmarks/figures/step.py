@@ -1,8 +1,9 @@
-"""A private step against a plain one on the same batch, beside Opacus' hooks and ghost clipping.
+"""A private step against a plain one on the same batch, beside Opacus with hooks and with ghost clipping.
 
-The two are timed in turn, and Opacus after them in turn with another plain step: what comes right after Opacus' step
-finds the memory that it gave back, and is slower for it. On a GPU a round's own work, such as its checks, takes as long
-as a part of a step; rounds have as many steps there as a private preset's.
+The private and the plain step are timed in turn. Opacus is timed after them, in turn with another plain step, because
+a step right after Opacus's is slower: it finds the memory that Opacus gave back. On a GPU the work of a round outside
+its steps, such as its checks, takes a noticeable part of a step; rounds there have as many steps as in a private
+preset.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from ..subjects import cut_to_length, precisions, rows_of, settle, subject
 FAMILIES = (("frozen-a", 8), ("bra", 32))
 TARGET = 1.02
 STEPS = {"cpu": 1, "cuda": 4}
-"""Of a round."""
+"""Steps of a round, by device."""
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each family of adapters, length of records and precision."""
     records, lengths = (4, (16,)) if settings.quick else (32, (64, 128))
     steps = STEPS[settings.device]
     rows = cut_to_length(rows_of(settings), records)

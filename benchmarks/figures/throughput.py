@@ -1,6 +1,6 @@
-"""Records per second of private local training on real text, against a loop as published code has it.
+"""Records per second of private local training on real text, against a loop as in published code.
 
-That loop pads to the longest text of the data set, clips by Opacus' ghost method in float32, and wraps model,
+That loop pads to the longest text of the data set, clips with Opacus's ghost clipping in float32, and wraps model,
 optimiser and data anew in each round. Both draw batches of 128 expected records by Poisson sampling.
 """
 
@@ -11,13 +11,14 @@ from functools import partial
 
 from ..measure import Figure, Row, Settings, Times, Value, interleaved
 from ..peers import PublishedLoop
-from ..subjects import precisions, rows_of, settle, subject
+from ..subjects import Subject, precisions, rows_of, settle, subject
 
 TARGETS = {"fp32": 5.0, "bf16": 12.0}
 STEPS = 4
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each precision."""
     batch = 8 if settings.quick else 128
     made = partial(subject, settings, rows_of(settings), family="frozen-a", rank=8, expected_batch=batch,
                    max_length=128, steps=STEPS)
@@ -28,10 +29,11 @@ def measure(settings: Settings) -> Iterator[Row]:
         rate = min(1.0, batch / len(ours.records))
         drawn: dict[str, dict[int, int]] = {"published": {}, "ours": {}}
 
-        def train(block: int, ours=ours, rate=rate, drawn=drawn) -> None:
+        def train(block: int, ours: Subject = ours, rate: float = rate,
+                  drawn: dict[str, dict[int, int]] = drawn) -> None:
             drawn["ours"][block] = sum(ours.train(block, private=True, sampling_rate=rate).drawn)
 
-        def publish(block: int, drawn=drawn) -> None:
+        def publish(block: int, drawn: dict[str, dict[int, int]] = drawn) -> None:
             drawn["published"][block] = published(block)
 
         times = interleaved({"published": publish, "ours": train}, settings.repeats(9),
@@ -46,7 +48,7 @@ def measure(settings: Settings) -> Iterator[Row]:
 
 
 def _per_record(times: Times, drawn: dict[int, int]) -> Times:
-    """Seconds of each drawn record."""
+    """Return the seconds per drawn record, block by block."""
     return Times(*([second / drawn[block] for block, second in enumerate(taken)] for taken in (times.wall, times.cpu)))
 
 

@@ -1,11 +1,11 @@
-"""Bytes of a round over gRPC against the values that it moves, in fp32 and bf16, and what bf16 does to accuracy.
+"""Bytes of a round over gRPC against the values it moves, in fp32 and bf16, and accuracy with bf16.
 
-Counted are whole gRPC messages, of the rounds after the first: plan and frozen tensors travel once. Accuracy is
-compared without privacy, where no noise hides the rounding, on as many rows of each label: a model that names one label
-for all of them, and so loses nothing by rounding, does not reach the target.
+Whole gRPC messages are counted, in the rounds after the first, because the plan and the frozen tensors travel once.
+Accuracy is compared without privacy, where no noise hides the rounding, on equally many rows of each label. A model
+that gives all rows the same label loses nothing by rounding; it does not reach the target.
 
-Fed-SB at r = 8 uploads 768 values a round, on which the bytes that belong to no value weigh; it is counted at r = 32
-too.
+Fed-SB with r = 8 uploads only 768 values a round, so that the bytes of headers weigh more; it is also counted with
+r = 32.
 """
 
 from __future__ import annotations
@@ -37,19 +37,21 @@ from ..measure import RATIO, Figure, Row, Settings, Value, exactly
 from ..subjects import rows_of
 
 ROUNDS = 20
-"""As many as the private presets have."""
+"""Rounds of a run, as in the private presets."""
+
 CASES = (*((strategy, 8) for strategy in registry.keys(RECIPES)), ("fed-sb", 32))
-"""Strategies, and ranks of the adapters whose bytes are counted."""
+"""Strategies and ranks whose bytes are counted."""
 
 SHORT = ("--privacy=off", "--epsilon=inf", "--rounds=4", "--local-steps=8", "--batch-size=64", "--max-length=64",
          "--precision=fp32")
-"""A run that takes seconds on a GPU and half a minute on a core."""
+"""Options of a run that takes seconds on a GPU and half a minute on a core."""
 
 LEARNED = 1.2
-"""Times the accuracy of guessing: below that a model has learned too little to lose any of it."""
+"""Least accuracy, in multiples of guessing: a model below has learned too little to lose any of it by rounding."""
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each strategy, rank and wire type, then one for each accuracy that is compared."""
     for strategy, rank in CASES:
         whole = (0.0, 0.0)
         for wire_dtype in WIRE_DTYPES:
@@ -72,11 +74,11 @@ def measure(settings: Settings) -> Iterator[Row]:
         yield Row(f"{strategy}, accuracy", {
             "bf16 ÷ fp32": Value.of(ratios, RATIO, better="higher"),
             **{wire_dtype: Value.of(values, "accuracy", better="higher", target=learned)
-               for wire_dtype, values in accuracy.items()}}, "over seeds; without privacy")
+               for wire_dtype, values in accuracy.items()}}, "spread over seeds, without privacy")
 
 
 def _round(strategy: str, rank: int, wire_dtype: str, *, quick: bool) -> tuple[tuple[int, int], tuple[float, float]]:
-    """(up, down) of one client and round: values, and bytes."""
+    """Return (up, down) of one client and round, first in values and then in bytes."""
     family = strategy_class(strategy).recipe.family
     run = plan(strategy, family, rank=rank, rounds=ROUNDS, max_participations=ROUNDS, wire_dtype=wire_dtype)
     adapter = layout(family, rank=rank, **({"layers": 1, "width": 64} if quick else MINILM))
@@ -107,14 +109,14 @@ def _serve(address: str, session: Echo) -> None:
 
 
 def balanced(rows: Rows) -> Rows:
-    """As many rows of each label as there are of the rarest."""
+    """Return equally many rows of each label: as many as the rarest label has."""
     assert rows.labels is not None
     places = [[i for i, label in enumerate(rows.labels) if label == name] for name in label_names(rows)]
     return rows.take([i for own in places for i in own[:min(map(len, places))]])
 
 
 def _accuracy(settings: Settings, rows: Rows, strategy: str, wire_dtype: str, seed: int) -> float:
-    """On a fifth of the rows, after a short run of two clients on the others."""
+    """Return the accuracy on a fifth of the rows after a short run of two clients on the others."""
     shuffled = np.random.default_rng(seed).permutation(len(rows))
     train, held_out = rows.take(shuffled[len(rows) // 5:]), rows.take(shuffled[:len(rows) // 5])
     parts = partition(len(train), train.labels, "iid", 2, seed)

@@ -1,11 +1,12 @@
-"""Two worker processes (--workers) with half of the cores each, against one process that has them all.
+"""Two worker processes (--workers) with half of the cores each, against one process with all of them.
 
-A round of 8 clients, 4 steps each. One process leaves cores idle while it is in Python, draws noise, or multiplies
-matrices too small to share out; workers do not, but compete for caches and memory, which shows where one of them does
-half of a round alone. So they gain the more the fewer tokens a step has. With a GPU they share it.
+A round has 8 clients with 4 steps each. One process leaves cores idle while it runs Python, draws noise, or multiplies
+matrices too small to split. Workers do not, but they compete for caches and memory; the row's second ratio shows how
+much, against one worker that does half of a round alone. So workers gain more the fewer tokens a step has. If there is
+a GPU, they share it.
 
-Measure it on a machine that does nothing else: where cores are shared with other work, the threads of one process wait,
-spinning, for the one that is not scheduled, and the ratio says little of the workers. (At a load of 8 on two cores, 8
+Measure it on an otherwise idle machine. Where cores are shared with other work, the threads of one process spin while
+they wait for one that is not scheduled, and the ratio says little about the workers. (At a load of 8 on two cores, 8
 clients × 2 records × 64 tokens in fp32 took one process 17 times as long.)
 """
 
@@ -29,6 +30,7 @@ TARGET = 1.6
 
 
 def measure(settings: Settings) -> Iterator[Row]:
+    """Yield one row for each precision, length of records and number of records."""
     clients, batches_of = (2, {16: (2,)}) if settings.quick else (8, {16: (2, 8), 64: (2, 8, 32)})
     chosen = ("fp32",) if settings.quick else precisions(settings)
     for precision, (length, batches) in itertools.product(chosen, batches_of.items()):
@@ -54,7 +56,7 @@ def measure(settings: Settings) -> Iterator[Row]:
 
 
 def worker_threads(threads: int | None) -> int:
-    """Of each worker, where the one process has `threads`, or None for all cores: together they have as many."""
+    """Return the CPU threads of each worker: together they have `threads`, or with None all cores."""
     return threads_each(WORKERS) if threads is None else max(1, threads // WORKERS)
 
 
@@ -74,7 +76,7 @@ def _shared_out(workers: Workers, rounds: Iterator[list[TrainingJob]], block: in
 
 
 def _half(workers: Workers, rounds: Iterator[list[TrainingJob]], block: int) -> None:
-    """While the other worker has nothing to do."""
+    """Train half of a round on one worker while the other has nothing to do."""
     trainings = next(rounds)
     for training in trainings[:len(trainings) // WORKERS]:
         workers.start("", [training])

@@ -1,4 +1,4 @@
-"""Every figure of the benchmark runs at tiny sizes and says what it must; nothing is asserted of how fast."""
+"""Benchmarks: every figure runs at tiny sizes and reports what it must; nothing is asserted about speed."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def in_forked_process(function, **arguments):
-    """`in_fresh_process` without the seconds of an interpreter's imports."""
+    """Call a function as `in_fresh_process` does, without the seconds of an interpreter's imports."""
     with ProcessPoolExecutor(1, mp_context=FORKS) as process:
         return json.loads(process.submit(call, function, json.dumps(arguments)).result())
 
@@ -166,7 +166,7 @@ def test_one_block_has_the_same_records_and_new_noise(tmp_path, checkpoint):
 @pytest.mark.parametrize("search", [independence.by_decision, independence.by_gradients])
 def test_the_search_finds_arithmetic_that_depends_on_how_many_records_there_are(search, tmp_path, checkpoint,
                                                                                 monkeypatch):
-    """The rounding is made to: it is otherwise in trainings of 16 records and more, whatever the trainer computes."""
+    """Rounding is emulated to differ in trainings of 16 records and more, whatever the trainer computes."""
     train, trained = Trainer.train, []
 
     def counting(self, job, *stop):
@@ -224,7 +224,7 @@ def result_file(tmp_path):
     ((1.0, 0.9, 1.1), (1.15, 1.05, 1.4), "lower", False),  # within the spread
     ((1.3, 1.2, 1.4), (1.0, 0.9, 1.1), "lower", False),
     ((1.3, 1.2, 1.4), (1.0, 0.9, 1.1), "higher", True),
-    ((1.0, 1.0, 1.0), (1.001, 1.001, 1.001), "lower", True),  # what is counted has no spread
+    ((1.0, 1.0, 1.0), (1.001, 1.001, 1.001), "lower", True),  # counted values have no spread
 ])
 def test_compare_fails_for_what_got_worse_by_more_than_the_spread(result_file, old, new, better, worse, capsys):
     code = main(["compare", result_file("old.json", *old, better), result_file("new.json", *new, better), "--json"])
