@@ -1,14 +1,15 @@
-"""The adversary of an audit: sees every model sent to one client and every update that it releases.
+"""The adversary of an audit: it sees every model sent to one client and every update that the client releases.
 
-It knows the plan, the client's other records and what each canary would add, and not: the coins, which records were
-drawn, and the noise. One round is one step of SGD here, so that an update shows the step's noised sum
+The adversary knows the plan, the client's other records, and what each canary would add. It does not know the coins
+that decide which canaries are in the data, the records that were drawn, or the noise. In an audit a round is one step
+of SGD, so that an update shows the step's noised sum
 
     s  =  Σ_i z_i g_i  +  other records' gradients  +  N(0, σ²C²),      z_i = 1 if canary i is in and was drawn
 
-A canary's evidence is the log-likelihood ratio of "in" (drawn with probability q) against "out", with all that else is
-in s taken as Gaussian; over rounds it adds up. Its covariance comes from the gradients of all canaries and of a sample
-of the other records, hence what many records have in common is not mistaken for one of them; the noise is measured
-where none of these gradients reach, rather than taken from the claim.
+The evidence for a canary is the log-likelihood ratio of "in" (drawn with probability q) against "out", where everything
+else in s is taken as Gaussian. Evidence adds up over rounds. The covariance comes from the gradients of all canaries
+and of a sample of the other records, so that a component that many records share is not mistaken for one canary. The
+noise is measured in the directions that none of these gradients reach; it is not taken from the claim.
 
 Symbol   Here         Shape
 g        canaries     [m, values], clipped and scaled as in the step
@@ -30,27 +31,30 @@ from fedlora.training import Trainer
 from fedlora_client.flower_app import Session
 
 BACKGROUND = 256
-"""Other records whose gradients the adversary works out each round."""
+"""Number of other records whose gradients the adversary computes each round."""
 
 LEAST_REST = 100
-"""So many more coordinates there must be than known gradients, to measure the noise in."""
+"""Least number of trained values beyond the number of known gradients; the noise is measured in the surplus."""
 
 _BLOCK = 8192
 
 
 @dataclass
 class Watched:
-    """A client's session, with the adversary between it and the server. It changes nothing.
+    """A client's session with an adversary between it and the server. The adversary changes nothing.
 
     Attributes:
-        trainer: of the session; its model is written to.
-        canaries, background: records of all canaries, and of a sample of the others.
-        directions: gradients of gradient canaries, else None.
+        session: the client's session.
+        trainer: the session's trainer; the adversary writes to its model.
+        canaries: records of all canaries, in the data or not.
+        background: a sample of the client's other records.
+        directions: [m, values] the gradients of gradient canaries; None for text canaries.
         others: number of the client's other records.
         sampling_rate: q, which is public.
-        evidence: [m] so far.
-        noise_multiplier, delta: as the last upload stated them; None without privacy.
-        rounds: uploads seen.
+        evidence: [m] the evidence for each canary over the rounds so far.
+        noise_multiplier: as the last upload stated it; None without privacy.
+        delta: as the last upload stated it; None without privacy.
+        rounds: number of uploads seen.
     """
 
     session: Session
@@ -70,7 +74,7 @@ class Watched:
         self._state: dict[str, np.ndarray] = {}
 
     def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
-        """Work out what each record would add, let the client train, and weigh what it released."""
+        """Compute what each record would add, let the client train, and add up the evidence in its upload."""
         run = plan.run
         self._state |= tensors
         self.trainer.adapted.write(self._state)
@@ -94,7 +98,7 @@ class Watched:
         return answer
 
     def flat(self, tensors: Tensors) -> torch.Tensor:
-        """[values] float64, in the order of the gradient buffer."""
+        """Return the trained tensors as one vector, [values] float64, in the order of the gradient buffer."""
         adapted = self.trainer.adapted
         names = {id(parameter): spec.name for spec, parameter in adapted.trained_parameters()}
         return torch.cat([torch.from_numpy(np.array(tensors[names[id(slot.parameter)]], dtype=np.float64)).flatten()
@@ -106,7 +110,7 @@ class Watched:
 
 
 def record_gradients(trainer: Trainer, records: Records) -> torch.Tensor:
-    """[records, values] float32 on the CPU: the gradient of each record's loss at the model's present tensors."""
+    """Return each record's gradient at the model's present tensors, [records, values] float32, on the CPU."""
     rows = torch.empty(len(records), trainer.buffer.values)
     for length, part in trainer.micro_batches(records, np.arange(len(records))):
         trainer.fill_buffer(records, part, length)
@@ -117,7 +121,7 @@ def record_gradients(trainer: Trainer, records: Records) -> torch.Tensor:
 
 @torch.no_grad()
 def record_losses(trainer: Trainer, records: Records) -> np.ndarray:
-    """[records] the loss of each at the model's present tensors."""
+    """Return the loss of each record at the model's present tensors, [records]."""
     losses = np.empty(len(records))
     for length, part in trainer.micro_batches(records, np.arange(len(records))):
         with trainer.autocast():
@@ -127,22 +131,25 @@ def record_losses(trainer: Trainer, records: Records) -> np.ndarray:
 
 
 def _clipped(rows: torch.Tensor, scale: torch.Tensor, clip_norm: float) -> torch.Tensor:
-    """As in the step, where a gradient that is not finite counts as zero."""
+    """Scale and clip gradients as the step does; one that is not finite counts as zero."""
     scaled = rows * scale
     scaled[~scaled.isfinite().all(dim=1)] = 0
-    return scaled * (clip_norm / scaled.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
+    lengths: torch.Tensor = scaled.norm(dim=1, keepdim=True)
+    return scaled * (clip_norm / lengths.clamp(min=1e-30)).clamp(max=1.0)
 
 
 def evidence(step: torch.Tensor, canaries: torch.Tensor, background: torch.Tensor, groups: np.ndarray, *,
              sampling_rate: float, others: int) -> np.ndarray:
-    """[m] log-likelihood ratio, for each canary, of being in the data against not being in it.
+    """Return the log-likelihood ratio of each canary being in the data against not being in it, [m].
 
     Args:
-        step: s, float64.
-        canaries, background: what each record adds if it is drawn.
-        groups: [m + h] records of one group may have an unknown mean in common, which counts for nothing.
+        step: [values] float64, s.
+        canaries: [m, values] what each canary adds if it is drawn.
+        background: [h, values] what each known other record adds if it is drawn.
+        groups: [m + h] the group of each record. Records of one group may share an unknown mean, which is not taken as
+            evidence for any of them.
         sampling_rate: q.
-        others: how many records the background stands for.
+        others: number of records that the background stands for.
     """
     m, h, q = len(canaries), len(background), sampling_rate
     rows = torch.cat([canaries, background])
@@ -158,13 +165,13 @@ def evidence(step: torch.Tensor, canaries: torch.Tensor, background: torch.Tenso
     solved = torch.linalg.solve(variance * torch.eye(m + h, dtype=torch.float64) + gram @ common,
                                 torch.cat([seen, gram[:, :m]], dim=1))[:m]
     match, energy = solved[:, 0], solved[:, 1:].diagonal()
-    own = (1 - weights[:m] * energy).clamp(min=1e-9)  # a canary's own share is no noise to itself
+    own = (1 - weights[:m] * energy).clamp(min=1e-9)  # a canary's own part of the covariance is not noise to itself
     ratio = (match - energy / 2) / own
     return torch.logaddexp(torch.full_like(ratio, np.log1p(-q)), np.log(q) + ratio).numpy()
 
 
 def _products(rows: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """rows·rowsᵀ and rows·s in float64, block by block: gradients of like records differ in the last digits."""
+    """Return rows·rowsᵀ and rows·s in float64, block by block: similar records' gradients differ in the last digits."""
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     seen = torch.zeros(len(rows), 1, dtype=torch.float64)
     for start in range(0, rows.shape[1], _BLOCK):
@@ -175,7 +182,10 @@ def _products(rows: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def _unexplained(step: torch.Tensor, gram: torch.Tensor, seen: torch.Tensor) -> float:
-    """Variance per coordinate of the part of s that no known gradient reaches: the noise, and unknown records' rest."""
+    """Return the variance per coordinate of the part of s that no known gradient reaches.
+
+    That part is the noise, and what the gradients of unknown records add there.
+    """
     known = len(gram)
     ridge = 1e-9 * gram.diagonal().mean() * torch.eye(known, dtype=gram.dtype)
     inside = float(seen[:, 0] @ torch.linalg.solve(gram + ridge, seen)[:, 0])

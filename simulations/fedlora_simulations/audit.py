@@ -1,9 +1,9 @@
-"""fedlora-simulate audit: an empirical lower bound on ε beside the claimed upper bound.
+"""The command fedlora-simulate audit: an empirical lower bound on ε beside the claimed upper bound.
 
-One client trains on its rows and on about half of the canaries. The adversary of `adversary` weighs all that the client
-released, guesses which canaries were in, and `one_run` turns the right guesses into a bound at 95 % confidence. The
-same once more without privacy. A bound above the claim means that the mechanism is broken; one far below it is usual,
-and proves nothing: other attacks may do better.
+One client trains on its rows and on about half of the canaries. The adversary (`adversary`) weighs everything that the
+client released and guesses which canaries were in the data. `one_run` turns the number of right guesses into a lower
+bound on ε with 95 % confidence. The audit then runs once more without privacy. A bound above the claimed ε means that
+the mechanism is broken. A bound far below it is usual and proves nothing: other attacks may do better.
 """
 
 from __future__ import annotations
@@ -54,36 +54,45 @@ MOST_GRADIENT_BYTES = 8 * 2**30
 FIXED = ("privacy", "task", "seeds", "clients", "partition", "eval_data", "local_steps", "optimizer", "lr_schedule",
          "clients_per_round", "min_replies", "max_participations", "dropout", "privacy_unit", "workers",
          "batch_clients", "engine", "ray_address")
-"""Options of a simulation that an audit sets itself: one client, one step of SGD a round."""
+"""Options of a simulation that an audit sets itself: it has one client, with one step of SGD in each round."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig(SimulationConfig):
-    """Plant canaries in one client's data, attack what it releases, and say how much privacy it lost at least. Most
-    options are those of a simulation.
+    """Plant canaries in one client's data, attack what it releases, and report the least privacy that it lost.
+
+    Most options are those of a simulation.
     """
 
     forms: ClassVar[tuple[str, ...]] = ("fedlora-simulate audit --data DIR_OR_FILE [options]",)
 
     canaries: str = option("text", "text: random words with a random label; gradient: a chosen gradient in place of a "
-                           "record's own, the strongest there is", PRIVACY, choices=KINDS, place=1)
-    count: int = option(1000, "canaries, of which about half get in; fewer than 1000 show little", PRIVACY,
-                        values.number(int, 100), place=1)
-    rows: int = option(500, "most of the client's own rows", RUN, values.count, place=1)
-    seed: int = option(0, "of everything", RUN, values.natural, place=1)
+                           "record's own, the strongest canary", PRIVACY, choices=KINDS, place=1)
+    count: int = option(1000, "number of canaries, of which about half are in the data; fewer than 1000 show little",
+                        PRIVACY, values.number(int, 100), place=1)
+    rows: int = option(500, "largest number of the client's own rows", RUN, values.count, place=1)
+    seed: int = option(0, "seed of everything that is drawn", RUN, values.natural, place=1)
     json: bool = option(False, "print JSON instead of a table", RUN, None)
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What one run showed.
+    """The result of one audited run.
 
     Attributes:
-        claimed: ε that the accountant gives for what was done, at `delta`; infinite without privacy.
-        white_box: the best guesses from all updates, and their lower bound on ε at 95 %.
-        final_model: the same from each canary's loss on the final model alone.
-        loss_attack: figures of that as a membership-inference attack.
-        scores, included: [m] evidence and coins, by canary.
+        private: whether the run was private.
+        claimed: ε by the accountant for the rounds that were done, at `delta`; infinite without privacy.
+        delta: δ of the claim.
+        noise_multiplier: the noise multiplier; None without privacy.
+        sampling_rate: probability with which a record is drawn in a step.
+        rounds: number of rounds, with one step each.
+        canaries: number of canaries, in the data or not.
+        white_box: the best guesses from all updates, with their lower bound on ε at 95 % confidence.
+        final_model: the same from each canary's loss on the final model only.
+        loss_attack: figures of the attack by losses as a membership-inference attack.
+        seconds: how long the run took.
+        scores: [m] evidence for each canary.
+        included: [m] bool, whether each canary was in the data.
     """
 
     private: bool
@@ -102,11 +111,11 @@ class Audit:
 
     @property
     def holds(self) -> bool:
-        """False if the claim is refuted."""
+        """Return whether the claim stands; False if a lower bound exceeds it."""
         return max(self.white_box.epsilon, self.final_model.epsilon) <= self.claimed
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON; an infinite ε is null."""
+        """Return plain values for JSON; an infinite ε becomes null."""
         return asdict(self) | {"claimed": None if math.isinf(self.claimed) else self.claimed, "holds": self.holds,
                                "scores": [round(float(s), 4) for s in self.scores],
                                "included": [bool(i) for i in self.included]}
@@ -116,17 +125,18 @@ def run_audit(options: AuditConfig, base: BaseModel, *, private: bool) -> Audit:
     """Train one client with canaries in its data, and attack what it releases.
 
     Args:
-        options: of fedlora-simulate, with canaries, count, rows and seed.
-        private: under `options.epsilon`, or without privacy; all else is the same.
+        options: the options of the audit.
+        base: the base model.
+        private: train under `options.epsilon`, or without privacy. All else is the same.
 
     Raises:
         ValueError: the options do not fit the model, the data or each other.
-        Refused: the client does not allow the plan.
+        Refused: the client's privacy limits do not allow the plan.
     """
     began = time.monotonic()
     method, seed = Method.parse(options.strategy[0]), options.seed
     own, labels = _client_rows(options)
-    size = options.declared_size or nominal_size(len(own) + options.count // 2)  # never a function of the coins
+    size = options.declared_size or nominal_size(len(own) + options.count // 2)  # must not depend on the coins
     options = _settled(options, method, size, private)
     run_id = hashlib.sha256(f"audit {method} {seed} {private}".encode()).hexdigest()[:16]
     federation = prepare(options, method.strategy, base, labels, seed, run_id=run_id)
@@ -156,11 +166,12 @@ def run_audit(options: AuditConfig, base: BaseModel, *, private: bool) -> Audit:
     engine.close("the audit is over")
     ledger.close()
     if result.ended != "finished":
-        raise ValueError(f"the client trained {watched.rounds} of {plan.rounds} rounds only; its log says why")
+        raise ValueError(f"the client trained only {watched.rounds} of {plan.rounds} rounds; its messages above say "
+                         "why")
     adapted.write(result.state)
     if canaries.directions is None:
         losses = record_losses(trainer, watched.canaries)
-    else:  # a gradient canary's loss is linear: its gradient is the same everywhere
+    else:  # a gradient canary's gradient is the same everywhere, so its loss is linear
         losses = (canaries.directions.double() @ (watched.flat(result.state) - watched.flat(federation.state))).numpy()
     delta = watched.delta or Budget.declare(size, epsilon=1.0, delta=options.delta, declared_size=size).delta
     claimed = math.inf
@@ -178,7 +189,7 @@ def run_audit(options: AuditConfig, base: BaseModel, *, private: bool) -> Audit:
 
 
 def _client_rows(options: AuditConfig) -> tuple[Rows, tuple[str, ...]]:
-    """The audited client's own labelled rows, at most --rows of them drawn by the seed, and the label set."""
+    """Return the audited client's own labelled rows and the label set; the seed draws at most --rows rows."""
     assert options.data is not None, "checked when the options were read"
     rows = read(options.data, options.task, columns=options.column, allow_download=options.allow_download,
                 declared=options.labels or ())
@@ -192,8 +203,10 @@ def _client_rows(options: AuditConfig) -> tuple[Rows, tuple[str, ...]]:
 
 
 def _settled(options: AuditConfig, method: Method, size: int, private: bool) -> AuditConfig:
-    """The options of one run: with and without privacy alike, the preset of the private case stands for what is
-    not given, and the batch is as large as the budget allows, where an update tells most.
+    """Return the options of one run.
+
+    Both runs, with privacy and without, take the private preset for what is not given. The default batch is the largest
+    that the budget allows, because then an update tells most.
     """
     options = replace(options, privacy="required", init=method.init or options.init)
     values = planned(options, method.strategy)
@@ -208,7 +221,7 @@ def _settled(options: AuditConfig, method: Method, size: int, private: bool) -> 
 
 
 def show(audits: Sequence[Audit]) -> Table:
-    """What a researcher reads first."""
+    """Return the table that shows the audits side by side."""
     first = audits[0]
     table = Table(box=None, pad_edge=False, caption_justify="left", caption=(
         f"{first.canaries} canaries, {first.rounds} rounds of one step, sampling rate {first.sampling_rate:.3g}, "
@@ -222,7 +235,7 @@ def show(audits: Sequence[Audit]) -> Table:
 
     row("claimed ε (upper bound)", *("none" if math.isinf(a.claimed) else f"{a.claimed:.2f}" for a in audits))
     row("ε at least, from all updates", *(f"[bold]{a.white_box.epsilon:.2f}[/bold]" for a in audits))
-    row("  right of the guesses", *(_right(a.white_box) for a in audits))
+    row("  guesses that are right", *(_right(a.white_box) for a in audits))
     row("ε at least, from the final model", *(f"{a.final_model.epsilon:.2f}" for a in audits))
     row("loss attack: AUC", *(f"{a.loss_attack.auc:.3f}" for a in audits))
     row("loss attack: TPR at 1 % FPR", *(f"{a.loss_attack.tpr_at_1_percent:.3f}" for a in audits))
@@ -236,7 +249,7 @@ def _right(guesses: Guesses) -> str:
 
 
 def plot(path: Path, audits: Sequence[Audit]) -> None:
-    """Scores of canaries in and out for each run, and bounds beside claims."""
+    """Plot the scores of canaries that were in and out of the data, for each run, and the bounds beside the claims."""
     figure = Figure(figsize=(4.2 * (len(audits) + 1), 3.6), layout="constrained")
     axes = figure.subplots(1, len(audits) + 1)
     for axis, audit in zip(axes, audits, strict=False):
@@ -262,7 +275,7 @@ def plot(path: Path, audits: Sequence[Audit]) -> None:
 
 
 def read_audit_config(argv: Sequence[str]) -> AuditConfig:
-    """The options of an audit; a bad value ends the process with code 2."""
+    """Read the options of an audit; exit with code 2 if one is wrong."""
     options, plain = read_config(AuditConfig, argv), AuditConfig()
     parser = build_parser(AuditConfig)
     changed = [key for key in FIXED if getattr(options, key) != getattr(plain, key)]
@@ -274,14 +287,15 @@ def read_audit_config(argv: Sequence[str]) -> AuditConfig:
     if len(options.strategy) > 1:
         parser.error(f"--strategy names {len(options.strategy)} strategies; audit one at a time")
     if PRIVATE_START in (options.init, Method.parse(options.strategy[0]).init):
-        parser.error(f"--init {PRIVATE_START} is a release of its own, which is not attacked; choose another start")
+        parser.error(f"--init {PRIVATE_START} is a release of its own, which an audit does not attack; choose another "
+                     "start")
     if math.isinf(options.epsilon):
-        parser.error("--epsilon inf: the run without privacy is done anyway; give the ε whose claim is audited")
+        parser.error("--epsilon inf has no claim to audit; give a finite ε (a run without privacy is done anyway)")
     return options
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code: 0 nothing refuted, 1 the claim is refuted, 2 wrong input."""
+    """Run the command; return 0 nothing refuted, 1 the claim is refuted, 2 wrong input."""
     options = read_audit_config(argv)
     try:
         base = find_model(options)

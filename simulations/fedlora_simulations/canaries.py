@@ -1,11 +1,11 @@
-"""Canaries for audits: records made to be recognised, and a trainer that can give some a gradient of its own choice.
+"""Canaries for audits: records that are easy to recognise, and a trainer that can replace their gradients.
 
-text      random words with a random label: what an adversary can do who may only write records
-gradient  a random direction, far longer than the clip norm, in place of the record's gradient: the strongest there is,
-          for an adversary who chooses gradients. It puts clipping, noise and accounting to the test, not the model.
+text      random words with a random label: as an adversary could do who may only write records
+gradient  a random direction, far longer than the clip norm, in place of the record's gradient: the strongest canary,
+          for an adversary who chooses gradients. It tests clipping, noise and accounting, not the model.
 
-Each is in the training data by a fair coin of its own. The production code is used as it is: the gradients are put into
-the buffer that it clips from, by subclasses that only an audit makes.
+A fair coin decides for each canary whether it is in the training data. The production code is used as it is: subclasses
+that only an audit creates write the gradients into the buffer that the code clips from.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from fedlora.adapters import AdaptedModel
 from fedlora.data import Rows
@@ -28,22 +29,24 @@ from fedlora.training.gradient_buffer import GradientBuffer
 KINDS = ("text", "gradient")
 
 WORDS = 8
-"""Random words of a text canary."""
+"""Number of random words of a text canary."""
 
 LENGTH = 10.0
-"""Of a gradient canary, L2, in clip norms or in all, whichever is more: a step that forgets to clip is seen."""
+"""L2 norm of a gradient canary: so many clip norms, or this number if the clip norm is below 1.
+
+It is so long that a step which forgets to clip is noticed."""
 
 NO_CLIPPING = 1e30
 
 
 @dataclass(frozen=True)
 class Canaries:
-    """What is planted, and where.
+    """The canaries of an audit.
 
     Attributes:
-        rows: [m] as text, with labels.
-        included: [m] bool, the coins.
-        directions: [m, values] float32, the gradients of gradient canaries; None for text.
+        rows: [m] the canaries as rows of text with labels.
+        included: [m] bool, the coins: whether each canary is in the data.
+        directions: [m, values] float32, the gradients of gradient canaries; None for text canaries.
     """
 
     rows: Rows
@@ -51,9 +54,10 @@ class Canaries:
     directions: torch.Tensor | None
 
     def training_rows(self, others: Rows) -> Rows:
-        """The client's own rows, and after them the canaries that are in."""
+        """Return the client's own rows, followed by the canaries that are in the data."""
         chosen = self.rows.take(np.flatnonzero(self.included))
-        both = others.take([*range(len(others)), *[0] * len(chosen)])  # fields that canaries do not set stay lawful
+        # The canaries' places start as copies of a row, so that the fields which canaries do not set are valid.
+        both = others.take([*range(len(others)), *[0] * len(chosen)])
         return dataclasses.replace(
             both, texts=others.texts + chosen.texts, labels=(others.labels or ()) + (chosen.labels or ()),
             seconds=None if others.seconds is None else others.seconds + (chosen.seconds or ()))
@@ -61,12 +65,17 @@ class Canaries:
 
 def craft(kind: str, count: int, like: Rows, labels: Sequence[str], tokenizer: Any, *, values: int, clip_norm: float,
           seed: int) -> Canaries:
-    """Draw canaries, and the coins.
+    """Draw the canaries and their coins.
 
     Args:
         kind: one of `KINDS`.
+        count: number of canaries.
         like: the client's rows; canaries have a second text if these do.
+        labels: the label set.
+        tokenizer: tokenizer of the base model, whose words the texts are made of.
         values: number of trained values, the length of a gradient.
+        clip_norm: the plan's clip norm.
+        seed: seed of the canaries and the coins.
     """
     random = np.random.default_rng([seed, KINDS.index(kind)])
     words = _words(tokenizer)
@@ -86,7 +95,7 @@ def craft(kind: str, count: int, like: Rows, labels: Sequence[str], tokenizer: A
 
 
 def _words(tokenizer: Any) -> list[int]:
-    """Ids of tokens that are words or parts of words; all but the special ones where there are hardly any."""
+    """Return the ids of tokens that are words or parts of words; if these are few, of all tokens but special ones."""
     special = set(tokenizer.all_special_ids)
     plain = [i for i in range(len(tokenizer)) if i not in special]
     names = tokenizer.convert_ids_to_tokens(plain)
@@ -95,11 +104,14 @@ def _words(tokenizer: Any) -> list[int]:
 
 
 class CanaryTrainer(Trainer):
-    """A trainer in which the records from `first` on have the gradients `directions`, while it trains.
+    """A trainer that, while it trains, replaces the gradients of the records from `first` on by `directions`.
 
     Args:
-        first: number of ordinary records; the canaries that are in come after them.
-        directions: [canaries that are in, values]; None changes nothing.
+        adapted: the model with its adapters.
+        task: the task.
+        first: number of ordinary records; the canaries that are in the data come after them.
+        directions: [canaries in the data, values] the gradients; None changes nothing.
+        options: further arguments of `Trainer`.
     """
 
     def __init__(self, adapted: AdaptedModel, task: Task, *, first: int, directions: torch.Tensor | None,
@@ -110,20 +122,23 @@ class CanaryTrainer(Trainer):
             self.collect_into(_InjectingBuffer(
                 [(parameter, spec.group) for spec, parameter in adapted.trained_parameters()]))
 
+    @override
     def train(self, job: TrainingJob, stop: Callable[[], bool] = lambda: False) -> TrainResult:
         if self._directions is None:
             return super().train(job, stop)
         if not job.private:
-            # autograd's sum has no gradients of records to replace; without noise and clipping the private step is it
+            # A plain step has no gradients of single records to replace. The private step does the same if it neither
+            # clips nor adds noise.
             job = dataclasses.replace(job, noise_multiplier=0.0, clip_norm=NO_CLIPPING)
         assert isinstance(self.buffer, _InjectingBuffer) and job.records.units is None
-        self.show_batch_invariance(job.run)  # of gradients as they are
+        self.show_batch_invariance(job.run)  # checked on the real gradients
         self.buffer.first, self.buffer.directions = self._first, self._directions
         try:
             return super().train(job, stop)
         finally:
             self.buffer.directions = None
 
+    @override
     def micro_batches(self, records: Records, indices: np.ndarray, *,
                       private: bool = False) -> Iterator[tuple[int, np.ndarray]]:
         for length, places in super().micro_batches(records, indices, private=private):
@@ -133,12 +148,13 @@ class CanaryTrainer(Trainer):
 
 
 class _InjectingBuffer(GradientBuffer):
-    """Puts the canaries' gradients in place just before the rows are read."""
+    """A gradient buffer that puts the canaries' gradients in place just before its rows are read."""
 
     first = 0
     part: np.ndarray
     directions: torch.Tensor | None = None
 
+    @override
     def check_complete(self) -> None:
         super().check_complete()
         if self.directions is not None:

@@ -1,4 +1,4 @@
-"""fedlora-simulate: whole federations on one machine."""
+"""The command fedlora-simulate: whole federations on one machine, compared over strategies and seeds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from fedlora.config import SimulationConfig, read_config
 
 STUDIES = {"audit": "an empirical lower bound on ε", "poison": "what one hostile client costs"}
-"""Modules here that are commands of their own."""
+"""Sub-commands, each a module of this package, with what they do."""
 
-if TYPE_CHECKING:  # --help needs none of them
+if TYPE_CHECKING:  # --help should not import these
     from rich.console import Console
 
     from fedlora_server.run_setup import BaseModel
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # --help needs none of them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 done, 1 a worker process was lost, 2 wrong input, 130 interrupted."""
+    """Run the command; return 0 done, 1 a worker process was lost, 2 wrong input, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         return _simulated(argv)
     except KeyboardInterrupt:
-        print("fedlora-simulate: interrupted; finished rounds are in --out", file=sys.stderr)
+        print("fedlora-simulate: interrupted; the finished rounds are in the --out folder", file=sys.stderr)
         return 130
     except OSError as error:
         print(f"fedlora-simulate: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench_moved(argv: Sequence[str]) -> str:
+    """Return a message that names the command which replaces `fedlora-simulate bench`."""
     return ("fedlora-simulate bench is now a command of its own, in a checkout of FedLoRA's repository. From its root "
             f"run:  {shlex.join(['python', '-m', 'benchmarks', *argv])}")
 
@@ -61,7 +62,7 @@ def _simulated(argv: Sequence[str]) -> int:
     options = read_config(SimulationConfig, argv, epilog=" ".join(epilog))
     clients = logging.getLogger("fedlora_client")
     level = clients.level
-    clients.setLevel(logging.CRITICAL)  # what they say is raised here, and said once
+    clients.setLevel(logging.CRITICAL)  # their errors are raised here and printed once
     try:
         return _run(options)
     finally:
@@ -79,7 +80,7 @@ def _run(options: SimulationConfig) -> int:
         print(f"fedlora-simulate: {error}", file=sys.stderr)
         return 2
     except WorkerLost as lost:
-        print(f"fedlora-simulate: {lost}. Finished rounds are in --out", file=sys.stderr)
+        print(f"fedlora-simulate: {lost}. The finished rounds are in the --out folder", file=sys.stderr)
         return 1
     except Refused as refused:
         reason = refused.__cause__ or refused
@@ -88,7 +89,13 @@ def _run(options: SimulationConfig) -> int:
 
 
 def run(options: SimulationConfig) -> int:
-    """Run every method with every seed and compare."""
+    """Run every method with every seed, and compare the methods.
+
+    Raises:
+        ValueError: the options do not fit the model, the data or each other, or a run ended early.
+        Refused: the clients' privacy limits do not allow a plan.
+        WorkerLost: a worker process ended during training.
+    """
     from rich.console import Console
 
     from fedlora.console import messages
@@ -105,20 +112,21 @@ def run(options: SimulationConfig) -> int:
     console = messages()
     if (options.epsilon == float("inf")) != (options.privacy == "off"):
         raise ValueError(f"--privacy {options.privacy} and --epsilon {options.epsilon:g} contradict each other; "
-                         "without privacy give both --privacy off and --epsilon inf")
+                         "for a run without privacy give both --privacy off and --epsilon inf")
     base = find_model(options)
     methods = [Method.parse(text) for text in options.strategy]
     for method in methods:
         planned(method.options(options), method.strategy)
         check_start(method.options(options))
     if options.compile and options.batch_clients > 1:
-        raise ValueError("--compile and --batch-clients do not go together: steps that clients share have many shapes")
+        raise ValueError("--compile and --batch-clients do not work together: steps that clients share have too many "
+                         "shapes to compile; leave one of the two out")
     check_computing(options.device, options.precision, compiles_here(options))
     first = populate(options, options.seeds[0])
     populations = {seed: first if seed == options.seeds[0] else first.dealt(options, seed) for seed in options.seeds}
     for seed, population in populations.items():
         check_sizes(options, methods, population, seed)
-    for method in methods[1:]:  # the first one's turn comes at once
+    for method in methods[1:]:  # the first one is prepared when its run begins
         prepare(method.options(options), method.strategy, base, first.labels, options.seeds[0])
     with claimed_folder(options.out, "simulation") as out:
         for method in methods:
@@ -127,8 +135,8 @@ def run(options: SimulationConfig) -> int:
         for told in without_effect(options):
             console.print(told)
         if options.eval_data is None:
-            console.print(f"Without --eval-data no {task_named(options.task).metric} is shown; give it a file of "
-                          "held-out rows.")
+            console.print(f"Without --eval-data no {task_named(options.task).metric} is shown; name a file of held-out "
+                          "rows to see it.")
         runs: dict[Method, list[Simulated]] = {method: [] for method in methods}
         try:
             for seed in options.seeds:
@@ -137,7 +145,7 @@ def run(options: SimulationConfig) -> int:
                 console.print(f"seed {seed}: {len(population.rows)} rows: {sizes}")
                 for method in methods:
                     runs[method].append(_run_one(options, method, seed, base, population, out, console))
-        finally:  # what is finished counts, also where the rest fails
+        finally:  # compare the finished runs, also if a later one fails
             comparisons = [summarize(done) for done in runs.values() if done]
             if comparisons:
                 Console().print(table(comparisons))
@@ -148,7 +156,7 @@ def run(options: SimulationConfig) -> int:
 
 def _run_one(options: SimulationConfig, method: Method, seed: int, base: BaseModel, population: Population, out: Path,
              console: Console) -> Simulated:
-    """One method with one seed, into a folder of its own below `out`."""
+    """Run one method with one seed, in a folder of its own below `out`."""
     from fedlora_server.run_setup import resolved
     from fedlora_server.trackers import Trackers, Watched
 
@@ -164,7 +172,7 @@ def _run_one(options: SimulationConfig, method: Method, seed: int, base: BaseMod
             done = simulate(options, method, seed, base, population, observer=trackers, out=folder)
         if done.result.ended == "diverged":
             raise ValueError(f"{method} ended after {done.result.rounds} of {done.federation.plan.rounds} rounds: "
-                             f"{done.result.why}. What was finished is in {folder}")
+                             f"{done.result.why}. The finished rounds are in {folder}")
         if done.result.ended != "finished":
             raise ValueError(f"{method} ended after {done.result.rounds} of {done.federation.plan.rounds} rounds: too "
                              "few clients could still take part. Lower --min-replies, or raise --max-participations")
@@ -176,7 +184,7 @@ def _run_one(options: SimulationConfig, method: Method, seed: int, base: BaseMod
 
 
 def _take_away(folder: Path) -> None:
-    """A run's folder where no round was finished, so that the same command can be given again."""
+    """Remove the folder of a run without a finished round, so that the same command can be given again."""
     from fedlora_server.checkpoint import load
 
     try:

@@ -1,8 +1,8 @@
-"""A check of every simulation: no two streams of random numbers are one, whichever clients and rounds they are of.
+"""A check in every simulation that no two streams of random numbers are the same, over all clients and rounds.
 
-Two clients with the same noise cancel it for whoever subtracts their uploads, and two that sample alike are one client
-twice. A simulation sees all streams of a process, so it can compare what a deployment cannot. With --workers
-each compares those that it draws from.
+If two clients had the same noise, whoever subtracts their uploads would cancel it; two clients that draw the same
+records are one client counted twice. A simulation sees all streams of its process, so it can compare them, which a
+deployment cannot. With --workers, each worker compares the streams that it draws from.
 """
 
 from __future__ import annotations
@@ -10,28 +10,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from typing_extensions import override
 
 from fedlora.privacy import RandomStream, RunStreams
 
 
 @dataclass(frozen=True)
 class ComparedStreams(RunStreams):
-    """The streams of one simulated client.
+    """The streams of one simulated client, which are compared with those of all clients of the same run.
 
     Attributes:
-        run: a name of this simulation that no other has; all of its clients' streams in this process are compared.
+        run: unique name of the simulated run.
     """
 
     run: str = ""
 
+    @override
     def stream(self, round: int, purpose: str, attempt: int = 0) -> RandomStream:
         whose = f"{purpose} of {self.name!r} in round {round}, attempt {attempt}"
         return _Compared(super().stream(round, purpose, attempt), whose, _seen(self.run))
 
 
 _SEEN: dict[str, dict[float, str]] = {}
-"""Run under way → what each of its streams began with, whose it is. Of a process, as workers are given one client at a
-time."""
+"""The present run → first number of each stream → whose stream it is.
+
+It is kept per process, because a worker is given one client at a time."""
 
 
 def _seen(run: str) -> dict[float, str]:
@@ -41,14 +44,15 @@ def _seen(run: str) -> dict[float, str]:
 
 
 class _Compared(RandomStream):
-    """Passes another stream on, and compares the first number that is really drawn with those of all others.
+    """A stream that passes another one on, and compares the first number drawn from it with those of all others.
 
-    By chance two of n streams begin with the same of 2^53 values once in 2^54 / n^2 runs.
+    By chance, two of n streams begin with the same one of 2^53 values once in 2^54 / n^2 runs.
     """
 
     def __init__(self, stream: RandomStream, whose: str, seen: dict[float, str]) -> None:
         self._stream, self._whose, self._seen = stream, whose, seen
 
+    @override
     def uniform(self, count: int) -> np.ndarray:
         values = self._stream.uniform(count)
         if count and self._whose:

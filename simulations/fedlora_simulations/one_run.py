@@ -1,18 +1,18 @@
-"""What guesses about canaries say about ε: privacy auditing with one training run.
+"""Lower bounds on ε from guesses about canaries: privacy auditing with one training run.
 
-Steinke, Nasr, Jagielski, NeurIPS 2023, arXiv:2305.08846. Of m canaries, each was in the training data or not by a fair
-coin of its own. Whoever sees all that was released guesses of some canaries whether they were in, and abstains on the
-others. Were the training (ε, δ)-differentially private for one canary, then, whatever the guesser does, of r guesses
-at least v would be right with probability at most (the paper's Theorem 5.2)
+Source: Steinke, Nasr, Jagielski, NeurIPS 2023, arXiv:2305.08846. A fair coin decided for each of m canaries whether it
+was in the training data. A guesser who sees everything that was released guesses this for some of the canaries and
+abstains for the others. If the training were (ε, δ)-differentially private for one canary, then for any guesser at
+least v of r guesses would be right with probability at most (the paper's Theorem 5.2)
 
     P[W >= v]  +  2 m δ · max_i  P[v > W >= v - i] / i,      W ~ Binomial(r, e^ε / (1 + e^ε))
 
-Every ε for which that is below 5 % is refuted with confidence 95 %. For δ = 0 the bound is attained by randomised
-response on each canary.
+Every ε for which this is below 5 % is refuted with 95 % confidence. For δ = 0 the bound is tight: randomised response
+on each canary attains it.
 
 Paper   Here         Meaning
-m       canaries     how many there are
-r, v    Guesses      how many were guessed, and how many of these rightly
+m       canaries     number of canaries
+r, v    Guesses      number of guesses, and number of right guesses
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ from scipy.special import expit
 from scipy.stats import binom, rankdata
 
 SHARES = (0.02, 0.1, 0.3)
-"""Of all canaries, how many of the highest scores are guessed "in"; as many of the lowest "out", or none at all. All
-six ways are tried, each at a sixth of the significance level, so that the best may be reported."""
+"""Shares of the canaries, those with the highest scores, that are guessed "in".
+
+As many with the lowest scores are guessed "out", or none. All six ways are tried, each at a sixth of the significance
+level, so that the best one may be reported."""
 
 
 @dataclass(frozen=True)
 class Guesses:
-    """One way to guess, and what it shows.
+    """Guesses about canaries, and the bound that follows from them.
 
     Attributes:
-        guessed_in, guessed_out: how many canaries were guessed to be in, and out.
-        right: how many of these guesses are right.
-        epsilon: lower bound on ε that these guesses give, at the confidence asked for, however many ways were tried.
+        guessed_in: number of canaries guessed to be in the data.
+        guessed_out: number of canaries guessed not to be in it.
+        right: number of guesses that are right.
+        epsilon: lower bound on ε from these guesses. Its confidence allows for all ways of guessing that were tried.
     """
 
     guessed_in: int
@@ -45,7 +48,18 @@ class Guesses:
 
 
 def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """The probability of at least `right` right guesses is at most this if training is (epsilon, delta)-private."""
+    """Bound the probability of at least `right` right guesses if the training is (epsilon, delta)-private.
+
+    Args:
+        canaries: number of canaries, m.
+        guesses: number of guesses, r.
+        right: number of right guesses, v.
+        epsilon: ε.
+        delta: δ.
+
+    Raises:
+        ValueError: the numbers contradict each other.
+    """
     if not 0 <= right <= guesses <= canaries:
         raise ValueError(f"{right} of {guesses} guesses about {canaries} canaries cannot be right")
     accuracy = expit(epsilon)
@@ -58,7 +72,7 @@ def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: floa
 
 
 def lower_bound(canaries: int, guesses: int, right: int, delta: float, significance: float = 0.05) -> float:
-    """The largest ε below which every one is refuted at this significance; 0.0 if none is."""
+    """Return the largest ε such that every smaller one is refuted at this significance; 0.0 if none is refuted."""
     def refuted(epsilon: float) -> bool:
         return p_value(canaries, guesses, right, epsilon, delta) < significance
 
@@ -74,13 +88,14 @@ def lower_bound(canaries: int, guesses: int, right: int, delta: float, significa
 
 
 def audit(scores: np.ndarray, included: np.ndarray, delta: float, significance: float = 0.05) -> Guesses:
-    """The best of the ways to guess from scores; its bound holds at `significance`, the choice among them included.
+    """Guess from scores in several ways and return the best guesses.
 
     Args:
-        scores: [m], higher where a canary seems to be in. They must not depend on `included` but through what was
-            released.
+        scores: [m], higher for canaries that seem to be in the data. They may depend on `included` only through what
+            was released.
         included: [m] bool, the coins.
-        delta: of the guarantee that is audited.
+        delta: δ of the guarantee that is audited.
+        significance: probability with which the bound may be wrong, with the choice of the best way taken into account.
     """
     count = len(scores)
     order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
@@ -95,14 +110,19 @@ def audit(scores: np.ndarray, included: np.ndarray, delta: float, significance: 
 
 @dataclass(frozen=True)
 class Membership:
-    """How well scores tell members from others: area under the ROC curve, and the true positive rate at 1 % false."""
+    """How well scores tell members from others.
+
+    Attributes:
+        auc: area under the ROC curve.
+        tpr_at_1_percent: true positive rate at a false positive rate of 1 %.
+    """
 
     auc: float
     tpr_at_1_percent: float
 
 
 def membership(scores: np.ndarray, included: np.ndarray) -> Membership:
-    """The usual figures of a membership-inference attack; no statement about ε."""
+    """Return the usual figures of a membership-inference attack. They say nothing about ε."""
     inside, outside = int(included.sum()), int((~included).sum())
     ranks = rankdata(scores)
     auc = (ranks[included].sum() - inside * (inside + 1) / 2) / (inside * outside)

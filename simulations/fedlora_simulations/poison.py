@@ -1,9 +1,9 @@
-"""fedlora-simulate poison: what one hostile client costs.
+"""The command fedlora-simulate poison: what one hostile client costs the federation.
 
-Runs without privacy in which one client trains as the others do and sends something else (`KINDS`). All else in which
-two runs of a seed differ follows from that, so that what it costs is the difference to the run in which the same client
-sends what it trained. A hostile client sits between a session and the engine: no client that is installed can be told
-to be one.
+In runs without privacy, one client trains as the others do and sends something else (`KINDS`). Two runs with the same
+seed differ in nothing but what follows from that. So the cost is the difference from the run in which the same client
+sends what it trained. The attacker stands between a session and the engine: no option turns an installed client into
+one.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ from .population import Method, Population, populate
 from .simulate import simulate
 
 HONEST = "honest"
-"""The kind that the others are compared with."""
+"""The kind of upload that the others are compared with: the client sends what it trained."""
 
 RESULT = "poison.json"
+"""File name of the results."""
 
 FIXED = ("privacy", "epsilon", "workers", "batch_clients", "engine", "ray_address")
-"""Options of a simulation that this one sets itself."""
+"""Options of a simulation that this command sets itself."""
 
 Sent = Callable[[Tensors, Tensors, Sequence[Tensors]], Tensors]
-"""From the trained tensors, the ones received, and those trained in earlier rounds to what is sent."""
+"""Maps the trained tensors, the received ones, and those trained in earlier rounds to the tensors that are sent."""
 
 
 def _times(factor: float) -> Sent:
@@ -59,13 +60,14 @@ KINDS: Mapping[str, Sent] = {
     "other-shape": lambda trained, received, earlier: {
         name: np.concatenate([array, array]) for name, array in trained.items()},
 }
-"""What the hostile client sends in each round, by name."""
+"""Kinds of upload that the hostile client can send in each round, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoisonConfig(SimulationConfig):
-    """Have one client send what it did not train, and say what that costs the adapter. Options are those of a
-    simulation; all runs are without privacy.
+    """Let one client send what it did not train, and measure what that costs the adapter.
+
+    The options are those of a simulation. All runs are without privacy.
     """
 
     forms: ClassVar[tuple[str, ...]] = ("fedlora-simulate poison --data DIR_OR_FILE --eval-data FILE [options]",)
@@ -74,19 +76,25 @@ class PoisonConfig(SimulationConfig):
                                  place=1)
     rounds: int | None = option(10, "rounds", RUN, values.count, place=1)
     sends: tuple[str, ...] = option(
-        tuple(KINDS), "what the hostile client sends, one run each: its update times a factor, what it trained in the "
-        "first round, …", RUN, values.several(tuple(KINDS), "kind of upload"), metavar="KIND,…", place=1)
+        tuple(KINDS), "what the hostile client sends, with one run for each: its update times a factor, what it "
+        "trained in the first round, …", RUN, values.several(tuple(KINDS), "kind of upload"), metavar="KIND,…", place=1)
     json: bool = option(False, "print JSON instead of a table", RUN, None)
 
 
 class Hostile:
-    """A session, with an attacker between it and the engine."""
+    """A session with an attacker between it and the engine.
+
+    Args:
+        session: the client's session, which trains as usual.
+        sent: makes what is sent from what was trained.
+    """
 
     def __init__(self, session: Session, sent: Sent) -> None:
         self._session, self._sent = session, sent
         self._earlier: list[Tensors] = []
 
     def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
+        """Let the client train, and return an upload with other tensors; a refusal is returned as it is."""
         answer = self._session.run_round(plan, tensors)
         if isinstance(answer, Refusal):
             return answer
@@ -97,13 +105,15 @@ class Hostile:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run ended.
+    """The outcome of one run.
 
     Attributes:
-        figures: on the held-out rows: of the last state that was taken and evaluated.
-        left_out: rounds in which the hostile client's upload added nothing.
-        honest_left_out: uploads of the others that added nothing, in all rounds.
-        ended: as of `FederationResult`; after so many rounds.
+        figures: the task's figures on the held-out rows, for the last state that was accepted and evaluated.
+        left_out: number of rounds in which the hostile client's upload was left out.
+        honest_left_out: number of uploads of the other clients that were left out, over all rounds.
+        ended: how the run ended, as in `FederationResult`.
+        rounds: number of finished rounds.
+        seconds: how long the run took.
     """
 
     figures: Mapping[str, float]
@@ -116,7 +126,7 @@ class Outcome:
 
 def run_one(options: SimulationConfig, seed: int, base: BaseModel, population: Population,
             sent: Sent | None) -> Outcome:
-    """One federation whose first client sends what `sent` makes of what it trained; None for just that."""
+    """Run one federation whose first client sends what `sent` makes; with None it sends what it trained."""
     hostile = min(population.parts)
     done = simulate(options, Method.parse(options.strategy[0]), seed, base, population, between=lambda name, session: (
         Hostile(session, sent) if sent is not None and name == hostile else session))
@@ -128,7 +138,7 @@ def run_one(options: SimulationConfig, seed: int, base: BaseModel, population: P
 
 
 def table(outcomes: Mapping[str, Mapping[int, Outcome]]) -> Table:
-    """A row for each kind: the figures, and how they differ from the honest run's of the same seed."""
+    """Return a table with one row for each kind: its figures, and their change from the honest runs, seed by seed."""
     honest = outcomes[HONEST]
     figures = [name for name in next(iter(honest.values())).figures if name != "count"]
     shown = Table(box=None, pad_edge=False, title_justify="left", title=(
@@ -152,22 +162,27 @@ def table(outcomes: Mapping[str, Mapping[int, Outcome]]) -> Table:
 
 
 def read_poison_config(argv: Sequence[str]) -> PoisonConfig:
-    """The options; a bad value ends the process with code 2."""
+    """Read the options; exit with code 2 if one is wrong."""
     options, plain, parser = read_config(PoisonConfig, argv), PoisonConfig(), build_parser(PoisonConfig)
     for key in FIXED:
         if getattr(options, key) != getattr(plain, key):
-            parser.error(f"--{key.replace('_', '-')}: all clients train without privacy, in this process; leave it out")
+            parser.error(f"--{key.replace('_', '-')} cannot be set here: all clients train without privacy, in this "
+                         "process; leave it out")
     if options.data is None or options.eval_data is None:
         parser.error(f"--{'eval-data' if options.data else 'data'} is missing: name "
                      f"{'a file of held-out rows' if options.data else 'a folder or file of training rows'}")
     if len(options.strategy) > 1:
-        parser.error(f"--strategy names {len(options.strategy)} strategies; take one at a time")
+        parser.error(f"--strategy names {len(options.strategy)} strategies; name one at a time")
     return replace(options, privacy="off", epsilon=math.inf,
                    clients=options.clients or (None if options.partition == "files" else 5))
 
 
 def run_all(options: PoisonConfig, out: Path, console: Console) -> dict[str, dict[int, Outcome]]:
-    """Kind → seed → how its run ended; what is done is in `RESULT` of the folder after each run."""
+    """Run every kind with every seed; write the outcomes to `RESULT` in the folder after each run.
+
+    Returns:
+        Kind → seed → outcome.
+    """
     outcomes: dict[str, dict[int, Outcome]] = {kind: {} for kind in (HONEST, *options.sends)}
     base, first = find_model(options), populate(options, options.seeds[0])
     for seed in options.seeds:
@@ -182,7 +197,7 @@ def run_all(options: PoisonConfig, out: Path, console: Console) -> dict[str, dic
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code: 0 done, 2 wrong input."""
+    """Run the command; return 0 done, 2 wrong input."""
     options, console = read_poison_config(argv), messages()
     try:
         with claimed_folder(options.out, "poison") as out:

@@ -1,4 +1,4 @@
-"""The clients of a simulation: whose rows each has, and what is compared on them."""
+"""The population of a simulation: its methods, its clients and the rows that each of them has."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedlora.data import Rows
 from fedlora.plan import ROW, unit_column
 from fedlora.tasks import Records, Task, read, task_named
 from fedlora_client.privacy_gate import unit_count
-from fedlora_client.session import Limits
+from fedlora_client.terms import Limits
 from fedlora_server.run_setup import held_out, planned
 
 log = logging.getLogger(__name__)
@@ -25,17 +25,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared: a strategy, possibly with an --init of its own, as in "ffa-lora:orthonormal"."""
+    """One of the methods that are compared: a strategy, if need be with its own --init: "ffa-lora:orthonormal"."""
 
     strategy: str
     init: str | None
 
     @classmethod
     def parse(cls, text: str) -> Method:
+        """Return the method that this text of --strategy names."""
         return cls(*parsed(text))
 
     def options(self, options: SimulationConfig) -> SimulationConfig:
-        """With this method's start in place of --init."""
+        """Return the options with this method's start in place of --init, if it has one."""
         return replace(options, init=self.init or options.init)
 
     def __str__(self) -> str:
@@ -44,13 +45,13 @@ class Method:
 
 @dataclass(frozen=True)
 class Population:
-    """The simulated clients' rows.
+    """The simulated clients and their rows.
 
     Attributes:
-        rows: all of them.
+        rows: the rows of all clients.
         parts: client name → indices into `rows`.
-        labels: the label set; () for tasks that have none.
-        held_out: the rows of --eval-data.
+        labels: the label set; () for tasks without labels.
+        held_out: the rows of --eval-data; None without it.
     """
 
     rows: Rows
@@ -60,16 +61,16 @@ class Population:
     _encoded: dict[str, Records] = field(default_factory=dict)
 
     def dealt(self, options: SimulationConfig, seed: int) -> Population:
-        """The same rows, as they are dealt with another seed."""
+        """Return the same rows, dealt to the clients with another seed."""
         return Population(self.rows, _deal(options, self.rows, seed), self.labels, self.held_out)
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
-        """Client name → its units of privacy."""
+        """Return the number of privacy units of each client, by client name."""
         return {name: unit_count(self.rows.take(part)) for name, part in self.parts.items()}
 
     def records(self, task: Task) -> Mapping[str, Records]:
-        """Client name → encoded rows; encoded once, whatever runs with them."""
+        """Return the encoded rows of each client, by client name. They are encoded once, for all runs."""
         for name in self.parts.keys() - self._encoded.keys():
             self._encoded[name] = records = task.encode(self.rows.take(self.parts[name]))
             if records.left_out:
@@ -79,10 +80,12 @@ class Population:
 
 
 def populate(options: SimulationConfig, seed: int) -> Population:
-    """Read --data and --eval-data, and deal the former out by --partition, but for rows that lack a label.
+    """Read --data and --eval-data, and deal the rows of --data to the clients as --partition says.
+
+    Rows without a label or answer are not dealt, unless each file is a client.
 
     Raises:
-        ValueError: there is nothing to read, no label, or no such partition.
+        ValueError: there is no data, fewer than two labels, or no such partition.
     """
     if options.data is None:
         raise ValueError("--data is missing: name a folder or file of training rows")
@@ -97,10 +100,10 @@ def populate(options: SimulationConfig, seed: int) -> Population:
 
 
 def check_sizes(options: SimulationConfig, methods: Sequence[Method], population: Population, seed: int) -> None:
-    """Refuse what a client would, before anything is trained for hours.
+    """Check, before hours of training, that every client would accept the sampling rate of every method.
 
     Raises:
-        ValueError: with this seed's split a method would sample a client's units too often.
+        ValueError: with this seed's split, a method would sample a client's units too often.
     """
     limits = Limits.of(options, options.privacy_unit or ROW)
     if not limits.private:
@@ -111,17 +114,20 @@ def check_sizes(options: SimulationConfig, methods: Sequence[Method], population
             try:
                 limits.budget(size).sampling_rate(batch)
             except ValueError as error:
-                raise ValueError(f"with seed {seed}, {name} has {size} of the records or units, too few for {method}: "
-                                 f"{error}. Lower --batch-size, or deal them more evenly (--partition)") from None
+                raise ValueError(f"with seed {seed}, {name} has {size} records or units, too few for {method}: {error}"
+                                 ". Lower --batch-size, or deal them more evenly (--partition)") from None
 
 
 def _deal(options: SimulationConfig, rows: Rows, seed: int) -> dict[str, np.ndarray]:
-    """Client name → its rows' indices. All rows of one unit go to the same client, but where files are the clients."""
+    """Return the indices of each client's rows, by client name.
+
+    All rows of one privacy unit go to the same client, unless each file is a client.
+    """
     if options.partition == "files":
         stems = [Path(file).stem for file in rows.files]
         if len(set(stems)) < len(stems) or options.clients not in (None, len(stems)):
-            raise ValueError(f"--partition files needs differently named files, one for each client; --data "
-                             f"{options.data} has {len(stems)} and --clients is {options.clients}")
+            raise ValueError(f"--partition files needs one file for each client, all with different names; --data "
+                             f"{options.data} has {len(stems)} files and --clients is {options.clients or 'not given'}")
         return dict(zip(stems, rows.by_file(), strict=True))
     dealt = np.array([row for row in range(len(rows)) if rows.answers is None or rows.answers[row] is not None],
                      np.int64)

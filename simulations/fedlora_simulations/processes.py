@@ -1,4 +1,4 @@
-"""Worker processes on this machine. Each hears from the main process, and is heard, over a pipe of its own."""
+"""Workers that are processes on this machine, each connected to the main process by a pipe."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 
+from typing_extensions import override
+
 from fedlora.training import TrainingJob, TrainResult, resolve_device
 
 from .worker import Blueprint, Worker, WorkerLost, Workers
 
 PRELOADED = [Worker.__module__]
-"""What the process from which workers are forked imports, before the first of them."""
+"""Modules that the fork server imports before it forks the first worker."""
 
 
 class ProcessWorkers(Workers):
-    """Starts `count` processes, which end with this one. Each builds its trainer when it has its first training.
+    """A group of worker processes, which end with this process. Each builds its trainer when its first training comes.
 
-    They are never forked from this process: PyTorch's threads would be missing in them. On Linux without a GPU they are
-    forked from one that has imported the libraries and done no more, which saves every worker, of every run, the time
-    and the memory of that; elsewhere each begins with its imports.
+    Workers are never forked from this process, because PyTorch's threads would be missing in them. On Linux without a
+    GPU they are forked from a process that has only imported the libraries, so that all workers of all runs share the
+    time and the memory of the imports. Elsewhere each worker imports the libraries itself.
+
+    Args:
+        blueprint: what each worker builds its trainer from.
+        count: number of workers.
     """
 
     def __init__(self, blueprint: Blueprint, count: int) -> None:
@@ -37,15 +43,17 @@ class ProcessWorkers(Workers):
             process = context.Process(target=_serve, args=(theirs, blueprint, index), daemon=True,
                                       name=f"worker {index}")
             process.start()
-            theirs.close()  # so that the end of the process is the end of the pipe
+            theirs.close()  # so that the pipe ends when the process does
             self._processes[ours] = process
         self._free: list[Connection] = list(self._processes)
         self._busy: dict[Connection, str] = {}
 
     @property
+    @override
     def free(self) -> int:
         return len(self._free)
 
+    @override
     def start(self, key: str, trainings: Sequence[TrainingJob]) -> None:
         worker = self._free.pop()
         self._busy[worker] = key
@@ -54,6 +62,7 @@ class ProcessWorkers(Workers):
         except OSError:
             raise self._lost(worker) from None
 
+    @override
     def done(self) -> tuple[str, list[TrainResult]]:
         worker = next(one for one in wait(list(self._busy)) if isinstance(one, Connection))
         try:
@@ -74,6 +83,7 @@ class ProcessWorkers(Workers):
         return WorkerLost(f"{process.name} was {how}. If memory ran out, use fewer --workers, a lower --micro-batch or "
                           "--precision bf16")
 
+    @override
     def close(self) -> None:
         for process in self._processes.values():
             process.kill()
@@ -84,7 +94,7 @@ class ProcessWorkers(Workers):
 
 
 def _serve(connection: Connection, blueprint: Blueprint, index: int) -> None:
-    """The process: trains what comes over the pipe until it is closed."""
+    """Run a worker process: train what comes over the pipe until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends this one
     worker = Worker(blueprint, index)
     while True:

@@ -1,6 +1,6 @@
-"""Workers as Ray actors, on this machine or on all machines of a Ray cluster.
+"""Workers that are Ray actors, on this machine or on all machines of a Ray cluster.
 
-Every machine of a cluster needs the same FedLoRA, and the base model in the same folder; both are checked.
+Every machine of a cluster needs the same FedLoRA version, and the base model in the same folder; both are checked.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import socket
 import traceback
 from collections.abc import Sequence
 from typing import Any
+
+from typing_extensions import override
 
 import fedlora
 from fedlora import models
@@ -22,13 +24,16 @@ _ANSWERS_WITHIN_S = 20.0
 
 
 class RayWorkers(Workers):
-    """Starts `count` actors, each with one copy of the base model, which end with `close`.
+    """A group of Ray actors, each with one copy of the base model; `close` ends them.
 
-    An actor is given as many CPUs as it has threads, and one GPU where the device is one. Ray that is started here
-    ends here too; one that runs already, in this process or at `address`, goes on.
+    Each actor gets as many CPUs as it has threads, and one GPU if it trains on one. If Ray was started here, `close`
+    stops it. If Ray was already running in this process, `close` leaves it running; a cluster at `address` goes on in
+    any case.
 
     Args:
-        address: of a running cluster, as `ray.init` takes it; None starts Ray on this machine.
+        blueprint: what each actor builds its trainer from.
+        count: number of actors.
+        address: address of a running cluster, as `ray.init` takes it; None starts Ray on this machine.
 
     Raises:
         ValueError: Ray is not installed or does not start, nothing answers at `address`, or the cluster is too small.
@@ -59,41 +64,44 @@ class RayWorkers(Workers):
         here: dict[str, Any] = {} if address else {"num_cpus": cpus, "include_dashboard": False}
         host, _, port = (address or "").removeprefix("ray://").rpartition(":")
         try:
-            if host and port.isdigit():  # Ray would try for many minutes
+            if host and port.isdigit():  # Ray itself would try for many minutes
                 socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS_WITHIN_S).close()
             self._ray.init(address=address or "local", **here)
         except (ConnectionError, TimeoutError, socket.gaierror) as error:
             raise ValueError(f"--ray-address {address}: no Ray cluster answers there ({error}). Start one with "
                              "`ray start --head`, leave the flag out, or set RAY_AUTH_MODE=token if that cluster asks "
                              "for tokens (with --ray-address auto Ray finds out by itself)") from None
-        except Exception as error:  # Ray raises nothing narrower where its own processes do not start in time
+        except Exception as error:  # Ray raises a bare Exception if its processes do not start in time
             raise ValueError(f"Ray could not be started: {error}") from error
 
     def _share(self, blueprint: Blueprint, count: int) -> dict[str, float]:
-        """What each actor takes of the cluster."""
+        """Check that the cluster is large enough; return what each actor takes of it."""
         there = self._ray.cluster_resources()
         gpu = blueprint.device == "cuda" or (blueprint.device == "auto" and there.get("GPU", 0) >= count)
         needed = {"CPU": count * blueprint.threads, "GPU": count * gpu}
         for kind, number in needed.items():
             if there.get(kind, 0) < number:
-                raise ValueError(f"{count} workers of {blueprint.threads} threads need {number} {kind}s, and the Ray "
+                raise ValueError(f"{count} workers of {blueprint.threads} threads need {number} {kind}s, but the Ray "
                                  f"cluster has {there.get(kind, 0):g}; use fewer --workers or --threads")
         return {"num_cpus": blueprint.threads, "num_gpus": int(gpu)}
 
     @property
+    @override
     def free(self) -> int:
         return len(self._free)
 
+    @override
     def start(self, key: str, trainings: Sequence[TrainingJob]) -> None:
         actor = self._free.pop()
         self._busy[actor.run.remote(trainings)] = actor, key
 
+    @override
     def done(self) -> tuple[str, list[TrainResult]]:
         [ready], _ = self._ray.wait(list(self._busy), num_returns=1)
         actor, key = self._busy.pop(ready)
         try:
             answer = self._ray.get(ready)
-        except self._ray.exceptions.RayError as error:  # not of the training: that is an answer
+        except self._ray.exceptions.RayError as error:  # an exception of the training comes as an answer instead
             raise WorkerLost(f"a Ray worker was lost ({_first_line(error)}). If memory ran out, use fewer --workers, a "
                              "lower --micro-batch or --precision bf16") from None
         self._free.append(actor)
@@ -101,6 +109,7 @@ class RayWorkers(Workers):
             raise answer
         return key, answer
 
+    @override
     def close(self) -> None:
         for actor in self._actors:
             self._ray.kill(actor)
@@ -110,7 +119,7 @@ class RayWorkers(Workers):
 
 
 class _Actor:
-    """Holds the base model. It gives exceptions back as values, as Ray would wrap them in others."""
+    """A Ray actor that holds a worker. It returns exceptions as values, because Ray would wrap raised ones."""
 
     def __init__(self, blueprint: Blueprint, index: int) -> None:
         self._blueprint, self._index = blueprint, index
@@ -123,20 +132,24 @@ class _Actor:
                 self._worker = Worker(self._blueprint, self._index)
             return self._worker.train(trainings)
         except Refused as refused:
-            return ValueError(f"a machine of the Ray cluster is not set up as this one: {refused}")
+            return ValueError(f"a machine of the Ray cluster is not set up like this one: {refused}")
         except Exception as error:
             error.add_note(f"In Ray worker {self._index}:\n{traceback.format_exc()}")
             return error
 
 
 def _first_line(error: Exception) -> str:
-    """What Ray says, without the traceback; of a task's error the cause, which Ray has on its last line."""
+    """Return the first line of Ray's error, without the traceback; for an error of a task, that of its cause."""
     cause = getattr(error, "cause", None)
     return next(iter(str(cause or error).splitlines()), type(cause or error).__name__)
 
 
 def _check(blueprint: Blueprint) -> None:
-    """Raises Refused where this machine has another FedLoRA, or another base model."""
+    """Check that this machine has the same FedLoRA version and the same base model.
+
+    Raises:
+        Refused: the version or the model differs.
+    """
     plan = blueprint.plan
     if plan.fedlora_version != fedlora.__version__:
         raise Refused("version-mismatch", f"FedLoRA {fedlora.__version__} there, {plan.fedlora_version} here")

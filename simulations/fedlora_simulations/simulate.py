@@ -1,4 +1,4 @@
-"""One simulated run: N clients, one copy of the base model in each worker process, the server's round loop."""
+"""One simulated run: N clients, the server's round loop, and one base model in each process that trains."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from fedlora.privacy import Ledger, nominal_size
 from fedlora.tasks import Records
 from fedlora.training import Trainer
 from fedlora_client.flower_app import Session
-from fedlora_client.session import ClientSession, Limits
+from fedlora_client.session import ClientSession
 from fedlora_client.state import MemoryState
+from fedlora_client.terms import Limits
 from fedlora_server.observer import Observer
 from fedlora_server.report import write_report
 from fedlora_server.round_state import RoundOptions
@@ -43,18 +44,23 @@ from .worker_engine import WorkerEngine
 log = logging.getLogger(__name__)
 
 OTHER_FILES = 256
-"""Open files that a simulation needs beside those of its clients, at most."""
+"""Upper bound on the open files that a simulation needs beside one for each client."""
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """How one run ended.
+    """One run that has ended.
 
     Attributes:
+        method: the method.
+        seed: the seed.
+        federation: the plan, the adapters and the strategy.
         result: rounds and final state.
-        epsilons: client name → ε that its accountant gives; infinite without privacy.
-        bytes_up, bytes_down: of all clients.
-        seconds: from the first round's start to the last one's end.
+        epsilons: client name → ε by the client's accountant; infinite without privacy.
+        noise_multipliers: client name → noise multiplier; None without privacy.
+        bytes_up: bytes that all clients sent.
+        bytes_down: bytes that all clients received.
+        seconds: seconds from the start of the first round to the end of the last one.
     """
 
     method: Method
@@ -74,17 +80,22 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
     """Run one method with one seed to its end.
 
     Args:
-        options: of fedlora-simulate.
-        observer: told what happens.
-        out: folder for the run's adapter and report; None leaves nothing.
-        between: from a client's name and session to what answers in its place; where all train in this process.
+        options: the options of fedlora-simulate.
+        method: the method.
+        seed: seed of the run.
+        base: the base model.
+        population: the clients and their rows.
+        observer: told what happens in the run.
+        out: folder for the run's adapter and report; None writes nothing.
+        between: maps a client's name and session to the session that answers in its place. It is used only if all
+            clients train in this process, one after the other.
 
     Raises:
         ValueError: the options do not fit the model, the data or each other.
         Refused: the clients' privacy limits do not allow the plan.
     """
     options = method.options(options)
-    if options.threads is not None:  # before the start is drawn, too
+    if options.threads is not None:  # the start must be drawn with these threads too
         torch.set_num_threads(options.threads)
     run_id = hashlib.sha256(f"simulation {method} {seed}".encode()).hexdigest()[:16]
     federation = prepare(options, method.strategy, base, population.labels, seed, run_id=run_id)
@@ -99,7 +110,7 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
                         min_replies=options.min_replies, evaluate_every=options.eval_every,
-                        round_timeout_s=math.inf, wait_timeout_s=0.0)  # no clock decides, and nobody new can come
+                        round_timeout_s=math.inf, wait_timeout_s=0.0)  # no deadlines, and no client can join later
     count = min(options.workers, len(sessions))
     engine = _engine(options, federation, base, trainer, make_sketch_trainer, sessions, count, between)
     try:
@@ -125,7 +136,18 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
 def _engine(options: SimulationConfig, federation: Federation, base: BaseModel, trainer: Trainer,
             make_sketch_trainer: Callable[[], Trainer], sessions: Mapping[str, ClientSession],
             count: int, between: Callable[[str, Session], Session]) -> InProcessEngine:
-    """Args: count: of workers; between: see `simulate`."""
+    """Return the engine that the options ask for.
+
+    Args:
+        options: the options of fedlora-simulate.
+        federation: the plan and the adapters.
+        base: the base model, for workers in other processes.
+        trainer: this process's trainer.
+        make_sketch_trainer: returns this process's trainer of a private start.
+        sessions: client name → session.
+        count: number of workers.
+        between: maps a client's name and session to the session that answers in its place.
+    """
     run_id, layout = federation.plan.run_id, federation.adapted.layout
     if options.ray_address and options.engine != "ray":
         raise ValueError(f"--ray-address {options.ray_address} needs --engine ray")
@@ -142,7 +164,7 @@ def _engine(options: SimulationConfig, federation: Federation, base: BaseModel, 
 
 
 def _threads(options: SimulationConfig, workers: int) -> int:
-    """Of whoever trains: each of so many workers, or this process."""
+    """Return the CPU threads of each process that trains: of each of so many workers, or of this process."""
     if options.threads is not None:
         return options.threads
     if options.engine != "ray" and workers == 1:
@@ -151,12 +173,15 @@ def _threads(options: SimulationConfig, workers: int) -> int:
 
 
 def compiles_here(options: SimulationConfig) -> bool:
-    """Ray's workers may have GPUs where this process has none."""
+    """Return whether this process compiles the model: not for Ray, whose workers may have GPUs that it lacks."""
     return options.compile and options.engine != "ray"
 
 
 def sketch_trainer(options: SimulationConfig, federation: Federation, base: BaseModel) -> Trainer:
-    """Of the round before the first, on a base model of its own; where workers train, this process needs none."""
+    """Build this process's trainer of a private start (round 0), with a base model of its own.
+
+    If workers train, this process does not need it.
+    """
     plan = sketch_plan(federation.plan)
     adapted = attach_planned(load(base.path, plan.task, plan.labels), plan)
     return Trainer(adapted, federation.task, device=options.device, precision=options.precision,
@@ -166,11 +191,21 @@ def sketch_trainer(options: SimulationConfig, federation: Federation, base: Base
 def make_sessions(options: SimulationConfig, federation: Federation, trainer: Trainer, records: Mapping[str, Records],
                   seed: int, ledger: Ledger, make_sketch_trainer: Callable[[], Trainer] | None = None,
                   sizes: Mapping[str, int] | None = None) -> dict[str, ClientSession]:
-    """A session for each client; all share the trainers, the cache of frozen tensors and a simulated ledger.
+    """Make a session for each client. All share the trainers, a cache of frozen tensors and a simulated ledger.
 
     Args:
-        sizes: units of privacy of each, from which its declared size is rounded where none is given, as a deployed
-            client does; None for those among its records.
+        options: the options of fedlora-simulate.
+        federation: the plan of the run.
+        trainer: trainer of the rounds.
+        records: client name → encoded rows.
+        seed: seed of the clients' random numbers.
+        ledger: the simulated ledger.
+        make_sketch_trainer: returns the trainer of a private start; None if the run has no such start.
+        sizes: client name → number of privacy units. Unless --declared-size is given, a client's declared size is this
+            number rounded down, as a deployed client rounds it. None derives it from the client's records.
+
+    Returns:
+        Client name → session.
     """
     limits = Limits.of(options, options.privacy_unit or ROW)
 

@@ -1,22 +1,23 @@
-"""Short triage notes written by a seeded generator: the demo's text, about nobody.
+"""Short triage notes from a seeded generator: made-up text for the demo and the benchmarks, about nobody.
 
-A note is *urgent* if a finding that cannot wait is there now, in the patient. Otherwise it is *routine*. Both kinds
-of note speak of alarming and of harmless findings alike, so the words alone do not tell: what tells is which of them
-is there, and which is denied, over, somebody else's, or only warned of.
+A note is *urgent* if the patient has a finding now that cannot wait; otherwise it is *routine*. Notes of both kinds
+mention alarming and harmless findings, so that single words do not give the label away. What matters is which finding
+is present, and which is denied, over, somebody else's, or only warned of.
 
     urgent   Dry cough settled overnight; now has crushing chest pain.
     routine  Here with dry cough. Advised to return should crushing chest pain occur.
 
-Any word is found in both kinds (logistic regression on bags of words, without privacy: about 0.9), while pairs of
-neighbouring words tell most of it: what has to be learned is which finding a phrase belongs to.
+Every word occurs in both kinds (logistic regression on bags of words, without privacy, is right for about 0.9 of the
+notes). Pairs of neighbouring words tell most of the rest: a model has to learn which finding a phrase belongs to.
 
-Every eighth possible note, chosen by its hash, is kept for the held-out set: no hospital ever holds one of them.
+One in eight possible notes, chosen by its hash, is reserved for the held-out set; no hospital ever holds one of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ import numpy as np
 LABELS = ("routine", "urgent")
 
 HELD_OUT_SHARE = 8
+"""One in so many possible notes is reserved for the held-out set."""
 
 _ALARMING = (
     "crushing chest pain", "sudden arm weakness", "slurred speech", "facial droop", "breathlessness at rest",
@@ -52,15 +54,15 @@ _CLOSINGS = (" No medicines.", " No allergies.", " Pulse regular.", " Came with 
 _FRAMED = 0.25
 _JOINS = ("; ", ". ", ", ", ", ")
 
-# Share of notes with the alarming finding alone, and with both findings there or both not. In all others one is there
-# and one is not, and words say nothing at all: the smaller these shares, the harder the text.
+# Share of notes with the alarming finding alone, and share with both findings present or both absent. In all other
+# notes one is present and one is absent, and single words say nothing: the smaller these shares, the harder the text.
 _ONE, _ALIKE = 0.6, 0.25
 
 
 def note(rng: np.random.Generator, urgent: bool) -> str:
-    """One note of the kind asked for."""
-    def pick(options):
-        return options[rng.integers(len(options))]
+    """Write one note, urgent or routine."""
+    def pick(options: Sequence[str]) -> str:
+        return options[int(rng.integers(len(options)))]
 
     def clause(finding: str, there: bool) -> str:
         form = pick(_THERE if there else _NOT_THERE)
@@ -83,7 +85,17 @@ def note(rng: np.random.Generator, urgent: bool) -> str:
 
 
 def notes(rng: np.random.Generator, rows: int, urgent_share: float, *, held_out: bool = False) -> list[tuple[str, str]]:
-    """(text, label) pairs, distinct, in random order; exactly round(rows · urgent_share) are urgent."""
+    """Write distinct notes in random order.
+
+    Args:
+        rng: generator of random numbers.
+        rows: number of notes.
+        urgent_share: round(rows · urgent_share) of the notes are urgent.
+        held_out: write notes of the held-out set rather than notes for hospitals.
+
+    Returns:
+        (text, label) pairs.
+    """
     urgent = rng.permutation(np.arange(rows) < round(rows * urgent_share))
     seen: dict[str, str] = {}
     for flag in urgent:
@@ -97,10 +109,18 @@ def notes(rng: np.random.Generator, rows: int, urgent_share: float, *, held_out:
 
 
 def write_hospitals(folder: Path, seed: int, *, hospitals: int = 3, rows: int = 6000) -> list[Path]:
-    """One file of `rows` notes per hospital, hospital-1.jsonl onwards: 30 % urgent in the first, 70 % in the last.
+    """Write one file of notes for each hospital: hospital-1.jsonl, hospital-2.jsonl, …
+
+    The share of urgent notes rises from 30 % in the first hospital to 70 % in the last; a single hospital has 50 %.
+
+    Args:
+        folder: folder to write into.
+        seed: seed of the notes.
+        hospitals: number of hospitals.
+        rows: number of notes of each hospital.
 
     Returns:
-        the files, each of which a client takes as its --data.
+        The files. A client takes one of them as its --data.
     """
     shares = np.linspace(0.3, 0.7, hospitals) if hospitals > 1 else [0.5]
     return [_write(folder / f"hospital-{i}.jsonl", notes(np.random.default_rng([seed, i]), rows, share))
@@ -108,7 +128,7 @@ def write_hospitals(folder: Path, seed: int, *, hospitals: int = 3, rows: int = 
 
 
 def write_held_out(file: Path, seed: int, *, rows: int = 1000) -> Path:
-    """A balanced file of notes that no hospital of any seed holds."""
+    """Write a file of notes that no hospital of any seed holds, half of them urgent."""
     return _write(file, notes(np.random.default_rng([seed, 0]), rows, 0.5, held_out=True))
 
 

@@ -1,7 +1,8 @@
-"""A worker of a simulation: a process of its own, here or on another machine, that trains whichever client it is given.
+"""Workers of a simulation: processes, here or on other machines, that train whichever client they are given.
 
-It holds one copy of the base model and nothing of any client. Sessions, ledger and the server's side stay in the main
-process: `ClientSession.begin` charges a training, any worker does it, and `ClientSession.finish` takes what it gave.
+A worker holds one copy of the base model and keeps nothing of any client. The sessions, the ledger and the server's
+side stay in the main process: `ClientSession.begin` charges a training to the ledger, any worker runs it, and
+`ClientSession.finish` takes the result.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from typing_extensions import override
 
 from fedlora.adapters import attach_planned
 from fedlora.adapters.sketches import sketch_plan
@@ -24,14 +26,17 @@ from fedlora.training import Trainer, TrainingJob, TrainResult, resolve_device
 
 @dataclass(frozen=True)
 class Blueprint:
-    """From which every worker builds the same trainer.
+    """Everything a worker needs to build its trainer; all workers of a run have the same one.
 
     Attributes:
-        plan: of the run.
+        plan: the run's plan.
         model: folder of the base model.
-        device, precision, micro_batch, compiled: as of `Trainer`. With several GPUs, workers take them in turn.
-        threads: of each worker.
-        together: whether the trainings that a worker is given at a time are done in lockstep.
+        device: "cpu", "cuda" or "auto", as on the command line. With several GPUs, workers take them in turn.
+        precision: as on the command line.
+        micro_batch: most records in one pass of the model; None sets a bound on tokens instead.
+        threads: CPU threads of each worker.
+        compiled: compile the model's blocks, on CUDA.
+        together: train the clients that a worker is given at a time in lockstep, over one pass of the base model.
     """
 
     plan: RunPlan
@@ -44,10 +49,10 @@ class Blueprint:
     together: bool = False
 
     def build(self, index: int) -> Trainer:
-        """The trainer of the worker with this number, from 0.
+        """Build the trainer of the worker with this number, counted from 0.
 
         Raises:
-            ValueError: the device is not there.
+            ValueError: this machine lacks the device.
         """
         device = str(resolve_device(self.device))
         if device == "cuda":
@@ -59,9 +64,10 @@ class Blueprint:
 
 
 class Worker:
-    """Trains what it is given, by a trainer that it builds when it has its first training.
+    """A worker. It builds its trainer when it is given its first training.
 
-    A private start trains another adapter than the rounds after it; a worker holds one of the two at a time.
+    A private start (round 0) trains a different adapter from the rounds after it. The worker holds the trainer of one
+    of the two at a time.
     """
 
     def __init__(self, blueprint: Blueprint, index: int) -> None:
@@ -70,10 +76,10 @@ class Worker:
         self._sketches = False
 
     def train(self, trainings: Sequence[TrainingJob]) -> list[TrainResult]:
-        """The results of trainings of one round, in order."""
-        sketches = any(training.round == 0 for training in trainings)  # all of them or none
+        """Run these trainings of one round; return their results in order."""
+        sketches = any(training.round == 0 for training in trainings)  # if one of them is in round 0, all are
         if self._trainer is None or sketches is not self._sketches:
-            self._trainer = None  # its memory first
+            self._trainer = None  # frees its memory before the next one is built
             blueprint = self._blueprint
             if sketches:
                 blueprint = replace(blueprint, plan=sketch_plan(blueprint.plan))
@@ -84,36 +90,37 @@ class Worker:
 
 
 class Workers(ABC):
-    """Some workers, wherever they are: give those that are free something to do, and wait for what comes first."""
+    """A group of workers: trainings are started on free ones, and results are returned as they come."""
 
     @property
     @abstractmethod
     def free(self) -> int:
-        """How many have nothing to do."""
+        """Number of workers that have nothing to do."""
 
     @abstractmethod
     def start(self, key: str, trainings: Sequence[TrainingJob]) -> None:
-        """Have a free worker do these trainings of one round."""
+        """Start these trainings of one round on a free worker; `done` returns them under `key`."""
 
     @abstractmethod
     def done(self) -> tuple[str, list[TrainResult]]:
-        """Wait until a worker is done; the key it was started with, and its results.
+        """Wait until a worker is done; return the key it was started with and its results.
 
         Raises:
-            WorkerLost: a worker's process is gone.
-            Exception: what the training raised in the worker.
+            WorkerLost: a worker's process has ended.
+            Exception: the training failed in the worker; its exception is raised here.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """End all workers, whatever they do. May be called twice."""
+        """End all workers, also those that are training. May be called twice."""
 
 
 class ThisProcess(Workers):
-    """No worker at all: the trainings are done here, while they are waited for.
+    """This process in the role of the only worker: `done` runs the trainings itself, in lockstep.
 
     Args:
-        sketch_trainer: gives the trainer of a private start.
+        trainer: trainer of the rounds.
+        sketch_trainer: returns the trainer of a private start.
     """
 
     def __init__(self, trainer: Trainer, sketch_trainer: Callable[[], Trainer]) -> None:
@@ -121,29 +128,35 @@ class ThisProcess(Workers):
         self._started: tuple[str, Sequence[TrainingJob]] | None = None
 
     @property
+    @override
     def free(self) -> int:
         return int(self._started is None)
 
+    @override
     def start(self, key: str, trainings: Sequence[TrainingJob]) -> None:
         self._started = key, trainings
 
+    @override
     def done(self) -> tuple[str, list[TrainResult]]:
         assert self._started is not None, "nothing was started"
         (key, trainings), self._started = self._started, None
         trainer = self._trainer if trainings[0].round else self._sketch_trainer()
         return key, trainer.train_together(trainings)
 
+    @override
     def close(self) -> None:
         self._started = None
 
 
 class WorkerLost(RuntimeError):
-    """A worker's process ended although it had something to do."""
+    """Raised when a worker's process has ended during a training."""
 
 
 def threads_each(workers: int) -> int:
-    """CPU threads for each of some workers on this machine. More in all than there are cores wait for each other by
-    spinning: two processes with two threads each are slower on two cores than one.
+    """Return how many CPU threads each of some workers on this machine should have.
+
+    Together they have no more threads than there are cores. More threads would spin while they wait for each other: on
+    two cores, two processes with two threads each are slower than one process.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // workers)

@@ -1,9 +1,11 @@
-"""An engine whose clients train in several workers at once, and which ends where the one-process engine ends."""
+"""An engine whose clients train in several workers at once, with the same results as the one-process engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import cast
+
+from typing_extensions import override
 
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal, RoundPlan, Upload
@@ -17,14 +19,17 @@ from .worker import Workers
 
 
 class WorkerEngine(InProcessEngine):
-    """Keeps the workers busy with what has been pushed, in that order.
+    """An engine that gives orders to free workers, in the order in which the orders were pushed.
 
-    `wait` tells one outcome at a time and in the order asked, whichever worker is first, so that the round loop decides
-    as it would over the one-process engine: with the same threads, the same bits.
+    `wait` reports outcomes in the order in which they were asked for, whichever worker finishes first. So the round
+    loop decides as it would over the one-process engine: with the same number of threads, the results have the same
+    bits.
 
     Args:
-        sessions, run_id, layout: as of `InProcessEngine`.
-        workers: ended by `close`.
+        sessions: client name → the client's session.
+        run_id: the plan's run id, 16 hexadecimal digits.
+        layout: adapter layout that uploads are checked against.
+        workers: the workers; `close` ends them.
         group: most clients that a worker is given at a time.
     """
 
@@ -36,6 +41,7 @@ class WorkerEngine(InProcessEngine):
         self._groups: dict[str, list[str]] = {}
         self._outcomes: dict[str, Outcome] = {}
 
+    @override
     def _train(self, message_id: str) -> None:
         while True:
             self._employ()
@@ -45,7 +51,7 @@ class WorkerEngine(InProcessEngine):
             self._collect()
 
     def _employ(self) -> None:
-        """Begin what has not begun, as long as there is a worker for it."""
+        """Begin pending orders in turn while there are free workers."""
         waiting = (message_id for message_id, order in self._orders.items() if order.outcome is None
                    and message_id not in self._begun and message_id not in self._outcomes)
         while self._workers.free:
@@ -71,20 +77,22 @@ class WorkerEngine(InProcessEngine):
         return answer
 
     def _collect(self) -> None:
-        """Wait for a worker, and take what it gives; an outcome is told when it is its turn."""
+        """Wait for a worker and keep the outcomes of its trainings until `wait` asks for them."""
         key, results = self._workers.done()
         for message_id, result in zip(self._groups.pop(key), results, strict=True):
             session, plan = self._begun.pop(message_id)
             answer = session.finish(plan, result)
-            if message_id in self._orders:  # else it was cancelled meanwhile
+            if message_id in self._orders:  # otherwise it was cancelled meanwhile
                 self._outcomes[message_id] = self._accept(message_id, answer)
 
+    @override
     def cancel(self, message_ids: Iterable[str]) -> None:
         message_ids = list(message_ids)
         for message_id in message_ids:
             self._outcomes.pop(message_id, None)
         super().cancel(message_ids)
 
+    @override
     def close(self, reason: str) -> None:
         self._workers.close()
         super().close(reason)

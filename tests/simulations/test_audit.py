@@ -1,4 +1,4 @@
-"""Audits: the p-value is the theorem's, a sound mechanism is not refuted, and one that was broken on purpose is."""
+"""Audits: the p-value is the theorem's, a sound mechanism is not refuted, and one broken on purpose is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLIP = 0.05
 
 
 def randomized_response(generator, bits, epsilon):
-    """Each bit is told truly with probability e^ε / (1 + e^ε)."""
+    """Return each bit, truthfully with probability e^ε / (1 + e^ε)."""
     return np.where(generator.random(bits.shape) < 1 / (1 + np.exp(-epsilon)), bits, ~bits)
 
 
@@ -31,7 +31,7 @@ def test_the_p_value_is_what_randomised_response_attains(epsilon):
     generator = np.random.default_rng(0)
     canaries, guesses, runs = 60, 40, 20_000
     bits = generator.random((runs, canaries)) < 0.5
-    right = (randomized_response(generator, bits, epsilon) == bits)[:, :guesses].sum(axis=1)  # the rest: abstained
+    right = (randomized_response(generator, bits, epsilon) == bits)[:, :guesses].sum(axis=1)  # others are not guessed
     for v in (18, 24, 30, 36, 40):
         measured, claimed = np.mean(right >= v), p_value(canaries, guesses, v, epsilon, 0.0)
         assert measured == pytest.approx(claimed, abs=4 * np.sqrt(max(claimed * (1 - claimed), 1e-4) / runs))
@@ -39,7 +39,7 @@ def test_the_p_value_is_what_randomised_response_attains(epsilon):
 
 @pytest.mark.parametrize("delta", [1e-3, 5e-3])
 def test_the_p_value_bounds_a_mechanism_that_uses_its_delta(delta):
-    # randomised response, and with probability δ all is told at once: (ε, δ)-private for each bit
+    # randomised response that tells everything with probability δ: (ε, δ)-private for each bit
     generator = np.random.default_rng(1)
     canaries, epsilon, runs = 50, 1.0, 20_000
     bits = generator.random((runs, canaries)) < 0.5
@@ -77,7 +77,7 @@ def test_the_lower_bound_holds_with_its_confidence_and_comes_close():
 def test_choosing_the_best_way_to_guess_keeps_the_confidence():
     generator = np.random.default_rng(3)
     refuted = 0
-    for _ in range(200):  # scores that tell nothing: ε = 0 is true
+    for _ in range(200):  # scores without information: the true ε is 0
         refuted += one_run.audit(generator.standard_normal(200), generator.random(200) < 0.5, 1e-5).epsilon > 0
     assert refuted <= 200 * 0.05 + 3 * np.sqrt(200 * 0.05)
     included = generator.random(1000) < 0.5
@@ -99,7 +99,7 @@ def test_membership_figures_are_those_of_the_roc_curve():
 def test_evidence_is_the_textbook_likelihood_ratio_for_a_lone_canary():
     generator = torch.Generator().manual_seed(0)
     canary = torch.randn(1, 20_000, generator=generator) / 100
-    noise, q = 0.3, 1e-3  # drawn so seldom that it adds nothing to the variance
+    noise, q = 0.3, 1e-3  # drawn so rarely that a canary adds nothing to the variance
     for amplitude in (0.0, 1.0, 2.0):
         step = amplitude * canary[0].double() + noise * torch.randn(20_000, generator=generator).double()
         got = evidence(step, canary, torch.zeros(4, 20_000), np.array([0, 1, 1, 2, 2]), sampling_rate=q, others=4)
@@ -129,7 +129,7 @@ def arguments(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sound(arguments):
-    """Reports of the unbroken mechanism, by canaries."""
+    """Return the reports of the unbroken mechanism, by kind of canary."""
     return {kind: run(arguments, f"--canaries={kind}", private=True) for kind in ("gradient", "text")}
 
 
@@ -143,7 +143,7 @@ def test_a_sound_mechanism_is_not_refuted(sound):
         assert report.holds and report.white_box.epsilon <= report.claimed <= 8.0
         assert report.claimed > 7.9 and report.rounds == 8 and report.sampling_rate == pytest.approx(0.2)
         assert 100 < report.included.sum() < 200
-    assert membership(sound["gradient"].scores, sound["gradient"].included).auc > 0.6  # it sees something
+    assert membership(sound["gradient"].scores, sound["gradient"].included).auc > 0.6  # the attack sees something
 
 
 @pytest.mark.parametrize("kind", ["gradient", "text"])
@@ -153,7 +153,7 @@ def test_without_privacy_at_least_one_is_lost(arguments, kind):
 
 
 def broken(**factors):
-    """A trainer that is given another noise or clip norm than the client accounts for, out of the checks' sight."""
+    """Return a `train` with another noise or clip norm than the client accounts for, hidden from the checks."""
     def train(self, job, stop):
         return original(self, dataclasses.replace(
             job, clip_norm=job.clip_norm * factors.get("clip", 1.0),
@@ -173,7 +173,7 @@ def test_a_broken_mechanism_is_refuted(arguments, monkeypatch, kind, factors):
 
 
 def test_gradient_canaries_replace_exactly_their_own_gradients(arguments):
-    """Without noise the step is the drawn records' sum, with the directions in the canaries' places."""
+    """Without noise, the step is the sum of the drawn records' gradients, with directions in the canaries' places."""
     seen = {}
     original = CanaryTrainer.train
 
@@ -214,7 +214,7 @@ def test_the_command_writes_a_table_json_and_a_picture(arguments, tmp_path, caps
 
 
 def audit_of(printed):
-    """An `Audit` from its JSON."""
+    """Return an `Audit` from its JSON."""
     fields = {key: value for key, value in printed.items() if key != "holds"}
     for name, kind in (("white_box", one_run.Guesses), ("final_model", one_run.Guesses),
                        ("loss_attack", one_run.Membership)):

@@ -1,5 +1,4 @@
-"""Two simulated clients never use the same random numbers, and where they did, the simulation would end."""
-
+"""Two simulated clients never use the same random numbers; if they did, the simulation would end with an error."""
 
 import numpy as np
 import pytest

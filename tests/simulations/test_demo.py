@@ -1,4 +1,4 @@
-"""`make demo` as a newcomer has it, but for its size: real processes, the packaged MiniLM, few notes and one step."""
+"""`make demo` as a newcomer runs it, only smaller: real processes, the packaged MiniLM, few notes and one step."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ def test_the_demo_ends_with_an_adapter_that_its_last_lines_load(tmp_path, monkey
     monkeypatch.setattr(triage, "write_held_out", partial(triage.write_held_out, rows=40))
     assert demo.main(["--out", str(tmp_path / "demo")]) == 0
     shown, _, lines = capsys.readouterr().out.partition("Load it:")
-    for line in ("accuracy before", "accuracy after", "control, head alone", "ε of hospital-1", "bytes up, down"):
+    for line in ("accuracy before", "accuracy after", "control, last layer alone", "ε of hospital-1", "bytes up, down"):
         assert line in shown
     loaded = {}
     exec(lines, loaded)

@@ -86,7 +86,7 @@ def test_replies_keep_their_values_and_the_store_begins_anew_when_none_waits(eng
     a, b, c = ask("abc", 0)
     first = list(engine.pull_messages([b]))
     engine.cancel([b, c])
-    [left] = ask("c", 1)  # beside a's, which still waits
+    [left] = ask("c", 1)  # beside that of a, which still waits
     kept = {name: array.copy() for name, array in read_reply(first[0]).tensors.items()}
     engine.cancel([a])
     [second] = engine.pull_messages([left])

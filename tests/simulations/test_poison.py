@@ -1,4 +1,4 @@
-"""fedlora-simulate poison: one hostile client, from its uploads to the figures."""
+"""The command fedlora-simulate poison: one hostile client, from its uploads to the figures."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.processes import write_rows
 
 @pytest.fixture
 def run(tmp_path, checkpoint):
-    """With further options: the outcomes, by kind."""
+    """Run the command with further options; return the outcomes by kind of upload."""
     rows = write_rows(tmp_path / "train.jsonl", 0, rows=60), write_rows(tmp_path / "held-out.jsonl", 1, rows=20)
 
     def run(*options):

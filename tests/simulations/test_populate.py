@@ -1,4 +1,4 @@
-"""How the rows of --data are dealt to simulated clients."""
+"""Populations: how the rows of --data are dealt to simulated clients."""
 
 import json
 

@@ -49,7 +49,7 @@ def test_what_goes_wrong_in_a_ray_worker_is_told_here(tmp_path, checkpoint):
     workers = RayWorkers(blueprint, 1, None)
     try:
         workers.start("order", [])
-        with pytest.raises(ValueError, match=r"not set up as this one.*model-mismatch"):
+        with pytest.raises(ValueError, match=r"not set up like this one.*model-mismatch"):
             workers.done()
         assert workers.free == 1
         workers.start("order", Deadly())
@@ -75,7 +75,7 @@ def test_an_order_that_a_ray_worker_cannot_read_ends_without_a_traceback():
 
 
 class OneActorRay:
-    """As much of Ray as the loss of one order takes, where Ray is not installed."""
+    """A stand-in for Ray, where it is not installed: just enough of it to lose one order."""
 
     class RayError(Exception):
         pass

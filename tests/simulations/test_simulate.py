@@ -103,7 +103,7 @@ def test_options_that_change_nothing_are_said(arguments, tmp_path, capfd):
 
 @pytest.mark.parametrize("given, said", [
     (["--compile"], "--compile with --device cpu"),
-    (["--compile", "--batch-clients=2"], "--compile and --batch-clients do not go together"),
+    (["--compile", "--batch-clients=2"], "--compile and --batch-clients do not work together"),
 ])
 def test_compiling_where_it_cannot_be_is_refused_at_once(arguments, given, said, tmp_path, capfd):
     assert main([*arguments, *given]) == 2
@@ -119,7 +119,7 @@ def test_compiling_is_left_to_rays_workers_and_of_no_effect_with_dropout():
 
 
 def test_a_simulated_client_declares_the_size_that_a_deployed_one_would(arguments, tmp_path, checkpoint):
-    """Which is not to depend on --max-length, by which a server could have rows counted."""
+    """The size must not depend on --max-length, through which a server could count rows."""
     rows = [{"prompt": "word " * (40 if i < 30 else 1), "completion": "yes"} for i in range(150)]
     (tmp_path / "causal.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     given = [f"--model={checkpoint('llama')}", "--task=causal-lm", f"--data={tmp_path / 'causal.jsonl'}",

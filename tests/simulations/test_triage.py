@@ -1,4 +1,4 @@
-"""The demo's notes: from the seed alone, unevenly labelled, and not to be told by single words."""
+"""The demo's notes: they depend on the seed alone, shares of labels differ, and single words do not give them away."""
 
 from __future__ import annotations
 

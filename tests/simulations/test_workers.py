@@ -1,4 +1,4 @@
-"""Worker processes: the same bits as one process, and an end in sight whatever becomes of them."""
+"""Worker processes: the same bits as one process, and a run that ends whatever happens to them."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def run(tmp_path, checkpoint, strategy, *flags):
 
 
 def charges(out):
-    """Of a run's ledger, without their order in time and the digests of what was sent."""
+    """Return the charges in a run's ledger, without their order and the digests of what was sent."""
     ledger = Ledger(out / "ledger.sqlite", simulated=True)
     found = sorted((c.dataset, c.round, c.attempt, c.state) for c in ledger.charges())
     ledger.close()
@@ -69,7 +69,7 @@ def test_batched_clients_end_where_one_after_the_other_end_and_are_charged_alike
 
 
 class StagedSession(LinearSession):
-    """Begins and finishes as `ClientSession` does; "training" is `run_round` itself."""
+    """A session that begins and finishes as `ClientSession` does; its "training" is `run_round` itself."""
 
     def begin(self, plan, tensors):
         self.upload = self.run_round(plan, tensors)
@@ -81,7 +81,7 @@ class StagedSession(LinearSession):
 
 
 class Backwards(Workers):
-    """Three workers, of which the last one started is always the first to be done."""
+    """Three workers, of which the one started last is always done first."""
 
     def __init__(self):
         self.stack = []
@@ -218,7 +218,7 @@ def test_ctrl_c_ends_a_simulation_and_all_of_its_processes(tmp_path, checkpoint)
     code = "import sys; from fedlora_simulations.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["--strategy=ffa-lora", f"--model={checkpoint('bert')}", f"--data={tmp_path / 'data.jsonl'}",
                  f"--out={tmp_path / 'out'}", "--workers=2", *SMALL, "--rounds=9999", "--batch-size=4"]
-    with log.open("w") as out:  # a process group of its own, as a shell gives it
+    with log.open("w") as out:  # its own process group, as a shell gives it
         process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=out, stderr=out,
                                    start_new_session=True)
     try:
@@ -228,7 +228,7 @@ def test_ctrl_c_ends_a_simulation_and_all_of_its_processes(tmp_path, checkpoint)
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(PATIENCE * 30) == 130, log.read_text()
-        assert "Traceback" not in log.read_text() and "finished rounds are in --out" in log.read_text()
+        assert "Traceback" not in log.read_text() and "finished rounds are in the --out folder" in log.read_text()
         while group_lives(process.pid):
             assert time.monotonic() < deadline, "a process was left behind"
             time.sleep(0.05)
