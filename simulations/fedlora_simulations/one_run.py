@@ -61,7 +61,8 @@ def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: floa
         ValueError: the numbers contradict each other.
     """
     if not 0 <= right <= guesses <= canaries:
-        raise ValueError(f"{right} of {guesses} guesses about {canaries} canaries cannot be right")
+        raise ValueError(f"{right} of {guesses} guesses about {canaries} canaries cannot be right; give numbers with "
+                         "0 <= right <= guesses <= canaries")
     accuracy = expit(epsilon)
     tail = float(binom.sf(right - 1, guesses, accuracy))
     if delta and right:
