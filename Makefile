@@ -3,6 +3,7 @@
 # make bits: whether every adapter is, bit for bit, what the last commit gave; BASE=REVISION names another one.
 # make attacks: what bad peers can do to a run, half an hour; ARGS="--seconds 5 idle" is one attack for a moment, and
 # ARGS="fuzz" changed frames to servers and clients.
+# make docs: the documentation site, into build/site. make docs-serve: the same while you write, at http://127.0.0.1:8000.
 # All install first: they find Python 3.11 or 3.12, create .venv and install what pyproject.toml names.
 
 PYTHON := $(shell for p in python3.11 python3.12 python3 python; do \
@@ -11,7 +12,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3 python; do \
 # half as many again as there are cores: many tests wait for processes that they started
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n + n / 2)))
 
-.PHONY: demo test test-all bits attacks check clean
+.PHONY: demo test test-all bits attacks check docs docs-serve clean
 
 demo: .venv/installed
 	.venv/bin/python -m fedlora_simulations.demo $(ARGS)
@@ -34,11 +35,17 @@ check: .venv/installed
 	.venv/bin/mypy fedlora client/fedlora_client server/fedlora_server strategies/fedlora_strategies \
 		simulations/fedlora_simulations benchmarks
 
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+docs-serve: .venv/installed
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve
+
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "FedLoRA needs Python 3.11 or 3.12 and found neither; install one and run make again."; exit 2; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,docs,test]'
 	@touch $@
 
 clean:
