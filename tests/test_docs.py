@@ -72,6 +72,13 @@ def test_every_path_that_a_page_names_exists(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_file_that_a_page_runs_exists(page):
+    named = {word for line in lines(page.read_text("utf-8")) if line.startswith("pytest ")
+             for word in line.split() if word.startswith("tests/")}
+    assert not {path for path in named if not (ROOT / path).exists()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_that_a_page_names_exists(page):
     text = page.read_text("utf-8")
     code = [span for span in spans(text) if span.startswith("-") or OURS.match(span)]

@@ -1,7 +1,8 @@
-"""A new reduction, server optimizer, schedule or recipe is one new file, and a strategy may come from outside.
+"""A reduction, an optimizer at the server, a refactorization, a schedule and a recipe are one new file each.
 
-The toys are put into a copy of the packages, where the test suites of their kinds and runs of fedlora-simulate find
-them.
+A strategy need not be in the packages at all.
+
+The toys are put into a copy of the packages, where the suites of their seams and runs of fedlora-simulate find them.
 """
 
 import json
@@ -14,12 +15,14 @@ from safetensors.numpy import load_file
 from tests.plugins.scratch import TOYS, Tree
 
 OURS = "strategies/fedlora_strategies"
-PLACES = {"median": "reductions", "signum": "server_optimizers", "alternating": "schedules", "fedavgm_sb": "recipes"}
+PLACES = {"median": "reductions", "signum": "server_optimizers", "balanced": "refactorizations",
+          "alternating": "schedules", "fedavgm_sb": "recipes"}
+"""Toy → the folder of `OURS` where its file belongs."""
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Return a tree with each toy among its kind, and with a module of somebody else's beside the packages."""
+    """Each toy among its kind, and beside the packages a module of somebody else's."""
     (first, *others) = ((TOYS / f"{toy}.py", f"{OURS}/{seam}/{toy}.py") for toy, seam in PLACES.items())
     made = Tree.with_file(tmp_path_factory.mktemp("toys") / "tree", *first)
     for toy, place in others:
@@ -36,11 +39,12 @@ def report_of(out, method):
 
 
 def test_the_suites_of_their_seams_find_them_and_they_pass(tree):
-    """The suites check, among other things, that a run with the recipe and the optimizer is resumed bit for bit."""
+    """Among other things, a run with the recipe and the optimiser is taken up bit for bit."""
     suites = (f"tests/strategies/test_{seam}.py" for seam in PLACES.values())
-    said = tree.passes(*suites, "-vv", "-k", "median or signum or alternating or fedavgm")
+    said = tree.passes(*suites, "-vv", "-k", "median or signum or balanced or alternating or fedavgm")
     for toy in PLACES:
         assert f"[{toy.replace('_', '-')}" in said or f"-{toy.replace('_', '-')}]" in said
+    assert "the_update_stays_as_it_is_and_the_state_can_be_gone_on_with[balanced-lora] PASSED" in said
     assert "taken_up_bit_for_bit[signum-fedavgm-sb] PASSED" in said
 
 
@@ -53,12 +57,17 @@ def test_their_names_are_offered_and_their_options_known(tree, checkpoint, tmp_p
 
 
 def test_a_run_is_made_of_them(tree, tmp_path, checkpoint):
-    """One run is of a toy recipe with a start of its own, one of an outside module's strategy with a toy reduction."""
-    tree.simulate("--strategy", "outside:Median,fedavgm-sb:weight", "--workers", 2, model=checkpoint("bert"),
-                  out=tmp_path / "out")
+    """A recipe that is found, with a start of its own, and an outside module's with a reduction that is; by workers."""
+    tree.simulate("--strategy", "outside:Median,outside:Balanced,fedavgm-sb:weight", "--workers", 2,
+                  model=checkpoint("bert"), out=tmp_path / "out")
     outside, _ = report_of(tmp_path / "out", "outside-Median")
     assert outside["strategy"]["reduction"] == {"name": "median"} and not outside["strategy"]["linear"]
     assert outside["plan"]["strategy"] == "outside:Median" and outside["plan"]["family"] == "frozen-a"
+    rescaled, tensors = report_of(tmp_path / "out", "outside-Balanced")
+    assert rescaled["strategy"]["refactorization"] == {"name": "balanced"}
+    for name in (name for name in tensors if "lora_A" in name):
+        A, B = tensors[name], tensors[name.replace("lora_A", "lora_B")]
+        np.testing.assert_allclose(np.linalg.norm(A, axis=1), np.linalg.norm(B, axis=0), rtol=1e-5)
     found, _ = report_of(tmp_path / "out", "fedavgm-sb-weight")
     assert found["strategy"]["optimizer"]["name"] == "momentum" and found["plan"]["strategy"] == "fedavgm-sb"
 
@@ -71,7 +80,7 @@ def test_an_optimiser_is_chosen_by_its_name(tree, tmp_path, checkpoint):
 
 
 def test_a_schedule_has_clients_train_and_send_some_of_the_tensors(tree, tmp_path, checkpoint):
-    """In two rounds each trained tensor is sent once: B and the head in the first, A in the second."""
+    """In two rounds each is sent once: B and the head, then A."""
     tree.simulate("--strategy", "outside:Alternating", "--strategy-options", "period=1", model=checkpoint("bert"),
                   out=tmp_path / "out")
     report, tensors = report_of(tmp_path / "out", "outside-Alternating")

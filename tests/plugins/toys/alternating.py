@@ -1,11 +1,13 @@
-"""RoLoRA: train B and the head in odd rounds, A in even ones.
+"""A and B train in turn: B and the head in odd rounds, A in even ones.
 
-Chen et al., RoLoRA, 2025, arXiv:2502.01755. Adapters whose A does not train train everything else in every round.
+Chen et al., RoLoRA, 2025, arXiv:2502.01755. Where A is frozen, everything else trains in every round.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from typing_extensions import override
 
 from fedlora.adapters import AdapterLayout
 from fedlora_strategies.schedules.constant import Constant
@@ -13,19 +15,20 @@ from fedlora_strategies.schedules.constant import Constant
 
 @dataclass(frozen=True)
 class Alternating(Constant):
-    """The alternating schedule.
+    """A schedule of two turns.
 
     Attributes:
-        period: The number of rounds of one factor before it is the other's turn.
+        period: rounds before the turn changes.
     """
 
     period: int = 1
 
+    @override
     def trains(self, round: int, layout: AdapterLayout) -> frozenset[str]:
         names = frozenset(spec.name for spec in layout.trained)
         first = frozenset(name for name in names if name.endswith(".A"))
         if not first:
-            return frozenset()
+            return frozenset()  # all of them
         return first if (round - 1) // self.period % 2 else names - first
 
 

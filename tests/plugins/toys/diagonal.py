@@ -1,6 +1,6 @@
-"""Diagonal: train a diagonal between two frozen factors, ΔW = s·B·diag(e)·A, which is linear in e.
+"""A trained diagonal between two frozen factors: ΔW = s·B·diag(e)·A, linear in e.
 
-The form of LoLDU (arXiv:2410.13618) and SALT (arXiv:2503.16055), with the bases of a start.
+The form of LoLDU (arXiv:2410.13618) and SALT (arXiv:2503.16055), with a start's bases.
 
     A   (r, d_in)    frozen
     e   (r,)         trained, starts at 0, times `gain`
@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from fedlora.adapters.families.lora import LowRankDelta
 from fedlora.adapters.family import Bases, Delta, Draw, Family, Leaves, LowRank, Site, TensorSpec
@@ -23,10 +24,10 @@ from fedlora.plan import Tensors
 
 @dataclass(frozen=True)
 class Diagonal(Family):
-    """The diagonal family.
+    """A family in which r values of each site train.
 
     Attributes:
-        gain: A factor on the update, beside s.
+        gain: factor on the update, beside s.
     """
 
     name: ClassVar[str] = "diagonal"
@@ -38,21 +39,25 @@ class Diagonal(Family):
         if not self.gain > 0:
             raise ValueError(f"gain is {self.gain:g}; it must be positive")
 
+    @override
     def specs(self, sites: Sequence[Site]) -> Sequence[TensorSpec]:
         return [spec for site in sites for spec in (
             TensorSpec(f"{site.name}.A", (site.rank, site.d_in), trains=False, sites=(site.name,)),
             TensorSpec(f"{site.name}.B", (site.d_out, site.rank), trains=False, sites=(site.name,)),
             TensorSpec(f"{site.name}.e", (site.rank,), sites=(site.name,)))]
 
+    @override
     def build(self, site: Site, leaves: Leaves) -> Delta:
         return LowRankDelta(site.scaling * self.gain, leaves.linear(f"{site.name}.A", site.rank, site.d_in),
                             leaves.diagonal(f"{site.name}.e", site.rank),
                             leaves.linear(f"{site.name}.B", site.d_out, site.rank))
 
+    @override
     def initial(self, site: Site, bases: Bases, draw: Draw) -> Mapping[str, torch.Tensor | np.ndarray]:
-        assert bases.B is not None
+        assert bases.B is not None, "a start without B is refused for this family"
         return {f"{site.name}.A": bases.A, f"{site.name}.B": bases.B, f"{site.name}.e": torch.zeros(site.rank)}
 
+    @override
     def update(self, state: Tensors, site: Site) -> LowRank:
         return LowRank(B=self.gain * state[f"{site.name}.B"] * state[f"{site.name}.e"], A=state[f"{site.name}.A"])
 

@@ -1,4 +1,6 @@
-"""Mean of the diagonal family: train the diagonals and average them; a recipe for a family that no other one uses."""
+"""Train the diagonal family and average what comes back."""
+
+from __future__ import annotations
 
 from fedlora_strategies.recipe import Preset, Recipe
 

@@ -1,6 +1,8 @@
 """Fed-SB with momentum at the server: move R along the direction of the last rounds.
 
-server        R ← R + m,   m ← β m + Σ p_k R_k − R
+    server        m ← β m + (Σ p_k R_k − R),   R ← R + m
+
+Everything else is Fed-SB's.
 """
 
 from __future__ import annotations

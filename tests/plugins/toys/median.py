@@ -1,6 +1,6 @@
-"""Coordinate-wise median: combine uploads so that fewer than half of them cannot move the result far.
+"""The coordinate-wise median: fewer than half of the uploads cannot move it far.
 
-Yin et al., ICML 2018, arXiv:1803.01498. The weights are ignored.
+Yin et al., ICML 2018, arXiv:1803.01498. It ignores weights.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from fedlora_strategies.reductions import Collected
 
 @dataclass(frozen=True)
 class Median:
-    """The median. It needs all uploads at once."""
+    """A reduction that needs every upload by itself, and keeps all of a round in memory."""
 
     linear: ClassVar[bool] = False
 
     def begin(self) -> Collected:
+        """Return an empty gathering, for one round."""
         return Collected(_median)
 
 

@@ -1,4 +1,4 @@
-"""Strategies of a user who changes none of our files: they load parts that lie beside ours by their keys."""
+"""Strategies of a module outside of the packages, made of parts that are found by their keys."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from fedlora_strategies import FedAvgLoRA, FedSVD
 
 
 def part(seam: str, key: str, name: str) -> Any:
+    """Return a part with its default options."""
     return getattr(registry.load(f"fedlora_strategies.{seam}", key), name)()
 
 
 def __getattr__(name: str) -> Any:
-    """Load one strategy at a time, because a tree may hold only one of the toys."""
+    """Return a recipe when it is asked for, because a tree need not have every toy."""
     if name == "Median":
         return replace(FedSVD.recipe, reduction=part("reductions", "median", "REDUCTION"))
+    if name == "Balanced":
+        return replace(FedAvgLoRA.recipe, refactorization=part("refactorizations", "balanced", "REFACTORIZATION"))
     if name == "Alternating":
         return replace(FedAvgLoRA.recipe, schedule=part("schedules", "alternating", "SCHEDULE"))
     raise AttributeError(name)

@@ -1,4 +1,4 @@
-"""Regression: predict a number from a text; a toy, which no package knows."""
+"""Predict a number from a text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from typing_extensions import override
 
 from fedlora.data import Answer, RowFormat, Rows
 from fedlora.records import Batch, Records, pack
@@ -18,7 +19,7 @@ from fedlora.task import Task
 
 
 def number(cell: object) -> float | None:
-    """Return a finite number, or None for an empty cell."""
+    """Return a cell's finite number; None for an empty cell."""
     if cell is None or cell == "":
         return None
     try:
@@ -31,7 +32,7 @@ def number(cell: object) -> float | None:
 
 
 class Regression(Task):
-    """The regression task: one output, and a loss that is its squared distance from the record's number."""
+    """The model has one output; a record's loss is its squared distance from the record's number."""
 
     name = "regression"
     model_is = "a regression model"
@@ -45,9 +46,11 @@ class Regression(Task):
     peft_type = "SEQ_CLS"
 
     @classmethod
+    @override
     def model_options(cls, labels: int) -> Mapping[str, Any]:
         return {"num_labels": 1}
 
+    @override
     def encode(self, rows: Rows, unusable: Counter[str] | None = None) -> Records:
         assert rows.values is not None
         tokens: list[np.ndarray] = []
@@ -67,16 +70,20 @@ class Regression(Task):
         return pack(tokens, self.tokenizer.pad_token_id, left_out=len(rows) - len(kept), units=rows.take(kept).units,
                     labels=np.array([rows.values[row] for row in kept], np.float32))
 
+    @override
     def made_up(self, tokens: Sequence[Sequence[int]]) -> Records:
         return pack(tokens, self.tokenizer.pad_token_id, labels=np.arange(len(tokens), dtype=np.float32))
 
+    @override
     def per_record_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return (model(**batch.inputs()).logits[:, 0].float() - batch.labels).square()
 
+    @override
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         losses = self.per_record_loss(model, batch)
         return {"loss": losses, "count": torch.ones(len(losses))}
 
+    @override
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         loss = sums["loss"] / sums["count"]
         return {"rmse": math.sqrt(loss), "loss": loss, "count": int(sums["count"])}

@@ -1,4 +1,4 @@
-"""Sign descent: move each value by the rate against the sign of its gradient; a toy, which no package knows."""
+"""Each value moves by the learning rate, along the sign of its gradient."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 
 class Signs(torch.optim.Optimizer):
+    """An optimizer of PyTorch's kind, made anew for each client and round."""
+
     def __init__(self, parameters: Sequence[nn.Parameter], lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
 
+    @override
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
