@@ -97,6 +97,18 @@ def test_every_relative_link_resolves(page):
         page.parent.name == "docs" and (target in GENERATED or target.startswith("reference/api/")))}
 
 
+def test_docstrings_keep_their_tables_and_brackets_as_markdown(monkeypatch):
+    pytest.importorskip("griffe", reason="the documentation's tools are not installed: pip install '.[docs]'")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "generate"))
+    from docstrings import as_markdown
+
+    written = ("Title of <name>, `<name>`.\n\nPaper   Here\nsigma   noise\n\n"
+               "Args:\n    a, b: two of\n        them.\n    c: one.")
+    assert as_markdown(written).split("\n\n") == [
+        "Title of &lt;name>, `<name>`.", "    Paper   Here\n    sigma   noise",
+        "Args:\n    a: two of\n        them.\n    b: two of\n        them.\n    c: one."]
+
+
 def test_the_site_is_built_strictly_and_asks_no_other_host_for_anything(tmp_path):
     for module in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(module, reason="the documentation's tools are not installed: pip install '.[docs]'")
