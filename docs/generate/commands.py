@@ -66,14 +66,19 @@ def commands_page() -> str:
              "Every option of every command, from the parsers that the commands use. A value comes from, in falling "
              "order: the command line, the command's table in the `--config` file, that file's top level, the run that "
              "is resumed, the strategy's preset, the default. *preset*: `fedlora-server presets` shows it."]
-    shown: set[tuple[str, ...]] = set()
-    for name, parser in commands().items():
-        tables = {group.title: rows for group in parser._action_groups if (rows := _rows(group))}
-        alike = tuple(row for rows in tables.values() for row in rows)
-        if alike in shown:  # the sub-commands of one command
+    found = commands()
+    tables_of = {name: {group.title: rows for group in parser._action_groups if (rows := _rows(group))}
+                 for name, parser in found.items()}
+    shown: list[dict[str | None, list[str]]] = []
+    for name, parser in found.items():
+        tables = tables_of[name]
+        if tables in shown:
             continue
-        shown.add(alike)
-        lines += ["", f"## {name}", "", *_description(parser)]
+        shown.append(tables)
+        if list(tables_of.values()).count(tables) > 1:  # sub-commands that differ in nothing but their name
+            lines += ["", f"## {name.rpartition(' ')[0]} …", "", "Each of these sub-commands has these options:"]
+        else:
+            lines += ["", f"## {name}", "", *_description(parser)]
         for title, rows in tables.items():
             heading = [f"**{title}**", ""] if title and title != "options" else []
             lines += ["", *heading, "| option | default | meaning |", "|---|---|---|", *rows]
