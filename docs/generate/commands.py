@@ -29,7 +29,7 @@ def commands() -> Mapping[str, argparse.ArgumentParser]:
         for arguments in ([], *([name] for name in subcommands)):
             _catch(found, lambda main=main, arguments=arguments: main(arguments))
     if (ROOT / "benchmarks" / "__main__.py").exists():
-        with mock.patch.object(sys, "argv", ["benchmarks"]):
+        with mock.patch.object(sys, "argv", ["benchmarks"]), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
             _catch(found, lambda: runpy.run_module("benchmarks", run_name="__main__"))
     for name, parser in list(found.items()):
         for action in parser._actions:
