@@ -72,6 +72,17 @@ def test_every_path_that_a_page_names_exists(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_function_that_a_page_points_to_is_in_the_file_it_names(page):
+    """Pages write `name` in `file.py`, or several names with commas and "and"."""
+    text = page.read_text("utf-8")
+    for names, file in re.findall(r"((?:`\w+`(?:,\s+and\s+|,\s+|\s+and\s+)?)+)\s+in\s+`([\w/]+\.py)`", text):
+        source = (ROOT / file).read_text("utf-8")
+        missing = [name for name in re.findall(r"`(\w+)`", names)
+                   if not re.search(rf"^\s*(def|class) {name}\b|^{name}\b", source, re.MULTILINE)]
+        assert not missing, f"{page.name}: {file} has no {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_test_file_that_a_page_runs_exists(page):
     named = {word for line in lines(page.read_text("utf-8")) if line.startswith("pytest ")
              for word in line.split() if word.startswith("tests/")}
