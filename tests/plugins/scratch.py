@@ -1,13 +1,13 @@
-"""A copy of the packages with one more file, and fedlora-simulate run from there.
+"""A copy of the packages with one more file, and fedlora-simulate run from it.
 
-A new method must take one new file and no other change. So a toy is a file in `toys/` that no package knows. A test
-puts it among its kind in a copy of the packages, and starts a process that finds that copy alone:
+Each extension point promises that a new method is one new file. So a toy, a file of this folder that no package knows,
+is put among its kind in a copy of the tree. A process that finds only that copy then runs with it:
 
     tree = Tree.with_file(tmp_path / "tree", MEDIAN, "strategies/fedlora_strategies/reductions/median.py")
     tree.simulate("--strategy", "…", model=checkpoint("bert"), out=tmp_path / "out")
 
-The suite that every file of the seam must pass finds the toy too: `tree.passes("tests/strategies/test_reductions.py")`.
-No flag and no variable of the product adds code to a client.
+The test suite that every file of the kind must pass finds the toy too:
+`tree.passes("tests/strategies/test_reductions.py")`. No flag and no variable of the product adds code to a client.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ TOYS = Path(__file__).parent / "toys"
 CLIENTS = 3
 SMALL = ("--clients", CLIENTS, "--rounds", 2, "--local-steps", 2, "--batch-size", 8, "--max-length", 16, "--rank", 2,
          "--threads", 1, "--device", "cpu", "--precision", "fp32")
-"""Flags under which a tiny model is done in seconds; what is given after them counts."""
+"""Flags that make a run with a tiny model take seconds. Flags given after them take precedence."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A folder that holds the packages as the repository does, and what was added."""
+    """A folder that holds the packages as the repository does, with added files."""
 
     folder: Path
 
@@ -43,9 +43,9 @@ class Tree:
         """Copy the packages and add one file.
 
         Args:
-            folder: is made.
-            toy: the file to add.
-            place: where it belongs, from the repository's root; nothing may be there.
+            folder: The folder to create.
+            toy: The file to add.
+            place: The file's path from the repository's root. Nothing may be there.
         """
         for package in PACKAGES:
             shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -54,17 +54,17 @@ class Tree:
         return tree
 
     def add(self, toy: Path, place: str) -> None:
-        """Add one more file, as `with_file` does: processes take seconds to start, and a tree may have several toys."""
+        """Add one more file, as `with_file` does. Several toys in one tree save processes, which start slowly."""
         assert not (self.folder / place).exists(), f"{place} is there already: a toy adds a file and changes none"
         shutil.copyfile(toy, self.folder / place)
 
     def run(self, module: str, *arguments: object, fails: bool = False) -> str:
-        """Run `python -m MODULE …` on this tree's packages alone, and return its output.
+        """Run `python -m MODULE …`, which finds this tree's packages and not the repository's, and return its output.
 
         Args:
-            module: name of the module.
-            *arguments: of its command line.
-            fails: whether it is to end with another exit code than 0.
+            module: The module to run.
+            *arguments: Its arguments.
+            fails: Whether it must end with an exit code other than 0.
         """
         paths = (self.folder / part for part in ("", "client", "server", "strategies", "simulations"))
         done = subprocess.run(
@@ -76,24 +76,24 @@ class Tree:
         return done.stdout
 
     def passes(self, *arguments: object) -> str:
-        """Run the repository's own tests on this tree's packages, and return pytest's output.
+        """Run the repository's own tests, which find what this tree holds, and return pytest's output.
 
         Args:
-            *arguments: of pytest: files from the repository's root, -k words.
+            *arguments: Arguments for pytest: files from the repository's root, -k words.
         """
         if not (self.folder / "tests").exists():
             shutil.copytree(ROOT / "tests", self.folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         return self.run("pytest", "-q", "-p", "no:cacheprovider", *arguments)
 
     def simulate(self, *flags: object, model: Path, out: Path, data: Path | None = None, fails: bool = False) -> str:
-        """Run fedlora-simulate with the flags of `SMALL` first, and return its output.
+        """Run fedlora-simulate, with `SMALL` before the flags, and return its output.
 
         Args:
-            *flags: after those of `SMALL`, over which they win.
-            model: folder of a tiny checkpoint.
-            out: of --out.
-            data: of --data; None for rows whose label is told by their words.
-            fails: whether it is to end with another exit code than 0.
+            *flags: More flags.
+            model: The folder of a tiny checkpoint.
+            out: The value of --out.
+            data: The value of --data; None for rows of two labels that single words give away.
+            fails: Whether it must end with an exit code other than 0.
         """
         if data is None:
             data = write_rows(self.folder / "rows" / "rows.jsonl", 0, rows=120 * CLIENTS)

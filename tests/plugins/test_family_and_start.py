@@ -1,4 +1,4 @@
-"""An adapter family and a start are one new file each, and then everything runs with them."""
+"""A new adapter family or a new start is one new file, and everything runs with it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.plugins.scratch import ROOT, TOYS, Tree
 
 PLACES = {"diagonal": "fedlora/adapters/families", "block": "fedlora/adapters/starts",
           "diagonal_mean": "strategies/fedlora_strategies/recipes"}
-"""Toy → where its file belongs."""
+"""Toy → the path where its file belongs."""
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Tree:
-    """Return the packages with the toys."""
+    """Return a copy of the packages with the toys."""
     (first, place), *others = PLACES.items()
     made = Tree.with_file(tmp_path_factory.mktemp("plugins") / "tree", TOYS / f"{first}.py", f"{place}/{first}.py")
     for toy, place in others:

@@ -1,4 +1,4 @@
-"""A task, a local optimiser, an adjustment and a tracker are one new file each."""
+"""A new task, local optimizer, adjustment or tracker is one new file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.plugins.scratch import ROOT, TOYS, Tree
 
 PLACES = {"regression": "fedlora/tasks", "signs": "fedlora/training/optimizers",
           "head_alone": "fedlora/training/adjustments", "tally": "server/fedlora_server/trackers"}
-"""Toy → where its file belongs."""
+"""Toy → the path where its file belongs."""
 
 WORDS = ("fever", "cough", "pain", "calm", "rest", "acute", "mild")
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Tree:
-    """Return the packages with all four toys."""
+    """Return a copy of the packages with all four toys."""
     (first, place), *others = PLACES.items()
     made = Tree.with_file(tmp_path_factory.mktemp("plugins") / "tree", TOYS / f"{first}.py", f"{place}/{first}.py")
     for toy, place in others:
@@ -36,7 +36,7 @@ def tree(tmp_path_factory) -> Tree:
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory) -> Path:
-    """Texts whose score is how many acute words they have; a few have none."""
+    """Write texts whose score is the number of acute words in them; a few have no score."""
     rng, file = np.random.default_rng(0), tmp_path_factory.mktemp("scores") / "scores.jsonl"
     rows = []
     for i in range(240):
@@ -52,7 +52,7 @@ def last_round(out: Path) -> dict:
 
 
 def test_toys_keep_what_every_file_of_their_kind_promises(tree):
-    """The suites of the repository, over the tree's files."""
+    """Run the repository's test suites of the kinds over the tree's files."""
     suites = sorted((ROOT / "tests" / "contracts").glob("test_*.py"))
     toys = " or ".join(toy.replace("_", "-") for toy in PLACES)
     told = tree.run("pytest", *suites, "-k", toys, "--import-mode=append", "-p", "no:cacheprovider")
