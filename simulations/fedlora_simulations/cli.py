@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from fedlora.config import SimulationConfig, read_config
 
-STUDIES = {"audit": "an empirical lower bound on ε", "poison": "what one hostile client costs"}
+STUDIES = {"notes": "made-up notes to try FedLoRA on", "audit": "an empirical lower bound on ε",
+           "poison": "what one hostile client costs"}
 """Sub-commands, each a module of this package, with what they do."""
 
 if TYPE_CHECKING:  # --help should not import these

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +84,8 @@ def note(rng: np.random.Generator, urgent: bool) -> str:
     return f"{opening}{body[0].upper()}{body[1:]}.{closing}"
 
 
-def notes(rng: np.random.Generator, rows: int, urgent_share: float, *, held_out: bool = False) -> list[tuple[str, str]]:
+def notes(rng: np.random.Generator, rows: int, urgent_share: float, *, held_out: bool = False,
+          taken: Collection[str] = ()) -> list[tuple[str, str]]:
     """Write distinct notes in random order.
 
     Args:
@@ -92,6 +93,7 @@ def notes(rng: np.random.Generator, rows: int, urgent_share: float, *, held_out:
         rows: number of notes.
         urgent_share: round(rows · urgent_share) of the notes are urgent.
         held_out: write notes of the held-out set rather than notes for hospitals.
+        taken: texts that must not be written again.
 
     Returns:
         (text, label) pairs.
@@ -102,7 +104,7 @@ def notes(rng: np.random.Generator, rows: int, urgent_share: float, *, held_out:
         while True:
             text = note(rng, bool(flag))
             kept_back = hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_SHARE == 0
-            if text not in seen and kept_back == held_out:
+            if text not in seen and text not in taken and kept_back == held_out:
                 break
         seen[text] = LABELS[int(flag)]
     return list(seen.items())
@@ -111,7 +113,7 @@ def notes(rng: np.random.Generator, rows: int, urgent_share: float, *, held_out:
 def write_hospitals(folder: Path, seed: int, *, hospitals: int = 3, rows: int = 6000) -> list[Path]:
     """Write one file of notes for each hospital: hospital-1.jsonl, hospital-2.jsonl, …
 
-    The share of urgent notes rises from 30 % in the first hospital to 70 % in the last; a single hospital has 50 %.
+    No note is in two files. The share of urgent notes rises from 30 % in the first hospital to 70 % in the last; a single hospital has 50 %.
 
     Args:
         folder: folder to write into.
@@ -123,8 +125,13 @@ def write_hospitals(folder: Path, seed: int, *, hospitals: int = 3, rows: int = 
         The files. A client takes one of them as its --data.
     """
     shares = np.linspace(0.3, 0.7, hospitals) if hospitals > 1 else [0.5]
-    return [_write(folder / f"hospital-{i}.jsonl", notes(np.random.default_rng([seed, i]), rows, share))
-            for i, share in enumerate(shares, start=1)]
+    files: list[Path] = []
+    taken: set[str] = set()
+    for i, share in enumerate(shares, start=1):
+        written = notes(np.random.default_rng([seed, i]), rows, share, taken=taken)
+        taken.update(text for text, _ in written)
+        files.append(_write(folder / f"hospital-{i}.jsonl", written))
+    return files
 
 
 def write_held_out(file: Path, seed: int, *, rows: int = 1000) -> Path:

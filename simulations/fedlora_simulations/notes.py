@@ -1,0 +1,36 @@
+"""The command fedlora-simulate notes: write made-up notes of a few hospitals, to try FedLoRA on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedlora.config.values import count
+
+HELD_OUT = 300
+"""Held-out notes: few, so that a first try is not spent on evaluating."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return 0 done, 2 wrong input."""
+    parser = argparse.ArgumentParser(
+        prog="fedlora-simulate notes", description="Write short made-up triage notes, about nobody, to try FedLoRA on: "
+        "DIR/data/hospital-1.jsonl and so on, and DIR/held-out.jsonl for --eval-data. Labels: routine, urgent.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
+    parser.add_argument("--hospitals", type=count, default=3, metavar="N", help="number of hospitals [3]")
+    parser.add_argument("--rows", type=count, default=6000, metavar="N", help="notes of each hospital [6000]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other notes for another number [0]")
+    options = parser.parse_args(argv)
+    if options.folder.exists():
+        print(f"fedlora-simulate notes: {options.folder} exists already; name a new folder", file=sys.stderr)
+        return 2
+
+    from .triage import write_held_out, write_hospitals
+
+    write_hospitals(options.folder / "data", options.seed, hospitals=options.hospitals, rows=options.rows)
+    write_held_out(options.folder / "held-out.jsonl", options.seed, rows=HELD_OUT)
+    print(f"{options.hospitals} hospitals wrote {options.rows} notes each into {options.folder / 'data'}; "
+          f"{options.folder / 'held-out.jsonl'} has {HELD_OUT} that none of them holds.")
+    return 0
