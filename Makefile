@@ -1,5 +1,7 @@
-# make demo: three institutions fine-tune one model together, on this machine. make test: everything that CI checks.
+# make demo: three institutions fine-tune one model together, on this machine.
+# make test: everything that CI checks, with coverage; make test COVERAGE= leaves coverage out and is faster.
 # make test-all: every case of every grid too, where make test has each two values meet once.
+# make check: the checks that run no code of ours: ruff (lint), import contracts (contracts), mypy --strict (types).
 # make bits: whether every adapter is, bit for bit, what the last commit gave; BASE=REVISION names another one.
 # make attacks: what bad peers can do to a run, half an hour; ARGS="--seconds 5 idle" is one attack for a moment, and
 # ARGS="fuzz" changed frames to servers and clients.
@@ -12,28 +14,35 @@ PYTHON := $(shell for p in python3.11 python3.12 python3 python; do \
 # half as many again as there are cores: many tests wait for processes that they started
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n + n / 2)))
 
-.PHONY: demo test test-all bits attacks check docs docs-serve clean
+COVERAGE := --cov --cov-report=term:skip-covered
+
+.PHONY: demo test test-all check lint contracts types bits attacks docs docs-serve clean
 
 demo: .venv/installed
 	.venv/bin/python -m fedlora_simulations.demo $(ARGS)
 
-test: check
-	.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+test: .venv/installed
+	.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(COVERAGE) $(ARGS)
 
-test-all: check
-	FEDLORA_TESTS=all .venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+test-all: .venv/installed
+	FEDLORA_TESTS=all .venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(COVERAGE) $(ARGS)
+
+check: lint contracts types
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+
+contracts: .venv/installed
+	.venv/bin/lint-imports
+
+types: .venv/installed
+	.venv/bin/mypy
 
 bits: .venv/installed
 	.venv/bin/python -m tests.bits $(if $(BASE),--base $(BASE)) $(ARGS)
 
 attacks: .venv/installed
 	.venv/bin/python -m tests.attacks $(ARGS)
-
-check: .venv/installed
-	.venv/bin/ruff check .
-	.venv/bin/lint-imports
-	.venv/bin/mypy fedlora client/fedlora_client server/fedlora_server strategies/fedlora_strategies \
-		simulations/fedlora_simulations benchmarks
 
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict

@@ -69,8 +69,9 @@ class LocalConfig(Config):
         None, "what is protected as a whole: row, or column:NAME for all rows with the same value in that column",
         PRIVACY, values.unit, metavar="UNIT", unset="row", place=3)
     rows_per_unit: int = option(8, "most rows of one privacy unit that enter a training step", PRIVACY, values.count)
-    max_clip_norm: float | None = option(None, "clip to at most this L2 norm, even if the server's plan has a larger one",
-                                         PRIVACY, values.finite, unset="no limit")
+    max_clip_norm: float | None = option(
+        None, "clip to at most this L2 norm, even if the server's plan has a larger one", PRIVACY, values.finite,
+        unset="no limit")
 
     device: str = option("auto", "where to train", TUNING, choices=("auto", "cpu", "cuda", "mps"), place=6)
     precision: str = option("auto", "number format to compute in; auto takes bf16 if the hardware supports it", TUNING,
