@@ -113,7 +113,8 @@ def notes(rng: np.random.Generator, rows: int, urgent_share: float, *, held_out:
 def write_hospitals(folder: Path, seed: int, *, hospitals: int = 3, rows: int = 6000) -> list[Path]:
     """Write one file of notes for each hospital: hospital-1.jsonl, hospital-2.jsonl, …
 
-    No note is in two files. The share of urgent notes rises from 30 % in the first hospital to 70 % in the last; a single hospital has 50 %.
+    No note is in two files. The share of urgent notes rises from 30 % in the first hospital to 70 % in the last; a
+    single hospital has 50 %.
 
     Args:
         folder: folder to write into.
