@@ -50,10 +50,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def set_environment(*, allow_download: bool) -> None:
-    """Turn off telemetry, and access to the hub unless it is allowed. Call before those libraries are imported.
+    """Turn off telemetry, and access to the hub unless it is allowed.
+
+    Call this before the Hugging Face libraries and gRPC are imported, because they read the environment then.
 
     Args:
-        allow_download: False has the Hugging Face libraries use only what is on this machine.
+        allow_download: False lets the Hugging Face libraries use only what is on this machine.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own messages say more

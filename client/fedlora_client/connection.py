@@ -35,7 +35,7 @@ from fedlora.plan import GOODBYES, PROTOCOL, Proposal, Refusal, Refused, RoundPl
 from fedlora.wire import Incoming, Key, Repeats, WireError, pb
 
 LEAVE_TIMEOUT_S = 2.0
-"""How long `leave` waits for the thread to say goodbye, in seconds."""
+"""Seconds for which `leave` waits for the thread to say goodbye."""
 
 _PATIENCE_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses before the next attempts to connect, in seconds; the last one is repeated."""
@@ -383,7 +383,7 @@ class Connection:
         if (kind == "welcome") == stream.welcomed:
             raise WireError("the server broke the protocol: its stream must begin with exactly one Welcome")
         if (kind == "end") != (stream.incoming is not None) and kind not in ("ack", "cancel"):
-            raise WireError("the server broke the protocol: a Task must be followed by its chunks")
+            raise WireError("the server broke the protocol: the chunks of a TrainRequest must follow it")
         if kind == "welcome":
             proposal = wire.proposal_from_wire(frame.welcome)
             if not frame.welcome.secret and not stream.has_proved:
@@ -485,7 +485,7 @@ class Connection:
 
     def _on_chunk(self, stream: _Stream, data: memoryview, checksum: int | None) -> None:
         if stream.incoming is None:
-            raise WireError("the server broke the protocol: a chunk belongs to no Task")
+            raise WireError("the server broke the protocol: a chunk belongs to no TrainRequest")
         stream.incoming.add(data)
         if checksum is not None:
             self._on_end(stream, checksum)

@@ -1,4 +1,4 @@
-"""Which label names a client tells a server, and how it checks the server's label set."""
+"""Label names: those that a client tells a server, and the check of the server's label set."""
 
 from __future__ import annotations
 

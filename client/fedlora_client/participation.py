@@ -122,7 +122,7 @@ class Participation:
             The label names to announce; () unless the server asks for them.
 
         Raises:
-            Refused: "labels": decided by the declared labels alone.
+            Refused: "labels": the declared labels are missing or not in the server's set. The rows have no influence.
             ValueError: in a run without privacy, the labels of the rows do not fit.
         """
         plan, rows, declared = self._proposal.plan, self._rows, self._gate.labels
@@ -272,7 +272,7 @@ class Participation:
         self._console.print(f"round {plan.round}/{plan.run.rounds}: {line}; {self._spent()}{moved}", soft_wrap=True)
 
     def conclude(self) -> None:
-        """End the run in the ledger, which frees what it had not begun, and leave its privacy report."""
+        """End the run in the ledger, which frees the trainings that it had not begun, and write its privacy report."""
         if self._session is not None:
             try:
                 self._session.ledger.end_run(self._session.dataset, self._session.run.run_id)
@@ -281,7 +281,7 @@ class Participation:
             self.leave_report()
 
     def leave_report(self) -> None:
-        """Bring the privacy report and its picture up to date, and say where they are."""
+        """Bring the privacy report and its picture up to date, and tell the data holder where they are."""
         report = self._write_report()
         if report is None or self._session is None:
             return

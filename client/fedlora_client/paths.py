@@ -1,4 +1,4 @@
-"""Where a user's own files are (XDG base directories): one ledger, one policy and one signing key per user."""
+"""Paths of a user's own files (XDG base directories): one ledger, one policy and one signing key per user."""
 
 from __future__ import annotations
 

@@ -225,13 +225,13 @@ class PrivacyGate:
             told.append(self._adopt(budget))
         if self._known is not None and budget is not None and self._known.delta >= 1 / budget.declared_size:
             raise ValueError(f"[dataset.{self.dataset}] in {self.policy.path} has delta {self._known.delta:g}, which "
-                             f"allows to publish one of the {budget.declared_size:,} declared records in full; lower "
-                             f"it below 1 / {budget.declared_size:,}")
+                             f"would allow one of {budget.declared_size:,} declared records to be published in full; "
+                             f"lower it below 1 / {budget.declared_size:,}")
         self.ledger.testify(self.dataset)
         return told
 
     def _declare(self) -> None:
-        """Have the ledger keep the policy's limit, check the witness file, and update that before each release."""
+        """Give the ledger the limit (if any) and the witness file, to check now and to write before each release."""
         if self._known is None:
             self.ledger.watch(self.dataset, self._witness())
         else:
@@ -280,7 +280,7 @@ class PrivacyGate:
 
     @property
     def _beside(self) -> Path:
-        """The folder where the data are, for witness files; that of the ledger if the data are on a hub."""
+        """The folder where the data are, for witness files; the ledger's folder if the data are on a hub."""
         place = Path(absolute(self._data))
         return place if place.is_dir() else place.parent if place.exists() else paths.ledger().parent
 

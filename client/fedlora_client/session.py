@@ -1,9 +1,14 @@
-"""The client's core: takes one order to train and returns one upload or one refusal. It uses no Flower and no sockets.
+"""The client's core, which answers an order to train with an upload or a refusal. It uses no Flower and no sockets.
 
-In a round the following happens in this order. The ledger has the charge on disk before a record is read; then this
-module trains; the finished, noised upload is on disk before the ledger notes that it is stored; the ledger notes the
-release before the upload leaves. If the process dies in between, the round stays charged. If it dies after the ledger
-noted that the upload is stored, the same bytes are sent again at no further cost.
+A round has these steps. Each is on disk before the next one begins:
+
+1. The ledger charges the training.
+2. The records are read and trained on, and the noised upload is stored.
+3. The ledger notes that the upload is stored.
+4. The ledger notes that the upload is released. Then it leaves.
+
+If the process dies in between, the round stays charged. If it dies after the third step, the same bytes are sent again
+at no further cost.
 """
 
 from __future__ import annotations

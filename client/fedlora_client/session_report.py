@@ -1,4 +1,4 @@
-"""The privacy report of a client's run: writes privacy.json, privacy.md and privacy.svg into the run's folder."""
+"""The privacy report of a client's run: privacy.json, privacy.md and privacy.svg, written into the run's folder."""
 
 from __future__ import annotations
 

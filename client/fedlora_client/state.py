@@ -57,7 +57,7 @@ class MemoryState:
         """Do nothing: what is not kept needs no room."""
 
     def frozen(self) -> tuple[str, Tensors]:
-        """Return the digest of the frozen tensors that any client received last, and those; ("", {}) if none."""
+        """Return the digest of the frozen tensors that any client received last, and the tensors; ("", {}) if none."""
         return next(iter(self._frozen.items()), ("", {}))
 
     def save_frozen(self, sha256: str, tensors: Tensors) -> None:

@@ -82,9 +82,9 @@ class SuperNodeClient:
         return self._take_part(Proposal(plan.run), train)
 
     def _take_part(self, proposal: Proposal, act: Callable[[Participation], Answer]) -> Answer | Refusal:
-        """Call `act` with this client's part in the run. The server learns of an error only what a refusal says.
+        """Call `act` with this client's part in the run. An error becomes a refusal.
 
-        The error itself is written to the local log.
+        The error itself is written to the local log. The server learns nothing of it but the refusal.
         """
         set_environment(allow_download=self._options.allow_download)
         from fedlora.console import messages

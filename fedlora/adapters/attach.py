@@ -1,9 +1,9 @@
 """Attachment of an adapter to a loaded base model, and access to the adapter's tensors.
 
-The family builds the module whose output is added to that of each target layer. Every trained tensor belongs to a leaf
-(`fedlora.adapters.leaves`), which can compute the gradient of each record separately. The base model's weights are
-frozen and never written. One copy therefore serves any number of simulated clients, whose tensors are written to the
-adapter in turn.
+For each target layer, the family builds a module whose output is added to the layer's output. Every trained tensor
+belongs to a leaf (`fedlora.adapters.leaves`), which can compute the gradient of each record separately. The base
+model's weights are frozen and never written. One copy therefore serves any number of simulated clients, whose tensors
+are written to the adapter in turn.
 """
 
 from __future__ import annotations

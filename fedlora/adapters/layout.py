@@ -21,7 +21,7 @@ state, which must stay below `MOST_VALUE`."""
 
 
 MOST_RECEIVED = 1e4
-"""Largest magnitude of a value from which a client trains privately. Training stays far below it.
+"""Largest magnitude of a received value with which a client trains privately. Training stays far below it.
 
 This is the second defence after `fedlora.training.batch_invariance`: if another record did influence the rounding of a
 record's gradient, a server could not magnify that influence much."""

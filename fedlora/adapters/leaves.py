@@ -10,13 +10,13 @@ is the sum of their losses. Hence the gradient of record i's own loss with respe
 Ordinary training only forms the sum over i. For a low-rank adapter s·B·A, the input of B is the small activation A·x,
 so that dW_i is cheap. See Goodfellow 2015, arXiv:1510.01799; Rochette et al. 2019, arXiv:1912.06015.
 
-If several clients share a pass, each record uses the tensors of its own client: with a sink that routes, W stands for
-[records, *shape] values, one set for each record. If a leaf is used in several places of a model, its gradients are
-added up.
+If several clients share a pass, each record uses the tensors of its own client. W then stands for [records, *shape]
+values, one set for each record (`Sink.routed`). If a leaf is used in several places of a model, its gradients are added
+up.
 
-Symbol   Here       Shape
-x        inputs     [records, ..., d_in]
-g        gradient   [records, ..., d_out]
+    Symbol   Here       Shape
+    x        inputs     [records, ..., d_in]
+    g        gradient   [records, ..., d_out]
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Sink(Protocol):
 
     @property
     def armed(self) -> bool:
-        """Whether gradients of each record are wanted. If not, leaves act as ordinary modules."""
+        """Whether each record's gradient is wanted. If not, leaves act as ordinary modules."""
 
     @property
     def size(self) -> int:

@@ -41,8 +41,8 @@ LEAST_NORM = 1e-6
 """A record whose sketches together have at least this L2 norm is clipped, so that only their direction counts."""
 
 STEP = 1e-2
-"""How far one step moves the factors, in units of the clipped mean. It is so small that Q and P are practically the
-same in later steps."""
+"""Distance by which one step moves the factors, in units of the clipped mean. It is so small that Q and P are
+practically the same in later steps."""
 
 
 def sketch_plan(run: RunPlan) -> RunPlan:

@@ -11,10 +11,10 @@ Two accountants give upper bounds on epsilon: PRV (Gopi et al., NeurIPS 2021, ar
 Opacus) and RDP (Mironov et al., arXiv:1908.10530). Epsilon is PRV's bound. It is RDP's where PRV fails, is not finite
 or is larger. The CLT (GDP) approximation is not offered: under sampling it underestimates epsilon.
 
-Paper   Here               Meaning
-sigma   noise_multiplier   standard deviation of the noise / clip_norm
-q       sampling_rate      probability with which each unit enters a step
-n-hat   declared_size      public nominal number of units; the exact number stays with the client
+    Paper   Here               Meaning
+    sigma   noise_multiplier   standard deviation of the noise / clip_norm
+    q       sampling_rate      probability with which each unit enters a step
+    n-hat   declared_size      public nominal number of units; the exact number stays with the client
 """
 
 from __future__ import annotations

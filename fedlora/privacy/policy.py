@@ -64,7 +64,7 @@ class DatasetPolicy:
         declared_size: the public number of units; None if the command line or a prompt supplies it.
         labels: the label names, normalised; None if they are not declared.
         distinct: ids of data sets that share nobody with this one.
-        witness: folder of the ledger's witness file; None for beside the data.
+        witness: folder of the ledger's witness file; None puts the file beside the data.
     """
 
     id: str
@@ -182,7 +182,7 @@ class Policy:
         return name
 
     def check_proposal(self, proposal: Proposal, *, server: str) -> None:
-        """Hold a server's proposal against the limits, before anything is disclosed or charged.
+        """Check a server's proposal against the limits, before anything is disclosed or charged.
 
         Args:
             proposal: the run as the server proposes it to a client that joins.
@@ -208,7 +208,7 @@ class Policy:
                                                   "adapters from")
 
     def check_terms(self, noise_multiplier: float | None) -> None:
-        """Hold the run's noise against the policy, before any record is trained on.
+        """Check the run's noise against the policy, before any record is trained on.
 
         Args:
             noise_multiplier: the run's noise standard deviation / clip norm; None if privacy is off.
@@ -230,7 +230,7 @@ class Policy:
               taken: Collection[str] = ()) -> DatasetPolicy:
         """Append a table for a data set that the file does not name yet, with the first run's ε as its lifetime budget.
 
-        The file is replaced under a lock, so that of two processes that adopt the same data the first one decides.
+        The file is replaced under a lock. If two processes adopt the same data, the first one decides.
 
         Args:
             data: the --data of the data set.

@@ -15,7 +15,7 @@ density.) With j = alpha - k and Phi the standard normal distribution function,
 
 where C(alpha, k) may be negative.
 
-Opacus computes the same order by order and term by term in Python. That took most of the time of finding a noise
+Opacus computes the same order by order and term by term in Python. This took most of the time of a search for a noise
 multiplier. Tests compare this module with Opacus, with dp-accounting at whole orders, and with the integral.
 """
 
@@ -33,7 +33,7 @@ SMALLEST_TERM = -30.0
 by then, so what is cut off is negligible."""
 
 BLOCK = 64
-"""Number of terms in the first block. Each further block has twice as many, for the orders that are not done."""
+"""Number of terms in the first block. Each further one has twice as many, for the series that have not ended."""
 
 MOST_TERMS = 2**17
 """Number of terms after which a series counts as divergent."""

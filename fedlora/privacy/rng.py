@@ -71,7 +71,7 @@ class RandomStream:
             for _ in range(DRAWS):
                 u, v = self.uniform(block.size).reshape(block.shape)
                 radius = np.sqrt(np.log(1.0 - u) * (-2.0 / DRAWS))  # 1 - u is in (0, 1]
-                # Cosine and sine of 2·pi·(v - 1/2), from the tangent of half the angle: a third of the time of both.
+                # Cosine and sine of 2·pi·(v - 1/2), from the tangent of half the angle: in a third of their time.
                 tangent = np.tan(np.pi * (v - 0.5))
                 square = tangent * tangent
                 radius /= 1.0 + square

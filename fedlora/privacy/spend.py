@@ -1,4 +1,6 @@
-"""RDP accounting: the cost of noised steps in Rényi divergence. Cheap, and the bound that every other is held against.
+"""RDP accounting: an upper bound on the privacy cost of noised steps, from their Rényi divergences.
+
+The bound takes milliseconds to compute. PRV's bound replaces it only where that is smaller.
 
 Unit and relation are those of `fedlora.privacy.accounting`: one unit, zero-out.
 """

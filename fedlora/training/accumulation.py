@@ -80,7 +80,7 @@ class Step(ABC):
         """Check all steps of the round, after the last one.
 
         Raises:
-            RuntimeError: A step was not what it should be.
+            RuntimeError: A runtime check found a fault in a step.
         """
 
     def close(self) -> None:  # noqa: B027
@@ -151,7 +151,7 @@ class PrivateStep(Step):
 
     @override
     def take(self, places: np.ndarray) -> None:
-        """Add the gradients that are in the buffer to the sum, or to those of their units."""
+        """Add the gradients in the buffer to the sum or, if units have several records, to their units' gradients."""
         self.optimizer.buffer.keep(len(places))
         if self.group.owners is None:
             self._sum_up()

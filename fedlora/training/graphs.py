@@ -38,11 +38,12 @@ class _Graph:
     """One recorded pass, with the memory that it reads and writes.
 
     Attributes:
-        batch: Read: the batch.
-        weights: Read: the losses' weights, if any.
-        rows: Written: the rows of the gradient buffer; None if autograd sums the gradients in the parameters.
+        batch: The batch that the pass reads.
+        weights: The losses' weights that the pass reads, if any.
+        rows: The rows of the gradient buffer that the pass writes; None if autograd sums the gradients in the
+            parameters.
         written: The ids of the parameters whose gradients are in `rows`.
-        losses: Written: [records] losses.
+        losses: [records] The losses that the pass writes.
         replay: Repeats the pass.
     """
 
@@ -186,7 +187,7 @@ def _no_waiting() -> Iterator[None]:
     """Raise RuntimeError where the host would wait for the GPU.
 
     Within a recording, such a wait would be an error that does more damage. The setting holds for all threads, so no
-    other thread may wait for the GPU meanwhile, except for those of this one's backward pass.
+    other thread may wait for the GPU meanwhile, except the threads of this one's backward pass.
     """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():

@@ -33,14 +33,14 @@ class TrainingJob:
     Attributes:
         run: The run's plan.
         records: The client's training records.
-        start: Every tensor that is not in the base checkpoint, as the round starts. None starts from the tensors that
-            the model holds now.
+        start: Every tensor that is not in the base checkpoint, with its value at the start of the round. None starts
+            from the values that the model holds now.
         sampling_rate: q, the probability with which Poisson sampling includes a unit in a step. The summed gradient is
             divided by the plan's expected batch, in units.
         noise_multiplier: sigma, in units of the clip norm. None trains without privacy: no clipping and no noise.
         clip_norm: The client's clip norm (L2), at most the plan's.
         streams: The source of random numbers. `round` and `attempt` select the streams.
-        round: The round's number, from 1.
+        round: The round's number, from 1; 0 for a private start.
         attempt: The number of the attempt at this round, from 0.
         lr: The round's learning rate. None takes the plan's.
         rows_per_unit: The most records of one unit in a step. Unused where `records.units` is None.

@@ -7,9 +7,9 @@ gradient buffer routes record i to the tensors of its client k(i) (`fedlora.adap
 A client's result is the same as if it trained alone, but for rounding: sums are taken in another order (1e-5 in fp32),
 and in bf16 the pass itself is rounded differently. For simulations only.
 
-Symbol   Here     Shape
-W        stacks   [clients, *shape]
-k        owners   [records]
+    Symbol   Here     Shape
+    W        stacks   [clients, *shape]
+    k        owners   [records]
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def check_alike(jobs: Sequence[TrainingJob], adapted: AdaptedModel) -> None:
         adapted: The model with its adapters.
 
     Raises:
-        ValueError: They differ in the plan, the frozen tensors or the active tensors; or the plan has dropout, whose
-            masks would not be those of a client alone.
+        ValueError: The clients differ in the plan, the frozen tensors or the active tensors; or the plan has dropout,
+            whose masks would not be those of a client that trains alone.
     """
     one, names = jobs[0], {spec.name for spec in adapted.layout.frozen}
     if any((other.run, other.active) != (one.run, one.active) or any(

@@ -93,7 +93,7 @@ class PerRecordOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no ty
 
     @property
     def nonfinite(self) -> int:
-        """The number of records so far whose gradient was not finite and counted as zero. Private, too."""
+        """The number of records so far whose gradient was not finite and counted as zero. Private, like `clipped`."""
         return int(self.refused)
 
     @property
@@ -108,7 +108,7 @@ class PerRecordOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no ty
 
     @property
     def accumulated_iterations(self) -> int:
-        """1: `expected_batch_size` is that of the whole draw, so Opacus must not divide by its number of parts."""
+        """The number of parts of a draw that Opacus divides by: 1, as `expected_batch_size` is for the whole draw."""
         return 1
 
     def open_units(self, units: int) -> None:
@@ -223,7 +223,7 @@ class PerRecordOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no ty
         """Evaluate the runtime checks of all steps, after the last one.
 
         Raises:
-            RuntimeError: A step was not what it should be.
+            RuntimeError: A runtime check found a fault in a step.
         """
         self._checks.check()
 

@@ -128,7 +128,7 @@ def show_batch_invariance(trainer: Rehearsed, run: RunPlan, most_of_a_draw: int)
     Args:
         trainer: The trainer.
         run: The plan that will be trained.
-        most_of_a_draw: A number of records that few draws exceed.
+        most_of_a_draw: The usual number of records in a draw, rounded up. More rows would mostly be fillers.
 
     Raises:
         ValueError: This machine does not compute the same gradient twice.

@@ -1,13 +1,12 @@
-"""Runtime checks of every round: the values that were really computed, held against the privacy promise.
+"""Runtime checks of every round, which compare the values that were really computed with the privacy promise.
 
-check           compares                                                  fires when, for example
-shares          each unit's weighted gradient with C                      clipping is wrong or left out
-applied noise   (gradient as applied · b · scale) - clipped sum with      the noise is lost, scaled or added twice
-                the noise that was drawn
-pooled noise    its standard deviation over the run with σ·C              the noise is too small or too large
-gradients       the clipped sum of each trained tensor with 0             an adapter is cut off from the loss
-frozen          frozen tensors after the round with those before it       an optimizer or a wrapper moves them
-owners          the tensors that train with the model's                   the model was copied after it was wrapped
+    check           compares                                        with                       fires, for example, if
+    shares          each unit's weighted gradient                   C                          clipping is wrong
+    applied noise   applied gradient · b · scale - clipped sum      the noise that was drawn   noise is added twice
+    pooled noise    the standard deviation of the run's noise       σ·C                        noise is too small
+    gradients       the clipped sum of each trained tensor          0                          an adapter is cut off
+    frozen          the frozen tensors after the round              those before it            an optimizer moves them
+    owners          the tensors that train                          the model's                the model was copied
 
 The checks see private values and reveal none. All they can do is stop a round, with a RuntimeError. The exception is
 the check of gradients, whose outcome depends on the records' content even where nothing is wrong: it only writes to the
@@ -51,7 +50,7 @@ def alarm(found: str) -> RuntimeError:
     """Return the error to raise when a check fails.
 
     Args:
-        found: What was found, as a clause that begins the message. It must not contain a private value.
+        found: The fault, as a clause that begins the message. It must not contain a private value.
     """
     return RuntimeError(f"{found}. Nothing of this round was released. Please report this with the model's type, the "
                         "targets, and the versions of torch, transformers and opacus")
@@ -186,7 +185,7 @@ class StepChecks:
 
 
 class GradientCheck:
-    """The check that over a round, each tensor that should have a gradient has a clipped sum other than zero.
+    """The check that the clipped sum of each tensor that should have a gradient is not zero throughout a round.
 
     Some tensors rightly have none. With ΔW = s·B·R·A, a factor has no gradient while another factor of the same module
     is zero, as A has none in the first round of lora, where B is zero. No adapter has one while a weight of the head is
@@ -289,7 +288,7 @@ def check_owners(adapted: AdaptedModel, trained: Sequence[nn.Parameter]) -> None
     """Check that the tensors to be trained are the model's trained tensors, in the same order.
 
     Raises:
-        RuntimeError: They are others.
+        RuntimeError: The tensors are not the model's.
     """
     if [id(parameter) for _, parameter in adapted.trained_parameters()] != [id(parameter) for parameter in trained]:
         raise alarm("the tensors that would be trained are not the model's: it was copied or changed after it was "
@@ -297,7 +296,7 @@ def check_owners(adapted: AdaptedModel, trained: Sequence[nn.Parameter]) -> None
 
 
 class FrozenCheck:
-    """The check that a round leaves the frozen tensors unchanged. It is made before the round.
+    """The check that a round leaves the frozen tensors unchanged. Make it before the round, and call `check` after it.
 
     The adapter's frozen tensors are compared by a checksum over every bit. The base model is too large for that: for
     each of its tensors, the address, PyTorch's count of writes and the first values are compared.

@@ -1,9 +1,9 @@
 """The trainer: one round of local training, with or without privacy.
 
-Both ways share the sampler, the batches and the loss. Under privacy, each unit's gradient is clipped, and noise is
-added to the sum (`fedlora.training.optimizer`). The guarantee protects one unit of this client (a record, or for
-example all records of a patient) under zero-out adjacency. It covers the trained tensors only: everything else in
-`TrainResult` is private and must not leave the machine.
+Training uses the same sampler, batches and loss with and without privacy. Under privacy, each unit's gradient is
+clipped, and noise is added to the sum (`fedlora.training.optimizer`). The guarantee protects one unit of this client (a
+record, or for example all records of a patient) under zero-out adjacency. It covers the trained tensors. Of
+`TrainResult`, only these and the number of steps may leave the machine.
 """
 
 from __future__ import annotations
@@ -409,7 +409,7 @@ class Trainer:
             assert length in self.shapes.rows, "private training follows show_batch_invariance"
             return self.shapes.rows[length]
         most = self.most_rows if self.micro_batch is None else self.micro_batch
-        if self.few_shapes:  # micro-batches are filled up, so no more rows than most draws have
+        if self.few_shapes:  # micro-batches are filled up, so no more rows than a usual draw has
             most = min(most, self._most_in_a_shape)
         return records_at_once(length, most, self._tokens(MICRO_BATCH_TOKENS))
 
@@ -421,7 +421,7 @@ class Trainer:
 
         Args:
             length: The padded length.
-            most_of_a_draw: A number of records that few draws exceed.
+            most_of_a_draw: The usual number of records in a draw, rounded up. More rows would mostly be fillers.
         """
         if self.micro_batch is not None:
             return min(self.micro_batch, most_of_a_draw)
@@ -435,7 +435,10 @@ class Trainer:
 
     @staticmethod
     def _most_of_a_draw(run: RunPlan, rows_per_unit: int) -> int:
-        """Return a number of records that few draws exceed: the power of two at or above the expected number."""
+        """Return the expected number of records in a draw, rounded up to a power of two.
+
+        Units with fewer than `rows_per_unit` records count as if they had that many.
+        """
         power: int = 2 ** math.ceil(math.log2(run.expected_batch * rows_per_unit))
         return power
 
@@ -526,7 +529,7 @@ def check_computing(device: str, precision: str, compiled: bool) -> None:
         compiled: Whether to compile the model's blocks.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: This machine cannot train in this way.
     """
     resolved = resolve_device(device)
     resolve_precision(precision, resolved)

@@ -1,4 +1,4 @@
-"""Conversion between protobuf messages and the values of `fedlora.plan`. A message that is not valid is a `WireError`.
+"""Conversion between protobuf messages and the values of `fedlora.plan`. An invalid message raises `WireError`.
 
 Text that a person will read (names, labels, details, reasons) could steer a terminal. It is refused or cleaned if it
 holds characters that are not printable.
@@ -119,8 +119,8 @@ def plan_from_wire(request: pb.TrainRequest) -> RoundPlan:
 
 
 REPEATED = ("run", "frozen_sha256", "tensors", "delta", "noise_multiplier")
-"""Fields of a TrainRequest or an Upload that are left out if they equal those of the last one on the same stream. A
-field that was sent once is part of every later message, sent or left out."""
+"""Fields of a TrainRequest or an Upload that are left out if they have not changed since the last one on the same
+stream. A field that was sent once belongs to every later message, whether it is sent again or left out."""
 
 
 class Repeats:

@@ -1,4 +1,4 @@
-"""Conversion between bytes and frames. Bytes that are no valid frame are a `WireError`; chunks are hardly copied."""
+"""Conversion between bytes and frames, which hardly copies chunks. Bytes that are no frame raise `WireError`."""
 
 from __future__ import annotations
 

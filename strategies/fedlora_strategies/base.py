@@ -69,8 +69,8 @@ class Traffic:
 
     Attributes:
         up: Values that the client uploads in each round.
-        down: Values that it is sent in each round.
-        once: Values that it is sent only with its first round.
+        down: Values that the server sends to the client in each round.
+        once: Values that the server sends only with the client's first round.
     """
 
     up: int
@@ -95,7 +95,7 @@ class FederatedLoRA(Strategy):
 
     Attributes:
         recipe: The adapter family and the parts of the server step.
-        memory: What the server step remembers from round to round, by name; empty before the first round.
+        memory: The arrays that the server step keeps from round to round, by name; empty before the first round.
         rejected: Node id → why its reply of the last round was not used.
         curbed: Node id → a note that its upload of the last round counts for fewer examples than it claims.
         disclosed: Node id → the numbers that its accepted upload of the last round told beside the tensors.
@@ -156,7 +156,7 @@ class FederatedLoRA(Strategy):
 
     @property
     def trained_by(self) -> RunPlan:
-        """The plan that clients compute by."""
+        """The plan by which clients train."""
         return self.plan
 
     def take_up(self, memory: Tensors, state: Tensors) -> None:
@@ -179,7 +179,7 @@ class FederatedLoRA(Strategy):
 
     @property
     def traffic(self) -> Traffic:
-        """The numbers of values that one client sends and is sent, as in METHODS' table of communication."""
+        """The numbers of values that travel between the server and one client."""
         up = self.layout.num_trained
         moved = sum(spec.size for spec in self.layout.frozen if self.step.refreshes_frozen and spec.group == "adapter")
         return Traffic(up, up + moved, sum(spec.size for spec in self.layout.frozen) - moved)
@@ -199,7 +199,7 @@ class FederatedLoRA(Strategy):
         """Return the orders to train for one attempt at a round.
 
         Args:
-            server_round: The round's number, from 1.
+            server_round: The round's number, from 1; 0 for a private start.
             arrays: The state.
             config: Optional entries: `nodes` (their ids; default: all of the grid), `attempt` (default: 0), and
                 `deadline_s` (how many seconds from now replies are accepted; default: for ever).
@@ -290,8 +290,9 @@ class FederatedLoRA(Strategy):
             The next state and figures about the round; (None, None) if no reply could be used.
 
         Raises:
-            Diverged: This was done before for the round, or it leaves out no other upload than before, or all of them,
-                or the state is unusable again. The memory is then again that of before the round.
+            Diverged: Screening is off, or the round was combined again before; or the stricter screening leaves out the
+                same uploads as before, or all of them; or the state is unusable again. The memory is then put back to
+                that before the round.
         """
         closed, taken = self._closed, self.disclosed.keys() - self.rejected.keys()
         assert closed is not None and closed.under_way.number == server_round, "a round is aggregated first"

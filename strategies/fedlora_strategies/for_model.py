@@ -1,8 +1,10 @@
 """Everything that a ServerApp needs, made from a base model: the plan, the adapters, the strategy, the first state.
 
-ready = FedSVD.for_model("minilm", labels=("no", "yes"), rank=8)
-result = ready.strategy.start(grid, ready.arrays, num_rounds=ready.strategy.plan.rounds)
-ready.export(result.arrays, Path("adapter"))
+Within a ServerApp, with its `grid`:
+
+    ready = FedSVD.for_model("minilm", labels=("no", "yes"), rank=8)
+    result = ready.strategy.start(grid, ready.arrays, num_rounds=ready.strategy.plan.rounds)
+    ready.export(result.arrays, Path("adapter"))
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ TRAIN, JOIN = MessageType.TRAIN, MessageType.QUERY
 WELCOME_KEY, JOIN_KEYS = "welcome", ("join", "ready")
 
 NUMPY = "numpy.ndarray"
-"""How Flower names the serialisation of an array in the .npy format."""
+"""Flower's name for the serialisation of arrays in the .npy format."""
 
 
 def assume_identity(run_id: str) -> None:

@@ -8,22 +8,25 @@ each upload's change is compared with
                             uploads, the lower median of earlier rounds' usual norms
 
 As long as more than half of the uploads are honest, the lower median is at most the norm of some honest client. So a
-dishonest upload goes at most k times as far as an honest one: one of n in the opposite direction takes k / n away and
-leaves (n − 1) / n. Honest clients' norms differ little: in 8 steps of AdamW, a client whose gradients all agree goes
-√8 ≈ 2.8 times as far as one whose gradients are pure noise. Without privacy, k is `PLAIN`.
+dishonest upload goes at most k times as far as an honest one. If one of n uploads goes in the opposite direction, the
+mean is at least (n − 1 − k) / n times an honest change. Honest clients' norms differ little: in 8 steps of AdamW, a
+client whose gradients all agree goes √8 ≈ 2.8 times as far as one whose gradients are pure noise. Without privacy, k is
+`PLAIN`.
 
 With privacy, the norms follow from the noise. A data holder with a small lifetime budget raises the noise, to at most
 ten times what the run asks for, or lowers the clip norm, which shortens the update. k is `PRIVATE`: for any n, an
 upload with ten times the usual noise makes the mean noisier than leaving it out does, (n + 99) / n² against 1 / (n − 1)
 of a usual client's variance.
 
-Symbol   Here             Meaning
-b        expected_batch   the public number that the sum of a step is divided by
-C        clip_norm        the plan's clip norm; a client's own is at most that
-σ        noise            the noise multiplier that the upload announces, but at most `PRIVATE` times the lower median
-                          of the round's announced ones; this limit also stands for one that is not announced
-s_g      scales           the scale of group g, which has d_g values
-T, η     steps, lr        the round's number of steps and learning rate
+    Symbol   Here             Meaning
+    b        expected_batch   the public number that the sum of a step is divided by
+    C        clip_norm        the plan's clip norm; a client's own is at most that
+    σ        noise            the upload's noise multiplier (see below)
+    s_g      scales           the scale of group g, which has d_g values
+    T, η     steps, lr        the round's number of steps and learning rate
+
+σ is the noise multiplier that the upload announces, but at most `PRIVATE` times the lower median of those that the
+round's uploads announce. An upload that announces none gets this limit.
 
 The reach of AdamW is η √d R(T), where R(T), slightly above T, bounds each value whatever the gradients are. No honest
 upload exceeds it. The reach of SGD with privacy is the sum of the gradients and of the noise, each over all steps:

@@ -20,7 +20,7 @@ class UnderWay:
     """The round under way: what was sent, and which nodes may still reply.
 
     Attributes:
-        number: The round's number, from 1.
+        number: The round's number, from 1; 0 for a private start.
         trained: The trained tensors, as the server holds them.
         sent: The trained tensors as clients get them: rounded in a bf16 run.
         frozen: The frozen tensors as clients get them.

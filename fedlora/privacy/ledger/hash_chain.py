@@ -23,9 +23,11 @@ from fedlora.privacy.ledger.lifetime_budget import Book, LedgerError, chained
 from fedlora.privacy.ledger.network import network_file_system
 
 FORMAT = 2
-"""Format of new ledgers. Format 1 had no places of data, and its runs had no relation and accountant. It is read with
-the relation and accountant that every run had then, and continued in place. A program that knows format 1 only takes
-the first new row for damage, and stops."""
+"""Format of new ledgers.
+
+Format 1 recorded neither where data are nor a run's relation and accountant. Such a ledger is read with the relation
+and accountant that all runs had then, and is continued in place. A program that knows only format 1 takes the first new
+row for damage, and stops."""
 READABLE = (1, 2)
 """Formats that this version reads and continues."""
 WAIT_S = 30.0

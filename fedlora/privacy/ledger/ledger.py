@@ -60,8 +60,8 @@ class Ledger:
         simulated: whether the ledger is for a demo or a simulation. A simulated ledger never takes real charges, and a
             real one never takes simulated charges.
         new: the owner's --new-ledger: go on although a ledger or a witness is lost. A damaged ledger is moved aside,
-            and the one begun in its place says for ever that it replaced another. A whole ledger is kept; if a witness
-            contradicts it, it gets a permanent mark.
+            and the one begun in its place says for ever that it replaced another. An undamaged ledger is kept; if a
+            witness contradicts it, it gets a permanent mark.
         clock: returns seconds since 1970. Times are recorded and never trusted.
 
     Attributes:
@@ -308,7 +308,7 @@ class Ledger:
         return beside(self.path, "-runs") / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
     def _end_dead(self, book: Book, but: tuple[str, str]) -> None:
-        """End the runs whose process is gone, which frees what they reserved and did not begin.
+        """End the runs whose process is gone, and free the trainings that they reserved but did not begin.
 
         Only a live process holds a run's lock file, so a lock that can be taken belongs to a dead one.
         """
@@ -329,7 +329,9 @@ class Ledger:
             os.close(handle)
 
     def end_run(self, dataset: str, run_id: str) -> None:
-        """End a run that this process holds, which frees what it has not begun. It may be begun again if it still fits.
+        """End a run that this process holds, and free the trainings that it has not begun.
+
+        The run may be begun again if it still fits.
 
         Raises:
             LedgerError: this process does not hold the run.
@@ -427,7 +429,7 @@ class Ledger:
         return charge is not None and charge.sha256 is not None
 
     def released_again(self, dataset: str, run_id: str, round: int, attempt: int, sha256: str | None = None) -> None:
-        """Record that a stored update is about to leave, in this process or a later one. Sending again costs nothing.
+        """Record that a stored update is about to leave, even if an earlier process trained it. This costs nothing.
 
         Call this right before sending: first the witness is written, then the ledger.
 

@@ -2,9 +2,9 @@
 
 Unit: one record, or in runs whose unit is a column all rows that share a value of it (one person, say). Relation:
 zero-out, as in `fedlora.privacy.accounting`. All runs that are charged to one budget protect the same unit. A run that
-protects rows could be charged to a person by group privacy at k, where k is the most rows of one person. That needs k
-for the data as they were at that run, and for every data set that shares a record with them and lacks the column. It is
-not known, so such a run is refused.
+protects rows could be charged to a person by group privacy at k, where k is the most rows of one person. But k
+would have to be known for the data as they were at that run, and for every data set that shares a record with them and
+lacks the column. It is not known, so such a run is refused.
 
 The lifetime (epsilon, delta) is kept by a Rényi filter (Feldman & Zrnic, NeurIPS 2021, arXiv:2008.11193). The orders
 are fixed when the budget is created. At each order, the Rényi divergences of all that was charged are summed. A run
@@ -265,7 +265,7 @@ class Book:
         try:
             event = json.loads(text)
             if event["sequence"] != sequence:
-                raise ValueError("another row's content")
+                raise ValueError("it holds another row's content")
             getattr(self, "_" + event["kind"])(event, **event["body"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise LedgerError(f"row {sequence} cannot be understood ({type(error).__name__}: {error})") from error
@@ -275,7 +275,7 @@ class Book:
 
     def _ledger(self, event: Event, **about: Any) -> None:
         if self.ledger:
-            raise ValueError("a second beginning")
+            raise ValueError("the ledger begins a second time")
         self.ledger = about
 
     def _mark(self, event: Event, **about: Any) -> None:
@@ -366,9 +366,9 @@ class Book:
     def admit(self, dataset: str, terms: RunTerms) -> frozenset[str] | None:
         """Decide whether a run fits.
 
-        It must protect the same unit as every budget concerned, which are those of `dataset` and of every data set that
-        overlaps it. Its planned maximum must fit each of them, beside all that is charged to or reserved for other
-        runs.
+        The budgets concerned are that of `dataset` and those of all data sets that overlap it. The run must protect the
+        same unit as each of them. Its planned maximum must fit each of them, beside all that is charged to or reserved
+        for other runs.
 
         Returns:
             The data sets whose budgets the run would close, usually none; None if the run does not fit.
@@ -412,7 +412,7 @@ class Book:
     def other_unit(self, name: str, terms: RunTerms) -> tuple[str, str] | None:
         """Return a (data set, unit) that counts against the budget of `name` and protects another unit than this run.
 
-        It is that of the limit itself or of a run that is counted. None if there is none, or if this run has no noise.
+        The unit is the limit's own or that of a run that counts. None if all agree, or if this run has no noise.
         """
         limit = self.declared(name)
         units = [(name, limit.unit)] if limit else []

@@ -1,7 +1,7 @@
 """The witness file: a small file beside the data that states how far the ledger had come when an update last left.
 
-It contradicts a ledger that is missing, was restored from an older copy, or is another one. It cannot tell if witness
-and ledger were deleted together, or if a copy of the data is used on another machine.
+It contradicts a ledger that is missing, was restored from an older copy, or is not the one that wrote it. It cannot
+tell if witness and ledger were deleted together, or if a copy of the data is used on another machine.
 """
 
 from __future__ import annotations

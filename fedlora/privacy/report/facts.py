@@ -19,7 +19,7 @@ class Mechanism:
             records (privacy is off and no size was declared).
         expected_batch: q times the declared size, a constant: the noised sum is divided by it.
         local_steps: steps of one training.
-        max_participations: the most trainings of the run; times local_steps, the most steps.
+        max_participations: the most trainings of the run. Times local_steps, this is the most steps of the run.
         clip_norm: L2 bound on one unit's scaled gradient.
         scales: group of tensors → data-independent factor on its gradients before clipping.
         precision: "fp32" or "bf16".
@@ -121,7 +121,7 @@ class LifetimeAccount:
 
 @dataclass(frozen=True)
 class Disclosure:
-    """Something that left the client without noise. A number of records or a loss is named, but its value not repeated.
+    """Something that left the client without noise. A number of records or a loss is named without its value.
 
     Attributes:
         what: the kind of information.

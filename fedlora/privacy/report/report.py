@@ -150,7 +150,7 @@ def _training(entry: TrainingEntry, run: ReportedRun) -> dict[str, Any]:
 def _fill_lifetime(report: dict[str, Any], known: LifetimeAccount) -> None:
     """Fill in the lifetime budget's spent and remaining epsilon; None if this run may state no epsilon.
 
-    Of the ledger's figure and the recomputed one, the less favourable counts.
+    The report states the less favourable of two figures: the ledger's and the one recomputed here.
     """
     account = report["lifetime"]
     if report["privacy"]["no_guarantee"] is not None:
@@ -171,7 +171,7 @@ def _lifetime(account: LifetimeAccount, delta: float | None) -> dict[str, Any]:
         "accountant": "RDP filter at fixed orders, or PRV for a sole run that closed the budget",
         "orders": list(account.orders),
         "charges": [{"dataset": c.dataset, "run": c.run_id, "noise_multiplier": c.noise_multiplier,
-                     "sampling_rate": None if c.noise_multiplier is None else c.sampling_rate,  # reveals n
+                     "sampling_rate": None if c.noise_multiplier is None else c.sampling_rate,  # reveals the size
                      "steps": c.steps} for c in account.charges],
         "overlapping": list(account.overlapping), "distinct": list(account.distinct), "closed_by": account.closed_by,
         "ledger": account.ledger_id, "new_ledger": account.new_ledger, "simulated": account.simulated}

@@ -43,7 +43,7 @@ from fedlora.privacy.report.signing import Document, check_signature
 from fedlora.versions import versions
 
 TOLERANCE = 1e-6
-"""How far a stated epsilon may be below the recomputed one: another processor rounds the same sums differently."""
+"""Amount by which a stated epsilon may be below the recomputed one, as processors round the same sums differently."""
 
 _NUMBER = (int, float)
 _MAYBE = (*_NUMBER, type(None))

@@ -1,8 +1,8 @@
 """Adjustments of a step's gradient before the optimizer gets it: each file of this folder is one, found by its name.
 
 Under privacy an adjustment sees the gradient after noise was added and the groups' scales were divided out. Everything
-else that it is given was released before or follows from what was. It is therefore post-processing: it costs no privacy
-and may compute anything. The runtime checks measure the noised gradient before it is adjusted.
+else that it is given follows from values that were released before. The adjustment is therefore post-processing: it
+costs no privacy and may compute anything. The runtime checks measure the noised gradient before it is adjusted.
 
 A file defines `ADJUSTMENT`, a class that fits the protocol `Adjustment`. The first line of the file's docstring is its
 title in `--help`.
@@ -57,7 +57,7 @@ def check_adjustment(key: str, layout: AdapterLayout) -> None:
         layout: The adapter's tensors.
 
     Raises:
-        ValueError: It cannot, or no adjustment of this name is installed.
+        ValueError: The adapter cannot be trained with the adjustment, or no adjustment of this name is installed.
     """
     if key and (why := registry.load(PACKAGE, key).ADJUSTMENT.fits(layout)):
         raise ValueError(f"--adjustment {key}: {why}")

@@ -9,8 +9,8 @@ The distance that a step moves the update B A then depends little on the lengths
 first line applies; it makes up for a frozen A whose rows are not orthonormal.
 
 The paper sets λ to 1e-6. But every LoRA starts at B = 0, where g_A is nothing but noise, and a λ of 1e-6 would multiply
-this noise by a million. Here λ is `DAMPING` times the mean square length of A's rows and B's columns, so that no
-direction is multiplied by more than 1 / `DAMPING` times what the common scale of the factors asks for.
+this noise by a million. Here λ is `DAMPING` times m, the mean square length of A's rows plus that of B's columns. So no
+direction of the gradient is multiplied by more than 1 / (`DAMPING` · m).
 """
 
 from __future__ import annotations

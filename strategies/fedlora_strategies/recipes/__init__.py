@@ -1,1 +1,1 @@
-"""The strategies, one file for each paper: its `RECIPE` is a `Recipe`, its class makes that a Flower strategy."""
+"""The strategies, one file for each paper. `RECIPE` names the parts; a class makes a Flower strategy of them."""

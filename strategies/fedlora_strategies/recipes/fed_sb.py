@@ -3,7 +3,7 @@
 Singhal et al., 2025, arXiv:2502.15436.
 
     server        fixes A, B with orthonormal rows and columns, by the start that `--init` names; R = 0
-    server        sends R, and A, B to those that do not hold them
+    server        sends R, and A, B to clients that do not hold them
     client k      trains R_k in ΔW = s · B R_k A, uploads it
     server        R ← Σ p_k R_k
 

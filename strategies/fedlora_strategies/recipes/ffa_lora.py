@@ -3,7 +3,7 @@
 Sun et al., ICLR 2024, arXiv:2403.12313.
 
     server        draws A once (Kaiming, or with orthonormal rows: the control for FedSVD); B = 0
-    server        sends B, and A to those that do not hold it
+    server        sends B, and A to clients that do not hold it
     client k      trains B_k, uploads it
     server        B ← Σ p_k B_k
 

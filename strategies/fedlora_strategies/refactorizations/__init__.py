@@ -21,9 +21,9 @@ class Refactored(NamedTuple):
     Attributes:
         state: The next state.
         own: The refactorisation's next memory.
-        factors: For each trained tensor W whose coordinates changed: the matrix M, (r, r) float64, such that W M is the
-            same tensor in the new coordinates; or None if the change is no such product. A server optimizer's memory
-            of the tensor is rotated by M, or begins anew without one.
+        factors: For each trained tensor W whose coordinates changed, the matrix M, (r, r) float64, for which W M is the
+            same tensor in the new coordinates; None if there is no such matrix. A server optimizer rotates its memory
+            of the tensor by M, or begins it anew if M is None.
     """
 
     state: Tensors
@@ -44,7 +44,7 @@ class Refactorization(Protocol):
         """Check that the refactorisation works with adapters of this layout.
 
         Raises:
-            ValueError: It does not.
+            ValueError: The refactorisation does not work with adapters of this layout.
         """
 
     def begin(self, layout: AdapterLayout, state: Tensors) -> Tensors:

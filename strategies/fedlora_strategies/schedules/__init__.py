@@ -27,7 +27,7 @@ class Schedule(Protocol):
     def trains(self, round: int, layout: AdapterLayout) -> frozenset[str]:
         """Return the names of the trained tensors that clients train and upload in a round; empty for all.
 
-        Clients are sent the others too, and keep them as they are.
+        Clients also receive the other trained tensors, and keep them as they are.
 
         Args:
             round: The round's number, from 1.

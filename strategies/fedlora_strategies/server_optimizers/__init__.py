@@ -3,12 +3,12 @@
 A file defines `OPTIMIZER`, a frozen dataclass that fits the protocol `ServerOptimizer`.
 
 Reddi et al., Adaptive Federated Optimization, ICLR 2021, arXiv:2003.00295: the mean change of the clients' tensors is,
-up to a factor, the negative gradient of their common loss. A server optimizer uses it as such.
+up to a factor, the negative gradient of their common loss. A server optimizer treats it as a gradient.
 
-Paper    Here       Meaning
-x_t      values     the trained tensors as the server holds them: not rounded, also in a bf16 run
-Δ_t      gradient   mean of the uploads − what clients were sent: the pseudo-gradient, pointing downhill
-η        lr         the server's learning rate
+    Paper    Here       Meaning
+    x_t      values     the trained tensors as the server holds them: not rounded, also in a bf16 run
+    Δ_t      gradient   mean of the uploads − what clients were sent: the pseudo-gradient, pointing downhill
+    η        lr         the server's learning rate
 """
 
 from __future__ import annotations
