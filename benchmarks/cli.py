@@ -30,11 +30,14 @@ from .compare import table as comparison
 from .measure import Figure, Row, Settings, Unavailable, Value, machine, to_json, versions
 
 _GENERATED_ROWS = 10_000
-"""Enough for ten rows at each of a thousand clients."""
+"""Number of generated rows: ten for each of a thousand clients."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; return 0 done, 1 a figure failed or got worse, 2 wrong input, 130 interrupted."""
+    """Run the command and return its exit code.
+
+    It is 0 when done, 1 if a figure failed or got worse, 2 for wrong input, and 130 if interrupted.
+    """
     options = _parser().parse_args(argv)
     try:
         if options.command == "compare":

@@ -1,4 +1,4 @@
-"""Functions run in a new process: to measure peak memory or imports, or where a function would leave traces behind.
+"""Calls of functions in a new process, to measure peak memory or imports, or to leave no traces in this process.
 
 For example: `in_fresh_process("benchmarks.figures.aggregation:peak", layers=2, width=64, rank=4, clients=10)`.
 """

@@ -63,7 +63,7 @@ class Summed:
 
 @contextlib.contextmanager
 def sums() -> Iterator[list[Summed]]:
-    """Record what noise is added to, for each private step within this context. Training is not changed."""
+    """Record the sums that noise is added to, for each private step within this context. Training is not changed."""
     clip, add = PerRecordOptimizer.clip_and_accumulate, PerRecordOptimizer.add_noise
     seen: list[Summed] = []
     gradients: Counter[int] = Counter()

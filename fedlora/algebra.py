@@ -34,13 +34,11 @@ def reorthogonalize(factors: Factors) -> Factors:
     This is the refactorisation of Lee et al., FedSVD (arXiv:2505.12805), in its thin form: with A^T = Q R, the SVD
     U S V^T of the small B R^T gives B' = U S and A' = V^T Q^T. It costs O((m + n) r^2).
 
-    ===========================  ====================================================================================
-    Case                         Result
-    ===========================  ====================================================================================
-    B = 0                        the input itself, because the SVD of 0 has arbitrary rows
-    rank(B A) < r, A full rank   the last columns of B' are 0, and the rows of A' stay in the row space of A
-    rank(A) < r                  A' is orthonormal too; its rows beyond rank(A) are arbitrary, their columns of B' 0
-    ===========================  ====================================================================================
+        Case                         Result
+        B = 0                        the input itself, because the SVD of 0 has arbitrary rows
+        rank(B A) < r, A full rank   the last columns of B' are 0; the rows of A' stay in the row space of A
+        rank(A) < r                  the rows of A' are orthonormal; those beyond rank(A) are arbitrary, and the
+                                     columns of B' that belong to them are 0
 
     An SVD leaves signs open. They are fixed here: the entry of largest magnitude in each row of A' is positive.
 

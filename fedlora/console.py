@@ -17,10 +17,11 @@ from typing_extensions import override
 MOST_WAITING = 1 << 20
 """Most characters that wait to be written. Lines that come when the queue is full are counted and dropped."""
 REST_OF_LINE = 1 << 16
-"""Characters by which a line may exceed the queue, or be dropped, so that each line is written whole or not at all.
+"""Most characters of a line's rest that are queued or dropped like its beginning, so that no line is written in part.
 
-Longer output without a line end is not a line but moves on a terminal, as a progress bar does. It is dropped write by
-write."""
+If the beginning was queued, the rest may exceed the queue by this much. If it was dropped, this much of the rest is
+dropped too. Longer output without a line end is not a line (a progress bar, say); each of its writes is queued or
+dropped by itself."""
 LEAVE_S = 2.0
 """Seconds that a command waits, when it ends, for its last lines to be written."""
 

@@ -1,10 +1,10 @@
 """How far one record moves the clipped sum, with tensors chosen by a hostile server.
 
-Measured is ‖S − S′‖ / C, where S is the sum of clipped gradients before noise, S′ the same sum without one record, and
-C the clip norm. The noise is calibrated for 1. The tensors come from three searches: by the package hypothesis, by
-gradients, and by a steep head that decides between two roundings of its input. Tensors that a client would refuse for
-their size are counted and measured all the same. The last row emulates a processor that rounds differently from 16 rows
-on, as some do.
+The measured value is ‖S − S′‖ / C, where S is the sum of clipped gradients before noise, S′ the same sum without one
+record, and C the clip norm. The noise is calibrated for 1. The tensors come from three searches: by the package
+hypothesis, by gradients, and by a steep head that decides between two roundings of its input. Tensors that a client
+would refuse for their size are counted and measured all the same. The last row emulates a processor that rounds
+differently from 16 rows on, as some do.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Neighbours:
 
 
 def cases(total: int, models: Sequence[str], threads: Sequence[int], *, bf16: float) -> list[Case]:
-    """Draw cases in which every value of a field occurs equally often, record counts also within each generator.
+    """Draw cases so that, for each generator and model, each field's values occur equally often (but see `bf16`).
 
     Args:
         total: number of cases.
@@ -178,7 +178,10 @@ def outcome(one: Subject, case: Case, pair: Neighbours, state: Tensors) -> Outco
 
 
 def by_decision(one: Subject, case: Case, device: str) -> Outcome:
-    """Measure with a steep head over adapters of zeros, as a run starts with (with a trained head, A is zero too)."""
+    """Measure with a steep head over adapters whose B is zero, as at the start of a run.
+
+    If the head is trained, A is zero too.
+    """
     pair = neighbours(one, case, device, 0)
     state = adapters(one, 0.0 if case.head else 1.0, case.seed)
     if not case.head:

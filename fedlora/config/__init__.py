@@ -1,4 +1,4 @@
-"""The commands' options: one typed, frozen config for each command, from whose fields parser, file and --help derive.
+"""The commands' options: one frozen dataclass for each command, whose fields define its flags, file keys and --help.
 
     options = read_config(ServerConfig, argv)          # a bad value ends the process with exit code 2
     options = config_from(context.node_config, ClientConfig, "--node-config")     # a bad value raises ValueError

@@ -52,7 +52,7 @@ def option(default: Any, help: str, group: str, parse: Callable[[str], Any] | No
 
     Args:
         default: the field's default. A dict is copied for each config.
-        help: see `Option`, as for the remaining arguments.
+        help: the help text, one sentence without its full stop.
         group: one of `GROUPS`.
         parse: turns the text of a value into the value; None for a flag.
         choices: the words that the value can be.

@@ -57,7 +57,7 @@ def file_arguments(path: Path, config: type[Config]) -> list[str]:
 
 
 def _of(table: dict[str, Any], config: type[Config]) -> dict[str, Any]:
-    """Return a file's values for one command: its own table over the top level, without other commands' keys."""
+    """Return a file's values for one command: its own table over the top level, without keys of other commands."""
     own = table.pop(config.command, {})
     for other in CONFIGS.keys() - {config.command}:
         table.pop(other, None) if isinstance(table.get(other), dict) else None

@@ -202,4 +202,4 @@ def chosen(choices: Choices) -> Sequence[str]:
 
 
 ADD_UP = (columns, numbers, whole_numbers)
-"""Parsers of options that can be given several times, and then add up."""
+"""Parsers of options that can be given several times; the values are then merged."""

@@ -63,7 +63,7 @@ def folded(name: str) -> str:
 
 
 def find_column(wanted: str, present: Collection[str]) -> str | None:
-    """Return the column that a name means: the one with exactly this name, else the only one that is equal `folded`.
+    """Return the column that a name means: the one of exactly this name, else the only one of the same `folded` name.
 
     Args:
         wanted: the name.

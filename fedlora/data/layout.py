@@ -174,7 +174,7 @@ class LayoutFinder:
         return said, f". Perhaps {likely}" if likely else ""
 
     def _other_task(self, row: Mapping[str, Any]) -> str | None:
-        """Return another task that needs columns which the row all has; None if there is none."""
+        """Return another task all of whose columns the row has; None if there is none."""
         return next((name for name, form in self.forms.items() if name != self.task for one in form.kinds
                      if one[0] != "text" and all(find_column(column, row) for column in one[1])
                      and (form.answer is None or find_column(form.answer.column, row))), None)

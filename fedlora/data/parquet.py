@@ -27,7 +27,7 @@ class NumberedClass(str):
 
 
 class _Names:
-    """A replacement of the numbers of classes by their names. The number -1 means a missing label, as on the hub.
+    """A translator of class numbers into class names. The number -1 means a missing label, as on the hub.
 
     Args:
         classes: column → names of its classes, in the order of their numbers.
@@ -103,7 +103,7 @@ def hub_records(name: str, problems: Problems, *, allow_download: bool) -> Itera
     Args:
         name: "org/dataset" or "org/dataset/config", with or without ":split". The split is "train" unless given.
         problems: collects what is wrong with the rows.
-        allow_download: False takes what the hub's cache on this machine has, and asks no one else.
+        allow_download: fetch a dataset that is not in the hub's cache on this machine. False makes no connection.
 
     Raises:
         ValueError: the hub or the dataset cannot be reached, or the package `datasets`, which nothing else needs, is

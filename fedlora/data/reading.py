@@ -74,7 +74,7 @@ def _check_distinct(form: RowFormat, names: Mapping[str, str], unit: str | None)
     """Check that no column of a file is named for two purposes.
 
     Raises:
-        ValueError: one is.
+        ValueError: one column is named twice.
     """
     taken: dict[str, str] = {}
     for name, column in names.items():

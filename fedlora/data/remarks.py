@@ -38,7 +38,7 @@ def check_units(units: Sequence[str], where: Callable[[int], str], problems: Pro
 
 
 def remark_on(rows: Rows, words: Mapping[str, int], problems: Problems, *, declared: Collection[str] = ()) -> None:
-    """Note whatever in the rows may be a mistake.
+    """Remark on everything in the rows that may be a mistake.
 
     Args:
         rows: the rows that were read.

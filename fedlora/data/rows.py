@@ -26,10 +26,12 @@ Message = tuple[str, str]
 MISSING = frozenset(("", "na", "n/a", "n.a.", "<na>", "#n/a", "nan", "-nan", "nat", "none", "null"))
 """Words that programs write for a missing value, in small letters.
 
-column      meaning of such a word
-label       no label, unless the label set contains the word, which may be the name of a class (`labelled_by`)
-unit        no id, so the row is refused; as an id, it would make one person of all people without an id
-text        an ordinary text, because people write "None" and "NA" too; a remark says how many there are
+    column  meaning of such a word
+    label   no label, unless the label set contains the word, which may be the name of a class (`labelled_by`)
+    unit    no id, so the row is refused; as an id, it would make one person of all people without an id
+    text    an ordinary text, because people write "None" and "NA" too; a remark says how many there are
+
+Capitals, outer blanks and invisible characters make no difference (`is_missing`).
 """
 
 

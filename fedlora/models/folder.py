@@ -194,7 +194,7 @@ def _check_link(path: Path) -> None:
     """Check that a path is not a broken link.
 
     Raises:
-        ValueError: it is.
+        ValueError: the path is a broken link.
     """
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path} is a link to {path.readlink()}, which is not there: it is on a share that is not "
@@ -222,7 +222,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _sha256(files: list[Path]) -> str:
-    """Return the SHA-256 of one file; for several files, of their sorted lines "name sha256", with line feeds."""
+    """Return the SHA-256 of one file; for several files, that of the lines "name sha256", sorted, with line feeds."""
     digests = {}
     for file in files:
         with file.open("rb") as opened:

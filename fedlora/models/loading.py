@@ -92,7 +92,7 @@ def load(path: Path, task: str, labels: Sequence[str] | int, *, dtype: torch.dty
 def embedded_tokens(model: PreTrainedModel) -> int | None:
     """Return the number of tokens that the model has embeddings for.
 
-    None if it computes an embedding from any number, as CANINE does from a character's code.
+    None if the model computes an embedding for any number, as CANINE does for a character's code.
     """
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
@@ -115,7 +115,7 @@ def _check_present(path: Path, model: PreTrainedModel, missing: Sequence[str], k
     """Check that the checkpoint lacks no parameters except those of a head.
 
     Raises:
-        ValueError: it does.
+        ValueError: another parameter is missing.
     """
     base = f"{model.base_model_prefix}."
     lacking = [name for name in missing if not kind.has_head or (

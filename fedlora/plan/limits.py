@@ -18,7 +18,7 @@ ROW, COLUMN = "row", "column:"
 LEAST_SCALE, MOST_CLIP_NORM, MOST_SCALE = 1e-6, 1e6, 1e16
 """Allowed range of clip norms and gradient scales: far wider than useful, safely inside float32.
 
-The start from noised gradients scales by 1e10 clip norms."""
+`MOST_SCALE` leaves room for the start from noised gradients, whose gradient scale is 1e10 times the clip norm."""
 
 MOST_RANK = 4096
 """Highest rank of an adapter, so that a plan cannot make a client allocate memory without limit."""

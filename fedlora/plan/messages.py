@@ -1,4 +1,4 @@
-"""Messages beside plans: a client's upload, either side's refusal, and the ways in which a run can end."""
+"""Messages other than plans: a client's upload, either side's refusal, and the ways in which a run can end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tensors = Mapping[str, "np.ndarray"]
 """Named float32 arrays in C order. The names are those of `fedlora.adapters.AdapterLayout`."""
 
 Released = NewType("Released", Tensors)
-"""Tensors that have left a client. Under privacy they have passed through the noise.
+"""Tensors that have left a client. Under privacy, noise has been added to them.
 
 Server steps only receive these and values that the server made itself. So whatever they compute is post-processing,
 which costs no privacy."""

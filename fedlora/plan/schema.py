@@ -21,7 +21,8 @@ SINCE: Mapping[str, int] = {
 }
 """Value → the protocol version that introduced it.
 
-Plans of earlier protocols leave the value out, so that their hashes stay the same. Read back, it is empty there."""
+Plans of earlier protocols leave the value out, so that their hashes stay the same. When such a plan is read back, the
+value is empty."""
 
 
 def to_scalars(plan: RunPlan) -> Scalars:

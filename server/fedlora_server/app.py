@@ -45,12 +45,13 @@ from .settings import settings
 from .trackers import Trackers, Watched
 
 Listen = Callable[[Proposal, Path, Callable[[Event], None]], RegistryEngine]
-"""Makes the engine, given the proposal for clients, the folder for uploads, and a function to call with each event."""
+"""A function that makes the engine from the proposal for clients, the folder for uploads, and a function that is called
+with each event."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """How the server's run ended.
+    """The outcome of a run of the server.
 
     Attributes:
         out: the run's folder.
@@ -69,7 +70,7 @@ def serve(options: ServerConfig, console: Console, *, listen: Listen | None = No
 
     Args:
         options: the command's options.
-        console: where the coordinator reads along.
+        console: shows the coordinator what happens.
         listen: makes the engine; None listens for gRPC at --address.
         run_id: 16 hexadecimal digits; None draws them at random.
 

@@ -103,7 +103,7 @@ class Unfinished:
 
         Args:
             plan: the plan that they lead to.
-            step: the server step's parts, as of `Recipe.described`; None leaves them unchecked.
+            step: the server step's parts, as `Recipe.described` returns them; None leaves them unchecked.
 
         Raises:
             ValueError: a value differs. The message names each.
@@ -133,7 +133,7 @@ def begin(folder: Path, options: Mapping[str, object], plan: RunPlan, joined: Ma
         plan: the run's plan.
         joined: name → what the client disclosed when it joined.
         resumed: the rounds after which the run was resumed.
-        step: the parts of the server step, as of `Recipe.described`.
+        step: the parts of the server step, as `Recipe.described` returns them.
     """
     kept = {name: value for name, value in options.items() if name not in _NOT_KEPT and value not in (None, {}, ())}
     about = {"options": jsonable(kept), "plan": to_scalars(plan), "joined": joined, "resumed": resumed,

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Terminated(KeyboardInterrupt):
-    """Raised by SIGTERM, as KeyboardInterrupt is by Ctrl-C."""
+    """The exception that SIGTERM raises, as Ctrl-C raises KeyboardInterrupt."""
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""Which clients are connected, what each was asked, and what it answered: the state behind gRPC and SuperLink engine.
+"""The connected clients, what each was asked and what it answered: the state behind the gRPC and SuperLink engines.
 
 One lock guards all of it. A client's name has one seat (`seats.Seat`), which outlasts the client's streams: when a
 stream breaks, the same process may return on a new one, and is sent its unanswered orders again.
@@ -60,7 +60,7 @@ class ClientRegistry:
         self._seats = Seats()
         self._orders: dict[str, PendingRequest] = {}
 
-    # What the streams report.
+    # Called for a client's stream.
 
     def join(self, stream: ClientStream, join: pb.Join, told: Proposal | None = None,
              admit: Callable[[Standing, ClientStream | None], None] = lambda standing, replaced: None) -> Proposal:
@@ -70,8 +70,8 @@ class ClientRegistry:
             stream: the client's stream; its `name`, `process` and `secret` are set here.
             join: the client's first frame.
             told: the proposal that the client's process has already been told; None if it has been told none.
-            admit: called with the client's standing and the stream that this one replaces. It raises, whatever it
-                likes, if there is no place for the client.
+            admit: called with the client's standing and the stream that this one replaces. It raises an exception of
+                any type if there is no place for the client.
 
         Returns:
             The proposal to tell the client: the one that its process was told first, or the present one.
@@ -147,7 +147,7 @@ class ClientRegistry:
 
         Args:
             stream: the client's stream.
-            kind: of the event: "lost", or "left" if the client said that it leaves.
+            kind: kind of the event: "lost", or "left" if the client said that it leaves.
         """
         with self._changed:
             seat = self._seats.of_stream(stream)
@@ -213,7 +213,7 @@ class ClientRegistry:
                 seat.bytes_up += up
                 seat.bytes_down += down
 
-    # What the engine asks.
+    # Called by the engine.
 
     def fix_labels(self, labels: tuple[str, ...]) -> None:
         """Tell this label set to the clients that join from now on, and ask them for no label names."""

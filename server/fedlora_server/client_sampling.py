@@ -1,4 +1,4 @@
-"""Which clients may be asked to train, which of them form a round's cohort, and the wait until enough are there."""
+"""Choice of clients to train: who may be asked, who forms a round's cohort, and the wait until enough are there."""
 
 from __future__ import annotations
 
@@ -102,10 +102,10 @@ class Clients:
             self._missed.pop(node, None)
 
     def in_time(self, round: int, nodes: Iterable[int], least: int) -> list[int]:
-        """Return the nodes that are not left out of this round for what they missed.
+        """Return the nodes that may be asked in this round: all but those left out for rounds that they missed.
 
-        If fewer than `least` remain, left-out nodes are added until there are that many, those first that are due
-        soonest.
+        If fewer than `least` remain, left-out nodes are added until there are that many, beginning with those that are
+        due soonest.
 
         Args:
             round: the round's number.

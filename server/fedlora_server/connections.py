@@ -42,7 +42,7 @@ _OPEN_FILES = next((path for path in ("/proc/self/fd", "/dev/fd") if Path(path).
 
 @dataclass(frozen=True)
 class Room:
-    """How many connections a server takes at a time, within its limit on open files.
+    """The number of connections that a server takes at a time, within its limit on open files.
 
     Attributes:
         clients: number of clients, each with a connection and an upload's file.
@@ -106,7 +106,7 @@ def _peer(host: str, port: int) -> Peer:
 
 
 class Strangers:
-    """Ends connections that carry no client if they are too old or too many (see `surplus`).
+    """The watch over connections that carry no client. It ends those that are too old or too many (see `surplus`).
 
     Args:
         port: the server's port.

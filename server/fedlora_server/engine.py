@@ -124,7 +124,7 @@ class Engine(Grid):
 
     @property
     def run(self) -> Any:
-        """What `set_run` was given. Only Flower's own processes use it."""
+        """The run that `set_run` was given. Only Flower's own processes use it."""
         return getattr(self, "_run", None)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:

@@ -23,7 +23,7 @@ def claimed_folder(out: Path | None, name: str) -> Iterator[Path]:
 
     Args:
         out: the folder (--out); None for runs/TIME-NAME.
-        name: NAME of that folder.
+        name: the NAME in runs/TIME-NAME.
 
     Raises:
         ValueError: the folder is not empty, cannot be made, or another command works in it.

@@ -67,7 +67,7 @@ class GrpcEngine(RegistryEngine):
     many they are. A client that lost its place joins again by itself, and continues meanwhile what it does between Join
     and Ready.
 
-    Making one changes how this process allocates memory: its threads share arenas (`wire.share_arenas`).
+    Creating an engine changes how this process allocates memory: its threads share arenas (`wire.share_arenas`).
 
     Args:
         address: host:port; port 0 takes a free one (see `address`).

@@ -41,7 +41,7 @@ READY_TIMEOUT_S = 600.0
 """Seconds from Join to Ready. In this time a client hashes its model, and may ask its owner at a terminal. A client
 that takes longer joins again by itself, and is ready as soon as its owner has answered."""
 MOST_UNWANTED = 64
-"""Number of answers on a stream beyond the requests sent on it. Each is acknowledged, and acknowledgements pile up in
+"""Most answers on a stream in excess of the requests sent on it. Each is acknowledged, and acknowledgements pile up in
 memory if the client does not read. An honest client sends at most one: its answer to a request of an earlier stream."""
 END_TIMEOUT_S = 1.0
 """Seconds that a client has to receive the status with which its stream ends, before it is cut off."""
@@ -84,7 +84,7 @@ class _Upload:
             return not_stored(error)
 
     def discard(self) -> None:
-        """Remove what was stored of it."""
+        """Remove the part of the upload that was stored."""
         if self.file is not None:
             self.file.discard()
 
@@ -94,7 +94,7 @@ class NoPlace(Exception):
 
 
 class GrpcSession(ClientStream):
-    """One client's stream, as the registry's `ClientStream`.
+    """One client's stream at the server. It is the `ClientStream` through which the registry reaches the client.
 
     Args:
         registry: the run's clients.
@@ -104,7 +104,7 @@ class GrpcSession(ClientStream):
         anchors: where the anchors that come with uploads are kept. No strategy ever sees them.
         names: where a client's name is recorded as its own once it is ready.
         admit: called when the client joins, with this session, the client's standing and the stream that this one
-            replaces. Raises NoPlace.
+            replaces. It raises NoPlace if the server has no place for the client.
         held_up: where uploads wait that cannot be stored for now.
 
     Attributes:
@@ -332,7 +332,7 @@ class GrpcSession(ClientStream):
             upload.discard()
 
     def _go_on(self, key: Key, fault: OSError) -> None:
-        """Return if an upload is still needed that waits for a full disk.
+        """Return if the upload that waits for a full disk is still needed.
 
         Raises:
             OSError: the order was cancelled; this is the fault itself.

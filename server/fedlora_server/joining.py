@@ -41,7 +41,7 @@ def check_join(join: pb.Join, plan: RunPlan) -> str:
 
 
 def check_name(join: pb.Join, seat: Seat | None, taken: bool) -> None:
-    """Check that a process may have the name. It shows neither the name's secret nor the token of its last process.
+    """Check that a process may have a name for which it shows neither the secret nor the token of the last process.
 
     Raises:
         Refused: a client with this name is connected, or the name belongs to another client (`taken`).

@@ -14,7 +14,9 @@ from fedlora.plan import RunPlan
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What happened in one round. Round 0 comes before training: an evaluation, and a private start if there is one.
+    """The record of one finished round.
+
+    Round 0 comes before training: an evaluation, and a private start if there is one.
 
     Attributes:
         round: the round's number.
@@ -80,9 +82,10 @@ def named(clients: Collection[str]) -> str:
 
 
 class Observer:
-    """Hears of each event of the round loop. Override the methods of interest; each does nothing by default.
+    """A listener to the round loop, which calls a method for each event. Override the methods of interest.
 
-    The methods are called from the loop's own thread. `round` is always the round's number.
+    Each method does nothing by default. All are called from the loop's own thread. `round` is always the round's
+    number.
     """
 
     def begin(self, plan: RunPlan, before: Sequence[RoundRecord]) -> None:

@@ -1,4 +1,4 @@
-"""Waits until a fault of this machine passes, such as a full disk, so that no finished training is lost."""
+"""Waiting until a fault of this machine passes, such as a full disk, so that no finished training is lost."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def outlast(attempt: Callable[[], Result], wait: Callable[[OSError], object]) ->
 
 
 class Patience(Protocol):
-    """Calls a function that the disk can make fail, as often as it sees fit, and returns the function's result."""
+    """A caller of functions that fail if the disk does. It decides how often to try again, and returns the result."""
 
     def __call__(self, attempt: Callable[[], Result]) -> Result:
         """Return what `attempt` returns; raise OSError if it is given up."""
 
 
 def once(attempt: Callable[[], Result]) -> Result:
-    """Call a function a single time: the `Patience` that has none."""
+    """Call a function once: the `Patience` that never tries again."""
     return attempt()
 
 

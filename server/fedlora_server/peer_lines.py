@@ -21,7 +21,7 @@ MOST_OF_A_KIND = 200
 
 
 class PeerLines:
-    """Decides which lines about peers are logged. Any number of threads may use it.
+    """A limiter that decides which lines about peers are logged. Any number of threads may use it.
 
     Args:
         clock: returns monotonic seconds.

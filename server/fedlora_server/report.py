@@ -25,12 +25,14 @@ PACKAGES = ("flwr", "grpcio", "numpy", "opacus", "peft", "torch", "transformers"
 def write_report(out: Path, federation: Federation, result: FederationResult, *,
                  options: Mapping[str, object] | None = None,
                  joined: Mapping[str, Mapping[str, object]] | None = None) -> None:
-    """Write `adapter/` and `report.json`, also for a run that ended early. Without a finished round, no adapter.
+    """Write `adapter/` and `report.json`, also for a run that ended early.
+
+    If no round was finished, no adapter is written.
 
     Args:
         out: the run's folder.
         federation: the run as it was prepared.
-        result: how it ended.
+        result: the run's outcome.
         options: the command's options, with the preset's values (`run_setup.resolved`).
         joined: client name → what the client disclosed when it joined.
     """
@@ -51,7 +53,7 @@ def describe(plan: RunPlan, strategy: FederatedLoRA, result: FederationResult, o
     Args:
         plan: the run's plan.
         strategy: its strategy.
-        result: how it ended.
+        result: the run's outcome.
         options: the command's options, with the preset's values.
         joined: client name → what the client disclosed when it joined.
     """

@@ -25,7 +25,7 @@ BACKUPS_PER_ROUND = 16
 """How often a round asks backup clients. Without a limit, someone who makes up names could prolong it for ever."""
 
 BACKUPS_AT_ONCE = 4
-"""How often backup clients are asked at once. Each further time waits: 1 s, then twice as long as the time before."""
+"""How often backup clients are asked without delay. After that they are asked 1 s later, then 2 s, 4 s, …."""
 
 TRAINED_NOTHING = frozenset({"missing-tensors", "too-late"})
 """Refusal codes of clients that did not begin to train, so that no participation is used up."""
@@ -39,16 +39,16 @@ FOR_GOOD = frozenset({"policy", "budget", "model-mismatch", "version-mismatch", 
 
 @dataclass(frozen=True)
 class RoundOptions:
-    """How rounds are run. Nothing here is sent to clients.
+    """The options of the round loop. None of them is sent to clients.
 
     Attributes:
         seed: decides the cohorts.
         clients_per_round: size of a cohort; None for every eligible client.
         min_clients: round 1 waits, without limit, until so many clients are connected. A resumed run waits for them for
             `RETURN_S` seconds.
-        min_replies: number of uploads without which no round closes. None for half of the round's first cohort, rounded
-            up and at least 1: of all its clients until their time is up and while idle clients can replace them, later
-            of those that are neither lost nor declined.
+        min_replies: number of uploads that a round needs to close. None for half of the round's first cohort, rounded
+            up and at least 1. Clients that are lost or decline no longer count in the cohort once its time is up or no
+            idle client can replace them.
         round_timeout_s: seconds that each attempt's clients have to answer. A client that does not is told to stop and
             counts as lost.
         wait_timeout_s: seconds that a round waits, with no client at work and none left to ask, before the run ends.
@@ -273,7 +273,7 @@ class OpenRound:
             return []
         busy = {*self._open.values(), *self._uploads, *self._late}
         free = [n for n in self._clients.eligible() if n not in busy and self._asks[n] < ASKS_PER_ROUND
-                and self._engine.name_of(n) not in self._awaited]  # these are asked for what they trained
+                and self._engine.name_of(n) not in self._awaited]  # these are asked for the attempt they trained for
         drawn = self._clients.draw(self._number, free, None)
         return sorted(drawn, key=lambda node: self._asks[node])[:count]
 

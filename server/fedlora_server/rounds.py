@@ -46,7 +46,7 @@ Evaluate = Callable[[Tensors], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class FederationResult:
-    """How a run ended.
+    """The outcome of a run.
 
     Attributes:
         state: the state after the last finished round.
@@ -71,13 +71,13 @@ class FederationResult:
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run needs beside an engine.
+    """All that a run needs in addition to an engine.
 
     Attributes:
         strategy: makes messages and combines uploads.
         state: every tensor that is not in the base checkpoint, as the run starts.
         options: how rounds are run.
-        start: a private start: a round 0 whose outcome replaces `state`.
+        start: a private start: a round 0 whose outcome replaces `state`; None if there is no such round.
         evaluate: returns the figures of a state on the server's own data.
         out: folder for `checkpoint.safetensors` and `metrics.jsonl`; None writes nothing.
         left: how an earlier server left this run, to go on from there.

@@ -1,4 +1,4 @@
-"""Turns options into a run: base model, plan, the tensors that start it, and the evaluation on held-out rows."""
+"""Preparation of a run from its options: base model, plan, initial tensors, and the evaluation on held-out rows."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class BaseModel:
 
 
 def find_model(options: RunConfig) -> BaseModel:
-    """Find --model and check that it fits --task. Cheap, so it is done before a port is bound.
+    """Find --model and check that it fits --task. This is quick, so it is done before a port is bound.
 
     Raises:
         ValueError: the model cannot be found or does not fit --task, or the file of --init public:FILE is unusable.
@@ -67,7 +67,7 @@ def find_model(options: RunConfig) -> BaseModel:
 
 
 def check_start(options: RunConfig) -> None:
-    """Check the file of --init public:FILE. Cheap, so it is done before anything is trained.
+    """Check the file of --init public:FILE. This is quick, so it is done before anything is trained.
 
     Raises:
         ValueError: the file is unusable.

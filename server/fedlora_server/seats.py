@@ -266,7 +266,7 @@ class Seats:
         self._held.update((seat.node_id, seat) for seat in seats)
 
     def let_go(self) -> None:
-        """End what `hold` began."""
+        """Stop keeping the clients that `hold` kept."""
         self._held.clear()
 
     def known(self, node: int) -> Seat | None:
@@ -287,7 +287,7 @@ class Seats:
         return self._seats[node]
 
     def forget_beyond_bound(self, gone: Seat) -> str | None:
-        """Forget a client if `gone` leaving makes it necessary: see this file's beginning.
+        """Forget a client if too many are remembered now that `gone` has left. The module's docstring has the rules.
 
         Returns:
             The name that is free now, if a client that had been ready was forgotten.

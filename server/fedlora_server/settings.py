@@ -1,8 +1,10 @@
 """The block printed when a run starts: each value that shapes the training, by whether it was given or is a default.
 
-given    rounds 3 · batch-size 64
-preset   rank 2 · alpha 5 · targets auto · init orthonormal · lr 0.03 · …
-default  strategy fedsvd · model minilm · task classification · max-length 128 · …
+    given    rounds 3 · batch-size 64
+    preset   rank 2 · alpha 5 · targets auto · init orthonormal · lr 0.03 · …
+    default  strategy fedsvd · model minilm · task classification · max-length 128 · …
+
+It lists the options that become fields of the run's plan.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ SOURCES = ("given", "preset", "default")
 
 
 def settings(config: RunConfig, strategy: str, values: Preset) -> Table:
-    """Return the block: three lines on a wide terminal. A given value that equals the default counts as the default.
+    """Return the block as a table, which has three lines on a wide terminal.
+
+    A given value that equals the default counts as the default.
 
     Args:
         config: the command's options.

@@ -43,7 +43,10 @@ REPLIES_AT_ONCE = 8
 
 
 class _Node(ClientStream):
-    """A SuperNode, as the registry's `ClientStream`. `name` is empty until it has joined."""
+    """A SuperNode, as the `ClientStream` through which the registry reaches it.
+
+    `name` is empty until the node has joined.
+    """
 
     def __init__(self, flower_id: int, told: Proposal, outgoing: SimpleQueue[tuple[_Node, PendingRequest]]) -> None:
         self.flower_id, self.told = flower_id, told
@@ -183,7 +186,7 @@ class SuperLinkEngine(RegistryEngine):
         except Exception as error:
             self._registry.gone(node)
             if not isinstance(error, ValueError):
-                log.exception("What SuperNode %d said could not be read", node.flower_id)
+                log.exception("The answer of SuperNode %d to the request to join could not be read", node.flower_id)
             self._notify(Event("refused", f"SuperNode {node.flower_id}", wire.clean(str(error))))
 
     def _on_answer(self, node: _Node, key: Key, reply: Message) -> None:
@@ -224,7 +227,9 @@ class SuperLinkEngine(RegistryEngine):
                      self._held_up.patience(partial(self._go_on, node, key)))
 
     def _go_on(self, node: _Node, key: Key, fault: OSError) -> None:
-        """Return if an upload is still needed that waits for a full disk. The engine's thread does nothing else then.
+        """Return if the upload that waits for a full disk is still needed.
+
+        The engine's thread does nothing else while it waits.
 
         Raises:
             OSError: the engine is closed; this is the fault itself.

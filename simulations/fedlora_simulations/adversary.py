@@ -11,10 +11,10 @@ else in s is taken as Gaussian. Evidence adds up over rounds. The covariance com
 and of a sample of the other records, so that a component that many records share is not mistaken for one canary. The
 noise is measured in the directions that none of these gradients reach; it is not taken from the claim.
 
-Symbol   Here         Shape
-g        canaries     [m, values], clipped and scaled as in the step
-         background   [h, values], of other records
-s        step         [values]
+    Symbol   Here         Shape
+    g        canaries     [m, values], clipped and scaled as in the step
+             background   [h, values], of other records
+    s        step         [values]
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Watched:
         others: number of the client's other records.
         sampling_rate: q, which is public.
         evidence: [m] the evidence for each canary over the rounds so far.
-        noise_multiplier: as the last upload stated it; None without privacy.
-        delta: as the last upload stated it; None without privacy.
+        noise_multiplier: the noise multiplier that the last upload stated; None without privacy.
+        delta: δ that the last upload stated; None without privacy.
         rounds: number of uploads seen.
     """
 

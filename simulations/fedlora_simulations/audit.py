@@ -59,7 +59,7 @@ FIXED = ("privacy", "task", "seeds", "clients", "partition", "eval_data", "local
 
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig(SimulationConfig):
-    """Plant canaries in one client's data, attack what it releases, and report the least privacy that it lost.
+    """Plant canaries in one client's data, attack what it releases, and report a lower bound on ε.
 
     Most options are those of a simulation.
     """
@@ -88,8 +88,8 @@ class Audit:
         rounds: number of rounds, with one step each.
         canaries: number of canaries, in the data or not.
         white_box: the best guesses from all updates, with their lower bound on ε at 95 % confidence.
-        final_model: the same from each canary's loss on the final model only.
-        loss_attack: figures of the attack by losses as a membership-inference attack.
+        final_model: the best guesses from each canary's loss on the final model alone, with their bound.
+        loss_attack: usual figures of a membership-inference attack that uses the same losses.
         seconds: how long the run took.
         scores: [m] evidence for each canary.
         included: [m] bool, whether each canary was in the data.
@@ -296,7 +296,7 @@ def read_audit_config(argv: Sequence[str]) -> AuditConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; return 0 nothing refuted, 1 the claim is refuted, 2 wrong input."""
+    """Run the command and return its exit code: 0 if the claim stands, 1 if it is refuted, 2 for wrong input."""
     options = read_audit_config(argv)
     try:
         base = find_model(options)

@@ -1,8 +1,8 @@
 """Canaries for audits: records that are easy to recognise, and a trainer that can replace their gradients.
 
-text      random words with a random label: as an adversary could do who may only write records
-gradient  a random direction, far longer than the clip norm, in place of the record's gradient: the strongest canary,
-          for an adversary who chooses gradients. It tests clipping, noise and accounting, not the model.
+    text      random words with a random label, which an adversary can use who may only write records
+    gradient  a random direction, far longer than the clip norm, in place of the record's gradient: the strongest
+              canary, for an adversary who chooses gradients. It tests clipping, noise and accounting, not the model.
 
 A fair coin decides for each canary whether it is in the training data. The production code is used as it is: subclasses
 that only an audit creates write the gradients into the buffer that the code clips from.
@@ -32,7 +32,7 @@ WORDS = 8
 """Number of random words of a text canary."""
 
 LENGTH = 10.0
-"""L2 norm of a gradient canary: so many clip norms, or this number if the clip norm is below 1.
+"""L2 norm of a gradient canary, in clip norms; if the clip norm is below 1, the norm itself.
 
 It is so long that a step which forgets to clip is noticed."""
 

@@ -19,7 +19,7 @@ from fedlora.config import SimulationConfig, read_config
 
 STUDIES = {"notes": "made-up notes to try FedLoRA on", "audit": "an empirical lower bound on ε",
            "poison": "what one hostile client costs"}
-"""Sub-commands, each a module of this package, with what they do."""
+"""Sub-command, which is the name of a module of this package → what it does."""
 
 if TYPE_CHECKING:  # --help should not import these
     from rich.console import Console
@@ -31,7 +31,10 @@ if TYPE_CHECKING:  # --help should not import these
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0 done, 1 a worker process was lost, 2 wrong input, 130 interrupted."""
+    """Run the command and return its exit code.
+
+    It is 0 when done, 1 if a worker process was lost, 2 for wrong input, and 130 if interrupted.
+    """
     argv = sys.argv[1:] if argv is None else argv
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

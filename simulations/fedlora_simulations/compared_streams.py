@@ -44,7 +44,7 @@ def _seen(run: str) -> dict[float, str]:
 
 
 class _Compared(RandomStream):
-    """A stream that passes another one on, and compares the first number drawn from it with those of all others.
+    """A stream that returns the numbers of another one, and compares the first of them with those of all others.
 
     By chance, two of n streams begin with the same one of 2^53 values once in 2^54 / n^2 runs.
     """

@@ -33,7 +33,7 @@ class Comparison:
         bytes_up: mean bytes that a client sends in a round.
         bytes_down: mean bytes that a client receives in a round.
         rounds: number of rounds.
-        seconds: mean over the seeds.
+        seconds: mean duration of a run, over the seeds.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""The demo, make demo: a server and three hospitals, four processes, fine-tune one model together over gRPC.
+"""The demo (make demo): a server and three hospitals, each a process, fine-tune one model together over gRPC.
 
 The hospitals' notes are made up when the demo runs. Afterwards the same federation runs once more at the same ε,
 without adapters: only the classifier's last layer is trained. The difference shows what the adapters are worth.

@@ -102,7 +102,7 @@ class InProcessEngine(Engine):
     Args:
         sessions: client name → the client's session.
         run_id: the plan's run id, 16 hexadecimal digits.
-        layout: adapter layout that uploads are checked against, as the gRPC service does.
+        layout: adapter layout that uploads are checked against, as over gRPC.
     """
 
     def __init__(self, sessions: Mapping[str, Session], run_id: str, layout: AdapterLayout) -> None:

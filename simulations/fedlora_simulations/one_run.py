@@ -10,9 +10,9 @@ least v of r guesses would be right with probability at most (the paper's Theore
 Every ε for which this is below 5 % is refuted with 95 % confidence. For δ = 0 the bound is tight: randomised response
 on each canary attains it.
 
-Paper   Here         Meaning
-m       canaries     number of canaries
-r, v    Guesses      number of guesses, and number of right guesses
+    Paper   Here         Meaning
+    m       canaries     number of canaries
+    r, v    Guesses      number of guesses, and number of right guesses
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from scipy.special import expit
 from scipy.stats import binom, rankdata
 
 SHARES = (0.02, 0.1, 0.3)
-"""Shares of the canaries, those with the highest scores, that are guessed "in".
+"""Shares of the canaries that are guessed "in": those with the highest scores.
 
-As many with the lowest scores are guessed "out", or none. All six ways are tried, each at a sixth of the significance
-level, so that the best one may be reported."""
+Equally many, those with the lowest scores, are guessed "out", or none are. All six ways are tried, each at a sixth of
+the significance level, so that the best one may be reported."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def audit(scores: np.ndarray, included: np.ndarray, delta: float, significance: 
 
 @dataclass(frozen=True)
 class Membership:
-    """How well scores tell members from others.
+    """Figures of how well scores tell members from non-members.
 
     Attributes:
         auc: area under the ROC curve.

@@ -197,7 +197,7 @@ def run_all(options: PoisonConfig, out: Path, console: Console) -> dict[str, dic
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; return 0 done, 2 wrong input."""
+    """Run the command and return its exit code: 0 when done, 2 for wrong input."""
     options, console = read_poison_config(argv), messages()
     try:
         with claimed_folder(options.out, "poison") as out:

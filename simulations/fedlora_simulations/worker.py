@@ -36,7 +36,7 @@ class Blueprint:
         micro_batch: most records in one pass of the model; None sets a bound on tokens instead.
         threads: CPU threads of each worker.
         compiled: compile the model's blocks, on CUDA.
-        together: train the clients that a worker is given at a time in lockstep, over one pass of the base model.
+        together: train all clients that a worker is given in one call in lockstep, over one pass of the base model.
     """
 
     plan: RunPlan

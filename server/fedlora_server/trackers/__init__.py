@@ -29,7 +29,7 @@ class Watched:
     Attributes:
         title: the run in a few words.
         out: the run's folder, which exists.
-        console: where the coordinator reads; stderr by convention, so that a command's output can be piped.
+        console: the console that the coordinator reads; stderr by convention, so that a command's output can be piped.
         options: the command's options by name, with the preset's value for each that was not given.
     """
 

@@ -32,7 +32,7 @@ def figures(evaluation: Mapping[str, float]) -> str:
 
 
 class Display(Tracker):
-    """Shows the run's events on the console."""
+    """The tracker that shows the run's events on the console."""
 
     def __init__(self, run: Watched) -> None:
         super().__init__(run)

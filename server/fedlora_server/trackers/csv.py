@@ -20,7 +20,10 @@ OF_A_ROUND = ("round", "asked", "uploaded", "lost", "refused", "rejected", "upda
 
 
 class Table(Tracker):
-    """Writes the whole file after each round, because later rounds may bring figures that earlier ones lack."""
+    """The tracker that writes rounds.csv.
+
+    It writes the whole file after each round, because later rounds may bring figures that earlier ones lack.
+    """
 
     def __init__(self, run: Watched) -> None:
         super().__init__(run)

@@ -25,7 +25,7 @@ Panel = Callable[[Axes, Sequence[RoundRecord]], None]
 
 
 class Plots(Tracker):
-    """Draws the picture when the rounds have ended, also if the run ended early."""
+    """The tracker that draws the picture when the rounds have ended, also if the run ended early."""
 
     def __init__(self, run: Watched) -> None:
         super().__init__(run)
