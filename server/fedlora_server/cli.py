@@ -28,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .forget import main as forget
 
         return forget(argv[1:])
+    if argv[:1] == ["pki"]:
+        from .pki.command import main as pki
+
+        return pki(argv[1:])
     options = read_config(ServerConfig, argv, epilog=EXIT_CODES, begun_with=_begun_with)
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # FedLoRA's own messages say more

@@ -1,0 +1,152 @@
+"""Keys, certificates, the coordinator's authority and the list of allowed clients."""
+
+import stat
+from datetime import timedelta
+
+import pytest
+
+from fedlora.identity import make_request, read_identity
+from fedlora.identity.certificates import utc_now
+from fedlora.identity.folder import AUTHORITY, CERTIFICATE, KEY, REQUEST
+from fedlora_server.cli import main as server
+from fedlora_server.pki.allow_list import AllowList
+from fedlora_server.pki.authority import SERVER_NAME, Authority
+
+
+@pytest.fixture
+def authority(tmp_path):
+    return Authority.create(tmp_path / "pki", ["127.0.0.1", "fl.example.org"])
+
+
+def enrolled(authority, folder, name, **options):
+    """Make a client's key and request in a folder, have it signed, and put what comes back beside it."""
+    issued = authority.sign(make_request(folder, name), **options)
+    (folder / CERTIFICATE).write_bytes(issued.pem)
+    (folder / AUTHORITY).write_bytes((authority.folder / AUTHORITY).read_bytes())
+    return folder
+
+
+def test_an_enrolled_client_has_a_certificate_for_its_own_key_and_name(authority, tmp_path):
+    identity = read_identity(enrolled(authority, tmp_path / "north", "north"))
+    assert identity.certificate.name == "north"
+    assert authority.listed() == {"north": identity.certificate.fingerprint}
+
+
+def test_private_keys_are_readable_by_their_owner_alone(authority, tmp_path):
+    enrolled(authority, tmp_path / "north", "north")
+    for key in (authority.folder / "ca-key.pem", authority.folder / KEY, tmp_path / "north" / KEY):
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600, key
+
+
+def test_a_request_holds_no_private_key(tmp_path):
+    assert b"PRIVATE" not in make_request(tmp_path, "north")
+
+
+def test_the_server_has_an_identity_that_names_its_hosts(authority):
+    assert read_identity(authority.folder).certificate.name == SERVER_NAME
+
+
+def test_renewing_keeps_the_key_and_so_the_fingerprint(authority, tmp_path):
+    before = read_identity(enrolled(authority, tmp_path / "north", "north", days=3)).certificate
+    for name, old in (("north", before), (SERVER_NAME, authority.issued()[SERVER_NAME])):
+        new = authority.renew(name, days=900)
+        assert new.fingerprint == old.fingerprint and new.not_after > old.not_after + timedelta(days=300)
+    assert authority.listed() == {"north": before.fingerprint}
+
+
+def test_a_new_key_under_a_listed_name_needs_the_old_one_revoked_first(authority, tmp_path):
+    enrolled(authority, tmp_path / "north", "north")
+    with pytest.raises(ValueError, match="listed with another key"):
+        authority.sign(make_request(tmp_path / "thief", "north"))
+    authority.revoke("north")
+    enrolled(authority, tmp_path / "anew", "north")
+    assert authority.listed()["north"] == read_identity(tmp_path / "anew").certificate.fingerprint
+
+
+def test_who_was_revoked_is_not_renewed(authority, tmp_path):
+    enrolled(authority, tmp_path / "north", "north")
+    authority.revoke("north")
+    with pytest.raises(ValueError, match="north was revoked"):
+        authority.renew("north")
+
+
+def test_a_second_authority_in_the_same_folder_is_refused(authority):
+    with pytest.raises(ValueError, match="holds an authority already"):
+        Authority.create(authority.folder, ["127.0.0.1"])
+
+
+@pytest.mark.parametrize("host", ["fl.example.org:9092", "a b", "", "-x"])
+def test_a_host_that_is_none_is_refused(host, tmp_path):
+    with pytest.raises(ValueError, match="neither a host name nor an IP address"):
+        Authority.create(tmp_path / "pki", [host])
+
+
+@pytest.mark.parametrize("name", ["north", "St. Mary's, ward 3", "Zürich", "../../x", ".hidden", "a/b\"c\\d"])
+def test_any_name_that_a_client_may_have_can_be_enrolled_listed_and_renewed(authority, tmp_path, name):
+    enrolled(authority, tmp_path / "client", name)
+    assert list(authority.listed()) == [name]
+    assert authority.file_of(name).parent == authority.folder / "issued"
+    assert authority.renew(name).name == name
+
+
+@pytest.mark.parametrize(("spoil", "says"), [
+    (lambda f, a: (f / KEY).chmod(0o644), "chmod 600"),
+    (lambda f, a: (f / KEY).unlink(), "cannot be read"),
+    (lambda f, a: (f / KEY).write_bytes(b"nonsense"), "not a private key"),
+    (lambda f, a: (f / CERTIFICATE).write_bytes(b"nonsense"), "client: "),
+    (lambda f, a: (f / CERTIFICATE).write_bytes((a.folder / CERTIFICATE).read_bytes()), "was not issued for the key"),
+    (lambda f, a: (f / CERTIFICATE).write_bytes(a.renew("north", now=utc_now() - timedelta(days=900)).pem), "expired"),
+    (lambda f, a: (f / CERTIFICATE).write_bytes(a.renew("north", now=utc_now() + timedelta(days=9)).pem), "clock"),
+], ids=["open key", "no key", "no key in it", "no certificate", "another's certificate", "expired", "not yet valid"])
+def test_an_identity_that_cannot_be_used_says_what_to_do(authority, tmp_path, spoil, says):
+    folder = enrolled(authority, tmp_path / "client", "north")
+    spoil(folder, authority)
+    with pytest.raises(ValueError, match=says):
+        read_identity(folder)
+
+
+def test_an_expiry_is_told_thirty_days_ahead(authority, tmp_path):
+    certificate = read_identity(enrolled(authority, tmp_path / "north", "north", days=40)).certificate
+    assert certificate.expiry_warning(utc_now()) is None
+    assert "in 2 days" in (certificate.expiry_warning(utc_now() + timedelta(days=37, hours=1)) or "")
+
+
+def test_the_list_is_read_again_when_it_changes_and_a_slip_of_the_hand_changes_nothing(authority, tmp_path, caplog):
+    certificate = read_identity(enrolled(authority, tmp_path / "north", "north")).certificate
+    allowed = AllowList(authority.folder)
+    assert allowed.allows("north", certificate.fingerprint)
+    assert not allowed.allows("south", certificate.fingerprint)
+    allowed.path.write_text('north = "not a fingerprint"\n')
+    assert allowed.allows("north", certificate.fingerprint) and "stays in force" in caplog.text
+    authority.folder.joinpath("clients.toml").write_text("")
+    assert not allowed.allows("north", certificate.fingerprint)
+
+
+def run(capsys, *words):
+    code = server(["pki", *map(str, words)])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_the_commands_lead_from_nothing_to_a_client_that_may_take_part_and_back(tmp_path, capsys):
+    pki, home = tmp_path / "pki", tmp_path / "north"
+    assert run(capsys, "init", "--pki", pki, "--host", "127.0.0.1")[0] == 0
+    make_request(home, "north")
+    code, said = run(capsys, "sign", home / REQUEST, "--pki", pki)
+    assert code == 0 and "north may take part" in said
+    code, said = run(capsys, "invite", "south", "--pki", pki, "--out", tmp_path / "south")
+    assert code == 0 and read_identity(tmp_path / "south").certificate.name == "south"
+    assert run(capsys, "renew", "north", "--pki", pki, "--days", 20)[0] == 0
+    assert run(capsys, "revoke", "south", "--pki", pki)[0] == 0
+    code, said = run(capsys, "list", "--pki", pki)
+    lines = {line.split()[0]: line for line in said.splitlines()}
+    assert code == 0 and "yes" in lines["north"] and "(soon)" in lines["north"] and " no " in lines["south"]
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["sign", "nothing.csr"], "pki init"), (["list"], "fedlora-server pki init"), (["revoke", "x"], "pki init"),
+    (["renew", "x"], "pki init"), (["init", "--host", "a:1"], "leave out the port")])
+def test_what_cannot_be_done_is_said_in_a_line(tmp_path, capsys, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    code, said = run(capsys, *words)
+    assert code == 2 and says in said and "Traceback" not in said and len(said.splitlines()) == 1
