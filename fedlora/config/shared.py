@@ -46,6 +46,8 @@ class Config:
 class ConnectedConfig(Config):
     """Options of the server and the client, which talk to each other over the network."""
 
+    tls: Path | None = option(None, "folder with this side's key and certificate: encrypt by mutual TLS 1.3", NETWORK,
+                              values.path, metavar="DIR", unset="no encryption, on this machine alone", place=2)
     insecure: bool = option(False, "allow unencrypted connections to other machines", NETWORK, None)
 
 

@@ -42,6 +42,7 @@ from .run_setup import (
     without_effect,
 )
 from .settings import settings
+from .tls import ServerTls
 from .trackers import Trackers, Watched
 
 Listen = Callable[[Proposal, Path, Callable[[Event], None]], RegistryEngine]
@@ -90,8 +91,12 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
            run_id: str | None) -> Served:
     if left is not None and left.plan.labels:
         options = replace(options, labels=options.labels or left.plan.labels)
+    tls = None
     if listen is None:
-        check_address(options.address, insecure=options.insecure)
+        check_address(options.address, insecure=options.insecure or options.tls is not None)
+        if options.tls is not None:
+            tls = ServerTls(options.tls)
+            console.print(tls.told())
     rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
                           min_clients=options.min_clients, min_replies=options.min_replies,
                           round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
@@ -133,7 +138,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
             engine.keep_names()
 
     lines = PeerLines()
-    engine = (listen or _grpc(options, out, left))(proposal, out / "uploads",
+    engine = (listen or _grpc(options, out, left, tls))(proposal, out / "uploads",
                                                    lambda event: _tell(trackers, lines, event))
     ended = "failed"
     with _stopped_by_signals(stop, goes_on, console), _told_sparingly(lines):
@@ -194,9 +199,10 @@ def _joined(engine: RegistryEngine, before: Mapping[str, Mapping[str, object]]) 
         "label_names", [])} for name, about in now.items()}}
 
 
-def _grpc(options: ServerConfig, out: Path, left: Unfinished | None) -> Listen:
+def _grpc(options: ServerConfig, out: Path, left: Unfinished | None, tls: ServerTls | None) -> Listen:
     return lambda proposal, uploads, notify: GrpcEngine(options.address, proposal, uploads, insecure=options.insecure,
-                                                   notify=notify, under_way=left.under_way if left else None,
+                                                   tls=tls, notify=notify,
+                                                   under_way=left.under_way if left else None,
                                                    anchors=default_place(), names=out / names.FOLDER)
 
 

@@ -16,6 +16,10 @@ EXIT_CODES = ("exit codes: 0 finished; 1 ended early, for lack of clients or by 
               "--resume); 2 the command, a file or the clients' labels must be corrected first, or the training "
               "diverged; 130 stopped by Ctrl-C, 143 suspended by SIGTERM (continue with --resume or the same command)")
 
+TLS_1_3_ALONE = "ECDHE-RSA-AES128-GCM-SHA256"
+"""A server whose certificate is ECDSA cannot agree on TLS 1.2 where this is its only suite. TLS 1.3 has suites of its
+own, which the setting does not touch."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
@@ -35,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = read_config(ServerConfig, argv, epilog=EXIT_CODES, begun_with=_begun_with)
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # FedLoRA's own messages say more
+    os.environ["GRPC_SSL_CIPHER_SUITES"] = TLS_1_3_ALONE
     if not options.allow_download:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

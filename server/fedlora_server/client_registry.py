@@ -63,7 +63,8 @@ class ClientRegistry:
     # Called for a client's stream.
 
     def join(self, stream: ClientStream, join: pb.Join, told: Proposal | None = None,
-             admit: Callable[[Standing, ClientStream | None], None] = lambda standing, replaced: None) -> Proposal:
+             admit: Callable[[Standing, ClientStream | None], None] = lambda standing, replaced: None, *,
+             proved: bool = False) -> Proposal:
         """Give the stream its name's seat, and the secret that will be the name's once the client is ready.
 
         Args:
@@ -72,6 +73,7 @@ class ClientRegistry:
             told: the proposal that the client's process has already been told; None if it has been told none.
             admit: called with the client's standing and the stream that this one replaces. It raises an exception of
                 any type if there is no place for the client.
+            proved: whether a certificate has shown that the name is the client's, so that no secret is needed.
 
         Returns:
             The proposal to tell the client: the one that its process was told first, or the present one.
@@ -81,7 +83,7 @@ class ClientRegistry:
             WireError: the name, the process token or the secret is malformed.
         """
         theirs = check_join(join, self.proposal.plan)
-        own = self._names is not None and self._names.is_own(join.name, join.secret)
+        own = proved or (self._names is not None and self._names.is_own(join.name, join.secret))
         taken = not own and self._names is not None and not self._names.may_have(join.name, join.secret)
         with self._changed:
             node = node_id(join.name)
@@ -96,8 +98,8 @@ class ClientRegistry:
                 seat = Seat(join.name, node, join.process, theirs, join.private, told or self.proposal, time.time())
                 self._seats.add(seat)
             elif seat.stream is not None:
-                seat.vacate(None if same else Refusal("name-in-use", "another process came and showed this name's "
-                                                                     "secret"))
+                seat.vacate(None if same else Refusal("name-in-use", "another process came and proved that the name "
+                                                                     "is its own"))
             if not same:
                 seat.proposal = told or self.proposal
             if self._names is not None:

@@ -29,6 +29,7 @@ from .grpc_session import READY_TIMEOUT_S, GrpcSession, NoPlace
 from .names import Names
 from .registry_engine import RegistryEngine
 from .seats import ClientStream, Standing
+from .tls import ServerTls
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ def check_address(address: str, *, insecure: bool) -> None:
     """
     if not wire.is_loopback(address) and not insecure:
         raise ValueError(f"{address} can be reached from other machines and the connection is not encrypted; "
-                         "listen on 127.0.0.1 (through an SSH tunnel, say), or accept that with --insecure")
+                         "give --tls DIR (fedlora-server pki init makes the folder), listen on 127.0.0.1 (through an "
+                         "SSH tunnel, say), or accept that with --insecure")
 
 
 class GrpcEngine(RegistryEngine):
@@ -74,6 +76,7 @@ class GrpcEngine(RegistryEngine):
         proposal: what every client that joins is told.
         uploads: folder for uploads that wait to be aggregated; made if absent, cleared of them at the end.
         insecure: allow plaintext connections from other machines.
+        tls: the server's identity and the clients that may take part; None for plaintext.
         max_clients: largest number of clients at a time; fewer if the system allows too few open files (`Room`).
         notify: called with each `Event`, from any thread; it must return quickly.
         under_way: the round that an earlier server of this run had begun, if any (see `ClientRegistry`).
@@ -87,10 +90,12 @@ class GrpcEngine(RegistryEngine):
     """
 
     def __init__(self, address: str, proposal: Proposal, uploads: Path, *, insecure: bool = False,
-                 max_clients: int = 512, notify: Callable[[Event], None] = lambda event: None,
-                 under_way: int | None = None, anchors: Path | None = None, names: Path | None = None,
+                 tls: ServerTls | None = None, max_clients: int = 512,
+                 notify: Callable[[Event], None] = lambda event: None, under_way: int | None = None,
+                 anchors: Path | None = None, names: Path | None = None,
                  ready_within_s: float = READY_TIMEOUT_S) -> None:
-        check_address(address, insecure=insecure)
+        check_address(address, insecure=insecure or tls is not None)
+        self._tls = tls
         assume_identity(proposal.plan.run_id)
         wire.share_arenas()
         self._room, self._ready_within_s = Room.of(max_clients), ready_within_s
@@ -115,7 +120,8 @@ class GrpcEngine(RegistryEngine):
 
     def _bind(self, address: str) -> int:
         try:
-            port: int = self._server.add_insecure_port(address)  # TLS: add_secure_port with credentials
+            port: int = (self._server.add_insecure_port(address) if self._tls is None else
+                         self._server.add_secure_port(address, self._tls.credentials()))
         except RuntimeError:
             port = 0
         if port == 0:
@@ -146,7 +152,7 @@ class GrpcEngine(RegistryEngine):
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         session = GrpcSession(self._registry, context, lambda: self._trained or {}, self._uploads, self._anchors,
-                              self._names, self._admit, self._held_up)
+                              self._names, self._admit, self._held_up, self._tls)
         with self._lock:
             if self._closed.is_set():
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the server is closing")

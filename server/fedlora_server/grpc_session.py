@@ -30,6 +30,7 @@ from .joining import Unproven
 from .names import Names
 from .patience import HeldUp, Patience
 from .seats import ClientStream, PendingRequest, Standing
+from .tls import ServerTls, client_certificate
 from .upload_store import IncomingUpload, Stored, new_upload, not_stored
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ class GrpcSession(ClientStream):
         admit: called when the client joins, with this session, the client's standing and the stream that this one
             replaces. It raises NoPlace if the server has no place for the client.
         held_up: where uploads wait that cannot be stored for now.
+        tls: which clients may take part; None on a server without TLS.
 
     Attributes:
         peer: the client's end of the connection.
@@ -122,7 +124,8 @@ class GrpcSession(ClientStream):
 
     def __init__(self, registry: ClientRegistry, context: grpc.ServicerContext, trained: Callable[[], Shapes],
                  uploads: Path, anchors: Anchors, names: Names,
-                 admit: Callable[[GrpcSession, Standing, ClientStream | None], None], held_up: HeldUp) -> None:
+                 admit: Callable[[GrpcSession, Standing, ClientStream | None], None], held_up: HeldUp,
+                 tls: ServerTls | None = None) -> None:
         self.name, self.process, self.secret = "", b"", b""
         self.has_place = True
         self.peer, self.is_ready = peer_of(context.peer()), False
@@ -133,6 +136,7 @@ class GrpcSession(ClientStream):
         self._asked = self._acknowledged = 0
         self._registry, self._context, self._trained, self._uploads = registry, context, trained, uploads
         self._anchors, self._held_up = anchors, held_up
+        self._tls, self._certificate = tls, client_certificate(context) if tls is not None else None
         self._outgoing: SimpleQueue[Iterable[bytes] | None] = SimpleQueue()
         self._failure: tuple[grpc.StatusCode, str] | None = None
         self._sent, self._received = Repeats(), Repeats()
@@ -175,6 +179,8 @@ class GrpcSession(ClientStream):
     def check_deadlines(self, now: float, ready_within_s: float) -> None:
         """End the stream if its Join, its Ready, the next chunk of its upload, or its end is overdue.
 
+        On a server with TLS, also end it if its client may no longer take part.
+
         Args:
             now: monotonic time in seconds.
             ready_within_s: seconds from Join to Ready.
@@ -185,6 +191,10 @@ class GrpcSession(ClientStream):
                 self._context.cancel()
         elif (not self.name and silent_s > wire.JOIN_TIMEOUT_S) or (self._upload and silent_s > wire.STALL_TIMEOUT_S):
             self._context.cancel()
+        elif self._certificate is not None and self.name and (why := self._why_not_allowed(self.name)):
+            log.warning("Client %r was disconnected: %s", self.name, why,
+                        extra={"peer": self.peer_group, "kind": "not allowed"})
+            self.end(grpc.StatusCode.PERMISSION_DENIED, why)
         elif not self.is_ready and now - self.started_at > ready_within_s:
             self.end(grpc.StatusCode.DEADLINE_EXCEEDED, f"not ready within {ready_within_s:g} s of joining; join again")
 
@@ -250,9 +260,26 @@ class GrpcSession(ClientStream):
         elif kind == "leave":
             self._left = True
 
+    def _why_not_allowed(self, name: str) -> str | None:
+        """Return why this stream's certificate does not let its client take part under a name; None if it does."""
+        if self._tls is None:
+            return None
+        if self._certificate is None:
+            return "the connection shows no certificate that this server takes"
+        if name != self._certificate.name:
+            return f"the certificate is that of {self._certificate.name!r}; join under this name (--name)"
+        return self._tls.why_refused(self._certificate)
+
     def _on_join(self, join: pb.Join) -> None:
+        if why := self._why_not_allowed(join.name):
+            log.warning("A client that calls itself %r was turned away: %s", wire.clean(join.name), why,
+                        extra={"peer": self.peer_group, "kind": "turned away"})
+            self.end(grpc.StatusCode.PERMISSION_DENIED, why)
+            self._left = True
+            return
         try:
-            proposal = self._registry.join(self, join, admit=partial(self._admit, self))
+            proposal = self._registry.join(self, join, admit=partial(self._admit, self),
+                                           proved=self._certificate is not None)
         except NoPlace as none:
             self.end(grpc.StatusCode.RESOURCE_EXHAUSTED, str(none))
             self._left = True

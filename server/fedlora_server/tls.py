@@ -7,7 +7,6 @@ was taken off the list is disconnected within seconds.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -15,24 +14,18 @@ from pathlib import Path
 import grpc
 
 from fedlora.identity import Certificate, Identity, parse_certificate, read_identity
-from fedlora.identity.certificates import utc_now
+from fedlora.identity.certificates import day, grouped, utc_now
 
 from .pki.allow_list import AllowList
 
 log = logging.getLogger(__name__)
 
-CIPHER_SUITES = "ECDHE-RSA-AES128-GCM-SHA256"
-"""gRPC has no option for the least version of TLS. A server with an ECDSA certificate and none of TLS 1.2's suites for
-ECDSA can agree with nobody on TLS 1.2; TLS 1.3 has suites of its own, which this setting does not touch."""
-
-
-def require_tls_1_3() -> None:
-    """Have gRPC's servers in this process accept TLS 1.3 alone. Call it before gRPC is first used."""
-    os.environ["GRPC_SSL_CIPHER_SUITES"] = CIPHER_SUITES
-
 
 class ServerTls:
     """What a server needs for mutual TLS.
+
+    gRPC has no option for the least version of TLS: `fedlora_server.cli` leaves its servers no cipher suite of TLS 1.2,
+    and `client_certificate` takes none that was shown over it.
 
     Args:
         folder: holds key.pem, certificate.pem, ca.pem and clients.toml (`fedlora-server pki init` makes them).
@@ -53,6 +46,14 @@ class ServerTls:
     def certificate(self) -> Certificate:
         """The server's certificate as it was read last."""
         return self._identity.certificate
+
+    def told(self) -> str:
+        """Return what the coordinator reads at the start: who may take part, the fingerprint, and when it ends."""
+        lines = [f"Clients must show a certificate (TLS 1.3); {len(self._allowed)} are listed in {self._allowed.path}.",
+                 f"This server's fingerprint: {grouped(self.certificate.fingerprint)}",
+                 self.certificate.expiry_warning(utc_now()) or
+                 f"Its certificate is valid until {day(self.certificate.not_after)}."]
+        return "\n".join(lines)
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials for gRPC that read the identity again at each handshake."""
@@ -86,17 +87,18 @@ class ServerTls:
 
 
 def client_certificate(context: grpc.ServicerContext) -> Certificate | None:
-    """Return the certificate that the client of a stream has shown; None on a connection without TLS.
+    """Return the certificate that the client of a stream has shown.
 
-    Raises:
-        ValueError: the certificate is not one that FedLoRA takes, or the connection is not TLS 1.3.
+    None stands for a connection without TLS 1.3, and for a certificate that FedLoRA does not take.
     """
     about: Mapping[str, list[bytes]] = context.auth_context()
-    if "x509_pem_cert" not in about:
+    if about.get("ssl_tls_version") != [b"TLSv1.3"] or "x509_pem_cert" not in about:
         return None
-    if about.get("ssl_tls_version") != [b"TLSv1.3"]:
-        raise ValueError("the connection is not TLS 1.3")
-    return parse_certificate(about["x509_pem_cert"][0])
+    try:
+        return parse_certificate(about["x509_pem_cert"][0])
+    except ValueError as error:
+        log.warning("A client's certificate was not taken: %s", error, extra={"peer": "", "kind": "certificate"})
+        return None
 
 
 def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:

@@ -44,6 +44,11 @@ class AllowList:
             self._refresh()
             return self._allowed.get(name) == fingerprint
 
+    def __len__(self) -> int:
+        with self._lock:
+            self._refresh()
+            return len(self._allowed)
+
     def _refresh(self) -> None:
         stamp = self._stamp_now()
         if stamp == self._stamp:
