@@ -41,7 +41,7 @@ def take_part(options: ClientConfig, console: Console) -> None:
     gate, limits = holder.gate, holder.limits
     connection = Connection(options.server, holder.name, private=limits.private, insecure=options.insecure,
                             connect_timeout_s=options.connect_timeout,
-                            report=lambda line: console.print(line), secrets=holder.state)
+                            report=lambda line: console.print(line), tls=holder.tls, secrets=holder.state)
     try:
         proposal = connection.join()
         while True:

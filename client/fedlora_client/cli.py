@@ -28,6 +28,10 @@ EPILOG = ("exit codes: 0 the run was finished, or its coordinator stopped it; 1 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and end the process with its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["enroll"]:
+        from .enroll import main as enroll
+
+        sys.exit(enroll(arguments[1:]))
     if arguments[:1] in (["budget"], ["verify"]):
         sys.exit((_budget if arguments[0] == "budget" else _verify)(arguments[1:]))
     options = read_config(ClientConfig, arguments, epilog=EPILOG)
@@ -100,9 +104,13 @@ def _run(options: ClientConfig) -> int:
 
     from .app import EndedEarly, RoundFailed, take_part
     from .connection import ServerUnreachable
+    from .tls import Untrusted
 
     try:
         take_part(options, messages())
+    except Untrusted as error:
+        print(f"fedlora-client: {error}", file=sys.stderr)
+        return 4
     except (ValueError, MemoryError, WireError) as error:
         print(f"fedlora-client: {error}", file=sys.stderr)
         return 2

@@ -34,6 +34,8 @@ from fedlora import wire
 from fedlora.plan import GOODBYES, PROTOCOL, Proposal, Refusal, Refused, RoundPlan, Tensors, Upload
 from fedlora.wire import Incoming, Key, Repeats, WireError, pb
 
+from .tls import Tls, Unreachable, Untrusted
+
 LEAVE_TIMEOUT_S = 2.0
 """Seconds for which `leave` waits for the thread to say goodbye."""
 
@@ -114,6 +116,7 @@ class Connection:
         connect_timeout_s: how long to look for the server, in seconds: at first, and again whenever it is lost.
         report: called with a line for the user now and then, from another thread.
         insecure: allow a server on another machine although the connection is not encrypted.
+        tls: this client's identity and the servers it trusts; None for a connection that is not encrypted.
         secrets: where the name's secrets are kept. None keeps them in memory, so that no later process can use the
             name in the same run.
 
@@ -132,12 +135,13 @@ class Connection:
 
     def __init__(self, server: str, name: str, *, private: bool, connect_timeout_s: float = 60.0,
                  report: Callable[[str], None] = lambda line: None, insecure: bool = False,
-                 secrets: Secrets | None = None) -> None:
-        if not wire.is_loopback(server) and not insecure:
-            raise ValueError(f"{server} is another machine and the connection would not be encrypted; go through a "
-                             "tunnel to 127.0.0.1, or accept that with --insecure")
+                 tls: Tls | None = None, secrets: Secrets | None = None) -> None:
+        if not wire.is_loopback(server) and not insecure and tls is None:
+            raise ValueError(f"{server} is another machine and the connection would not be encrypted; give --tls DIR "
+                             "(fedlora-client enroll makes the folder), go through a tunnel to 127.0.0.1, or accept "
+                             "that with --insecure")
         wire.check_name(name)
-        self.server, self.name = server, name
+        self.server, self.name, self._tls = server, name, tls
         self.cancelled = threading.Event()
         self.bytes_up = self.bytes_down = 0
         self._private, self._connect_timeout_s, self._report = private, connect_timeout_s, report
@@ -325,7 +329,15 @@ class Connection:
         with self._changed:
             self._stream = stream
         stream.send(self._join_frame())
-        with grpc.insecure_channel(self.server, options=wire.CHANNEL_OPTIONS) as channel:  # TLS: grpc.secure_channel
+        try:
+            opened = self._channel()
+        except Unreachable as error:
+            return str(error)
+        except Untrusted as error:
+            if self._proposal is None:
+                raise
+            return str(error)  # it was trusted before, and may be again
+        with opened as channel:
             call = channel.stream_stream(wire.SERVICE)(self._requests(stream))
             stream.call = call
             overdue = threading.Timer(wire.JOIN_TIMEOUT_S, lambda: stream.welcomed or call.cancel())
@@ -346,6 +358,8 @@ class Connection:
             except grpc.RpcError as error:
                 if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
                     raise WireError(f"the server ended the stream: {wire.clean(error.details() or '')}") from None
+                if error.code() == grpc.StatusCode.PERMISSION_DENIED:
+                    raise Untrusted(f"{self.server} refuses this client: {wire.clean(error.details() or '')}") from None
                 if error.code() == grpc.StatusCode.UNIMPLEMENTED:
                     raise WireError(f"the program that listens at {self.server} is not a FedLoRA server; check "
                                     "--server") from None
@@ -359,6 +373,18 @@ class Connection:
                 with self._changed:
                     stream.is_ready, stream.call, self._until = False, None, math.inf
                 call.cancel()
+
+    def _channel(self) -> grpc.Channel:
+        """Return a new channel to the server. Where TLS is used, the server is checked first.
+
+        Raises:
+            Untrusted: the server is not one that this client trusts, or does not take its certificate.
+            Unreachable: the server did not answer.
+        """
+        if self._tls is None:
+            return grpc.insecure_channel(self.server, options=wire.CHANNEL_OPTIONS)
+        credentials, _ = self._tls.credentials(self.server)
+        return grpc.secure_channel(self.server, credentials, options=(*wire.CHANNEL_OPTIONS, *self._tls.options))
 
     def _join_frame(self, secret: bytes = b"") -> pb.ClientFrame:
         return pb.ClientFrame(join=pb.Join(protocol=PROTOCOL, schema=wire.SCHEMA, name=self.name,

@@ -23,6 +23,7 @@ from .paths import default_state
 from .privacy_gate import PrivacyGate, limits_of, unit_count
 from .state import FolderState
 from .terms import Limits
+from .tls import Tls, tls_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class DataHolder:
         state: the folder of uploads and reports, held by this process alone.
         streams: the source of this client's random numbers.
         console: where the data holder is told what happens.
+        tls: this client's certificate and the servers it trusts; None for a connection that is not encrypted.
         asks: whether the data holder is asked before a run begins: someone sits at a terminal, and a real budget is
             charged.
     """
@@ -48,6 +50,7 @@ class DataHolder:
     state: FolderState
     streams: RunStreams
     console: Console
+    tls: Tls | None
     asks: bool
 
     @classmethod
@@ -68,7 +71,8 @@ class DataHolder:
         if options.model and options.model.startswith(("/", ".")) and not Path(options.model).is_dir():
             raise ValueError(f"--model {options.model} is no folder; give the folder of the base model, or leave the "
                              "option out")
-        name = options.name or socket.gethostname()
+        tls = tls_of(options)
+        name = options.name or (tls.identity().certificate.name if tls else socket.gethostname())
         check_computing(options.device, options.precision, options.compile)  # now, rather than in round 1
         gate = PrivacyGate(options)
         limits = limits_of(options, gate)
@@ -99,7 +103,7 @@ class DataHolder:
         for line in gate.recognise(rows):
             console.print(line, soft_wrap=True)
         return cls(options, gate, rows, limits, FolderState(options.state or default_state(name)), streams, console,
-                   asks and charged)
+                   tls, asks and charged)
 
     @property
     def name(self) -> str:

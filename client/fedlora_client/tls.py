@@ -17,8 +17,10 @@ from pathlib import Path
 
 import grpc
 
+from fedlora.config import ClientConfig
 from fedlora.identity import Certificate, Identity, parse_certificate, read_identity
 from fedlora.identity.certificates import grouped, utc_now
+from fedlora.wire import is_loopback
 
 HANDSHAKE_TIMEOUT_S = 10.0
 
@@ -53,6 +55,13 @@ class Tls:
             ValueError: a file is missing, damaged or open to others, or the certificate has expired.
         """
         return read_identity(self.folder)
+
+    @property
+    def options(self) -> tuple[tuple[str, int | str], ...]:
+        """The channel options that have gRPC go through the proxy."""
+        if self.proxy is None:
+            return ()
+        return ("grpc.enable_http_proxy", 1), ("grpc.http_proxy", f"http://{self.proxy}")
 
     def credentials(self, server: str) -> tuple[grpc.ChannelCredentials, Certificate]:
         """Check the server and return the credentials of a channel to it, with its certificate.
@@ -128,6 +137,25 @@ class Tls:
             plain.close()
             raise
         return plain
+
+
+def tls_of(options: ClientConfig) -> Tls | None:
+    """Return how the options of fedlora-client have the connection encrypted; None if they do not.
+
+    Raises:
+        ValueError: the identity cannot be used, its name is not --name, or --proxy stands without --tls.
+    """
+    if options.tls is None:
+        if options.proxy is not None:
+            raise ValueError(f"--proxy {options.proxy} could read a connection that is not encrypted; add --tls DIR")
+        return None
+    if options.proxy is not None:
+        is_loopback(options.proxy)  # raises where it is not host:port
+    tls = Tls(options.tls, proxy=options.proxy)
+    name = tls.identity().certificate.name
+    if options.name not in (None, name):
+        raise ValueError(f"--name {options.name} is not the name in the certificate, {name}; leave --name out")
+    return tls
 
 
 def _why_untrusted(server: str, host: str, error: ssl.SSLCertVerificationError) -> str:

@@ -21,7 +21,7 @@ class ClientConfig(LocalConfig, ConnectedConfig):
     command: ClassVar[str] = CLIENT
     forms: ClassVar[tuple[str, ...]] = (
         "fedlora-client --data DIR_OR_FILE [options]", "fedlora-client budget [--help]",
-        "fedlora-client verify privacy.json [--help]")
+        "fedlora-client verify privacy.json [--help]", "fedlora-client enroll --name NAME --tls DIR")
 
     name: str | None = option(None, "name of this client at the server", RUN, unset="host name", place=2)
     labels: tuple[str, ...] | None = option(
@@ -45,4 +45,6 @@ class ClientConfig(LocalConfig, ConnectedConfig):
                               "say so", PRIVACY, None, place=8)
 
     server: str = option("127.0.0.1:9092", "address of the server", NETWORK, metavar="HOST:PORT", place=1)
+    proxy: str | None = option(None, "HTTP proxy that leads to the server; only with --tls", NETWORK,
+                               metavar="HOST:PORT", place=3)
     connect_timeout: float = option(120.0, "seconds to keep trying to reach the server", NETWORK, values.positive)
