@@ -80,6 +80,15 @@ def test_a_name_whose_certificate_is_shown_needs_no_secret(engine, authority, tm
     assert joined(engine, folder) == RUN  # another process, without the state folder that holds the secret
 
 
+def test_a_policy_that_names_keys_allows_no_server_without_tls(tmp_path):
+    policy = tmp_path / "policy.toml"
+    policy.write_text(f'server-fingerprints = ["{"ab12 " * 16}"]\n')
+    data = write_rows(tmp_path / "rows.jsonl", 1)
+    client = start("client", "--data", data, "--policy", policy, "--yes", "--declared-size", 120,
+                   log=tmp_path / "client.log", home=tmp_path / "home")
+    assert client.wait(240) == 2 and "only --tls DIR shows" in (tmp_path / "client.log").read_text()
+
+
 def other_authority(tmp_path):
     return Authority.create(tmp_path / "other", ["127.0.0.1"])
 

@@ -71,10 +71,10 @@ class DataHolder:
         if options.model and options.model.startswith(("/", ".")) and not Path(options.model).is_dir():
             raise ValueError(f"--model {options.model} is no folder; give the folder of the base model, or leave the "
                              "option out")
-        tls = tls_of(options)
-        name = options.name or (tls.identity().certificate.name if tls else socket.gethostname())
         check_computing(options.device, options.precision, options.compile)  # now, rather than in round 1
         gate = PrivacyGate(options)
+        tls = tls_of(options, gate.policy)
+        name = options.name or (tls.identity().certificate.name if tls else socket.gethostname())
         limits = limits_of(options, gate)
         streams = run_streams(name)
         if not limits.private:

@@ -20,6 +20,7 @@ import grpc
 from fedlora.config import ClientConfig
 from fedlora.identity import Certificate, Identity, parse_certificate, read_identity
 from fedlora.identity.certificates import grouped, utc_now
+from fedlora.privacy import Policy
 from fedlora.wire import is_loopback
 
 HANDSHAKE_TIMEOUT_S = 10.0
@@ -39,13 +40,13 @@ class Tls:
 
     Attributes:
         folder: this client's identity (`fedlora.identity.folder`).
-        servers: fingerprints of the server keys that the owner's policy allows; empty allows every server whose
+        servers: fingerprints of the server keys that the owner's policy allows; None allows every server whose
             certificate comes from the authority.
         proxy: host:port of an HTTP proxy to go through, or None.
     """
 
     folder: Path
-    servers: Collection[str] = ()
+    servers: Collection[str] | None = None
     proxy: str | None = None
 
     def identity(self) -> Identity:
@@ -109,7 +110,7 @@ class Tls:
         return context
 
     def _check_fingerprint(self, server: str, certificate: Certificate) -> None:
-        if self.servers and certificate.fingerprint not in self.servers:
+        if self.servers is not None and certificate.fingerprint not in self.servers:
             raise Untrusted(f"the key of {server} is not one that the policy allows (server-fingerprints). Its "
                             f"fingerprint is {grouped(certificate.fingerprint)}; ask the coordinator by another way "
                             "whether that is right")
@@ -139,19 +140,26 @@ class Tls:
         return plain
 
 
-def tls_of(options: ClientConfig) -> Tls | None:
+def tls_of(options: ClientConfig, policy: Policy) -> Tls | None:
     """Return how the options of fedlora-client have the connection encrypted; None if they do not.
 
+    Args:
+        options: the options of fedlora-client.
+        policy: the owner's policy, which may name the servers' keys.
+
     Raises:
-        ValueError: the identity cannot be used, its name is not --name, or --proxy stands without --tls.
+        ValueError: the identity cannot be used, its name is not --name, or --proxy or the policy needs --tls.
     """
     if options.tls is None:
+        if policy.server_fingerprints is not None:
+            raise ValueError(f"the policy {policy.path} allows certain server keys alone (server-fingerprints), and "
+                             "only --tls DIR shows which key a server has")
         if options.proxy is not None:
             raise ValueError(f"--proxy {options.proxy} could read a connection that is not encrypted; add --tls DIR")
         return None
     if options.proxy is not None:
         is_loopback(options.proxy)  # raises where it is not host:port
-    tls = Tls(options.tls, proxy=options.proxy)
+    tls = Tls(options.tls, policy.server_fingerprints, options.proxy)
     name = tls.identity().certificate.name
     if options.name not in (None, name):
         raise ValueError(f"--name {options.name} is not the name in the certificate, {name}; leave --name out")

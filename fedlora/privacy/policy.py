@@ -7,6 +7,7 @@
     families = ["frozen-a", "bra"]        # kinds of adapter, which decide what tensors are trained here and sent
     models = ["<SHA-256 of the weights>"]
     servers = ["127.0.0.1:9092"]
+    server-fingerprints = ["<SHA-256 of the server's public key>"]    # no server without --tls and one of these keys
     announce-labels = false               # refuse servers that ask for the label names
     announce-size = false                 # leave sigma and delta out of uploads: they tell about the declared size
     private-start = false                 # refuse servers that ask for noised gradients to start the adapters from
@@ -119,6 +120,7 @@ class Policy:
         families: allowed adapter families.
         models: allowed base models, by the SHA-256 of their weights.
         servers: allowed servers, as host:port.
+        server_fingerprints: allowed keys of servers, as 64 hexadecimal digits; in the file they may stand in groups.
         announce_labels: whether a server may ask for the label names.
         announce_size: whether uploads state the noise multiplier and delta, which tell about the declared size.
         private_start: whether a server may ask for noised gradients from which the adapters start.
@@ -133,10 +135,18 @@ class Policy:
     families: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None
     servers: tuple[str, ...] | None = None
+    server_fingerprints: tuple[str, ...] | None = None
     announce_labels: bool = True
     announce_size: bool = True
     private_start: bool = True
     datasets: Mapping[str, DatasetPolicy] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.server_fingerprints is not None:
+            keys = tuple("".join(key.split()).lower() for key in self.server_fingerprints)
+            if wrong := [key for key in keys if not re.fullmatch(r"[0-9a-f]{64}", key)]:
+                raise ValueError(f"server-fingerprints holds {wrong[0]!r}; a fingerprint has 64 hexadecimal digits")
+            object.__setattr__(self, "server_fingerprints", keys)
 
     @classmethod
     def read(cls, path: Path) -> Policy:
@@ -302,8 +312,8 @@ def absolute(data: str) -> str:
 
 _FIELDS: Mapping[str, tuple[type, ...]] = {
     "min-noise-multiplier": (int, float), "max-rounds": (int,), "max-sampling-rate": (int, float),
-    "strategies": (list,), "families": (list,), "models": (list,), "servers": (list,), "announce-labels": (bool,),
-    "announce-size": (bool,), "private-start": (bool,)}
+    "strategies": (list,), "families": (list,), "models": (list,), "servers": (list,),
+    "server-fingerprints": (list,), "announce-labels": (bool,), "announce-size": (bool,), "private-start": (bool,)}
 
 _DATASET_FIELDS: Mapping[str, tuple[type, ...]] = {
     "data": (str,), "epsilon": (int, float), "delta": (int, float), "unit": (str,), "distinct": (list,),
