@@ -21,8 +21,8 @@ from fedlora.config.values import count
 EPILOG = ("exit codes: 0 the run was finished, or its coordinator stopped it; 1 it ended early: try again; 2 wrong "
           "input: correct it; 3 no server answered: try again; 4 this client or the server refused: the log says why; "
           "5 a round failed on this machine and stays charged: the log says why, fix that first; 130 interrupted. "
-          "Also: `fedlora-client budget` shows what was spent and what is left; `fedlora-client verify privacy.json` "
-          "checks a report.")
+          "Also: `fedlora-client enroll` makes a key for --tls; `fedlora-client budget` shows what was spent and what "
+          "is left; `fedlora-client verify privacy.json` checks a report.")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

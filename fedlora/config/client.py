@@ -20,8 +20,7 @@ class ClientConfig(LocalConfig, ConnectedConfig):
 
     command: ClassVar[str] = CLIENT
     forms: ClassVar[tuple[str, ...]] = (
-        "fedlora-client --data DIR_OR_FILE [options]", "fedlora-client budget [--help]",
-        "fedlora-client verify privacy.json [--help]", "fedlora-client enroll --name NAME --tls DIR")
+        "fedlora-client --data DIR_OR_FILE [options]", "fedlora-client {enroll,budget,verify} [--help]")
 
     name: str | None = option(None, "name of this client at the server", RUN, unset="host name", place=2)
     labels: tuple[str, ...] | None = option(

@@ -14,7 +14,9 @@ from fedlora.files import PASSING
 
 EXIT_CODES = ("exit codes: 0 finished; 1 ended early, for lack of clients or by a fault of this machine (continue with "
               "--resume); 2 the command, a file or the clients' labels must be corrected first, or the training "
-              "diverged; 130 stopped by Ctrl-C, 143 suspended by SIGTERM (continue with --resume or the same command)")
+              "diverged; 130 stopped by Ctrl-C, 143 suspended by SIGTERM (continue with --resume or the same command). "
+              "Also: `fedlora-server presets` shows the strategies' values; `fedlora-server pki` makes certificates "
+              "for --tls; `fedlora-server forget` frees a client's name.")
 
 TLS_1_3_ALONE = "ECDHE-RSA-AES128-GCM-SHA256"
 """A server whose certificate is ECDSA cannot agree on TLS 1.2 where this is its only suite. TLS 1.3 has suites of its
