@@ -281,9 +281,9 @@ class ClientSession:
                 log.warning("The gradients to initialise the adapter are released only once, and that was begun "
                             "before; refused.")
                 raise Refused("unavailable")
-        elif sum(map(bool, started)) >= self.run.max_participations:
+        elif (rounds := sum(map(bool, started))) >= self.run.max_participations:
             log.warning("This client has started %d rounds, the most that its noise was calibrated to; refused.",
-                        len(started))
+                        rounds)
             raise Refused("budget")
 
     @property

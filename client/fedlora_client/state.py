@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from safetensors import safe_open
@@ -129,8 +129,7 @@ class FolderState:
 
     def sizes(self, run_id: str) -> dict[tuple[int, int], int]:
         """Return {(round, attempt): number of values in the upload}, for the uploads of earlier processes too."""
-        path = self.run_folder(run_id) / "sizes.json"
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        kept = _kept(self.run_folder(run_id) / "sizes.json") or []
         return {(round, attempt): size for round, attempt, size in kept}
 
     def frozen(self) -> tuple[str, Tensors]:
@@ -159,10 +158,9 @@ class FolderState:
 
         Those of earlier processes are included.
         """
-        path = self.run_folder(run_id) / "said.json"
-        if not path.exists():
+        about = _kept(self.run_folder(run_id) / "said.json")
+        if about is None:
             return (), []
-        about = json.loads(path.read_text(encoding="utf-8"))
         return tuple(about["labels"]), [(round, code) for round, code in about["refusals"]]
 
     def save_said(self, run_id: str, labels: Sequence[str], refusals: Sequence[tuple[int, str]]) -> None:
@@ -196,8 +194,7 @@ class FolderState:
 
     def _secrets(self) -> list[list[str]]:
         """Return [run id, name, secret in hexadecimal] of each secret, the newest last."""
-        path = self.folder / "secrets.json"
-        kept: list[list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        kept: list[list[str]] = _kept(self.folder / "secrets.json") or []
         return kept
 
     def close(self) -> None:
@@ -210,6 +207,21 @@ class FolderState:
 
 
 State = MemoryState | FolderState
+
+
+def _kept(path: Path) -> Any:
+    """Return what a JSON file of this client holds; None if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it from a backup, or remove it: a report or a proof of "
+                         "this client's name may then lack what was in it") from None
 
 
 def _lock(path: Path) -> TextIO:

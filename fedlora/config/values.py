@@ -177,10 +177,12 @@ def whole_numbers(given: str) -> tuple[tuple[str, int], ...]:
 
 
 def _by_name(given: str, each: Callable[[str], Any], example: str) -> tuple[tuple[str, Any], ...]:
-    pairs = dict(part.partition("=")[::2] for part in names(given))
+    parts = [(name.strip(), value.strip()) for name, _, value in (part.partition("=") for part in names(given))]
+    if len(dict(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{given!r} gives two numbers for the same name; give one for each")
     try:
-        if pairs and all(pairs):
-            return tuple(sorted((name.strip(), each(value.strip())) for name, value in pairs.items()))
+        if parts and all(name for name, _ in parts):
+            return tuple(sorted((name, each(value)) for name, value in parts))
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{given!r} is not of the form name=number, {example}")

@@ -142,6 +142,11 @@ class Policy:
     datasets: Mapping[str, DatasetPolicy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, least in (("min_noise_multiplier", 0.0), ("max_rounds", 0.0), ("max_sampling_rate", 0.0)):
+            if not getattr(self, name) >= least:  # not a number is no limit either
+                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)!r}; it must be at least 0")
+        if math.isinf(self.min_noise_multiplier):
+            raise ValueError("min-noise-multiplier is infinite, which allows no run; give a number")
         if self.server_fingerprints is not None:
             keys = tuple("".join(key.split()).lower() for key in self.server_fingerprints)
             if wrong := [key for key in keys if not re.fullmatch(r"[0-9a-f]{64}", key)]:

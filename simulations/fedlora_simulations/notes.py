@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlora.config.values import count
+from fedlora.config.values import count, natural
 
 HELD_OUT = 300
 """Number of held-out notes: few, so that a first try is not spent on evaluating."""
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     parser.add_argument("--hospitals", type=count, default=3, metavar="N", help="number of hospitals [3]")
     parser.add_argument("--rows", type=count, default=6000, metavar="N", help="notes of each hospital [6000]")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the notes [0]")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="random seed of the notes [0]")
     options = parser.parse_args(argv)
     if options.folder.exists():
         print(f"fedlora-simulate notes: {options.folder} exists already; name a new folder", file=sys.stderr)
@@ -29,8 +29,12 @@ def main(argv: Sequence[str]) -> int:
 
     from .triage import write_held_out, write_hospitals
 
-    write_hospitals(options.folder / "data", options.seed, hospitals=options.hospitals, rows=options.rows)
-    write_held_out(options.folder / "held-out.jsonl", options.seed, rows=HELD_OUT)
+    try:
+        write_hospitals(options.folder / "data", options.seed, hospitals=options.hospitals, rows=options.rows)
+        write_held_out(options.folder / "held-out.jsonl", options.seed, rows=HELD_OUT)
+    except ValueError as error:
+        print(f"fedlora-simulate notes: {error}; lower --rows or --hospitals", file=sys.stderr)
+        return 2
     print(f"{options.hospitals} hospitals wrote {options.rows} notes each into {options.folder / 'data'}; "
           f"{options.folder / 'held-out.jsonl'} has {HELD_OUT} that none of them holds.")
     return 0

@@ -27,6 +27,9 @@ LABELS = ("routine", "urgent")
 HELD_OUT_SHARE = 8
 """One in so many possible notes is reserved for the held-out set."""
 
+MOST_TRIES = 10_000
+"""Notes in a row that may be known already before no new one is looked for."""
+
 _ALARMING = (
     "crushing chest pain", "sudden arm weakness", "slurred speech", "facial droop", "breathlessness at rest",
     "vomiting blood", "black tarry stools", "sudden loss of vision", "stiff neck and high fever", "seizures",
@@ -97,15 +100,20 @@ def notes(rng: np.random.Generator, rows: int, urgent_share: float, *, held_out:
 
     Returns:
         (text, label) pairs.
+
+    Raises:
+        ValueError: there are not as many different notes.
     """
     urgent = rng.permutation(np.arange(rows) < round(rows * urgent_share))
     seen: dict[str, str] = {}
     for flag in urgent:
-        while True:
+        for _ in range(MOST_TRIES):
             text = note(rng, bool(flag))
             kept_back = hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_SHARE == 0
             if text not in seen and text not in taken and kept_back == held_out:
                 break
+        else:
+            raise ValueError(f"no further note differs from the {len(seen) + len(taken)} that are written")
         seen[text] = LABELS[int(flag)]
     return list(seen.items())
 

@@ -80,3 +80,12 @@ def test_sizes_of_uploads_are_kept_for_any_later_process(tmp_path):
         state.note_size(Upload(RUN, round, 0, {"a.B": np.zeros(values, np.float32)}, steps=1))
     state.close()
     assert FolderState(tmp_path).sizes(RUN) == {(1, 0): 6, (2, 0): 2}
+
+
+@pytest.mark.parametrize("name", ["secrets.json", f"{RUN}/sizes.json", f"{RUN}/said.json"])
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path, name):
+    state = FolderState(tmp_path)
+    (tmp_path / RUN).mkdir()
+    (tmp_path / name).write_text('[["half a')
+    with pytest.raises(ValueError, match=f"{name} is damaged .* restore it from a backup"):
+        _ = state.secret(RUN, "north"), state.sizes(RUN), state.said(RUN)

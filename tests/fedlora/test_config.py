@@ -189,3 +189,9 @@ def test_numbers_of_the_server_add_up_over_flags_and_file(tmp_path):
     assert options("server", file).server_options == (("beta1", 0.0), ("tau", 1e-4))
     given = "--server-options=tau=1", "--server-options=beta1=0", "--server-options=tau=2"
     assert options("server", *given).server_options == (("beta1", 0.0), ("tau", 2.0))
+
+
+def test_two_numbers_for_one_name_in_one_list_are_refused(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        options("server", "--server-options", "beta1=0,beta1=0.5")
+    assert exit_.value.code == 2 and "two numbers for the same name" in capsys.readouterr().err

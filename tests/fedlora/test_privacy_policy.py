@@ -128,3 +128,21 @@ def test_what_is_not_understood_is_an_error_that_names_the_file(tmp_path, text, 
     with pytest.raises(ValueError, match=r"policy\.toml") as error:
         policy(tmp_path, text)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["min-noise-multiplier = nan", "min-noise-multiplier = -1.0",
+                                  "min-noise-multiplier = inf", "max-sampling-rate = nan", "max-rounds = -1"])
+def test_a_limit_that_would_limit_nothing_is_refused(tmp_path, line):
+    path = tmp_path / "policy.toml"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=line.split()[0]):
+        Policy.read(path)
+
+
+def test_fingerprints_may_stand_in_groups_as_they_are_printed(tmp_path):
+    path = tmp_path / "policy.toml"
+    path.write_text(f'server-fingerprints = ["{"AB12 " * 16}"]\n')
+    assert Policy.read(path).server_fingerprints == ("ab12" * 16,)
+    path.write_text('server-fingerprints = ["ab12"]\n')
+    with pytest.raises(ValueError, match="64 hexadecimal digits"):
+        Policy.read(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from fedlora.data import label_names
 from fedlora.tasks import read
-from fedlora_simulations import triage
+from fedlora_simulations import notes, triage
 
 
 @pytest.fixture(scope="module", params=[0, 1])
@@ -77,3 +78,27 @@ def test_a_bag_of_words_does_not_find_the_label(written):
     seen = words.fit_transform([text for rows in hospitals for text in rows.texts])
     model = linear.LogisticRegression(max_iter=1000).fit(seen, [label for rows in hospitals for label in rows.labels])
     assert model.score(words.transform(held_out.texts), held_out.labels) < 0.92
+
+
+def test_more_notes_than_there_are_end_in_an_error(monkeypatch):
+    monkeypatch.setattr(triage, "note", lambda rng, urgent: "The same note.")
+    with pytest.raises(ValueError, match="no further note differs from the 1 that are written"):
+        triage.notes(np.random.default_rng(0), 2, 0.5, held_out=kept_back("The same note."))
+
+
+def kept_back(text):
+    """Return whether a note is one of those reserved for the held-out set."""
+    return hashlib.sha256(text.encode()).digest()[0] % triage.HELD_OUT_SHARE == 0
+
+
+@pytest.mark.parametrize("words", [["--seed", "-1"], ["--rows", "0"]])
+def test_notes_says_in_a_line_what_it_cannot_do(tmp_path, capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        notes.main([str(tmp_path / "notes"), *words])
+    assert ended.value.code == 2 and not (tmp_path / "notes").exists()
+
+
+def test_no_note_is_in_two_hospitals(tmp_path):
+    assert notes.main([str(tmp_path / "notes"), "--rows", "500"]) == 0
+    texts = [line for file in (tmp_path / "notes" / "data").iterdir() for line in file.read_text().splitlines()]
+    assert len(set(texts)) == len(texts) == 1500
