@@ -87,8 +87,9 @@ class Limits:
         """
         if self.private != run.private:
             servers = "required" if run.private else "off"
-            raise Refused("privacy-mismatch", f"the server runs with --privacy {servers} and this client with "
-                                              f"--epsilon {self.epsilon:g}; change one of the two options")
+            own = "a finite --epsilon" if self.private else "--epsilon inf"  # not how much: that is the owner's alone
+            raise Refused("privacy-mismatch", f"the server runs with --privacy {servers} and this client with {own}; "
+                                              "change one of the two options")
         if run.private and run.dropout:
             log.error("The plan has dropout %g. A record's mask would depend on the other records of its batch, which "
                       "ε does not cover; refused.", run.dropout)

@@ -36,7 +36,7 @@ def check_join(join: pb.Join, plan: RunPlan) -> str:
         raise wire.WireError(f"the name's secret does not have {wire.SECRET_BYTES} bytes")
     if plan.private and not join.private:
         raise Refused("privacy-mismatch", "the server runs with --privacy required and this client with "
-                                          "--epsilon inf; change one of the two flags")
+                                          "--epsilon inf; change one of the two options")
     return theirs
 
 
