@@ -31,7 +31,7 @@ class Factors:
 def reorthogonalize(factors: Factors) -> Factors:
     r"""Rewrite B A as B' A', where A' has orthonormal rows, without changing the product.
 
-    This is the refactorisation of Lee et al., FedSVD (arXiv:2505.12805), in its thin form: with A^T = Q R, the SVD
+    This is the refactorization of Lee et al., FedSVD (arXiv:2505.12805), in its thin form: with A^T = Q R, the SVD
     U S V^T of the small B R^T gives B' = U S and A' = V^T Q^T. It costs O((m + n) r^2).
 
         Case                         Result

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from fedlora_strategies.refactorizations.svd import refactorise
+from fedlora_strategies.refactorizations.svd import refactorize
 
 from ..measure import Figure, Row, Settings, Value, interleaved
 
@@ -23,7 +23,7 @@ def measure(settings: Settings) -> Iterator[Row]:
 
     def thin(size: int, block: int) -> None:
         for _ in range(AT_ONCE):
-            refactorise(states[size], "layer")
+            refactorize(states[size], "layer")
 
     # the full SVD takes most of a minute, so it is timed without a warm-up
     B, A = (torch.from_numpy(states[full][f"layer.{factor}"]) for factor in "BA")

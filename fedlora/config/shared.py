@@ -145,7 +145,7 @@ class RunConfig(Config):
         (), "numeric options of the strategy, as in period=2,warmup=1 for fedsvd", TUNING, values.numbers,
         metavar="NAME=X,…", place=4)
     server_optimizer: str | None = option(
-        None, "optimiser that the server applies to the mean of the uploads", TUNING,
+        None, "optimizer that the server applies to the mean of the uploads", TUNING,
         choices=lambda: ("none", *registry.keys(SERVER_OPTIMIZERS)), unset="the strategy's", place=4)
     server_lr: float | None = option(None, "learning rate of --server-optimizer", TUNING, values.finite,
                                      unset="1; for adam and yogi 0.01", place=4)
@@ -159,17 +159,17 @@ class RunConfig(Config):
 
     lr: float | None = option(None, "learning rate of the clients", TUNING, values.finite, unset=PRESET, plan="lr",
                               place=1)
-    local_steps: int | None = option(None, "optimiser steps of each client per round", TUNING, values.count,
+    local_steps: int | None = option(None, "optimizer steps of each client per round", TUNING, values.count,
                                      unset=PRESET, plan="local_steps", place=1)
     batch_size: int | None = option(None, "expected number of records in a step, which are drawn by Poisson sampling",
                                     TUNING, values.count, unset=PRESET, plan="expected_batch", place=1)
     lr_schedule: str | None = option(
         None, "learning rate over the rounds; linear lowers it in equal steps, to reach 0 after the last round", TUNING,
         choices=lambda: LR_SCHEDULES, unset=PRESET, plan="lr_schedule", place=2)
-    optimizer: str | None = option(None, "optimiser of the clients, started afresh in each round", TUNING,
+    optimizer: str | None = option(None, "optimizer of the clients, started afresh in each round", TUNING,
                                    choices=lambda: registry.keys(FOUND["optimizer"]), unset=PRESET, plan="optimizer",
                                    place=2)
-    adjustment: str = option("none", "change to each step's noised gradient before the optimiser takes it", TUNING,
+    adjustment: str = option("none", "change to each step's noised gradient before the optimizer takes it", TUNING,
                              choices=lambda: ("none", *registry.keys(FOUND["adjustment"])), plan="adjustment")
     trackers: tuple[str, ...] = option(("console", "plots"), "what shows and records the run's progress", RUN,
                                        values.several(lambda: registry.keys(TRACKERS), "tracker"), keys=TRACKERS,

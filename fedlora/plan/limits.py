@@ -33,7 +33,7 @@ ANCHOR_BYTES = 68
 """Length of a ledger's sealed anchor (`fedlora.privacy.ledger.anchor`), whatever it holds."""
 
 MOST_STEPS = 100_000
-"""Most optimiser steps of one client in one run. An accountant needs some seconds for this many."""
+"""Most optimizer steps of one client in one run. An accountant needs some seconds for this many."""
 
 
 def check_unit(unit: str) -> None:

@@ -31,7 +31,7 @@ class Upload:
         round: number of the round, as in its `RoundPlan`.
         attempt: number of the attempt, as in its `RoundPlan`.
         tensors: the trained tensors after the round, float32, rounded to the wire dtype.
-        steps: number of optimiser steps done.
+        steps: number of optimizer steps done.
         delta: δ of the client's guarantee; None without privacy.
         noise_multiplier: standard deviation of the client's noise, as a multiple of the clip norm; None without
             privacy.

@@ -79,9 +79,9 @@ class RunPlan:
         rounds: number of rounds planned.
         max_participations: most rounds that one client may start in this run. Its noise is calibrated to exactly this
             number.
-        local_steps: optimiser steps per round.
+        local_steps: optimizer steps per round.
         expected_batch: expected number of records in a step, which are drawn by Poisson sampling.
-        optimizer: key of the clients' optimiser.
+        optimizer: key of the clients' optimizer.
         lr: learning rate of the clients in round 1.
         clip_norm: L2 norm to which each record's scaled gradient is clipped.
         adapter_scale: factor on the adapter's gradients before clipping; it does not depend on data.

@@ -28,14 +28,14 @@ def npy_size(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 def from_npy(data: bytes | memoryview) -> np.ndarray:
-    """Decode an array, without running any code that the bytes could hold (no pickle).
+    """Decode an array, without running any code that the bytes could hold.
 
     Returns:
         A read-only view of the bytes if they have version 1.0 of the format and C order; else a read-only copy in C
         order.
 
     Raises:
-        ValueError: the bytes are no array in the .npy format, or decoding them would need pickle.
+        ValueError: the bytes are no array in the .npy format, or decoding them could run code.
     """
     start = bytes(data[:10 + int.from_bytes(data[8:10], "little")])
     try:

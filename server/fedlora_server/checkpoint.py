@@ -4,11 +4,12 @@
     asked.json               which clients the latest round asks, written before it asks them
     metrics.jsonl            one line for each finished round
     checkpoint.safetensors   the state after the last finished round, and the server step's memory as "step/<slot>/…"
+    names/                   who owns each client name (`names`)
 
-A round writes the last three in this order. Each file is replaced atomically, except metrics.jsonl, which grows by a
-line. If the server dies between the last two writes, metrics.jsonl has a line for a round without a checkpoint. It is
-dropped when the run is resumed: the round asks the same clients for the same attempts again, and those that have
-trained for them send the upload that they stored.
+A round writes asked.json, metrics.jsonl and checkpoint.safetensors in this order. Each is replaced atomically, except
+metrics.jsonl, which grows by a line. If the server dies between the last two writes, metrics.jsonl has a line for a
+round without a checkpoint. It is dropped when the run is resumed: the round asks the same clients for the same attempts
+again, and those that have trained for them send the upload that they stored.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class Recipe:
         return ServerStep(layout, self.reduction, self.optimizer, self.refactorization, self.schedule, rounds, seed)
 
     def with_options(self, options: Mapping[str, float]) -> Recipe:
-        """Return the recipe with other values for options of the reduction, the refactorisation or the schedule.
+        """Return the recipe with other values for options of the reduction, the refactorization or the schedule.
 
         Args:
             options: Option → value.

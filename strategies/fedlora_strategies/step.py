@@ -1,9 +1,9 @@
-"""The server step of a round: reduction, server optimizer, refactorisation and schedule, in this order.
+"""The server step of a round: reduction, server optimizer, refactorization and schedule, in this order.
 
     u_k, w_k        uploads and weights of the round, one at a time in order of node id
     reduced         the reduction of all (u_k, w_k)
     trained         reduced; or with a server optimizer x + its step for Δ = reduced − what clients were sent
-    state           trained and frozen, refactorised: the same update in other coordinates
+    state           trained and frozen, refactorized: the same update in other coordinates
     next state      the state after the schedule's changes
 
 Each part may have a memory: named arrays that are kept from round to round and in checkpoints, as "<slot>/<name>".
@@ -39,7 +39,7 @@ class ServerStep:
         seed: The seed of the random numbers that the schedule draws.
 
     Raises:
-        ValueError: The refactorisation cannot work with adapters of this layout.
+        ValueError: The refactorization cannot work with adapters of this layout.
     """
 
     layout: AdapterLayout
@@ -110,7 +110,7 @@ class ServerStep:
         return moved, {**own, **_named("optimizer", memory)}
 
     def rewrite(self, state: Tensors, own: Tensors, round: int) -> tuple[Tensors, Tensors]:
-        """Apply the refactorisation and the schedule after a round.
+        """Apply the refactorization and the schedule after a round.
 
         Args:
             state: The state with the tensors from `combine`; its frozen tensors as clients held them.

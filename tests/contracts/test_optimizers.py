@@ -1,4 +1,4 @@
-"""Contract tests for the clients' optimisers: they run on every optimiser that is installed."""
+"""Contract tests for the clients' optimizers: they run on every optimizer that is installed."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def key(request):
 
 
 def made(key, lr=0.01):
-    """Make a fresh optimiser over two tensors."""
+    """Make a fresh optimizer over two tensors."""
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (5,))]
     return make_optimizer(key, parameters, lr), parameters

@@ -1,4 +1,4 @@
-"""Scaled gradient descent: it follows its formula, and acts on the noised gradient before the optimiser."""
+"""Scaled gradient descent: it follows its formula, and acts on the noised gradient before the optimizer."""
 
 import dataclasses
 

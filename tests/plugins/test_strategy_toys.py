@@ -39,7 +39,7 @@ def report_of(out, method):
 
 
 def test_the_suites_of_their_seams_find_them_and_they_pass(tree):
-    """Among other things, a run with the recipe and the optimiser is taken up bit for bit."""
+    """Among other things, a run with the recipe and the optimizer is taken up bit for bit."""
     suites = (f"tests/strategies/test_{seam}.py" for seam in PLACES.values())
     said = tree.passes(*suites, "-vv", "-k", "median or signum or balanced or alternating or fedavgm")
     for toy in PLACES:
@@ -72,7 +72,7 @@ def test_a_run_is_made_of_them(tree, tmp_path, checkpoint):
     assert found["strategy"]["optimizer"]["name"] == "momentum" and found["plan"]["strategy"] == "fedavgm-sb"
 
 
-def test_an_optimiser_is_chosen_by_its_name(tree, tmp_path, checkpoint):
+def test_an_optimizer_is_chosen_by_its_name(tree, tmp_path, checkpoint):
     tree.simulate("--server-optimizer", "signum", "--server-options", "beta1=0.5", "--batch-clients", 3,
                   model=checkpoint("bert"), out=tmp_path / "out")
     report, _ = report_of(tmp_path / "out", "fedsvd")

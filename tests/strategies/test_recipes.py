@@ -37,7 +37,7 @@ def test_it_is_a_flower_strategy_with_values_for_runs_with_privacy_and_without(n
 
 @every
 @pytest.mark.parametrize("optimizer", registry.keys(OPTIMIZERS))
-def test_a_run_with_an_optimiser_at_the_server_is_taken_up_bit_for_bit(name, optimizer, tmp_path):
+def test_a_run_with_an_optimizer_at_the_server_is_taken_up_bit_for_bit(name, optimizer, tmp_path):
     """The server is lost after the checkpoint of round 2 of 4, and another one continues, for every recipe."""
     recipe = strategy_class(name).recipe.with_optimizer(optimizer, {"lr": 0.1, "decay": 0.5})
     whole = federation(strategy=name, recipe=recipe).run(clients_per_round=3)
@@ -62,7 +62,7 @@ def test_moments_that_were_lost_would_show_and_are_refused(tmp_path):
 
 
 def test_momentum_moves_the_update_of_fedsvd_as_that_of_ffa_whose_coordinates_stay():
-    """The first moment is a direction, so it is rotated exactly by every refactorisation. Six rounds."""
+    """The first moment is a direction, so it is rotated exactly by every refactorization. Six rounds."""
     layout, generator = layout_of("frozen-a", head=False), np.random.default_rng(0)
     still, svd = (cls(plan_of(name), layout, recipe=cls.recipe.with_optimizer("momentum", {"lr": 0.5}))
                   for cls, name in ((FFALoRA, "ffa-lora"), (FedSVD, "fedsvd")))
@@ -78,7 +78,7 @@ def test_momentum_moves_the_update_of_fedsvd_as_that_of_ffa_whose_coordinates_st
             states[i], own[i] = strategy.step.rewrite({**states[i], **trained}, own[i], number)
     for module in layout.modules:
         np.testing.assert_allclose(update_of(states[1], module), update_of(states[0], module), atol=1e-12)
-        assert np.linalg.norm(states[1][f"{module}.A"] - start[f"{module}.A"]) > 0.1, "A was never refactorised"
+        assert np.linalg.norm(states[1][f"{module}.A"] - start[f"{module}.A"]) > 0.1, "A was never refactorized"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The promises of every installed refactorisation, with adapters of every family that it works with."""
+"""The promises of every installed refactorization, with adapters of every family that it works with."""
 
 import numpy as np
 import pytest

@@ -148,7 +148,7 @@ def test_a_wrong_option_is_told(name, option, value):
         FFALoRA.recipe.with_optimizer(name, {option: value})
 
 
-def test_sgd_at_a_rate_of_one_is_no_optimiser():
+def test_sgd_at_a_rate_of_one_is_no_optimizer():
     state = start_of(layout_of("frozen-a"), 0)
     reduced = {spec.name: np.random.default_rng(3).standard_normal(spec.shape, np.float32)
                for spec in layout_of("frozen-a").trained}
@@ -164,7 +164,7 @@ def test_sgd_at_a_rate_of_one_is_no_optimiser():
     ("momentum", dict(lr=0.1, beta1=0.7), lambda values: torch.optim.SGD(values, lr=0.1, momentum=0.7)),
     ("sgd", dict(lr=0.1), lambda values: torch.optim.SGD(values, lr=0.1)),
 ])
-def test_torchs_optimiser_takes_the_same_steps(name, options, reference):
+def test_torchs_optimizer_takes_the_same_steps(name, options, reference):
     gradients = [tensors(seed)["q.B"] * 10.0**-seed for seed in range(1, 6)]
     value = torch.nn.Parameter(torch.zeros(SHAPES["q.B"], dtype=torch.float64))
     theirs = reference([value])

@@ -21,7 +21,7 @@ from fedlora_strategies import FedAvgLoRA, FedSB, FedSVD, FFALoRA, strategy_clas
 from fedlora_strategies.messages import assume_identity, read_train_messages, reply, to_record, to_tensors
 from fedlora_strategies.private_start import PrivateStart
 from fedlora_strategies.reductions import Gathering
-from fedlora_strategies.refactorizations.svd import refactorise
+from fedlora_strategies.refactorizations.svd import refactorize
 from fedlora_strategies.step import ServerStep
 from tests.federation import COLUMNS, ROWS, STRATEGIES, LinearSession, layout_of, plan_of, start_of, update_of
 
@@ -99,17 +99,17 @@ def test_fedsvds_own_A_keeps_orthonormal_rows_and_clients_hold_it_rounded():
     assert 1e-6 < np.abs(A @ A.T - identity).max() < 2**-7
 
 
-def test_the_refactorisation_preserves_the_update_and_gives_orthonormal_rows():
+def test_the_refactorization_preserves_the_update_and_gives_orthonormal_rows():
     generator = np.random.default_rng(3)
     state = {"q.B": generator.standard_normal((ROWS, 3)), "q.A": generator.standard_normal((3, COLUMNS))}
-    after = refactorise(state, "q")
+    after = refactorize(state, "q")
     np.testing.assert_allclose(after["q.B"] @ after["q.A"], state["q.B"] @ state["q.A"], atol=1e-13)
     np.testing.assert_allclose(after["q.A"] @ after["q.A"].T, np.eye(3), atol=1e-13)
 
 
-def test_the_refactorisation_leaves_a_zero_B_and_its_A_as_they_are():
+def test_the_refactorization_leaves_a_zero_B_and_its_A_as_they_are():
     state = {"q.B": np.zeros((ROWS, 2)), "q.A": np.random.default_rng(3).standard_normal((2, COLUMNS))}
-    after = refactorise(state, "q")
+    after = refactorize(state, "q")
     np.testing.assert_array_equal(after["q.A"], state["q.A"])
     np.testing.assert_array_equal(after["q.B"], 0.0)
 
@@ -120,10 +120,10 @@ def test_a_rank_above_a_layers_smaller_side_is_refused_at_once():
         FedSVD(plan, layout)
 
 
-def test_the_refactorisation_of_a_rank_deficient_B_keeps_the_update_and_the_row_space():
+def test_the_refactorization_of_a_rank_deficient_B_keeps_the_update_and_the_row_space():
     generator = np.random.default_rng(4)
     A, column = generator.standard_normal((3, COLUMNS)), generator.standard_normal((ROWS, 1))
-    after = refactorise({"q.B": column @ generator.standard_normal((1, 3)), "q.A": A}, "q")
+    after = refactorize({"q.B": column @ generator.standard_normal((1, 3)), "q.A": A}, "q")
     np.testing.assert_allclose(after["q.A"] @ after["q.A"].T, np.eye(3), atol=1e-13)
     np.testing.assert_allclose(np.linalg.norm(after["q.B"][:, 1:]), 0.0, atol=1e-13)
     projector = A.T @ np.linalg.inv(A @ A.T) @ A
@@ -159,10 +159,10 @@ def test_fedsvd_and_orthonormal_ffa_move_the_update_identically_under_clipped_sg
             states[i] = dict(strategy.step.rewrite({**frozen, **mean}, {}, round)[0])
         np.testing.assert_allclose(update_of(states[1], module), update_of(states[0], module), atol=1e-13)
     assert np.linalg.norm(update_of(states[0], module)) > 0.1
-    assert np.linalg.norm(states[1][f"{module}.A"] - start[f"{module}.A"]) > 0.1, "A was never refactorised"
+    assert np.linalg.norm(states[1][f"{module}.A"] - start[f"{module}.A"]) > 0.1, "A was never refactorized"
 
 
-def test_fedsvd_refactorises_after_its_warmup_in_every_period():
+def test_fedsvd_refactorizes_after_its_warmup_in_every_period():
     plan, layout = plan_of("fedsvd"), layout_of("frozen-a")
     strategy = FedSVD(plan, layout, warmup=2, period=3)
     frozen = {s.name: start_of(layout, 0)[s.name] for s in layout.frozen}

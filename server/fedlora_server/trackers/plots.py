@@ -1,4 +1,4 @@
-"""The picture curves.png: evaluation figures, update norms, traffic and time over the rounds."""
+"""The picture curves.png of the rounds, drawn when they have ended: evaluation, update norms, traffic and time."""
 
 from __future__ import annotations
 

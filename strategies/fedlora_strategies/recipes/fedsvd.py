@@ -8,7 +8,7 @@ Lee et al., NeurIPS 2025, arXiv:2505.12805.
     server        B ← Σ p_k B_k
                   U, Σ, Vᵀ ← thin SVD of B A;   B ← U Σ,   A ← Vᵀ
 
-The average is exact: during a round all clients have the same A, and the refactorisation does not change B A. It makes
+The average is exact: during a round all clients have the same A, and the refactorization does not change B A. It makes
 A the right singular vectors of the update learned so far. It uses nothing but the mean of the (noised) uploads, so it
 is post-processing. Clients start every round with a fresh optimizer, which has no memory to rotate. The memory of a
 server optimizer is rotated (`refactorizations.svd`).
@@ -26,6 +26,6 @@ RECIPE = Recipe(
 
 
 class FedSVD(FederatedLoRA):
-    """The FedSVD strategy: it averages B, then refactorises B A."""
+    """The FedSVD strategy: it averages B, then refactorizes B A."""
 
     recipe = RECIPE

@@ -18,7 +18,7 @@ from ..recipe import Preset, Recipe
 RECIPE = Recipe(
     family="frozen-a", start="kaiming",
     private=Preset.private(2, 8.0, 3e-2, clip_norm=3.0, head_scale=2.0), open=Preset.open(8, 16.0, 6e-3),
-    presets_of={"orthonormal": "fedsvd"})  # so that the two differ in nothing but the refactorisation
+    presets_of={"orthonormal": "fedsvd"})  # so that the two differ in nothing but the refactorization
 
 
 class FFALoRA(FederatedLoRA):

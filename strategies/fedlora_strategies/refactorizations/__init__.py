@@ -1,4 +1,4 @@
-"""Refactorisations, which rewrite the adapters' factors between rounds: each file of this folder is one.
+"""Refactorizations, which rewrite the adapters' factors between rounds: each file of this folder is one.
 
 A file defines `REFACTORIZATION`, a frozen dataclass that fits the protocol `Refactorization`. The product of the
 factors, which is the update of the model, stays the same. What changes is the coordinates in which clients train it.
@@ -16,11 +16,11 @@ from fedlora.plan import Tensors
 
 
 class Refactored(NamedTuple):
-    """The result of a refactorisation.
+    """The result of a refactorization.
 
     Attributes:
         state: The next state.
-        own: The refactorisation's next memory.
+        own: The refactorization's next memory.
         factors: For each trained tensor W whose coordinates changed, the matrix M, (r, r) float64, for which W M is the
             same tensor in the new coordinates; None if there is no such matrix. A server optimizer rotates its memory
             of the tensor by M, or begins it anew if M is None.
@@ -41,10 +41,10 @@ class Refactorization(Protocol):
     refreshes_frozen: ClassVar[bool]
 
     def check(self, layout: AdapterLayout) -> None:
-        """Check that the refactorisation works with adapters of this layout.
+        """Check that the refactorization works with adapters of this layout.
 
         Raises:
-            ValueError: The refactorisation does not work with adapters of this layout.
+            ValueError: The refactorization does not work with adapters of this layout.
         """
 
     def begin(self, layout: AdapterLayout, state: Tensors) -> Tensors:
@@ -56,6 +56,6 @@ class Refactorization(Protocol):
         Args:
             state: The trained tensors after the round, and the frozen ones as clients held them.
             layout: The adapters' tensors.
-            own: The refactorisation's memory.
+            own: The refactorization's memory.
             round: The number of the round that is over.
         """

@@ -32,8 +32,8 @@ class Svd(Refactorization):
     """The thin SVD, applied after every `period`-th round.
 
     Attributes:
-        period: The number of rounds from one refactorisation to the next (paper: 1).
-        warmup: The number of rounds at the start that are not counted and not followed by a refactorisation.
+        period: The number of rounds from one refactorization to the next (paper: 1).
+        warmup: The number of rounds at the start that are not counted and not followed by a refactorization.
 
     Raises:
         ValueError: `warmup` is negative, or `period` is below 1.
@@ -52,7 +52,7 @@ class Svd(Refactorization):
     def check(self, layout: AdapterLayout) -> None:
         factors = [spec for spec in layout.state if spec.group == "adapter"]
         if other := [spec.name for spec in factors if not spec.name.endswith((".A", ".B"))]:
-            raise ValueError(f"svd refactorises B A, and adapters of the family {layout.family.name!r} have "
+            raise ValueError(f"svd refactorizes B A, and adapters of the family {layout.family.name!r} have "
                              f"{other[0]!r} too; leave it out of the recipe, or choose the family lora or frozen-a")
         sides = [side for spec in factors for side in spec.shape]
         if min(sides, default=layout.rank) < layout.rank:
@@ -70,7 +70,7 @@ class Svd(Refactorization):
         after: dict[str, np.ndarray] = dict(state)
         factors: dict[str, np.ndarray | None] = {}
         for module in layout.modules:
-            after |= refactorise(state, module)
+            after |= refactorize(state, module)
             A, rows = (tensors[f"{module}.A"].astype(np.float64) for tensors in (state, after))
             if not np.array_equal(A, rows):  # they are equal where B = 0
                 factors |= {f"{module}.B": A @ rows.T, f"{module}.A": None}
@@ -78,8 +78,8 @@ class Svd(Refactorization):
         return Refactored(after, own, {name: factor for name, factor in factors.items() if name in trained})
 
 
-def refactorise(state: Tensors, module: str) -> Tensors:
-    """Refactorise one module's B (d_out, r) and A (r, d_in), so that A has orthonormal rows and B A stays the same.
+def refactorize(state: Tensors, module: str) -> Tensors:
+    """Refactorize one module's B (d_out, r) and A (r, d_in), so that A has orthonormal rows and B A stays the same.
 
     Where B = 0, nothing changes. The computation is in float64.
 

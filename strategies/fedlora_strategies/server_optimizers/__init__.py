@@ -50,7 +50,7 @@ class ServerOptimizer(Protocol):
         """
 
     def turn(self, own: Tensors, factors: Mapping[str, np.ndarray | None]) -> Tensors:
-        """Return the memory in new coordinates, after a refactorisation of trained tensors.
+        """Return the memory in new coordinates, after a refactorization of trained tensors.
 
         Args:
             own: The memory.

@@ -65,7 +65,7 @@ class Elementwise(ServerOptimizer, ABC):
 
     @override
     def turn(self, own: Tensors, factors: Mapping[str, np.ndarray | None]) -> Tensors:
-        """Return the memory in new coordinates, after a refactorisation of trained tensors.
+        """Return the memory in new coordinates, after a refactorization of trained tensors.
 
         First moments W become W M, as the pseudo-gradients that they average would. Second moments belong to single
         values, which cannot be rotated. They become W (M ∘ M), which is exact if the values of a row are uncorrelated,

@@ -11,7 +11,7 @@ rounds step (1 − β₁) / √(1 − β₂) times as far as later ones: equally
 β₁ = 0. With `correct_bias=1`, v starts at 0, and m and v are divided by 1 − β₁ᵗ and 1 − β₂ᵗ after t steps (Kingma & Ba,
 2015, arXiv:1412.6980), so that every round's step has the same size.
 
-After a refactorisation, first moments are rotated, and second moments by the squares of the rotation (see `turn`).
+After a refactorization, first moments are rotated, and second moments by the squares of the rotation (see `turn`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Reddi et al., ICLR 2021, arXiv:2003.00295, Algorithm 2; Zaheer et al., NeurIPS 2
     x ← x + η m / (√v + τ)
 
 If the gradients suddenly become small, Adam forgets v within 1 / (1 − β₂) rounds and then takes long steps. Yogi's v
-falls only by a small share of the small Δ². The start, the correction of the bias and refactorisations are those of
+falls only by a small share of the small Δ². The start, the correction of the bias and refactorizations are those of
 `adam`.
 """
 
