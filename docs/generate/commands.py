@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import re
 import runpy
@@ -35,7 +36,7 @@ def commands() -> Mapping[str, argparse.ArgumentParser]:
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 found |= {f"{name} {key}": sub for key, sub in action.choices.items()}
-    return found
+    return {name: found[name] for name in sorted(found)}
 
 
 def _studies() -> tuple[str, ...]:
@@ -94,11 +95,11 @@ def _rows(group: argparse._ArgumentGroup) -> list[str]:
 
 
 def _description(parser: argparse.ArgumentParser) -> Iterator[str]:
-    text = (parser.description or "").strip()
-    first, _, rest = text.partition("\n\n")
-    yield escaped(" ".join(first.split()))
-    if rest:
-        yield from ("", "```text", rest.rstrip(), "```")
+    for paragraph in inspect.cleandoc(parser.description or "").split("\n\n"):
+        if paragraph.startswith("    "):  # a table or an example
+            yield from ("", "```text", paragraph.rstrip(), "```")
+        else:
+            yield from ("", escaped(" ".join(paragraph.split())))
     if parser.usage:
         usage = re.sub(r"\n\s+", "\n", parser.usage.strip())
     else:
@@ -125,5 +126,5 @@ def _row(action: argparse.Action) -> Iterator[str]:
 
 def escaped(text: str) -> str:
     """Show options as code, and let no character of a text be taken for Markdown."""
-    text = re.sub(r"([*_|<\[\]])", r"\\\1", text.replace("`", "'"))
+    text = re.sub(r"([*_|\[\]])", r"\\\1", text.replace("`", "'").replace("<", "&lt;"))
     return re.sub(r"(?<![\w-])(--[a-z][a-z-]*)", r"`\1`", text)
