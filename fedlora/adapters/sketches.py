@@ -96,7 +96,9 @@ def private_start(layout: AdapterLayout, state: Tensors, sketches: Released) -> 
         sketches: the mean over clients of the released Z (under the names of A) and Y (under the names of B).
     """
     def of_site(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(sketches[f"{site.name}.A"]), torch.from_numpy(sketches[f"{site.name}.B"])
+        released = (np.array(sketches[f"{site.name}.{factor}"]) for factor in "AB")  # PyTorch warns of read-only ones
+        A, B = map(torch.from_numpy, released)
+        return A, B
 
     def weight(site: Site) -> torch.Tensor:
         raise AssertionError("a start from the clients' releases reads no weight")

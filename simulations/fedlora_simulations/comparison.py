@@ -75,9 +75,9 @@ def summarize(runs: Sequence[Simulated]) -> Comparison:
 def table(comparisons: Sequence[Comparison]) -> Table:
     """Return the table that compares the methods, one row for each."""
     metric = comparisons[0].metric
-    shown = Table(box=None, pad_edge=False, title_justify="left", title=(
-        "values and bytes are per client and round; ε is that of the same run in a deployment"))
-    for name in ("method", *(("before", metric) if metric else ()), "ε", "rounds", "values", "up", "down", "seconds"):
+    shown = Table(box=None, pad_edge=False, padding=(0, 1), title_justify="left", title=(  # fits 80 columns
+        "bytes are per client and round; ε is that of the same run in a deployment"))
+    for name in ("method", *(("before", metric) if metric else ()), "ε", "rounds", "up", "down", "seconds"):
         shown.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for c in comparisons:
         evaluated = []
@@ -86,7 +86,7 @@ def table(comparisons: Sequence[Comparison]) -> Table:
             spread = f" ± {deviation:.3f}" if len(c.values) > 1 else ""
             evaluated = [f"{mean_and_deviation(c.before)[0]:.3f}", f"{mean:.3f}{spread}"]
         shown.add_row(c.method, *evaluated, "none" if math.isinf(c.epsilon) else f"{c.epsilon:.2f}", str(c.rounds),
-                      f"{c.values_up:,}", quantity(c.bytes_up), quantity(c.bytes_down), f"{c.seconds:.0f}")
+                      quantity(c.bytes_up), quantity(c.bytes_down), f"{c.seconds:.0f}")
     return shown
 
 
