@@ -16,6 +16,7 @@ SERVER, CLIENT, SIMULATE = "server", "client", "simulate"
 """Names of the commands (fedlora-server, …) and of their tables in a TOML file."""
 
 RECIPES, SERVER_OPTIMIZERS = values.RECIPES, "fedlora_strategies.server_optimizers"
+REDUCTIONS = "fedlora_strategies.reductions"
 TRACKERS = "fedlora_server.trackers"
 """Packages whose modules are the values of options. The names are read from the files, without importing them."""
 
@@ -144,6 +145,13 @@ class RunConfig(Config):
     strategy_options: tuple[tuple[str, float], ...] = option(
         (), "numeric options of the strategy, as in period=2,warmup=1 for fedsvd", TUNING, values.numbers,
         metavar="NAME=X,…", place=4)
+    reduction: str | None = option(
+        None, "how the server combines the uploads of a round; all but mean limit what hostile clients can do, and "
+        "need every upload in memory and in the clear", TUNING, choices=lambda: registry.keys(REDUCTIONS),
+        unset="the strategy's: mean", place=4)
+    reduction_options: tuple[tuple[str, float], ...] = option(
+        (), "numeric options of --reduction, as in trim=0.2 for trimmed-mean and f=1,m=4 for multi-krum", TUNING,
+        values.numbers, metavar="NAME=X,…", place=4)
     server_optimizer: str | None = option(
         None, "optimizer that the server applies to the mean of the uploads", TUNING,
         choices=lambda: ("none", *registry.keys(SERVER_OPTIMIZERS)), unset="the strategy's", place=4)

@@ -33,7 +33,9 @@ from .round_state import RoundOptions
 from .rounds import FederationResult, Run, run_federation
 from .run_setup import (
     ANY_LABELS,
+    about_the_reduction,
     evaluator,
+    fewest_uploads,
     find_model,
     held_out,
     planned,
@@ -100,7 +102,9 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
                           min_clients=options.min_clients, min_replies=options.min_replies,
                           round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
-                          evaluate_every=options.eval_every)
+                          evaluate_every=options.eval_every,
+                          fewest_uploads=fewest_uploads(options, options.strategy, options.min_clients,
+                                                        "--min-clients"))
     base, task = find_model(options), task_named(options.task)
     if options.eval_data is None:
         answer = task.rows.answer
@@ -110,7 +114,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     rows = held_out(options)
     values = planned(options, options.strategy)
     console.print(settings(options, options.strategy, values))
-    for told in without_effect(options):
+    for told in (*without_effect(options), *about_the_reduction(options, options.strategy)):
         console.print(told)
     most = options.max_participations or values.rounds
     if (possible := rounds.rounds_within(values.rounds, most)) < values.rounds:

@@ -53,6 +53,7 @@ class RoundOptions:
             counts as lost.
         wait_timeout_s: seconds that a round waits, with no client at work and none left to ask, before the run ends.
         evaluate_every: evaluate after every so many rounds, and after the last.
+        fewest_uploads: number of uploads that the run's reduction needs. No round closes with fewer.
 
     Raises:
         ValueError: an option is out of its range or contradicts another.
@@ -65,6 +66,7 @@ class RoundOptions:
     round_timeout_s: float = 3600.0
     wait_timeout_s: float = 3600.0
     evaluate_every: int = 1
+    fewest_uploads: int = 1
 
     def __post_init__(self) -> None:
         for name in ("clients_per_round", "min_clients", "min_replies", "evaluate_every"):
@@ -83,7 +85,7 @@ class RoundOptions:
             max_participations: how many rounds each client may take part in.
         """
         cohort = min(self.clients_per_round or self.min_clients, self.min_clients)
-        needed = self.min_replies or -(-cohort // 2)
+        needed = max(self.min_replies or -(-cohort // 2), self.fewest_uploads)
         return min(plan_rounds, max_participations * self.min_clients // needed) if needed <= self.min_clients else 0
 
 
@@ -180,7 +182,7 @@ class OpenRound:
         """Number of uploads that the round tries to reach by asking backup clients."""
         if time.monotonic() >= min(self._until.values(), default=math.inf):
             return self._needed
-        return self._options.min_replies or -(-len(self._attempts[0]) // 2)
+        return max(self._options.min_replies or -(-len(self._attempts[0]) // 2), self._options.fewest_uploads)
 
     @property
     def _needed(self) -> int:
@@ -188,7 +190,7 @@ class OpenRound:
         if self._options.min_replies:
             return self._options.min_replies
         left = set(self._attempts[0]) - set(self.lost) - self._refusals.keys() - self._awaited.keys()
-        return max(1, -(-len(left) // 2))
+        return max(1, -(-len(left) // 2), self._options.fewest_uploads)
 
     def _give_up_the_late(self) -> None:
         """Tell clients whose time is up to stop, and count them as lost. What they still send is too late."""
@@ -213,7 +215,8 @@ class OpenRound:
             return
         present = self._clients.wait_for(1, self._options.wait_timeout_s, self._stop, self._observer)
         self._clients.tell_if_fewer(self._number, self._options.min_clients, self._observer)
-        quorum = self._options.min_replies or -(-(self._options.clients_per_round or 1) // 2)
+        quorum = max(self._options.min_replies or -(-(self._options.clients_per_round or 1) // 2),
+                     self._options.fewest_uploads)
         present = self._clients.in_time(self._number, present, quorum)
         self._ask(self._clients.draw(self._number, present, self._options.clients_per_round), arrays)
 

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -130,8 +131,9 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
         state = initial_tensors(adapted, init=init, seed=seed)
     else:
         state = public_start(adapted, task, rows, seed=seed)
-    start = PrivateStart(plan, adapted, state, seed) if plan.private_start else None
-    chosen = strategy_class(strategy)(plan, adapted.layout, recipe=recipe_of(options, strategy), seed=seed)
+    recipe = recipe_of(options, strategy)
+    start = PrivateStart(plan, adapted, state, seed, recipe.reduction) if plan.private_start else None
+    chosen = strategy_class(strategy)(plan, adapted.layout, recipe=recipe, seed=seed)
     if options.screen is not None:
         for one in filter(None, (chosen, start)):
             one.screen = options.screen
@@ -162,13 +164,19 @@ def recipe_of(options: RunConfig, strategy: str) -> Recipe:
     """Return the strategy's recipe, with the parts and values that flags replace.
 
     Raises:
-        ValueError: the strategy or the server's optimizer has no such option, or the value is outside of its range.
+        ValueError: the strategy, the reduction or the server's optimizer has no such option, or the value is outside of
+            its range.
     """
     recipe = strategy_class(strategy).recipe
     try:
         recipe = recipe.with_options(dict(options.strategy_options))
     except ValueError as error:
         raise ValueError(f"--strategy-options of {strategy}: {error}") from None
+    if options.reduction is not None or options.reduction_options:
+        try:
+            recipe = recipe.with_reduction(options.reduction, dict(options.reduction_options))
+        except ValueError as error:
+            raise ValueError(f"--reduction-options: {error}") from None
     given = dict(options.server_options) | ({} if options.server_lr is None else {"lr": options.server_lr})
     if options.server_optimizer is None and not given:
         return recipe
@@ -176,6 +184,39 @@ def recipe_of(options: RunConfig, strategy: str) -> Recipe:
         return recipe.with_optimizer(options.server_optimizer, given)
     except ValueError as error:
         raise ValueError(f"--server-options: {error}") from None
+
+
+def fewest_uploads(options: RunConfig, strategy: str, clients: int, counted: str = "--clients") -> int:
+    """Return how many uploads a round must have, so that the run's reduction can combine them.
+
+    Args:
+        options: options of fedlora-server or fedlora-simulate.
+        strategy: the strategy's name.
+        clients: the number of clients with which a round may begin.
+        counted: the option that sets this number.
+
+    Raises:
+        ValueError: a round may close with fewer uploads, by --clients-per-round, --min-replies or `counted`.
+    """
+    recipe = recipe_of(options, strategy)
+    described, fewest = cast(Mapping[str, Any], recipe.described()["reduction"]), recipe.reduction.fewest
+    told = ", ".join(f"{value}" if name == "name" else f"{name} {value:g}" for name, value in described.items())
+    for flag, number in (("--clients-per-round", options.clients_per_round), ("--min-replies", options.min_replies),
+                         (counted, clients)):
+        if number is not None and number < fewest:
+            raise ValueError(f"the reduction {told} needs at least {fewest} uploads in a round, and {flag} is "
+                             f"{number}; raise {flag} to {fewest}, or choose another --reduction or other "
+                             "--reduction-options")
+    return fewest
+
+
+def about_the_reduction(options: RunConfig, strategy: str) -> list[str]:
+    """Return a sentence on what the run's reduction costs its strategy, where it is not a weighted mean."""
+    recipe = recipe_of(options, strategy)
+    if recipe.reduction.linear or not family_of(recipe.family, options.family_options).exact:
+        return []
+    return [f"With this --reduction the server does not average: the adapters that {strategy} combines are no longer "
+            "exactly the mean of the clients' models, and the run cannot use secure aggregation."]
 
 
 def planned(options: RunConfig, strategy: str) -> Preset:

@@ -106,7 +106,15 @@ def run(options: SimulationConfig) -> int:
     from fedlora.tasks import task_named
     from fedlora.training import check_computing
     from fedlora_server.folders import claimed_folder
-    from fedlora_server.run_setup import check_start, find_model, planned, prepare, without_effect
+    from fedlora_server.run_setup import (
+        about_the_reduction,
+        check_start,
+        fewest_uploads,
+        find_model,
+        planned,
+        prepare,
+        without_effect,
+    )
     from fedlora_server.settings import settings
 
     from .comparison import save, summarize, table
@@ -130,12 +138,16 @@ def run(options: SimulationConfig) -> int:
     populations = {seed: first if seed == options.seeds[0] else first.dealt(options, seed) for seed in options.seeds}
     for seed, population in populations.items():
         check_sizes(options, methods, population, seed)
+        for method in methods:
+            fewest_uploads(method.options(options), method.strategy, len(population.parts))
     for method in methods[1:]:  # the first one is prepared when its run begins
         prepare(method.options(options), method.strategy, base, first.labels, options.seeds[0])
     with claimed_folder(options.out, "simulation") as out:
         for method in methods:
             own = method.options(options)
             console.print(settings(own, method.strategy, planned(own, method.strategy)))
+            for told in about_the_reduction(own, method.strategy):
+                console.print(told)
         for told in without_effect(options):
             console.print(told)
         if options.eval_data is None:

@@ -31,7 +31,7 @@ from fedlora_server.observer import Observer
 from fedlora_server.report import write_report
 from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import FederationResult, Run, run_federation
-from fedlora_server.run_setup import BaseModel, Federation, evaluator, prepare, resolved
+from fedlora_server.run_setup import BaseModel, Federation, evaluator, fewest_uploads, prepare, resolved
 
 from .compared_streams import ComparedStreams
 from .in_process import InProcessEngine
@@ -95,6 +95,7 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
         Refused: the clients' privacy limits do not allow the plan.
     """
     options = method.options(options)
+    needed = fewest_uploads(options, method.strategy, len(population.parts))
     if options.threads is not None:  # the start must be drawn with these threads too
         torch.set_num_threads(options.threads)
     run_id = hashlib.sha256(f"simulation {method} {seed}".encode()).hexdigest()[:16]
@@ -109,7 +110,7 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
                              population.sizes)
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
-                        min_replies=options.min_replies, evaluate_every=options.eval_every,
+                        min_replies=options.min_replies, evaluate_every=options.eval_every, fewest_uploads=needed,
                         round_timeout_s=math.inf, wait_timeout_s=0.0)  # no deadlines, and no client can join later
     count = min(options.workers, len(sessions))
     engine = _engine(options, federation, base, trainer, make_sketch_trainer, sessions, count, between)

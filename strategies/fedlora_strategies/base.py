@@ -151,8 +151,11 @@ class FederatedLoRA(Strategy):
 
     @property
     def exact(self) -> bool:
-        """Whether averaging adapters is the same as averaging the models that they are merged into."""
-        return self.layout.family.exact
+        """Whether combining adapters is the same as averaging the models that they are merged into.
+
+        The family must be linear in what is sent, and the reduction must be a weighted mean.
+        """
+        return self.layout.family.exact and self.step.linear
 
     @property
     def trained_by(self) -> RunPlan:
@@ -321,6 +324,11 @@ class FederatedLoRA(Strategy):
         if others or any((one.examples or 0) > most for one in figures.measured.values()):
             del gathering  # frees its memory for the next one
             gathering, figures = self._gather(replies, under_way, others, most)
+        if 0 < figures.replies < (fewest := self.step.reduction.fewest):
+            why = (f"its round has {figures.replies} usable uploads, and the run's reduction needs {fewest}, so the "
+                   "round changes nothing")
+            self.rejected |= dict.fromkeys(figures.measured, why)
+            return None, None
         if not figures.replies:
             return None, None
         before = {**under_way.trained, **under_way.frozen}
@@ -350,14 +358,15 @@ class FederatedLoRA(Strategy):
             most_examples: The most examples that an upload may count for.
         """
         self.rejected, self.curbed = dict(others), {}
-        gathering, figures = self.step.reduction.begin(), Figures()
+        start = {} if self.sends_changes else under_way.sent
+        gathering, figures = self.step.reduction.begin(start), Figures()
         for node, upload in self._in_order(replies, under_way):
             examples = upload.num_examples if self.plan.weight_by_examples else None
             if examples is not None and examples > most_examples:
                 self.curbed[node] = (f"it counts for {most_examples:.0f} examples, {EXAMPLES:g} times the lower median "
                                      f"of the round's uploads, in place of {examples}")
             gathering.add(upload.tensors, 1.0 if examples is None else min(float(examples), most_examples))
-            norm = distance(upload.tensors, {} if self.sends_changes else under_way.sent)
+            norm = distance(upload.tensors, start)
             figures.add(upload, node, Measured(norm, upload.noise_multiplier, examples))
         return gathering, figures
 

@@ -19,16 +19,18 @@ from fedlora.plan import Released, RunPlan, Tensors
 
 from .base import FederatedLoRA
 from .recipes.fedavg_lora import RECIPE
+from .reductions import Reduction
 
 
 class PrivateStart(FederatedLoRA):
-    """The strategy of round 0: it averages the clients' sketches. `begin` makes the run's start from the mean.
+    """The strategy of round 0: it combines the clients' sketches. `begin` makes the run's start from the result.
 
     Args:
         plan: The run's plan.
         adapted: The model with the adapters of the run's strategy.
         state: A start that does not depend on data, for the tensors that the sketches do not determine.
         seed: The seed of Q and P.
+        reduction: Combines the sketches, as it does the uploads of the other rounds; None for the weighted mean.
 
     Attributes:
         tensors: The tensors that round 0 sends.
@@ -37,9 +39,11 @@ class PrivateStart(FederatedLoRA):
     recipe = RECIPE
     sends_changes = True
 
-    def __init__(self, plan: RunPlan, adapted: AdaptedModel, state: Tensors, seed: int) -> None:
+    def __init__(self, plan: RunPlan, adapted: AdaptedModel, state: Tensors, seed: int,
+                 reduction: Reduction | None = None) -> None:
         layout = sketch_layout(adapted.layout, adapted.missing)
-        super().__init__(dataclasses.replace(plan, family=RECIPE.family), layout)
+        recipe = dataclasses.replace(RECIPE, reduction=reduction) if reduction else RECIPE
+        super().__init__(dataclasses.replace(plan, family=RECIPE.family), layout, recipe=recipe)
         self.plan = plan  # the plan that clients have agreed to, with the run's own family
         self.tensors = sketch_tensors(layout, state, seed)
         self._run_layout, self._state = adapted.layout, state
@@ -53,6 +57,6 @@ class PrivateStart(FederatedLoRA):
         """Return the state that round 1 starts from.
 
         Args:
-            sketches: The mean of the clients' sketches.
+            sketches: The combined sketches of the clients.
         """
         return private_start(self._run_layout, self._state, sketches)

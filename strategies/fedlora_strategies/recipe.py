@@ -24,9 +24,11 @@ from .server_optimizers import ServerOptimizer
 from .step import ServerStep
 
 RECIPES, OPTIMIZERS = "fedlora_strategies.recipes", "fedlora_strategies.server_optimizers"
+REDUCTIONS = "fedlora_strategies.reductions"
 
 _SLOTS = ("reduction", "refactorization", "schedule")
-"""The parts whose options are set by --strategy-options. The server optimizer's options are given separately."""
+"""The parts whose options are set by --strategy-options. The server optimizer's options are given separately, and so
+are those of a reduction that takes the place of the recipe's own."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,23 @@ class Recipe:
         return dataclasses.replace(self, **{
             slot: _with(part, {name: value for name, value in options.items() if name in _options_of(part)})
             for slot, part in parts.items()})
+
+    def with_reduction(self, name: str | None, options: Mapping[str, float]) -> Recipe:
+        """Return the recipe with another reduction, or with other options for its own.
+
+        Args:
+            name: The reduction's key; None keeps the recipe's own.
+            options: Option → value.
+
+        Raises:
+            ValueError: There is no such reduction, it has no such option, or the value is not allowed.
+        """
+        chosen = self.reduction if name is None else registry.load(REDUCTIONS, name).REDUCTION()
+        known = ", ".join(sorted(_options_of(chosen)))
+        if unknown := [option for option in options if option not in _options_of(chosen)]:
+            raise ValueError(f"there is no option {unknown[0]!r}; {_name_of(chosen)} has "
+                             + (f"the options {known}" if known else "no options"))
+        return dataclasses.replace(self, reduction=_with(chosen, options))
 
     def with_optimizer(self, name: str | None, options: Mapping[str, float]) -> Recipe:
         """Return the recipe with another server optimizer, or with other options for its own.

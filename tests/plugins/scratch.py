@@ -3,7 +3,7 @@
 Each extension point promises that a new method is one new file. So a toy, a file of this folder that no package knows,
 is put among its kind in a copy of the tree. A process that finds only that copy then runs with it:
 
-    tree = Tree.with_file(tmp_path / "tree", MEDIAN, "strategies/fedlora_strategies/reductions/median.py")
+    tree = Tree.with_file(tmp_path / "tree", TOY, "strategies/fedlora_strategies/reductions/geometric_median.py")
     tree.simulate("--strategy", "…", model=checkpoint("bert"), out=tmp_path / "out")
 
 The test suite that every file of the kind must pass finds the toy too:

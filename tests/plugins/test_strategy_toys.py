@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from tests.plugins.scratch import TOYS, Tree
 
 OURS = "strategies/fedlora_strategies"
-PLACES = {"median": "reductions", "signum": "server_optimizers", "balanced": "refactorizations",
+PLACES = {"geometric_median": "reductions", "signum": "server_optimizers", "balanced": "refactorizations",
           "alternating": "schedules", "fedavgm_sb": "recipes"}
 """Toy → the folder of `OURS` where its file belongs."""
 
@@ -41,7 +41,7 @@ def report_of(out, method):
 def test_the_suites_of_their_seams_find_them_and_they_pass(tree):
     """Among other things, a run with the recipe and the optimizer is taken up bit for bit."""
     suites = (f"tests/strategies/test_{seam}.py" for seam in PLACES.values())
-    said = tree.passes(*suites, "-vv", "-k", "median or signum or balanced or alternating or fedavgm")
+    said = tree.passes(*suites, "-vv", "-k", "geometric or signum or balanced or alternating or fedavgm")
     for toy in PLACES:
         assert f"[{toy.replace('_', '-')}" in said or f"-{toy.replace('_', '-')}]" in said
     assert "the_update_stays_as_it_is_and_the_state_can_be_gone_on_with[balanced-lora] PASSED" in said
@@ -50,7 +50,7 @@ def test_the_suites_of_their_seams_find_them_and_they_pass(tree):
 
 def test_their_names_are_offered_and_their_options_known(tree, checkpoint, tmp_path):
     told = tree.run("fedlora_server.cli", "--help")
-    assert "fedavgm-sb" in told and "signum" in told
+    assert "fedavgm-sb" in told and "signum" in told and "geometric-median" in told
     said = tree.simulate("--server-optimizer", "signum", "--server-options", "beta2=1", model=checkpoint("bert"),
                          out=tmp_path / "none", fails=True)
     assert "signum has the options beta1, decay, lr" in said
@@ -58,11 +58,12 @@ def test_their_names_are_offered_and_their_options_known(tree, checkpoint, tmp_p
 
 def test_a_run_is_made_of_them(tree, tmp_path, checkpoint):
     """A recipe that is found, with a start of its own, and an outside module's with a reduction that is; by workers."""
-    tree.simulate("--strategy", "outside:Median,outside:Balanced,fedavgm-sb:weight", "--workers", 2,
+    tree.simulate("--strategy", "outside:GeometricMedian,outside:Balanced,fedavgm-sb:weight", "--workers", 2,
                   model=checkpoint("bert"), out=tmp_path / "out")
-    outside, _ = report_of(tmp_path / "out", "outside-Median")
-    assert outside["strategy"]["reduction"] == {"name": "median"} and not outside["strategy"]["linear"]
-    assert outside["plan"]["strategy"] == "outside:Median" and outside["plan"]["family"] == "frozen-a"
+    outside, _ = report_of(tmp_path / "out", "outside-GeometricMedian")
+    assert outside["strategy"]["reduction"] == {"name": "geometric-median", "steps": 30}
+    assert not outside["strategy"]["linear"] and not outside["strategy"]["exact"]
+    assert outside["plan"]["strategy"] == "outside:GeometricMedian" and outside["plan"]["family"] == "frozen-a"
     rescaled, tensors = report_of(tmp_path / "out", "outside-Balanced")
     assert rescaled["strategy"]["refactorization"] == {"name": "balanced"}
     for name in (name for name in tensors if "lora_A" in name):
@@ -72,10 +73,12 @@ def test_a_run_is_made_of_them(tree, tmp_path, checkpoint):
     assert found["strategy"]["optimizer"]["name"] == "momentum" and found["plan"]["strategy"] == "fedavgm-sb"
 
 
-def test_an_optimizer_is_chosen_by_its_name(tree, tmp_path, checkpoint):
+def test_an_optimizer_and_a_reduction_are_chosen_by_their_names(tree, tmp_path, checkpoint):
     tree.simulate("--server-optimizer", "signum", "--server-options", "beta1=0.5", "--batch-clients", 3,
+                  "--reduction", "geometric-median", "--reduction-options", "steps=5",
                   model=checkpoint("bert"), out=tmp_path / "out")
     report, _ = report_of(tmp_path / "out", "fedsvd")
+    assert report["strategy"]["reduction"] == {"name": "geometric-median", "steps": 5}
     assert report["strategy"]["optimizer"] == {"name": "signum", "lr": 1e-3, "decay": 0.0, "beta1": 0.5}
 
 

@@ -37,6 +37,21 @@ def test_without_screening_one_upload_is_enough_to_end_the_run(run):
     assert run("--sends=million-times", "--screen=inf", "--eval-every=1")["million-times"]["ended"] == "diverged"
 
 
+def test_a_robust_reduction_withstands_without_screening_what_ends_a_run_with_the_mean(run):
+    outcomes = run("--sends=million-times,minus-ten-times", "--screen=inf", "--eval-every=1", "--reduction=median")
+    assert all(one["ended"] == "finished" and not one["left_out"] for one in outcomes.values())
+    honest = outcomes[HONEST]["figures"]["loss"]
+    assert all(one["figures"]["loss"] < 1.1 * honest for one in outcomes.values())
+
+
+def test_a_reduction_that_needs_more_clients_than_there_are_is_refused_before_any_training(
+        tmp_path, checkpoint, capsys):
+    rows = write_rows(tmp_path / "train.jsonl", 0, rows=60)
+    assert main(["poison", f"--model={checkpoint('bert')}", f"--data={rows}", f"--eval-data={rows}", "--clients=4",
+                 "--reduction=multi-krum", f"--out={tmp_path / 'out'}"]) == 2
+    assert "multi-krum, f 1, m 0 needs at least 5 uploads in a round, and --clients is 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("options", "said"), [
     (["--privacy=off"], "leave it out"), (["--workers=2"], "leave it out"), (["--sends=flowers"], "other-shape"),
     (["--strategy=fedsvd,ffa-lora", "--eval-data=rows.jsonl"], "one at a time"), ([], "--eval-data is missing")])

@@ -223,8 +223,9 @@ class Longest:
     """A reduction that takes for each tensor the upload with the largest value in it, and needs all uploads at once."""
 
     linear = False
+    fewest = 1
 
-    def begin(self):
+    def begin(self, sent):
         return Collected(lambda uploads, weights: {
             name: max((upload[name] for upload in uploads), key=lambda array: float(np.abs(array).max()))
             for name in uploads[0]})

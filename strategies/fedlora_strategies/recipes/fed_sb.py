@@ -12,6 +12,9 @@ model.
 
 The paper takes A, B and R from the first gradient on private data (LoRA-SB). Under privacy this would be a release of
 its own. So the starts here do not depend on data, or are noised and charged (`fedlora_strategies.private_start`).
+
+With another `--reduction` than the mean, the result is not exactly a mean of models any more. Where A and B have
+orthonormal rows and columns, norms and distances of R are still those of B R A.
 """
 
 from __future__ import annotations

@@ -12,6 +12,10 @@ The average is exact: during a round all clients have the same A, and the refact
 A the right singular vectors of the update learned so far. It uses nothing but the mean of the (noised) uploads, so it
 is post-processing. Clients start every round with a fresh optimizer, which has no memory to rotate. The memory of a
 server optimizer is rotated (`refactorizations.svd`).
+
+With another `--reduction` than the mean, the result is not exactly a mean of models any more. The rows of A are
+orthonormal, so norms and distances of B are still those of B A; but a median or a trimmed mean of B depends on the
+coordinates, which every refactorization turns.
 """
 
 from __future__ import annotations

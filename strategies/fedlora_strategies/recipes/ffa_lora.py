@@ -8,6 +8,8 @@ Sun et al., ICLR 2024, arXiv:2403.12313.
     server        B ← Σ p_k B_k
 
 The average is exact: (Σ p_k B_k) A = Σ p_k (B_k A). Privacy noise enters the update linearly.
+
+With another `--reduction` than the mean, the result is not exactly a mean of models any more.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 A file defines `REDUCTION`, a frozen dataclass that fits the protocol `Reduction`. A reduction begins a `Gathering` for
 each round, which gets the uploads one at a time, in order of node id. A reduction that needs all uploads at once
 gathers into `Collected`, which keeps all of them in memory.
+
+A robust reduction limits what hostile clients can do to the result. It must see each upload by itself. So it cannot
+work with secure aggregation, in which the server sees nothing but their sum, and says so by `linear = False`.
 """
 
 from __future__ import annotations
@@ -35,8 +38,29 @@ class Reduction(Protocol):
 
     linear: ClassVar[bool]
 
-    def begin(self) -> Gathering:
-        """Return an empty gathering for one round."""
+    @property
+    def fewest(self) -> int:
+        """The fewest uploads that it can combine. A round with fewer is refused and changes nothing."""
+        return 1
+
+    def withstands(self, uploads: int) -> int:
+        """Return how many uploads of a round may be arbitrary, so that the others still bound the result.
+
+        With at most so many arbitrary uploads, the distance of the result from the other uploads is bounded by how far
+        these lie from each other and from what was sent, whatever the arbitrary ones are.
+
+        Args:
+            uploads: The number of uploads in the round.
+        """
+        return 0
+
+    def begin(self, sent: Tensors) -> Gathering:
+        """Return an empty gathering for one round.
+
+        Args:
+            sent: The tensors that clients started from: an upload minus these is the client's update. Tensors that
+                are not in it count as zero.
+        """
 
 
 class Collected(Gathering):

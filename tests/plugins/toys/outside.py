@@ -16,8 +16,8 @@ def part(seam: str, key: str, name: str) -> Any:
 
 def __getattr__(name: str) -> Any:
     """Return a recipe when it is asked for, because a tree need not have every toy."""
-    if name == "Median":
-        return replace(FedSVD.recipe, reduction=part("reductions", "median", "REDUCTION"))
+    if name == "GeometricMedian":
+        return replace(FedSVD.recipe, reduction=part("reductions", "geometric-median", "REDUCTION"))
     if name == "Balanced":
         return replace(FedAvgLoRA.recipe, refactorization=part("refactorizations", "balanced", "REFACTORIZATION"))
     if name == "Alternating":
