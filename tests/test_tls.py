@@ -184,6 +184,22 @@ def test_renewed_certificates_are_taken_up_without_a_restart(engine, authority, 
     assert seen[1] - seen[0] > timedelta(days=39)
 
 
+def test_a_client_whose_certificate_ends_while_it_is_connected_goes_on_with_the_renewed_one(
+        engine, authority, tmp_path):
+    folder = enrolled(authority, tmp_path / "north")
+    ends_soon = authority.renew("north", days=1, now=utc_now() - timedelta(days=1) + timedelta(seconds=4))
+    (folder / CERTIFICATE).write_bytes(ends_soon.pem)
+    connection = connected(engine, folder)
+    connection.join()
+    connection.ready()
+    (folder / CERTIFICATE).write_bytes(authority.renew("north").pem)
+    while utc_now() < ends_soon.not_after + timedelta(seconds=3):
+        time.sleep(0.1)
+    assert [member.name for member in engine.members() if member.connected] == ["north"]
+    assert connection.join().plan == RUN
+    connection.leave()
+
+
 def test_a_renewal_that_went_wrong_leaves_the_server_on_its_old_certificate(engine, authority, tmp_path, caplog):
     folder = enrolled(authority, tmp_path / "north")
     (authority.folder / CERTIFICATE).write_bytes(b"half a certif")

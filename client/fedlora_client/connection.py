@@ -363,7 +363,8 @@ class Connection:
                 if error.code() == grpc.StatusCode.UNIMPLEMENTED:
                     raise WireError(f"the program that listens at {self.server} is not a FedLoRA server; check "
                                     "--server") from None
-                if error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED):
+                if error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED,
+                                    grpc.StatusCode.UNAUTHENTICATED):
                     return wire.clean(error.details() or "")  # the server's own words
                 status: str = error.code().name.lower()
                 return status

@@ -20,6 +20,7 @@ import grpc
 from typing_extensions import override
 
 from fedlora import wire
+from fedlora.identity.certificates import utc_now
 from fedlora.plan import Refusal, Refused
 from fedlora.wire import Incoming, Key, Repeats, Shapes, WireError, pb
 
@@ -191,10 +192,10 @@ class GrpcSession(ClientStream):
                 self._context.cancel()
         elif (not self.name and silent_s > wire.JOIN_TIMEOUT_S) or (self._upload and silent_s > wire.STALL_TIMEOUT_S):
             self._context.cancel()
-        elif self._certificate is not None and self.name and (why := self._why_not_allowed(self.name)):
-            log.warning("Client %r was disconnected: %s", self.name, why,
+        elif self.name and (not_allowed := self._not_allowed(self.name)):
+            log.warning("Client %r was disconnected: %s", self.name, not_allowed[1],
                         extra={"peer": self.peer_group, "kind": "not allowed"})
-            self.end(grpc.StatusCode.PERMISSION_DENIED, why)
+            self.end(*not_allowed)
         elif not self.is_ready and now - self.started_at > ready_within_s:
             self.end(grpc.StatusCode.DEADLINE_EXCEEDED, f"not ready within {ready_within_s:g} s of joining; join again")
 
@@ -260,21 +261,28 @@ class GrpcSession(ClientStream):
         elif kind == "leave":
             self._left = True
 
-    def _why_not_allowed(self, name: str) -> str | None:
-        """Return why this stream's certificate does not let its client take part under a name; None if it does."""
+    def _not_allowed(self, name: str) -> tuple[grpc.StatusCode, str] | None:
+        """Return with which status and why this stream's client may not take part under a name; None if it may.
+
+        A client whose certificate has ended is told to come back (UNAUTHENTICATED): it may have been renewed since.
+        """
         if self._tls is None:
             return None
         if self._certificate is None:
-            return "the connection shows no certificate that this server takes"
+            return grpc.StatusCode.PERMISSION_DENIED, "the connection shows no certificate that this server takes"
         if name != self._certificate.name:
-            return f"the certificate is that of {self._certificate.name!r}; join under this name (--name)"
-        return self._tls.why_refused(self._certificate)
+            return (grpc.StatusCode.PERMISSION_DENIED,
+                    f"the certificate is that of {self._certificate.name!r}; join under this name (--name)")
+        if why := self._certificate.why_invalid(utc_now()):
+            return grpc.StatusCode.UNAUTHENTICATED, why
+        why = self._tls.why_refused(self._certificate)
+        return None if why is None else (grpc.StatusCode.PERMISSION_DENIED, why)
 
     def _on_join(self, join: pb.Join) -> None:
-        if why := self._why_not_allowed(join.name):
-            log.warning("A client that calls itself %r was turned away: %s", wire.clean(join.name), why,
+        if not_allowed := self._not_allowed(join.name):
+            log.warning("A client that calls itself %r was turned away: %s", wire.clean(join.name), not_allowed[1],
                         extra={"peer": self.peer_group, "kind": "turned away"})
-            self.end(grpc.StatusCode.PERMISSION_DENIED, why)
+            self.end(*not_allowed)
             self._left = True
             return
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 
 import grpc
@@ -71,15 +70,8 @@ class ServerTls:
         self._identity = identity
         return _configuration(identity)
 
-    def why_refused(self, client: Certificate, now: datetime | None = None) -> str | None:
-        """Return why a client may not take part, in words for it; None if it may.
-
-        Args:
-            client: its certificate.
-            now: when it must be valid; None for this moment.
-        """
-        if why := client.why_invalid(now or utc_now()):
-            return why
+    def why_refused(self, client: Certificate) -> str | None:
+        """Return why a client with a valid certificate may not take part, in words for it; None if it may."""
         if not self._allowed.allows(client.name, client.fingerprint):
             return (f"the certificate of {client.name} is not on the server's list of clients, or no longer; ask the "
                     "coordinator to run fedlora-server pki sign")
