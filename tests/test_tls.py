@@ -266,11 +266,12 @@ def test_a_federation_over_tls_ends_with_the_bits_of_one_in_plaintext(deploy, tm
         run.server("--rounds", 2, "--strategy", "ffa-lora", "--labels", "routine,urgent", "--local-steps", 2,
                    "--batch-size", 8, *tls)
         for seed, name in enumerate(("north", "south")):
-            own = ("--tls", enrolled(authority, tmp_path / name, name)) if tls else ()
+            own = ("--tls", enrolled(authority, tmp_path / name, name, days=20)) if tls else ()
             run.client(name, write_rows(tmp_path / way / f"{name}.jsonl", seed), *own, seed=seed)
         assert [run.end(name) for name in ("north", "south", "server")] == [0, 0, 0], run.log("north")
         adapters.append(run.adapter())
     assert adapters[0] == adapters[1]
+    assert "have it renewed" in run.log("north") and "is valid until" in run.log("server")
 
 
 class HttpProxy:

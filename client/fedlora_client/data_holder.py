@@ -11,6 +11,7 @@ from rich.console import Console
 from fedlora import data
 from fedlora.config import ClientConfig
 from fedlora.data import Rows
+from fedlora.identity.certificates import utc_now
 from fedlora.privacy import (
     INSECURE_SEED_VARIABLE,
     RunStreams,
@@ -74,7 +75,10 @@ class DataHolder:
         check_computing(options.device, options.precision, options.compile)  # now, rather than in round 1
         gate = PrivacyGate(options)
         tls = tls_of(options, gate.policy)
-        name = options.name or (tls.identity().certificate.name if tls else socket.gethostname())
+        certificate = tls.identity().certificate if tls else None
+        name = options.name or (certificate.name if certificate else socket.gethostname())
+        if certificate and (warning := certificate.expiry_warning(utc_now())):
+            console.print(warning, style="yellow")
         limits = limits_of(options, gate)
         streams = run_streams(name)
         if not limits.private:
