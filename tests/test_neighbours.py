@@ -155,7 +155,7 @@ def test_tokens_beyond_the_embeddings_are_refused_before_a_client_is_ready(tmp_p
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     for load in (models.load_tokenizer, lambda path: models.load(path, "classification", 2)):
-        with pytest.raises(ValueError, match=r"tokens up to \d+, and the model has embeddings for \d+; resize"):
+        with pytest.raises(ValueError, match=r"tokens up to \d+, but the model has embeddings for \d+ only; resize"):
             load(folder)
     server = Server(tmp_path / "server", checkpoint("bert"), model=models.reference("local", folder))
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import socket
 import ssl
-import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import grpc
 from fedlora.config import ClientConfig
 from fedlora.identity import Certificate, Identity, parse_certificate, read_identity
 from fedlora.identity.certificates import grouped, utc_now
+from fedlora.identity.folder import CERTIFICATE, KEY
 from fedlora.privacy import Policy
 from fedlora.wire import is_loopback
 
@@ -103,10 +103,7 @@ class Tls:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.set_alpn_protocols(["h2"])
         context.load_verify_locations(cadata=identity.authority_pem.decode("ascii"))
-        with tempfile.NamedTemporaryFile() as both:  # ssl reads key and certificate from a file alone
-            both.write(identity.key_pem + identity.chain_pem)
-            both.flush()
-            context.load_cert_chain(both.name)
+        context.load_cert_chain(self.folder / CERTIFICATE, self.folder / KEY)
         return context
 
     def _check_fingerprint(self, server: str, certificate: Certificate) -> None:

@@ -93,25 +93,25 @@ def test_a_random_llama_takes_the_place_of_a_model_where_there_is_no_hub(capsys)
 
 def test_a_result_says_with_how_many_threads_and_repeats_it_was_measured(capsys):
     torch.set_num_threads(2)
-    assert main(["refactorization", "--quick", "--threads", "1", "--repeats", "1", "--json"]) == 0
+    assert main(["refactorisation", "--quick", "--threads", "1", "--repeats", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    repeats = result["figures"]["refactorization"]["repeats"]
+    repeats = result["figures"]["refactorisation"]["repeats"]
     assert result["machine"]["threads"] == result["settings"]["threads"] == repeats == 1
 
 
 def test_a_result_file_keeps_the_figures_that_are_not_measured_again(tmp_path, capsys):
     out = tmp_path / "result.json"
     arguments = ["--quick", "--threads", "1", "--repeats", "1", "--out", str(out)]
-    assert main(["refactorization", *arguments]) == 0
+    assert main(["refactorisation", *arguments]) == 0
     first = json.loads(out.read_text())
-    kept = {**first["figures"]["refactorization"], "seconds": -1.0}
-    out.write_text(json.dumps({**first, "figures": {"kept": kept, "refactorization": kept}}))
-    assert main(["refactorization", *arguments]) == 0
+    kept = {**first["figures"]["refactorisation"], "seconds": -1.0}
+    out.write_text(json.dumps({**first, "figures": {"kept": kept, "refactorisation": kept}}))
+    assert main(["refactorisation", *arguments]) == 0
     result = json.loads(out.read_text())
     assert result["figures"]["kept"] == kept and result["began"] == first["began"]
-    assert result["figures"]["refactorization"]["seconds"] >= 0
+    assert result["figures"]["refactorisation"]["seconds"] >= 0
     before = out.read_text()
-    assert main(["refactorization", "--quick", "--threads", "2", "--out", str(out)]) == 2
+    assert main(["refactorisation", "--quick", "--threads", "2", "--out", str(out)]) == 2
     assert "other settings" in capsys.readouterr().err and out.read_text() == before
 
 

@@ -207,8 +207,8 @@ def test_a_model_that_does_not_tell_a_text_from_what_fills_it_up_is_known(name, 
     assert padding_counts(adapted, own) is (name == "canine")
 
 
-def test_the_lines_that_the_projects_readme_prints_are_those_of_an_adapter():
-    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
-    printed = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "PeftModel" in code)
+def test_the_lines_that_the_coordinators_page_prints_are_those_of_an_adapter():
+    page = Path(__file__).parents[2].joinpath("docs", "coordinator.md").read_text()
+    printed = next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "PeftModel" in code)
     base = re.search(r'base, adapter = "(.*?)"', printed)[1]
     assert printed == loading_code("classification", f'"{base}"', '"runs/…/adapter"')

