@@ -87,7 +87,7 @@ class Tls:
             with (self._dial(host, int(port)) as plain,
                   context.wrap_socket(plain, server_hostname=host) as channel):
                 certificate = parse_certificate(ssl.DER_cert_to_PEM_cert(channel.getpeercert(True) or b"").encode())
-                self._check_fingerprint(server, certificate)
+                self._check_certificate(server, certificate)
                 if not channel.recv(1):  # HTTP/2's first frame comes at once where this client's certificate is taken
                     raise _refused(server, identity)
         except ssl.SSLCertVerificationError as error:
@@ -106,7 +106,7 @@ class Tls:
         context.load_cert_chain(self.folder / CERTIFICATE, self.folder / KEY)
         return context
 
-    def _check_fingerprint(self, server: str, certificate: Certificate) -> None:
+    def _check_certificate(self, server: str, certificate: Certificate) -> None:
         if self.servers is not None and certificate.fingerprint not in self.servers:
             raise Untrusted(f"the key of {server} is not one that the policy allows (server-fingerprints). Its "
                             f"fingerprint is {grouped(certificate.fingerprint)}; ask the coordinator by another way "

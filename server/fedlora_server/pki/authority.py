@@ -226,16 +226,12 @@ class Authority:
         return self.folder / ISSUED / (re.sub(r"^\.|[^\w.-]", lambda odd: f"%{ord(odd[0]):x}", name) + ".pem")
 
 
-def host_alternatives(hosts: Sequence[str]) -> list[x509.GeneralName]:
-    """Return the entries of a server's certificate for the names and addresses at which it is called.
+def _alternative(host: str) -> x509.GeneralName:
+    """Return the entry of a server's certificate for a name or address at which it is called.
 
     Raises:
-        ValueError: one is neither a host name nor an IP address.
+        ValueError: it is neither a host name nor an IP address.
     """
-    return [_alternative(host) for host in hosts]
-
-
-def _alternative(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
