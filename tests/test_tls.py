@@ -111,6 +111,23 @@ def test_an_intruder_is_told_why_it_may_not_take_part(engine, authority, tmp_pat
     assert not engine.members()
 
 
+def test_news_of_a_client_carry_its_fingerprint_also_where_it_is_turned_away(authority, tmp_path):
+    events = []
+    engine = GrpcEngine("127.0.0.1:0", Proposal(RUN), tmp_path / "uploads", tls=ServerTls(authority.folder),
+                        notify=events.append)
+    try:
+        folder = enrolled(authority, tmp_path / "north")
+        joined(engine, folder)
+        with pytest.raises(Untrusted):
+            joined(engine, enrolled(authority, tmp_path / "x", "south"))
+    finally:
+        engine.close("finished")
+    assert [(event.kind, event.name, event.code) for event in events] == [
+        ("joined", "north", ""), ("left", "north", ""), ("turned-away", "north", "certificate")]
+    north, south = read_identity(folder).certificate, read_identity(tmp_path / "x").certificate
+    assert [event.fingerprint for event in events] == [north.fingerprint] * 2 + [south.fingerprint]
+
+
 def test_a_certificate_that_has_ended_is_refused_on_both_sides(engine, authority, tmp_path):
     folder = enrolled(authority, tmp_path / "north")
     old = authority.renew("north", days=1, now=utc_now() - timedelta(days=9))

@@ -14,15 +14,13 @@ at no further cost.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 
 from fedlora.adapters import AdapterLayout
 from fedlora.adapters.layout import MOST_RECEIVED, MOST_VALUE
 from fedlora.adapters.sketches import sketch_layout, sketch_plan
-from fedlora.plan import Refusal, Refused, Released, RoundPlan, RunPlan, Tensors, Upload, to_scalars
+from fedlora.plan import Refusal, Refused, Released, RoundPlan, RunPlan, Tensors, Upload, plan_digest
 from fedlora.privacy import Accountant, BudgetExhausted, Forbidden, Ledger, RunStreams, RunTerms
 from fedlora.privacy.ledger import Reservation
 from fedlora.tasks import Records
@@ -118,7 +116,7 @@ class ClientSession:
     def _terms_for_this_run(self) -> RunTerms:
         """Return the terms that follow from the plan and the limits, without regard to what was spent before."""
         limits, run, count = self.limits, self.run, self.records.units_count
-        plan_sha256 = hashlib.sha256(json.dumps(to_scalars(run), sort_keys=True).encode()).hexdigest()
+        plan_sha256 = plan_digest(run)
         scales = {"adapter": run.adapter_scale, "head": run.head_scale}
         if run.private:
             try:

@@ -45,6 +45,7 @@ from fedlora.plan.run import (
 )
 from fedlora.plan.schema import (
     from_scalars,
+    plan_digest,
     round_from_scalars,
     round_to_scalars,
     to_scalars,
@@ -84,6 +85,7 @@ __all__ = [
     "check_run_id",
     "check_unit",
     "from_scalars",
+    "plan_digest",
     "round_from_scalars",
     "round_to_scalars",
     "task_facts",

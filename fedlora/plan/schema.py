@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Mapping
 
@@ -41,6 +43,11 @@ def to_scalars(plan: RunPlan) -> Scalars:
         else:
             flat[f.name] = list(value) if isinstance(value, tuple) else value
     return {name: value for name, value in flat.items() if SINCE.get(name, 0) <= plan.protocol}
+
+
+def plan_digest(plan: RunPlan) -> str:
+    """Return the SHA-256 (64 hexadecimal digits) of a plan, by which both sides name it in what they write down."""
+    return hashlib.sha256(json.dumps(to_scalars(plan), sort_keys=True).encode()).hexdigest()
 
 
 def from_scalars(flat: Mapping[str, object]) -> RunPlan:

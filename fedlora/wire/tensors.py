@@ -19,7 +19,7 @@ import numpy as np
 from fedlora.plan import Refusal, Refused, Tensors
 
 from . import fedlora_pb2 as pb
-from .dtypes import ARRAY_DTYPES, is_finite
+from .dtypes import ARRAY_DTYPES, is_finite, unpacked
 
 CHUNK_BYTES = 1 << 20
 """The most bytes in a chunk."""
@@ -53,11 +53,39 @@ def tensors_digest(tensors: Tensors) -> str:
     Raises:
         ValueError: a tensor is not float32.
     """
-    header = [(name, "<f4", list(shape)) for name, shape in shapes_of(tensors).items()]
-    state = hashlib.sha256(json.dumps(header).encode())
+    state = TensorsDigest(shapes_of(tensors), "fp32")
     for name in sorted(tensors):
-        state.update(_bytes_of(name, tensors[name], ARRAY_DTYPES["fp32"]))
+        state.add(_bytes_of(name, tensors[name], ARRAY_DTYPES["fp32"]))
     return state.hexdigest()
+
+
+class TensorsDigest:
+    """The `tensors_digest` of tensors that are given piece by piece.
+
+    Args:
+        shapes: the tensors' shapes by name, in the order of transfer.
+        wire_dtype: dtype of the pieces: "fp32" or another key of `ARRAY_DTYPES`.
+    """
+
+    def __init__(self, shapes: Shapes, wire_dtype: str) -> None:
+        header = [(name, "<f4", list(shape)) for name, shape in shapes.items()]
+        self._state, self._wire_dtype, self._rest = hashlib.sha256(json.dumps(header).encode()), wire_dtype, b""
+
+    def add(self, data: memoryview) -> None:
+        """Add the next bytes, as many as come. They may end in the middle of a value."""
+        if self._wire_dtype == "fp32":
+            self._state.update(data)
+            return
+        whole = self._rest + bytes(data)
+        width = ARRAY_DTYPES[self._wire_dtype].itemsize
+        stop = len(whole) - len(whole) % width
+        values = np.frombuffer(whole[:stop], ARRAY_DTYPES[self._wire_dtype])
+        self._state.update(unpacked({"": values}, self._wire_dtype)[""].tobytes())
+        self._rest = whole[stop:]
+
+    def hexdigest(self) -> str:
+        """Return the SHA-256 of all that was added, as 64 hexadecimal digits."""
+        return self._state.hexdigest()
 
 
 def chunks(arrays: Tensors) -> Iterator[list[memoryview]]:

@@ -23,9 +23,9 @@ from fedlora.tasks import task_named
 from . import checkpoint, label_sets, names
 from .anchors import default_place
 from .checkpoint import Unfinished
-from .client_registry import Event
 from .folders import claimed_folder, retaken_folder
 from .grpc_engine import GrpcEngine, check_address
+from .observer import ClientEvent
 from .peer_lines import PeerFilter, PeerLines
 from .registry_engine import RegistryEngine
 from .report import write_report
@@ -47,7 +47,7 @@ from .settings import settings
 from .tls import ServerTls
 from .trackers import Trackers, Watched
 
-Listen = Callable[[Proposal, Path, Callable[[Event], None]], RegistryEngine]
+Listen = Callable[[Proposal, Path, Callable[[ClientEvent], None]], RegistryEngine]
 """A function that makes the engine from the proposal for clients, the folder for uploads, and a function that is called
 with each event."""
 
@@ -132,8 +132,9 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
         before = left.joined
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
     stop, goes_on = threading.Event(), threading.Event()
-    trackers = Trackers(options.trackers, Watched(f"{options.strategy}, {base.title}", out, console,
-                                                  resolved(options, options.strategy)))
+    trackers = Trackers(options.trackers, Watched(
+        f"{options.strategy}, {base.title}", out, console, resolved(options, options.strategy), run_id,
+        tls.certificate.fingerprint if tls else ""))
 
     def begin(plan: RunPlan, joined: Mapping[str, Mapping[str, object]]) -> None:
         if listen is None:
@@ -141,11 +142,9 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
                              federation.strategy.recipe.described())
             engine.keep_names()
 
-    lines = PeerLines()
-    engine = (listen or _grpc(options, out, left, tls))(proposal, out / "uploads",
-                                                   lambda event: _tell(trackers, lines, event))
+    engine = (listen or _grpc(options, out, left, tls))(proposal, out / "uploads", trackers.client)
     ended = "failed"
-    with _stopped_by_signals(stop, goes_on, console), _told_sparingly(lines):
+    with _stopped_by_signals(stop, goes_on, console), _told_sparingly():
         try:
             begin(proposal.plan, before)
             console.print(f"Listening on {engine.address}; run {run_id}, results in {out}", soft_wrap=True)
@@ -245,16 +244,10 @@ def _freeze_labels(engine: RegistryEngine, options: ServerConfig, held_out: Rows
     return labels
 
 
-def _tell(trackers: Trackers, lines: PeerLines, event: Event) -> None:
-    more = lines.admit(event.name, event.kind)
-    if more is not None:
-        trackers.said(f"{event.name} {event.kind}{f': {event.detail}' if event.detail else ''}{more}")
-
-
 @contextmanager
-def _told_sparingly(lines: PeerLines) -> Iterator[None]:
+def _told_sparingly() -> Iterator[None]:
     """Within the block, limit log lines about a peer to one a minute (`PeerLines`)."""
-    handlers, sparing = tuple(logging.getLogger().handlers), PeerFilter(lines)
+    handlers, sparing = tuple(logging.getLogger().handlers), PeerFilter(PeerLines())
     for handler in handlers:
         handler.addFilter(sparing)
     try:

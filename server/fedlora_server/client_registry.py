@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fedlora import wire
 from fedlora.plan import Proposal, Refusal, Refused
@@ -25,17 +25,9 @@ from .engine import Outcome, node_id
 from .joining import check_join, check_name
 from .label_sets import told_of
 from .names import Names
+from .observer import ClientEvent
 from .seats import ClientStream, Member, PendingRequest, Seat, Seats, Standing, kept_labels
 from .upload_store import Stored
-
-
-@dataclass(frozen=True)
-class Event:
-    """News of a client. `kind` is "joined", "ready", "declined", "refused", "left", "lost" or "rejoined"."""
-
-    kind: str
-    name: str
-    detail: str = ""
 
 
 class ClientRegistry:
@@ -43,13 +35,13 @@ class ClientRegistry:
 
     Args:
         proposal: what every client that joins is told, until `fix_labels`.
-        notify: called with each `Event`, from any thread; it must return quickly.
+        notify: called with each `ClientEvent`, from any thread; it must return quickly.
         under_way: the round that an earlier server of this run had begun, if any. Clients that still work on it are
             left to it and count as idle, because the round will ask them for exactly that work.
         names: who owns each name; None where another party sees to that, as Flower's SuperLink does.
     """
 
-    def __init__(self, proposal: Proposal, notify: Callable[[Event], None], *, under_way: int | None = None,
+    def __init__(self, proposal: Proposal, notify: Callable[[ClientEvent], None], *, under_way: int | None = None,
                  names: Names | None = None) -> None:
         self.proposal = proposal
         self._names = names
@@ -106,7 +98,7 @@ class ClientRegistry:
                 seat.secret = join.secret or (seat.secret if same else b"") or secrets.token_bytes(wire.SECRET_BYTES)
             stream.name, stream.process, stream.secret = join.name, join.process, seat.secret
             seat.stream, seat.process, seat.version, seat.private = stream, join.process, theirs, join.private
-            self._new(Event("rejoined" if again else "joined", seat.name))
+            self._new(_news_of(stream, "rejoined" if again else "joined"))
             return seat.proposal
 
     def ready(self, stream: ClientStream, labels: tuple[str, ...], working: Key | None) -> bool:
@@ -141,7 +133,7 @@ class ClientRegistry:
                     and not self._is_left_over(seat)):
                 stream.cancel(working)
             seat.dispatch()
-            self._new(Event("ready", seat.name, told_of(labels)))
+            self._new(_news_of(stream, "ready", told_of(labels)))
             return True
 
     def gone(self, stream: ClientStream, kind: str = "lost") -> None:
@@ -157,7 +149,7 @@ class ClientRegistry:
                 return
             seat.vacate()
             forgotten = self._seats.forget_beyond_bound(seat)
-            self._new(Event(kind, seat.name))
+            self._new(_news_of(stream, kind))
         if forgotten is not None and self._names is not None:
             self._names.forget(forgotten)
 
@@ -199,13 +191,28 @@ class ClientRegistry:
             declined = Refusal("too-late", f"round {key[1]}, attempt {key[2]}") if late else None
             acknowledge(declined)
             seat.dispatch()
-            self._new(Event("refused", seat.name, str(answer)) if isinstance(answer, Refusal) and not late else None)
+            self._new(None if late or answer is None else _news_of_answer(stream, key, answer))
             return declined
 
     def declined(self, stream: ClientStream, refusal: Refusal) -> None:
         """Record that the client will not take part in the run at all."""
         with self._changed:
-            self._new(Event("declined", stream.name, str(refusal)))
+            self._new(_news_of(stream, "declined", str(refusal), refusal.code))
+
+    def turned_away(self, stream: ClientStream, name: str, code: str, why: str) -> None:
+        """Tell that a client may not join.
+
+        Args:
+            stream: the client's stream, which has no seat.
+            name: what the client calls itself, made printable.
+            code: the refusal's code (`ClientEvent.code`).
+            why: the reason, in words.
+        """
+        self._notify(replace(_news_of(stream, "turned-away", why, code), name=name))
+
+    def disconnected(self, stream: ClientStream, code: str, why: str) -> None:
+        """Tell that the server ends a client's stream, with the code and the reason as in `turned_away`."""
+        self._notify(_news_of(stream, "disconnected", why, code))
 
     def count(self, stream: ClientStream, up: int = 0, down: int = 0) -> None:
         """Add bytes that the stream received (`up`) and sent (`down`) to the client's totals."""
@@ -332,8 +339,18 @@ class ClientRegistry:
         seat.orders.remove(order)
         return seat
 
-    def _new(self, event: Event | None) -> None:
+    def _new(self, event: ClientEvent | None) -> None:
         self._news += 1
         self._changed.notify_all()
         if event is not None:
             self._notify(event)
+
+
+def _news_of(stream: ClientStream, kind: str, detail: str = "", code: str = "") -> ClientEvent:
+    return ClientEvent(kind, stream.name, detail, code, stream.came_from, stream.fingerprint)
+
+
+def _news_of_answer(stream: ClientStream, key: Key, answer: Stored | Refusal) -> ClientEvent:
+    event = (_news_of(stream, "refused", str(answer), answer.code) if isinstance(answer, Refusal) else
+             replace(_news_of(stream, "uploaded"), sha256=answer.sha256, upload_bytes=answer.wire_bytes))
+    return replace(event, round=key[1], attempt=key[2])

@@ -23,10 +23,10 @@ from fedlora.plan import Proposal
 from fedlora_strategies.messages import assume_identity
 
 from .anchors import Anchors
-from .client_registry import Event
 from .connections import Room, Strangers
 from .grpc_session import READY_TIMEOUT_S, GrpcSession, NoPlace
 from .names import Names
+from .observer import ClientEvent
 from .registry_engine import RegistryEngine
 from .seats import ClientStream, Standing
 from .tls import ServerTls
@@ -78,7 +78,7 @@ class GrpcEngine(RegistryEngine):
         insecure: allow plaintext connections from other machines.
         tls: the server's identity and the clients that may take part; None for plaintext.
         max_clients: largest number of clients at a time; fewer if the system allows too few open files (`Room`).
-        notify: called with each `Event`, from any thread; it must return quickly.
+        notify: called with each `ClientEvent`, from any thread; it must return quickly.
         under_way: the round that an earlier server of this run had begun, if any (see `ClientRegistry`).
         anchors: file that keeps clients' anchors beyond this run; None keeps them in memory.
         names: folder that records who owns each name, from `keep_names` on, for a server that resumes the run; None
@@ -91,7 +91,7 @@ class GrpcEngine(RegistryEngine):
 
     def __init__(self, address: str, proposal: Proposal, uploads: Path, *, insecure: bool = False,
                  tls: ServerTls | None = None, max_clients: int = 512,
-                 notify: Callable[[Event], None] = lambda event: None, under_way: int | None = None,
+                 notify: Callable[[ClientEvent], None] = lambda event: None, under_way: int | None = None,
                  anchors: Path | None = None, names: Path | None = None,
                  ready_within_s: float = READY_TIMEOUT_S) -> None:
         check_address(address, insecure=insecure or tls is not None)

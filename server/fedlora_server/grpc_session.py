@@ -116,6 +116,8 @@ class GrpcSession(ClientStream):
         name: the client's name; empty until it has joined.
         process: token of the client's process.
         secret: proves that the name is this client's, from its Ready on.
+        came_from: address of the client's end of the connection.
+        fingerprint: SHA-256 of its certificate's public key, in hexadecimal digits; empty without TLS.
         has_place: whether the stream holds one of the server's places. If not, its Join decides whether it gets one.
         is_ready: whether the client has said that it is ready.
         started_at: when the stream began (monotonic seconds).
@@ -138,6 +140,8 @@ class GrpcSession(ClientStream):
         self._registry, self._context, self._trained, self._uploads = registry, context, trained, uploads
         self._anchors, self._held_up = anchors, held_up
         self._tls, self._certificate = tls, client_certificate(context) if tls is not None else None
+        self.came_from = self.peer.host
+        self.fingerprint = self._certificate.fingerprint if self._certificate is not None else ""
         self._outgoing: SimpleQueue[Iterable[bytes] | None] = SimpleQueue()
         self._failure: tuple[grpc.StatusCode, str] | None = None
         self._sent, self._received = Repeats(), Repeats()
@@ -195,6 +199,7 @@ class GrpcSession(ClientStream):
         elif self.name and (not_allowed := self._not_allowed(self.name)):
             log.warning("Client %r was disconnected: %s", self.name, not_allowed[1],
                         extra={"peer": self.peer_group, "kind": "not allowed"})
+            self._registry.disconnected(self, "certificate", not_allowed[1])
             self.end(*not_allowed)
         elif not self.is_ready and now - self.started_at > ready_within_s:
             self.end(grpc.StatusCode.DEADLINE_EXCEEDED, f"not ready within {ready_within_s:g} s of joining; join again")
@@ -280,31 +285,35 @@ class GrpcSession(ClientStream):
 
     def _on_join(self, join: pb.Join) -> None:
         if not_allowed := self._not_allowed(join.name):
-            log.warning("A client that calls itself %r was turned away: %s", wire.clean(join.name), not_allowed[1],
-                        extra={"peer": self.peer_group, "kind": "turned away"})
+            self._turn_away(join, "certificate", not_allowed[1])
             self.end(*not_allowed)
-            self._left = True
             return
         try:
             proposal = self._registry.join(self, join, admit=partial(self._admit, self),
                                            proved=self._certificate is not None)
         except NoPlace as none:
+            self._turn_away(join, "places", str(none))
             self.end(grpc.StatusCode.RESOURCE_EXHAUSTED, str(none))
-            self._left = True
         except Refused as refused:
             if isinstance(refused, Unproven) and not self._proof_wanted:
                 self._proof_wanted = True  # told which run this is, the client may join again with that run's secret
                 welcome = wire.proposal_to_wire(replace(self._registry.proposal, anchor=None))
                 self.send([pb.ServerFrame(welcome=welcome).SerializeToString()])
                 return
-            log.warning("A client that calls itself %r was turned away: %s", wire.clean(join.name), refused.refusal,
-                        extra={"peer": self.peer_group, "kind": "turned away"})
+            self._turn_away(join, refused.refusal.code, str(refused.refusal))
             self.close(refused.refusal)
-            self._left = True
         else:
             welcome = wire.proposal_to_wire(replace(proposal, anchor=self._anchors.newest(self.name)))
             welcome.secret = self.secret
             self.send([pb.ServerFrame(welcome=welcome).SerializeToString()])
+
+    def _turn_away(self, join: pb.Join, code: str, why: str) -> None:
+        """Tell that the client may not join, and read no further frame. The caller ends the stream."""
+        name = wire.clean(join.name)
+        log.warning("A client that calls itself %r was turned away: %s", name, why,
+                    extra={"peer": self.peer_group, "kind": "turned away"})
+        self._registry.turned_away(self, name, code, why)
+        self._left = True
 
     def _on_ready(self, ready: pb.Ready) -> None:
         working = self._key(ready.working) if ready.HasField("working") else None

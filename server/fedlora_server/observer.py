@@ -1,4 +1,4 @@
-"""The events that a run reports while it lasts (`Observer`), and the record of a finished round (`RoundRecord`)."""
+"""What a run reports while it lasts: events of its rounds (`Observer`), news of clients, records of finished rounds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,40 @@ from pathlib import Path
 import numpy as np
 
 from fedlora.plan import RunPlan
+
+
+@dataclass(frozen=True)
+class ClientEvent:
+    """News of a client.
+
+    A client that has not joined is called what it calls itself, made printable.
+
+    Attributes:
+        kind: "joined", "rejoined" (it was there before), "ready", "uploaded" (its upload is whole and answers an
+            order), "refused" (it declined an order, or its upload was refused), "declined" (it takes no part in the
+            run), "left" (it said so), "lost" (its stream broke), "turned-away" (it may not join) or "disconnected" (its
+            certificate is no longer taken).
+        name: the client's name; "" if it has not said one.
+        detail: more about it, for the coordinator to read.
+        code: the refusal's code (`fedlora.plan.Refusal`), or "certificate" or "places" for one that may not join.
+        peer: address of the client's end of the connection; "" if it has no connection of its own.
+        fingerprint: SHA-256 of its certificate's public key, in hexadecimal digits; "" without TLS.
+        round: the round of the order that an answer belongs to.
+        attempt: the order's attempt.
+        sha256: digest of an upload's tensors (`fedlora.wire.tensors_digest`), the same as in the client's own report.
+        upload_bytes: size of an upload's tensors on the wire.
+    """
+
+    kind: str
+    name: str
+    detail: str = ""
+    code: str = ""
+    peer: str = ""
+    fingerprint: str = ""
+    round: int | None = None
+    attempt: int | None = None
+    sha256: str = ""
+    upload_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from fedlora.plan import Proposal, Refusal, Released, RoundPlan, Tensors, Upload
 from fedlora.wire import Shapes
 from fedlora_strategies.messages import assign_id, read_train_messages, reply
 
-from .client_registry import ClientRegistry, Event
+from .client_registry import ClientRegistry
 from .engine import Engine, Outcome
 from .names import Names
+from .observer import ClientEvent
 from .patience import HeldUp
 from .seats import Member, PendingRequest
 
@@ -32,7 +33,7 @@ class RegistryEngine(Engine):
     Args:
         proposal: what every client that joins is told.
         uploads: folder for uploads that wait to be aggregated.
-        notify: called with each `Event`, from any thread; it must return quickly.
+        notify: called with each `ClientEvent`, from any thread; it must return quickly.
         under_way: the round that an earlier server of this run had begun, if any (see `ClientRegistry`).
         names: who owns each name (see `ClientRegistry`).
     """
@@ -40,7 +41,7 @@ class RegistryEngine(Engine):
     address: str
     """The address under which clients find it, for the coordinator to read."""
 
-    def __init__(self, proposal: Proposal, uploads: Path, notify: Callable[[Event], None], *,
+    def __init__(self, proposal: Proposal, uploads: Path, notify: Callable[[ClientEvent], None], *,
                  under_way: int | None = None, names: Names | None = None) -> None:
         self._uploads, self._held_up = uploads, HeldUp()
         self._registry = ClientRegistry(proposal, notify, under_way=under_way, names=names)

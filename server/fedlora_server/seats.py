@@ -105,11 +105,20 @@ class ClientStream(Protocol):
     """A client's stream, as far as the registry needs it.
 
     The methods are called under the registry's lock, so they must return quickly.
+
+    Attributes:
+        name: the client's name; empty until it has joined.
+        process: token of the client's process.
+        secret: proves that the name is this client's, from its Ready on.
+        came_from: address of the client's end of the connection; empty if it has none of its own.
+        fingerprint: SHA-256 of its certificate's public key, in hexadecimal digits; empty without TLS.
     """
 
     name: str
     process: bytes
     secret: bytes
+    came_from: str
+    fingerprint: str
 
     def ask(self, order: PendingRequest) -> None:
         """Send the client an order."""

@@ -28,8 +28,8 @@ from fedlora.plan import Proposal, Refusal, Refused, Upload
 from fedlora.wire import Key, pb
 from fedlora_strategies.messages import is_undelivered, join_message, read_join_reply, read_reply, train_message
 
-from .client_registry import Event
 from .engine import Outcome
+from .observer import ClientEvent
 from .registry_engine import RegistryEngine
 from .seats import ClientStream, PendingRequest
 from .upload_store import Stored, new_upload, not_stored, store
@@ -50,7 +50,7 @@ class _Node(ClientStream):
 
     def __init__(self, flower_id: int, told: Proposal, outgoing: SimpleQueue[tuple[_Node, PendingRequest]]) -> None:
         self.flower_id, self.told = flower_id, told
-        self.name, self.process, self.secret = "", b"", b""
+        self.name, self.process, self.secret, self.came_from, self.fingerprint = "", b"", b"", "", ""
         self.cancelled: Key | None = None
         self._outgoing = outgoing
 
@@ -75,12 +75,12 @@ class SuperLinkEngine(RegistryEngine):
         grid: the ServerApp's Grid. No one else may use it meanwhile.
         proposal: what each node is told when it is asked to join. Its `run_id` is FedLoRA's, not Flower's.
         uploads: folder for uploads that wait to be aggregated; made if absent, cleared of them at the end.
-        notify: called with each `Event`, from any thread; it must return quickly.
+        notify: called with each `ClientEvent`, from any thread; it must return quickly.
     """
 
     address = "Flower's SuperLink"
 
-    def __init__(self, grid: Grid, proposal: Proposal, uploads: Path, notify: Callable[[Event], None]) -> None:
+    def __init__(self, grid: Grid, proposal: Proposal, uploads: Path, notify: Callable[[ClientEvent], None]) -> None:
         super().__init__(proposal, uploads, notify)
         self._grid, self._notify, self._wire_dtype = grid, notify, proposal.plan.wire_dtype
         self._layout: AdapterLayout | None = None
@@ -182,12 +182,13 @@ class SuperLinkEngine(RegistryEngine):
             labels = ready().ready.labels  # read only after `join` has checked the version
             self._registry.ready(node, wire.labels_from_wire(labels, announced=True), None)
         except Refused as refused:
-            self._notify(Event("declined", node.name or f"SuperNode {node.flower_id}", str(refused.refusal)))
+            self._notify(ClientEvent("declined", node.name or f"SuperNode {node.flower_id}", str(refused.refusal),
+                                     refused.refusal.code))
         except Exception as error:
             self._registry.gone(node)
             if not isinstance(error, ValueError):
                 log.exception("The answer of SuperNode %d to the request to join could not be read", node.flower_id)
-            self._notify(Event("refused", f"SuperNode {node.flower_id}", wire.clean(str(error))))
+            self._notify(ClientEvent("refused", f"SuperNode {node.flower_id}", wire.clean(str(error))))
 
     def _on_answer(self, node: _Node, key: Key, reply: Message) -> None:
         answer: Stored | Refusal

@@ -20,7 +20,7 @@ from typing import Any
 from flwr.app import ArrayRecord
 
 from fedlora.plan import Refusal, Tensors
-from fedlora.wire import ARRAY_DTYPES, Shapes, shapes_of
+from fedlora.wire import ARRAY_DTYPES, Shapes, TensorsDigest, shapes_of, size_of
 from fedlora.wire.npy import npy_header, npy_size
 from fedlora.wire.tensors import chunks
 from fedlora_strategies.messages import record_of
@@ -49,12 +49,19 @@ class Stored:
         shapes: the tensors' shapes by name, in the order in which they stand in the file.
         wire_dtype: "fp32" or another key of `fedlora.wire.ARRAY_DTYPES`.
         metrics: the numbers that came with the tensors.
+        sha256: the tensors' digest (`fedlora.wire.tensors_digest`).
     """
 
     path: Path
     shapes: Shapes
     wire_dtype: str
     metrics: Mapping[str, int | float]
+    sha256: str = ""
+
+    @property
+    def wire_bytes(self) -> int:
+        """Size of the tensors on the wire."""
+        return size_of(self.shapes, self.wire_dtype)
 
     def read(self) -> ArrayRecord:
         """Return the tensors as they were sent. The file stays mapped in memory as long as the record exists."""
@@ -92,13 +99,14 @@ class IncomingUpload:
 
     def __init__(self, path: Path, shapes: Shapes, wire_dtype: str, patience: Patience = once) -> None:
         self._path, self._shapes, self._wire_dtype = path, shapes, wire_dtype
-        self._to_come = iter(shapes.values())
+        self._to_come, self._digest = iter(shapes.values()), TensorsDigest(shapes, wire_dtype)
         self._missing_bytes = 0  # left to come of the tensor that is being written
         self._file = io.BufferedWriter(_NewFile(path, patience), BUFFER_BYTES)
 
     def write(self, data: memoryview) -> None:
         """Append the next bytes of the tensors. A piece may begin and end anywhere, and span several tensors."""
         dtype = ARRAY_DTYPES[self._wire_dtype]
+        self._digest.add(data)
         while data:
             if not self._missing_bytes:
                 shape = next(self._to_come)
@@ -112,7 +120,7 @@ class IncomingUpload:
     def stored(self, metrics: Mapping[str, int | float]) -> Stored:
         """Close the file, once all tensors are written, and return the stored upload."""
         self._file.close()
-        return Stored(self._path, self._shapes, self._wire_dtype, metrics)
+        return Stored(self._path, self._shapes, self._wire_dtype, metrics, self._digest.hexdigest())
 
     def discard(self) -> None:
         """Remove the file, even if the upload is already stored."""

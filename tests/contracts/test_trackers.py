@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fedlora import registry
-from fedlora_server.observer import Observer, RoundRecord
+from fedlora_server.observer import ClientEvent, Observer, RoundRecord
 from fedlora_server.trackers import Tracker, Watched
 from tests.federation import plan_of
 
@@ -48,6 +48,9 @@ def test_it_takes_every_event_of_a_run_and_leaves_the_files_alone_that_resuming_
         file.write_text(name)
     tracker = registry.load(PACKAGE, key).TRACKER(watched)
     told = {"open": lambda: tracker.open(), "said": lambda: tracker.said("a joined [red]"),
+            "client": lambda: [tracker.client(ClientEvent(kind, "a[/]", "why", code="budget")) for kind in (
+                "joined", "rejoined", "ready", "uploaded", "refused", "declined", "left", "lost", "turned-away",
+                "disconnected")],
             "begin": lambda: tracker.begin(plan_of("fedsvd", private=True), BEGUN),
             "waiting": lambda: (tracker.waiting(2, 1, None), tracker.waiting(2, 1, 3.0)),
             "fewer": lambda: tracker.fewer(1, 1, 2),

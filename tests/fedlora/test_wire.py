@@ -336,6 +336,18 @@ def test_the_digest_does_not_depend_on_the_order(shapes, random):
     assert wire.tensors_digest(dict(shuffled)) == wire.tensors_digest(tensors)
 
 
+@settings(deadline=None)
+@given(shapes_strategy, st.sampled_from(WIRE_DTYPES), st.sampled_from((3, 7, 1001)))
+def test_the_digest_of_pieces_is_that_of_the_values_that_arrive(shapes, wire_dtype, size):
+    tensors = draw(shapes)
+    arrays = wire.packed(tensors, wire_dtype)
+    sent = b"".join(arrays[name].tobytes() for name in sorted(arrays))
+    digest = wire.TensorsDigest(wire.shapes_of(tensors), wire_dtype)
+    for start in range(0, len(sent), size):
+        digest.add(memoryview(sent)[start:start + size])
+    assert digest.hexdigest() == wire.tensors_digest(wire.rounded(tensors, wire_dtype))
+
+
 def test_the_digest_depends_on_names_shapes_and_values():
     zeros = np.zeros((2, 3), np.float32)
     variants = [{"x": zeros}, {"y": zeros}, {"x": zeros.T}, {"x": zeros + 1}, {"x": zeros[:1], "y": zeros[1:]}, {}]

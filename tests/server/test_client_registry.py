@@ -22,6 +22,7 @@ class Line:
 
     def __init__(self):
         self.name, self.process, self.secret, self.said = "", b"", b"", []
+        self.came_from = self.fingerprint = ""
 
     def ask(self, order):
         self.said.append(("task", order.plan.key))

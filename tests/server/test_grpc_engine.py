@@ -394,6 +394,31 @@ def test_closing_tells_clients_and_a_client_that_leaves_is_not_lost(tmp_path):
     assert "lost" not in [kind for kind, _ in events]
 
 
+@pytest.mark.parametrize("wire_dtype", ["fp32", "bf16"])
+def test_news_of_an_upload_names_its_order_and_the_digest_that_the_client_reports(tmp_path, wire_dtype):
+    events, run = [], replace(RUN, wire_dtype=wire_dtype)
+    engine = GrpcEngine("127.0.0.1:0", Proposal(run), tmp_path, notify=events.append)
+    engine.expect(LAYOUT)
+    connection = connect(engine, "north")
+    state = to_record(wire.packed(STATE, wire_dtype))
+    for attempt in (0, 1):
+        engine.push_messages([train_message(RoundPlan(run, 1, attempt, wire.tensors_digest({})), state,
+                                            node_id("north"))])
+    sent = wire.rounded(UPLOAD, wire_dtype)
+    connection.send(Upload(*connection.next_request()[0].key, tensors=sent, steps=1, num_examples=10))
+    connection.next_request()
+    connection.send(Refusal("budget"))
+    connection.leave()
+    until(lambda: events[-1].kind == "left", engine)
+    engine.close("finished")
+    assert [event.kind for event in events] == ["joined", "ready", "uploaded", "refused", "left"]
+    uploaded, refused = events[2:4]
+    assert (uploaded.name, uploaded.round, uploaded.attempt, uploaded.peer) == ("north", 1, 0, "127.0.0.1")
+    assert uploaded.sha256 == wire.tensors_digest(sent)
+    assert uploaded.upload_bytes == wire.size_of(wire.shapes_of(UPLOAD), wire_dtype)
+    assert (refused.code, refused.round, refused.attempt) == ("budget", 1, 1)
+
+
 def test_a_client_gives_up_when_there_is_no_server():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -7,7 +7,7 @@ import shutil
 
 from rich.console import Console
 
-from fedlora_server.observer import RoundRecord
+from fedlora_server.observer import ClientEvent, RoundRecord
 from fedlora_server.trackers import Trackers, Watched
 from tests.federation import plan_of
 
@@ -39,6 +39,16 @@ def test_a_tracker_that_fails_is_named_once_and_the_others_hear_all(tmp_path, ca
     assert [message.split()[2] for message in failed] == ["csv", "plots"]
     assert all("goes on without it" in message for message in failed)
     assert [line.partition(",")[0] for line in lines(run)] == ["round 1: 1 of 1 replied", "round 2: 1 of 1 replied"]
+
+
+def test_a_client_that_comes_again_and_again_gets_one_line_a_minute(tmp_path):
+    run = watched(tmp_path)
+    with Trackers(["console"], run) as trackers:
+        for _ in range(50):
+            trackers.client(ClientEvent("joined", "north"))
+            trackers.client(ClientEvent("lost", "north", "why"))
+            trackers.client(ClientEvent("uploaded", "north"))  # the round loop tells it
+    assert lines(run) == ["north joined", "north lost: why"]
 
 
 def test_who_is_chosen_watches_whatever_the_order(tmp_path):

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from fedlora import registry
 from fedlora.plan import RunPlan
-from fedlora_server.observer import Observer, RoundRecord
+from fedlora_server.observer import ClientEvent, Observer, RoundRecord
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,16 @@ class Watched:
         out: the run's folder, which exists.
         console: the console that the coordinator reads; stderr by convention, so that a command's output can be piped.
         options: the command's options by name, with the preset's value for each that was not given.
+        run_id: the run's id, 16 hexadecimal digits.
+        fingerprint: SHA-256 of the server's public key, in hexadecimal digits; "" without TLS.
     """
 
     title: str
     out: Path
     console: Console
     options: Mapping[str, object]
+    run_id: str = ""
+    fingerprint: str = ""
 
 
 class Tracker(Observer):
@@ -57,6 +61,13 @@ class Tracker(Observer):
     def said(self, line: str) -> None:
         """Take a line for the coordinator that is no event of the round loop. Called from any thread."""
 
+    def client(self, event: ClientEvent) -> None:
+        """Hear news of a client.
+
+        Called from any thread, under the lock of the registry, so it must return quickly. A client decides how often it
+        joins: who writes lines about clients limits them (`fedlora_server.peer_lines`).
+        """
+
     def close(self) -> None:
         """End, after all else, however the run ended."""
 
@@ -67,11 +78,12 @@ class Trackers(Tracker):
     Args:
         keys: names of files in `fedlora_server.trackers`, in any order.
         run: the run to watch.
+        others: further trackers by name, which are no files of that folder.
     """
 
-    def __init__(self, keys: Iterable[str], run: Watched) -> None:
+    def __init__(self, keys: Iterable[str], run: Watched, others: Mapping[str, Tracker] | None = None) -> None:
         super().__init__(run)
-        self._trackers: dict[str, Tracker] = {}
+        self._trackers: dict[str, Tracker] = dict(others or {})
         for key in sorted(keys):
             try:
                 self._trackers[key] = registry.load("fedlora_server.trackers", key).TRACKER(run)
@@ -106,6 +118,10 @@ class Trackers(Tracker):
     @override
     def said(self, line: str) -> None:
         self._tell("said", line)
+
+    @override
+    def client(self, event: ClientEvent) -> None:
+        self._tell("client", event)
 
     @override
     def begin(self, plan: RunPlan, before: Sequence[RoundRecord]) -> None:

@@ -10,11 +10,18 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
-from fedlora_server.observer import MOST_NAMED, RoundRecord, named
+from fedlora_server.observer import MOST_NAMED, ClientEvent, RoundRecord, named
+from fedlora_server.peer_lines import PeerLines
 from fedlora_server.trackers import Tracker, Watched
 
 SHOWN_ROUNDS = 15
 """Number of rounds in the live table. metrics.jsonl has them all."""
+
+
+LOGGED = frozenset({"turned-away", "disconnected"})
+"""Kinds of client events that the server logs as warnings by itself."""
+ROUNDS_TELL = frozenset({"uploaded"})
+"""Kinds of client events that the round loop tells again, in `answered`."""
 
 
 def quantity(count: int | float) -> str:
@@ -36,7 +43,7 @@ class Display(Tracker):
 
     def __init__(self, run: Watched) -> None:
         super().__init__(run)
-        self._console = run.console
+        self._console, self._lines = run.console, PeerLines()
         self._records: list[RoundRecord] = []
         self._status = ""
         self._live = Live(console=run.console, auto_refresh=False) if run.console.is_terminal else None
@@ -111,6 +118,14 @@ class Display(Tracker):
     @override
     def said(self, line: str) -> None:
         (self._live.console if self._live else self._console).print(line, highlight=False, markup=False)
+
+    @override
+    def client(self, event: ClientEvent) -> None:
+        if event.kind in LOGGED | ROUNDS_TELL:
+            return
+        more = self._lines.admit(event.name, event.kind)
+        if more is not None:
+            self.said(f"{event.name} {event.kind}{f': {event.detail}' if event.detail else ''}{more}")
 
     def _say(self, status: str, *, quiet: bool = False) -> None:
         self._status = status
