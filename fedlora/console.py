@@ -22,6 +22,8 @@ REST_OF_LINE = 1 << 16
 If the beginning was queued, the rest may exceed the queue by this much. If it was dropped, this much of the rest is
 dropped too. Longer output without a line end is not a line (a progress bar, say); each of its writes is queued or
 dropped by itself."""
+WIDTH_OF_FILES = 200
+"""Columns for tables that are written to a file or a pipe."""
 LEAVE_S = 2.0
 """Seconds that a command waits, when it ends, for its last lines to be written."""
 
@@ -33,6 +35,14 @@ def messages() -> Console:
     """
     console = Console(stderr=True, markup=False, highlight=False)
     console.soft_wrap = not console.is_terminal
+    return console
+
+
+def results() -> Console:
+    """Return a console on stdout for a command's results, where a table is never cut off in a file or a pipe."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH_OF_FILES)
     return console
 
 

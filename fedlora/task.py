@@ -160,11 +160,18 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return [records] values to be summed over all records in an evaluation; "loss" and "count" among them."""
+        """Return what an evaluation needs of each record: name → [records] or [records, k] values.
+
+        "loss" is among them.
+        """
 
     @abstractmethod
-    def summarize(self, sums: dict[str, float]) -> dict[str, float]:
-        """Return the evaluation's figures from the sums of `measure`; `metric`, "loss" and "count" among them."""
+    def summarize(self, values: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Return the evaluation's figures; `metric`, "loss" and "count" among them (see `fedlora.figures`).
+
+        Args:
+            values: what `measure` returned, of all records: name → [n] or [n, k] float64.
+        """
 
     def collate(self, records: Records, indices: np.ndarray, length: int, device: str | torch.device = "cpu", *,
                 rows: int | None = None) -> Batch:
@@ -220,7 +227,8 @@ class Task(ABC):
         model.eval()
         autocast = (contextlib.nullcontext() if autocast_dtype is None
                     else torch.autocast(torch.device(device).type, dtype=autocast_dtype))
-        sums: dict[str, float] = {}
+        parts: dict[str, list[np.ndarray]] = {}
+        order: list[np.ndarray] = []
         try:
             tokens = min(_EVALUATION_TOKENS, self.most_tokens)
             for length, indices in _by_length(records.lengths, self.max_length, most=micro_batch or _EVALUATION_BATCH,
@@ -229,10 +237,12 @@ class Task(ABC):
                 with autocast:
                     measured = self.measure(model, batch)
                 for name, values in measured.items():
-                    sums[name] = sums.get(name, 0.0) + float(values.cpu().double().sum())
+                    parts.setdefault(name, []).append(values.cpu().double().numpy())
+                order.append(indices)
         finally:
             model.train(training)
-        return self.summarize(sums)
+        place = np.argsort(np.concatenate(order))
+        return self.summarize({name: np.concatenate(part)[place] for name, part in parts.items()})
 
     def _each(self, rows: Sequence[int], encode: Callable[[Sequence[int]], Sequence[Encoded]],
               unusable: Counter[str] | None) -> Iterator[tuple[int, Encoded]]:

@@ -1,4 +1,4 @@
-"""What a data holder installs: fedlora-client needs neither Flower nor `datasets` nor matplotlib."""
+"""What a data holder installs: fedlora-client needs neither Flower nor `datasets`, matplotlib or scikit-learn."""
 
 import os
 import subprocess
@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 from tests.processes import PATIENCE, Deployment, write_rows
 
 ROOT = Path(__file__).parent.parent
-LEFT_OUT = ("flwr", "datasets", "matplotlib")
+LEFT_OUT = ("flwr", "datasets", "matplotlib", "scikit-learn")
+MODULES = (*LEFT_OUT[:-1], "sklearn")
 WITH_FLOWER = {"fedlora_client.flower_app"}
 """The client's only module that needs Flower: SuperNodes load it, fedlora-client does not."""
 SERVERS_TESTS = {"tests.client.test_admission"}
@@ -19,12 +20,17 @@ SERVERS_TESTS = {"tests.client.test_admission"}
 WITHOUT = f"""
 import sys
 
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {LEFT_OUT!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Missing())
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {MODULES!r} else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
 """Code that makes a fresh interpreter one in which these packages are not installed."""
 
@@ -34,12 +40,12 @@ def without(code: str) -> list[str]:
     return [sys.executable, "-c", WITHOUT + code]
 
 
-def test_the_clients_requirements_are_the_projects_less_flower_and_matplotlib():
+def test_the_clients_requirements_are_the_projects_less_what_the_coordinator_alone_needs():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     wanted = [each for each in declared if not each.startswith(LEFT_OUT)]
     lines = (ROOT / "requirements-client.txt").read_text().splitlines()
     assert [line for line in lines if not line.startswith("#")] == wanted
-    assert len(declared) == len(wanted) + 2, "datasets is an extra"
+    assert len(declared) == len(wanted) + 3, "datasets is an extra"
 
 
 def test_all_that_a_client_imports_and_its_tests_do_without_the_packages_that_are_left_out():
@@ -55,7 +61,7 @@ for name in names:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         needed[name] = error.name.partition(".")[0]
-assert not any(name.partition(".")[0] in {LEFT_OUT!r} for name in sys.modules)
+assert not any(name.partition(".")[0] in {MODULES!r} for name in sys.modules)
 assert len(names) > 100, names
 assert needed == dict.fromkeys({WITH_FLOWER | SERVERS_TESTS!r}, "flwr"), needed
 """

@@ -21,6 +21,7 @@ for name in without:
 
 import matplotlib.backends.backend_agg  # noqa: E402
 import matplotlib.figure  # noqa: E402, F401
+import sklearn.metrics  # noqa: E402, F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
 import fedlora_server.app  # noqa: E402, F401

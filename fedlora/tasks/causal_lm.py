@@ -5,9 +5,8 @@ The loss of a record does not depend on the other records of its batch.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from typing_extensions import override
 
 from fedlora.data import RowFormat, Rows
 from fedlora.data.rows import Message
+from fedlora.figures import perplexity, proportion
 from fedlora.records import IGNORED, Batch, Records, pack
 from fedlora.task import Task
 from fedlora.tasks._conversations import written
@@ -140,32 +140,48 @@ class CausalLM(Task):
     @override
     def per_record_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Return the mean cross entropy over each record's own answer tokens, [records] float32."""
-        losses, counts = self._token_losses(model, batch)
+        losses, counts = _token_losses(model(**batch.inputs()).logits, batch)
         return losses / counts
 
     @override
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        losses, counts = self._token_losses(model, batch)
-        return {"loss": losses, "tokens": counts, "count": torch.ones(len(losses))}
+        inputs = batch.inputs()
+        logits = model(**inputs).logits
+        losses, counts = _token_losses(logits, batch)
+        targets = batch.labels[:, 1:]
+        wrong = (targets != IGNORED) & (logits[:, :-1].argmax(-1) != targets)
+        return {"loss": losses, "tokens": counts, "exact": ~wrong.any(1),
+                "prompted": counts < inputs["attention_mask"].sum(1) - 1}
 
     @override
-    def summarize(self, sums: dict[str, float]) -> dict[str, float]:
-        """Return the mean loss per answer token, its exponential (the perplexity), and the number of records."""
-        loss = sums["loss"] / sums["tokens"]
-        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "count": int(sums["count"])}
+    def summarize(self, values: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Return the perplexity with its interval, the exact match, the mean loss per answer token, and the count.
 
-    def _token_losses(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return for each record the sum of its answer tokens' losses, and their number: [records] float32 each.
-
-        The loss of every token is computed, so that no shape depends on how many answer tokens a batch has. With such a
-        shape, the host would have to wait for the GPU, and the rounding of a record could depend on other records.
+        The exact match is the share of answers of which the model finds every token, each given the right ones before
+        it; greedy generation then writes the same answer. It is left out where records have no prompt.
         """
-        logits = model(**batch.inputs()).logits[:, :-1]
-        targets = batch.labels[:, 1:]
-        answer = targets != IGNORED
-        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED,
-                                 reduction="none").view_as(targets)
-        return losses.sum(1), answer.sum(1).float()
+        figures = perplexity(values["loss"], values["tokens"])
+        prompted = values["prompted"] > 0
+        if prompted.any():
+            figures |= proportion("exact_match", values["exact"][prompted] > 0)
+        return {**figures, "loss": float(values["loss"].sum() / values["tokens"].sum()), "count": len(values["loss"])}
+
+
+def _token_losses(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for each record the sum of its answer tokens' losses, and their number: [records] float32 each.
+
+    The loss of every token is computed, so that no shape depends on how many answer tokens a batch has. With such a
+    shape, the host would have to wait for the GPU, and the rounding of a record could depend on other records.
+
+    Args:
+        logits: [records, tokens, vocabulary] the model's outputs.
+        batch: the records.
+    """
+    targets = batch.labels[:, 1:]
+    answer = targets != IGNORED
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED,
+                             reduction="none").view_as(targets)
+    return losses.sum(1), answer.sum(1).float()
 
 
 TASK = CausalLM

@@ -22,6 +22,7 @@ from fedlora.data import (
     labelled_otherwise,
     normalize_label,
 )
+from fedlora.figures import of_classes
 from fedlora.plan import RunPlan
 from fedlora.records import Batch, Records, pack
 from fedlora.task import Task
@@ -157,13 +158,13 @@ class Classification(Task):
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         logits = model(**batch.inputs()).logits.float()
         return {"loss": F.cross_entropy(logits, batch.labels, reduction="none"),
-                "right": logits.argmax(-1) == batch.labels, "count": torch.ones(len(logits))}
+                "probabilities": logits.softmax(-1), "label": batch.labels}
 
     @override
-    def summarize(self, sums: dict[str, float]) -> dict[str, float]:
-        """Return the accuracy, the mean loss, and the number of records."""
-        return {"accuracy": sums["right"] / sums["count"], "loss": sums["loss"] / sums["count"],
-                "count": int(sums["count"])}
+    def summarize(self, values: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Return a classifier's figures (`fedlora.figures.of_classes`), the mean loss, and the number of records."""
+        return {**of_classes(values["probabilities"], values["label"].astype(np.int64), self.labels),
+                "loss": float(values["loss"].mean()), "count": len(values["loss"])}
 
 
 TASK = Classification

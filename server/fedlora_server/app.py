@@ -21,6 +21,7 @@ from fedlora.plan import GOODBYES, PROTOCOL, Proposal, RunPlan
 from fedlora.tasks import task_named
 
 from . import checkpoint, label_sets, names
+from .advice import Advice
 from .anchors import default_place
 from .checkpoint import Unfinished
 from .folders import claimed_folder, retaken_folder
@@ -132,9 +133,9 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
         before = left.joined
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
     stop, goes_on = threading.Event(), threading.Event()
-    trackers = Trackers(options.trackers, Watched(
-        f"{options.strategy}, {base.title}", out, console, resolved(options, options.strategy), run_id,
-        tls.certificate.fingerprint if tls else ""))
+    watched = Watched(f"{options.strategy}, {base.title}", out, console, resolved(options, options.strategy), run_id,
+                      tls.certificate.fingerprint if tls else "")
+    trackers = Trackers(options.trackers, watched, {"advice": Advice(watched, lambda line: trackers.said(line))})
 
     def begin(plan: RunPlan, joined: Mapping[str, Mapping[str, object]]) -> None:
         if listen is None:

@@ -28,7 +28,7 @@ from fedlora import data
 from fedlora.adapters.sketches import PRIVATE_START
 from fedlora.config import SimulationConfig, build_parser, option, read_config, values
 from fedlora.config.option import PRIVACY, RUN
-from fedlora.console import messages
+from fedlora.console import messages, results
 from fedlora.data import Rows
 from fedlora.plan import Refused
 from fedlora.privacy import Accountant, Budget, Ledger, nominal_size
@@ -324,7 +324,7 @@ def _run(options: AuditConfig, base: BaseModel, out: Path, console: Console) -> 
     if options.json:
         print(json.dumps(result | {"audits": short}, indent=1))
     else:
-        Console().print(show(audits))
+        results().print(show(audits))
     console.print(f"audit.json and audit.png are in {out}")
     if not audits[0].holds:
         console.print("The claim is refuted: this client lost more privacy than its accountant says.", style="bold red")

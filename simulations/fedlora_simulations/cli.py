@@ -100,9 +100,7 @@ def run(options: SimulationConfig) -> int:
         Refused: the clients' privacy limits do not allow a plan.
         WorkerLost: a worker process ended during training.
     """
-    from rich.console import Console
-
-    from fedlora.console import messages
+    from fedlora.console import messages, results
     from fedlora.tasks import task_named
     from fedlora.training import check_computing
     from fedlora_server.folders import claimed_folder
@@ -164,7 +162,7 @@ def run(options: SimulationConfig) -> int:
         finally:  # compare the finished runs, also if a later one fails
             comparisons = [summarize(done) for done in runs.values() if done]
             if comparisons:
-                Console().print(table(comparisons))
+                results().print(table(comparisons))
                 save(out, comparisons, {"options": vars(options)})
         console.print(f"Adapters, reports and the comparison are in {out}")
     return 0
@@ -173,6 +171,7 @@ def run(options: SimulationConfig) -> int:
 def _run_one(options: SimulationConfig, method: Method, seed: int, base: BaseModel, population: Population, out: Path,
              console: Console) -> Simulated:
     """Run one method with one seed, in a folder of its own below `out`."""
+    from fedlora_server.advice import Advice
     from fedlora_server.run_setup import resolved
     from fedlora_server.trackers import Trackers, Watched
 
@@ -184,7 +183,8 @@ def _run_one(options: SimulationConfig, method: Method, seed: int, base: BaseMod
     try:
         chosen = resolved(method.options(options), method.strategy) | {"seed": seed}
         watched = Watched(f"{method}, seed {seed}", folder, console, chosen)
-        with Trackers(options.trackers, watched) as trackers:
+        advice = Advice(watched, lambda line: trackers.said(line))
+        with Trackers(options.trackers, watched, {"advice": advice}) as trackers:
             done = simulate(options, method, seed, base, population, observer=trackers, out=folder)
         if done.result.ended == "diverged":
             raise ValueError(f"{method} ended after {done.result.rounds} of {done.federation.plan.rounds} rounds: "

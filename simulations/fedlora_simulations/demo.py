@@ -23,6 +23,7 @@ from rich.table import Table
 from fedlora import registry
 from fedlora.adapters.card import loading_code
 from fedlora.config import SimulationConfig, read_config
+from fedlora.figures import MAJORITY
 from fedlora.plan import Refused
 from fedlora.privacy import Ledger
 from fedlora_server.folders import claimed_folder
@@ -147,6 +148,7 @@ def _conclude(console: Console, out: Path, control: float | None, seconds: float
     table.add_row("strategy", f"{plan['strategy']}, rank {plan['rank']}, {report['finished_rounds']} rounds")
     table.add_row("accuracy before", f"{evaluation['before']['accuracy']:.3f}")
     table.add_row("accuracy after", f"[bold]{evaluation['after']['accuracy']:.3f}[/bold]")
+    table.add_row("most frequent label alone", f"{evaluation['after'][MAJORITY]:.3f}")
     if control is not None:
         table.add_row("control, last layer alone", f"{control:.3f}")
     for name in report["disclosed"]:

@@ -22,7 +22,8 @@ from rich.table import Table
 
 from fedlora.config import SimulationConfig, build_parser, option, read_config, values
 from fedlora.config.option import RUN
-from fedlora.console import messages
+from fedlora.console import messages, results
+from fedlora.figures import main as main_figures
 from fedlora.plan import Refusal, Released, RoundPlan, Tensors, Upload
 from fedlora_client.flower_app import Session
 from fedlora_server.folders import claimed_folder
@@ -140,20 +141,18 @@ def run_one(options: SimulationConfig, seed: int, base: BaseModel, population: P
 def table(outcomes: Mapping[str, Mapping[int, Outcome]]) -> Table:
     """Return a table with one row for each kind: its figures, and their change from the honest runs, seed by seed."""
     honest = outcomes[HONEST]
-    figures = [name for name in next(iter(honest.values())).figures if name != "count"]
+    metric = next(iter(main_figures(next(iter(honest.values())).figures)))
     shown = Table(box=None, pad_edge=False, title_justify="left", title=(
         f"one client sends what it did not train; {len(honest)} paired seeds, mean ± deviation"))
-    for name in ("sends", *(column for figure in figures for column in (figure, "change")), "left out",
-                 "honest left out", "ended"):
-        shown.add_column(name, justify="left" if name in ("sends", "ended") else "right", no_wrap=True)
+    for name in ("sends", metric, "change", "loss", "left out", "honest left out", "ended"):
+        words = name in ("sends", "ended")  # those may break, so that the figures fit 80 columns
+        shown.add_column(name, justify="left" if words else "right", no_wrap=not words and " " not in name,
+                         overflow="fold")
     for kind, runs in outcomes.items():
-        cells = []
-        for figure in figures:
-            mean, deviation = mean_and_deviation([one.figures[figure] for one in runs.values()])
-            cells.append(f"{mean:.3f} ± {deviation:.3f}")
-            mean, deviation = mean_and_deviation(
-                [one.figures[figure] - honest[seed].figures[figure] for seed, one in runs.items()])
-            cells.append("" if kind == HONEST else f"{mean:+.3f} ± {deviation:.3f}")
+        cells = ["{:.3f} ± {:.3f}".format(*mean_and_deviation([one.figures[figure] for one in runs.values()]))
+                 for figure in (metric, "loss")]
+        change = mean_and_deviation([one.figures[metric] - honest[seed].figures[metric] for seed, one in runs.items()])
+        cells.insert(1, "" if kind == HONEST else "{:+.3f} ± {:.3f}".format(*change))
         rounds = sum(one.rounds for one in runs.values())
         shown.add_row(kind, *cells, f"{sum(one.left_out for one in runs.values())} of {rounds}",
                       f"{sum(one.honest_left_out for one in runs.values())}",
@@ -208,6 +207,6 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print((out / RESULT).read_text())
     else:
-        Console().print(table(outcomes))
+        results().print(table(outcomes))
     console.print(f"{RESULT} is in {out}")
     return 0

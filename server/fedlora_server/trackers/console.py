@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
+from fedlora import figures
+from fedlora.figures import MAJORITY
 from fedlora_server.observer import MOST_NAMED, ClientEvent, RoundRecord, named
 from fedlora_server.peer_lines import PeerLines
 from fedlora_server.trackers import Tracker, Watched
@@ -33,9 +35,11 @@ def quantity(count: int | float) -> str:
     raise AssertionError
 
 
-def figures(evaluation: Mapping[str, float]) -> str:
-    """Return the figures as in "accuracy 0.812, loss 0.431", without the count."""
-    return ", ".join(f"{name} {value:.3f}" for name, value in evaluation.items() if name != "count")
+def shown(evaluation: Mapping[str, float]) -> str:
+    """Return the figures as in "accuracy 0.812 (majority 0.600), loss 0.431"."""
+    beside = {name: f" (majority {value:.3f})" for name, value in evaluation.items() if name == MAJORITY}
+    return ", ".join(f"{figures.title(name)} {value:.3f}{beside.get(f'{name}/majority', '')}"
+                     for name, value in figures.main(evaluation).items())
 
 
 class Display(Tracker):
@@ -104,9 +108,9 @@ class Display(Tracker):
         self._records.append(record)
         if record.round == 0:
             start = f"start released by {len(record.uploaded)} of {len(record.cohort)}" if record.cohort else ""
-            self._say("before training: " + ", ".join(filter(None, (start, figures(record.evaluation)))))
+            self._say("before training: " + ", ".join(filter(None, (start, shown(record.evaluation)))))
             return
-        parts = [f"{len(record.uploaded)} of {len(record.cohort)} replied", figures(record.evaluation),
+        parts = [f"{len(record.uploaded)} of {len(record.cohort)} replied", shown(record.evaluation),
                  "" if record.update_norm is None else f"update {record.update_norm:.3g}",
                  f"{quantity(record.bytes_up)} up, {quantity(record.bytes_down)} down", f"{record.seconds:.1f} s"]
         self._say(f"round {record.round}: " + ", ".join(filter(None, parts)), quiet=bool(self._live))
@@ -135,9 +139,13 @@ class Display(Tracker):
             self._console.print(status, highlight=False, markup=False, soft_wrap=True)
 
     def _table(self) -> Group:
-        measured = list(dict.fromkeys(name for r in self._records for name in r.evaluation if name != "count"))
-        table = Table(title=self.run.title, title_justify="left", box=None, pad_edge=False)
-        for name in ("round", "replies", *measured, "update", "up", "down", "seconds"):
+        measured = list(dict.fromkeys(name for r in self._records for name in figures.main(r.evaluation)))
+        majority = next((r.evaluation[MAJORITY] for r in self._records if MAJORITY in r.evaluation), None)
+        table = Table(title=self.run.title, title_justify="left", box=None, pad_edge=False,
+                      caption=None if majority is None else f"the most frequent label alone gives {majority:.3f}",
+                      caption_justify="left")
+        for name in ("round", "replies", *map(figures.title, measured), "update", "up", "down",
+                     "seconds"):
             table.add_column(name, justify="right")
         for record in self._records[-SHOWN_ROUNDS:]:
             evaluated = [f"{record.evaluation[m]:.3f}" if m in record.evaluation else "" for m in measured]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from typing_extensions import override
 
+from fedlora.figures import main, title
 from fedlora.plan import RunPlan
 from fedlora_server.observer import RoundRecord
 from fedlora_server.trackers import Tracker, Watched
@@ -19,6 +22,8 @@ ENDINGS = {"finished": "", "stopped": ", stopped early", "wait-timeout": ", ende
 
 INK, GRID = "#333333", "#dddddd"
 LEARNED, LOSS, MOVED, UP, DOWN, TIME = "#1b6ca8", "#c8553d", "#5b8c5a", "#1b6ca8", "#9cc5e0", "#8a7ca8"
+STYLES: Sequence[Mapping[str, Any]] = ({"marker": "o", "ms": 3.5}, {"ls": "--"}, {"ls": ":", "marker": "s", "ms": 3})
+"""Line styles of the figures that share a panel; they stay apart where the curves coincide."""
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 
 Panel = Callable[[Axes, Sequence[RoundRecord]], None]
@@ -58,9 +63,8 @@ def draw(path: Path, records: Sequence[RoundRecord], title: str) -> Path:
         records: the run's records.
         title: stands above the panels.
     """
-    measured = dict.fromkeys(name for r in records for name in r.evaluation if name != "count")
-    figures = sorted(measured, key=lambda name: name == "loss")
-    panels: list[Panel] = [_evaluation(name) for name in figures] + [_update_norm, _bytes, _seconds]
+    figures = _panels_of_figures(records)
+    panels: list[Panel] = [_evaluation(names) for names in figures] + [_update_norm, _bytes, _seconds]
     columns = 3 if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.5), layout="constrained")
@@ -82,17 +86,52 @@ def _places(figure: Figure, rows: int, columns: int, count: int) -> list[Axes]:
                      for row in range(1, rows) for i in range(columns)]
 
 
-def _evaluation(name: str) -> Panel:
+def _panels_of_figures(records: Sequence[RoundRecord]) -> list[list[str]]:
+    """Return the names of the figures that share a panel, panel by panel.
+
+    The task's first figure and the loss have their own. Of the others, those between 0 and 1 share one.
+    """
+    values: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in main(record.evaluation).items():
+            values.setdefault(name, []).append(value)
+    first, *others = [name for name in values if name != "loss"] or [""]
+    shares = [name for name in others if all(0 <= value <= 1 for value in values[name])]
+    panels = [[first], shares, *([name] for name in others if name not in shares), ["loss"]]
+    return [panel for panel in panels if panel and panel[0] in values]
+
+
+def _evaluation(names: Sequence[str]) -> Panel:
     def panel(axes: Axes, records: Sequence[RoundRecord]) -> None:
-        points = [(r.round, r.evaluation[name]) for r in records if name in r.evaluation]
-        rounds, values = zip(*points, strict=True)
-        axes.plot(rounds, values, color=LOSS if name == "loss" else LEARNED, lw=2, marker="o", ms=3.5)
+        for name, style in zip(names, cycle(STYLES), strict=False):
+            points = [(r.round, r.evaluation[name]) for r in records if name in r.evaluation]
+            rounds, values = zip(*points, strict=True)
+            before = "" if rounds[0] else f"{values[0]:.3f} before, "
+            after = "after" if rounds[-1] == records[-1].round else f"after round {rounds[-1]}"
+            told = f"{title(name)}: {before}{values[-1]:.3f} {after}"
+            axes.plot(rounds, values, color=LOSS if name == "loss" else LEARNED, lw=2, label=told, **style)
+            _add_interval(axes, name, rounds, records)
         axes.margins(y=0.1)
-        before = "" if rounds[0] else f"{values[0]:.3f} before, "
-        after = "after" if rounds[-1] == records[-1].round else f"after round {rounds[-1]}"
-        axes.set_title(f"{name} on the server's data: {before}{values[-1]:.3f} {after}")
+        if len(names) == 1:
+            axes.set_title(told)
+        else:
+            axes.set_title("further figures")
+            axes.margins(y=0.4)
+            axes.legend(frameon=False, fontsize=8, loc="upper left")
 
     return panel
+
+
+def _add_interval(axes: Axes, name: str, rounds: Sequence[int], records: Sequence[RoundRecord]) -> None:
+    """Shade a figure's interval, and draw the majority rate beside the accuracy, where all rounds have them."""
+    low, high, majority = ([r.evaluation[f"{name}/{end}"] for r in records if f"{name}/{end}" in r.evaluation]
+                           for end in ("low", "high", "majority"))
+    if len(low) == len(rounds):
+        axes.fill_between(rounds, low, high, color=LEARNED, alpha=0.15, lw=0)
+    if majority:
+        axes.axhline(majority[-1], color=INK, lw=1, ls=":")
+        axes.annotate(f"most frequent label alone: {majority[-1]:.3f}", (1, majority[-1]),
+                      xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=INK)
 
 
 def _update_norm(axes: Axes, records: Sequence[RoundRecord]) -> None:

@@ -81,12 +81,12 @@ class Regression(Task):
     @override
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         losses = self.per_record_loss(model, batch)
-        return {"loss": losses, "count": torch.ones(len(losses))}
+        return {"loss": losses}
 
     @override
-    def summarize(self, sums: dict[str, float]) -> dict[str, float]:
-        loss = sums["loss"] / sums["count"]
-        return {"rmse": math.sqrt(loss), "loss": loss, "count": int(sums["count"])}
+    def summarize(self, values: Mapping[str, np.ndarray]) -> dict[str, float]:
+        loss = float(values["loss"].mean())
+        return {"rmse": math.sqrt(loss), "loss": loss, "count": len(values["loss"])}
 
 
 TASK = Regression
