@@ -87,6 +87,9 @@ def show_budget(*, policy: Path | None, simulated_ledger: Path | None, rounds: i
     except ValueError as error:
         print(f"fedlora-client: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"fedlora-client: {error.filename or 'the ledger'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     if as_json:
         print(json.dumps({"ledger": ledger.ledger_id, "simulated": ledger.simulated, "datasets": described}, indent=1))
         return 0

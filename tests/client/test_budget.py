@@ -166,3 +166,9 @@ def test_what_is_no_report_is_not_verified(tmp_path, capsys):
     path.write_text("{}")
     assert command("verify", str(path)) == 2
     assert "Not verified" in capsys.readouterr().out
+
+
+def test_a_ledger_that_cannot_be_looked_at_is_named_without_a_traceback(monkeypatch, capsys):
+    monkeypatch.setenv("XDG_STATE_HOME", "/" + "x" * 300)  # as where it belongs to another user: the system refuses
+    assert command("budget") == 2
+    assert "ledger.sqlite: File name too long" in capsys.readouterr().err
