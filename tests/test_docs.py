@@ -12,14 +12,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-TOP = ("fedlora", "client", "server", "strategies", "simulations", "benchmarks", "docs", "examples", "tests")
+TOP = ("fedlora", "client", "server", "strategies", "simulations", "benchmarks", "docs", "examples", "tests",
+       "deploy")
 """Folders of the repository whose paths pages name."""
 
 GENERATED = {"changelog.md", "contributing.md", "security.md", "reference/commands.md", "reference/files.md"}
 """Pages that docs/generate makes, beside those of the API."""
 
 OTHERS = {"--superlink", "--node-config", "--run-config", "--stream", "--no-deps", "--index-url", "--extra-index-url",
-          "--constraint", "--editable", "--simulation"}
+          "--constraint", "--editable", "--simulation", "--build-arg", "--gpus"}
 """Options of other programs that pages name by themselves."""
 
 FENCE = re.compile(r"^(`{3,})(\w*)[^\n]*\n(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
