@@ -100,7 +100,20 @@ def read_config(config: type[C], argv: Sequence[str] | None, *, epilog: str | No
         begun_with: returns the options of the run in the folder that --resume names. They then replace the defaults. It
             raises ValueError if there is no such run.
     """
-    return _read(build_parser(config, epilog=epilog), config, argv, begun_with)
+    return config(**given_options(config, argv, epilog=epilog, begun_with=begun_with))
+
+
+def given_options(config: type[Config], argv: Sequence[str] | None, *, epilog: str | None = None,
+                  begun_with: Callable[[Path], Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """Return the options that are given, by field name: what `read_config` reads, without the defaults.
+
+    Args:
+        config: the command's config.
+        argv: the arguments; None for the process's own.
+        epilog: the last lines of --help.
+        begun_with: as in `read_config`.
+    """
+    return _given(build_parser(config, epilog=epilog), config, argv, begun_with)
 
 
 def config_from(table: Mapping[str, str | int | float | bool], config: type[C], source: str) -> C:
@@ -120,11 +133,11 @@ def config_from(table: Mapping[str, str | int | float | bool], config: type[C], 
     parser = build_parser(config)
     parser.error = complain  # type: ignore[method-assign]
     given = {key: value for key, value in table.items() if value != ""}
-    return _read(parser, config, arguments(given, config, source))
+    return config(**_given(parser, config, arguments(given, config, source)))
 
 
-def _read(parser: argparse.ArgumentParser, config: type[C], argv: Sequence[str] | None,
-          begun_with: Callable[[Path], Mapping[str, Any]] | None = None) -> C:
+def _given(parser: argparse.ArgumentParser, config: type[Config], argv: Sequence[str] | None,
+           begun_with: Callable[[Path], Mapping[str, Any]] | None = None) -> dict[str, Any]:
     given = parser.parse_args(argv)
     found: dict[str, Any] = {}
     try:
@@ -135,4 +148,4 @@ def _read(parser: argparse.ArgumentParser, config: type[C], argv: Sequence[str] 
             found |= vars(parser.parse_args(file_arguments(given.config, config)))
     except ValueError as error:
         parser.error(str(error))
-    return config(**found | vars(given))
+    return found | vars(given)

@@ -22,7 +22,7 @@ class ServerConfig(RunConfig, ConnectedConfig):
     command: ClassVar[str] = SERVER
     forms: ClassVar[tuple[str, ...]] = (
         "fedlora-server [--strategy NAME] [--labels A,B,…] [options]", "fedlora-server --resume DIR",
-        "fedlora-server {presets,pki,forget} [--help]")
+        "fedlora-server {presets,pki,kit,forget} [--help]")
 
     strategy: str = option("fedsvd", "what clients train and how uploads are combined; module:Class for a strategy of "
                            "your own", RUN, values.strategy, keys=RECIPES, metavar="NAME", plan="strategy", place=1)
@@ -38,3 +38,20 @@ class ServerConfig(RunConfig, ConnectedConfig):
                                   "is dropped from the round", NETWORK, values.positive)
     wait_timeout: float = option(600.0, "seconds to wait for more clients when a round has too few, before the run "
                                  "ends", NETWORK, values.positive)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KitConfig(ServerConfig):
+    """Write the kit of a run to come: the file that tells each institution all it needs for `fedlora-client join`.
+
+    Give it the options with which the server will be started, on the command line or with --config. --address and --out
+    alone have a meaning of their own.
+    """
+
+    forms: ClassVar[tuple[str, ...]] = (
+        "fedlora-server kit --out KIT.toml --address HOST:PORT [the other options of the run]",)
+
+    address: str = option("127.0.0.1:9092", "address at which clients reach the server", NETWORK, metavar="HOST:PORT",
+                          place=1)
+    out: Path | None = option(None, "the file to write; it holds no secret", RUN, values.path, metavar="KIT.toml",
+                              place=1)

@@ -61,8 +61,7 @@ class LocalConfig(Config):
 
     epsilon: float = option(8.0, "privacy budget ε of the run; inf turns differential privacy off", PRIVACY,
                             values.positive, place=1)
-    delta: float | None = option(None, "δ of the privacy guarantee", PRIVACY,
-                                 values.number(float, 0, 1, open_low=True),
+    delta: float | None = option(None, "δ of the privacy guarantee", PRIVACY, values.probability,
                                  unset="min(1e-5, 0.1 / declared size)", place=2)
     declared_size: int | None = option(
         None, "a client's number of records (of units with --privacy-unit), which is made public and sets the sampling "

@@ -7,6 +7,7 @@ error. The server's `seed` is also the only seed of a simulation, unless `seeds`
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -105,3 +106,17 @@ def arguments(values: Mapping[str, Any], config: type[Config], source: str) -> l
                 value = ",".join(map(str, value))
             given.append(f"--{name}={value}")
     return given
+
+
+def as_toml(value: object) -> str:
+    """Return a value as it stands in a TOML file: a text, number, truth value, path, list or mapping."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | Path):
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{as_toml(key)} = {as_toml(one)}" for key, one in value.items())
+        return f"{{ {inner} }}" if inner else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_toml, value))}]"
+    return repr(value)

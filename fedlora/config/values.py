@@ -51,6 +51,7 @@ count = number(int, 1)
 natural = number(int, 0)
 positive = number(float, 0, open_low=True)
 finite = number(float, 0, 1e300, open_low=True)
+probability = number(float, 0, 1, open_low=True)
 
 
 def text(given: str) -> str:

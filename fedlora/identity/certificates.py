@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -100,3 +102,58 @@ def parse_certificate(pem: bytes) -> Certificate:
                          "here needs; have it issued for such a key")
     return Certificate(name, fingerprint(key), certificate.not_valid_before_utc, certificate.not_valid_after_utc,
                        certificate.public_bytes(Encoding.PEM))
+
+
+def comes_from(chain: bytes, authority: bytes) -> bool:
+    """Return whether a certificate is signed by one of an authority's, over the intermediate ones that follow it.
+
+    Dates and purposes are not looked at.
+
+    Args:
+        chain: the certificate and those of intermediate authorities, in PEM.
+        authority: one or more certificates of the authority, in PEM.
+
+    Raises:
+        ValueError: a certificate is damaged.
+    """
+    trusted = x509.load_pem_x509_certificates(authority)
+    certificate, *between = x509.load_pem_x509_certificates(chain)
+    while not any(_issued(certificate, one) for one in trusted):
+        issuer = next((one for one in between if _issued(certificate, one)), None)
+        if issuer is None:
+            return False
+        between.remove(issuer)
+        certificate = issuer
+    return True
+
+
+def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def names_host(pem: bytes, host: str) -> bool:
+    """Return whether a server's certificate is for a host, so that clients that call it there trust it.
+
+    Args:
+        pem: the certificate, in PEM.
+        host: a name or an IP address, without a port.
+
+    Raises:
+        ValueError: the certificate is damaged.
+    """
+    try:
+        names = x509.load_pem_x509_certificate(pem).extensions.get_extension_for_class(
+            x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return False
+    try:
+        return ipaddress.ip_address(host) in names.get_values_for_type(x509.IPAddress)
+    except ValueError:
+        pass
+    first, _, rest = host.lower().partition(".")
+    return any(name.lower() in (f"{first}.{rest}".rstrip("."), f"*.{rest}")
+               for name in names.get_values_for_type(x509.DNSName))

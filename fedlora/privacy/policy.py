@@ -276,6 +276,33 @@ class Policy:
                              "another file with --policy") from None
         return declared
 
+    def pin_server(self, fingerprint: str) -> None:
+        """Write the key of a server into the file as the only one that is allowed, where the file names none yet.
+
+        The line is put before all others, which stay as they are. A file that names keys already is its owner's to
+        edit.
+
+        Args:
+            fingerprint: the key's, 64 hexadecimal digits.
+
+        Raises:
+            ValueError: the file names other keys, or cannot be read or written. The message has the line to write.
+        """
+        path, line = self.path.resolve(), f'server-fingerprints = ["{fingerprint}"]'
+        try:
+            with _locked(path):
+                current = Policy.read(path)
+                if fingerprint in (current.server_fingerprints or ()):
+                    return
+                if current.server_fingerprints is not None:
+                    raise ValueError(f"the policy {self.path} names other keys; add \"{fingerprint}\" to its "
+                                     "server-fingerprints")
+                before, mode = (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) if path.exists() else (b"", 0o600)
+                replace_file(path, f"{line}\n".encode() + before, mode)
+        except OSError as error:
+            raise ValueError(f"the policy {self.path} cannot be written: {error.strerror}; have this line put before "
+                             f"its first table: {line}") from None
+
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:

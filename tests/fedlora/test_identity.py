@@ -4,9 +4,13 @@ import stat
 from datetime import timedelta
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedlora.identity import make_request, read_identity
-from fedlora.identity.certificates import utc_now
+from fedlora.identity.certificates import comes_from, names_host, utc_now
 from fedlora.identity.folder import AUTHORITY, CERTIFICATE, KEY, REQUEST
 from fedlora_server.cli import main as server
 from fedlora_server.pki.allow_list import AllowList
@@ -150,3 +154,41 @@ def test_what_cannot_be_done_is_said_in_a_line(tmp_path, capsys, monkeypatch, wo
     monkeypatch.chdir(tmp_path)
     code, said = run(capsys, *words)
     assert code == 2 and says in said and "Traceback" not in said and len(said.splitlines()) == 1
+
+
+def test_a_server_s_certificate_names_its_hosts_and_no_others(authority):
+    pem = authority.issued()[SERVER_NAME].pem
+    assert all(names_host(pem, host) for host in ("127.0.0.1", "fl.example.org", "FL.example.org"))
+    assert not any(names_host(pem, host) for host in ("127.0.0.2", "example.org", "x.fl.example.org", "::1", ""))
+    assert not names_host((authority.folder / AUTHORITY).read_bytes(), "127.0.0.1"), "it has no names at all"
+
+
+def issued_by(subject, issuer, issuer_key, key, names=()):
+    name = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)]) for text in (subject, issuer)]
+    builder = x509.CertificateBuilder(name[1], name[0], key.public_key(), 1 + len(subject), utc_now(),
+                                      utc_now() + timedelta(days=1))
+    if names:
+        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(one) for one in names]), False)
+    return builder.sign(issuer_key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+
+def test_a_wildcard_stands_for_one_part_of_a_name():
+    key = generate_private_key(SECP256R1())
+    pem = issued_by("server", "server", key, key, names=["*.example.org"])
+    assert names_host(pem, "fl.example.org")
+    assert not any(names_host(pem, host) for host in ("example.org", "a.b.example.org", "fl.example.com"))
+
+
+def test_a_certificate_comes_from_its_authority_also_over_one_in_between(authority, tmp_path):
+    trusted = (authority.folder / AUTHORITY).read_bytes()
+    other = Authority.create(tmp_path / "other", ["127.0.0.1"])
+    chain = read_identity(enrolled(authority, tmp_path / "north", "north")).chain_pem
+    assert comes_from(chain, trusted) and comes_from(trusted, trusted)
+    assert not comes_from(chain, (other.folder / AUTHORITY).read_bytes())
+    assert comes_from(chain, (other.folder / AUTHORITY).read_bytes() + trusted), "one of several"
+    root, between, leaf = (generate_private_key(SECP256R1()) for _ in range(3))
+    top, middle = issued_by("root", "root", root, root), issued_by("between", "root", root, between)
+    own = issued_by("north", "between", between, leaf)
+    assert comes_from(own + middle, top) and comes_from(own, middle)
+    assert not comes_from(own, top), "what is between is missing"
+    assert not comes_from(issued_by("north", "between", leaf, leaf) + middle, top), "signed by another key of that name"

@@ -146,3 +146,35 @@ def test_fingerprints_may_stand_in_groups_as_they_are_printed(tmp_path):
     path.write_text('server-fingerprints = ["ab12"]\n')
     with pytest.raises(ValueError, match="64 hexadecimal digits"):
         Policy.read(path)
+
+
+def test_a_pinned_server_is_the_only_one_and_all_other_lines_stay(tmp_path):
+    path, key = tmp_path / "config" / "policy.toml", "ab12" * 16
+    Policy.read(path).pin_server(key)
+    assert Policy.read(path).server_fingerprints == (key,) and path.stat().st_mode & 0o777 == 0o600
+    before = '# mine\nmax-rounds = 7\n[dataset.a]  # theirs\ndata = "x"\nepsilon = 1.0\ndelta = 1e-5\n'
+    path.write_text(before)
+    path.chmod(0o640)
+    Policy.read(path).pin_server(key)
+    now = Policy.read(path)
+    assert now.server_fingerprints == (key,) and now.max_rounds == 7 and set(now.datasets) == {"a"}
+    assert path.read_text().endswith(before) and path.stat().st_mode & 0o777 == 0o640
+    once = path.read_text()
+    now.pin_server(key)
+    assert path.read_text() == once
+
+
+def test_a_list_of_keys_and_a_file_that_cannot_be_read_are_left_to_their_owner(tmp_path):
+    path = tmp_path / "policy.toml"
+    for text, says in ((f'server-fingerprints = ["{"cd" * 32}"]\n', 'names other keys; add "ab12'),
+                       ("x =", "not TOML")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            Policy(path).pin_server("ab12" * 16)
+        assert path.read_text() == text
+
+
+def test_a_policy_that_cannot_be_written_is_told_with_the_line_to_add(tmp_path):
+    (tmp_path / "folder").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written: .* server-fingerprints = \[\"ab12"):
+        Policy(tmp_path / "folder" / "policy.toml").pin_server("ab12" * 16)
