@@ -156,9 +156,14 @@ def ask_size(console: Console, proposal: int, units: str) -> int:
         console.print(f"Give a whole number of at least 1, or press Enter for {proposal}.")
 
 
-def ask_whether(console: Console) -> bool:
-    """Ask at the terminal whether to take part. Only "y" and "yes" mean yes; so no answer means no."""
+def ask_whether(console: Console, question: str = "Take part?") -> bool:
+    """Ask at the terminal whether to do something. Only "y" and "yes" mean yes; so no answer means no.
+
+    Args:
+        console: where to ask.
+        question: what to ask, without the answers.
+    """
     try:
-        return console.input("Take part? [y/N]: ", markup=False).strip().lower() in ("y", "yes")
+        return console.input(f"{question} [y/N]: ", markup=False).strip().lower() in ("y", "yes")
     except EOFError:
         return False

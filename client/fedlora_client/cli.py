@@ -1,7 +1,7 @@
 """The command fedlora-client: train on this machine's records and send noised adapter matrices, nothing else.
 
-`fedlora-client budget` shows what was spent, and `fedlora-client verify privacy.json` checks a report. Neither of the
-two opens a connection.
+`fedlora-client join KIT.toml` begins with all that the coordinator's file says. `fedlora-client budget` shows what was
+spent, and `fedlora-client verify privacy.json` checks a report; neither of the two opens a connection.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fedlora.config import ClientConfig, read_config
+from fedlora.config import ClientConfig, build_parser, read_config
+from fedlora.config.client import JoinConfig
+from fedlora.config.parser import given_options
 from fedlora.config.values import count
 
 EPILOG = ("exit codes: 0 the run was finished, or its coordinator stopped it; 1 it ended early: try again; 2 wrong "
           "input: correct it; 3 no server answered: try again; 4 this client or the server refused: the log says why; "
           "5 a round failed on this machine and stays charged: the log says why, fix that first; 130 interrupted. "
-          "Also: `fedlora-client enroll` makes a key for --tls; `fedlora-client budget` shows what was spent and what "
-          "is left; `fedlora-client verify privacy.json` checks a report.")
+          "Also: `fedlora-client join KIT.toml` takes part with a coordinator's kit; `fedlora-client enroll` makes a "
+          "key for --tls; `fedlora-client budget` shows what was spent and what is left; `fedlora-client verify "
+          "privacy.json` checks a report.")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -34,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(enroll(arguments[1:]))
     if arguments[:1] in (["budget"], ["verify"]):
         sys.exit((_budget if arguments[0] == "budget" else _verify)(arguments[1:]))
-    options = read_config(ClientConfig, arguments, epilog=EPILOG)
+    options: ClientConfig
+    if arguments[:1] == ["join"]:
+        options, given = read_join(arguments[1:])
+    else:
+        options, given = read_config(ClientConfig, arguments, epilog=EPILOG), frozenset()
     set_environment(allow_download=options.allow_download)
     from fedlora.console import stderr_that_never_blocks
 
@@ -42,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     with stderr_that_never_blocks():
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
         try:
-            code = _run(options)
+            code = _run(options, given)
         except KeyboardInterrupt:
             print("fedlora-client: interrupted; the ledger has what was spent, and --state has the last upload",
                   file=sys.stderr)
@@ -96,7 +103,17 @@ def _verify(arguments: Sequence[str]) -> int:
     return verify_file(options.report, Console(), public_key=options.public_key)
 
 
-def _run(options: ClientConfig) -> int:
+def read_join(arguments: Sequence[str]) -> tuple[JoinConfig, frozenset[str]]:
+    """Read the command line of `fedlora-client join`: the options, and the names of those that are given."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = [f"--kit={arguments[0]}", *arguments[1:]]
+    given = given_options(JoinConfig, arguments, epilog=EPILOG)
+    if "kit" not in given:
+        build_parser(JoinConfig).error("name the coordinator's kit, as in fedlora-client join kit.toml")
+    return JoinConfig(**given), frozenset(given)
+
+
+def _run(options: ClientConfig, given: frozenset[str]) -> int:
     from fedlora.console import messages
     from fedlora.files import PASSING
     from fedlora.plan import Refused
@@ -104,10 +121,23 @@ def _run(options: ClientConfig) -> int:
 
     from .app import EndedEarly, RoundFailed, take_part
     from .connection import ServerUnreachable
+    from .steps import Awaiting
     from .tls import Untrusted
 
+    console = messages()
     try:
-        take_part(options, messages())
+        if isinstance(options, JoinConfig):
+            from .join import join
+
+            asks = sys.stdin.isatty() and sys.stdout.isatty() and not options.yes
+            ready = join(options, given, console, asks=asks)
+            if ready is None:
+                return 0
+            options = ready
+        take_part(options, console)
+    except Awaiting as awaits:
+        print(f"fedlora-client: {awaits}", file=sys.stderr)
+        return 1
     except Untrusted as error:
         print(f"fedlora-client: {error}", file=sys.stderr)
         return 4

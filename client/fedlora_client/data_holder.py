@@ -12,6 +12,7 @@ from fedlora import data
 from fedlora.config import ClientConfig
 from fedlora.data import Rows
 from fedlora.identity.certificates import utc_now
+from fedlora.kit import Kit, read_kit
 from fedlora.privacy import (
     INSECURE_SEED_VARIABLE,
     RunStreams,
@@ -40,6 +41,7 @@ class DataHolder:
         streams: the source of this client's random numbers.
         console: where the data holder is told what happens.
         tls: this client's certificate and the servers it trusts; None for a connection that is not encrypted.
+        kit: what the coordinator told before the run; None without --kit.
         asks: whether the data holder is asked before a run begins: someone sits at a terminal, and a real budget is
             charged.
     """
@@ -52,6 +54,7 @@ class DataHolder:
     streams: RunStreams
     console: Console
     tls: Tls | None
+    kit: Kit | None
     asks: bool
 
     @classmethod
@@ -72,6 +75,7 @@ class DataHolder:
         if options.model and options.model.startswith(("/", ".")) and not Path(options.model).is_dir():
             raise ValueError(f"--model {options.model} is no folder; give the folder of the base model, or leave the "
                              "option out")
+        kit = read_kit(options.kit) if options.kit is not None else None
         check_computing(options.device, options.precision, options.compile)  # now, rather than in round 1
         gate = PrivacyGate(options)
         tls = tls_of(options, gate.policy)
@@ -98,16 +102,13 @@ class DataHolder:
             raise ValueError("there is no terminal to ask at, and the run would be charged to a real ledger. Add --yes "
                              "to take part without being asked, and give the public size of the data with "
                              f"--declared-size N (or declared-size in {gate.policy.path})")
-        rows = read(options.data, options.task, columns=options.column, unit=gate.unit_column,
-                    allow_download=options.allow_download, declared=gate.labels or ())
-        task_named(options.task).check_answered(rows, f"--data {options.data}", options.task)
-        console.print(_what_was_read(rows, gate.unit_column), soft_wrap=True)
+        rows = read_data(options, gate, console)
         if limits.declared_size is not None and limits.private:
             limits.budget(limits.declared_size)  # raises where there can be none
         for line in gate.recognise(rows):
             console.print(line, soft_wrap=True)
         return cls(options, gate, rows, limits, FolderState(options.state or default_state(name)), streams, console,
-                   tls, asks and charged)
+                   tls, kit, asks and charged)
 
     @property
     def name(self) -> str:
@@ -118,6 +119,25 @@ class DataHolder:
         """Release the ledger's runs and the state folder, so that another process can use them."""
         self.gate.ledger.close()
         self.state.close()
+
+
+def read_data(options: ClientConfig, gate: PrivacyGate, console: Console) -> Rows:
+    """Read and check --data, and say in a line what was read.
+
+    Args:
+        options: the options of fedlora-client; they name the data.
+        gate: the owner's policy, which may declare the unit of privacy and the labels.
+        console: where the data holder is told what happens.
+
+    Raises:
+        ValueError: the data have faults; the message lists them and quotes no row.
+    """
+    assert options.data is not None, "checked by the caller"
+    rows = read(options.data, options.task, columns=options.column, unit=gate.unit_column,
+                allow_download=options.allow_download, declared=gate.labels or ())
+    task_named(options.task).check_answered(rows, f"--data {options.data}", options.task)
+    console.print(_what_was_read(rows, gate.unit_column), soft_wrap=True)
+    return rows
 
 
 def _what_was_read(rows: Rows, unit_column: str | None) -> str:

@@ -17,15 +17,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tls", type=Path, required=True, metavar="DIR", help="the folder of key and certificate")
     options = parser.parse_args(argv)
 
-    from fedlora import wire
-    from fedlora.identity import fingerprint, make_request
-    from fedlora.identity.certificates import grouped
-    from fedlora.identity.folder import AUTHORITY, CERTIFICATE, KEY, REQUEST, load_key
+    from fedlora.identity.folder import AUTHORITY, CERTIFICATE, REQUEST
 
     try:
-        wire.check_name(options.name)
-        make_request(options.tls, options.name)
-        digits = fingerprint(load_key(options.tls / KEY).public_key())
+        digits = enroll(options.tls, options.name)
     except ValueError as error:
         print(f"fedlora-client enroll: {error}", file=sys.stderr)
         return 2
@@ -33,7 +28,31 @@ def main(argv: Sequence[str]) -> int:
         print(f"fedlora-client enroll: {error.filename or options.tls}: {error.strerror or error}", file=sys.stderr)
         return 2
     print(f"1. Send {options.tls / REQUEST} to the coordinator. It holds no secret.\n"
-          f"2. Tell the coordinator this fingerprint by another way, by telephone say:\n     {grouped(digits)}\n"
+          f"2. Tell the coordinator this fingerprint by another way, by telephone say:\n     {digits}\n"
           f"3. Put the two files that come back into {options.tls}, as {CERTIFICATE} and {AUTHORITY}.\n"
           f"4. Start the client with --tls {options.tls}.")
     return 0
+
+
+def enroll(folder: Path, name: str) -> str:
+    """Make a key, if the folder has none, and a request for a certificate.
+
+    Args:
+        folder: the folder of key and certificate.
+        name: this client's name at the server.
+
+    Returns:
+        The key's fingerprint, in groups of four digits.
+
+    Raises:
+        ValueError: the name cannot be a client's, or the key that is there cannot be used.
+        OSError: the folder cannot be written.
+    """
+    from fedlora import wire
+    from fedlora.identity import fingerprint, make_request
+    from fedlora.identity.certificates import grouped
+    from fedlora.identity.folder import KEY, load_key
+
+    wire.check_name(name)
+    make_request(folder, name)
+    return grouped(fingerprint(load_key(folder / KEY).public_key()))

@@ -17,6 +17,8 @@ import fedlora
 from fedlora import data, models, registry
 from fedlora.adapters import attach_planned, family_of
 from fedlora.adapters.sketches import sketch_plan
+from fedlora.config import ClientConfig
+from fedlora.kit import Kit
 from fedlora.models import LoadedModel
 from fedlora.plan import (
     FOUND,
@@ -48,7 +50,6 @@ from .paths import batch_invariance
 from .privacy_gate import unit_count
 from .session import ClientSession
 from .session_report import draw_spending, write_privacy_report
-from .terms import private_terms
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +87,10 @@ class Participation:
                       "for that.", plan.task, options.task, plan.task)
             raise Refused("policy")
         gate.check_proposal(proposal)
+        if holder.kit is not None:
+            self._check_kit(holder, holder.kit)
         gate.check_anchor(proposal.anchor)
-        self._model_path = self._find_model()
+        self._model_path = find_model(options, plan, self._rows.kind)
         self.most_tensor_bytes = models.most_adapter_bytes(self._model_path)
         self._labels, self._refusals = self._state.said(plan.run_id)
         self.announced = self._check_labels()
@@ -99,21 +102,25 @@ class Participation:
             self._state.save_said(plan.run_id, self._labels, self._refusals)
             console.print(f"Disclosed to the server: the label names {', '.join(self.announced)}")
 
-    def _find_model(self) -> Path:
-        """Return the folder of the base model, once it is shown to fit the task and the format of the rows."""
-        plan, options = self._proposal.plan, self._options
-        path = models.obtain(plan.model, path=model_folder(options.model, plan.model.name),
-                             allow_download=options.allow_download)
-        try:
-            models.check_task(path, plan.task, plan.max_length)
-            tokenizer = models.load_tokenizer(path)
-            if self._rows.kind == "messages" and not tokenizer.chat_template:
-                raise ValueError(f"the tokenizer in {path} has no chat template, and --data holds messages; use "
-                                 "columns prompt and completion instead")
-        except ValueError as error:
-            log.error("%s", error)
-            raise Refused("unavailable") from None
-        return path
+    def _check_kit(self, holder: DataHolder, kit: Kit) -> None:
+        """Hold the server's plan against the coordinator's kit. Its owner is asked about what differs, if possible.
+
+        A run that has begun goes on: its owner was asked then, and its plan cannot change.
+
+        Raises:
+            Refused: "policy": a value differs, and nobody accepts it. The log names each.
+        """
+        gate, plan = self._gate, self._proposal.plan
+        differences = kit.differences(plan)
+        if not differences or gate.ledger.terms(gate.dataset, plan.run_id) is not None:
+            return
+        for difference in differences:
+            log.error("The server's plan is not the one in the kit %s: %s.", self._options.kit, difference)
+        if holder.asks and not self._options.yes and ask_whether(self._console, "Accept the server's values for this "
+                                                                 "run?"):
+            return
+        log.error("Refused. Ask the coordinator which is right: a new kit, or a server started with the kit's values.")
+        raise Refused("policy")
 
     def _check_labels(self) -> tuple[str, ...]:
         """Check the declared labels against the server's set.
@@ -155,13 +162,7 @@ class Participation:
         units = "records" if self._limits.unit == ROW else f"values of {gate.unit_column}"
         budget = self._declare_size(holder, units)
         try:
-            fresh = private_terms(self._limits, budget, plan)
-        except ValueError as error:
-            log.error("%s, or a higher max-sampling-rate in %s", error, gate.policy.path)
-            raise Refused("policy") from None
-        try:
-            terms, book = gate.settle(fresh, budget)
-            gate.approve(terms)
+            terms, book = gate.terms_for(self._limits, budget, plan)
         except BudgetExhausted as error:
             log.error("%s", error)
             raise Refused("budget") from None
@@ -412,6 +413,32 @@ def check_known(plan: RunPlan) -> None:
     except ValueError as error:
         log.error("The server's plan does not fit this FedLoRA (%s): %s.", fedlora.__version__, error)
         raise Refused("policy") from None
+
+
+def find_model(options: ClientConfig, plan: RunPlan, kind: str) -> Path:
+    """Return the folder of a plan's base model, after checking that it fits the task and the rows.
+
+    Args:
+        options: the options of fedlora-client.
+        plan: the plan that names the model.
+        kind: the kind of the rows, as in `Rows.kind`; "" if it is not known.
+
+    Raises:
+        Refused: "model-mismatch" or "unavailable": the log says why.
+        ValueError: --model is neither a folder nor the plan's model.
+    """
+    path = models.obtain(plan.model, path=model_folder(options.model, plan.model.name),
+                         allow_download=options.allow_download)
+    try:
+        models.check_task(path, plan.task, plan.max_length)
+        tokenizer = models.load_tokenizer(path)
+        if kind == "messages" and not tokenizer.chat_template:
+            raise ValueError(f"the tokenizer in {path} has no chat template, and --data holds messages; use "
+                             "columns prompt and completion instead")
+    except ValueError as error:
+        log.error("%s", error)
+        raise Refused("unavailable") from None
+    return path
 
 
 def model_folder(model: str | None, planned: str) -> Path | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedlora.config import ClientConfig
 from fedlora.data import Rows, check_labels
-from fedlora.plan import ROW, Proposal, Refused, unit_column
+from fedlora.plan import ROW, Proposal, Refused, RunPlan, unit_column
 from fedlora.privacy import Budget, DatasetPolicy, Forbidden, Ledger, Policy, RunTerms, four_digits
 from fedlora.privacy.ledger import LedgerError
 from fedlora.privacy.ledger.fingerprints import fingerprints
@@ -17,7 +17,7 @@ from fedlora.privacy.ledger.witness import witness_file, witnesses_in
 from fedlora.privacy.policy import absolute, check_label_names
 
 from . import paths
-from .terms import Limits, with_room
+from .terms import Limits, private_terms, with_room
 
 log = logging.getLogger(__name__)
 
@@ -272,6 +272,26 @@ class PrivacyGate:
         begun = self.ledger.terms(self.dataset, fresh.run_id)
         terms = begun or with_room(fresh, lambda other: book.admit(self.dataset, other) is not None) or fresh
         admitted(book, self.dataset, terms)
+        return terms, book
+
+    def terms_for(self, limits: Limits, budget: Budget, plan: RunPlan) -> tuple[RunTerms, Book]:
+        """Return the terms of a run, as `settle` does, after checking them against the policy.
+
+        Args:
+            limits: what the options and the policy allow together.
+            budget: the run's own budget.
+            plan: the plan that the server proposes.
+
+        Raises:
+            Forbidden: the policy does not allow the run's noise or its sampling rate.
+            BudgetExhausted: the lifetime budget does not allow the run.
+        """
+        try:
+            fresh = private_terms(limits, budget, plan)
+        except ValueError as error:
+            raise Forbidden(f"{error}, or a higher max-sampling-rate in {self.policy.path}") from None
+        terms, book = self.settle(fresh, budget)
+        self.approve(terms)
         return terms, book
 
     def approve(self, terms: RunTerms) -> None:

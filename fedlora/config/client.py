@@ -20,7 +20,8 @@ class ClientConfig(LocalConfig, ConnectedConfig):
 
     command: ClassVar[str] = CLIENT
     forms: ClassVar[tuple[str, ...]] = (
-        "fedlora-client --data DIR_OR_FILE [options]", "fedlora-client {enroll,budget,verify} [--help]")
+        "fedlora-client --data DIR_OR_FILE [options]", "fedlora-client join KIT.toml [options]",
+        "fedlora-client {enroll,budget,verify} [--help]")
 
     name: str | None = option(None, "name of this client at the server", RUN, unset="host name", place=2)
     labels: tuple[str, ...] | None = option(
@@ -37,6 +38,8 @@ class ClientConfig(LocalConfig, ConnectedConfig):
     policy: Path | None = option(None, "file that says which runs this machine's owner allows, and their budget",
                                  PRIVACY, values.path, metavar="FILE.toml", unset="~/.config/fedlora/policy.toml",
                                  place=4)
+    kit: Path | None = option(None, "the coordinator's kit: refuse a server whose plan is not the one in it", PRIVACY,
+                              values.path, metavar="KIT.toml", place=4)
     simulated_ledger: Path | None = option(
         None, "for made-up data only: keep the privacy ledger in this folder, apart from the real one", PRIVACY,
         values.path, metavar="DIR", place=7)
@@ -47,3 +50,25 @@ class ClientConfig(LocalConfig, ConnectedConfig):
     proxy: str | None = option(None, "HTTP proxy that leads to the server; only with --tls", NETWORK,
                                metavar="HOST:PORT", place=3)
     connect_timeout: float = option(120.0, "seconds to keep trying to reach the server", NETWORK, values.positive)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinConfig(ClientConfig):
+    """Take part in the run of a coordinator's kit.
+
+    All that can be checked is checked before a server is called, and what is the owner's to decide is asked. The
+    answers are written to a file of options, with which the client starts: now, and later with fedlora-client --config.
+
+    An option that is given is not asked. Without a terminal, or with --yes, nothing is asked.
+    """
+
+    forms: ClassVar[tuple[str, ...]] = ("fedlora-client join KIT.toml [options]",)
+
+    write: Path = option(Path("client.toml"), "the file of options to write", RUN, values.path, metavar="FILE.toml",
+                         place=1)
+    check_only: bool = option(False, "check all and show what the run would cost; write neither key nor file, and call "
+                              "nobody", RUN, None, place=1)
+    start: bool = option(True, "start the client when all is well; --no-start only writes its options", RUN, None,
+                         place=1)
+    pin: bool = option(False, "write the fingerprint of the server's key into the policy, which then allows no other "
+                       "server", PRIVACY, None, place=4)

@@ -46,7 +46,7 @@ def build_parser(config: type[Config], *, epilog: str | None = None) -> argparse
         config: the command's config.
         epilog: the last lines of --help.
     """
-    parser = _Parser(prog=re.split(r" [\[-]", config.forms[0])[0], usage="\n       ".join(config.forms),
+    parser = _Parser(prog=re.split(r" [\[A-Z-]", config.forms[0])[0], usage="\n       ".join(config.forms),
                      description=config.__doc__, epilog=epilog, add_help=False, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28))

@@ -1,13 +1,7 @@
 """A run's cost is shown, and the owner asked, before anything is charged; the ledger then charges what was shown."""
 
 import dataclasses
-import os
-import pty
-import subprocess
-import sys
-import time
 from io import StringIO
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +13,7 @@ from fedlora_client.admission import Cost, panel
 from fedlora_client.state import FolderState
 from tests.driven_server import Server
 from tests.fedlora.test_plan import make_plan
-from tests.processes import PATIENCE
+from tests.terminal import Terminal
 
 DELTA, RATE, STEPS, ROUNDS = 1e-5, 0.05, 4, 10
 
@@ -97,54 +91,24 @@ def server(tmp_path, checkpoint):
     server.deployment.__exit__()
 
 
-class Terminal:
-    """The installed fedlora-client at a terminal of its own, as a person uses it."""
+class AtTerminal(Terminal):
+    """The installed fedlora-client, joining a server."""
 
     def __init__(self, server, *arguments):
         home = server.deployment.home("north")
-        self._master, slave = pty.openpty()
-        self.text, self._seen = "", 0
-        self.process = subprocess.Popen(
-            [Path(sys.executable).parent / "fedlora-client", "--data", server.data, "--name", "north", "--server",
-             server.deployment.address, "--model", server.deployment.checkpoint, "--state", home / "uploads",
-             "--threads", "1", "--device", "cpu", "--precision", "fp32", *map(str, arguments)],
-            stdin=slave, stdout=slave, stderr=slave, env=os.environ | {
-                "COLUMNS": "200", "XDG_STATE_HOME": str(home / "state"), "XDG_CONFIG_HOME": str(home / "config")})
-        os.close(slave)
-        os.set_blocking(self._master, False)
-
-    def expect(self, text, answer=""):
-        """Wait until the client prints `text` after everything waited for before; then type the answer."""
-        deadline = time.monotonic() + PATIENCE * 60
-        while (found := self.text.find(text, self._seen)) < 0:
-            assert time.monotonic() < deadline, self.text
-            try:
-                self.text += os.read(self._master, 4096).decode(errors="replace")
-            except BlockingIOError:
-                time.sleep(0.05)
-            except OSError:  # the other end is closed
-                assert text in self.text[self._seen:], self.text
-        self._seen = found + len(text)
-        if answer:
-            os.write(self._master, answer.encode())
-
-    def end(self):
-        code = self.process.wait(PATIENCE * 60)
-        os.close(self._master)
-        return code
-
-    def kill(self):
-        self.process.kill()
-        self.end()
+        super().__init__(
+            "client", "--data", server.data, "--name", "north", "--server", server.deployment.address, "--model",
+            server.deployment.checkpoint, "--state", home / "uploads", "--threads", 1, "--device", "cpu", "--precision",
+            "fp32", *arguments, home=home)
 
 
 def test_at_a_terminal_the_owner_is_asked_for_the_size_and_once_a_run_whether_to_take_part(server):
     policy = server.deployment.home("north") / "config" / "fedlora" / "policy.toml"
-    unwilling = Terminal(server)
+    unwilling = AtTerminal(server)
     unwilling.expect("Declared size [120]: ", "\n")
     unwilling.expect("Take part? [y/N]: ", "\n")
     assert unwilling.end() == 4 and not policy.exists() and server.charges() == ()
-    willing = Terminal(server)
+    willing = AtTerminal(server)
     willing.expect("Declared size [120]: ", "about a hundred\n")
     willing.expect("whole number")
     willing.expect("Declared size [120]: ", "130\n")
@@ -158,7 +122,7 @@ def test_at_a_terminal_the_owner_is_asked_for_the_size_and_once_a_run_whether_to
     assert Policy.read(policy).dataset_at(str(server.data)).declared_size == 130
     willing.expect("updates released: 1; ε ")
     willing.kill()
-    again = Terminal(server)
+    again = AtTerminal(server)
     again.expect("waiting to be asked")
     assert "Take part?" not in again.text and "Declared size" not in again.text
     again.kill()
