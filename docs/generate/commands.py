@@ -24,7 +24,8 @@ class _Caught(BaseException):
 def commands() -> Mapping[str, argparse.ArgumentParser]:
     """Return command → parser, of the three commands, their sub-commands, and the benchmarks."""
     found: dict[str, argparse.ArgumentParser] = {}
-    for package, subcommands in (("client", ("budget", "verify", "enroll")), ("server", ("presets", "forget", "pki")),
+    for package, subcommands in (("client", ("join", "budget", "verify", "enroll")),
+                                 ("server", ("presets", "forget", "pki", "kit")),
                                  ("simulations", _studies())):
         main = importlib.import_module(f"fedlora_{package}.cli").main
         for arguments in ([], *([name] for name in subcommands)):
