@@ -40,6 +40,36 @@ def replace_file(path: Path, content: bytes, mode: int = 0o600, *, make_folder: 
     to_disk(path.parent)
 
 
+def append_to_file(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Append to a file, which is made if it does not exist. The content is on the disk when this returns.
+
+    If the disk has no room for all of it, nothing is appended.
+
+    Args:
+        path: the file, in a folder that exists.
+        content: what is appended.
+        mode: permissions of a newly created file, before the process's umask is applied.
+    """
+    is_new = not path.exists()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode)
+    try:
+        whole, left = os.lseek(handle, 0, os.SEEK_END), memoryview(content)
+        try:
+            while left:
+                left = left[os.write(handle, left):]
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, whole)
+            raise
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        os.close(handle)
+    if is_new:
+        to_disk(path.parent)
+
+
 def to_disk(path: Path) -> None:
     """Flush a file's content, or a folder's list of names, to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)

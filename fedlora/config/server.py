@@ -22,7 +22,7 @@ class ServerConfig(RunConfig, ConnectedConfig):
     command: ClassVar[str] = SERVER
     forms: ClassVar[tuple[str, ...]] = (
         "fedlora-server [--strategy NAME] [--labels A,B,…] [options]", "fedlora-server --resume DIR",
-        "fedlora-server {presets,pki,kit,forget} [--help]")
+        "fedlora-server {presets,pki,kit,forget,audit-log} [--help]")
 
     strategy: str = option("fedsvd", "what clients train and how uploads are combined; module:Class for a strategy of "
                            "your own", RUN, values.strategy, keys=RECIPES, metavar="NAME", plan="strategy", place=1)

@@ -23,6 +23,7 @@ from fedlora.tasks import task_named
 from . import checkpoint, label_sets, names
 from .advice import Advice
 from .anchors import default_place
+from .audit.log import AuditLog
 from .checkpoint import Unfinished
 from .folders import claimed_folder, retaken_folder
 from .grpc_engine import GrpcEngine, check_address
@@ -135,7 +136,9 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     stop, goes_on = threading.Event(), threading.Event()
     watched = Watched(f"{options.strategy}, {base.title}", out, console, resolved(options, options.strategy), run_id,
                       tls.certificate.fingerprint if tls else "")
-    trackers = Trackers(options.trackers, watched, {"advice": Advice(watched, lambda line: trackers.said(line))})
+    audit = AuditLog(watched, proposal.plan, stop, lambda reason: trackers.held_up(reason), left)
+    trackers = Trackers(options.trackers, watched, {
+        "audit": audit, "advice": Advice(watched, lambda line: trackers.said(line))})
 
     def begin(plan: RunPlan, joined: Mapping[str, Mapping[str, object]]) -> None:
         if listen is None:
@@ -158,6 +161,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
                         federation = prepare(options, options.strategy, base, labels, options.seed,
                                              run_id=run_id, protocol=protocol)
                 if stop.is_set():
+                    audit.check()
                     ended = "suspended" if goes_on.is_set() else "stopped"
                     return Served(out, None, ended)
                 begin(federation.plan, _joined(engine, before))
@@ -165,10 +169,12 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
                 run = Run(federation.strategy, federation.state, rounds, federation.start, evaluator(federation, rows),
                           out, left)
                 result = run_federation(engine, run, observer=trackers, stop=stop)
+                audit.check()
                 ended = "suspended" if result.ended == "stopped" and goes_on.is_set() else result.ended
                 checkpoint.patiently(partial(write_report, out, federation, result,
                                              options=resolved(options, options.strategy),
-                                             joined=_joined(engine, before)), out, stop, trackers.held_up)
+                                             joined=_joined(engine, before), audit_head=audit.head),
+                                     out, stop, trackers.held_up)
         finally:
             engine.close(GOODBYES["suspended" if ended == "failed" and goes_on.is_set() else ended])
     return Served(out, result, ended)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from fedlora.files import replace_file
+from fedlora.files import append_to_file, replace_file
 from fedlora.plan import RunPlan, Tensors, from_scalars, to_scalars
 
 from .folders import UNFINISHED
@@ -164,15 +163,7 @@ def save(folder: Path, run_id: str, round: int, state: Tensors, memory: Tensors)
 
 def note(folder: Path, record: RoundRecord) -> None:
     """Append a finished round's line to metrics.jsonl. If the disk has no room for all of it, nothing is appended."""
-    with (folder / LINES).open("ab", buffering=0) as lines:  # closing a buffer would write what was cut off again
-        whole, left = lines.seek(0, os.SEEK_END), memoryview(_line(record).encode())
-        try:
-            while left:
-                left = left[lines.write(left):]
-            os.fsync(lines.fileno())
-        except OSError:
-            os.ftruncate(lines.fileno(), whole)
-            raise
+    append_to_file(folder / LINES, _line(record).encode())
 
 
 LOOK_AGAIN_S = 2.0

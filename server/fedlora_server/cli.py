@@ -16,8 +16,8 @@ EXIT_CODES = ("exit codes: 0 finished; 1 ended early, for lack of clients or by 
               "--resume); 2 the command, a file or the clients' labels must be corrected first, or the training "
               "diverged; 130 stopped by Ctrl-C, 143 suspended by SIGTERM (continue with --resume or the same command). "
               "Also: `fedlora-server presets` shows the strategies' values; `fedlora-server pki` makes certificates "
-              "for --tls; `fedlora-server kit` writes the file with which institutions join; `fedlora-server forget` "
-              "frees a client's name.")
+              "for --tls; `fedlora-server kit` writes the file with which institutions join; `fedlora-server audit-log` "
+              "checks and shows a run's audit log; `fedlora-server forget` frees a client's name.")
 
 TLS_1_3_ALONE = "ECDHE-RSA-AES128-GCM-SHA256"
 """A server whose certificate is ECDSA cannot agree on TLS 1.2 where this is its only suite. TLS 1.3 has suites of its
@@ -43,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .kit import main as kit
 
         return kit(argv[1:])
+    if argv[:1] == ["audit-log"]:
+        from .audit.command import main as audit_log
+
+        return audit_log(argv[1:])
     options = read_config(ServerConfig, argv, epilog=EXIT_CODES, begun_with=_begun_with)
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # FedLoRA's own messages say more

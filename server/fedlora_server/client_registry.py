@@ -191,7 +191,10 @@ class ClientRegistry:
             declined = Refusal("too-late", f"round {key[1]}, attempt {key[2]}") if late else None
             acknowledge(declined)
             seat.dispatch()
-            self._new(None if late or answer is None else _news_of_answer(stream, key, answer))
+            event = None if answer is None else _news_of_answer(stream, key, answer)
+            if event is not None and late:
+                event = replace(event, kind="late") if key in seat.asked else None
+            self._new(event)
             return declined
 
     def declined(self, stream: ClientStream, refusal: Refusal) -> None:

@@ -20,9 +20,10 @@ class ClientEvent:
 
     Attributes:
         kind: "joined", "rejoined" (it was there before), "ready", "uploaded" (its upload is whole and answers an
-            order), "refused" (it declined an order, or its upload was refused), "declined" (it takes no part in the
-            run), "left" (it said so), "lost" (its stream broke), "turned-away" (it may not join) or "disconnected" (its
-            certificate is no longer taken).
+            order), "refused" (it declined an order, or its upload was refused), "late" (nobody waits for its answer to
+            an order any more; it can come repeatedly), "declined" (it takes no part in the run), "left" (it said so),
+            "lost" (its stream broke), "turned-away" (it may not join) or "disconnected" (its certificate is no longer
+            taken).
         name: the client's name; "" if it has not said one.
         detail: more about it, for the coordinator to read.
         code: the refusal's code (`fedlora.plan.Refusal`), or "certificate" or "places" for one that may not join.

@@ -6,6 +6,7 @@ A peer decides how often it joins, breaks the protocol or declines. It must not 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -25,10 +26,13 @@ class PeerLines:
 
     Args:
         clock: returns monotonic seconds.
+        most_of_a_kind: largest number of lines of one kind in a minute, for all peers together; None for no limit, as
+            for peers that cannot make up names.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic,
+                 most_of_a_kind: int | None = MOST_OF_A_KIND) -> None:
+        self._clock, self._most_of_a_kind = clock, math.inf if most_of_a_kind is None else most_of_a_kind
         self._lock = threading.Lock()
         self._said: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._unsaid: Counter[tuple[str, str]] = Counter()
@@ -52,7 +56,7 @@ class PeerLines:
             since, said, others = self._minutes.get(kind, (now, 0, 0))
             if now - since >= MINUTE_S:
                 since, said = now, 0
-            if said >= MOST_OF_A_KIND:
+            if said >= self._most_of_a_kind:
                 self._minutes[kind] = since, said, others + 1
                 return None
             self._minutes[kind] = since, said + 1, 0

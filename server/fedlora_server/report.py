@@ -24,7 +24,7 @@ PACKAGES = ("flwr", "grpcio", "numpy", "opacus", "peft", "torch", "transformers"
 
 def write_report(out: Path, federation: Federation, result: FederationResult, *,
                  options: Mapping[str, object] | None = None,
-                 joined: Mapping[str, Mapping[str, object]] | None = None) -> None:
+                 joined: Mapping[str, Mapping[str, object]] | None = None, audit_head: str | None = None) -> None:
     """Write `adapter/` and `report.json`, also for a run that ended early.
 
     If no round was finished, no adapter is written.
@@ -35,11 +35,14 @@ def write_report(out: Path, federation: Federation, result: FederationResult, *,
         result: the run's outcome.
         options: the command's options, with the preset's values (`run_setup.resolved`).
         joined: client name → what the client disclosed when it joined.
+        audit_head: last hash of the run's audit log; None for a simulation, which has none.
     """
     if result.rounds:
         adapters.export(federation.adapted, result.state, out / "adapter",
                         models.base_name(federation.plan.model), max_length=federation.plan.max_length)
     report = describe(federation.plan, federation.strategy, result, options or {}, joined or {})
+    if audit_head is not None:
+        report["audit_head"] = audit_head
     text = json.dumps(jsonable(report), indent=1, allow_nan=False)
     replace_file(out / REPORT, f"{text}\n".encode(), 0o666)
 

@@ -49,8 +49,8 @@ def test_it_takes_every_event_of_a_run_and_leaves_the_files_alone_that_resuming_
     tracker = registry.load(PACKAGE, key).TRACKER(watched)
     told = {"open": lambda: tracker.open(), "said": lambda: tracker.said("a joined [red]"),
             "client": lambda: [tracker.client(ClientEvent(kind, "a[/]", "why", code="budget")) for kind in (
-                "joined", "rejoined", "ready", "uploaded", "refused", "declined", "left", "lost", "turned-away",
-                "disconnected")],
+                "joined", "rejoined", "ready", "uploaded", "refused", "late", "declined", "left", "lost",
+                "turned-away", "disconnected")],
             "begin": lambda: tracker.begin(plan_of("fedsvd", private=True), BEGUN),
             "waiting": lambda: (tracker.waiting(2, 1, None), tracker.waiting(2, 1, 3.0)),
             "fewer": lambda: tracker.fewer(1, 1, 2),

@@ -22,8 +22,8 @@ SHOWN_ROUNDS = 15
 
 LOGGED = frozenset({"turned-away", "disconnected"})
 """Kinds of client events that the server logs as warnings by itself."""
-ROUNDS_TELL = frozenset({"uploaded"})
-"""Kinds of client events that the round loop tells again, in `answered`."""
+ROUNDS_TELL = frozenset({"uploaded", "late"})
+"""Kinds of client events that the round loop tells by itself, in `answered` and `overdue`."""
 
 
 def quantity(count: int | float) -> str:
