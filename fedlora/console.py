@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
 from typing_extensions import override
+
+from fedlora.json_lines import JsonConsole, JsonHandler, JsonLines, JsonText, line
 
 MOST_WAITING = 1 << 20
 """Most characters that wait to be written. Lines that come when the queue is full are counted and dropped."""
@@ -31,8 +34,11 @@ LEAVE_S = 2.0
 def messages() -> Console:
     """Return a console on stderr, so that the command's output on stdout can be piped.
 
-    Where stderr is not a terminal, lines are not wrapped: each message in a log file is one line, however long.
+    Where stderr is not a terminal, lines are not wrapped: each message in a log file is one line, however long. Where
+    stderr takes JSON lines, each message is one.
     """
+    if isinstance(sys.stderr, JsonText):
+        return JsonConsole(sys.stderr.lines)
     console = Console(stderr=True, markup=False, highlight=False)
     console.soft_wrap = not console.is_terminal
     return console
@@ -46,16 +52,61 @@ def results() -> Console:
     return console
 
 
+def tell(console: Console, message: str, event: str = "message", level: str = "info", *, style: str | None = None,
+         **fields: object) -> None:
+    """Print a message without wrapping it; where stderr takes JSON lines, with what it is about.
+
+    Args:
+        console: one of `messages`.
+        message: what is printed.
+        event: what happened, in a word (`fedlora.json_lines`).
+        level: as in `logging`, in lower case.
+        style: how it looks on a terminal.
+        **fields: values of other `fedlora.json_lines.FIELDS`.
+    """
+    if isinstance(console, JsonConsole):
+        console.lines.write(event, message, level, **fields)
+    else:
+        console.print(message, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def tell_about(console: Console, **fields: str) -> None:
+    """Have every later JSON line say which run or client it is about. Without JSON lines, do nothing."""
+    if isinstance(console, JsonConsole):
+        console.lines.about |= fields
+
+
+def say_why(message: str) -> None:
+    """Write the reason why a command ends to stderr."""
+    if isinstance(sys.stderr, JsonText):
+        sys.stderr.lines.write("error", message, "error")
+    else:
+        print(message, file=sys.stderr)
+
+
+def log_to_stderr() -> None:
+    """Have warnings and errors that are logged written to stderr, as text or JSON lines as stderr takes them."""
+    if isinstance(sys.stderr, JsonText):
+        logging.basicConfig(level=logging.WARNING, handlers=[JsonHandler(sys.stderr.lines)])
+        logging.captureWarnings(True)
+    else:
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+
+
 @contextmanager
-def stderr_that_never_blocks() -> Iterator[None]:
+def stderr_that_never_blocks(log_format: str = "text") -> Iterator[None]:
     """Let a thread write this process's stderr, so that writing to it returns at once.
 
     A pipe that nobody reads, or a paused terminal, then stops neither a round nor a signal handler. Lines that do not
     fit into the queue are dropped, and a message says how many.
+
+    Args:
+        log_format: "text", or "json" to have all that is written become JSON lines (`fedlora.json_lines`).
     """
     before = sys.stderr
-    lines = QueuedLines(before)
-    sys.stderr = lines
+    as_json = log_format == "json"
+    lines = QueuedLines(before, (lambda told: line("stderr", told, "warning")) if as_json else "{}\n".format)
+    sys.stderr = JsonText(JsonLines(lines)) if as_json else lines
     try:
         yield
     finally:
@@ -69,10 +120,11 @@ class QueuedLines(io.TextIOBase):
     Args:
         target: the stream that the text is written to. If it has a file descriptor, that is written to directly, so
             that no lock of the stream is held.
+        as_line: makes the line that says how many lines were dropped from its text.
     """
 
-    def __init__(self, target: TextIO) -> None:
-        self._target = target
+    def __init__(self, target: TextIO, as_line: Callable[[str], str] = "{}\n".format) -> None:
+        self._target, self._as_line = target, as_line
         try:
             self._descriptor: int | None = target.fileno()
         except (OSError, AttributeError, ValueError):
@@ -155,5 +207,5 @@ class QueuedLines(io.TextIOBase):
             self._characters = 0
         if dropped:
             text += "" if text.endswith("\n") else "\n"
-            text += f"({dropped:,} lines were left out because nothing read this output)\n"
+            text += self._as_line(f"({dropped:,} lines were left out because nothing read this output)")
         return text

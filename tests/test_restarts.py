@@ -20,6 +20,8 @@ from fedlora.plan import Upload
 from fedlora.privacy import Accountant, Ledger, Spend
 from fedlora.privacy.report import verify
 from fedlora.wire import tensors_digest
+from fedlora_server.audit import chain
+from fedlora_server.audit.command import main as audit_log
 from tests.driven_server import Server
 from tests.processes import PATIENCE, write_rows
 from tests.server.tcp_proxy import TcpProxy
@@ -181,6 +183,13 @@ def test_a_server_killed_inside_a_round_is_taken_up_again_at_no_cost(deploy, tmp
     assert report["resumed_after_rounds"] == [1] and [line["round"] for line in report["rounds"]] == [1, 2, 3]
     assert report["strategy"]["optimizer"] == {
         "name": "adam", "lr": 0.01, "decay": 1.0, "beta1": 0.5, "beta2": 0.99, "tau": 0.001, "correct_bias": 0}
+    log = chain.read(broken.out / chain.FILE)
+    assert not log.wrong and log.head == report["audit_head"]
+    told = [(line["event"], line["round"]) for line in log.lines]
+    assert ("resumed", 1) in told and [round for event, round in told if event == "closed"] == [1, 2, 3]
+    assert [told.count(("accepted", round)) for round in (1, 2, 3)] == [2, 2, 2]
+    signed = map(str, broken.folder.glob("state/*/*/privacy.json"))
+    assert audit_log(["verify", str(broken.out), "--head", log.head, "--report", *signed]) == 0
 
 
 def test_a_run_that_was_stopped_goes_on_when_server_and_clients_are_started_again(deploy, tmp_path):

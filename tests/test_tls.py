@@ -1,5 +1,6 @@
 """Mutual TLS between real servers and clients, and those whom it keeps out, over real sockets."""
 
+import json
 import shutil
 import socket
 import ssl
@@ -289,6 +290,11 @@ def test_a_federation_over_tls_ends_with_the_bits_of_one_in_plaintext(deploy, tm
         adapters.append(run.adapter())
     assert adapters[0] == adapters[1]
     assert "have it renewed" in run.log("north") and "is valid until" in run.log("server")
+    lines = [json.loads(line) for line in (run.out / "audit.jsonl").read_text().splitlines()]
+    assert lines[0]["fingerprint"] == authority.issued()[SERVER_NAME].fingerprint
+    for name in ("north", "south"):
+        own = read_identity(tmp_path / name).certificate.fingerprint
+        assert {line["fingerprint"] for line in lines if line["client"] == name} == {own}
 
 
 class HttpProxy:

@@ -7,6 +7,7 @@ import sys
 from rich.console import Console
 
 from fedlora.config import ClientConfig
+from fedlora.console import tell, tell_about
 from fedlora.plan import Proposal, Refusal, Refused
 
 from .connection import Connection, Goodbye, RunChanged
@@ -37,7 +38,11 @@ def take_part(options: ClientConfig, console: Console) -> None:
         ServerUnreachable: no server answered within --connect-timeout.
         WireError: the server does not speak this protocol.
     """
-    holder = DataHolder.of(options, console, asks=sys.stdin.isatty() and sys.stdout.isatty())
+    if options.log_format == "json" and not options.yes:
+        raise ValueError("--log-format json leaves no place for questions; add --yes to take part without being asked")
+    holder = DataHolder.of(options, console, asks=(options.log_format == "text" and sys.stdin.isatty()
+                                                   and sys.stdout.isatty()))
+    tell_about(console, client=holder.name)
     gate, limits = holder.gate, holder.limits
     connection = Connection(options.server, holder.name, private=limits.private, insecure=options.insecure,
                             connect_timeout_s=options.connect_timeout,
@@ -65,6 +70,7 @@ def take_part(options: ClientConfig, console: Console) -> None:
 
 def _serve(holder: DataHolder, proposal: Proposal, connection: Connection) -> None:
     """Answer the orders of one run until the connection raises what ends it (`Goodbye`, `RunChanged`, …)."""
+    tell_about(holder.console, run=proposal.plan.run_id)
     try:
         part = Participation(holder, proposal)
     except Refused as refused:
@@ -73,7 +79,7 @@ def _serve(holder: DataHolder, proposal: Proposal, connection: Connection) -> No
     connection.max_tensor_bytes = part.most_tensor_bytes
     connection.ready(part.announced)
     console = holder.console
-    console.print(f"Joined {holder.options.server} as {holder.name}; waiting to be asked.")
+    tell(console, f"Joined {holder.options.server} as {holder.name}; waiting to be asked.", "joined")
     try:
         while True:
             plan, tensors = connection.next_request()

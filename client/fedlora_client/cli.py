@@ -7,7 +7,6 @@ spent, and `fedlora-client verify privacy.json` checks a report; neither of the 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -43,16 +42,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     else:
         options, given = read_config(ClientConfig, arguments, epilog=EPILOG), frozenset()
     set_environment(allow_download=options.allow_download)
-    from fedlora.console import stderr_that_never_blocks
+    from fedlora.console import log_to_stderr, say_why, stderr_that_never_blocks
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with stderr_that_never_blocks():
-        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    with stderr_that_never_blocks(options.log_format):
+        log_to_stderr()
         try:
             code = _run(options, given)
         except KeyboardInterrupt:
-            print("fedlora-client: interrupted; the ledger has what was spent, and --state has the last upload",
-                  file=sys.stderr)
+            say_why("fedlora-client: interrupted; the ledger has what was spent, and --state has the last upload")
             code = 130
     # End at once: everything that matters is on the disk, and gRPC's threads sometimes keep an interpreter alive.
     sys.stdout.flush()
@@ -114,7 +112,7 @@ def read_join(arguments: Sequence[str]) -> tuple[JoinConfig, frozenset[str]]:
 
 
 def _run(options: ClientConfig, given: frozenset[str]) -> int:
-    from fedlora.console import messages
+    from fedlora.console import messages, say_why
     from fedlora.files import PASSING
     from fedlora.plan import Refused
     from fedlora.wire import WireError
@@ -136,28 +134,28 @@ def _run(options: ClientConfig, given: frozenset[str]) -> int:
             options = ready
         take_part(options, console)
     except Awaiting as awaits:
-        print(f"fedlora-client: {awaits}", file=sys.stderr)
+        say_why(f"fedlora-client: {awaits}")
         return 1
     except Untrusted as error:
-        print(f"fedlora-client: {error}", file=sys.stderr)
+        say_why(f"fedlora-client: {error}")
         return 4
     except (ValueError, MemoryError, WireError) as error:
-        print(f"fedlora-client: {error}", file=sys.stderr)
+        say_why(f"fedlora-client: {error}")
         return 2
     except ServerUnreachable as error:
-        print(f"fedlora-client: {error}", file=sys.stderr)
+        say_why(f"fedlora-client: {error}")
         return 3
     except RoundFailed as failed:
-        print(f"fedlora-client: {failed}", file=sys.stderr)
+        say_why(f"fedlora-client: {failed}")
         return 5
     except EndedEarly as early:
-        print(f"fedlora-client: {early}", file=sys.stderr)
+        say_why(f"fedlora-client: {early}")
         return 1
     except Refused as refused:
-        print(f"fedlora-client: {refused}", file=sys.stderr)
+        say_why(f"fedlora-client: {refused}")
         return 4
     except OSError as error:
-        print(f"fedlora-client: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        say_why(f"fedlora-client: {error.filename or 'a file'}: {error.strerror or error}")
         return 1 if error.errno in PASSING else 2
     return 0
 

@@ -18,6 +18,7 @@ from fedlora import data, models, registry
 from fedlora.adapters import attach_planned, family_of
 from fedlora.adapters.sketches import sketch_plan
 from fedlora.config import ClientConfig
+from fedlora.console import tell
 from fedlora.kit import Kit
 from fedlora.models import LoadedModel
 from fedlora.plan import (
@@ -270,7 +271,10 @@ class Participation:
             line = f"trained, but the server declined the upload: {declined}"
         else:
             line = f"sent {answer.steps} steps"
-        self._console.print(f"round {plan.round}/{plan.run.rounds}: {line}; {self._spent()}{moved}", soft_wrap=True)
+        refusal = answer if isinstance(answer, Refusal) else declined
+        tell(self._console, f"round {plan.round}/{plan.run.rounds}: {line}; {self._spent()}{moved}", "round",
+             "warning" if refusal else "info", round=plan.round, attempt=plan.attempt,
+             code=refusal.code if refusal else None)
 
     def conclude(self) -> None:
         """End the run in the ledger, which frees the trainings that it had not begun, and write its privacy report."""

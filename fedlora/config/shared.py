@@ -50,6 +50,8 @@ class ConnectedConfig(Config):
     tls: Path | None = option(None, "folder with this side's key and certificate: encrypt by mutual TLS 1.3", NETWORK,
                               values.path, metavar="DIR", unset="no encryption, on this machine alone", place=2)
     insecure: bool = option(False, "allow unencrypted connections to other machines", NETWORK, None)
+    log_format: str = option("text", "how messages are written to stderr; json makes each line a JSON object", RUN,
+                             choices=("text", "json"), place=8)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from fedlora import data
 from fedlora.config import ServerConfig
+from fedlora.console import tell_about
 from fedlora.data import Rows
 from fedlora.plan import GOODBYES, PROTOCOL, Proposal, RunPlan
 from fedlora.tasks import task_named
@@ -134,6 +135,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
         before = left.joined
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
     stop, goes_on = threading.Event(), threading.Event()
+    tell_about(console, run=run_id)
     watched = Watched(f"{options.strategy}, {base.title}", out, console, resolved(options, options.strategy), run_id,
                       tls.certificate.fingerprint if tls else "")
     audit = AuditLog(watched, proposal.plan, stop, lambda reason: trackers.held_up(reason), left)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -16,8 +15,8 @@ EXIT_CODES = ("exit codes: 0 finished; 1 ended early, for lack of clients or by 
               "--resume); 2 the command, a file or the clients' labels must be corrected first, or the training "
               "diverged; 130 stopped by Ctrl-C, 143 suspended by SIGTERM (continue with --resume or the same command). "
               "Also: `fedlora-server presets` shows the strategies' values; `fedlora-server pki` makes certificates "
-              "for --tls; `fedlora-server kit` writes the file with which institutions join; `fedlora-server audit-log` "
-              "checks and shows a run's audit log; `fedlora-server forget` frees a client's name.")
+              "for --tls; `fedlora-server kit` writes the file with which institutions join; `fedlora-server "
+              "audit-log` checks and shows a run's audit log; `fedlora-server forget` frees a client's name.")
 
 TLS_1_3_ALONE = "ECDHE-RSA-AES128-GCM-SHA256"
 """A server whose certificate is ECDSA cannot agree on TLS 1.2 where this is its only suite. TLS 1.3 has suites of its
@@ -54,18 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.allow_download:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    from fedlora.console import stderr_that_never_blocks
+    from fedlora.console import log_to_stderr, say_why, stderr_that_never_blocks
 
     signal.signal(signal.SIGTERM, _terminate)  # until the run installs its own handler
-    with stderr_that_never_blocks():
-        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    with stderr_that_never_blocks(options.log_format):
+        log_to_stderr()
         try:
             return _run(options)
         except KeyboardInterrupt as stopped:
-            print("fedlora-server: stopped before it listened for clients; nothing was changed", file=sys.stderr)
+            say_why("fedlora-server: stopped before it listened for clients; nothing was changed")
             return 143 if isinstance(stopped, _Terminated) else 130
         except OSError as error:
-            print(f"fedlora-server: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+            say_why(f"fedlora-server: {error.filename or 'a file'}: {error.strerror or error}")
             return 1 if error.errno in PASSING else 2
 
 
@@ -84,7 +83,7 @@ def _begun_with(folder: Path) -> dict[str, object]:
 
 
 def _run(options: ServerConfig) -> int:
-    from fedlora.console import messages
+    from fedlora.console import messages, say_why
 
     from .app import serve
 
@@ -92,7 +91,7 @@ def _run(options: ServerConfig) -> int:
     try:
         served = serve(options, console)
     except (ValueError, MemoryError) as error:
-        print(f"fedlora-server: {error}", file=sys.stderr)
+        say_why(f"fedlora-server: {error}")
         return 2
     code = {"finished": 0, "wait-timeout": 1, "diverged": 2, "stopped": 130, "suspended": 143}[served.ended]
     result, out = served.result, served.out
@@ -103,7 +102,7 @@ def _run(options: ServerConfig) -> int:
     console.print(f"{result.rounds} rounds finished. {adapter} report {out / 'report.json'}.",
                   soft_wrap=True)
     if result.ended == "diverged":
-        print(f"fedlora-server: {result.why}", file=sys.stderr)
+        say_why(f"fedlora-server: {result.why}")
     elif result.ended != "finished":
         why = "Too few clients came within --wait-timeout" if result.ended == "wait-timeout" else "The run was stopped"
         console.print(f"{why}{f' ({result.why})' if result.why else ''}; fedlora-server --resume {out} goes on.",

@@ -150,6 +150,7 @@ def test_a_whole_log_verifies_with_its_head_and_with_that_of_an_earlier_stop(who
     assert verify(tmp_path, whole, "--head", json.loads(lines[-4])["hash"].upper()) == 0
     assert "3 lines were added since" in capsys.readouterr().out
     assert verify(tmp_path, whole, "--head", "0" * 64) == 1
+    assert verify(tmp_path, whole, "--head", "0" * 63) == 2
     assert main(["verify", str(tmp_path / chain.FILE)]) == 0
 
 

@@ -40,17 +40,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 fine; 1 the log, its head or a report does not fit; 2 wrong input")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    def action(name: str, text: str) -> argparse.ArgumentParser:
-        part = actions.add_parser(name, help=text, description=text)
+    def action(name: str, options: str, text: str) -> argparse.ArgumentParser:
+        part = actions.add_parser(name, help=text, description=text, usage=f"{parser.prog} {name} RUN {options}")
         part.add_argument("run", type=Path, metavar="RUN", help="the run's folder, or a copy of its audit log")
         return part
 
-    verified = action("verify", "Check that no line was changed, left out, moved or inserted.")
-    verified.add_argument("--head", type=_hash, metavar="HASH", help="a hash that the server printed at the end of the "
+    verified = action("verify", "[--head HASH] [--report privacy.json …]",
+                      "Check that no line was changed, left out, moved or inserted.")
+    verified.add_argument("--head", metavar="HASH", help="a hash that the server printed at the end of the "
                           "run; without it, nobody notices if lines were cut off at the end or all were written anew")
     verified.add_argument("--report", type=Path, nargs="+", default=[], metavar="privacy.json",
                           help="signed privacy reports of clients: their uploads must be those in the log")
-    shown = action("show", "Show the lines as a table.")
+    shown = action("show", "[--client NAME] [--event KIND]", "Show the lines as a table.")
     shown.add_argument("--client", metavar="NAME", help="only the lines about this client")
     shown.add_argument("--event", metavar="KIND", help="only the lines of this kind, such as uploaded or accepted")
     return parser
@@ -59,13 +60,14 @@ def _parser() -> argparse.ArgumentParser:
 def _hash(text: str) -> str:
     digits = text.strip().lower()
     if len(digits) != 64 or set(digits) - set("0123456789abcdef"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a hash of 64 hexadecimal digits")
+        raise ValueError(f"--head {text} is not a hash of 64 hexadecimal digits; give one that the server printed")
     return digits
 
 
 def _verify(file: Path, chain: Chain, options: argparse.Namespace) -> int:
     from .compare import read_report
 
+    head = None if options.head is None else _hash(options.head)
     reports = [(path, read_report(path)) for path in options.report]
     if wrong := _wrong(chain):
         print(f"{file} does not verify: {wrong}.")
@@ -74,7 +76,7 @@ def _verify(file: Path, chain: Chain, options: argparse.Namespace) -> int:
     ends = chain.lines[-1]["event"] == "ended"
     print(f"The server ended the log ({chain.lines[-1]['code']})." if ends else
           "The server has not ended the log: it still runs, it was killed, or lines were cut off at the end.")
-    fine = _check_head(chain, options.head)
+    fine = _check_head(chain, head)
     for path, report in reports:
         fine = _check_report(chain.lines, path, report) and fine
     return 0 if fine else NOT_VERIFIED
@@ -135,7 +137,7 @@ def _show(file: Path, chain: Chain, options: argparse.Namespace) -> int:
 
 def _table(lines: Iterable[Line]) -> Iterator[str]:
     """Yield the rows of a table, with a blank cell where a line says nothing."""
-    rows = [COLUMNS]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for line in lines:
         shown = dict(line) | {field: (line[field] or "")[:SHORT] for field in ("sha256", "fingerprint")}
         shown["more"] = shown["more"] or None

@@ -125,6 +125,7 @@ class AuditLog(Tracker):
         for record in before:  # an earlier server may have been killed between its checkpoint and these lines
             if self._continued and record.round > self._closed_round:
                 self._close_round(record)
+        self._judged.clear()
         self._flush()
 
     @override
@@ -172,7 +173,7 @@ class AuditLog(Tracker):
                 if (record.round, name) in self._judged:
                     continue
                 verdict, code = _verdict(record, name)
-                self._add(verdict, **{"client": name, "round": record.round} | here.get(name, {}) | {"code": code})
+                self._add(verdict, **{"client": name, "round": record.round, **here.get(name, {}), "code": code})
             self._add("closed", round=record.round)
             self._uploads = {key: values for key, values in self._uploads.items() if (key[0] or 0) > record.round}
 

@@ -1,4 +1,4 @@
-"""The coordinator's display: a live table on a terminal, one plain line for each event anywhere else."""
+"""The coordinator's display: a live table on a terminal, one line for each event anywhere else, plain or JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from rich.text import Text
 from typing_extensions import override
 
 from fedlora import figures
+from fedlora.console import tell
 from fedlora.figures import MAJORITY
+from fedlora.json_lines import JsonConsole
 from fedlora_server.observer import MOST_NAMED, ClientEvent, RoundRecord, named
 from fedlora_server.peer_lines import PeerLines
 from fedlora_server.trackers import Tracker, Watched
@@ -24,6 +26,8 @@ LOGGED = frozenset({"turned-away", "disconnected"})
 """Kinds of client events that the server logs as warnings by itself."""
 ROUNDS_TELL = frozenset({"uploaded", "late"})
 """Kinds of client events that the round loop tells by itself, in `answered` and `overdue`."""
+TROUBLE = frozenset({"refused", "late", "declined", "lost", "turned-away", "disconnected"})
+"""Kinds of client events that are warnings as JSON lines."""
 
 
 def quantity(count: int | float) -> str:
@@ -51,6 +55,7 @@ class Display(Tracker):
         self._records: list[RoundRecord] = []
         self._status = ""
         self._live = Live(console=run.console, auto_refresh=False) if run.console.is_terminal else None
+        self._as_json = isinstance(run.console, JsonConsole)
 
     @override
     def open(self) -> None:
@@ -67,57 +72,70 @@ class Display(Tracker):
     def waiting(self, needed: int, present: int, timeout_s: float | None) -> None:
         limit = "" if timeout_s is None else f", for at most {timeout_s:.0f} s"
         self._say(f"waiting for {needed - present} more client{'s' * (needed - present != 1)} "
-                  f"({present} of {needed} ready){limit}")
+                  f"({present} of {needed} ready){limit}", "waiting")
 
     @override
     def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
         what = "asked" if attempt == 0 else "asked as backup"
-        self._say(f"round {round}: {what} {', '.join(names) if len(names) <= MOST_NAMED else len(names)}",
-                  quiet=attempt == 0 and self._live is None)
+        self._say(f"round {round}: {what} {', '.join(names) if len(names) <= MOST_NAMED else len(names)}", "asked",
+                  quiet=attempt == 0 and self._live is None, round=round, attempt=attempt)
 
     @override
     def fewer(self, round: int, connected: int, needed: int) -> None:
         self._say(f"round {round}: {connected} client{'s' * (connected != 1)} connected, fewer than --min-clients "
-                  f"{needed}; the run goes on (--min-replies sets how many uploads a round needs)")
+                  f"{needed}; the run goes on (--min-replies sets how many uploads a round needs)", "fewer", "warning",
+                  round=round)
 
     @override
     def overdue(self, round: int, names: tuple[str, ...], missing: int) -> None:
         lacking = f"; {missing} more upload{'s are' if missing != 1 else ' is'} needed" if missing else ""
         self._say(f"round {round}: {named(names)} did not answer within --round-timeout and will be left out of this "
-                  f"round{lacking}")
+                  f"round{lacking}", "overdue", "warning", round=round)
 
     @override
     def doubted(self, round: int, why: str) -> None:
-        self._say(f"round {round}: the new state is unusable: {why}; it is computed again without the longest uploads")
+        self._say(f"round {round}: the new state is unusable: {why}; it is computed again without the longest uploads",
+                  "doubted", "warning", round=round)
 
     @override
     def uncompared(self, round: int, uploads: int) -> None:
         self._say(f"round {round}: with {uploads} upload{'s' * (uploads != 1)} and no earlier round to compare with, "
-                  "an unusually long upload would not be noticed")
+                  "an unusually long upload would not be noticed", "uncompared", "warning", round=round)
 
     @override
     def held_up(self, reason: str) -> None:
-        self._say(f"the run waits: {reason}")
+        self._say(f"the run waits: {reason}", "held-up", "warning")
 
     @override
     def answered(self, round: int, name: str, outcome: str) -> None:
-        self._say(f"round {round}: {name} {outcome}", quiet=outcome == "uploaded" and not self._live)
+        if not (self._as_json and outcome == "uploaded"):  # which `client` has told
+            self._say(f"round {round}: {name} {outcome}", "answered", "warning",
+                      quiet=outcome == "uploaded" and not self._live, round=round, client=name)
 
     @override
     def finished(self, record: RoundRecord) -> None:
         self._records.append(record)
         if record.round == 0:
             start = f"start released by {len(record.uploaded)} of {len(record.cohort)}" if record.cohort else ""
-            self._say("before training: " + ", ".join(filter(None, (start, shown(record.evaluation)))))
+            self._say("before training: " + ", ".join(filter(None, (start, shown(record.evaluation)))), "finished",
+                      round=0)
             return
         parts = [f"{len(record.uploaded)} of {len(record.cohort)} replied", shown(record.evaluation),
                  "" if record.update_norm is None else f"update {record.update_norm:.3g}",
                  f"{quantity(record.bytes_up)} up, {quantity(record.bytes_down)} down", f"{record.seconds:.1f} s"]
-        self._say(f"round {record.round}: " + ", ".join(filter(None, parts)), quiet=bool(self._live))
+        self._say(f"round {record.round}: " + ", ".join(filter(None, parts)), "finished", quiet=bool(self._live),
+                  round=record.round)
         for name, reason in record.rejected.items():
-            self._say(f"round {record.round}: the upload of {name} was rejected: {reason}")
+            self._say(f"round {record.round}: the upload of {name} was rejected: {reason}", "left-out", "warning",
+                      round=record.round, client=name)
         for name, how in record.curbed.items():
-            self._say(f"round {record.round}: the upload of {name} weighs less than it claims: {how}")
+            self._say(f"round {record.round}: the upload of {name} weighs less than it claims: {how}", "curbed",
+                      "warning", round=record.round, client=name)
+
+    @override
+    def ended(self, reason: str) -> None:
+        if self._as_json:
+            self._say(f"the rounds have ended: {reason}", "ended", code=reason)
 
     @override
     def said(self, line: str) -> None:
@@ -125,18 +143,26 @@ class Display(Tracker):
 
     @override
     def client(self, event: ClientEvent) -> None:
-        if event.kind in LOGGED | ROUNDS_TELL:
+        if not self._as_json and event.kind in LOGGED | ROUNDS_TELL:
             return
-        more = self._lines.admit(event.name, event.kind)
-        if more is not None:
-            self.said(f"{event.name} {event.kind}{f': {event.detail}' if event.detail else ''}{more}")
+        more = "" if event.kind == "uploaded" else self._lines.admit(event.name, event.kind)
+        if more is None:
+            return
+        line = f"{event.name} {event.kind}{f': {event.detail}' if event.detail else ''}{more}"
+        if self._as_json:
+            tell(self._console, line, event.kind, "warning" if event.kind in TROUBLE else "info", client=event.name,
+                 code=event.code, peer=event.peer, round=event.round, attempt=event.attempt,
+                 bytes=event.upload_bytes or None)
+        else:
+            self.said(line)
 
-    def _say(self, status: str, *, quiet: bool = False) -> None:
+    def _say(self, status: str, event: str = "", level: str = "info", *, quiet: bool = False, round: int | None = None,
+             attempt: int | None = None, client: str | None = None, code: str | None = None) -> None:
         self._status = status
         if self._live:
             self._live.update(self._table(), refresh=True)
-        elif not quiet:
-            self._console.print(status, highlight=False, markup=False, soft_wrap=True)
+        elif status and (not quiet or self._as_json):
+            tell(self._console, status, event, level, round=round, attempt=attempt, client=client, code=code)
 
     def _table(self) -> Group:
         measured = list(dict.fromkeys(name for r in self._records for name in figures.main(r.evaluation)))
