@@ -145,8 +145,10 @@ class JsonHandler(logging.Handler):
 
     def __init__(self, lines: JsonLines) -> None:
         super().__init__()
+        self.setFormatter(logging.Formatter("%(message)s"))
         self._lines = lines
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
-        self._lines.write("log", self.format(record), record.levelname.lower(), peer=getattr(record, "peer", None))
+        message, level = self.format(record).strip(), record.levelname.lower()
+        self._lines.write("log", message, level, peer=getattr(record, "peer", None))

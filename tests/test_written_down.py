@@ -56,3 +56,17 @@ def test_a_run_is_written_down_alike_by_the_server_and_by_its_clients(deploy, tm
 
     assert main(["audit-log", "verify", str(run.out), "--report", str(run.out / "report.json")]) == 2
     assert "is not verified: this is not a" in capsys.readouterr().err
+
+
+def test_a_run_whose_audit_log_cannot_be_written_ends_and_its_clients_may_come_back(deploy, tmp_path):
+    run = deploy("run")
+    run.server("--min-clients", 1, "--labels", "routine,urgent", *SMALL, "--rounds", 500)
+    run.client("north", write_rows(tmp_path / "north.jsonl", 0))
+    run.wait_for("server", "round 1: 1 of 1 replied")
+    (run.out / chain.FILE).rename(run.out / "moved")
+    (run.out / chain.FILE).mkdir()
+    assert run.end("server") == 2, run.log("server")
+    assert run.log("server").count("cannot be written (Is a directory)") == 1
+    assert f"fedlora-server: {run.out / chain.FILE}: Is a directory" in run.log("server")
+    assert run.end("north") == 1 and "the server failed" in run.log("north")
+    assert not chain.read(run.out / "moved").wrong

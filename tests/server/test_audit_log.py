@@ -233,7 +233,7 @@ def test_a_flood_of_joins_stays_small_and_says_what_it_leaves_out(tmp_path):
     run = Run(tmp_path).begin()
     for number in range(20_000):
         run.log.client(ClientEvent("joined", f"stranger-{number}", peer="10.0.0.9"))
-        run.log.client(ClientEvent("turned-away", f"stranger-{number}", "why", "certificate", "10.0.0.9"))
+        run.log.client(ClientEvent("turned-away", f"stranger-{number}" + 1000 * "x", "why", "certificate", "10.0.0.9"))
     run.round(1)
     run.end()
     lines = run.lines()

@@ -20,12 +20,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 
 from typing_extensions import override
 
 import fedlora
 from fedlora.files import append_to_file
 from fedlora.plan import RunPlan, plan_digest
+from fedlora.wire.codec import MAX_NAME
 from fedlora_server import checkpoint
 from fedlora_server.checkpoint import Unfinished
 from fedlora_server.observer import ClientEvent, RoundRecord
@@ -103,7 +105,7 @@ class AuditLog(Tracker):
 
     @override
     def client(self, event: ClientEvent) -> None:
-        values = {"client": event.name, "fingerprint": event.fingerprint or None, "peer": event.peer or None,
+        values = {"client": event.name[:MAX_NAME], "fingerprint": event.fingerprint or None, "peer": event.peer or None,
                   "round": event.round, "attempt": event.attempt, "code": event.code or None,
                   "sha256": event.sha256 or None, "bytes": event.upload_bytes if event.sha256 else None}
         order = event.name, event.round, event.attempt
@@ -211,23 +213,17 @@ class AuditLog(Tracker):
                 if not self._waiting:
                     return
                 batch = list(self._waiting)
-            number, head, lines = self._number, self._head, []
-            for values in batch:
-                number += 1
-                line = sealed(values, number, head)
-                head = line["hash"]
-                lines.append(spelled(line) + b"\n")
-            content = b"".join(lines)
             try:
-                checkpoint.patiently(lambda content=content: append_to_file(self._path, content),  # type: ignore[misc]
-                                     self.run.out, self._stop, self._block)
+                head, content = _chained(batch, self._number, self._head)
+                checkpoint.patiently(partial(append_to_file, self._path, content), self.run.out, self._stop,
+                                     self._block)
             except Exception as fault:
                 self._give_up(fault)
                 return
             with self._changed:
                 for _ in batch:
                     self._waiting.popleft()
-                self._number, self._head, self._blocked = number, head, ""
+                self._number, self._head, self._blocked = self._number + len(batch), head, ""
                 self._written += len(batch)
                 self._changed.notify_all()
 
@@ -278,6 +274,16 @@ class AuditLog(Tracker):
         with self._path.open("r+b") as file:
             file.truncate(self._path.stat().st_size - chain.torn_bytes)
         return {"code": "torn", "bytes": chain.torn_bytes}
+
+
+def _chained(events: Sequence[Line], last: int, head: str) -> tuple[str, bytes]:
+    """Return the new head and the lines that follow the line with the number `last` and this hash."""
+    lines = []
+    for number, values in enumerate(events, start=last + 1):
+        line = sealed(values, number, head)
+        head = line["hash"]
+        lines.append(spelled(line) + b"\n")
+    return head, b"".join(lines)
 
 
 def _verdict(record: RoundRecord, name: str) -> tuple[str, str | None]:
