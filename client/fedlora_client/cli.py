@@ -127,7 +127,7 @@ def _run(options: ClientConfig, given: frozenset[str]) -> int:
         if isinstance(options, JoinConfig):
             from .join import join
 
-            asks = sys.stdin.isatty() and sys.stdout.isatty() and not options.yes
+            asks = sys.stdin.isatty() and sys.stdout.isatty() and not options.yes and options.log_format == "text"
             ready = join(options, given, console, asks=asks)
             if ready is None:
                 return 0
