@@ -97,7 +97,8 @@ class ClientRegistry:
             if self._names is not None:
                 seat.secret = join.secret or (seat.secret if same else b"") or secrets.token_bytes(wire.SECRET_BYTES)
             stream.name, stream.process, stream.secret = join.name, join.process, seat.secret
-            seat.stream, seat.process, seat.version, seat.private = stream, join.process, theirs, join.private
+            seat.process, seat.version, seat.private = join.process, theirs, join.private
+            seat.take(stream)
             self._new(_news_of(stream, "rejoined" if again else "joined"))
             return seat.proposal
 

@@ -164,6 +164,9 @@ class Observer:
     def answered(self, round: int, name: str, outcome: str) -> None:
         """Hear what became of a client's order: "uploaded", "lost" or a refusal's text."""
 
+    def combining(self, round: int, uploads: int) -> None:
+        """Hear that the round takes no more uploads, and that those there are will be combined and evaluated."""
+
     def evaluated(self, round: int, figures: Mapping[str, float]) -> None:
         """Hear the figures of the state after the round, on the server's data. Round 0 is the start."""
 

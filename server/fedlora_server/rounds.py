@@ -190,6 +190,7 @@ class _UnderWay:
         began, up, down = time.monotonic(), engine.bytes_up, engine.bytes_down
         under_way = OpenRound(engine, by, self._clients, number, self._run.options, self._observer, self._stop)
         replies = under_way.collect(arrays)
+        self._observer.combining(number, len(under_way.uploaded))
         try:
             after, metrics = by.aggregate_train(number, replies)
             figures = self._evaluated(number, after) if number else {}

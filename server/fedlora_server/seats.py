@@ -50,6 +50,10 @@ class Member:
         private: whether it trains with differential privacy.
         bytes_up: bytes received from it, over all its streams.
         bytes_down: bytes sent to it, over all its streams.
+        state: "away", "connected" (it is not ready yet), "ready" (it waits to be asked) or "working".
+        since: Unix time from which it has been in this state.
+        working_on: the round that it works on, or None.
+        uploaded_at: Unix time at which its last upload was taken, or None.
     """
 
     name: str
@@ -63,6 +67,10 @@ class Member:
     private: bool
     bytes_up: int
     bytes_down: int
+    state: str
+    since: float
+    working_on: int | None
+    uploaded_at: float | None
 
 
 @dataclass
@@ -146,6 +154,8 @@ class Seat:
         ready_s: seconds for which it was ready, on all earlier streams together.
         orders: its open orders, oldest first.
         asked: every order that it was ever given.
+        since: Unix time from which its `Member.state` has been what it is.
+        uploaded_at: Unix time at which its last upload was taken.
     """
 
     name: str
@@ -168,6 +178,8 @@ class Seat:
     asked: set[Key] = field(default_factory=set)
     bytes_up: int = 0
     bytes_down: int = 0
+    since: float = 0.0
+    uploaded_at: float | None = None
 
     @property
     def standing(self) -> Standing:
@@ -177,8 +189,15 @@ class Seat:
     @property
     def member(self) -> Member:
         """The client as the coordinator sees it."""
+        state = ("away" if self.stream is None else "connected" if not self.ready else
+                 "ready" if self.working is None else "working")
         return Member(self.name, self.node_id, self.joined_at, self.ready_at, self.stream is not None, self.labels,
-                      bool(self.asked), self.version, self.private, self.bytes_up, self.bytes_down)
+                      bool(self.asked), self.version, self.private, self.bytes_up, self.bytes_down, state, self.since,
+                      None if self.working is None else self.working[1], self.uploaded_at)
+
+    def take(self, stream: ClientStream) -> None:
+        """Let the client be reached through a stream, on which it has not said yet that it is ready."""
+        self.stream, self.since = stream, time.time()
 
     def order(self, key: Key) -> PendingRequest | None:
         """Return the client's open order with this key, if there is one."""
@@ -191,7 +210,7 @@ class Seat:
         """
         self.ready, self.ready_from = True, time.monotonic()
         self.ready_at = self.ready_at or time.time()
-        self.working = working
+        self.working, self.since = working, time.time()
         for order in self.orders:
             if order.outcome == "lost":
                 order.outcome = None
@@ -204,7 +223,7 @@ class Seat:
             answer: the stored upload, or a refusal; None if an upload that had been accepted came again.
         """
         if self.working == key:
-            self.working = None
+            self.working, self.since = None, time.time()
         if answer is None:
             return False
         order = self.order(key)
@@ -212,7 +231,7 @@ class Seat:
             return True
         order.outcome = answer if isinstance(answer, Refusal) else "uploaded"
         if isinstance(answer, Stored):
-            order.stored, self.accepted = answer, key
+            order.stored, self.accepted, self.uploaded_at = answer, key, time.time()
         order.tensors = {}
         return False
 
@@ -222,7 +241,7 @@ class Seat:
             return
         order = next((order for order in self.orders if order.outcome is None), None)
         if order is not None:
-            self.working = order.plan.key
+            self.working, self.since = order.plan.key, time.time()
             self.stream.ask(order)
 
     def vacate(self, why: Refusal | None = None) -> None:
@@ -233,7 +252,7 @@ class Seat:
             self.labels = self.labels[:FEW]
         if self.ready:
             self.ready_s += time.monotonic() - self.ready_from
-        self.stream, self.ready, self.working = None, False, None
+        self.stream, self.ready, self.working, self.since = None, False, None, time.time()
         for order in self.orders:
             if order.outcome is None:
                 order.outcome = "lost"

@@ -60,6 +60,7 @@ def test_it_takes_every_event_of_a_run_and_leaves_the_files_alone_that_resuming_
             "doubted": lambda: tracker.doubted(1, "its loss is not finite"),
             "uncompared": lambda: tracker.uncompared(1, 2),
             "answered": lambda: (tracker.answered(1, "a", "uploaded"), tracker.answered(1, "b", "lost")),
+            "combining": lambda: tracker.combining(1, 2),
             "evaluated": lambda: tracker.evaluated(1, {"accuracy": 0.6, "loss": math.nan, "count": 4}),
             "finished": lambda: (tracker.finished(record(1, evaluation={"accuracy": 0.6, "loss": math.nan})),
                                  tracker.finished(record(2, evaluation={"rmse": np.float64(math.inf)})),

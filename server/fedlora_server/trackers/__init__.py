@@ -160,6 +160,10 @@ class Trackers(Tracker):
         self._tell("answered", round, name, outcome)
 
     @override
+    def combining(self, round: int, uploads: int) -> None:
+        self._tell("combining", round, uploads)
+
+    @override
     def evaluated(self, round: int, figures: Mapping[str, float]) -> None:
         self._tell("evaluated", round, figures)
 
