@@ -57,7 +57,7 @@ class Process(Protocol):
     def kill(self) -> None: ...
 
 
-NOT_INSTALLED = ("flwr", "datasets", "matplotlib")
+NOT_INSTALLED = ("flwr", "datasets", "matplotlib", "grpc_health")
 """Packages that requirements-client.txt leaves out: a client has to do without them."""
 
 NOT_CLIENTS = (*NOT_INSTALLED, "fedlora_server", "fedlora_strategies", "fedlora_simulations")
@@ -111,7 +111,7 @@ def _run(command: str, arguments: Sequence[str], log: Path, environment: Mapping
 
 def start(command: str, *arguments: object, log: Path, seed: int | None = None, home: Path | None = None,
           fresh: bool = False) -> Process:
-    """Start fedlora-<command>. In a client, importing Flower, `datasets` or matplotlib fails.
+    """Start fedlora-<command>. In a client, importing Flower or anything else in `NOT_INSTALLED` fails.
 
     Args:
         command: "server", "client" or "simulate".

@@ -25,6 +25,7 @@ from fedlora_strategies.messages import assume_identity
 from .anchors import Anchors
 from .connections import Room, Strangers
 from .grpc_session import READY_TIMEOUT_S, GrpcSession, NoPlace
+from .health import MOST_PROBES, Health
 from .names import Names
 from .observer import ClientEvent
 from .registry_engine import RegistryEngine
@@ -105,12 +106,13 @@ class GrpcEngine(RegistryEngine):
         self._anchors = Anchors(anchors)
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        streams = self._room.clients + SPARE_STREAMS
+        streams = self._room.clients + SPARE_STREAMS + MOST_PROBES
         self._server = grpc.server(ThreadPoolExecutor(streams + 8, thread_name_prefix="fedlora-stream"),
                                    options=(*wire.SERVER_OPTIONS, *self._room.options), maximum_concurrent_rpcs=streams)
         service, method = wire.SERVICE.strip("/").split("/")
         handler = grpc.stream_stream_rpc_method_handler(self._serve)  # frames as bytes: the session decodes them
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),
+                                               Health(lambda: not self._closed.is_set()).handler()))
         port = self._bind(address)
         self.address = f"{address.rpartition(':')[0]}:{port}"
         self._strangers = Strangers(port, self._room.strangers)
