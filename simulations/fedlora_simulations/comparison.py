@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from fedlora_server.observer import jsonable
-from fedlora_server.trackers.console import quantity
+from fedlora_server.quantities import quantity
 
 from .simulate import Simulated
 

@@ -27,7 +27,7 @@ from fedlora.figures import MAJORITY
 from fedlora.plan import Refused
 from fedlora.privacy import Ledger
 from fedlora_server.folders import claimed_folder
-from fedlora_server.trackers.console import quantity
+from fedlora_server.quantities import quantity
 from fedlora_strategies.recipe import RECIPES
 
 from . import triage

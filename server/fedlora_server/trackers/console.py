@@ -16,6 +16,7 @@ from fedlora.figures import MAJORITY
 from fedlora.json_lines import JsonConsole
 from fedlora_server.observer import MOST_NAMED, ClientEvent, RoundRecord, named
 from fedlora_server.peer_lines import PeerLines
+from fedlora_server.quantities import quantity
 from fedlora_server.trackers import Tracker, Watched
 
 SHOWN_ROUNDS = 15
@@ -28,15 +29,6 @@ ROUNDS_TELL = frozenset({"uploaded", "late"})
 """Kinds of client events that the round loop tells by itself, in `answered` and `overdue`."""
 TROUBLE = frozenset({"refused", "late", "declined", "lost", "turned-away", "disconnected"})
 """Kinds of client events that are warnings as JSON lines."""
-
-
-def quantity(count: int | float) -> str:
-    """Return a number of bytes with a unit: 1234567 is "1.2 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def shown(evaluation: Mapping[str, float]) -> str:
