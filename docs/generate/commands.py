@@ -25,7 +25,7 @@ def commands() -> Mapping[str, argparse.ArgumentParser]:
     """Return command → parser, of the three commands, their sub-commands, and the benchmarks."""
     found: dict[str, argparse.ArgumentParser] = {}
     for package, subcommands in (("client", ("join", "budget", "verify", "enroll")),
-                                 ("server", ("presets", "forget", "pki", "kit", "audit-log")),
+                                 ("server", ("presets", "forget", "pki", "kit", "audit-log", "status", "stop")),
                                  ("simulations", _studies())):
         main = importlib.import_module(f"fedlora_{package}.cli").main
         for arguments in ([], *([name] for name in subcommands)):

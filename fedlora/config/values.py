@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,25 @@ def text(given: str) -> str:
 def path(given: str) -> Path:
     """Parse a path, which need not exist."""
     return Path(text(given))
+
+
+def endpoint(given: str) -> str:
+    """Parse a port, or a host and a port, of this machine. Without a host it is 127.0.0.1."""
+    host, _, port = given.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535 or host != host.strip():
+        raise argparse.ArgumentTypeError(f"{given!r} is not a port, or host and port, as in 9464 or 0.0.0.0:9464")
+    return f"{host or '127.0.0.1'}:{int(port)}"
+
+
+def command(given: str) -> str:
+    """Check that a text can be split into a command and its arguments, as a shell would."""
+    try:
+        words = shlex.split(given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{given!r} cannot be split into words: {error}") from None
+    if not words:
+        raise argparse.ArgumentTypeError("it names no command; give one, or leave the option out")
+    return given
 
 
 def names(given: str) -> tuple[str, ...]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -29,6 +27,8 @@ from .checkpoint import Unfinished
 from .folders import claimed_folder, retaken_folder
 from .grpc_engine import GrpcEngine, check_address
 from .observer import ClientEvent
+from .operations.assembly import Operations
+from .operations.assembly import check as check_operations
 from .peer_lines import PeerFilter, PeerLines
 from .registry_engine import RegistryEngine
 from .report import write_report
@@ -47,6 +47,7 @@ from .run_setup import (
     without_effect,
 )
 from .settings import settings
+from .stopping import Stopping
 from .tls import ServerTls
 from .trackers import Trackers, Watched
 
@@ -87,15 +88,16 @@ def serve(options: ServerConfig, console: Console, *, listen: Listen | None = No
     with ExitStack() as held:
         if (begun := _begun(options, listen)) is not None:
             held.enter_context(retaken_folder(begun))
-            return _serve(options, console, begun, checkpoint.take_up(begun), listen, run_id)
+            return _serve(options, console, begun, checkpoint.take_up(begun), listen, run_id, held)
         out = held.enter_context(claimed_folder(options.out, options.strategy.replace(":", "-")))
-        return _serve(options, console, out, None, listen, run_id)
+        return _serve(options, console, out, None, listen, run_id, held)
 
 
 def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished | None, listen: Listen | None,
-           run_id: str | None) -> Served:
+           run_id: str | None, held: ExitStack) -> Served:
     if left is not None and left.plan.labels:
         options = replace(options, labels=options.labels or left.plan.labels)
+    check_operations(options)
     tls = None
     if listen is None:
         check_address(options.address, insecure=options.insecure or options.tls is not None)
@@ -134,13 +136,15 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
         left.check(proposal.plan, federation.strategy.recipe.described())
         before = left.joined
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
-    stop, goes_on = threading.Event(), threading.Event()
+    stopping = Stopping(console)
+    stop = stopping.asked
     tell_about(console, run=run_id)
     watched = Watched(f"{options.strategy}, {base.title}", out, console, resolved(options, options.strategy), run_id,
                       tls.certificate.fingerprint if tls else "")
+    operations = held.enter_context(Operations(options, watched, stopping, tls))
     audit = AuditLog(watched, proposal.plan, stop, lambda reason: trackers.held_up(reason), left)
     trackers = Trackers(options.trackers, watched, {
-        "audit": audit, "advice": Advice(watched, lambda line: trackers.said(line))})
+        "audit": audit, "advice": Advice(watched, lambda line: trackers.said(line)), **operations.trackers})
 
     def begin(plan: RunPlan, joined: Mapping[str, Mapping[str, object]]) -> None:
         if listen is None:
@@ -150,9 +154,10 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
 
     engine = (listen or _grpc(options, out, left, tls))(proposal, out / "uploads", trackers.client)
     ended = "failed"
-    with _stopped_by_signals(stop, goes_on, console), _told_sparingly():
+    with stopping.by_signals(), _told_sparingly():
         try:
             begin(proposal.plan, before)
+            operations.attend(engine)
             console.print(f"Listening on {engine.address}; run {run_id}, results in {out}", soft_wrap=True)
             with trackers:
                 if announced:
@@ -164,7 +169,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
                                              run_id=run_id, protocol=protocol)
                 if stop.is_set():
                     audit.check()
-                    ended = "suspended" if goes_on.is_set() else "stopped"
+                    ended = stopping.how()
                     return Served(out, None, ended)
                 begin(federation.plan, _joined(engine, before))
                 engine.expect(federation.adapted.layout)
@@ -172,13 +177,14 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
                           out, left)
                 result = run_federation(engine, run, observer=trackers, stop=stop)
                 audit.check()
-                ended = "suspended" if result.ended == "stopped" and goes_on.is_set() else result.ended
+                ended = stopping.how() if result.ended == "stopped" else result.ended
                 checkpoint.patiently(partial(write_report, out, federation, result,
                                              options=resolved(options, options.strategy),
                                              joined=_joined(engine, before), audit_head=audit.head),
                                      out, stop, trackers.held_up)
         finally:
-            engine.close(GOODBYES["suspended" if ended == "failed" and goes_on.is_set() else ended])
+            engine.close(GOODBYES["suspended" if ended == "failed" and stopping.goes_on.is_set() else ended])
+            operations.close()
     return Served(out, result, ended)
 
 
@@ -264,28 +270,3 @@ def _told_sparingly() -> Iterator[None]:
     finally:
         for handler in handlers:
             handler.removeFilter(sparing)
-
-
-@contextmanager
-def _stopped_by_signals(stop: threading.Event, goes_on: threading.Event, console: Console) -> Iterator[None]:
-    """Within the block, stop the run at a signal instead of ending the process.
-
-    The first SIGINT or SIGTERM sets `stop`; SIGTERM sets `goes_on` too. A second signal ends the process at once.
-    """
-
-    def on_signal(number: int, frame: object) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        if number == signal.SIGTERM:
-            goes_on.set()
-        stop.set()
-        console.print("Stopping: the last finished round is written, and clients "
-                      f"{'wait for this server to return' if goes_on.is_set() else 'are told'}. A second signal stops "
-                      "the server at once.")
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -225,6 +225,23 @@ def holds_unfinished_run(folder: Path) -> bool:
     return not finished or (folder / UNFINISHED).exists()
 
 
+def summary(folder: Path) -> dict[str, object]:
+    """Return how far the folder's run came: `planned` and `finished` rounds, and whether it is `resumable`.
+
+    Raises:
+        ValueError: the folder holds no run, or its files are damaged.
+    """
+    about = _about(folder)
+    try:
+        finished, planned = 0, int(about["plan"]["rounds"])
+        if (folder / STATE).exists():
+            with safe_open(folder / STATE, framework="np") as stored:
+                finished = int(stored.metadata()["round"])
+        return {"planned": planned, "finished": finished, "resumable": holds_unfinished_run(folder)}
+    except (SafetensorError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{folder} is damaged: {error}") from None
+
+
 def options_of(folder: Path) -> dict[str, object]:
     """Return the options with which the folder's run was begun, for `fedlora.config.read_config`.
 

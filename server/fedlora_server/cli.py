@@ -15,8 +15,9 @@ EXIT_CODES = ("exit codes: 0 finished; 1 ended early, for lack of clients or by 
               "--resume); 2 the command, a file or the clients' labels must be corrected first, or the training "
               "diverged; 130 stopped by Ctrl-C, 143 suspended by SIGTERM (continue with --resume or the same command). "
               "Also: `fedlora-server presets` shows the strategies' values; `fedlora-server pki` makes certificates "
-              "for --tls; `fedlora-server kit` writes the file with which institutions join; `fedlora-server "
-              "audit-log` checks and shows a run's audit log; `fedlora-server forget` frees a client's name.")
+              "for --tls; `fedlora-server kit` writes the file with which institutions join; `fedlora-server status` "
+              "and `fedlora-server stop` reach a running server; `fedlora-server audit-log` checks and shows a run's "
+              "audit log; `fedlora-server forget` frees a client's name.")
 
 TLS_1_3_ALONE = "ECDHE-RSA-AES128-GCM-SHA256"
 """A server whose certificate is ECDSA cannot agree on TLS 1.2 where this is its only suite. TLS 1.3 has suites of its
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .forget import main as forget
 
         return forget(argv[1:])
+    if argv[:1] in (["status"], ["stop"]):
+        from .operations import command
+
+        return (command.status if argv[0] == "status" else command.stop)(argv[1:])
     if argv[:1] == ["pki"]:
         from .pki.command import main as pki
 

@@ -1,0 +1,193 @@
+"""What a run does now: a tracker that remembers it, for `fedlora-server status` and for /metrics."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from typing_extensions import override
+
+from fedlora.plan import RunPlan
+from fedlora_server.observer import ClientEvent, RoundRecord
+from fedlora_server.trackers import Tracker, Watched
+
+STARTING, WAITING, TRAINING, AGGREGATING, HELD_UP, ENDING = PHASES = (
+    "starting", "waiting", "training", "aggregating", "held-up", "ending")
+"""All that a run can be doing."""
+
+RECENT = 10
+"""Number of finished rounds from whose durations the run's end is forecast."""
+
+
+@dataclass(frozen=True)
+class Now:
+    """What a run does at one moment. Counts begin with this server, not with the run.
+
+    Attributes:
+        phase: one of `PHASES`.
+        why: more about the phase, for the coordinator to read; may be "".
+        since: Unix time at which the phase began.
+        planned: number of rounds in the plan; 0 before it is known.
+        finished: number of the last finished round, of earlier servers too.
+        current: the round that clients train for, or that is aggregated; else the next one.
+        finished_at: Unix time at which a round finished last; None before the first.
+        round_left_s: seconds that clients still have for the current round; None if none trains.
+        run_left_s: seconds until the run's end, if further rounds last as long as the recent ones; None if that cannot
+            be said.
+        uploads: uploads that arrived whole and in time.
+        rejected: uploads that a round left out.
+        refusals: code → how often a client or the server refused.
+        turned_away: code → how often a client was not let in.
+        lost: how often a client's stream broke.
+        disconnected: how often a client was put out.
+        evaluation: the last figures on the server's own data.
+    """
+
+    phase: str = STARTING
+    why: str = ""
+    since: float = 0.0
+    planned: int = 0
+    finished: int = 0
+    current: int = 0
+    finished_at: float | None = None
+    round_left_s: float | None = None
+    run_left_s: float | None = None
+    uploads: int = 0
+    rejected: int = 0
+    refusals: Mapping[str, int] = field(default_factory=dict)
+    turned_away: Mapping[str, int] = field(default_factory=dict)
+    lost: int = 0
+    disconnected: int = 0
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+
+
+class Progress(Tracker):
+    """The tracker that knows what the run does now. Any thread may ask it.
+
+    Args:
+        run: the run to watch.
+        round_timeout_s: seconds that clients have to answer in a round.
+    """
+
+    def __init__(self, run: Watched, round_timeout_s: float) -> None:
+        super().__init__(run)
+        self._round_timeout_s = round_timeout_s
+        self._lock = threading.Lock()
+        self._now = Now(since=time.time())
+        self._held_up: tuple[str, float] | None = None
+        self._refusals: Counter[str] = Counter()
+        self._turned_away: Counter[str] = Counter()
+        self._seconds: deque[float] = deque(maxlen=RECENT)
+        self._began = self._until = 0.0  # of the current round, by the monotonic clock
+
+    def now(self, held_up: str = "") -> Now:
+        """Return what the run does now.
+
+        Args:
+            held_up: why uploads cannot be stored at this moment (`Engine.held_up`).
+        """
+        with self._lock:
+            now, clock = self._now, time.monotonic()
+            left = max(0.0, self._until - clock) if now.phase == TRAINING else None
+            ends = None
+            if self._seconds and now.phase in (TRAINING, AGGREGATING):
+                usual = statistics.median(self._seconds)
+                ends = usual * (now.planned - now.finished) - min(usual, clock - self._began)
+            if self._held_up is not None or held_up:
+                why, since = self._held_up or (held_up, now.since)
+                now, ends = replace(now, phase=HELD_UP, why=why, since=since), None
+            return replace(now, round_left_s=left, run_left_s=ends, refusals=dict(self._refusals),
+                           turned_away=dict(self._turned_away))
+
+    def _turn(self, phase: str, why: str = "", **about: int) -> None:
+        """Begin a phase, or go on with it. Called under the lock."""
+        since = self._now.since if phase == self._now.phase else time.time()
+        self._now, self._held_up = replace(self._now, phase=phase, why=why, since=since, **about), None  # type: ignore[arg-type]
+
+    @override
+    def client(self, event: ClientEvent) -> None:
+        with self._lock:
+            if event.kind in ("refused", "declined"):
+                self._refusals[event.code] += 1
+            elif event.kind == "turned-away":
+                self._turned_away[event.code] += 1
+            elif event.kind == "uploaded":
+                self._now = replace(self._now, uploads=self._now.uploads + 1)
+            elif event.kind == "lost":
+                self._now = replace(self._now, lost=self._now.lost + 1)
+            elif event.kind == "disconnected":
+                self._now = replace(self._now, disconnected=self._now.disconnected + 1)
+
+    @override
+    def begin(self, plan: RunPlan, before: Sequence[RoundRecord]) -> None:
+        with self._lock:
+            finished = before[-1].round if before else 0
+            self._turn(STARTING, planned=plan.rounds, finished=finished, current=min(finished + 1, plan.rounds))
+            self._seconds.extend(record.seconds for record in before if record.round)
+            if evaluated := [record.evaluation for record in before if record.evaluation]:
+                self._now = replace(self._now, evaluation=evaluated[-1])
+
+    @override
+    def waiting(self, needed: int, present: int, timeout_s: float | None) -> None:
+        with self._lock:
+            self._turn(WAITING, f"{needed - present} more needed ({present} of {needed} ready)")
+
+    @override
+    def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
+        with self._lock:
+            clock = time.monotonic()
+            if self._now.phase != TRAINING:
+                self._began = clock if attempt == 0 else self._began or clock
+            self._until = clock + self._round_timeout_s
+            self._turn(TRAINING, current=round)
+
+    @override
+    def answered(self, round: int, name: str, outcome: str) -> None:
+        with self._lock:
+            self._held_up = None
+
+    @override
+    def overdue(self, round: int, names: tuple[str, ...], missing: int) -> None:
+        with self._lock:
+            self._held_up = None
+
+    @override
+    def combining(self, round: int, uploads: int) -> None:
+        with self._lock:
+            self._turn(AGGREGATING, current=round)
+
+    @override
+    def held_up(self, reason: str) -> None:
+        with self._lock:
+            self._held_up = reason, time.time()
+
+    @override
+    def evaluated(self, round: int, figures: Mapping[str, float]) -> None:
+        with self._lock:
+            self._now = replace(self._now, evaluation=dict(figures))
+
+    @override
+    def finished(self, record: RoundRecord) -> None:
+        with self._lock:
+            self._now = replace(self._now, rejected=self._now.rejected + len(record.rejected))
+            if record.round:
+                self._seconds.append(record.seconds)
+                self._now = replace(self._now, finished=record.round, finished_at=time.time())
+            if record.round < self._now.planned:
+                self._turn(WAITING, current=record.round + 1)
+            else:
+                self._turn(ENDING)
+
+    @override
+    def ended(self, reason: str) -> None:
+        with self._lock:
+            self._turn(ENDING, reason)
+
+    @override
+    def close(self) -> None:
+        with self._lock:
+            self._turn(ENDING, self._now.why if self._now.phase == ENDING else "")
