@@ -80,6 +80,9 @@ def test_a_run_is_read_off_its_metrics(server):
     connection = Connection(server.engine.address, "north", private=False, connect_timeout_s=10)
     connection.join()
     connection.ready()
+    deadline = time.monotonic() + 20
+    while not server.engine.idle() and time.monotonic() < deadline:
+        server.engine.wait([], 0.1)
     for kind, code in (("refused", "budget"), ("turned-away", "certificate"), ("lost", ""), ("uploaded", ""),
                        ("disconnected", "certificate")):
         server.trackers.client(ClientEvent(kind, "north", "text", code))
