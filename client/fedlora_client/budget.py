@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.privacy import Accountant, Charge, Ledger, Lifetime, Policy, four_digits
+from fedlora.privacy import Accountant, Charge, Ledger, Lifetime, Policy, four_digits, short
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS, Book, Declaration
 
 from . import paths
@@ -178,8 +178,8 @@ def _run(ledger: Ledger, book: Book, charges: Sequence[Charge]) -> RunSpending:
 def _show(console: Console, name: str, about: DatasetSpending) -> None:
     counts = f"updates released: {about['updates_released']}; ε {_text(about['charged'])} charged"
     limit = f"no lifetime budget; {counts}" if about["epsilon"] is None else (
-        f"{counts}, {_text(about['reserved'])} reserved of its lifetime budget of {about['epsilon']} (RDP, δ "
-        f"{about['delta']:g}), {_text(about['remaining'], down=True)} left")
+        f"{counts}, {_text(about['reserved'])} reserved of its lifetime budget of {_brief(about['epsilon'])} (RDP, "
+        f"δ {short(about['delta'] or 0.0, up=True)}), {_text(about['remaining'], down=True)} left")
     console.print(Text.assemble("\n", (name, "bold"), f": {limit}"))
     if about["overlapping"]:
         console.print(f"shares records with {', '.join(about['overlapping'])}, whose spending counts here too",
@@ -213,3 +213,7 @@ def _finite(value: float | None) -> float | str | None:
 
 def _text(value: float | str | None, *, down: bool = False) -> str:
     return four_digits(value, down=down) if isinstance(value, float) else str(value)
+
+
+def _brief(value: float | str) -> str:
+    return short(value) if isinstance(value, float) else value

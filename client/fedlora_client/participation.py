@@ -317,7 +317,7 @@ class Participation:
         if session is None or not self._limits.private or self._streams.predictable:
             return "no privacy" if session else "nothing was charged"
         return (f"updates released: {session.released}; ε {four_digits(session.epsilon())} charged of "
-                f"{four_digits(session.reserved())} reserved (δ {session.terms.delta:g})")
+                f"{four_digits(session.reserved())} reserved (δ {session.terms.delta:.4g})")
 
     def _check_plan(self, run: RunPlan) -> None:
         """Check that the plan is the proposed one and, where labels were still open, that they fit.
@@ -387,7 +387,7 @@ class Participation:
                 "that"
                 + ("." if self._streams.predictable else
                    f"; all {run.max_participations} rounds{' and the start' if run.private_start else ''} together "
-                   f"cost at most ε {self._limits.epsilon:g} at δ {terms.delta:g}."))
+                   f"cost at most ε {self._limits.epsilon:g} at δ {terms.delta:.4g}."))
             if terms.noise_multiplier != session.noise_for_run:
                 self._console.print(
                     f"The lifetime budget leaves less than that, so the noise is {terms.noise_multiplier:.3f} × the "

@@ -249,7 +249,7 @@ class PrivacyGate:
         self._declare()
         self.ledger.register(self.dataset, self._digests, place=absolute(self._data))  # the id may be new
         return (f"{self.policy.path} now gives this data set, as [dataset.{known.id}], a lifetime budget of ε "
-                f"{known.epsilon:g} at δ {known.delta:g}, over all runs. Edit it to allow more or less.")
+                f"{known.epsilon:g} at δ {known.delta:.4g}, over all runs. Edit it to allow more or less.")
 
     def settle(self, fresh: RunTerms, budget: Budget) -> tuple[RunTerms, Book]:
         """Return the run's terms: the stored ones if the run has begun, else new ones that fit the lifetime budget.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from fedlora.privacy import four_digits
+from fedlora.privacy import four_digits, short
 
 WIDTH, HEIGHT = 720, 432
 LEFT, RIGHT, TOP, BOTTOM = 72, 700, 48, 376
@@ -51,7 +51,7 @@ def spending_chart(title: str, delta: float, planned: Sequence[tuple[int, float]
         parts += [_line([(x, BOTTOM), (x, BOTTOM + 5)], INK), _text(x, BOTTOM + 20, f"{tick:g}")]
     parts += [_line([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], INK),
               _text((LEFT + RIGHT) / 2, HEIGHT - 14, "rounds started", size=14),
-              _text(22, (TOP + BOTTOM) / 2, f"ε at δ = {delta:g}", size=14, turned=True),
+              _text(22, (TOP + BOTTOM) / 2, f"ε at δ = {short(delta, up=True)}", size=14, turned=True),
               _line(map(place, planned), PLANNED, width=2, dash="7 4"),
               _line([place((0, guarantee)), place((right_end, guarantee))], LIMIT, width=1.5),
               _line(map(place, spent), SPENT, width=2.5)]

@@ -8,6 +8,7 @@ from fedlora.privacy.accounting import (
     calibrate,
     four_digits,
     nominal_size,
+    short,
 )
 from fedlora.privacy.ledger import BudgetExhausted, Charge, Ledger, LedgerError, Lifetime, RunTerms
 from fedlora.privacy.policy import DatasetPolicy, Forbidden, Policy
@@ -36,4 +37,5 @@ __all__ = [
     "four_digits",
     "nominal_size",
     "run_streams",
+    "short",
 ]

@@ -24,6 +24,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -223,6 +224,18 @@ def four_digits(epsilon: float, *, down: bool = False) -> str:
     places = 3 if epsilon <= 0 else max(0, 3 - math.floor(math.log10(epsilon)))
     scaled = round(epsilon * 10**places, 6)
     return f"{(math.floor if down else math.ceil)(scaled) / 10**places:.{places}f}"
+
+
+def short(value: float, *, up: bool = False) -> str:
+    """Format a figure with at most four significant digits, as in 0.01829 or 1e-05.
+
+    Args:
+        value: the figure.
+        up: round up, for a delta, so that a text never promises more than was computed.
+    """
+    if up and math.isfinite(value):
+        value = float(Context(prec=4, rounding=ROUND_CEILING).create_decimal(repr(value)))
+    return f"{value:.4g}"
 
 
 def nominal_size(records: int) -> int:

@@ -230,7 +230,7 @@ def test_a_run_without_noise_verifies_as_no_guarantee_and_does_not_tell_the_numb
     verified = verify(report)
     assert not verified.guarantee and "privacy was off" in verified.text
     both = json.dumps(report) + markdown(report)
-    assert "4321" not in both and repr(50 / 4321) not in both and "exact number of records" in both
+    assert "4321" not in both and f"{50 / 4321:.4g}" not in both and "exact number of records" in both
     assert "ε =" not in markdown(report)
 
 
@@ -379,7 +379,8 @@ def test_verifying_a_file_prints_the_figures_and_answers_with_an_exit_code(tmp_p
     report = sign(made(), KEY)
     path = write_report(tmp_path, report)
     code, text = said(path, public_key(KEY).upper())
-    assert code == 0 and "1.336161" in text and "does not prove that noise was added" in text
+    assert code == 0 and text.count(" 1.337 ") >= 2 and "1.336161" not in text
+    assert "does not prove that noise was added" in text
     code, text = said(path)
     assert code == 0 and public_key(KEY) in text and "Compare it" in text
     assert said(path, "00" * 32)[0] == 2

@@ -1,11 +1,11 @@
-"""The privacy report as one page, privacy.md, for a person to read and sign. All its figures are the JSON's."""
+"""The privacy report as one page, privacy.md, for a person to read and sign. Its figures are the JSON's, shortened."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from fedlora.privacy.accounting import four_digits
+from fedlora.privacy.accounting import four_digits, short
 from fedlora.privacy.report.figures import LABELS, shown, whom
 from fedlora.privacy.report.signing import Document, document_digest
 
@@ -41,8 +41,9 @@ def _statement(report: Document) -> str:
              f"ε {shown(guarantee['epsilon'])}.")
     notes = "; ".join(sorted({privacy[kind]["note"] for kind in LABELS if privacy[kind]["note"]}))
     return "\n\n".join(filter(None, [
-        f"**ε = {shown(guarantee['epsilon'])} at δ = {privacy['delta']!r}** (accountant {guarantee['accountant']}) is "
-        f"guaranteed for {_text(whom(unit))}, whatever else an attacker knows. Relation: {_text(unit['relation'])}. "
+        f"**ε = {shown(guarantee['epsilon'])} at δ = {_delta(privacy['delta'])}** (accountant "
+        f"{guarantee['accountant']}) is guaranteed for {_text(whom(unit))}, whatever else an attacker knows. Relation: "
+        f"{_text(unit['relation'])}. "
         "In words: with and without this unit, the probability of anything that an attacker may observe differs at "
         "most by the factor e^ε, plus δ. This covers the run's planned maximum, so a run that stops early is covered "
         "too. The second line of the table is what was spent so far.",
@@ -54,12 +55,12 @@ def _statement(report: Document) -> str:
 
 def _mechanism(report: Document) -> str:
     mechanism, unit, source = report["mechanism"], report["unit"], report["randomness"]
-    scales = ", ".join(f"{_text(name)} × {value!r}" for name, value in mechanism["scales"].items())
+    scales = ", ".join(f"{_text(name)} × {short(value)}" for name, value in mechanism["scales"].items())
     lines = [f"- {_text(mechanism['name'])}. {_text(mechanism['sampler'])}.",
-             f"- Declared size {_or_none(unit['declared_size'])}, expected batch {mechanism['expected_batch']}, "
+             f"- Declared size {_size(unit['declared_size'])}, expected batch {mechanism['expected_batch']}, "
              f"sampling rate {_or_none(mechanism['sampling_rate'])}, noise multiplier (standard deviation / clip norm) "
-             f"{_or_none(mechanism['noise_multiplier'])}. Clip norm (L2) {mechanism['clip_norm']!r} over all groups of "
-             f"tensors together, after scaling their gradients ({scales or 'no scales'}). At most "
+             f"{_or_none(mechanism['noise_multiplier'])}. Clip norm (L2) {short(mechanism['clip_norm'])} over all "
+             f"groups of tensors together, after scaling their gradients ({scales or 'no scales'}). At most "
              f"{mechanism['max_participations']} trainings of {mechanism['local_steps']} steps.",
              f"- Computed in {_text(mechanism['precision'])}. {_independence(mechanism['batch_invariance'])}"
              if mechanism["noise_multiplier"] is not None else "",
@@ -114,9 +115,9 @@ def _lifetime(report: Document) -> str:
         return ""
     lines = []
     if report["privacy"]["no_guarantee"] is None:
-        limit = "No limit was declared" if account["epsilon"] is None else f"Limit ε = {account['epsilon']!r}"
+        limit = "No limit was declared" if account["epsilon"] is None else f"Limit ε = {short(account['epsilon'])}"
         left = "" if account["remaining"] is None else f", remaining {four_digits(account['remaining'], down=True)}"
-        lines.append(f"- {limit} at δ = {account['delta']!r}; counted {shown(account['spent'])}{left} "
+        lines.append(f"- {limit} at δ = {_delta(account['delta'])}; counted {shown(account['spent'])}{left} "
                      f"({_text(account['accountant'])}).")
     for name, words in (("overlapping", "Data sets that share records with this one; counted too"),
                         ("distinct", "Data sets that the owner declared to be about other people; not counted")):
@@ -156,7 +157,15 @@ def _named(model: Mapping[str, str]) -> str:
 
 
 def _or_none(value: float | None) -> str:
-    return "not stated" if value is None else repr(value)
+    return "not stated" if value is None else short(value)
+
+
+def _delta(value: float | None) -> str:
+    return "not stated" if value is None else short(value, up=True)
+
+
+def _size(value: int | None) -> str:
+    return "not stated" if value is None else str(value)
 
 
 def _text(value: str) -> str:

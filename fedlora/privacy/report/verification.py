@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedlora.plan import MOST_STEPS
+from fedlora.privacy.accounting import four_digits, short
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
 from fedlora.privacy.report.figures import (
     LABELS,
@@ -177,11 +178,12 @@ def verify_file(path: Path, console: Console, public_key: str | None = None) -> 
         console.print(f"[bold red]Not verified.[/] {escape(str(path))}: {escape(str(error))}.")
         return 2
     if verified.guarantee:
-        table = Table("figure", "accountant", "stated", "recomputed", title=f"ε at δ = {verified.delta:g}")
+        table = Table("figure", "accountant", "stated", "recomputed",
+                      title=f"ε at δ = {short(verified.delta or 0.0, up=True)}")
         for check in verified.checks:
-            here = "not computed" if check.recomputed is None else f"{check.recomputed:.6f}"
+            here = "not computed" if check.recomputed is None else four_digits(check.recomputed)
             table.add_row(check.label, check.accountant,
-                          "not stated" if check.stated is None else f"{check.stated:.6f}", here)
+                          "not stated" if check.stated is None else four_digits(check.stated), here)
         console.print(table)
     console.print(escape(verified.text), soft_wrap=True)
     if public_key is None:
@@ -322,9 +324,9 @@ def _with_guarantee(report: Document) -> str:
     unit, privacy = report["unit"], report["privacy"]
     guarantee = privacy["guarantee"]
     return (f"Verified: {guarantee['steps']} steps of the stated mechanism are ({shown(guarantee['epsilon'])}, "
-            f"{privacy['delta']})-differentially private for {whom(unit)}, under the zero-out relation. This proves "
-            "the arithmetic and whose key signed the report. It does not prove that noise was added, that the list of "
-            "trainings is complete, or that the software ran as published.")
+            f"{short(privacy['delta'], up=True)})-differentially private for {whom(unit)}, under the zero-out "
+            "relation. This proves the arithmetic and whose key signed the report. It does not prove that noise was "
+            "added, that the list of trainings is complete, or that the software ran as published.")
 
 
 def _require(ok: bool, field: str, value: object, remedy: str) -> None:
