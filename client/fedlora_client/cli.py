@@ -6,41 +6,40 @@ spent, and `fedlora-client verify privacy.json` checks a report; neither of the 
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
-from fedlora.config import ClientConfig, build_parser, read_config
+from fedlora.config import ClientConfig, Parser, Subcommand, build_parser, listed, read_config, run_subcommand
 from fedlora.config.client import JoinConfig
 from fedlora.config.parser import given_options
-from fedlora.config.values import count
+
+SUBCOMMANDS = {
+    "init": Subcommand("fedlora_client.init", "writes a TOML file with every option for --config"),
+    "join": Subcommand("fedlora_client.cli:read_join", "takes part with a coordinator's kit"),
+    "enroll": Subcommand("fedlora_client.enroll", "makes a key for --tls"),
+    "budget": Subcommand("fedlora_client.budget_command", "shows what was spent and what is left"),
+    "verify": Subcommand("fedlora_client.verify_command", "checks a privacy.json")}
 
 EPILOG = ("exit codes: 0 the run was finished, or its coordinator stopped it; 1 it ended early: try again; 2 wrong "
           "input: correct it; 3 no server answered: try again; 4 this client or the server refused: the log says why; "
           "5 a round failed on this machine and stays charged: the log says why, fix that first; 130 interrupted. "
-          "Also: `fedlora-client join KIT.toml` takes part with a coordinator's kit; `fedlora-client enroll` makes a "
-          "key for --tls; `fedlora-client budget` shows what was spent and what is left; `fedlora-client verify "
-          "privacy.json` checks a report.")
+          + listed("fedlora-client", SUBCOMMANDS))
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and end the process with its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if arguments[:1] == ["enroll"]:
-        from .enroll import main as enroll
-
-        sys.exit(enroll(arguments[1:]))
-    if arguments[:1] in (["budget"], ["verify"]):
-        sys.exit((_budget if arguments[0] == "budget" else _verify)(arguments[1:]))
     options: ClientConfig
     if arguments[:1] == ["join"]:
         options, given = read_join(arguments[1:])
+    elif (ended := run_subcommand(arguments, "fedlora-client", SUBCOMMANDS)) is not None:
+        sys.exit(ended)
     else:
-        options, given = read_config(ClientConfig, arguments, epilog=EPILOG), frozenset()
+        options = read_config(ClientConfig, arguments, epilog=EPILOG, subcommands=SUBCOMMANDS)
+        given = frozenset()
     set_environment(allow_download=options.allow_download)
     from fedlora.console import log_to_stderr, say_why, stderr_that_never_blocks
 
@@ -72,33 +71,9 @@ def set_environment(*, allow_download: bool) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _budget(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fedlora-client budget", description="Show what was spent on which data set, "
-                                     "when and by which run, and what is left.")
-    parser.add_argument("--policy", type=Path, metavar="FILE.toml", help="the policy with the data sets' limits "
-                        "[policy.toml in the user's configuration folder]")
-    parser.add_argument("--simulated-ledger", type=Path, metavar="DIR", help="show the ledger of a demo or simulation "
-                        "in this folder")
-    parser.add_argument("--rounds", type=count, metavar="N", help="show the cost of N more rounds [of 1, 5 and 20]")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON instead of tables")
-    options = vars(parser.parse_args(arguments))
-    from .budget import show_budget
-
-    return show_budget(**options)
-
-
-def _verify(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fedlora-client verify", description="Recompute a privacy report's ε from "
-                                     "its signed history, and check the signature.")
-    parser.add_argument("report", type=Path, help="path of a privacy.json")
-    parser.add_argument("--public-key", metavar="HEX", help="the public key that must have signed the report; get it "
-                        "from a source that you trust")
-    options = parser.parse_args(arguments)
-    from rich.console import Console
-
-    from fedlora.privacy.report import verify_file
-
-    return verify_file(options.report, Console(), public_key=options.public_key)
+def read_join_parser() -> Parser:
+    """Return the parser of `fedlora-client join`."""
+    return build_parser(JoinConfig, epilog=EPILOG)
 
 
 def read_join(arguments: Sequence[str]) -> tuple[JoinConfig, frozenset[str]]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedlora.config import Parser
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
+        prog="fedlora-client enroll", description="Make this client's private key, which stays here, and a request for "
+        "a certificate, which goes to the coordinator. A key that is there already is kept.")
+    made.add_argument("--name", required=True, metavar="NAME", help="this client's name at the server")
+    made.add_argument("--tls", type=Path, required=True, metavar="DIR", help="the folder of key and certificate")
+    return made
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit code: 0 done, 2 wrong input."""
-    parser = argparse.ArgumentParser(
-        prog="fedlora-client enroll", description="Make this client's private key, which stays here, and a request for "
-        "a certificate, which goes to the coordinator. A key that is there already is kept.")
-    parser.add_argument("--name", required=True, metavar="NAME", help="this client's name at the server")
-    parser.add_argument("--tls", type=Path, required=True, metavar="DIR", help="the folder of key and certificate")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
 
     from fedlora.identity.folder import AUTHORITY, CERTIFICATE, REQUEST
 

@@ -24,12 +24,10 @@ class _Caught(BaseException):
 def commands() -> Mapping[str, argparse.ArgumentParser]:
     """Return command → parser, of the three commands, their sub-commands, and the benchmarks."""
     found: dict[str, argparse.ArgumentParser] = {}
-    for package, subcommands in (("client", ("join", "budget", "verify", "enroll")),
-                                 ("server", ("presets", "forget", "pki", "kit", "audit-log", "status", "stop")),
-                                 ("simulations", _studies())):
-        main = importlib.import_module(f"fedlora_{package}.cli").main
-        for arguments in ([], *([name] for name in subcommands)):
-            _catch(found, lambda main=main, arguments=arguments: main(arguments))
+    for package in ("client", "server", "simulations"):
+        cli = importlib.import_module(f"fedlora_{package}.cli")
+        for arguments in ([], *([name] for name in cli.SUBCOMMANDS)):
+            _catch(found, lambda main=cli.main, arguments=arguments: main(arguments))
     if (ROOT / "benchmarks" / "__main__.py").exists():
         with mock.patch.object(sys, "argv", ["benchmarks"]), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
             _catch(found, lambda: runpy.run_module("benchmarks", run_name="__main__"))
@@ -38,10 +36,6 @@ def commands() -> Mapping[str, argparse.ArgumentParser]:
             if isinstance(action, argparse._SubParsersAction):
                 found |= {f"{name} {key}": sub for key, sub in action.choices.items()}
     return {name: found[name] for name in sorted(found)}
-
-
-def _studies() -> tuple[str, ...]:
-    return tuple(importlib.import_module("fedlora_simulations.cli").STUDIES)
 
 
 def _catch(found: dict[str, argparse.ArgumentParser], command: Callable[[], object]) -> None:
@@ -67,7 +61,8 @@ def commands_page() -> str:
     lines = ["# Commands", "",
              "Every option of every command, from the parsers that the commands use. A value comes from, in falling "
              "order: the command line, the command's table in the `--config` file, that file's top level, the run that "
-             "is resumed, the strategy's preset, the default. *preset*: `fedlora-server presets` shows it."]
+             "is resumed, the strategy's preset, the default. *preset*: `fedlora-server presets` shows it. Every "
+             "command and sub-command has `--help` and `--version`."]
     found = commands()
     tables_of = {name: {group.title: rows for group in parser._action_groups if (rows := _rows(group))}
                  for name, parser in found.items()}
@@ -91,7 +86,7 @@ def commands_page() -> str:
 
 def _rows(group: argparse._ArgumentGroup) -> list[str]:
     shown = [action for action in group._group_actions
-             if action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction)]
+             if action.help != argparse.SUPPRESS and not set(action.option_strings) & {"--help", "--version"}]
     return [row for action in shown for row in _row(action)]
 
 

@@ -7,14 +7,16 @@ Importing this package imports neither torch nor numpy, so that --help is quick.
 """
 
 from fedlora.config import values
+from fedlora.config.arguments import Parser
 from fedlora.config.client import ClientConfig
+from fedlora.config.commands import CONFIGS
 from fedlora.config.option import GROUPS, PRESET, Option, flag, option, options_of
 from fedlora.config.parser import build_parser, config_from, read_config, shown
 from fedlora.config.server import ServerConfig
 from fedlora.config.shared import Config, LocalConfig, RunConfig
 from fedlora.config.simulation import SimulationConfig
-from fedlora.config.toml import CONFIGS
+from fedlora.config.subcommands import Subcommand, Subcommands, listed, run_subcommand
 
-__all__ = ["CONFIGS", "GROUPS", "PRESET", "ClientConfig", "Config", "LocalConfig", "Option", "RunConfig",
-           "ServerConfig", "SimulationConfig", "build_parser", "config_from", "flag", "option",
-           "options_of", "read_config", "shown", "values"]
+__all__ = ["CONFIGS", "GROUPS", "PRESET", "ClientConfig", "Config", "LocalConfig", "Option", "Parser", "RunConfig",
+           "ServerConfig", "SimulationConfig", "Subcommand", "Subcommands", "build_parser", "config_from", "flag",
+           "listed", "option", "options_of", "read_config", "run_subcommand", "shown", "values"]

@@ -21,34 +21,37 @@ class ClientConfig(LocalConfig, ConnectedConfig):
     command: ClassVar[str] = CLIENT
     forms: ClassVar[tuple[str, ...]] = (
         "fedlora-client --data DIR_OR_FILE [options]", "fedlora-client join KIT.toml [options]",
-        "fedlora-client {enroll,budget,verify} [--help]")
+        "fedlora-client {init,join,enroll,budget,verify} [--help]")
 
-    name: str | None = option(None, "name of this client at the server", RUN, unset="host name", place=2)
+    name: str | None = option(None, "name of this client at the server", RUN, unset="host name", place=2,
+                              example='"north"')
     labels: tuple[str, ...] | None = option(
         None, "names of the labels in --data: the rows and the server's label set are checked against them, and the "
-        "server is told them if it asks", RUN, values.labels, metavar="A,B,…", unset="the policy's", place=2)
+        "server is told them if it asks", RUN, values.labels, metavar="A,B,…", unset="the policy's", place=2,
+        example='["routine", "urgent"]')
     yes: bool = option(False, "show what the run costs, and take part without asking for confirmation", RUN, None,
                        place=3)
     state: Path | None = option(None, "folder for this client's uploads and reports", RUN, values.path,
-                                unset="~/.local/state/fedlora/<name>", place=3)
+                                unset="~/.local/state/fedlora/<name>", place=3, example='"state"')
 
     model: str | None = option(None, "folder of the base model", MODEL, metavar="PATH",
-                               unset="found by the name in the server's plan", place=1)
+                               unset="found by the name in the server's plan", place=1,
+                               example='"models/minilm"')
 
     policy: Path | None = option(None, "file that says which runs this machine's owner allows, and their budget",
                                  PRIVACY, values.path, metavar="FILE.toml", unset="~/.config/fedlora/policy.toml",
-                                 place=4)
+                                 place=4, example='"policy.toml"')
     kit: Path | None = option(None, "the coordinator's kit: refuse a server whose plan is not the one in it", PRIVACY,
-                              values.path, metavar="KIT.toml", place=4)
+                              values.path, metavar="KIT.toml", place=4, example='"kit.toml"')
     simulated_ledger: Path | None = option(
         None, "for made-up data only: keep the privacy ledger in this folder, apart from the real one", PRIVACY,
-        values.path, metavar="DIR", place=7)
+        values.path, metavar="DIR", place=7, example='"simulated-ledger"')
     new_ledger: bool = option(False, "go on although the privacy ledger or its witness file is lost; every report will "
                               "say so", PRIVACY, None, place=8)
 
     server: str = option("127.0.0.1:9092", "address of the server", NETWORK, metavar="HOST:PORT", place=1)
     proxy: str | None = option(None, "HTTP proxy that leads to the server; only with --tls", NETWORK,
-                               metavar="HOST:PORT", place=3)
+                               metavar="HOST:PORT", place=3, example='"proxy:8080"')
     connect_timeout: float = option(120.0, "seconds to keep trying to reach the server", NETWORK, values.positive)
 
 

@@ -32,6 +32,8 @@ class Option:
         plan: the field of `fedlora.plan.RunPlan` that follows from the option; "" for none.
         keys: a package whose keys the help text lists; "" for none.
         place: sorts the options of a group in --help, from 1 for those that nearly every run gives to 9 for the rarest.
+        example: a value, as TOML writes it, for the file that `init` writes if there is no default; "" for one that
+            follows from the type.
     """
 
     help: str
@@ -43,11 +45,12 @@ class Option:
     plan: str
     keys: str
     place: int
+    example: str
 
 
 def option(default: Any, help: str, group: str, parse: Callable[[str], Any] | None = values.text, *,
            choices: Choices | None = None, metavar: str | None = None, unset: str | Mapping[str, str] | None = None,
-           plan: str = "", keys: str = "", place: int = 5) -> Any:
+           plan: str = "", keys: str = "", place: int = 5, example: str = "") -> Any:
     """Return a dataclass field for a config, with an `Option` as its metadata.
 
     Args:
@@ -61,8 +64,9 @@ def option(default: Any, help: str, group: str, parse: Callable[[str], Any] | No
         plan: the field of the plan that follows from the option.
         keys: a package whose keys the help text lists.
         place: sorts the options of a group in --help.
+        example: a value, as TOML writes it, to show if there is no default.
     """
-    metadata = {"option": Option(help, group, parse, choices, metavar, unset, plan, keys, place)}
+    metadata = {"option": Option(help, group, parse, choices, metavar, unset, plan, keys, place, example)}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)

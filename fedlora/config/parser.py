@@ -16,18 +16,14 @@ from typing import Any, NoReturn, TypeVar
 
 from fedlora import registry
 from fedlora.config import values
+from fedlora.config.arguments import Parser
+from fedlora.config.completion import add_completion
 from fedlora.config.option import GROUPS, Option, flag
 from fedlora.config.shared import Config
+from fedlora.config.subcommands import Subcommands
 from fedlora.config.toml import arguments, file_arguments
 
 C = TypeVar("C", bound=Config)
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 class _Merged(argparse.Action):
@@ -39,37 +35,41 @@ class _Merged(argparse.Action):
         setattr(namespace, self.dest, tuple(sorted(both.items())) if isinstance(values, tuple) else both)
 
 
-def build_parser(config: type[Config], *, epilog: str | None = None) -> argparse.ArgumentParser:
+def build_parser(config: type[Config], *, epilog: str | None = None, subcommands: Subcommands | None = None) -> Parser:
     """Return the parser of a command. It sets no defaults, so that `read_config` can tell which options were given.
 
     Args:
         config: the command's config.
         epilog: the last lines of --help.
+        subcommands: the command's sub-commands; None for a parser of a sub-command.
     """
-    parser = _Parser(prog=re.split(r" [\[A-Z-]", config.forms[0])[0], usage="\n       ".join(config.forms),
-                     description=config.__doc__, epilog=epilog, add_help=False, allow_abbrev=False,
-                     argument_default=argparse.SUPPRESS,
-                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28))
+    parser = Parser(prog=re.split(r" [\[A-Z-]", config.forms[0])[0], usage="\n       ".join(config.forms),
+                    description=config.__doc__, epilog=epilog, add_help=False, argument_default=argparse.SUPPRESS,
+                    subcommands=subcommands or ())
     fields = sorted(dataclasses.fields(config), key=lambda field: field.metadata["option"].place)
     for group in GROUPS:
         part = parser.add_argument_group(group)
         for field in fields:
             if field.metadata["option"].group == group:
-                _add(part, field, config.command)
+                _add(part, field, config)
         if group == GROUPS[0]:
-            part.add_argument("-h", "--help", action="help", help="show this help and exit")
+            parser.add_help_to(part)
+            if subcommands is not None:
+                add_completion(part, config, subcommands)
     return parser
 
 
-def _add(part: argparse._ArgumentGroup, field: dataclasses.Field[Any], command: str) -> None:
+def _add(part: argparse._ArgumentGroup, field: dataclasses.Field[Any], config: type[Config]) -> None:
     """Add a field's option to the parser, with its help text and, in brackets, what applies if it is not given."""
     option: Option = field.metadata["option"]
-    unset = option.unset[command] if isinstance(option.unset, Mapping) else option.unset
+    unset = option.unset[config.command] if isinstance(option.unset, Mapping) else option.unset
     if unset is None and option.parse is not None and field.default not in (None, dataclasses.MISSING):
         unset = shown(field.default)
     name = f"--{flag(field.name)}"
     known = f" (installed: {', '.join(registry.keys(option.keys))})" if option.keys else ""
     text = (option.help + known + (f" [{unset}]" if unset else "")).replace("%", "%%")
+    if field.name in config.fixed:
+        text = argparse.SUPPRESS
     if option.parse is None:
         part.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         return
@@ -90,6 +90,7 @@ def shown(value: Any) -> str:
 
 
 def read_config(config: type[C], argv: Sequence[str] | None, *, epilog: str | None = None,
+                subcommands: Subcommands | None = None,
                 begun_with: Callable[[Path], Mapping[str, Any]] | None = None) -> C:
     """Read a config from the command line and the --config file. A bad value ends the process with exit code 2.
 
@@ -97,13 +98,15 @@ def read_config(config: type[C], argv: Sequence[str] | None, *, epilog: str | No
         config: the command's config.
         argv: the arguments; None for the process's own.
         epilog: the last lines of --help.
+        subcommands: the command's sub-commands.
         begun_with: returns the options of the run in the folder that --resume names. They then replace the defaults. It
             raises ValueError if there is no such run.
     """
-    return config(**given_options(config, argv, epilog=epilog, begun_with=begun_with))
+    return config(**given_options(config, argv, epilog=epilog, subcommands=subcommands, begun_with=begun_with))
 
 
 def given_options(config: type[Config], argv: Sequence[str] | None, *, epilog: str | None = None,
+                  subcommands: Subcommands | None = None,
                   begun_with: Callable[[Path], Mapping[str, Any]] | None = None) -> dict[str, Any]:
     """Return the options that are given, by field name: what `read_config` reads, without the defaults.
 
@@ -111,9 +114,10 @@ def given_options(config: type[Config], argv: Sequence[str] | None, *, epilog: s
         config: the command's config.
         argv: the arguments; None for the process's own.
         epilog: the last lines of --help.
+        subcommands: the command's sub-commands.
         begun_with: as in `read_config`.
     """
-    return _given(build_parser(config, epilog=epilog), config, argv, begun_with)
+    return _given(build_parser(config, epilog=epilog, subcommands=subcommands), config, argv, begun_with)
 
 
 def config_from(table: Mapping[str, str | int | float | bool], config: type[C], source: str) -> C:

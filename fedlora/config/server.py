@@ -22,7 +22,7 @@ class ServerConfig(RunConfig, ConnectedConfig):
     command: ClassVar[str] = SERVER
     forms: ClassVar[tuple[str, ...]] = (
         "fedlora-server [--strategy NAME] [--labels A,B,…] [options]", "fedlora-server --resume DIR",
-        "fedlora-server {presets,pki,kit,status,stop,forget,audit-log} [--help]")
+        "fedlora-server {init,presets,pki,kit,status,stop,forget,audit-log} [--help]")
 
     strategy: str = option("fedsvd", "what clients train and how uploads are combined; module:Class for a strategy of "
                            "your own", RUN, values.strategy, keys=RECIPES, metavar="NAME", plan="strategy", place=1)
@@ -32,7 +32,7 @@ class ServerConfig(RunConfig, ConnectedConfig):
         values.path, metavar="DIR", place=3)
     on_event: str | None = option(
         None, "command to run for each of a few events, without a shell; it gets the event as JSON on its stdin", RUN,
-        values.command, metavar="CMD", place=7)
+        values.command, metavar="CMD", place=7, example='"notify-send FedLoRA"')
     seed: int = option(0, "random seed of the adapter's initial values and of the choice of clients in each round", RUN,
                        values.natural)
 
@@ -42,7 +42,8 @@ class ServerConfig(RunConfig, ConnectedConfig):
     wait_timeout: float = option(600.0, "seconds to wait for more clients when a round has too few, before the run "
                                  "ends", NETWORK, values.positive)
     metrics: str | None = option(None, "answer HTTP requests for /metrics and /healthz here; on this machine alone, "
-                                 "unless a host is named", NETWORK, values.endpoint, metavar="[HOST:]PORT", place=7)
+                                 "unless a host is named", NETWORK, values.endpoint, metavar="[HOST:]PORT", place=7,
+                                 example='"9464"')
 
 
 @dataclass(frozen=True, kw_only=True)

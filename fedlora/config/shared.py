@@ -28,17 +28,20 @@ class Config:
     Attributes:
         command: class attribute, the command's name without "fedlora-".
         forms: class attribute, the ways to call the command, for --help.
+        fixed: class attribute, the fields that the command sets by itself. --help leaves them out.
     """
 
     command: ClassVar[str]
     forms: ClassVar[tuple[str, ...]]
+    fixed: ClassVar[tuple[str, ...]] = ()
 
     config: Path | None = option(None, "TOML file with any of these options; the command line overrides it", RUN,
                                  values.path, metavar="FILE.toml")
     task: str = option("classification", "what the model learns to do", RUN,
                        choices=lambda: registry.keys(FOUND["task"]), plan="task", place=4)
     column: Mapping[str, str] = option({}, "which column of the data holds which field, as in text=note,label=triage",
-                                       RUN, values.columns, metavar="NAME=COLUMN", place=4)
+                                       RUN, values.columns, metavar="NAME=COLUMN", place=4,
+                                       example='{text = "note", label = "triage"}')
     allow_download: bool = option(False, "download the base model, or a hub dataset, if it is not on this machine",
                                   MODEL, None)
 
@@ -48,7 +51,8 @@ class ConnectedConfig(Config):
     """Options of the server and the client, which talk to each other over the network."""
 
     tls: Path | None = option(None, "folder with this side's key and certificate: encrypt by mutual TLS 1.3", NETWORK,
-                              values.path, metavar="DIR", unset="no encryption, on this machine alone", place=2)
+                              values.path, metavar="DIR", unset="no encryption, on this machine alone", place=2,
+                              example='"pki"')
     insecure: bool = option(False, "allow unencrypted connections to other machines", NETWORK, None)
     log_format: str = option("text", "how messages are written to stderr; json makes each line a JSON object", RUN,
                              choices=("text", "json"), place=8)
@@ -59,19 +63,21 @@ class LocalConfig(Config):
     """Options of the holder of the data: the client, or the simulation on behalf of all its clients."""
 
     data: str | None = option(None, "training data: a .jsonl, .csv, .tsv or .parquet file, a folder of such files, or "
-                              "a hub dataset", RUN, metavar="DIR_OR_FILE", place=1)
+                              "a hub dataset", RUN, metavar="DIR_OR_FILE", place=1, example='"data"')
 
     epsilon: float = option(8.0, "privacy budget ε of the run; inf turns differential privacy off", PRIVACY,
                             values.positive, place=1)
     delta: float | None = option(None, "δ of the privacy guarantee", PRIVACY, values.probability,
-                                 unset="min(1e-5, 0.1 / declared size)", place=2)
+                                 unset="min(1e-5, 0.1 / declared size)", place=2, example="1e-5")
     declared_size: int | None = option(
         None, "a client's number of records (of units with --privacy-unit), which is made public and sets the sampling "
         "rate", PRIVACY, values.count, place=2,
-        unset={CLIENT: "the policy's, or asked for", SIMULATE: "the true number, rounded down to two digits"})
+        unset={CLIENT: "the policy's, or asked for", SIMULATE: "the true number, rounded down to two digits"},
+        example="1000")
     privacy_unit: str | None = option(
         None, "what is protected as a whole: row, or column:NAME for all rows with the same value in that column",
-        PRIVACY, values.unit, metavar="UNIT", unset="row", place=3)
+        PRIVACY, values.unit, metavar="UNIT", unset="row", place=3,
+        example='"column:patient"')
     rows_per_unit: int = option(8, "most rows of one privacy unit that enter a training step", PRIVACY, values.count)
     max_clip_norm: float | None = option(
         None, "clip to at most this L2 norm, even if the server's plan has a larger one", PRIVACY, values.finite,
@@ -94,20 +100,21 @@ class RunConfig(Config):
 
     labels: tuple[str, ...] | None = option(
         None, "names of the labels, in the order of the classifier's outputs", RUN, values.labels, metavar="A,B,…",
-        plan="labels", place=2, unset={SERVER: "the names that clients announce", SIMULATE: "those in --data"})
+        plan="labels", place=2, example='["routine", "urgent"]',
+        unset={SERVER: "the names that clients announce", SIMULATE: "those in --data"})
     rounds: int | None = option(None, "number of rounds", RUN, values.count, unset=PRESET, plan="rounds", place=2)
     eval_data: Path | None = option(None, "held-out data to evaluate the model on as the run goes on", RUN, values.path,
-                                    place=2)
+                                    place=2, example='"held-out.jsonl"')
     eval_every: int = option(1, "evaluate after every Nth round, and always after the last", RUN, values.count)
     out: Path | None = option(
-        None, "folder for adapters, reports and curves", RUN, values.path, place=3,
+        None, "folder for adapters, reports and curves", RUN, values.path, place=3, example='"runs/first"',
         unset={SERVER: "runs/<time>-<strategy>", SIMULATE: "runs/<time>-simulation"})
     clients_per_round: int | None = option(None, "number of clients that are asked to train in each round", RUN,
-                                           values.count, unset="all", place=4)
+                                           values.count, unset="all", place=4, example="2")
     min_replies: int | None = option(
         None, "uploads needed to close a round", RUN, values.count,
         unset="half of the clients asked first; those that are lost or decline no longer count once --round-timeout is "
-        "over or no idle client can replace them", place=6)
+        "over or no idle client can replace them", place=6, example="2")
 
     model: str = option("minilm", "base model: an alias (minilm), a folder, or a hub id[@commit]", MODEL, plan="model",
                         place=1)
@@ -124,10 +131,10 @@ class RunConfig(Config):
         place=2)
     family_options: tuple[tuple[str, float], ...] = option(
         (), "numeric options of the strategy's adapter family", MODEL, values.numbers, metavar="NAME=X,…",
-        plan="family_options", place=6)
+        plan="family_options", place=6, example="{name = 1.0}")
     ranks: tuple[tuple[str, int], ...] = option(
         (), "layers whose rank is not --rank, by full module name", MODEL, values.whole_numbers,
-        metavar="MODULE=R,…", plan="ranks", place=6)
+        metavar="MODULE=R,…", plan="ranks", place=6, example='{"encoder.layer.0.attention.self.query" = 4}')
     max_length: int = option(128, "number of tokens kept of each record", MODEL, values.count, plan="max_length",
                              place=3)
     head: str | None = option(None, "train a classifier's final linear layer too, or keep its initial values", MODEL,
@@ -145,26 +152,27 @@ class RunConfig(Config):
 
     strategy_options: tuple[tuple[str, float], ...] = option(
         (), "numeric options of the strategy, as in period=2,warmup=1 for fedsvd", TUNING, values.numbers,
-        metavar="NAME=X,…", place=4)
+        metavar="NAME=X,…", place=4, example="{period = 2, warmup = 1}")
     reduction: str | None = option(
         None, "how the server combines the uploads of a round; all but mean limit what hostile clients can do, and "
         "need every upload in memory and in the clear", TUNING, choices=lambda: registry.keys(REDUCTIONS),
-        unset="the strategy's: mean", place=4)
+        unset="the strategy's: mean", place=4, example='"median"')
     reduction_options: tuple[tuple[str, float], ...] = option(
         (), "numeric options of --reduction, as in trim=0.2 for trimmed-mean and f=1,m=4 for multi-krum", TUNING,
-        values.numbers, metavar="NAME=X,…", place=4)
+        values.numbers, metavar="NAME=X,…", place=4, example="{trim = 0.2}")
     server_optimizer: str | None = option(
         None, "optimizer that the server applies to the mean of the uploads", TUNING,
         choices=lambda: ("none", *registry.keys(SERVER_OPTIMIZERS)), unset="the strategy's", place=4)
     server_lr: float | None = option(None, "learning rate of --server-optimizer", TUNING, values.finite,
-                                     unset="1; for adam and yogi 0.01", place=4)
+                                     unset="1; for adam and yogi 0.01", place=4, example="1.0")
     server_options: tuple[tuple[str, float], ...] = option(
         (), "other numeric options of --server-optimizer, as in beta1=0,beta2=0.99,decay=1", TUNING, values.numbers,
-        metavar="NAME=X,…", place=4)
+        metavar="NAME=X,…", place=4, example="{beta1 = 0.9, beta2 = 0.99}")
 
     screen: float | None = option(
         None, "leave out uploads that move the adapter more than K times as far as the round's median; inf keeps all",
-        TUNING, values.number(float, 1), metavar="K", unset="5; with privacy 10", place=4)
+        TUNING, values.number(float, 1), metavar="K", unset="5; with privacy 10", place=4,
+        example="10.0")
 
     lr: float | None = option(None, "learning rate of the clients", TUNING, values.finite, unset=PRESET, plan="lr",
                               place=1)

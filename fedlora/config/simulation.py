@@ -20,14 +20,14 @@ class SimulationConfig(RunConfig, LocalConfig):
 
     command: ClassVar[str] = SIMULATE
     forms: ClassVar[tuple[str, ...]] = (
-        "fedlora-simulate --data DIR_OR_FILE [options]", "fedlora-simulate {notes,audit,poison} [--help]")
+        "fedlora-simulate --data DIR_OR_FILE [options]", "fedlora-simulate {init,notes,audit,poison} [--help]")
 
     strategy: tuple[str, ...] = option(
         ("fedsvd",), "one or more strategies, each a name or module:Class of your own, with an --init of its own after "
         "a colon if you like: fed-sb:weight; ffa-lora:orthonormal is the control for FedSVD", RUN, values.strategies,
         keys=RECIPES, metavar="A[,B…]", plan="strategy", place=1)
     clients: int | None = option(None, "number of simulated clients", RUN, values.count,
-                                 unset="2; with --partition files, one for each file", place=1)
+                                 unset="2; with --partition files, one for each file", place=1, example="2")
     partition: str = option("iid", "how rows are split over clients: iid, dirichlet:ALPHA (label shares drawn at "
                             "random), shards:K (K pieces of the rows sorted by label), or files (one file each)", RUN,
                             metavar="SCHEME", place=1)
@@ -44,4 +44,4 @@ class SimulationConfig(RunConfig, LocalConfig):
         "model of its own", TUNING, choices=("in-process", "ray"), place=8)
     ray_address: str | None = option(
         None, "address of a running Ray cluster, as in ray://HOST:10001, or auto; --threads is then 1 unless given",
-        TUNING, unset="Ray is started on this machine", place=8)
+        TUNING, unset="Ray is started on this machine", place=8, example='"auto"')

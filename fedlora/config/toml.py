@@ -6,7 +6,6 @@ error. The server's `seed` is also the only seed of a simulation, unless `seeds`
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tomllib
@@ -14,18 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.config.client import ClientConfig
+from fedlora.config.commands import CONFIGS, keys, not_an_option
 from fedlora.config.option import flag, options_of
-from fedlora.config.server import ServerConfig
-from fedlora.config.shared import CLIENT, SERVER, SIMULATE, Config
-from fedlora.config.simulation import SimulationConfig
+from fedlora.config.shared import Config
 
-CONFIGS: Mapping[str, type[Config]] = {SERVER: ServerConfig, CLIENT: ClientConfig, SIMULATE: SimulationConfig}
-
-
-def keys(config: type[Config]) -> list[str]:
-    """Return the keys that a TOML file can have for a config."""
-    return [flag(name) for name in options_of(config)]
+NOT_IN_A_FILE = ("config", "resume")
+"""Options that a file cannot hold."""
 
 
 def file_arguments(path: Path, config: type[Config]) -> list[str]:
@@ -88,9 +81,8 @@ def arguments(values: Mapping[str, Any], config: type[Config], source: str) -> l
     for key, value in values.items():
         name = key.replace("_", "-")
         if name not in here:
-            close = difflib.get_close_matches(name, [key for kind in CONFIGS.values() for key in keys(kind)], n=1)
-            raise ValueError(f"{source}: {key!r} is not an option of fedlora-{config.command}"
-                             + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise ValueError(f"{source}: "
+                             + not_an_option(name, f"fedlora-{config.command}", here, repr(key), repr))
         if here[name].parse is None:
             if not isinstance(value, bool):
                 raise ValueError(f"{source}: {key} must be true or false, not {value!r}")

@@ -8,16 +8,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlora.config import ServerConfig, read_config
+from fedlora.config import ServerConfig, Subcommand, listed, read_config, run_subcommand
 from fedlora.files import PASSING
+
+SUBCOMMANDS = {
+    "init": Subcommand("fedlora_server.init", "writes a TOML file with every option for --config"),
+    "presets": Subcommand("fedlora_server.presets", "shows the strategies' values"),
+    "pki": Subcommand("fedlora_server.pki.command", "makes certificates for --tls"),
+    "kit": Subcommand("fedlora_server.kit", "writes the file with which institutions join"),
+    "status": Subcommand("fedlora_server.operations.command:status", "shows what a running server does"),
+    "stop": Subcommand("fedlora_server.operations.command:stop", "stops a running server"),
+    "forget": Subcommand("fedlora_server.forget", "frees a client's name"),
+    "audit-log": Subcommand("fedlora_server.audit.command", "checks and shows a run's audit log")}
 
 EXIT_CODES = ("exit codes: 0 finished; 1 ended early, for lack of clients or by a fault of this machine (continue with "
               "--resume); 2 the command, a file or the clients' labels must be corrected first, or the training "
               "diverged; 130 stopped by Ctrl-C, 143 suspended by SIGTERM (continue with --resume or the same command). "
-              "Also: `fedlora-server presets` shows the strategies' values; `fedlora-server pki` makes certificates "
-              "for --tls; `fedlora-server kit` writes the file with which institutions join; `fedlora-server status` "
-              "and `fedlora-server stop` reach a running server; `fedlora-server audit-log` checks and shows a run's "
-              "audit log; `fedlora-server forget` frees a client's name.")
+              + listed("fedlora-server", SUBCOMMANDS))
 
 TLS_1_3_ALONE = "ECDHE-RSA-AES128-GCM-SHA256"
 """A server whose certificate is ECDSA cannot agree on TLS 1.2 where this is its only suite. TLS 1.3 has suites of its
@@ -27,31 +34,9 @@ own, which the setting does not touch."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["presets"]:
-        from .presets import main as presets
-
-        return presets(argv[1:])
-    if argv[:1] == ["forget"]:
-        from .forget import main as forget
-
-        return forget(argv[1:])
-    if argv[:1] in (["status"], ["stop"]):
-        from .operations import command
-
-        return (command.status if argv[0] == "status" else command.stop)(argv[1:])
-    if argv[:1] == ["pki"]:
-        from .pki.command import main as pki
-
-        return pki(argv[1:])
-    if argv[:1] == ["kit"]:
-        from .kit import main as kit
-
-        return kit(argv[1:])
-    if argv[:1] == ["audit-log"]:
-        from .audit.command import main as audit_log
-
-        return audit_log(argv[1:])
-    options = read_config(ServerConfig, argv, epilog=EXIT_CODES, begun_with=_begun_with)
+    if (ended := run_subcommand(argv, "fedlora-server", SUBCOMMANDS)) is not None:
+        return ended
+    options = read_config(ServerConfig, argv, epilog=EXIT_CODES, subcommands=SUBCOMMANDS, begun_with=_begun_with)
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # FedLoRA's own messages say more
     os.environ["GRPC_SSL_CIPHER_SUITES"] = TLS_1_3_ALONE

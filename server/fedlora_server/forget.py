@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from fedlora.config import Parser
 
 from .names import FOLDER, Names, file_of
 
@@ -13,14 +14,19 @@ MOST_SHOWN = 20
 """Number of taken names shown if the given one is not among them."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
         prog="fedlora-server forget", description="Free a client's name, if the client has lost its --state folder or "
         "somebody else took its name. The next client that joins under the name owns it. The server may keep running.")
-    parser.add_argument("name", metavar="NAME", help="the client's name")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
-    options = parser.parse_args(argv)
+    made.add_argument("name", metavar="NAME", help="the client's name")
+    made.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    options = parser().parse_args(argv)
     folder = options.out / FOLDER
     try:
         file_of(folder, options.name).unlink()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlora.config import build_parser, read_config
+from fedlora.config import Parser, build_parser, read_config
 from fedlora.config.server import KitConfig
 
 if TYPE_CHECKING:  # imported late, so that --help is quick
@@ -19,9 +19,14 @@ if TYPE_CHECKING:  # imported late, so that --help is quick
     from fedlora.plan import RunPlan
 
 
+def parser() -> Parser:
+    """Return the command's parser."""
+    return build_parser(KitConfig)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit code: 0 done, 2 wrong input."""
-    typed = build_parser(KitConfig).parse_args(argv)
+    typed = parser().parse_args(argv)
     options = read_config(KitConfig, argv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not options.allow_download:

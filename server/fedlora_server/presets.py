@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from fedlora.config import flag, shown
+from fedlora.config import Parser, flag, shown
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
+        prog="fedlora-server presets", description="Print each strategy's default values, with and without privacy. "
+        "The flag of the same name overrides a value; fedlora-server --help explains the flags.")
+    made.add_argument("--json", action="store_true", dest="as_json", help="print JSON instead of a table")
+    return made
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="fedlora-server presets", description="Print each strategy's default values, with and without privacy. "
-        "The flag of the same name overrides a value; fedlora-server --help explains the flags.")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON instead of a table")
-    as_json = parser.parse_args(argv).as_json
+    as_json = parser().parse_args(argv).as_json
     from fedlora_strategies.recipe import presets
 
     found: dict[str, dict[str, dict[str, object]]] = {"required": {}, "off": {}}

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from fedlora import data
 from fedlora.adapters.sketches import PRIVATE_START
-from fedlora.config import SimulationConfig, build_parser, option, read_config, values
+from fedlora.config import Parser, SimulationConfig, build_parser, option, read_config, values
 from fedlora.config.option import PRIVACY, RUN
 from fedlora.console import messages, results
 from fedlora.data import Rows
@@ -65,6 +65,7 @@ class AuditConfig(SimulationConfig):
     """
 
     forms: ClassVar[tuple[str, ...]] = ("fedlora-simulate audit --data DIR_OR_FILE [options]",)
+    fixed: ClassVar[tuple[str, ...]] = FIXED
 
     canaries: str = option("text", "text: random words with a random label; gradient: a chosen gradient in place of a "
                            "record's own, the strongest canary", PRIVACY, choices=KINDS, place=1)
@@ -226,7 +227,7 @@ def show(audits: Sequence[Audit]) -> Table:
     first = audits[0]
     table = Table(box=None, pad_edge=False, caption_justify="left", caption=(
         f"{first.canaries} canaries, {first.rounds} rounds of one step, sampling rate {first.sampling_rate:.3g}, "
-        f"δ = {first.delta:g}; the bounds hold with {CONFIDENCE:.0%} confidence"))
+        f"δ = {first.delta:.4g}; the bounds hold with {CONFIDENCE:.0%} confidence"))
     table.add_column("")
     for audit in audits:
         table.add_column("private" if audit.private else "not private", justify="right")
@@ -273,6 +274,11 @@ def plot(path: Path, audits: Sequence[Audit]) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    return build_parser(AuditConfig)
 
 
 def read_audit_config(argv: Sequence[str]) -> AuditConfig:

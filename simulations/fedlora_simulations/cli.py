@@ -11,15 +11,16 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlora.config import SimulationConfig, read_config
+from fedlora.config import SimulationConfig, Subcommand, listed, read_config, run_subcommand
 
-STUDIES = {"notes": "made-up notes to try FedLoRA on", "audit": "an empirical lower bound on ε",
-           "poison": "what one hostile client costs"}
-"""Sub-command, which is the name of a module of this package → what it does."""
+SUBCOMMANDS = {
+    "init": Subcommand("fedlora_simulations.init", "writes a TOML file with every option for --config"),
+    "notes": Subcommand("fedlora_simulations.notes", "writes made-up notes to try FedLoRA on"),
+    "audit": Subcommand("fedlora_simulations.audit", "measures an empirical lower bound on ε"),
+    "poison": Subcommand("fedlora_simulations.poison", "measures what one hostile client costs")}
 
 if TYPE_CHECKING:  # --help should not import these
     from rich.console import Console
@@ -40,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if argv[:1] and argv[0] in STUDIES:
-            return int(import_module(f".{argv[0]}", __package__).main(argv[1:]))
         if argv[:1] == ["bench"]:
             print(_bench_moved(argv[1:]), file=sys.stderr)
             return 2
+        if (ended := run_subcommand(argv, "fedlora-simulate", SUBCOMMANDS)) is not None:
+            return ended
         return _simulated(argv)
     except KeyboardInterrupt:
         print("fedlora-simulate: interrupted; the finished rounds are in the --out folder", file=sys.stderr)
@@ -61,9 +62,9 @@ def _bench_moved(argv: Sequence[str]) -> str:
 
 
 def _simulated(argv: Sequence[str]) -> int:
-    epilog = (*(f"fedlora-simulate {name} --help: {what}." for name, what in STUDIES.items()),
-              "Exit codes: 0 done, 1 a worker process was lost, 2 wrong input, 130 interrupted")
-    options = read_config(SimulationConfig, argv, epilog=" ".join(epilog))
+    epilog = ("exit codes: 0 done; 1 a worker process was lost; 2 wrong input; 130 interrupted. "
+              + listed("fedlora-simulate", SUBCOMMANDS))
+    options = read_config(SimulationConfig, argv, epilog=epilog, subcommands=SUBCOMMANDS)
     clients = logging.getLogger("fedlora_client")
     level = clients.level
     clients.setLevel(logging.CRITICAL)  # their errors are raised here and printed once

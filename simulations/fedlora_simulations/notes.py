@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedlora.config import Parser
 from fedlora.config.values import count, natural
 
 HELD_OUT = 300
 """Number of held-out notes: few, so that a first try is not spent on evaluating."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command and return its exit code: 0 when done, 2 for wrong input."""
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
         prog="fedlora-simulate notes", description="Write short made-up triage notes, about nobody, to try FedLoRA on: "
         "DIR/data/hospital-1.jsonl and so on, and DIR/held-out.jsonl for --eval-data. Labels: routine, urgent.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
-    parser.add_argument("--hospitals", type=count, default=3, metavar="N", help="number of hospitals [3]")
-    parser.add_argument("--rows", type=count, default=6000, metavar="N", help="notes of each hospital [6000]")
-    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="random seed of the notes [0]")
-    options = parser.parse_args(argv)
+    made.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
+    made.add_argument("--hospitals", type=count, default=3, metavar="N", help="number of hospitals [3]")
+    made.add_argument("--rows", type=count, default=6000, metavar="N", help="notes of each hospital [6000]")
+    made.add_argument("--seed", type=natural, default=0, metavar="N", help="random seed of the notes [0]")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command and return its exit code: 0 when done, 2 for wrong input."""
+    options = parser().parse_args(argv)
     if options.folder.exists():
         print(f"fedlora-simulate notes: {options.folder} exists already; name a new folder", file=sys.stderr)
         return 2

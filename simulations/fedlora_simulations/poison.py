@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.config import SimulationConfig, build_parser, option, read_config, values
+from fedlora.config import Parser, SimulationConfig, build_parser, option, read_config, values
 from fedlora.config.option import RUN
 from fedlora.console import messages, results
 from fedlora.figures import main as main_figures
@@ -72,6 +72,7 @@ class PoisonConfig(SimulationConfig):
     """
 
     forms: ClassVar[tuple[str, ...]] = ("fedlora-simulate poison --data DIR_OR_FILE --eval-data FILE [options]",)
+    fixed: ClassVar[tuple[str, ...]] = FIXED
 
     clients: int | None = option(None, "clients", RUN, values.count, unset="5; with --partition files one for each",
                                  place=1)
@@ -158,6 +159,11 @@ def table(outcomes: Mapping[str, Mapping[int, Outcome]]) -> Table:
                       f"{sum(one.honest_left_out for one in runs.values())}",
                       ", ".join(sorted({one.ended for one in runs.values()})))
     return shown
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    return build_parser(PoisonConfig)
 
 
 def read_poison_config(argv: Sequence[str]) -> PoisonConfig:

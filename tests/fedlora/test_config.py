@@ -58,7 +58,8 @@ def test_lists_tables_and_booleans_read_as_their_flags_do(tmp_path):
     ("roundz = 3", ["roundz", "rounds"]), ("rounds = 0", ["--rounds", "'0'"]), ("strategy = 'fedprox'", ["fedprox"]),
     ("= 3", ["not TOML"]), ("server = 'h:1'\n[server]\nseed = 1", ["not TOML", "under [client]"]),
     ("labels = ['a,b', 'c']", ["labels", "'a,b'", "comma"]), ("out = ''", ["--out", "empty"]),
-    ("insecure = 1", ["insecure", "true or false"]), ("[server]\ndata = 'x'", ["'data'"])])
+    ("insecure = 1", ["insecure", "true or false"]),
+    ("[server]\ndata = 'x'", ["'data' is an option of fedlora-client and fedlora-simulate, not of fedlora-server"])])
 def test_a_wrong_file_ends_with_code_2_and_names_what_is_wrong(tmp_path, capsys, text, names):
     with pytest.raises(SystemExit) as exit_:
         options("server", config(tmp_path, text))
@@ -127,7 +128,7 @@ def test_help_stands_in_groups_names_every_option_once_and_has_a_short_usage(com
     groups = {part.partition(":\n")[0]: re.findall(r"^  (?:-h, )?--([a-z-]+)", part, re.M) for part in parts[1:]}
     assert tuple(groups) == GROUPS and all(groups.values())
     assert sorted(name for names in groups.values() for name in names) == sorted(
-        [*map(flag, options_of(CONFIGS[command])), "help"])
+        [*map(flag, options_of(CONFIGS[command])), "help", "version"])
 
 
 MADE_BY_THE_SERVER = {"run_id", "fedlora_version", "family", "adapter_scale", "weight_by_examples", "protocol"}
@@ -152,7 +153,7 @@ def test_an_option_and_the_value_of_the_plan_that_has_its_name_have_one_type():
 
 def test_a_field_that_two_commands_have_is_declared_once_for_both():
     kinds = {kind for config in CONFIGS.values() for kind in config.__mro__ if dataclasses.is_dataclass(kind)}
-    owners = Counter(name for kind in kinds for name in set(kind.__annotations__) - {"command", "forms"})
+    owners = Counter(name for kind in kinds for name in set(kind.__annotations__) - {"command", "forms", "fixed"})
     assert {name for name, count in owners.items() if count > 1} == {"strategy", "model", "labels"}, "they mean others"
 
 

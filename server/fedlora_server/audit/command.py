@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from fedlora.config import Parser
+
 from .chain import FILE, Chain, Line, read
 
 NOT_VERIFIED = 1
@@ -19,7 +21,7 @@ SHORT = 12
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0 fine, 1 the log does not verify, 2 wrong input."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     file = options.run / FILE if options.run.is_dir() else options.run
     try:
         chain = read(file)
@@ -33,15 +35,16 @@ def main(argv: Sequence[str]) -> int:
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
         prog="fedlora-server audit-log", description=f"The audit log of a run ({FILE} in its folder): who joined, "
         "uploaded, and was averaged, in lines that are chained by their hashes.",
         epilog="exit codes: 0 fine; 1 the log, its head or a report does not fit; 2 wrong input")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = made.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, options: str, text: str) -> argparse.ArgumentParser:
-        part = actions.add_parser(name, help=text, description=text, usage=f"{parser.prog} {name} RUN {options}")
+        part = actions.add_parser(name, help=text, description=text, usage=f"{made.prog} {name} RUN {options}")
         part.add_argument("run", type=Path, metavar="RUN", help="the run's folder, or a copy of its audit log")
         return part
 
@@ -54,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     shown = action("show", "[--client NAME] [--event KIND]", "Show the lines as a table.")
     shown.add_argument("--client", metavar="NAME", help="only the lines about this client")
     shown.add_argument("--event", metavar="KIND", help="only the lines of this kind, such as uploaded or accepted")
-    return parser
+    return made
 
 
 def _hash(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -12,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fedlora.config import Parser
 from fedlora.config.values import positive
 from fedlora_server.folders import UNFINISHED
 
@@ -32,15 +32,20 @@ STOP_CODES = ("exit codes: 0 the server has ended; 1 no server runs in this fold
               "--timeout; 2 the folder is none, holds no run, or its server belongs to another user.")
 
 
-def status(argv: Sequence[str]) -> int:
-    """Run fedlora-server status and return its exit code."""
-    parser = argparse.ArgumentParser(
+def status_parser() -> Parser:
+    """Return the parser of fedlora-server status."""
+    made = Parser(
         prog="fedlora-server status", description="Show what the server of a run does now: its round, its clients, "
         "what it waits for, and when it may end. If none runs, show what can be done with the run.",
         epilog=STATUS_CODES)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON, for other programs")
-    options = parser.parse_args(argv)
+    made.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    made.add_argument("--json", action="store_true", dest="as_json", help="print JSON, for other programs")
+    return made
+
+
+def status(argv: Sequence[str]) -> int:
+    """Run fedlora-server status and return its exit code."""
+    options = status_parser().parse_args(argv)
     code, answer = _asked(options.run, {"ask": "status"}, "status")
     if options.as_json and answer is not None:
         print(json.dumps(answer, indent=1))
@@ -51,17 +56,22 @@ def status(argv: Sequence[str]) -> int:
     return code
 
 
-def stop(argv: Sequence[str]) -> int:
-    """Run fedlora-server stop and return its exit code."""
-    parser = argparse.ArgumentParser(
+def stop_parser() -> Parser:
+    """Return the parser of fedlora-server stop."""
+    made = Parser(
         prog="fedlora-server stop", description="Stop the server of a run, as Ctrl-C does, and wait until it has "
         "ended. The last finished round is kept, and the run can be resumed.", epilog=STOP_CODES)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("--suspend", action="store_true", help="let clients wait for the server to return, as SIGTERM "
+    made.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    made.add_argument("--suspend", action="store_true", help="let clients wait for the server to return, as SIGTERM "
                         "does; otherwise they are told that the run was stopped, and end")
-    parser.add_argument("--timeout", type=positive, default=120.0, metavar="S", help="seconds to wait for the "
+    made.add_argument("--timeout", type=positive, default=120.0, metavar="S", help="seconds to wait for the "
                         "server's end [120]")
-    options = parser.parse_args(argv)
+    return made
+
+
+def stop(argv: Sequence[str]) -> int:
+    """Run fedlora-server stop and return its exit code."""
+    options = stop_parser().parse_args(argv)
     deadline = time.monotonic() + options.timeout
     code, answer = _asked(options.run, {"ask": "stop", "suspend": options.suspend}, "stop", deadline)
     if answer is None:

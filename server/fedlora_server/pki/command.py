@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from fedlora.config import Parser
+
 FOLDER = Path("pki")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0 done, 2 wrong input."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     try:
         return _ACTIONS[options.action](options)
     except ValueError as error:
@@ -22,11 +24,12 @@ def main(argv: Sequence[str]) -> int:
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
         prog="fedlora-server pki", description="Certificates for mutual TLS: an authority in a folder, the server's "
         "certificate, those of clients, and the list of clients that may take part.")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = made.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, text: str, *, days: bool = False) -> argparse.ArgumentParser:
         part = actions.add_parser(name, help=text, description=text)
@@ -35,9 +38,9 @@ def _parser() -> argparse.ArgumentParser:
             part.add_argument("--days", type=_days, default=365, metavar="N", help="how long it is valid [365]")
         return part
 
-    made = action("init", "Make an authority, the server's certificate and an empty list of clients.")
-    made.add_argument("--host", action="append", required=True, metavar="HOST",
-                      help="a name or address at which clients reach the server; may be given several times")
+    begun = action("init", "Make an authority, the server's certificate and an empty list of clients.")
+    begun.add_argument("--host", action="append", required=True, metavar="HOST",
+                       help="a name or address at which clients reach the server; may be given several times")
     signed = action("sign", "Sign the request of a client and put the client on the list.", days=True)
     signed.add_argument("request", type=Path, metavar="REQUEST.csr", help="what fedlora-client enroll made")
     signed.add_argument("--out", type=Path, metavar="FILE", help="where the certificate goes [pki/issued/NAME.pem]")
@@ -50,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     revoked = action("revoke", "Take a client from the list: it is disconnected within seconds.")
     revoked.add_argument("name", metavar="NAME", help="the client's name")
     action("list", "Show the certificates, until when they are valid, and who may take part.")
-    return parser
+    return made
 
 
 def _days(text: str) -> int:
