@@ -56,6 +56,7 @@ class KitConfig(ServerConfig):
 
     forms: ClassVar[tuple[str, ...]] = (
         "fedlora-server kit --out KIT.toml --address HOST:PORT [the other options of the run]",)
+    fixed: ClassVar[tuple[str, ...]] = ("dry_run",)
 
     address: str = option("127.0.0.1:9092", "address at which clients reach the server", NETWORK, metavar="HOST:PORT",
                           place=1)

@@ -109,6 +109,8 @@ class RunConfig(Config):
     out: Path | None = option(
         None, "folder for adapters, reports and curves", RUN, values.path, place=3, example='"runs/first"',
         unset={SERVER: "runs/<time>-<strategy>", SIMULATE: "runs/<time>-simulation"})
+    dry_run: bool = option(False, "check everything, show the plan, its traffic, noise and time, and start nothing",
+                           RUN, None, place=3)
     clients_per_round: int | None = option(None, "number of clients that are asked to train in each round", RUN,
                                            values.count, unset="all", place=4, example="2")
     min_replies: int | None = option(

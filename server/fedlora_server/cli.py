@@ -76,9 +76,13 @@ def _run(options: ServerConfig) -> int:
     from fedlora.console import messages, say_why
 
     from .app import serve
+    from .dry_run import dry_run
 
     console = messages()
     try:
+        if options.dry_run:
+            dry_run(options, console)
+            return 0
         served = serve(options, console)
     except (ValueError, MemoryError) as error:
         say_why(f"fedlora-server: {error}")

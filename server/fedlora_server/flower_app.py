@@ -32,6 +32,8 @@ def main(grid: Grid, context: Context) -> None:
         RuntimeError: the run ended early. The finished rounds are in --out.
     """
     options = config_from(context.run_config, ServerConfig, "--run-config")
+    if options.dry_run:
+        raise ValueError("dry-run works only with fedlora-server; leave it out of the run configuration")
     served = serve(options, messages(), listen=partial(SuperLinkEngine, grid), run_id=f"{context.run_id:016x}")
     if served.result is None or served.result.ended != "finished":
         ended = (served.result.why or served.result.ended) if served.result else "stopped"

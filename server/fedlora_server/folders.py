@@ -38,6 +38,21 @@ def claimed_folder(out: Path | None, name: str) -> Iterator[Path]:
         yield folder
 
 
+def check_free(out: Path) -> None:
+    """Check that a command could claim the folder, without making it.
+
+    Args:
+        out: the folder (--out).
+
+    Raises:
+        ValueError: it is no folder, or it is not empty and no killed command has left it.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a folder; name another one")
+    if out.exists() and not (out / UNFINISHED).exists() and any(out.iterdir()):
+        raise ValueError(f"--out {out} is not empty; name another folder, so that no earlier result is lost")
+
+
 @contextmanager
 def retaken_folder(folder: Path) -> Iterator[Path]:
     """Within the block, hold an existing folder, such as that of a run that is resumed.

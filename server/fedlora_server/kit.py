@@ -52,6 +52,8 @@ def _make(options: KitConfig, out: Path) -> None:
         ValueError: the server would refuse the options, clients cannot reach the address, or `out` is another file.
         OSError: a file cannot be read or written.
     """
+    if options.dry_run:
+        raise ValueError("--dry-run shows a run of fedlora-server itself; leave it out to write the kit")
     if options.resume is not None:
         raise ValueError(f"--resume {options.resume}: a kit is made from the options of a run; give those, or the "
                          "--config file that it was started with")

@@ -117,6 +117,7 @@ def run(options: SimulationConfig) -> int:
     from fedlora_server.settings import settings
 
     from .comparison import save, summarize, table
+    from .dry_run import dry_run
     from .population import Method, check_sizes, populate
     from .simulate import compiles_here
 
@@ -139,6 +140,9 @@ def run(options: SimulationConfig) -> int:
         check_sizes(options, methods, population, seed)
         for method in methods:
             fewest_uploads(method.options(options), method.strategy, len(population.parts))
+    if options.dry_run:
+        dry_run(options, methods, base, first, console)
+        return 0
     for method in methods[1:]:  # the first one is prepared when its run begins
         prepare(method.options(options), method.strategy, base, first.labels, options.seeds[0])
     with claimed_folder(options.out, "simulation") as out:

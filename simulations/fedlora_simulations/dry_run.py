@@ -1,0 +1,188 @@
+"""The simulation's --dry-run: show each method's plan, traffic and noise, and measure how long its runs will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fedlora.config import SimulationConfig
+from fedlora.data import Rows
+from fedlora.models import embedded_tokens
+from fedlora.plan import ROW
+from fedlora.privacy import Budget, nominal_size
+from fedlora.privacy.rng import RunStreams
+from fedlora.tasks import Records, Task
+from fedlora.training import Trainer, TrainingJob
+from fedlora_client.terms import Limits
+from fedlora_server.dry_run import noise_of, show_plan, traffic
+from fedlora_server.folders import check_free
+from fedlora_server.quantities import duration
+from fedlora_server.run_setup import (
+    BaseModel,
+    Federation,
+    about_the_reduction,
+    evaluator,
+    planned,
+    prepare,
+    without_effect,
+)
+from fedlora_server.settings import settings
+
+from .population import Method, Population
+from .simulate import compiles_here
+from .worker import threads_each
+
+STEPS = 2
+"""Number of training steps that are timed after a first one, of which the quickest counts."""
+
+EVALUATED = 64
+"""The most held-out rows that are evaluated to time it."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The forecast of one run's time, in seconds.
+
+    Attributes:
+        a_round: training in one round, over all its clients.
+        training: training in all rounds.
+        evaluation: all evaluations of the run.
+    """
+
+    a_round: float
+    training: float
+    evaluation: float
+
+
+def dry_run(options: SimulationConfig, methods: Sequence[Method], base: BaseModel, population: Population,
+            console: Console) -> None:
+    """Show the runs that the options ask for. No run is started and no file is written.
+
+    Args:
+        options: the options of fedlora-simulate, checked.
+        methods: the methods.
+        base: the base model.
+        population: the clients and rows of the first seed.
+        console: where it is shown.
+
+    Raises:
+        ValueError: the options do not fit the model, the data or each other.
+    """
+    if options.out is not None:
+        check_free(options.out)
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    seeds = len(options.seeds)
+    for column in ("method", "a round", "training", "evaluation", f"{seeds} seed{'s' * (seeds > 1)}"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    whole = 0.0
+    for told in without_effect(options):
+        console.print(told)
+    for method in methods:
+        own = method.options(options)
+        console.print(settings(own, method.strategy, planned(own, method.strategy)))
+        for told in about_the_reduction(own, method.strategy):
+            console.print(told)
+        federation = prepare(own, method.strategy, base, population.labels, options.seeds[0])
+        show_plan(federation.plan, console)
+        console.print(traffic(federation, _cohort(own, population)))
+        if federation.plan.private:
+            console.print(f"\nNoise multiplier σ of the {len(population.parts)} clients")
+            console.print(noise_of(federation.plan, budgets(own, population)))
+        if options.engine != "ray":
+            found = forecast(own, federation, population)
+            seconds = seeds * (found.training + found.evaluation)
+            whole += seconds
+            table.add_row(str(method), *map(duration, (found.a_round, found.training, found.evaluation, seconds)))
+        console.print()
+    if options.engine == "ray":
+        console.print("Time: Ray's machines decide, so no forecast is made.")
+    else:
+        console.print("Time, from a few steps with made-up records as long as a client's, on this machine as busy as "
+                      "it is now")
+        console.print(table)
+        console.print(f"{duration(whole)} in all" + (
+            f", if {options.workers} workers do not slow each other down" if options.workers > 1 else "") + (
+            "; --batch-clients will be faster" if options.batch_clients > 1 else "") + ".")
+    console.print("Nothing was started, and nothing was written.")
+
+
+def budgets(options: SimulationConfig, population: Population) -> dict[str, Budget]:
+    """Return each client's budget, by client name, as its session will declare it."""
+    limits = Limits.of(options, options.privacy_unit or ROW)
+    return {name: replace(limits, declared_size=options.declared_size or nominal_size(size)).budget(size)
+            for name, size in population.sizes.items()}
+
+
+def forecast(options: SimulationConfig, federation: Federation, population: Population) -> Forecast:
+    """Return how long one run will take, from a few steps of the client with the median number of records.
+
+    Args:
+        options: the options of fedlora-simulate, with the method's start.
+        federation: the run; its trained tensors change.
+        population: the clients and their rows.
+    """
+    plan, task = federation.plan, federation.task
+    workers = min(options.workers, len(population.parts))
+    threads = threads_each(workers) if options.threads is None and workers > 1 else options.threads
+    trainer = Trainer(federation.adapted, task, device=options.device, precision=options.precision,
+                      micro_batch=options.micro_batch, threads=threads, compiled=compiles_here(options))
+    found = population.records(task)
+    name = sorted(found, key=lambda name: len(found[name]))[len(found) // 2]
+    records = alike(found[name], trainer, task)
+    if plan.private:
+        rate = budgets(options, population)[name].sampling_rate(plan.expected_batch)
+    else:
+        rate = min(1.0, plan.expected_batch / (options.declared_size or max(1, records.units_count)))
+    job = TrainingJob(replace(plan, local_steps=1), records, None, sampling_rate=rate,
+                      noise_multiplier=1.0 if plan.private else None, clip_norm=plan.clip_norm,
+                      streams=RunStreams("dry-run", 0), rows_per_unit=options.rows_per_unit)
+    step = min(_seconds_of(trainer, replace(job, attempt=attempt)) for attempt in range(1 + STEPS))
+    clients = _cohort(options, population)
+    a_round = clients * plan.local_steps * step / workers
+    rounds = min(plan.rounds, plan.max_participations * len(population.parts) // clients) + plan.private_start
+    evaluation = _evaluation(options, federation, population.held_out, trainer) if population.held_out else 0.0
+    return Forecast(a_round, rounds * a_round, evaluation)
+
+
+def _seconds_of(trainer: Trainer, job: TrainingJob) -> float:
+    began = time.monotonic()
+    trainer.train(job)
+    return time.monotonic() - began
+
+
+def _evaluation(options: SimulationConfig, federation: Federation, held_out: Rows, trainer: Trainer) -> float:
+    """Return the seconds of all evaluations of a run, from one on a few of the rows."""
+    rows = held_out.take(np.arange(min(EVALUATED, len(held_out))))
+    evaluate = evaluator(federation, rows, device=trainer.device, precision=trainer.autocast_dtype)
+    assert evaluate is not None
+    state = federation.adapted.read("state")
+    evaluate(state)
+    began = time.monotonic()
+    evaluate(state)
+    times = 1 + -(-federation.plan.rounds // options.eval_every)
+    return times * (time.monotonic() - began) * len(held_out) / len(rows)
+
+
+def alike(records: Records, trainer: Trainer, task: Task) -> Records:
+    """Return made-up records with the lengths and the privacy units of the given ones.
+
+    Args:
+        records: the records to imitate.
+        trainer: the trainer, whose model's tokens are used.
+        task: the task.
+    """
+    known = embedded_tokens(trainer.adapted.model)
+    words = np.setdiff1d(np.arange(min(len(task.tokenizer), known or len(task.tokenizer))),
+                         task.tokenizer.all_special_ids)
+    random = np.random.default_rng(0)
+    made = task.made_up([random.choice(words, max(2, int(length))).tolist() for length in records.lengths])
+    return replace(made, units=records.units)
+
+
+def _cohort(options: SimulationConfig, population: Population) -> int:
+    return min(options.clients_per_round or len(population.parts), len(population.parts))
