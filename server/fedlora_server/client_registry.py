@@ -30,6 +30,10 @@ from .seats import ClientStream, Member, PendingRequest, Seat, Seats, Standing, 
 from .upload_store import Stored
 
 
+class Unasked(Refused):
+    """Raised for an upload that this server never asked of the client: one of another run, or of an earlier server."""
+
+
 class ClientRegistry:
     """The clients of a run. Any thread may call it.
 
@@ -158,7 +162,7 @@ class ClientRegistry:
         """Return the order that an upload with this key would answer; None if that upload was accepted before.
 
         Raises:
-            Refused: "too-late": no such order is open.
+            Refused: "too-late": no such order is open; `Unasked` if the client was never given it.
         """
         with self._changed:
             seat = self._seats.of_stream(stream)
@@ -166,7 +170,8 @@ class ClientRegistry:
             if seat and seat.accepted == key:
                 return None
             if order is None or isinstance(order.outcome, Refusal):
-                raise Refused("too-late", f"round {key[1]}, attempt {key[2]}")
+                why = Refused if seat is None or key in seat.asked else Unasked
+                raise why("too-late", f"round {key[1]}, attempt {key[2]}")
             return order
 
     def answered(self, stream: ClientStream, key: Key, answer: Stored | Refusal | None,

@@ -25,7 +25,7 @@ from fedlora.plan import Refusal, Refused
 from fedlora.wire import Incoming, Key, Repeats, Shapes, WireError, pb
 
 from .anchors import Anchors
-from .client_registry import ClientRegistry
+from .client_registry import ClientRegistry, Unasked
 from .connections import peer_of
 from .joining import Unproven
 from .names import Names
@@ -341,6 +341,10 @@ class GrpcSession(ClientStream):
             metrics = wire.metrics_from_wire(upload, private=self._registry.proposal.plan.private)
         except Refused as refused:
             refusal = refused.refusal
+            if isinstance(refused, Unasked):
+                log.warning("Client %r sent an upload for round %d, attempt %d, which this server never asked of it; "
+                            "it was dropped", self.name, key[1], key[2],
+                            extra={"peer": self.peer_group, "kind": "unasked"})
         wire_dtype = self._registry.proposal.plan.wire_dtype
         self._upload, self._drained_bytes = _Upload(key, shapes, wire_dtype, metrics, folder, refusal,
                                                     self._held_up.patience(partial(self._go_on, key))), 0
