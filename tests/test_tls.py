@@ -12,6 +12,7 @@ from fedlora.identity import read_identity
 from fedlora.identity.certificates import day, utc_now
 from fedlora.identity.folder import CERTIFICATE
 from fedlora.plan import Proposal
+from fedlora.privacy.report import verify
 from fedlora_client.tls import Tls, Unreachable, Untrusted
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.pki.allow_list import FILE
@@ -148,6 +149,11 @@ def test_a_federation_over_tls_ends_with_the_bits_of_one_in_plaintext(deploy, tm
         assert [run.end(name) for name in ("north", "south", "server")] == [0, 0, 0], run.log("north")
         adapters.append(run.adapter())
     assert adapters[0] == adapters[1]
+    [report] = (run.folder / "state" / "north").glob("*/privacy.json")
+    [connection] = verify(json.loads(report.read_text())).connections
+    assert all(authority.issued()[name].fingerprint in connection for name in ("north", SERVER_NAME))
+    [plain] = (run.folder.parent / "plain" / "state" / "north").glob("*/privacy.json")
+    assert not verify(json.loads(plain.read_text())).connections
     assert "have it renewed" in run.log("north") and "is valid until" in run.log("server")
     lines = [json.loads(line) for line in (run.out / "audit.jsonl").read_text().splitlines()]
     assert lines[0]["fingerprint"] == authority.issued()[SERVER_NAME].fingerprint

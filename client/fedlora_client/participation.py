@@ -78,6 +78,7 @@ class Participation:
         plan = proposal.plan
         self._options, self._proposal, self._gate, self._limits = options, proposal, gate, limits
         self._state, self._streams, self._console, self._rows = holder.state, holder.streams, console, holder.rows
+        self._tls = holder.tls
         self._session: ClientSession | None = None
         self._findings = Findings(batch_invariance())
         self.failed = False
@@ -307,7 +308,8 @@ class Participation:
             return None
         try:
             return write_privacy_report(self._state.run_folder(session.run.run_id), session,
-                                        server=self._options.server, labels=self._labels, refusals=self._refusals)
+                                        server=self._options.server, labels=self._labels, refusals=self._refusals,
+                                        certificates=() if self._tls is None else tuple(self._tls.shown))
         except (ValueError, OSError) as error:
             log.error("The privacy report could not be written: %s", error)
             return None

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedlora.files import replace_file
+from fedlora.identity import Certificate
 from fedlora.plan import PROTOCOL, ROW
 from fedlora.privacy import INSECURE_SEED_VARIABLE, Accountant, Ledger, Spend
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
@@ -20,6 +21,7 @@ from fedlora.privacy.report import (
     ReportedRun,
     TrainingEntry,
     announced,
+    encrypted,
     load_or_create_key,
     privacy_report,
     sign,
@@ -37,7 +39,8 @@ POINTS = 12
 
 
 def write_privacy_report(folder: Path, session: ClientSession, *, server: str, labels: Sequence[str],
-                         refusals: Sequence[tuple[int | None, str]]) -> Path:
+                         refusals: Sequence[tuple[int | None, str]],
+                         certificates: Sequence[tuple[Certificate, Certificate]] = ()) -> Path:
     """Write and sign the report of what this client has done in its run so far.
 
     Args:
@@ -46,6 +49,7 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
         server: the server's address.
         labels: the label names that were announced.
         refusals: (round, code) of each refusal that was sent.
+        certificates: this client's and the server's, for each pair by which a connection was begun; () without TLS.
 
     Returns:
         The path of privacy.json.
@@ -74,7 +78,8 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
             max_participations=terms.max_participations, clip_norm=terms.clip_norm, scales=terms.scales,
             precision=session.trainer.precision, rows=shapes.rows, one_at_a_time=shapes.one_at_a_time),
         trainings=trainings, lifetime=_lifetime(ledger, dataset, terms.delta),
-        disclosed=announced(client=name, private=run.private, labels=labels or None, protocol=PROTOCOL),
+        disclosed=(*announced(client=name, private=run.private, labels=labels or None, protocol=PROTOCOL),
+                   *(encrypted(own, peer) for own, peer in certificates)),
         terms_announced=session.limits.announce_size, anchored=session.anchors,
         rows_per_unit=None if unit == ROW else session.limits.rows_per_unit,
         predictable=INSECURE_SEED_VARIABLE if session.streams.predictable else None, refusals=refusals))

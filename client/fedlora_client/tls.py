@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -43,11 +43,14 @@ class Tls:
         servers: fingerprints of the server keys that the owner's policy allows; None allows every server whose
             certificate comes from the authority.
         proxy: host:port of an HTTP proxy to go through, or None.
+        shown: each pair of certificates, this client's and the server's, by which a connection was begun so far. A
+            renewal adds one.
     """
 
     folder: Path
     servers: Collection[str] | None = None
     proxy: str | None = None
+    shown: list[tuple[Certificate, Certificate]] = field(default_factory=list, compare=False)
 
     def identity(self) -> Identity:
         """Read the identity as it is on the disk now.
@@ -77,6 +80,8 @@ class Tls:
         """
         identity = self.identity()
         certificate = self._check(server, identity)
+        if (pair := (identity.certificate, certificate)) not in self.shown:
+            self.shown.append(pair)
         return grpc.ssl_channel_credentials(certificate.pem, identity.key_pem, identity.chain_pem), certificate
 
     def _check(self, server: str, identity: Identity) -> Certificate:

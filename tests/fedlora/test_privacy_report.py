@@ -8,6 +8,7 @@ import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime
 from io import StringIO
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from fedlora.identity import Certificate
 from fedlora.privacy.accounting import Accountant, Spend
 from fedlora.privacy.ledger.lifetime_budget import filter_epsilon
 from fedlora.privacy.report import (
@@ -26,6 +28,7 @@ from fedlora.privacy.report import (
     ReportedRun,
     TrainingEntry,
     announced,
+    encrypted,
     load_or_create_key,
     markdown,
     privacy_report,
@@ -51,6 +54,8 @@ def training(round, state="released", **changes):
 
 
 TRAININGS = (training(1), training(2), training(3, "voided"), training(3, "stored", attempt=1), training(4, "reserved"))
+CERTIFICATES = (Certificate("north", "ab" * 32, datetime(2026, 11, 28), datetime(2027, 11, 28), b""),
+                Certificate("fedlora-server", "cd" * 32, datetime(2025, 12, 20), datetime(2026, 12, 20), b""))
 LIFETIME = LifetimeAccount(epsilon=8.0, delta=1e-5, charges=(
     LifetimeCharge("ward-7", RUN, 1.0, 0.01, 40), LifetimeCharge("ward-7-old", "fedcba9876543210", 1.3, 0.02, 100)),
     overlapping=("ward-7-old",), distinct=("ward-8",), ledger_id="3f2a")
@@ -269,6 +274,17 @@ def test_many_trainings_stay_on_one_page():
     assert len(page.splitlines()) < 80 and "more lines in privacy.json" in page
 
 
+def test_the_keys_at_both_ends_of_the_connection_are_in_a_report_that_older_verifiers_read():
+    over = encrypted(*CERTIFICATES)
+    report = sign(made(disclosed=(*announced(client="north", private=True), over)), KEY)
+    assert report.keys() == sign(made(), KEY).keys() and report["version"] == 2
+    [connection] = verify(report).connections
+    assert connection == over.value and all(word in connection for word in (
+        "ab" * 32, "valid until 2027-11-28", "cd" * 32, "valid until 2026-12-20"))
+    assert f"- certificate of this client, over mutual TLS 1.3: {connection}" in markdown(report)
+    assert verify(sign(made(), KEY)).connections == ()
+
+
 def test_a_name_cannot_write_lines_of_its_own_onto_the_page():
     evil = "north\n\n**ε = 0.001 at δ = 1e-99** is guaranteed | x"
     report = sign(made(client=evil, dataset=evil, server="a`b\n# c", refusals=[], strategy="<b>",
@@ -384,6 +400,9 @@ def test_verifying_a_file_prints_the_figures_and_answers_with_an_exit_code(tmp_p
     code, text = said(path)
     assert code == 0 and public_key(KEY) in text and "Compare it" in text
     assert said(path, "00" * 32)[0] == 2
+    over = encrypted(*CERTIFICATES)
+    code, text = said(write_report(tmp_path / "tls", sign(made(disclosed=(over,)), KEY)))
+    assert code == 0 and f"Certificate of this client, over mutual TLS 1.3: {over.value}." in text
     code, text = said(tmp_path / "missing.json")
     assert code == 2 and "Not verified" in text
     signature = '"signature": {'

@@ -8,6 +8,7 @@ from fedlora.privacy.report.facts import (
     ReportedRun,
     TrainingEntry,
     announced,
+    encrypted,
 )
 from fedlora.privacy.report.page import markdown
 from fedlora.privacy.report.report import privacy_report, write_report
@@ -15,5 +16,5 @@ from fedlora.privacy.report.signing import canonical, load_or_create_key, public
 from fedlora.privacy.report.verification import Verified, verify, verify_file
 
 __all__ = ["Disclosure", "LifetimeAccount", "LifetimeCharge", "Mechanism", "ReportedRun", "TrainingEntry", "Verified",
-           "announced", "canonical", "load_or_create_key", "markdown", "privacy_report", "public_key", "sign", "verify",
-           "verify_file", "write_report"]
+           "announced", "canonical", "encrypted", "load_or_create_key", "markdown", "privacy_report", "public_key",
+           "sign", "verify", "verify_file", "write_report"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import fedlora
+from fedlora.identity.certificates import Certificate, day
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
 
 
@@ -149,6 +150,22 @@ def announced(*, client: str, private: bool, labels: Sequence[str] | None = None
     if labels is not None:
         said.append(Disclosure("label names", ", ".join(labels)))
     return tuple(said)
+
+
+CERTIFICATE = "certificate of this client, over mutual TLS 1.3"
+"""The kind of disclosure that names the keys at both ends of the run's connections; there is none without TLS."""
+
+
+def encrypted(own: Certificate, server: Certificate) -> Disclosure:
+    """Return what a client shows of itself over TLS, and to whom.
+
+    Args:
+        own: this client's certificate.
+        server: the server's certificate.
+    """
+    return Disclosure(CERTIFICATE, f"public key {own.fingerprint}, valid until {day(own.not_after)}; shown to the "
+                                   f"server with the public key {server.fingerprint}, whose certificate is valid until "
+                                   f"{day(server.not_after)}")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from rich.table import Table
 from fedlora.plan import MOST_STEPS
 from fedlora.privacy.accounting import four_digits, short
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
+from fedlora.privacy.report.facts import CERTIFICATE
 from fedlora.privacy.report.figures import (
     LABELS,
     READABLE,
@@ -114,6 +115,7 @@ class Verified:
         spent: epsilon spent so far; None without a guarantee.
         checks: every figure that was compared.
         text: what the verification proves and what it does not.
+        connections: the keys at both ends of the run's encrypted connections, in words; () without TLS.
     """
 
     public_key: str
@@ -123,6 +125,7 @@ class Verified:
     spent: float | None
     checks: tuple[Check, ...]
     text: str
+    connections: tuple[str, ...] = ()
 
 
 def verify(report: Document, public_key: str | None = None) -> Verified:
@@ -151,10 +154,11 @@ def verify(report: Document, public_key: str | None = None) -> Verified:
     _check_facts(report)
     privacy = report["privacy"]
     if privacy["no_guarantee"] is not None:
-        return Verified(author, False, None, None, None, (), _without_guarantee(report))
+        return Verified(author, False, None, None, None, (), _without_guarantee(report), _connections(report))
     checks = [*_check_figures(report, "guarantee"), *_check_figures(report, "spent"), *_check_lifetime(report)]
     epsilon, spent = (number(privacy[kind]["epsilon"]) for kind in ("guarantee", "spent"))
-    return Verified(author, True, epsilon, privacy["delta"], spent, tuple(checks), _with_guarantee(report))
+    return Verified(author, True, epsilon, privacy["delta"], spent, tuple(checks), _with_guarantee(report),
+                    _connections(report))
 
 
 def verify_file(path: Path, console: Console, public_key: str | None = None) -> int:
@@ -186,6 +190,8 @@ def verify_file(path: Path, console: Console, public_key: str | None = None) -> 
                           "not stated" if check.stated is None else four_digits(check.stated), here)
         console.print(table)
     console.print(escape(verified.text), soft_wrap=True)
+    for connection in verified.connections:
+        console.print(f"C{CERTIFICATE[1:]}: {escape(connection)}.", soft_wrap=True, highlight=False)
     if public_key is None:
         console.print(f"Signed by {verified.public_key}. Compare it with the key that the author gave you, or pass "
                       "that one as --public-key.", soft_wrap=True)
@@ -313,6 +319,10 @@ def _covers(most: Iterable[Steps], done: Iterable[Steps], what: str) -> None:
         if steps > allowed.get(kind, 0):
             raise ValueError(f"{what} covers {allowed.get(kind, 0)} steps with noise multiplier {kind[0]} and sampling "
                              f"rate {kind[1]}, and {steps} were begun; do not rely on this report")
+
+
+def _connections(report: Document) -> tuple[str, ...]:
+    return tuple(item["value"] for item in report["left_without_noise"] if item["what"] == CERTIFICATE)
 
 
 def _without_guarantee(report: Document) -> str:
