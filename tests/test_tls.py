@@ -2,6 +2,7 @@
 
 import json
 import socket
+import ssl
 import threading
 import time
 from datetime import timedelta
@@ -10,7 +11,7 @@ import pytest
 
 from fedlora.identity import read_identity
 from fedlora.identity.certificates import day, utc_now
-from fedlora.identity.folder import CERTIFICATE
+from fedlora.identity.folder import CERTIFICATE, KEY
 from fedlora.plan import Proposal
 from fedlora.privacy.report import verify
 from fedlora_client.tls import Tls, Unreachable, Untrusted
@@ -86,6 +87,22 @@ def test_news_of_a_client_carry_its_fingerprint_also_where_it_is_turned_away(aut
 def test_nobody_at_the_address_may_be_tried_again(authority, tmp_path):
     with pytest.raises(Unreachable):
         Tls(enrolled(authority, tmp_path / "north")).credentials(f"127.0.0.1:{free_port()}")
+
+
+def test_a_server_that_is_stopped_in_the_handshake_is_not_taken_for_one_that_refuses(authority, tmp_path):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority.folder / CERTIFICATE, authority.folder / KEY)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+
+        def stops() -> None:
+            plain, _ = listener.accept()
+            listener.close()
+            context.wrap_socket(plain, server_side=True).close()
+
+        threading.Thread(target=stops, daemon=True).start()
+        with pytest.raises(Unreachable):
+            Tls(enrolled(authority, tmp_path / "north")).credentials(address)
 
 
 def test_renewed_certificates_are_taken_up_without_a_restart(engine, authority, tmp_path):

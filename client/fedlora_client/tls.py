@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +25,17 @@ from fedlora.privacy import Policy
 from fedlora.wire import is_loopback
 
 HANDSHAKE_TIMEOUT_S = 10.0
+AGAIN_AFTER_S = 0.5
+"""Seconds after which a server that ended the connection in silence is asked once more: one that is being stopped does
+so, too, and is gone then."""
 
 
 class Untrusted(ValueError):
     """The server is not the one that this client may speak with, or does not take this client's certificate."""
+
+
+class _Dropped(Exception):
+    """The server ended the connection after the handshake without a word, as it does with a certificate it refuses."""
 
 
 class Unreachable(OSError):
@@ -79,7 +87,14 @@ class Tls:
             ValueError: this client's identity cannot be used.
         """
         identity = self.identity()
-        certificate = self._check(server, identity)
+        try:
+            certificate = self._check(server, identity)
+        except _Dropped:
+            time.sleep(AGAIN_AFTER_S)
+            try:
+                certificate = self._check(server, identity)
+            except _Dropped:
+                raise _refused(server, identity) from None
         if (pair := (identity.certificate, certificate)) not in self.shown:
             self.shown.append(pair)
         return grpc.ssl_channel_credentials(certificate.pem, identity.key_pem, identity.chain_pem), certificate
@@ -94,7 +109,7 @@ class Tls:
                 certificate = parse_certificate(ssl.DER_cert_to_PEM_cert(channel.getpeercert(True) or b"").encode())
                 self._check_certificate(server, certificate)
                 if not channel.recv(1):  # HTTP/2's first frame comes at once where this client's certificate is taken
-                    raise _refused(server, identity)
+                    raise _Dropped
         except ssl.SSLCertVerificationError as error:
             raise Untrusted(_why_untrusted(server, host, error)) from None
         except (ssl.SSLError, ConnectionResetError, BrokenPipeError) as error:
