@@ -85,6 +85,7 @@ class Server:
         """Give the idle client an order, and return its message id."""
         seat = self.engine._registry._seats.recall(self.engine.idle()[0])  # the registry itself refuses to ask twice
         seat.asked.clear()
+        seat.asked_before = 0
         seat.accepted = None
         layout = self.layout if round else self.sketches
         state = self.state if round else sketch_tensors(self.sketches, self.state, seed=0)

@@ -170,7 +170,7 @@ class ClientRegistry:
             if seat and seat.accepted == key:
                 return None
             if order is None or isinstance(order.outcome, Refusal):
-                why = Refused if seat is None or key in seat.asked else Unasked
+                why = Refused if seat is None or seat.was_asked(key) else Unasked
                 raise why("too-late", f"round {key[1]}, attempt {key[2]}")
             return order
 
@@ -279,14 +279,13 @@ class ClientRegistry:
         with self._changed:
             for order in orders:
                 seat = self._seats.recall(order.node_id)
-                if order.plan.key in seat.asked:
+                if seat.was_asked(order.plan.key):
                     raise ValueError(f"client {seat.name!r} was asked for round {order.plan.round}, attempt "
                                      f"{order.plan.attempt} before; raise the attempt, so that nobody trains twice for "
                                      "one order")
             for order in orders:
                 seat = self._seats.recall(order.node_id)
-                seat.asked.add(order.plan.key)
-                seat.orders.append(order)
+                seat.give(order)
                 self._orders[order.message_id] = order
                 if seat.stream is None:
                     order.outcome = "lost"
@@ -340,7 +339,8 @@ class ClientRegistry:
 
     def _is_left_over(self, seat: Seat) -> bool:
         """Return whether the client works on the round that an earlier server had begun."""
-        return seat.working is not None and seat.working[1] == self._under_way and seat.working not in seat.asked
+        return (seat.working is not None and seat.working[1] == self._under_way
+                and not seat.was_asked(seat.working))
 
     def _forget(self, order: PendingRequest) -> Seat:
         del self._orders[order.message_id]

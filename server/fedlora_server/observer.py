@@ -6,10 +6,14 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedlora.plan import RunPlan
+
+NOTHING: Mapping[str, Any] = {}
+"""The empty mapping that records share: a run keeps a record of each of its rounds. Nobody changes it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class ClientEvent:
     upload_bytes: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RoundRecord:
     """The record of one finished round.
 

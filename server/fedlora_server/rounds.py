@@ -35,7 +35,7 @@ from . import checkpoint
 from .checkpoint import Asked, Unfinished
 from .client_sampling import RETURN_S, Clients, Ended
 from .engine import Engine
-from .observer import Observer, RoundRecord
+from .observer import NOTHING, Observer, RoundRecord
 from .round_state import OpenRound, RoundOptions
 
 MOST_LOSS = 10.0
@@ -123,6 +123,7 @@ class _UnderWay:
         self._records: list[RoundRecord] = list(left.records) if left else []
         self._clients = Clients(engine, run.plan, run.options.seed, left=left.asked if left else None,
                                 keep=self._remember)
+        self._said: dict[str, Mapping[str, int | float]] = {}
         self._state, self._done, self._fresh, self._uncompared = run.state, 0, True, False
         if left is not None and left.state is not None:
             self._state, self._done, self._fresh = left.state, left.round, False
@@ -208,13 +209,24 @@ class _UnderWay:
         averages = cast(dict[str, float], dict(metrics or {}))
         return after, RoundRecord(
             number, cohort=under_way.cohort, attempts=under_way.attempts, uploaded=under_way.uploaded,
-            lost=under_way.lost, refused=under_way.refused,
-            rejected={engine.name_of(node): reason for node, reason in by.rejected.items()},
-            curbed={engine.name_of(node): how for node, how in by.curbed.items()},
-            disclosed={engine.name_of(node): said for node, said in by.disclosed.items()},
-            usual_norm=averages.get("usual_norm"), evaluation=figures,
+            lost=under_way.lost, refused=under_way.refused or NOTHING,
+            rejected={engine.name_of(node): reason for node, reason in by.rejected.items()} or NOTHING,
+            curbed={engine.name_of(node): how for node, how in by.curbed.items()} or NOTHING,
+            disclosed={name: self._shared(name, said) for name, said in (
+                (engine.name_of(node), said) for node, said in by.disclosed.items())} or NOTHING,
+            usual_norm=averages.get("usual_norm"), evaluation=figures or NOTHING,
             update_norm=averages.get("update_norm"), train_loss=averages.get("train_loss"),
             bytes_up=engine.bytes_up - up, bytes_down=engine.bytes_down - down, seconds=time.monotonic() - began)
+
+    def _shared(self, name: str, said: Mapping[str, int | float]) -> Mapping[str, int | float]:
+        """Return what the client disclosed the last time if this is the same, as in a private run it always is.
+
+        A run keeps a record of each of its rounds; so those of a long run hold one copy for each client.
+        """
+        before = self._said.get(name)
+        if before != said:
+            before = self._said[name] = said
+        return before
 
     def _evaluated(self, number: int, after: ArrayRecord | None) -> Mapping[str, float]:
         """Return the figures of the state after a round. `after` is None if the state did not change."""

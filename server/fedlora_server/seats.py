@@ -28,6 +28,8 @@ from .upload_store import Stored
 
 MOST_AWAY = 1024
 """Number of clients that are remembered though they left and were never asked for anything."""
+ROUNDS_KNOWN = 8
+"""Number of a client's rounds of which each order is remembered."""
 MOST_LABELS_HELD = 100_000
 """Number of announced label names held for all clients. Beyond it, a client that announces more than `FEW` is refused.
 """
@@ -153,7 +155,8 @@ class Seat:
         ready_from: when it became ready on this stream, by the monotonic clock.
         ready_s: seconds for which it was ready, on all earlier streams together.
         orders: its open orders, oldest first.
-        asked: every order that it was ever given.
+        asked: the orders that it was given in the last `ROUNDS_KNOWN` of its rounds.
+        asked_before: it counts as asked in every round below this one.
         since: Unix time from which its `Member.state` has been what it is.
         uploaded_at: Unix time at which its last upload was taken.
     """
@@ -176,6 +179,7 @@ class Seat:
     ready_s: float = 0.0
     orders: list[PendingRequest] = field(default_factory=list)
     asked: set[Key] = field(default_factory=set)
+    asked_before: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     since: float = 0.0
@@ -198,6 +202,18 @@ class Seat:
     def take(self, stream: ClientStream) -> None:
         """Let the client be reached through a stream, on which it has not said yet that it is ready."""
         self.stream, self.since = stream, time.time()
+
+    def give(self, order: PendingRequest) -> None:
+        """Add an order. Those of rounds that lie far back are forgotten one by one, and count as given all together."""
+        self.orders.append(order)
+        self.asked.add(order.plan.key)
+        if len(rounds := {key[1] for key in self.asked}) > ROUNDS_KNOWN:
+            self.asked_before = max(self.asked_before, min(rounds) + 1)
+            self.asked = {key for key in self.asked if key[1] >= self.asked_before}
+
+    def was_asked(self, key: Key) -> bool:
+        """Return whether the client was given an order with this key."""
+        return key in self.asked or key[1] < self.asked_before
 
     def order(self, key: Key) -> PendingRequest | None:
         """Return the client's open order with this key, if there is one."""

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 import fedlora
-from fedlora.plan import PROTOCOL, Proposal, Refusal
+from fedlora.plan import PROTOCOL, Proposal, Refusal, Refused
 from fedlora.wire import SCHEMA, pb
-from fedlora_server.client_registry import ClientRegistry
+from fedlora_server.client_registry import ClientRegistry, Unasked
 from fedlora_server.engine import node_id
-from fedlora_server.seats import PendingRequest
+from fedlora_server.seats import ROUNDS_KNOWN, PendingRequest
 from fedlora_server.upload_store import Stored
 from tests.federation import plan_of
 
@@ -82,3 +82,22 @@ def test_an_answer_is_acknowledged_before_the_next_order_is_sent():
     late = registry.answered(line, key(3, 1), Refusal("unavailable"), lambda late: line.said.append(("ack", late)))
     assert late is not None and late.code == "too-late"
     assert line.said == [("ack", late), ("task", key(3))]
+
+
+def test_a_long_run_remembers_only_the_last_rounds_of_a_client_and_still_asks_nobody_twice(tmp_path):
+    registry, line = back(None)
+    for number in range(1, 41):
+        registry.push([order(number)])
+        registry.answered(line, key(number), Stored(tmp_path / "upload", {}, "fp32", {}))
+        registry.take(f"{number}/0")
+    seat = registry._seats.recall(NODE)
+    assert len(seat.asked) == ROUNDS_KNOWN and not seat.orders
+    for number in (1, 20, 40):
+        with pytest.raises(ValueError, match="was asked for round"):
+            registry.push([order(number)])
+        if number < 40:
+            with pytest.raises(Refused) as late:
+                registry.expected(line, key(number))
+            assert not isinstance(late.value, Unasked)
+    with pytest.raises(Unasked):
+        registry.expected(line, key(41))

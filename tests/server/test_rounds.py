@@ -98,6 +98,14 @@ def test_all_rounds_are_run_with_all_clients_and_the_loss_falls(strategy):
     assert losses[1] < losses[0]
 
 
+
+def test_the_history_of_a_private_run_holds_what_each_client_states_once():
+    result = Federation("ab", rounds=4, private=True).run()
+    assert len({id(said) for record in result.records for said in record.disclosed.values()}) == 2
+    assert all(record.disclosed["a"]["noise_multiplier"] == 1.5 for record in result.records)
+    assert len({id(record.refused) for record in result.records}) == 1, "what is empty is held once, too"
+
+
 def test_the_same_seed_gives_the_same_bits_whatever_the_order_of_joining():
     states = [Federation(names).run(clients_per_round=2).state for names in ("abcd", "dbca")]
     assert same(*states)
