@@ -199,7 +199,7 @@ class ClientRegistry:
             seat.dispatch()
             event = None if answer is None else _news_of_answer(stream, key, answer)
             if event is not None and late:
-                event = replace(event, kind="late") if key in seat.asked else None
+                event = replace(event, kind="late") if seat.was_asked(key) else None
             self._new(event)
             return declined
 
