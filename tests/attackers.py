@@ -10,8 +10,10 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 
 import grpc
@@ -28,6 +30,7 @@ from tests.server.test_grpc_hostile import READY, join_frame
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 MOST_IDLE, MOST_JOINED = 1300, 512
 GIANT_BYTES = 16 << 20
+FUZZERS = 4
 
 
 class Target:
@@ -35,6 +38,7 @@ class Target:
 
     Args:
         start_honest: starts the honest clients; for attacks that begin before them.
+        identities: folders of the attackers' certificates, each named as its certificate; () for a plaintext run.
 
     Attributes:
         done: counts of what was done to the run: "connections", "frames" and others.
@@ -42,9 +46,10 @@ class Target:
         proxy: the link of the client south.
     """
 
-    def __init__(self, deployment: Deployment, proxy: TcpProxy, start_honest: Callable[[], None]) -> None:
-        self.deployment, self.address, self.proxy, self.start_honest = (
-            deployment, deployment.address, proxy, start_honest)
+    def __init__(self, deployment: Deployment, proxy: TcpProxy, start_honest: Callable[[], None],
+                 identities: Sequence[Path] = ()) -> None:
+        self.deployment, self.address, self.proxy, self.start_honest, self.identities = (
+            deployment, deployment.address, proxy, start_honest, identities)
         self.done: Counter = Counter()
         self.until = float("inf")
         self._lock = threading.Lock()
@@ -331,10 +336,15 @@ def giant_frames(target: Target) -> None:
 
 def garbage_frames(target: Target) -> None:
     """Send frames of the protocol, changed at random (`tests.fuzz`)."""
-    met = fuzz.to_server(target.address, 10**9, seed=random.randrange(10**6), goes_on=target.goes_on)
-    target.count("connections", sum(times for how, times in met.items() if how != "frames"))
-    for how in ("frames", "ERRORS OF THE SERVER"):
-        target.count(how, met[how])
+    def fuzzer(number: int) -> None:
+        own = target.identities[number::FUZZERS]
+        met = fuzz.to_server(target.address, 10**9, random.randrange(10**6), target.goes_on, own)
+        target.count("connections", sum(times for how, times in met.items() if how != "frames"))
+        for how in ("frames", "ERRORS OF THE SERVER"):
+            target.count(how, met[how])
+
+    with ThreadPoolExecutor(FUZZERS) as pool:
+        list(pool.map(fuzzer, range(FUZZERS)))
 
 
 def takes_part(target: Target, private: bool, answer: Callable[[RoundPlan, Tensors], Upload | Refusal],
@@ -423,6 +433,7 @@ class Attack:
             end with another adapter, of ordinary size.
         files: the system's limit on the server's open files.
         stderr_read: whether anybody reads the server's stderr.
+        over_tls: whether it is also an attack on a run over mutual TLS.
     """
 
     run: Callable[[Target], None]
@@ -431,6 +442,7 @@ class Attack:
     takes_part: bool = False
     files: int | None = None
     stderr_read: bool = True
+    over_tls: bool = False
 
     @property
     def name(self) -> str:
@@ -438,14 +450,16 @@ class Attack:
 
 
 ATTACKS = (
-    Attack(idle_connections, comes_first=True, files=1024), Attack(half_handshakes, comes_first=True, files=1024),
+    Attack(idle_connections, comes_first=True, files=1024, over_tls=True),
+    Attack(half_handshakes, comes_first=True, files=1024),
     Attack(joins_without_ready, comes_first=True), Attack(join_storm, takes_part=True),
     Attack(join_storm, takes_part=True, stderr_read=False),
     Attack(all_places_taken_by_ready, takes_part=True), Attack(more_names_than_are_remembered, takes_part=True),
     Attack(backups_that_are_silent, takes_part=True), Attack(backups_that_decline, takes_part=True),
     Attack(name_theft), Attack(labels_999, DEADLINE, comes_first=True, takes_part=True),
     Attack(labels_900_from_many, DEADLINE, comes_first=True, takes_part=True),
-    Attack(repeated_declined, takes_part=True), Attack(garbage_bytes), Attack(garbage_frames, takes_part=True),
+    Attack(repeated_declined, takes_part=True), Attack(garbage_bytes),
+    Attack(garbage_frames, takes_part=True, over_tls=True),
     Attack(giant_frames, takes_part=True),
     Attack(ready_and_silent, takes_part=True), Attack(slow_upload, takes_part=True),
     Attack(upload_times_a_million, takes_part=True), Attack(plain_upload_times_a_million, PLAIN, takes_part=True),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import count
+from pathlib import Path
 
 import grpc
 from google.protobuf.descriptor import FieldDescriptor
@@ -19,6 +20,7 @@ from fedlora import wire
 from fedlora.plan import Proposal, Refused
 from fedlora.wire import WireError, pb
 from fedlora_client.connection import Connection, Goodbye, RunChanged, ServerUnreachable
+from tests.identities import channel_of
 from tests.server.test_grpc_hostile import (
     CHUNK,
     EARLY,
@@ -46,6 +48,10 @@ FROM_SERVERS = (*request_frames(), request_head(), CHUNK, EARLY, END, *(
         {"goodbye": pb.Goodbye(reason="finished")}, {"refused": _POLICY})))
 LENGTHS = (0, 1, 127, 128, 2**31 - 1, 2**32, 2**63)
 NUMBERS = (0, 1, -1, 2**31 - 1, -2**31, 2**32 - 1, 2**62, -2**63, 2**64 - 1)
+
+
+CHANNELS = 8
+"""Connections that one fuzzer uses in turn."""
 
 
 class Mutator:
@@ -155,8 +161,17 @@ class Mutator:
         return self._choice.randrange(len(data)) if data else 0
 
 
-def to_server(address: str, frames: int, seed: int, goes_on: Callable[[], bool] = lambda: True) -> Counter:
+def to_server(address: str, frames: int, seed: int, goes_on: Callable[[], bool] = lambda: True,
+              identities: Sequence[Path] = ()) -> Counter:
     """Send changed frames to a server, a few on each stream. Most streams begin with a correct Join.
+
+    Args:
+        address: the server's.
+        frames: how many to send at least.
+        seed: decides what is sent.
+        goes_on: returns False when no further stream should be opened.
+        identities: folders of certificates to show in turn over mutual TLS, each named as its certificate; () for
+            plaintext.
 
     Returns:
         How streams ended, and "frames": how many were handed to gRPC on streams that the server took.
@@ -166,7 +181,8 @@ def to_server(address: str, frames: int, seed: int, goes_on: Callable[[], bool] 
 
     def stream(number: int) -> Iterator[bytes]:
         if choice.random() < 0.9:
-            join = join_frame(f"fuzz {seed}.{number}", process=choice.randbytes(16), private=True)
+            name = identities[number % CHANNELS % len(identities)].name if identities else f"fuzz {seed}.{number}"
+            join = join_frame(name, process=choice.randbytes(16), private=True)
             yield join.SerializeToString()
             if choice.random() < 0.7:
                 yield READY
@@ -176,7 +192,9 @@ def to_server(address: str, frames: int, seed: int, goes_on: Callable[[], bool] 
         yield pb.ClientFrame(leave=pb.Leave()).SerializeToString()
 
     with ExitStack() as stack:  # a channel each: the server takes one stream of it
-        channels = [stack.enter_context(grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS)) for _ in range(8)]
+        channels = [stack.enter_context(
+            channel_of(address, identities[place % len(identities)], wire.CHANNEL_OPTIONS) if identities else
+            grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS)) for place in range(CHANNELS)]
         for number in count():
             if met["frames"] >= frames or not goes_on():
                 break
