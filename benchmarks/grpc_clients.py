@@ -1,7 +1,9 @@
-"""A process of gRPC clients that train nothing: `python -m … fedlora|raw ADDRESS CLIENTS BYTES FIRST`.
+"""A process of gRPC clients that train nothing: `python -m … fedlora|raw ADDRESS CLIENTS BYTES FIRST [FOLDER]`.
 
     fedlora  each client takes part as fedlora-client does and sends back what it received
     raw      each client receives BYTES and sends as many back: no schema, no checks, nothing stored
+
+With a further argument FOLDER, a fedlora client has mutual TLS and the identity in FOLDER/NAME.
 
 Every client has a connection of its own; FIRST is the number of the first one. Flower and torch are not imported.
 """
@@ -12,6 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from queue import SimpleQueue
 
 import grpc
@@ -19,14 +22,16 @@ import grpc
 from fedlora import wire
 from fedlora.plan import Released, Upload
 from fedlora_client.connection import Connection, Goodbye
+from fedlora_client.tls import Tls
 
 RAW_OPTIONS = (("grpc.max_receive_message_length", wire.MAX_FRAME_BYTES),
                ("grpc.max_send_message_length", wire.MAX_FRAME_BYTES), ("grpc.use_local_subchannel_pool", 1))
 
 
-def echo(address: str, name: str, size: int) -> None:
+def echo(address: str, name: str, size: int, identities: Path | None) -> None:
     """Run one FedLoRA client until the server says goodbye; `size` is not used."""
-    connection = Connection(address, name, private=False, connect_timeout_s=300.0)
+    connection = Connection(address, name, private=False, connect_timeout_s=300.0,
+                            tls=None if identities is None else Tls(identities / name))
     try:
         connection.join()
         connection.ready()
@@ -37,8 +42,11 @@ def echo(address: str, name: str, size: int) -> None:
         return
 
 
-def raw(address: str, name: str, size: int) -> None:
-    """Run one bare gRPC stream, which sends `size` bytes in FedLoRA's chunks each turn, until the server ends it."""
+def raw(address: str, name: str, size: int, identities: Path | None) -> None:
+    """Run one bare gRPC stream, which sends `size` bytes in FedLoRA's chunks each turn, until the server ends it.
+
+    `identities` is not used.
+    """
     data, starts = bytes(size), range(0, size, wire.CHUNK_BYTES)
     turns: SimpleQueue[bool] = SimpleQueue()
 
@@ -58,11 +66,12 @@ def raw(address: str, name: str, size: int) -> None:
         turns.put(False)
 
 
-def main(kind: str, address: str, clients: str, size: str, first: str) -> None:
+def main(kind: str, address: str, clients: str, size: str, first: str, identities: str = "") -> None:
     """Run `clients` clients of one kind, each in a thread, until all have ended."""
     wire.share_arenas()
-    behaviour: Callable[[str, str, int], None] = {"fedlora": echo, "raw": raw}[kind]
-    threads = [threading.Thread(target=behaviour, args=(address, f"client-{int(first) + i}", int(size)))
+    behaviour: Callable[[str, str, int, Path | None], None] = {"fedlora": echo, "raw": raw}[kind]
+    folder = Path(identities) if identities else None
+    threads = [threading.Thread(target=behaviour, args=(address, f"client-{int(first) + i}", int(size), folder))
                for i in range(int(clients))]
     for thread in threads:
         thread.start()

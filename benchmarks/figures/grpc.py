@@ -21,6 +21,8 @@ from fedlora import wire
 from fedlora.adapters import AdapterLayout, TensorSpec, family_of
 from fedlora.plan import Proposal, RoundPlan
 from fedlora_server.grpc_engine import GrpcEngine
+from fedlora_server.pki.authority import Authority
+from fedlora_server.tls import ServerTls
 from fedlora_strategies.messages import to_record, train_messages
 
 from ..federations import plan, tensors
@@ -54,15 +56,22 @@ def measure(settings: Settings) -> Iterator[Row]:
 
 
 def _measured(clients: int, size: int, repeats: int) -> dict[str, Times]:
-    with _fedlora(clients, size) as ours, _raw(clients, size) as raw:
+    with rounds_over_grpc(clients, size) as ours, _raw(clients, size) as raw:
         return interleaved({"FedLoRA": ours, "raw": raw}, repeats)
 
 
 @contextlib.contextmanager
-def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
+def rounds_over_grpc(clients: int, size: int, authority: Authority | None = None,
+                     identities: Path | None = None) -> Iterator[Callable[[int], None]]:
     """Start a FedLoRA server and its clients; yield a function that runs one round.
 
     Every client is sent the tensors and sends them back. The replies are read from the upload store.
+
+    Args:
+        clients: number of clients.
+        size: bytes of the tensors, each way.
+        authority: the server's authority and list of clients, for mutual TLS; None for plaintext.
+        identities: folder with a folder for each client, client-0 and so on, that holds its identity.
     """
     shape = (size // 32, 8)
     layout = AdapterLayout(family_of("frozen-a"), (), (TensorSpec("layer.B", shape),), ())
@@ -83,9 +92,10 @@ def _fedlora(clients: int, size: int) -> Iterator[Callable[[int], None]]:
             engine.wait([], 1.0)
 
     with TemporaryDirectory(prefix="fedlora-uploads-") as uploads:
-        engine = GrpcEngine("127.0.0.1:0", Proposal(run), Path(uploads))
+        engine = GrpcEngine("127.0.0.1:0", Proposal(run), Path(uploads),
+                            tls=None if authority is None else ServerTls(authority.folder))
         engine.expect(layout)
-        with _clients("fedlora", engine.address, clients, size) as processes:
+        with _clients("fedlora", engine.address, clients, size, identities) as processes:
             while len(engine.idle()) < clients:
                 engine.wait([], 1.0)
                 _check(processes)
@@ -142,13 +152,15 @@ def _raw(clients: int, size: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def _clients(kind: str, address: str, clients: int, size: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+def _clients(kind: str, address: str, clients: int, size: int,
+             identities: Path | None = None) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Start processes that hold `clients` connections in all; they end when the server ends their streams."""
     processes = min(clients, PROCESSES)
     shares = [clients // processes + (i < clients % processes) for i in range(processes)]
     module = f"{__package__.rpartition('.')[0]}.grpc_clients"
     started = [subprocess.Popen([sys.executable, "-m", module, kind, address, str(share), str(size),
-                                 str(sum(shares[:i]))], env=child_environment()) for i, share in enumerate(shares)]
+                                 str(sum(shares[:i])), *([] if identities is None else [str(identities)])],
+                                env=child_environment()) for i, share in enumerate(shares)]
     try:
         yield started
         for process in started:
