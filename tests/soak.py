@@ -266,8 +266,9 @@ class Soak:
                 process.wait()
 
     def judged(self) -> dict[str, list[Footprint]]:
-        """Return the footprints after the warm-up of the processes that lived throughout."""
-        return {name: [one for one in footprints.read(self.prints(name)) if one.round >= self.warm_up]
+        """Return the footprints of the processes that lived throughout, from just before the first event."""
+        first = self.warm_up - 2 * self.every
+        return {name: [one for one in footprints.read(self.prints(name)) if one.round >= first]
                 for name in self.steady}
 
 

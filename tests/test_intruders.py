@@ -87,11 +87,11 @@ def test_an_intruder_is_told_why_it_may_not_take_part(engine, authority, tmp_pat
 
 
 def test_the_command_says_so_in_one_line_and_ends_with_4(monkeypatch, capsys):
-    def refused(options, console):
+    def refused(*arguments, **named):
         raise Untrusted("fl.example.org:9092 refuses this client: its certificate is not on the list")
 
     monkeypatch.setattr("fedlora_client.app.take_part", refused)
-    assert cli._run(ClientConfig()) == 4
+    assert cli._run(ClientConfig(), frozenset()) == 4
     assert capsys.readouterr().err == ("fedlora-client: fl.example.org:9092 refuses this client: its certificate is "
                                        "not on the list\n")
 

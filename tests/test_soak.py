@@ -17,12 +17,12 @@ def held(rounds=range(50, 500, 5), **changes):
 
 
 def test_a_short_run_whose_clients_come_and_go_holds_no_more_at_its_end(tmp_path, checkpoint):
-    soak = Soak(tmp_path, checkpoint("bert"), rounds=12, clients=4, real=1, every=1, warm_up=2)
+    soak = Soak(tmp_path, checkpoint("bert"), rounds=14, clients=4, real=1, every=1, warm_up=4)
     try:
         soak.run(lambda line: None)
     finally:
         soak.close()
-    assert rounds_in(soak.out) == 12 and not soak.faults, soak.faults
+    assert rounds_in(soak.out) == 14 and not soak.faults, soak.faults
     assert soak.done["killed"] and soak.done["link cut"] and soak.done["server renewed"] and soak.done["returned"]
     for name, found in soak.judged().items():
         assert len(found) > 3 and found[-1].traced > 0 and found[-1].rss_mb > 20, name

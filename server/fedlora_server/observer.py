@@ -6,14 +6,10 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fedlora.plan import RunPlan
-
-NOTHING: Mapping[str, Any] = {}
-"""The empty mapping that records share: a run keeps a record of each of its rounds. Nobody changes it."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
-from typing import cast
+from typing import Any, cast
 
 from flwr.app import ArrayRecord
 
@@ -35,11 +35,14 @@ from . import checkpoint
 from .checkpoint import Asked, Unfinished
 from .client_sampling import RETURN_S, Clients, Ended
 from .engine import Engine
-from .observer import NOTHING, Observer, RoundRecord
+from .observer import Observer, RoundRecord
 from .round_state import OpenRound, RoundOptions
 
 MOST_LOSS = 10.0
 """Ratio of a state's loss to the loss of the start, above which the state is unusable."""
+
+_NOTHING: Mapping[str, Any] = {}
+"""The empty mapping that records share: a run keeps a record of each of its rounds. Nobody changes it."""
 
 Evaluate = Callable[[Tensors], Mapping[str, float]]
 
@@ -209,12 +212,12 @@ class _UnderWay:
         averages = cast(dict[str, float], dict(metrics or {}))
         return after, RoundRecord(
             number, cohort=under_way.cohort, attempts=under_way.attempts, uploaded=under_way.uploaded,
-            lost=under_way.lost, refused=under_way.refused or NOTHING,
-            rejected={engine.name_of(node): reason for node, reason in by.rejected.items()} or NOTHING,
-            curbed={engine.name_of(node): how for node, how in by.curbed.items()} or NOTHING,
+            lost=under_way.lost, refused=under_way.refused or _NOTHING,
+            rejected={engine.name_of(node): reason for node, reason in by.rejected.items()} or _NOTHING,
+            curbed={engine.name_of(node): how for node, how in by.curbed.items()} or _NOTHING,
             disclosed={name: self._shared(name, said) for name, said in (
-                (engine.name_of(node), said) for node, said in by.disclosed.items())} or NOTHING,
-            usual_norm=averages.get("usual_norm"), evaluation=figures or NOTHING,
+                (engine.name_of(node), said) for node, said in by.disclosed.items())} or _NOTHING,
+            usual_norm=averages.get("usual_norm"), evaluation=figures or _NOTHING,
             update_norm=averages.get("update_norm"), train_loss=averages.get("train_loss"),
             bytes_up=engine.bytes_up - up, bytes_down=engine.bytes_down - down, seconds=time.monotonic() - began)
 
