@@ -1,6 +1,6 @@
 """A table of data files as users may have them, with what `fedlora-client` prints about each before it connects.
 
-    python -P tests/inputs_data.py [--only WORD] > table.md
+    python -m tests.inputs_data [--only WORD] > table.md
 
 makes each input in a temporary folder and runs the client's command on it, with the address of a server that does not
 exist. A client that can read the input ends with "no server" (exit code 3), one that refuses it with 2. After 20 s it
@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.exports_data import EXPORTS
 
 LIMIT_S = 20
 
@@ -266,6 +268,8 @@ for what, make, *options in [
         ("content that is a list of parts", text("a.jsonl", jsonl({"messages": [
             {"role": "user", "content": [{"type": "text", "text": "a"}]}, TURNS[1]]})), CHAT)]:
     INPUTS[what] = make, tuple(options)
+
+INPUTS |= {f"export: {what}": (export.make, export.options) for what, export in EXPORTS.items()}
 
 
 def _parquet_twice(path: Path) -> None:

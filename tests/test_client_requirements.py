@@ -1,4 +1,4 @@
-"""What a data holder installs: fedlora-client needs neither Flower nor `datasets`, matplotlib or scikit-learn."""
+"""What a data holder installs: fedlora-client needs no Flower, `datasets`, matplotlib, openpyxl or scikit-learn."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from tests.processes import PATIENCE, Deployment, write_rows
 
 ROOT = Path(__file__).parent.parent
-LEFT_OUT = ("flwr", "datasets", "matplotlib", "scikit-learn", "grpcio-health-checking")
+LEFT_OUT = ("flwr", "datasets", "matplotlib", "openpyxl", "scikit-learn", "grpcio-health-checking")
 MODULES = (*LEFT_OUT[:-2], "sklearn", "grpc_health")
 WITH_FLOWER = {"fedlora_client.flower_app"}
 """The client's only module that needs Flower: SuperNodes load it, fedlora-client does not."""
@@ -45,7 +45,7 @@ def test_the_clients_requirements_are_the_projects_less_what_the_coordinator_alo
     wanted = [each for each in declared if not each.startswith(LEFT_OUT)]
     lines = (ROOT / "requirements-client.txt").read_text().splitlines()
     assert [line for line in lines if not line.startswith("#")] == wanted
-    assert len(declared) == len(wanted) + 4, "datasets is an extra"
+    assert len(declared) == len(wanted) + 4, "datasets and openpyxl are extras"
 
 
 def test_all_that_a_client_imports_and_its_tests_do_without_the_packages_that_are_left_out():

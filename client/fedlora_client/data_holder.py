@@ -134,7 +134,7 @@ def read_data(options: ClientConfig, gate: PrivacyGate, console: Console) -> Row
     """
     assert options.data is not None, "checked by the caller"
     rows = read(options.data, options.task, columns=options.column, unit=gate.unit_column,
-                allow_download=options.allow_download, declared=gate.labels or ())
+                allow_download=options.allow_download, declared=gate.labels or (), options=options.read_options())
     task_named(options.task).check_answered(rows, f"--data {options.data}", options.task)
     console.print(_what_was_read(rows, gate.unit_column), soft_wrap=True)
     return rows

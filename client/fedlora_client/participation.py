@@ -145,6 +145,10 @@ class Participation:
                       how_to_declare(rows))
             raise Refused("labels")
         check_declared(declared, plan.labels)
+        if others := data.rows_in_other_capitals(rows, plan.labels):
+            self._console.print(f"{len(others):,} of {len(rows):,} rows have a label that differs from one in the "
+                                f"server's set only in capitals, and is read as that one ({rows.where(others[0])} is "
+                                "the first).", style="yellow", soft_wrap=True)
         if not plan.private:
             data.check_labels(rows, plan.labels)
         elif others := data.labelled_otherwise(rows, plan.labels):

@@ -24,7 +24,8 @@ _BATCH = 32
 
 
 def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping[str, str],
-                others: Mapping[str, str | Path | None] | None = None, allow_download: bool = False) -> data.Rows:
+                others: Mapping[str, str | Path | None] | None = None, allow_download: bool = False,
+                options: data.ReadOptions | None = None) -> data.Rows:
     """Read and check the public file of --init public:FILE.
 
     Args:
@@ -35,6 +36,7 @@ def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping
         others: flag → path of the run's other data. The public file must not be one of them, nor contain one or lie
             inside one.
         allow_download: fetch a hub dataset that is not in the local cache.
+        options: what the coordinator says about the file, such as its separator.
 
     Raises:
         ValueError: the file cannot be read, its labels are missing or wrong, or it is private or held-out data.
@@ -44,7 +46,8 @@ def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping
             why = ("a start from it would release private rows without noise" if flag == "--data" else
                    "an evaluation on rows that the start was computed from means nothing")
             raise ValueError(f"--init {PREFIX}{path} is (part of) {flag} {other}: {why}. Name another file")
-    rows = read(path, task, columns=columns, allow_download=allow_download)
+    rows = read(path, task, columns=columns, allow_download=allow_download, declared=labels,
+                options=options)
     if task_named(task).has_labels:
         if len(data.label_names(rows)) < 2:
             found = ", ".join(data.label_names(rows)) or "none"

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fedlora import registry
 from fedlora.config import values
 from fedlora.config.option import MODEL, NETWORK, PRESET, PRIVACY, RUN, TUNING, option
 from fedlora.plan import FOUND, LR_SCHEDULES, WIRE_DTYPES
+
+if TYPE_CHECKING:
+    from fedlora.data.options import ReadOptions
 
 SERVER, CLIENT, SIMULATE = "server", "client", "simulate"
 """Names of the commands (fedlora-server, …) and of their tables in a TOML file."""
@@ -42,8 +45,29 @@ class Config:
     column: Mapping[str, str] = option({}, "which column of the data holds which field, as in text=note,label=triage",
                                        RUN, values.columns, metavar="NAME=COLUMN", place=4,
                                        example='{text = "note", label = "triage"}')
+    delimiter: str | None = option(
+        None, "character between the fields of .csv and .tsv files, or one of the words comma, semicolon, tab, bar",
+        RUN, values.delimiter, metavar="CHAR", unset="found in each file's first line", place=7,
+        example='"semicolon"')
+    encoding: str | None = option(
+        None, "encoding of text files, as in utf-8, utf-16, cp1252 (Windows), cp850 (DOS), mac-roman", RUN,
+        values.encoding, metavar="NAME", unset="UTF-8, UTF-16 or else cp1252, as found in each file", place=7,
+        example='"cp1252"')
+    sheet: str | None = option(None, "sheet of .xlsx workbooks that holds the rows", RUN, metavar="NAME", place=7,
+                               unset="the only one with the needed columns, or the first", example='"Sheet1"')
+    label_map: Mapping[str, str] = option(
+        {}, "the run's names for labels of the data, as in dringend=urgent,URGENT=urgent", RUN, values.label_map,
+        metavar="LABEL=NAME", place=7, example='{dringend = "urgent"}')
+    skip_incomplete: bool = option(False, "leave out rows of the data without a text, a label or an answer, and say "
+                                   "how many", RUN, None, place=7)
     allow_download: bool = option(False, "download the base model, or a hub dataset, if it is not on this machine",
                                   MODEL, None)
+
+    def read_options(self) -> ReadOptions:
+        """Return what the options say about data files."""
+        from fedlora.data.options import ReadOptions  # imported late, so that --help needs no numpy
+
+        return ReadOptions(self.delimiter, self.encoding, self.sheet, self.label_map, self.skip_incomplete)
 
 
 @dataclass(frozen=True, kw_only=True)

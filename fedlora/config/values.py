@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -219,10 +220,52 @@ def columns(given: str) -> Mapping[str, str]:
     return pairs
 
 
+def label_map(given: str) -> Mapping[str, str]:
+    """Parse a list of label=name into a mapping from a label of the files to the run's name for it, both normalised."""
+    from fedlora.data.rows import normalize_label  # imported late, so that --help needs no numpy
+
+    parts = [tuple(normalize_label(side) for side in part.split("=")) for part in names(given)]
+    if not parts or not all(len(part) == 2 and all(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{given!r} is not of the form label=name, as in dringend=urgent")
+    pairs = {str(label): str(name) for label, name in parts}
+    if len(pairs) < len(parts):
+        raise argparse.ArgumentTypeError(f"{given!r} gives two names for the same label; give one for each")
+    return pairs
+
+
+DELIMITERS: Mapping[str, str] = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|"}
+"""Words for separators, which need no quotation marks on a command line."""
+
+
+def delimiter(given: str) -> str:
+    """Parse the character between the fields of a table: a word of `DELIMITERS`, or the character itself."""
+    found = DELIMITERS.get(given, "\t" if given == "\\t" else given)
+    if len(found) != 1 or found.isalnum() or found in "\"' \r\n\0" or not (found.isprintable() or found == "\t"):
+        raise argparse.ArgumentTypeError(f"{given!r} cannot separate fields; give {', '.join(DELIMITERS)}, or another "
+                                         "character that is neither a letter, a digit, a blank nor a quotation mark")
+    return found
+
+
+def encoding(given: str) -> str:
+    """Parse the name of an encoding of text, into the name by which Python knows it."""
+    plain = "".join(map(chr, range(32, 127))) + "\r\n\\u0041+AGE-"
+    try:
+        name = codecs.lookup(given).name.replace("_", "-").removesuffix("-sig")
+        wide = name.startswith(("utf-16", "utf-32"))
+        known = wide or (plain.encode("ascii").decode(name) == plain and name != "idna")  # which is for host names
+    except (LookupError, UnicodeError, ValueError):
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"{given!r} is no encoding of text files; give utf-8, utf-16, cp1252 "
+                                         "(Windows, Western Europe), cp1250 (Central Europe), cp850 (DOS), mac-roman, "
+                                         "latin-1 or another one that Python knows")
+    return name
+
+
 def chosen(choices: Choices) -> Sequence[str]:
     """Return the words that a value can be."""
     return choices() if callable(choices) else choices
 
 
-ADD_UP = (columns, numbers, whole_numbers)
+ADD_UP = (columns, label_map, numbers, whole_numbers)
 """Parsers of options that can be given several times; the values are then merged."""

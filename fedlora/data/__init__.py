@@ -1,6 +1,7 @@
 """Reading of users' files into checked rows of text, and their split over simulated clients."""
 
 from fedlora.data.columns import Answer, RowFormat, column_names
+from fedlora.data.options import ReadOptions
 from fedlora.data.partition import partition
 from fedlora.data.reading import read_rows
 from fedlora.data.rows import (
@@ -12,9 +13,11 @@ from fedlora.data.rows import (
     labelled_otherwise,
     normalize_label,
     normalize_unit,
+    rows_in_other_capitals,
     shown,
 )
 from fedlora.data.sources import check_there
 
-__all__ = ["Answer", "RowFormat", "Rows", "check_labels", "check_there", "column_names", "in_order", "label_names",
-           "labelled_by", "labelled_otherwise", "normalize_label", "normalize_unit", "partition", "read_rows", "shown"]
+__all__ = ["Answer", "ReadOptions", "RowFormat", "Rows", "check_labels", "check_there", "column_names", "in_order",
+           "label_names", "labelled_by", "labelled_otherwise", "normalize_label", "normalize_unit", "partition",
+           "read_rows", "rows_in_other_capitals", "shown"]

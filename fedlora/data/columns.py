@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.data.rows import shown, spelling
+from typing_extensions import override
+
+from fedlora.data.rows import is_table, shown, spelling
 
 KindOfRows = tuple[str, tuple[str, ...]]
 """(one of `fedlora.data.rows.KINDS`, the names of the columns that hold it)."""
@@ -78,6 +80,42 @@ def find_column(wanted: str, present: Collection[str]) -> str | None:
     return alike[0] if len(alike) == 1 else None
 
 
+class Needs:
+    """The columns of a data file that a task and the options need.
+
+    Args:
+        form: the columns that the task reads.
+        names: the task's name of a column → the file's name, for the columns that --column gives.
+        unit: the file's name of the unit's column; None if each row is a unit.
+    """
+
+    def __init__(self, form: RowFormat, names: Mapping[str, str], unit: str | None) -> None:
+        beside = [form.answer.column] if form.answer else []
+        self._kinds = [[names.get(name, name) for name in (*required(one), *beside)] + ([unit] if unit else [])
+                       for one in form.kinds if names.keys() - beside <= set(one[1])]
+        every = [names.get(name, name) for name in column_names(form)] + ([unit] if unit else [])
+        self._names = set(map(folded, every))
+
+    def __call__(self, name: str) -> bool:
+        """Return whether the column of this name is needed."""
+        return folded(name) in self._names
+
+    def fits(self, names: Collection[str]) -> bool:
+        """Return whether columns of these names are all that a row must have."""
+        return any(all(find_column(one, names) for one in kind) for kind in self._kinds)
+
+
+class Everything(Needs):
+    """The columns of a file of which all are read, to tell its owner about them."""
+
+    def __init__(self) -> None:
+        super().__init__(RowFormat(()), {}, None)
+
+    @override
+    def __call__(self, name: str) -> bool:
+        return True
+
+
 # --- What an error message shows ---
 
 _LIKELY: Mapping[str, tuple[str, ...]] = {
@@ -112,7 +150,7 @@ def show_columns(file: str, names: Sequence[str], usual: Collection[str], sample
     """
     if not _may_show(file, names, usual, sample):
         count = "one column" if len(names) == 1 else f"{len(names)} columns"
-        if file.lower().endswith((".csv", ".tsv")):
+        if is_table(file):
             return (f"it has {count}, whose names are not shown, since the first line may be a row; if the file has no "
                     "header line, add one")
         return f"it has {count}, whose names look like text and are not shown"
@@ -122,12 +160,12 @@ def show_columns(file: str, names: Sequence[str], usual: Collection[str], sample
 def _may_show(file: str, names: Sequence[str], usual: Collection[str], sample: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether the names are surely a header, and not a row of private data.
 
-    Only CSV and TSV files can lack a header. There, one usual name shows that the first line is a header. So does a
+    Only tables and workbooks can lack a header. There, one usual name shows that the first line is a header. So does a
     column none of whose values could be a column's name, if no name occurs again as a value in its own column.
     """
     if any(len(name) > 40 or len(name.split()) > 4 or re.fullmatch(r"[-+\d.,:/ ]*", name) for name in names):
         return False
-    if not file.lower().endswith((".csv", ".tsv")) or {folded(name) for name in usual} & {folded(n) for n in names}:
+    if not is_table(file) or {folded(name) for name in usual} & {folded(n) for n in names}:
         return True
     if any(" " not in name and _words(name) & _USUAL_WORDS for name in names):
         return True

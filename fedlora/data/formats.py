@@ -1,4 +1,4 @@
-"""The four file formats, each read as a stream of (line number, {column: value}).
+"""The file formats, each read as a stream of (line number, {column: value}).
 
 Text formats are read line by line with the standard library, because neither pyarrow nor `datasets` can say on which
 line of a file a row is. A fault is noted with file, line and remedy. No row is ever quoted: it may be a patient's.
@@ -7,48 +7,102 @@ line of a file a row is. A fault is noted with file, line and remedy. No row is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedlora.data.columns import Needs
+from fedlora.data.grid import Record
 from fedlora.data.lines import add_bare_return, bare_return, is_another, lines_of
+from fedlora.data.options import ReadOptions
+from fedlora.data.packing import Unusable, is_packed
 from fedlora.data.problems import Problems
 from fedlora.data.rows import place, shown
 from fedlora.data.tables import table
 
-Record = tuple[int, dict[str, Any]]
+WORKBOOK = ".xlsx"
 
-SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", WORKBOOK)
+
+PACKED = (".jsonl.gz", ".csv.gz", ".tsv.gz")
+
+ACCEPTED = ".jsonl, .csv, .tsv (each also with .gz), .parquet, .xlsx"
 
 
-def records(file: Path, wanted: Callable[[str], bool], problems: Problems) -> Iterator[Record]:
-    """Yield every readable row of a file with its line number (in parquet, its row number), counted from 1.
+def suffix_of(name: str) -> str:
+    """Return the suffix of a file that can be read, such as ".csv.gz"; "" for any other name."""
+    lower = name.lower()
+    return next((suffix for suffix in (*PACKED, *SUFFIXES) if lower.endswith(suffix)), "")
+
+
+_BEGINNINGS = {".parquet": b"PAR1", WORKBOOK: b"PK\x03\x04"}
+"""First bytes of files that are not text."""
+
+
+def opened_records(file: str | Path, needs: Needs, options: ReadOptions, problems: Problems
+                   ) -> tuple[str, Iterator[Record]] | None:
+    """Return a file's name for `fedlora.data.rows.place`, and a stream of its readable rows.
+
+    Each row comes with its line number (in parquet and in a workbook, its row number), counted from 1.
 
     Args:
         file: the file. Its suffix decides the format.
-        wanted: returns whether a column of this name is needed. A parquet file's other columns are not read; rows have
-            their names with the value None.
+        needs: the columns that are needed. A parquet file's other columns are not read; rows have their names with the
+            value None.
+        options: what the owner says about the file.
         problems: collects what is wrong with the file.
+
+    Returns:
+        The name and the rows; None if the file cannot be opened, which is then noted as a fault.
     """
-    suffix = file.suffix.lower()
+    path = Path(file)
+    if suffix_of(path.name) != WORKBOOK:
+        return str(file), _records(path, needs, options, problems)
+    from fedlora.data.workbook import workbook
+
     try:
-        if is_another(file, problems, expected=b"PAR1" if suffix == ".parquet" else b""):
+        if not is_another(path, problems, expected=_BEGINNINGS[WORKBOOK]):
+            return workbook(path, needs, options.sheet, problems)
+    except Unusable as error:
+        problems.add(shown(file), error.what, error.remedy)
+    except OSError as error:
+        _add_unreadable(path, error, problems)
+    return None
+
+
+def _records(file: Path, needs: Needs, options: ReadOptions, problems: Problems) -> Iterator[Record]:
+    suffix = suffix_of(file.name)
+    read_as: dict[str, str] = {}
+    try:
+        if is_another(file, problems, expected=_BEGINNINGS.get(suffix, b"")):
             return
-        if suffix == ".jsonl":
-            yield from _jsonl(file, problems)
-        elif suffix == ".parquet":
+        if suffix == ".parquet":
             from fedlora.data.parquet import parquet
 
-            yield from parquet(file, wanted, problems)
+            yield from parquet(file, needs, problems)
+        elif suffix.startswith(".jsonl"):
+            yield from _jsonl(file, options, problems, read_as)
         else:
-            yield from table(file, problems)
+            yield from table(file, needs, options, problems, read_as)
+        if is_packed(file.name):
+            read_as["unpacked by gzip"] = ""
+        if read_as:
+            wrong = " or ".join(filter(None, read_as.values()))
+            problems.remark(shown(file), f"read {', '.join(read_as)}", f"If that is wrong, add {wrong}" if wrong else
+                            "Nothing need be done")
+    except Unusable as error:
+        problems.add(shown(file), error.what, error.remedy)
     except OSError as error:
-        problems.add(shown(file), f"the file cannot be read: {error.strerror or type(error).__name__}",
-                     "Check the path and its permissions")
+        _add_unreadable(file, error, problems)
 
 
-def _jsonl(file: Path, problems: Problems) -> Iterator[Record]:
-    for number, line in lines_of(file, problems):
+def _add_unreadable(file: Path, error: OSError, problems: Problems) -> None:
+    problems.add(shown(file), f"the file cannot be read: {error.strerror or type(error).__name__}",
+                 "Check the path and its permissions")
+
+
+def _jsonl(file: Path, options: ReadOptions, problems: Problems, read_as: dict[str, str]) -> Iterator[Record]:
+    for number, line in lines_of(file, options.encoding, problems, read_as):
         if not line.strip():
             continue
         where = place(str(file), number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.data.columns import (
+    Everything,
     KindOfRows,
+    Needs,
     RowFormat,
     column_names,
     find_column,
@@ -18,9 +21,10 @@ from fedlora.data.columns import (
     show_columns,
     suggestion,
 )
-from fedlora.data.formats import records
+from fedlora.data.formats import opened_records
+from fedlora.data.options import ReadOptions
 from fedlora.data.problems import Problems
-from fedlora.data.rows import place, shown
+from fedlora.data.rows import Workbook, is_table, place, shown
 
 _SAMPLE = 50
 """Rows of a file that are examined, to suggest columns, if the expected ones are missing."""
@@ -78,11 +82,13 @@ class LayoutFinder:
         names: the task's name of a column → the file's name, for the columns that --column gives.
         unit: the file's name of the unit's column; None if each row is a unit.
         forms: task → the columns that it reads, for all tasks.
+        options: what the owner says about the files.
         problems: collects what is wrong.
     """
 
     def __init__(self, task: str, form: RowFormat, names: Mapping[str, str], unit: str | None,
-                 forms: Mapping[str, RowFormat], problems: Problems) -> None:
+                 forms: Mapping[str, RowFormat], options: ReadOptions, problems: Problems) -> None:
+        self.options, self.needs = options, Needs(form, names, unit)
         self.task, self.form, self.names, self.unit, self.forms = task, form, names, unit, forms
         self.problems = problems
         self.kind_of_rows: KindOfRows | None = None
@@ -167,7 +173,7 @@ class LayoutFinder:
         """Return the description of a file's columns for a message, and the suggestion that ends the message."""
         usual = {*self.names.values(), *([self.unit] if self.unit else []),
                  *(name for form in self.forms.values() for name in column_names(form))}
-        sample = _first_rows(file)
+        sample = _first_rows(file, self.needs, self.options)
         said = show_columns(file, tuple(row), usual, sample)
         free = [name for name in row if name != self.unit and name not in self.names.values()]
         likely = suggestion(self.form, missing - self.names.keys(), free, sample) if said.startswith("its") else ""
@@ -184,8 +190,11 @@ def _alike(wanted: str, names: Collection[str]) -> list[str]:
     return [name for name in names if folded(name) == folded(wanted)]
 
 
-def _first_rows(file: str) -> list[dict[str, Any]]:
+def _first_rows(file: str, needs: Needs, options: ReadOptions) -> list[dict[str, Any]]:
     path = Path(file)  # not expanded again: the name of a file in a folder may begin with ~
     if not path.is_file():
         return []
-    return [row for _, row in itertools.islice(records(path, lambda _: True, Problems()), _SAMPLE)]
+    if isinstance(file, Workbook):
+        options = dataclasses.replace(options, sheet=file.sheet)
+    opened = opened_records(path, needs if is_table(file) else Everything(), options, Problems())
+    return [] if opened is None else [row for _, row in itertools.islice(opened[1], _SAMPLE)]

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedlora.data.encoding import LONGEST, encoding_of, name_of, raw_lines, width
+from fedlora.data.packing import is_packed, opened
 from fedlora.data.problems import Problems
 from fedlora.data.rows import place, shown
 
-LONGEST = 16 * 1024 * 1024
-"""Most bytes of a line, and most characters of a field. Anything longer is an unclosed quotation, or not text."""
-
 _OTHERS = (
-    (b"\x1f\x8b", "is packed by gzip, whatever its name says", "Unpack it: gunzip -c {name} > new{suffix}"),
+    (b"\x1f\x8b", "is packed by gzip, whatever its name says", "Name it {name}.gz"),
     (b"PK\x03\x04", "is a zip archive or an .xlsx workbook, whatever its name says",
-     "Unpack it, or save the sheet as .csv in UTF-8"),
+     "Unpack it, or name it .xlsx if it is one"),
     (b"BZh", "is packed by bzip2, whatever its name says", "Unpack it: bunzip2 -c {name} > new{suffix}"),
     (b"\xfd7zXZ", "is packed by xz, whatever its name says", "Unpack it: xz -dc {name} > new{suffix}"),
     (b"PAR1", "is a parquet file, whatever its name says", "Name it .parquet"),
     (b"%PDF", "is a PDF, whatever its name says", "Export its rows as .csv or .jsonl"),
-    (b"\xd0\xcf\x11\xe0", "is an old Office document, whatever its name says", "Save the sheet as .csv in UTF-8"),
+    (b"\xd0\xcf\x11\xe0", "is an old or an encrypted Office document, whatever its name says",
+     "Save it as .xlsx without a password, or its sheet as .csv"),
     (b"SQLite format 3", "is an SQLite database, whatever its name says", "Export its rows as .csv or .jsonl"),
     (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself", "Fetch it: git lfs pull"),
     (b"/annex/objects/", "is a pointer of git-annex, not the file itself", "Fetch it: git annex get {name}"),
@@ -35,8 +35,11 @@ def is_another(file: Path, problems: Problems, *, expected: bytes = b"") -> bool
         problems: takes the fault.
         expected: the first bytes of the kind of file that this one should be; b"" for text.
     """
-    with file.open("rb") as stream:
+    with opened(file) as stream:
         start = stream.read(64)
+    if is_packed(file.name) and start.startswith(_OTHERS[0][0]):
+        problems.add(shown(file), "the file is packed twice", "Unpack it once")
+        return True
     for begin, what, remedy in _OTHERS:
         if begin != expected and start[:len(begin)].lower() == begin.lower():
             problems.add(shown(file), f"the file {what}",
@@ -45,38 +48,49 @@ def is_another(file: Path, problems: Problems, *, expected: bytes = b"") -> bool
     return False
 
 
-def lines_of(file: Path, problems: Problems) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a UTF-8 file with their numbers, counted from 1. A byte-order mark is dropped.
+def lines_of(file: Path, given: str | None, problems: Problems, read_as: dict[str, str]) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text file with their numbers, counted from 1. A byte-order mark is dropped.
 
-    Bytes that are not UTF-8 are noted as a fault. If possible the line is yielded all the same, so that the faults of
-    later lines are found too.
+    Bytes that are not of the file's encoding are noted as a fault. If possible the line is yielded all the same, so
+    that the faults of later lines are found too.
+
+    Args:
+        file: the file.
+        given: the encoding that the owner names; None to find it.
+        problems: takes the faults.
+        read_as: takes a phrase that says which encoding was found, unless it is UTF-8, with the option that decides.
     """
-    with file.open("rb") as stream:
-        small = file.stat().st_size < LONGEST  # then no line is too long; calling readline for each line is slower
-        for number, raw in enumerate(stream if small else iter(lambda: stream.readline(LONGEST + 1), b""), start=1):
-            if number == 1:
-                if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    problems.add(place(str(file), 1), "the file is UTF-16 or UTF-32, not UTF-8",
-                                 f"Convert it: iconv -f UTF-16 -t UTF-8 {shown(file.name)} > new{file.suffix}")
-                    return
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
+    found = encoding_of(file, given, problems)
+    if found is None:
+        return
+    encoding, said = found
+    if said:
+        read_as[said] = "--encoding" if given is None else ""
+    wide = width(encoding) > 1
+    with opened(file) as stream:
+        small = not is_packed(file.name) and file.stat().st_size < LONGEST
+        for number, raw in enumerate(raw_lines(stream, encoding, small=small), start=1):
             if len(raw) > LONGEST:
                 problems.add(place(str(file), number), f"the line is longer than {LONGEST // 2**20} MiB",
                              "Write one row per line, and shorten the text; the rest of the file was not checked")
                 return
-            if b"\0" in raw:
-                problems.add(place(str(file), number), "the line holds a zero byte, so it is not UTF-8 text",
-                             "Save the file as UTF-8 text")
+            if not wide and b"\0" in raw:
+                problems.add(place(str(file), number), "the line holds a zero byte, so it is not text in "
+                             f"{name_of(encoding)}", "Save the file as UTF-8 text, or add --encoding utf-16 if it "
+                             "is that")
                 if number == 1:
                     return
                 raw = raw.replace(b"\0", b"")
             try:
-                yield number, raw.decode("utf-8")
+                line = raw.decode(encoding)
             except UnicodeDecodeError as error:
-                problems.add(f"{place(str(file), number)} (byte {error.start + 1})", "the line is not UTF-8",
-                             "If it is Latin-1 or Windows text: iconv -f WINDOWS-1252 -t UTF-8 "
-                             f"{shown(file.name)} > new{file.suffix}")
-                yield number, raw.decode("utf-8", "replace")
+                problems.add(f"{place(str(file), number)} (byte {error.start + 1})",
+                             f"the line is not {name_of(encoding)}",
+                             "Other lines are, so two encodings may be mixed: save all of it as UTF-8, or name its "
+                             "one encoding with --encoding" if given is None else
+                             "Correct --encoding, or save the file as UTF-8")
+                line = raw.decode(encoding, "replace")
+            yield number, line.removeprefix("\ufeff") if number == 1 else line
 
 
 def bare_return(line: str) -> bool:

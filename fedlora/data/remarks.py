@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from fedlora.data.problems import FIRST, Problems, places
-from fedlora.data.rows import MISSING, Rows, label_names, shown
+from fedlora.data.rows import MISSING, Rows, label_names, rows_in_other_capitals, shown
 
 
 def check_units(units: Sequence[str], where: Callable[[int], str], problems: Problems) -> None:
@@ -53,6 +53,20 @@ def remark_on(rows: Rows, words: Mapping[str, int], problems: Problems, *, decla
     _twice(rows, problems)
 
 
+def remark_on_capitals(rows: Rows, declared: Collection[str], problems: Problems) -> None:
+    """Remark on labels that are read as a declared one which differs only in capitals.
+
+    Args:
+        rows: the rows as they were read.
+        declared: the label set.
+        problems: takes the remark.
+    """
+    if others := rows_in_other_capitals(rows, declared):
+        problems.remark(places([rows.where(row) for row in others[:FIRST]], len(others)),
+                        f"{len(others):,} labels are read as the name in the label set that differs only in capitals",
+                        "Give them another name with --label-map if that is wrong")
+
+
 def _missing_answers(rows: Rows, words: Mapping[str, int], declared: Collection[str], problems: Problems) -> None:
     answers = rows.answers or ()
     lacking = [row for row, answer in enumerate(answers) if answer is None]
@@ -83,8 +97,9 @@ def _labels_alike(rows: Rows, problems: Problems) -> None:
     if several:
         first = {label: row for row, label in reversed(list(enumerate(rows.labels or ()))) if label in several}
         problems.remark(places([rows.where(row) for row in sorted(first.values())], len(first)),
-                        f"{len(several)} labels differ from another only in capitals, and count as different classes",
-                        "Write them alike if they are one class")
+                        f"{len(several)} labels differ from another only in capitals, and count as different classes "
+                        "unless the label set has only one of them",
+                        "Write them alike if they are one class, or add --label-map NAME=NAME")
     fractions = [name for name in label_names(rows) if re.fullmatch(r"[-+]?\d*[.,]\d+", name)]
     if fractions:
         row = (rows.labels or ()).index(fractions[0])

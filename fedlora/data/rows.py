@@ -35,6 +35,19 @@ Capitals, outer blanks and invisible characters make no difference (`is_missing`
 """
 
 
+class Workbook(str):
+    """The path of a workbook, together with the sheet that is read."""
+
+    sheet: str
+
+    @classmethod
+    def of(cls, path: str, sheet: str) -> Workbook:
+        """Return the path together with the name of a sheet."""
+        made = cls(path)
+        made.sheet = sheet
+        return made
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows in the order of the files' names and lines.
@@ -99,7 +112,14 @@ class Rows:
 
 def place(file: str, line: int) -> str:
     """Return a row's place as messages show it: "file:line", or "file:row number" for formats without lines."""
-    return f"{shown(file)}:{line}" if file.lower().endswith((".jsonl", ".csv", ".tsv")) else f"{shown(file)}:row {line}"
+    sheet = f", sheet {shown(file.sheet)}" if isinstance(file, Workbook) else ""
+    lines = file.lower().removesuffix(".gz").endswith((".jsonl", ".csv", ".tsv"))
+    return f"{shown(file)}{sheet}:{line}" if lines else f"{shown(file)}{sheet}:row {line}"
+
+
+def is_table(file: str) -> bool:
+    """Return whether a file has its columns' names in its first row, by its name."""
+    return file.lower().removesuffix(".gz").endswith((".csv", ".tsv", ".xlsx"))
 
 
 def shown(name: object) -> str:
@@ -187,13 +207,41 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
 def labelled_by(rows: Rows, labels: Collection[str]) -> Rows:
     """Return the rows with each label in the reading that a label set contains.
 
-    If the set lacks a label but contains its other reading (`Rows.otherwise`), the other reading is used.
+    If the set lacks a label but contains its other reading (`Rows.otherwise`), the other reading is used. If it lacks
+    both, but has exactly one name that differs from the label only in capitals, the label is read as that name. Each
+    label is read by itself, whatever the other rows hold.
     """
-    if rows.labels is None or rows.otherwise is None:
+    if rows.labels is None:
         return rows
+    alike = in_other_capitals(rows, labels)
+    if rows.otherwise is None:
+        return dataclasses.replace(rows, labels=tuple(alike.get(one, one) for one in rows.labels)) if alike else rows
     both = zip(rows.labels, rows.otherwise, strict=True)
     return dataclasses.replace(rows, otherwise=None, labels=tuple(
-        other if one not in labels and other in labels else one for one, other in both))
+        other if one not in labels and other in labels else alike.get(one, one) for one, other in both))
+
+
+def in_other_capitals(rows: Rows, labels: Collection[str]) -> dict[str | None, str]:
+    """Return the labels that a label set lacks, each with the only name in the set that differs just in capitals.
+
+    Args:
+        rows: the rows.
+        labels: the label set. Labels that differ from two of its names just in capitals are not returned.
+    """
+    names: dict[str, list[str]] = {}
+    for name in labels:
+        names.setdefault(name.casefold(), []).append(name)
+    lacking = set(rows.labels or ()) - set(labels) - {None}
+    return {one: found[0] for one in lacking if one is not None and len(found := names.get(one.casefold(), [])) == 1}
+
+
+def rows_in_other_capitals(rows: Rows, labels: Collection[str]) -> list[int]:
+    """Return the indices of the rows whose label `labelled_by` reads as a name in other capitals."""
+    alike = in_other_capitals(rows, labels)
+    if not alike:
+        return []
+    read = labelled_by(rows, labels).labels or ()
+    return [row for row, (one, name) in enumerate(zip(rows.labels or (), read, strict=True)) if alike.get(one) == name]
 
 
 def labelled_otherwise(rows: Rows, allowed: Collection[str]) -> list[int]:
@@ -211,5 +259,5 @@ def check_labels(rows: Rows, allowed: Sequence[str]) -> None:
     wrong = labelled_otherwise(rows, allowed)
     if wrong:
         raise ValueError(f"{places([rows.where(row) for row in wrong[:FIRST]], len(wrong))}: the label is not in the "
-                         f"label set. Allowed are: {', '.join(allowed)}. Correct the row, or add its label wherever "
-                         "--labels is given")
+                         f"label set. Allowed are: {', '.join(allowed)}. Correct the row, give its label another name "
+                         "with --label-map, or add it wherever --labels is given")

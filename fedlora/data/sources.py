@@ -7,10 +7,13 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from fedlora.data.formats import SUFFIXES, Record, records
+from fedlora.data.columns import Needs
+from fedlora.data.formats import ACCEPTED, PACKED, SUFFIXES, WORKBOOK, opened_records, suffix_of
+from fedlora.data.grid import Record
+from fedlora.data.options import ReadOptions
 from fedlora.data.parquet import hub_records
 from fedlora.data.problems import FIRST, Problems
 from fedlora.data.rows import shown
@@ -18,12 +21,12 @@ from fedlora.places import expanded
 
 log = logging.getLogger(__name__)
 
-ACCEPTED = ", ".join(SUFFIXES)
-
 _REMEDIES = {
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".rar"), "packed: unpack it"),
-    **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods", ".numbers"), "a workbook: save its sheet as .csv in UTF-8"),
+    **dict.fromkeys((".xlsm", ".xlsb", ".xls", ".ods", ".numbers"), "a workbook: save it as .xlsx, or a sheet as .csv"),
     **dict.fromkeys((".json", ".ndjson"), "not .jsonl: write one JSON object per line, and name it so")}
+
+_TEXT = "text: if it is a table, name it .csv, or .tsv if tabs separate its fields"
 
 _TRAIN = frozenset(("train", "training"))
 _HELD_OUT = frozenset(("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation", "heldout"))
@@ -32,13 +35,14 @@ _MOST_LOOKED_AT = 10_000
 """Most entries of a subfolder that are searched for data, because it may be the root of a disk."""
 
 
-def sources(path: Path | str, wanted: Callable[[str], bool], problems: Problems, *, allow_download: bool = False,
+def sources(path: Path | str, needs: Needs, options: ReadOptions, problems: Problems, *, allow_download: bool = False,
             held_out: bool = False) -> Iterator[tuple[str, Iterator[Record]]]:
     """Yield the files at a path in the order of their names, each with a stream of its rows; or a hub dataset.
 
     Args:
         path: a file, a folder, or the name of a hub dataset.
-        wanted: returns whether a column of this name is needed.
+        needs: the columns that are needed.
+        options: what the owner says about the files.
         problems: collects what is wrong with the files.
         allow_download: fetch a hub dataset that is not in the hub's cache on this machine.
         held_out: whether the rows are for evaluation, not for training. If files of a folder are named like the splits
@@ -71,13 +75,15 @@ def sources(path: Path | str, wanted: Callable[[str], bool], problems: Problems,
     elif not local.exists() and not local.is_symlink():
         yield str(path), hub_records(str(path), problems, allow_download=allow_download)
         return
-    elif local.suffix.lower() not in SUFFIXES:
-        why = _REMEDIES.get(local.suffix.lower())
+    elif not suffix_of(local.name):
+        why = _TEXT if local.suffix.lower() == ".txt" else _REMEDIES.get(local.suffix.lower())
         raise ValueError(f"{shown(path)} ends in {local.suffix or 'no suffix'!r}{f' ({why})' if why else ''}. "
                          f"Give a file that ends in {ACCEPTED}")
     elif not _can_be_read(local, problems):
         return
-    yield from ((str(file), records(file, wanted, problems)) for file in files)
+    for file in files:
+        if (opened := opened_records(file, needs, options, problems)) is not None:
+            yield opened
 
 
 def check_there(path: Path | str) -> None:
@@ -102,7 +108,7 @@ def _is_hub_name(name: str) -> bool:
     """Return whether a name that is not a local path may be sent to the hub. A mistyped local path must not be."""
     part = r"[A-Za-z0-9][\w.-]*"
     return (re.fullmatch(rf"{part}/{part}(/{part})?(:\w+)?", name) is not None
-            and not name.endswith(SUFFIXES) and not Path(name.split("/")[0]).exists())
+            and not name.endswith((*SUFFIXES, *PACKED)) and not Path(name.split("/")[0]).exists())
 
 
 Left = dict[str, list[str]]
@@ -114,7 +120,7 @@ def _in_folder(folder: Path, problems: Problems, *, held_out: bool) -> tuple[lis
     left: Left = {}
     found: list[Path] = []
     for one in sorted(folder.iterdir()):
-        data = one.suffix.lower() in SUFFIXES
+        data = suffix_of(one.name) != ""
         if one.name.startswith("."):
             if data:
                 left.setdefault("hidden, because the name begins with a dot", []).append(one.name)
@@ -129,7 +135,28 @@ def _in_folder(folder: Path, problems: Problems, *, held_out: bool) -> tuple[lis
             left.setdefault(_REMEDIES.get(one.suffix.lower(), ""), []).append(one.name)
         elif _can_be_read(one, problems):
             found.append(one)
-    return _without_copies(_of_split(found, left, held_out=held_out), left), left
+    found = _of_split(_without_forms(found, left), left, held_out=held_out)
+    return _without_copies(found, left), left
+
+
+def _without_forms(files: list[Path], left: Left) -> list[Path]:
+    """Return the files without those that may hold the rows of another one in another form.
+
+    That are a packed file beside the unpacked one, and workbooks beside files of other formats, which were probably
+    exported from them. Their rows would count twice.
+    """
+    names = {file.name for file in files}
+    tables = any(suffix_of(file.name) != WORKBOOK for file in files)
+    kept = []
+    for file in files:
+        if file.name.lower().endswith(PACKED) and file.stem in names:
+            left.setdefault(f"packed, and {shown(file.stem)} is read", []).append(file.name)
+        elif tables and suffix_of(file.name) == WORKBOOK:
+            left.setdefault("a workbook beside other data: to read it, name it, or put it in a folder of its own", []
+                            ).append(file.name)
+        else:
+            kept.append(file)
+    return kept
 
 
 def _told(left: Left) -> str:
@@ -172,7 +199,7 @@ def _why_folder_is_left(folder: Path) -> str:
     seen = 0
     for at, folders, names in os.walk(folder, onerror=shut.append):
         seen += len(folders) + len(names)
-        if Path(at).suffix.lower() in SUFFIXES or any(Path(n).suffix.lower() in SUFFIXES for n in [*folders, *names]):
+        if suffix_of(at) or any(map(suffix_of, [*folders, *names])):
             return "folders are not searched: name the one with the data, or put the files together"
         if seen > _MOST_LOOKED_AT:
             return "a folder too large to search for data"
@@ -198,17 +225,21 @@ def _split(file: Path, files: list[Path]) -> str | None:
     That is the whole name without the number of a part ("test-00000-of-00001"), or the last word of the name if
     another file has the same name with "train" in its place ("reviews_dev" next to "reviews_train").
     """
-    words = [word for word in re.split(r"[-_. ]+", file.stem.casefold()) if word]
+    stem = _stem(file)
+    words = [word for word in re.split(r"[-_. ]+", stem) if word]
     while len(words) > 1 and (words[-1].isdigit() or words[-1] == "of"):
         words.pop()
     whole = "".join(words)
     if whole in _TRAIN | _HELD_OUT or not words:
         return whole
     if words[-1] in _TRAIN | _HELD_OUT and any(
-            other.stem.casefold().startswith(f"{file.stem.casefold()[:file.stem.casefold().rindex(words[-1])]}train")
-            for other in files):
+            _stem(other).startswith(f"{stem[:stem.rindex(words[-1])]}train") for other in files):
         return words[-1]
     return None
+
+
+def _stem(file: Path) -> str:
+    return file.name[:len(file.name) - len(suffix_of(file.name))].casefold()
 
 
 def _without_copies(files: list[Path], left: Left) -> list[Path]:

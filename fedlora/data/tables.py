@@ -4,69 +4,58 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from fedlora.data.columns import folded
-from fedlora.data.lines import LONGEST, add_bare_return, bare_return, lines_of
+from fedlora.data.columns import Needs
+from fedlora.data.encoding import LONGEST
+from fedlora.data.grid import Grid, Record
+from fedlora.data.lines import add_bare_return, lines_of
+from fedlora.data.options import ReadOptions
 from fedlora.data.problems import Problems
 from fedlora.data.rows import place
+from fedlora.data.separators import Lines, separated
 
 _TSV_REMEDY = ("A .tsv file has one line for each row, and no field holds a tab or a line break, quoted or not. "
                "Replace them with blanks, or write the file as .jsonl or .csv")
 
-_SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon"}
 
-
-def table(file: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+def table(file: Path, needs: Needs, options: ReadOptions, problems: Problems, read_as: dict[str, str]
+          ) -> Iterator[Record]:
     """Yield each row as {column: value}, with the number of the line on which it begins.
 
     An empty field becomes None. An empty line is not a row.
+
+    Args:
+        file: the file.
+        needs: the columns that the task needs.
+        options: the separator and the encoding, if the owner names them.
+        problems: takes the faults and remarks.
+        read_as: takes phrases that say which separator and encoding were found, unless they are the usual ones.
     """
-    tabs = file.suffix.lower() == ".tsv"
-    remedy = _TSV_REMEDY if tabs else "Quote fields that contain the separator, a quotation mark or a line break"
-    header: list[str] | None = None
-    for number, fields in _tsv(file, problems) if tabs else _csv(file, problems):
-        if not fields:
-            continue
-        if header is None:
-            header = [name.strip() for name in fields]
-            if not _is_header(file, number, header, problems):
-                return
-            columns, names = len(header), set(map(folded, header))
-        elif len(fields) != columns:
-            problems.add(f"{place(str(file), number)} ({len(fields)} fields)",
-                         f"the row has more or fewer fields than the header, which has {columns}", remedy)
-        elif fields[-1].strip("\ufeff ").casefold() in names and names == set(map(folded, fields)):
-            problems.add(place(str(file), number), "the row repeats the header, as in exports that were joined",
-                         "Remove it, and check that the rows below have the same columns")
-        else:
-            yield number, {name: field or None for name, field in zip(header, fields, strict=True)}
+    found = separated(file, lines_of(file, options.encoding, problems, read_as), options.delimiter, needs, problems,
+                      read_as)
+    if found is None:
+        return
+    separator, lines = found
+    tabs = separator == "\t" and file.name.lower().removesuffix(".gz").endswith(".tsv")
+    remedy = _TSV_REMEDY if tabs else ("Quote fields that contain the separator, a quotation mark or a line break, or "
+                                       "name the separator with --delimiter")
+    rows = _tsv(file, lines, problems) if tabs else _csv(file, lines, separator, problems)
+    yield from Grid(partial(place, str(file)), problems, remedy).records(rows)
 
 
-def _is_header(file: Path, number: int, header: list[str], problems: Problems) -> bool:
-    if "" in header:
-        problems.add(place(str(file), number), "the header has a column without a name (a separator at the end of the "
-                     "line makes one); it must name every column once", "Correct the header line")
-    elif len(set(header)) != len(header):
-        problems.add(place(str(file), number), "the header has the same name twice; it must name every column once",
-                     "Correct the header line")
-    else:
-        return True
-    return False
-
-
-def _csv(file: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+def _csv(file: Path, lines: Lines, separator: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     """Yield the fields of each row of a CSV file, with the number of the line on which it begins."""
     csv.field_size_limit(LONGEST)
-    reader = csv.reader((line for _, line in _separated(file, ",", problems)), strict=True)
+    reader = csv.reader((line for _, line in lines), delimiter=separator, strict=True)
     columns = 0
     while True:
         number = reader.line_num + 1
         try:
             fields = next(reader)
             columns = columns or len(fields)
-            if reader.line_num > number and _may_hold_rows(fields, columns):
+            if reader.line_num > number and _may_hold_rows(fields, columns, separator):
                 problems.remark(place(str(file), number), "a quoted field has lines that look like rows", "If its "
                                 "quotation mark is a stray one, several people's rows became one record: double the "
                                 "mark")
@@ -86,25 +75,25 @@ def _csv(file: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
                          "doubled inside a quoted field", "Quote the field and double the quotation marks in it")
 
 
-def _may_hold_rows(fields: list[str], columns: int) -> bool:
+def _may_hold_rows(fields: list[str], columns: int, separator: str) -> bool:
     """Return whether the lines of one field look like rows of their own, which a stray quotation mark has joined.
 
-    They do if all lines except the last have the right number of commas and end in something short, such as a label.
+    They do if all lines except the last have the right number of separators and end in something short, like a label.
     """
     for place_of, field in enumerate(fields):
         first, *inner = field.split("\n")[:-1] or [""]
-        if (inner or place_of < columns - 1) and _ends_row(first, columns - place_of) and all(
-                _ends_row(line, columns) for line in inner):
+        if (inner or place_of < columns - 1) and _ends_row(first, columns - place_of, separator) and all(
+                _ends_row(line, columns, separator) for line in inner):
             return True
     return False
 
 
-def _ends_row(line: str, fields: int) -> bool:
-    parts = line.split(",")
+def _ends_row(line: str, fields: int, separator: str) -> bool:
+    parts = line.split(separator)
     return len(parts) == fields and (fields == 1 or 0 < len(parts[-1].split()) <= 3)
 
 
-def _tsv(file: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+def _tsv(file: Path, lines: Lines, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     """Yield the fields of each line of a TSV file, with the line's number.
 
     Some programs write TSV without quoting, so that a field may begin with a quotation mark. Others quote a field that
@@ -121,7 +110,7 @@ def _tsv(file: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     If every line of a quoted field happens to have as many fields as the header (the field must contain tabs as well as
     line breaks for that), it cannot be distinguished from rows, and is read as rows.
     """
-    for number, line in _separated(file, "\t", problems):
+    for number, line in lines:
         line = line.rstrip("\r\n")
         fields = line.split("\t") if line else []
         if len(fields) == 1 and line.startswith('"') and line.count('"') % 2:
@@ -138,25 +127,3 @@ def _unquoted(field: str) -> str:
     if len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', ""):
         return field[1:-1].replace('""', '"')
     return field
-
-
-def _separated(file: Path, separator: str, problems: Problems) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a table, after checking the first for another separator and other line ends."""
-    lines = lines_of(file, problems)
-    for number, line in lines:
-        if line.strip():
-            if bare_return(line):
-                add_bare_return(file, number, problems)
-                return
-            found = [] if separator in line else [other for other in _SEPARATORS if other in line.strip()]
-            if found:
-                ending = {",": " (or name the file .csv)", "\t": " (or name the file .tsv)"}.get(found[-1], "")
-                problems.add(
-                    place(str(file), number),
-                    f"the first line has a {_SEPARATORS[found[-1]]} and no {_SEPARATORS[separator]}",
-                    f"Separate the fields by {_SEPARATORS[separator]}s{ending}, and add a header line if there is none")
-                return
-            yield number, line
-            break
-        yield number, line
-    yield from lines

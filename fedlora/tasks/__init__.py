@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import registry
-from fedlora.data import Rows, read_rows
+from fedlora.data import ReadOptions, Rows, read_rows
 from fedlora.plan import RunPlan
 from fedlora.records import Records, concatenate
 from fedlora.task import Task
@@ -34,7 +34,8 @@ def task_for(run: RunPlan, tokenizer: Any) -> Task:
 
 
 def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = None, unit: str | None = None,
-         allow_download: bool = False, declared: Collection[str] = (), held_out: bool = False) -> Rows:
+         allow_download: bool = False, declared: Collection[str] = (), held_out: bool = False,
+         options: ReadOptions | None = None) -> Rows:
     """Read and check the rows of a task's data files, as `fedlora.data.read_rows` does.
 
     Args:
@@ -45,6 +46,7 @@ def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = Non
         allow_download: fetch a hub dataset that is not in the hub's cache on this machine.
         declared: the label set, if it is known already.
         held_out: whether the rows are for evaluation, not for training.
+        options: what the owner says about the files, such as their separator and other names for labels.
 
     Raises:
         ValueError: something is wrong. The message gives file, line and remedy of all faults, and never a row's text or
@@ -52,5 +54,5 @@ def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = Non
     """
     kind = task_named(task)
     return read_rows(path, task, kind.rows, columns=columns, unit=unit, allow_download=allow_download,
-                     labels=kind.has_labels, declared=declared, held_out=held_out,
+                     labels=kind.has_labels, declared=declared, held_out=held_out, options=options,
                      others={key: task_named(key).rows for key in registry.keys("fedlora.tasks")})

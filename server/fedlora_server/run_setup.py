@@ -141,10 +141,10 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
 
 
 @functools.cache
-def _say(about_the_model: str) -> None:
-    """Log a warning about the model, once, even if the model is loaded several times."""
-    if about_the_model:
-        log.warning("%s", about_the_model)
+def _say(warning: str) -> None:
+    """Log a warning about the model or the data, once, even if they are used several times."""
+    if warning:
+        log.warning("%s", warning)
 
 
 def _public_rows(options: RunConfig, init: str | None, labels: tuple[str, ...]) -> data.Rows | None:
@@ -157,7 +157,7 @@ def _public_rows(options: RunConfig, init: str | None, labels: tuple[str, ...]) 
         return None
     return read_public(file, options.task, labels, columns=options.column,
                        others={"--data": getattr(options, "data", None), "--eval-data": options.eval_data},
-                       allow_download=options.allow_download)
+                       allow_download=options.allow_download, options=options.read_options())
 
 
 def recipe_of(options: RunConfig, strategy: str) -> Recipe:
@@ -314,7 +314,7 @@ def held_out(options: RunConfig) -> Rows | None:
         return None
     task = task_named(options.task)
     rows = read(options.eval_data, options.task, columns=options.column, allow_download=options.allow_download,
-                declared=options.labels or (), held_out=True)
+                declared=options.labels or (), held_out=True, options=options.read_options())
     task.check_answered(rows, f"--eval-data {options.eval_data}", task.metric)
     if options.labels and task.has_labels:
         data.check_labels(rows, options.labels)
@@ -336,6 +336,9 @@ def evaluator(federation: Federation, rows: Rows | None, *, device: str | torch.
     """
     if rows is None:
         return None
+    if others := data.rows_in_other_capitals(rows, federation.plan.labels):
+        _say(f"--eval-data: {len(others):,} of {len(rows):,} rows have a label that differs from one in the run's set "
+             f"only in capitals, and is read as that one ({rows.where(others[0])} is the first)")
     records: Records = federation.task.encode(rows)
 
     def evaluate(state: Tensors) -> Mapping[str, float]:

@@ -193,7 +193,7 @@ def _client_rows(options: AuditConfig) -> tuple[Rows, tuple[str, ...]]:
     """Return the audited client's own labelled rows and the label set; the seed draws at most --rows rows."""
     assert options.data is not None, "checked when the options were read"
     rows = read(options.data, options.task, columns=options.column, allow_download=options.allow_download,
-                declared=options.labels or ())
+                declared=options.labels or (), options=options.read_options())
     labels = options.labels or data.label_names(rows)
     if len(labels) < 2:
         raise ValueError(f"--data {options.data} has {len(labels)} different labels; an audit needs at least two "

@@ -91,7 +91,7 @@ def populate(options: SimulationConfig, seed: int) -> Population:
         raise ValueError("--data is missing: name a folder or file of training rows")
     task = task_named(options.task)
     rows = read(options.data, options.task, columns=options.column, unit=unit_column(options.privacy_unit or ROW),
-                allow_download=options.allow_download, declared=options.labels or ())
+                allow_download=options.allow_download, declared=options.labels or (), options=options.read_options())
     labels = options.labels or data.label_names(rows)
     if task.has_labels and len(labels) < 2:
         raise ValueError(f"--data {options.data} has {len(labels)} different labels; {task.name} needs at least two "

@@ -1,11 +1,14 @@
 """The owner's control over a client: the first use writes the policy, and every later use is checked against it."""
 
+import csv
+import json
 import math
 
 import pytest
 
 from fedlora.config import ClientConfig, read_config
 from fedlora.console import messages
+from fedlora.data import ReadOptions
 from fedlora.plan import Proposal, Refused
 from fedlora.privacy import Budget, Ledger, LedgerError, Policy, RunTerms
 from fedlora.privacy.ledger.anchor import seal
@@ -84,6 +87,23 @@ def test_a_copy_of_some_rows_shares_the_budget_and_a_lost_ledger_is_noticed(nort
         opened(north)
     opened(north, new_ledger=True)
     assert [mark["rows"] for mark in Ledger(paths.ledger()).marks()] == [3]
+
+
+def test_a_label_map_or_another_format_opens_no_second_budget(north, tmp_path):
+    opened(north)
+    mapped = ReadOptions(label_map={"urgent": "dringend"})
+    gate = PrivacyGate(options(north, label_map=mapped.label_map))
+    assert "8.000 of ε 8 left" in " ".join(gate.recognise(read(north, "classification", options=mapped)))
+    assert gate.dataset == "notes"
+    gate.ledger.close()
+    copy = tmp_path / "other" / "export.csv"
+    copy.parent.mkdir()
+    with copy.open("w", encoding="cp1252", newline="") as stream:
+        csv.writer(stream, delimiter=";").writerows([("text", "label"), *(
+            (row["text"], row["label"].upper()) for row in map(json.loads, north.read_text().splitlines()))])
+    gate = PrivacyGate(options(copy, label_map={"URGENT": "dringend"}))
+    told = gate.recognise(read(copy, "classification", options=ReadOptions(label_map={"URGENT": "dringend"})))
+    assert "share records with export" in " ".join(told) and "notes" in " ".join(told)
 
 
 def released(gate, epsilon=8.0):

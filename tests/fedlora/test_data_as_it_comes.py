@@ -44,7 +44,8 @@ def test_every_input_of_the_table_is_read_or_refused_with_its_remedy(what, tmp_p
     options = read_config(ClientConfig, ["--data=x", *given])
     try:
         read(path if isinstance(path, (Path, str)) else tmp_path, options.task, columns=options.column,
-             unit=unit_column(options.privacy_unit or "row"), declared=options.labels or ())
+             unit=unit_column(options.privacy_unit or "row"), declared=options.labels or (),
+             options=options.read_options())
     except ValueError as refused:
         message = str(refused)
         assert ". " in message and len(message) < 2500 and message.replace("\n", "").isprintable()
@@ -140,11 +141,11 @@ def test_faults_of_all_files_are_collected(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\n,1\n")
     (tmp_path / "b.csv").write_text("note,label\nx,1\n")
     (tmp_path / "c.csv").write_text("")
-    (tmp_path / "d.csv").write_bytes(b"text,label\n\xe4,1\nx\xe4,1\n")
+    (tmp_path / "d.csv").write_bytes("text,label\nü,0\n".encode() + b"\xe4,1\nx\xe4,1\n")
     (tmp_path / "e.parquet").write_bytes(b"PAR1 no")
     message = refusal(tmp_path)
     assert all(f"{tmp_path / name}" in message for name in ("a.csv", "b.csv", "c.csv", "d.csv", "e.parquet"))
-    assert f"{tmp_path / 'd.csv'}:2 (byte 1), {tmp_path / 'd.csv'}:3 (byte 2): the line is not UTF-8" in message
+    assert f"{tmp_path / 'd.csv'}:3 (byte 1), {tmp_path / 'd.csv'}:4 (byte 2): the line is not UTF-8" in message
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -197,7 +198,7 @@ def test_a_name_twice_in_an_object_or_a_schema_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("start", "remedy"), [
-    (b"\x1f\x8b\x08", "gunzip"), (b"PK\x03\x04", "save the sheet as .csv"), (b"PAR1", "Name it .parquet"),
+    (b"\x1f\x8b\x08", ".gz"), (b"PK\x03\x04", "name it .xlsx"), (b"PAR1", "Name it .parquet"),
     (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"<!doctype html><html>", "Download")])
 def test_a_file_of_another_kind_than_its_name_says_is_known(tmp_path, start, remedy):
     for suffix in (".csv", ".jsonl"):
@@ -427,3 +428,55 @@ def test_a_role_of_a_template_s_own_is_left_to_it(tmp_path):
 @pytest.mark.parametrize("row", [{"messages": TURNS}, {"prompt": "a", "completion": "b"}])
 def test_rows_of_another_task_say_which(tmp_path, row):
     assert "add --task causal-lm" in refusal(write_lines(tmp_path / "a.jsonl", row))
+
+
+# --- What spreadsheets leave around a table ---
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_empty_rows_and_empty_columns_without_a_name_are_left_out_and_said(tmp_path, suffix, said):
+    path = tmp_path / f"a{suffix}"
+    content = ",text,label,,\n1,x,1,,\n2,y,0\n,,,,\n3,z,1,,,,,\n,,,\n"
+    path.write_text(content if suffix == ".csv" else content.replace(",", "\t"))
+    message = said(path)
+    rows = read(path, "classification")
+    assert rows.texts == ("x", "y", "z") and [rows.where(i) for i in range(3)] == [f"{path}:{n}" for n in (2, 3, 5)]
+    assert f"{path}:1: the first column has no name" in message
+    assert f"{path}:4, {path}:6: the row is empty. It is left out" in message
+
+
+@pytest.mark.parametrize(("row", "said_"), [
+    (f"x,1,,{SECRET}", "a field stands in a column that has no name"), (f"x,{SECRET},1", "has no name"),
+    (f"x,1,,,,{SECRET}", "(6 fields): the row has more or fewer fields than the header, which has 2"),
+    ("x", "(1 fields): the row has more or fewer fields")])
+def test_what_stands_beside_the_named_columns_is_refused(tmp_path, row, said_):
+    path = write_lines(tmp_path / "a.csv", "text,label,,", "a,0,,", row, "b,1,,")
+    assert f"{path}:3" in refusal(path) and said_ in refusal(path)
+
+
+def test_a_column_without_a_name_between_others_must_be_empty(tmp_path):
+    path = write_lines(tmp_path / "a.csv", "text,,label", "x,,1", f"y,{SECRET},0")
+    assert f"{path}:3: a field stands in a column that has no name" in refusal(path)
+    assert "the first row names no column" in refusal(write_lines(tmp_path / "b.csv", " , ", "x,1"))
+
+
+@pytest.mark.parametrize("line", [
+    "Total,,", "Total,2,", ",Summe,2", "Gesamt:,,2", "n = 2,,", "N=1.234,,", "Anzahl: 2,,", "Zwischensumme,,2",
+    "Grand total,2,3", "total 2 records,,", "(2 rows)", "(2 rows affected)", "2 rows selected.", 'Mittelwert,,"0,5"',
+    "TOTAL,50 %,50 %"])
+def test_a_line_of_totals_at_the_end_becomes_no_record(tmp_path, line):
+    path = write_lines(tmp_path / "a.csv", "text,label,id", "x,1,1", "y,0,2", line, ",,")
+    assert f"{path}:4: the row at the end is a line of totals" in refusal(path)
+    assert "line of totals" in refusal(path, unit="id")
+
+
+@pytest.mark.parametrize("line", [
+    "Total knee replacement,1,2", "total,yes,2", "in total 2 falls,1,2", "5,1,2", "summer,0,1"])
+def test_a_record_that_begins_like_totals_is_one(tmp_path, line):
+    path = write_lines(tmp_path / "a.csv", "text,label,id", "x,1,1", line)
+    assert len(read(path, "classification")) == 2
+
+
+def test_a_row_like_totals_between_others_is_read_and_said(tmp_path, said):
+    path = write_lines(tmp_path / "a.csv", "text,label", "x,1", "total,0", "sum,1", "y,0")
+    assert read(path, "classification").texts == ("x", "total", "sum", "y")
+    assert f"{path}:3, {path}:4: the row looks like a line of totals, and is read as a record" in said(path)
