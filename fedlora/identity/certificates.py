@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -95,13 +95,22 @@ def parse_certificate(pem: bytes) -> Certificate:
         ValueError: it is no certificate, has not exactly one common name, or its key is not ECDSA on P-256.
     """
     certificate = x509.load_pem_x509_certificate(pem)
-    key = certificate.public_key()
     name = common_name(certificate.subject)
-    if not isinstance(key, EllipticCurvePublicKey) or key.curve.name != "secp256r1":
+    key = key_of(certificate)
+    if key is None:
         raise ValueError(f"the certificate of {name} has a key that is not ECDSA on P-256 (secp256r1), which TLS 1.3 "
                          "here needs; have it issued for such a key")
     return Certificate(name, fingerprint(key), certificate.not_valid_before_utc, certificate.not_valid_after_utc,
                        certificate.public_bytes(Encoding.PEM))
+
+
+def key_of(document: x509.Certificate | x509.CertificateSigningRequest) -> EllipticCurvePublicKey | None:
+    """Return the public key of a certificate or request if it is ECDSA on P-256, else None."""
+    try:
+        key = document.public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        return None
+    return key if isinstance(key, EllipticCurvePublicKey) and key.curve.name == "secp256r1" else None
 
 
 def comes_from(chain: bytes, authority: bytes) -> bool:
@@ -130,7 +139,7 @@ def comes_from(chain: bytes, authority: bytes) -> bool:
 def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
     return True
 

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
 from cryptography.hazmat.primitives.serialization import (
@@ -118,7 +119,7 @@ def load_key(path: Path) -> EllipticCurvePrivateKey:
     except TypeError:
         raise ValueError(f"{path} is encrypted; store the key without a passphrase, readable by its owner "
                          "alone") from None
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm) as error:
         if str(error).startswith(str(path)):
             raise
         raise ValueError(f"{path} is not a private key in PEM") from None

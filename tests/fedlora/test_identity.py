@@ -1,5 +1,6 @@
 """Keys, certificates, the coordinator's authority and the list of allowed clients."""
 
+import ssl
 import stat
 from datetime import timedelta
 
@@ -8,9 +9,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
 from fedlora.identity import make_request, read_identity
-from fedlora.identity.certificates import comes_from, names_host, utc_now
+from fedlora.identity.certificates import comes_from, names_host, parse_certificate, utc_now
 from fedlora.identity.folder import AUTHORITY, CERTIFICATE, KEY, REQUEST
 from fedlora_server.cli import main as server
 from fedlora_server.pki.allow_list import AllowList
@@ -192,3 +194,17 @@ def test_a_certificate_comes_from_its_authority_also_over_one_in_between(authori
     assert comes_from(own + middle, top) and comes_from(own, middle)
     assert not comes_from(own, top), "what is between is missing"
     assert not comes_from(issued_by("north", "between", leaf, leaf) + middle, top), "signed by another key of that name"
+
+
+def test_a_key_of_a_kind_that_nobody_here_knows_is_refused_in_words():
+    """Change the object identifier of an EC key, 1.2.840.10045.2.1, into one that stands for nothing."""
+    key = generate_private_key(SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "north")])
+    made = (x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+            .serial_number(1).not_valid_before(utc_now()).not_valid_after(utc_now() + timedelta(days=1))
+            .sign(key, hashes.SHA256())).public_bytes(Encoding.DER)
+    known = bytes.fromhex("2a8648ce3d0201")
+    assert made.count(known) == 1
+    pem = ssl.DER_cert_to_PEM_cert(made.replace(known, bytes.fromhex("2a8648ce3d0209"))).encode()
+    with pytest.raises(ValueError, match="certificate of north has a key that is not ECDSA on P-256"):
+        parse_certificate(pem)

@@ -24,7 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedlora import wire
 from fedlora.files import replace_file
-from fedlora.identity.certificates import Certificate, common_name, fingerprint, parse_certificate, utc_now
+from fedlora.identity.certificates import Certificate, common_name, fingerprint, key_of, parse_certificate, utc_now
 from fedlora.identity.folder import AUTHORITY, CERTIFICATE, KEY, load_key, new_key
 
 from . import allow_list
@@ -124,13 +124,13 @@ class Authority:
         except ValueError:
             raise ValueError("this is not a request for a certificate in PEM; send what fedlora-client enroll "
                              "made") from None
-        name, key = common_name(asked.subject), asked.public_key()
+        name, key = common_name(asked.subject), key_of(asked)
         wire.check_name(name)
-        if not asked.is_signature_valid:
-            raise ValueError(f"the request of {name} is not signed by its own key; it was changed on its way")
-        if not isinstance(key, EllipticCurvePublicKey) or key.curve.name != "secp256r1":
+        if key is None:
             raise ValueError(f"the request of {name} is for a key that is not ECDSA on P-256; make it with "
                              "fedlora-client enroll")
+        if not asked.is_signature_valid:
+            raise ValueError(f"the request of {name} is not signed by its own key; it was changed on its way")
         return self.admit(name, key, days=days, now=now)
 
     def admit(self, name: str, key: EllipticCurvePublicKey, *, days: int = DAYS,
