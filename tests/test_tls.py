@@ -14,6 +14,7 @@ from fedlora.identity.certificates import day, utc_now
 from fedlora.identity.folder import CERTIFICATE, KEY
 from fedlora.plan import Proposal
 from fedlora.privacy.report import verify
+from fedlora_client.connection import Connection
 from fedlora_client.tls import Tls, Unreachable, Untrusted
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.pki.allow_list import FILE
@@ -133,6 +134,30 @@ def test_a_client_whose_certificate_ends_while_it_is_connected_goes_on_with_the_
     assert f"Client 'north' was disconnected: {why}" in caplog.text
     assert any(f"was lost ({why})" in line for line in told), told
     connection.leave()
+
+
+def test_a_client_whose_certificate_has_ended_waits_for_the_renewed_one(engine, authority, tmp_path):
+    folder = enrolled(authority, tmp_path / "north")
+    ends_soon = authority.renew("north", days=1, now=utc_now() - timedelta(days=1) + timedelta(seconds=2))
+    (folder / CERTIFICATE).write_bytes(ends_soon.pem)
+    told = []
+    connection = Connection(engine.address, "north", private=True, tls=Tls(folder), connect_timeout_s=60,
+                            report=told.append)
+    connection.join()
+    connection.ready()
+    wait_until(lambda: not engine.idle() and told)
+    time.sleep(0.5)  # attempts with the ended one
+    (folder / CERTIFICATE).write_bytes(authority.renew("north").pem)
+    wait_until(engine.idle)
+    assert connection.join().plan == RUN and "have it renewed" in told[0]
+    connection.leave()
+
+
+def wait_until(true, timeout_s=30):
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_renewal_that_went_wrong_leaves_the_server_on_its_old_certificate(engine, authority, tmp_path, caplog):

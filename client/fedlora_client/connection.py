@@ -333,10 +333,10 @@ class Connection:
             opened = self._channel()
         except Unreachable as error:
             return str(error)
-        except Untrusted as error:
+        except ValueError as error:  # not trusted, or this client's certificate has ended or is being replaced
             if self._proposal is None:
                 raise
-            return str(error)  # it was trusted before, and may be again
+            return str(error)  # it was right before, and may be again
         with opened as channel:
             call = channel.stream_stream(wire.SERVICE)(self._requests(stream))
             stream.call = call
@@ -381,6 +381,7 @@ class Connection:
         Raises:
             Untrusted: the server is not one that this client trusts, or does not take its certificate.
             Unreachable: the server did not answer.
+            ValueError: this client's identity cannot be used.
         """
         if self._tls is None:
             return grpc.insecure_channel(self.server, options=wire.CHANNEL_OPTIONS)

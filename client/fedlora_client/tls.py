@@ -199,8 +199,8 @@ def _why_untrusted(server: str, host: str, error: ssl.SSLCertVerificationError) 
 
 def _refused(server: str, identity: Identity) -> Untrusted:
     return Untrusted(f"{server} does not take the certificate of {identity.certificate.name}; it comes from another "
-                     "authority than the server's. Send the coordinator request.csr and put what comes back into "
-                     "certificate.pem")
+                     "authority than the server's, or the server's clock is wrong. Ask the coordinator about the "
+                     "clock; if it is right, send request.csr and put what comes back into certificate.pem")
 
 
 def _failed(server: str, identity: Identity, error: OSError) -> Exception:
