@@ -81,8 +81,13 @@ AGREED = ("--yes",)
 def client_that_dies(point: str, occurrence: int, arguments: Sequence[str], log: Path,
                      environment: Mapping[str, str]) -> None:
     """Run fedlora-client, and kill it at `point`, the n-th time it passes it after its first charge."""
+    act_at(*POINTS[point], occurrence, charges_seen(), die)
+    processes._run("client", arguments, log, environment)
+
+
+def charges_seen() -> Callable[[], bool]:
+    """Return a function that tells whether this process has charged a training yet."""
     charged: list[object] = []
-    _kill_at(*POINTS[point], occurrence, lambda: bool(charged))
     reserve = Ledger.reserve
 
     def reserving(self: Ledger, *arguments: Any, **named: Any) -> Any:
@@ -91,13 +96,17 @@ def client_that_dies(point: str, occurrence: int, arguments: Sequence[str], log:
         return reservation
 
     Ledger.reserve = reserving  # type: ignore[method-assign]
-    processes._run("client", arguments, log, environment)
+    return lambda: bool(charged)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def server_that_dies(point: str, occurrence: int, arguments: Sequence[str], log: Path,
                      environment: Mapping[str, str]) -> None:
     """Run fedlora-server, and kill it at `point`, the n-th time it passes it."""
-    _kill_at(*SERVER_POINTS[point], occurrence, lambda: True)
+    act_at(*SERVER_POINTS[point], occurrence, lambda: True, die)
     processes._run("server", arguments, log, environment)
 
 
@@ -111,37 +120,43 @@ def found(where: str) -> tuple[Any, str]:
     return owner, name
 
 
-def _kill_at(where: str, when: str, occurrence: int, counts: Callable[[], bool]) -> None:
-    """Have this process killed in the n-th call of a function. Calls are counted while `counts()` is true."""
+def act_at(where: str, when: str, occurrence: int, counts: Callable[[], bool], act: Callable[[], object]) -> None:
+    """Have this process call `act` in the n-th call of a function. Calls are counted while `counts()` is true."""
     owner, name = found(where)
     original, left = getattr(owner, name), [occurrence]
 
-    def die() -> None:
+    def pass_by() -> None:
         if counts():
             left[0] -= 1
             if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
+                act()
 
-    def dying(*arguments: Any, **named: Any) -> Any:
+    def passing(*arguments: Any, **named: Any) -> Any:
         if when == BEFORE:
-            die()
+            pass_by()
         result = original(*arguments, **named)
         if when == AMID:
             return amid(result)
         if when == AFTER:
-            die()
+            pass_by()
         return result
 
     def amid(frames: Any) -> Iterator[bytes]:
         for frame in frames:
             yield frame
-            die()  # gRPC has taken this frame and asks for the next
+            pass_by()  # gRPC has taken this frame and asks for the next
 
-    setattr(owner, name, dying)
+    setattr(owner, name, passing)
 
 
 def server_that_tells(told: Path, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
     """Run fedlora-server, and have it write down the SHA-256 of every update that it has received in full."""
+    tell_of_uploads(told)
+    processes._run("server", arguments, log, environment)
+
+
+def tell_of_uploads(told: Path) -> None:
+    """Have this process, a server, write down the SHA-256 and the numbers of every update that it has received."""
     from fedlora.wire import tensors_digest
     from fedlora_server.upload_store import IncomingUpload, read_record
     from fedlora_strategies.messages import to_tensors
@@ -156,7 +171,6 @@ def server_that_tells(told: Path, arguments: Sequence[str], log: Path, environme
         return found
 
     IncomingUpload.stored = telling  # type: ignore[method-assign]
-    processes._run("server", arguments, log, environment)
 
 
 class Started(Forked):
