@@ -6,6 +6,8 @@
 # make attacks: what bad peers can do to a run, half an hour; ARGS="--seconds 5 idle" is one attack for a moment, and
 # ARGS="fuzz" changed frames to servers and clients; --tls attacks a run over mutual TLS.
 # make soak: 500 rounds over TLS with 20 clients that come and go; memory, descriptors and threads on both sides.
+# make chaos: whole federations over TLS, with processes killed, links cut, disks full and clocks wrong, half an hour;
+# ARGS="--list" shows the cases, and ARGS="--only disk:" runs some.
 # make docs: the documentation site, into build/site. make docs-serve: the same while you write, at http://127.0.0.1:8000.
 # All install first: they find Python 3.11 or 3.12, create .venv and install what pyproject.toml names.
 
@@ -17,7 +19,7 @@ WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n + n / 2)))
 
 COVERAGE := --cov --cov-report=term:skip-covered
 
-.PHONY: demo test test-all check lint contracts types bits attacks soak docs docs-serve clean
+.PHONY: demo test test-all check lint contracts types bits attacks soak chaos docs docs-serve clean
 
 demo: .venv/installed
 	.venv/bin/python -m fedlora_simulations.demo $(ARGS)
@@ -47,6 +49,9 @@ attacks: .venv/installed
 
 soak: .venv/installed
 	.venv/bin/python -m tests.soak $(ARGS)
+
+chaos: .venv/installed
+	.venv/bin/python -m tests.chaos $(ARGS)
 
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
