@@ -36,7 +36,7 @@ OF_THE_RUN = ("--min-clients", 3, "--rounds", ROUNDS, "--labels", "routine,urgen
               "--batch-size", 8, "--max-length", 16, "--seed", 5)
 OF_A_CLIENT = ("--threads", 1, "--device", "cpu", "--precision", "fp32", "--epsilon", 200, "--declared-size", ROWS,
                "--yes", "--connect-timeout", 60)
-AGAIN, TO_A_PERSON = frozenset({1, 3, 130, 143, -signal.SIGKILL, -signal.SIGTERM}), frozenset({2, 4, 5})
+AGAIN = frozenset({1, 3, 130, 143, -signal.SIGKILL, -signal.SIGTERM})
 RESTART_S = 0.3
 """Seconds until a supervisor starts a process again."""
 PERSON_S = 0.5
