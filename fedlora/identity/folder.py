@@ -63,11 +63,8 @@ def read_identity(folder: Path, *, now: datetime | None = None) -> Identity:
     if (folder / KEY).stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ValueError(f"others on this machine can read the private key {folder / KEY}; run chmod 600 on it")
     key = load_key(folder / KEY)
-    try:
-        certificate = parse_certificate(chain)
-        parse_certificate(authority)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+    certificate = _certificate(folder / CERTIFICATE, chain)
+    _certificate(folder / AUTHORITY, authority)
     if fingerprint(key.public_key()) != certificate.fingerprint:
         raise ValueError(f"{folder / CERTIFICATE} was not issued for the key {folder / KEY}; put the certificate that "
                          f"answers {folder / REQUEST} there")
@@ -126,6 +123,20 @@ def load_key(path: Path) -> EllipticCurvePrivateKey:
     if not isinstance(key, EllipticCurvePrivateKey):
         raise ValueError(f"{path} is not an ECDSA key; make one with fedlora-client enroll, or on P-256")
     return key
+
+
+def _certificate(path: Path, pem: bytes) -> Certificate:
+    """Return the certificate in a file.
+
+    Raises:
+        ValueError: it is damaged, or not for a key that TLS here can use.
+    """
+    if b"-----END CERTIFICATE-----" not in pem:
+        raise ValueError(f"{path} holds no whole certificate in PEM; was it cut off while it was copied? Copy it again")
+    try:
+        return parse_certificate(pem)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _read(path: Path) -> bytes:

@@ -99,11 +99,13 @@ def test_any_name_that_a_client_may_have_can_be_enrolled_listed_and_renewed(auth
     (lambda f, a: (f / KEY).chmod(0o644), "chmod 600"),
     (lambda f, a: (f / KEY).unlink(), "cannot be read"),
     (lambda f, a: (f / KEY).write_bytes(b"nonsense"), "not a private key"),
-    (lambda f, a: (f / CERTIFICATE).write_bytes(b"nonsense"), "client: "),
+    (lambda f, a: (f / CERTIFICATE).write_bytes(b"nonsense"), "certificate.pem holds no whole certificate"),
+    (lambda f, a: (f / AUTHORITY).write_bytes((f / AUTHORITY).read_bytes()[:-40]), "ca.pem holds no whole certificate"),
     (lambda f, a: (f / CERTIFICATE).write_bytes((a.folder / CERTIFICATE).read_bytes()), "was not issued for the key"),
     (lambda f, a: (f / CERTIFICATE).write_bytes(a.renew("north", now=utc_now() - timedelta(days=900)).pem), "expired"),
     (lambda f, a: (f / CERTIFICATE).write_bytes(a.renew("north", now=utc_now() + timedelta(days=9)).pem), "clock"),
-], ids=["open key", "no key", "no key in it", "no certificate", "another's certificate", "expired", "not yet valid"])
+], ids=["open key", "no key", "no key in it", "no certificate", "half an authority",
+        "another's certificate", "expired", "not yet valid"])
 def test_an_identity_that_cannot_be_used_says_what_to_do(authority, tmp_path, spoil, says):
     folder = enrolled(authority, tmp_path / "client", "north")
     spoil(folder, authority)
