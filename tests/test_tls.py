@@ -16,6 +16,7 @@ from fedlora.plan import Proposal
 from fedlora.privacy.report import verify
 from fedlora_client.connection import Connection
 from fedlora_client.tls import Tls, Unreachable, Untrusted
+from fedlora_server.audit.compare import compare
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.pki.allow_list import FILE
 from fedlora_server.pki.authority import SERVER_NAME, Authority
@@ -202,6 +203,11 @@ def test_a_federation_over_tls_ends_with_the_bits_of_one_in_plaintext(deploy, tm
     for name in ("north", "south"):
         own = read_identity(tmp_path / name).certificate.fingerprint
         assert {line["fingerprint"] for line in lines if line["client"] == name} == {own}
+    statement = json.loads(report.read_text())
+    assert not compare(lines, statement).wrong
+    others = [line | {"fingerprint": "0" * 64} if line["client"] == "north" else line for line in lines]
+    assert all("which the report does not state" in why for why in compare(others, statement).wrong)
+    assert len(compare(others, statement).wrong) == 2, "one for each upload"
 
 
 class HttpProxy:

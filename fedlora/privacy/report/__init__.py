@@ -13,8 +13,8 @@ from fedlora.privacy.report.facts import (
 from fedlora.privacy.report.page import markdown
 from fedlora.privacy.report.report import privacy_report, write_report
 from fedlora.privacy.report.signing import canonical, load_or_create_key, public_key, sign
-from fedlora.privacy.report.verification import Verified, verify, verify_file
+from fedlora.privacy.report.verification import Verified, connections, verify, verify_file
 
 __all__ = ["Disclosure", "LifetimeAccount", "LifetimeCharge", "Mechanism", "ReportedRun", "TrainingEntry", "Verified",
-           "announced", "canonical", "encrypted", "load_or_create_key", "markdown", "privacy_report", "public_key",
-           "sign", "verify", "verify_file", "write_report"]
+           "announced", "canonical", "connections", "encrypted", "load_or_create_key", "markdown", "privacy_report",
+           "public_key", "sign", "verify", "verify_file", "write_report"]

@@ -154,11 +154,11 @@ def verify(report: Document, public_key: str | None = None) -> Verified:
     _check_facts(report)
     privacy = report["privacy"]
     if privacy["no_guarantee"] is not None:
-        return Verified(author, False, None, None, None, (), _without_guarantee(report), _connections(report))
+        return Verified(author, False, None, None, None, (), _without_guarantee(report), connections(report))
     checks = [*_check_figures(report, "guarantee"), *_check_figures(report, "spent"), *_check_lifetime(report)]
     epsilon, spent = (number(privacy[kind]["epsilon"]) for kind in ("guarantee", "spent"))
     return Verified(author, True, epsilon, privacy["delta"], spent, tuple(checks), _with_guarantee(report),
-                    _connections(report))
+                    connections(report))
 
 
 def verify_file(path: Path, console: Console, public_key: str | None = None) -> int:
@@ -321,7 +321,8 @@ def _covers(most: Iterable[Steps], done: Iterable[Steps], what: str) -> None:
                              f"rate {kind[1]}, and {steps} were begun; do not rely on this report")
 
 
-def _connections(report: Document) -> tuple[str, ...]:
+def connections(report: Document) -> tuple[str, ...]:
+    """Return what a report says of the keys at both ends of the run's connections; nothing without TLS."""
     return tuple(item["value"] for item in report["left_without_noise"] if item["what"] == CERTIFICATE)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.privacy.report import verify
+from fedlora.privacy.report import connections, verify
 
 from .chain import Line
 
@@ -71,6 +71,10 @@ def compare(lines: Sequence[Line], report: dict[str, Any]) -> Compared:
         wrong.append(f"the plan's digest is {', '.join(sorted(plans)) or 'missing'} in the log and "
                      f"{run['plan_sha256']} in the report")
     own = [line for line in lines if line["client"] == run["client"] and line["round"] is not None]
+    stated = " ".join(connections(report))
+    wrong += [f"{_named((line['round'], line['attempt']))}: the client showed a certificate with the fingerprint "
+              f"{line['fingerprint']} (line {line['number']}), which the report does not state"
+              for line in own if line["event"] == "uploaded" and line["fingerprint"] not in stated]
     logged = [line for line in own if line["event"] == "uploaded"]
     sent = {(training["round"], training["attempt"]): training for training in report["trainings"]
             if training["upload"] is not None}
