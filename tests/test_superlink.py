@@ -151,6 +151,7 @@ def test_a_server_app_of_ones_own_runs_a_strategy_of_ours(tmp_path, checkpoint):
 
 def test_the_flower_app_knows_every_option_of_the_server_and_holds_no_code():
     config = tomllib.loads((APP / "pyproject.toml").read_text())
-    known = {flag(name) for name in options_of(ServerConfig)} - {"resume"}
-    assert set(config["tool"]["flwr"]["app"]["config"]) == known - {"address", "insecure", "tls"}
+    of_the_command = {"resume", "address", "insecure", "tls", "dry-run", "log-format"}
+    assert set(config["tool"]["flwr"]["app"]["config"]) == {
+        flag(name) for name in options_of(ServerConfig)} - of_the_command
     assert [file.name for file in APP.rglob("*") if file.suffix in (".py", ".toml")] == ["pyproject.toml"]

@@ -43,8 +43,8 @@ def test_a_million_names_have_no_million_lines_and_take_no_memory():
 
 def test_lines_of_a_log_that_are_about_a_peer_are_said_sparingly_and_others_always(caplog):
     log = logging.getLogger("fedlora_server.anything")
-    caplog.handler.addFilter(PeerFilter(PeerLines()))
-    for _ in range(3):
-        log.warning("the stream of %s was ended", "north", extra={"peer": "ipv4:10.0.0.1", "kind": "ended"})
-        log.warning("something else")
+    with caplog.filtering(PeerFilter(PeerLines())):
+        for _ in range(3):
+            log.warning("the stream of %s was ended", "north", extra={"peer": "ipv4:10.0.0.1", "kind": "ended"})
+            log.warning("something else")
     assert caplog.messages == ["the stream of north was ended", *["something else"] * 3]
