@@ -43,7 +43,7 @@ def test_a_run_is_written_down_alike_by_the_server_and_by_its_clients(deploy, tm
     for change, says in (({"sha256": "0" * 64}, "the upload has the digest 0000"),
                          ({"round": 7}, "the report knows nothing"),
                          ({"client": "west"}, "the report has an upload that the log has not"),
-                         ({"event": "late"}, "came too late or was refused")):
+                         ({"event": "late"}, "it came too late, was refused")):
         lines, head = [], chain.NO_LINE
         for number, line in enumerate(map(json.loads, whole), start=1):
             hit = (line["event"], line["client"], line["round"]) == ("uploaded", "north", 1)

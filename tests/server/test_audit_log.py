@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fedlora.plan import plan_digest
+from fedlora.privacy.report.facts import CERTIFICATE
 from fedlora_server import checkpoint
 from fedlora_server.audit import chain, log
 from fedlora_server.audit.command import main
+from fedlora_server.audit.compare import compare
 from fedlora_server.audit.log import AuditLog
 from fedlora_server.observer import ClientEvent, RoundRecord
 from fedlora_server.trackers import Trackers, Watched
@@ -395,3 +397,22 @@ def test_events_come_under_a_lock_so_that_none_waits_for_the_disk(tmp_path, monk
         assert time.monotonic() - began < 2.0
         slow.set()
     assert len(run.lines()) == 1002
+
+
+def stated(*rounds):
+    """Return what `compare` reads of a report whose client `a` released an upload in each of these rounds."""
+    return {"run": {"id": PLAN.run_id, "plan_sha256": plan_digest(PLAN), "client": "a"}, "left_without_noise": [
+        {"what": CERTIFICATE, "value": "public key f-a"}], "signature": {"public_key": "key"}, "trainings": [
+            {"round": number, "attempt": 0, "state": "released", "upload": {"sha256": f"a-{number}-0"}}
+            for number in rounds]}
+
+
+@pytest.mark.parametrize(("closed", "unanswered", "wrong"), [((1,), ((2, 0),), 0), ((1, 2), (), 1)])
+def test_an_upload_that_the_log_lacks_contradicts_a_report_only_where_its_round_was_closed(
+        tmp_path, closed, unanswered, wrong):
+    run = Run(tmp_path).begin()
+    for number in closed:
+        run.round(number, "ab" if number == 1 else "b")
+    run.end("stopped")
+    found = compare(chain.read(tmp_path / chain.FILE).lines, stated(1, 2))
+    assert (found.uploads, found.unanswered, len(found.wrong)) == (1, unanswered, wrong), found.wrong

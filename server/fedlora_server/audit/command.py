@@ -123,7 +123,8 @@ def _check_report(lines: Sequence[Line], path: Path, report: dict[str, object]) 
     print(f"{path}: client {found.client}, {found.uploads} uploads are in the report and in the log. Certificate "
           f"fingerprint in the log: {keys}. The report is signed by {found.public_key}.")
     for round, attempt in found.unanswered:
-        print(f"{path}: round {round}, attempt {attempt} was sent, and came too late or was refused.")
+        print(f"{path}: round {round}, attempt {attempt} was sent, and not used: it came too late, was refused, or its "
+              "round was not closed.")
     return not found.wrong
 
 

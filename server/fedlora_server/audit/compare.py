@@ -25,7 +25,8 @@ class Compared:
         uploads: number of uploads that both have, with the same digest.
         fingerprints: the certificates' fingerprints under which the log has them.
         public_key: the key that signed the report.
-        unanswered: sent by the report and late or refused by the log, so that the log has no whole upload.
+        unanswered: sent by the report, and not used by the log: it came too late, was refused, or belongs to a round
+            that the log has not closed, as where the server was stopped.
         wrong: every contradiction, in words.
     """
 
@@ -55,9 +56,9 @@ def read_report(path: Path) -> dict[str, Any]:
 def compare(lines: Sequence[Line], report: dict[str, Any]) -> Compared:
     """Hold the lines of an audit log against a verified privacy report.
 
-    An upload that the report calls released and that the log has neither as uploaded nor as late or refused is a
-    contradiction too, though it may have been lost on its way: the log cannot tell that from an upload that it leaves
-    out.
+    An upload of a closed round that the report calls released and that the log has neither as uploaded nor as late or
+    refused is a contradiction too, though it may have been lost on its way: the log cannot tell that from an upload
+    that it leaves out.
 
     Args:
         lines: the log's lines, whose chain was checked.
@@ -74,7 +75,7 @@ def compare(lines: Sequence[Line], report: dict[str, Any]) -> Compared:
     stated = " ".join(connections(report))
     wrong += [f"{_named((line['round'], line['attempt']))}: the client showed a certificate with the fingerprint "
               f"{line['fingerprint']} (line {line['number']}), which the report does not state"
-              for line in own if line["event"] == "uploaded" and line["fingerprint"] not in stated]
+              for line in own if line["event"] == "uploaded" and (line["fingerprint"] or "") not in stated]
     logged = [line for line in own if line["event"] == "uploaded"]
     sent = {(training["round"], training["attempt"]): training for training in report["trainings"]
             if training["upload"] is not None}
@@ -88,14 +89,15 @@ def compare(lines: Sequence[Line], report: dict[str, Any]) -> Compared:
                          f"{line['number']}) and {known} in the report")
     arrived = {(line["round"], line["attempt"]) for line in logged}
     declined = {(line["round"], line["attempt"]) for line in own if line["event"] in ("late", "refused")}
+    closed = {line["round"] for line in lines if line["event"] == "closed"}
     missing = [order for order, training in sent.items()
                if training["state"] == "released" and order not in arrived]
+    unanswered = tuple(order for order in missing if order in declined or order[0] not in closed)
     wrong += [f"{_named(order)}: the report has an upload that the log has not. It was lost on its way, or the log "
-              "leaves it out" for order in missing if order not in declined]
+              "leaves it out" for order in missing if order not in unanswered]
     return Compared(run["client"], len(arrived & sent.keys()),
                     tuple(sorted({line["fingerprint"] for line in logged if line["fingerprint"]})),
-                    report["signature"]["public_key"], tuple(order for order in missing if order in declined),
-                    tuple(wrong))
+                    report["signature"]["public_key"], unanswered, tuple(wrong))
 
 
 def _named(order: Order) -> str:
