@@ -1,7 +1,7 @@
 """Figures of an evaluation: computed by scikit-learn and SciPy from what was measured for each record.
 
 A name with a slash says more about the figure before the slash: `accuracy/low` and `accuracy/high` are the ends of its
-95 % interval, `recall/urgent` is the recall of one label. Tables for people leave these out (`main`).
+95 % interval, `recall/urgent` is the recall of one label. Tables for people leave these out (`headline`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_AT_ONCE = 2_000_000
 """Most values that a bootstrap draws at once."""
 
 
-def main(figures: Mapping[str, float]) -> dict[str, float]:
+def headline(figures: Mapping[str, float]) -> dict[str, float]:
     """Return the figures for tables and curves: neither those with a slash in their names nor the count."""
     return {name: value for name, value in figures.items() if "/" not in name and name != "count"}
 

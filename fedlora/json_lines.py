@@ -63,6 +63,11 @@ class JsonLines:
         self.target.write(line(event, message, level, **self.about | fields))
 
 
+def time_now() -> str:
+    """Return the time in UTC, to the millisecond: 2026-11-28T14:02:11.532Z."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def line(event: str, message: str, level: str = "info", **fields: object) -> str:
     """Return a line with its end; see `JsonLines.write`.
 
@@ -71,8 +76,7 @@ def line(event: str, message: str, level: str = "info", **fields: object) -> str
     """
     if unknown := fields.keys() - set(FIELDS):
         raise TypeError(f"a line has no field {', '.join(sorted(unknown))}")
-    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    values = dict.fromkeys(FIELDS) | fields | {"time": now, "level": level, "event": event, "message": message}
+    values = dict.fromkeys(FIELDS) | fields | {"time": time_now(), "level": level, "event": event, "message": message}
     return json.dumps({name: None if value == "" else value for name, value in values.items()}) + "\n"
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from fedlora.config import Parser, SimulationConfig, build_parser, option, read_config, values
 from fedlora.config.option import RUN
 from fedlora.console import messages, results
-from fedlora.figures import main as main_figures
+from fedlora.figures import headline
 from fedlora.plan import Refusal, Released, RoundPlan, Tensors, Upload
 from fedlora_client.flower_app import Session
 from fedlora_server.folders import claimed_folder
@@ -142,7 +142,7 @@ def run_one(options: SimulationConfig, seed: int, base: BaseModel, population: P
 def table(outcomes: Mapping[str, Mapping[int, Outcome]]) -> Table:
     """Return a table with one row for each kind: its figures, and their change from the honest runs, seed by seed."""
     honest = outcomes[HONEST]
-    metric = next(iter(main_figures(next(iter(honest.values())).figures)))
+    metric = next(iter(headline(next(iter(honest.values())).figures)))
     shown = Table(box=None, pad_edge=False, title_justify="left", title=(
         f"one client sends what it did not train; {len(honest)} paired seeds, mean ± deviation"))
     for name in ("sends", metric, "change", "loss", "left out", "honest left out", "ended"):

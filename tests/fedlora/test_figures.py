@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.figures import MAJORITY, MOST_RECALLS, main, of_classes, perplexity, proportion
+from fedlora.figures import MAJORITY, MOST_RECALLS, headline, of_classes, perplexity, proportion
 
 LABELS = ("no", "yes", "perhaps")
 TRUTH = np.array([0, 0, 0, 0, 1, 1, 2, 2])
@@ -40,9 +40,9 @@ def test_a_model_that_predicts_one_label_is_at_the_majority_rate_with_chance_els
 
 def test_figures_without_a_meaning_are_left_out():
     one_label = of_classes(certain([0, 1, 0]), np.array([0, 0, 0]), LABELS)
-    assert set(main(one_label)) == {"accuracy"} and one_label[MAJORITY] == 1
+    assert set(headline(one_label)) == {"accuracy"} and one_label[MAJORITY] == 1
     no_perhaps = of_classes(certain([0, 2, 1]), np.array([0, 1, 1]), LABELS)
-    assert set(main(no_perhaps)) == {"accuracy", "balanced_accuracy", "macro_f1"}
+    assert set(headline(no_perhaps)) == {"accuracy", "balanced_accuracy", "macro_f1"}
     assert not any("perhaps" in name for name in no_perhaps)
     diverged = of_classes(np.full((8, 3), np.nan), TRUTH, LABELS)
     assert "auroc" not in diverged and np.isfinite(list(diverged.values())).all()

@@ -19,13 +19,13 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 
 from typing_extensions import override
 
 import fedlora
 from fedlora.files import append_to_file
+from fedlora.json_lines import time_now
 from fedlora.plan import RunPlan, plan_digest
 from fedlora.wire.codec import MAX_NAME
 from fedlora_server import checkpoint
@@ -183,8 +183,7 @@ class AuditLog(Tracker):
         with self._changed:
             if self._sealed or self._fault is not None:
                 return
-            now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-            self._waiting.append({"time": now, "event": event, **values, "more": self._more})
+            self._waiting.append({"time": time_now(), "event": event, **values, "more": self._more})
             self._more, self._queued = 0, self._queued + 1
             self._changed.notify_all()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
@@ -120,12 +120,11 @@ class Operations:
 
     def _answer(self, request: Mapping[str, Any]) -> tuple[Mapping[str, object], bool]:
         """Answer a request of `fedlora-server status` or `stop` (`control.Answer`)."""
-        asked: dict[object, Callable[[Mapping[str, Any]], tuple[Mapping[str, object], bool]]] = {
-            "status": lambda request: (self.status(), False), "stop": self._stop}
-        kind = request.get("ask")
-        if not isinstance(kind, str) or kind not in asked:
-            raise ValueError("a request asks for status or stop")
-        return asked[kind](request)
+        if request.get("ask") == "status":
+            return self.status(), False
+        if request.get("ask") == "stop":
+            return self._stop(request)
+        raise ValueError("a request asks for status or stop")
 
     def _stop(self, request: Mapping[str, Any]) -> tuple[Mapping[str, object], bool]:
         suspend = request.get("suspend")

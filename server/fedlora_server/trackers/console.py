@@ -35,7 +35,7 @@ def shown(evaluation: Mapping[str, float]) -> str:
     """Return the figures as in "accuracy 0.812 (majority 0.600), loss 0.431"."""
     beside = {name: f" (majority {value:.3f})" for name, value in evaluation.items() if name == MAJORITY}
     return ", ".join(f"{figures.title(name)} {value:.3f}{beside.get(f'{name}/majority', '')}"
-                     for name, value in figures.main(evaluation).items())
+                     for name, value in figures.headline(evaluation).items())
 
 
 class Display(Tracker):
@@ -157,7 +157,7 @@ class Display(Tracker):
             tell(self._console, status, event, level, round=round, attempt=attempt, client=client, code=code)
 
     def _table(self) -> Group:
-        measured = list(dict.fromkeys(name for r in self._records for name in figures.main(r.evaluation)))
+        measured = list(dict.fromkeys(name for r in self._records for name in figures.headline(r.evaluation)))
         majority = next((r.evaluation[MAJORITY] for r in self._records if MAJORITY in r.evaluation), None)
         table = Table(title=self.run.title, title_justify="left", box=None, pad_edge=False,
                       caption=None if majority is None else f"the most frequent label alone gives {majority:.3f}",

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from typing_extensions import override
 
-from fedlora.figures import main, title
+from fedlora import figures
 from fedlora.plan import RunPlan
 from fedlora_server.observer import RoundRecord
 from fedlora_server.trackers import Tracker, Watched
@@ -63,8 +63,8 @@ def draw(path: Path, records: Sequence[RoundRecord], title: str) -> Path:
         records: the run's records.
         title: stands above the panels.
     """
-    figures = _panels_of_figures(records)
-    panels: list[Panel] = [_evaluation(names) for names in figures] + [_update_norm, _bytes, _seconds]
+    evaluated = _panels_of_figures(records)
+    panels: list[Panel] = [_evaluation(names) for names in evaluated] + [_update_norm, _bytes, _seconds]
     columns = 3 if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.5), layout="constrained")
@@ -72,7 +72,7 @@ def draw(path: Path, records: Sequence[RoundRecord], title: str) -> Path:
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     for place, panel in zip(_places(figure, rows, columns, len(panels)), panels, strict=True):
         panel(place, records)
-        _finish(place, 0 if figures else 0.8, last)
+        _finish(place, 0 if evaluated else 0.8, last)
     figure.savefig(path, dpi=150)
     return path
 
@@ -93,7 +93,7 @@ def _panels_of_figures(records: Sequence[RoundRecord]) -> list[list[str]]:
     """
     values: dict[str, list[float]] = {}
     for record in records:
-        for name, value in main(record.evaluation).items():
+        for name, value in figures.headline(record.evaluation).items():
             values.setdefault(name, []).append(value)
     first, *others = [name for name in values if name != "loss"] or [""]
     shares = [name for name in others if all(0 <= value <= 1 for value in values[name])]
@@ -108,7 +108,7 @@ def _evaluation(names: Sequence[str]) -> Panel:
             rounds, values = zip(*points, strict=True)
             before = "" if rounds[0] else f"{values[0]:.3f} before, "
             after = "after" if rounds[-1] == records[-1].round else f"after round {rounds[-1]}"
-            told = f"{title(name)}: {before}{values[-1]:.3f} {after}"
+            told = f"{figures.title(name)}: {before}{values[-1]:.3f} {after}"
             axes.plot(rounds, values, color=LOSS if name == "loss" else LEARNED, lw=2, label=told, **style)
             _add_interval(axes, name, rounds, records)
         axes.margins(y=0.1)
