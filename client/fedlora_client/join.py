@@ -28,10 +28,10 @@ from fedlora.wire import is_loopback
 from . import paths
 from .admission import Cost, ask_size, ask_whether, panel
 from .data_holder import DataHolder, read_data
+from .installed import check_known, find_model
 from .kit_identity import ask_for_certificate, check_authority, check_certificate, requested_name
 from .labels import check_declared, how_to_declare
 from .options_file import command, options_text
-from .participation import check_known, find_model
 from .privacy_gate import PrivacyGate, limits_of, unit_count
 from .questions import ask
 from .steps import Awaiting, NotReady, Steps

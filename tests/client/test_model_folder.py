@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedlora_client.participation import model_folder
+from fedlora_client.installed import model_folder
 
 PLANNED = f"org/name@{'a' * 40}"
 
