@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlora.config import Parser
+from fedlora.config import Parser, faults_in_words
 
 
 def parser() -> Parser:
@@ -19,20 +18,14 @@ def parser() -> Parser:
     return made
 
 
+@faults_in_words("fedlora-client enroll")
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit code: 0 done, 2 wrong input."""
     options = parser().parse_args(argv)
 
     from fedlora.identity.folder import AUTHORITY, CERTIFICATE, REQUEST
 
-    try:
-        digits = enroll(options.tls, options.name)
-    except ValueError as error:
-        print(f"fedlora-client enroll: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"fedlora-client enroll: {error.filename or options.tls}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    digits = enroll(options.tls, options.name)
     print(f"1. Send {options.tls / REQUEST} to the coordinator. It holds no secret.\n"
           f"2. Tell the coordinator this fingerprint by another way, by telephone say:\n     {digits}\n"
           f"3. Put the two files that come back into {options.tls}, as {CERTIFICATE} and {AUTHORITY}.\n"

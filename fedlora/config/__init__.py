@@ -15,8 +15,9 @@ from fedlora.config.parser import build_parser, config_from, read_config, shown
 from fedlora.config.server import ServerConfig
 from fedlora.config.shared import Config, LocalConfig, RunConfig
 from fedlora.config.simulation import SimulationConfig
-from fedlora.config.subcommands import Subcommand, Subcommands, listed, run_subcommand
+from fedlora.config.subcommands import Subcommand, Subcommands, faults_in_words, listed, run_subcommand
 
 __all__ = ["CONFIGS", "GROUPS", "PRESET", "ClientConfig", "Config", "LocalConfig", "Option", "Parser", "RunConfig",
-           "ServerConfig", "SimulationConfig", "Subcommand", "Subcommands", "build_parser", "config_from", "flag",
-           "listed", "option", "options_of", "read_config", "run_subcommand", "shown", "values"]
+           "ServerConfig", "SimulationConfig", "Subcommand", "Subcommands", "build_parser", "config_from",
+           "faults_in_words", "flag", "listed", "option", "options_of", "read_config", "run_subcommand", "shown",
+           "values"]

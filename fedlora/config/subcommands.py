@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
 
 from fedlora.config.commands import closest
@@ -30,6 +31,31 @@ class Subcommand:
         name, _, function = self.module.partition(":")
         module = import_module(name)
         return getattr(module, function or "main"), getattr(module, f"{function}_parser".lstrip("_"), None)
+
+
+def faults_in_words(prog: str) -> Callable[[Callable[[Sequence[str]], int]], Callable[[Sequence[str]], int]]:
+    """Return a decorator for a main function, under which a fault becomes a line on stderr and exit code 2.
+
+    A fault is a ValueError or a MemoryError, whose text is shown, or an OSError, whose file is named.
+
+    Args:
+        prog: the command and its sub-command, as in "fedlora-server pki".
+    """
+
+    def decorated(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+        @wraps(main)
+        def told(argv: Sequence[str]) -> int:
+            try:
+                return main(argv)
+            except (ValueError, MemoryError) as error:
+                print(f"{prog}: {error}", file=sys.stderr)
+            except OSError as error:
+                print(f"{prog}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+            return 2
+
+        return told
+
+    return decorated
 
 
 Subcommands = Mapping[str, Subcommand]

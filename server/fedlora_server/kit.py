@@ -6,12 +6,11 @@ import ipaddress
 import logging
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlora.config import Parser, build_parser, read_config
+from fedlora.config import Parser, build_parser, faults_in_words, read_config
 from fedlora.config.server import KitConfig
 
 if TYPE_CHECKING:  # imported late, so that --help is quick
@@ -24,6 +23,7 @@ def parser() -> Parser:
     return build_parser(KitConfig)
 
 
+@faults_in_words("fedlora-server kit")
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit code: 0 done, 2 wrong input."""
     typed = parser().parse_args(argv)
@@ -32,16 +32,9 @@ def main(argv: Sequence[str]) -> int:
     if not options.allow_download:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    try:
-        if "out" not in typed:  # in a file, `out` is the run's folder
-            raise ValueError("--out is missing: name the file to write the kit to, as in --out kit.toml")
-        _make(options, typed.out)
-    except (ValueError, MemoryError) as error:
-        print(f"fedlora-server kit: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"fedlora-server kit: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    if "out" not in typed:  # in a file, `out` is the run's folder
+        raise ValueError("--out is missing: name the file to write the kit to, as in --out kit.toml")
+    _make(options, typed.out)
     return 0
 
 

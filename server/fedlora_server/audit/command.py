@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from fedlora.config import Parser
+from fedlora.config import Parser, faults_in_words
 
 from .chain import FILE, Chain, Line, read
 
@@ -19,20 +19,15 @@ SHORT = 12
 """Digits of a hash that `show` prints."""
 
 
+@faults_in_words("fedlora-server audit-log")
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0 fine, 1 the log does not verify, 2 wrong input."""
     options = parser().parse_args(argv)
     file = options.run / FILE if options.run.is_dir() else options.run
-    try:
-        chain = read(file)
-        if not (chain.lines or chain.wrong or chain.torn_bytes):
-            raise ValueError(f"{file} is empty; it is not the audit log of a run")
-        return _verify(file, chain, options) if options.action == "verify" else _show(file, chain, options)
-    except ValueError as error:
-        print(f"fedlora-server audit-log: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"fedlora-server audit-log: {error.filename or file}: {error.strerror or error}", file=sys.stderr)
-    return 2
+    chain = read(file)
+    if not (chain.lines or chain.wrong or chain.torn_bytes):
+        raise ValueError(f"{file} is empty; it is not the audit log of a run")
+    return _verify(file, chain, options) if options.action == "verify" else _show(file, chain, options)
 
 
 def parser() -> Parser:

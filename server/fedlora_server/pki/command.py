@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fedlora.config import Parser
+from fedlora.config import Parser, faults_in_words
 
 FOLDER = Path("pki")
 
 
+@faults_in_words("fedlora-server pki")
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0 done, 2 wrong input."""
     options = parser().parse_args(argv)
-    try:
-        return _ACTIONS[options.action](options)
-    except ValueError as error:
-        print(f"fedlora-server pki: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"fedlora-server pki: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-    return 2
+    return _ACTIONS[options.action](options)
 
 
 def parser() -> Parser:
