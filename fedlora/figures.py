@@ -48,6 +48,12 @@ def proportion(name: str, hits: np.ndarray) -> dict[str, float]:
     return {name: float(tested.statistic), f"{name}/low": float(interval.low), f"{name}/high": float(interval.high)}
 
 
+def _interval(name: str, resampled: np.ndarray) -> dict[str, float]:
+    """Return the interval of a figure from its values in bootstrap samples (percentiles)."""
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return {f"{name}/low": float(low), f"{name}/high": float(high)}
+
+
 def perplexity(losses: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
     """Return the perplexity, exp(loss per token), with its interval over the records (bootstrap percentiles).
 
@@ -85,9 +91,11 @@ def of_classes(probabilities: np.ndarray, truth: np.ndarray, labels: Sequence[st
         The accuracy with its interval and the majority rate. With at least two labels among the records also the
         balanced accuracy, the macro F1 (over the labels that occur among records or predictions), and the recall of
         each such label unless there are more than `MOST_RECALLS` labels. AUROC (for more than two labels the mean of
-        one label against the rest) needs records of every label and finite probabilities.
+        one label against the rest) needs records of every label and finite probabilities. These three have intervals
+        if each label among the records has two: DeLong's for the AUROC, percentiles of a bootstrap that draws each
+        label's records anew for the others.
     """
-    from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
+    from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, roc_auc_score
 
     predicted = probabilities.argmax(1)
     present, counts = np.unique(truth, return_counts=True)
@@ -98,10 +106,63 @@ def of_classes(probabilities: np.ndarray, truth: np.ndarray, labels: Sequence[st
         warnings.simplefilter("ignore")  # a label that is only predicted has no recall; it is left out as documented
         figures["balanced_accuracy"] = float(balanced_accuracy_score(truth, predicted))
         figures["macro_f1"] = float(f1_score(truth, predicted, average="macro"))
+    if enough := counts.min() > 1:
+        recalls, f1 = _resampled_by_confusion(confusion_matrix(truth, predicted))
+        figures |= _interval("balanced_accuracy", recalls) | _interval("macro_f1", f1)
     if len(present) == len(labels) and np.isfinite(probabilities).all():
         scores = probabilities[:, 1] if len(labels) == 2 else probabilities
         figures["auroc"] = float(roc_auc_score(truth, scores, multi_class="ovr"))
+        if enough:
+            figures |= _auroc_interval(probabilities, truth, figures["auroc"])
     if len(labels) <= MOST_RECALLS:
         for index in present:
             figures |= proportion(f"recall/{labels[index]}", predicted[truth == index] == index)
     return figures
+
+
+def _resampled_by_confusion(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return balanced accuracy and macro F1 of bootstrap samples that draw the records of each label anew.
+
+    Args:
+        confusion: [k, k] number of records by label and prediction, of the labels that occur as either.
+
+    Returns:
+        Two arrays [`RESAMPLES`].
+    """
+    draw = np.random.default_rng(0)
+    counts = confusion.sum(1)
+    shares = confusion / np.maximum(counts, 1)[:, None]
+    shares[counts == 0, 0] = 1  # nothing is drawn of a label that is only predicted
+    drawn = draw.multinomial(counts, shares, size=(RESAMPLES, len(counts)))
+    hits = np.diagonal(drawn, axis1=1, axis2=2)
+    either = np.maximum(drawn.sum(1) + counts, 1)  # records with the label or predicted to have it, twice if both
+    occurs = (drawn.sum(1) + counts) > 0
+    recalls = (hits / np.maximum(counts, 1))[:, counts > 0].mean(1)
+    return recalls, (2 * hits / either).sum(1) / occurs.sum(1)
+
+
+def _auroc_interval(probabilities: np.ndarray, truth: np.ndarray, auroc: float) -> dict[str, float]:
+    """Return the interval of the AUROC: normal, with the variance of DeLong, DeLong and Clarke-Pearson (1988).
+
+    For more than two labels the variance is that of the mean over the labels, each against the rest.
+
+    Args:
+        probabilities: [n, labels] the model's probability of each label.
+        truth: [n] index of each record's label; every label occurs twice or more.
+        auroc: the AUROC.
+    """
+    from scipy.stats import norm, rankdata
+
+    labels = range(probabilities.shape[1])
+    compared = labels[1:] if len(labels) == 2 else labels
+    share = np.zeros(len(truth))  # of each record in the AUROC
+    for label in compared:
+        positive, scores = truth == label, probabilities[:, label]
+        ranks, counts = rankdata(scores), (int(positive.sum()), int((~positive).sum()))
+        beaten = np.empty(len(truth))  # share of the records of the other side that this one is ranked right against
+        beaten[positive] = (ranks[positive] - rankdata(scores[positive])) / counts[1]
+        beaten[~positive] = 1 - (ranks[~positive] - rankdata(scores[~positive])) / counts[0]
+        share += beaten / np.where(positive, *counts) / len(compared)
+    variance = sum((truth == label).sum() * share[truth == label].var(ddof=1) for label in labels)
+    reach = norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt(variance)
+    return {"auroc/low": float(max(0, auroc - reach)), "auroc/high": float(min(1, auroc + reach))}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 from fedlora.figures import MAJORITY, MOST_RECALLS, headline, of_classes, perplexity, proportion
 
@@ -49,6 +50,35 @@ def test_figures_without_a_meaning_are_left_out():
     many = MOST_RECALLS + 1
     assert not any(name.startswith("recall") for name in of_classes(
         certain(np.arange(many), many), np.arange(many), [str(i) for i in range(many)]))
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_intervals_of_a_classifier_s_figures_are_those_of_a_bootstrap_with_scikit_learn(labels):
+    rng = np.random.default_rng(labels)
+    truth = np.sort(rng.integers(0, labels, 300))
+    scores = rng.normal(size=(300, labels)).round(1)  # with ties
+    scores[np.arange(300), truth] += 1
+    probabilities = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    places = [np.flatnonzero(truth == label) for label in range(labels)]
+    resampled = {"balanced_accuracy": [], "macro_f1": [], "auroc": []}
+    for _ in range(400):
+        drawn = np.concatenate([rng.choice(of_label, len(of_label)) for of_label in places])
+        predicted, shown = probabilities[drawn].argmax(1), probabilities[drawn]
+        resampled["balanced_accuracy"].append(balanced_accuracy_score(truth[drawn], predicted))
+        resampled["macro_f1"].append(f1_score(truth[drawn], predicted, average="macro"))
+        resampled["auroc"].append(
+            roc_auc_score(truth[drawn], shown[:, 1] if labels == 2 else shown, multi_class="ovr"))
+    figures = of_classes(probabilities, truth, LABELS[:labels])
+    for name, values in resampled.items():
+        low, high = np.quantile(values, [0.025, 0.975])
+        assert figures[f"{name}/low"] == pytest.approx(low, abs=0.015), name
+        assert figures[f"{name}/high"] == pytest.approx(high, abs=0.015), name
+
+
+def test_one_record_of_a_label_gives_no_interval_but_of_the_accuracy():
+    figures = of_classes(certain([0, 0, 1]), np.array([0, 0, 1]), ("no", "yes"))
+    assert figures["auroc"] == figures["macro_f1"] == 1
+    assert [name for name in figures if name.endswith("/low") and not name.startswith("recall")] == ["accuracy/low"]
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60))
