@@ -1,5 +1,6 @@
 # make demo: three institutions fine-tune one model together, on this machine.
-# make test: everything that CI checks, with coverage; make test COVERAGE= leaves coverage out and is faster.
+# make test: everything that CI checks.
+# make coverage: the same, slower, while coverage is measured.
 # make test-all: every case of every grid too, where make test has each two values meet once.
 # make check: the checks that run no code of ours: ruff (lint), import contracts (contracts), mypy --strict (types).
 # make bits: whether every adapter is, bit for bit, what the last commit gave; BASE=REVISION names another one.
@@ -17,18 +18,21 @@ PYTHON := $(shell for p in python3.11 python3.12 python3 python; do \
 # half as many again as there are cores: many tests wait for processes that they started
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n + n / 2)))
 
-COVERAGE := --cov --cov-report=term:skip-covered
+PYTEST := .venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all check lint contracts types bits attacks soak chaos docs docs-serve clean
+.PHONY: demo test coverage test-all check lint contracts types bits attacks soak chaos docs docs-serve clean
 
 demo: .venv/installed
 	.venv/bin/python -m fedlora_simulations.demo $(ARGS)
 
 test: .venv/installed
-	.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(COVERAGE) $(ARGS)
+	$(PYTEST) $(ARGS)
+
+coverage: .venv/installed
+	$(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
 
 test-all: .venv/installed
-	FEDLORA_TESTS=all .venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(COVERAGE) $(ARGS)
+	FEDLORA_TESTS=all $(PYTEST) $(ARGS)
 
 check: lint contracts types
 

@@ -54,10 +54,20 @@ def all_read_only_but(*folders):
     done(LIBC.capset(header, none))
 
 
+def measured_into():
+    """Return the folder that this process writes to when it ends if coverage measures it."""
+    coverage = sys.modules.get("coverage")
+    if (measuring := coverage and coverage.Coverage.current()) is None:
+        return []
+    folder = Path(measuring.get_option("run:data_file")).absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    return [folder]
+
+
 def confined(command, arguments, folder, elsewhere, variables):
     """Run a command in a process of its own: state in folder/lib/fedlora, caches in folder/tmp."""
     try:
-        all_read_only_but(folder / "lib", folder / "tmp")
+        all_read_only_but(folder / "lib", folder / "tmp", *measured_into())
     except OSError as error:
         print(f"{command}: {error}", file=sys.stderr)
         os._exit(NOT_ALLOWED)
