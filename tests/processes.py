@@ -71,9 +71,10 @@ FORKS.set_forkserver_preload(simulated.PRELOADED)
 class Forked:
     """A fedlora-<command> process, forked from a process that has only imported the libraries."""
 
-    def __init__(self, command: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, command: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str],
+                 folder: Path) -> None:
         log.write_bytes(b"")  # the file must exist for tests that wait for a word in it
-        self._process = FORKS.Process(target=_run, args=(command, arguments, log, environment), daemon=True)
+        self._process = FORKS.Process(target=_run, args=(command, arguments, log, environment, folder), daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -94,7 +95,10 @@ class Forked:
         self._process.kill()
 
 
-def _run(command: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+def _run(command: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str],
+         folder: Path | None = None) -> None:
+    if folder is not None:
+        os.chdir(folder)
     with log.open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -104,13 +108,15 @@ def _run(command: str, arguments: Sequence[str], log: Path, environment: Mapping
             del sys.modules[name]
         sys.modules.update(dict.fromkeys(NOT_INSTALLED))  # type: ignore[arg-type]
         from fedlora_client.cli import main
-    else:
+    elif command == "server":
         from fedlora_server.cli import main
+    else:
+        from fedlora_simulations.cli import main
     sys.exit(main(arguments))
 
 
 def start(command: str, *arguments: object, log: Path, seed: int | None = None, home: Path | None = None,
-          fresh: bool = False) -> Process:
+          fresh: bool = False, folder: Path | None = None) -> Process:
     """Start fedlora-<command>. In a client, importing Flower or anything else in `NOT_INSTALLED` fails.
 
     Args:
@@ -119,6 +125,7 @@ def start(command: str, *arguments: object, log: Path, seed: int | None = None, 
         log: file for its stdout and stderr.
         seed: makes a client's noise predictable.
         home: folder of the user's ledger, policy and key, or of what a server keeps for its clients.
+        folder: the process's current folder; None for this one's.
         fresh: run the installed command, as a user does, in place of a fork, which saves the time of its imports.
     """
     environment = {"COLUMNS": "200"}
@@ -128,10 +135,10 @@ def start(command: str, *arguments: object, log: Path, seed: int | None = None, 
         environment["FEDLORA_INSECURE_NOISE_SEED"] = str(seed)
     words = [str(argument) for argument in arguments]
     if not fresh:
-        return Forked(command, words, log, environment)
+        return Forked(command, words, log, environment, folder or Path.cwd())
     with log.open("w") as out:
         return subprocess.Popen([Path(sys.executable).parent / f"fedlora-{command}", *words], stdout=out, stderr=out,
-                                env=os.environ | environment)
+                                cwd=folder, env=os.environ | environment)
 
 
 class Deployment:

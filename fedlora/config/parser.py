@@ -147,9 +147,19 @@ def _given(parser: argparse.ArgumentParser, config: type[Config], argv: Sequence
     try:
         if begun_with is not None and "resume" in given:
             begun = arguments(begun_with(given.resume), config, f"--resume {given.resume}")
-            found |= vars(parser.parse_args(begun))
+            found |= _parsed(parser, begun, f"--resume {given.resume}")
         if "config" in given:
-            found |= vars(parser.parse_args(file_arguments(given.config, config)))
+            found |= _parsed(parser, file_arguments(given.config, config), f"--config {given.config}")
     except ValueError as error:
         parser.error(str(error))
     return found | vars(given)
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str], source: str) -> dict[str, Any]:
+    """Parse arguments that were not given on the command line; a message about a wrong one names their source."""
+    complain = parser.error
+    parser.error = lambda message: complain(f"{source}: {message.removeprefix('argument ')}")  # type: ignore[method-assign]
+    try:
+        return vars(parser.parse_args(argv))
+    finally:
+        parser.error = complain  # type: ignore[method-assign]

@@ -39,8 +39,8 @@ def partition(n: int, labels: Sequence[str | int | None] | None, scheme: str, cl
     if scheme == "iid":
         return [np.sort(part) for part in np.array_split(rng.permutation(n), clients)]
     if name not in ("dirichlet", "shards") or not _positive(value, whole=name == "shards"):
-        raise ValueError(f"partition {scheme!r} is unknown. Choose iid, dirichlet:α (like dirichlet:0.5) or shards:k "
-                         "(like shards:2)")
+        raise ValueError(f"partition {scheme!r} is unknown. Choose iid, dirichlet:α (like dirichlet:0.5), shards:k "
+                         "(like shards:2) or files (one file for each client)")
     if labels is None:
         raise ValueError(f"partition {scheme!r} splits by label, and these rows have none. Choose iid")
     if len(labels) != n:

@@ -59,6 +59,9 @@ def read_identity(folder: Path, *, now: datetime | None = None) -> Identity:
         ValueError: a file is missing or damaged, others can read the key, the key is not the certificate's, or the
             certificate has expired. The message says what to do.
     """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder} with a key and a certificate; fedlora-server pki init makes the "
+                         "server's, fedlora-client enroll a client's")
     key_pem, chain, authority = (_read(folder / name) for name in (KEY, CERTIFICATE, AUTHORITY))
     if (folder / KEY).stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ValueError(f"others on this machine can read the private key {folder / KEY}; run chmod 600 on it")

@@ -59,6 +59,8 @@ def resolve(name: str, *, path: Path | None = None, allow_download: bool = False
         return folder
     if Path(name).is_dir():
         return _complete(Path(name))
+    if Path(name).is_file():
+        raise ValueError(f"model {name!r} is a file. Name the folder that holds config.json and the weights.")
     _check_link(Path(name))
     match = _HUB_NAME.fullmatch(name)
     if match is None or name == "local":

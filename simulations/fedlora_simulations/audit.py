@@ -196,8 +196,8 @@ def _client_rows(options: AuditConfig) -> tuple[Rows, tuple[str, ...]]:
                 declared=options.labels or (), options=options.read_options())
     labels = options.labels or data.label_names(rows)
     if len(labels) < 2:
-        raise ValueError(f"--data {options.data} has {len(labels)} different labels; an audit needs at least two "
-                         "(--column label=NAME names another column)")
+        raise ValueError(f"--data {options.data} has {'one label' if labels else 'no label'}; an audit needs at least "
+                         "two (--column label=NAME names another column)")
     data.check_labels(rows, labels)
     labelled = np.array([i for i, label in enumerate(rows.labels or ()) if label is not None])
     drawn = np.random.default_rng(options.seed).permutation(labelled)[:options.rows]

@@ -94,17 +94,22 @@ def populate(options: SimulationConfig, seed: int) -> Population:
                 allow_download=options.allow_download, declared=options.labels or (), options=options.read_options())
     labels = options.labels or data.label_names(rows)
     if task.has_labels and len(labels) < 2:
-        raise ValueError(f"--data {options.data} has {len(labels)} different labels; {task.name} needs at least two "
-                         "(--column label=NAME names another column)")
+        raise ValueError(f"--data {options.data} has {'one label' if labels else 'no label'}; {task.name} needs at "
+                         "least two (--column label=NAME names another column)")
     return Population(rows, _deal(options, rows, seed), labels, held_out(options))
 
 
 def check_sizes(options: SimulationConfig, methods: Sequence[Method], population: Population, seed: int) -> None:
-    """Check, before hours of training, that every client would accept the sampling rate of every method.
+    """Check, before hours of training, that rounds can be filled, and that every client would accept every method.
 
     Raises:
-        ValueError: with this seed's split, a method would sample a client's units too often.
+        ValueError: a round needs more clients than there are, --delta is too large for a client of this seed's split,
+            or a method would sample its units too often.
     """
+    for flag, number in (("--clients-per-round", options.clients_per_round), ("--min-replies", options.min_replies)):
+        if number is not None and number > len(population.parts):
+            raise ValueError(f"{flag} is {number}, and there are {len(population.parts)} clients; lower it, or raise "
+                             "--clients")
     limits = Limits.of(options, options.privacy_unit or ROW)
     if not limits.private:
         return
@@ -112,7 +117,11 @@ def check_sizes(options: SimulationConfig, methods: Sequence[Method], population
         batch = planned(method.options(options), method.strategy).batch_size
         for name, size in population.sizes.items():
             try:
-                limits.budget(size).sampling_rate(batch)
+                budget = limits.budget(size)
+            except ValueError as error:
+                raise ValueError(f"with seed {seed}, {name} has {size} records or units: {error}") from None
+            try:
+                budget.sampling_rate(batch)
             except ValueError as error:
                 raise ValueError(f"with seed {seed}, {name} has {size} records or units, too few for {method}: {error}"
                                  ". Lower --batch-size, or deal them more evenly (--partition)") from None

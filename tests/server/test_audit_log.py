@@ -213,7 +213,7 @@ def test_a_tail_that_is_cut_off_is_found_with_the_head_alone(whole, tmp_path, ca
 def test_what_is_no_log_is_named_and_shows_no_traceback(tmp_path, content, capsys):
     assert verify(tmp_path, content) == (1 if content else 2)
     assert main(["verify", str(tmp_path / "absent")]) == 2
-    assert "absent: No such file" in capsys.readouterr().err
+    assert "absent holds no audit.jsonl" in capsys.readouterr().err
 
 
 def test_it_is_shown_as_a_table_of_what_is_asked_for(whole, tmp_path, capsys):

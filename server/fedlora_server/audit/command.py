@@ -24,6 +24,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0 fine, 1 the log does not verify, 2 wrong input."""
     options = parser().parse_args(argv)
     file = options.run / FILE if options.run.is_dir() else options.run
+    if not file.exists():
+        raise ValueError(f"{options.run} holds no {FILE}; name the folder of a run of fedlora-server, or a copy of its "
+                         "audit log")
     chain = read(file)
     if not (chain.lines or chain.wrong or chain.torn_bytes):
         raise ValueError(f"{file} is empty; it is not the audit log of a run")

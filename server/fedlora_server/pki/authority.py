@@ -90,7 +90,9 @@ class Authority:
         try:
             certificate = x509.load_pem_x509_certificate((folder / AUTHORITY).read_bytes())
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} holds no authority ({error}); make one with fedlora-server pki init") from None
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"{folder} holds no authority ({AUTHORITY}: {why}); make one with fedlora-server pki "
+                             "init") from None
         return cls(folder, certificate, load_key(folder / AUTHORITY_KEY))
 
     def issue_server(self, alternatives: Sequence[x509.GeneralName], *, days: int = DAYS,
