@@ -132,13 +132,23 @@ def pld_epsilon(history: tuple[Spend, ...], delta: float) -> float | None:
         return None
     if not history:
         return 0.0
+    epsilon = float(privacy_loss(history).get_epsilon_for_delta(delta))
+    return epsilon if math.isfinite(epsilon) else None
+
+
+@functools.lru_cache(maxsize=4)  # some megabytes each
+def privacy_loss(history: tuple[Spend, ...]) -> PrivacyLossDistribution:
+    """Return the distribution of the privacy loss of a history, from above (see `pld_epsilon`).
+
+    Args:
+        history: at least one entry, with a Rényi epsilon of at most `PRV_LIMIT`: the grid grows with it.
+    """
     # The grid must be fine compared with the standard deviation of one step's privacy loss, which is about
     # q sqrt(exp(1/sigma^2) - 1), the root of the chi-squared divergence.
     variance = sum(s.steps * s.sampling_rate**2 * math.expm1(min(50.0, s.noise_multiplier**-2)) for s in history)
     interval = min(5e-4, max(2e-6, 0.1 * math.sqrt(variance / sum(s.steps for s in history))))
     losses = [_loss_of_a_step(s.noise_multiplier, s.sampling_rate, interval).self_compose(s.steps) for s in history]
-    epsilon = float(functools.reduce(lambda a, b: a.compose(b), losses).get_epsilon_for_delta(delta))
-    return epsilon if math.isfinite(epsilon) else None
+    return functools.reduce(lambda a, b: a.compose(b), losses)
 
 
 @functools.lru_cache(maxsize=8)  # a client asks for the same distribution after each round
