@@ -1,5 +1,6 @@
 """Differential privacy: accounting, the owner's policy, the ledger of what was spent, and the random streams."""
 
+from fedlora.privacy.about import About
 from fedlora.privacy.accounting import (
     MOST_SAMPLING_RATE,
     SIGMA_STEP,
@@ -19,6 +20,7 @@ __all__ = [
     "INSECURE_SEED_VARIABLE",
     "MOST_SAMPLING_RATE",
     "SIGMA_STEP",
+    "About",
     "Accountant",
     "Budget",
     "BudgetExhausted",

@@ -21,6 +21,8 @@
     labels = ["routine", "urgent"]        # names that a server may be told; each labelled row must have one of them
     distinct = ["south"]                  # data sets about other people, even if some rows look the same
     witness = "/backed-up/folder"         # folder of the ledger's witness file; default: beside the data
+    purpose = "triage of referral notes"  # for the privacy report alone, like controller, processor, legal-basis,
+                                          # retention and recipient (`fedlora.privacy.about`)
 
 The client reads this file before the data. A server whose proposal is forbidden receives only a code; the reason goes
 to this machine's own log.
@@ -44,6 +46,7 @@ from fedlora.data.rows import normalize_label
 from fedlora.files import replace_file
 from fedlora.places import expanded
 from fedlora.plan import LONGEST_LABEL, MOST_ANNOUNCED, ROW, Proposal, check_unit
+from fedlora.privacy.about import KEYS, NOTHING, About
 from fedlora.privacy.accounting import MOST_SAMPLING_RATE
 
 
@@ -66,6 +69,7 @@ class DatasetPolicy:
         labels: the label names, normalised; None if they are not declared.
         distinct: ids of data sets that share nobody with this one.
         witness: folder of the ledger's witness file; None puts the file beside the data.
+        about: what the owner states about the data's use, for the privacy report.
     """
 
     id: str
@@ -77,6 +81,7 @@ class DatasetPolicy:
     witness: Path | None = None
     declared_size: int | None = None
     labels: tuple[str, ...] | None = None
+    about: About = NOTHING
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.id):
@@ -104,6 +109,7 @@ class DatasetPolicy:
             lines.append(f"labels = [{', '.join(map(_string, self.labels))}]")
         if self.distinct:
             lines.append(f"distinct = [{', '.join(map(_string, self.distinct))}]")
+        lines += [f"{key} = {_string(text)}" for key, text in self.about.stated().items()]
         return "\n".join(lines) + "\n"
 
 
@@ -349,7 +355,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
 
 _DATASET_FIELDS: Mapping[str, tuple[type, ...]] = {
     "data": (str,), "epsilon": (int, float), "delta": (int, float), "unit": (str,), "distinct": (list,),
-    "witness": (str,), "declared-size": (int,), "labels": (list,)}
+    "witness": (str,), "declared-size": (int,), "labels": (list,), **dict.fromkeys(KEYS, (str,))}
 
 
 def _parse(path: Path, table: Mapping[str, Any]) -> Policy:
@@ -364,6 +370,10 @@ def _parse(path: Path, table: Mapping[str, Any]) -> Policy:
             raise ValueError(f"[dataset.{name}] lacks {', '.join(sorted(missing))}")
         if "witness" in values:
             values["witness"] = expanded(values["witness"])
+        try:
+            values["about"] = About(**{field: values.pop(field) for field in KEYS.values() if field in values})
+        except ValueError as error:
+            raise ValueError(f"[dataset.{name}] {error}") from None
         datasets[name] = DatasetPolicy(name, absolute(values.pop("data")), float(values.pop("epsilon")),
                                        float(values.pop("delta")), **values)
     places = [known.data for known in datasets.values()]

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from fedlora.plan import Proposal
+from fedlora.privacy import About
 from fedlora.privacy.policy import Forbidden, Policy
 
 from .ledgers import ended, forked
@@ -178,3 +179,28 @@ def test_a_policy_that_cannot_be_written_is_told_with_the_line_to_add(tmp_path):
     (tmp_path / "folder").write_text("")
     with pytest.raises(ValueError, match=r"cannot be written: .* server-fingerprints = \[\"ab12"):
         Policy(tmp_path / "folder" / "policy.toml").pin_server("ab12" * 16)
+
+
+ABOUT = ('controller = "Hospital North"\nprocessor = "North IT"\npurpose = "triage of notes"\n'
+         'legal-basis = "Art. 9(2)(j)"\nretention = "two years"\nrecipient = "the coordinator"\n')
+
+
+def test_the_owners_statements_about_a_data_set_are_read_and_written(tmp_path):
+    declared = f'[dataset.n]\ndata = "{tmp_path}"\nepsilon = 8\ndelta = 1e-5\n{ABOUT}'
+    [known] = policy(tmp_path, declared).datasets.values()
+    assert known.about == About("Hospital North", "North IT", "triage of notes", "Art. 9(2)(j)", "two years",
+                                "the coordinator")
+    [again] = policy(tmp_path, known.toml()).datasets.values()
+    assert again == known
+    [silent] = policy(tmp_path, declared.removesuffix(ABOUT)).datasets.values()
+    assert silent.about == About() and "purpose" not in silent.toml()
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ('purpose = ""', "one line of text"), ('purpose = "  "', "one line of text"),
+    ('purpose = "one\\ntwo"', "one line of text"), (f'legal-basis = "{"x" * 301}"', "legal-basis has 301 characters"),
+    ("retention = 10", "retention is 10; it must be str"), ('roles = "x"', "roles is not known")])
+def test_a_statement_that_does_not_fit_on_a_line_is_refused(tmp_path, line, says):
+    with pytest.raises(ValueError, match=r"\[dataset\.n\]") as error:
+        policy(tmp_path, f'[dataset.n]\ndata = "{tmp_path}"\nepsilon = 8\ndelta = 1e-5\n{line}\n')
+    assert says in str(error.value)
