@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from fedlora.config import SimulationConfig, read_config
 from fedlora.privacy import Ledger
-from fedlora.privacy.report import verify
+from fedlora.privacy.report import read_signed, verify
 from fedlora_server.run_setup import find_model
 from fedlora_simulations.population import Method, populate
 from fedlora_simulations.simulate import simulate
@@ -139,7 +139,7 @@ def test_a_client_leaves_politely_and_a_restarted_one_goes_on_with_its_account(d
     assert deployment.end("hospital-0", 30) == 130
     deployment.wait_for("server", "hospital-0 left")
     [report] = (deployment.folder / "state" / "hospital-0").glob("*/privacy.json")
-    assert verify(json.loads(report.read_text())).spent > 0
+    assert verify(read_signed(report)).spent > 0
     before = len(charges(deployment, "hospital-0"))
     deployment.client("hospital-0", files[0])
     deployment.wait_for("hospital-0", ": sent ")

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from fedlora.plan import Upload
 from fedlora.privacy import Accountant, Ledger, Spend
-from fedlora.privacy.report import verify
+from fedlora.privacy.report import read_signed, verify
 from fedlora.wire import tensors_digest
 from fedlora_server.audit import chain
 from fedlora_server.audit.command import main as audit_log
@@ -137,9 +137,7 @@ def test_a_client_killed_inside_a_training_is_charged_for_exactly_one_more(deplo
     kill(deployment, "north")
     assert account(deployment, "north").trainings == [(1, 0, "reserved")]
     [left] = state.glob("*/privacy.json")
-    report = json.loads(left.read_text())
-    verify(report)
-    [training] = report["trainings"]
+    [training] = verify(read_signed(left)).report["trainings"]
     assert (training["state"], training["steps"], training["upload"]) == ("reserved", steps, None)
     deployment.client("north", data, "--epsilon", PLENTY, seed=5)
     deployment.wait_for("server", "round 1: 1 of 1 replied")

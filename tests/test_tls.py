@@ -13,7 +13,7 @@ from fedlora.identity import read_identity
 from fedlora.identity.certificates import day, utc_now
 from fedlora.identity.folder import CERTIFICATE, KEY
 from fedlora.plan import Proposal
-from fedlora.privacy.report import verify
+from fedlora.privacy.report import read_signed, verify
 from fedlora_client.connection import Connection
 from fedlora_client.tls import Tls, Unreachable, Untrusted
 from fedlora_server.audit.compare import compare
@@ -193,17 +193,17 @@ def test_a_federation_over_tls_ends_with_the_bits_of_one_in_plaintext(deploy, tm
         adapters.append(run.adapter())
     assert adapters[0] == adapters[1]
     [report] = (run.folder / "state" / "north").glob("*/privacy.json")
-    [connection] = verify(json.loads(report.read_text())).connections
+    [connection] = verify(read_signed(report)).connections
     assert all(authority.issued()[name].fingerprint in connection for name in ("north", SERVER_NAME))
     [plain] = (run.folder.parent / "plain" / "state" / "north").glob("*/privacy.json")
-    assert not verify(json.loads(plain.read_text())).connections
+    assert not verify(read_signed(plain)).connections
     assert "have it renewed" in run.log("north") and "is valid until" in run.log("server")
     lines = [json.loads(line) for line in (run.out / "audit.jsonl").read_text().splitlines()]
     assert lines[0]["fingerprint"] == authority.issued()[SERVER_NAME].fingerprint
     for name in ("north", "south"):
         own = read_identity(tmp_path / name).certificate.fingerprint
         assert {line["fingerprint"] for line in lines if line["client"] == name} == {own}
-    statement = json.loads(report.read_text())
+    statement = verify(read_signed(report))
     assert not compare(lines, statement).wrong
     others = [line | {"fingerprint": "0" * 64} if line["client"] == "north" else line for line in lines]
     assert all("which the report does not state" in why for why in compare(others, statement).wrong)

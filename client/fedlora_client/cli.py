@@ -1,7 +1,8 @@
 """The command fedlora-client: train on this machine's records and send noised adapter matrices, nothing else.
 
 `fedlora-client join KIT.toml` begins with all that the coordinator's file says. `fedlora-client budget` shows what was
-spent, and `fedlora-client verify privacy.json` checks a report; neither of the two opens a connection.
+spent, `fedlora-client verify privacy.json` checks a report, and `fedlora-client attach-audit` adds an audit to it. None
+of the three opens a connection.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ SUBCOMMANDS = {
     "join": Subcommand("fedlora_client.cli:read_join", "takes part with a coordinator's kit"),
     "enroll": Subcommand("fedlora_client.enroll", "makes a key for --tls"),
     "budget": Subcommand("fedlora_client.budget_command", "shows what was spent and what is left"),
-    "verify": Subcommand("fedlora_client.verify_command", "checks a privacy.json")}
+    "verify": Subcommand("fedlora_client.verify_command", "checks a privacy.json"),
+    "attach-audit": Subcommand("fedlora_client.attach_command", "adds an audit to a run's privacy.json")}
 
 EPILOG = ("exit codes: 0 the run was finished, or its coordinator stopped it; 1 it ended early: try again; 2 wrong "
           "input: correct it; 3 no server answered: try again; 4 this client or the server refused: the log says why; "

@@ -311,7 +311,8 @@ class Participation:
         try:
             return write_privacy_report(self._state.run_folder(session.run.run_id), session,
                                         server=self._options.server, labels=self._labels, refusals=self._refusals,
-                                        certificates=() if self._tls is None else tuple(self._tls.shown))
+                                        certificates=() if self._tls is None else tuple(self._tls.shown),
+                                        about=self._gate.about)
         except (ValueError, OSError) as error:
             log.error("The privacy report could not be written: %s", error)
             return None

@@ -8,7 +8,8 @@ from pathlib import Path
 from fedlora.config import ClientConfig
 from fedlora.data import Rows, check_labels
 from fedlora.plan import ROW, Proposal, Refused, RunPlan, unit_column
-from fedlora.privacy import Budget, DatasetPolicy, Forbidden, Ledger, Policy, RunTerms, four_digits
+from fedlora.privacy import About, Budget, DatasetPolicy, Forbidden, Ledger, Policy, RunTerms, four_digits
+from fedlora.privacy.about import NOTHING
 from fedlora.privacy.ledger import LedgerError
 from fedlora.privacy.ledger.fingerprints import fingerprints
 from fedlora.privacy.ledger.ledger import admitted
@@ -125,6 +126,11 @@ class PrivacyGate:
     def listed(self) -> bool:
         """Whether the policy lists the data set."""
         return self._known is not None
+
+    @property
+    def about(self) -> About:
+        """What the policy states about the data's use, for the privacy report alone."""
+        return self._known.about if self._known else NOTHING
 
     @property
     def unit_column(self) -> str | None:

@@ -1,4 +1,4 @@
-"""The privacy report of a client's run: privacy.json, privacy.md and privacy.svg, written into the run's folder."""
+"""The privacy report of a client's run: privacy.json and .dsse.json, privacy.md and privacy.svg in the run's folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 from fedlora.files import replace_file
 from fedlora.identity import Certificate
 from fedlora.plan import PROTOCOL, ROW
-from fedlora.privacy import INSECURE_SEED_VARIABLE, Accountant, Ledger, Spend
+from fedlora.privacy import INSECURE_SEED_VARIABLE, About, Accountant, Ledger, Spend
+from fedlora.privacy.about import NOTHING
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
 from fedlora.privacy.report import (
     LifetimeAccount,
@@ -40,7 +41,8 @@ POINTS = 12
 
 def write_privacy_report(folder: Path, session: ClientSession, *, server: str, labels: Sequence[str],
                          refusals: Sequence[tuple[int | None, str]],
-                         certificates: Sequence[tuple[Certificate, Certificate]] = ()) -> Path:
+                         certificates: Sequence[tuple[Certificate, Certificate]] = (),
+                         about: About = NOTHING) -> Path:
     """Write and sign the report of what this client has done in its run so far.
 
     Args:
@@ -50,6 +52,7 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
         labels: the label names that were announced.
         refusals: (round, code) of each refusal that was sent.
         certificates: this client's and the server's, for each pair by which a connection was begun; () without TLS.
+        about: what the policy states about the data's use.
 
     Returns:
         The path of privacy.json.
@@ -76,13 +79,14 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
             noise_multiplier=terms.noise_multiplier, sampling_rate=terms.sampling_rate,
             expected_batch=run.expected_batch, local_steps=terms.local_steps,
             max_participations=terms.max_participations, clip_norm=terms.clip_norm, scales=terms.scales,
-            precision=session.trainer.precision, rows=shapes.rows, one_at_a_time=shapes.one_at_a_time),
+            precision=session.trainer.precision, rows=shapes.rows, one_at_a_time=shapes.one_at_a_time,
+            family=run.family),
         trainings=trainings, lifetime=_lifetime(ledger, dataset, terms.delta),
         disclosed=(*announced(client=name, private=run.private, labels=labels or None, protocol=PROTOCOL),
                    *(encrypted(own, peer) for own, peer in certificates)),
         terms_announced=session.limits.announce_size, anchored=session.anchors,
         rows_per_unit=None if unit == ROW else session.limits.rows_per_unit,
-        predictable=INSECURE_SEED_VARIABLE if session.streams.predictable else None, refusals=refusals))
+        predictable=INSECURE_SEED_VARIABLE if session.streams.predictable else None, refusals=refusals, about=about))
     return write_report(folder, sign(report, load_or_create_key(paths.signing_key())))
 
 

@@ -21,7 +21,7 @@ class ClientConfig(LocalConfig, ConnectedConfig):
     command: ClassVar[str] = CLIENT
     forms: ClassVar[tuple[str, ...]] = (
         "fedlora-client --data DIR_OR_FILE [options]", "fedlora-client join KIT.toml [options]",
-        "fedlora-client {init,join,enroll,budget,verify} [--help]")
+        "fedlora-client {init,join,enroll,budget,verify,attach-audit} [--help]")
 
     name: str | None = option(None, "name of this client at the server", RUN, unset="host name", place=2,
                               example='"north"')

@@ -87,6 +87,8 @@ class Audit:
         noise_multiplier: the noise multiplier; None without privacy.
         sampling_rate: probability with which a record is drawn in a step.
         rounds: number of rounds, with one step each.
+        clip_norm: L2 bound on one record's scaled gradient.
+        family: the adapter family.
         canaries: number of canaries, in the data or not.
         white_box: the best guesses from all updates, with their lower bound on ε at 95 % confidence.
         final_model: the best guesses from each canary's loss on the final model alone, with their bound.
@@ -102,6 +104,8 @@ class Audit:
     noise_multiplier: float | None
     sampling_rate: float
     rounds: int
+    clip_norm: float
+    family: str
     canaries: int
     white_box: Guesses
     final_model: Guesses
@@ -182,7 +186,8 @@ def run_audit(options: AuditConfig, base: BaseModel, *, private: bool) -> Audit:
         claimed = accountant.epsilon(delta)
     significance = 1 - CONFIDENCE
     return Audit(
-        private, claimed, delta, watched.noise_multiplier, watched.sampling_rate, watched.rounds, options.count,
+        private, claimed, delta, watched.noise_multiplier, watched.sampling_rate, watched.rounds,
+        session.terms.clip_norm, plan.family, options.count,
         white_box=one_run.audit(watched.evidence, canaries.included, delta, significance),
         final_model=one_run.audit(-losses, canaries.included, delta, significance),
         loss_attack=membership(-losses, canaries.included), seconds=time.monotonic() - began,
@@ -331,7 +336,8 @@ def _run(options: AuditConfig, base: BaseModel, out: Path, console: Console) -> 
         print(json.dumps(result | {"audits": short}, indent=1))
     else:
         results().print(show(audits))
-    console.print(f"audit.json and audit.png are in {out}")
+    console.print(f"audit.json and audit.png are in {out}. fedlora-client attach-audit adds the bound to the report of "
+                  "a run with the same mechanism.", soft_wrap=True)
     if not audits[0].holds:
         console.print("The claim is refuted: this client lost more privacy than its accountant says.", style="bold red")
         return 1

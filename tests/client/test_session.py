@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import json
 import math
 import time
 import weakref
@@ -18,7 +17,7 @@ from fedlora.data import Rows
 from fedlora.plan import WIRE_DTYPES, ModelRef, Refusal, Refused, RoundPlan, RunPlan, Upload
 from fedlora.privacy import Accountant, Forbidden, Ledger, RunStreams, RunTerms, Spend, calibrate
 from fedlora.privacy.ledger.anchor import unseal
-from fedlora.privacy.report import verify
+from fedlora.privacy.report import read_signed, verify
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
 from fedlora.wire import rounded, tensors_digest
@@ -371,8 +370,10 @@ def test_a_report_says_what_uploads_stated_and_verifies(desk, tmp_path, monkeypa
         session.run_round(desk.order(1), desk.start)
         path = write_privacy_report(tmp_path / str(announce), session, server="127.0.0.1:9092", labels=("0", "1"),
                                     refusals=[(2, "budget")])
-        report = json.loads(path.read_text())
-        assert verify(report).spent == pytest.approx(session.epsilon(), abs=1e-6)
+        verified = verify(read_signed(path))
+        report = verified.report
+        assert verified.spent == pytest.approx(session.epsilon(), abs=1e-6)
+        assert report["mechanism"]["family"] == desk.plan.family
         said = {item["what"] for item in report["left_without_noise"]}
         assert any("noise multiplier" in what for what in said) == announce
         assert {"label names", "refusal in round 2"} <= said

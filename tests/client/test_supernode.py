@@ -14,6 +14,9 @@ from fedlora.config import ClientConfig, config_from
 from fedlora.plan import ModelRef, Proposal, Refusal, RoundPlan, RunPlan, Upload
 from fedlora.privacy import Ledger
 from fedlora.wire import tensors_digest
+from fedlora.wire.codec import upload_to_wire
+from fedlora_client.cli import main
+from fedlora_client.paths import signing_key
 from fedlora_client.supernode import SuperNodeClient
 from tests.processes import write_rows
 
@@ -116,3 +119,50 @@ def test_a_process_that_is_killed_while_it_trains_leaves_the_mark(node, tmp_path
         with pytest.raises(SystemExit):
             node.ask(1)
     assert node.ask(2) == Refusal("unavailable") and [round for round, _, _ in charges(tmp_path)] == [1]
+
+
+STATEMENTS = {"controller": "Hospital North", "processor": "North IT", "purpose": "triage",
+              "legal-basis": "Art. 9(2)(j)", "retention": "two years", "recipient": "the coordinator"}
+
+
+def command(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, arguments)))
+    return ended.value.code
+
+
+def test_the_owners_statements_reach_the_report_and_no_server_and_an_audit_can_be_added(node, tmp_path, capsys):
+    policy = tmp_path / "home" / "config" / "fedlora" / "policy.toml"
+    policy.parent.mkdir(parents=True)
+    policy.write_text(f'[dataset.north]\ndata = "{node.options.data}"\nepsilon = 500.0\ndelta = 1e-5\n'
+                      + "".join(f'{key} = "{text}"\n' for key, text in STATEMENTS.items()))
+    told = SuperNodeClient(node.options).join(Proposal(node.plan))
+    sent = node.ask(1)
+    assert isinstance(sent, Upload)
+    everything = repr(told).encode() + repr(sent).encode() + upload_to_wire(sent).SerializeToString() + b"".join(
+        tensor.tobytes() for tensor in sent.tensors.values())
+    assert not [text for text in STATEMENTS.values() if text.encode() in everything]
+
+    [path] = (tmp_path / "state").glob("*/privacy.json")
+    report = json.loads(path.read_text())
+    assert set(report["about"].values()) == set(STATEMENTS.values()) and report["mechanism"]["family"] == "frozen-a"
+    assert all(text in path.with_suffix(".md").read_text() for text in STATEMENTS.values())
+    assert command("verify", path) == 0 and "the key of this machine" in capsys.readouterr().out
+
+    mechanism, privacy = report["mechanism"], report["privacy"]
+    run = {"private": True, "rounds": privacy["guarantee"]["steps"], "delta": privacy["delta"], "canaries": 100,
+           "white_box": {"guessed_in": 10, "guessed_out": 10, "right": 15, "epsilon": 0.25},
+           **{name: mechanism[name] for name in ("noise_multiplier", "sampling_rate", "clip_norm", "family")}}
+    audit = tmp_path / "audit.json"
+    audit.write_text(json.dumps({"confidence": 0.95, "audits": [run]}))
+    assert command("attach-audit", path, audit) == 0 and "signed anew" in capsys.readouterr().out
+    assert json.loads(path.read_text())["audit"]["epsilon"] == 0.25 and command("verify", path) == 0
+    assert "**ε ≥ 0.250**" in path.with_suffix(".md").read_text()
+    before = path.read_bytes()
+    audit.write_text(json.dumps({"confidence": 0.95, "audits": [run | {"clip_norm": 9.0}]}))
+    assert command("attach-audit", path, audit) == 2 and "clip norm 9.0" in capsys.readouterr().err
+    assert command("attach-audit", path, tmp_path / "none.json") == 2 and "none.json" in capsys.readouterr().err
+    signing_key().unlink()
+    assert command("verify", path) == 3 and "but by whom?" in capsys.readouterr().out
+    assert command("attach-audit", path, audit) == 2 and "not this machine's key" in capsys.readouterr().err
+    assert path.read_bytes() == before

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fedlora.plan import plan_digest
-from fedlora.privacy.report.facts import CERTIFICATE
+from fedlora.privacy.report import Verified
 from fedlora_server import checkpoint
 from fedlora_server.audit import chain, log
 from fedlora_server.audit.command import main
@@ -401,10 +401,10 @@ def test_events_come_under_a_lock_so_that_none_waits_for_the_disk(tmp_path, monk
 
 def stated(*rounds):
     """Return what `compare` reads of a report whose client `a` released an upload in each of these rounds."""
-    return {"run": {"id": PLAN.run_id, "plan_sha256": plan_digest(PLAN), "client": "a"}, "left_without_noise": [
-        {"what": CERTIFICATE, "value": "public key f-a"}], "signature": {"public_key": "key"}, "trainings": [
-            {"round": number, "attempt": 0, "state": "released", "upload": {"sha256": f"a-{number}-0"}}
-            for number in rounds]}
+    report = {"run": {"id": PLAN.run_id, "plan_sha256": plan_digest(PLAN), "client": "a"}, "trainings": [
+        {"round": number, "attempt": 0, "state": "released", "upload": {"sha256": f"a-{number}-0"}}
+        for number in rounds]}
+    return Verified("key", True, 1.0, 1e-5, 1.0, (), "", report, ("public key f-a",))
 
 
 @pytest.mark.parametrize(("closed", "unanswered", "wrong"), [((1,), ((2, 0),), 0), ((1, 2), (), 1)])

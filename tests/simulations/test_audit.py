@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
+from fedlora.privacy.report import read_audit
 from fedlora_server.run_setup import find_model
 from fedlora_simulations import audit, one_run
 from fedlora_simulations.adversary import evidence
@@ -208,6 +209,9 @@ def test_the_command_writes_a_table_json_and_a_picture(arguments, tmp_path, caps
     assert private["white_box"]["epsilon"] <= private["claimed"] <= 1 and private["holds"]
     saved = json.loads((tmp_path / "a" / "audit.json").read_text())
     assert len(saved["audits"][0]["scores"]) == 300 and saved["confidence"] == 0.95
+    known = read_audit(tmp_path / "a" / "audit.json")
+    assert known["epsilon"] == private["white_box"]["epsilon"] and known["steps"] == private["rounds"]
+    assert known["canaries"] == 300 and known["clip_norm"] == private["clip_norm"] > 0 and known["family"]
     assert (tmp_path / "a" / "audit.png").stat().st_size > 10_000
     table = audit.show([audit.Audit(**{**vars(audit_of(private)), "private": flag}) for flag in (True, False)])
     assert table.row_count == 8

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import fedlora
 from fedlora.identity.certificates import Certificate, day
+from fedlora.privacy.about import NOTHING, About
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
 
 
@@ -27,6 +28,7 @@ class Mechanism:
         rows: padded length in tokens → rows of every micro-batch of that length, for which batch invariance was shown
             (`fedlora.training.batch_invariance`); empty if privacy is off.
         one_at_a_time: why micro-batches have a single record; "" if there is no such rule.
+        family: the adapter family, which decides what is trained and sent.
     """
 
     noise_multiplier: float | None
@@ -39,6 +41,7 @@ class Mechanism:
     precision: str = "fp32"
     rows: Mapping[int, int] = field(default_factory=dict)
     one_at_a_time: str = ""
+    family: str = ""
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,7 @@ class ReportedRun:
         predictable: why sampling and noise are predictable ("a simulation", the variable's name); None if the keys come
             from the operating system. If it is set, no epsilon is printed.
         refusals: (round, code) of each refusal that was sent; round None before the first round.
+        about: what the owner states in policy.toml about the data's use.
     """
 
     dataset: str
@@ -215,6 +219,7 @@ class ReportedRun:
     anchored: bool = False
     predictable: str | None = None
     refusals: Sequence[tuple[int | None, str]] = ()
+    about: About = NOTHING
 
     @property
     def private(self) -> bool:

@@ -14,11 +14,14 @@ from fedlora.privacy.accounting import Accountant, four_digits, pld_epsilon, prv
 from fedlora.privacy.ledger.lifetime_budget import filter_epsilon
 from fedlora.privacy.report.signing import Document
 from fedlora.privacy.spend import Spend, rdp_epsilon
+from fedlora.privacy.trade_off import FALSE_ALARMS, attack
 
-SCHEMA, VERSION = "fedlora privacy report", 2
-READABLE = (1, 2)
+SCHEMA, VERSION = "fedlora privacy report", 3
+READABLE = (1, 2, 3)
 """Versions that can be verified. In version 1, extra noise covered the rounding that was measured in bf16
-(`rounding_cover`). Since version 2, a record's arithmetic is shown not to depend on others (`batch_invariance`)."""
+(`rounding_cover`). Since version 2, a record's arithmetic is shown not to depend on others (`batch_invariance`). Since
+version 3, the signature stands in an envelope (`dsse`), and the report says what an attacker can achieve (`attack`),
+what the owner states (`about`) and what an audit measured (`audit`)."""
 
 RELATION = "zero-out: one unit is replaced by one that contributes nothing (accounts like adding or removing it)"
 LABELS = {"guarantee": "guarantee at the run's maximum", "spent": "spent so far"}
@@ -99,6 +102,14 @@ def figures(label: str, steps: int, history: tuple[Spend, ...], delta: float | N
         note.append("PLD is not computed for figures this large")
     return {"label": label, "steps": steps, "epsilon": stated(found[best]), "accountant": best,
             "accountants": {name: stated(value) for name, value in found.items()}, "note": "; ".join(note)}
+
+
+def best_attack(history: tuple[Spend, ...]) -> dict[str, Any] | None:
+    """Return the most that an attacker can achieve against one unit after these steps, as JSON; None if unbounded."""
+    most = attack(history)
+    return most and {"even_odds": most.even_odds,
+                     "found": [{"false_alarms": rate, "at_most": found}
+                               for rate, found in zip(FALSE_ALARMS, most.found, strict=True)]}
 
 
 def steps_of(report: Document) -> dict[str, int]:

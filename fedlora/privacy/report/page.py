@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 from fedlora.privacy.accounting import four_digits, short
+from fedlora.privacy.report import hazards, plain_words
+from fedlora.privacy.report.dsse import spelled
 from fedlora.privacy.report.figures import LABELS, shown, whom
-from fedlora.privacy.report.signing import Document, document_digest
+from fedlora.privacy.report.signing import Document
+from fedlora.privacy.report.text import code, text
 
 MOST_LINES = 12
 """The most lines in the page's table of trainings; the rest is in privacy.json."""
 
 
 def markdown(report: Document) -> str:
-    """Return the page for a report, as Markdown."""
+    """Return the page for a report of the version that is written, as Markdown."""
     run = report["run"]
-    parts = [f"# Privacy report: dataset {_code(run['dataset'])}, run {_code(run['id'])}",
-             f"{_text(run['client'])} trained for the server {_code(run['server'])} (strategy {_text(run['strategy'])}"
-             f", base model {_text(_named(run['base_model']))}). Written {report['made']}.",
-             _statement(report), _mechanism(report), _trainings(report), _lifetime(report), _left(report),
-             "## What this does not cover\n\n" + "\n".join(f"- {_text(line)}" for line in report["not_covered"]),
-             _closing(report)]
+    parts = [f"# Privacy report: dataset {code(run['dataset'])}, run {code(run['id'])}",
+             f"{text(run['client'])} trained for the server {code(run['server'])} (strategy {text(run['strategy'])}"
+             f", base model {text(_named(run['base_model']))}). Written {report['made']}.",
+             _statement(report), plain_words.attacker(report), plain_words.responsible(report), _mechanism(report),
+             _trainings(report), _lifetime(report), _left(report), plain_words.measured(report),
+             "## What this does not cover\n\n" + "\n".join(f"- {text(line)}" for line in report["not_covered"]),
+             _closing(report), plain_words.terms(), hazards.appendix(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _statement(report: Document) -> str:
     privacy, unit = report["privacy"], report["unit"]
     if privacy["no_guarantee"] is not None:
-        return f"**No guarantee.** {_text(privacy['no_guarantee'])}. No epsilon is printed."
+        return f"**No guarantee.** {text(privacy['no_guarantee'])}. No epsilon is printed."
     guarantee = privacy["guarantee"]
     rows = ["| | steps | ε | PRV | RDP | PLD (check) |", "|---|---|---|---|---|---|"]
     for kind, label in LABELS.items():
@@ -42,33 +47,33 @@ def _statement(report: Document) -> str:
     notes = "; ".join(sorted({privacy[kind]["note"] for kind in LABELS if privacy[kind]["note"]}))
     return "\n\n".join(filter(None, [
         f"**ε = {shown(guarantee['epsilon'])} at δ = {_delta(privacy['delta'])}** (accountant "
-        f"{guarantee['accountant']}) is guaranteed for {_text(whom(unit))}, whatever else an attacker knows. Relation: "
-        f"{_text(unit['relation'])}. "
+        f"{guarantee['accountant']}) is guaranteed for {text(whom(unit))}, whatever else an attacker knows. Relation: "
+        f"{text(unit['relation'])}. "
         "In words: with and without this unit, the probability of anything that an attacker may observe differs at "
         "most by the factor e^ε, plus δ. This covers the run's planned maximum, so a run that stops early is covered "
         "too. The second line of the table is what was spent so far.",
         "\n".join(rows),
         f"PRV and RDP are upper bounds on ε, and the smaller one is stated. PLD is an independent check. {apart}",
-        _text(notes) and f"{_text(notes)}.",
-        f"**Against whom.** {_text(report['adversary'])}"]))
+        text(notes) and f"{text(notes)}.",
+        f"**Against whom.** {text(report['adversary'])}"]))
 
 
 def _mechanism(report: Document) -> str:
     mechanism, unit, source = report["mechanism"], report["unit"], report["randomness"]
-    scales = ", ".join(f"{_text(name)} × {short(value)}" for name, value in mechanism["scales"].items())
-    lines = [f"- {_text(mechanism['name'])}. {_text(mechanism['sampler'])}.",
+    scales = ", ".join(f"{text(name)} × {short(value)}" for name, value in mechanism["scales"].items())
+    lines = [f"- {text(mechanism['name'])}. {text(mechanism['sampler'])}.",
              f"- Declared size {_size(unit['declared_size'])}, expected batch {mechanism['expected_batch']}, "
              f"sampling rate {_or_none(mechanism['sampling_rate'])}, noise multiplier (standard deviation / clip norm) "
              f"{_or_none(mechanism['noise_multiplier'])}. Clip norm (L2) {short(mechanism['clip_norm'])} over all "
              f"groups of tensors together, after scaling their gradients ({scales or 'no scales'}). At most "
              f"{mechanism['max_participations']} trainings of {mechanism['local_steps']} steps.",
-             f"- Computed in {_text(mechanism['precision'])}. {_independence(mechanism['batch_invariance'])}"
+             f"- Computed in {text(mechanism['precision'])}. {_independence(mechanism['batch_invariance'])}"
              if mechanism["noise_multiplier"] is not None else "",
              "- Round 0 released random projections of the gradient, from which the adapters start: each record's are "
              "scaled to the clip norm, and their sum is noised as in any other round."
              if any(training["round"] == 0 for training in report["trainings"]) else "",
              f"- A step uses at most {unit['rows_per_unit']} rows of one unit." if unit["rows_per_unit"] else "",
-             f"- Randomness: {_text(source['generator'])}; key: {_text(source['key'])}; {_text(source['gaussian'])}."]
+             f"- Randomness: {text(source['generator'])}; key: {text(source['key'])}; {text(source['gaussian'])}."]
     return "## Mechanism\n\n" + "\n".join(filter(None, lines))
 
 
@@ -76,8 +81,8 @@ def _independence(found: Document) -> str:
     """Return how it was shown that no record's arithmetic depends on another's, and for which shapes."""
     rows = ", ".join(f"{length} tokens × {rows}" for length, rows in sorted(
         found["rows"].items(), key=lambda item: int(item[0])))
-    alone = f" One record at a time: {_text(found['one_at_a_time'])}." if found["one_at_a_time"] else ""
-    return f"Shown {_text(found['shown'])} ({rows}).{alone}"
+    alone = f" One record at a time: {text(found['one_at_a_time'])}." if found["one_at_a_time"] else ""
+    return f"Shown {text(found['shown'])} ({rows}).{alone}"
 
 
 def _trainings(report: Document) -> str:
@@ -100,8 +105,7 @@ def _trainings(report: Document) -> str:
     sent = [t["upload"] for t in report["trainings"] if t["state"] == "released" and t["upload"]]
     size = sum(u["bytes"] or 0 for u in sent)
     said = f"{len(sent)} uploads left this client, {size} bytes in all; the SHA-256 of each is in privacy.json."
-    states = ("Reserved: charged, before the first record was read. Stored: the noised update is finished. Released: "
-              "it left this client. Voided: nothing was read, so the charge was taken back.\n\n" if stretches else "")
+    states = "What each state means stands in appendix A. " if stretches else ""
     return "## Every training that was begun\n\n" + ("\n".join(lines) if stretches else "None.") + f"\n\n{states}{said}"
 
 
@@ -118,16 +122,16 @@ def _lifetime(report: Document) -> str:
         limit = "No limit was declared" if account["epsilon"] is None else f"Limit ε = {short(account['epsilon'])}"
         left = "" if account["remaining"] is None else f", remaining {four_digits(account['remaining'], down=True)}"
         lines.append(f"- {limit} at δ = {_delta(account['delta'])}; counted {shown(account['spent'])}{left} "
-                     f"({_text(account['accountant'])}).")
+                     f"({text(account['accountant'])}).")
     for name, words in (("overlapping", "Data sets that share records with this one; counted too"),
                         ("distinct", "Data sets that the owner declared to be about other people; not counted")):
         if account[name]:
-            lines.append(f"- {words}: {', '.join(_code(other) for other in account[name])}.")
+            lines.append(f"- {words}: {', '.join(code(other) for other in account[name])}.")
     if account["closed_by"]:
-        lines.append(f"- Closed by run {_code(account['closed_by'])}, whose planned maximum counts in full; no further "
+        lines.append(f"- Closed by run {code(account['closed_by'])}, whose planned maximum counts in full; no further "
                      "run fits.")
     if account["new_ledger"]:
-        lines.append(f"- **An earlier ledger was given up:** {_text(account['new_ledger'])}. Spending that only that "
+        lines.append(f"- **An earlier ledger was given up:** {text(account['new_ledger'])}. Spending that only that "
                      "ledger knew is not counted here.")
     if account["simulated"]:
         lines.append("- The ledger is a simulation's; it stands for no real data.")
@@ -135,19 +139,19 @@ def _lifetime(report: Document) -> str:
 
 
 def _left(report: Document) -> str:
-    lines = [f"- {_text(item['what'])}: {_text(item['value'])}" for item in report["left_without_noise"]]
+    lines = [f"- {text(item['what'])}: {text(item['value'])}" for item in report["left_without_noise"]]
     return "## What left this client without noise\n\n" + "\n".join(lines)
 
 
 def _closing(report: Document) -> str:
     found = ", ".join(f"{name} {value}" for name, value in report["versions"].items() if value)
-    signature = report.get("signature")
-    signed = f"Ed25519 public key `{signature['public_key']}`." if signature else "Not signed."
-    return (f"---\n\n{_text(found)}. SHA-256 of privacy.json without its signature (canonical form): "
-            f"`{document_digest(report)}`. {signed} `fedlora-client verify privacy.json` checks the signature and "
-            "recomputes every ε above from the history in that file; this proves the arithmetic, not that noise was "
-            "added.\n\n"
-            "Read and approved: ______________________________   Date: ______________")
+    digest = hashlib.sha256(spelled(report)).hexdigest()
+    author = report.get("public_key")
+    signed = f"Ed25519 public key `{author}`, signature in privacy.dsse.json." if author else "Not signed."
+    return (f"---\n\n{text(found)}. SHA-256 of privacy.json: `{digest}`. {signed} `fedlora-client verify privacy.json` "
+            "checks the signature and recomputes every ε, and what an attacker can learn, from the history in that "
+            "file; this proves the arithmetic, not that noise was added.\n\n"
+            "Read and approved, with appendices A and B: ______________________________   Date: ______________")
 
 
 def _named(model: Mapping[str, str]) -> str:
@@ -166,15 +170,3 @@ def _delta(value: float | None) -> str:
 
 def _size(value: int | None) -> str:
     return "not stated" if value is None else str(value)
-
-
-def _text(value: str) -> str:
-    """Return a text that somebody chose as plain text in Markdown: no line breaks, no markup, no table cells."""
-    plain = "".join(c if c.isprintable() else " " for c in value)
-    for mark in "\\`*_[]<>|#":
-        plain = plain.replace(mark, "\\" + mark)
-    return plain
-
-
-def _code(value: str) -> str:
-    return "`" + "".join(c if c.isprintable() and c != "`" else " " for c in value) + "`"

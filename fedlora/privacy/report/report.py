@@ -1,8 +1,8 @@
 """The privacy report of a run: the guarantee, what was spent, what left without noise, and what is not covered.
 
-    report = sign(privacy_report(ReportedRun(...)), load_or_create_key(path))
-    write_report(folder, report)        # privacy.json, and privacy.md for a person to read and sign
-    verify(report)                      # anyone, anywhere: checks the signature and recomputes every epsilon
+    envelope = sign(privacy_report(ReportedRun(...)), load_or_create_key(path))
+    write_report(folder, envelope)      # privacy.json, its signature privacy.dsse.json, and privacy.md for a person
+    verify(envelope)                    # anyone, anywhere: checks the signature and recomputes every epsilon
 
 A report is plain JSON. It states facts (who took part, with which noise, for how many steps) and the figures that
 follow from them. The exact number of records never appears, only the declared size. If no guarantee holds, because the
@@ -11,7 +11,6 @@ noise was predictable or there was none, the report says why and states no epsil
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -19,12 +18,15 @@ from typing import Any
 
 from fedlora.files import replace_file
 from fedlora.plan import ANCHOR_BYTES
+from fedlora.privacy.about import KEYS
+from fedlora.privacy.report.dsse import ENDING, payload_of, spelled
 from fedlora.privacy.report.facts import Disclosure, LifetimeAccount, ReportedRun, TrainingEntry
 from fedlora.privacy.report.figures import (
     LABELS,
     RELATION,
     SCHEMA,
     VERSION,
+    best_attack,
     figures,
     lifetime_spent,
     planned_history,
@@ -98,6 +100,7 @@ def privacy_report(run: ReportedRun, now: float | None = None) -> dict[str, Any]
                 "plan_sha256": run.plan_sha256, "strategy": run.strategy, "base_model": dict(run.base_model)},
         "unit": {"name": run.unit, "rows_per_unit": run.rows_per_unit, "relation": RELATION,
                  "declared_size": run.declared_size},
+        "about": {field: getattr(run.about, field) for field in KEYS.values()},
         "adversary": ADVERSARY,
         "mechanism": _mechanism(run),
         "randomness": {"predictable": run.predictable is not None, "why": run.predictable,
@@ -106,16 +109,20 @@ def privacy_report(run: ReportedRun, now: float | None = None) -> dict[str, Any]
         "lifetime": None if run.lifetime is None else _lifetime(run.lifetime, run.delta),
         "left_without_noise": [{"what": d.what, "value": d.value} for d in (*run.disclosed, *_while_running(run))],
         "not_covered": list(NOT_COVERED),
+        "audit": None,
         "versions": environment(PACKAGES),
     }
     reason = why_no_guarantee(report)
     if reason is None and run.delta is None:
         raise ValueError("delta is None; a private run has one")
     steps, at = steps_of(report), run.delta if reason is None else None
+    most, spent = (planned_history(report), spent_history(report)) if at is not None else ((), ())
     report["privacy"] = {
         "no_guarantee": reason, "delta": run.delta,
-        "guarantee": figures(LABELS["guarantee"], steps["guarantee"], planned_history(report), at),
-        "spent": figures(LABELS["spent"], steps["spent"], spent_history(report), at)}
+        "guarantee": figures(LABELS["guarantee"], steps["guarantee"], most, at),
+        "spent": figures(LABELS["spent"], steps["spent"], spent, at),
+        "attack": {"guarantee": None if at is None else best_attack(most),
+                   "spent": None if at is None else best_attack(spent)}}
     if run.lifetime is not None:
         _fill_lifetime(report, run.lifetime)
     return report
@@ -125,6 +132,7 @@ def _mechanism(run: ReportedRun) -> dict[str, Any]:
     done = run.mechanism
     return {
         "name": "Poisson-sampled Gaussian" if run.private else "none: privacy is off",
+        "family": done.family,
         "sampler": SAMPLER.format(unit="row" if run.unit == "row" else "unit"),
         "noise_multiplier": done.noise_multiplier,
         "sampling_rate": run.rate(done.sampling_rate),
@@ -210,12 +218,14 @@ def _iso(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def write_report(folder: Path, report: Document) -> Path:
-    """Write `privacy.json` and `privacy.md` into a folder, each completely or not at all.
+def write_report(folder: Path, envelope: Document) -> Path:
+    """Write `privacy.dsse.json`, `privacy.json` and `privacy.md` into a folder, each completely or not at all.
+
+    The envelope comes first: it holds all that the others say. If the process ends in between, the others are older.
 
     Args:
         folder: created if it does not exist.
-        report: a signed report.
+        envelope: a signed report (`dsse.sign`).
 
     Returns:
         The path of privacy.json.
@@ -223,9 +233,10 @@ def write_report(folder: Path, report: Document) -> Path:
     Raises:
         ValueError: the report is not signed, or `verify` does not accept it. Then nothing is written.
     """
-    verify(report)
+    page = markdown(verify(envelope).report)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("privacy.md", markdown(report)),
-                       ("privacy.json", json.dumps(report, indent=1, allow_nan=False) + "\n")):
-        replace_file(folder / name, text.encode(), mode=0o666)
-    return folder / "privacy.json"
+    path = folder / "privacy.json"
+    for place, content in ((path.with_suffix(ENDING), spelled(envelope)), (path, payload_of(envelope)),
+                           (path.with_suffix(".md"), page.encode())):
+        replace_file(place, content, mode=0o666)
+    return path

@@ -1,8 +1,10 @@
-"""Ed25519 signatures over plain JSON, which prove who wrote a document and that no field was changed since."""
+"""The key that signs privacy reports, and the signature inside a report of version 1 or 2.
+
+Reports are signed with an envelope (`dsse`) since version 3. Older ones are verified for good, since they are evidence.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -17,14 +19,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 ALGORITHM = "Ed25519"
 DOMAIN = b"fedlora privacy report 1\n"
-"""Prefix of the signed bytes, so that a signature of this key is valid for nothing but a privacy report."""
+"""Prefix of the bytes that were signed until version 2."""
 
 Document = Mapping[str, Any]
 """A JSON object, as Python's `json` module reads it."""
 
 
 def canonical(document: Document) -> bytes:
-    """Return the one spelling of a document that is signed.
+    """Return the one spelling of a document that was signed until version 2.
 
     Keys are sorted, there are no spaces, all is ASCII, and each float is in its shortest exact form.
 
@@ -35,11 +37,6 @@ def canonical(document: Document) -> bytes:
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"this is not plain JSON ({error}); only plain JSON can be signed") from None
-
-
-def document_digest(document: Document) -> str:
-    """Return the SHA-256 of a document without its signature, 64 hexadecimal digits."""
-    return hashlib.sha256(canonical({k: v for k, v in document.items() if k != "signature"})).hexdigest()
 
 
 def load_or_create_key(path: Path) -> Ed25519PrivateKey:
@@ -91,25 +88,8 @@ def public_key(key: Ed25519PrivateKey) -> str:
     return key.public_key().public_bytes_raw().hex()
 
 
-def sign(report: Document, key: Ed25519PrivateKey) -> dict[str, Any]:
-    """Return the report with a `signature`, which covers every other field and the public key.
-
-    A signature that the report already has is replaced.
-
-    Args:
-        report: plain JSON.
-        key: the author's.
-
-    Raises:
-        ValueError: the report is not plain JSON.
-    """
-    about = {"algorithm": ALGORITHM, "public_key": public_key(key)}
-    value = key.sign(_signed_bytes(report, about)).hex()
-    return {**report, "signature": {**about, "value": value}}
-
-
 def check_signature(report: Document) -> str:
-    """Check a report's signature, and return the public key whose owner signed exactly this report.
+    """Check the signature inside a report of version 1 or 2, and return the public key of who signed exactly this.
 
     Returns:
         The key, 64 hexadecimal digits.

@@ -5,20 +5,15 @@ This proves the arithmetic and whose key signed the report, not that noise was a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from fedlora.plan import MOST_STEPS
-from fedlora.privacy.accounting import four_digits, short
+from fedlora.privacy.accounting import short
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
+from fedlora.privacy.report.audited import check_audit
+from fedlora.privacy.report.dsse import is_envelope, opened
 from fedlora.privacy.report.facts import CERTIFICATE
 from fedlora.privacy.report.figures import (
     LABELS,
@@ -26,10 +21,10 @@ from fedlora.privacy.report.figures import (
     RELATION,
     SCHEMA,
     STATES,
-    VERSION,
     Steps,
     accountants,
     begun,
+    best_attack,
     lifetime_spent,
     merged,
     number,
@@ -41,49 +36,12 @@ from fedlora.privacy.report.figures import (
     whom,
     why_no_guarantee,
 )
-from fedlora.privacy.report.signing import Document, check_signature
+from fedlora.privacy.report.shapes import SHAPES, fit
+from fedlora.privacy.report.signing import Document
 from fedlora.versions import versions
 
 TOLERANCE = 1e-6
 """Amount by which a stated epsilon may be below the recomputed one, as processors round the same sums differently."""
-
-_NUMBER = (int, float)
-_MAYBE = (*_NUMBER, type(None))
-_TEXT = (str, type(None))
-_EPSILON = (*_NUMBER, str, type(None))
-_FIGURES = {"label": str, "steps": int, "epsilon": _EPSILON, "accountant": _TEXT,
-            "accountants": {"PRV": _EPSILON, "RDP": _EPSILON, "PLD": _EPSILON}, "note": str}
-SHAPE: dict[str, Any] = {
-    "schema": str, "version": int, "made": str,
-    "run": {"id": str, "dataset": str, "client": str, "server": str, "plan_sha256": str, "strategy": str,
-            "base_model": {...: str}},
-    "unit": {"name": str, "rows_per_unit": (int, type(None)), "relation": str, "declared_size": (int, type(None))},
-    "adversary": str,
-    "mechanism": {"name": str, "sampler": str, "noise_multiplier": _MAYBE, "sampling_rate": _MAYBE,
-                  "expected_batch": int, "local_steps": int, "max_participations": int, "clip_norm": _NUMBER,
-                  "scales": {...: _NUMBER}, "precision": str,
-                  "batch_invariance": {"shown": str, "rows": {...: int}, "one_at_a_time": _TEXT}},
-    "randomness": {"predictable": bool, "why": _TEXT, "generator": str, "key": str, "gaussian": str},
-    "trainings": [{"round": int, "attempt": int, "state": str, "time": str, "steps": int, "noise_multiplier": _MAYBE,
-                   "sampling_rate": _MAYBE, "upload": ({"bytes": (int, type(None)), "sha256": str}, None)}],
-    "privacy": {"no_guarantee": _TEXT, "delta": _MAYBE, "guarantee": _FIGURES, "spent": _FIGURES},
-    "lifetime": ({"epsilon": _MAYBE, "delta": _MAYBE, "spent": _EPSILON, "remaining": _MAYBE, "accountant": str,
-                  "orders": [_NUMBER],
-                  "charges": [{"dataset": str, "run": str, "noise_multiplier": _MAYBE, "sampling_rate": _MAYBE,
-                               "steps": int}],
-                  "overlapping": [str], "distinct": [str], "closed_by": _TEXT, "ledger": _TEXT, "new_ledger": _TEXT,
-                  "simulated": bool}, None),
-    "left_without_noise": [{"what": str, "value": str}],
-    "not_covered": [str],
-    "versions": {...: _TEXT},
-    "signature": {"algorithm": str, "public_key": str, "value": str},
-}
-"""Fields and types of the version that is written. `...` stands for any name; `(shape, None)` for a value or null."""
-
-_FIRST_MECHANISM = {name: kind for name, kind in SHAPE["mechanism"].items() if name != "batch_invariance"}
-SHAPES = {1: {**SHAPE, "mechanism": {**_FIRST_MECHANISM, "rounding_cover": _NUMBER}}, VERSION: SHAPE}
-"""Version → fields and types, for each version that can be read."""
-
 
 @dataclass(frozen=True)
 class Check:
@@ -115,6 +73,7 @@ class Verified:
         spent: epsilon spent so far; None without a guarantee.
         checks: every figure that was compared.
         text: what the verification proves and what it does not.
+        report: the report that was signed.
         connections: the keys at both ends of the run's encrypted connections, in words; () without TLS.
     """
 
@@ -125,77 +84,53 @@ class Verified:
     spent: float | None
     checks: tuple[Check, ...]
     text: str
+    report: Document
     connections: tuple[str, ...] = ()
 
 
-def verify(report: Document, public_key: str | None = None) -> Verified:
+def verify(document: Document, public_key: str | None = None) -> Verified:
     """Verify a signed report.
 
     Args:
-        report: the JSON of privacy.json.
+        document: the JSON of privacy.dsse.json; or that of a privacy.json of version 1 or 2, which has its signature
+            inside. `dsse.read_signed` reads both from a file.
         public_key: the author's, 64 hexadecimal digits; None accepts any author, and the result names the key.
 
     Raises:
         ValueError: a field is missing, unknown or of the wrong type; the signature is not the author's or does not fit;
-            facts contradict each other; an epsilon is below the recomputed one; or the guarantee covers fewer steps
-            than were begun. The message names the field.
+            facts contradict each other; an epsilon or an attacker's success is below the recomputed one; the guarantee
+            covers fewer steps than were begun; or an audit is of another mechanism. The message names the field.
     """
-    if not isinstance(report, Mapping) or report.get("schema") != SCHEMA:
-        raise ValueError(f"this is not a {SCHEMA}; name a client's privacy.json")
-    version = report.get("version")
-    if version not in READABLE or isinstance(version, bool):
-        raise ValueError(f"the report has version {version!r}, and this FedLoRA reads versions "
-                         f"{' and '.join(map(str, READABLE))}; verify it with the FedLoRA version that it names")
-    author = check_signature(report)
+    enveloped = isinstance(document, Mapping) and is_envelope(document)
+    if not enveloped:
+        _check_version(document)
+    report, author = opened(document)
+    if enveloped:
+        _check_version(report)
     if public_key is not None and public_key.strip().lower() != author:
         raise ValueError(f"the report is signed by {author}, not by {public_key.strip().lower()}; it is another "
                          "client's, or its author has a new key: ask the author for the public key")
-    _fit(report, SHAPES[version], "report")
+    fit(report, SHAPES[report["version"]], "report")
     _check_facts(report)
     privacy = report["privacy"]
     if privacy["no_guarantee"] is not None:
-        return Verified(author, False, None, None, None, (), _without_guarantee(report), connections(report))
+        return Verified(author, False, None, None, None, (), _without_guarantee(report), report, connections(report))
     checks = [*_check_figures(report, "guarantee"), *_check_figures(report, "spent"), *_check_lifetime(report)]
+    _check_attack(report)
+    if report.get("audit") is not None:
+        check_audit(report, report["audit"])
     epsilon, spent = (number(privacy[kind]["epsilon"]) for kind in ("guarantee", "spent"))
-    return Verified(author, True, epsilon, privacy["delta"], spent, tuple(checks), _with_guarantee(report),
+    return Verified(author, True, epsilon, privacy["delta"], spent, tuple(checks), _with_guarantee(report), report,
                     connections(report))
 
 
-def verify_file(path: Path, console: Console, public_key: str | None = None) -> int:
-    """Verify the report in a file, and print its figures and what they prove.
-
-    Args:
-        path: a privacy.json.
-        console: where to print.
-        public_key: the author's, 64 hexadecimal digits; None accepts any author and prints the key.
-
-    Returns:
-        The exit code: 0 if the report is consistent and correctly signed, else 2.
-    """
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-        verified = verify(report, public_key)
-    except OSError as error:
-        console.print(f"[bold red]Not verified.[/] {escape(str(path))}: {escape(str(error.strerror))}")
-        return 2
-    except (ValueError, RecursionError) as error:
-        console.print(f"[bold red]Not verified.[/] {escape(str(path))}: {escape(str(error))}.")
-        return 2
-    if verified.guarantee:
-        table = Table("figure", "accountant", "stated", "recomputed",
-                      title=f"ε at δ = {short(verified.delta or 0.0, up=True)}")
-        for check in verified.checks:
-            here = "not computed" if check.recomputed is None else four_digits(check.recomputed)
-            table.add_row(check.label, check.accountant,
-                          "not stated" if check.stated is None else four_digits(check.stated), here)
-        console.print(table)
-    console.print(escape(verified.text), soft_wrap=True)
-    for connection in verified.connections:
-        console.print(f"C{CERTIFICATE[1:]}: {escape(connection)}.", soft_wrap=True, highlight=False)
-    if public_key is None:
-        console.print(f"Signed by {verified.public_key}. Compare it with the key that the author gave you, or pass "
-                      "that one as --public-key.", soft_wrap=True)
-    return 0
+def _check_version(report: Document) -> None:
+    if not isinstance(report, Mapping) or report.get("schema") != SCHEMA:
+        raise ValueError(f"this is not a {SCHEMA}; name a client's privacy.json or privacy.dsse.json")
+    version = report.get("version")
+    if version not in READABLE or isinstance(version, bool):
+        raise ValueError(f"the report has version {version!r}, and this FedLoRA reads versions "
+                         f"{', '.join(map(str, READABLE))}; verify it with the FedLoRA version that it names")
 
 
 def _check_facts(report: Document) -> None:
@@ -241,6 +176,7 @@ def _check_facts(report: Document) -> None:
         found = [lifetime.get(field) for field in ("epsilon", "spent", "remaining")]
         found += [value for kind in LABELS for value in (privacy[kind]["epsilon"],
                                                          *privacy[kind]["accountants"].values())]
+        found += [*privacy.get("attack", {}).values(), report.get("audit")]
         _require(all(value is None for value in found), "epsilon", found, "it may not be stated without a guarantee")
         return
     _require(size is not None and size >= 1, "unit.declared_size", size, "a guarantee needs a declared size")
@@ -271,6 +207,24 @@ def _check_figures(report: Document, kind: str) -> list[Check]:
     return checks
 
 
+def _check_attack(report: Document) -> None:
+    """Check that no report of version 3 states a smaller success of an attacker than is recomputed here."""
+    if "attack" not in report["privacy"]:
+        return
+    for kind, history in (("guarantee", planned_history(report)), ("spent", spent_history(report))):
+        claimed, found = report["privacy"]["attack"][kind], best_attack(history)
+        if found is None or claimed is None:
+            _require(found is claimed, f"privacy.attack.{kind}", claimed, f"by the report's own history it is {found}")
+            continue
+        rates = [[one["false_alarms"] for one in both["found"]] for both in (claimed, found)]
+        _require(rates[0] == rates[1], f"privacy.attack.{kind}.found", claimed["found"], f"it is stated for {rates[1]}")
+        pairs = [(claimed["even_odds"], found["even_odds"]),
+                 *((ours["at_most"], theirs["at_most"])
+                   for ours, theirs in zip(claimed["found"], found["found"], strict=True))]
+        for stated, least in pairs:
+            _not_below(report, f"{LABELS[kind]}, attacker's success", stated, least, "probability")
+
+
 def _check_lifetime(report: Document) -> list[Check]:
     """Recompute the lifetime budget's epsilon. Check that spending is not understated nor the rest overstated."""
     account = report["lifetime"]
@@ -297,14 +251,14 @@ def _check_lifetime(report: Document) -> list[Check]:
     return [Check("lifetime, spent", "RDP" if account["closed_by"] is None else "RDP or PRV", spent, recomputed)]
 
 
-def _not_below(report: Document, what: str, claimed: float, recomputed: float) -> None:
-    """Raise ValueError if a stated epsilon is below the recomputed one by more than `TOLERANCE`."""
+def _not_below(report: Document, what: str, claimed: float, recomputed: float, figure: str = "epsilon") -> None:
+    """Raise ValueError if a stated figure is below the recomputed one by more than `TOLERANCE`."""
     if claimed >= recomputed - TOLERANCE:
         return
     here = versions(("opacus", "numpy", "scipy", "dp-accounting"))
     other = {name: report["versions"].get(name) for name in here}
     hint = "" if other == here else f" (it was computed with {_listed(other)}, here with {_listed(here)})"
-    raise ValueError(f"{what}: the report states epsilon {claimed!r}, but its own history amounts to {recomputed!r}"
+    raise ValueError(f"{what}: the report states {figure} {claimed!r}, but its own history amounts to {recomputed!r}"
                      f"{hint}; do not rely on this report")
 
 
@@ -343,50 +297,3 @@ def _with_guarantee(report: Document) -> str:
 def _require(ok: bool, field: str, value: object, remedy: str) -> None:
     if not ok:
         raise ValueError(f"{field} is {value!r}; {remedy}")
-
-
-def _fit(value: object, shape: object, where: str) -> None:
-    """Raise ValueError unless a value has exactly the fields and types of a shape (see `SHAPE`).
-
-    Args:
-        value: the value.
-        shape: the shape.
-        where: the value's place in the report, for messages.
-    """
-    if isinstance(shape, dict):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where} is {type(value).__name__}; it must be an object")
-        if ... in shape:
-            shape = dict.fromkeys(value, shape[...])
-        if set(value) != set(shape):
-            raise ValueError(f"{where} lacks the fields {sorted(set(shape) - set(value))} and has the unknown fields "
-                             f"{sorted(set(value) - set(shape))}; this is no report of the version that it states")
-        for name, inner in shape.items():
-            _fit(value[name], inner, f"{where}.{name}")
-    elif isinstance(shape, list):
-        if not isinstance(value, list):
-            raise ValueError(f"{where} is {type(value).__name__}; it must be a list")
-        for place, item in enumerate(value):
-            _fit(item, shape[0], f"{where}[{place}]")
-    elif isinstance(shape, tuple) and shape[-1] is None:
-        if value is not None:
-            _fit(value, shape[0], where)
-    elif not isinstance(value, shape) or (isinstance(value, bool) and shape is not bool):  # type: ignore[arg-type]
-        raise ValueError(f"{where} is {value!r}, which is not of the right type")
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return a JSON object in which no name appears twice, so that a person and a program read the same value.
-
-    Raises:
-        ValueError: a name appears twice.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice in one object")
-    return found
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"it holds {name}, which is not JSON")

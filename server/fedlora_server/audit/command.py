@@ -6,10 +6,14 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedlora.config import Parser, faults_in_words
 
 from .chain import FILE, Chain, Line, read
+
+if TYPE_CHECKING:
+    from fedlora.privacy.report import Verified
 
 NOT_VERIFIED = 1
 COLUMNS = ("number", "time", "event", "client", "round", "attempt", "code", "bytes", "sha256", "peer", "fingerprint",
@@ -51,7 +55,8 @@ def parser() -> Parser:
     verified.add_argument("--head", metavar="HASH", help="a hash that the server printed at the end of the "
                           "run; without it, nobody notices if lines were cut off at the end or all were written anew")
     verified.add_argument("--report", type=Path, nargs="+", default=[], metavar="privacy.json",
-                          help="signed privacy reports of clients: their uploads must be those in the log")
+                          help="signed privacy reports of clients (privacy.dsse.json, or privacy.json beside it): "
+                               "their uploads must be those in the log")
     shown = action("show", "[--client NAME] [--event KIND]", "Show the lines as a table.")
     shown.add_argument("--client", metavar="NAME", help="only the lines about this client")
     shown.add_argument("--event", metavar="KIND", help="only the lines of this kind, such as uploaded or accepted")
@@ -110,7 +115,7 @@ def _check_head(chain: Chain, head: str | None) -> bool:
     return True
 
 
-def _check_report(lines: Sequence[Line], path: Path, report: dict[str, object]) -> bool:
+def _check_report(lines: Sequence[Line], path: Path, report: Verified) -> bool:
     """Say whether a client's report fits the log, and return it."""
     from .compare import compare
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fedlora.privacy.report import connections, verify
+from fedlora.privacy.report import Verified, read_signed, verify
 
 from .chain import Line
 
@@ -38,22 +36,20 @@ class Compared:
     wrong: tuple[str, ...]
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """Read and verify a client's privacy.json.
+def read_report(path: Path) -> Verified:
+    """Read and verify a client's privacy.json with its signature, or its privacy.dsse.json.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is not a signed, consistent privacy report.
     """
     try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        verify(report)
-    except (ValueError, RecursionError) as error:
+        return verify(read_signed(path))
+    except ValueError as error:
         raise ValueError(f"--report {path} is not verified: {error}") from None
-    return report
 
 
-def compare(lines: Sequence[Line], report: dict[str, Any]) -> Compared:
+def compare(lines: Sequence[Line], verified: Verified) -> Compared:
     """Hold the lines of an audit log against a verified privacy report.
 
     An upload of a closed round that the report calls released and that the log has neither as uploaded nor as late or
@@ -62,8 +58,9 @@ def compare(lines: Sequence[Line], report: dict[str, Any]) -> Compared:
 
     Args:
         lines: the log's lines, whose chain was checked.
-        report: the report.
+        verified: the report.
     """
+    report = verified.report
     run, wrong = report["run"], []
     if lines[0]["run"] != run["id"]:
         wrong.append(f"the log is that of run {lines[0]['run']}, and the report is about run {run['id']}")
@@ -72,7 +69,7 @@ def compare(lines: Sequence[Line], report: dict[str, Any]) -> Compared:
         wrong.append(f"the plan's digest is {', '.join(sorted(plans)) or 'missing'} in the log and "
                      f"{run['plan_sha256']} in the report")
     own = [line for line in lines if line["client"] == run["client"] and line["round"] is not None]
-    stated = " ".join(connections(report))
+    stated = " ".join(verified.connections)
     wrong += [f"{_named((line['round'], line['attempt']))}: the client showed a certificate with the fingerprint "
               f"{line['fingerprint']} (line {line['number']}), which the report does not state"
               for line in own if line["event"] == "uploaded" and (line["fingerprint"] or "") not in stated]
@@ -97,7 +94,7 @@ def compare(lines: Sequence[Line], report: dict[str, Any]) -> Compared:
               "leaves it out" for order in missing if order not in unanswered]
     return Compared(run["client"], len(arrived & sent.keys()),
                     tuple(sorted({line["fingerprint"] for line in logged if line["fingerprint"]})),
-                    report["signature"]["public_key"], unanswered, tuple(wrong))
+                    verified.public_key, unanswered, tuple(wrong))
 
 
 def _named(order: Order) -> str:
