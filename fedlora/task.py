@@ -203,7 +203,6 @@ class Task(ABC):
         return max(1, _OUTPUTS // self.outputs_per_token)
 
     @memory_advice("evaluation", "lower --max-length, choose a smaller --model, or leave out --eval-data")
-    @torch.no_grad()
     def evaluate(self, model: torch.nn.Module, records: Records, *, micro_batch: int | None = None,
                  device: str | torch.device = "cpu", autocast_dtype: torch.dtype | None = None) -> dict[str, float]:
         """Evaluate a model on records and return the figures of `summarize`.
@@ -223,6 +222,25 @@ class Task(ABC):
         """
         if not len(records):
             raise ValueError("there is nothing to evaluate on: no row has a label, or an answer within --max-length")
+        return self.summarize(self.measured(model, records, micro_batch=micro_batch, device=device,
+                                            autocast_dtype=autocast_dtype))
+
+    @torch.no_grad()
+    def measured(self, model: torch.nn.Module, records: Records, *, micro_batch: int | None = None,
+                 device: str | torch.device = "cpu", autocast_dtype: torch.dtype | None = None,
+                 done: Callable[[int], object] = lambda count: None) -> dict[str, np.ndarray]:
+        """Return what `measure` returns, of all records in their order: name → [n] or [n, k] float64.
+
+        The model is in evaluation mode meanwhile, and back in its former mode afterwards.
+
+        Args:
+            model: the model.
+            records: n > 0 records.
+            micro_batch: records computed at once; None to limit records, tokens and outputs instead.
+            device: where to compute.
+            autocast_dtype: dtype of the computation; None for the model's own.
+            done: called after each batch with the number of its records.
+        """
         training = model.training
         model.eval()
         autocast = (contextlib.nullcontext() if autocast_dtype is None
@@ -239,10 +257,11 @@ class Task(ABC):
                 for name, values in measured.items():
                     parts.setdefault(name, []).append(values.cpu().double().numpy())
                 order.append(indices)
+                done(len(indices))
         finally:
             model.train(training)
         place = np.argsort(np.concatenate(order))
-        return self.summarize({name: np.concatenate(part)[place] for name, part in parts.items()})
+        return {name: np.concatenate(part)[place] for name, part in parts.items()}
 
     def _each(self, rows: Sequence[int], encode: Callable[[Sequence[int]], Sequence[Encoded]],
               unusable: Counter[str] | None) -> Iterator[tuple[int, Encoded]]:

@@ -1,6 +1,7 @@
 """Reading of users' files into checked rows of text, and their split over simulated clients."""
 
 from fedlora.data.columns import Answer, RowFormat, column_names
+from fedlora.data.kept import kept_cells
 from fedlora.data.options import ReadOptions
 from fedlora.data.partition import partition
 from fedlora.data.reading import read_rows
@@ -19,5 +20,5 @@ from fedlora.data.rows import (
 from fedlora.data.sources import check_there
 
 __all__ = ["Answer", "ReadOptions", "RowFormat", "Rows", "check_labels", "check_there", "column_names", "in_order",
-           "label_names", "labelled_by", "labelled_otherwise", "normalize_label", "normalize_unit", "partition",
-           "read_rows", "rows_in_other_capitals", "shown"]
+           "kept_cells", "label_names", "labelled_by", "labelled_otherwise", "normalize_label", "normalize_unit",
+           "partition", "read_rows", "rows_in_other_capitals", "shown"]

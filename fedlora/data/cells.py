@@ -90,12 +90,13 @@ class AnswerCells:
 
     Attributes:
         column: the task's name of the column.
+        needed: whether rows without an answer are incomplete.
         words: word that stands for a missing value ("NA", say) → number of cells that held it.
         mapped: label of the files → number of cells in which `label_map` replaced it.
     """
 
     def __init__(self, answer: Answer, problems: Problems, label_map: Mapping[str, str] | None = None) -> None:
-        self.column = answer.column
+        self.column, self.needed = answer.column, answer.needed
         self._answer, self._problems, self._map = answer, problems, label_map or {}
         self._known: dict[tuple[type, Any], _Reading] = {}
         self.words: Counter[str] = Counter()

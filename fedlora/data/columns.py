@@ -25,11 +25,13 @@ class Answer:
             cannot be an answer. The error's message describes the value ("a fraction") without quoting it. Words that
             stand for a missing value are handled before.
         remedy: how to write an answer, for the owner of a cell that does not parse.
+        needed: whether files must have the column, and --skip-incomplete leaves out rows without an answer.
     """
 
     column: str
     parse: Callable[[object], Any]
     remedy: str
+    needed: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Needs:
 
     def __init__(self, form: RowFormat, names: Mapping[str, str], unit: str | None) -> None:
         beside = [form.answer.column] if form.answer else []
-        self._kinds = [[names.get(name, name) for name in (*required(one), *beside)] + ([unit] if unit else [])
+        needed = beside if form.answer and form.answer.needed else []
+        self._kinds = [[names.get(name, name) for name in (*required(one), *needed)] + ([unit] if unit else [])
                        for one in form.kinds if names.keys() - beside <= set(one[1])]
         every = [names.get(name, name) for name in column_names(form)] + ([unit] if unit else [])
         self._names = set(map(folded, every))

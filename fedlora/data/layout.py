@@ -132,7 +132,7 @@ class LayoutFinder:
         present = layout.present
         if any(find_column(name, present) is None for name in layout.wanted[0]):
             self._note_missing(file, present)
-        elif self.form.answer is not None and layout.answer is None:
+        elif self.form.answer is not None and self.form.answer.needed and layout.answer is None:
             column = self.form.answer.column
             self._note_no_column(file, present, self._name(column), f"Name yours with --column {column}=NAME", column)
         for wanted, name in zip((*layout.wanted[0], *layout.wanted[1:]), (*layout.texts, layout.answer, layout.unit),

@@ -74,7 +74,8 @@ def read_rows(path: Path | str, task: str, form: RowFormat, *, columns: Mapping[
     if declared:
         remark_on_capitals(rows, declared, problems)
         rows = labelled_by(rows, declared)
-    remark_on(rows, reader.missing_answers, problems, declared=declared)
+    if form.answer is None or form.answer.needed:
+        remark_on(rows, reader.missing_answers, problems, declared=declared)
     for line in problems.remarks():
         log.warning("%s", line)
     return rows
@@ -172,7 +173,7 @@ class _Reader:
         if self.answer_cells is not None:
             cell = None if layout.answer is None else row.get(layout.answer)
             answer, other = self.answer_cells.read(file, line, cell)
-            if skip and answer is None and other is None:
+            if skip and self.answer_cells.needed and answer is None and other is None:
                 return self.answer_cells.column
             self.answers.append(answer)
             self.otherwise.append(other)

@@ -241,7 +241,8 @@ def rows_in_other_capitals(rows: Rows, labels: Collection[str]) -> list[int]:
     if not alike:
         return []
     read = labelled_by(rows, labels).labels or ()
-    return [row for row, (one, name) in enumerate(zip(rows.labels or (), read, strict=True)) if alike.get(one) == name]
+    return [row for row, (one, name) in enumerate(zip(rows.labels or (), read, strict=True))
+            if one is not None and alike.get(one) == name]
 
 
 def labelled_otherwise(rows: Rows, allowed: Collection[str]) -> list[int]:

@@ -6,6 +6,7 @@ Their base class is in `fedlora.task`, and the records that they make are in `fe
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def task_for(run: RunPlan, tokenizer: Any) -> Task:
 
 def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = None, unit: str | None = None,
          allow_download: bool = False, declared: Collection[str] = (), held_out: bool = False,
-         options: ReadOptions | None = None) -> Rows:
+         options: ReadOptions | None = None, answered: bool = True) -> Rows:
     """Read and check the rows of a task's data files, as `fedlora.data.read_rows` does.
 
     Args:
@@ -47,12 +48,16 @@ def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = Non
         declared: the label set, if it is known already.
         held_out: whether the rows are for evaluation, not for training.
         options: what the owner says about the files, such as their separator and other names for labels.
+        answered: whether files must have the column of answers, if the task has one.
 
     Raises:
         ValueError: something is wrong. The message gives file, line and remedy of all faults, and never a row's text or
             id.
     """
     kind = task_named(task)
-    return read_rows(path, task, kind.rows, columns=columns, unit=unit, allow_download=allow_download,
+    form = kind.rows
+    if form.answer is not None:
+        form = replace(form, answer=replace(form.answer, needed=answered))
+    return read_rows(path, task, form, columns=columns, unit=unit, allow_download=allow_download,
                      labels=kind.has_labels, declared=declared, held_out=held_out, options=options,
                      others={key: task_named(key).rows for key in registry.keys("fedlora.tasks")})

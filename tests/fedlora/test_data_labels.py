@@ -8,9 +8,10 @@ import logging
 import pytest
 
 from fedlora.config import ClientConfig, read_config
-from fedlora.data import ReadOptions, check_labels, labelled_by, rows_in_other_capitals
+from fedlora.data import ReadOptions, check_labels, kept_cells, labelled_by, rows_in_other_capitals
 from fedlora.privacy.ledger.fingerprints import fingerprints
 from fedlora.tasks import read
+from fedlora.tasks.classification import Classification
 from tests.fedlora.data_files import SECRET, refusal, write, write_lines
 from tests.fedlora.test_data_as_it_comes import numbered
 
@@ -109,6 +110,43 @@ def test_labels_in_other_capitals_are_read_as_the_declared_ones_and_counted(tmp_
     assert "differ from another only in capitals, and count as different classes unless" in message
     assert rows_in_other_capitals(plain, ("urgent", "routine")) == [0, 1, 3]
     assert labelled_by(plain, ("urgent", "routine")).labels[:4] == ("urgent", "urgent", "urgent", "routine")
+
+
+def test_a_row_without_a_label_is_none_in_other_capitals(tmp_path, said):
+    path = write(tmp_path / "a.csv", ["text", "label"], [("x", "URGENT"), ("y", ""), ("z", "routine")])
+    rows, message = said(path, declared=("urgent", "routine"))
+    assert f"{path}:2: 1 labels are read as" in message and rows.labels == ("urgent", None, "routine")
+
+
+# --- Rows to predict ---
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_rows_to_predict_need_no_label_and_keep_what_they_have(tmp_path, suffix, said):
+    bare = write(tmp_path / f"a{suffix}", ["text", "ID"], [("one", "007"), ("two", "8")])
+    rows, message = said(bare, answered=False)
+    assert rows.texts == ("one", "two") and rows.labels == (None, None) and not message
+    assert kept_cells(rows, ["id"], Classification.rows) == [("007",), ("8",)]
+    with pytest.raises(ValueError, match="has no column ward to keep"):
+        kept_cells(rows, ["id", "ward"], Classification.rows)
+    some = write(tmp_path / f"b{suffix}", ["text", "label"], [("one", "urgent"), ("two", None)])
+    rows, message = said(some, answered=False, options=ReadOptions(skip_incomplete=True))
+    assert rows.labels == ("urgent", None) and not message, "a row without a label is whole"
+    assert "there is no column label" in refusal(bare)
+
+
+def test_cells_to_keep_are_those_of_the_sheet_and_the_separator_that_were_read(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl", reason="the extra xlsx is not installed")
+    book = openpyxl.Workbook()
+    book.active.append(["ID", "remark"])
+    sheet = book.create_sheet("notes")
+    for row in (["text", "ID"], ["one", 7], ["", None], ["two", 8]):
+        sheet.append(row)
+    book.save(tmp_path / "a.xlsx")
+    (tmp_path / "b.csv").write_text("text;ID\n\"one;\nmore\";9\ntwo;10\n", encoding="utf-8")
+    for name, expected in (("a.xlsx", [("7",), ("8",)]), ("b.csv", [("9",), ("10",)])):
+        rows = read(tmp_path / name, "classification", answered=False)
+        assert kept_cells(rows, ["ID"], Classification.rows) == expected
+        assert kept_cells(rows.take([1]), ["ID"], Classification.rows) == expected[1:]
 
 
 def test_a_label_like_two_names_of_the_set_is_refused_and_the_very_names_are_kept(tmp_path):
