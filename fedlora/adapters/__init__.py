@@ -4,8 +4,11 @@ from fedlora.adapters.attach import AdaptedModel, attach, attach_planned
 from fedlora.adapters.export import export
 from fedlora.adapters.family import Family, Site, TensorSpec, family_of
 from fedlora.adapters.layout import AdapterLayout
+from fedlora.adapters.merge import merge
+from fedlora.adapters.provenance import Noise, Provenance, Statement
 from fedlora.adapters.start import initial_tensors, start_of
 from fedlora.adapters.targets import all_targets, automatic_targets, not_by_record
 
-__all__ = ["AdaptedModel", "AdapterLayout", "Family", "Site", "TensorSpec", "all_targets", "attach", "attach_planned",
-           "automatic_targets", "export", "family_of", "initial_tensors", "not_by_record", "start_of"]
+__all__ = ["AdaptedModel", "AdapterLayout", "Family", "Noise", "Provenance", "Site", "Statement", "TensorSpec",
+           "all_targets", "attach", "attach_planned", "automatic_targets", "export", "family_of", "initial_tensors",
+           "merge", "not_by_record", "start_of"]

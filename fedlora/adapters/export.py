@@ -5,7 +5,7 @@
                                                         it pads on the left, as `generate` needs it
     base/config.json                                    the base model's config, with the labels in order and the pad
                                                         token
-    README.md                                           the code that loads the adapter
+    README.md                                           the model card, with the code that loads the adapter
 
 The config is in a folder of its own, because transformers takes a folder with both a config and an adapter for a model.
 No file contains a path of this machine.
@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora import models
 from fedlora.adapters.attach import AdaptedModel
 from fedlora.adapters.card import card, padding_side
+from fedlora.adapters.provenance import Provenance
 from fedlora.files import replace_file
 from fedlora.plan import Tensors
 from fedlora.tasks import task_named
@@ -42,7 +43,7 @@ _NOT_HANDED_ON = ("name_or_path", "is_local", "local_files_only", "tokenizer_fil
 
 
 def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: str, *,
-           max_length: int | None = None) -> Path:
+           max_length: int | None = None, run: Provenance | None = None) -> Path:
     """Write an adapter as a PEFT folder.
 
     Every family is written as plain LoRA, with the factors that its `update` returns. If ranks differ between modules,
@@ -58,6 +59,7 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
             (`fedlora.models.hub_name`), or the title of its `ModelRef` if it has no hub id.
         max_length: tokens that the run kept of a record. A classifier's tokenizer is set to cut there. None for the
             tokenizer's own limit.
+        run: the facts about the run, for the model card; None to say nothing of it.
 
     Returns:
         `out_dir`.
@@ -67,10 +69,7 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     """
     layout = adapted.layout
     layout.check(tensors, "state")
-    if not models.is_hub_name(base_name) and not _TITLE.fullmatch(base_name):
-        raise ValueError(f"{base_name!r} names the base model on this machine alone. Give its hub id, as org/model or "
-                         "org/model@<commit>, or the title of the run's ModelRef (plan.model.title)")
-    repository, _, commit = base_name.partition("@")
+    repository, commit = split_name(base_name)
     files: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
@@ -99,13 +98,30 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     config.save_pretrained(str(out_dir))
     weights = to_bytes({name: value.contiguous() for name, value in files.items()}, metadata={"format": "pt"})
     replace_file(out_dir / "adapter_model.safetensors", weights, 0o666)
-    _hand_on(adapted, out_dir, max_length)
-    (out_dir / "README.md").write_text(card(adapted.model, adapted.task, repository, commit or None), encoding="utf-8")
+    hand_on_tokenizer(adapted, out_dir, max_length)
+    base = copy.deepcopy(adapted.model.config)
+    base.use_cache = True  # training turned the cache off, and generation needs it
+    base.save_pretrained(out_dir / "base")
+    (out_dir / "README.md").write_text(card(adapted.model, adapted.task, repository, commit or None, run=run),
+                                       encoding="utf-8")
     return out_dir
 
 
-def _hand_on(adapted: AdaptedModel, out_dir: Path, max_length: int | None) -> None:
-    """Write the tokenizer and the base model's config as the run used them."""
+def split_name(base_name: str) -> tuple[str, str]:
+    """Return a base model's hub id, or its title, and its commit on the hub ("" if there is none).
+
+    Raises:
+        ValueError: the name means something on this machine alone.
+    """
+    if not models.is_hub_name(base_name) and not _TITLE.fullmatch(base_name):
+        raise ValueError(f"{base_name!r} names the base model on this machine alone. Give its hub id, as org/model or "
+                         "org/model@<commit>, or the title of the run's ModelRef (plan.model.title)")
+    repository, _, commit = base_name.partition("@")
+    return repository, commit
+
+
+def hand_on_tokenizer(adapted: AdaptedModel, out_dir: Path, max_length: int | None) -> None:
+    """Write the tokenizer as the run used it; see `export` for the arguments."""
     adapted.tokenizer.save_pretrained(out_dir)
     settings = out_dir / "tokenizer_config.json"
     said = {name: value for name, value in json.loads(settings.read_text(encoding="utf-8")).items()
@@ -117,9 +133,6 @@ def _hand_on(adapted: AdaptedModel, out_dir: Path, max_length: int | None) -> No
     if max_length is not None and task_named(adapted.task).has_labels:
         said["model_max_length"] = max_length
     settings.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    config = copy.deepcopy(adapted.model.config)
-    config.use_cache = True  # training turned the cache off, and generation needs it
-    config.save_pretrained(out_dir / "base")
 
 
 def _modules_to_save(adapted: AdaptedModel) -> list[str]:

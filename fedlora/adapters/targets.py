@@ -132,6 +132,14 @@ def _seen(model: PreTrainedModel, names: Sequence[str]) -> dict[str, list[tuple[
             for name in names}
 
 
+@torch.no_grad()
+def outputs_for_made_up(model: PreTrainedModel) -> torch.Tensor:
+    """Return the model's outputs (logits) for the made-up batch of `not_by_record`, in float64."""
+    tokens = _made_up_tokens(model)
+    logits: torch.Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    return logits.double()
+
+
 def _made_up_tokens(model: PreTrainedModel) -> torch.Tensor:
     """Make a batch of ordinary tokens, [records, tokens]. Encoder-decoders get an end-of-text token at the end."""
     config = model.config.get_text_config()

@@ -8,7 +8,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedlora import models
-from fedlora.adapters import attach, automatic_targets, export
+from fedlora.adapters import attach, automatic_targets, export, merge
 from tests.families import MODELS
 from tests.fedlora.test_adapters import LABELS, adapted_model, logits, random_state
 from tests.tiny import tiny_checkpoint
@@ -83,6 +83,28 @@ def test_a_base_that_was_rounded_since_does_not_round_what_is_exported(tmp_path)
     base = fresh_base(path, "classification", None)
     peft_model = PeftModel.from_pretrained(base, export(adapted, state, tmp_path / "adapter", "tiny"))
     torch.testing.assert_close(logits(peft_model), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_written_into_the_weights_is_not_merged_but_refused_by_its_name(checkpoint, tmp_path):
+    adapted = adapted_model(checkpoint("bert"), "classification", targets=["query", "key"])
+    query, key = (f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "key"))
+    adapted.base_layer(key).weight = adapted.base_layer(query).weight  # two adapted layers that share one weight
+    with pytest.raises(ValueError, match=r"the adapter family lora cannot be merged .* Hand on the adapter itself"):
+        merge(adapted, random_state(adapted), tmp_path / "merged", "tiny")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(("kind", "task", "family"), MODELS)
+def test_a_merged_model_computes_the_same_without_peft(kind, task, family, checkpoint, tmp_path):
+    adapted = adapted_model(checkpoint(kind), task, family)
+    state = random_state(adapted)
+    adapted.write(state)
+    expected = logits(adapted.model)
+    folder = merge(adapted, state, tmp_path / "merged", "tiny")
+    auto = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    loaded = auto.from_pretrained(folder)
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
+    assert loaded.dtype == torch.float32 and getattr(loaded.config, "use_cache", True)
 
 
 def test_targets_beyond_attention_export_too(checkpoint, tmp_path):

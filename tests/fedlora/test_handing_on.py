@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
 from fedlora import models
-from fedlora.adapters import attach, automatic_targets, export
+from fedlora.adapters import attach, automatic_targets, export, merge
 from fedlora.adapters.card import loading_code
 from fedlora.tasks import read, task_named
 from fedlora.training import Trainer, padding_counts
@@ -60,10 +60,12 @@ def of_the_run(adapted, task, records):
 
 
 def loaded_as_printed(folder: Path, base: Path):
-    """Load (model, tokenizer) with the code in the adapter's README.md."""
+    """Load (model, tokenizer) with the code in the README.md of an adapter or a merged model."""
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
     names = {}
-    exec(code.replace('"…"', repr(str(base))).replace('"adapter"', repr(str(folder))), names)
+    for word, path in (("…", base), ("adapter", folder), ("model", folder)):
+        code = code.replace(f'"{word}"', repr(str(path)))
+    exec(code, names)
     return names["model"], names["tokenizer"]
 
 
@@ -110,10 +112,14 @@ def test_however_it_is_loaded_it_predicts_what_the_run_predicted(name, task, tmp
     auto_class = AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
     torch.testing.assert_close(*predicted(auto_class.from_pretrained(merged), tokenizer, expected),
                                atol=1e-4, rtol=1e-4)
+    ours = merge(adapted, state, tmp_path / "ours", "local:0123456789ab", max_length=MOST)
+    torch.testing.assert_close(*predicted(*loaded_as_printed(ours, ours), expected), atol=1e-4, rtol=1e-4)
+    assert not any("secretly-named" in file.read_text(errors="replace") for file in ours.rglob("*") if file.is_file())
     if task == "classification":
-        told = pipeline("text-classification", model=str(merged), device="cpu")(
-            TEXTS, truncation=True, batch_size=4, top_k=1)
-        assert [one[0]["label"] for one in told] == [LABELS[row] for row in expected.argmax(1)]
+        for one in (merged, ours):
+            told = pipeline("text-classification", model=str(one), device="cpu")(
+                TEXTS, truncation=True, batch_size=4, top_k=1)
+            assert [one[0]["label"] for one in told] == [LABELS[row] for row in expected.argmax(1)]
 
 
 @pytest.mark.parametrize("name", [name for name, task in CASES if task == "causal-lm"])
