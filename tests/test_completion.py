@@ -32,7 +32,8 @@ def script(command: str, shell: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize(("command", "asked"), [
     ("fedlora-server", {
-        ("p",): {"presets", "pki"}, ("pki", ""): {"init", "sign", "invite", "renew", "revoke", "list"},
+        ("p",): {"presets", "pki", "predict"}, ("predict", "--prob"): {"--probabilities"},
+            ("pki", ""): {"init", "sign", "invite", "renew", "revoke", "list"},
         ("--strategy", "fed"): {"fed-sb", "fedsvd", "fedavg-lora"}, ("--reduction", "me"): {"mean", "median"},
         ("--init", "public"): {"public:"}, ("--rou",): {"--rounds", "--round-timeout"},
         ("--insecure", "--wire-dtype", ""): {"fp32", "bf16"}, ("pki", "sign", "--d"): {"--days"}}),

@@ -22,7 +22,7 @@ class ServerConfig(RunConfig, ConnectedConfig):
     command: ClassVar[str] = SERVER
     forms: ClassVar[tuple[str, ...]] = (
         "fedlora-server [--strategy NAME] [--labels A,B,…] [options]", "fedlora-server --resume DIR",
-        "fedlora-server {init,presets,pki,kit,status,stop,forget,audit-log} [--help]")
+        "fedlora-server {init,presets,pki,kit,status,stop,forget,audit-log,export,predict,generate} [--help]")
 
     strategy: str = option("fedsvd", "what clients train and how uploads are combined; module:Class for a strategy of "
                            "your own", RUN, values.strategy, keys=RECIPES, metavar="NAME", plan="strategy", place=1)
@@ -33,6 +33,9 @@ class ServerConfig(RunConfig, ConnectedConfig):
     on_event: str | None = option(
         None, "command to run for each of a few events, without a shell; it gets the event as JSON on its stdin", RUN,
         values.command, metavar="CMD", place=7, example='"notify-send FedLoRA"')
+    data_description: str | None = option(
+        None, "what the clients' data are, in your own words, for the adapter's model card; @FILE for a file's text",
+        RUN, values.words, metavar="TEXT|@FILE", place=6, example='"Notes of three hospitals, 2019 to 2023"')
     seed: int = option(0, "random seed of the adapter's initial values and of the choice of clients in each round", RUN,
                        values.natural)
 

@@ -68,6 +68,27 @@ def text(given: str) -> str:
     return given
 
 
+MOST_WORDS = 20_000
+"""Most characters of a text that `words` reads from a file."""
+
+
+def words(given: str) -> str:
+    """Parse a text in somebody's own words: the text itself, or "@FILE" for the text in a UTF-8 file."""
+    if not given.startswith("@"):
+        return text(given).strip()
+    try:
+        found = expanded(given[1:]).read_text(encoding="utf-8-sig").strip()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{given[1:]} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise argparse.ArgumentTypeError(f"{given[1:]} cannot be read: {why}") from None
+    if not 0 < len(found) <= MOST_WORDS or found.startswith("@"):
+        raise argparse.ArgumentTypeError(f"{given[1:]} holds {len(found):,} characters; it must hold a text of at most "
+                                         f"{MOST_WORDS:,}, which does not begin with @")
+    return found
+
+
 def path(given: str) -> Path:
     """Parse a path, which need not exist."""
     return Path(text(given))

@@ -276,7 +276,7 @@ def _take_up(folder: Path, about: Mapping[str, Any]) -> Unfinished:
     if run_id != plan.run_id:
         raise ValueError(f"--resume: {folder / STATE} belongs to run {run_id}, and {ABOUT} to run {plan.run_id}; "
                          "restore the file that belongs to the other")
-    records = tuple(record for record in _records(folder / LINES) if record.round <= round)
+    records = finished_records(folder, round)
     _put(folder / LINES, "".join(map(_line, records)).encode())
     return Unfinished(plan, resumed, joined, _asked(folder), max(0, round), state, memory, records,
                       about.get("step", {}))
@@ -311,6 +311,16 @@ def load(folder: Path) -> Stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
     memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in list(tensors) if name.startswith(_MEMORY)}
     return Stored(about["run_id"], int(about["round"]), tensors, memory)
+
+
+def finished_records(folder: Path, round: int) -> tuple[RoundRecord, ...]:
+    """Return the records in metrics.jsonl up to a round, without changing the file.
+
+    Args:
+        folder: the run's folder.
+        round: the round of the checkpoint; a line for a later one belongs to a round that is not finished.
+    """
+    return tuple(record for record in _records(folder / LINES) if record.round <= round)
 
 
 def _about(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,10 @@ SUBCOMMANDS = {
     "status": Subcommand("fedlora_server.operations.command:status", "shows what a running server does"),
     "stop": Subcommand("fedlora_server.operations.command:stop", "stops a running server"),
     "forget": Subcommand("fedlora_server.forget", "frees a client's name"),
-    "audit-log": Subcommand("fedlora_server.audit.command", "checks and shows a run's audit log")}
+    "audit-log": Subcommand("fedlora_server.audit.command", "checks and shows a run's audit log"),
+    "export": Subcommand("fedlora_server.handover.export", "writes a run's adapter, or the merged model"),
+    "predict": Subcommand("fedlora_server.handover.predict", "labels the rows of a file"),
+    "generate": Subcommand("fedlora_server.handover.generate", "continues texts")}
 
 EXIT_CODES = ("exit codes: 0 finished; 1 ended early, for lack of clients or by a fault of this machine (continue with "
               "--resume); 2 the command, a file or the clients' labels must be corrected first, or the training "

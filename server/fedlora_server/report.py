@@ -15,6 +15,8 @@ from fedlora.versions import environment
 from fedlora_strategies import FederatedLoRA
 
 from .checkpoint import REPORT
+from .handover.facts import provenance
+from .handover.folder import whole_folder
 from .observer import RoundRecord, jsonable
 from .rounds import FederationResult
 from .run_setup import Federation
@@ -38,8 +40,11 @@ def write_report(out: Path, federation: Federation, result: FederationResult, *,
         audit_head: last hash of the run's audit log; None for a simulation, which has none.
     """
     if result.rounds:
-        adapters.export(federation.adapted, result.state, out / "adapter",
-                        models.base_name(federation.plan.model), max_length=federation.plan.max_length)
+        plan, given = federation.plan, options or {}
+        facts = provenance(plan, result.records, given, federation.strategy.described, simulated="partition" in given)
+        with whole_folder(out / "adapter", plan, result.rounds) as folder:
+            adapters.export(federation.adapted, result.state, folder, models.base_name(plan.model),
+                            max_length=plan.max_length, run=facts)
     report = describe(federation.plan, federation.strategy, result, options or {}, joined or {})
     if audit_head is not None:
         report["audit_head"] = audit_head

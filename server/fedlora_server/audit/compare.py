@@ -36,8 +36,12 @@ class Compared:
     wrong: tuple[str, ...]
 
 
-def read_report(path: Path) -> Verified:
+def read_report(path: Path, option: str = "--report") -> Verified:
     """Read and verify a client's privacy.json with its signature, or its privacy.dsse.json.
+
+    Args:
+        path: the file.
+        option: the option that named it, for messages.
 
     Raises:
         OSError: it cannot be read.
@@ -46,7 +50,7 @@ def read_report(path: Path) -> Verified:
     try:
         return verify(read_signed(path))
     except ValueError as error:
-        raise ValueError(f"--report {path} is not verified: {error}") from None
+        raise ValueError(f"{option} {path} is not verified: {error}") from None
 
 
 def compare(lines: Sequence[Line], verified: Verified) -> Compared:
