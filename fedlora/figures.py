@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from fedlora.privacy.accounting import short
+
 MOST_RECALLS = 20
 """Most labels whose recalls are given one by one."""
 MAJORITY = "accuracy/majority"
@@ -29,6 +31,21 @@ def headline(figures: Mapping[str, float]) -> dict[str, float]:
 def title(name: str) -> str:
     """Return a figure's name as people write it: "macro F1" for macro_f1."""
     return {"macro_f1": "macro F1", "auroc": "AUROC"}.get(name, name.replace("_", " "))
+
+
+def for_people(figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Return (name, value, 95 % interval) of each figure for a table: the main ones, recalls, and the majority rate.
+
+    The interval is "" where there is none.
+    """
+    recalls = [name for name in figures if name.startswith("recall/") and not name.endswith(("/low", "/high"))]
+    rows = []
+    for name in (*headline(figures), *recalls, *({MAJORITY} & figures.keys())):
+        ends = [figures[end] for end in (f"{name}/low", f"{name}/high") if end in figures]
+        told = ("majority rate (always the most frequent label)" if name == MAJORITY else
+                f"recall of {name.removeprefix('recall/')}" if name in recalls else title(name))
+        rows.append((told, short(figures[name]), " to ".join(map(short, ends))))
+    return rows
 
 
 def proportion(name: str, hits: np.ndarray) -> dict[str, float]:

@@ -81,6 +81,8 @@ USAGES: dict[str, tuple[str, str]] = {
     "status of what is no run": ("fedlora-server status empty", "empty"),
     "stop of what is no run": ("fedlora-server stop empty", "empty"),
     "a log that is not there": ("fedlora-server audit-log verify empty", "empty"),
+    "an export of what is no run": ("fedlora-server export empty", "empty"),
+    "predictions by what is no run": ("fedlora-server predict nowhere rows.jsonl", "nowhere"),
     "a certificate for nobody": ("fedlora-server pki sign --pki nowhere nobody.csr", "nowhere"),
     "a command that is not there": ("fedlora-server satus", "status"),
     "a client without data": (f"{CLIENT}", "--data"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedlora.figures import MAJORITY, headline, title
+from fedlora.figures import for_people
 from fedlora.plan import RunPlan
 from fedlora.privacy.accounting import four_digits, short
 
@@ -131,7 +131,7 @@ def _training(run: Provenance) -> str:
     if plan.train_head:
         trained += ", and the classifier's last layer"
     rows = [("strategy", plain(plan.strategy) + (f" ({plain(run.server_step)})" if run.server_step else "")),
-            ("adapter family", f"{plain(plan.family)}, handed on as plain LoRA"),
+            ("adapter family", plain(plan.family)),
             ("rank, alpha", f"{plan.rank}, {plan.alpha:g}"), ("trained", trained),
             ("rounds", f"{run.rounds} of {plan.rounds} planned"),
             ("steps of a client in a round", f"{plan.local_steps}, each of {plan.expected_batch} records on average"),
@@ -146,21 +146,11 @@ def _training(run: Provenance) -> str:
 def _figures(run: Provenance) -> str:
     if not run.figures:
         return "Not evaluated: the coordinator had no held-out rows. Evaluate it on rows of your own before you use it."
-    rows = [(title(name), short(value), _interval(run.figures, name))
-            for name, value in headline(run.figures).items()]
-    rows += [(f"recall of {plain(name.removeprefix('recall/'))}", short(value), _interval(run.figures, name))
-             for name, value in run.figures.items() if name.startswith("recall/") and name.count("/") == 1]
-    if MAJORITY in run.figures:
-        rows.append(("accuracy of always answering with the most frequent label", short(run.figures[MAJORITY]), ""))
+    rows = [(plain(name), *values) for name, *values in for_people(run.figures)]
     count = int(run.figures.get("count", 0))
     return (f"On {count:,} held-out rows of the coordinator, after round {run.evaluated_after}:\n\n"
             + _table(rows, ("figure", "value", "95 % interval"))
             + "\n\nThe intervals cover the choice of these rows, not other places, times or populations.")
-
-
-def _interval(figures: Mapping[str, float], name: str) -> str:
-    ends = [figures.get(f"{name}/{end}") for end in ("low", "high")]
-    return "" if None in ends else " to ".join(short(end) for end in ends if end is not None)
 
 
 # --- Privacy ---

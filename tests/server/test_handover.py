@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from fedlora.config import ServerConfig, read_config
 from fedlora.plan import plan_digest
 from fedlora.privacy.report import announced, privacy_report, public_key, sign, write_report
+from fedlora.tasks.classification import Classification
 from fedlora_server import checkpoint as checkpoints
 from fedlora_server.cli import main
 from fedlora_server.handover.folder import check_replaceable, whole_folder
@@ -247,7 +249,7 @@ def test_the_card_says_where_the_adapter_comes_from_and_names_nobody(classifier,
     assert "fedlora" in metadata["tags"] and "model-index" not in metadata and "license" not in metadata
     for told in ("Notes of two wards.", classifier.plan.model.weights_sha256, "fedsvd", "2 clients", "2 of 20 planned",
                  "| accuracy | 0.75 | 0.6 to 0.86 |", "| recall of urgent | 0.7 | 0.55 to 0.81 |",
-                 "most frequent label | 0.5 |", "| 1.25 to 1.5 |", "1e-05", "80 (20 trainings of 4)",
+                 "most frequent label) | 0.5 |", "| 1.25 to 1.5 |", "1e-05", "80 (20 trainings of 4)",
                  "**No ε is stated here.**", '"routine", "urgent", in this order'):
         assert told in text, told
     assert not re.search(r"\b(north|south)\b", text)
@@ -424,6 +426,25 @@ def test_a_folder_of_files_is_predicted_with_each_row_s_file_and_incomplete_rows
     assert run("predict", classifier.folder, data, "--out", tmp_path / "out.csv", "--skip-incomplete") == 0
     assert [(os.path.basename(row["file"]), row["line"]) for row in table(tmp_path / "out.csv")] == [
         ("a.csv", "2"), ("b.jsonl", "1")]
+
+
+def test_a_row_that_the_model_cannot_read_gets_no_label_and_the_others_keep_theirs(classifier, rows, tmp_path, caplog,
+                                                                                  monkeypatch):
+    encode = Classification.encode
+
+    def without_pain(self, some, unusable=None):
+        kept = [row for row, text in enumerate(some.texts) if "pain" not in text]
+        return replace(encode(self, some.take(kept), unusable), left_out=len(some) - len(kept))
+
+    assert run("predict", classifier.folder, rows, "--out", tmp_path / "all.csv") == 0
+    monkeypatch.setattr(Classification, "encode", without_pain)
+    assert run("predict", classifier.folder, rows, "--out", tmp_path / "some.csv", "--probabilities") == 0
+    lost = ["pain" in text for text in texts_of(rows)]
+    assert 0 < sum(lost) < len(lost) and f"{sum(lost)} rows have no token" in caplog.text
+    for row, of_all, without in zip(table(tmp_path / "some.csv"), table(tmp_path / "all.csv"), lost, strict=True):
+        assert row["line"] == of_all["line"]
+        assert row["predicted_label"] == ("" if without else of_all["predicted_label"])
+        assert (row["probability_urgent"] == "") is without
 
 
 def test_predictions_go_to_stdout_too_and_the_messages_beside_them(classifier, rows, capfd):

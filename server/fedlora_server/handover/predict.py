@@ -42,7 +42,7 @@ def parser() -> Parser:
                       "of its own")
     add_model(made)
     add_device(made, "rows computed at once [as many as a limit on tokens allows]")
-    data = made.add_argument_group("how FILE is read (the run's --eval-data was read with the run's own options)")
+    data = made.add_argument_group("how FILE is read")
     data.add_argument("--column", type=parse.columns, metavar="NAME=COLUMN,…", help="which column holds which field, "
                       "as in text=note,label=triage [that of the run]")
     data.add_argument("--delimiter", type=parse.delimiter, metavar="CHAR", help="character between the fields, or one "

@@ -20,9 +20,8 @@ from rich.table import Table
 from fedlora.console import messages
 from fedlora.data import Rows, labelled_by
 from fedlora.data.problems import FIRST, places
-from fedlora.figures import MAJORITY, headline, title
+from fedlora.figures import for_people
 from fedlora.memory import memory_advice
-from fedlora.privacy.accounting import short
 from fedlora.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -190,11 +189,6 @@ def shown_figures(found: Mapping[str, float]) -> Table:
     table.add_column("figure")
     table.add_column("value", justify="right")
     table.add_column("95 % interval")
-    recalls = {name: value for name, value in found.items() if name.startswith("recall/") and name.count("/") == 1}
-    for name, value in {**headline(found), **recalls}.items():
-        ends = [found.get(f"{name}/{end}") for end in ("low", "high")]
-        told = f"recall of {name.removeprefix('recall/')}" if name in recalls else title(name)
-        table.add_row(told, short(value), " to ".join(short(end) for end in ends if end is not None))
-    if MAJORITY in found:
-        table.add_row("majority rate", short(found[MAJORITY]), "")
+    for row in for_people(found):
+        table.add_row(*row)
     return table
