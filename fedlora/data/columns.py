@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from typing_extensions import override
@@ -53,6 +53,11 @@ class RowFormat:
 def column_names(form: RowFormat) -> set[str]:
     """Return the names of all columns that rows can have, except the column of the privacy unit."""
     return {name for _, columns in form.kinds for name in columns} | ({form.answer.column} if form.answer else set())
+
+
+def unanswered(form: RowFormat) -> RowFormat:
+    """Return the form without the need for a column of answers, for rows that are to be predicted."""
+    return form if form.answer is None else replace(form, answer=replace(form.answer, needed=False))
 
 
 def required(kind_of_rows: KindOfRows) -> tuple[str, ...]:

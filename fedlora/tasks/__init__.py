@@ -6,12 +6,11 @@ Their base class is in `fedlora.task`, and the records that they make are in `fe
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedlora import registry
-from fedlora.data import ReadOptions, Rows, read_rows
+from fedlora.data import ReadOptions, Rows, read_rows, unanswered
 from fedlora.plan import RunPlan
 from fedlora.records import Records, concatenate
 from fedlora.task import Task
@@ -55,9 +54,7 @@ def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = Non
             id.
     """
     kind = task_named(task)
-    form = kind.rows
-    if form.answer is not None:
-        form = replace(form, answer=replace(form.answer, needed=answered))
+    form = kind.rows if answered else unanswered(kind.rows)
     return read_rows(path, task, form, columns=columns, unit=unit, allow_download=allow_download,
                      labels=kind.has_labels, declared=declared, held_out=held_out, options=options,
                      others={key: task_named(key).rows for key in registry.keys("fedlora.tasks")})

@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from fedlora.config import ClientConfig, read_config
-from fedlora.data import ReadOptions, check_labels, kept_cells, labelled_by, rows_in_other_capitals
+from fedlora.data import ReadOptions, check_labels, kept_cells, labelled_by, rows_in_other_capitals, unanswered
 from fedlora.privacy.ledger.fingerprints import fingerprints
 from fedlora.tasks import read
 from fedlora.tasks.classification import Classification
@@ -120,14 +120,17 @@ def test_a_row_without_a_label_is_none_in_other_capitals(tmp_path, said):
 
 # --- Rows to predict ---
 
+FORM = unanswered(Classification.rows)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_rows_to_predict_need_no_label_and_keep_what_they_have(tmp_path, suffix, said):
     bare = write(tmp_path / f"a{suffix}", ["text", "ID"], [("one", "007"), ("two", "8")])
     rows, message = said(bare, answered=False)
     assert rows.texts == ("one", "two") and rows.labels == (None, None) and not message
-    assert kept_cells(rows, ["id"], Classification.rows) == [("007",), ("8",)]
+    assert kept_cells(rows, ["id"], FORM) == [("007",), ("8",)]
     with pytest.raises(ValueError, match="has no column ward to keep"):
-        kept_cells(rows, ["id", "ward"], Classification.rows)
+        kept_cells(rows, ["id", "ward"], FORM)
     some = write(tmp_path / f"b{suffix}", ["text", "label"], [("one", "urgent"), ("two", None)])
     rows, message = said(some, answered=False, options=ReadOptions(skip_incomplete=True))
     assert rows.labels == ("urgent", None) and not message, "a row without a label is whole"
@@ -145,8 +148,8 @@ def test_cells_to_keep_are_those_of_the_sheet_and_the_separator_that_were_read(t
     (tmp_path / "b.csv").write_text("text;ID\n\"one;\nmore\";9\ntwo;10\n", encoding="utf-8")
     for name, expected in (("a.xlsx", [("7",), ("8",)]), ("b.csv", [("9",), ("10",)])):
         rows = read(tmp_path / name, "classification", answered=False)
-        assert kept_cells(rows, ["ID"], Classification.rows) == expected
-        assert kept_cells(rows.take([1]), ["ID"], Classification.rows) == expected[1:]
+        assert kept_cells(rows, ["ID"], FORM) == expected
+        assert kept_cells(rows.take([1]), ["ID"], FORM) == expected[1:]
 
 
 def test_a_label_like_two_names_of_the_set_is_refused_and_the_very_names_are_kept(tmp_path):

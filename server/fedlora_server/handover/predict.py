@@ -77,7 +77,7 @@ def _predict(options: argparse.Namespace) -> None:
     Raises:
         ValueError: the run, the base model or the rows cannot be used, or the file to write exists.
     """
-    from fedlora.data import kept_cells
+    from fedlora.data import kept_cells, unanswered
     from fedlora.files import replace_file
     from fedlora.tasks import task_for, task_named
     from fedlora.training.precision import resolve_device
@@ -95,7 +95,7 @@ def _predict(options: argparse.Namespace) -> None:
     check_kept(options.keep, run.plan.labels)
     read_options, columns = _read_options(options), _columns(options, run)
     rows = _read(options, run, columns, read_options)
-    kept = kept_cells(rows, options.keep, kind.rows, columns=columns, options=read_options)
+    kept = kept_cells(rows, options.keep, unanswered(kind.rows), columns=columns, options=read_options)
     adapted = run.adapted(options.model, allow_download=options.allow_download)
     adapted.model.to(device)  # type: ignore[arg-type]  # transformers annotates it for `self` alone
     task = task_for(run.plan, adapted.tokenizer)
