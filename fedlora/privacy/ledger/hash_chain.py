@@ -50,10 +50,12 @@ class HashChain:
         path: the SQLite file, created if it does not exist; None for a chain in memory.
         simulated: whether the ledger is a simulation's; an existing file must be of the same kind.
         new: move an existing file aside and begin another.
+        trial: work on a copy in memory of what the file holds now, or of a new ledger; the disk is not written to.
         clock: returns seconds since 1970, for the events' times.
 
     Attributes:
         path: the file; None in memory.
+        trial: as in the arguments.
         db: the connection. Use it within `transaction` only.
         mutex: held throughout a transaction, so that threads of this process take turns.
         name: the ledger's name in messages.
@@ -62,8 +64,10 @@ class HashChain:
         LedgerError: the file is damaged, of the other kind, on a network file system or not writable.
     """
 
-    def __init__(self, path: Path | None, *, simulated: bool, new: bool, clock: Callable[[], float]) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, *, simulated: bool, new: bool, clock: Callable[[], float],
+                 trial: bool = False) -> None:
+        self.path, self.trial = path, trial
+        self._inode: int | None = None
         self.name = "the simulated ledger in memory" if path is None else f"the ledger {path}"
         self.mutex = threading.RLock()
         self._book = Book()
@@ -91,13 +95,13 @@ class HashChain:
     def _open(self, beginning: Mapping[str, object], simulated: bool, new: bool) -> sqlite3.Connection:
         text = _canonical(1, "ledger", self._clock(), beginning)
         if self.path is None:
-            db = _connect(":memory:")
-            _begin(db, text)
-            return db
+            return _in_memory(text)
         remote = None if simulated else network_file_system(self.path)
         if remote:
             raise LedgerError(f"{self.name} is on a network file system ({remote}), where locks and writes cannot be "
                               "relied on; name a folder on a local disk")
+        if self.trial:
+            return _copied(self.path) if self.path.exists() and not new else _in_memory(text)
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if new:
             _move_aside(self.path)
@@ -148,7 +152,7 @@ class HashChain:
         with self.mutex:
             try:
                 self.check_process()
-                if self.path is not None and self.path.stat().st_ino != self._inode:
+                if self.path is not None and self._inode is not None and self.path.stat().st_ino != self._inode:
                     raise LedgerError(f"{self.name} was replaced while it was open; if you did not replace it, restore "
                                       "it from a backup, then restart")
                 self.db.execute(f"BEGIN {mode}")
@@ -240,6 +244,20 @@ def _move_aside(path: Path) -> None:
 
 def _connect(database: str | Path, uri: bool = False) -> sqlite3.Connection:
     return sqlite3.connect(database, timeout=WAIT_S, isolation_level=None, check_same_thread=False, uri=uri)
+
+
+def _in_memory(text: str) -> sqlite3.Connection:
+    db = _connect(":memory:")
+    _begin(db, text)
+    return db
+
+
+def _copied(path: Path) -> sqlite3.Connection:
+    """Return a copy in memory of the ledger at `path`, as its last transaction left it."""
+    db = _connect(":memory:")
+    with contextlib.closing(_connect(path.as_uri() + "?mode=rw", uri=True)) as source:
+        source.backup(db)
+    return db
 
 
 def _begin(db: sqlite3.Connection, text: str) -> None:

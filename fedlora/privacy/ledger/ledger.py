@@ -62,6 +62,8 @@ class Ledger:
         new: the owner's --new-ledger: go on although a ledger or a witness is lost. A damaged ledger is moved aside,
             and the one begun in its place says for ever that it replaced another. An undamaged ledger is kept; if a
             witness contradicts it, it gets a permanent mark.
+        trial: work on a copy in memory, to learn what would be said and refused. Nothing is written to the disk, and
+            no run can begin.
         clock: returns seconds since 1970. Times are recorded and never trusted.
 
     Attributes:
@@ -76,12 +78,13 @@ class Ledger:
     """
 
     def __init__(self, path: Path | None, *, simulated: bool = False, new: bool = False,
-                 clock: Callable[[], float] = time.time) -> None:
+                 trial: bool = False, clock: Callable[[], float] = time.time) -> None:
         if path is None and not simulated:
             raise LedgerError("a ledger in memory forgets what was spent; give it a path, or mark it simulated")
         self.path = None if path is None else Path(path).absolute()
-        anew = new and not (self.path is not None and self.path.exists() and _is_whole(self.path, simulated))
-        self._chain = HashChain(self.path, simulated=simulated, new=anew, clock=clock)
+        anew = new and not (self.path is not None and self.path.exists()
+                            and _is_whole(self.path, simulated, trial))
+        self._chain = HashChain(self.path, simulated=simulated, new=anew, clock=clock, trial=trial)
         self._held: dict[tuple[str, str], int | None] = {}
         self._witnesses = Witnesses(self._chain, self.path, give_up=new)
         self._register = OverlapIndex(self._chain, self.path)
@@ -272,6 +275,8 @@ class Ledger:
             BudgetExhausted: the run does not fit a lifetime budget.
             LedgerError: the run is known with other terms, or another live process holds it.
         """
+        if self._chain.trial:
+            raise LedgerError(f"{self._chain.name} was opened for a trial, and no run can be charged; open it again")
         key = (dataset, terms.run_id)
         fresh = key not in self._held
         with self._chain.mutex:
@@ -325,7 +330,8 @@ class Ledger:
         Lock files are opened within transactions only, so no other process can have this one open while it is deleted.
         """
         if handle is not None:
-            self._lock_file(key).unlink()
+            if not self._chain.trial:
+                self._lock_file(key).unlink()
             os.close(handle)
 
     def end_run(self, dataset: str, run_id: str) -> None:
@@ -491,10 +497,10 @@ def admitted(book: Book, dataset: str, terms: RunTerms) -> frozenset[str]:
                           f"epsilon in policy.toml, which the ledger records{apart}")
 
 
-def _is_whole(path: Path, simulated: bool) -> bool:
+def _is_whole(path: Path, simulated: bool, trial: bool) -> bool:
     """Return whether the ledger at `path` is undamaged by itself; its witnesses are not looked at."""
     try:
-        ledger = Ledger(path, simulated=simulated)
+        ledger = Ledger(path, simulated=simulated, trial=trial)
     except LedgerError:
         return False
     try:

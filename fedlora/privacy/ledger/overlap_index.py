@@ -42,6 +42,8 @@ class OverlapIndex:
             return self._memory_key
         with self._chain.transaction() as book:
             if book.key_sha256 is None and not self._file.exists():
+                if self._chain.trial:
+                    return self._memory_key
                 replace_file(self._file, secrets.token_bytes(32))
             key = self._file.read_bytes() if self._file.exists() else b""
             sha256 = hashlib.sha256(key).hexdigest()

@@ -126,4 +126,6 @@ class Witnesses:
             self._chain.append("mark", **asdict(seen))
 
     def _write(self, book: Book, dataset: str) -> None:
+        if self._chain.trial:
+            return
         write_witness(self._files[dataset], Witness(dataset, book.ledger["ledger_id"], book.rows, book.head))
