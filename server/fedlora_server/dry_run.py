@@ -14,12 +14,12 @@ from fedlora.config import ServerConfig, flag, shown
 from fedlora.kit import NO_RUN
 from fedlora.plan import ModelRef, RunPlan, plan_digest
 from fedlora.privacy import MOST_SAMPLING_RATE, Accountant, Budget, Spend, four_digits, short
+from fedlora.quantities import quantity
 from fedlora.tasks import task_named
 
 from . import checkpoint
 from .folders import check_free
 from .grpc_engine import check_address
-from .quantities import quantity
 from .round_state import RoundOptions
 from .run_setup import (
     ANY_LABELS,

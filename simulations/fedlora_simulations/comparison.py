@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from fedlora.quantities import quantity
 from fedlora_server.observer import jsonable
-from fedlora_server.quantities import quantity
 
 from .simulate import Simulated
 

@@ -26,8 +26,8 @@ from fedlora.config import SimulationConfig, read_config
 from fedlora.figures import MAJORITY
 from fedlora.plan import Refused
 from fedlora.privacy import Ledger
+from fedlora.quantities import quantity
 from fedlora_server.folders import claimed_folder
-from fedlora_server.quantities import quantity
 from fedlora_strategies.recipe import RECIPES
 
 from . import triage

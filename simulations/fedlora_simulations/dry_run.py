@@ -12,16 +12,15 @@ from rich.table import Table
 
 from fedlora.config import SimulationConfig
 from fedlora.data import Rows
-from fedlora.models import embedded_tokens
 from fedlora.plan import ROW
 from fedlora.privacy import Budget, nominal_size
 from fedlora.privacy.rng import RunStreams
-from fedlora.tasks import Records, Task
+from fedlora.quantities import duration
 from fedlora.training import Trainer, TrainingJob
+from fedlora.training.timing import alike, seconds_of_steps
 from fedlora_client.terms import Limits
 from fedlora_server.dry_run import noise_of, show_plan, traffic
 from fedlora_server.folders import check_free
-from fedlora_server.quantities import duration
 from fedlora_server.run_setup import (
     BaseModel,
     Federation,
@@ -133,26 +132,20 @@ def forecast(options: SimulationConfig, federation: Federation, population: Popu
                       micro_batch=options.micro_batch, threads=threads, compiled=compiles_here(options))
     found = population.records(task)
     name = sorted(found, key=lambda name: len(found[name]))[len(found) // 2]
-    records = alike(found[name], trainer, task)
+    records = alike(found[name], trainer)
     if plan.private:
         rate = budgets(options, population)[name].sampling_rate(plan.expected_batch)
     else:
         rate = min(1.0, plan.expected_batch / (options.declared_size or max(1, records.units_count)))
-    job = TrainingJob(replace(plan, local_steps=1), records, None, sampling_rate=rate,
+    job = TrainingJob(plan, records, None, sampling_rate=rate,
                       noise_multiplier=1.0 if plan.private else None, clip_norm=plan.clip_norm,
                       streams=RunStreams("dry-run", 0), rows_per_unit=options.rows_per_unit)
-    step = min(_seconds_of(trainer, replace(job, attempt=attempt)) for attempt in range(1 + STEPS))
+    step = min(seconds_of_steps(trainer, job, 1 + STEPS))
     clients = _cohort(options, population)
     a_round = clients * plan.local_steps * step / workers
     rounds = min(plan.rounds, plan.max_participations * len(population.parts) // clients) + plan.private_start
     evaluation = _evaluation(options, federation, population.held_out, trainer) if population.held_out else 0.0
     return Forecast(a_round, rounds * a_round, evaluation)
-
-
-def _seconds_of(trainer: Trainer, job: TrainingJob) -> float:
-    began = time.monotonic()
-    trainer.train(job)
-    return time.monotonic() - began
 
 
 def _evaluation(options: SimulationConfig, federation: Federation, held_out: Rows, trainer: Trainer) -> float:
@@ -166,22 +159,6 @@ def _evaluation(options: SimulationConfig, federation: Federation, held_out: Row
     evaluate(state)
     times = 1 + -(-federation.plan.rounds // options.eval_every)
     return times * (time.monotonic() - began) * len(held_out) / len(rows)
-
-
-def alike(records: Records, trainer: Trainer, task: Task) -> Records:
-    """Return made-up records with the lengths and the privacy units of the given ones.
-
-    Args:
-        records: the records to imitate.
-        trainer: the trainer, whose model's tokens are used.
-        task: the task.
-    """
-    known = embedded_tokens(trainer.adapted.model)
-    words = np.setdiff1d(np.arange(min(len(task.tokenizer), known or len(task.tokenizer))),
-                         task.tokenizer.all_special_ids)
-    random = np.random.default_rng(0)
-    made = task.made_up([random.choice(words, max(2, int(length))).tolist() for length in records.lengths])
-    return replace(made, units=records.units)
 
 
 def _cohort(options: SimulationConfig, population: Population) -> int:

@@ -10,9 +10,9 @@ from fedlora.config import ServerConfig, read_config
 from fedlora.kit import NO_RUN
 from fedlora.plan import plan_digest
 from fedlora.privacy import Budget
+from fedlora.quantities import quantity
 from fedlora_server import cli
 from fedlora_server.dry_run import dry_run
-from fedlora_server.quantities import quantity
 from fedlora_server.run_setup import find_model, prepare
 
 SMALL = ("--rank=2", "--local-steps=1", "--batch-size=8", "--max-length=16", "--rounds=3", "--labels=routine,urgent")

@@ -40,7 +40,7 @@ def test_rays_machines_are_not_forecast_and_wrong_input_is_refused(arguments, ca
 
 
 def test_a_forecast_counts_clients_steps_rounds_and_workers(arguments, monkeypatch, capfd):
-    monkeypatch.setattr(dry_run, "_seconds_of", lambda trainer, job: 2.0)
+    monkeypatch.setattr(dry_run, "seconds_of_steps", lambda trainer, job, times: [2.0] * times)
     monkeypatch.setattr(dry_run, "_evaluation", lambda *given: 1.0)
     made: list[Forecast] = []
     real = dry_run.forecast

@@ -162,7 +162,7 @@ def _lines(now: Mapping[str, Any], clock: float) -> list[str]:
         now: the answer.
         clock: Unix time.
     """
-    from fedlora_server.quantities import duration, quantity
+    from fedlora.quantities import duration, quantity
 
     def at(moment: float) -> str:
         return f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}"

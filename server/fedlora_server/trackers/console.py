@@ -14,9 +14,9 @@ from fedlora import figures
 from fedlora.console import tell
 from fedlora.figures import MAJORITY
 from fedlora.json_lines import JsonConsole
+from fedlora.quantities import quantity
 from fedlora_server.observer import MOST_NAMED, ClientEvent, RoundRecord, named
 from fedlora_server.peer_lines import PeerLines
-from fedlora_server.quantities import quantity
 from fedlora_server.trackers import Tracker, Watched
 
 SHOWN_ROUNDS = 15
