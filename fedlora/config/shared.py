@@ -11,6 +11,7 @@ from fedlora import registry
 from fedlora.config import values
 from fedlora.config.option import MODEL, NETWORK, PRESET, PRIVACY, RUN, TUNING, option
 from fedlora.plan import FOUND, LR_SCHEDULES, WIRE_DTYPES
+from fedlora.plan.usual import MAX_LENGTH
 
 if TYPE_CHECKING:
     from fedlora.data.options import ReadOptions
@@ -161,7 +162,7 @@ class RunConfig(Config):
     ranks: tuple[tuple[str, int], ...] = option(
         (), "layers whose rank is not --rank, by full module name", MODEL, values.whole_numbers,
         metavar="MODULE=R,…", plan="ranks", place=6, example='{"encoder.layer.0.attention.self.query" = 4}')
-    max_length: int = option(128, "number of tokens kept of each record", MODEL, values.count, plan="max_length",
+    max_length: int = option(MAX_LENGTH, "number of tokens kept of each record", MODEL, values.count, plan="max_length",
                              place=3)
     head: str | None = option(None, "train a classifier's final linear layer too, or keep its initial values", MODEL,
                               choices=("train", "freeze"), unset="train", plan="train_head")

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from fedlora import registry
 from fedlora.adapters import AdapterLayout
+from fedlora.plan.usual import USUAL
 
 from .reductions import Reduction
 from .reductions.mean import Mean
@@ -59,8 +60,9 @@ class Preset:
         It adapts all linear layers, where private runs adapt only query and value: without noise, more trained values
         cost nothing but bytes.
         """
-        return cls(rank, alpha, "adamw", lr, local_steps=8, batch_size=32, clip_norm=1.0, head_scale=1.0, rounds=25,
-                   lr_schedule="linear", targets=("all",))
+        usual = USUAL[False]
+        return cls(rank, alpha, "adamw", lr, local_steps=usual.local_steps, batch_size=usual.expected_batch,
+                   clip_norm=1.0, head_scale=1.0, rounds=usual.rounds, lr_schedule="linear", targets=("all",))
 
     @classmethod
     def private(cls, rank: int, alpha: float, lr: float, *, clip_norm: float, head_scale: float) -> Preset:
@@ -70,8 +72,10 @@ class Preset:
         head has grown. Later, misclassified records have the longest gradients, and clipping all records to one length
         would reverse the direction of the mean.
         """
-        return cls(rank, alpha, "adamw", lr, local_steps=4, batch_size=256, clip_norm=clip_norm, head_scale=head_scale,
-                   rounds=20, lr_schedule="linear", targets=("auto",))
+        usual = USUAL[True]
+        return cls(rank, alpha, "adamw", lr, local_steps=usual.local_steps, batch_size=usual.expected_batch,
+                   clip_norm=clip_norm, head_scale=head_scale, rounds=usual.rounds, lr_schedule="linear",
+                   targets=("auto",))
 
 
 @dataclass(frozen=True, kw_only=True)
