@@ -3,7 +3,9 @@
 from fedlora.data.columns import Answer, RowFormat, column_names, unanswered
 from fedlora.data.kept import kept_cells
 from fedlora.data.options import ReadOptions
+from fedlora.data.overview import Overview
 from fedlora.data.partition import partition
+from fedlora.data.problems import DataFaults
 from fedlora.data.reading import read_rows
 from fedlora.data.rows import (
     Rows,
@@ -19,6 +21,7 @@ from fedlora.data.rows import (
 )
 from fedlora.data.sources import check_there
 
-__all__ = ["Answer", "ReadOptions", "RowFormat", "Rows", "check_labels", "check_there", "column_names", "in_order",
-           "kept_cells", "label_names", "labelled_by", "labelled_otherwise", "normalize_label", "normalize_unit",
-           "partition", "read_rows", "rows_in_other_capitals", "shown", "unanswered"]
+__all__ = ["Answer", "DataFaults", "Overview", "ReadOptions", "RowFormat", "Rows", "check_labels", "check_there",
+           "column_names", "in_order", "kept_cells", "label_names", "labelled_by", "labelled_otherwise",
+           "normalize_label", "normalize_unit", "partition", "read_rows", "rows_in_other_capitals", "shown",
+           "unanswered"]

@@ -93,6 +93,7 @@ class AnswerCells:
         needed: whether rows without an answer are incomplete.
         words: word that stands for a missing value ("NA", say) → number of cells that held it.
         mapped: label of the files → number of cells in which `label_map` replaced it.
+        spelled: (answer, text of the cell) → number of cells whose text is another spelling of the answer.
     """
 
     def __init__(self, answer: Answer, problems: Problems, label_map: Mapping[str, str] | None = None) -> None:
@@ -101,6 +102,7 @@ class AnswerCells:
         self._known: dict[tuple[type, Any], _Reading] = {}
         self.words: Counter[str] = Counter()
         self.mapped: Counter[str] = Counter()
+        self.spelled: Counter[tuple[str, str]] = Counter()
 
     def read(self, file: str, line: int, value: Any) -> tuple[Any, str | None]:
         """Parse a cell, and note a fault if it holds no valid answer.
@@ -124,6 +126,8 @@ class AnswerCells:
         if found.blanks:
             self._problems.remark(place(file, line), f"the {self._answer.column} has blanks around it",
                                   "They are left out")
+        if isinstance(found.answer, str) and isinstance(value, str) and value != found.answer:
+            self.spelled[found.answer, value] += 1
         return found.answer, found.otherwise
 
     def _parse(self, file: str, line: int, value: Any) -> _Reading:

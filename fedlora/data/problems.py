@@ -11,6 +11,18 @@ FIRST = 3
 _MOST_KINDS = 12
 
 
+class DataFaults(ValueError):
+    """The faults of data files.
+
+    Attributes:
+        kinds: number of kinds of faults.
+    """
+
+    def __init__(self, message: str, kinds: int) -> None:
+        super().__init__(message)
+        self.kinds = kinds
+
+
 @dataclass
 class _Kind:
     first: list[str] = field(default_factory=list)
@@ -52,15 +64,15 @@ class Problems:
         """Raise an error with all faults noted so far, if there are any.
 
         Raises:
-            ValueError: there are faults. For each kind the message gives the number and the first places.
+            DataFaults: there are faults. For each kind the message gives the number and the first places.
         """
-        lines = _lines(self._faults)
+        lines, kinds = _lines(self._faults), len(self._faults)
         if len(lines) > 1:
             rest = [f"and {len(lines) - _MOST_KINDS} more kinds"] if len(lines) > _MOST_KINDS else []
             lines = [f"{len(self):,} faults of {len(lines)} kinds; nothing else is done until they are corrected:",
                      *(f"  {line}" for line in lines[:_MOST_KINDS] + rest)]
         if lines:
-            raise ValueError("\n".join(lines))
+            raise DataFaults("\n".join(lines), kinds)
 
 
 def places(first: Sequence[str], count: int) -> str:

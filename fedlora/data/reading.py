@@ -16,9 +16,10 @@ from fedlora.data.columns import RowFormat, column_names, folded
 from fedlora.data.grid import Record
 from fedlora.data.layout import Layout, LayoutFinder
 from fedlora.data.options import ReadOptions
+from fedlora.data.overview import FileOverview, Overview
 from fedlora.data.problems import Problems
 from fedlora.data.remarks import check_units, remark_on, remark_on_capitals
-from fedlora.data.rows import Message, Rows, labelled_by, place, shown
+from fedlora.data.rows import Message, Rows, in_other_capitals, labelled_by, place, shown
 from fedlora.data.sources import sources
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 def read_rows(path: Path | str, task: str, form: RowFormat, *, columns: Mapping[str, str] | None = None,
               unit: str | None = None, allow_download: bool = False, labels: bool = False,
               declared: Collection[str] = (), held_out: bool = False,
-              others: Mapping[str, RowFormat] | None = None, options: ReadOptions | None = None) -> Rows:
+              others: Mapping[str, RowFormat] | None = None, options: ReadOptions | None = None,
+              overview: Overview | None = None) -> Rows:
     """Read and check all rows of a file, a folder (its files in the order of their names), or a hub dataset.
 
     Warnings say which files of a folder are not read, in what encoding and with what separator files are read unless
@@ -50,6 +52,7 @@ def read_rows(path: Path | str, task: str, form: RowFormat, *, columns: Mapping[
         others: task → the columns that it reads, for all tasks. It helps to recognise a header line, and files that
             belong to another task.
         options: what the owner says about the files, such as their separator and other names for labels.
+        overview: takes facts about the files, also if something is wrong with them.
 
     Raises:
         ValueError: something is wrong. The message gives file, line and remedy of all faults, and never a row's text or
@@ -69,8 +72,12 @@ def read_rows(path: Path | str, task: str, form: RowFormat, *, columns: Mapping[
     for file, stream in sources(path, reader.finder.needs, options, problems, allow_download=allow_download,
                                 held_out=held_out):
         reader.add(file, stream)
+    if overview is not None:
+        overview.files = reader.overviews
     rows = reader.rows(labels)
     reader.remark(path)
+    if overview is not None:
+        overview.spelled = _spellings(rows, reader.spelled, declared)
     if declared:
         remark_on_capitals(rows, declared, problems)
         rows = labelled_by(rows, declared)
@@ -97,6 +104,23 @@ def _check_distinct(form: RowFormat, names: Mapping[str, str], unit: str | None)
                              "whose rows belong together. Name the column with the ids of people (or of other units)")
 
 
+def _spellings(rows: Rows, spelled: Mapping[tuple[str, str], int], declared: Collection[str]
+               ) -> Counter[tuple[str, str]]:
+    """Return (label in the label set, text of the cell) → number of cells, where the two differ.
+
+    Args:
+        rows: the rows before their labels are read as names in the label set.
+        spelled: the same for these labels.
+        declared: the label set; empty if it is not known.
+    """
+    alike = in_other_capitals(rows, declared)
+    found = Counter({(alike.get(name, name), text): count for (name, text), count in spelled.items()})
+    for name, count in Counter(rows.labels if alike else ()).items():
+        if name is not None and name in alike:
+            found[alike[name], name] += count - sum(n for (own, _), n in spelled.items() if own == name)
+    return +found
+
+
 class _Reader:
     """A collector of checked rows, which are of the same kind in all files."""
 
@@ -114,6 +138,7 @@ class _Reader:
         self.otherwise: list[str | None] = []
         self.units: list[str] = []
         self.left_out: dict[str, Counter[str]] = {}
+        self.overviews: list[FileOverview] = []
 
     def add(self, file: str, stream: Iterator[Record]) -> None:
         index, before, taken = len(self.files), len(self.problems), len(self.lines)
@@ -133,6 +158,8 @@ class _Reader:
             self.lines.append(line)
         if layout is not None:
             self.finder.check_optional(file, layout)
+            self.overviews.append(FileOverview(file, len(self.lines) - taken, tuple(layout.present),
+                                               self._taken(layout), self.left_out.get(file, {})))
         if len(self.problems) > before or len(self.lines) > taken:
             return
         if layout is None:
@@ -140,6 +167,13 @@ class _Reader:
         else:
             self.problems.add(shown(file), "no row of the file is complete, so --skip-incomplete leaves out all",
                               "Name the right columns with --column, or complete the rows")
+
+    def _taken(self, layout: Layout) -> dict[str, str]:
+        assert self.finder.kind_of_rows is not None, "a layout was found"
+        answer = self.finder.form.answer
+        names = *self.finder.kind_of_rows[1], "" if answer is None else answer.column, "unit"
+        return {name: column for name, column in zip(names, (*layout.texts, layout.answer, layout.unit), strict=True)
+                if column is not None and column in layout.present}
 
     def _add_row(self, file: str, line: int, layout: Layout, row: Mapping[str, Any]) -> str:
         """Check and take a row.
@@ -187,6 +221,11 @@ class _Reader:
         if self.unit_cells is not None:
             self.units.append(self.unit_cells.read(file, line, row.get(layout.unit or "")))
         return ""
+
+    @property
+    def spelled(self) -> Counter[tuple[str, str]]:
+        """(answer, text of the cell) → number of cells, where the two differ."""
+        return Counter() if self.answer_cells is None else self.answer_cells.spelled
 
     @property
     def missing_answers(self) -> Mapping[str, int]:

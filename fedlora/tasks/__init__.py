@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import registry
-from fedlora.data import ReadOptions, Rows, read_rows, unanswered
+from fedlora.data import Overview, ReadOptions, Rows, read_rows, unanswered
 from fedlora.plan import RunPlan
 from fedlora.records import Records, concatenate
 from fedlora.task import Task
@@ -35,7 +35,7 @@ def task_for(run: RunPlan, tokenizer: Any) -> Task:
 
 def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = None, unit: str | None = None,
          allow_download: bool = False, declared: Collection[str] = (), held_out: bool = False,
-         options: ReadOptions | None = None, answered: bool = True) -> Rows:
+         options: ReadOptions | None = None, answered: bool = True, overview: Overview | None = None) -> Rows:
     """Read and check the rows of a task's data files, as `fedlora.data.read_rows` does.
 
     Args:
@@ -48,6 +48,7 @@ def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = Non
         held_out: whether the rows are for evaluation, not for training.
         options: what the owner says about the files, such as their separator and other names for labels.
         answered: whether files must have the column of answers, if the task has one.
+        overview: takes facts about the files, also if something is wrong with them.
 
     Raises:
         ValueError: something is wrong. The message gives file, line and remedy of all faults, and never a row's text or
@@ -57,4 +58,4 @@ def read(path: Path | str, task: str, *, columns: Mapping[str, str] | None = Non
     form = kind.rows if answered else unanswered(kind.rows)
     return read_rows(path, task, form, columns=columns, unit=unit, allow_download=allow_download,
                      labels=kind.has_labels, declared=declared, held_out=held_out, options=options,
-                     others={key: task_named(key).rows for key in registry.keys("fedlora.tasks")})
+                     overview=overview, others={key: task_named(key).rows for key in registry.keys("fedlora.tasks")})
