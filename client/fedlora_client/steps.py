@@ -1,4 +1,4 @@
-"""The steps of `fedlora-client join`: each tells in a line what was found (✓) or what has to be done first (✗)."""
+"""The steps of `fedlora-client join` and `check`: each tells what was found (✓) or what has to be done first (✗)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from fedlora.data import DataFaults
 from fedlora.plan import Refused
 
 
@@ -25,43 +26,53 @@ class Steps:
 
     Attributes:
         failed: names of the steps before which something has to be done.
+        faults: number of things that have to be done; the data's faults count by their kinds.
         awaits: whether a step waits for the coordinator.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self.failed: list[str] = []
+        self.faults = 0
         self.awaits = False
 
-    def make(self, name: str, step: Callable[[], str], *, needed: bool = False) -> None:
+    def make(self, name: str, step: Callable[[], str], *, needed: bool = False) -> bool:
         """Make a step, and tell what it returns; "" tells nothing.
 
         Args:
             name: what is checked, in a word.
-            step: raises ValueError, Refused or OSError if something has to be done first, and Awaiting if the
-                coordinator has to.
+            step: raises ValueError, MemoryError, Refused or OSError if something has to be done first, and Awaiting if
+                the coordinator has to.
             needed: whether nothing can follow if the step fails.
+
+        Returns:
+            Whether nothing has to be done.
 
         Raises:
             NotReady: the step failed, and nothing can follow.
         """
+        kinds = 1
         try:
             self._tell("✓", name, step(), "green")
-            return
+            return True
         except Awaiting as awaits:
             self._tell("…", name, str(awaits), "yellow")
             self.awaits = True
-            return
+            return False
         except Refused as refused:
             why = refused.refusal.detail or f"{refused}; the reason is above"
         except OSError as error:
             why = f"{error.filename or 'a file'}: {error.strerror or error}"
-        except ValueError as error:
+        except DataFaults as error:
+            why, kinds = str(error), error.kinds
+        except (ValueError, MemoryError) as error:
             why = str(error)
         self._tell("✗", name, why, "red")
         self.failed.append(name)
+        self.faults += kinds
         if needed:
             self.check()
+        return False
 
     def check(self) -> None:
         """Raise NotReady if a step has failed."""
