@@ -44,9 +44,13 @@ def messages() -> Console:
     return console
 
 
-def results() -> Console:
-    """Return a console on stdout for a command's results, where a table is never cut off in a file or a pipe."""
-    console = Console(highlight=False)
+def results(*, markup: bool = True) -> Console:
+    """Return a console on stdout for a command's results, where a table is never cut off in a file or a pipe.
+
+    Args:
+        markup: whether texts hold rich's markup; otherwise every character stands for itself.
+    """
+    console = Console(highlight=False, markup=markup, emoji=markup)
     if not console.is_terminal:
         console.width = max(console.width, WIDTH_OF_FILES)
     return console

@@ -1,8 +1,10 @@
-"""Out-of-memory errors that say what to do about them."""
+"""Out-of-memory errors that say what to do about them, and the memory that was needed."""
 
 from __future__ import annotations
 
 import contextlib
+import resource
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -25,3 +27,10 @@ def memory_advice(doing: str, remedy: str) -> Iterator[None]:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise MemoryError(f"{doing} ran out of memory: {remedy}") from None
         raise
+
+
+def most_used(device: torch.device) -> int:
+    """Return the most memory that this process has used so far, in bytes: a GPU's own on CUDA, else the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -49,8 +49,8 @@ def test_every_command_and_sub_command_tells_its_versions(command, capsys):
                                           "fedlora-client budget"),
     ("fedlora-server pki list --pky x", "not an option of fedlora-server pki list; did you mean --pki?"),
     ("fedlora-server pkii", "'pkii' is not a sub-command; did you mean 'pki'? Sub-commands are init, presets"),
-    ("fedlora-client notes.csv", "'notes.csv' is not a sub-command. Sub-commands are init, join, enroll, budget, "
-                                 "verify, attach-audit; options begin with --"),
+    ("fedlora-client notes.csv", "'notes.csv' is not a sub-command. Sub-commands are init, check, join, enroll, "
+                                 "budget, verify, attach-audit; options begin with --"),
     ("fedlora-simulate odit --data x", "did you mean 'audit'?"),
     ("fedlora-server --rounds 3 pki", "'pki' must be the first word after the command: fedlora-server pki"),
     ("fedlora-server --labels a, b", "'b' belongs to no option; put a value that has spaces into quotes"),

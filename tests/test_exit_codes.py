@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from fedlora_client.check_command import EXIT_CODES as CHECK_CODES
 from fedlora_client.cli import EPILOG
 from fedlora_client.verify_command import EXIT_CODES as VERIFY_CODES
 from fedlora_server.cli import EXIT_CODES
 from fedlora_server.operations.command import STATUS_CODES, STOP_CODES
 
 ROOT = Path(__file__).parents[1]
-TOLD = {"fedlora-server": EXIT_CODES, "fedlora-client": EPILOG, "fedlora-server status": STATUS_CODES,
-        "fedlora-server stop": STOP_CODES, "fedlora-client verify": VERIFY_CODES}
+TOLD = {"fedlora-server": EXIT_CODES, "fedlora-client": EPILOG, "fedlora-client check": CHECK_CODES,
+        "fedlora-server status": STATUS_CODES, "fedlora-server stop": STOP_CODES, "fedlora-client verify": VERIFY_CODES}
 """Command → the text at the end of its --help."""
 
 

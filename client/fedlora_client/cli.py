@@ -19,6 +19,7 @@ from fedlora.config.parser import given_options
 
 SUBCOMMANDS = {
     "init": Subcommand("fedlora_client.init", "writes a TOML file with every option for --config"),
+    "check": Subcommand("fedlora_client.check_command", "checks data, policy, model and machine, and calls nobody"),
     "join": Subcommand("fedlora_client.cli:read_join", "takes part with a coordinator's kit"),
     "enroll": Subcommand("fedlora_client.enroll", "makes a key for --tls"),
     "budget": Subcommand("fedlora_client.budget_command", "shows what was spent and what is left"),

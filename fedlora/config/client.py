@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from fedlora.config import values
-from fedlora.config.option import MODEL, NETWORK, PRIVACY, RUN, option
+from fedlora.config.option import MODEL, NETWORK, PRIVACY, RUN, TUNING, option
 from fedlora.config.shared import CLIENT, ConnectedConfig, LocalConfig
+from fedlora.plan.usual import MAX_LENGTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class ClientConfig(LocalConfig, ConnectedConfig):
     command: ClassVar[str] = CLIENT
     forms: ClassVar[tuple[str, ...]] = (
         "fedlora-client --data DIR_OR_FILE [options]", "fedlora-client join KIT.toml [options]",
-        "fedlora-client {init,join,enroll,budget,verify,attach-audit} [--help]")
+        "fedlora-client {init,check,join,enroll,budget,verify,attach-audit} [--help]")
 
     name: str | None = option(None, "name of this client at the server", RUN, unset="host name", place=2,
                               example='"north"')
@@ -75,3 +76,28 @@ class JoinConfig(ClientConfig):
                          place=1)
     pin: bool = option(False, "write the fingerprint of the server's key into the policy, which then allows no other "
                        "server", PRIVACY, None, place=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(ClientConfig):
+    """Check data, policy, model and this machine as a client does before it calls a server, and show what it would use.
+
+    All that must be mended is told at once, by kind. Nobody is called, nothing is charged and no file is written.
+    Records, and labels that are not declared, are shown on a terminal alone.
+    """
+
+    forms: ClassVar[tuple[str, ...]] = ("fedlora-client check --data DIR_OR_FILE [options]",)
+    fixed: ClassVar[tuple[str, ...]] = ("yes", "state", "server", "insecure", "proxy", "connect_timeout", "log_format")
+
+    records: bool = option(True, "show three records as the model will see them, on a terminal alone", RUN, None,
+                           place=3)
+    measure: bool = option(True, "train a few steps on made-up records, to learn the time and the memory of a round",
+                           TUNING, None, place=3)
+    max_length: int | None = option(None, "number of tokens kept of each record", MODEL, values.count,
+                                    unset=f"the kit's, or {MAX_LENGTH}", place=3, example=str(MAX_LENGTH))
+    rounds: int | None = option(None, "rounds of the run", TUNING, values.count, place=2, example="20",
+                                unset="the kit's, or the usual number")
+    local_steps: int | None = option(None, "steps of training in each round", TUNING, values.count, place=2,
+                                     unset="the kit's, or the usual number", example="4")
+    batch_size: int | None = option(None, "expected number of records in a step", TUNING, values.count, place=2,
+                                    unset="the kit's, or the usual number", example="256")

@@ -169,9 +169,11 @@ class Findings:
     Args:
         file: The file that keeps them between processes; None keeps them in memory only. If the file cannot be read or
             written, the check is done again; nothing else is lost.
+        writes: Whether what is found is written to the file.
     """
 
     file: Path | None = None
+    writes: bool = True
     _known: dict[str, Shapes] = field(default_factory=dict)
 
     def get(self, key: str) -> Shapes | None:
@@ -183,7 +185,7 @@ class Findings:
     def put(self, key: str, shapes: Shapes) -> None:
         """Remember shapes under a key."""
         self._known[key] = shapes
-        if self.file is None:
+        if self.file is None or not self.writes:
             return
         kept = {name: asdict(one) for name, one in list((self._read() | {key: shapes}).items())[-MOST_KEPT:]}
         try:
