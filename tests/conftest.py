@@ -87,3 +87,16 @@ def deploy(tmp_path: Path, checkpoint: Callable[[str], Path]) -> Iterator[Callab
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the round loop see clients of the in-process engine finish one by one, as real clients do."""
     monkeypatch.setattr("fedlora_simulations.in_process.TURN_S", 0.0)
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a database of MLflow without runs, to copy: it takes MLflow seconds to make one."""
+    from fedlora_server.trackers.mlflow import QUIET
+
+    os.environ.update(QUIET)
+    from mlflow.tracking import MlflowClient
+
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file

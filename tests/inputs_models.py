@@ -258,7 +258,7 @@ def printed(what: str, home: Path) -> tuple[str, str]:
     if not any(flag.startswith("--epsilon") for flag in flags):
         flags += PLAIN
     flags += [f"--data={train}", f"--eval-data={held_out}", f"--model={named}", f"--out={home / 'out'}",
-              "--rounds=1", "--local-steps=1", "--rank=2", "--strategy=fedavg-lora", "--trackers=console"]
+              "--rounds=1", "--local-steps=1", "--rank=2", "--strategy=fedavg-lora", "--track=no-plots"]
     for usual in ("--batch-size=8", "--max-length=64"):
         if not any(flag.startswith(usual.partition("=")[0]) for flag in flags):
             flags.append(usual)

@@ -146,7 +146,7 @@ class Soak:
                 "--model", self.checkpoint, "--address", self.address, "--tls", self.authority.folder, "--out",
                 self.out, "--strategy", "ffa-lora", "--labels", "routine,urgent", "--rounds", self.rounds,
                 "--min-clients", self.clients, "--clients-per-round", max(2, self.clients // 3), "--min-replies", 2,
-                "--round-timeout", 30, "--trackers", "console", *SMALL)
+                "--round-timeout", 30, "--track", "no-plots", *SMALL)
         elif name in self.names[:self.real]:
             command, words = "client", (
                 "--data", write_rows(self.folder / "data" / name / "rows.jsonl", len(name)), "--server",

@@ -24,6 +24,13 @@ REDUCTIONS = "fedlora_strategies.reductions"
 TRACKERS = "fedlora_server.trackers"
 """Packages whose modules are the values of options. The names are read from the files, without importing them."""
 
+USUAL_TRACKERS = ("console", "plots")
+"""Trackers that watch every run, unless `--track no-NAME` leaves one out."""
+
+
+def _tracked() -> tuple[str, ...]:
+    return (*registry.keys(TRACKERS), *(f"no-{name}" for name in USUAL_TRACKERS))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -215,12 +222,18 @@ class RunConfig(Config):
                                    place=2)
     adjustment: str = option("none", "change to each step's noised gradient before the optimizer takes it", TUNING,
                              choices=lambda: ("none", *registry.keys(FOUND["adjustment"])), plan="adjustment")
-    trackers: tuple[str, ...] = option(("console", "plots"), "what shows and records the run's progress", RUN,
-                                       values.several(lambda: registry.keys(TRACKERS), "tracker"), keys=TRACKERS,
-                                       metavar="A[,B…]",
-                                       place=6)
+    track: tuple[str, ...] = option(
+        (), "what records the run beside the console and curves.png (plots); no-console and no-plots leave those out",
+        RUN, values.several(_tracked, "tracker"), keys=TRACKERS, metavar="A[,B…]", place=6, example='["csv"]')
     head_scale: float | None = option(None, "factor on the gradient of the classifier's head before clipping", TUNING,
                                       values.finite, unset=PRESET, plan="head_scale", place=3)
 
     wire_dtype: str = option("fp32", "number format of adapters on the network, both ways; bf16 halves the bytes and "
                              "rounds each value to 8 significant bits", NETWORK, choices=WIRE_DTYPES, plan="wire_dtype")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers that watch the run: the usual ones, without those left out, and those that --track adds."""
+        left_out = {name.removeprefix("no-") for name in self.track if name.startswith("no-")}
+        return tuple(name for name in dict.fromkeys((*USUAL_TRACKERS, *self.track))
+                     if not name.startswith("no-") and name not in left_out)

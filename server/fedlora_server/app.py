@@ -49,7 +49,7 @@ from .run_setup import (
 from .settings import settings
 from .stopping import Stopping
 from .tls import ServerTls
-from .trackers import Trackers, Watched
+from .trackers import Trackers, Watched, check_installed
 
 Listen = Callable[[Proposal, Path, Callable[[ClientEvent], None]], RegistryEngine]
 """A function that makes the engine from the proposal for clients, the folder for uploads, and a function that is called
@@ -98,6 +98,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     if left is not None and left.plan.labels:
         options = replace(options, labels=options.labels or left.plan.labels)
     check_operations(options)
+    check_installed(options.trackers)
     tls = None
     if listen is None:
         check_address(options.address, insecure=options.insecure or options.tls is not None)

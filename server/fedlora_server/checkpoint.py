@@ -26,6 +26,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
+from fedlora.config.shared import USUAL_TRACKERS
 from fedlora.files import append_to_file, replace_file
 from fedlora.plan import RunPlan, Tensors, from_scalars, to_scalars
 
@@ -248,7 +249,12 @@ def options_of(folder: Path) -> dict[str, object]:
     Raises:
         ValueError: the folder holds no run.
     """
-    options: dict[str, object] = _about(folder)["options"]
+    options: dict[str, Any] = _about(folder)["options"]
+    if "trackers" in options:  # before --track, the option named all trackers, the usual ones too
+        named = options.pop("trackers")
+        track = [*(name for name in named if name not in USUAL_TRACKERS),
+                 *(f"no-{name}" for name in USUAL_TRACKERS if name not in named)]
+        options |= {"track": track} if track else {}
     return options
 
 

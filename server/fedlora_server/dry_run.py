@@ -34,6 +34,7 @@ from .run_setup import (
 )
 from .settings import settings
 from .tls import ServerTls
+from .trackers import check_installed
 
 EPSILONS = (1.0, 3.0, 8.0)
 """Values of ε for which the server shows the noise; the client's default is the last one."""
@@ -58,6 +59,7 @@ def dry_run(options: ServerConfig, console: Console) -> None:
                          "leave out --dry-run to continue it, or name another folder")
     if options.out is not None:
         check_free(options.out)
+    check_installed(options.trackers)
     check_address(options.address, insecure=options.insecure or options.tls is not None)
     if options.tls is not None:
         console.print(ServerTls(options.tls).told())

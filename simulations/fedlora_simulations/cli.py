@@ -115,6 +115,7 @@ def run(options: SimulationConfig) -> int:
         without_effect,
     )
     from fedlora_server.settings import settings
+    from fedlora_server.trackers import check_installed
 
     from .comparison import save, summarize, table
     from .dry_run import dry_run
@@ -125,6 +126,7 @@ def run(options: SimulationConfig) -> int:
     if (options.epsilon == float("inf")) != (options.privacy == "off"):
         raise ValueError(f"--privacy {options.privacy} and --epsilon {options.epsilon:g} contradict each other; "
                          "for a run without privacy give both --privacy off and --epsilon inf")
+    check_installed(options.trackers)
     base = find_model(options)
     methods = [Method.parse(text) for text in options.strategy]
     for method in methods:
@@ -187,7 +189,7 @@ def _run_one(options: SimulationConfig, method: Method, seed: int, base: BaseMod
     began = time.monotonic()
     try:
         chosen = resolved(method.options(options), method.strategy) | {"seed": seed}
-        watched = Watched(f"{method}, seed {seed}", folder, console, chosen)
+        watched = Watched(f"{method}, seed {seed}", folder, console, chosen, together=out)
         advice = Advice(watched, lambda line: trackers.said(line))
         with Trackers(options.trackers, watched, {"advice": advice}) as trackers:
             done = simulate(options, method, seed, base, population, observer=trackers, out=folder)

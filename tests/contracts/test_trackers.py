@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from fedlora_server.trackers import Tracker, Watched
 from tests.federation import plan_of
 
 PACKAGE = "fedlora_server.trackers"
-EVENTS = {name for kind in (Observer, Tracker) for name in vars(kind) if not name.startswith("_")}
+EVENTS = {name for kind in (Observer, Tracker) for name, value in vars(kind).items() if callable(value)
+          and not name.startswith("_")}
 
 BEGUN = (RoundRecord(0, evaluation={"accuracy": 0.5, "loss": 0.7, "count": 4}),)
 
@@ -29,6 +32,15 @@ def record(number, **values):
 @pytest.fixture(params=registry.keys(PACKAGE))
 def key(request):
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def local_stores(key, request, tmp_path, monkeypatch):
+    """Let stores that can be elsewhere be in the run's folder."""
+    for name in ("MLFLOW_TRACKING_URI", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    if key == "mlflow":
+        shutil.copyfile(request.getfixturevalue("mlflow_database"), tmp_path / "mlflow.db")
 
 
 @pytest.fixture(params=[True, False], ids=["terminal", "pipe"])
@@ -45,7 +57,7 @@ def test_it_says_in_a_line_what_it_is(key):
 def test_it_takes_every_event_of_a_run_and_leaves_the_files_alone_that_resuming_reads(key, watched):
     kept = {name: watched.out / name for name in ("metrics.jsonl", "run.json", "asked.json", "report.json")}
     for name, file in kept.items():
-        file.write_text(name)
+        file.write_text(json.dumps({"file": name}))
     tracker = registry.load(PACKAGE, key).TRACKER(watched)
     told = {"open": lambda: tracker.open(), "said": lambda: tracker.said("a joined [red]"),
             "client": lambda: [tracker.client(ClientEvent(kind, "a[/]", "why", code="budget")) for kind in (
@@ -70,7 +82,7 @@ def test_it_takes_every_event_of_a_run_and_leaves_the_files_alone_that_resuming_
     assert told.keys() == EVENTS
     for event in told.values():
         event()
-    assert all(file.read_text() == name for name, file in kept.items())
+    assert all(json.loads(file.read_text()) == {"file": name} for name, file in kept.items())
 
 
 @pytest.mark.parametrize("ended", ["stopped", "wait-timeout"])

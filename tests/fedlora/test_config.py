@@ -177,7 +177,7 @@ def test_a_strategy_is_one_of_ours_or_of_a_module_and_a_start_may_follow(text, s
     ("--strategy=own:", "module:Class"),
     ("--strategy=fed-sb:weight", "--init weight"), ("--server-optimizer=lion", "adam"),
     ("--server-options=beta1", "name=number"), ("--strategy-options=period=often", "name=number"),
-    ("--server-options=beta1=inf", "name=number"), ("--trackers=console,radar", "console, csv, plots"),
+    ("--server-options=beta1=inf", "name=number"), ("--track=csv,radar", "console, csv, mlflow"),
     ("--ranks=q", "whole number")])
 def test_a_wrong_name_or_number_is_told_with_what_there_is(flag, told, capsys):
     with pytest.raises(SystemExit):

@@ -86,7 +86,7 @@ def test_a_task_of_one_file_is_trained_measured_and_exported(tree, scores, tmp_p
 
 
 def test_an_optimizer_and_a_tracker_of_one_file_each_see_all_that_a_client_releases(tree, tmp_path, checkpoint):
-    tree.simulate("--optimizer", "signs", "--trackers", "tally", "--lr", 0.25, "--clients", 1, "--rounds", 1,
+    tree.simulate("--optimizer", "signs", "--track", "no-plots,tally", "--lr", 0.25, "--clients", 1, "--rounds", 1,
                   "--local-steps", 1, model=checkpoint("bert"), out=tmp_path / "out")
     [folder] = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
     assert json.loads((folder / "tally.json").read_text()) == {

@@ -10,7 +10,9 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 from rich.console import Console
 from typing_extensions import override
@@ -33,6 +35,7 @@ class Watched:
         options: the command's options by name, with the preset's value for each that was not given.
         run_id: the run's id, 16 hexadecimal digits.
         fingerprint: SHA-256 of the server's public key, in hexadecimal digits; "" without TLS.
+        together: a folder that all runs of one command share, for stores that show runs side by side; None for `out`.
     """
 
     title: str
@@ -41,6 +44,7 @@ class Watched:
     options: Mapping[str, object]
     run_id: str = ""
     fingerprint: str = ""
+    together: Path | None = None
 
 
 class Tracker(Observer):
@@ -50,7 +54,12 @@ class Tracker(Observer):
 
     Args:
         run: the run to watch.
+
+    Attributes:
+        needs: class attribute, packages that it imports when a run begins → what to give to pip to install them.
     """
+
+    needs: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, run: Watched) -> None:
         self.run = run
@@ -70,6 +79,19 @@ class Tracker(Observer):
 
     def close(self) -> None:
         """End, after all else, however the run ended."""
+
+
+def check_installed(keys: Iterable[str]) -> None:
+    """Check that the packages are there which these trackers need, without importing them.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    for key in keys:
+        needs: Mapping[str, str] = registry.load("fedlora_server.trackers", key).TRACKER.needs
+        for package, install in needs.items():
+            if find_spec(package) is None:
+                raise ValueError(f"--track {key} needs {package}, which is not installed: pip install '{install}'")
 
 
 class Trackers(Tracker):
