@@ -369,7 +369,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="inputs that have this word")
     only = parser.parse_args().only
     transformers.logging.disable_progress_bar()
-    from fedlora_simulations import simulate  # noqa: F401 - once, for all children
+    from fedlora_simulations import simulated_run  # noqa: F401 - once, for all children
 
     print("| input | printed | what came of it |\n|---|---|---|")
     for what in INPUTS:

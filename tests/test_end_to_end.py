@@ -16,7 +16,7 @@ from fedlora.privacy import Ledger
 from fedlora.privacy.report import read_signed, verify
 from fedlora_server.run_setup import find_model
 from fedlora_simulations.population import Method, populate
-from fedlora_simulations.simulate import simulate
+from fedlora_simulations.simulated_run import simulate
 from tests.processes import Deployment, write_rows
 
 SMALL = ("--rank", 2, "--rounds", 2, "--local-steps", 2, "--batch-size", 8, "--max-length", 16)

@@ -21,7 +21,7 @@ from fedlora.config import ServerConfig, SimulationConfig, flag, options_of, rea
 from fedlora.privacy import INSECURE_SEED_VARIABLE, Ledger
 from fedlora_server.run_setup import find_model
 from fedlora_simulations.population import Method, populate
-from fedlora_simulations.simulate import simulate
+from fedlora_simulations.simulated_run import simulate
 from tests.processes import PATIENCE, free_port, write_rows
 
 APP = Path(__file__).parent.parent / "simulations" / "flower_app"

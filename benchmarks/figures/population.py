@@ -41,7 +41,7 @@ def simulated(argv: list[str], threads: int | None) -> int:
     """Run a simulation with these options; return the peak resident memory of this process in bytes."""
     from fedlora_server.run_setup import find_model
     from fedlora_simulations.population import Method, populate
-    from fedlora_simulations.simulate import simulate
+    from fedlora_simulations.simulated_run import simulate
 
     argv = [*argv, *(["--threads", str(threads)] if threads else [])]
     options = read_config(SimulationConfig, argv)

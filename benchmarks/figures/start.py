@@ -64,7 +64,7 @@ def first_step(data: str, model: str, device: str, threads: int, batch: int) -> 
     from fedlora.training import Trainer
     from fedlora_server.run_setup import find_model
     from fedlora_simulations.population import Method, populate
-    from fedlora_simulations.simulate import simulate
+    from fedlora_simulations.simulated_run import simulate
 
     options = read_config(SimulationConfig, [
         f"--data={data}", f"--model={model}", f"--device={device}", f"--threads={threads}", "--clients=1",

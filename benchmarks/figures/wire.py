@@ -28,7 +28,7 @@ from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import Run, run_federation
 from fedlora_server.run_setup import find_model
 from fedlora_simulations.population import Method, Population
-from fedlora_simulations.simulate import simulate
+from fedlora_simulations.simulated_run import simulate
 from fedlora_strategies import strategy_class
 from fedlora_strategies.recipe import RECIPES
 

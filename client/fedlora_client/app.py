@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
 from fedlora.config import ClientConfig
+from fedlora.config.client import JoinConfig
 from fedlora.console import tell, tell_about
 from fedlora.plan import Proposal, Refusal, Refused
 
 from .connection import Connection, Goodbye, RunChanged
 from .data_holder import DataHolder
+from .onboarding import join
 from .participation import Participation
+
+
+@dataclass(frozen=True)
+class TookPart:
+    """A client's part in a run that its server ended as planned.
+
+    Attributes:
+        name: the client's name at the server.
+        run_id: the run's id.
+        sent: the rounds whose upload the server accepted.
+        goodbye: the server's last words.
+        report: privacy.json, the privacy report of the run; None if there was nothing to report.
+        bytes_up: bytes sent, in all.
+        bytes_down: bytes received, in all.
+    """
+
+    name: str
+    run_id: str
+    sent: tuple[int, ...]
+    goodbye: str
+    report: Path | None
+    bytes_up: int
+    bytes_down: int
 
 
 class EndedEarly(Exception):
@@ -23,8 +51,28 @@ class RoundFailed(Exception):
     """A round failed on this machine, and further rounds could fail the same way; the message says what to do."""
 
 
-def take_part(options: ClientConfig, console: Console) -> None:
-    """Take part in the server's run until it says goodbye.
+def take_part_with_kit(options: JoinConfig, given: Collection[str], console: Console) -> TookPart | None:
+    """Check a coordinator's kit and all that it needs here, and take part in its run.
+
+    Args:
+        options: the options of `fedlora-client join`.
+        given: names of the options that are given and so not asked.
+        console: where the data holder is told what happens, and asked.
+
+    Returns:
+        The client's part; None with --check-only or --no-start.
+
+    Raises:
+        Awaiting: the certificate has not come back yet.
+        ValueError: something has to be done first, or `take_part` raises it. So do its other errors.
+    """
+    asks = sys.stdin.isatty() and sys.stdout.isatty() and not options.yes and options.log_format == "text"
+    ready = join(options, given, console, asks=asks)
+    return None if ready is None else take_part(ready, console)
+
+
+def take_part(options: ClientConfig, console: Console) -> TookPart:
+    """Take part in the server's run until it says goodbye as planned.
 
     Args:
         options: the options of fedlora-client.
@@ -44,6 +92,7 @@ def take_part(options: ClientConfig, console: Console) -> None:
                                                    and sys.stdout.isatty()))
     tell_about(console, client=holder.name)
     gate, limits = holder.gate, holder.limits
+    sent: list[int] = []
     connection = Connection(options.server, holder.name, private=limits.private, insecure=options.insecure,
                             connect_timeout_s=options.connect_timeout,
                             report=lambda line: console.print(line), tls=holder.tls, secrets=holder.state)
@@ -51,7 +100,7 @@ def take_part(options: ClientConfig, console: Console) -> None:
         proposal = connection.join()
         while True:
             try:
-                _serve(holder, proposal, connection)
+                _serve(holder, proposal, connection, sent)
             except RunChanged as changed:
                 if limits.private and gate.ledger.charges(gate.dataset, proposal.plan.run_id):
                     other = changed.proposal.plan.run_id
@@ -59,17 +108,29 @@ def take_part(options: ClientConfig, console: Console) -> None:
                                             f"another ε of {limits.epsilon:g} on the same records; start "
                                             "fedlora-client again if you want that") from None
                 proposal = changed.proposal
+                sent.clear()
                 console.print(f"The server was restarted with another run, {proposal.plan.run_id}.")
     except Goodbye as goodbye:
         if not goodbye.as_planned:
             raise EndedEarly(f"the server ended the run early: {goodbye}") from None
         console.print(f"The server says goodbye: {goodbye}")
+        report = holder.state.run_folder(proposal.plan.run_id) / "privacy.json"
+        return TookPart(holder.name, proposal.plan.run_id, tuple(sent), str(goodbye),
+                        report if report.exists() else None, connection.bytes_up, connection.bytes_down)
     finally:
         connection.leave()
+        holder.close()
 
 
-def _serve(holder: DataHolder, proposal: Proposal, connection: Connection) -> None:
-    """Answer the orders of one run until the connection raises what ends it (`Goodbye`, `RunChanged`, …)."""
+def _serve(holder: DataHolder, proposal: Proposal, connection: Connection, sent: list[int]) -> None:
+    """Answer the orders of one run until the connection raises what ends it (`Goodbye`, `RunChanged`, …).
+
+    Args:
+        holder: the data holder's policy, ledger and data.
+        proposal: what the server proposes.
+        connection: the connection to the server.
+        sent: the rounds whose upload the server accepts are added here.
+    """
     tell_about(holder.console, run=proposal.plan.run_id)
     try:
         part = Participation(holder, proposal)
@@ -86,6 +147,8 @@ def _serve(holder: DataHolder, proposal: Proposal, connection: Connection) -> No
             with console.status(f"round {plan.round}: training"):
                 answer = part.answer(plan, tensors, connection.is_unwanted)
             declined = connection.send(answer)
+            if declined is None and not isinstance(answer, Refusal):
+                sent.append(plan.round)
             part.report(plan, answer, declined,
                         f"; {connection.bytes_up:,} bytes up, {connection.bytes_down:,} down so far")
             if isinstance(answer, Refusal) and answer.code in ("policy", "labels"):

@@ -95,7 +95,7 @@ def _run(options: ClientConfig, given: frozenset[str]) -> int:
     from fedlora.plan import Refused
     from fedlora.wire import WireError
 
-    from .app import EndedEarly, RoundFailed, take_part
+    from .app import EndedEarly, RoundFailed, take_part, take_part_with_kit
     from .connection import ServerUnreachable
     from .steps import Awaiting
     from .tls import Untrusted
@@ -103,14 +103,9 @@ def _run(options: ClientConfig, given: frozenset[str]) -> int:
     console = messages()
     try:
         if isinstance(options, JoinConfig):
-            from .join import join
-
-            asks = sys.stdin.isatty() and sys.stdout.isatty() and not options.yes and options.log_format == "text"
-            ready = join(options, given, console, asks=asks)
-            if ready is None:
-                return 0
-            options = ready
-        take_part(options, console)
+            take_part_with_kit(options, given, console)
+        else:
+            take_part(options, console)
     except Awaiting as awaits:
         say_why(f"fedlora-client: {awaits}")
         return 1

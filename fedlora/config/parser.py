@@ -140,6 +140,43 @@ def config_from(table: Mapping[str, str | int | float | bool], config: type[C], 
     return config(**_given(parser, config, arguments(given, config, source)))
 
 
+def given_in_python(config: type[Config], given: Config | Path | str | None, values: Mapping[str, object], source: str,
+                    begun_with: Callable[[Path], Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """Return the options that are given to a Python function, by field name, checked as on the command line.
+
+    Args:
+        config: the command's config.
+        given: a config, of which the fields that differ from their defaults are given; or a TOML file, as --config
+            names one; or None.
+        values: option → value, which overrides `given`. None counts as not given.
+        source: the function's name, for error messages.
+        begun_with: as in `read_config`.
+
+    Raises:
+        TypeError: `given` is the config of another command.
+        ValueError: a key is not an option of the command, or a value is not allowed.
+    """
+    def complain(message: str) -> NoReturn:
+        raise ValueError(f"{source}: {message.removeprefix('argument ')}")
+
+    if isinstance(given, Config):
+        if not isinstance(given, config):
+            raise TypeError(f"{source} takes a {config.__name__}, not a {type(given).__name__}")
+        first = {field.name: value for field in dataclasses.fields(given) if field.name != "config"
+                 and (value := getattr(given, field.name)) != _default(field)}
+    else:
+        first = {} if given is None else {"config": given}
+    parser = build_parser(config)
+    parser.error = complain  # type: ignore[method-assign]
+    listed = {key: list(value) if isinstance(value, tuple) else value for key, value in (first | dict(values)).items()
+              if value is not None}
+    return _given(parser, config, arguments(listed, config, source), begun_with)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def _given(parser: argparse.ArgumentParser, config: type[Config], argv: Sequence[str] | None,
            begun_with: Callable[[Path], Mapping[str, Any]] | None = None) -> dict[str, Any]:
     given = parser.parse_args(argv)

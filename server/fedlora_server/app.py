@@ -26,7 +26,7 @@ from .audit.log import AuditLog
 from .checkpoint import Unfinished
 from .folders import claimed_folder, retaken_folder
 from .grpc_engine import GrpcEngine, check_address
-from .observer import ClientEvent
+from .observer import ClientEvent, RoundRecord
 from .operations.assembly import Operations
 from .operations.assembly import check as check_operations
 from .peer_lines import PeerFilter, PeerLines
@@ -70,9 +70,24 @@ class Served:
     result: FederationResult | None
     ended: str
 
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the adapter, in PEFT's format; None if no round was finished."""
+        return self.out / "adapter" if self.result is not None and self.result.rounds else None
 
-def serve(options: ServerConfig, console: Console, *, listen: Listen | None = None,
-          run_id: str | None = None) -> Served:
+    @property
+    def records(self) -> tuple[RoundRecord, ...]:
+        """One record for each finished round, and one for round 0 if the start was evaluated."""
+        return () if self.result is None else self.result.records
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """The figures on the held-out rows when they were evaluated last; empty without --eval-data."""
+        return next((record.evaluation for record in reversed(self.records) if record.evaluation), {})
+
+
+def serve(options: ServerConfig, console: Console, *, listen: Listen | None = None, run_id: str | None = None,
+          stopping: Stopping | None = None) -> Served:
     """Run a federation from the first client to the report.
 
     Args:
@@ -80,21 +95,23 @@ def serve(options: ServerConfig, console: Console, *, listen: Listen | None = No
         console: shows the coordinator what happens.
         listen: makes the engine; None listens for gRPC at --address.
         run_id: 16 hexadecimal digits; None draws them at random.
+        stopping: whether the run is to stop; None for a request that ends the process if it is made twice.
 
     Raises:
         ValueError: an option is wrong, the port is taken, or the clients announced no usable label set.
         OSError: a file cannot be read or written.
     """
+    stopping = stopping or Stopping(console)
     with ExitStack() as held:
         if (begun := _begun(options, listen)) is not None:
             held.enter_context(retaken_folder(begun))
-            return _serve(options, console, begun, checkpoint.take_up(begun), listen, run_id, held)
+            return _serve(options, console, begun, checkpoint.take_up(begun), listen, run_id, stopping, held)
         out = held.enter_context(claimed_folder(options.out, options.strategy.replace(":", "-")))
-        return _serve(options, console, out, None, listen, run_id, held)
+        return _serve(options, console, out, None, listen, run_id, stopping, held)
 
 
 def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished | None, listen: Listen | None,
-           run_id: str | None, held: ExitStack) -> Served:
+           run_id: str | None, stopping: Stopping, held: ExitStack) -> Served:
     if left is not None and left.plan.labels:
         options = replace(options, labels=options.labels or left.plan.labels)
     check_operations(options)
@@ -137,7 +154,6 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
         left.check(proposal.plan, federation.strategy.recipe.described())
         before = left.joined
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
-    stopping = Stopping(console)
     stop = stopping.asked
     tell_about(console, run=run_id)
     watched = Watched(f"{options.strategy}, {base.title}", out, console, resolved(options, options.strategy), run_id,

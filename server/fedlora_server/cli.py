@@ -39,12 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if (ended := run_subcommand(argv, "fedlora-server", SUBCOMMANDS)) is not None:
         return ended
-    options = read_config(ServerConfig, argv, epilog=EXIT_CODES, subcommands=SUBCOMMANDS, begun_with=_begun_with)
-    os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # FedLoRA's own messages say more
-    os.environ["GRPC_SSL_CIPHER_SUITES"] = TLS_1_3_ALONE
-    if not options.allow_download:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    options = read_config(ServerConfig, argv, epilog=EXIT_CODES, subcommands=SUBCOMMANDS, begun_with=begun_with)
+    set_environment(allow_download=options.allow_download)
 
     from fedlora.console import log_to_stderr, say_why, stderr_that_never_blocks
 
@@ -61,6 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1 if error.errno in PASSING else 2
 
 
+def set_environment(*, allow_download: bool) -> None:
+    """Turn off telemetry, TLS before 1.3, and access to the hub unless it is allowed.
+
+    Call this before Flower, gRPC and the Hugging Face libraries are imported, because they read the environment then.
+
+    Args:
+        allow_download: False lets the Hugging Face libraries use only what is on this machine.
+    """
+    os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # FedLoRA's own messages say more
+    os.environ["GRPC_SSL_CIPHER_SUITES"] = TLS_1_3_ALONE
+    if not allow_download:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
 class _Terminated(KeyboardInterrupt):
     """The exception that SIGTERM raises, as Ctrl-C raises KeyboardInterrupt."""
 
@@ -69,7 +80,8 @@ def _terminate(number: int, frame: object) -> None:
     raise _Terminated
 
 
-def _begun_with(folder: Path) -> dict[str, object]:
+def begun_with(folder: Path) -> dict[str, object]:
+    """Return the options of the run in a folder, for `fedlora.config.read_config`."""
     from .checkpoint import options_of
 
     return options_of(folder)

@@ -16,14 +16,15 @@ class Stopping:
 
     Args:
         console: tells the coordinator that the run stops.
+        ends_process: whether a second signal ends the process at once; otherwise it raises KeyboardInterrupt.
 
     Attributes:
         asked: set once the run is to stop.
         goes_on: set before `asked` if clients are to wait for the server to return.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, *, ends_process: bool = True) -> None:
+        self._console, self._ends_process = console, ends_process
         self.asked, self.goes_on = threading.Event(), threading.Event()
 
     def ask(self, *, goes_on: bool) -> bool:
@@ -53,11 +54,17 @@ class Stopping:
     def by_signals(self) -> Iterator[None]:
         """Within the block, stop the run at SIGINT or SIGTERM instead of ending the process.
 
-        SIGTERM lets the run go on later. A second signal ends the process at once.
+        SIGTERM lets the run go on later. A second signal stops everything at once. Only the main thread hears signals,
+        so elsewhere nothing changes.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def on_signal(number: int, frame: object) -> None:
             if not self.ask(goes_on=number == signal.SIGTERM):
+                if not self._ends_process:
+                    raise KeyboardInterrupt
                 os._exit(128 + number)
 
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -45,7 +45,7 @@ from .canaries import KINDS, CanaryTrainer, craft
 from .in_process import InProcessEngine
 from .one_run import Guesses, Membership, membership
 from .population import Method
-from .simulate import make_sessions
+from .simulated_run import make_sessions
 
 CONFIDENCE = 0.95
 ROUNDS, LR = 10, 0.5

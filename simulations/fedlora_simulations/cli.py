@@ -10,7 +10,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:  # --help should not import these
 
     from fedlora_server.run_setup import BaseModel
 
+    from .outcome import Simulation
     from .population import Method, Population
-    from .simulate import Simulated
+    from .simulated_run import Simulated
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 0 when done, 1 if a worker process was lost, 2 for wrong input, and 130 if interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
-    os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
+    set_environment()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -55,6 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def set_environment() -> None:
+    """Turn off telemetry. Call this before Flower and the Hugging Face libraries are imported, which read it then."""
+    os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", HF_HUB_DISABLE_TELEMETRY="1")
+
+
+@contextmanager
+def quiet_clients() -> Iterator[None]:
+    """Within the block, log no errors of clients: they are raised as well, and told once."""
+    clients = logging.getLogger("fedlora_client")
+    level = clients.level
+    clients.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        clients.setLevel(level)
+
+
 def _bench_moved(argv: Sequence[str]) -> str:
     """Return a message that names the command which replaces `fedlora-simulate bench`."""
     return ("fedlora-simulate bench is now a command of its own, in a checkout of FedLoRA's repository. From its root "
@@ -65,13 +84,8 @@ def _simulated(argv: Sequence[str]) -> int:
     epilog = ("exit codes: 0 done; 1 a worker process was lost; 2 wrong input; 130 interrupted. "
               + listed("fedlora-simulate", SUBCOMMANDS))
     options = read_config(SimulationConfig, argv, epilog=epilog, subcommands=SUBCOMMANDS)
-    clients = logging.getLogger("fedlora_client")
-    level = clients.level
-    clients.setLevel(logging.CRITICAL)  # their errors are raised here and printed once
-    try:
+    with quiet_clients():
         return _run(options)
-    finally:
-        clients.setLevel(level)
 
 
 def _run(options: SimulationConfig) -> int:
@@ -80,7 +94,8 @@ def _run(options: SimulationConfig) -> int:
     from .worker import WorkerLost
 
     try:
-        return run(options)
+        run(options)
+        return 0
     except (ValueError, MemoryError) as error:
         print(f"fedlora-simulate: {error}", file=sys.stderr)
         return 2
@@ -93,8 +108,16 @@ def _run(options: SimulationConfig) -> int:
         return 2
 
 
-def run(options: SimulationConfig) -> int:
+def run(options: SimulationConfig, console: Console | None = None, shown: Console | None = None) -> Simulation | None:
     """Run every method with every seed, and compare the methods.
+
+    Args:
+        options: the options of fedlora-simulate.
+        console: shows what happens; None for stderr.
+        shown: shows the table of the comparison; None for stdout.
+
+    Returns:
+        The results; None for --dry-run.
 
     Raises:
         ValueError: the options do not fit the model, the data or each other, or a run ended early.
@@ -119,10 +142,11 @@ def run(options: SimulationConfig) -> int:
 
     from .comparison import save, summarize, table
     from .dry_run import dry_run
+    from .outcome import SimulatedRun, Simulation
     from .population import Method, check_sizes, populate
-    from .simulate import compiles_here
+    from .simulated_run import compiles_here
 
-    console = messages()
+    console = console or messages()
     if (options.epsilon == float("inf")) != (options.privacy == "off"):
         raise ValueError(f"--privacy {options.privacy} and --epsilon {options.epsilon:g} contradict each other; "
                          "for a run without privacy give both --privacy off and --epsilon inf")
@@ -144,7 +168,7 @@ def run(options: SimulationConfig) -> int:
             fewest_uploads(method.options(options), method.strategy, len(population.parts))
     if options.dry_run:
         dry_run(options, methods, base, first, console)
-        return 0
+        return None
     for method in methods[1:]:  # the first one is prepared when its run begins
         prepare(method.options(options), method.strategy, base, first.labels, options.seeds[0])
     with claimed_folder(options.out, "simulation") as out:
@@ -169,10 +193,11 @@ def run(options: SimulationConfig) -> int:
         finally:  # compare the finished runs, also if a later one fails
             comparisons = [summarize(done) for done in runs.values() if done]
             if comparisons:
-                results().print(table(comparisons))
+                (shown or results()).print(table(comparisons))
                 save(out, comparisons, {"options": vars(options)})
         console.print(f"Adapters, reports and the comparison are in {out}")
-    return 0
+        return Simulation(out, tuple(comparisons), tuple(SimulatedRun.of(done, folder_of(out, done.method, done.seed))
+                                                         for method in methods for done in runs[method]))
 
 
 def _run_one(options: SimulationConfig, method: Method, seed: int, base: BaseModel, population: Population, out: Path,
@@ -182,9 +207,9 @@ def _run_one(options: SimulationConfig, method: Method, seed: int, base: BaseMod
     from fedlora_server.run_setup import resolved
     from fedlora_server.trackers import Trackers, Watched
 
-    from .simulate import simulate
+    from .simulated_run import simulate
 
-    folder = out / re.sub(r"[^\w.-]+", "-", f"{method}-seed{seed}")
+    folder = folder_of(out, method, seed)
     folder.mkdir(parents=True)
     began = time.monotonic()
     try:
@@ -204,6 +229,11 @@ def _run_one(options: SimulationConfig, method: Method, seed: int, base: BaseMod
         raise
     console.print(f"{method}, seed {seed}: {done.result.rounds} rounds in {time.monotonic() - began:.0f} s")
     return done
+
+
+def folder_of(out: Path, method: Method, seed: int) -> Path:
+    """Return the folder of one run below `out`."""
+    return out / re.sub(r"[^\w.-]+", "-", f"{method}-seed{seed}")
 
 
 def _take_away(folder: Path) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from fedlora.quantities import quantity
 from fedlora_server.observer import jsonable
 
-from .simulate import Simulated
+from .simulated_run import Simulated
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,11 @@ def save(folder: Path, comparisons: Sequence[Comparison], about: Mapping[str, ob
         **about, "noise": "seeded and repeatable: no ε holds for these very outputs", "methods": runs}),
         indent=1, allow_nan=False))
     if comparisons[0].metric:
-        _plot(folder / "comparison.png", comparisons)
+        drawn(comparisons).savefig(folder / "comparison.png", dpi=150)
 
 
-def _plot(path: Path, comparisons: Sequence[Comparison]) -> None:
+def drawn(comparisons: Sequence[Comparison]) -> Figure:
+    """Return the picture of the comparison: the metric over the rounds, and after the last one."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(2, 1))
     for i, c in enumerate(comparisons):
@@ -128,7 +129,7 @@ def _plot(path: Path, comparisons: Sequence[Comparison]) -> None:
     bars.set(xlabel=f"{comparisons[0].metric}, last round", xlim=(0, 1.15 * max(finite, default=1.0)))
     figure.suptitle(("not private" if math.isinf(epsilon) else f"ε = {epsilon:.1f} per client")
                     + f", mean and deviation of {counted}", fontsize=11)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -131,7 +131,7 @@ def _head_alone(strategy: str, seed: int, out: Path, held_out: Path) -> float:
     from fedlora_server.run_setup import find_model  # imports PyTorch, so only after the federation has run
 
     from .population import Method, populate
-    from .simulate import simulate
+    from .simulated_run import simulate
 
     arguments = [f"--strategy={strategy}", f"--epsilon={EPSILON}", "--partition=files", f"--data={out / 'data'}",
                  f"--eval-data={held_out}", *_training(strategy), "--targets=none", "--eval-every=1000"]

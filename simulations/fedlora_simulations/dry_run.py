@@ -33,7 +33,7 @@ from fedlora_server.run_setup import (
 from fedlora_server.settings import settings
 
 from .population import Method, Population
-from .simulate import compiles_here
+from .simulated_run import compiles_here
 from .worker import threads_each
 
 STEPS = 2

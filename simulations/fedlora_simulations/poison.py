@@ -32,7 +32,7 @@ from fedlora_server.run_setup import BaseModel, find_model
 
 from .comparison import mean_and_deviation
 from .population import Method, Population, populate
-from .simulate import simulate
+from .simulated_run import simulate
 
 HONEST = "honest"
 """The kind of upload that the others are compared with: the client sends what it trained."""

@@ -22,7 +22,7 @@ from fedlora.privacy import Policy
 from fedlora_client import paths
 from fedlora_client.cli import read_join
 from fedlora_client.data_holder import DataHolder
-from fedlora_client.join import join
+from fedlora_client.onboarding import join
 from fedlora_client.participation import Participation
 from fedlora_client.steps import Awaiting, NotReady
 from fedlora_server.pki.authority import SERVER_NAME, Authority

@@ -8,7 +8,7 @@ from fedlora.privacy import RandomStream, RunStreams
 from fedlora_server.run_setup import find_model
 from fedlora_simulations.compared_streams import ComparedStreams
 from fedlora_simulations.population import Method, populate
-from fedlora_simulations.simulate import simulate
+from fedlora_simulations.simulated_run import simulate
 from tests.processes import write_rows
 
 

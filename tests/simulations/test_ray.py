@@ -11,7 +11,7 @@ from fedlora.config import SimulationConfig, read_config
 from fedlora_server.run_setup import find_model
 from fedlora_simulations.population import Method, populate
 from fedlora_simulations.ray_workers import RayWorkers
-from fedlora_simulations.simulate import simulate
+from fedlora_simulations.simulated_run import simulate
 from fedlora_simulations.worker import Blueprint, WorkerLost
 from tests.federation import plan_of
 from tests.processes import write_rows

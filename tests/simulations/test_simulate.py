@@ -15,9 +15,9 @@ from fedlora.config import SimulationConfig, read_config
 from fedlora.privacy import calibrate
 from fedlora_server import folders, round_state, run_setup
 from fedlora_server.run_setup import without_effect
-from fedlora_simulations import comparison, population, simulate
+from fedlora_simulations import comparison, population, simulated_run
 from fedlora_simulations.cli import main
-from fedlora_simulations.simulate import allow_open_files, compiles_here
+from fedlora_simulations.simulated_run import allow_open_files, compiles_here
 from fedlora_strategies import FedSB
 from tests.processes import write_rows
 
@@ -73,8 +73,8 @@ def test_a_comparison_is_left_of_what_was_finished_before_a_run_failed(arguments
             raise ValueError("the disk is full")
         return simulated(options, method, *others, **named)
 
-    simulated = simulate.simulate
-    monkeypatch.setattr(simulate, "simulate", failing)
+    simulated = simulated_run.simulate
+    monkeypatch.setattr(simulated_run, "simulate", failing)
     assert main([*arguments, "--strategy=ffa-lora,fed-sb", "--rounds=1"]) == 2
     assert "the disk is full" in capsys.readouterr().err
     [done] = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
@@ -125,8 +125,8 @@ def test_a_simulated_client_declares_the_size_that_a_deployed_one_would(argument
     given = [f"--model={checkpoint('llama')}", "--task=causal-lm", f"--data={tmp_path / 'causal.jsonl'}",
              f"--out={tmp_path / 'out'}", *SMALL, "--clients=1", "--max-length=32", "--strategy=ffa-lora", "--rounds=1"]
     options = read_config(SimulationConfig, given)
-    done = simulate.simulate(options, population.Method.parse("ffa-lora"), 0, run_setup.find_model(options),
-                             population.populate(options, 0))
+    done = simulated_run.simulate(options, population.Method.parse("ffa-lora"), 0, run_setup.find_model(options),
+                                  population.populate(options, 0))
     rate = 8 / 150
     assert done.noise_multipliers["client-0"] == calibrate(8.0, 1e-5, rate, 1)
 

@@ -17,7 +17,7 @@ from fedlora_server.engine import node_id
 from fedlora_server.run_setup import find_model
 from fedlora_simulations.population import Method, populate
 from fedlora_simulations.processes import ProcessWorkers
-from fedlora_simulations.simulate import simulate
+from fedlora_simulations.simulated_run import simulate
 from fedlora_simulations.worker import WorkerLost, Workers, threads_each
 from fedlora_simulations.worker_engine import WorkerEngine
 from fedlora_strategies.messages import to_record, train_message
