@@ -223,8 +223,9 @@ class RunConfig(Config):
     adjustment: str = option("none", "change to each step's noised gradient before the optimizer takes it", TUNING,
                              choices=lambda: ("none", *registry.keys(FOUND["adjustment"])), plan="adjustment")
     track: tuple[str, ...] = option(
-        (), "what records the run beside the console and curves.png (plots); no-console and no-plots leave those out",
-        RUN, values.several(_tracked, "tracker"), keys=TRACKERS, metavar="A[,B…]", place=6, example='["csv"]')
+        (), f"what records the run besides {' and '.join(USUAL_TRACKERS)}; no-NAME, as in no-{USUAL_TRACKERS[-1]}, "
+        "leaves out one of those", RUN, values.several(_tracked, "tracker"), keys=TRACKERS, metavar="A[,B…]", place=6,
+        example='["csv"]')
     head_scale: float | None = option(None, "factor on the gradient of the classifier's head before clipping", TUNING,
                                       values.finite, unset=PRESET, plan="head_scale", place=3)
 
