@@ -18,15 +18,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # set before torch is imported; m
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WAITING = frozenset({"test_attacks", "test_benchmarks", "test_chaos", "test_checks", "test_demo", "test_docs",
-<<<<<<< HEAD
                      "test_end_to_end", "test_files_of_protocol_4", "test_handed_on", "test_hostile_server",
-                     "test_intruders", "test_kills", "test_neighbours", "test_onboarding", "test_operations",
-=======
-                     "test_end_to_end", "test_files_of_protocol_4", "test_hostile_server", "test_intruders",
-                     "test_kills", "test_neighbours", "test_notebook", "test_onboarding", "test_operations",
->>>>>>> 01e7a00 (Run the notebook's test among those that wait)
-                     "test_orderly_stop", "test_readme", "test_restarts", "test_snapshots", "test_soak",
-                     "test_strategy_toys", "test_superlink", "test_tls", "test_workers", "test_written_down"})
+                     "test_intruders", "test_kills", "test_neighbours", "test_notebook", "test_onboarding",
+                     "test_operations", "test_orderly_stop", "test_readme", "test_restarts", "test_snapshots",
+                     "test_soak", "test_strategy_toys", "test_superlink", "test_tls", "test_workers",
+                     "test_written_down"})
 """Test files whose tests start processes and wait for them."""
 
 
