@@ -9,14 +9,15 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from fedlora import style
 from fedlora.privacy import four_digits, short
+from fedlora.style import GRID, INK, LIMIT, PAPER
 
 WIDTH, HEIGHT = 720, 432
 LEFT, RIGHT, TOP, BOTTOM = 72, 700, 48, 376
 """Edges of the plotting area, in pixels of the 720 × 432 canvas. SVG counts y downwards: TOP < BOTTOM."""
 
-SPENT, PLANNED, LIMIT, INK, GRID = "#1f6fb4", "#9aa0a6", "#c62828", "#333333", "#e6e8eb"
-"""Colours: of ε spent, of ε planned, of the guarantee, of text and axes, of grid lines."""
+SPENT, PLANNED = style.LEARNED, style.FAINT
 
 
 def spending_chart(title: str, delta: float, planned: Sequence[tuple[int, float]], started: int) -> str:
@@ -41,7 +42,7 @@ def spending_chart(title: str, delta: float, planned: Sequence[tuple[int, float]
         rounds, epsilon = point
         return (LEFT + (RIGHT - LEFT) * rounds / right_end, BOTTOM - (BOTTOM - TOP) * epsilon / top_end)
 
-    parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+    parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{PAPER}"/>',
              _text((LEFT + RIGHT) / 2, 28, title, size=16)]
     for tick in y_ticks:
         y = place((0, tick))[1]
@@ -108,7 +109,7 @@ def _legend(entries: Sequence[tuple[str, str, str]]) -> list[str]:
     """Explain the lines (colour, dashes, words) in the lower right corner, which an increasing curve leaves free."""
     x, y = 430, BOTTOM - 20 * len(entries) - 6
     parts = [f'<rect x="{x - 10}" y="{y - 6}" width="{RIGHT - x + 6}" height="{20 * len(entries) + 6}" rx="4" '
-             'fill="#ffffff" fill-opacity="0.85"/>']
+             f'fill="{PAPER}" fill-opacity="0.85"/>']
     for index, (colour, dash, words) in enumerate(entries):
         middle = y + 8 + 20 * index
         parts += [_line([(x, middle), (x + 28, middle)], colour, width=2.5, dash=dash),

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from fedlora import data
+from fedlora import data, style
 from fedlora.adapters.sketches import PRIVATE_START
 from fedlora.config import Parser, SimulationConfig, build_parser, option, read_config, values
 from fedlora.config.option import PRIVACY, RUN
@@ -261,24 +261,29 @@ def plot(path: Path, audits: Sequence[Audit]) -> None:
     axes = figure.subplots(1, len(audits) + 1)
     for axis, audit in zip(axes, audits, strict=False):
         edges = np.histogram_bin_edges(audit.scores, 40)
-        axis.hist(audit.scores[audit.included], edges, alpha=0.6, label="in the data")
-        axis.hist(audit.scores[~audit.included], edges, alpha=0.6, label="not in it")
+        for scores, colour, label in ((audit.scores[audit.included], style.BLUE, "in the data"),
+                                      (audit.scores[~audit.included], style.VERMILION, "not in it")):
+            axis.hist(scores, edges, color=colour, alpha=0.3)
+            axis.hist(scores, edges, color=colour, histtype="step", lw=1.6, ls="-" if colour == style.BLUE else "--",
+                      label=label)
         axis.set(xlabel="evidence (log-likelihood ratio)", ylabel="canaries",
                  title="private" if audit.private else "not private")
-        axis.legend(frameon=False)
+        style.explain(axis)
     bars, names = axes[-1], ["private" if audit.private else "not private" for audit in audits]
     for i, audit in enumerate(audits):
-        bars.bar(i, audit.white_box.epsilon, 0.5, color=f"C{2 + i}")
-        bars.annotate(f"≥ {audit.white_box.epsilon:.2f}", (i, audit.white_box.epsilon), ha="center", va="bottom")
+        bars.bar(i, audit.white_box.epsilon, 0.5, color=style.COLOURS[2 + i])
+        bars.annotate(f"≥ {audit.white_box.epsilon:.2f}", (i, audit.white_box.epsilon), ha="center", va="bottom",
+                      color=style.INK, fontsize=9)
         if math.isfinite(audit.claimed):
-            bars.hlines(audit.claimed, i - 0.35, i + 0.35, color="black")
-            bars.annotate(f"claimed {audit.claimed:.2f}", (i, audit.claimed), ha="center", va="bottom")
+            bars.hlines(audit.claimed, i - 0.35, i + 0.35, color=style.INK)
+            bars.annotate(f"claimed {audit.claimed:.2f}", (i, audit.claimed), ha="center", va="bottom",
+                          color=style.INK, fontsize=9)
     bars.set_xticks(range(len(names)), names)
     bars.set(ylabel="ε", title=f"lower bound, {CONFIDENCE:.0%} confidence")
     bars.margins(y=0.15)
     for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+        style.finish(axis)
+    style.save(figure, path)
 
 
 def parser() -> Parser:

@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from fedlora import style
+from fedlora.figures import title
 from fedlora.quantities import quantity
 from fedlora_server.observer import jsonable
 
@@ -97,7 +99,7 @@ def save(folder: Path, comparisons: Sequence[Comparison], about: Mapping[str, ob
         **about, "noise": "seeded and repeatable: no ε holds for these very outputs", "methods": runs}),
         indent=1, allow_nan=False))
     if comparisons[0].metric:
-        drawn(comparisons).savefig(folder / "comparison.png", dpi=150)
+        style.save(drawn(comparisons), folder / "comparison.png")
 
 
 def drawn(comparisons: Sequence[Comparison]) -> Figure:
@@ -106,29 +108,31 @@ def drawn(comparisons: Sequence[Comparison]) -> Figure:
     curves, bars = figure.subplots(1, 2, width_ratios=(2, 1))
     for i, c in enumerate(comparisons):
         rounds, mean, deviation = (list(column) for column in zip(*c.curve, strict=True))
-        curves.plot(rounds, mean, label=c.method, color=f"C{i}")
+        look = style.series(i)
+        curves.plot(rounds, mean, label=c.method, **look.line(len(rounds)))
         curves.fill_between(rounds, [m - d for m, d in zip(mean, deviation, strict=True)],
-                            [m + d for m, d in zip(mean, deviation, strict=True)], color=f"C{i}", alpha=0.2, lw=0)
+                            [m + d for m, d in zip(mean, deviation, strict=True)], color=look.colour, alpha=0.15, lw=0)
         average, spread = mean_and_deviation(c.values)
         if math.isfinite(average):
-            bars.barh(c.method, average, xerr=spread or None, color=f"C{i}", capsize=3)
-            bars.annotate(f" {average:.3f}", (average + spread, i), va="center")
+            bars.barh(c.method, average, xerr=spread or None, color=look.colour, ecolor=style.INK, capsize=3)
+            bars.annotate(f" {average:.3f}", (average + spread, i), va="center", color=style.INK, fontsize=9)
         else:
             bars.barh(c.method, 0)
-            bars.annotate(" diverged", (0, i), va="center")
+            bars.annotate(" diverged", (0, i), va="center", color=style.INK, fontsize=9)
     bars.invert_yaxis()
-    bars.spines[["top", "right"]].set_visible(False)
-    curves.spines[["top", "right"]].set_visible(False)
     curves.xaxis.get_major_locator().set_params(integer=True)
-    curves.set(xlabel="round", ylabel=comparisons[0].metric)
-    curves.legend(frameon=False)
+    metric = title(comparisons[0].metric or "")
+    curves.set(xlabel="round", title=f"{metric} after each evaluated round")
+    style.explain(curves)
     epsilon = comparisons[0].epsilon
     seeds = sorted({len(c.values) for c in comparisons})  # counts differ if a run of the last seed failed
     counted = f"{' or '.join(map(str, seeds))} seed{'s' * (seeds[-1] > 1)}"
     finite = [value for c in comparisons for value in c.values if math.isfinite(value)]
-    bars.set(xlabel=f"{comparisons[0].metric}, last round", xlim=(0, 1.15 * max(finite, default=1.0)))
-    figure.suptitle(("not private" if math.isinf(epsilon) else f"ε = {epsilon:.1f} per client")
-                    + f", mean and deviation of {counted}", fontsize=11)
+    bars.set(title=f"{metric} after the last round", xlim=(0, 1.2 * max(finite, default=1.0)))
+    style.finish(curves)
+    style.finish(bars, grid="x")
+    private = "not private" if math.isinf(epsilon) else f"Îµ = {epsilon:.1f} per client"
+    style.head(figure, f"{private}, mean and deviation of {counted}")
     return figure
 
 

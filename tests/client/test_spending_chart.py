@@ -4,7 +4,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fedlora_client.spending_chart import BOTTOM, LEFT, LIMIT, PLANNED, RIGHT, SPENT, TOP, spending_chart
+from fedlora.style import LIMIT
+from fedlora_client.spending_chart import BOTTOM, LEFT, PLANNED, RIGHT, SPENT, TOP, spending_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from typing_extensions import override
 
-from fedlora import figures
+from fedlora import figures, style
 from fedlora.plan import RunPlan
 from fedlora_server.observer import RoundRecord
+from fedlora_server.quantities import quantity
 from fedlora_server.trackers import Tracker, Watched
 
 ENDINGS = {"finished": "", "stopped": ", stopped early", "wait-timeout": ", ended for lack of clients",
            "diverged": ", ended because training diverged"}
-
-INK, GRID = "#333333", "#dddddd"
-LEARNED, LOSS, MOVED, UP, DOWN, TIME = "#1b6ca8", "#c8553d", "#5b8c5a", "#1b6ca8", "#9cc5e0", "#8a7ca8"
-STYLES: Sequence[Mapping[str, Any]] = ({"marker": "o", "ms": 3.5}, {"ls": "--"}, {"ls": ":", "marker": "s", "ms": 3})
-"""Line styles of the figures that share a panel; they stay apart where the curves coincide."""
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 
 Panel = Callable[[Axes, Sequence[RoundRecord]], None]
@@ -69,12 +63,10 @@ def draw(path: Path, records: Sequence[RoundRecord], title: str) -> Path:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.5), layout="constrained")
     last = records[-1].round if records else 0
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     for place, panel in zip(_places(figure, rows, columns, len(panels)), panels, strict=True):
         panel(place, records)
         _finish(place, 0 if evaluated else 0.8, last)
-    figure.savefig(path, dpi=150)
-    return path
+    return style.save(figure, path, title)
 
 
 def _places(figure: Figure, rows: int, columns: int, count: int) -> list[Axes]:
@@ -103,13 +95,14 @@ def _panels_of_figures(records: Sequence[RoundRecord]) -> list[list[str]]:
 
 def _evaluation(names: Sequence[str]) -> Panel:
     def panel(axes: Axes, records: Sequence[RoundRecord]) -> None:
-        for name, style in zip(names, cycle(STYLES), strict=False):
+        for index, name in enumerate(names):
             points = [(r.round, r.evaluation[name]) for r in records if name in r.evaluation]
             rounds, values = zip(*points, strict=True)
             before = "" if rounds[0] else f"{values[0]:.3f} before, "
             after = "after" if rounds[-1] == records[-1].round else f"after round {rounds[-1]}"
             told = f"{figures.title(name)}: {before}{values[-1]:.3f} {after}"
-            axes.plot(rounds, values, color=LOSS if name == "loss" else LEARNED, lw=2, label=told, **style)
+            look = style.series(index, style.LOSS if name == "loss" else "")
+            axes.plot(rounds, values, label=told, **look.line(len(rounds)))
             _add_interval(axes, name, rounds, records)
         axes.margins(y=0.1)
         if len(names) == 1:
@@ -117,7 +110,7 @@ def _evaluation(names: Sequence[str]) -> Panel:
         else:
             axes.set_title("further figures")
             axes.margins(y=0.4)
-            axes.legend(frameon=False, fontsize=8, loc="upper left")
+            style.explain(axes, "upper left")
 
     return panel
 
@@ -127,16 +120,17 @@ def _add_interval(axes: Axes, name: str, rounds: Sequence[int], records: Sequenc
     low, high, majority = ([r.evaluation[f"{name}/{end}"] for r in records if f"{name}/{end}" in r.evaluation]
                            for end in ("low", "high", "majority"))
     if len(low) == len(rounds):
-        axes.fill_between(rounds, low, high, color=LEARNED, alpha=0.15, lw=0)
+        axes.fill_between(rounds, low, high, color=style.LEARNED, alpha=0.15, lw=0)
     if majority:
-        axes.axhline(majority[-1], color=INK, lw=1, ls=":")
+        axes.axhline(majority[-1], color=style.INK, lw=1, ls=":")
         axes.annotate(f"most frequent label alone: {majority[-1]:.3f}", (1, majority[-1]),
-                      xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=INK)
+                      xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=style.INK)
 
 
 def _update_norm(axes: Axes, records: Sequence[RoundRecord]) -> None:
     points = [(r.round, r.update_norm) for r in records if r.update_norm is not None]
-    axes.plot([x for x, _ in points], [y for _, y in points], color=MOVED, lw=2, marker="o", ms=3.5)
+    look = style.series(0, style.MOVED)
+    axes.plot([x for x, _ in points], [y for _, y in points], **look.line(len(points)))
     axes.set_ylim(0, 1.12 * max((norm for _, norm in points), default=1.0) or 1.0)
     axes.set_title("update norm (L2, trained tensors)")
 
@@ -147,34 +141,27 @@ def _bytes(axes: Axes, records: Sequence[RoundRecord]) -> None:
     scale, unit = next(((s, u) for s, u in UNITS if largest >= s), UNITS[-1])
     rounds, up, down = zip(*((r.round, r.bytes_up / scale, r.bytes_down / scale) for r in trained), strict=True) \
         if trained else ((), (), ())
-    axes.bar(rounds, up, color=UP, width=0.7, label=f"up, {sum(up):.3g} {unit} in all")
-    axes.bar(rounds, down, bottom=up, color=DOWN, width=0.7, label=f"down, {sum(down):.3g} {unit} in all")
+    axes.bar(rounds, up, color=style.UP, width=0.7, label=f"up, {quantity(sum(up) * scale)} in all")
+    axes.bar(rounds, down, bottom=up, color=style.DOWN, width=0.7, label=f"down, {quantity(sum(down) * scale)} in all")
     axes.set_title(f"traffic per round ({unit}, all clients)")
     axes.margins(y=0.35)
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    style.explain(axes, "upper right")
 
 
 def _seconds(axes: Axes, records: Sequence[RoundRecord]) -> None:
     trained = [r for r in records if r.round > 0]
-    axes.bar([r.round for r in trained], [r.seconds for r in trained], color=TIME, width=0.7)
+    axes.bar([r.round for r in trained], [r.seconds for r in trained], color=style.TIME, width=0.7)
     axes.set_title(f"seconds per round ({sum(r.seconds for r in trained):.0f} s in all)")
 
 
 def _finish(axes: Axes, first: float, last: int) -> None:
-    title = axes.get_title()
-    axes.set_title("")
-    axes.set_title(title, fontsize=9.5, color=INK, loc="left")
-    axes.set_xlabel("round", fontsize=9, color=INK)
+    axes.set_xlabel("round")
     axes.set_xlim(first - 0.4, max(last, 1) + 0.6)
     if axes.get_ylim()[0] < 0:
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.grid(axis="y", color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.tick_params(colors=INK, labelsize=8.5, length=0)
+    style.finish(axes)
 
 
 TRACKER = Plots
