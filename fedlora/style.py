@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,12 +74,12 @@ def series(index: int, colour: str = "") -> Series:
     return Series(colour or COLOURS[place], width, dashes, MARKERS[(place + turn) % len(MARKERS)])
 
 
-def finish(axes: Axes, *, grid: str = "y", title: str | None = None) -> None:
+def finish(axes: Axes, *, grid: Literal["x", "y", "both"] = "y", title: str | None = None) -> None:
     """Give axes the look of all pictures: title at the left, faint grid, no frame.
 
     Args:
         axes: the axes, after everything was drawn.
-        grid: the axis with grid lines: "x", "y" or "both".
+        grid: the axis with grid lines.
         title: their title; None keeps the title that they have.
     """
     title = axes.get_title() if title is None else title
@@ -87,19 +87,19 @@ def finish(axes: Axes, *, grid: str = "y", title: str | None = None) -> None:
     axes.set_title(title, fontsize=9.5, color=INK, loc="left")
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(fontsize=9, color=INK)
-    axes.grid(axis=grid, color=GRID, lw=0.8)  # type: ignore[arg-type]  # matplotlib names three literals
+    axes.grid(axis=grid, color=GRID, lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
     axes.tick_params(colors=INK, labelsize=8.5, length=0)
 
 
-def explain(axes: Axes, place: str = "best") -> None:
+def explain(axes: Axes, place: Literal["best", "upper left", "upper right", "lower right"] = "best") -> None:
     """Add the legend, with samples long enough to show the dashes.
 
     Args:
         axes: the axes, whose curves have labels.
-        place: where it stands, as matplotlib names it.
+        place: where it stands; "best" is where it covers least.
     """
     axes.legend(frameon=False, fontsize=8, loc=place, handlelength=3.2, labelcolor=INK)
 
