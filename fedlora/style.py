@@ -24,6 +24,10 @@ BLUE, VERMILION, GREEN, ROSE, BROWN, INDIGO = COLOURS = (
 LEARNED, LOSS, MOVED, UP, DOWN, TIME, LIMIT = BLUE, VERMILION, GREEN, BLUE, "#8ec1e0", FAINT, VERMILION
 """Colours of what the model learned, its loss, update norms, bytes up and down, time, and of a bound."""
 
+ON_DARK = {INK: "#e4e6e9", PAPER: "#16191d", GRID: "#343a41", FAINT: "#959ca5", BLUE: "#a8d8ff", VERMILION: "#f2661b",
+           GREEN: "#3fae84", ROSE: "#cf5fb0", BROWN: "#f0dcae", INDIGO: "#8668ff", DOWN: "#3f7299"}
+"""Colour → the one that takes its place where the background is dark."""
+
 MARKED = 40
 """Most points of a curve that get markers."""
 

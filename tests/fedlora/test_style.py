@@ -38,9 +38,13 @@ def lab(colour, seen):
     return 116 * y - 16, 500 * (x - y), 200 * (y - z)
 
 
+ON_DARK = tuple(style.ON_DARK[colour] for colour in style.COLOURS)
+
+
 @pytest.mark.parametrize("seen", SEEN)
-def test_colours_are_told_apart_by_the_colour_blind(seen):
-    for one, other in combinations(style.COLOURS, 2):
+@pytest.mark.parametrize("colours", [style.COLOURS, ON_DARK], ids=["light", "dark"])
+def test_colours_are_told_apart_by_the_colour_blind(colours, seen):
+    for one, other in combinations(colours, 2):
         distance = sum((a - b) ** 2 for a, b in zip(lab(one, SEEN[seen]), lab(other, SEEN[seen]), strict=True)) ** 0.5
         assert distance > 15, (one, other)
 
@@ -48,6 +52,9 @@ def test_colours_are_told_apart_by_the_colour_blind(seen):
 def test_colours_stand_out_from_the_paper():
     assert contrast(style.INK, style.PAPER) > 7
     assert min(contrast(colour, style.PAPER) for colour in style.COLOURS) > 3
+    dark = style.ON_DARK[style.PAPER]
+    assert contrast(style.ON_DARK[style.INK], dark) > 7
+    assert min(contrast(colour, dark) for colour in ON_DARK) > 3
 
 
 def test_no_curve_is_told_from_another_by_its_colour_alone():
