@@ -1,4 +1,4 @@
-"""Numbers as people read them: bytes and seconds with their units."""
+"""Numbers as people read them: bytes and durations with their units, and figures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ def quantity(count: int | float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def decimal(value: float) -> str:
+    """Return a figure with three decimals, or a very large one with three digits: 0.8125 is "0.812", 1e30 "1e+30"."""
+    return f"{value:.3f}" if abs(value) < 1e5 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -30,6 +30,7 @@ from .observer import ClientEvent, RoundRecord
 from .operations.assembly import Operations
 from .operations.assembly import check as check_operations
 from .peer_lines import PeerFilter, PeerLines
+from .progress import Progress
 from .registry_engine import RegistryEngine
 from .report import write_report
 from .round_state import RoundOptions
@@ -157,7 +158,8 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     stop = stopping.asked
     tell_about(console, run=run_id)
     watched = Watched(f"{options.strategy}, {base.title}", out, console, resolved(options, options.strategy), run_id,
-                      tls.certificate.fingerprint if tls else "")
+                      tls.certificate.fingerprint if tls else "", Progress(options.round_timeout),
+                      lambda: _joined(engine, before))
     operations = held.enter_context(Operations(options, watched, stopping, tls))
     audit = AuditLog(watched, proposal.plan, stop, lambda reason: trackers.held_up(reason), left)
     trackers = Trackers(options.trackers, watched, {

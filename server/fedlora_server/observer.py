@@ -175,3 +175,23 @@ class Observer:
 
     def ended(self, reason: str) -> None:
         """Hear that there is no further round: "finished", "stopped", "wait-timeout" or "diverged"."""
+
+
+class Watcher(Observer):
+    """An observer of a whole run: it hears of the run's beginning and end and of its clients, too."""
+
+    def open(self) -> None:
+        """Begin, before any client has joined."""
+
+    def said(self, line: str) -> None:
+        """Take a line for the coordinator that is no event of the round loop. Called from any thread."""
+
+    def client(self, event: ClientEvent) -> None:
+        """Hear news of a client.
+
+        Called from any thread, under the lock of the registry, so it must return quickly. A client decides how often it
+        joins: who writes lines about clients limits them (`fedlora_server.peer_lines`).
+        """
+
+    def close(self) -> None:
+        """End, after all else, however the run ended."""

@@ -12,13 +12,13 @@ import pytest
 from rich.console import Console
 
 from fedlora import registry
-from fedlora_server.observer import ClientEvent, Observer, RoundRecord
+from fedlora_server.observer import ClientEvent, RoundRecord
 from fedlora_server.trackers import Tracker, Watched
 from tests.federation import plan_of
 
 PACKAGE = "fedlora_server.trackers"
-EVENTS = {name for kind in (Observer, Tracker) for name, value in vars(kind).items() if callable(value)
-          and not name.startswith("_")}
+EVENTS = {name for kind in Tracker.__mro__ if kind is not object for name, value in vars(kind).items()
+          if callable(value) and not name.startswith("_")}
 
 BEGUN = (RoundRecord(0, evaluation={"accuracy": 0.5, "loss": 0.7, "count": 4}),)
 

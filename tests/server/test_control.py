@@ -29,6 +29,7 @@ from fedlora_server.observer import ClientEvent, RoundRecord
 from fedlora_server.operations import command, control
 from fedlora_server.operations.assembly import Operations
 from fedlora_server.operations.control import FILE, ControlSocket, ask, reachable
+from fedlora_server.progress import Progress
 from fedlora_server.stopping import Stopping
 from fedlora_server.trackers import Trackers, Watched
 from fedlora_strategies.messages import to_record, train_message
@@ -49,9 +50,10 @@ class Server:
         (folder / UNFINISHED).touch()
         checkpoint.begin(folder, {"rounds": 5}, RUN, {})
         console = Console(file=io.StringIO(), width=200)
-        run = Watched("a run", folder, console, {"strategy": "ffa-lora"}, RUN.run_id)
-        self.stopping = Stopping(console)
         options = read_config(ServerConfig, ["--strategy", "ffa-lora", *arguments])
+        run = Watched("a run", folder, console, {"strategy": "ffa-lora"}, RUN.run_id,
+                      progress=Progress(options.round_timeout))
+        self.stopping = Stopping(console)
         self.operations = Operations(options, run, self.stopping, None)
         self.trackers = Trackers([], run, self.operations.trackers)
         self.engine = GrpcEngine("127.0.0.1:0", Proposal(RUN), folder / "uploads", notify=self.trackers.client)

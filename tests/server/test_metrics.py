@@ -27,7 +27,7 @@ from fedlora_server.observer import ClientEvent, RoundRecord
 from fedlora_server.operations import endpoint
 from fedlora_server.operations.assembly import Operations
 from fedlora_server.operations.metrics import TURNED_AWAY
-from fedlora_server.operations.progress import PHASES
+from fedlora_server.phases import PHASES
 from fedlora_server.pki.authority import Authority
 from fedlora_server.stopping import Stopping
 from fedlora_server.tls import ServerTls

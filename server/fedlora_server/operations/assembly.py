@@ -13,6 +13,7 @@ from fedlora import wire
 from fedlora.config import ServerConfig
 from fedlora.identity.certificates import utc_now
 from fedlora_server.observer import jsonable
+from fedlora_server.phases import ENDING
 from fedlora_server.registry_engine import RegistryEngine
 from fedlora_server.stopping import Stopping
 from fedlora_server.tls import ServerTls
@@ -20,7 +21,6 @@ from fedlora_server.trackers import Tracker, Watched
 
 from .control import ControlSocket
 from .on_event import OnEvent, command_of
-from .progress import ENDING, Progress
 
 if TYPE_CHECKING:
     from .endpoint import Endpoint
@@ -61,8 +61,8 @@ class Operations:
         self._control: ControlSocket | None = None
         self._endpoint: Endpoint | None = None
         self._on_event: OnEvent | None = None
-        self.progress = Progress(run, options.round_timeout)
-        self.trackers: dict[str, Tracker] = {"progress": self.progress}
+        self.progress = run.progress
+        self.trackers: dict[str, Tracker] = {}
         """The trackers to pass to `Trackers` as `others`."""
         check(options)
         if options.metrics is not None:

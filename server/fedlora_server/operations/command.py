@@ -22,10 +22,6 @@ MOST_SHOWN = 40
 TIDYING_S = 5.0
 """Seconds that a server may take from the end of its connections to the release of its folder."""
 
-DOING = {"starting": "starting", "waiting": "waiting for clients", "training": "clients train",
-         "aggregating": "combining and evaluating uploads", "held-up": "held up", "ending": "ending"}
-"""Phase → what is shown for it."""
-
 STATUS_CODES = ("exit codes: 0 a server answered; 1 no server runs in this folder, or it gave no answer; 2 the folder "
                 "is none, holds no run, or its server belongs to another user.")
 STOP_CODES = ("exit codes: 0 the server has ended; 1 no server runs in this folder, or it had not ended after "
@@ -163,6 +159,7 @@ def _lines(now: Mapping[str, Any], clock: float) -> list[str]:
         clock: Unix time.
     """
     from fedlora.quantities import duration, quantity
+    from fedlora_server.phases import DOING
 
     def at(moment: float) -> str:
         return f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}"

@@ -17,10 +17,10 @@ from typing_extensions import override
 import fedlora
 from fedlora.plan import PROTOCOL, REFUSALS
 from fedlora_server.observer import RoundRecord
+from fedlora_server.phases import PHASES
+from fedlora_server.progress import Now, Progress
 from fedlora_server.registry_engine import RegistryEngine
 from fedlora_server.trackers import Tracker, Watched
-
-from .progress import PHASES, Now, Progress
 
 SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0)
 """Upper bounds of the histogram of rounds' durations."""

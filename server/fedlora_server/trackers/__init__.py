@@ -7,9 +7,9 @@ written whichever trackers watch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +19,8 @@ from typing_extensions import override
 
 from fedlora import registry
 from fedlora.plan import RunPlan
-from fedlora_server.observer import ClientEvent, Observer, RoundRecord
+from fedlora_server.observer import ClientEvent, RoundRecord, Watcher
+from fedlora_server.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ class Watched:
         run_id: the run's id, 16 hexadecimal digits.
         fingerprint: SHA-256 of the server's public key, in hexadecimal digits; "" without TLS.
         together: a folder that all runs of one command share, for stores that show runs side by side; None for `out`.
+        progress: what the run does now. It hears of each event before the trackers do.
+        joined: returns what each client disclosed when it joined, by name. Called once the rounds have begun.
     """
 
     title: str
@@ -45,9 +48,11 @@ class Watched:
     run_id: str = ""
     fingerprint: str = ""
     together: Path | None = None
+    progress: Progress = field(default_factory=Progress)
+    joined: Callable[[], Mapping[str, Mapping[str, object]]] = dict
 
 
-class Tracker(Observer):
+class Tracker(Watcher):
     """An observer with a beginning and an end, made for one run. Override the methods of interest.
 
     If a method raises, the failure is logged and the tracker hears no more. The run goes on.
@@ -63,22 +68,6 @@ class Tracker(Observer):
 
     def __init__(self, run: Watched) -> None:
         self.run = run
-
-    def open(self) -> None:
-        """Begin, before any client has joined."""
-
-    def said(self, line: str) -> None:
-        """Take a line for the coordinator that is no event of the round loop. Called from any thread."""
-
-    def client(self, event: ClientEvent) -> None:
-        """Hear news of a client.
-
-        Called from any thread, under the lock of the registry, so it must return quickly. A client decides how often it
-        joins: who writes lines about clients limits them (`fedlora_server.peer_lines`).
-        """
-
-    def close(self) -> None:
-        """End, after all else, however the run ended."""
 
 
 def check_installed(keys: Iterable[str]) -> None:
@@ -105,7 +94,7 @@ class Trackers(Tracker):
 
     def __init__(self, keys: Iterable[str], run: Watched, others: Mapping[str, Tracker] | None = None) -> None:
         super().__init__(run)
-        self._trackers: dict[str, Tracker] = dict(others or {})
+        self._trackers: dict[str, Watcher] = {"progress": run.progress, **(others or {})}
         for key in sorted(keys):
             try:
                 self._trackers[key] = registry.load("fedlora_server.trackers", key).TRACKER(run)

@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from fedlora import figures, style
 from fedlora.plan import RunPlan
+from fedlora.quantities import quantity
 from fedlora_server.observer import RoundRecord
-from fedlora_server.quantities import quantity
 from fedlora_server.trackers import Tracker, Watched
 
 ENDINGS = {"finished": "", "stopped": ", stopped early", "wait-timeout": ", ended for lack of clients",
