@@ -8,6 +8,7 @@ import shutil
 from rich.console import Console
 
 from fedlora_server.observer import ClientEvent, RoundRecord
+from fedlora_server.progress import Progress
 from fedlora_server.trackers import Trackers, Watched
 from tests.federation import plan_of
 
@@ -68,6 +69,76 @@ def test_the_table_has_the_rounds_before_a_resumption_and_figures_as_they_come(t
     assert (first["asked"], first["uploaded"], first["bytes_up"], first["accuracy"]) == ("2", "1", "7", "")
     assert (second["round"], second["accuracy"], second["update_norm"], second["train_loss"]) == (
         "2", "0.75", "0.25", "")
+
+
+def view(trackers, height=40):
+    """Return the lines that a terminal would show now."""
+    shown = Console(file=io.StringIO(), width=140, height=height)
+    display = trackers._trackers["console"]
+    display._console = shown
+    shown.print(display._view())
+    return [line.rstrip() for line in shown.file.getvalue().splitlines()]
+
+
+def test_a_terminal_shows_who_has_replied_who_works_and_the_rounds_before_a_resumption(tmp_path):
+    run = Watched("a run", tmp_path, Console(file=io.StringIO(), width=100), {}, progress=Progress(600))
+    before = [RoundRecord(0, evaluation={"accuracy": 0.5, "accuracy/majority": 0.6}),
+              RoundRecord(1, cohort=("a", "b"), uploaded=("a",), seconds=20.0, evaluation={"accuracy": 0.75})]
+    trackers = Trackers(["console"], run)
+    trackers.begin(plan_of("fedsvd", rounds=3), before)
+    assert lines(run) == ["round 1 is done; before training: accuracy 0.500 (majority 0.600); after round 1: accuracy "
+                          "0.750"]
+    trackers.asked(2, 0, ("north", "south", "east", "[red]west"))
+    for name, outcome in (("north", "uploaded"), ("east", "lost"), ("[red]west", "the budget is spent [budget]")):
+        trackers.answered(2, name, outcome)
+    shown = view(trackers)
+    assert shown[2].split() == ["0", "0.500"] and shown[3].split()[:3] == ["1", "1/2", "0.750"]
+    at = next(index for index, line in enumerate(shown) if line.startswith("round 2 of 3"))
+    assert shown[at].startswith("round 2 of 3: 1 of 4 replied, 1 working, 1 lost, 1 declined, 10 min ")
+    assert shown[at].endswith(" left for the round, about 40 s for the run")
+    assert shown[at + 1].split()[:3] == ["south", "working", "since"]
+    assert {line.split()[0]: line.split()[1] for line in shown[at + 2:]} == {
+        "east": "lost", "[red]west": "declined", "north": "replied"}
+
+
+def test_a_hundred_clients_leave_room_on_a_small_terminal(tmp_path):
+    run = watched(tmp_path)
+    trackers, names = Trackers(["console"], run), tuple(f"c{number:03}" for number in range(100))
+    trackers.begin(plan_of("fedsvd", rounds=50), [RoundRecord(number, cohort=names, uploaded=names)
+                                                  for number in range(1, 30)])
+    trackers.asked(30, 0, names)
+    for name in names[:98]:
+        trackers.answered(30, name, "uploaded")
+    shown = view(trackers, height=24)
+    assert len(shown) < 24
+    assert [line.split()[:2] for line in shown[-8:-6]] == [["c098", "working"], ["c099", "working"]]
+    assert shown[-1].split() == ["and", "93", "more"]
+    for height in (5, 24, 200):
+        assert len(view(trackers, height)) <= max(height, 15)
+
+
+def test_a_line_says_what_is_left_once_a_round_has_shown_how_long_it_takes(tmp_path):
+    run = watched(tmp_path)
+    with Trackers(["console"], run) as trackers:
+        trackers.begin(plan_of("fedsvd", rounds=3), ())
+        for number in (1, 2, 3):
+            trackers.finished(RoundRecord(number, cohort=("a",), uploaded=("a",), seconds=45.0))
+    assert [line.partition("45.0 s")[2] for line in lines(run)] == [", about 1 min 30 s left", ", about 45 s left", ""]
+
+
+def test_a_client_that_returns_works_again_and_no_time_limit_is_no_time_left():
+    progress = Progress()
+    progress.begin(plan_of("fedsvd"), ())
+    progress.asked(1, 0, ("a", "b"))
+    progress.answered(1, "a", "lost")
+    assert [one.outcome for one in progress.now().asked] == ["lost", ""]
+    progress.client(ClientEvent("rejoined", "a"))
+    assert [one.outcome for one in progress.now().asked] == ["", ""] and progress.now().round_left_s is None
+    progress.overdue(1, ("a",), 0)
+    progress.answered(1, "b", "uploaded")
+    assert [one.outcome for one in progress.now().asked] == ["late", "uploaded"]
+    progress.finished(RoundRecord(1, seconds=2.0))
+    assert progress.now().asked == () and progress.now().run_left_s == 4.0
 
 
 def test_curves_are_of_all_rounds_also_of_a_resumed_run(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from rich.console import Group
 from rich.live import Live
@@ -14,14 +16,24 @@ from fedlora import figures
 from fedlora.console import tell
 from fedlora.figures import MAJORITY
 from fedlora.json_lines import JsonConsole
-from fedlora.quantities import quantity
+from fedlora.plan import RunPlan
+from fedlora.quantities import decimal, duration, quantity
 from fedlora_server.observer import MOST_NAMED, ClientEvent, RoundRecord, named
 from fedlora_server.peer_lines import PeerLines
+from fedlora_server.phases import AGGREGATING, DOING
+from fedlora_server.progress import Asked, Now
 from fedlora_server.trackers import Tracker, Watched
 
-SHOWN_ROUNDS = 15
-"""Number of rounds in the live table. metrics.jsonl has them all."""
-
+SHOWN_ROUNDS, FEWEST_ROUNDS = 15, 3
+"""Most rounds in the live table, and the number that a small terminal shows too. metrics.jsonl has them all."""
+SHOWN_CLIENTS, FEWEST_CLIENTS = 12, 3
+"""The same of the clients of the open round."""
+OTHER_LINES = 9
+"""Lines of the live display beside those of rounds and clients."""
+KNOWN = {"": "working", "uploaded": "replied", "lost": "lost", "late": "late"}
+"""Outcome of an order → what is shown; all else is the text of a refusal."""
+REFRESHES = 2.0
+"""Times a second that the live display is drawn anew."""
 
 LOGGED = frozenset({"turned-away", "disconnected"})
 """Kinds of client events that the server logs as warnings by itself."""
@@ -33,8 +45,8 @@ TROUBLE = frozenset({"refused", "late", "declined", "lost", "turned-away", "disc
 
 def shown(evaluation: Mapping[str, float]) -> str:
     """Return the figures as in "accuracy 0.812 (majority 0.600), loss 0.431"."""
-    beside = {name: f" (majority {value:.3f})" for name, value in evaluation.items() if name == MAJORITY}
-    return ", ".join(f"{figures.title(name)} {value:.3f}{beside.get(f'{name}/majority', '')}"
+    beside = {name: f" (majority {decimal(value)})" for name, value in evaluation.items() if name == MAJORITY}
+    return ", ".join(f"{figures.title(name)} {decimal(value)}{beside.get(f'{name}/majority', '')}"
                      for name, value in figures.headline(evaluation).items())
 
 
@@ -45,8 +57,10 @@ class Display(Tracker):
         super().__init__(run)
         self._console, self._lines = run.console, PeerLines()
         self._records: list[RoundRecord] = []
+        self._resumed: int | None = None
         self._status = ""
-        self._live = Live(console=run.console, auto_refresh=False) if run.console.is_terminal else None
+        self._live = Live(get_renderable=self._view, console=run.console, refresh_per_second=REFRESHES
+                          ) if run.console.is_terminal else None
         self._as_json = isinstance(run.console, JsonConsole)
 
     @override
@@ -59,6 +73,17 @@ class Display(Tracker):
         self._say("", quiet=True)
         if self._live:
             self._live.stop()
+
+    @override
+    def begin(self, plan: RunPlan, before: Sequence[RoundRecord]) -> None:
+        self._records = list(before)
+        self._resumed = before[-1].round if before else None
+        if self._resumed:
+            first, last = next((r for r in before if r.evaluation), before[0]), before[-1]
+            told = [f"rounds 1 to {self._resumed} are done" if self._resumed > 1 else "round 1 is done",
+                    f"before training: {shown(first.evaluation)}" if not first.round and first.evaluation else "",
+                    f"after round {last.round}: {shown(last.evaluation)}" if last.evaluation else ""]
+            self._say("; ".join(filter(None, told)), "resumed", quiet=bool(self._live), round=self._resumed)
 
     @override
     def waiting(self, needed: int, present: int, timeout_s: float | None) -> None:
@@ -114,7 +139,9 @@ class Display(Tracker):
             return
         parts = [f"{len(record.uploaded)} of {len(record.cohort)} replied", shown(record.evaluation),
                  "" if record.update_norm is None else f"update {record.update_norm:.3g}",
-                 f"{quantity(record.bytes_up)} up, {quantity(record.bytes_down)} down", f"{record.seconds:.1f} s"]
+                 f"{quantity(record.bytes_up)} up, {quantity(record.bytes_down)} down", f"{record.seconds:.1f} s",
+                 "" if (left := self.run.progress.now().run_left_s) is None or left <= 0
+                 else f"about {duration(left)} left"]
         self._say(f"round {record.round}: " + ", ".join(filter(None, parts)), "finished", quiet=bool(self._live),
                   round=record.round)
         for name, reason in record.rejected.items():
@@ -150,30 +177,74 @@ class Display(Tracker):
 
     def _say(self, status: str, event: str = "", level: str = "info", *, quiet: bool = False, round: int | None = None,
              attempt: int | None = None, client: str | None = None, code: str | None = None) -> None:
-        self._status = status
         if self._live:
-            self._live.update(self._table(), refresh=True)
+            self._status = status
         elif status and (not quiet or self._as_json):
             tell(self._console, status, event, level, round=round, attempt=attempt, client=client, code=code)
 
-    def _table(self) -> Group:
+    def _view(self) -> Group:
+        """Return what a terminal shows: the last rounds, the last event, and the clients of the open round."""
+        now, room = self.run.progress.now(), self._console.height - OTHER_LINES
+        asked = min(len(now.asked), SHOWN_CLIENTS, max(FEWEST_CLIENTS, room // 2))
+        parts: list[Table | Text] = [self._table(min(SHOWN_ROUNDS, max(FEWEST_ROUNDS, room - asked)))]
+        parts.append(Text(self._status, style="dim"))
+        if now.asked:
+            parts += [Text(_open_round(now)), _clients(now.asked, asked)]
+        return Group(*parts)
+
+    def _table(self, most: int) -> Table:
         measured = list(dict.fromkeys(name for r in self._records for name in figures.headline(r.evaluation)))
         majority = next((r.evaluation[MAJORITY] for r in self._records if MAJORITY in r.evaluation), None)
         table = Table(title=self.run.title, title_justify="left", box=None, pad_edge=False,
-                      caption=None if majority is None else f"the most frequent label alone gives {majority:.3f}",
+                      caption=None if majority is None else f"the most frequent label alone gives {decimal(majority)}",
                       caption_justify="left")
         for name in ("round", "replies", *map(figures.title, measured), "update", "up", "down",
                      "seconds"):
             table.add_column(name, justify="right")
-        for record in self._records[-SHOWN_ROUNDS:]:
-            evaluated = [f"{record.evaluation[m]:.3f}" if m in record.evaluation else "" for m in measured]
+        for record in self._records[-most:]:
+            earlier = "dim" if self._resumed is not None and record.round <= self._resumed else None
+            evaluated = [decimal(record.evaluation[m]) if m in record.evaluation else "" for m in measured]
             if record.round == 0:
-                table.add_row("0", "", *evaluated)
+                table.add_row("0", "", *evaluated, style=earlier)
                 continue
             table.add_row(str(record.round), f"{len(record.uploaded)}/{len(record.cohort)}", *evaluated,
                           "" if record.update_norm is None else f"{record.update_norm:.3g}",
-                          quantity(record.bytes_up), quantity(record.bytes_down), f"{record.seconds:.1f}")
-        return Group(table, Text(self._status, style="dim"))
+                          quantity(record.bytes_up), quantity(record.bytes_down), f"{record.seconds:.1f}",
+                          style=earlier)
+        return table
+
+
+def _open_round(now: Now) -> str:
+    """Return the open round in a line: who has replied, and the time that is left."""
+    outcomes = Counter(KNOWN.get(one.outcome, "declined") for one in now.asked)
+    counts = [f"{outcomes['replied']} of {len(now.asked)} replied",
+              *(f"{outcomes[what]} {what}" for what in ("working", "lost", "late", "declined") if outcomes[what])]
+    if now.phase == AGGREGATING:
+        counts.append(DOING[AGGREGATING])
+    if now.round_left_s is not None:
+        counts.append(f"{duration(now.round_left_s)} left for the round")
+    if now.run_left_s is not None:
+        counts.append(f"about {duration(now.run_left_s)} for the run")
+    return f"round {now.current} of {now.planned}: {', '.join(counts)}"
+
+
+def _clients(asked: Sequence[Asked], most: int) -> Table:
+    """Return a line for each of `most` clients: first those that work, the longest first, then the last replies."""
+    order = sorted(asked, key=lambda one: (bool(one.outcome), one.outcome == "uploaded",
+                                           -one.seconds if not one.outcome else -one.since - one.seconds))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for one in order[:most]:
+        table.add_row(Text(f"  {one.name}"), Text(_state(one)))
+    if len(order) > most:
+        table.add_row(f"  and {len(order) - most} more", "")
+    return table
+
+
+def _state(one: Asked) -> str:
+    if not one.outcome:
+        return f"working since {datetime.fromtimestamp(one.since):%H:%M:%S}, for {duration(one.seconds)}"
+    state = KNOWN.get(one.outcome, "declined")
+    return f"{state} after {duration(one.seconds)}" + (f": {one.outcome}" if state == "declined" else "")
 
 
 TRACKER = Display
