@@ -24,7 +24,7 @@ REDUCTIONS = "fedlora_strategies.reductions"
 TRACKERS = "fedlora_server.trackers"
 """Packages whose modules are the values of options. The names are read from the files, without importing them."""
 
-USUAL_TRACKERS = ("console", "plots")
+USUAL_TRACKERS = ("console", "page", "plots")
 """Trackers that watch every run, unless `--track no-NAME` leaves one out."""
 
 

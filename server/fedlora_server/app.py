@@ -29,6 +29,7 @@ from .grpc_engine import GrpcEngine, check_address
 from .observer import ClientEvent, RoundRecord
 from .operations.assembly import Operations
 from .operations.assembly import check as check_operations
+from .page import FILE
 from .peer_lines import PeerFilter, PeerLines
 from .progress import Progress
 from .registry_engine import RegistryEngine
@@ -178,6 +179,8 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
             begin(proposal.plan, before)
             operations.attend(engine)
             console.print(f"Listening on {engine.address}; run {run_id}, results in {out}", soft_wrap=True)
+            if "page" in options.trackers:
+                console.print(f"To watch the run in a browser, open {out / FILE}", soft_wrap=True)
             with trackers:
                 if announced:
                     ended = "labels"

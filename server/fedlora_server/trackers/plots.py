@@ -13,6 +13,7 @@ from typing_extensions import override
 from fedlora import figures, style
 from fedlora.plan import RunPlan
 from fedlora.quantities import quantity
+from fedlora_server.curves import panels_of, points_of, story
 from fedlora_server.observer import RoundRecord
 from fedlora_server.trackers import Tracker, Watched
 
@@ -57,7 +58,7 @@ def draw(path: Path, records: Sequence[RoundRecord], title: str) -> Path:
         records: the run's records.
         title: stands above the panels.
     """
-    evaluated = _panels_of_figures(records)
+    evaluated = panels_of(records)
     panels: list[Panel] = [_evaluation(names) for names in evaluated] + [_update_norm, _bytes, _seconds]
     columns = 3 if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
@@ -78,29 +79,12 @@ def _places(figure: Figure, rows: int, columns: int, count: int) -> list[Axes]:
                      for row in range(1, rows) for i in range(columns)]
 
 
-def _panels_of_figures(records: Sequence[RoundRecord]) -> list[list[str]]:
-    """Return the names of the figures that share a panel, panel by panel.
-
-    The task's first figure and the loss have their own. Of the others, those between 0 and 1 share one.
-    """
-    values: dict[str, list[float]] = {}
-    for record in records:
-        for name, value in figures.headline(record.evaluation).items():
-            values.setdefault(name, []).append(value)
-    first, *others = [name for name in values if name != "loss"] or [""]
-    shares = [name for name in others if all(0 <= value <= 1 for value in values[name])]
-    panels = [[first], shares, *([name] for name in others if name not in shares), ["loss"]]
-    return [panel for panel in panels if panel and panel[0] in values]
-
-
 def _evaluation(names: Sequence[str]) -> Panel:
     def panel(axes: Axes, records: Sequence[RoundRecord]) -> None:
         for index, name in enumerate(names):
-            points = [(r.round, r.evaluation[name]) for r in records if name in r.evaluation]
+            points = points_of(name, records)
             rounds, values = zip(*points, strict=True)
-            before = "" if rounds[0] else f"{values[0]:.3f} before, "
-            after = "after" if rounds[-1] == records[-1].round else f"after round {rounds[-1]}"
-            told = f"{figures.title(name)}: {before}{values[-1]:.3f} {after}"
+            told = f"{figures.title(name)}: {story(points, records[-1].round)}"
             look = style.series(index, style.LOSS if name == "loss" else "")
             axes.plot(rounds, values, label=told, **look.line(len(rounds)))
             _add_interval(axes, name, rounds, records)
@@ -117,7 +101,7 @@ def _evaluation(names: Sequence[str]) -> Panel:
 
 def _add_interval(axes: Axes, name: str, rounds: Sequence[int], records: Sequence[RoundRecord]) -> None:
     """Shade a figure's interval, and draw the majority rate beside the accuracy, where all rounds have them."""
-    low, high, majority = ([r.evaluation[f"{name}/{end}"] for r in records if f"{name}/{end}" in r.evaluation]
+    low, high, majority = ([value for _, value in points_of(f"{name}/{end}", records)]
                            for end in ("low", "high", "majority"))
     if len(low) == len(rounds):
         axes.fill_between(rounds, low, high, color=style.LEARNED, alpha=0.15, lw=0)
