@@ -81,6 +81,9 @@ def test_a_client_killed_in_round_2_does_not_keep_the_run_from_its_adapter(deplo
     assert report["finished_rounds"] == 4 and report["rounds"][-1]["uploaded"] == ["hospital-0", "hospital-2"]
     assert (deployment.out / "adapter" / "adapter_config.json").exists()
     assert (deployment.out / "curves.png").stat().st_size > 10_000
+    page = (deployment.out / "report.html").read_text()
+    assert "4 of 4" in page and "http-equiv=\"refresh\"" not in page and "hospital-1" in page
+    assert "\naccuracy after " in deployment.log("server"), "the summary"
     assert deployment.end("hospital-0") == deployment.end("hospital-2") == 0
 
 

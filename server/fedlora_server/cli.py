@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -89,9 +90,13 @@ def begun_with(folder: Path) -> dict[str, object]:
 
 def _run(options: ServerConfig) -> int:
     from fedlora.console import messages, say_why
+    from fedlora.json_lines import JsonConsole
 
     from .app import serve
+    from .checkpoint import REPORT
     from .dry_run import dry_run
+    from .page import FILE
+    from .summary import summary
 
     console = messages()
     try:
@@ -107,9 +112,11 @@ def _run(options: ServerConfig) -> int:
     if result is None:
         console.print(f"Stopped before a round could begin; fedlora-server --resume {out} goes on.", soft_wrap=True)
         return code
+    if not isinstance(console, JsonConsole):
+        console.print(summary(json.loads((out / REPORT).read_text())))
     adapter = f"The adapter is {out / 'adapter'}, the" if result.rounds else "There is no adapter yet. The"
-    console.print(f"{result.rounds} rounds finished. {adapter} report {out / 'report.json'}.",
-                  soft_wrap=True)
+    console.print(f"{result.rounds} rounds finished. {adapter} report {out / REPORT}"
+                  f"{f', for a browser {out / FILE}' if (out / FILE).exists() else ''}.", soft_wrap=True)
     if result.ended == "diverged":
         say_why(f"fedlora-server: {result.why}")
     elif result.ended != "finished":

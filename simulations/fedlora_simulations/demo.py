@@ -16,18 +16,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from fedlora import registry
 from fedlora.adapters.card import loading_code
 from fedlora.config import SimulationConfig, read_config
-from fedlora.figures import MAJORITY
 from fedlora.plan import Refused
 from fedlora.privacy import Ledger
 from fedlora.quantities import quantity
 from fedlora_server.folders import claimed_folder
+from fedlora_server.summary import summary
 from fedlora_strategies.recipe import RECIPES
 
 from . import triage
@@ -143,25 +143,18 @@ def _head_alone(strategy: str, seed: int, out: Path, held_out: Path) -> float:
 def _conclude(console: Console, out: Path, control: float | None, seconds: float) -> None:
     """Print the results of the demo, and how to load the adapter."""
     report = json.loads((out / "run" / "report.json").read_text())
-    evaluation, plan = report["evaluation"], report["plan"]
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("strategy", f"{plan['strategy']}, rank {plan['rank']}, {report['finished_rounds']} rounds")
-    table.add_row("accuracy before", f"{evaluation['before']['accuracy']:.3f}")
-    table.add_row("accuracy after", f"[bold]{evaluation['after']['accuracy']:.3f}[/bold]")
-    table.add_row("most frequent label alone", f"{evaluation['after'][MAJORITY]:.3f}")
+    plan: dict[str, Any] = report["plan"]
+    more: dict[str, str] = {}
     if control is not None:
-        table.add_row("control, last layer alone", f"{control:.3f}")
+        more["control, last layer alone"] = f"{control:.3f}"
     for name in report["disclosed"]:
         ledger = Ledger(out / "state" / name / "ledger.sqlite", simulated=True)
         if charges := ledger.charges(run_id=plan["run_id"]):
             spent = ledger.epsilon(charges[0].dataset, plan["run_id"])
-            table.add_row(f"ε of {name}", f"{spent:.2f} (δ {charges[0].terms.delta:g}, {len(charges)} rounds started)")
+            more[f"ε of {name}"] = f"{spent:.2f} (δ {charges[0].terms.delta:g}, {len(charges)} rounds started)"
         ledger.close()
-    table.add_row("bytes up, down", f"{quantity(report['bytes']['up'])}, {quantity(report['bytes']['down'])}")
-    table.add_row("time", f"{seconds:.0f} s")
-    table.add_row("adapter", str(out / "run" / "adapter"))
     console.print()
-    console.print(table)
+    console.print(summary(report, more, adapter=out / "run" / "adapter", seconds=seconds))
     console.print("\nLoad it:\n")
     adapter = json.loads((out / "run" / "adapter" / "adapter_config.json").read_text())
     source, folder = (("", repr(adapter["base_model_name_or_path"])) if _DOWNLOAD else
