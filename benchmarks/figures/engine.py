@@ -53,7 +53,8 @@ class NoTrainer:
     def show_batch_invariance(self, run: RunPlan, rows_per_unit: int) -> None:
         """Do nothing: there is no arithmetic to check."""
 
-    def train(self, training: TrainingJob, stop: Callable[[], bool] = lambda: False) -> TrainResult:
+    def train(self, training: TrainingJob, stop: Callable[[], bool] = lambda: False,
+              stepped: Callable[[int], object] = lambda steps: None) -> TrainResult:
         """Return the trained tensors of the state that training would start from."""
         assert training.start is not None
         trained = {spec.name: training.start[spec.name] for spec in self.adapted.layout.trained}

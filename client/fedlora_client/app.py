@@ -18,6 +18,7 @@ from .connection import Connection, Goodbye, RunChanged
 from .data_holder import DataHolder
 from .onboarding import join
 from .participation import Participation
+from .round_display import RoundDisplay
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ def _serve(holder: DataHolder, proposal: Proposal, connection: Connection, sent:
     try:
         while True:
             plan, tensors = connection.next_request()
-            with console.status(f"round {plan.round}: training"):
-                answer = part.answer(plan, tensors, connection.is_unwanted)
+            with RoundDisplay(console, plan) as display:
+                answer = part.answer(plan, tensors, connection.is_unwanted, display)
             declined = connection.send(answer)
             if declined is None and not isinstance(answer, Refusal):
                 sent.append(plan.round)

@@ -45,6 +45,7 @@ from .installed import check_known, find_model
 from .labels import check_declared, how_to_declare, names_to_announce
 from .paths import batch_invariance
 from .privacy_gate import unit_count
+from .round_display import RoundDisplay
 from .session import ClientSession
 from .session_report import draw_spending, write_privacy_report
 from .trainers import make_trainer, try_out
@@ -77,6 +78,7 @@ class Participation:
         self._state, self._streams, self._console, self._rows = holder.state, holder.streams, console, holder.rows
         self._tls = holder.tls
         self._session: ClientSession | None = None
+        self._charged: tuple[tuple[tuple[int, int], ...], float] | None = None  # the trainings begun, and their ε
         self._findings = Findings(batch_invariance())
         self.failed = False
         limits.check(plan)
@@ -198,7 +200,7 @@ class Participation:
         return self._limits.budget(count)
 
     def answer(self, plan: RoundPlan, tensors: Tensors,
-               stop: Callable[[], bool] | None = None) -> Upload | Refusal:
+               stop: Callable[[], bool] | None = None, display: RoundDisplay | None = None) -> Upload | Refusal:
         """Train for one order, or say why not. An error stays in the local log and sets `failed`.
 
         The privacy report is brought up to date twice: after the charge and before a record is read, and before the
@@ -209,14 +211,17 @@ class Participation:
             tensors: the tensors that came with it.
             stop: called between micro-batches; True abandons the round, which stays charged. None stops when the
                 round's time is up.
+            display: shows the data holder how far the round is.
 
         Returns:
             What may be sent: the upload, or a refusal.
         """
+        display = display or RoundDisplay(None, plan)
         try:
             if self._session is None or self._session.run.run_id != plan.run.run_id:
                 self._session = self._open(plan.run)
-            answer = self._session.run_round(plan, tensors, stop, charged=self._write_report)
+            answer = self._session.run_round(plan, tensors, stop, charged=lambda: self._begin_training(display),
+                                             stepped=display.stepped)
             self._write_report()
             return answer
         except Refused as refused:
@@ -228,6 +233,24 @@ class Participation:
                           "unavailable.", plan.round)
         self.failed = True
         return Refusal("unavailable")
+
+    def _begin_training(self, display: RoundDisplay) -> None:
+        """Bring the privacy report up to date, now that the training is charged, and begin to show its steps."""
+        self._write_report()
+        session = self._session
+        assert session is not None
+        private = self._limits.private and not self._streams.predictable
+        display.training(session.terms.sampling_rate * session.terms.declared_size,
+                         "records" if self._limits.unit == ROW else "units",
+                         f"ε {four_digits(self._epsilon(session))} of {four_digits(session.reserved())}" if private
+                         else "no privacy")
+
+    def _epsilon(self, session: ClientSession) -> float:
+        """Return the ε charged so far. It is computed once for each charge."""
+        started = session.started
+        if self._charged is None or self._charged[0] != started:
+            self._charged = started, session.epsilon()
+        return self._charged[1]
 
     def answer_unattended(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
         """Do the same as `answer` where nobody watches, as under a SuperNode that starts a process for each message.
@@ -320,7 +343,7 @@ class Participation:
         session = self._session
         if session is None or not self._limits.private or self._streams.predictable:
             return "no privacy" if session else "nothing was charged"
-        return (f"updates released: {session.released}; ε {four_digits(session.epsilon())} charged of "
+        return (f"updates released: {session.released}; ε {four_digits(self._epsilon(session))} charged of "
                 f"{four_digits(session.reserved())} reserved (δ {session.terms.delta:.4g})")
 
     def _check_plan(self, run: RunPlan) -> None:

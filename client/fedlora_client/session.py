@@ -77,6 +77,7 @@ class ClientSession:
         self.limits, self.state, self.streams = limits, state, streams
         self.ledger, self.dataset = ledger, dataset
         self._sketch_trainer, self.anchors = sketch_trainer, anchors and not ledger.simulated
+        self._reserved: float | None = None
         self._begun: dict[tuple[str, int, int], tuple[Reservation, Tensors]] = {}
         self.terms = self._settle()
         try:
@@ -146,8 +147,10 @@ class ClientSession:
 
         It is infinite without privacy.
         """
-        spends = self.terms.spends(self.terms.max_participations)
-        return float("inf") if spends is None else Accountant(spends).epsilon(self.terms.delta or 0.0)
+        if self._reserved is None:  # the terms are fixed for the run
+            spends = self.terms.spends(self.terms.max_participations)
+            self._reserved = float("inf") if spends is None else Accountant(spends).epsilon(self.terms.delta or 0.0)
+        return self._reserved
 
     @property
     def released(self) -> int:
@@ -155,7 +158,8 @@ class ClientSession:
         return sum(charge.state == "released" for charge in self.ledger.charges(self.dataset, self.run.run_id))
 
     def run_round(self, plan: RoundPlan, tensors: Tensors, stop: Callable[[], bool] | None = None,
-                  charged: Callable[[], object] = lambda: None) -> Upload | Refusal:
+                  charged: Callable[[], object] = lambda: None,
+                  stepped: Callable[[int], object] = lambda steps: None) -> Upload | Refusal:
         """Train once for `plan`, starting from `tensors`.
 
         Args:
@@ -165,6 +169,7 @@ class ClientSession:
             stop: called between micro-batches; True abandons the round, which stays charged. None stops when the
                 round's time is up.
             charged: called once the charge is on disk and before the training.
+            stepped: told after every step how many are done. It must return at once.
 
         Returns:
             What may be sent: the upload, or a refusal.
@@ -177,7 +182,7 @@ class ClientSession:
         if not isinstance(training, TrainingJob):
             return training
         charged()
-        return self.finish(plan, prepared[0].train(training, stop or (lambda: plan.is_late)))
+        return self.finish(plan, prepared[0].train(training, stop or (lambda: plan.is_late), stepped))
 
     def begin(self, plan: RoundPlan, tensors: Tensors,
               prepare: Callable[[], object] = lambda: None) -> TrainingJob | Upload | Refusal:

@@ -119,17 +119,19 @@ class Passes(Protocol):
         """
 
 
-def run_steps(passes: Passes, clients: Sequence[Client], stop: Callable[[], bool]) -> None:
+def run_steps(passes: Passes, clients: Sequence[Client], stop: Callable[[], bool],
+              stepped: Callable[[int], object] = lambda steps: None) -> None:
     """Do all local steps of the plan that the clients share.
 
     Args:
         passes: Takes micro-batches through the model.
         clients: The clients; they have one plan.
         stop: Asked before every step and micro-batch. True ends the loop; the unfinished step is discarded.
+        stepped: Told after every step how many are done. It must return at once.
     """
     alone = len(clients) == 1
     records = clients[0].job.records if alone else concatenate([client.job.records for client in clients])
-    for _ in range(clients[0].job.run.local_steps):
+    for step in range(1, clients[0].job.run.local_steps + 1):
         if stop():
             return
         groups = [client.draw(max(1, passes.most_rows // len(clients))) for client in clients]
@@ -137,6 +139,7 @@ def run_steps(passes: Passes, clients: Sequence[Client], stop: Callable[[], bool
             return
         for client in clients:
             client.finish()
+        stepped(step)
 
 
 def take_groups(passes: Passes, clients: Sequence[Client], records: Records, groups: Sequence[Sequence[Draw]],

@@ -253,12 +253,14 @@ class Trainer:
         with self.blocks():
             return self._compute(batch, weights)
 
-    def train(self, job: TrainingJob, stop: Callable[[], bool] = lambda: False) -> TrainResult:
+    def train(self, job: TrainingJob, stop: Callable[[], bool] = lambda: False,
+              stepped: Callable[[int], object] = lambda steps: None) -> TrainResult:
         """Do one client's local steps of a round, with a fresh optimizer.
 
         Args:
             job: The client's training task.
             stop: Asked between micro-batches. True discards the unfinished step and ends the training.
+            stepped: Told after every step how many are done. It must return at once.
 
         Returns:
             The trained tensors, and what happened.
@@ -268,7 +270,7 @@ class Trainer:
             MemoryError: The memory does not suffice. The message names the flags that help.
             RuntimeError: A runtime check found a fault (`fedlora.training.runtime_checks`).
         """
-        return self._train([job], stop)[0]
+        return self._train([job], stop, stepped)[0]
 
     def train_together(self, jobs: Sequence[TrainingJob]) -> list[TrainResult]:
         """Do the local steps of several clients of one round in lockstep (`fedlora.training.multi_client`).
@@ -286,10 +288,11 @@ class Trainer:
             MemoryError: The memory does not suffice. The message names the flags that help.
             RuntimeError: A runtime check found a fault.
         """
-        return self._train(jobs, lambda: False)
+        return self._train(jobs, lambda: False, lambda steps: None)
 
     @training_advice()
-    def _train(self, jobs: Sequence[TrainingJob], stop: Callable[[], bool]) -> list[TrainResult]:
+    def _train(self, jobs: Sequence[TrainingJob], stop: Callable[[], bool],
+               stepped: Callable[[int], object]) -> list[TrainResult]:
         alone, job = len(jobs) == 1, jobs[0]
         self.activate(job.active)
         if not alone:
@@ -305,7 +308,7 @@ class Trainer:
         self._most_in_a_shape = self._most_of_a_draw(job.run, job.rows_of_a_unit)
         try:
             with self._dropout(job.run.dropout, clients[0].sampling):
-                run_steps(passes, clients, stop)
+                run_steps(passes, clients, stop, stepped)
             frozen.check()  # first, because it can be launched while a GPU is still at work
             for client in clients:
                 client.step.check()

@@ -123,9 +123,10 @@ class CanaryTrainer(Trainer):
                 [(parameter, spec.group) for spec, parameter in adapted.trained_parameters()]))
 
     @override
-    def train(self, job: TrainingJob, stop: Callable[[], bool] = lambda: False) -> TrainResult:
+    def train(self, job: TrainingJob, stop: Callable[[], bool] = lambda: False,
+              stepped: Callable[[int], object] = lambda steps: None) -> TrainResult:
         if self._directions is None:
-            return super().train(job, stop)
+            return super().train(job, stop, stepped)
         if not job.private:
             # A plain step has no gradients of single records to replace. The private step does the same if it neither
             # clips nor adds noise.
@@ -134,7 +135,7 @@ class CanaryTrainer(Trainer):
         self.show_batch_invariance(job.run)  # checked on the real gradients
         self.buffer.first, self.buffer.directions = self._first, self._directions
         try:
-            return super().train(job, stop)
+            return super().train(job, stop, stepped)
         finally:
             self.buffer.directions = None
 

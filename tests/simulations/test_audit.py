@@ -155,10 +155,10 @@ def test_without_privacy_at_least_one_is_lost(arguments, kind):
 
 def broken(**factors):
     """Return a `train` with another noise or clip norm than the client accounts for, hidden from the checks."""
-    def train(self, job, stop):
+    def train(self, job, stop, stepped):
         return original(self, dataclasses.replace(
             job, clip_norm=job.clip_norm * factors.get("clip", 1.0),
-            noise_multiplier=job.noise_multiplier * factors.get("noise", 1.0)), stop)
+            noise_multiplier=job.noise_multiplier * factors.get("noise", 1.0)), stop, stepped)
 
     original = CanaryTrainer.train
     return train
@@ -178,9 +178,9 @@ def test_gradient_canaries_replace_exactly_their_own_gradients(arguments):
     seen = {}
     original = CanaryTrainer.train
 
-    def train(self, job, stop):
+    def train(self, job, stop, stepped):
         plan, before = job.run, job.start
-        result = original(self, job, stop)
+        result = original(self, job, stop, stepped)
         after = result.tensors
         step = torch.cat([torch.from_numpy((before[name] - after[name]) * plan.expected_batch / plan.lr).flatten()
                           for name in names(self)])
