@@ -239,11 +239,15 @@ class Participation:
         self._write_report()
         session = self._session
         assert session is not None
-        private = self._limits.private and not self._streams.predictable
+        spent = "no privacy"
+        if self._limits.private and not self._streams.predictable:
+            try:
+                spent = f"ε {four_digits(self._epsilon(session))} of {four_digits(session.reserved())}"
+            except (ValueError, OSError) as error:  # the training is charged, and goes on
+                log.error("The ε so far cannot be shown: %s", error)
+                spent = ""
         display.training(session.terms.sampling_rate * session.terms.declared_size,
-                         "records" if self._limits.unit == ROW else "units",
-                         f"ε {four_digits(self._epsilon(session))} of {four_digits(session.reserved())}" if private
-                         else "no privacy")
+                         "records" if self._limits.unit == ROW else "units", spent)
 
     def _epsilon(self, session: ClientSession) -> float:
         """Return the ε charged so far. It is computed once for each charge."""

@@ -9,9 +9,9 @@ from rich.console import Console
 from fedlora.plan import RoundPlan
 from fedlora_client import round_display
 from fedlora_client.round_display import RoundDisplay
-from tests.federation import plan_of
+from tests.fedlora.private_training import plan
 
-RUN = plan_of("fedsvd", rounds=20, local_steps=8)
+RUN = plan(rounds=20, max_participations=20, local_steps=8)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_without_a_deadline_none_is_shown(clock):
 
 def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch):
     monkeypatch.setattr(round_display, "LINE_EVERY_S", 0.02)
-    console, before = Console(file=io.StringIO(), width=200), threading.active_count()
+    console = Console(file=io.StringIO(), width=200)
     written = threading.Event()
     monkeypatch.setattr(round_display, "tell", lambda console, line, event, **about: (
         console.print(line, event, about["round"]), written.set()))
@@ -58,7 +58,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch):
         assert written.wait(10)
     assert console.file.getvalue().splitlines()[0] in (
         "round 3 of 20: preparing training 3", "round 3 of 20: step 1 of 8; no privacy training 3")
-    assert threading.active_count() == before
+    assert "fedlora-round" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_short_round_has_no_line_without_a_terminal_and_leaves_none_on_one():

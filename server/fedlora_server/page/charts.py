@@ -113,14 +113,14 @@ def _lines(title: str, curves: Sequence[Curve], last: int, level: float | None =
     area = Area(min(0.0, *(c.points[0][0] for c in curves)), max(last, 1),
                 max(0.0, low - room) if low >= 0 else low - room,
                 min(1.0, high + room) if 0 <= low <= high <= 1 else high + room)
-    parts = _axes(area)
+    parts, faint = _axes(area), 0.18 if len(curves) == 1 else 0.1
     for index, curve in enumerate(curves):
         look = style.series(index, curve.colour)
         colour = _paint(look.colour)
         if curve.low and len(curve.low) == len(curve.high):
             edge = [*curve.high, *reversed(curve.low)]
             if all(math.isfinite(value) for _, value in edge):
-                parts.append(f'<path d="{_path(edge, area)}Z" fill="{colour}" opacity="0.18"/>')
+                parts.append(f'<path d="{_path(edge, area)}Z" fill="{colour}" opacity="{faint}"/>')
     if level is not None:
         y = area.y(level)
         parts += [svg.line([(LEFT, y), (RIGHT, y)], "currentColor", dash="2 3"),
@@ -136,9 +136,10 @@ def _lines(title: str, curves: Sequence[Curve], last: int, level: float | None =
             parts += [_marker(look, area.x(at), area.y(value)) for at, value in curve.points if math.isfinite(value)]
     legend = [(_sample(style.series(index, curve.colour)), curve.title) for index, curve in enumerate(curves)
               ] if len(curves) > 1 else []
+    shade = "currentColor" if len(curves) > 1 else _paint(style.series(0, curves[0].colour).colour)
     if any(c.low for c in curves):
         legend.append(('<svg viewBox="0 0 28 10" width="28" height="10" aria-hidden="true"><rect width="28" '
-                       f'height="10" fill="{_paint(style.LEARNED)}" opacity="0.18"/></svg>', INTERVAL))
+                       f'height="10" fill="{shade}" opacity="0.18"/></svg>', INTERVAL + "s" * (len(curves) > 1)))
     return _figure(title, "".join(parts), legend)
 
 

@@ -87,7 +87,7 @@ def _evaluation(names: Sequence[str]) -> Panel:
             told = f"{figures.title(name)}: {story(points, records[-1].round)}"
             look = style.series(index, style.LOSS if name == "loss" else "")
             axes.plot(rounds, values, label=told, **look.line(len(rounds)))
-            _add_interval(axes, name, rounds, records)
+            _add_interval(axes, name, rounds, records, look.colour)
         axes.margins(y=0.1)
         if len(names) == 1:
             axes.set_title(told)
@@ -99,12 +99,13 @@ def _evaluation(names: Sequence[str]) -> Panel:
     return panel
 
 
-def _add_interval(axes: Axes, name: str, rounds: Sequence[int], records: Sequence[RoundRecord]) -> None:
+def _add_interval(axes: Axes, name: str, rounds: Sequence[int], records: Sequence[RoundRecord],
+                  colour: str) -> None:
     """Shade a figure's interval, and draw the majority rate beside the accuracy, where all rounds have them."""
     low, high, majority = ([value for _, value in points_of(f"{name}/{end}", records)]
                            for end in ("low", "high", "majority"))
     if len(low) == len(rounds):
-        axes.fill_between(rounds, low, high, color=style.LEARNED, alpha=0.15, lw=0)
+        axes.fill_between(rounds, low, high, color=colour, alpha=0.15, lw=0)
     if majority:
         axes.axhline(majority[-1], color=style.INK, lw=1, ls=":")
         axes.annotate(f"most frequent label alone: {majority[-1]:.3f}", (1, majority[-1]),
