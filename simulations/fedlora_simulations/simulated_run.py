@@ -27,6 +27,7 @@ from fedlora_client.flower_app import Session
 from fedlora_client.session import ClientSession
 from fedlora_client.state import MemoryState
 from fedlora_client.terms import Limits
+from fedlora_server import checkpoint
 from fedlora_server.observer import Observer
 from fedlora_server.report import write_report
 from fedlora_server.round_state import RoundOptions
@@ -34,6 +35,7 @@ from fedlora_server.rounds import FederationResult, Run, run_federation
 from fedlora_server.run_setup import BaseModel, Federation, evaluator, fewest_uploads, prepare, resolved
 
 from .compared_streams import ComparedStreams
+from .continued import charge_again, taken_up
 from .in_process import InProcessEngine
 from .population import Method, Population
 from .processes import ProcessWorkers
@@ -60,7 +62,9 @@ class Simulated:
         noise_multipliers: client name → noise multiplier; None without privacy.
         bytes_up: bytes that all clients sent.
         bytes_down: bytes that all clients received.
-        seconds: seconds from the start of the first round to the end of the last one.
+        seconds: seconds from the start of the first round to the end of the last one. Those of rounds that an
+            interrupted command finished are included, as are their bytes.
+        delta: largest δ of all clients; None without privacy.
     """
 
     method: Method
@@ -72,10 +76,11 @@ class Simulated:
     bytes_up: int
     bytes_down: int
     seconds: float
+    delta: float | None = None
 
 
 def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseModel, population: Population, *,
-             observer: Observer | None = None, out: Path | None = None,
+             observer: Observer | None = None, out: Path | None = None, go_on: bool = False,
              between: Callable[[str, Session], Session] = lambda name, session: session) -> Simulated:
     """Run one method with one seed to its end.
 
@@ -87,6 +92,8 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
         population: the clients and their rows.
         observer: told what happens in the run.
         out: folder for the run's adapter and report; None writes nothing.
+        go_on: go on with the interrupted run in `out`, which `continued.why_not` has nothing against. Its result has
+            the bits of a run that was not interrupted. More bytes go down: each client gets the frozen tensors again.
         between: maps a client's name and session to the session that answers in its place. It is used only if all
             clients train in this process, one after the other.
 
@@ -102,12 +109,19 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
     federation = prepare(options, method.strategy, base, population.labels, seed, run_id=run_id)
     trainer = Trainer(federation.adapted, federation.task, device=options.device, precision=options.precision,
                       micro_batch=options.micro_batch, threads=options.threads, compiled=compiles_here(options))
+    left = None
+    if out is not None:
+        left = taken_up(out, federation) if go_on else None
+        checkpoint.begin(out, vars(options) | {"strategy": [str(method)]}, federation.plan, {},
+                         left.resumptions if left else (), federation.strategy.recipe.described())
     allow_open_files(len(population.parts) + OTHER_FILES)
     ledger = Ledger(out / "ledger.sqlite" if out else None, simulated=True)
     make_sketch_trainer = cache(lambda: sketch_trainer(options, federation, base))
     sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed, ledger,
                              make_sketch_trainer,
                              population.sizes)
+    if left is not None:
+        charge_again(sessions, left.records)
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
                         min_replies=options.min_replies, evaluate_every=options.eval_every, fewest_uploads=needed,
@@ -116,13 +130,17 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
     engine = _engine(options, federation, base, trainer, make_sketch_trainer, sessions, count, between)
     try:
         began = time.monotonic()
-        run = Run(federation.strategy, federation.state, loop, federation.start, evaluate, out)
+        run = Run(federation.strategy, federation.state, loop, federation.start, evaluate, out, left)
         result = run_federation(engine, run, observer=observer)
+        before = left.records if left else ()
         simulated = Simulated(
             method, seed, federation, result,
             epsilons={name: session.epsilon() for name, session in sessions.items()},
             noise_multipliers={name: session.terms.noise_multiplier for name, session in sessions.items()},
-            bytes_up=engine.bytes_up, bytes_down=engine.bytes_down, seconds=time.monotonic() - began)
+            bytes_up=engine.bytes_up + sum(record.bytes_up for record in before),
+            bytes_down=engine.bytes_down + sum(record.bytes_down for record in before),
+            seconds=time.monotonic() - began + sum(record.seconds for record in before),
+            delta=max((session.terms.delta for session in sessions.values() if session.terms.delta), default=None))
         if out is not None:
             computed = {"device": str(trainer.device), "precision": trainer.precision,
                         "threads": _threads(options, count)}
