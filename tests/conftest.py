@@ -19,10 +19,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WAITING = frozenset({"test_attacks", "test_benchmarks", "test_chaos", "test_checks", "test_demo", "test_docs",
                      "test_end_to_end", "test_files_of_protocol_4", "test_handed_on", "test_hostile_server",
-                     "test_intruders", "test_kills", "test_neighbours", "test_notebook", "test_onboarding",
-                     "test_operations", "test_orderly_stop", "test_readme", "test_restarts", "test_snapshots",
-                     "test_soak", "test_strategy_toys", "test_superlink", "test_tls", "test_workers",
-                     "test_written_down"})
+                     "test_intruders", "test_killed_sweep", "test_kills", "test_neighbours", "test_notebook",
+                     "test_onboarding", "test_operations", "test_orderly_stop", "test_readme", "test_restarts",
+                     "test_snapshots", "test_soak", "test_strategy_toys", "test_superlink", "test_tls",
+                     "test_workers", "test_written_down"})
 """Test files whose tests start processes and wait for them."""
 
 

@@ -22,6 +22,7 @@ from fedlora.config.option import GROUPS, Option, flag
 from fedlora.config.shared import Config
 from fedlora.config.subcommands import Subcommands
 from fedlora.config.toml import arguments, file_arguments
+from fedlora.config.values import settings
 
 C = TypeVar("C", bound=Config)
 
@@ -31,7 +32,11 @@ class _Merged(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
                  option_string: str | None = None) -> None:
-        both = dict(getattr(namespace, self.dest, {})) | dict(values)
+        before = dict(getattr(namespace, self.dest, {}))
+        if self.type is settings and (twice := before.keys() & dict(values).keys()):
+            parser.error(f"argument {option_string}: {twice.pop()} is given twice; give all its values at once, "
+                         "separated by commas")
+        both = before | dict(values)
         setattr(namespace, self.dest, tuple(sorted(both.items())) if isinstance(values, tuple) else both)
 
 

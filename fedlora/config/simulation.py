@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from fedlora.config import values
@@ -14,13 +16,16 @@ from fedlora.config.shared import RECIPES, SIMULATE, LocalConfig, RunConfig
 class SimulationConfig(RunConfig, LocalConfig):
     """Simulate federated runs on one machine: every method on the same data split, one run for each seed.
 
+    A run with one method, one seed and one value of each swept option is a cell. Its result is kept in a folder of its
+    own below --out, and is not computed again.
+
     Brackets show what applies if an option is not given; [preset] depends on --strategy and --privacy (see
     `fedlora-server presets`). Flags are off unless given.
     """
 
     command: ClassVar[str] = SIMULATE
     forms: ClassVar[tuple[str, ...]] = (
-        "fedlora-simulate --data DIR_OR_FILE [options]", "fedlora-simulate {init,notes,audit,poison} [--help]")
+        "fedlora-simulate --data DIR_OR_FILE [options]", "fedlora-simulate {init,notes,compare,audit,poison} [--help]")
 
     strategy: tuple[str, ...] = option(
         ("fedsvd",), "one or more strategies, each a name or module:Class of your own, with an --init of its own after "
@@ -32,6 +37,23 @@ class SimulationConfig(RunConfig, LocalConfig):
                             "random), shards:K (K pieces of the rows sorted by label), or files (one file each)", RUN,
                             metavar="SCHEME", place=1)
     seeds: tuple[int, ...] = option((0,), "random seeds, one run for each", RUN, values.seeds, metavar="N,…", place=1)
+    sweep: Mapping[str, tuple[str, ...]] = option(
+        {}, "another option and the values to run it with, as in epsilon=1,3,8,inf; several options give every "
+        "combination. Semicolons separate values that contain commas", RUN, values.settings, metavar="NAME=A,B,…",
+        place=2, example='{epsilon = [1, 3, 8, "inf"], rank = [2, 8]}')
+    resume: bool = option(False, "go on in the folder --out: what is finished there is kept, and an interrupted run "
+                          "goes on after its last finished round", RUN, None, place=3)
+    reference: Path | None = option(None, "TOML file with published figures, to be shown beside those of the runs", RUN,
+                                    values.path, metavar="FILE.toml", place=6, example='"published.toml"')
+
+    tune: Mapping[str, tuple[str, ...]] = option(
+        {}, "another option and values of which to choose the best, for each method, on a fifth of the training rows "
+        "that is held out for this alone", TUNING, values.settings, metavar="NAME=A,B,…", place=3,
+        example="{lr = [0.01, 0.03, 0.1]}")
+    tune_budget: int | None = option(
+        None, "most runs of --tune for each method and each combination of swept values; if there are more "
+        "combinations of values, this many are drawn at random", TUNING, values.count, unset="all combinations",
+        place=3, example="8")
 
     batch_clients: int = option(
         1, "clients that share one pass of the base model in each step, for clients with few tokens a step; results "

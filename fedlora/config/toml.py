@@ -16,6 +16,7 @@ from typing import Any
 from fedlora.config.commands import CONFIGS, keys, not_an_option
 from fedlora.config.option import flag, options_of
 from fedlora.config.shared import Config
+from fedlora.config.values import settings
 
 NOT_IN_A_FILE = ("config", "resume")
 """Options that a file cannot hold."""
@@ -87,6 +88,8 @@ def arguments(values: Mapping[str, Any], config: type[Config], source: str) -> l
             if not isinstance(value, bool):
                 raise ValueError(f"{source}: {key} must be true or false, not {value!r}")
             given.append(f"--{name}" if value else f"--no-{name}")
+        elif here[name].parse is settings and isinstance(value, dict):
+            given += [f"--{name}={one}={_listed(found)}" for one, found in value.items()]
         else:
             if isinstance(value, dict):
                 value = ",".join(f"{k}={v}" for k, v in value.items())
@@ -98,6 +101,14 @@ def arguments(values: Mapping[str, Any], config: type[Config], source: str) -> l
                 value = ",".join(map(str, value))
             given.append(f"--{name}={value}")
     return given
+
+
+def _listed(value: object) -> str:
+    """Return the values of an option that is swept as `fedlora.config.values.settings` reads them."""
+    values = value if isinstance(value, list) else [value]
+    found = [str(one).lower() if isinstance(one, bool) else ",".join(map(str, one)) if isinstance(one, list)
+             else str(one) for one in values]
+    return "".join(f"{one};" for one in found) if any("," in one for one in found) else ",".join(found)
 
 
 def as_toml(value: object) -> str:

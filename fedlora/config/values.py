@@ -254,6 +254,21 @@ def label_map(given: str) -> Mapping[str, str]:
     return pairs
 
 
+def settings(given: str) -> Mapping[str, tuple[str, ...]]:
+    """Parse NAME=VALUE,VALUE,… into {option's name: texts of its values}. Whoever uses them parses the values.
+
+    Semicolons separate values that contain commas: targets=query,value;all.
+    """
+    name, _, rest = given.partition("=")
+    name = name.strip().removeprefix("--").replace("_", "-")
+    parts = tuple(part.strip() for part in rest.split(";" if ";" in rest else ",") if part.strip())
+    if not name or not parts:
+        raise argparse.ArgumentTypeError(f"{given!r} is not of the form NAME=VALUE,VALUE,…, as in rank=2,8")
+    if twice := [part for at, part in enumerate(parts) if part in parts[:at]]:
+        raise argparse.ArgumentTypeError(f"{given!r} names the value {twice[0]} twice; name each once")
+    return {name: parts}
+
+
 DELIMITERS: Mapping[str, str] = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|"}
 """Words for separators, which need no quotation marks on a command line."""
 
@@ -288,5 +303,5 @@ def chosen(choices: Choices) -> Sequence[str]:
     return choices() if callable(choices) else choices
 
 
-ADD_UP = (columns, label_map, numbers, whole_numbers)
+ADD_UP = (columns, label_map, numbers, whole_numbers, settings)
 """Parsers of options that can be given several times; the values are then merged."""

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import simulate
-    from .outcome import SimulatedRun, Simulation
+    from .outcome import Simulation
+    from .results import Result
 
-__all__ = ["SimulatedRun", "Simulation", "simulate"]
+__all__ = ["Result", "Simulation", "simulate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,5 +21,5 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from . import outcome
 
-        return getattr(outcome, name)
+        return getattr(outcome, name)  # it imports `Result`
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

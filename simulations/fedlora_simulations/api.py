@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fedlora.config import SimulationConfig
 from fedlora.config.parser import given_in_python
 
-from .cli import quiet_clients, run, set_environment
+from .cli import quiet_clients, set_environment
 
 if TYPE_CHECKING:  # the environment is set before these are imported
     from rich.console import Console
@@ -43,6 +43,8 @@ def simulate(config: SimulationConfig | Path | str | None = None, /, *, console:
         raise ValueError("simulate(): dry_run works only with the command fedlora-simulate; leave it out")
     set_environment()
     from rich.console import Console
+
+    from .running import run
 
     with quiet_clients():
         done = run(read, console, Console(file=io.StringIO()))

@@ -1,11 +1,14 @@
-"""Comparison of several methods over several seeds: a table, a JSON file and a picture with error bars."""
+"""Comparison of several methods over several seeds: a table, a JSON file and a picture with error bars.
+
+`tables`, `latex` and `compare_page` show sweeps, and what several commands have run.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from fedlora.figures import title
 from fedlora.quantities import quantity
 from fedlora_server.observer import jsonable
 
+from .results import Result, of_run
 from .simulated_run import Simulated
 
 
@@ -36,6 +40,9 @@ class Comparison:
         bytes_down: mean bytes that a client receives in a round.
         rounds: number of rounds.
         seconds: mean duration of a run, over the seeds.
+        settings: swept option → its value; empty without a sweep.
+        seeds: the seeds, in the order of `values`.
+        tuned: option that --tune chose → its value.
     """
 
     method: str
@@ -49,29 +56,47 @@ class Comparison:
     bytes_down: float
     rounds: int
     seconds: float
+    settings: Mapping[str, str] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+    tuned: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The method with its setting, for a picture."""
+        return ", ".join((self.method, *(f"{name}={value}" for name, value in self.settings.items())))
+
+
+MOST_DRAWN = 12
+"""Most methods and settings that comparison.png shows. compare.html shows more."""
 
 
 def summarize(runs: Sequence[Simulated]) -> Comparison:
     """Summarize the runs of one method, one run for each seed."""
-    first = runs[0]
-    last = first.result.records[-1].evaluation if first.result.records else {}
-    metric = first.federation.task.metric if last else None
-    curve, values, before = [], [], []
+    return summarize_results([of_run(run) for run in runs], {})
+
+
+def summarize_results(results: Sequence[Result], settings: Mapping[str, str]) -> Comparison:
+    """Summarize the results of one method and one setting, one result for each seed.
+
+    Args:
+        results: the results.
+        settings: swept option → its value.
+    """
+    first = results[0]
+    metric, curve, values, before = first.metric, [], [], []
     if metric:
-        histories = [{r.round: r.evaluation[metric] for r in run.result.records if metric in r.evaluation}
-                     for run in runs]
+        histories = [{one.round: one.figures[metric] for one in result.evaluated} for result in results]
         for number in sorted(set.intersection(*map(set, histories))):
             curve.append((number, *mean_and_deviation([history[number] for history in histories])))
-        values = [history[max(history)] for history in histories]
-        before = [history[0] for history in histories]
-    uploads = sum(len(record.uploaded) for run in runs for record in run.result.records)
+        values, before = [result.value for result in results], [result.before for result in results]
+    uploads = sum(result.uploads for result in results)
     return Comparison(
-        str(first.method), metric, tuple(values), tuple(before), tuple(curve),
-        epsilon=max(epsilon for run in runs for epsilon in run.epsilons.values()),
-        values_up=first.federation.adapted.layout.num_trained,
-        bytes_up=sum(run.bytes_up for run in runs) / max(1, uploads),
-        bytes_down=sum(run.bytes_down for run in runs) / max(1, uploads),
-        rounds=first.result.rounds, seconds=mean_and_deviation([run.seconds for run in runs])[0])
+        first.method, metric, tuple(values), tuple(before), tuple(curve),
+        epsilon=max(result.epsilon for result in results), values_up=first.values_up,
+        bytes_up=sum(result.bytes_up for result in results) / max(1, uploads),
+        bytes_down=sum(result.bytes_down for result in results) / max(1, uploads),
+        rounds=first.last_round, seconds=mean_and_deviation([result.seconds for result in results])[0],
+        settings=settings, seeds=tuple(result.seed for result in results), tuned=first.tuned)
 
 
 def table(comparisons: Sequence[Comparison]) -> Table:
@@ -93,12 +118,18 @@ def table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def save(folder: Path, comparisons: Sequence[Comparison], about: Mapping[str, object]) -> None:
-    """Write comparison.json, and comparison.png if there is a metric to plot; `about` goes into the JSON."""
-    runs = [asdict(c) | {"epsilon": None if math.isinf(c.epsilon) else c.epsilon} for c in comparisons]
+    """Write comparison.json, and comparison.png if there is a metric to plot for no more than `MOST_DRAWN` curves.
+
+    Args:
+        folder: the folder to write them to.
+        comparisons: the summaries, at least one.
+        about: goes into the JSON too.
+    """
+    runs = [asdict(c) | {"epsilon": c.epsilon if math.isfinite(c.epsilon) else None} for c in comparisons]
     (folder / "comparison.json").write_text(json.dumps(jsonable({
         **about, "noise": "seeded and repeatable: no ε holds for these very outputs", "methods": runs}),
         indent=1, allow_nan=False))
-    if comparisons[0].metric:
+    if comparisons[0].metric and len(comparisons) <= MOST_DRAWN:
         style.save(drawn(comparisons), folder / "comparison.png")
 
 
@@ -109,30 +140,31 @@ def drawn(comparisons: Sequence[Comparison]) -> Figure:
     for i, c in enumerate(comparisons):
         rounds, mean, deviation = (list(column) for column in zip(*c.curve, strict=True))
         look = style.series(i)
-        curves.plot(rounds, mean, label=c.method, **look.line(len(rounds)))
+        curves.plot(rounds, mean, label=c.label, **look.line(len(rounds)))
         curves.fill_between(rounds, [m - d for m, d in zip(mean, deviation, strict=True)],
                             [m + d for m, d in zip(mean, deviation, strict=True)], color=look.colour, alpha=0.15, lw=0)
         average, spread = mean_and_deviation(c.values)
         if math.isfinite(average):
-            bars.barh(c.method, average, xerr=spread or None, color=look.colour, ecolor=style.INK, capsize=3)
+            bars.barh(c.label, average, xerr=spread or None, color=look.colour, ecolor=style.INK, capsize=3)
             bars.annotate(f" {average:.3f}", (average + spread, i), va="center", color=style.INK, fontsize=9)
         else:
-            bars.barh(c.method, 0)
+            bars.barh(c.label, 0)
             bars.annotate(" diverged", (0, i), va="center", color=style.INK, fontsize=9)
     bars.invert_yaxis()
     curves.xaxis.get_major_locator().set_params(integer=True)
     metric = title(comparisons[0].metric or "")
     curves.set(xlabel="round", title=f"{metric} after each evaluated round")
     style.explain(curves)
-    epsilon = comparisons[0].epsilon
+    epsilons = sorted({c.epsilon for c in comparisons})
+    told = ("not private" if math.isinf(epsilons[0]) else f"ε = {epsilons[0]:.1f} per client"
+            if len({f"{one:.1f}" for one in epsilons}) == 1 else "several ε")
     seeds = sorted({len(c.values) for c in comparisons})  # counts differ if a run of the last seed failed
     counted = f"{' or '.join(map(str, seeds))} seed{'s' * (seeds[-1] > 1)}"
     finite = [value for c in comparisons for value in c.values if math.isfinite(value)]
     bars.set(title=f"{metric} after the last round", xlim=(0, 1.2 * max(finite, default=1.0)))
     style.finish(curves)
     style.finish(bars, grid="x")
-    private = "not private" if math.isinf(epsilon) else f"Îµ = {epsilon:.1f} per client"
-    style.head(figure, f"{private}, mean and deviation of {counted}")
+    style.head(figure, f"{told}, mean and deviation of {counted}")
     return figure
 
 

@@ -25,7 +25,6 @@ from fedlora.adapters.card import loading_code
 from fedlora.config import SimulationConfig, read_config
 from fedlora.plan import Refused
 from fedlora.privacy import Ledger
-from fedlora.quantities import quantity
 from fedlora_server.folders import claimed_folder
 from fedlora_server.summary import summary
 from fedlora_strategies.recipe import RECIPES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +14,13 @@ from rich.table import Table
 from fedlora.config import SimulationConfig
 from fedlora.data import Rows
 from fedlora.plan import ROW
-from fedlora.privacy import Budget, nominal_size
+from fedlora.privacy import Budget, nominal_size, short
 from fedlora.privacy.rng import RunStreams
 from fedlora.quantities import duration
 from fedlora.training import Trainer, TrainingJob
 from fedlora.training.timing import alike, seconds_of_steps
 from fedlora_client.terms import Limits
 from fedlora_server.dry_run import noise_of, show_plan, traffic
-from fedlora_server.folders import check_free
 from fedlora_server.run_setup import (
     BaseModel,
     Federation,
@@ -34,6 +34,7 @@ from fedlora_server.settings import settings
 
 from .population import Method, Population
 from .simulated_run import compiles_here
+from .sweep import Setting
 from .worker import threads_each
 
 STEPS = 2
@@ -72,8 +73,6 @@ def dry_run(options: SimulationConfig, methods: Sequence[Method], base: BaseMode
     Raises:
         ValueError: the options do not fit the model, the data or each other.
     """
-    if options.out is not None:
-        check_free(options.out)
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     seeds = len(options.seeds)
     for column in ("method", "a round", "training", "evaluation", f"{seeds} seed{'s' * (seeds > 1)}"):
@@ -108,6 +107,60 @@ def dry_run(options: SimulationConfig, methods: Sequence[Method], base: BaseMode
             f", if {options.workers} workers do not slow each other down" if options.workers > 1 else "") + (
             "; --batch-clients will be faster" if options.batch_clients > 1 else "") + ".")
     console.print("Nothing was started, and nothing was written.")
+
+
+def dry_run_of_a_sweep(options: SimulationConfig, runs: Sequence[tuple[Setting, Method, BaseModel, Population]],
+                       trials: int, console: Console) -> None:
+    """Show one line for each method and setting, with its noise and time. No run is started and no file is written.
+
+    Args:
+        options: the options of fedlora-simulate, checked.
+        runs: setting, method, base model, and the clients and rows of the first seed.
+        trials: number of trials of --tune for each method and setting.
+        console: where it is shown.
+
+    Raises:
+        ValueError: the options do not fit the model, the data or each other.
+    """
+    seeds, timed, whole = len(options.seeds), dict[str, Forecast](), 0.0
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    swept = list(runs[0][0].values)
+    for column in (*swept, "method", "σ", "a round", "one run", f"{seeds} seed{'s' * (seeds > 1)}"):
+        table.add_column(column, justify="left" if column in (*swept, "method") else "right", no_wrap=True)
+    for setting, method, base, population in runs:
+        own = method.options(setting.options)
+        steps = planned(own, method.strategy)
+        sigmas: list[float] = []
+        if own.privacy == "required":
+            times = (own.max_participations or steps.rounds) * steps.local_steps
+            sigmas = sorted({budget.noise_multiplier(steps.batch_size, times)
+                             for budget in budgets(own, population).values()})
+        noise = " to ".join(dict.fromkeys(map(short, (sigmas[0], sigmas[-1])))) if sigmas else "none"
+        told = ["", "", ""]
+        if options.engine != "ray":
+            found = timed.get(_alike(own, method))
+            if found is None:
+                federation = prepare(own, method.strategy, base, population.labels, options.seeds[0])
+                found = timed[_alike(own, method)] = forecast(own, federation, population)
+            run = found.training + found.evaluation
+            whole += seeds * run + trials * found.training
+            told = [duration(found.a_round), duration(run), duration(seeds * run)]
+        table.add_row(*setting.values.values(), str(method), noise, *told)
+    console.print(table)
+    console.print(f"{len(runs) * seeds} runs, each with one method, one seed and one value of each swept option"
+                  + (f"; before them {len(runs) * trials} of --tune" if trials else "") + ".")
+    if options.engine == "ray":
+        console.print("Time: Ray's machines decide, so no forecast is made.")
+    else:
+        console.print(f"{duration(whole)} in all, from a few steps with made-up records as long as a client's, on this "
+                      "machine as busy as it is now.")
+    console.print("Nothing was started, and nothing was written.")
+
+
+def _alike(options: SimulationConfig, method: Method) -> str:
+    """Return what tells apart runs that may take different times. A finite ε makes no difference."""
+    return repr((replace(options, epsilon=1.0 if options.privacy == "required" else math.inf),
+                 str(method)))
 
 
 def budgets(options: SimulationConfig, population: Population) -> dict[str, Budget]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,66 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from fedlora.plan import RunPlan
-from fedlora_server.checkpoint import REPORT
-from fedlora_server.observer import RoundRecord
-
 from .comparison import Comparison, drawn, table
-from .simulated_run import Simulated
-
-
-@dataclass(frozen=True)
-class SimulatedRun:
-    """One method with one seed.
-
-    Attributes:
-        method: the method, as --strategy names it.
-        seed: the seed.
-        plan: what the clients were told.
-        records: one for each finished round, and one for round 0 if the start was evaluated.
-        epsilon: largest ε of all clients, which the same run would have in a deployment; infinite without privacy.
-        bytes_up: bytes that all clients sent.
-        bytes_down: bytes that all clients received.
-        seconds: seconds from the start of the first round to the end of the last one.
-        folder: the run's folder.
-    """
-
-    method: str
-    seed: int
-    plan: RunPlan
-    records: tuple[RoundRecord, ...]
-    epsilon: float
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    folder: Path
-
-    @classmethod
-    def of(cls, done: Simulated, folder: Path) -> SimulatedRun:
-        """Return what remains of a run that has ended, without its model.
-
-        Args:
-            done: the run.
-            folder: its folder.
-        """
-        return cls(str(done.method), done.seed, done.federation.plan, done.result.records,
-                   max(done.epsilons.values()), done.bytes_up, done.bytes_down, done.seconds, folder)
-
-    @property
-    def figures(self) -> Mapping[str, float]:
-        """The figures on the held-out rows after the last round, never the best one; empty without --eval-data."""
-        return self.records[-1].evaluation if self.records else {}
-
-    @property
-    def adapter(self) -> Path:
-        """The folder of the adapter, in PEFT's format."""
-        return self.folder / "adapter"
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """The content of report.json."""
-        report: dict[str, Any] = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
-        return report
+from .results import Result
 
 
 @dataclass(frozen=True)
@@ -80,12 +20,17 @@ class Simulation:
     Attributes:
         folder: the folder with the comparison and the folders of the runs.
         comparisons: for each method, the summary over its seeds.
-        runs: the runs, those of one method together.
+        runs: the results, in the order in which they were run.
     """
 
     folder: Path
     comparisons: tuple[Comparison, ...]
-    runs: tuple[SimulatedRun, ...]
+    runs: tuple[Result, ...]
+
+    @property
+    def failed(self) -> tuple[Result, ...]:
+        """The runs that ended early, which only a sweep goes on after."""
+        return tuple(run for run in self.runs if run.status != "finished")
 
     @property
     def adapter(self) -> Path:
@@ -116,6 +61,6 @@ class Simulation:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one mapping for each run, with its figures by name, as a data frame or a CSV file takes them."""
-        return [{"method": run.method, "seed": run.seed, "epsilon": run.epsilon, "rounds": run.records[-1].round,
+        return [{"method": run.method, "seed": run.seed, **run.swept, "epsilon": run.epsilon, "rounds": run.last_round,
                  **run.figures, "bytes_up": run.bytes_up, "bytes_down": run.bytes_down, "seconds": run.seconds}
                 for run in self.runs]

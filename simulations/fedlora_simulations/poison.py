@@ -40,7 +40,8 @@ HONEST = "honest"
 RESULT = "poison.json"
 """File name of the results."""
 
-FIXED = ("privacy", "epsilon", "workers", "batch_clients", "engine", "ray_address", "dry_run")
+FIXED = ("privacy", "epsilon", "workers", "batch_clients", "engine", "ray_address", "dry_run", "sweep", "resume",
+         "reference", "tune", "tune_budget")
 """Options of a simulation that this command sets itself."""
 
 Sent = Callable[[Tensors, Tensors, Sequence[Tensors]], Tensors]

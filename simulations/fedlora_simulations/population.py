@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -69,6 +71,13 @@ class Population:
         """Return the number of privacy units of each client, by client name."""
         return {name: unit_count(self.rows.take(part)) for name, part in self.parts.items()}
 
+    @cached_property
+    def digests(self) -> Mapping[str, str | None]:
+        """Return the SHA-256 of the rows, of their split, and of the held-out rows, whatever their files are called."""
+        split = json.dumps({name: part.tolist() for name, part in self.parts.items()}, sort_keys=True)
+        return {"rows_sha256": _digest(self.rows), "split_sha256": hashlib.sha256(split.encode()).hexdigest(),
+                "held_out_sha256": None if self.held_out is None else _digest(self.held_out)}
+
     def records(self, task: Task) -> Mapping[str, Records]:
         """Return the encoded rows of each client, by client name. They are encoded once, for all runs."""
         for name in self.parts.keys() - self._encoded.keys():
@@ -77,6 +86,14 @@ class Population:
                 log.warning("%s: %d rows are left out: no label, or no answer within --max-length", name,
                             records.left_out)
         return self._encoded
+
+
+def _digest(rows: Rows) -> str:
+    found = hashlib.sha256()
+    for column in (rows.kind, rows.texts, rows.seconds, rows.messages, rows.labels, rows.units, rows.values,
+                   rows.otherwise):
+        found.update(json.dumps(column, default=str).encode() + b"\n")
+    return found.hexdigest()
 
 
 def populate(options: SimulationConfig, seed: int) -> Population:

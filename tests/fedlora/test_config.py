@@ -154,7 +154,8 @@ def test_an_option_and_the_value_of_the_plan_that_has_its_name_have_one_type():
 def test_a_field_that_two_commands_have_is_declared_once_for_both():
     kinds = {kind for config in CONFIGS.values() for kind in config.__mro__ if dataclasses.is_dataclass(kind)}
     owners = Counter(name for kind in kinds for name in set(kind.__annotations__) - {"command", "forms", "fixed"})
-    assert {name for name, count in owners.items() if count > 1} == {"strategy", "model", "labels"}, "they mean others"
+    assert {name for name, count in owners.items() if count > 1} == {
+        "strategy", "model", "labels", "resume"}, "they mean others"
 
 
 def test_a_config_is_frozen_and_names_only_what_is_known():

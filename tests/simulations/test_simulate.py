@@ -15,7 +15,7 @@ from fedlora.config import SimulationConfig, read_config
 from fedlora.privacy import calibrate
 from fedlora_server import folders, round_state, run_setup
 from fedlora_server.run_setup import without_effect
-from fedlora_simulations import comparison, population, simulated_run
+from fedlora_simulations import comparison, population, running, simulated_run
 from fedlora_simulations.cli import main
 from fedlora_simulations.simulated_run import allow_open_files, compiles_here
 from fedlora_strategies import FedSB
@@ -73,8 +73,8 @@ def test_a_comparison_is_left_of_what_was_finished_before_a_run_failed(arguments
             raise ValueError("the disk is full")
         return simulated(options, method, *others, **named)
 
-    simulated = simulated_run.simulate
-    monkeypatch.setattr(simulated_run, "simulate", failing)
+    simulated = running.simulate
+    monkeypatch.setattr(running, "simulate", failing)
     assert main([*arguments, "--strategy=ffa-lora,fed-sb", "--rounds=1"]) == 2
     assert "the disk is full" in capsys.readouterr().err
     [done] = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
