@@ -22,6 +22,7 @@ import pytest
 from fedlora.config import CONFIGS
 from fedlora.config.toml import file_arguments, keys
 from fedlora.privacy import Policy
+from fedlora_simulations.reference import read_published
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -178,6 +179,8 @@ def test_every_documented_toml_is_read_by_what_it_is_written_for(block, tmp_path
     elif table.keys() & CONFIGS.keys() or table.keys() <= {key for config in CONFIGS.values() for key in keys(config)}:
         for config in CONFIGS.values():
             assert file_arguments(path, config)
+    elif "figure" in table:
+        assert read_published(path)
     else:
         assert "superlink" in table, f"{block.where}: neither a policy, nor options, nor Flower's configuration"
 
