@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for _, module in groupby(others, key=lambda item: item.path):
         items += (tests := list(module))
         done += len(tests)
-        stop = len(waiting) * done // len(others)
+        stop = max(placed, len(waiting) * done // len(others))
         items += waiting[placed:stop]
         placed = stop
     items += waiting[placed:]
