@@ -45,6 +45,8 @@ def write(folder: Path, results: Sequence[Result], *, heading: str, baseline: st
           about: Mapping[str, object] | None = None) -> str:
     """Write all files of the comparison into a folder, and return a line about what could not be written, or "".
 
+    The page with pictures needs two results.
+
     Args:
         folder: the folder, which exists.
         results: the results, at least one.
@@ -69,6 +71,8 @@ def write(folder: Path, results: Sequence[Result], *, heading: str, baseline: st
     ended = [group for group in groups if group.ended or not group.failed]
     if ended:
         save(folder, [summarize_results(group.ended or group.results, group.settings) for group in ended], about or {})
+    if len(results) == 1:  # a page of one run would show nothing that its own pictures do not
+        return ""
     if not compare_page.available():
         return compare_page.MISSING
     replace_file(folder / compare_page.FILE, page(groups, found, published, told, heading).encode(), 0o666)
