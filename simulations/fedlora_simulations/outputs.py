@@ -35,7 +35,8 @@ def show(results: Sequence[Result], console: Console, *, baseline: str | None = 
     groups = grouped(results)
     found = differences(groups, baseline)
     shown = terminal(groups, found, published)
-    if found and console.measure(shown).maximum > console.width:  # a cell that is cut off says something else
+    wide = console.options.update(max_width=1000)
+    if found and console.measure(shown, options=wide).maximum > console.width:  # a cut figure is another figure
         shown = terminal(groups, (), published)
     console.print(shown)
 

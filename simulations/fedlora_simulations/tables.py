@@ -127,12 +127,13 @@ def terminal(groups: Sequence[Group], differences: Sequence[Difference],
     notes = [f"the {left_out} last of {len(groups)} lines are left out here"] if left_out > 0 else []
     shown = Table(box=None, pad_edge=False, padding=(0, 1), title_justify="left", caption_justify="left",
                   title=compared(differences) or None, caption="; ".join(notes) or None)
-    has_tuned = any(map(tuned, groups))
+    has_tuned, has_epsilon = any(map(tuned, groups)), "epsilon" not in settings
     names = (*settings, "method", "n", metric, *(("difference",) if differences else ()),
-             *(("published",) if published else ()), "ε", *(("chosen",) if has_tuned else ()))
+             *(("published",) if published else ()), *(("ε",) if has_epsilon else ()),
+             *(("chosen",) if has_tuned else ()))
     for name in names:
-        shown.add_column(name, justify="left" if name in (*settings, "method", "chosen") else "right",
-                         no_wrap=name != "chosen", overflow="fold")
+        words = name in (*settings, "method", "chosen")  # those may break, so that no figure is cut
+        shown.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     before: list[str] = []
     for group in groups[:MOST_SHOWN]:
         values = list(group.settings.values())
@@ -143,7 +144,8 @@ def terminal(groups: Sequence[Group], differences: Sequence[Difference],
             cells.append(change(by_group.get(id(group))))
         if published:
             cells.append(str(published_for(group, published) or ""))
-        shown.add_row(*cells, spent(group.epsilon), *((tuned(group),) if has_tuned else ()))
+        cells += [spent(group.epsilon)] * has_epsilon + [tuned(group)] * has_tuned
+        shown.add_row(*cells)
     return shown
 
 
