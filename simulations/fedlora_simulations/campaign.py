@@ -141,7 +141,10 @@ def _check(campaign: Campaign, setting: Setting, dealt: dict[tuple[str, int], Po
     if key_of(options) not in campaign.populations:
         campaign.populations[key_of(options)] = populate(options, options.seeds[0])
     for seed in options.seeds:
-        population = dealt.setdefault((key_of(options), seed), campaign.population(setting, seed))
+        key = key_of(options), seed
+        if key not in dealt:
+            dealt[key] = campaign.population(setting, seed)
+        population = dealt[key]
         check_sizes(options, campaign.methods, population, seed)
         for method in campaign.methods:
             fewest_uploads(method.options(options), method.strategy, len(population.parts))
@@ -155,18 +158,18 @@ def prepare_all(campaign: Campaign) -> None:
     The first one is prepared when its run begins. Values that cannot make a difference here are not tried.
     """
     tried: list[SimulationConfig] = []
-    seed = campaign.options.seeds[0]
     for setting in campaign.settings:
-        population = campaign.populations[key_of(setting.options)]
-        for method in campaign.methods:
-            own = replace(method.options(setting.options), epsilon=1.0, delta=None, declared_size=None, partition="",
-                          clients=None, clients_per_round=None, strategy=(method.strategy,))
-            if own in tried:
-                continue
-            tried.append(own)
-            if len(tried) > 1:
-                try:
-                    prepare(method.options(setting.options), method.strategy, campaign.base(setting),
-                            population.labels, seed)
-                except ValueError as error:
-                    raise ValueError(f"{setting.before}{error}") from error
+        population, tuning = campaign.populations[key_of(setting.options)], campaign.tuning
+        for variant in [setting.options] if tuning is None else [own for _, own in tuning.trials(setting.options)]:
+            for method in campaign.methods:
+                own = method.options(variant)
+                alike = replace(own, epsilon=1.0, delta=None, declared_size=None, partition="", clients=None,
+                                clients_per_round=None, strategy=(method.strategy,))
+                if alike in tried:
+                    continue
+                tried.append(alike)
+                if len(tried) > 1:
+                    try:
+                        prepare(own, method.strategy, campaign.base(setting), population.labels, own.seeds[0])
+                    except ValueError as error:
+                        raise ValueError(f"{setting.before}{error}") from error

@@ -25,8 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import fedlora
 from fedlora.config import SimulationConfig, options_of
 from fedlora.files import replace_file
@@ -37,6 +35,7 @@ from fedlora_server.run_setup import BaseModel, planned, recipe_of, resolved
 from fedlora_strategies import strategy_class
 
 from .population import Method, Population
+from .simulate import threads_of
 from .sweep import ELSEWHERE
 
 FORMAT = 1
@@ -92,7 +91,7 @@ class Cell:
         device = resolve_device(options.device)
         computed = {name: getattr(options, name) for name in HOW} | {
             "device": str(device), "precision": resolve_precision(options.precision, device),
-            "threads": options.threads or torch.get_num_threads()}
+            "threads": threads_of(options, min(options.workers, len(population.parts)))}
         return cls(method, seed, values, options, identity(options, method, seed, base, population), computed,
                    tuned or {})
 

@@ -143,7 +143,7 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
             delta=max((session.terms.delta for session in sessions.values() if session.terms.delta), default=None))
         if out is not None:
             computed = {"device": str(trainer.device), "precision": trainer.precision,
-                        "threads": _threads(options, count)}
+                        "threads": threads_of(options, count)}
             write_report(out, federation, result,
                          options=resolved(options, method.strategy) | {"seed": seed} | computed)
     finally:
@@ -172,7 +172,7 @@ def _engine(options: SimulationConfig, federation: Federation, base: BaseModel, 
         raise ValueError(f"--ray-address {options.ray_address} needs --engine ray")
     if options.engine == "ray" or count > 1:
         blueprint = Blueprint(federation.plan, base.path, options.device, options.precision, options.micro_batch,
-                              _threads(options, count), options.compile, together=options.batch_clients > 1)
+                              threads_of(options, count), options.compile, together=options.batch_clients > 1)
         workers: Workers = (RayWorkers(blueprint, count, options.ray_address) if options.engine == "ray"
                             else ProcessWorkers(blueprint, count))
     elif options.batch_clients > 1:
@@ -182,7 +182,7 @@ def _engine(options: SimulationConfig, federation: Federation, base: BaseModel, 
     return WorkerEngine(sessions, run_id, layout, workers, group=options.batch_clients)
 
 
-def _threads(options: SimulationConfig, workers: int) -> int:
+def threads_of(options: SimulationConfig, workers: int) -> int:
     """Return the CPU threads of each process that trains: of each of so many workers, or of this process."""
     if options.threads is not None:
         return options.threads

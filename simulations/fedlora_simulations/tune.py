@@ -22,6 +22,7 @@ from fedlora.config import SimulationConfig
 from fedlora.figures import title
 from fedlora.files import replace_file
 from fedlora_server.observer import jsonable
+from fedlora_server.run_setup import planned
 
 from .population import Method, Population, check_sizes
 from .results import LOWER_IS_BETTER, Result
@@ -95,11 +96,16 @@ class Tuning:
             ValueError: they cannot.
         """
         fewer = self.population(options, population, options.seeds[0])
-        for _, own in self.trials(options):
+        for texts, own in self.trials(options):
+            try:
+                for method in methods:
+                    planned(method.options(own), method.strategy)
+            except ValueError as error:
+                raise ValueError(f"--tune {told(texts)}: {error}") from None
             try:
                 check_sizes(own, methods, fewer, options.seeds[0])
             except ValueError as error:
-                raise ValueError(f"--tune trains on four fifths of the rows: {error}") from None
+                raise ValueError(f"--tune {told(texts)}, on four fifths of the rows: {error}") from None
 
     def trials(self, options: SimulationConfig) -> Iterator[tuple[Mapping[str, str], SimulationConfig]]:
         """Yield each candidate's values, and the options of its run, for one setting.
