@@ -223,7 +223,7 @@ class RunConfig(Config):
     adjustment: str = option("none", "change to each step's noised gradient before the optimizer takes it", TUNING,
                              choices=lambda: ("none", *registry.keys(FOUND["adjustment"])), plan="adjustment")
     track: tuple[str, ...] = option(
-        (), f"what records the run besides {' and '.join(USUAL_TRACKERS)}; no-NAME, as in no-{USUAL_TRACKERS[-1]}, "
+        (), f"what records the run besides {', '.join(USUAL_TRACKERS)}; no-NAME, as in no-{USUAL_TRACKERS[-1]}, "
         "leaves out one of those", RUN, values.several(_tracked, "tracker"), keys=TRACKERS, metavar="A[,B…]", place=6,
         example='["csv"]')
     head_scale: float | None = option(None, "factor on the gradient of the classifier's head before clipping", TUNING,

@@ -159,8 +159,8 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     stop = stopping.asked
     tell_about(console, run=run_id)
     watched = Watched(f"{options.strategy}, {base.title}", out, console, resolved(options, options.strategy), run_id,
-                      tls.certificate.fingerprint if tls else "", Progress(options.round_timeout),
-                      lambda: _joined(engine, before))
+                      tls.certificate.fingerprint if tls else "", progress=Progress(options.round_timeout),
+                      joined=lambda: _joined(engine, before))
     operations = held.enter_context(Operations(options, watched, stopping, tls))
     audit = AuditLog(watched, proposal.plan, stop, lambda reason: trackers.held_up(reason), left)
     trackers = Trackers(options.trackers, watched, {

@@ -35,7 +35,7 @@ from fedlora_server.run_setup import BaseModel, planned, recipe_of, resolved
 from fedlora_strategies import strategy_class
 
 from .population import Method, Population
-from .simulate import threads_of
+from .simulated_run import threads_of
 from .sweep import ELSEWHERE
 
 FORMAT = 1

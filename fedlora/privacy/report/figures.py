@@ -107,9 +107,10 @@ def figures(label: str, steps: int, history: tuple[Spend, ...], delta: float | N
 def best_attack(history: tuple[Spend, ...]) -> dict[str, Any] | None:
     """Return the most that an attacker can achieve against one unit after these steps, as JSON; None if unbounded."""
     most = attack(history)
-    return most and {"even_odds": most.even_odds,
-                     "found": [{"false_alarms": rate, "at_most": found}
-                               for rate, found in zip(FALSE_ALARMS, most.found, strict=True)]}
+    if most is None:
+        return None
+    return {"even_odds": most.even_odds, "found": [{"false_alarms": rate, "at_most": found}
+                                                   for rate, found in zip(FALSE_ALARMS, most.found, strict=True)]}
 
 
 def steps_of(report: Document) -> dict[str, int]:
