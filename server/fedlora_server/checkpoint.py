@@ -250,10 +250,10 @@ def options_of(folder: Path) -> dict[str, object]:
         ValueError: the folder holds no run.
     """
     options: dict[str, Any] = _about(folder)["options"]
-    if "trackers" in options:  # before --track, the option named all trackers, the usual ones too
+    if "trackers" in options:  # before --track, the option named all trackers, and these two were the usual ones
         named = options.pop("trackers")
         track = [*(name for name in named if name not in USUAL_TRACKERS),
-                 *(f"no-{name}" for name in USUAL_TRACKERS if name not in named)]
+                 *(f"no-{name}" for name in ("console", "plots") if name not in named)]
         options |= {"track": track} if track else {}
     return options
 
