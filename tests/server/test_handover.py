@@ -140,7 +140,7 @@ def test_a_base_model_elsewhere_is_named_and_another_one_is_not_taken(classifier
 
 @pytest.mark.parametrize(("change", "reason"), [
     (lambda run: shutil.rmtree(run), "is not a folder; name the --out folder of a run"),
-    (lambda run: (run / "run.json").unlink(), "as where a simulation was stopped"),
+    (lambda run: (run / "run.json").unlink(), "as where a simulation by an earlier version was stopped"),
     (lambda run: (run / "checkpoint.safetensors").unlink(), "no round of that run was finished"),
     (lambda run: (run / "checkpoint.safetensors").write_bytes(b"torn"), "is damaged, SafetensorError"),
     (lambda run: (run / "run.json").write_text("{"), "run.json cannot be read"),

@@ -40,8 +40,9 @@ def parser() -> Parser:
     card = made.add_argument_group("model card")
     card.add_argument("--data-description", type=parse.words, metavar="TEXT|@FILE", help="what the data were, in your "
                       "words, or in those of a file [that of the run]")
-    card.add_argument("--statements", type=parse.path, nargs="+", action="extend", default=[], metavar="privacy.json",
-                      help="privacy statements that clients signed and handed over: the card then says their ε")
+    card.add_argument("--statements", type=parse.path, nargs="+", action="extend", default=[],
+                      metavar="privacy.dsse.json", help="privacy reports that clients signed and handed over: the "
+                      "card then says their ε")
     card.add_argument("--public-key", type=_key, action="append", default=[], metavar="CLIENT=HEX", help="the key with "
                       "which a client must have signed its statement; get it from the institution. Give it once for "
                       "each client")

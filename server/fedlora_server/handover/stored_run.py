@@ -146,6 +146,6 @@ def _no_run(folder: Path) -> str:
         more = f" and {len(runs) - MOST_SHOWN} more" if len(runs) > MOST_SHOWN else ""
         return f"{folder} holds several runs; name one of them: {', '.join(runs[:MOST_SHOWN])}{more}"
     if (folder / checkpoint.STATE).is_file():
-        return (f"{folder} has neither {checkpoint.ABOUT} nor {checkpoint.REPORT}, as where a simulation was stopped: "
-                "nothing says what its checkpoint belongs to. Let the simulation finish")
+        return (f"{folder} has neither {checkpoint.ABOUT} nor {checkpoint.REPORT}, as where a simulation by an earlier "
+                "version was stopped: nothing says what its checkpoint belongs to. Start the simulation again")
     return f"{folder} has neither {checkpoint.ABOUT} nor {checkpoint.REPORT}; name the --out folder of a run"
