@@ -121,7 +121,7 @@ def test_a_config_and_a_file_are_checked_as_keywords_are_and_keywords_override_t
     with pytest.raises(TypeError, match="takes a ServerConfig, not a ClientConfig"):
         serve(ClientConfig())  # type: ignore[arg-type]
     (tmp_path / "run.toml").write_text("rounds = 0\n")
-    with pytest.raises(ValueError, match=r"serve\(\): --rounds: '0'"):
+    with pytest.raises(ValueError, match=r"^serve\(\): --config \S*run\.toml: --rounds: '0'"):
         serve(tmp_path / "run.toml")
     with pytest.raises(ValueError, match=r"join\(\): --epsilon: '-1'"):
         join(ClientConfig(epsilon=8.0), epsilon=-1)

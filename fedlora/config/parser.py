@@ -185,15 +185,18 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 def _given(parser: argparse.ArgumentParser, config: type[Config], argv: Sequence[str] | None,
            begun_with: Callable[[Path], Mapping[str, Any]] | None = None) -> dict[str, Any]:
     given = parser.parse_args(argv)
-    found: dict[str, Any] = {}
+    sources: dict[str, list[str]] = {}
     try:
         if begun_with is not None and "resume" in given:
-            begun = arguments(begun_with(given.resume), config, f"--resume {given.resume}")
-            found |= _parsed(parser, begun, f"--resume {given.resume}")
+            source = f"--resume {given.resume}"
+            sources[source] = arguments(begun_with(given.resume), config, source)
         if "config" in given:
-            found |= _parsed(parser, file_arguments(given.config, config), f"--config {given.config}")
+            sources[f"--config {given.config}"] = file_arguments(given.config, config)
     except ValueError as error:
         parser.error(str(error))
+    found: dict[str, Any] = {}
+    for source, told in sources.items():
+        found |= _parsed(parser, told, source)
     return found | vars(given)
 
 
