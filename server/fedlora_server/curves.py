@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedlora import figures
+from fedlora.quantities import decimal
 
 from .observer import RoundRecord
-from .quantities import decimal
 
 
 def panels_of(records: Sequence[RoundRecord]) -> list[list[str]]:

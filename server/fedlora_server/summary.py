@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora import figures
-
-from .quantities import decimal, duration, quantity
+from fedlora.quantities import decimal, duration, quantity
 
 
 def summary(report: Mapping[str, Any], more: Mapping[str, str] | None = None, *, adapter: Path | None = None,
