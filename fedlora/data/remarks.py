@@ -131,5 +131,6 @@ def _twice(rows: Rows, problems: Problems) -> None:
             again[file, other] += 1
     for (file, other), count in again.items():
         problems.remark(f"{shown(rows.files[file])} and {shown(rows.files[other])}",
-                        f"{count:,} rows have the same text in both files", "If one is a copy of the other, remove it: "
+                        f"{count:,} row{' has' if count == 1 else 's have'} the same text in both files",
+                        "If one is a copy of the other, remove it: "
                         "a row that is there twice counts twice, and ε protects only one of the two")

@@ -134,7 +134,8 @@ def traffic(federation: Federation, cohort: int) -> str:
     before = f", after {quantity(once)} down in its first one" if once else ""
     start = " The start from noised gradients, before round 1, is not counted." if plan.private_start else ""
     return (f"\nTraffic: each client and round {quantity(up)} up and {quantity(down)} down{before}; about "
-            f"{quantity(whole)} in all for {plan.rounds} rounds of {cohort} clients, without headers. "
+            f"{quantity(whole)} in all for {plan.rounds} round{'s' * (plan.rounds != 1)} of {cohort} client"
+            f"{'s' * (cohort != 1)}, without headers. "
             f"{federation.adapted.layout.num_trained:,} values are trained.{start}")
 
 
