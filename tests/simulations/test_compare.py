@@ -116,11 +116,11 @@ def test_markdown_and_the_terminal_show_every_group_with_its_difference():
     outputs.show(several(), console)
     shown = console.file.getvalue()
     assert max(map(len, shown.splitlines())) <= 80 and "0.817 ± 0.015" in shown and "+0.100 [" in shown
-    for width, there in ((80, False), (100, True)):
+    for width, there in ((70, False), (100, True)):
         console = Console(file=io.StringIO(), width=width)
         outputs.show(several(), console, published=[Published("fedsvd", {"epsilon": "1"}, 0.85, 0.01, "a paper")])
         shown = console.file.getvalue()
-        assert ("+0.100 [0.076, 0.124]" in shown) == there and "0.817 ± 0.015" in shown and "0.850 ± 0.010" in shown
+        assert ("+0.100 [" in shown) == there and "0.817 ± 0.015" in shown and "0.850 ± 0.010" in shown
     many = [result(seed=0, epsilon=float(epsilon)) for epsilon in range(1, 60)]
     console = Console(file=io.StringIO(), width=80)
     outputs.show(many, console)

@@ -49,8 +49,8 @@ def test_a_budget_leaves_values_drawn_at_random_and_says_so():
 
 @pytest.mark.parametrize(("given", "said"), [
     (["--tune=epsilon=1,2"], "epsilon cannot be tuned"), (["--tune=lr=1,2", "--sweep=lr=1,2"], "lr is swept too"),
-    (["--tune=rank=2,4000"], "4000"), (["--tune=dropout=0,0.1", "--epsilon=8", "--privacy=required"],
-                                       "--tune dropout=0.1: "),
+    (["--tune=rank=2,4000", "--strategy=fedsvd"], "4000"),
+    (["--tune=dropout=0,0.1", "--epsilon=8", "--privacy=required"], "--tune dropout=0.1: "),
     (["--tune=lrr=1"], "did you mean lr?"), (["--tune-budget=2"], "--tune-budget 2 is for --tune"),
     (["--tune=batch-size=8,28", "--epsilon=8", "--privacy=required"],
      "--tune batch-size=28, on four fifths of the rows: ")])
