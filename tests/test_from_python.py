@@ -86,7 +86,9 @@ def test_results_are_a_table_a_picture_rows_and_runs(notes, console):
     assert "fed-sb" in shown.file.getvalue() and "accuracy" in shown.file.getvalue()
     assert isinstance(result.plot(), Figure)
     rows = result.rows()
-    assert [row["seed"] for row in rows] == [0, 0, 1, 1] and {"epsilon", "accuracy", "bytes_up"} <= rows[0].keys()
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("fedsvd", 0), ("fedsvd", 1), ("fed-sb", 0), ("fed-sb", 1)]
+    assert {"epsilon_spent", "accuracy", "accuracy_low", "bytes_up"} <= rows[0].keys()
     csv.DictWriter(io.StringIO(), rows[0]).writerows(rows)
     with pytest.raises(ValueError, match=r"4 runs.*runs\[0\]"):
         _ = result.adapter

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from .comparison import Comparison, drawn, table
+from .pairing import grouped
 from .results import Result
+from .tables import Value, lines
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,6 @@ class Simulation:
                              "rows")
         return drawn(self.comparisons)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one mapping for each run, with its figures by name, as a data frame or a CSV file takes them."""
-        return [{"method": run.method, "seed": run.seed, **run.swept, "epsilon": run.epsilon, "rounds": run.last_round,
-                 **run.figures, "bytes_up": run.bytes_up, "bytes_down": run.bytes_down, "seconds": run.seconds}
-                for run in self.runs]
+    def rows(self) -> list[dict[str, Value]]:
+        """Return one mapping for each run, with the columns of results.csv, as a data frame takes them."""
+        return lines(grouped(self.runs))
