@@ -17,6 +17,9 @@ STRATEGIES = registry.keys(RECIPES)
 ROWS, COLUMNS = 7, 5
 """Shape of a target weight: (d_out, d_in)."""
 
+W0 = np.random.default_rng(3).standard_normal((ROWS, COLUMNS))
+"""The frozen weight of each target, for families that change its rows."""
+
 
 def layout_of(family: str, *, rank: int = 2, modules: tuple[str, ...] = ("layer.0.q", "layer.1.q"), head: bool = True,
               rows: int = ROWS, columns: int = COLUMNS) -> AdapterLayout:
@@ -33,8 +36,10 @@ def start_of(layout: AdapterLayout, seed: int) -> dict[str, np.ndarray]:
         draw = generator.standard_normal(spec.shape)
         if spec.name.endswith(".A"):
             draw = np.linalg.qr(draw.T)[0].T
-        elif spec.name.endswith(".B") and layout.family.name == "bra":
+        elif spec.name.endswith(".B") and not spec.trains:
             draw = np.linalg.qr(draw)[0]
+        elif spec.name.endswith(".V"):
+            draw = 1 / np.linalg.norm(W0, axis=1) if len(draw) == ROWS else np.ones(len(draw))
         else:
             draw = np.zeros(spec.shape)
         state[spec.name] = draw.astype(np.float32)
@@ -55,9 +60,13 @@ def plan_of(strategy: str, **changes) -> RunPlan:
 
 def update_of(state: Mapping[str, np.ndarray], module: str) -> np.ndarray:
     """Return the module's ΔW [rows, columns] in float64, by the definition of its family."""
+    if f"{module}.V" in state:
+        return (state[f"{module}.e"].astype(np.float64) * state[f"{module}.V"])[:, None] * W0
     B, A = (state[f"{module}.{factor}"].astype(np.float64) for factor in "BA")
-    R = state.get(f"{module}.R")
-    return B @ A if R is None else B @ R.astype(np.float64) @ A
+    for name, between in (("R", lambda R: R), ("e", np.diag)):
+        if f"{module}.{name}" in state:
+            B = B @ between(state[f"{module}.{name}"].astype(np.float64))
+    return B @ A
 
 
 class LinearSession:
@@ -115,9 +124,11 @@ class LinearSession:
         for module in self.layout.modules:
             residual = self.inputs @ update_of(state, module).T - self.outputs[module]
             G = residual.T @ self.inputs / len(self.inputs)  # gradient of ΔW
-            B, A = state[f"{module}.B"], state[f"{module}.A"]
+            B, A, V = (state.get(f"{module}.{factor}") for factor in "BAV")
             gradients = {"A": lambda G=G, B=B: B.T @ G, "B": lambda G=G, A=A: G @ A.T,
-                         "R": lambda G=G, A=A, B=B: B.T @ G @ A.T}
+                         "R": lambda G=G, A=A, B=B: B.T @ G @ A.T,
+                         "e": lambda G=G, A=A, B=B, V=V: np.diag(B.T @ G @ A.T) if V is None else (
+                             V * (G * W0).sum(1))}
             for name in (spec.name for spec in self.layout.trained if spec.sites == (module,)):
                 moved[name] = state[name] - lr * gradients[name.rpartition(".")[2]]()
         return moved

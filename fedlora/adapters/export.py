@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora import models
 from fedlora.adapters.attach import AdaptedModel
 from fedlora.adapters.card import card, padding_side
+from fedlora.adapters.family import LowRank, RowScale
 from fedlora.adapters.provenance import Provenance
 from fedlora.files import replace_file
 from fedlora.plan import Tensors
@@ -46,8 +47,9 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
            max_length: int | None = None, run: Provenance | None = None) -> Path:
     """Write an adapter as a PEFT folder.
 
-    Every family is written as plain LoRA, with the factors that its `update` returns. If ranks differ between modules,
-    PEFT's rank and alpha patterns hold them. The classifier, and all other parameters that are missing from the base
+    Every family with a low-rank update is written as plain LoRA, with the factors that its `update` returns. If ranks
+    differ between modules, PEFT's rank and alpha patterns hold them. Changed lengths of a weight's rows are written as
+    DoRA, of rank 1 with B = 0. The classifier, and all other parameters that are missing from the base
     checkpoint, are written whole as PEFT's modules_to_save. If only the head was trained, PEFT's placeholder stands in
     for the target modules.
 
@@ -74,25 +76,31 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
     for site in layout.sites:
-        factors = layout.family.update(tensors, site)
-        ranks[site.name] = rank = factors.A.shape[0]
-        alphas[site.name] = _integral(site.scaling * rank)
+        factors, alpha = layout.family.update(tensors, site), 1.0
+        if isinstance(factors, RowScale):
+            lengths = factors.lengths * (1 + site.scaling * factors.rows)
+            files[f"{_PREFIX}{site.name}.lora_magnitude_vector"] = torch.tensor(lengths.astype(np.float32))
+            factors = LowRank(B=np.zeros((site.d_out, 1)), A=np.zeros((1, site.d_in)))
+        else:
+            alpha = site.scaling * factors.A.shape[0]
+        ranks[site.name], alphas[site.name] = factors.A.shape[0], _integral(alpha)
         for factor, values in factors._asdict().items():
             files[f"{_PREFIX}{site.name}.lora_{factor}.weight"] = torch.tensor(values.astype(np.float32))
     for spec in layout.state:
         if spec.group == "head":
             files[f"{_PREFIX}{spec.name.removeprefix('head.')}"] = torch.tensor(tensors[spec.name])
     files |= {f"{_PREFIX}{name}": value for name, value in adapted.classifier.items()}
-    rank, alpha = next(iter(ranks.values()), 1), next(iter(alphas.values()), 1)
+    first_rank, first_alpha = next(iter(ranks.values()), 1), next(iter(alphas.values()), 1)
     bases = [adapted.base_layer(module) for module in layout.modules]
     config = LoraConfig(
         task_type=task_named(adapted.task).peft_type,
         base_model_name_or_path=repository, revision=commit or None, inference_mode=True,
-        r=rank, lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT annotates int, and takes floats
-        rank_pattern={name: own for name, own in ranks.items() if own != rank},
-        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
+        r=first_rank, lora_alpha=first_alpha,  # type: ignore[arg-type]  # PEFT annotates int, and takes floats
+        rank_pattern={name: own for name, own in ranks.items() if own != first_rank},
+        alpha_pattern={name: own for name, own in alphas.items() if own != first_alpha},
         target_modules=list(layout.modules) or DUMMY_TARGET_MODULES,
         modules_to_save=_modules_to_save(adapted) or None,
+        use_dora=any(name.endswith(".lora_magnitude_vector") for name in files),
         fan_in_fan_out=bool(bases) and all(isinstance(base, Conv1D) for base in bases))
     out_dir.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(out_dir))

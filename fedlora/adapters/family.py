@@ -77,17 +77,40 @@ class LowRank(NamedTuple):
     B: np.ndarray
     A: np.ndarray
 
+    def change(self, weight: np.ndarray) -> np.ndarray:
+        """Return ΔW / s, (d_out, d_in) float64, of a weight W0 of this shape."""
+        return self.B.astype(np.float64) @ self.A.astype(np.float64)
+
+
+class RowScale(NamedTuple):
+    """An update ΔW = s·diag(rows)·W0 of the lengths of the weight's rows, which no low rank can express.
+
+    Attributes:
+        rows: (d_out,) change of each row's length, as a share of the length.
+        lengths: (d_out,) the rows' lengths in W0.
+    """
+
+    rows: np.ndarray
+    lengths: np.ndarray
+
+    def change(self, weight: np.ndarray) -> np.ndarray:
+        """Return ΔW / s, (d_out, d_in) float64, of a weight W0 of this shape."""
+        change: np.ndarray = self.rows.astype(np.float64)[:, None] * weight
+        return change
+
 
 class Bases(NamedTuple):
     """The bases that a start provides for one site.
 
     Attributes:
-        A: (r, d_in). The rows of A span the inputs that the update reads.
+        A: (r, d_in). The rows of A span the inputs that the update reads. (0, d_in) if the start provides no A.
         B: (d_out, r). The columns of B span the outputs that it writes. None if the start provides no B.
+        V: (d_out,). One over the length of each row of W0. None if the start does not provide it.
     """
 
     A: torch.Tensor
     B: torch.Tensor | None
+    V: torch.Tensor | None = None
 
 
 Draw = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -147,7 +170,7 @@ class Family(ABC):
         name: class attribute, the family's key.
         exact: class attribute, whether ΔW is linear in the trained tensors. Then averaging the tensors averages the
             updates exactly, and no product of two noises occurs.
-        bases: class attribute, which bases the family takes from a start: ("A",) or ("A", "B").
+        bases: class attribute, which bases the family takes from a start: ("A",), ("A", "B") or ("V",).
     """
 
     name: ClassVar[str]
@@ -173,8 +196,8 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def update(self, state: Tensors, site: Site) -> LowRank:
-        """Return the factors of ΔW / s for a site, for export and for server steps that need the whole update."""
+    def update(self, state: Tensors, site: Site) -> LowRank | RowScale:
+        """Return ΔW / s for a site, for export and for server steps that need the whole update."""
 
 
 def family_of(name: str, options: Sequence[tuple[str, float]] = ()) -> Family:

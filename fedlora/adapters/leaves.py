@@ -164,7 +164,8 @@ class Diagonal(Leaf):
 
     @override
     def write(self, x: torch.Tensor, g: torch.Tensor, sink: Sink) -> None:
-        sink.write(self.scale, (g.float() * x.float()).sum(1))
+        if self.scale.requires_grad:
+            sink.write(self.scale, (g.float() * x.float()).sum(1))
 
     @override
     def input_gradient(self, g: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
@@ -35,7 +34,7 @@ def merge(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: str
           run: Provenance | None = None, dtype: torch.dtype = torch.float32) -> Path:
     """Write the base model with the adapter in its weights, as a folder that transformers loads without PEFT.
 
-    The sum W0 + s·B·A of each adapted layer is computed in float64 and rounded to float32, in which the run computed,
+    The sum W0 + ΔW of each adapted layer is computed in float64 and rounded to float32, in which the run computed,
     and then to `dtype`. Before anything is written, the merged model's outputs for made-up records are compared with
     those of the adapter on its base.
 
@@ -78,11 +77,10 @@ def merge(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: str
 def _into_weights(adapted: AdaptedModel, tensors: Tensors) -> None:
     """Add each site's update to the weight of its layer, in place, and take the adapter's modules out of the model."""
     for site in adapted.layout.sites:
-        factors = adapted.layout.family.update(tensors, site)
-        change = torch.from_numpy(site.scaling * (factors.B.astype(np.float64) @ factors.A.astype(np.float64)))
-        base = adapted.base_layer(site.name)
-        weight = base.weight.data.double() + (change.T if isinstance(base, Conv1D) else change)
-        base.weight.data = weight.to(base.weight.dtype)
+        base, weight = adapted.base_layer(site.name), adapted.base_weight(site.name).double().numpy()
+        change = torch.from_numpy(site.scaling * adapted.layout.family.update(tensors, site).change(weight))
+        merged = base.weight.data.double() + (change.T if isinstance(base, Conv1D) else change)
+        base.weight.data = merged.to(base.weight.dtype)
         adapted.model.set_submodule(site.name, base)
 
 

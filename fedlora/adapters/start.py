@@ -63,7 +63,7 @@ class Start(ABC):
             one participation.
         takes: class attribute, what follows the key after a colon, as in public:FILE; "" for nothing. It must be a
             literal, so that --help can read it from the file.
-        gives: class attribute, the bases that the start provides.
+        gives: class attribute, the bases that the start provides, of A, B and V.
         orthonormal: class attribute, whether the rows of A and the columns of B are orthonormal. The rank then cannot
             exceed a layer's smaller side.
     """
@@ -93,6 +93,13 @@ class SingularStart(Start):
     def bases(self, site: Site, source: Source) -> Bases:
         leading = leading_factors(self.matrix(site, source), site.rank)
         return Bases(A=leading.A, B=leading.B)
+
+
+def fitting(family: Family) -> str:
+    """Return the starts that provide what a family needs, as --init takes them, for a message."""
+    starts: dict[str, Start] = {key: registry.load(STARTS, key).START() for key in registry.keys(STARTS)}
+    fit = [f"{key}:{start.takes}" if start.takes else key for key, start in starts.items() if not start.lacks(family)]
+    return " or ".join(part for part in (", ".join(fit[:-1]), *fit[-1:]) if part)
 
 
 def start_of(init: str) -> tuple[Start, str]:
@@ -150,9 +157,9 @@ def site_tensors(layout: AdapterLayout, start: Start, source: Source) -> dict[st
         ValueError: the start does not provide what the family needs, or a rank exceeds a layer's smaller side.
     """
     if lacking := start.lacks(layout.family):
-        raise ValueError(f"the adapter family {layout.family.name} keeps {' and '.join(layout.family.bases)} frozen, "
-                         f"but this start gives no {' and no '.join(lacking)}; choose --init orthonormal, weight or "
-                         "public:FILE")
+        raise ValueError(f"the adapter family {layout.family.name} needs {' and '.join(layout.family.bases)} of a "
+                         f"start, and this one gives no {' and no '.join(lacking)}; choose --init "
+                         f"{fitting(layout.family)}")
     tensors: dict[str, np.ndarray] = {}
     for site in layout.sites:
         if start.orthonormal and site.rank > min(site.d_in, site.d_out):

@@ -16,6 +16,7 @@ import torch
 from fedlora import data, models
 from fedlora.adapters import AdaptedModel, attach_planned, family_of, initial_tensors, start_of
 from fedlora.adapters.public_rows import public_start, read_public
+from fedlora.adapters.start import fitting
 from fedlora.config import RunConfig, options_of
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
@@ -244,9 +245,9 @@ def planned(options: RunConfig, strategy: str) -> Preset:
         raise ValueError(f"--labels names {len(options.labels)} label; {task.name} needs at least two")
     if options.head == "train" and not task.has_head:
         raise ValueError(f"--head train needs --task classification; {task.model_is} has no task head")
-    if start.lacks(family):
-        raise ValueError(f"--init {values.init} is for trained factors, and {strategy} freezes both; choose --init "
-                         "orthonormal, weight, public:FILE or dp")
+    if lacking := start.lacks(family):
+        raise ValueError(f"--init {values.init} gives no {' and no '.join(lacking)}, which {strategy} needs of its "
+                         f"start; choose --init {fitting(family)}")
     if file and values.targets == ("none",):
         raise ValueError(f"--init {values.init} starts the adapters, and --targets none leaves none; leave one out")
     if start.reads == "clients" and options.privacy != "required":

@@ -7,10 +7,12 @@ ServerApp. `FedSVD.for_model(…)` makes everything that such a ServerApp needs.
 from .base import Diverged, FederatedLoRA, Traffic
 from .lookup import strategy_class
 from .recipe import Preset, Recipe
+from .recipes.dora_magnitudes import DoRAMagnitudes
 from .recipes.fed_sb import FedSB
 from .recipes.fedavg_lora import FedAvgLoRA
 from .recipes.fedsvd import FedSVD
 from .recipes.ffa_lora import FFALoRA
+from .recipes.loldu import LoLDU
 
-__all__ = ["Diverged", "FFALoRA", "FedAvgLoRA", "FedSB", "FedSVD", "FederatedLoRA", "Preset", "Recipe", "Traffic",
-           "strategy_class"]
+__all__ = ["Diverged", "DoRAMagnitudes", "FFALoRA", "FedAvgLoRA", "FedSB", "FedSVD", "FederatedLoRA", "LoLDU", "Preset",
+           "Recipe", "Traffic", "strategy_class"]

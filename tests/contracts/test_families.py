@@ -13,6 +13,7 @@ from fedlora import models, registry
 from fedlora.adapters import AdapterLayout, attach, automatic_targets, export, family_of, initial_tensors
 from fedlora.adapters.family import Bases, Leaves, Site, TensorSpec
 from fedlora.adapters.leaves import Leaf
+from tests.fedlora.test_adapters import random_state as random_state_of
 
 PACKAGE = "fedlora.adapters.families"
 SITES = (Site("layer.0.q", 7, 5, 2, 2.0), Site("layer.1.q", 6, 5, 3, 1.5))
@@ -36,8 +37,13 @@ def random_state(layout, seed=0):
 
 def bases(site, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return Bases(torch.randn(site.rank, site.d_in, generator=generator, dtype=torch.float64),
-                 torch.randn(site.d_out, site.rank, generator=generator, dtype=torch.float64))
+    A, B, V = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (
+        (site.rank, site.d_in), (site.d_out, site.rank), (site.d_out,)))
+    return Bases(A, B, V.abs())
+
+
+def weight_of(site):
+    return np.random.default_rng(list(site.name.encode())).normal(0, 1, (site.d_out, site.d_in))
 
 
 def started(family, site):
@@ -47,7 +53,7 @@ def started(family, site):
 
 def test_it_has_a_line_that_says_what_it_is_and_the_name_of_its_file(key):
     assert registry.titles(PACKAGE)[key] and family_of(key).name == key
-    assert set(family_of(key).bases) <= {"A", "B"}
+    assert set(family_of(key).bases) <= {"A", "B", "V"}
 
 
 def test_its_options_are_numbers_and_another_is_refused_by_name(key):
@@ -69,8 +75,8 @@ def test_it_starts_with_all_its_tensors_and_an_update_of_zero(key):
     assert {name: values.shape for name, values in made.items()} == {
         spec.name: spec.shape for spec in AdapterLayout.of(family, SITES).state}
     for site in SITES:
-        B, A = family.update(made, site)
-        assert B.shape[0] == site.d_out and A.shape[1] == site.d_in and not (B @ A).any()
+        update = family.update(made, site).change(weight_of(site))
+        assert update.shape == (site.d_out, site.d_in) and not update.any()
 
 
 def test_its_module_computes_the_update_that_it_tells(key):
@@ -84,9 +90,9 @@ def test_its_module_computes_the_update_that_it_tells(key):
         getattr(leaf, parameter).data.copy_(torch.from_numpy(state[name]))
     for site, delta in zip(SITES, deltas, strict=True):
         x = torch.randn(4, 3, site.d_in, dtype=torch.float64)
-        B, A = (torch.from_numpy(factor).double() for factor in family.update(state, site))
-        got = delta(x, torch.zeros(4, 3, site.d_out, dtype=torch.float64), torch.nn.Linear(site.d_in, site.d_out))
-        torch.testing.assert_close(got, site.scaling * x @ A.T @ B.T)
+        base = torch.nn.Linear(site.d_in, site.d_out, dtype=torch.float64)
+        update = torch.from_numpy(family.update(state, site).change(base.weight.detach().numpy()))
+        torch.testing.assert_close(delta(x, base(x), base), site.scaling * x @ update.T)
 
 
 def test_exact_means_that_the_mean_of_the_models_is_the_model_of_the_mean(key):
@@ -96,7 +102,7 @@ def test_exact_means_that_the_mean_of_the_models_is_the_model_of_the_mean(key):
         (spec, random_state(layout, 1)[spec.name].astype(np.float64)) for spec in layout.trained)}
     mean = {name: (one[name] + other[name]) / 2 for name in one}
     def updates(state):
-        return np.concatenate([(B @ A).ravel() for B, A in (family.update(state, site) for site in SITES)])
+        return np.concatenate([family.update(state, site).change(weight_of(site)).ravel() for site in SITES])
     error = np.abs(updates(mean) - (updates(one) + updates(other)) / 2).max()
     assert bool(error < 1e-12) is family.exact
 
@@ -127,7 +133,7 @@ def test_ranks_may_differ_by_module_and_plain_peft_computes_the_same(key, checkp
     first = adapted_model(key, path).layout.modules[0]
     adapted = adapted_model(key, path, ranks=((first, 2),))
     assert {site.rank for site in adapted.layout.sites} == {2, 3}
-    state = random_state(adapted.layout)
+    state = random_state_of(adapted)
     adapted.write(state)
     ids = torch.randint(10, 300, (3, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -152,8 +158,8 @@ def test_only_the_named_tensors_train_where_some_are_left_out(key, checkpoint):
 
 def test_a_start_that_lacks_what_it_freezes_is_refused(key, checkpoint):
     adapted = adapted_model(key, checkpoint("bert"))
-    if "B" in adapted.layout.family.bases:
-        with pytest.raises(ValueError, match="gives no B"):
+    if lacking := set(adapted.layout.family.bases) - {"A"}:
+        with pytest.raises(ValueError, match=f"gives no {' and no '.join(lacking)}; choose --init"):
             initial_tensors(adapted, init="kaiming", seed=0)
     else:
         assert initial_tensors(adapted, init="kaiming", seed=0)

@@ -8,6 +8,7 @@ import torch
 from fedlora import registry
 from fedlora.adapters import family_of, start_of
 from fedlora.adapters.family import Site
+from fedlora.adapters.layout import MOST_RECEIVED
 from fedlora.adapters.start import STARTS, Source
 from tests.families import FAMILIES
 
@@ -32,21 +33,30 @@ def source(seed=1):
 
 def test_it_has_a_line_that_says_what_it_is(start):
     assert all(registry.titles(STARTS).values())
-    assert start.reads in ("nothing", "weights", "public rows", "clients") and set(start.gives) <= {"A", "B"}
+    assert start.reads in ("nothing", "weights", "public rows", "clients")
+    assert set(start.gives) <= {"A", "B", "V"}
 
 
 def test_bases_have_the_sites_shape_and_what_it_gives_is_there(start):
     bases = start.bases(SITE, source())
-    assert bases.A.shape == (SITE.rank, SITE.d_in) and (bases.B is not None) is ("B" in start.gives)
+    assert bases.A.shape == (SITE.rank if "A" in start.gives else 0, SITE.d_in)
+    assert (bases.B is not None) is ("B" in start.gives) and (bases.V is not None) is ("V" in start.gives)
     assert bases.B is None or bases.B.shape == (SITE.d_out, SITE.rank)
+    assert bases.V is None or bases.V.shape == (SITE.d_out,)
 
 
 def test_orthonormal_bases_are_and_others_are_not(start):
-    A, B = start.bases(SITE, source())
+    A, B, _ = start.bases(SITE, source())
     eye = torch.eye(SITE.rank, dtype=torch.float64)
-    assert torch.allclose(A.double() @ A.double().T, eye, atol=1e-6) is start.orthonormal
-    if B is not None:
+    product = A.double() @ A.double().T
+    assert (product.shape == eye.shape and torch.allclose(product, eye, atol=1e-6)) is start.orthonormal
+    if B is not None and start.orthonormal:
         torch.testing.assert_close(B.double().T @ B.double(), eye, atol=1e-6, rtol=0)
+
+
+def test_bases_are_float64_and_no_larger_than_what_clients_take(start):
+    for basis in start.bases(SITE, source()):
+        assert basis is None or (basis.dtype == torch.float64 and (basis.abs() < MOST_RECEIVED).all())
 
 
 def test_the_same_source_gives_the_same_bits_and_two_sites_differ_where_something_is_drawn(start):

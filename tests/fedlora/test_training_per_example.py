@@ -9,8 +9,13 @@ from torch import nn
 from benchmarks.peers import plain_layers
 from fedlora.adapters.leaves import Linear
 from fedlora.training.gradient_buffer import GradientBuffer, row_norms
-from tests.families import MODELS
+from tests.covering import covering
+from tests.families import MODELS, TASKS, can
 from tests.fedlora.private_training import CASES, brute_force_row, make_records, make_trainer, per_record_rows, plan
+from tests.tiny import KINDS
+
+OF_LINEAR_LEAVES = ("lora", "frozen-a", "bra")
+"""Families whose leaves Opacus has hooks for."""
 
 
 def _relative_errors(rows, references):
@@ -32,7 +37,7 @@ def test_every_row_is_the_gradient_of_that_record_alone(kind, task, family):
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.parametrize(("kind", "task", "family"), MODELS)
+@pytest.mark.parametrize(("kind", "task", "family"), covering(KINDS, TASKS, OF_LINEAR_LEAVES, valid=can))
 def test_every_row_is_what_opacus_hooks_compute(kind, task, family):
     run = plan(family, task)
     trainer = make_trainer(kind, run)

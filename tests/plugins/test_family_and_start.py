@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 
 from tests.plugins.scratch import ROOT, TOYS, Tree
 
-PLACES = {"diagonal": "fedlora/adapters/families", "block": "fedlora/adapters/starts",
-          "diagonal_mean": "strategies/fedlora_strategies/recipes"}
+PLACES = {"frozen_b": "fedlora/adapters/families", "cosines": "fedlora/adapters/starts",
+          "frozen_b_mean": "strategies/fedlora_strategies/recipes"}
 """Toy → the path where its file belongs."""
 
 
@@ -27,7 +27,7 @@ def tree(tmp_path_factory) -> Tree:
 
 def test_toys_keep_what_every_file_of_their_kind_promises(tree):
     told = tree.run("pytest", *(ROOT / "tests" / "contracts" / f"test_{seam}.py" for seam in ("families", "starts")),
-                    "-k", "diagonal or block", "--import-mode=append", "-p", "no:cacheprovider")
+                    "-k", "frozen-b or cosines", "--import-mode=append", "-p", "no:cacheprovider")
     passed = int(told.rpartition(" passed")[0].split()[-1])
     assert passed > 15 and "failed" not in told, told
 
@@ -37,11 +37,11 @@ def test_toys_keep_what_every_file_of_their_kind_promises(tree):
                                     "bert.encoder.layer.0.attention.self.query=3")],
                          ids=["batched", "workers", "plain"])
 def test_a_family_of_one_file_is_trained_however_clients_train_and_exported(tree, tmp_path, checkpoint, flags):
-    tree.simulate("--strategy", "diagonal-mean", "--targets", "auto", *flags, model=checkpoint("bert"),
+    tree.simulate("--strategy", "frozen-b-mean", "--targets", "auto", *flags, model=checkpoint("bert"),
                   out=tmp_path / "out")
     [folder] = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
     report = json.loads((folder / "report.json").read_text())
-    assert report["ended"] == "finished" and report["plan"]["family"] == "diagonal"
+    assert report["ended"] == "finished" and report["plan"]["family"] == "frozen-b"
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-    query = next(array for name, array in tensors.items() if "layer.0.attention.self.query.lora_B" in name)
-    assert query.shape == (32, 3 if "--ranks" in flags else 2) and np.abs(query).max() > 0
+    query = next(array for name, array in tensors.items() if "layer.0.attention.self.query.lora_A" in name)
+    assert query.shape == (3 if "--ranks" in flags else 2, 32) and np.abs(query).max() > 0

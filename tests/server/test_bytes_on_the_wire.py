@@ -17,7 +17,9 @@ from tests.federation import STRATEGIES, layout_of, plan_of
 from tests.server.tcp_proxy import TcpProxy
 
 MINILM = tuple(f"bert.encoder.layer.{i}.attention.self.{part}" for i in range(6) for part in ("query", "value"))
-RANK = {"fed-sb": 32}
+RANK = {"fed-sb": 32, "loldu": 384}
+FEW_VALUES = {"loldu", "dora-magnitudes"}
+"""Strategies whose rounds are so small that names and numbers of the messages count for more than one per cent."""
 ROUNDS = 5
 HTTP2_BYTES = 400
 """Upper bound on a round's pings, window updates and frame headers, for any size of adapter."""
@@ -46,7 +48,8 @@ def serve(address, layout):
         connection.ready()
         while True:
             plan, _ = connection.next_request()
-            connection.send(Upload(*plan.key, tensors=tensors, steps=1, num_examples=1))
+            sent = {name: tensors[name] for name in plan.active or tensors}
+            connection.send(Upload(*plan.key, tensors=sent, steps=1, num_examples=1))
     except Goodbye:
         pass
 
@@ -75,5 +78,5 @@ def test_a_round_moves_one_per_cent_more_bytes_than_its_values_at_most(strategy,
                (sum(r.bytes_down for r in result.records[1:]), server_step.traffic.down)]
     for (total, values), on_tcp in zip(counted, meter.per_round(), strict=True):
         per_round = total / (ROUNDS - 1)
-        assert width * values < per_round <= 1.01 * width * values
+        assert width * values < per_round <= 1.01 * width * values + (400 if strategy in FEW_VALUES else 0)
         assert per_round <= on_tcp <= 1.001 * per_round + HTTP2_BYTES
