@@ -168,3 +168,31 @@ def test_a_start_that_lacks_what_it_freezes_is_refused(key, checkpoint):
 def test_two_tensors_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two tensors"):
         AdapterLayout.of(family_of("lora"), SITES, [TensorSpec("layer.0.q.A", (1,), "head")])
+
+
+def test_a_core_that_sites_share_keeps_what_every_family_promises(checkpoint, tmp_path):
+    """Each record's gradient is the sum over the sites, clients in lockstep end where each ends alone, PEFT agrees."""
+    from transformers import AutoModelForSequenceClassification
+
+    from tests.fedlora.private_training import brute_force_row, make_records, make_trainer, per_record_rows, plan
+    from tests.fedlora.test_training_multi_client import assert_same, make
+
+    tied = (("tie", 1.0),)
+    trainer = make_trainer("bert", plan("bra", family_options=tied))
+    records = make_records(trainer, count=4)
+    alone = torch.stack([brute_force_row(trainer, records, i) for i in range(4)])
+    error = (per_record_rows(trainer, records, range(4)) - alone).norm(dim=1) / alone.norm(dim=1)
+    assert error.max() < 1e-5
+    trainer, jobs = make(family="bra", family_options=tied)
+    for together, job in zip(trainer.train_together(jobs), jobs, strict=True):
+        assert_same(together, trainer.train(job))
+    adapted = adapted_model("bra", checkpoint("bert"), options=tied)
+    assert [spec.size for spec in adapted.layout.trained if spec.group == "adapter"] == [9]
+    state = random_state(adapted.layout)
+    adapted.write(state)
+    ids = torch.randint(10, 300, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        base = AutoModelForSequenceClassification.from_pretrained(checkpoint("bert"), num_labels=2)
+        loaded = PeftModel.from_pretrained(base, str(export(adapted, state, tmp_path, "tiny"))).eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, adapted.model(input_ids=ids).logits, atol=1e-5,
+                                   rtol=1e-5)

@@ -7,7 +7,7 @@ from fedlora import models, registry
 from fedlora.adapters import family_of, initial_tensors, start_of
 from tests.covering import covering
 from tests.families import FAMILIES, TASKS, can
-from tests.fedlora.test_adapters import ALPHA, LABELS, RANK, adapted_model, logits
+from tests.fedlora.test_adapters import ALPHA, LABELS, RANK, adapted_model, batch, logits
 from tests.tiny import KINDS, tiny_checkpoint
 
 OFFLINE = [key for key in registry.keys("fedlora.adapters.starts")
@@ -168,3 +168,27 @@ def test_a_row_of_zeros_has_no_length_to_train(checkpoint):
         adapted.base_weight(adapted.layout.modules[0])[1:3] = 0
     with pytest.raises(ValueError, match=r"2 of the 32 rows of .* are all 0"):
         initial_tensors(adapted, init="row-norms", seed=1)
+
+
+@pytest.mark.parametrize("tie", [1, 2])
+def test_a_core_that_sites_share_has_the_sum_of_their_gradients(tie, checkpoint):
+    apart = adapted_model(checkpoint("bert"), "classification", "bra")
+    tied = adapted_model(checkpoint("bert"), "classification", "bra", options=(("tie", float(tie)),))
+    state = initial_tensors(apart, init="orthonormal", seed=1)
+    cores = {spec.name: spec.sites for spec in tied.layout.trained if spec.name.startswith("shared.")}
+    assert len(cores) == tie and sorted(sum(cores.values(), ())) == sorted(apart.layout.modules)
+    apart.write(state)
+    tied.write({name: state[name] for name in state if name in tied.parameters()})
+    for adapted in (apart, tied):
+        adapted.model(**batch()).logits.square().sum().backward()
+    for name, sites in cores.items():
+        total = sum(apart.parameter(f"{site}.R").grad for site in sites)
+        torch.testing.assert_close(tied.parameter(name).grad, total, atol=1e-6, rtol=1e-5)
+
+
+def test_sites_of_different_ranks_share_no_core(checkpoint):
+    first = adapted_model(checkpoint("bert"), "classification", "bra").layout.modules[0]
+    tied = adapted_model(checkpoint("bert"), "classification", "bra", options=(("tie", 1.0),), ranks=((first, 2),))
+    assert {spec.shape for spec in tied.layout.trained if spec.group == "adapter"} == {(2, 2), (RANK, RANK)}
+    with pytest.raises(ValueError, match="tie is 3; it must be"):
+        family_of("bra", (("tie", 3.0),))
