@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -194,6 +194,14 @@ class Family(ABC):
             bases: the bases that the start provides for it.
             draw: source of random values, for tensors that no base decides.
         """
+
+    def exact_in(self, trained: Collection[str]) -> bool:
+        """Return whether ΔW is linear in these trained tensors, while all others stay as they are.
+
+        Args:
+            trained: names of trained tensors, of which some may be left out in a round.
+        """
+        return self.exact
 
     @abstractmethod
     def update(self, state: Tensors, site: Site) -> LowRank | RowScale:

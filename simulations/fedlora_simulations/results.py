@@ -69,7 +69,7 @@ class Result:
         epsilon: largest ε of all clients; infinite without privacy; NaN for a server's run, which does not know it.
         delta: largest δ of all clients; None without privacy.
         sigma: lowest and highest noise multiplier of all clients; None without privacy.
-        values_up: number of trained values.
+        values_up: trained values that a client uploads in a round.
         bytes_up: bytes that all clients sent.
         bytes_down: bytes that all clients received.
         seconds: how long the run took.
@@ -163,7 +163,7 @@ def of_run(done: Simulated) -> Result:
         id="", method=str(done.method), seed=done.seed, status=done.result.ended,
         metric=done.federation.task.metric if any(record.evaluation for record in records) else None,
         rounds=tuple(map(_round, records)), epsilon=max(done.epsilons.values()), delta=done.delta,
-        sigma=(min(sigmas), max(sigmas)) if sigmas else None, values_up=done.federation.adapted.layout.num_trained,
+        sigma=(min(sigmas), max(sigmas)) if sigmas else None, values_up=done.federation.strategy.traffic.up,
         bytes_up=done.bytes_up, bytes_down=done.bytes_down, seconds=done.seconds, why=done.result.why,
         resumed=done.result.resumed,
         clients=_losses(records))

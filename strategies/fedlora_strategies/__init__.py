@@ -13,6 +13,7 @@ from .recipes.fedavg_lora import FedAvgLoRA
 from .recipes.fedsvd import FedSVD
 from .recipes.ffa_lora import FFALoRA
 from .recipes.loldu import LoLDU
+from .recipes.rolora import RoLoRA
 
 __all__ = ["Diverged", "DoRAMagnitudes", "FFALoRA", "FedAvgLoRA", "FedSB", "FedSVD", "FederatedLoRA", "LoLDU", "Preset",
-           "Recipe", "Traffic", "strategy_class"]
+           "Recipe", "RoLoRA", "Traffic", "strategy_class"]

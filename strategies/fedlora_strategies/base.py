@@ -10,7 +10,7 @@ and in one file for each part of the step.
 
 In a bf16 run, tensors are rounded when they are sent (`fedlora.wire.dtypes`), but the server's own state stays float32.
 Clients start from the rounded values and train against the rounded frozen tensors. Therefore the server step uses the
-frozen tensors as they were sent.
+frozen tensors as they were sent, and likewise the trained tensors that a schedule leaves idle in a round.
 
 Uploads are reduced in order of node id (a hash of the client's name), never in order of arrival, so that the sum does
 not depend on timing. A reply that comes before its turn waits in memory. An engine that delivers replies in order of
@@ -68,7 +68,7 @@ class Traffic:
     """The numbers of values that travel between the server and one client.
 
     Attributes:
-        up: Values that the client uploads in each round.
+        up: Values that the client uploads in each round; the mean over the rounds if these differ.
         down: Values that the server sends to the client in each round.
         once: Values that the server sends only with the client's first round.
     """
@@ -153,9 +153,15 @@ class FederatedLoRA(Strategy):
     def exact(self) -> bool:
         """Whether combining adapters is the same as averaging the models that they are merged into.
 
-        The family must be linear in what is sent, and the reduction must be a weighted mean.
+        The family must be linear in what is sent in each round, and the reduction must be a weighted mean.
         """
-        return self.layout.family.exact and self.step.linear
+        return self.step.linear and all(map(self.layout.family.exact_in, self._trained_in_rounds))
+
+    @property
+    def _trained_in_rounds(self) -> list[frozenset[str]]:
+        """The names of the tensors that train in each planned round."""
+        every = frozenset(spec.name for spec in self.layout.trained)
+        return [self.step.trains(number) or every for number in range(1, self.plan.rounds + 1)]
 
     @property
     def trained_by(self) -> RunPlan:
@@ -183,9 +189,11 @@ class FederatedLoRA(Strategy):
     @property
     def traffic(self) -> Traffic:
         """The numbers of values that travel between the server and one client."""
-        up = self.layout.num_trained
+        sizes = {spec.name: spec.size for spec in self.layout.trained}
+        up = [sum(map(sizes.__getitem__, names)) for names in self._trained_in_rounds]
         moved = sum(spec.size for spec in self.layout.frozen if self.step.refreshes_frozen and spec.group == "adapter")
-        return Traffic(up, up + moved, sum(spec.size for spec in self.layout.frozen) - moved)
+        return Traffic(round(sum(up) / len(up)), self.layout.num_trained + moved,
+                       sum(spec.size for spec in self.layout.frozen) - moved)
 
     def forget(self, node_id: int) -> None:
         """Note that a node does not hold the frozen tensors, so that its next order carries them."""
@@ -335,7 +343,8 @@ class FederatedLoRA(Strategy):
         moved, memory = self.step.combine(Released(gathering.result()), under_way.sent, before, closed.memory, number)
         try:
             under_way.active.check(moved, "trained", MOST_VALUE)
-            state, memory = self.step.rewrite({**before, **moved}, memory, number)
+            idle = {name: array for name, array in under_way.sent.items() if name not in moved}
+            state, memory = self.step.rewrite({**before, **idle, **moved}, memory, number)
             self.layout.check(state, "state", MOST_RECEIVED if self.plan.private else MOST_VALUE)  # as clients do
         except ValueError as error:
             raise Diverged(str(error)) from None

@@ -214,6 +214,7 @@ def test_a_frozen_head_travels_once_beside_the_factor_that_moves():
     ("fedsvd", 2 * 7, 2 * 7 + 2 * 5, 0),
     ("loldu", 2, 2, 2 * (7 + 5)),
     ("dora-magnitudes", 7, 7, 7),
+    ("rolora", 2 * 7, 2 * (7 + 5), 0),
 ])
 def test_values_per_client_and_round_are_those_of_the_communication_table(name, up, again, once):
     engine, strategy, state = federation(name, clients=3, rounds=1 if name == "rolora" else 3)
@@ -236,7 +237,7 @@ def test_minilm_uploads_have_the_published_sizes():
         layout = layout_of(chosen.recipe.family, rank=8, modules=modules, head=False, rows=384, columns=384)
         counted[name] = chosen(plan_of(name), layout).traffic.up
     assert counted == {"fedavg-lora": 73_728, "ffa-lora": 36_864, "fed-sb": 768, "fedsvd": 36_864, "loldu": 96,
-                       "dora-magnitudes": 4_608}
+                       "dora-magnitudes": 4_608, "rolora": 36_864}
 
 
 class ConstantSession:

@@ -11,7 +11,7 @@ updates exactly, and the product contains the product of the two factors' noises
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,6 +62,11 @@ class Lora(Family):
     @override
     def initial(self, site: Site, bases: Bases, draw: Draw) -> Mapping[str, torch.Tensor | np.ndarray]:
         return {f"{site.name}.A": bases.A, f"{site.name}.B": torch.zeros(site.d_out, site.rank)}
+
+    @override
+    def exact_in(self, trained: Collection[str]) -> bool:
+        sites = {factor: {name[:-2] for name in trained if name.endswith(f".{factor}")} for factor in "AB"}
+        return self.exact or not sites["A"] & sites["B"]
 
     @override
     def update(self, state: Tensors, site: Site) -> LowRank:

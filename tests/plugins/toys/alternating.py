@@ -1,6 +1,6 @@
-"""A and B train in turn: B and the head in odd rounds, A in even ones.
+"""A and B train in turn, each for some rounds, and the head with B.
 
-Chen et al., RoLoRA, 2025, arXiv:2502.01755. Where A is frozen, everything else trains in every round.
+`one-factor` is such a schedule of one round each. Where A is frozen, everything else trains in every round.
 """
 
 from __future__ import annotations
