@@ -25,7 +25,9 @@ from fedlora.algebra import leading_factors
 
 STARTS = "fedlora.adapters.starts"
 
-Reads = Literal["nothing", "weights", "public rows", "clients"]
+TEXT = "public texts"
+
+Reads = Literal["nothing", "weights", "public texts", "public rows", "clients"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Source:
             unless the start reads public rows.
         sketches: returns the mean over clients of the released sketches (Z, Y) of a site, which
             `fedlora.adapters.sketches` defines. None unless the start reads them.
+        inputs: returns a site's inputs at tokens of public texts, (tokens, d_in). None unless the start reads them.
     """
 
     seed: int
     weight: Callable[[Site], torch.Tensor]
     gradient: Callable[[Site], torch.Tensor] | None = None
     sketches: Callable[[Site], tuple[torch.Tensor, torch.Tensor]] | None = None
+    inputs: Callable[[Site], torch.Tensor] | None = None
 
     def draw(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Draw standard normal float64 values from the random stream of the seed and a name."""
@@ -117,7 +121,8 @@ def start_of(init: str) -> tuple[Start, str]:
 
 
 def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int,
-                    gradient: Callable[[Site], torch.Tensor] | None = None) -> dict[str, np.ndarray]:
+                    gradient: Callable[[Site], torch.Tensor] | None = None,
+                    inputs: Callable[[Site], torch.Tensor] | None = None) -> dict[str, np.ndarray]:
     """Draw the initial values of all tensors of an adapter.
 
     A head, or another parameter that is missing from the checkpoint, is drawn as transformers does for nearly every
@@ -129,6 +134,7 @@ def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int,
         init: the start, as --init has it. The text after a colon is not used here.
         seed: seed of all random draws.
         gradient: returns a site's gradient, (d_out, d_in), for starts that read public rows.
+        inputs: returns a site's inputs, (tokens, d_in), for starts that read public texts.
 
     Returns:
         float32 arrays, one for each tensor of `adapted.layout.state`, in its order.
@@ -137,7 +143,7 @@ def initial_tensors(adapted: AdaptedModel, *, init: str, seed: int,
         ValueError: there is no such start, it does not provide what the family needs, or a rank exceeds a layer's
             smaller side.
     """
-    source = Source(seed, lambda site: adapted.base_weight(site.name), gradient)
+    source = Source(seed, lambda site: adapted.base_weight(site.name), gradient, inputs=inputs)
     tensors = adapted.read("state")
     tensors |= site_tensors(adapted.layout, registry.load(STARTS, init.partition(":")[0]).START(), source)
     spread = getattr(adapted.model.config, "initializer_range", 0.02)

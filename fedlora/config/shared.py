@@ -159,10 +159,11 @@ class RunConfig(Config):
         None, "linear layers to adapt: names or name endings; or auto (query and value), all, none", MODEL,
         values.names, metavar="NAME,…", unset=PRESET, plan="targets", place=2)
     init: str | None = option(
-        None, "initial values of the adapter's factors: kaiming, orthonormal, or the singular vectors of the weight "
-        "(weight), of the loss's gradient on public rows (public:FILE), or of the clients' noised gradients (dp, at "
-        "the privacy cost of one round)", MODEL, values.start, metavar="START", unset=PRESET, plan="private_start",
-        place=2)
+        None, "start of the adapter's factors, by what it is computed from: nothing (kaiming, orthonormal, block, "
+        "sparse), the base model's weights (weight, weight-scaled, nystrom, lu, row-norms), public texts without "
+        "labels (eva:FILE, avoid:FILE), the loss's gradient on public rows (public:FILE), or the clients' noised "
+        "gradients (dp, at the privacy cost of one round)", MODEL, values.start, metavar="START", unset=PRESET,
+        plan="private_start", place=2)
     family_options: tuple[tuple[str, float], ...] = option(
         (), "numeric options of the strategy's adapter family", MODEL, values.numbers, metavar="NAME=X,…",
         plan="family_options", place=6, example="{name = 1.0}")

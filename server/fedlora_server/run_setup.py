@@ -60,7 +60,7 @@ def find_model(options: RunConfig) -> BaseModel:
     """Find --model and check that it fits --task. This is quick, so it is done before a port is bound.
 
     Raises:
-        ValueError: the model cannot be found or does not fit --task, or the file of --init public:FILE is unusable.
+        ValueError: the model cannot be found or does not fit --task, or the public file of --init is unusable.
     """
     check_start(options)
     path = models.resolve(options.model, allow_download=options.allow_download)
@@ -69,7 +69,7 @@ def find_model(options: RunConfig) -> BaseModel:
 
 
 def check_start(options: RunConfig) -> None:
-    """Check the file of --init public:FILE. This is quick, so it is done before anything is trained.
+    """Check the public file of --init. This is quick, so it is done before anything is trained.
 
     Raises:
         ValueError: the file is unusable.
@@ -131,7 +131,7 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
     if rows is None:
         state = initial_tensors(adapted, init=init, seed=seed)
     else:
-        state = public_start(adapted, task, rows, seed=seed)
+        state = public_start(adapted, task, rows, seed=seed, init=init.partition(":")[0])
     recipe = recipe_of(options, strategy)
     start = PrivateStart(plan, adapted, state, seed, recipe.reduction) if plan.private_start else None
     chosen = strategy_class(strategy)(plan, adapted.layout, recipe=recipe, seed=seed)
@@ -149,14 +149,14 @@ def _say(warning: str) -> None:
 
 
 def _public_rows(options: RunConfig, init: str | None, labels: tuple[str, ...]) -> data.Rows | None:
-    """Read the rows of --init public:FILE; None for any other start.
+    """Read the rows of a start from a public file, such as --init public:FILE; None for any other start.
 
     The file must not overlap with --data (a simulation's private rows) or --eval-data.
     """
-    file = init and start_of(init)[1]
-    if not file:
+    if not (init and start_of(init)[1]):
         return None
-    return read_public(file, options.task, labels, columns=options.column,
+    key, _, file = init.partition(":")
+    return read_public(file, options.task, labels, columns=options.column, init=key,
                        others={"--data": getattr(options, "data", None), "--eval-data": options.eval_data},
                        allow_download=options.allow_download, options=options.read_options())
 

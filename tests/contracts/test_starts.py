@@ -28,12 +28,13 @@ def matrix(*shape, seed=0):
 def source(seed=1):
     """Return a source with every value that a start may read."""
     return Source(seed, lambda site: matrix(site.d_out, site.d_in), lambda site: matrix(site.d_out, site.d_in, seed=2),
-                  lambda site: (matrix(site.rank, site.d_in, seed=3), matrix(site.d_out, site.rank, seed=4)))
+                  lambda site: (matrix(site.rank, site.d_in, seed=3), matrix(site.d_out, site.rank, seed=4)),
+                  lambda site: matrix(20, site.d_in, seed=5))
 
 
 def test_it_has_a_line_that_says_what_it_is(start):
     assert all(registry.titles(STARTS).values())
-    assert start.reads in ("nothing", "weights", "public rows", "clients")
+    assert start.reads in ("nothing", "weights", "public texts", "public rows", "clients")
     assert set(start.gives) <= {"A", "B", "V"}
 
 

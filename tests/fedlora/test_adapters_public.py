@@ -8,7 +8,14 @@ import torch
 
 from fedlora import models
 from fedlora.adapters import attach, automatic_targets, family_of, initial_tensors, start_of
-from fedlora.adapters.public_rows import ROWS, mean_gradients, public_start, read_public
+from fedlora.adapters.public_rows import (
+    ROWS,
+    TOKENS,
+    mean_gradients,
+    public_start,
+    read_public,
+    sampled_inputs,
+)
 from fedlora.config import ServerConfig, SimulationConfig, read_config
 from fedlora.data import Rows
 from fedlora.tasks.causal_lm import CausalLM
@@ -158,6 +165,33 @@ def test_a_bad_public_file_is_found_before_anything_starts(checkpoint, tmp_path)
                           (f"public:{tmp_path / 'no.jsonl'}", "does not exist")):
         with pytest.raises(ValueError, match=message):
             find_model(simulated(checkpoint, private, init))
+
+
+@pytest.mark.parametrize(("kind", "task_name"), [("bert", "classification"), ("gpt2", "causal-lm")])
+def test_a_start_from_texts_reads_inputs_alone_and_leaves_the_model_as_it_was(checkpoint, tmp_path, kind, task_name):
+    """EVA takes the directions in which the inputs vary most; the other start takes none of the four strongest."""
+    adapted, task = case(checkpoint, kind, task_name, "bra")
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": f"note {i} " * (1 + i % 6)}) + "\n" for i in range(40)))
+    rows = read_public(str(file), task_name, LABELS, columns={"label": "urgency"} if kind == "bert" else {}, init="eva")
+    before = {name: tensor.detach().clone() for name, tensor in adapted.model.named_parameters()}
+    inputs = sampled_inputs(adapted, task, task.encode(rows), 5)
+    eva, again, avoid = (public_start(adapted, task, rows, seed=5, init=init) for init in ("eva", "eva", "avoid"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.model.named_parameters())
+    for module in adapted.layout.modules:
+        X = inputs[module].double().numpy()
+        assert TOKENS <= len(X) < TOKENS + len(rows) and X.std(axis=0).min() > 0
+        A = eva[f"{module}.A"].astype(np.float64)
+        np.testing.assert_array_equal(eva[f"{module}.A"], again[f"{module}.A"])
+        np.testing.assert_allclose(A @ A.T, np.eye(RANK), atol=1e-5)
+        centred = X - X.mean(axis=0)
+        best = np.linalg.norm(np.linalg.svd(centred, compute_uv=False)[:RANK])
+        assert np.linalg.norm(centred @ A.T) == pytest.approx(best, rel=1e-4)
+        A = avoid[f"{module}.A"].astype(np.float64)
+        np.testing.assert_allclose(A @ A.T, np.eye(RANK), atol=1e-5)
+        assert np.abs(np.linalg.svd(X, full_matrices=False)[2][:4] @ A.T).max() < 1e-4
+    with pytest.raises(ValueError, match=r"eva:.*part of"):
+        read_public(str(file), task_name, LABELS, columns={}, init="eva", others={"--data": file})
 
 
 def simulated(checkpoint, private, init) -> SimulationConfig:

@@ -34,3 +34,25 @@ def test_a_start_that_cannot_be_is_found_before_anything_is_trained(arguments, t
     with pytest.raises(SystemExit):
         main(["--strategy", "fed-sb:gaussian", *arguments])
     assert "there is no such start" in capsys.readouterr().err
+
+
+def test_starts_need_no_labels_where_they_read_texts_and_the_new_strategies_run_beside_each_other(
+        arguments, tmp_path, capsys):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"note {i} " * (1 + i % 5)}) + "\n" for i in range(40)))
+    methods = [f"ffa-lora:eva:{texts}", f"fed-sb:avoid:{texts}", "loldu", "dora-magnitudes", "rolora"]
+    assert main(["--strategy", ",".join(methods), *arguments, "--rounds", "2"]) == 0
+    compared = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
+    assert [one["method"] for one in compared] == methods and all(0 < one["epsilon"] <= 8 for one in compared)
+    adapters = sorted((tmp_path / "out").glob("*/adapter/adapter_model.safetensors"))
+    assert len({file.read_bytes() for file in adapters}) == len(methods)
+    reports = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/report.json")}
+    assert all(report["ended"] == "finished" and report["strategy"]["exact"] for report in reports.values())
+
+
+def test_a_start_that_does_not_fit_the_strategy_is_refused_with_those_that_do(arguments, capsys):
+    for method, told in (("dora-magnitudes:weight", "gives no V, which dora-magnitudes needs of its start; choose "
+                                                    "--init row-norms"),
+                         ("loldu:sparse", "gives no B, which loldu needs"), ("ffa-lora:row-norms", "gives no A")):
+        assert main(["--strategy", method, *arguments]) == 2
+        assert told in " ".join(capsys.readouterr().err.split())
