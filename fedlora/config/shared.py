@@ -155,6 +155,8 @@ class RunConfig(Config):
     rank: int | None = option(None, "rank r of the adapters", MODEL, values.count, unset=PRESET, plan="rank", place=2)
     alpha: float | None = option(None, "scale of the adapters: their update is multiplied by alpha / rank", MODEL,
                                  values.finite, unset=PRESET, plan="alpha", place=2)
+    scaling: str = option("plain", "factor on the adapters' update: alpha / rank (plain), or alpha / √rank (rs), which "
+                          "suits large ranks", MODEL, choices=("plain", "rs"), place=6)
     targets: tuple[str, ...] | None = option(
         None, "linear layers to adapt: names or name endings; or auto (query and value), all, none", MODEL,
         values.names, metavar="NAME,…", unset=PRESET, plan="targets", place=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -221,18 +222,23 @@ def about_the_reduction(options: RunConfig, strategy: str) -> list[str]:
 
 
 def planned(options: RunConfig, strategy: str) -> Preset:
-    """Return the preset of (strategy, --privacy), with the values that flags override.
+    """Return the preset of (strategy, --privacy), with the values that flags override. --scaling rs changes its alpha.
 
     Raises:
         ValueError: the options contradict each other: --max-participations is above the number of rounds, --dropout is
-            combined with privacy, --init dp with none, --init does not fit the strategy or --targets, --head train is
-            asked for a task without a head, or --labels names fewer than two labels.
+            combined with privacy, --init dp with none, --scaling rs with --ranks, --init does not fit the strategy or
+            --targets, --head train is asked for a task without a head, or --labels names fewer than two labels.
     """
     recipe = recipe_of(options, strategy)
     chosen = recipe.preset(options.privacy == "required", options.init)
     given = {name: value for field in dataclasses.fields(Preset)
              if (value := getattr(options, name := field.name)) is not None}
     values = dataclasses.replace(chosen, **given)
+    if options.scaling == "rs":
+        if options.ranks:
+            raise ValueError("--scaling rs and --ranks exclude each other: alpha is one number for all layers, and "
+                             "alpha·√rank would be another for each rank. Leave --ranks out, or choose --scaling plain")
+        values = dataclasses.replace(values, alpha=values.alpha * math.sqrt(values.rank))
     if options.max_participations and options.max_participations > values.rounds:
         raise ValueError(f"--max-participations {options.max_participations} is more than the {values.rounds} rounds "
                          "of the run; lower it, or leave it out for exactly the rounds")

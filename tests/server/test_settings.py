@@ -47,6 +47,18 @@ def test_the_options_that_a_preset_stands_in_for_are_those_that_it_has():
             field.name for field in dataclasses.fields(Preset)}
 
 
+def test_a_rank_stabilised_scale_is_the_plain_one_with_alpha_times_the_root_of_the_rank():
+    """Everything else of a run, and so each of its bits, follows from the same values."""
+    def values(*argv):
+        return planned(read_config(CONFIGS["simulate"], ["--data=rows.jsonl", *argv]), "fed-sb")
+
+    assert values("--rank=9", "--alpha=4", "--scaling=rs") == values("--rank=9", "--alpha=12")
+    preset = strategy_class("fed-sb").recipe.preset(True)
+    assert values("--scaling=rs") == dataclasses.replace(preset, alpha=preset.alpha * preset.rank**0.5)
+    with pytest.raises(ValueError, match="--scaling rs and --ranks exclude each other"):
+        values("--scaling=rs", "--ranks=bert.encoder.layer.0.attention.self.query=3")
+
+
 def test_presets_are_printed_as_they_are(capsys):
     assert main(["presets", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
