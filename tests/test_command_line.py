@@ -11,7 +11,7 @@ from fedlora.plan import PROTOCOL
 from fedlora_simulations import audit, poison
 
 PACKAGES = {"fedlora-client": "fedlora_client", "fedlora-server": "fedlora_server",
-            "fedlora-simulate": "fedlora_simulations"}
+            "fedlora-simulate": "fedlora_simulations", "fedlora-adapter": "fedlora_adapter"}
 SUBCOMMANDS = {name: importlib.import_module(f"{package}.cli").SUBCOMMANDS for name, package in PACKAGES.items()}
 EVERY = [*PACKAGES, "fedlora-server pki sign", *(f"{name} {sub}" for name, known in SUBCOMMANDS.items()
                                                  for sub in known)]

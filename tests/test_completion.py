@@ -6,11 +6,13 @@ import subprocess
 
 import pytest
 
+from fedlora_adapter.cli import main as adapter
 from fedlora_client.cli import main as client
 from fedlora_server.cli import main as server
 from fedlora_simulations.cli import main as simulate
 
-MAINS = {"fedlora-client": client, "fedlora-server": server, "fedlora-simulate": simulate}
+MAINS = {"fedlora-client": client, "fedlora-server": server, "fedlora-simulate": simulate,
+         "fedlora-adapter": adapter}
 
 ASK = """
 source "$1"; shift

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-TOP = ("fedlora", "client", "server", "strategies", "simulations", "benchmarks", "docs", "examples", "tests",
-       "deploy")
+TOP = ("fedlora", "client", "server", "strategies", "simulations", "adapter", "benchmarks", "docs", "examples",
+       "tests", "deploy")
 """Folders of the repository whose paths pages name."""
 
 GENERATED = {"changelog.md", "contributing.md", "security.md", "reference/commands.md", "reference/files.md"}
@@ -24,7 +24,7 @@ OTHERS = {"--superlink", "--node-config", "--run-config", "--stream", "--no-deps
 """Options of other programs that pages name by themselves."""
 
 FENCE = re.compile(r"^(`{3,})(\w*)[^\n]*\n(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
-OURS = re.compile(r"(fedlora-(client|server|simulate)|(\S*python\S* )?-m benchmarks)\b")
+OURS = re.compile(r"(fedlora-(client|server|simulate|adapter)|(\S*python\S* )?-m benchmarks)\b")
 
 
 @cache
@@ -124,7 +124,7 @@ def test_docstrings_keep_their_tables_and_brackets_as_markdown(monkeypatch):
 def test_the_site_is_built_strictly_and_asks_no_other_host_for_anything(tmp_path):
     for module in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(module, reason="the documentation's tools are not installed: pip install '.[docs]'")
-    packages = (ROOT, *(ROOT / top for top in ("client", "server", "strategies", "simulations")))
+    packages = (ROOT, *(ROOT / top for top in ("client", "server", "strategies", "simulations", "adapter")))
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"], cwd=ROOT, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -28,7 +28,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 MAINS = {"fedlora-client": "fedlora_client.cli", "fedlora-server": "fedlora_server.cli",
-         "fedlora-simulate": "fedlora_simulations.cli", "python -m benchmarks": "benchmarks.cli"}
+         "fedlora-simulate": "fedlora_simulations.cli", "fedlora-adapter": "fedlora_adapter.cli",
+         "python -m benchmarks": "benchmarks.cli"}
 """How a command begins → the module whose `main` runs it."""
 
 PLACEHOLDERS = {"N": "3", "X": "0.5", "K": "3"}

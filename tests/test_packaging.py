@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"fedlora", "fedlora_client", "fedlora_server", "fedlora_simulations", "fedlora_strategies"}
+PACKAGES = {"fedlora", "fedlora_client", "fedlora_server", "fedlora_simulations", "fedlora_strategies",
+            "fedlora_adapter"}
 
 
-def test_a_wheel_holds_exactly_the_five_packages_and_the_wire_code(tmp_path):
+def test_a_wheel_holds_exactly_the_six_packages_and_the_wire_code(tmp_path):
     source = tmp_path / "source"  # a build leaves files behind, which a later one would ship
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__"))
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
@@ -28,7 +29,7 @@ def test_a_wheel_holds_exactly_the_five_packages_and_the_wire_code(tmp_path):
 
 @pytest.mark.parametrize("argv", [["--help"], ["--roundz", "3"]], ids=["help", "an unknown flag"])
 @pytest.mark.parametrize("command", ["client", "client budget", "client verify", "server", "server presets",
-                                     "simulations"])
+                                     "simulations", "adapter", "adapter inspect"])
 def test_help_and_errors_on_the_command_line_come_without_loading_what_trains(command, argv):
     package, *sub = command.split()
     code = (f"import sys; from fedlora_{package}.cli import main\n"

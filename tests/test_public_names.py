@@ -14,7 +14,8 @@ LIST = Path(__file__).with_name("public_names.txt")
 
 ROOTS = {"fedlora": ROOT / "fedlora", "fedlora_client": ROOT / "client/fedlora_client",
          "fedlora_server": ROOT / "server/fedlora_server", "fedlora_strategies": ROOT / "strategies/fedlora_strategies",
-         "fedlora_simulations": ROOT / "simulations/fedlora_simulations"}
+         "fedlora_simulations": ROOT / "simulations/fedlora_simulations",
+         "fedlora_adapter": ROOT / "adapter/fedlora_adapter"}
 
 EXTENDED = ("fedlora.adapters.family", "fedlora.adapters.leaves", "fedlora.adapters.start", "fedlora.records",
             "fedlora.registry", "fedlora.task", "fedlora.training.adjustments", "fedlora.training.optimizers",

@@ -22,9 +22,9 @@ class _Caught(BaseException):
 
 
 def commands() -> Mapping[str, argparse.ArgumentParser]:
-    """Return command → parser, of the three commands, their sub-commands, and the benchmarks."""
+    """Return command → parser, of the four commands, their sub-commands, and the benchmarks."""
     found: dict[str, argparse.ArgumentParser] = {}
-    for package in ("client", "server", "simulations"):
+    for package in ("client", "server", "simulations", "adapter"):
         cli = importlib.import_module(f"fedlora_{package}.cli")
         for arguments in ([], *([name] for name in cli.SUBCOMMANDS)):
             _catch(found, lambda main=cli.main, arguments=arguments: main(arguments))

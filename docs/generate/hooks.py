@@ -21,7 +21,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("fedlora", "client/fedlora_client", "server/fedlora_server", "strategies/fedlora_strategies",
-            "simulations/fedlora_simulations")
+            "simulations/fedlora_simulations", "adapter/fedlora_adapter")
 OTHERS = ("benchmarks", "examples", "tests")
 """Folders of the map of files that are in no wheel."""
 

