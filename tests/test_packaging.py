@@ -29,7 +29,7 @@ def test_a_wheel_holds_exactly_the_six_packages_and_the_wire_code(tmp_path):
 
 @pytest.mark.parametrize("argv", [["--help"], ["--roundz", "3"]], ids=["help", "an unknown flag"])
 @pytest.mark.parametrize("command", ["client", "client budget", "client verify", "server", "server presets",
-                                     "simulations", "adapter", "adapter inspect"])
+                                     "simulations", "adapter", "adapter inspect", "adapter combine"])
 def test_help_and_errors_on_the_command_line_come_without_loading_what_trains(command, argv):
     package, *sub = command.split()
     code = (f"import sys; from fedlora_{package}.cli import main\n"
