@@ -5,7 +5,7 @@
     README.md                                         the first source's, and how this adapter was made of it
     fedlora_adapter.json                              the same for programs, with what is known of ε
 
-No file contains a path of this machine.
+No file contains a path of this machine, unless the source's own config names its base model by one.
 """
 
 from __future__ import annotations
@@ -132,9 +132,6 @@ def _config(source: Adapter, targets: Mapping[str, NewTarget]) -> dict[str, Any]
         config |= {"target_modules": sorted(targets), "r": next(iter(ranks.values())),
                    "lora_alpha": next(iter(alphas.values())),
                    "rank_pattern": _pattern(ranks), "alpha_pattern": _pattern(alphas)}
-    name = config.get("base_model_name_or_path")
-    if isinstance(name, str) and Path(name).is_absolute():
-        config["base_model_name_or_path"] = Path(name).name
     return config
 
 

@@ -105,4 +105,5 @@ def test_a_resized_adapter_can_be_resized_again_and_says_how_it_was_made(checkpo
     assert json.loads(record.read_text())["privacy"] == {
         "epsilon": None, "delta": None, "statements": [], "unknown": ["a"]}
     config = json.loads((tmp_path / "c" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == checkpoint("bert").name and config["r"] == 2
+    assert config["base_model_name_or_path"] == str(checkpoint("bert")) and config["r"] == 2
+    assert not [file for file in (card, record) if str(tmp_path) in file.read_text()]
