@@ -53,6 +53,11 @@ def _check_base(first: Adapter, other: Adapter, *, same_base: bool) -> None:
         raise ValueError(f"the base model is {first.base or 'not named'} in {first.path} and "
                          f"{other.base or 'not named'} in {other.path}. Adapters of different models cannot be "
                          "combined; if these are two names of one model, add --same-base")
+    hashes = first.base_sha256, other.base_sha256
+    if all(hashes) and hashes[0] != hashes[1] and not same_base:
+        raise ValueError(f"the base model's weights have the SHA-256 {hashes[0]} for {first.path} and {hashes[1]} for "
+                         f"{other.path}. Adapters of different models cannot be combined; if these are two copies of "
+                         "one model, as in different precisions, add --same-base")
     configs = _decisive(first.base_config), _decisive(other.base_config)
     if all(configs):
         for key in sorted(configs[0].keys() & configs[1].keys()):

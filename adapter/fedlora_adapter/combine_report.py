@@ -13,7 +13,7 @@ from .combining import DENSE, Way, combined, whole_tensors
 from .errors_shown import show_errors
 from .known_epsilon import known
 from .peft_folder import Adapter, read
-from .written import check_new, described, write
+from .written import check_new, write
 
 
 def combine(adapters: Sequence[Path], how: str, weights: str | tuple[float, ...] | None, rank: int | None,
@@ -55,13 +55,12 @@ def combine(adapters: Sequence[Path], how: str, weights: str | tuple[float, ...]
     dense = f" at density {density:g}" if how in DENSE else ""
     shares = ", ".join(f"{source.name} ({weight:.4g})" for source, weight in zip(sources, chosen, strict=True))
     privacy = known(sources)
-    write(out, sources[0], {name: one.target for name, one in made.items()}, whole_tensors(sources, chosen),
+    write(out, sources, {name: one.target for name, one in made.items()}, whole_tensors(sources, chosen),
           how={"how": "combine", "by": how, "weights_from": reason, "largest_error": worst,
                **({"density": density, "seed": seed} if how in DENSE else {})},
-          told=[f"`fedlora-adapter combine --how {how}`{dense} made it of {shares}, with weights {reason}. Cutting to "
-                f"the written ranks took at most {worst:.2%} of a layer's combined update in the Frobenius norm."],
-          sources=[described(source, weight=weight) for source, weight in zip(sources, chosen, strict=True)],
-          known=privacy)
+          told=f"`fedlora-adapter combine --how {how}`{dense} made it of {shares}, with weights {reason}. Cutting to "
+               f"the written ranks took at most {worst:.2%} of a layer's combined update in the Frobenius norm.",
+          known=privacy, weights=chosen)
     show_errors(out, {name: (one.exact_rank, one.target.rank, one.error) for name, one in made.items()},
                 as_json=as_json, about={"weights": list(chosen), "weights_from": reason,
                                         "privacy": privacy.to_dict()})

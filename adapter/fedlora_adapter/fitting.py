@@ -23,13 +23,11 @@ from fedlora.tasks.classification import Classification
 
 from .base_weights import BaseWeights
 from .combining import Way, combined, whole_tensors
-from .peft_folder import Adapter
+from .peft_folder import TASKS, Adapter
 
 STEPS = (0.2, 0.1, 0.05)
 MOST_MOVES = 10
 """Most moves at each step."""
-
-_TASKS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
 
 
 def fitted(adapters: Sequence[Adapter], way: Way, rows: Path, base: str, column: Mapping[str, str],
@@ -48,10 +46,10 @@ def fitted(adapters: Sequence[Adapter], way: Way, rows: Path, base: str, column:
         ValueError: the rows, the base or the adapters' task do not fit.
     """
     task_type = adapters[0].config.get("task_type")
-    if task_type not in _TASKS:
+    if task_type not in TASKS:
         raise ValueError(f"{adapters[0].path} has the task type {task_type!r}; weights can be fitted for "
-                         f"{' and '.join(_TASKS)}. Give the weights as numbers")
-    key, labels = _TASKS[task_type], adapters[0].labels or ()
+                         f"{' and '.join(TASKS)}. Give the weights as numbers")
+    key, labels = TASKS[task_type], adapters[0].labels or ()
     if key == "classification" and not labels:
         raise ValueError(f"{adapters[0].path} does not name its labels (base/config.json, id2label), so that labelled "
                          "rows cannot be understood. Give the weights as numbers")

@@ -17,7 +17,7 @@ from .base_weights import BaseWeights
 from .inspection import Figures, Overlap, Search, figures, mean_overlap, overlap, scaled_intruders
 from .known_epsilon import known
 from .peft_folder import Adapter, read
-from .written import check_new, described, write
+from .written import check_new, write
 
 MOST_ROWS = 48
 """Layers shown in a table; --json has all."""
@@ -90,12 +90,11 @@ def _write_scaled(adapter: Adapter, found: Sequence[Figures], factor: float, out
     new = {one.target.name: scaled_intruders(adapter, one, factor) for one in found}
     worst = max((error for _, error in new.values()), default=0.0)
     count = sum(len(one.base.intruders.S) for one in found if one.base is not None)
-    write(out, adapter, {name: target for name, (target, _) in new.items()},
+    write(out, [adapter], {name: target for name, (target, _) in new.items()},
           {key: adapter.tensor(key) for key in adapter.others},
           how={"how": "scale-intruders", "factor": factor, "intruders": count, "largest_error": worst},
-          told=[f"`fedlora-adapter inspect --scale-intruders {factor:g}` scaled {count} intruder dimensions of "
-                f"{adapter.name} (arXiv:2410.21228)."],
-          sources=[described(adapter)], known=known([adapter]))
+          told=f"`fedlora-adapter inspect --scale-intruders {factor:g}` scaled {count} intruder dimensions of "
+               f"{adapter.name} (arXiv:2410.21228).", known=known([adapter]))
     return worst
 
 
@@ -142,7 +141,7 @@ def _show_overlap(console: Console, one: Adapter, other: Adapter, found: Sequenc
     mean = mean_overlap(found)
     lowest, highest = min(o.cosine for o in found), max(o.cosine for o in found)
     table = Table(box=None, pad_edge=False, padding=(0, 1), title_justify="left",
-                  title=f"{one.path} beside {other.path}: {len(found)} common layers, means")
+                  title=f"{one.name} beside {other.name}: {len(found)} common layers, means")
     for name in ("", "overlap", "by chance", "smallest angle's cosine"):
         table.add_column(name, justify="left" if not name else "right")
     table.add_row("inputs (row spaces)", f"{mean['rows']:.3f}", f"{mean['rows_by_chance']:.3f}",

@@ -1,8 +1,8 @@
 """What is known of the privacy of finished adapters, from the privacy reports of the clients that trained them.
 
-A coordinator's run folder holds no ε, because each client accounts for its own. Whoever has the clients' `privacy.json`
-puts them into the adapter's folder, as `ADAPTER/privacy/*.json`. They are verified, and what they state is handed on to
-every adapter that is made of this one, in its `fedlora_adapter.json`.
+A run's server knows no ε, because each client accounts for its own. Whoever has the clients' signed reports
+(privacy.dsse.json) puts them into the adapter's folder, as `ADAPTER/privacy/*.json`. They are verified, and what they
+state is handed on to every adapter that is made of this one, in its `fedlora_adapter.json`.
 
 Everything done to a finished adapter is post-processing: it costs no ε. An adapter made of several others has, for each
 data set of a ledger, the sum of its ε over different runs (basic composition; δ adds up too), because the runs may have
@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from .peft_folder import Adapter
-
-RECORD = "fedlora_adapter.json"
-"""File in an adapter's folder that says how it was made of others."""
+from .peft_folder import RECORD, Adapter
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,8 @@ class Known:
         found = self.epsilon()
         if found is None:
             lacking = ", ".join(self.unknown) or "it"
-            return f"The ε of this adapter is unknown: no client's privacy report came with {lacking}."
+            return (f"The ε of this adapter is unknown: no client's privacy report is in the folder privacy of "
+                    f"{lacking}.")
         if math.isinf(found[0]):
             none = sorted({one.client for one in self.statements if math.isinf(one.epsilon)})
             return f"This adapter has no differential privacy guarantee for the records of {', '.join(none)}."
@@ -136,7 +135,7 @@ def _of(adapter: Adapter) -> tuple[Sequence[Statement], Sequence[str]]:
     """Return an adapter's statements, and the names of the adapters of which it lacks them."""
     reports = sorted((adapter.path / "privacy").glob("*.json"))
     if reports:
-        return [_stated(file.read_bytes(), str(file)) for file in reports], ()
+        return [_stated(file, adapter) for file in reports], ()
     record = adapter.path / RECORD
     if not record.is_file():
         return (), (adapter.name,)
@@ -150,22 +149,23 @@ def _of(adapter: Adapter) -> tuple[Sequence[Statement], Sequence[str]]:
                          "unknown") from None
 
 
-def _stated(content: bytes, file: str) -> Statement:
+def _stated(file: Path, adapter: Adapter) -> Statement:
     """Verify a privacy report and return what it states."""
-    from fedlora.privacy.report import verify
-    from fedlora.privacy.report.figures import number
+    from fedlora.privacy.report import read_signed, verify
 
     try:
-        report: Mapping[str, Any] = json.loads(content)
-        verify(report)
+        verified = verify(read_signed(file))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no valid privacy report: {error}. The folder privacy/ of an adapter is for the "
-                         "privacy.json of its clients alone") from error
-    privacy, lifetime = report["privacy"], report["lifetime"] or {}
-    epsilon = number(privacy["guarantee"]["epsilon"]) if privacy["no_guarantee"] is None else math.inf
+        raise ValueError(f"{file} is no valid privacy report: {error}. The folder privacy of an adapter is for the "
+                         "signed reports of its clients alone") from error
+    report, run = verified.report, adapter.origin.get("run")
+    if run is not None and run != report["run"]["id"]:
+        raise ValueError(f"{file} is about run {report['run']['id']}, and {adapter.path} is of run {run}; take it out "
+                         "of the folder")
+    lifetime = report["lifetime"] or {}
     return Statement(client=str(report["run"]["client"]), run=str(report["run"]["id"]),
-                     ledger=str(lifetime.get("ledger") or report["signature"]["public_key"]),
+                     ledger=str(lifetime.get("ledger") or verified.public_key),
                      dataset=str(report["run"]["dataset"]),
                      overlapping=tuple(map(str, lifetime.get("overlapping") or ())),
-                     unit=str(report["unit"]["name"]), delta=float(privacy["delta"] or 0.0),
-                     epsilon=math.inf if epsilon is None else epsilon)
+                     unit=str(report["unit"]["name"]), delta=verified.delta or 0.0,
+                     epsilon=math.inf if verified.epsilon is None else verified.epsilon)

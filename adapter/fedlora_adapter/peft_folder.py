@@ -26,6 +26,15 @@ from fedlora.algebra import Factors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+RECORD = "fedlora_adapter.json"
+"""File in an adapter's folder that says how it was made of others."""
+
+EXPORTED = "fedlora.json"
+"""File in a folder that `fedlora-server export` wrote: the run and the base model that it comes from."""
+
+TASKS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
+"""PEFT's task type → key of our task."""
+
 REFUSED = {
     "use_dora": "DoRA also rescales the rows of the base's weight",
     "lora_bias": "its factors have biases of their own",
@@ -133,6 +142,24 @@ class Adapter:
         if not file.is_file():
             return {}
         return _object(file)
+
+    @cached_property
+    def origin(self) -> Mapping[str, Any]:
+        """What FedLoRA wrote about the adapter: "run", its id, and "base", the base model's hashes, if they are known.
+
+        A run's export has them in fedlora.json, an adapter made of others the base in fedlora_adapter.json.
+        """
+        for name in (EXPORTED, RECORD):
+            if (self.path / name).is_file():
+                return _object(self.path / name)
+        return {}
+
+    @property
+    def base_sha256(self) -> str | None:
+        """SHA-256 of the base model's weights; None if it is not known."""
+        base = self.origin.get("base")
+        found = base.get("weights_sha256") if isinstance(base, Mapping) else None
+        return found if isinstance(found, str) else None
 
     @property
     def base(self) -> str:

@@ -9,7 +9,7 @@ from .errors_shown import show_errors
 from .known_epsilon import known
 from .peft_folder import read
 from .resizing import resized
-from .written import check_new, described, write
+from .written import check_new, write
 
 
 def resize(adapter: Path, rank: int, by: str, out: Path, as_json: bool) -> int:
@@ -37,12 +37,11 @@ def resize(adapter: Path, rank: int, by: str, out: Path, as_json: bool) -> int:
     new = {name: resized(source, name, rank, by) for name in source.targets}
     errors = {name: error for name, (_, error) in new.items()}
     worst = max(errors.values())
-    write(out, source, {name: target for name, (target, _) in new.items()},
+    write(out, [source], {name: target for name, (target, _) in new.items()},
           {key: source.tensor(key) for key in source.others},
           how={"how": "resize", "by": by, "rank": rank, "largest_error": worst},
-          told=[f"`fedlora-adapter resize --rank {rank} --by {by}` made it of {source.name}. The updates of its layers "
-                f"changed by at most {worst:.2%} in the Frobenius norm."],
-          sources=[described(source)], known=known([source]))
+          told=f"`fedlora-adapter resize --rank {rank} --by {by}` made it of {source.name}. The updates of its layers "
+               f"changed by at most {worst:.2%} in the Frobenius norm.", known=known([source]))
     show_errors(out, {name: (source.targets[name].rank, target.rank, errors[name])
                       for name, (target, _) in new.items()}, as_json=as_json)
     return 0

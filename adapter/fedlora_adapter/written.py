@@ -2,7 +2,8 @@
 
     adapter_config.json, adapter_model.safetensors    what `PeftModel.from_pretrained` loads
     base/config.json, tokenizer.json, …               those of the first source, if it has them
-    README.md                                         the first source's, and how this adapter was made of it
+    README.md                                         how this adapter was made, what is known of ε, how to load it
+    sources/1.md, …                                   the README.md of each source, if it has one
     fedlora_adapter.json                              the same for programs, with what is known of ε
 
 No file contains a path of this machine, unless the source's own config names its base model by one.
@@ -24,12 +25,13 @@ import torch
 from safetensors.torch import save as to_bytes
 
 import fedlora
+from fedlora.adapters.card import loading_code
 from fedlora.algebra import Factors
 from fedlora.files import replace_file
 from fedlora.models import TOKENIZER_FILES
 
-from .known_epsilon import RECORD, Known
-from .peft_folder import CONFIG, WEIGHTS, Adapter
+from .known_epsilon import Known
+from .peft_folder import CONFIG, RECORD, TASKS, WEIGHTS, Adapter
 
 _SETTLED: Mapping[str, Any] = {
     "use_rslora": False, "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None,
@@ -66,25 +68,26 @@ def check_new(out: Path) -> None:
         raise ValueError(f"--out {out} is there already, and nothing is overwritten; name a new folder")
 
 
-def write(out: Path, source: Adapter, targets: Mapping[str, NewTarget], others: Mapping[str, torch.Tensor], *,
-          how: Mapping[str, Any], told: Sequence[str], sources: Sequence[Mapping[str, Any]], known: Known) -> None:
+def write(out: Path, sources: Sequence[Adapter], targets: Mapping[str, NewTarget], others: Mapping[str, torch.Tensor],
+          *, how: Mapping[str, Any], told: str, known: Known, weights: Sequence[float] | None = None) -> None:
     """Write an adapter into a new folder.
 
     Args:
         out: the folder, which must not exist.
-        source: the adapter whose config, tokenizer and card are handed on.
+        sources: the adapters that it was made of. The first one's config and tokenizer are handed on.
         targets: layer name → its new update.
         others: name in the file → tensor, such as those of a classifier.
         how: how the adapter was made, for `fedlora_adapter.json`.
         told: the same in sentences, for the card.
-        sources: what describes each adapter that it was made of (`described`).
         known: what is known of its ε.
+        weights: the weight of each source; None if there are none.
 
     Raises:
         ValueError: the folder exists.
         OSError: it cannot be written. Nothing is left of it then.
     """
     check_new(out)
+    source = sources[0]
     out.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
@@ -103,8 +106,15 @@ def write(out: Path, source: Adapter, targets: Mapping[str, NewTarget], others: 
         for name in (*TOKENIZER_FILES, "base/config.json"):
             if (source.path / name).is_file():
                 replace_file(made / name, (source.path / name).read_bytes(), 0o666)
+        for number, one in enumerate(sources, 1):
+            if (one.path / "README.md").is_file():
+                replace_file(made / "sources" / f"{number}.md", (one.path / "README.md").read_bytes(), 0o666)
+        about = [_described(one) | ({} if weights is None else {"weight": weights[number]})
+                 for number, one in enumerate(sources)]
+        base = source.origin.get("base")
         _write_json(made / RECORD, {"schema": "fedlora adapter", "version": 1, "fedlora": fedlora.__version__,
-                                    **how, "sources": list(sources), "privacy": known.to_dict()})
+                                    **how, **({"base": base} if base else {}), "sources": about,
+                                    "privacy": known.to_dict()})
         replace_file(made / "README.md", _card(source, told, known).encode(), 0o666)
         made.rename(out)
     except BaseException:
@@ -112,11 +122,11 @@ def write(out: Path, source: Adapter, targets: Mapping[str, NewTarget], others: 
         raise
 
 
-def described(adapter: Adapter, **more: object) -> dict[str, object]:
-    """Return an adapter's name and the SHA-256 of its weights, with `more` about it."""
+def _described(adapter: Adapter) -> dict[str, object]:
+    """Return an adapter's name and the SHA-256 of its weights."""
     with (adapter.path / WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": adapter.name, "weights_sha256": digest, **more}
+    return {"name": adapter.name, "weights_sha256": digest}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -150,14 +160,23 @@ def _integral(value: float) -> int | float:
     return round(value) if abs(value - round(value)) < 1e-9 else value
 
 
-def _card(source: Adapter, told: Sequence[str], known: Known) -> str:
-    card = source.path / "README.md"
-    before = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else _plain_card(source)
-    return f"{before.rstrip()}\n\n## How this adapter was made\n\n{' '.join(told)}\n\n{known.sentence()}\n"
-
-
-def _plain_card(source: Adapter) -> str:
-    base = source.base.partition("@")[0]
-    lines = ["---", "library_name: peft", *([f"base_model: {base}"] if base and not Path(base).is_absolute() else []),
-             "tags:", "- lora", "---", "", "A LoRA adapter."]
+def _card(source: Adapter, told: str, known: Known) -> str:
+    name, _, revision = source.base.partition("@")
+    from_hub = bool(name) and not Path(name).is_absolute() and ":" not in name
+    task = TASKS.get(str(source.config.get("task_type")))
+    metadata = ["library_name: peft", *([f"base_model: {name}", "base_model_relation: adapter"] if from_hub else []),
+                "tags:", "- lora"]
+    about = f"A LoRA adapter for {name if from_hub else 'a model that is not from the hub'}."
+    if source.labels and task == "classification":
+        about += f" Its outputs are {', '.join(json.dumps(label, ensure_ascii=False) for label in source.labels)}, in "
+        about += "this order."
+    base = json.dumps(name if from_hub else "…")
+    if task is not None and source.base_config:
+        code = loading_code(task, base, '"adapter"', "  # this folder" if from_hub else
+                            "  # the base model's folder, and this one", revision=revision or None)
+    else:
+        code = 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "adapter")  # this folder\n'
+    lines = ["---", *metadata, "---", "", "# LoRA adapter", "", about, "", "## How this adapter was made", "", told,
+             "", "Cards of the adapters that it was made of are in `sources/`. Figures on them are theirs, not this "
+             "adapter's.", "", "## Privacy", "", known.sentence(), "", "## Use", "", f"```python\n{code}```", ""]
     return "\n".join(lines)

@@ -117,7 +117,8 @@ def test_the_epsilon_of_the_sources_is_on_the_card(checkpoint, tmp_path, capsys)
     assert [source["weight"] for source in record["sources"]] == [0.5, 0.5]
     unknown = exported(checkpoint("bert"), tmp_path / "other", seed=3)
     made(capsys, tmp_path / "mixed", [tmp_path / "new", unknown])
-    assert "no client's privacy report came with other." in (tmp_path / "mixed" / "README.md").read_text()
+    card = (tmp_path / "mixed" / "README.md").read_text()
+    assert "no client's privacy report is in the folder privacy of other." in card
 
 
 def test_what_does_not_fit_is_refused_with_both_sides(checkpoint, tmp_path, capsys):
@@ -137,6 +138,10 @@ def test_what_does_not_fit_is_refused_with_both_sides(checkpoint, tmp_path, caps
     config.write_text(json.dumps(named | {"id2label": dict(enumerate("dcba"))}))
     assert "LABEL_0, LABEL_1, LABEL_2, LABEL_3 in" in (err := refused("--same-base")) and "d, c, b, a in" in err
     config.write_text(json.dumps(named))
+    (one / "fedlora.json").write_text(json.dumps({"base": {"weights_sha256": "ab"}}))
+    (other / "fedlora.json").write_text(json.dumps({"base": {"weights_sha256": "cd"}}))
+    change(other, base_model_name_or_path="org/tiny")
+    assert "the SHA-256 ab for" in (err := refused()) and "cd for" in err
     change(other, bias="all")
     assert "bias is 'none' in" in refused("--same-base")
     change(other, bias="none")

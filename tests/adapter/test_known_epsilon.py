@@ -42,6 +42,13 @@ def test_a_report_that_was_changed_is_refused(checkpoint, tmp_path, capsys):
     assert code == 2 and "0.json is no valid privacy report" in err
 
 
+def test_a_report_of_another_run_is_refused(checkpoint, tmp_path, capsys):
+    folder = with_reports(exported(checkpoint("bert"), tmp_path / "a"))
+    (folder / "fedlora.json").write_text('{"run": "0123456789abcdef"}')
+    code, _, err = run(capsys, "inspect", folder)
+    assert code == 2 and "is of run 0123456789abcdef; take it out of the folder" in err
+
+
 def test_one_data_set_s_runs_add_up_and_those_of_different_ones_do_not():
     both = Known((statement("north", "1", 2.0), statement("north", "2", 3.0), statement("south", "1", 4.0)), ())
     assert both.epsilon() == (5.0, 2e-5)

@@ -40,8 +40,10 @@ def test_svd_gives_the_closest_update_and_peft_loads_it_with_its_logits(family, 
         torch.testing.assert_close(updates(out)[name], wanted[name], atol=1e-5, rtol=1e-5)
         assert errors[name] == pytest.approx(float((update - wanted[name]).norm() / update.norm()), rel=1e-4)
     torch.testing.assert_close(logits(loaded(base, out)), merged_logits(base, out, wanted), atol=1e-4, rtol=1e-4)
+    assert 'Its outputs are "LABEL_0", "LABEL_1"' in (card := (out / "README.md").read_text())
+    assert 'AutoConfig.from_pretrained(f"{adapter}/base")' in card
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert {"README.md", "base/config.json", "fedlora_adapter.json", "tokenizer.json"} <= files
+    assert {"README.md", "base/config.json", "fedlora_adapter.json", "sources/1.md", "tokenizer.json"} <= files
     assert not [name for name in files if str(tmp_path).encode() in (out / name).read_bytes()]
 
 
@@ -101,7 +103,8 @@ def test_a_resized_adapter_can_be_resized_again_and_says_how_it_was_made(checkpo
     run(capsys, "resize", folder, "--rank", "3", "--out", tmp_path / "b")
     assert run(capsys, "resize", tmp_path / "b", "--rank", "2", "--out", tmp_path / "c")[0] == 0
     card, record = (tmp_path / "c" / name for name in ("README.md", "fedlora_adapter.json"))
-    assert card.read_text().count("## How this adapter was made") == 2 and "--rank 2 --by svd" in card.read_text()
+    assert "--rank 2 --by svd" in card.read_text() and "--rank 3" not in card.read_text()
+    assert "--rank 3 --by svd" in (tmp_path / "c" / "sources" / "1.md").read_text()
     assert json.loads(record.read_text())["privacy"] == {
         "epsilon": None, "delta": None, "statements": [], "unknown": ["a"]}
     config = json.loads((tmp_path / "c" / "adapter_config.json").read_text())
