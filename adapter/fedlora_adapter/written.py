@@ -115,7 +115,8 @@ def write(out: Path, sources: Sequence[Adapter], targets: Mapping[str, NewTarget
         _write_json(made / RECORD, {"schema": "fedlora adapter", "version": 1, "fedlora": fedlora.__version__,
                                     **how, **({"base": base} if base else {}), "sources": about,
                                     "privacy": known.to_dict()})
-        replace_file(made / "README.md", _card(source, told, known).encode(), 0o666)
+        card = _card(source, told, known, with_cards=(made / "sources").exists())
+        replace_file(made / "README.md", card.encode(), 0o666)
         made.rename(out)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
@@ -160,7 +161,7 @@ def _integral(value: float) -> int | float:
     return round(value) if abs(value - round(value)) < 1e-9 else value
 
 
-def _card(source: Adapter, told: str, known: Known) -> str:
+def _card(source: Adapter, told: str, known: Known, *, with_cards: bool) -> str:
     name, _, revision = source.base.partition("@")
     from_hub = bool(name) and not Path(name).is_absolute() and ":" not in name
     task = TASKS.get(str(source.config.get("task_type")))
@@ -176,7 +177,9 @@ def _card(source: Adapter, told: str, known: Known) -> str:
                             "  # the base model's folder, and this one", revision=revision or None)
     else:
         code = 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "adapter")  # this folder\n'
+    cards = ["", "Cards of the adapters that it was made of are in `sources/`. Figures on them are theirs, not this "
+             "adapter's."]
     lines = ["---", *metadata, "---", "", "# LoRA adapter", "", about, "", "## How this adapter was made", "", told,
-             "", "Cards of the adapters that it was made of are in `sources/`. Figures on them are theirs, not this "
-             "adapter's.", "", "## Privacy", "", known.sentence(), "", "## Use", "", f"```python\n{code}```", ""]
+             *(cards if with_cards else []), "", "## Privacy", "", known.sentence(), "", "## Use", "",
+             f"```python\n{code}```", ""]
     return "\n".join(lines)

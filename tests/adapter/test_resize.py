@@ -91,7 +91,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_after_an_error(checkpoint, t
     assert "is there already" in run(capsys, "resize", folder, "--rank", "1", "--out", tmp_path / "there")[2]
     assert "to cut to rank 3: its layers have rank 3 at most" in run(
         capsys, "resize", folder, "--rank", "3", "--out", tmp_path / "new")[2]
-    monkeypatch.setattr("fedlora_adapter.written._card", lambda *_: 1 / 0)
+    monkeypatch.setattr("fedlora_adapter.written._card", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(capsys, "resize", folder, "--rank", "1", "--out", tmp_path / "new")
     assert {path.name for path in tmp_path.iterdir()} == {"a", "there"}
