@@ -14,9 +14,13 @@ from transformers import AutoModelForSequenceClassification
 
 from fedlora.adapters import export
 from fedlora_adapter.cli import main
+from tests.families import FAMILIES
 from tests.fedlora.test_adapters import LABELS, adapted_model, random_state
 
 ONLY = ("query", "value")
+RESCALED = "row-scale"
+"""The family whose adapters are no product of two factors: they are in PEFT's DoRA format."""
+LOW_RANK = [family for family in FAMILIES if family != RESCALED]
 
 
 def classifier(base: Path) -> torch.nn.Module:

@@ -13,8 +13,7 @@ from fedlora_adapter.base_weights import BaseWeights
 from fedlora_adapter.inspection import Search, figures, overlap
 from fedlora_adapter.low_rank import leading, svd
 from fedlora_adapter.peft_folder import read
-from tests.adapter.adapters import change, exported, loaded, peft_adapter, run, updates
-from tests.families import FAMILIES
+from tests.adapter.adapters import LOW_RANK, RESCALED, change, exported, loaded, peft_adapter, run, updates
 from tests.tiny import tiny_checkpoint
 
 LAYER = "bert.encoder.layer.0.attention.self.query"
@@ -35,7 +34,7 @@ def test_scales_and_ranks_are_those_of_peft(settings, checkpoint, tmp_path):
                                    atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LOW_RANK)
 def test_figures_are_those_of_the_dense_update(family, checkpoint, tmp_path):
     adapter = read(exported(checkpoint("bert"), tmp_path / "a", family))
     for name, update in updates(tmp_path / "a").items():
@@ -176,6 +175,11 @@ def test_damaged_and_missing_files_are_named(checkpoint, tmp_path, capsys):
     assert "the file is damaged" in run(capsys, "inspect", folder)[2]
     weights.unlink()
     assert "has no adapter_model.safetensors" in run(capsys, "inspect", folder)[2]
+
+
+def test_an_adapter_of_ours_that_rescales_rows_is_refused_by_name(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="was trained with use_dora"):
+        read(exported(checkpoint("bert"), tmp_path / "a", RESCALED))
 
 
 def test_another_base_is_refused(checkpoint, tmp_path, capsys):

@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.adapter.adapters import change, classifier, exported, loaded, peft_adapter, run, updates
-from tests.families import FAMILIES
+from tests.adapter.adapters import LOW_RANK, change, classifier, exported, loaded, peft_adapter, run, updates
 from tests.fedlora.test_adapters import logits
 
 
@@ -28,7 +27,7 @@ def merged_logits(base, folder, changed):
     return logits(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LOW_RANK)
 def test_svd_gives_the_closest_update_and_peft_loads_it_with_its_logits(family, checkpoint, tmp_path, capsys):
     base, folder, out = checkpoint("bert"), tmp_path / "a", tmp_path / "new"
     exported(base, folder, family)

@@ -284,7 +284,7 @@ def test_every_input_of_the_table_is_judged_as_a_client_judges_it(part, tmp_path
 @pytest.mark.parametrize(("case", "options", "code", "words"), [
     ("na-labels/na.csv", (), 0, "empty label"),
     ("repeated-header/cat.csv", (), 2, "the row repeats the header"),
-    ("glue-parquet", (), 0, "held-out rows, by the name"),
+    ("glue-parquet", ("--column", "text=sentence"), 0, "held-out rows, by the name"),
     ("patient-id/zwu.csv", (), 0, "")])
 def test_shared_cases(case, options, code, words, check):
     found, told = check("--data", SHARED / "cases" / case, *options)

@@ -84,7 +84,7 @@ REFUSED = {
     "no port": (("--address", "fl.example.org"), "host:port"),
     "no encryption": (("--address", "fl.example.org:9092"), "without encryption; give --tls DIR"),
     "another host": (("--address", "fl.example.com:9092", "--tls", "pki"), "made with --host fl.example.com"),
-    "no identity": (("--tls", "nothing"), "cannot be read"),
+    "no identity": (("--tls", "nothing"), "there is no folder nothing"),
     "a run to resume": (("--resume", "runs/a"), "--resume runs/a"),
     "another file": (("--out", "pki/ca.pem"), "exists and is not a kit"),
     "no such model": (("--model", "models/none"), "models/none"),
