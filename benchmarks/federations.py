@@ -55,5 +55,6 @@ class Echo:
 
     def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload:
         """Return an upload of the received tensors that a client would train."""
-        return Upload(*plan.key, tensors=Released({name: tensors[name] for name in self._trained}), steps=1, delta=1e-5,
+        names = plan.active or self._trained
+        return Upload(*plan.key, tensors=Released({name: tensors[name] for name in names}), steps=1, delta=1e-5,
                       noise_multiplier=1.0)
