@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.covering import few
 from tests.plugins.scratch import ROOT, TOYS, Tree
 
 PLACES = {"frozen_b": "fedlora/adapters/families", "cosines": "fedlora/adapters/starts",
@@ -32,10 +33,9 @@ def test_toys_keep_what_every_file_of_their_kind_promises(tree):
     assert passed > 15 and "failed" not in told, told
 
 
-@pytest.mark.parametrize("flags", [("--batch-clients", 3), ("--workers", 2, "--family-options", "gain=2"),
-                                   ("--privacy", "off", "--epsilon", "inf", "--ranks",
-                                    "bert.encoder.layer.0.attention.self.query=3")],
-                         ids=["batched", "workers", "plain"])
+@pytest.mark.parametrize("flags", few(
+    ("--workers", 2, "--family-options", "gain=2"), ("--batch-clients", 3),
+    ("--privacy", "off", "--epsilon", "inf", "--ranks", "bert.encoder.layer.0.attention.self.query=3")))
 def test_a_family_of_one_file_is_trained_however_clients_train_and_exported(tree, tmp_path, checkpoint, flags):
     tree.simulate("--strategy", "frozen-b-mean", "--targets", "auto", *flags, model=checkpoint("bert"),
                   out=tmp_path / "out")

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.covering import few
 from tests.plugins.scratch import ROOT, TOYS, Tree
 
 PLACES = {"regression": "fedlora/tasks", "signs": "fedlora/training/optimizers",
@@ -65,8 +66,8 @@ def test_a_command_shows_every_toy(tree):
     assert all(toy.replace("_", "-") in told for toy in PLACES)
 
 
-@pytest.mark.parametrize("flags", [("--privacy", "off", "--epsilon", "inf", "--workers", 2),
-                                   ("--epsilon", 8, "--batch-clients", 2)], ids=["plain", "private"])
+@pytest.mark.parametrize("flags", few(("--epsilon", 8, "--batch-clients", 2),
+                                      ("--privacy", "off", "--epsilon", "inf", "--workers", 2)))
 def test_a_task_of_one_file_is_trained_measured_and_exported(tree, scores, tmp_path, checkpoint, flags):
     tree.simulate("--task", "regression", "--eval-data", scores, "--strategy", "fedavg-lora", *flags,
                   model=checkpoint("bert"), data=scores, out=tmp_path / "out")
