@@ -15,7 +15,7 @@ import torch
 from benchmarks import hostile, subjects
 from benchmarks.cli import figure_titles, main
 from benchmarks.federations import layout, plan, tensors
-from benchmarks.figures import independence, memory
+from benchmarks.figures import independence, memory, wire
 from benchmarks.figures.engine import sessions
 from benchmarks.figures.workers import WORKERS, worker_threads
 from benchmarks.fresh import call, forget_peak, in_fresh_process, peak_bytes, resident_bytes
@@ -87,7 +87,8 @@ def test_json_on_stdout_is_the_result_and_nothing_else(checkpoint, capsys):
 def test_a_random_llama_takes_the_place_of_a_model_where_there_is_no_hub(capsys):
     assert main(["wire", "--quick", "--model", "llama-1b", "--threads", "1", "--repeats", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert len(result["figures"]["wire"]["rows"]) == 12 and "error" not in result["figures"]["wire"]
+    figure = result["figures"]["wire"]
+    assert len(figure["rows"]) == 2 * len(wire.CASES) + 2 and "error" not in figure
     assert result["settings"]["model"] == "llama-1b"
 
 
