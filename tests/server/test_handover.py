@@ -25,6 +25,7 @@ from fedlora_server import checkpoint as checkpoints
 from fedlora_server.cli import main
 from fedlora_server.handover.folder import check_replaceable, whole_folder
 from fedlora_server.handover.stored_run import stored_run
+from tests.fedlora.test_handing_on import loaded_as_printed
 from tests.fedlora.test_privacy_report import KEY, MECHANISM, ReportedRun, training
 from tests.processes import write_rows
 from tests.stored_runs import stored
@@ -65,16 +66,6 @@ def texts_of(file):
 
 def table(path):
     return list(csv.DictReader(io.StringIO(path.read_text())))
-
-
-def loaded_as_printed(folder, base=None):
-    """Load (model, tokenizer) with the code in a folder's README.md."""
-    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
-    names = {}
-    for word, path in (("…", base), ("adapter", folder), ("model", folder)):
-        code = code.replace(f'"{word}"', repr(str(path)))
-    exec(code, names)
-    return names["model"], names["tokenizer"]
 
 
 # --- Export ---
