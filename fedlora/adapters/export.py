@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ from transformers.pytorch_utils import Conv1D
 from fedlora import models
 from fedlora.adapters.attach import AdaptedModel
 from fedlora.adapters.card import card, padding_side
-from fedlora.adapters.family import LowRank, RowScale
 from fedlora.adapters.provenance import Provenance
 from fedlora.files import replace_file
 from fedlora.plan import Tensors
@@ -47,11 +47,10 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
            max_length: int | None = None, run: Provenance | None = None) -> Path:
     """Write an adapter as a PEFT folder.
 
-    Every family with a low-rank update is written as plain LoRA, with the factors that its `update` returns. If ranks
-    differ between modules, PEFT's rank and alpha patterns hold them. Changed lengths of a weight's rows are written as
-    DoRA, of rank 1 with B = 0. The classifier, and all other parameters that are missing from the base
-    checkpoint, are written whole as PEFT's modules_to_save. If only the head was trained, PEFT's placeholder stands in
-    for the target modules.
+    What the family's `update` returns says how PEFT holds it (`fedlora.adapters.updates`), mostly as plain LoRA. If
+    ranks differ between modules, PEFT's rank and alpha patterns hold them. The classifier, and all other parameters
+    that are missing from the base checkpoint, are written whole as PEFT's modules_to_save. If only the head was
+    trained, PEFT's placeholder stands in for the target modules.
 
     Args:
         adapted: the adapted model. It gives names and shapes; its current values are not used.
@@ -76,16 +75,11 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
     for site in layout.sites:
-        factors, alpha = layout.family.update(tensors, site), 1.0
-        if isinstance(factors, RowScale):
-            lengths = factors.lengths * (1 + site.scaling * factors.rows)
-            files[f"{_PREFIX}{site.name}.lora_magnitude_vector"] = torch.tensor(lengths.astype(np.float32))
-            factors = LowRank(B=np.zeros((site.d_out, 1)), A=np.zeros((1, site.d_in)))
-        else:
-            alpha = site.scaling * factors.A.shape[0]
-        ranks[site.name], alphas[site.name] = factors.A.shape[0], _integral(alpha)
-        for factor, values in factors._asdict().items():
-            files[f"{_PREFIX}{site.name}.lora_{factor}.weight"] = torch.tensor(values.astype(np.float32))
+        weight = partial(_weight, adapted, site.name)
+        held = layout.family.update(tensors, site).for_peft(site.scaling, weight)
+        ranks[site.name], alphas[site.name] = held.rank, _integral(held.alpha)
+        files |= {f"{_PREFIX}{site.name}.{name}": torch.tensor(values.astype(np.float32))
+                  for name, values in held.tensors.items()}
     for spec in layout.state:
         if spec.group == "head":
             files[f"{_PREFIX}{spec.name.removeprefix('head.')}"] = torch.tensor(tensors[spec.name])
@@ -113,6 +107,12 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     (out_dir / "README.md").write_text(card(adapted.model, adapted.task, repository, commit or None, run=run),
                                        encoding="utf-8")
     return out_dir
+
+
+def _weight(adapted: AdaptedModel, site: str) -> np.ndarray:
+    """Return a site's weight W0, (d_out, d_in) float64."""
+    weight: np.ndarray = adapted.base_weight(site).double().cpu().numpy()
+    return weight
 
 
 def split_name(base_name: str) -> tuple[str, str]:

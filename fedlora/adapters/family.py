@@ -20,6 +20,7 @@ from torch import nn
 
 from fedlora import registry
 from fedlora.adapters.leaves import Diagonal, Linear
+from fedlora.adapters.updates import Update
 from fedlora.plan import Tensors
 
 FAMILIES = "fedlora.adapters.families"
@@ -69,34 +70,6 @@ class TensorSpec:
     def size(self) -> int:
         """The number of values."""
         return math.prod(self.shape)
-
-
-class LowRank(NamedTuple):
-    """The factors B (d_out, k) and A (k, d_in) of an update ΔW = s·B·A."""
-
-    B: np.ndarray
-    A: np.ndarray
-
-    def change(self, weight: np.ndarray) -> np.ndarray:
-        """Return ΔW / s, (d_out, d_in) float64, of a weight W0 of this shape."""
-        return self.B.astype(np.float64) @ self.A.astype(np.float64)
-
-
-class RowScale(NamedTuple):
-    """An update ΔW = s·diag(rows)·W0 of the lengths of the weight's rows, which no low rank can express.
-
-    Attributes:
-        rows: (d_out,) change of each row's length, as a share of the length.
-        lengths: (d_out,) the rows' lengths in W0.
-    """
-
-    rows: np.ndarray
-    lengths: np.ndarray
-
-    def change(self, weight: np.ndarray) -> np.ndarray:
-        """Return ΔW / s, (d_out, d_in) float64, of a weight W0 of this shape."""
-        change: np.ndarray = self.rows.astype(np.float64)[:, None] * weight
-        return change
 
 
 class Bases(NamedTuple):
@@ -204,7 +177,7 @@ class Family(ABC):
         return self.exact
 
     @abstractmethod
-    def update(self, state: Tensors, site: Site) -> LowRank | RowScale:
+    def update(self, state: Tensors, site: Site) -> Update:
         """Return ΔW / s for a site, for export and for server steps that need the whole update."""
 
 

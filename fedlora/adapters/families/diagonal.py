@@ -22,7 +22,8 @@ import torch
 from typing_extensions import override
 
 from fedlora.adapters.families.lora import LowRankDelta
-from fedlora.adapters.family import Bases, Delta, Draw, Family, Leaves, LowRank, Site, TensorSpec
+from fedlora.adapters.family import Bases, Delta, Draw, Family, Leaves, Site, TensorSpec
+from fedlora.adapters.updates import LowRank
 from fedlora.plan import Tensors
 
 

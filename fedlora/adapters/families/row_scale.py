@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from fedlora.adapters.family import Bases, Delta, Draw, Family, Leaves, RowScale, Site, TensorSpec
+from fedlora.adapters.family import Bases, Delta, Draw, Family, Leaves, Site, TensorSpec
+from fedlora.adapters.updates import RowScale
 from fedlora.plan import Tensors
 
 
