@@ -129,8 +129,13 @@ def _twice(rows: Rows, problems: Problems) -> None:
     for content, file in zip(zip(*columns, strict=True), rows.file_of.tolist(), strict=True):
         if (other := first.setdefault(hash(content), file)) != file:
             again[file, other] += 1
-    for (file, other), count in again.items():
-        problems.remark(f"{shown(rows.files[file])} and {shown(rows.files[other])}",
+    if again:
+        most = sorted(again, key=lambda pair: -again[pair])
+        pairs = [f"{shown(rows.files[file])} and {shown(rows.files[other])}" for file, other in most]
+        if len(pairs) > 1:
+            pairs = [f"{pair} ({again[both]:,})" for pair, both in zip(pairs, most, strict=True)]
+        count = sum(again.values())
+        problems.remark(places(pairs, len(pairs)),
                         f"{count:,} row{' has' if count == 1 else 's have'} the same text in both files",
                         "If one is a copy of the other, remove it: "
                         "a row that is there twice counts twice, and ε protects only one of the two")

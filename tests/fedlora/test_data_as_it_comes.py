@@ -308,6 +308,16 @@ def test_the_same_bytes_are_read_once_and_the_same_rows_are_said(tmp_path, said)
     assert "3 rows have the same text in both files" in said(tmp_path)
 
 
+def test_rows_that_several_pairs_of_files_share_are_one_warning_with_the_worst_pair_first(tmp_path, said):
+    notes = [(f"note {i}", i % 2) for i in range(5)]
+    write(tmp_path / "a.csv", ["text", "label"], notes)
+    write(tmp_path / "b.csv", ["text", "label"], [notes[0], ("b", 1)])
+    write(tmp_path / "c.csv", ["text", "label"], [*notes[1:4], ("c", 1)])
+    read(tmp_path, "classification")
+    warning = said(tmp_path).replace(f"{tmp_path}/", "")
+    assert "c.csv and a.csv (3), b.csv and a.csv (1): 4 rows have the same text in both files" in warning
+
+
 def test_links_to_nowhere_pipes_and_sockets_are_refused_and_nothing_waits(tmp_path, monkeypatch):
     write(tmp_path / "a.csv", ["text", "label"], [("x", 1)])
     (tmp_path / "b.csv").symlink_to("/mnt/no/such/share/b.csv")
