@@ -18,6 +18,9 @@ PYTHON := $(shell for p in python3.11 python3.12 python3 python; do \
 # half as many again as there are cores: many tests wait for processes that they started
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n + n / 2)))
 
+# what Python and pytest compile is kept, because each of the hundreds of processes that tests start would do it anew
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTEST := .venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .PHONY: demo test coverage test-all check lint contracts types bits attacks soak chaos docs docs-serve clean
