@@ -32,23 +32,27 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spread the tests that wait for processes evenly between the files of other tests, the longest one first.
+    """Spread the files whose tests wait for processes evenly between the files of other tests, the longest test first.
 
-    Left in place, they would come last and all wait at the same time.
+    Left in place, they would come last and all wait at the same time. A file stays whole: what its tests share would
+    be made anew for each test that comes after one of another file.
     """
     items.sort(key=lambda item: item.name != "test_a_first_run_by_the_readme_goes_as_it_says")
-    waiting = [item for item in items if item.path.stem in WAITING]
-    others = [item for item in items if item.path.stem not in WAITING]
-    items.clear()
-    items += waiting[:1]
-    done, placed = 0, 1
-    for _, module in groupby(others, key=lambda item: item.path):
-        items += (tests := list(module))
+    files = [list(tests) for _, tests in groupby(items, key=lambda item: item.path)]
+    waiting = [tests for tests in files if tests[0].path.stem in WAITING]
+    others = [tests for tests in files if tests[0].path.stem not in WAITING]
+    total, done = sum(map(len, others)), 0
+    items[:] = waiting[0] if waiting else []
+    placed = min(1, len(waiting))
+    for tests in others:
+        items += tests
         done += len(tests)
-        stop = max(placed, len(waiting) * done // len(others))
-        items += waiting[placed:stop]
+        stop = max(placed, len(waiting) * done // total)
+        for file in waiting[placed:stop]:
+            items += file
         placed = stop
-    items += waiting[placed:]
+    for file in waiting[placed:]:
+        items += file
 
 
 @pytest.fixture(scope="session")
