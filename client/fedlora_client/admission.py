@@ -125,7 +125,7 @@ def what_is_trained(plan: RunPlan) -> str:
     where = ([f"{family}, {rank}, in {', '.join(targets)}"] if targets else []) + (
         ["the head"] if plan.train_head else [])
     how = plan.optimizer + (f" of gradients that {plan.adjustment} adjusts" if plan.adjustment else "")
-    start = "a start from noised gradients, then " if plan.private_start else ""
+    start = f"a start from {'noised gradients' if plan.private else 'gradients'}, then " if plan.private_start else ""
     return (f"{', and '.join(where)}: {plan.strategy}, {start}{plan.max_participations} rounds of {plan.local_steps} "
             f"steps of {how}, rate {plan.lr:g}, clip norm {plan.clip_norm:g}")
 

@@ -1,7 +1,7 @@
 """Starts from a public file: its rows, the loss's gradient on them, and the inputs of each adapted layer.
 
-The gradient (--init public:FILE) needs rows with labels or answers. The inputs (--init eva:FILE, avoid:FILE) need texts
-alone; labels in the file are not read.
+The gradient (--init public:FILE, lora-ga:FILE, lora-sb:FILE) needs rows with labels or answers. The inputs (--init
+eva:FILE, avoid:FILE, protect:FILE) need texts alone; labels in the file are not read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fedlora import data
 from fedlora.adapters.attach import AdaptedModel
 from fedlora.adapters.start import TEXT, initial_tensors, start_of
 from fedlora.places import expanded
+from fedlora.plan import Tensors
 from fedlora.tasks import Records, Task, read, task_named
 
 ROWS = 512
@@ -32,7 +33,7 @@ _BATCH = 32
 
 def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping[str, str], init: str = "public",
                 others: Mapping[str, str | Path | None] | None = None, allow_download: bool = False,
-                options: data.ReadOptions | None = None) -> data.Rows:
+                options: data.ReadOptions | None = None, option: str = "--init") -> data.Rows:
     """Read and check the file of a start.
 
     Args:
@@ -45,6 +46,7 @@ def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping
             inside one.
         allow_download: fetch a hub dataset that is not in the local cache.
         options: what the coordinator says about the file, such as its separator.
+        option: the option that names the file, for messages.
 
     Raises:
         ValueError: the file cannot be read, its labels are missing or wrong, or it is private or held-out data.
@@ -53,7 +55,7 @@ def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping
         if other is not None and _overlap(expanded(path), expanded(other)):
             why = ("a start from it would release private rows without noise" if flag == "--data" else
                    "an evaluation on rows that the start was computed from means nothing")
-            raise ValueError(f"--init {init}:{path} is (part of) {flag} {other}: {why}. Name another file")
+            raise ValueError(f"{option} {init}:{path} is (part of) {flag} {other}: {why}. Name another file")
     kind = task_named(task)
     if start_of(f"{init}:{path}")[0].reads == TEXT and kind.has_labels:
         rows = read(path, task, columns=columns, allow_download=allow_download, options=options, answered=False)
@@ -63,18 +65,26 @@ def read_public(path: str, task: str, labels: Sequence[str], *, columns: Mapping
     if kind.has_labels:
         if len(data.label_names(rows)) < 2:
             found = ", ".join(data.label_names(rows)) or "none"
-            raise ValueError(f"--init {init}:{path} needs rows of at least two labels, and its labels are: {found}. "
-                             "Fill the label column (--column label=NAME names another), or choose --init orthonormal")
+            instead = "choose --init orthonormal" if option == "--init" else f"leave {option} out"
+            raise ValueError(f"{option} {init}:{path} needs rows of at least two labels, and its labels are: {found}. "
+                             f"Fill the label column (--column label=NAME names another), or {instead}")
         if labels:
             data.check_labels(rows, labels)
     return rows
 
 
-def public_start(adapted: AdaptedModel, task: Task, rows: data.Rows, *, seed: int,
-                 init: str = "public") -> dict[str, np.ndarray]:
+def some_rows(rows: data.Rows, most: int, seed: int) -> data.Rows:
+    """Return the rows, or at most this many of them, drawn at random by the seed, in their order."""
+    if len(rows) <= most:
+        return rows
+    return rows.take(np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False)))
+
+
+def public_start(adapted: AdaptedModel, task: Task, rows: data.Rows, *, seed: int, init: str = "public",
+                 head: Tensors | None = None) -> dict[str, np.ndarray]:
     """Return the initial values of all tensors of an adapter whose bases come from a public file.
 
-    Heads are drawn at random, as for every start.
+    Heads are drawn at random, as for every start, unless one is given.
 
     Args:
         adapted: the model as `attach` made it. Its values are restored afterwards.
@@ -82,25 +92,24 @@ def public_start(adapted: AdaptedModel, task: Task, rows: data.Rows, *, seed: in
         rows: the public rows, as `read_public` returned them.
         seed: seed of the head, of what else is drawn, and of the choice of rows if there are more than `ROWS`.
         init: the start's key.
+        head: the head's values that the run starts from, at which the gradient is computed; None for those drawn.
 
     Raises:
         ValueError: no row can be trained on, or the gradient of a weight is zero or not finite.
     """
-    if len(rows) > ROWS:
-        rows = rows.take(np.sort(np.random.default_rng(seed).choice(len(rows), ROWS, replace=False)))
-    records = task.encode(rows)
+    records, own = task.encode(some_rows(rows, ROWS, seed)), dict(head or {})
     if not len(records):
         raise ValueError(f"--init {init}: no row of the file has a label, or an answer within --max-length")
     if start_of(f"{init}:FILE")[0].reads == TEXT:
         inputs = sampled_inputs(adapted, task, records, seed)
-        return initial_tensors(adapted, init=init, seed=seed, inputs=lambda site: inputs[site.name])
+        return initial_tensors(adapted, init=init, seed=seed, inputs=lambda site: inputs[site.name]) | own
     before = adapted.read("state")
-    adapted.write(initial_tensors(adapted, init="orthonormal", seed=seed))  # an update of 0, and the run's own head
+    adapted.write(initial_tensors(adapted, init="orthonormal", seed=seed) | own)  # an update of 0, and the run's head
     try:
         gradients = mean_gradients(adapted, task, records)
     finally:
         adapted.write(before)
-    return initial_tensors(adapted, init=init, seed=seed, gradient=lambda site: gradients[site.name])
+    return initial_tensors(adapted, init=init, seed=seed, gradient=lambda site: gradients[site.name]) | own
 
 
 @torch.no_grad()
@@ -184,7 +193,7 @@ def mean_gradients(adapted: AdaptedModel, task: Task, records: Records) -> dict[
     result = {}
     for module, total in zip(modules, sums, strict=True):
         if not total.isfinite().all() or not total.any():
-            raise ValueError(f"--init public: the gradient of {module} on the file's rows is zero or not finite; "
+            raise ValueError(f"--init: the gradient of {module} on the file's rows is zero or not finite; "
                              "choose --init orthonormal or weight")
         result[module] = total.T if isinstance(adapted.base_layer(module), Conv1D) else total
     return result

@@ -1,4 +1,4 @@
-r"""Private starts (--init dp): clients release noised sketches of their gradient, charged like a round of training.
+r"""Starts from the clients' gradients: --init dp, noised and charged like a round of training, and --init gradient.
 
 The leading singular vectors of G, the gradient (d_out, d_in) of the loss with respect to a frozen weight, are the
 directions in which an adapter can best move that weight. G itself is far too large to be released under noise. So each
@@ -15,6 +15,9 @@ clipping they are scaled up until they are longer than the clip norm, because a 
 
 The server averages over clients. A becomes the right singular vectors of the mean Z; if the family freezes B too, B
 becomes the left singular vectors of the mean Y.
+
+In a run without privacy (--init gradient) the same steps are taken on the same model. Nothing is scaled, clipped or
+noised then, and a step moves the factors by a tenth of their sketch.
 """
 
 from __future__ import annotations
@@ -44,16 +47,20 @@ STEP = 1e-2
 """Distance by which one step moves the factors, in units of the clipped mean. It is so small that Q and P are
 practically the same in later steps."""
 
+PLAIN_STEP = 0.1
+"""The same in a run without privacy, in units of the sketch: small beside Q and P, and well above their rounding."""
+
 
 def sketch_plan(run: RunPlan) -> RunPlan:
-    """Return the plan by which all clients compute the release of a run's private start.
+    """Return the plan by which all clients compute what a run starts from, with or without privacy.
 
     Each client derives it from the run's plan. The server cannot change it.
     """
     scale = run.clip_norm / (SCALING * LEAST_NORM)
+    moved = (dict(lr=STEP * scale / run.clip_norm, adapter_scale=scale) if run.private else
+             dict(lr=PLAIN_STEP / SCALING))
     return dataclasses.replace(run, family="lora", family_options=(), alpha=run.rank * SCALING, train_head=False,
-                               dropout=0.0, optimizer="sgd", lr=STEP * scale / run.clip_norm, lr_schedule="constant",
-                               adapter_scale=scale, adjustment="")
+                               dropout=0.0, optimizer="sgd", lr_schedule="constant", adjustment="", **moved)
 
 
 def sketch_layout(layout: AdapterLayout, missing: tuple[str, ...]) -> AdapterLayout:

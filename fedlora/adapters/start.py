@@ -21,13 +21,14 @@ from fedlora import registry
 from fedlora.adapters.attach import AdaptedModel
 from fedlora.adapters.family import Bases, Family, Site
 from fedlora.adapters.layout import AdapterLayout
-from fedlora.algebra import leading_factors
+from fedlora.algebra import leading_factors, orthonormal_rows
+from fedlora.plan.limits import MOST_RANK
 
 STARTS = "fedlora.adapters.starts"
 
 TEXT = "public texts"
 
-Reads = Literal["nothing", "weights", "public texts", "public rows", "clients"]
+Reads = Literal["nothing", "weights", "public texts", "public rows", "clients", "clients without noise"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Start(ABC):
 
     Attributes:
         reads: class attribute, what the start is computed from. "clients" means a noised release, which is charged as
-            one participation.
+            one participation; "clients without noise" the same release in a run without privacy.
         takes: class attribute, what follows the key after a colon, as in public:FILE; "" for nothing. It must be a
             literal, so that --help can read it from the file.
         gives: class attribute, the bases that the start provides, of A, B and V.
@@ -85,6 +86,10 @@ class Start(ABC):
         """Return the bases that a family needs and this start does not provide; () if the two fit."""
         return tuple(base for base in family.bases if base not in self.gives)
 
+    def unfit(self, family: Family) -> str:
+        """Return why this start does not suit a family that uses its bases; "" if it does."""
+        return ""
+
 
 class SingularStart(Start):
     """A start from the leading singular vectors of a matrix with the shape of each site's weight."""
@@ -99,10 +104,41 @@ class SingularStart(Start):
         return Bases(A=leading.A, B=leading.B)
 
 
+class OrthogonalStart(Start):
+    """A start with random orthonormal bases, in which A reads none of the leading directions of a layer's inputs.
+
+    The directions are the leading right singular vectors of the inputs at tokens of public texts.
+
+    Attributes:
+        directions: class attribute, how many directions are left out, if the layer has that many inputs to spare.
+    """
+
+    takes = "FILE"
+    reads: ClassVar[Reads] = "public texts"
+    directions: ClassVar[int]
+
+    @override
+    def bases(self, site: Site, source: Source) -> Bases:
+        assert source.inputs is not None, "this start is only made with public texts"
+        inputs, rows = source.inputs(site).double(), source.draw(f"{site.name}.A", (site.rank, site.d_in))
+        if count := min(self.directions, len(inputs), site.d_in - site.rank):
+            strongest = leading_factors(inputs, count).A
+            rows = rows - rows @ strongest.T @ strongest
+        return Bases(A=orthonormal_rows(rows),
+                     B=orthonormal_rows(source.draw(f"{site.name}.B", (site.rank, site.d_out))).T)
+
+
+def reads_inputs(family: Family) -> dict[str, bool]:
+    """Return the names of the tensors that a site's inputs are multiplied with ("A"), and whether each trains."""
+    site = Site("site", 4 * MOST_RANK, 8 * MOST_RANK, MOST_RANK, 1.0)  # three sizes that tell the axes apart
+    return {spec.name.rpartition(".")[2]: spec.trains for spec in family.specs([site]) if spec.shape[-1] == site.d_in}
+
+
 def fitting(family: Family) -> str:
     """Return the starts that provide what a family needs, as --init takes them, for a message."""
     starts: dict[str, Start] = {key: registry.load(STARTS, key).START() for key in registry.keys(STARTS)}
-    fit = [f"{key}:{start.takes}" if start.takes else key for key, start in starts.items() if not start.lacks(family)]
+    fit = [f"{key}:{start.takes}" if start.takes else key for key, start in starts.items()
+           if not start.lacks(family) and not start.unfit(family)]
     return " or ".join(part for part in (", ".join(fit[:-1]), *fit[-1:]) if part)
 
 
@@ -160,11 +196,15 @@ def site_tensors(layout: AdapterLayout, start: Start, source: Source) -> dict[st
     """Return the initial values of the tensors of all sites, float32.
 
     Raises:
-        ValueError: the start does not provide what the family needs, or a rank exceeds a layer's smaller side.
+        ValueError: the start does not provide what the family needs or does not suit it, or a rank exceeds a layer's
+            smaller side.
     """
     if lacking := start.lacks(layout.family):
         raise ValueError(f"the adapter family {layout.family.name} needs {' and '.join(layout.family.bases)} of a "
                          f"start, and this one gives no {' and no '.join(lacking)}; choose --init "
+                         f"{fitting(layout.family)}")
+    if why := start.unfit(layout.family):
+        raise ValueError(f"this start does not suit the adapter family {layout.family.name}: {why}; choose --init "
                          f"{fitting(layout.family)}")
     tensors: dict[str, np.ndarray] = {}
     for site in layout.sites:

@@ -163,9 +163,14 @@ class RunConfig(Config):
     init: str | None = option(
         None, "start of the adapter's factors, by what it is computed from: nothing (kaiming, orthonormal, block, "
         "sparse), the base model's weights (weight, weight-scaled, nystrom, lu, row-norms), public texts without "
-        "labels (eva:FILE, avoid:FILE), the loss's gradient on public rows (public:FILE), or the clients' noised "
-        "gradients (dp, at the privacy cost of one round)", MODEL, values.start, metavar="START", unset=PRESET,
+        "labels (eva:FILE, avoid:FILE, protect:FILE), the loss's gradient on public rows (public:FILE, lora-ga:FILE, "
+        "lora-sb:FILE), or the clients' gradients: noised (dp, at the privacy cost of one round), or as they are in a "
+        "run without privacy (gradient)", MODEL, values.start, metavar="START", unset=PRESET,
         plan="private_start", place=2)
+    init_head: str | None = option(
+        None, "start of a classifier's head: a regression on public rows, at the server, at no privacy cost", MODEL,
+        values.head_start, metavar="public:FILE", unset="drawn at random", plan="train_head", place=6,
+        example='"public:public.jsonl"')
     family_options: tuple[tuple[str, float], ...] = option(
         (), "numeric options of the strategy's adapter family", MODEL, values.numbers, metavar="NAME=X,…",
         plan="family_options", place=6, example="{name = 1.0}")

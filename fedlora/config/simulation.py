@@ -25,7 +25,8 @@ class SimulationConfig(RunConfig, LocalConfig):
 
     command: ClassVar[str] = SIMULATE
     forms: ClassVar[tuple[str, ...]] = (
-        "fedlora-simulate --data DIR_OR_FILE [options]", "fedlora-simulate {init,notes,compare,audit,poison} [--help]")
+        "fedlora-simulate --data DIR_OR_FILE [options]",
+        "fedlora-simulate {init,notes,compare,audit,poison,rank-starts} [--help]")
 
     strategy: tuple[str, ...] = option(
         ("fedsvd",), "one or more strategies, each a name or module:Class of your own, with an --init of its own after "

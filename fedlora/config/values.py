@@ -145,9 +145,15 @@ def start(given: str) -> str:
     if key in takes and (bool(colon), bool(argument)) == (bool(takes[key]),) * 2:
         return given
     shown = ", ".join(f"{name}:{what}" if what else name for name, what in takes.items())
-    reasons = {"gradient": "a start from the clients' raw gradients would release private rows without noise; ",
-               **{name: f"name the {what} after a colon: " for name, what in takes.items() if what}}
+    reasons = {name: f"name the {what} after a colon: " for name, what in takes.items() if what}
     raise argparse.ArgumentTypeError(f"{given!r}: {reasons.get(key, 'there is no such start; ')}choose one of {shown}")
+
+
+def head_start(given: str) -> str:
+    """Check --init-head, which is public:FILE."""
+    if given.startswith("public:") and given != "public:":
+        return given
+    raise argparse.ArgumentTypeError(f"{given!r}: a head can start from public rows; write public:FILE")
 
 
 def method(given: str) -> tuple[str, str | None]:

@@ -90,9 +90,9 @@ class RunPlan:
         lr_schedule: "constant", or "linear": of R rounds, round t trains with lr · (1 - (t - 1) / R).
         wire_dtype: number format of adapter tensors on the network, in both directions: "fp32", or "bf16"
             (`fedlora.wire.dtypes`).
-        private_start: whether round 0 comes first, in which clients release noised gradients for the adapters to start
-            from (`fedlora.adapters.sketches`). It is one participation on top of `max_participations`. Only with
-            privacy.
+        private_start: whether round 0 comes first, in which clients send sketches of their gradients for the adapters
+            to start from (`fedlora.adapters.sketches`): noised if the run is private, else as they are. It is one
+            participation on top of `max_participations`.
         family_options: (name, value) of the family's own options, sorted by name; they are the fields of its class.
         ranks: (module, rank) of the adapted modules whose rank is not `rank`, sorted by name.
         adjustment: key of the adjustment of noised gradients; "" for none.
@@ -176,10 +176,10 @@ class RunPlan:
             require(facts.has_head or not self.train_head, "train_head", f"{facts.model_is} has no task head to train")
         require(not (self.private and self.weight_by_examples), "weight_by_examples",
                 "weighting by example counts discloses them; under privacy the weights are uniform")
-        require(not self.private_start or (self.private and bool(self.targets)), "private_start",
-                "a start from noised gradients needs privacy and at least one target")
+        require(not self.private_start or bool(self.targets), "private_start",
+                "a start from the clients' gradients needs at least one target")
         require(not (self.private_start and self.ranks), "ranks",
-                "a start from noised gradients needs the same rank in all layers; choose another start")
+                "a start from the clients' gradients needs the same rank in all layers; choose another start")
         require(bool(self.targets) or self.train_head, "targets",
                 "nothing would be trained: name targets or train the head")
 

@@ -10,7 +10,7 @@
     server-fingerprints = ["<SHA-256 of the server's public key>"]    # no server without --tls and one of these keys
     announce-labels = false               # refuse servers that ask for the label names
     announce-size = false                 # leave sigma and delta out of uploads: they tell about the declared size
-    private-start = false                 # refuse servers that ask for noised gradients to start the adapters from
+    private-start = false                 # refuse servers that ask for gradients to start the adapters from
 
     [dataset.north]                       # one table for each data set, under an id of the owner's choice
     data = "/records/north"
@@ -129,7 +129,7 @@ class Policy:
         server_fingerprints: allowed keys of servers, as 64 hexadecimal digits; in the file they may stand in groups.
         announce_labels: whether a server may ask for the label names.
         announce_size: whether uploads state the noise multiplier and delta, which tell about the declared size.
-        private_start: whether a server may ask for noised gradients from which the adapters start.
+        private_start: whether a server may ask for gradients, noised in private runs, from which the adapters start.
         datasets: id → the data set's own table.
     """
 
@@ -225,8 +225,9 @@ class Policy:
             self._forbid("announce-labels = false", "the server asks for the label names; ask the coordinator to name "
                                                     "them with fedlora-server --labels")
         if run.private_start and not self.private_start:
-            self._forbid("private-start = false", "the server asks for noised gradients of these records to start the "
-                                                  "adapters from")
+            noise = "noised" if run.private else "without noise"
+            self._forbid("private-start = false", f"the server asks for gradients of these records, {noise}, to start "
+                                                  "the adapters from")
 
     def check_terms(self, noise_multiplier: float | None) -> None:
         """Check the run's noise against the policy, before any record is trained on.

@@ -24,6 +24,7 @@ from .round_state import RoundOptions
 from .run_setup import (
     ANY_LABELS,
     Federation,
+    about_the_head,
     about_the_reduction,
     fewest_uploads,
     find_model,
@@ -72,7 +73,7 @@ def dry_run(options: ServerConfig, console: Console) -> None:
     rows = held_out(options)
     announced = task.has_labels and not options.labels
     console.print(settings(options, options.strategy, values))
-    for told in (*without_effect(options), *about_the_reduction(options, options.strategy)):
+    for told in (*without_effect(options), *about_the_head(options), *about_the_reduction(options, options.strategy)):
         console.print(told)
     federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
                          options.seed)
@@ -132,7 +133,7 @@ def traffic(federation: Federation, cohort: int) -> str:
     up, down, once = (size * count for count in (moved.up, moved.down, moved.once))
     whole = plan.rounds * cohort * (up + down) + cohort * once
     before = f", after {quantity(once)} down in its first one" if once else ""
-    start = " The start from noised gradients, before round 1, is not counted." if plan.private_start else ""
+    start = " The start from the clients' gradients, before round 1, is not counted." if plan.private_start else ""
     return (f"\nTraffic: each client and round {quantity(up)} up and {quantity(down)} down{before}; about "
             f"{quantity(whole)} in all for {plan.rounds} round{'s' * (plan.rounds != 1)} of {cohort} client"
             f"{'s' * (cohort != 1)}, without headers. "

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from fedlora import data, models
 from fedlora.adapters import AdaptedModel, attach_planned, family_of, initial_tensors, start_of
+from fedlora.adapters.head_start import check_rows, head_start
 from fedlora.adapters.public_rows import public_start, read_public
 from fedlora.adapters.start import fitting
 from fedlora.config import RunConfig, options_of
@@ -61,7 +63,8 @@ def find_model(options: RunConfig) -> BaseModel:
     """Find --model and check that it fits --task. This is quick, so it is done before a port is bound.
 
     Raises:
-        ValueError: the model cannot be found or does not fit --task, or the public file of --init is unusable.
+        ValueError: the model cannot be found or does not fit --task, or a public file of --init or --init-head is
+            unusable.
     """
     check_start(options)
     path = models.resolve(options.model, allow_download=options.allow_download)
@@ -70,12 +73,13 @@ def find_model(options: RunConfig) -> BaseModel:
 
 
 def check_start(options: RunConfig) -> None:
-    """Check the public file of --init. This is quick, so it is done before anything is trained.
+    """Check the public files of --init and --init-head. This is quick, so it is done before anything is trained.
 
     Raises:
-        ValueError: the file is unusable.
+        ValueError: a file is unusable.
     """
     _public_rows(options, options.init, options.labels or ())
+    _head_rows(options, options.labels or ())
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Federation:
         task: what the model learns.
         state: every tensor that is not in the base checkpoint, as the run starts.
         strategy: makes messages and combines uploads.
-        start: the private start of --init dp, a round before the first; None without it.
+        start: the start of --init dp or gradient, a round before the first; None without it.
     """
 
     plan: RunPlan
@@ -128,11 +132,14 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
              "So its adapter predicts differently where texts are batched differently.")
     if plan.private_start or (start_of(init)[1] and labels is ANY_LABELS):
         init = "orthonormal"
-    rows = _public_rows(options, init, labels)
-    if rows is None:
-        state = initial_tensors(adapted, init=init, seed=seed)
-    else:
-        state = public_start(adapted, task, rows, seed=seed, init=init.partition(":")[0])
+    rows, known = _public_rows(options, init, labels), None if labels is ANY_LABELS else _head_rows(options, labels)
+    head: dict[str, np.ndarray] = {}
+    if rows is None or known is not None:
+        state = initial_tensors(adapted, init=init if rows is None else "orthonormal", seed=seed)
+        head = {} if known is None else head_start(adapted, task, known, state, seed=seed)
+        state |= head
+    if rows is not None:
+        state = public_start(adapted, task, rows, seed=seed, init=init.partition(":")[0], head=head)
     recipe = recipe_of(options, strategy)
     start = PrivateStart(plan, adapted, state, seed, recipe.reduction) if plan.private_start else None
     chosen = strategy_class(strategy)(plan, adapted.layout, recipe=recipe, seed=seed)
@@ -160,6 +167,24 @@ def _public_rows(options: RunConfig, init: str | None, labels: tuple[str, ...]) 
     return read_public(file, options.task, labels, columns=options.column, init=key,
                        others={"--data": getattr(options, "data", None), "--eval-data": options.eval_data},
                        allow_download=options.allow_download, options=options.read_options())
+
+
+def _head_rows(options: RunConfig, labels: tuple[str, ...]) -> data.Rows | None:
+    """Read the rows of --init-head, under the same conditions as those of --init; None without the option."""
+    if not options.init_head:
+        return None
+    key, _, file = options.init_head.partition(":")
+    rows = read_public(file, options.task, labels, columns=options.column, init=key, option="--init-head",
+                       others={"--data": getattr(options, "data", None), "--eval-data": options.eval_data},
+                       allow_download=options.allow_download, options=options.read_options())
+    check_rows(rows, labels, f"--init-head {options.init_head}")
+    return rows
+
+
+def about_the_head(options: RunConfig) -> list[str]:
+    """Return a sentence on the rows that the head starts from, with --init-head."""
+    return [f"The head starts from a regression on the public rows of {options.init_head.partition(':')[2]}, which "
+            "costs no ε."] if options.init_head else []
 
 
 def recipe_of(options: RunConfig, strategy: str) -> Recipe:
@@ -226,8 +251,9 @@ def planned(options: RunConfig, strategy: str) -> Preset:
 
     Raises:
         ValueError: the options contradict each other: --max-participations is above the number of rounds, --dropout is
-            combined with privacy, --init dp with none, --scaling rs with --ranks, --init does not fit the strategy or
-            --targets, --head train is asked for a task without a head, or --labels names fewer than two labels.
+            combined with privacy, --init dp with none, --init gradient with it, --scaling rs with --ranks, --init does
+            not fit the strategy or --targets, --head train or --init-head is asked for a task without a head,
+            --init-head for a head that is not trained, or --labels names fewer than two labels.
     """
     recipe = recipe_of(options, strategy)
     chosen = recipe.preset(options.privacy == "required", options.init)
@@ -251,14 +277,24 @@ def planned(options: RunConfig, strategy: str) -> Preset:
         raise ValueError(f"--labels names {len(options.labels)} label; {task.name} needs at least two")
     if options.head == "train" and not task.has_head:
         raise ValueError(f"--head train needs --task classification; {task.model_is} has no task head")
+    if options.init_head and not task.has_head:
+        raise ValueError(f"--init-head starts a classifier's head, and {task.model_is} has no task head; leave it out")
+    if options.init_head and options.head == "freeze":
+        raise ValueError("--init-head starts the head that clients train, and --head freeze keeps it from training; "
+                         "leave one of them out")
     if lacking := start.lacks(family):
         raise ValueError(f"--init {values.init} gives no {' and no '.join(lacking)}, which {strategy} needs of its "
                          f"start; choose --init {fitting(family)}")
+    if why := start.unfit(family):
+        raise ValueError(f"--init {values.init} does not suit {strategy}: {why}; choose --init {fitting(family)}")
     if file and values.targets == ("none",):
         raise ValueError(f"--init {values.init} starts the adapters, and --targets none leaves none; leave one out")
     if start.reads == "clients" and options.privacy != "required":
         raise ValueError(f"--init {values.init} is a start from noised gradients, and without privacy there is no "
-                         "noise; choose --init orthonormal, weight or public:FILE")
+                         "noise; choose --init gradient, which sends them as they are, or another start")
+    if start.reads == "clients without noise" and options.privacy == "required":
+        raise ValueError(f"--init {values.init} has clients send gradients without noise, which would release private "
+                         "rows; choose --init dp or public:FILE, or a run without privacy")
     return values
 
 
@@ -307,7 +343,7 @@ def make_plan(options: RunConfig, strategy: str, reference: ModelRef, labels: tu
     made = {"run_id": run_id, "private": private, "labels": labels, "train_head": _trains_head(options),
             "max_participations": options.max_participations or values.rounds, "protocol": protocol,
             "adjustment": "" if options.adjustment == "none" else options.adjustment,
-            "private_start": start_of(values.init)[0].reads == "clients"}
+            "private_start": start_of(values.init)[0].reads.startswith("clients")}
     return plan_of(strategy, strategy_class(strategy).recipe.family, values, reference, loaded, **others | made)
 
 

@@ -17,7 +17,9 @@ SUBCOMMANDS = {
     "notes": Subcommand("fedlora_simulations.notes", "writes made-up notes to try FedLoRA on"),
     "compare": Subcommand("fedlora_simulations.compare", "compares the runs of several commands"),
     "audit": Subcommand("fedlora_simulations.audit", "measures an empirical lower bound on ε"),
-    "poison": Subcommand("fedlora_simulations.poison", "measures what one hostile client costs")}
+    "poison": Subcommand("fedlora_simulations.poison", "measures what one hostile client costs"),
+    "rank-starts": Subcommand("fedlora_simulations.rank_starts", "ranks the starts of a strategy on public rows")}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from fedlora import registry
 from fedlora.adapters import family_of, start_of
 from fedlora.adapters.family import Site
 from fedlora.adapters.layout import MOST_RECEIVED
-from fedlora.adapters.start import STARTS, Source
+from fedlora.adapters.start import STARTS, Reads, Source, fitting
 from tests.families import FAMILIES
 
 SITE = Site("layer.0.q", 9, 7, 3, 1.0)
@@ -34,7 +36,7 @@ def source(seed=1):
 
 def test_it_has_a_line_that_says_what_it_is(start):
     assert all(registry.titles(STARTS).values())
-    assert start.reads in ("nothing", "weights", "public texts", "public rows", "clients")
+    assert start.reads in get_args(Reads)
     assert set(start.gives) <= {"A", "B", "V"}
 
 
@@ -68,6 +70,10 @@ def test_the_same_source_gives_the_same_bits_and_two_sites_differ_where_somethin
         assert not torch.equal(first.A, other.A)
 
 
-def test_it_fits_the_families_whose_bases_it_gives(start):
+def test_it_fits_the_families_whose_bases_it_gives_unless_it_says_why_not(start):
+    key = type(start).__module__.rpartition(".")[2].replace("_", "-")
     for family in map(family_of, FAMILIES):
         assert (not start.lacks(family)) is (set(family.bases) <= set(start.gives))
+        fits = not start.lacks(family) and not start.unfit(family)
+        named = {one.partition(":")[0] for one in fitting(family).replace(" or ", ", ").split(", ")}
+        assert fits is (key in named)

@@ -8,7 +8,7 @@ import torch
 
 from fedlora import models
 from fedlora.adapters import attach_planned, initial_tensors
-from fedlora.adapters.sketches import private_start, sketch_layout, sketch_plan, sketch_tensors
+from fedlora.adapters.sketches import PLAIN_STEP, private_start, sketch_layout, sketch_plan, sketch_tensors
 from fedlora.data import Rows
 from fedlora.plan import ModelRef, RunPlan
 from fedlora.privacy import RandomStream
@@ -39,7 +39,7 @@ def case(checkpoint, family, strategy, **changes):
     return plan, adapted, initial_tensors(adapted, init="orthonormal", seed=3)
 
 
-def released(checkpoint, plan, layout, tensors):
+def released(checkpoint, plan, layout, tensors, noise=1e-9):
     """Return how far the release's steps move the factors, with hardly any noise; and the records."""
     own = sketch_plan(plan)
     loaded = models.load(checkpoint("bert"), "classification", 2)
@@ -49,7 +49,7 @@ def released(checkpoint, plan, layout, tensors):
     records = task.encode(rows())
     adapted.write(tensors)
     result = Trainer(adapted, task, device="cpu", precision="fp32").train(job_of(
-        own, records, sampling_rate=1.0, noise_multiplier=1e-9, clip_norm=own.clip_norm,
+        own, records, sampling_rate=1.0, noise_multiplier=noise, clip_norm=own.clip_norm,
         sampling=RandomStream.derived(0, "a", 0, "sampling"), noise=RandomStream.derived(0, "a", 0, "noise")))
     return {name: array.astype(np.float64) - tensors[name] for name, array in result.tensors.items()}, task, records
 
@@ -119,7 +119,25 @@ def test_the_start_spans_a_gradient_of_low_rank_and_moves_nothing_yet(checkpoint
         np.testing.assert_array_equal(start[name], state[name])
 
 
-def test_such_a_start_needs_privacy_and_something_to_start(checkpoint):
-    for changes in ({"private": False}, {"targets": ()}):
-        with pytest.raises(ValueError, match="private_start"):
-            case(checkpoint, "frozen-a", "ffa-lora", **changes)
+def test_such_a_start_needs_something_to_start(checkpoint):
+    with pytest.raises(ValueError, match="private_start"):
+        case(checkpoint, "frozen-a", "ffa-lora", targets=())
+
+
+def test_without_privacy_the_same_steps_send_the_sketches_of_the_mean_gradient(checkpoint):
+    plan, adapted, state = case(checkpoint, "bra", "fed-sb", private=False)
+    layout = sketch_layout(adapted.layout, adapted.missing)
+    tensors = sketch_tensors(layout, state, seed=5)
+    moved, task, records = released(checkpoint, plan, layout, tensors, noise=None)
+    base = models.load(checkpoint("bert"), "classification", 2).model
+    with torch.no_grad():
+        for name in adapted.missing:
+            base.get_parameter(name).copy_(torch.from_numpy(state[f"head.{name}"]))
+    weights = [base.get_submodule(module).weight for module in layout.modules]
+    batch = task.collate(records, np.arange(len(records)), int(records.lengths.max()))
+    gradients = torch.autograd.grad(task.per_record_loss(base, batch).mean(), weights)
+    for module, gradient in zip(layout.modules, gradients, strict=True):
+        G, Q, P = gradient.double().numpy(), tensors[f"{module}.B"], tensors[f"{module}.A"]
+        for factor, sketch in (("A", Q.T @ G), ("B", G @ P.T)):
+            np.testing.assert_allclose(-moved[f"{module}.{factor}"] / PLAIN_STEP, sketch,
+                                       atol=2e-3 * np.abs(sketch).max())

@@ -200,7 +200,6 @@ def simulated(checkpoint, private, init) -> SimulationConfig:
 
 
 @pytest.mark.parametrize(("text", "names"), [
-    ("gradient", "raw gradients would release private rows without noise"),
     ("public:", "name the FILE"), ("gaussian", "there is no such start; choose one of ")])
 def test_a_start_that_would_release_private_rows_is_refused_by_name(capsys, text, names):
     with pytest.raises(SystemExit) as exit_:

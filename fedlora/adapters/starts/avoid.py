@@ -12,31 +12,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from typing_extensions import override
-
-from fedlora.adapters.family import Bases, Site
-from fedlora.adapters.start import Reads, Source, Start
-from fedlora.algebra import leading_factors, orthonormal_rows
-
-DIRECTIONS = 4
-"""The number of directions that are left out, if the layer has that many inputs to spare."""
+from fedlora.adapters.start import OrthogonalStart, Reads
 
 
-class Avoid(Start):
+class Avoid(OrthogonalStart):
     """The start that does not read what all public texts have in common."""
 
     takes = "FILE"
     reads: ClassVar[Reads] = "public texts"
-
-    @override
-    def bases(self, site: Site, source: Source) -> Bases:
-        assert source.inputs is not None, "this start is only made with public texts"
-        inputs, rows = source.inputs(site).double(), source.draw(f"{site.name}.A", (site.rank, site.d_in))
-        if count := min(DIRECTIONS, len(inputs), site.d_in - site.rank):
-            strongest = leading_factors(inputs, count).A
-            rows = rows - rows @ strongest.T @ strongest
-        return Bases(A=orthonormal_rows(rows),
-                     B=orthonormal_rows(source.draw(f"{site.name}.B", (site.rank, site.d_out))).T)
+    directions: ClassVar[int] = 4
 
 
 START = Avoid

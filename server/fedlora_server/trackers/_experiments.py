@@ -23,10 +23,10 @@ PROJECT = "fedlora"
 """Name of the project or experiment that runs belong to, unless the environment names another."""
 
 OPTIONS = ("batch_clients", "clients", "clients_per_round", "compile", "declared_size", "delta", "device", "engine",
-           "epsilon", "eval_every", "init", "max_clip_norm", "micro_batch", "min_clients", "min_replies", "partition",
-           "precision", "privacy_unit", "reduction", "reduction_options", "round_timeout", "rows_per_unit", "scaling",
-           "screen", "seed", "server_lr", "server_optimizer", "server_options", "strategy_options", "threads",
-           "wait_timeout", "workers")
+           "epsilon", "eval_every", "init", "init_head", "max_clip_norm", "micro_batch", "min_clients", "min_replies",
+           "partition", "precision", "privacy_unit", "reduction", "reduction_options", "round_timeout",
+           "rows_per_unit", "scaling", "screen", "seed", "server_lr", "server_optimizer", "server_options",
+           "strategy_options", "threads", "wait_timeout", "workers")
 """Options that are told beside the plan. The others name files or addresses, or are in the plan."""
 
 OF_A_REPORT = ("ended", "finished_rounds", "resumed_after_rounds", "evaluation", "plan", "strategy", "versions",
@@ -47,8 +47,9 @@ def parameters(run: Watched, plan: RunPlan) -> dict[str, str | int | float | boo
         plan: its plan.
     """
     options = {name: run.options.get(name) for name in OPTIONS}
-    if isinstance(start := options.get("init"), str):
-        options["init"] = start.partition(":")[0]  # a file's name may follow
+    for name in ("init", "init_head"):
+        if isinstance(start := options.get(name), str):
+            options[name] = start.partition(":")[0]  # a file's name may follow
     return {name: _plain(value) for name, value in (options | to_scalars(plan)).items()
             if value not in (None, "", (), [], {})}
 
