@@ -371,6 +371,8 @@ class Trainer:
         run, layout = job.run, self.active.layout
         inner = make_optimizer(run.optimizer, [parameters[spec.name] for spec in layout.trained], job.rate)
         adjust = Adjuster.of(run.adjustment, layout, parameters)
+        if adjust is not None:
+            adjust.follow(inner)
         if job.noise_multiplier is None:
             divisor = plain_divisor(run, job.records, job.sampling_rate)
             return SummedStep(inner, divisor, buffer, adjust) if summed else PlainStep(inner, divisor, adjust)

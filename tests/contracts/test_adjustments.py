@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedlora import registry
-from fedlora.training.adjustments import PACKAGE, Adjuster, check_adjustment
+from fedlora.training.adjustments import PACKAGE, Adjuster, StepAdjustment, check_adjustment
 from tests.families import FAMILIES
 from tests.federation import layout_of, start_of
 
@@ -36,6 +36,23 @@ def state_of(layout, *, at_the_start=False):
 def gradients_of(layout, seed=4):
     generator = torch.Generator().manual_seed(seed)
     return {spec.name: torch.randn(spec.shape, generator=generator) for spec in layout.trained}
+
+
+def steps_of(key, layout, state, several):
+    """Return the steps of stochastic gradient descent with rate 1 that one client takes with an adjustment."""
+    parameters = {name: nn.Parameter(tensor.clone()) for name, tensor in state.items()}
+    adjuster = Adjuster(key, layout, parameters)
+    optimizer = torch.optim.SGD([parameters[spec.name] for spec in layout.trained], lr=1.0)
+    adjuster.follow(optimizer)
+    taken = []
+    for gradients in several:
+        before = {name: parameters[name].detach().clone() for name in gradients}
+        for name, gradient in gradients.items():
+            parameters[name].grad = gradient.clone()
+        adjuster()
+        optimizer.step()
+        taken.append({name: parameters[name].detach() - before[name] for name in gradients})
+    return taken
 
 
 def adjusted(key, layout, state, several):
@@ -90,9 +107,24 @@ def test_gradients_of_the_head_stay(case):
     key, layout = case
     gradients = gradients_of(layout)
     [given] = adjusted(key, layout, state_of(layout), [gradients])
+    state = state_of(layout)
+    [taken] = steps_of(key, layout, state, [gradients])
+    plain = {name: state[name] - gradient - state[name] for name, gradient in gradients.items()}
     heads = [spec.name for spec in layout.trained if spec.group == "head"]
     assert heads and all(torch.equal(given[name], gradients[name]) for name in heads)
-    assert any(not torch.equal(given[name], gradients[name]) for name in gradients), "it would do nothing"
+    assert all(torch.equal(taken[name], plain[name]) for name in heads)
+    assert any(not torch.equal(taken[name], plain[name]) for name in gradients), "it would do nothing"
+
+
+def test_no_value_goes_further_than_the_optimizer_moves_it(case):
+    """Screening bounds an upload by the reach of the optimizer, which the steps of an adjustment must stay within."""
+    key, layout = case
+    if not isinstance(registry.load(PACKAGE, key).ADJUSTMENT(), StepAdjustment):
+        return
+    for at_the_start in (True, False):
+        state, gradients = state_of(layout, at_the_start=at_the_start), gradients_of(layout)
+        [given], [taken] = (made(key, layout, state, [gradients]) for made in (adjusted, steps_of))
+        assert all((taken[name].abs() <= given[name].abs() + 1e-6).all() for name in gradients)
 
 
 def test_an_adapter_without_a_head_is_adjusted_alike(case):

@@ -11,7 +11,7 @@ title in `--help`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -49,6 +49,34 @@ class Adjustment(Protocol):
         """
 
 
+@runtime_checkable
+class StepAdjustment(Protocol):
+    """The second half of an adjustment that changes the optimizer's steps too.
+
+    An adaptive optimizer divides the length of a gradient out again. A rule about the length of a step must act on the
+    step itself.
+    """
+
+    def moved(self, changes: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], layout: AdapterLayout,
+              step: int) -> Mapping[str, torch.Tensor]:
+        """Return the changes of the values that shall take place of those that the optimizer made.
+
+        No value may change by more than the optimizer changed it, because the server's screening goes by how far the
+        optimizer can move a value.
+
+        Args:
+            changes: Tensor name → value after the optimizer's step minus value before it, for the tensors that train.
+                Must not be written to.
+            before: Tensor name → value before the step, for the tensors that train. Must not be written to.
+            layout: The names, shapes, groups and roles of the tensors.
+            step: The number of the step in the round, from 0.
+
+        Returns:
+            Changes with the same names, shapes and dtypes. A tensor whose change is the given object itself keeps the
+            optimizer's bits.
+        """
+
+
 def check_adjustment(key: str, layout: AdapterLayout) -> None:
     """Check that an adapter of this layout can be trained with an adjustment.
 
@@ -64,7 +92,7 @@ def check_adjustment(key: str, layout: AdapterLayout) -> None:
 
 
 class Adjuster:
-    """The adjustment of one client in one round, applied to its parameters' `grad`.
+    """The adjustment of one client in one round, applied to its parameters' `grad` and to the optimizer's steps.
 
     Args:
         key: The adjustment's name.
@@ -76,6 +104,7 @@ class Adjuster:
         self._adjust: Adjustment = registry.load(PACKAGE, key).ADJUSTMENT()
         self._layout, self._parameters, self._step = layout, parameters, 0
         self._start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self._before: dict[str, torch.Tensor] = {}
 
     @classmethod
     def of(cls, key: str, layout: AdapterLayout, parameters: Mapping[str, nn.Parameter]) -> Adjuster | None:
@@ -92,4 +121,24 @@ class Adjuster:
         assert adjusted.keys() == gradients.keys(), "an adjustment must return every gradient that it was given"
         for name, gradient in adjusted.items():
             self._parameters[name].grad = gradient  # PyTorch refuses another shape or dtype
+        if isinstance(self._adjust, StepAdjustment):
+            self._before = {name: tensors[name].clone() for name in gradients}
         self._step += 1
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have every step of an optimizer over the parameters changed as the adjustment says.
+
+        Args:
+            optimizer: The optimizer. Each of its steps must follow a call of the adjuster.
+        """
+        if isinstance(self._adjust, StepAdjustment):
+            optimizer.register_step_post_hook(self._moved)
+
+    @torch.no_grad()
+    def _moved(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
+        assert isinstance(self._adjust, StepAdjustment)
+        before, self._before = self._before, {}
+        changes = {name: self._parameters[name].detach() - value for name, value in before.items()}
+        for name, change in self._adjust.moved(changes, before, self._layout, self._step - 1).items():
+            if change is not changes[name]:
+                self._parameters[name].copy_(before[name] + change)
