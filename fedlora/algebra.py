@@ -67,6 +67,27 @@ def reorthogonalize(factors: Factors) -> Factors:
     return Factors(B=U * (S * signs), A=rows * signs[:, None])
 
 
+def truncated(factors: Factors, rank: int) -> tuple[Factors, float]:
+    r"""Return the best approximation of B A by a product of smaller rank, and the L2 norm of what it leaves out.
+
+    With B = Q_B R_B and A^T = Q_A R_A, the SVD of the small R_B R_A^T gives that of B A, at a cost of O((m + n) k^2).
+
+    Args:
+        factors: B (m, k) and A (k, n).
+        rank: the largest rank of the result, at least 1.
+
+    Returns:
+        B' (m, p) = U S and A' (p, n) = V^T with p <= rank, signs fixed as in `reorthogonalize`; and the root of the sum
+        of squares of all singular values that were left out (Frobenius norm).
+    """
+    Q_B, R_B = torch.linalg.qr(factors.B)
+    Q_A, R_A = torch.linalg.qr(factors.A.T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    rows = (Vh @ Q_A.T)[:rank]
+    signs = row_signs(rows)
+    return Factors(B=(Q_B @ U)[:, :rank] * (S[:rank] * signs), A=rows * signs[:, None]), float(S[rank:].norm())
+
+
 def row_signs(matrix: torch.Tensor) -> torch.Tensor:
     """Return the sign (1 or -1) of each row's entry of largest magnitude: (r, n) to (r,)."""
     largest = matrix.gather(1, matrix.abs().argmax(dim=1, keepdim=True)).squeeze(1)

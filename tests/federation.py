@@ -1,6 +1,6 @@
 """A federation small enough to check theorems on: linear clients, with loss and gradients written out here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -22,10 +22,12 @@ W0 = np.random.default_rng(3).standard_normal((ROWS, COLUMNS))
 
 
 def layout_of(family: str, *, rank: int = 2, modules: tuple[str, ...] = ("layer.0.q", "layer.1.q"), head: bool = True,
-              rows: int = ROWS, columns: int = COLUMNS) -> AdapterLayout:
+              rows: int = ROWS, columns: int = COLUMNS,
+              options: Sequence[tuple[str, float]] = ()) -> AdapterLayout:
     """Return the layout of `modules` targets of shape (rows, columns) and a trained head of three values."""
     heads = [TensorSpec("head.out.bias", (3,), "head")] if head else []
-    return AdapterLayout.of(family_of(family), [Site(module, rows, columns, rank, 1.0) for module in modules], heads)
+    sites = [Site(module, rows, columns, rank, 1.0) for module in modules]
+    return AdapterLayout.of(family_of(family, options), sites, heads)
 
 
 def start_of(layout: AdapterLayout, seed: int) -> dict[str, np.ndarray]:
@@ -63,6 +65,9 @@ def update_of(state: Mapping[str, np.ndarray], module: str) -> np.ndarray:
     if f"{module}.V" in state:
         return (state[f"{module}.e"].astype(np.float64) * state[f"{module}.V"])[:, None] * W0
     B, A = (state[f"{module}.{factor}"].astype(np.float64) for factor in "BA")
+    if f"{module}.D" in state:
+        D, C = (state[f"{module}.{factor}"].astype(np.float64) for factor in "DC")
+        return B @ A + D @ C
     for name, between in (("R", lambda R: R), ("e", np.diag)):
         if f"{module}.{name}" in state:
             B = B @ between(state[f"{module}.{name}"].astype(np.float64))

@@ -344,7 +344,11 @@ def make_plan(options: RunConfig, strategy: str, reference: ModelRef, labels: tu
             "max_participations": options.max_participations or values.rounds, "protocol": protocol,
             "adjustment": "" if options.adjustment == "none" else options.adjustment,
             "private_start": start_of(values.init)[0].reads.startswith("clients")}
-    return plan_of(strategy, strategy_class(strategy).recipe.family, values, reference, loaded, **others | made)
+    recipe = recipe_of(options, strategy)
+    rank = max([values.rank, *(rank for _, rank in options.ranks)])
+    if asked := dict(recipe.family_options(rank, values.rounds)):
+        made["family_options"] = tuple(sorted((asked | dict(options.family_options)).items()))
+    return plan_of(strategy, recipe.family, values, reference, loaded, **others | made)
 
 
 def held_out(options: RunConfig) -> Rows | None:

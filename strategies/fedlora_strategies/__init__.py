@@ -10,10 +10,15 @@ from .recipe import Preset, Recipe
 from .recipes.dora_magnitudes import DoRAMagnitudes
 from .recipes.fed_sb import FedSB
 from .recipes.fedavg_lora import FedAvgLoRA
+from .recipes.fedex_lora import FedExLoRA
 from .recipes.fedsvd import FedSVD
+from .recipes.fedsvd_refresh import FedSVDRefresh
 from .recipes.ffa_lora import FFALoRA
+from .recipes.flexlora import FlexLoRA
 from .recipes.loldu import LoLDU
 from .recipes.rolora import RoLoRA
+from .recipes.switch_lora import SwitchLoRA
 
-__all__ = ["Diverged", "DoRAMagnitudes", "FFALoRA", "FedAvgLoRA", "FedSB", "FedSVD", "FederatedLoRA", "LoLDU", "Preset",
-           "Recipe", "RoLoRA", "Traffic", "strategy_class"]
+__all__ = ["Diverged", "DoRAMagnitudes", "FFALoRA", "FedAvgLoRA", "FedExLoRA", "FedSB", "FedSVD", "FedSVDRefresh",
+           "FederatedLoRA", "FlexLoRA", "LoLDU", "Preset", "Recipe", "RoLoRA", "SwitchLoRA", "Traffic",
+           "strategy_class"]

@@ -44,7 +44,7 @@ from fedlora.wire import tensors_digest
 from .for_model import Ready, ready
 from .messages import read_reply, to_record, to_tensors, train_messages
 from .recipe import Recipe
-from .reductions import Gathering
+from .reductions import FactorReduction, Gathering
 from .screening import (
     COMPARED,
     EXAMPLES,
@@ -153,8 +153,12 @@ class FederatedLoRA(Strategy):
     def exact(self) -> bool:
         """Whether combining adapters is the same as averaging the models that they are merged into.
 
-        The family must be linear in what is sent in each round, and the reduction must be a weighted mean.
+        The family must be linear in what is sent in each round, and the reduction must be a weighted mean; or the
+        reduction averages the updates themselves, and no optimizer at the server moves the factors elsewhere.
         """
+        reduction = self.step.reduction
+        if isinstance(reduction, FactorReduction) and reduction.averages_updates(self.layout):
+            return self.step.optimizer is None
         return self.step.linear and all(map(self.layout.family.exact_in, self._trained_in_rounds))
 
     @property
@@ -339,12 +343,15 @@ class FederatedLoRA(Strategy):
             return None, None
         if not figures.replies:
             return None, None
+        reduced, trained = gathering.result(), {spec.name for spec in under_way.active.trained}
+        refreshed = {name: array for name, array in reduced.items() if name not in trained}
         before = {**under_way.trained, **under_way.frozen}
-        moved, memory = self.step.combine(Released(gathering.result()), under_way.sent, before, closed.memory, number)
+        moved, memory = self.step.combine(Released({name: reduced[name] for name in reduced if name in trained}),
+                                          under_way.sent, before, closed.memory, number)
         try:
             under_way.active.check(moved, "trained", MOST_VALUE)
             idle = {name: array for name, array in under_way.sent.items() if name not in moved}
-            state, memory = self.step.rewrite({**before, **idle, **moved}, memory, number)
+            state, memory = self.step.rewrite({**before, **idle, **refreshed, **moved}, memory, number)
             self.layout.check(state, "state", MOST_RECEIVED if self.plan.private else MOST_VALUE)  # as clients do
         except ValueError as error:
             raise Diverged(str(error)) from None
@@ -368,7 +375,8 @@ class FederatedLoRA(Strategy):
         """
         self.rejected, self.curbed = dict(others), {}
         start = {} if self.sends_changes else under_way.sent
-        gathering, figures = self.step.reduction.begin(start), Figures()
+        held = under_way.frozen if isinstance(self.step.reduction, FactorReduction) else {}
+        gathering, figures = self.step.reduction.begin({**held, **start}), Figures()
         for node, upload in self._in_order(replies, under_way):
             examples = upload.num_examples if self.plan.weight_by_examples else None
             if examples is not None and examples > most_examples:

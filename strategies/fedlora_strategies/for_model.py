@@ -126,7 +126,7 @@ def ready(strategy: type[S], model: str, *, labels: Sequence[str] = (), private:
         log.warning("%s", loaded.said)
     plan = plan_of(_name(strategy), recipe.family, chosen, models.reference(model, path), loaded,
                    run_id=run_id or secrets.token_hex(8), labels=tuple(labels), private=private, max_length=max_length,
-                   train_head=bool(labels))
+                   train_head=bool(labels), family_options=recipe.family_options(chosen.rank, chosen.rounds))
     adapted = attach_planned(loaded, plan)
     return Ready(strategy(plan, adapted.layout, seed=seed, min_nodes=min_nodes), adapted,
                  initial_tensors(adapted, init=chosen.init, seed=seed))

@@ -19,7 +19,7 @@ from fedlora.plan import Released, RunPlan, Tensors
 
 from .base import FederatedLoRA
 from .recipes.fedavg_lora import RECIPE
-from .reductions import Reduction
+from .reductions import FactorReduction, Reduction
 
 
 class PrivateStart(FederatedLoRA):
@@ -30,7 +30,8 @@ class PrivateStart(FederatedLoRA):
         adapted: The model with the adapters of the run's strategy.
         state: A start that does not depend on data, for the tensors that the sketches do not determine.
         seed: The seed of Q and P.
-        reduction: Combines the sketches, as it does the uploads of the other rounds; None for the weighted mean.
+        reduction: Combines the sketches, as it does the uploads of the other rounds; None for the weighted mean, which
+            also takes the place of one that reads uploads as factors of updates.
 
     Attributes:
         tensors: The tensors that round 0 sends.
@@ -42,7 +43,9 @@ class PrivateStart(FederatedLoRA):
     def __init__(self, plan: RunPlan, adapted: AdaptedModel, state: Tensors, seed: int,
                  reduction: Reduction | None = None) -> None:
         layout = sketch_layout(adapted.layout, adapted.missing)
-        recipe = dataclasses.replace(RECIPE, reduction=reduction) if reduction else RECIPE
+        recipe = RECIPE
+        if reduction is not None and not isinstance(reduction, FactorReduction):
+            recipe = dataclasses.replace(RECIPE, reduction=reduction)
         super().__init__(dataclasses.replace(plan, family=RECIPE.family), layout, recipe=recipe)
         self.plan = plan  # the plan that clients have agreed to, with the run's own family
         self.tensors = sketch_tensors(layout, state, seed)

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from fedlora import registry
 from fedlora.adapters import AdapterLayout
+from fedlora.adapters.family import FAMILIES
 from fedlora.plan.usual import USUAL
 
 from .reductions import Reduction
@@ -22,6 +23,7 @@ from .refactorizations import Refactorization
 from .schedules import Schedule
 from .schedules.constant import Constant
 from .server_optimizers import ServerOptimizer
+from .stack import Stacking
 from .step import ServerStep
 
 RECIPES, OPTIMIZERS = "fedlora_strategies.recipes", "fedlora_strategies.server_optimizers"
@@ -118,13 +120,27 @@ class Recipe:
         chosen = self.private if private else self.open
         return dataclasses.replace(chosen, init=chosen.init or self.start)
 
+    def family_options(self, rank: int, rounds: int) -> tuple[tuple[str, float], ...]:
+        """Return (name, value) of the family's options that the server step asks for, as in a plan.
+
+        Args:
+            rank: The largest rank of a layer.
+            rounds: The number of planned rounds.
+        """
+        family = registry.load(FAMILIES, self.family).FAMILY
+        if "slots" not in {option.name for option in dataclasses.fields(family)}:
+            return ()
+        parts: tuple[object, ...] = (self.reduction, self.refactorization)
+        needed = [part.slots(rank, rounds) for part in parts if isinstance(part, Stacking)]
+        return (("slots", float(max([1, *needed]))),)
+
     def step(self, layout: AdapterLayout, rounds: int, seed: int) -> ServerStep:
         """Return the server step of a run.
 
         Args:
             layout: The adapters' tensors.
             rounds: The number of planned rounds.
-            seed: The seed of the random numbers that the schedule draws.
+            seed: The seed of the random numbers that the refactorization and the schedule draw.
 
         Raises:
             ValueError: The step cannot work with adapters of this layout.
@@ -200,7 +216,7 @@ def _options_of(part: Any) -> dict[str, Any]:
 def _name_of(part: Any) -> str:
     """Return the key of a part; for a part from a module outside of FedLoRA, the name of its class."""
     package, _, module = type(part).__module__.rpartition(".")
-    return module.replace("_", "-") if package.startswith("fedlora_strategies.") else type(part).__name__
+    return module.lstrip("_").replace("_", "-") if package.startswith("fedlora_strategies.") else type(part).__name__
 
 
 def _with(part: Any, options: Mapping[str, float]) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Released, Tensors
 
-from .reductions import Reduction
+from .reductions import FactorReduction, Reduction
 from .refactorizations import Refactorization
 from .schedules import Schedule
 from .server_optimizers import ServerOptimizer
@@ -36,10 +36,10 @@ class ServerStep:
         refactorization: Rewrites the factors between rounds; None leaves them.
         schedule: Says what trains in which round, and changes the state between rounds.
         rounds: The number of planned rounds, over which an optimizer's rate may fall.
-        seed: The seed of the random numbers that the schedule draws.
+        seed: The seed of the random numbers that the refactorization and the schedule draw.
 
     Raises:
-        ValueError: The refactorization cannot work with adapters of this layout.
+        ValueError: The reduction or the refactorization cannot work with adapters of this layout.
     """
 
     layout: AdapterLayout
@@ -51,6 +51,8 @@ class ServerStep:
     seed: int
 
     def __post_init__(self) -> None:
+        if isinstance(self.reduction, FactorReduction):
+            self.reduction.check(self.layout)
         if self.refactorization is not None:
             self.refactorization.check(self.layout)
 
@@ -62,6 +64,8 @@ class ServerStep:
     @property
     def refreshes_frozen(self) -> bool:
         """Whether the adapters' frozen tensors change between rounds, so that they must be sent again."""
+        if isinstance(self.reduction, FactorReduction) and self.reduction.refreshes_frozen:
+            return True
         return self.schedule.refreshes_frozen or (
             self.refactorization is not None and self.refactorization.refreshes_frozen)
 
@@ -121,7 +125,9 @@ class ServerStep:
             The state and the memory that the next round starts from.
         """
         if self.refactorization is not None:
-            state, memory, factors = self.refactorization.apply(state, self.layout, _of("refactorization", own), round)
+            rng = np.random.default_rng((self.seed, round, 1))
+            state, memory, factors = self.refactorization.apply(state, self.layout, _of("refactorization", own), round,
+                                                                rng)
             own = {**own, **_named("refactorization", memory)}
             if self.optimizer is not None and factors:
                 own = {**own, **_named("optimizer", self.optimizer.turn(_of("optimizer", own), factors))}

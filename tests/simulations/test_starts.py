@@ -40,7 +40,8 @@ def test_starts_need_no_labels_where_they_read_texts_and_the_new_strategies_run_
         arguments, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"note {i} " * (1 + i % 5)}) + "\n" for i in range(40)))
-    methods = [f"ffa-lora:eva:{texts}", f"fed-sb:avoid:{texts}", "loldu", "dora-magnitudes", "rolora"]
+    methods = [f"ffa-lora:eva:{texts}", f"fed-sb:avoid:{texts}", "loldu", "dora-magnitudes", "rolora",
+               "fedex-lora", "fedsvd-refresh", "switch-lora"]
     assert main(["--strategy", ",".join(methods), *arguments, "--rounds", "2"]) == 0
     compared = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
     assert [one["method"] for one in compared] == methods and all(0 < one["epsilon"] <= 8 for one in compared)

@@ -35,7 +35,7 @@ def applied(name, layout, state, rounds=3):
     part = registry.load(REFACTORIZATIONS, name).REFACTORIZATION()
     own, factors = part.begin(layout, state), {}
     for number in range(1, rounds + 1):
-        state, own, factors = part.apply(state, layout, own, number)
+        state, own, factors = part.apply(state, layout, own, number, np.random.default_rng(number))
     return state, own, factors
 
 

@@ -11,10 +11,11 @@ work with secure aggregation, in which the server sees nothing but their sum, an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from typing_extensions import override
 
+from fedlora.adapters import AdapterLayout
 from fedlora.plan import Released, Tensors
 
 
@@ -59,7 +60,36 @@ class Reduction(Protocol):
 
         Args:
             sent: The tensors that clients started from: an upload minus these is the client's update. Tensors that
-                are not in it count as zero.
+                are not in it count as zero. A `FactorReduction` gets the frozen tensors too,
+                as clients hold them.
+        """
+
+
+@runtime_checkable
+class FactorReduction(Reduction, Protocol):
+    """A reduction that reads uploads as the factors A and B of updates, and combines the updates.
+
+    It belongs to the recipe of its paper, in a file of this folder whose name begins with an underscore, and is no
+    choice of --reduction. The result of its gathering may have new values for frozen tensors, too.
+
+    Attributes:
+        refreshes_frozen: Whether it has, so that they must be sent again.
+    """
+
+    refreshes_frozen: ClassVar[bool]
+
+    def check(self, layout: AdapterLayout) -> None:
+        """Check that the reduction works with adapters of this layout.
+
+        Raises:
+            ValueError: The reduction does not work with adapters of this layout.
+        """
+
+    def averages_updates(self, layout: AdapterLayout) -> bool:
+        """Return whether the reduced update ΔW is the mean of the uploads' updates, though they are not linear.
+
+        Args:
+            layout: The adapters' tensors.
         """
 
 

@@ -50,7 +50,8 @@ class Refactorization(Protocol):
     def begin(self, layout: AdapterLayout, state: Tensors) -> Tensors:
         """Return the memory before the first round."""
 
-    def apply(self, state: Tensors, layout: AdapterLayout, own: Tensors, round: int) -> Refactored:
+    def apply(self, state: Tensors, layout: AdapterLayout, own: Tensors, round: int,
+              rng: np.random.Generator) -> Refactored:
         """Rewrite the state after a round.
 
         Args:
@@ -58,4 +59,5 @@ class Refactorization(Protocol):
             layout: The adapters' tensors.
             own: The refactorization's memory.
             round: The number of the round that is over.
+            rng: Random numbers that depend on nothing but the run's seed and the round.
         """

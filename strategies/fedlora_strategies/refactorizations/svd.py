@@ -64,8 +64,9 @@ class Svd(Refactorization):
         return {}
 
     @override
-    def apply(self, state: Tensors, layout: AdapterLayout, own: Tensors, round: int) -> Refactored:
-        if round <= self.warmup or (round - self.warmup) % self.period:
+    def apply(self, state: Tensors, layout: AdapterLayout, own: Tensors, round: int,
+              rng: np.random.Generator) -> Refactored:
+        if not self._due(round):
             return Refactored(state, own)
         after: dict[str, np.ndarray] = dict(state)
         factors: dict[str, np.ndarray | None] = {}
@@ -76,6 +77,9 @@ class Svd(Refactorization):
                 factors |= {f"{module}.B": A @ rows.T, f"{module}.A": None}
         trained = {spec.name for spec in layout.trained}
         return Refactored(after, own, {name: factor for name, factor in factors.items() if name in trained})
+
+    def _due(self, round: int) -> bool:
+        return round > self.warmup and (round - self.warmup) % self.period == 0
 
 
 def refactorize(state: Tensors, module: str) -> Tensors:

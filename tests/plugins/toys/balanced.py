@@ -34,7 +34,8 @@ class Balanced:
         """Return an empty memory."""
         return {}
 
-    def apply(self, state: Tensors, layout: AdapterLayout, own: Tensors, round: int) -> Refactored:
+    def apply(self, state: Tensors, layout: AdapterLayout, own: Tensors, round: int,
+              rng: np.random.Generator) -> Refactored:
         """Rescale, and tell an optimizer at the server how the coordinates of B changed."""
         after, factors = dict(state), {}
         for site in layout.modules:

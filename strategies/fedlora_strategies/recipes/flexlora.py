@@ -1,0 +1,29 @@
+"""FlexLoRA: average the products B A of the clients, and cut the mean to the adapter's rank by an SVD.
+
+Bai et al., NeurIPS 2024, arXiv:2402.11505.
+
+    server        sends A, B
+    client k      trains A_k, B_k on its data, uploads both
+    server        B A ← best approximation of rank r of Σ p_k B_k A_k
+
+Left out: ranks that differ between clients, the paper's main point, because all clients of a run have one plan. At
+equal ranks this is what remains of it. It is exact up to the singular values beyond r. It excludes secure aggregation.
+
+The default values are FedAvg-LoRA's, and were not tuned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..base import FederatedLoRA
+from ..reductions._products import Products
+from . import fedavg_lora
+
+RECIPE = replace(fedavg_lora.RECIPE, reduction=Products())
+
+
+class FlexLoRA(FederatedLoRA):
+    """The FlexLoRA strategy: it averages products of the factors."""
+
+    recipe = RECIPE
