@@ -6,7 +6,6 @@ along the sign of the gradient G that is summed over some records. The paper tak
     η·sign(G) ≈ U_r diag(σ_r) V_r    B = U_r,  A = V_r,  R = diag(σ_r)
 
 B and A are so here. R is not: it starts at 0, as do all starts here, so that every client begins with the base model.
-The paper's code sets η to about 1e-6 for this start, so that its R is practically 0 as well.
 
 It differs from `public` by the sign alone. Small and large values have the same sign, so a sign's leading vectors hold
 less of the gradient itself; `fedlora.adapters.starts.public` has figures.
