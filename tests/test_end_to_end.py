@@ -1,7 +1,7 @@
 """End-to-end tests of real processes over gRPC: they give the same adapter as a simulation, and survive faults.
 
 Processes are forked from one that has the libraries in memory. In a client, importing Flower fails, because clients
-must run without it. The test of a kill runs the installed commands.
+must run without it. tests/test_readme.py and tests/test_intruders.py run the installed commands.
 """
 
 import json
@@ -67,7 +67,6 @@ def test_simulation_and_grpc_end_with_the_same_adapter(deployment, tmp_path, met
 
 
 def test_a_client_killed_in_round_2_does_not_keep_the_run_from_its_adapter(deployment, tmp_path):
-    deployment.fresh = True
     deployment.server("--min-clients", 3, *SMALL, "--rounds", 4, "--eval-data",
                       write_rows(tmp_path / "held-out.jsonl", 9))
     files = hospitals(tmp_path)
