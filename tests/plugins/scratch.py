@@ -13,13 +13,15 @@ The test suite that every file of the kind must pass finds the toy too:
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
-import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
-from tests.processes import PATIENCE, write_rows
+from tests.processes import FORKS, PATIENCE, write_rows
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("fedlora", "client/fedlora_client", "server/fedlora_server", "strategies/fedlora_strategies",
@@ -40,7 +42,7 @@ class Tree:
 
     @classmethod
     def with_file(cls, folder: Path, toy: Path, place: str) -> Tree:
-        """Copy the packages and add one file.
+        """Copy the packages, with what Python compiled of them, and add one file.
 
         Args:
             folder: The folder to create.
@@ -48,7 +50,7 @@ class Tree:
             place: The file's path from the repository's root. Nothing may be there.
         """
         for package in PACKAGES:
-            shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("*.pyc.*"))
         tree = cls(folder)
         tree.add(toy, place)
         return tree
@@ -66,14 +68,20 @@ class Tree:
             *arguments: Its arguments.
             fails: Whether it must end with an exit code other than 0.
         """
-        paths = (self.folder / part for part in ("", "client", "server", "strategies", "simulations"))
-        done = subprocess.run(
-            [sys.executable, "-m", module, *map(str, arguments)], cwd=self.folder, text=True, timeout=PATIENCE * 120,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, env=os.environ | {
-                "PYTHONPATH": os.pathsep.join(map(str, paths)), "FEDLORA_INSECURE_NOISE_SEED": "0", "COLUMNS": "200",
-                "XDG_STATE_HOME": str(self.folder / "state"), "XDG_CONFIG_HOME": str(self.folder / "config")})
-        assert bool(done.returncode) == fails, done.stdout
-        return done.stdout
+        paths = [str(self.folder / part) for part in ("", "client", "server", "strategies", "simulations")]
+        log = self.folder / "output"
+        log.write_bytes(b"")
+        process = FORKS.Process(target=_run, args=(module, [*map(str, arguments)], paths, log, {
+            "PYTHONPATH": os.pathsep.join(paths), "FEDLORA_INSECURE_NOISE_SEED": "0", "COLUMNS": "200",
+            "XDG_STATE_HOME": str(self.folder / "state"), "XDG_CONFIG_HOME": str(self.folder / "config")}))
+        process.start()
+        process.join(PATIENCE * 120)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        said = log.read_text()
+        assert bool(process.exitcode) == fails, said
+        return said
 
     def passes(self, *arguments: object) -> str:
         """Run the repository's own tests, which find what this tree holds, and return pytest's output.
@@ -99,3 +107,19 @@ class Tree:
             data = write_rows(self.folder / "rows" / "rows.jsonl", 0, rows=120 * CLIENTS)
         return self.run("fedlora_simulations.cli", *SMALL, "--model", model, "--data", data, "--out", out, *flags,
                         fails=fails)
+
+
+def _run(module: str, arguments: Sequence[str], paths: Sequence[str], log: Path,
+         environment: Mapping[str, str]) -> None:
+    """Be `python -m MODULE …` in the first of the paths, less the seconds that importing PyTorch takes."""
+    with log.open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.chdir(paths[0])
+    os.environ.update(environment)
+    for name in [name for name in sys.modules if name.startswith(("fedlora", "tests", "benchmarks"))]:
+        del sys.modules[name]
+    sys.path[:0] = paths
+    vars(forkserver._forkserver).update(vars(forkserver.ForkServer()))  # that of the tests knows the repository's files
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
