@@ -154,7 +154,7 @@ def test_the_pages_document_every_command():
 
 
 @pytest.mark.parametrize("line", ["fedlora-server --roundz 3", "fedlora-client --epsilon much", "fedlora-client verify",
-                                  "fedlora-simulate --strategy fed-sb:gradient", "fedlora-server forget north"])
+                                  "fedlora-simulate --strategy fed-sb:gradients", "fedlora-server forget north"])
 def test_a_command_line_that_is_wrong_is_noticed(line, monkeypatch, capfd):
     name = beginning(line)
     with pytest.raises(SystemExit) as ended:

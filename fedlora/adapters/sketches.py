@@ -56,11 +56,11 @@ def sketch_plan(run: RunPlan) -> RunPlan:
 
     Each client derives it from the run's plan. The server cannot change it.
     """
-    scale = run.clip_norm / (SCALING * LEAST_NORM)
-    moved = (dict(lr=STEP * scale / run.clip_norm, adapter_scale=scale) if run.private else
-             dict(lr=PLAIN_STEP / SCALING))
+    scale = run.clip_norm / (SCALING * LEAST_NORM) if run.private else run.adapter_scale
+    lr = STEP * scale / run.clip_norm if run.private else PLAIN_STEP / SCALING
     return dataclasses.replace(run, family="lora", family_options=(), alpha=run.rank * SCALING, train_head=False,
-                               dropout=0.0, optimizer="sgd", lr_schedule="constant", adjustment="", **moved)
+                               dropout=0.0, optimizer="sgd", lr=lr, lr_schedule="constant", adapter_scale=scale,
+                               adjustment="")
 
 
 def sketch_layout(layout: AdapterLayout, missing: tuple[str, ...]) -> AdapterLayout:

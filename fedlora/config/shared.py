@@ -169,7 +169,7 @@ class RunConfig(Config):
         plan="private_start", place=2)
     init_head: str | None = option(
         None, "start of a classifier's head: a regression on public rows, at the server, at no privacy cost", MODEL,
-        values.head_start, metavar="public:FILE", unset="drawn at random", plan="train_head", place=6,
+        values.head_start, metavar="public:FILE", unset="drawn at random", place=6,
         example='"public:public.jsonl"')
     family_options: tuple[tuple[str, float], ...] = option(
         (), "numeric options of the strategy's adapter family", MODEL, values.numbers, metavar="NAME=X,…",

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
@@ -205,7 +205,7 @@ def rank(options: RankStartsConfig, strategy: str) -> list[Ranked]:
         raise ValueError(f"--public {options.public} has too few rows with a label or an answer; name a file with more")
     trainer = Trainer(adapted, task, device=options.device, precision=options.precision,
                       micro_batch=options.micro_batch)
-    head: Mapping[str, np.ndarray] = {}
+    head: dict[str, np.ndarray] = {}
     drawn = initial_tensors(adapted, init=recipe.start, seed=options.seed)
     if adapted.head is not None:
         check_rows(halves[0], labels, f"the first half of --public {options.public}")
@@ -217,7 +217,7 @@ def rank(options: RankStartsConfig, strategy: str) -> list[Ranked]:
 
 
 def _ranked(options: RankStartsConfig, strategy: str, adapted: AdaptedModel, task: Task, first: Records, judge: Judge,
-            head: Mapping[str, np.ndarray]) -> Iterator[Ranked]:
+            head: dict[str, np.ndarray]) -> Iterator[Ranked]:
     """Yield the prediction for each start that fits a strategy. The model has an update of 0 when this is called."""
     inputs = sampled_inputs(adapted, task, first, options.seed)
     gradients = mean_gradients(adapted, task, first)

@@ -18,7 +18,7 @@ from tests.processes import write_rows
 @pytest.fixture
 def arguments(checkpoint, tmp_path):
     return ["rank-starts", f"--public={write_rows(tmp_path / 'public.jsonl', seed=0, rows=60)}", "--rank=2",
-            f"--model={checkpoint('bert')}", "--device=cpu", "--precision=fp32", "--threads=1"]
+            f"--model={checkpoint('bert')}", "--device=cpu", "--precision=fp32", "--threads=1", "--rows=24"]
 
 
 def test_all_starts_of_a_strategy_are_ranked_and_said_how_far_to_be_trusted(arguments, capsys):
