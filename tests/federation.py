@@ -101,13 +101,17 @@ class LinearSession:
         names = {spec.name for spec in self.layout.frozen}
         received = {name: array for name, array in tensors.items() if name in names}
         if received:
+            received = {**next(iter(self.held.values()), {}), **received}
+            if received.keys() != names:
+                return Refusal("missing-tensors")
             assert tensors_digest(received) == plan.frozen_sha256
             self.held = {plan.frozen_sha256: received}
         elif names and plan.frozen_sha256 not in self.held:
             return Refusal("missing-tensors")
         assert (plan.round, plan.attempt) not in self.keys, "trained twice for one (run, round, attempt)"
         self.keys.append((plan.round, plan.attempt))
-        state = {**tensors, **self.held.get(plan.frozen_sha256, {})}
+        state = self.layout.narrowed(dict(plan.prefixes)).cut(
+            {**tensors, **self.held.get(plan.frozen_sha256, {})})
         for _ in range(plan.run.local_steps):
             moved = self._step(state, plan.run.lr)
             state = {**state, **{name: array for name, array in moved.items() if name in (plan.active or moved)}}

@@ -210,8 +210,8 @@ class ClientSession:
         try:
             _check_time(plan)
             self._check_turn(plan, [round for round, _ in started])
-            active = _activated(layout, plan)
-            start = self._complete(plan, tensors, layout)
+            active = _in_round(layout, plan)
+            start = active.cut(self._complete(plan, tensors, layout))
             self._check_room(plan.round, 4 * active.num_trained)
             prepare()
             _check_time(plan)  # from here to the charge nothing takes long
@@ -229,7 +229,7 @@ class ClientSession:
             run, self.records, start, sampling_rate=terms.sampling_rate, noise_multiplier=terms.noise_multiplier,
             clip_norm=terms.clip_norm, lr=plan.lr if plan.round else run.lr,
             rows_per_unit=self.limits.rows_per_unit, streams=self.streams, round=plan.round, attempt=plan.attempt,
-            active=plan.active)
+            active=plan.active, prefixes=plan.prefixes)
 
     def finish(self, plan: RoundPlan, result: TrainResult) -> Upload | Refusal:
         """Do everything in `run_round` that comes after the training.
@@ -307,7 +307,7 @@ class ClientSession:
             trainer, run = self._sketch_trainer(), sketch_plan(self.run)
         if run.private:
             rows_per_unit = 1 if self.records.units is None else self.limits.rows_per_unit
-            trainer.activate(plan.active)
+            trainer.activate(plan.active, plan.prefixes)
             trainer.show_batch_invariance(run, rows_per_unit)
         return trainer
 
@@ -345,7 +345,7 @@ class ClientSession:
         """Add the frozen tensors that this client holds to the received ones, and check them all.
 
         Returns:
-            Every tensor of the layout.
+            Every tensor of the layout: the trained ones of the order's ranks, and the whole frozen ones.
 
         Raises:
             Refused: "missing-tensors": the server believes that this client holds frozen tensors which it does not
@@ -358,7 +358,8 @@ class ClientSession:
         if frozen.keys() != names:
             raise Refused("missing-tensors")
         try:
-            layout.check({**tensors, **frozen}, "state", most=MOST_RECEIVED if self.run.private else MOST_VALUE)
+            layout.sent_in(dict(plan.prefixes)).check(
+                {**tensors, **frozen}, "state", most=MOST_RECEIVED if self.run.private else MOST_VALUE)
         except ValueError as error:
             raise Refused("invalid-tensors", str(error)) from error
         if (tensors_digest(frozen) if received or not names else held_sha256) != plan.frozen_sha256:
@@ -382,12 +383,16 @@ def _check_time(plan: RoundPlan) -> None:
         raise Refused("too-late", "the client could not begin in time")
 
 
-def _activated(layout: AdapterLayout, plan: RoundPlan) -> AdapterLayout:
-    """Return the layout in which only the tensors that this round trains count as trained.
+def _in_round(layout: AdapterLayout, plan: RoundPlan) -> AdapterLayout:
+    """Return the layout in which only what this round trains counts as trained.
 
     Raises:
-        Refused: "invalid-tensors": the order names a tensor that does not train in this run.
+        Refused: "invalid-tensors": the order names a tensor that does not train in this run, or a rank that the plan
+            does not have.
     """
     if unknown := set(plan.active) - {spec.name for spec in layout.trained}:
         raise Refused("invalid-tensors", f"the order trains {len(unknown)} tensors that do not train in this run")
-    return layout.activated(plan.active) if plan.active else layout
+    try:
+        return layout.in_round(plan)
+    except ValueError as error:
+        raise Refused("invalid-tensors", f"the order's ranks do not fit the adapter: {error}") from None

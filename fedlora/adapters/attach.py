@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -85,11 +85,31 @@ class AdaptedModel:
         self.classifier = {name: parameter.detach().cpu().clone() for name, parameter in loaded.model.named_parameters()
                            if head and is_inside(name, top(head)) and f"head.{name}" not in leaves}
         self._leaves = leaves  # tensor name -> its module and the parameter's name there
+        self._narrow: dict[str, nn.Parameter] = {}  # tensor name -> the parameter of a view of smaller ranks
+        self._whole: dict[str, nn.Parameter] = {}  # shared by all views: those that a view's take the place of
 
     def parameter(self, name: str) -> nn.Parameter:
-        """Return the model's parameter for a tensor of `layout.state`."""
+        """Return the parameter for a tensor of `layout.state`."""
+        for known in (self._narrow, self._whole):
+            if name in known:
+                return known[name]
+        return self._in_model(name)
+
+    def _in_model(self, name: str) -> nn.Parameter:
         module, parameter_name = self._leaves[name]
         return cast(nn.Parameter, getattr(module, parameter_name))
+
+    def _put_into_model(self, name: str, parameter: nn.Parameter) -> None:
+        module, parameter_name = self._leaves[name]
+        setattr(module, parameter_name, parameter)
+
+    def take_place(self) -> None:
+        """Let the model compute with this view's parameters, in place of those of a view of other ranks."""
+        for name in list(self._whole):
+            self._put_into_model(name, self._whole.pop(name))
+        for name, parameter in self._narrow.items():
+            self._whole[name] = self._in_model(name)
+            self._put_into_model(name, parameter)
 
     def base_layer(self, module_name: str) -> nn.Linear | Conv1D:
         """Return the frozen layer below an adapted module."""
@@ -101,7 +121,7 @@ class AdaptedModel:
         return base.weight.detach().T if isinstance(base, Conv1D) else base.weight.detach()
 
     def write(self, tensors: Tensors) -> None:
-        """Overwrite tensors of the adapter in place, on their device.
+        """Overwrite tensors of the adapter in place, on their device. The model then computes with this view's.
 
         Args:
             tensors: new values for any subset of `layout.state`.
@@ -114,6 +134,7 @@ class AdaptedModel:
                 raise ValueError(f"{name!r} is not a tensor of this adapter")
             if array.shape != self.parameter(name).shape:
                 raise ValueError(f"{name} has shape {array.shape}; it must be {tuple(self.parameter(name).shape)}")
+        self.take_place()
         with torch.no_grad():
             for name, array in tensors.items():
                 self.parameter(name).copy_(torch.tensor(array))
@@ -141,25 +162,32 @@ class AdaptedModel:
         """Return the model's parameter for every tensor of `layout.state`, by name."""
         return {spec.name: self.parameter(spec.name) for spec in self.layout.state}
 
-    def activated(self, active: Sequence[str]) -> AdaptedModel:
+    def activated(self, active: Sequence[str], prefixes: Mapping[str, int] | None = None) -> AdaptedModel:
         """Return a view of this model in which only the named trained tensors train and all others are frozen.
 
-        The view shares the model: its parameters' `requires_grad` are set in place.
+        The view shares the model: its parameters' `requires_grad` are set in place. Tensors that the view has in part
+        are parameters of its own. The model computes with them until another view takes their place: when it is made or
+        written to, or by `take_place`.
 
         Args:
             active: names of the tensors that train; () for all.
+            prefixes: site → the rank that it has in the view, for sites of a smaller rank.
 
         Raises:
-            ValueError: a name is not a trained tensor of this adapter.
+            ValueError: a name is not a trained tensor of this adapter, or a rank does not fit it.
         """
         chosen = set(active or (spec.name for spec in self.layout.trained))
         if unknown := chosen - {spec.name for spec in self.layout.trained}:
             raise ValueError(f"{', '.join(sorted(unknown)[:3])} cannot train: the adapter trains "
                              f"{', '.join(spec.name for spec in self.layout.trained[:3])}, …")
         view = copy.copy(self)
-        view.layout = self.layout.activated(chosen)
+        view.layout = self.layout.narrowed(prefixes or {}).activated(chosen)
+        own = {spec.name: spec for spec in view.layout.state if spec.shape != self.parameter(spec.name).shape}
+        view._narrow = {name: nn.Parameter(self.parameter(name).detach()[tuple(map(slice, spec.shape))].clone(
+            memory_format=torch.contiguous_format)) for name, spec in own.items()}
         for spec in view.layout.state:
-            self.parameter(spec.name).requires_grad_(spec.trains)
+            view.parameter(spec.name).requires_grad_(spec.trains)
+        view.take_place()
         return view
 
     def trained_leaves(self) -> list[Leaf]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +45,8 @@ _NOT_HANDED_ON = ("name_or_path", "is_local", "local_files_only", "tokenizer_fil
 
 
 def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: str, *,
-           max_length: int | None = None, run: Provenance | None = None) -> Path:
+           max_length: int | None = None, run: Provenance | None = None,
+           prefixes: Mapping[str, int] | None = None) -> Path:
     """Write an adapter as a PEFT folder.
 
     What the family's `update` returns says how PEFT holds it (`fedlora.adapters.updates`), mostly as plain LoRA. If
@@ -61,15 +63,19 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
         max_length: tokens that the run kept of a record. A classifier's tokenizer is set to cut there. None for the
             tokenizer's own limit.
         run: the facts about the run, for the model card; None to say nothing of it.
+        prefixes: module → rank, for modules of which only the first ranks are written. The factor on their update
+            stays.
 
     Returns:
         `out_dir`.
 
     Raises:
-        ValueError: the tensors do not fit the adapter, or `base_name` is an alias or a path of this machine.
+        ValueError: the tensors or the ranks do not fit the adapter, or `base_name` is an alias or a path of this
+            machine.
     """
-    layout = adapted.layout
-    layout.check(tensors, "state")
+    adapted.layout.check(tensors, "state")
+    layout = adapted.layout.narrowed(prefixes or {})
+    tensors = layout.cut(tensors)
     repository, commit = split_name(base_name)
     files: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}

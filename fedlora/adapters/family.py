@@ -144,11 +144,15 @@ class Family(ABC):
         exact: class attribute, whether ΔW is linear in the trained tensors. Then averaging the tensors averages the
             updates exactly, and no product of two noises occurs.
         bases: class attribute, which bases the family takes from a start: ("A",), ("A", "B") or ("V",).
+        narrows: class attribute, whether a round can train the first ranks alone: each site's tensors are A
+            (r, d_in) and B (d_out, r), with ΔW / s = B·A, and the first k rows of A and columns of B are an adapter of
+            rank k. A subclass that computes anything else must set it to False.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool]
     bases: ClassVar[tuple[str, ...]]
+    narrows: ClassVar[bool] = False
 
     @abstractmethod
     def specs(self, sites: Sequence[Site]) -> Sequence[TensorSpec]:

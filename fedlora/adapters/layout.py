@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedlora.adapters.family import Family, Site, TensorSpec
-from fedlora.plan import Tensors
+from fedlora.plan import RoundPlan, Tensors
 
 MOST_VALUE = 1e18
 """Largest magnitude of a tensor's value. Sums and products of larger values can leave float32's range and end a run."""
@@ -70,6 +70,72 @@ class AdapterLayout:
         return dataclasses.replace(self, trained=tuple(spec for spec in specs if spec.trains),
                                    frozen=tuple(spec for spec in specs if not spec.trains))
 
+    def narrowed(self, prefixes: Mapping[str, int]) -> AdapterLayout:
+        """Return the layout in which sites have a smaller rank, with the tensors' first rows and columns alone.
+
+        The factor s of a site's update stays as it is.
+
+        Args:
+            prefixes: site → rank, for the sites whose rank is smaller.
+
+        Raises:
+            ValueError: the family's tensors cannot be cut, there is no such site, or it has no such rank.
+        """
+        if not prefixes:
+            return self
+        if not self.family.narrows:
+            raise ValueError(f"adapters of the family {self.family.name} cannot be trained in some of their ranks "
+                             "alone; lora and frozen-a can")
+        ranks = {site.name: site.rank for site in self.sites}
+        if unknown := prefixes.keys() - ranks.keys():
+            raise ValueError(f"a rank is given for modules that are not adapted: {_some(unknown)}")
+        for name, rank in prefixes.items():
+            if not 1 <= rank <= ranks[name]:
+                raise ValueError(f"rank {rank} is given for {name}; it must be from 1 to its own, {ranks[name]}")
+        sites = tuple(dataclasses.replace(site, rank=prefixes.get(site.name, site.rank)) for site in self.sites)
+        shapes = {spec.name: spec.shape for spec in self.family.specs(sites)}
+        trained, frozen = (tuple(dataclasses.replace(spec, shape=shapes.get(spec.name, spec.shape)) for spec in specs)
+                           for specs in (self.trained, self.frozen))
+        return AdapterLayout(self.family, sites, trained, frozen)
+
+    def in_round(self, order: RoundPlan) -> AdapterLayout:
+        """Return the layout of the tensors that an order trains and that are frozen meanwhile.
+
+        Raises:
+            ValueError: the order's ranks do not fit the adapter.
+        """
+        narrowed = self.narrowed(dict(order.prefixes))
+        return narrowed.activated(order.active) if order.active else narrowed
+
+    def sent_in(self, prefixes: Mapping[str, int]) -> AdapterLayout:
+        """Return the layout of what travels to clients: trained tensors of these ranks, and whole frozen ones.
+
+        Frozen tensors are whole so that a client that holds them need not be sent them again in a round of other ranks.
+
+        Raises:
+            ValueError: the ranks do not fit the adapter.
+        """
+        return dataclasses.replace(self, trained=self.narrowed(prefixes).trained)
+
+    def cut(self, tensors: Tensors) -> dict[str, np.ndarray]:
+        """Return the part of tensors of a larger rank that this layout has: the first rows and columns."""
+        shapes = {spec.name: spec.shape for spec in self.state}
+        return {name: array if array.shape == shapes[name] else np.ascontiguousarray(
+            array[tuple(map(slice, shapes[name]))]) for name, array in tensors.items()}
+
+    def resent(self, shapes: Mapping[str, tuple[int, ...]]) -> AdapterLayout:
+        """Return the layout of an upload that was accepted before, for which nothing but its size matters.
+
+        Args:
+            shapes: tensor → the shape that it has there. Those that are within the whole tensor's are taken over.
+        """
+        def within(spec: TensorSpec) -> tuple[int, ...]:
+            shape = shapes[spec.name]
+            return tuple(map(min, spec.shape, shape)) if len(shape) == len(spec.shape) else spec.shape
+
+        return dataclasses.replace(self, trained=tuple(
+            dataclasses.replace(spec, shape=within(spec)) for spec in self.trained if spec.name in shapes))
+
     @property
     def state(self) -> tuple[TensorSpec, ...]:
         """The trained and the frozen tensors together, sorted by name."""
@@ -120,6 +186,23 @@ class AdapterLayout:
             if not _within(array, most):
                 raise ValueError(f"{name} holds a value that is not finite or is beyond {most:g}; if training made "
                                  "it so, a lower learning rate helps")
+
+
+def pasted(parts: Tensors, whole: Tensors) -> dict[str, np.ndarray]:
+    """Return copies of whole tensors with their first rows and columns replaced; the inverse of `cut`.
+
+    Args:
+        parts: the replacements. A part of its whole tensor's shape is returned as it is.
+        whole: the whole tensors, of at least the names in `parts`.
+    """
+    made = {}
+    for name, part in parts.items():
+        if part.shape == whole[name].shape:
+            made[name] = part
+        else:
+            made[name] = whole[name].astype(part.dtype)
+            made[name][tuple(map(slice, part.shape))] = part
+    return made
 
 
 def _within(array: np.ndarray, most: float) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-PROTOCOL = 7
+PROTOCOL = 8
 """Version of the wire protocol. Two sides with different versions refuse each other.
 
 It is raised with each change of the messages in the .proto file, of a plan's meaning, or of which message answers
 which."""
-CONTINUED = (4, 5, 6, PROTOCOL)
+CONTINUED = (4, 5, 6, 7, PROTOCOL)
 """Protocol versions under which a run may have begun that this version can resume. Their plans mean the same."""
 
 LR_SCHEDULES = ("constant", "linear")

@@ -215,6 +215,9 @@ class RoundPlan:
             not sent again to a client that already holds them.
         active: names of the trained tensors that train in this round and are uploaded; () for all. The others are sent
             to clients and stay unchanged.
+        prefixes: (module, rank) of the adapted modules of which only the first ranks (columns of B, rows of A) take
+            part in this round, sorted by name. Trained tensors travel in both directions without the others, which
+            stay unchanged at the server. The factor on the update is that of the whole rank.
         until: deadline for the answer, on this process's monotonic clock in seconds. The number of seconds left is sent
             in its place. Two plans that differ only in the deadline are equal.
     """
@@ -224,6 +227,7 @@ class RoundPlan:
     attempt: int
     frozen_sha256: str
     active: tuple[str, ...] = ()
+    prefixes: tuple[tuple[str, int], ...] = ()
     until: float = field(default=math.inf, compare=False)
 
     def __post_init__(self) -> None:
@@ -236,6 +240,9 @@ class RoundPlan:
         if len(self.frozen_sha256) != 64 or set(self.frozen_sha256) - set("0123456789abcdef"):
             # checked because a client uses it as a file name
             raise ValueError("frozen_sha256 must be 64 lower-case hexadecimal digits")
+        names = [name for name, _ in self.prefixes]
+        if names != sorted(set(names)) or not all(1 <= rank <= MOST_RANK for _, rank in self.prefixes):
+            raise ValueError(f"prefixes must name each module once, in order, with a rank from 1 to {MOST_RANK}")
 
     @property
     def lr(self) -> float:

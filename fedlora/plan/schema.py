@@ -6,9 +6,12 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from fedlora.plan.run import ModelRef, RoundPlan, RunPlan
+
+_Number = TypeVar("_Number", int, float)
 
 Scalars = dict[str, int | float | str | bool | list[str] | list[int] | list[float]]
 
@@ -70,10 +73,24 @@ def from_scalars(flat: Mapping[str, object]) -> RunPlan:
     model = ModelRef(**{model_names[k]: fields.pop(k) for k in model_names})  # type: ignore[arg-type]
     for name, (names, values, _) in PAIRS.items():
         keys, numbers = fields.pop(names, ()), fields.pop(values, ())
-        if len(keys) != len(numbers):  # type: ignore[arg-type]
-            raise ValueError(f"{names} has {len(keys)} entries and {values} {len(numbers)}")  # type: ignore[arg-type]
-        fields[name] = tuple(zip(keys, numbers, strict=True))  # type: ignore[call-overload]
+        fields[name] = paired(keys, numbers, names, values)  # type: ignore[arg-type]
     return RunPlan(model=model, **fields)  # type: ignore[arg-type]
+
+
+def paired(names: Sequence[str], numbers: Sequence[_Number], *fields: str) -> tuple[tuple[str, _Number], ...]:
+    """Return the (name, number) pairs that two lists represent.
+
+    Args:
+        names: the names.
+        numbers: the number of each.
+        *fields: what the two lists are called, for the message.
+
+    Raises:
+        ValueError: the lists differ in length.
+    """
+    if len(names) != len(numbers):
+        raise ValueError(f"{fields[0]} has {len(names)} entries and {fields[1]} {len(numbers)}")
+    return tuple(zip(names, numbers, strict=True))
 
 
 _TYPES: Mapping[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
@@ -108,7 +125,8 @@ def round_to_scalars(plan: RoundPlan) -> Scalars:
     The deadline becomes `deadline_s`, the number of seconds left now.
     """
     return to_scalars(plan.run) | {"round": plan.round, "attempt": plan.attempt, "frozen_sha256": plan.frozen_sha256,
-                                   "active": list(plan.active), "deadline_s": plan.left_s}
+                                   "active": list(plan.active), "prefix_sites": [name for name, _ in plan.prefixes],
+                                   "prefix_ranks": [rank for _, rank in plan.prefixes], "deadline_s": plan.left_s}
 
 
 def round_from_scalars(flat: Mapping[str, object]) -> RoundPlan:
@@ -118,10 +136,12 @@ def round_from_scalars(flat: Mapping[str, object]) -> RoundPlan:
         ValueError: a field is missing, unknown, of the wrong type, or out of range.
     """
     own = {"round": "int", "attempt": "int", "frozen_sha256": "str", "active": "tuple[str, ...]",
-           "deadline_s": "float"}
+           "prefix_sites": "tuple[str, ...]", "prefix_ranks": "tuple[int, ...]", "deadline_s": "float"}
     if missing := own.keys() - flat.keys():
         raise ValueError(f"{', '.join(sorted(missing))} is missing from the round's plan")
     run = from_scalars({k: v for k, v in flat.items() if k not in own})
     fields = {k: _checked(k, flat[k], kind) for k, kind in own.items()}
     left_s: float = fields.pop("deadline_s")  # type: ignore[assignment]
-    return RoundPlan(run=run, until=time.monotonic() + left_s, **fields)  # type: ignore[arg-type]
+    sites, ranks = fields.pop("prefix_sites"), fields.pop("prefix_ranks")
+    prefixes = paired(sites, ranks, "prefix_sites", "prefix_ranks")  # type: ignore[arg-type]
+    return RoundPlan(run=run, until=time.monotonic() + left_s, prefixes=prefixes, **fields)  # type: ignore[arg-type]

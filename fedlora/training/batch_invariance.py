@@ -210,7 +210,7 @@ IN_MEMORY = Findings()
 
 
 def key_of(run: RunPlan, model: nn.Module, shapes: Mapping[int, int], *, device: torch.device, precision: str,
-           compiled: bool, trained: Sequence[str] = ()) -> str:
+           compiled: bool, trained: Sequence[str] = (), ranks: Mapping[str, int] | None = None) -> str:
     """Return a SHA-256 over everything that the rounding of a pass can depend on.
 
     Args:
@@ -221,6 +221,7 @@ def key_of(run: RunPlan, model: nn.Module, shapes: Mapping[int, int], *, device:
         precision: "fp32" or "bf16".
         compiled: Whether the model's blocks are compiled.
         trained: The names of the tensors that train.
+        ranks: Module → its rank in the round, for those of which only the first ranks train.
     """
     config = {name: value for name, value in model.config.to_dict().items()  # type: ignore[union-attr, operator]
               if name != "_name_or_path"}
@@ -238,6 +239,8 @@ def key_of(run: RunPlan, model: nn.Module, shapes: Mapping[int, int], *, device:
                      torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
                      torch.are_deterministic_algorithms_enabled(), torch.is_inference_mode_enabled()],
         "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)}}
+    if ranks:
+        about["prefixes"] = dict(ranks)
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 

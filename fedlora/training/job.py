@@ -45,6 +45,8 @@ class TrainingJob:
         lr: The round's learning rate. None takes the plan's.
         rows_per_unit: The most records of one unit in a step. Unused where `records.units` is None.
         active: The names of the tensors to train in this round. () trains all that the layout marks as trained.
+        prefixes: (module, rank) of the adapted modules of which only the first ranks are used and trained in this
+            round. `start` has their tensors in that rank.
     """
 
     run: RunPlan
@@ -59,6 +61,7 @@ class TrainingJob:
     lr: float | None = None
     rows_per_unit: int = ROWS_PER_UNIT
     active: tuple[str, ...] = ()
+    prefixes: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.sampling_rate <= 1:

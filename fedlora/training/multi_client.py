@@ -39,14 +39,14 @@ def check_alike(jobs: Sequence[TrainingJob], adapted: AdaptedModel) -> None:
         adapted: The model with its adapters.
 
     Raises:
-        ValueError: The clients differ in the plan, the frozen tensors or the active tensors; or the plan has dropout,
-            whose masks would not be those of a client that trains alone.
+        ValueError: The clients differ in the plan, the frozen tensors, the active tensors or the ranks; or the plan has
+            dropout, whose masks would not be those of a client that trains alone.
     """
     one, names = jobs[0], {spec.name for spec in adapted.layout.frozen}
-    if any((other.run, other.active) != (one.run, one.active) or any(
+    if any((other.run, other.active, other.prefixes) != (one.run, one.active, one.prefixes) or any(
             not np.array_equal(_start(other)[name], _start(one)[name]) for name in names) for other in jobs[1:]):
-        raise ValueError("clients that train together must share the plan, the active tensors and the frozen tensors; "
-                         "train these one after another")
+        raise ValueError("clients that train together must share the plan, the active tensors, their ranks and the "
+                         "frozen tensors; train these one after another")
     if one.run.dropout:
         raise ValueError(f"dropout is {one.run.dropout:g}: clients that train together (--batch-clients) cannot each "
                          "have the dropout that they would have alone; use --dropout 0")

@@ -137,7 +137,10 @@ def show_batch_invariance(trainer: Rehearsed, run: RunPlan, most_of_a_draw: int)
     one_at_a_time = content_dependent(trainer.adapted.model)
     first = {length: 1 if one_at_a_time else trainer.private_rows(length, most_of_a_draw) for length in lengths}
     key = key_of(run, trainer.adapted.model, first, device=trainer.device, precision=trainer.precision,
-                 compiled=trainer.compiles, trained=[spec.name for spec in trainer.active.layout.trained])
+                 compiled=trainer.compiles, trained=[spec.name for spec in trainer.active.layout.trained],
+                 ranks={active.name: active.rank for active, whole in zip(
+                     trainer.active.layout.sites, trainer.adapted.layout.sites, strict=True)
+                     if active.rank != whole.rank})
     shapes, records = trainer.findings.get(key), _made_up(trainer, lengths)
 
     def filled_up(records: Records, indices: np.ndarray, length: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,7 +175,7 @@ def _random_tensors(trainer: Rehearsed) -> Iterator[None]:
 
     With zeros, as in a fresh adapter, the rounding of a record would not show in all of its gradient.
     """
-    adapted = trainer.adapted
+    adapted = trainer.active
     random, before = np.random.default_rng(0), adapted.read("state")
     adapted.write({name: (0.1 * random.standard_normal(array.shape)).astype(np.float32)
                    for name, array in before.items()})

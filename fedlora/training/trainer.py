@@ -114,7 +114,7 @@ class Trainer:
         self.blocks: CompiledBlocks | None = None
         self._dropping = False
         self.active = adapted
-        self._activated: tuple[str, ...] = ()
+        self._activated: tuple[tuple[str, ...], tuple[tuple[str, int], ...]] = (), ()
         self.findings = findings
         self.collect_into(GradientBuffer(_grouped(adapted)))
         if compiled:
@@ -144,19 +144,21 @@ class Trainer:
         for leaf in self.active.trained_leaves():
             leaf.sink = buffer
 
-    def activate(self, active: tuple[str, ...]) -> None:
-        """Choose the tensors to train from now on. Other tensors keep their values.
+    def activate(self, active: tuple[str, ...], prefixes: tuple[tuple[str, int], ...] = ()) -> None:
+        """Choose the tensors to train from now on, and their ranks. Other tensors keep their values.
 
         Args:
             active: Names of trained tensors of the layout; () for all of them.
+            prefixes: (module, rank) of the adapted modules of which only the first ranks are used and trained.
 
         Raises:
-            ValueError: A name is not one of them.
+            ValueError: A name is not one of them, or a rank does not fit.
         """
-        if active != self._activated:
-            self.active = self.adapted.activated(active)
+        if (active, prefixes) != self._activated:
+            self.active = self.adapted.activated(active, dict(prefixes))
             self.collect_into(GradientBuffer(_grouped(self.active)))
-            self._activated = active
+            self._activated = active, prefixes
+        self.active.take_place()  # an evaluation may have put the whole tensors into the model since
 
     @training_advice()
     def rehearse(self) -> None:
@@ -284,7 +286,8 @@ class Trainer:
             The clients' results, in the order of the jobs.
 
         Raises:
-            ValueError: The clients differ in the plan, the active or the frozen tensors, or the plan has dropout.
+            ValueError: The clients differ in the plan, the active or the frozen tensors or the ranks, or the plan has
+                dropout.
             MemoryError: The memory does not suffice. The message names the flags that help.
             RuntimeError: A runtime check found a fault.
         """
@@ -294,12 +297,12 @@ class Trainer:
     def _train(self, jobs: Sequence[TrainingJob], stop: Callable[[], bool],
                stepped: Callable[[int], object]) -> list[TrainResult]:
         alone, job = len(jobs) == 1, jobs[0]
-        self.activate(job.active)
+        self.activate(job.active, job.prefixes)
         if not alone:
             check_alike(jobs, self.active)
         if job.start is not None:
             assert job.run.family == self.adapted.layout.family.name, "the job is for another adapter family"
-            self.adapted.write(job.start)
+            self.active.write(job.start)
         parameters = self._parameters
         if job.private:
             self._check_private(job, parameters, alone)

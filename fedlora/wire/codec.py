@@ -27,6 +27,7 @@ from fedlora.plan import (
     to_scalars,
     upload_metrics,
 )
+from fedlora.plan.schema import paired
 
 from . import fedlora_pb2 as pb
 from .schema import SCHEMA, SPOKEN, is_spoken, spoken_by
@@ -101,7 +102,8 @@ def request_to_wire(plan: RoundPlan, shapes: Shapes) -> pb.TrainRequest:
     """Return the TrainRequest for a round and the shapes of the tensors that follow it."""
     return pb.TrainRequest(run=run_to_wire(plan.run), round=plan.round, attempt=plan.attempt,
                            frozen_sha256=plan.frozen_sha256, tensors=header_of(shapes), active=plan.active,
-                           deadline_s=plan.left_s)
+                           prefix_sites=[name for name, _ in plan.prefixes],
+                           prefix_ranks=[rank for _, rank in plan.prefixes], deadline_s=plan.left_s)
 
 
 def plan_from_wire(request: pb.TrainRequest) -> RoundPlan:
@@ -113,6 +115,7 @@ def plan_from_wire(request: pb.TrainRequest) -> RoundPlan:
     try:
         return RoundPlan(run=run_from_wire(request.run), round=request.round, attempt=request.attempt,
                          frozen_sha256=request.frozen_sha256, active=tuple(request.active),
+                         prefixes=paired(request.prefix_sites, request.prefix_ranks, "prefix_sites", "prefix_ranks"),
                          until=time.monotonic() + request.deadline_s)
     except ValueError as error:
         raise WireError(f"the round's plan is not valid: {error}") from None

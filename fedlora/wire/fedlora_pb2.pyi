@@ -105,7 +105,7 @@ class Key(_message.Message):
     def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class TrainRequest(_message.Message):
-    __slots__ = ("run", "round", "attempt", "frozen_sha256", "tensors", "active", "deadline_s")
+    __slots__ = ("run", "round", "attempt", "frozen_sha256", "tensors", "active", "deadline_s", "prefix_sites", "prefix_ranks")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +113,8 @@ class TrainRequest(_message.Message):
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_SITES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_RANKS_FIELD_NUMBER: _ClassVar[int]
     run: RunPlan
     round: int
     attempt: int
@@ -120,7 +122,9 @@ class TrainRequest(_message.Message):
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
     active: _containers.RepeatedScalarFieldContainer[str]
     deadline_s: float
-    def __init__(self, run: _Optional[_Union[RunPlan, _Mapping]] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., frozen_sha256: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., active: _Optional[_Iterable[str]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    prefix_sites: _containers.RepeatedScalarFieldContainer[str]
+    prefix_ranks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, run: _Optional[_Union[RunPlan, _Mapping]] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., frozen_sha256: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., active: _Optional[_Iterable[str]] = ..., deadline_s: _Optional[float] = ..., prefix_sites: _Optional[_Iterable[str]] = ..., prefix_ranks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RunPlan(_message.Message):
     __slots__ = ("run_id", "fedlora_version", "strategy", "family", "private", "model_name", "model_weights_sha256", "model_config_sha256", "model_tokenizer_sha256", "task", "labels", "max_length", "rank", "alpha", "targets", "train_head", "dropout", "rounds", "max_participations", "local_steps", "expected_batch", "optimizer", "lr", "clip_norm", "adapter_scale", "head_scale", "weight_by_examples", "lr_schedule", "wire_dtype", "private_start", "family_option_names", "family_option_values", "rank_sites", "rank_values", "adjustment", "protocol")

@@ -153,7 +153,7 @@ class GrpcEngine(RegistryEngine):
         self._clear_uploads()
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        session = GrpcSession(self._registry, context, lambda: self._trained or {}, self._uploads, self._anchors,
+        session = GrpcSession(self._registry, context, lambda: self._layout, self._uploads, self._anchors,
                               self._names, self._admit, self._held_up, self._tls)
         with self._lock:
             if self._closed.is_set():

@@ -20,6 +20,7 @@ import grpc
 from typing_extensions import override
 
 from fedlora import wire
+from fedlora.adapters import AdapterLayout
 from fedlora.identity.certificates import utc_now
 from fedlora.plan import Refusal, Refused
 from fedlora.wire import Incoming, Key, Repeats, Shapes, WireError, pb
@@ -101,7 +102,7 @@ class GrpcSession(ClientStream):
     Args:
         registry: the run's clients.
         context: gRPC's side of the stream.
-        trained: returns the shapes that an upload must have by tensor name; empty before the layout is known.
+        layout: returns the layout of the run's tensors; None before it is known.
         uploads: folder for uploads.
         anchors: where the anchors that come with uploads are kept. No strategy ever sees them.
         names: where a client's name is recorded as its own once it is ready.
@@ -125,8 +126,8 @@ class GrpcSession(ClientStream):
         ended_at: when the server began to end the stream (monotonic seconds); None if it has not.
     """
 
-    def __init__(self, registry: ClientRegistry, context: grpc.ServicerContext, trained: Callable[[], Shapes],
-                 uploads: Path, anchors: Anchors, names: Names,
+    def __init__(self, registry: ClientRegistry, context: grpc.ServicerContext,
+                 layout: Callable[[], AdapterLayout | None], uploads: Path, anchors: Anchors, names: Names,
                  admit: Callable[[GrpcSession, Standing, ClientStream | None], None], held_up: HeldUp,
                  tls: ServerTls | None = None) -> None:
         self.name, self.process, self.secret = "", b"", b""
@@ -137,7 +138,7 @@ class GrpcSession(ClientStream):
         self.started_at = self.last_frame_at = time.monotonic()
         self._names, self._admit, self._proof_wanted = names, admit, False
         self._asked = self._acknowledged = 0
-        self._registry, self._context, self._trained, self._uploads = registry, context, trained, uploads
+        self._registry, self._context, self._layout, self._uploads = registry, context, layout, uploads
         self._anchors, self._held_up = anchors, held_up
         self._tls, self._certificate = tls, client_certificate(context) if tls is not None else None
         self.came_from = self.peer.host
@@ -335,9 +336,7 @@ class GrpcSession(ClientStream):
             order = self._registry.expected(self, key)
             if order is not None:
                 folder = self._uploads
-            active = order.plan.active if order is not None else shapes  # an upload that is sent again is dropped
-            wire.check_shapes(shapes, {name: shape for name, shape in self._trained().items()
-                                       if not active or name in active})
+            wire.check_shapes(shapes, self._expected(order, shapes))
             metrics = wire.metrics_from_wire(upload, private=self._registry.proposal.plan.private)
         except Refused as refused:
             refusal = refused.refusal
@@ -350,6 +349,19 @@ class GrpcSession(ClientStream):
                                                     self._held_up.patience(partial(self._go_on, key))), 0
         if refusal is not None:
             self._refuse(refusal)
+
+    def _expected(self, order: PendingRequest | None, shapes: Shapes) -> Shapes:
+        """Return the shapes that an upload must have.
+
+        Args:
+            order: the order that it answers; None for an upload that is sent again, and dropped.
+            shapes: the upload's shapes.
+        """
+        layout = self._layout()
+        if layout is None:
+            return {}
+        layout = layout.resent(shapes) if order is None else layout.in_round(order.plan)
+        return {spec.name: spec.shape for spec in layout.trained}
 
     def _on_chunk(self, data: memoryview, checksum: int | None) -> None:
         if self._upload is None:

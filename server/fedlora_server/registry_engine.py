@@ -14,7 +14,6 @@ from typing_extensions import override
 from fedlora import wire
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Proposal, Refusal, Released, RoundPlan, Tensors, Upload
-from fedlora.wire import Shapes
 from fedlora_strategies.messages import assign_id, read_train_messages, reply
 
 from .client_registry import ClientRegistry
@@ -46,15 +45,13 @@ class RegistryEngine(Engine):
         self._uploads, self._held_up = uploads, HeldUp()
         self._registry = ClientRegistry(proposal, notify, under_way=under_way, names=names)
         self._dtype = wire.ARRAY_DTYPES[proposal.plan.wire_dtype]
-        self._trained: Shapes | None = None
-        self._frozen: Shapes = {}
+        self._layout: AdapterLayout | None = None
         self._answered: dict[str, PendingRequest] = {}  # their replies were pulled, and can be again
 
     @override
     def expect(self, layout: AdapterLayout) -> None:
         """Fix the tensors of messages. Call it before the first message, once the label set is known."""
-        self._trained = {spec.name: tuple(spec.shape) for spec in layout.trained}
-        self._frozen = {spec.name: tuple(spec.shape) for spec in layout.frozen}
+        self._layout = layout
 
     def fix_labels(self, labels: tuple[str, ...]) -> None:
         """Tell this label set to the clients that join from now on, and ask them for no label names."""
@@ -102,15 +99,16 @@ class RegistryEngine(Engine):
         return [order.message_id for order in orders]
 
     def _order(self, message: Message, plan: RoundPlan, tensors: Tensors) -> PendingRequest:
-        if self._trained is None:
+        if self._layout is None:
             raise ValueError("the engine does not know the layout yet; call expect(layout) before the first message")
         run = self._registry.proposal.plan
         if (plan.run.run_id, plan.run.wire_dtype) != (run.run_id, run.wire_dtype):
             raise ValueError(f"the message belongs to run {plan.run.run_id} in {plan.run.wire_dtype}; this engine "
                              f"serves {run.run_id} in {run.wire_dtype}")
         self._registry.name_of(message.metadata.dst_node_id)
-        known = {**self._trained, **self._frozen}
-        for name in {*tensors, *self._trained}:
+        layout = self._layout.sent_in(dict(plan.prefixes))
+        known = {spec.name: spec.shape for spec in layout.state}
+        for name in {*tensors, *(spec.name for spec in layout.trained)}:
             if name not in tensors or name not in known or tensors[name].shape != known[name]:
                 shape = tensors[name].shape if name in tensors else "missing"
                 raise ValueError(f"tensor {name} of the message is {shape}; the layout has {known.get(name, 'none')}")

@@ -23,7 +23,6 @@ from flwr.serverapp import Grid
 from typing_extensions import override
 
 from fedlora import wire
-from fedlora.adapters import AdapterLayout
 from fedlora.plan import Proposal, Refusal, Refused, Upload
 from fedlora.wire import Key, pb
 from fedlora_strategies.messages import is_undelivered, join_message, read_join_reply, read_reply, train_message
@@ -83,7 +82,6 @@ class SuperLinkEngine(RegistryEngine):
     def __init__(self, grid: Grid, proposal: Proposal, uploads: Path, notify: Callable[[ClientEvent], None]) -> None:
         super().__init__(proposal, uploads, notify)
         self._grid, self._notify, self._wire_dtype = grid, notify, proposal.plan.wire_dtype
-        self._layout: AdapterLayout | None = None
         self._nodes: dict[int, _Node] = {}
         self._outgoing: SimpleQueue[tuple[_Node, PendingRequest]] = SimpleQueue()
         self._asked: dict[str, tuple[_Node, Key | None]] = {}  # Flower's message id → node and order (None: a Join)
@@ -92,11 +90,6 @@ class SuperLinkEngine(RegistryEngine):
         uploads.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._keep_looking, name="fedlora-superlink", daemon=True)
         self._thread.start()
-
-    @override
-    def expect(self, layout: AdapterLayout) -> None:
-        super().expect(layout)
-        self._layout = layout
 
     @override
     def wait(self, message_ids: Iterable[str], timeout_s: float) -> dict[str, Outcome]:
@@ -219,10 +212,10 @@ class SuperLinkEngine(RegistryEngine):
                              f"{upload.run_id}; {key} was ordered")
         order = self._registry.expected(node, key)
         assert self._layout is not None
-        active = order.plan.active if order else tuple(upload.tensors)  # an upload that is sent again is dropped
-        (self._layout.activated(active) if active else self._layout).check(upload.tensors, "trained")
+        shapes = wire.shapes_of(upload.tensors)  # an upload that is sent again is dropped
+        (self._layout.in_round(order.plan) if order else self._layout.resent(shapes)).check(upload.tensors, "trained")
         metrics = wire.metrics_from_wire(wire.upload_to_wire(upload), private=self._registry.proposal.plan.private)
-        self._registry.count(node, up=wire.size_of(wire.shapes_of(upload.tensors), self._wire_dtype))
+        self._registry.count(node, up=wire.size_of(shapes, self._wire_dtype))
         arrays = wire.packed(upload.tensors, self._wire_dtype)
         return store(new_upload(self._uploads), arrays, self._wire_dtype, metrics,
                      self._held_up.patience(partial(self._go_on, node, key)))

@@ -207,10 +207,10 @@ class InProcessEngine(Engine):
         if isinstance(answer, Refusal):
             return answer
         order = self._orders[message_id]
-        wire_dtype, active = order.plan.run.wire_dtype, order.plan.active
+        wire_dtype = order.plan.run.wire_dtype
         self._bytes_up += size_of(shapes_of(answer.tensors), wire_dtype)
         try:
-            (self._layout.activated(active) if active else self._layout).check(answer.tensors, "trained")
+            self._layout.in_round(order.plan).check(answer.tensors, "trained")
         except ValueError as error:
             return Refusal("invalid-tensors", str(error))
         order.stored = self._uploads.put(answer, wire_dtype)

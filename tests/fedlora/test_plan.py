@@ -35,8 +35,11 @@ def make_plan(**changes):
 def test_plans_survive_flat_scalars():
     plan = make_plan(lr_schedule="linear")
     assert from_scalars(to_scalars(plan)) == plan
-    order = RoundPlan(plan, 3, 1, "d" * 64)
-    assert round_from_scalars(round_to_scalars(order)) == order
+    order = RoundPlan(plan, 3, 1, "d" * 64, ("q.B",), (("k", 1), ("q", 2)))
+    flat = round_to_scalars(order)
+    assert round_from_scalars(flat) == order
+    with pytest.raises(ValueError, match="prefix_sites has 2 entries and prefix_ranks 1"):
+        round_from_scalars(flat | {"prefix_ranks": [1]})
 
 
 @pytest.mark.parametrize(("field", "value"), [

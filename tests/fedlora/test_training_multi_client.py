@@ -119,7 +119,7 @@ def test_what_does_not_go_together_is_refused():
     frozen = next(spec.name for spec in trainer.adapted.layout.frozen)
     stale = dataclasses.replace(other, start=other.start | {frozen: other.start[frozen] + 1})
     for misfit in (longer, stale):
-        with pytest.raises(ValueError, match="share the plan, the active tensors and the frozen tensors"):
+        with pytest.raises(ValueError, match="share the plan, the active tensors, their ranks and the frozen tensors"):
             trainer.train_together([one, misfit])
     trainer, trainings = make(dropout=0.1)
     with pytest.raises(ValueError, match="--dropout 0"):

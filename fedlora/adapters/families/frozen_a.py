@@ -20,6 +20,7 @@ class FrozenA(Lora):
 
     name: ClassVar[str] = "frozen-a"
     exact: ClassVar[bool] = True
+    narrows: ClassVar[bool] = True
     trains_A: ClassVar[bool] = False
 
 

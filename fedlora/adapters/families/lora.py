@@ -47,6 +47,7 @@ class Lora(Family):
     name: ClassVar[str] = "lora"
     exact: ClassVar[bool] = False
     bases: ClassVar[tuple[str, ...]] = ("A",)
+    narrows: ClassVar[bool] = True
     trains_A: ClassVar[bool] = True
 
     @override
