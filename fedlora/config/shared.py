@@ -174,9 +174,12 @@ class RunConfig(Config):
     family_options: tuple[tuple[str, float], ...] = option(
         (), "numeric options of the strategy's adapter family", MODEL, values.numbers, metavar="NAME=X,…",
         plan="family_options", place=6, example="{name = 1.0}")
-    ranks: tuple[tuple[str, int], ...] = option(
-        (), "layers whose rank is not --rank, by full module name", MODEL, values.whole_numbers,
-        metavar="MODULE=R,…", plan="ranks", place=6, example='{"encoder.layer.0.attention.self.query" = 4}')
+    ranks: tuple[tuple[str, int], ...] | str = option(
+        (), "layers whose rank is not --rank, by full module name; or, to save traffic, ranks that the server changes "
+        "during the run: grow:TOTAL and shrink:TOTAL end with TOTAL ranks in all layers together, nested trains the "
+        "first ranks alone, of a number drawn for each round", MODEL, values.ranks,
+        metavar="MODULE=R,…|SCHEDULE", plan="ranks", place=6,
+        example='{"encoder.layer.0.attention.self.query" = 4}')
     max_length: int = option(MAX_LENGTH, "number of tokens kept of each record", MODEL, values.count, plan="max_length",
                              place=3)
     head: str | None = option(None, "train a classifier's final linear layer too, or keep its initial values", MODEL,

@@ -15,6 +15,7 @@ from fedlora.places import expanded
 from fedlora.plan import check_unit
 
 STARTS, RECIPES = "fedlora.adapters.starts", "fedlora_strategies.recipes"
+SCHEDULES = "fedlora_strategies.schedules"
 """Packages whose modules are the values of options.
 
 The second may be missing on a client's machine, so it is only looked up when a strategy is parsed."""
@@ -218,6 +219,22 @@ def _finite(given: str) -> float:
     if not math.isfinite(value):
         raise ValueError(given)
     return value
+
+
+def ranks(given: str) -> tuple[tuple[str, int], ...] | str:
+    """Parse --ranks: (module, rank) pairs, or a schedule of `fedlora_strategies.schedules` that changes ranks."""
+    if "=" in given:
+        return whole_numbers(given)
+    forms = [str(form) for key in registry.keys(SCHEDULES)
+             if (form := registry.literals(SCHEDULES, key, "SCHEDULE").get("form"))]
+    key, colon, total = given.partition(":")
+    takes = {form.partition(":")[0]: ":" in form for form in forms}
+    if key in takes and takes[key] == bool(colon) and (not colon or (total.isdecimal() and int(total))):
+        return given
+    shown = ", ".join(sorted(forms))
+    raise argparse.ArgumentTypeError(f"{given!r} is neither of the form MODULE=R, as in "
+                                     "encoder.layer.0.attention.self.query=4, with R a whole number, nor one of "
+                                     f"{shown}, with TOTAL a whole number")
 
 
 def whole_numbers(given: str) -> tuple[tuple[str, int], ...]:

@@ -13,6 +13,7 @@ from fedlora.files import replace_file
 from fedlora.plan import RunPlan, to_scalars
 from fedlora.versions import environment
 from fedlora_strategies import FederatedLoRA
+from fedlora_strategies.step import kept_ranks
 
 from .checkpoint import REPORT
 from .handover.facts import provenance
@@ -44,7 +45,8 @@ def write_report(out: Path, federation: Federation, result: FederationResult, *,
         facts = provenance(plan, result.records, given, federation.strategy.described, simulated="partition" in given)
         with whole_folder(out / "adapter", plan, result.rounds) as folder:
             adapters.export(federation.adapted, result.state, folder, models.base_name(plan.model),
-                            max_length=plan.max_length, run=facts)
+                            max_length=plan.max_length, run=facts,
+                            prefixes=kept_ranks(federation.adapted.layout, federation.strategy.memory))
     report = describe(federation.plan, federation.strategy, result, options or {}, joined or {})
     if audit_head is not None:
         report["audit_head"] = audit_head

@@ -204,6 +204,12 @@ def recipe_of(options: RunConfig, strategy: str) -> Recipe:
             recipe = recipe.with_reduction(options.reduction, dict(options.reduction_options))
         except ValueError as error:
             raise ValueError(f"--reduction-options: {error}") from None
+    if isinstance(options.ranks, str):
+        try:
+            recipe = recipe.with_ranks(options.ranks, options.rounds or recipe.preset(
+                options.privacy == "required", options.init).rounds)
+        except ValueError as error:
+            raise ValueError(f"--ranks {options.ranks}: {error}") from None
     given = dict(options.server_options) | ({} if options.server_lr is None else {"lr": options.server_lr})
     if options.server_optimizer is None and not given:
         return recipe
@@ -261,7 +267,7 @@ def planned(options: RunConfig, strategy: str) -> Preset:
              if (value := getattr(options, name := field.name)) is not None}
     values = dataclasses.replace(chosen, **given)
     if options.scaling == "rs":
-        if options.ranks:
+        if options.ranks and not isinstance(options.ranks, str):
             raise ValueError("--scaling rs and --ranks exclude each other: alpha is one number for all layers, and "
                              "alpha·√rank would be another for each rank. Leave --ranks out, or choose --scaling plain")
         values = dataclasses.replace(values, alpha=values.alpha * math.sqrt(values.rank))
@@ -343,9 +349,10 @@ def make_plan(options: RunConfig, strategy: str, reference: ModelRef, labels: tu
     made = {"run_id": run_id, "private": private, "labels": labels, "train_head": _trains_head(options),
             "max_participations": options.max_participations or values.rounds, "protocol": protocol,
             "adjustment": "" if options.adjustment == "none" else options.adjustment,
+            "ranks": () if isinstance(options.ranks, str) else options.ranks,
             "private_start": start_of(values.init)[0].reads.startswith("clients")}
     recipe = recipe_of(options, strategy)
-    rank = max([values.rank, *(rank for _, rank in options.ranks)])
+    rank = max([values.rank, *(rank for _, rank in made["ranks"])])
     if asked := dict(recipe.family_options(rank, values.rounds)):
         made["family_options"] = tuple(sorted((asked | dict(options.family_options)).items()))
     return plan_of(strategy, recipe.family, values, reference, loaded, **others | made)

@@ -214,7 +214,13 @@ def _settled(options: AuditConfig, method: Method, size: int, private: bool) -> 
 
     Both runs, with privacy and without, take the private preset for what is not given. The default batch is the largest
     that the budget allows, because then an update tells most.
+
+    Raises:
+        ValueError: the ranks would change between rounds.
     """
+    if isinstance(options.ranks, str):
+        raise ValueError(f"--ranks {options.ranks} changes what is uploaded from round to round, and an audit adds up "
+                         "the same values of all rounds; leave it out. The ranks do not change σ or ε")
     options = replace(options, privacy="required", init=method.init or options.init)
     values = planned(options, method.strategy)
     most = Budget.declare(size, epsilon=1.0, declared_size=size, delta=options.delta)

@@ -37,7 +37,7 @@ from flwr.serverapp.strategy import Strategy
 from typing_extensions import override
 
 from fedlora.adapters import AdapterLayout
-from fedlora.adapters.layout import MOST_RECEIVED, MOST_VALUE
+from fedlora.adapters.layout import MOST_RECEIVED, MOST_VALUE, pasted
 from fedlora.plan import Refusal, Released, RoundPlan, RunPlan, Tensors, Upload, upload_metrics
 from fedlora.wire import tensors_digest
 
@@ -68,8 +68,9 @@ class Traffic:
     """The numbers of values that travel between the server and one client.
 
     Attributes:
-        up: Values that the client uploads in each round; the mean over the rounds if these differ.
-        down: Values that the server sends to the client in each round.
+        up: Values that the client uploads in each round; the mean over the rounds if these differ. If the uploads
+            decide which ranks take part, it is a forecast.
+        down: Values that the server sends to the client in each round, with the same remarks.
         once: Values that the server sends only with the client's first round.
     """
 
@@ -101,7 +102,7 @@ class FederatedLoRA(Strategy):
         disclosed: Node id → the numbers that its accepted upload of the last round told beside the tensors.
         screen: The limit k of `screening`; infinite accepts every upload.
         usual_norms: The usual norm of the uploads in each round so far. Later rounds with few uploads are compared with
-            them.
+            them. If some ranks took no part, it is the norm that uploads of the whole rank would have.
         uncompared: Whether the last round had too few uploads to compare, with each other or with earlier rounds.
 
     Raises:
@@ -193,10 +194,13 @@ class FederatedLoRA(Strategy):
     @property
     def traffic(self) -> Traffic:
         """The numbers of values that travel between the server and one client."""
-        sizes = {spec.name: spec.size for spec in self.layout.trained}
-        up = [sum(map(sizes.__getitem__, names)) for names in self._trained_in_rounds]
+        up, down = [], []
+        for names, prefixes in zip(self._trained_in_rounds, self.step.forecast(), strict=True):
+            sizes = {spec.name: spec.size for spec in self.layout.narrowed(prefixes).trained}
+            up.append(sum(map(sizes.__getitem__, names)))
+            down.append(sum(sizes.values()))
         moved = sum(spec.size for spec in self.layout.frozen if self.step.refreshes_frozen and spec.group == "adapter")
-        return Traffic(round(sum(up) / len(up)), self.layout.num_trained + moved,
+        return Traffic(round(sum(up) / len(up)), round(sum(down) / len(down)) + moved,
                        sum(spec.size for spec in self.layout.frozen) - moved)
 
     def forget(self, node_id: int) -> None:
@@ -232,19 +236,20 @@ class FederatedLoRA(Strategy):
         given = cast(list[int], config["nodes"]) if "nodes" in config else self._wait_for_nodes(grid)
         nodes, attempt = sorted(given), cast(int, config.get("attempt", 0))
         under_way.awaited.update(nodes)
-        some = () if under_way.active is self.layout else tuple(spec.name for spec in under_way.active.trained)
         until = time.monotonic() + cast(float, config.get("deadline_s", math.inf))
-        order = RoundPlan(self.plan, server_round, attempt, under_way.frozen_sha256, some, until)
+        order = RoundPlan(self.plan, server_round, attempt, under_way.frozen_sha256, under_way.named,
+                          tuple(sorted(under_way.prefixes.items())), until)
         return list(train_messages(order, ((node, under_way.arrays_for(self._held.get(node))) for node in nodes)))
 
     def _begin(self, server_round: int, arrays: ArrayRecord) -> UnderWay:
         state, wire_dtype = to_tensors(arrays), self.plan.wire_dtype
         self.layout.check(state, "state")
-        if wire_dtype != "fp32":
-            arrays = to_record(state, wire_dtype)
-        sent = to_tensors(arrays, wire_dtype)
         if server_round <= 1 or not self.memory:
             self.memory = self.step.begin(state)
+        prefixes = self.step.prefixes(server_round, self.memory) if server_round else {}
+        if prefixes or wire_dtype != "fp32":
+            arrays = to_record(self.layout.sent_in(prefixes).cut(state), wire_dtype)
+        sent = to_tensors(arrays, wire_dtype)
         trained, received = ({spec.name: of[spec.name] for spec in self.layout.trained} for of in (state, sent))
         frozen = {spec.name: sent[spec.name] for spec in self.layout.frozen}
         before, before_sha256 = self._frozen
@@ -252,9 +257,13 @@ class FederatedLoRA(Strategy):
                             if name not in before or not np.array_equal(array, before[name]))
         self._frozen = frozen, tensors_digest(frozen)
         active = self.step.trains(server_round)
-        layout = self.layout.activated(active) if active else self.layout
+        layout = self.layout.narrowed(prefixes)
+        layout = layout.activated(active) if active else layout
+        named = tuple(spec.name for spec in layout.trained) if active else ()
+        whole = self.layout.activated(active) if active else self.layout
+        longer = math.sqrt(whole.num_trained / layout.num_trained) if prefixes else 1.0
         return UnderWay(server_round, trained, received, frozen, layout, self._frozen[1], arrays, changed,
-                        before_sha256, set())
+                        before_sha256, set(), named, prefixes, longer)
 
     def _wait_for_nodes(self, grid: Grid) -> list[int]:
         while len(nodes := list(grid.get_node_ids())) < self.min_nodes:
@@ -350,13 +359,15 @@ class FederatedLoRA(Strategy):
                                           under_way.sent, before, closed.memory, number)
         try:
             under_way.active.check(moved, "trained", MOST_VALUE)
+            moved = pasted(moved, before)
             idle = {name: array for name, array in under_way.sent.items() if name not in moved}
-            state, memory = self.step.rewrite({**before, **idle, **refreshed, **moved}, memory, number)
+            state, memory = self.step.rewrite({**before, **pasted(idle, before), **refreshed, **moved}, memory, number)
             self.layout.check(state, "state", MOST_RECEIVED if self.plan.private else MOST_VALUE)  # as clients do
         except ValueError as error:
             raise Diverged(str(error)) from None
         usual = usual_norm([one.norm for one in figures.measured.values()])
         self.memory = memory
+        usual = None if usual is None else usual * under_way.longer
         self.usual_norms = closed.usual_norms if usual is None else (*closed.usual_norms, usual)
         metrics = {**figures.to_dict(), "rejected": len(self.rejected),
                    "update_norm": distance(moved, under_way.trained)}
@@ -393,7 +404,8 @@ class FederatedLoRA(Strategy):
             return {}, math.inf
         reach, stricter = self._reach(closed.under_way), closed.k != self.screen
         self.uncompared = not reach.bounded and len(measured) < COMPARED and not closed.usual_norms
-        return left_out(measured, closed.k, closed.usual_norms, reach, among_few=stricter), most_examples(measured)
+        earlier = [norm / closed.under_way.longer for norm in closed.usual_norms]
+        return left_out(measured, closed.k, earlier, reach, among_few=stricter), most_examples(measured)
 
     def _reach(self, under_way: UnderWay) -> Reach:
         """Return how far the training of this round can move the tensors."""

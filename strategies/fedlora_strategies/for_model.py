@@ -38,6 +38,7 @@ from fedlora.plan import ModelRef, RunPlan, Tensors
 
 from .messages import to_record, to_tensors
 from .recipe import RECIPES, Preset, Recipe
+from .step import kept_ranks
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class FromRecipe(Protocol):
 
     recipe: ClassVar[Recipe]
     plan: RunPlan
+    memory: Tensors
 
     def __init__(self, plan: RunPlan, layout: AdapterLayout, *, min_nodes: int = 1, recipe: Recipe | None = None,
                  seed: int = 0) -> None: ...
@@ -86,7 +88,7 @@ class Ready(Generic[S]):
         """
         plan = self.strategy.plan
         return export(self.adapted, to_tensors(arrays), out_dir, models.base_name(plan.model),
-                      max_length=plan.max_length)
+                      max_length=plan.max_length, prefixes=kept_ranks(self.adapted.layout, self.strategy.memory))
 
 
 def ready(strategy: type[S], model: str, *, labels: Sequence[str] = (), private: bool = False,

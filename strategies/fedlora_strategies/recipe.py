@@ -27,7 +27,7 @@ from .stack import Stacking
 from .step import ServerStep
 
 RECIPES, OPTIMIZERS = "fedlora_strategies.recipes", "fedlora_strategies.server_optimizers"
-REDUCTIONS = "fedlora_strategies.reductions"
+REDUCTIONS, SCHEDULES = "fedlora_strategies.reductions", "fedlora_strategies.schedules"
 
 _SLOTS = ("reduction", "refactorization", "schedule")
 """The parts whose options are set by --strategy-options. The server optimizer's options are given separately, and so
@@ -201,6 +201,24 @@ class Recipe:
             raise ValueError(f"there is no option {unknown[0]!r}; {_name_of(chosen)} has the options "
                              f"{', '.join(sorted(_options_of(chosen)))}")
         return dataclasses.replace(self, optimizer=_with(chosen, options))
+
+    def with_ranks(self, given: str, rounds: int) -> Recipe:
+        """Return the recipe with a schedule that changes the adapters' ranks from round to round.
+
+        Args:
+            given: The schedule, as --ranks takes it: its key, and its total after a colon if it takes one.
+            rounds: The number of planned rounds. Decisions fall after a quarter and after half of them.
+
+        Raises:
+            ValueError: The recipe has a schedule of its own.
+        """
+        if type(self.schedule) is not Constant:
+            raise ValueError(f"this strategy's rounds follow a schedule of its own, {_name_of(self.schedule)}; choose "
+                             "ffa-lora or fedavg-lora, or leave --ranks out")
+        key, _, total = given.partition(":")
+        kind = registry.load(SCHEDULES, key).SCHEDULE
+        chosen = kind(int(total), max(1, rounds // 4), max(1, rounds // 2)) if total else kind()
+        return dataclasses.replace(self, schedule=chosen)
 
     def described(self) -> dict[str, object]:
         """Return the recipe's composition, for a report."""

@@ -12,6 +12,7 @@ Everything here is computed from what has left the clients. So it is post-proces
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from fedlora.plan import Released, Tensors
 from .reductions import FactorReduction, Reduction
 from .refactorizations import Refactorization
 from .schedules import Schedule
+from .schedules._ranks import active_ranks
 from .server_optimizers import ServerOptimizer
 
 
@@ -39,7 +41,8 @@ class ServerStep:
         seed: The seed of the random numbers that the refactorization and the schedule draw.
 
     Raises:
-        ValueError: The reduction or the refactorization cannot work with adapters of this layout.
+        ValueError: The reduction, the refactorization or the schedule cannot work with adapters of this layout, or with
+            each other.
     """
 
     layout: AdapterLayout
@@ -55,6 +58,12 @@ class ServerStep:
             self.reduction.check(self.layout)
         if self.refactorization is not None:
             self.refactorization.check(self.layout)
+        self.schedule.check(self.layout)
+        rewrites = self.refactorization is not None or isinstance(self.reduction, FactorReduction)
+        if self.schedule.form and (rewrites or self.optimizer is not None):
+            other = "a server optimizer" if self.optimizer is not None else "a strategy that rewrites its factors"
+            raise ValueError(f"--ranks {self.schedule.form} and {other} exclude each other: it would write to ranks "
+                             "that take no part. Choose --server-optimizer none, and ffa-lora or fedavg-lora")
 
     @property
     def linear(self) -> bool:
@@ -80,6 +89,28 @@ class ServerStep:
             raise ValueError(f"the schedule names {sorted(unknown)[0]!r} to train in round {round}, which is not a "
                              "trained tensor of the adapters; return names from layout.trained")
         return active
+
+    def prefixes(self, round: int, own: Tensors) -> Mapping[str, int]:
+        """Return the modules of which only the first ranks take part in a round, and how many.
+
+        Args:
+            round: The round's number, from 1.
+            own: The memory.
+        """
+        rng = np.random.default_rng((self.seed, round, 1))  # not the numbers that `rewrite` draws
+        return self.schedule.prefixes(round, self.layout, _of("schedule", own), rng)
+
+    def forecast(self) -> list[Mapping[str, int]]:
+        """Return `prefixes` of each planned round, as they would be if no layer or rank changed more than another."""
+        if not self.schedule.form:
+            return [{}] * self.rounds
+        state: Tensors = {spec.name: np.zeros(spec.shape, np.float32) for spec in self.layout.state}
+        own, found = dict(self.begin(state)), list[Mapping[str, int]]()
+        for number in range(1, self.rounds + 1):
+            found.append(self.prefixes(number, own))
+            state, memory = self.rewrite(state, own, number)
+            own = dict(memory)
+        return found
 
     def begin(self, state: Tensors) -> Tensors:
         """Return the memory before the first round, made from the run's first state."""
@@ -134,6 +165,16 @@ class ServerStep:
         rng = np.random.default_rng((self.seed, round))
         state, memory = self.schedule.between(state, self.layout, _of("schedule", own), round, rng)
         return state, {**own, **_named("schedule", memory)}
+
+
+def kept_ranks(layout: AdapterLayout, own: Tensors) -> dict[str, int]:
+    """Return module → rank, for the modules of which only the first ranks belong to the adapter.
+
+    Args:
+        layout: The adapters' tensors.
+        own: The server step's memory.
+    """
+    return active_ranks(layout, _of("schedule", own))
 
 
 def _named(slot: str, memory: Tensors) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +23,7 @@ class UnderWay:
     Attributes:
         number: The round's number, from 1; 0 for a private start.
         trained: The trained tensors, as the server holds them.
-        sent: The trained tensors as clients get them: rounded in a bf16 run.
+        sent: The trained tensors as clients get them: of the round's ranks, and rounded in a bf16 run.
         frozen: The frozen tensors as clients get them.
         active: The layout of the tensors that train in this round, which are those uploaded.
         frozen_sha256: The digest of `frozen`.
@@ -30,6 +31,9 @@ class UnderWay:
         changed: The names of the frozen tensors that are not those of the last round.
         before_sha256: The digest of the last round's frozen tensors.
         awaited: The ids of the nodes that may still reply.
+        named: The names of the tensors that train, if the schedule chose some; () for all.
+        prefixes: Module → rank, for the modules of which only the first ranks take part in the round.
+        longer: How much longer uploads would usually be if all ranks took part: the root of the ratio of their sizes.
     """
 
     number: int
@@ -42,6 +46,9 @@ class UnderWay:
     changed: frozenset[str]
     before_sha256: str
     awaited: set[int]
+    named: tuple[str, ...] = ()
+    prefixes: Mapping[str, int] = field(default_factory=dict)
+    longer: float = 1.0
     _records: dict[frozenset[str], ArrayRecord] = field(default_factory=dict)
 
     def arrays_for(self, held_sha256: str | None) -> ArrayRecord:

@@ -52,7 +52,8 @@ def serve(address, layout):
         connection.ready()
         while True:
             plan, _ = connection.next_request()
-            sent = {name: tensors[name] for name in plan.active or tensors}
+            trained = layout.in_round(plan)
+            sent = trained.cut({spec.name: tensors[spec.name] for spec in trained.trained})
             connection.send(Upload(*plan.key, tensors=sent, steps=1, num_examples=1))
     except Goodbye:
         pass
@@ -61,9 +62,32 @@ def serve(address, layout):
 @pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in LONE])
 def test_a_round_moves_one_per_cent_more_bytes_than_its_values_at_most(strategy, wire_dtype, tmp_path):
+    server_step, result, meter = run(strategy, wire_dtype, tmp_path)
+    width = {"fp32": 4, "bf16": 2}[wire_dtype]
+    counted = [(sum(r.bytes_up for r in result.records[1:]), server_step.traffic.up),
+               (sum(r.bytes_down for r in result.records[1:]), server_step.traffic.down)]
+    for (total, values), on_tcp in zip(counted, meter.per_round(), strict=True):
+        per_round = total / (ROUNDS - 1)
+        assert width * values < per_round <= 1.01 * width * values + (400 if strategy in FEW_VALUES else 0)
+        assert per_round <= on_tcp <= 1.001 * per_round + HTTP2_BYTES
+
+
+def test_a_round_of_some_ranks_moves_the_bytes_of_those(tmp_path):
+    recipe = strategy_class("ffa-lora").recipe.with_ranks("nested", ROUNDS)
+    server_step, result, _ = run("ffa-lora", "fp32", tmp_path, recipe)
+    ranks = [next(iter(server_step.step.prefixes(number, {}).values()), 8) for number in range(1, ROUNDS + 1)]
+    assert len(set(ranks)) > 1
+    for record, rank in zip(result.records[1:], ranks[1:], strict=True):
+        values = 4 * len(MINILM) * 384 * rank
+        for moved in (record.bytes_up, record.bytes_down):
+            assert values < moved <= 1.01 * values + 4_000, "shapes that change are named again"
+
+
+def run(strategy, wire_dtype, tmp_path, recipe=None):
+    """Return the strategy, the result and the meter of a run of one client over a real connection."""
     plan = plan_of(strategy, rounds=ROUNDS, max_participations=ROUNDS, wire_dtype=wire_dtype)
     chosen, rank = strategy_class(strategy), RANK.get(strategy, 8)
-    recipe = chosen.recipe.with_options(OPTIONS.get(strategy, {}))
+    recipe = recipe or chosen.recipe.with_options(OPTIONS.get(strategy, {}))
     layout = layout_of(plan.family, rank=rank, modules=MINILM, head=False, rows=384, columns=384,
                        options=recipe.family_options(rank, ROUNDS))
     draw = np.random.default_rng(1).standard_normal
@@ -82,10 +106,4 @@ def test_a_round_moves_one_per_cent_more_bytes_than_its_values_at_most(strategy,
         engine.close("the test is over")
     client.join(10.0)
     assert result.ended == "finished"
-    width = {"fp32": 4, "bf16": 2}[wire_dtype]
-    counted = [(sum(r.bytes_up for r in result.records[1:]), server_step.traffic.up),
-               (sum(r.bytes_down for r in result.records[1:]), server_step.traffic.down)]
-    for (total, values), on_tcp in zip(counted, meter.per_round(), strict=True):
-        per_round = total / (ROUNDS - 1)
-        assert width * values < per_round <= 1.01 * width * values + (400 if strategy in FEW_VALUES else 0)
-        assert per_round <= on_tcp <= 1.001 * per_round + HTTP2_BYTES
+    return server_step, result, meter

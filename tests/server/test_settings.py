@@ -9,10 +9,14 @@ from rich.console import Console
 
 from fedlora.config import CONFIGS, PRESET, flag, options_of, read_config, shown
 from fedlora_server.cli import main
-from fedlora_server.run_setup import planned
+from fedlora_server.run_setup import planned, recipe_of
 from fedlora_server.settings import settings
 from fedlora_strategies import Preset, strategy_class
 from fedlora_strategies.recipe import presets
+from fedlora_strategies.schedules.constant import Constant
+from fedlora_strategies.schedules.grow import Grow
+from fedlora_strategies.schedules.nested import Nested
+from fedlora_strategies.schedules.shrink import Shrink
 
 
 def told(command, *argv):
@@ -57,6 +61,19 @@ def test_a_rank_stabilised_scale_is_the_plain_one_with_alpha_times_the_root_of_t
     assert values("--scaling=rs") == dataclasses.replace(preset, alpha=preset.alpha * preset.rank**0.5)
     with pytest.raises(ValueError, match="--scaling rs and --ranks exclude each other"):
         values("--scaling=rs", "--ranks=bert.encoder.layer.0.attention.self.query=3")
+
+
+def test_ranks_that_change_are_the_servers_and_decided_after_a_quarter_and_half_of_the_rounds():
+    def schedule(*argv):
+        return recipe_of(read_config(CONFIGS["simulate"], ["--data=rows.jsonl", *argv]), "ffa-lora").schedule
+
+    assert schedule("--ranks=grow:30", "--rounds=10") == Grow(30, first=2, last=5)
+    assert schedule("--ranks=shrink:30", "--rounds=2") == Shrink(30, first=1, last=1)
+    preset = strategy_class("ffa-lora").recipe.preset(True)
+    assert schedule("--ranks=grow:30") == Grow(30, preset.rounds // 4, preset.rounds // 2)
+    assert schedule("--ranks=nested", "--scaling=rs") == Nested() and schedule("--ranks=q=3") == Constant()
+    with pytest.raises(ValueError, match=r"--ranks nested: .*one-factor"):
+        recipe_of(read_config(CONFIGS["simulate"], ["--data=rows.jsonl", "--ranks=nested"]), "rolora")
 
 
 def test_presets_are_printed_as_they_are(capsys):

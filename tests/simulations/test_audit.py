@@ -139,6 +139,11 @@ def run(arguments, *more, private):
     return audit.run_audit(options, find_model(options), private=private)
 
 
+def test_ranks_that_change_are_refused_before_anything_is_trained(arguments):
+    with pytest.raises(ValueError, match="--ranks nested changes what is uploaded"):
+        run(arguments, "--ranks=nested", private=True)
+
+
 def test_a_sound_mechanism_is_not_refuted(sound):
     for report in sound.values():
         assert report.holds and report.white_box.epsilon <= report.claimed <= 8.0

@@ -21,6 +21,7 @@ from fedlora_simulations.simulated_run import simulate
 from fedlora_simulations.worker import WorkerLost, Workers, threads_each
 from fedlora_simulations.worker_engine import WorkerEngine
 from fedlora_strategies.messages import to_record, train_message
+from tests.covering import few
 from tests.federation import LinearSession, layout_of, plan_of, start_of
 from tests.processes import PATIENCE, write_rows
 
@@ -55,6 +56,19 @@ def test_worker_processes_end_with_the_bits_and_the_charges_of_one_process(tmp_p
         assert array.tobytes() == two.result.state[name].tobytes(), f"{name} differs"
     assert (one.epsilons, one.bytes_up, one.bytes_down) == (two.epsilons, two.bytes_up, two.bytes_down)
     assert charges(first) == charges(second) and len(charges(first)) == (9 if "dp" in strategy else 6)
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), few(
+    ("fedavg-lora", "nested"), ("ffa-lora", "shrink:6"), ("ffa-lora", "grow:6"), ("fedavg-lora", "shrink:6")))
+def test_ranks_change_alike_in_every_engine(tmp_path, checkpoint, strategy, ranks):
+    one, two, batched = (run(tmp_path, checkpoint, strategy, f"--ranks={ranks}", more)[0] for more in (
+        "--workers=1", "--workers=2", "--batch-clients=3"))
+    assert len({record.bytes_up for record in one.result.records if record.round}) == 2, "the ranks change"
+    for name, array in one.result.state.items():
+        assert array.tobytes() == two.result.state[name].tobytes(), f"{name} differs"
+        np.testing.assert_allclose(batched.result.state[name], array, rtol=1e-4, atol=1e-4, err_msg=name)
+    assert (one.bytes_up, one.bytes_down, one.epsilons) == (two.bytes_up, two.bytes_down, two.epsilons)
+    assert (one.bytes_up, one.epsilons) == (batched.bytes_up, batched.epsilons)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg-lora", "fedsvd", "ffa-lora:dp"])

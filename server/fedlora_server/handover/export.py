@@ -98,6 +98,7 @@ def _write(run: StoredRun, facts: Provenance, out: Path | None, options: argpars
     import torch
 
     from fedlora import adapters, models
+    from fedlora_strategies.step import kept_ranks
 
     from .folder import whole_folder
 
@@ -105,7 +106,8 @@ def _write(run: StoredRun, facts: Provenance, out: Path | None, options: argpars
     rounds = f"after round {run.round} of {run.plan.rounds}"
     if out is not None:
         with whole_folder(out, run.plan, run.round) as folder:
-            adapters.export(adapted, run.state, folder, base, max_length=run.plan.max_length, run=facts)
+            adapters.export(adapted, run.state, folder, base, max_length=run.plan.max_length, run=facts,
+                            prefixes=kept_ranks(adapted.layout, run.memory))
         print(f"The adapter {rounds} is in {out}.")
     if options.merged is not None:
         stored = _stored_dtype(adapted.base_path)

@@ -32,6 +32,7 @@ class StoredRun:
         step: the parts of the server step; empty if they are not known.
         round: the last finished round.
         state: every tensor that is not in the base checkpoint, after that round.
+        memory: the server step's memory after that round.
         records: one record for each finished round.
         simulated: whether it is a simulation.
     """
@@ -42,6 +43,7 @@ class StoredRun:
     step: Mapping[str, Any]
     round: int
     state: Tensors
+    memory: Tensors
     records: tuple[RoundRecord, ...]
     simulated: bool
 
@@ -115,7 +117,8 @@ def stored_run(folder: Path) -> StoredRun:
     if not stored.round:
         raise ValueError(f"no round of the run in {folder} was finished yet, so there is no adapter")
     step = (begun or {}).get("step") or (report or {}).get("strategy") or {}
-    return StoredRun(folder, plan, options, step, stored.round, stored.state, records, "partition" in options)
+    return StoredRun(folder, plan, options, step, stored.round, stored.state, stored.memory, records,
+                     simulated="partition" in options)
 
 
 def _why(error: Exception) -> str:

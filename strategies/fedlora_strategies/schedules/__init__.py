@@ -7,6 +7,7 @@ depend on it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -20,9 +21,18 @@ class Schedule(Protocol):
 
     Attributes:
         refreshes_frozen: Whether `between` changes the adapters' frozen tensors, so that they must be sent again.
+        form: What --ranks takes to choose this schedule, as in "grow:TOTAL"; "" if it leaves ranks alone.
     """
 
     refreshes_frozen: ClassVar[bool]
+    form: ClassVar[str]
+
+    def check(self, layout: AdapterLayout) -> None:
+        """Check that the schedule can work with adapters of this layout.
+
+        Raises:
+            ValueError: It cannot.
+        """
 
     def trains(self, round: int, layout: AdapterLayout) -> frozenset[str]:
         """Return the names of the trained tensors that clients train and upload in a round; empty for all.
@@ -32,6 +42,18 @@ class Schedule(Protocol):
         Args:
             round: The round's number, from 1.
             layout: The adapters' tensors.
+        """
+
+    def prefixes(self, round: int, layout: AdapterLayout, own: Tensors, rng: np.random.Generator) -> Mapping[str, int]:
+        """Return the modules of which only the first ranks take part in a round, and how many; {} if all do.
+
+        Clients neither get nor send the rest of their trained tensors, and compute without it.
+
+        Args:
+            round: The round's number, from 1.
+            layout: The adapters' tensors.
+            own: The schedule's memory.
+            rng: Random numbers that depend on nothing but the run's seed and the round.
         """
 
     def begin(self, layout: AdapterLayout, state: Tensors) -> Tensors:

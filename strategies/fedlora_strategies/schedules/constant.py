@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,10 +20,19 @@ class Constant(Schedule):
     """The constant schedule, without options or memory. Other schedules inherit it and override what they change."""
 
     refreshes_frozen: ClassVar[bool] = False
+    form: ClassVar[str] = ""
+
+    @override
+    def check(self, layout: AdapterLayout) -> None:
+        pass
 
     @override
     def trains(self, round: int, layout: AdapterLayout) -> frozenset[str]:
         return frozenset()
+
+    @override
+    def prefixes(self, round: int, layout: AdapterLayout, own: Tensors, rng: np.random.Generator) -> Mapping[str, int]:
+        return {}
 
     @override
     def begin(self, layout: AdapterLayout, state: Tensors) -> Tensors:
