@@ -23,7 +23,8 @@ from torch import nn
 from typing_extensions import override
 
 from fedlora.adapters.families.lora import Lora, LowRankDelta
-from fedlora.adapters.family import Bases, Delta, Draw, Leaves, LowRank, Site, TensorSpec
+from fedlora.adapters.family import Bases, Delta, Draw, Leaves, Site, TensorSpec
+from fedlora.adapters.updates import LowRank
 from fedlora.plan import Tensors
 
 
@@ -53,6 +54,7 @@ class LoraStack(Lora):
     """
 
     name: ClassVar[str] = "lora-stack"
+    narrows: ClassVar[bool] = False
     slots: int = 0
 
     def __post_init__(self) -> None:
