@@ -69,12 +69,23 @@ FORKS.set_forkserver_preload(simulated.PRELOADED)
 
 
 class Forked:
-    """A fedlora-<command> process, forked from a process that has only imported the libraries."""
+    """A fedlora-<command> process, forked from a process that has only imported the libraries.
+
+    Args:
+        command: "server", "client" or "simulate".
+        arguments: the command's arguments.
+        log: file for its stdout and stderr.
+        environment: more variables.
+        folder: its current folder.
+        terminal: whether the log is a terminal's file, from which it reads too.
+    """
 
     def __init__(self, command: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str],
-                 folder: Path) -> None:
-        log.write_bytes(b"")  # the file must exist for tests that wait for a word in it
-        self._process = FORKS.Process(target=_run, args=(command, arguments, log, environment, folder), daemon=True)
+                 folder: Path, *, terminal: bool = False) -> None:
+        if not terminal:
+            log.write_bytes(b"")  # the file must exist for tests that wait for a word in it
+        self._process = FORKS.Process(target=_run, args=(command, arguments, log, environment, folder, terminal),
+                                      daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -96,12 +107,14 @@ class Forked:
 
 
 def _run(command: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str],
-         folder: Path | None = None) -> None:
+         folder: Path | None = None, terminal: bool = False) -> None:
     if folder is not None:
         os.chdir(folder)
     with log.open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+    if terminal:
+        sys.stdin = log.open()
     os.environ.update(environment)
     if command == "client":
         for name in [name for name in sys.modules if name.partition(".")[0] in NOT_CLIENTS]:
