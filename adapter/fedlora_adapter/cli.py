@@ -16,7 +16,8 @@ from fedlora.config.completion import add_completion
 SUBCOMMANDS = {
     "inspect": Subcommand("fedlora_adapter.inspect_command", "measures an adapter, also against its base and others"),
     "resize": Subcommand("fedlora_adapter.resize_command", "writes an adapter at a smaller rank"),
-    "combine": Subcommand("fedlora_adapter.combine_command", "makes one adapter of several")}
+    "combine": Subcommand("fedlora_adapter.combine_command", "makes one adapter of several"),
+    "transfer": Subcommand("fedlora_adapter.transfer_command", "teaches another base model what an adapter does")}
 
 EXIT_CODES = "exit codes: 0 done; 2 wrong input: correct it; 130 interrupted. "
 

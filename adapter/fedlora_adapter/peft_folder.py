@@ -174,19 +174,9 @@ def read(path: Path) -> Adapter:
     Raises:
         ValueError: the folder is no LoRA adapter, is damaged, or is of a kind that is refused.
     """
-    if not path.is_dir():
-        raise ValueError(f"there is no folder {path}; name a folder that holds {CONFIG} and {WEIGHTS}")
-    if not (path / CONFIG).is_file():
-        inner = path / "adapter"
-        hint = (f"The adapter is in {inner}" if (inner / CONFIG).is_file()
-                else "Name the folder that save_pretrained wrote")
-        raise ValueError(f"{path} is no adapter: it has no {CONFIG}. {hint}")
-    config = _object(path / CONFIG)
+    config = _config_in(path)
     _check_kind(path, config)
-    if not (path / WEIGHTS).is_file():
-        raise ValueError(f"{path} has no {WEIGHTS}; other formats can run code and are not read. Load the adapter "
-                         "with PEFT and save it again")
-    shapes, dtypes = _tensors(path)
+    shapes, dtypes = _checked_tensors(path)
     targets: dict[str, dict[str, str]] = {}
     others: dict[str, tuple[int, ...]] = {}
     for key, shape in shapes.items():
@@ -199,6 +189,36 @@ def read(path: Path) -> Adapter:
             others[key] = shape
     found = {name: _target(path, config, name, keys, shapes, dtypes) for name, keys in sorted(targets.items())}
     return Adapter(path, config, found, others)
+
+
+def read_any(path: Path) -> Adapter:
+    """Read the folder of an adapter of any of PEFT's types, for uses that leave its update to PEFT.
+
+    All its tensors are among the others, and it has no targets.
+
+    Raises:
+        ValueError: the folder is no adapter, or is damaged.
+    """
+    config = _config_in(path)
+    return Adapter(path, config, {}, _checked_tensors(path)[0])
+
+
+def _config_in(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path}; name a folder that holds {CONFIG} and {WEIGHTS}")
+    if not (path / CONFIG).is_file():
+        inner = path / "adapter"
+        hint = (f"The adapter is in {inner}" if (inner / CONFIG).is_file()
+                else "Name the folder that save_pretrained wrote")
+        raise ValueError(f"{path} is no adapter: it has no {CONFIG}. {hint}")
+    return _object(path / CONFIG)
+
+
+def _checked_tensors(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
+    if not (path / WEIGHTS).is_file():
+        raise ValueError(f"{path} has no {WEIGHTS}; other formats can run code and are not read. Load the adapter "
+                         "with PEFT and save it again")
+    return _tensors(path)
 
 
 def _object(file: Path) -> dict[str, Any]:
