@@ -17,7 +17,9 @@ SUBCOMMANDS = {
     "inspect": Subcommand("fedlora_adapter.inspect_command", "measures an adapter, also against its base and others"),
     "resize": Subcommand("fedlora_adapter.resize_command", "writes an adapter at a smaller rank"),
     "combine": Subcommand("fedlora_adapter.combine_command", "makes one adapter of several"),
-    "transfer": Subcommand("fedlora_adapter.transfer_command", "teaches another base model what an adapter does")}
+    "transfer": Subcommand("fedlora_adapter.transfer_command", "teaches another base model what an adapter does"),
+    "prune-base": Subcommand("fedlora_adapter.prune_command", "writes a smaller base model to train adapters on"),
+    "recover": Subcommand("fedlora_adapter.recover_command", "makes an adapter of a pruned base one of the full model")}
 
 EXIT_CODES = "exit codes: 0 done; 2 wrong input: correct it; 130 interrupted. "
 
