@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "inspect": Subcommand("fedlora_adapter.inspect_command", "measures an adapter, also against its base and others"),
     "resize": Subcommand("fedlora_adapter.resize_command", "writes an adapter at a smaller rank"),
     "combine": Subcommand("fedlora_adapter.combine_command", "makes one adapter of several"),
+    "route": Subcommand("fedlora_adapter.route_command", "puts adapters together, of which each token takes some"),
     "transfer": Subcommand("fedlora_adapter.transfer_command", "teaches another base model what an adapter does"),
     "prune-base": Subcommand("fedlora_adapter.prune_command", "writes a smaller base model to train adapters on"),
     "recover": Subcommand("fedlora_adapter.recover_command", "makes an adapter of a pruned base one of the full model")}
