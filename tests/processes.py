@@ -123,6 +123,8 @@ def _run(command: str, arguments: Sequence[str], log: Path, environment: Mapping
         from fedlora_client.cli import main
     elif command == "server":
         from fedlora_server.cli import main
+    elif command == "adapter":
+        from fedlora_adapter.cli import main
     else:
         from fedlora_simulations.cli import main
     sys.exit(main(arguments))
@@ -133,7 +135,7 @@ def start(command: str, *arguments: object, log: Path, seed: int | None = None, 
     """Start fedlora-<command>. In a client, importing Flower or anything else in `NOT_INSTALLED` fails.
 
     Args:
-        command: "server", "client" or "simulate".
+        command: "server", "client", "simulate" or "adapter".
         *arguments: the command's arguments.
         log: file for its stdout and stderr.
         seed: makes a client's noise predictable.

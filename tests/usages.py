@@ -110,6 +110,10 @@ USAGES: dict[str, tuple[str, str]] = {
     "a proxy without encryption": (f"{CLIENT} --data rows.jsonl --proxy p:1", "--tls"),
     "a server of another machine without encryption": (
         f"{CLIENT} --server hospital.example:9092 --data rows.jsonl", "--tls"),
+    "a folder of a model as adapter": ("fedlora-adapter transfer bert --to bert --prompts rows.jsonl --out o",
+                                       "adapter_config.json"),
+    "a model that loses everything": ("fedlora-adapter prune-base bert --ratio 1 --out o", "0.95"),
+    "a single adapter to choose from": ("fedlora-adapter route bert --out o", "two adapters"),
 }
 
 
