@@ -57,14 +57,14 @@ def loaded(kind: str, task: str) -> LoadedModel:
 def make_trainer(kind: str, run: RunPlan, *, precision: str = "fp32", micro_batch: int | None = None,
                  model: LoadedModel | None = None,
                  device: str = "cpu", compiled: bool = False) -> Trainer:
-    """Make a trainer whose trained and frozen tensors are all random and not small, so that no gradient is 0."""
+    """Make a trainer whose tensors are all random and, but for a stack, not small, so that no gradient is 0."""
     model = model or loaded(kind, run.task)
     adapted = attach(model, family=run.family, rank=run.rank, alpha=run.alpha, dropout=run.dropout,
                      targets=automatic_targets(model.model), train_head=run.train_head, options=run.family_options,
                      ranks=run.ranks)
     generator = np.random.default_rng(0)
-    adapted.write({spec.name: (0.3 * generator.standard_normal(spec.shape)).astype(np.float32)
-                   for spec in adapted.layout.state})
+    adapted.write({spec.name: ((0.03 if spec.name.endswith((".C", ".D")) else 0.3) * generator.standard_normal(
+        spec.shape)).astype(np.float32) for spec in adapted.layout.state})
     return Trainer(adapted, task_for(run, model.tokenizer), device=device, precision=precision,
                    micro_batch=micro_batch, threads=1, compiled=compiled)
 

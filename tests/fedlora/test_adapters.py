@@ -26,11 +26,13 @@ def adapted_model(path, task, family="lora", **options):
 def random_state(adapted, seed=0):
     """Draw new values for all tensors of the state, large enough for each to influence the output.
 
-    Lengths of the base's rows, which an export relies on, stay what they are.
+    Lengths of the base's rows, which an export relies on, stay what they are. A stack of full rank is no longer than
+    the rest.
     """
     rng = np.random.default_rng(seed)
-    return {spec.name: 1 / adapted.base_weight(spec.sites[0]).norm(dim=1).numpy() if spec.name.endswith(".V")
-            else rng.normal(0, 0.5, spec.shape).astype(np.float32) for spec in adapted.layout.state}
+    return {spec.name: 1 / adapted.base_weight(spec.sites[0]).norm(dim=1).numpy() if spec.name.endswith(".V") else
+            rng.normal(0, 0.05 if spec.name.endswith((".C", ".D")) else 0.5, spec.shape).astype(np.float32)
+            for spec in adapted.layout.state}
 
 
 def update_of(state, name, weight):
