@@ -54,7 +54,6 @@ class LoraStack(Lora):
     """
 
     name: ClassVar[str] = "lora-stack"
-    narrows: ClassVar[bool] = False
     slots: int = 0
 
     def __post_init__(self) -> None:
