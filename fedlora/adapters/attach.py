@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
-from fedlora.adapters.family import Delta, Leaves, Site, TensorSpec, family_of
+from fedlora.adapters.family import Delta, Leaves, Site, TensorSpec, check_private, family_of
 from fedlora.adapters.layout import AdapterLayout
 from fedlora.adapters.leaves import Leaf, Linear
 from fedlora.adapters.targets import is_inside, target_modules, top
@@ -285,6 +285,12 @@ def _heads(loaded: LoadedModel, trained: str | None, leaves: Leaves) -> list[Ten
 
 
 def attach_planned(loaded: LoadedModel, run: RunPlan) -> AdaptedModel:
-    """Put the adapter on a loaded model that the plan of a run describes; see `attach`."""
+    """Put the adapter on a loaded model that the plan of a run describes; see `attach`.
+
+    Raises:
+        ValueError: as for `attach`, or the run is private and the family refuses that.
+    """
+    if run.private:
+        check_private(family_of(run.family, run.family_options))
     return attach(loaded, family=run.family, rank=run.rank, alpha=run.alpha, targets=run.targets,
                   train_head=run.train_head, dropout=run.dropout, options=run.family_options, ranks=run.ranks)

@@ -142,8 +142,9 @@ class Family(ABC):
     Attributes:
         name: class attribute, the family's key.
         exact: class attribute, whether ΔW is linear in the trained tensors. Then averaging the tensors averages the
-            updates exactly, and no product of two noises occurs.
-        bases: class attribute, which bases the family takes from a start: ("A",), ("A", "B") or ("V",).
+            updates exactly, and no product of two noises occurs. An option under which it is linear after all is a
+            matter of `exact_in`.
+        bases: class attribute, which bases the family takes from a start: ("A",), ("A", "B") or ("V",); () for none.
         narrows: class attribute, whether a round can train the first ranks alone: each site's tensors are A
             (r, d_in) and B (d_out, r), with ΔW / s = B·A, and the first k rows of A and columns of B are an adapter of
             rank k. Not inherited, because a subclass may compute anything else.
@@ -184,6 +185,10 @@ class Family(ABC):
         """
         return self.exact
 
+    def why_not_private(self) -> str:
+        """Return why private runs refuse the family with these options, and what to do; "" where they take it."""
+        return ""
+
     @abstractmethod
     def update(self, state: Tensors, site: Site) -> Update:
         """Return ΔW / s for a site, for export and for server steps that need the whole update."""
@@ -210,3 +215,13 @@ def family_of(name: str, options: Sequence[tuple[str, float]] = ()) -> Family:
             raise ValueError(f"{key} of the adapter family {name} is {value:g}; it must be a whole number")
         values[key] = int(value) if fields[key] == "int" else float(value)
     return kind(**values)
+
+
+def check_private(family: Family) -> None:
+    """Check that private runs may use a family.
+
+    Raises:
+        ValueError: they may not. The message has the family's reason and what to do.
+    """
+    if why := family.why_not_private():
+        raise ValueError(f"the adapter family {family.name} is not for private runs: {why}, or choose --privacy off")

@@ -94,6 +94,18 @@ class Leaf(nn.Module):
         """Return the leaf's parameters. The first is the one that inputs are multiplied with."""
         return list(self.parameters(recurse=False))
 
+    def current(self) -> Sequence[torch.Tensor]:
+        """Return the values that a pass uses now, for modules that compute more of them than the leaf does.
+
+        Each is [*shape], or [records, *shape] where clients share the pass. Nothing that is made of them may carry a
+        gradient: the sink would not see it.
+        """
+        sink, own = self.sink, [tensor.detach() for tensor in self.tensors()]
+        if sink is None or not (sink.armed and torch.is_grad_enabled()):
+            return own
+        routed = [sink.routed(tensor) for tensor in self.tensors()]
+        return [one if other is None else other for one, other in zip(own, routed, strict=True)]
+
     @override
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.sink is not None and self.sink.armed and torch.is_grad_enabled():

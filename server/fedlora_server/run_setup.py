@@ -17,6 +17,7 @@ import torch
 
 from fedlora import data, models
 from fedlora.adapters import AdaptedModel, attach_planned, family_of, initial_tensors, start_of
+from fedlora.adapters.family import check_private
 from fedlora.adapters.head_start import check_rows, head_start
 from fedlora.adapters.public_rows import public_start, read_public
 from fedlora.adapters.start import fitting
@@ -257,9 +258,10 @@ def planned(options: RunConfig, strategy: str) -> Preset:
 
     Raises:
         ValueError: the options contradict each other: --max-participations is above the number of rounds, --dropout is
-            combined with privacy, --init dp with none, --init gradient with it, --scaling rs with --ranks, --init does
-            not fit the strategy or --targets, --head train or --init-head is asked for a task without a head,
-            --init-head for a head that is not trained, or --labels names fewer than two labels.
+            combined with privacy, so is a strategy whose family refuses it, --init dp with none, --init gradient with
+            it, --scaling rs with --ranks, --init does not fit the strategy or --targets, --head train or --init-head is
+            asked for a task without a head, --init-head for a head that is not trained, or --labels names fewer than
+            two labels.
     """
     recipe = recipe_of(options, strategy)
     chosen = recipe.preset(options.privacy == "required", options.init)
@@ -279,6 +281,11 @@ def planned(options: RunConfig, strategy: str) -> Preset:
                          "the others in its batch, which no ε covers. Leave --dropout out, or choose --privacy off")
     task, family = task_named(options.task), family_of(recipe.family, options.family_options)
     start, file = start_of(values.init)
+    if options.privacy == "required":
+        check_private(family)
+    if options.init is not None and not family.bases:
+        raise ValueError(f"--init {options.init}: {strategy} takes nothing of a start, because its adapters have no "
+                         "bases that one could give; leave --init out")
     if task.has_labels and options.labels is not None and len(options.labels) < 2:
         raise ValueError(f"--labels names {len(options.labels)} label; {task.name} needs at least two")
     if options.head == "train" and not task.has_head:
