@@ -1,6 +1,6 @@
 """A federation small enough to check theorems on: linear clients, with loss and gradients written out here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def layout_of(family: str, *, rank: int = 2, modules: tuple[str, ...] = ("layer.
 
 
 def start_of(layout: AdapterLayout, seed: int) -> dict[str, np.ndarray]:
-    """Return a start as in the papers: orthonormal A (and B if it is frozen), and zero for all else that trains."""
+    """Return a start as in the papers: orthonormal A (and B if it is frozen), gamma 1, and zero for what trains."""
     generator = np.random.default_rng(seed)
     state = {}
     for spec in layout.state:
@@ -42,6 +42,8 @@ def start_of(layout: AdapterLayout, seed: int) -> dict[str, np.ndarray]:
             draw = np.linalg.qr(draw)[0]
         elif spec.name.endswith(".V"):
             draw = 1 / np.linalg.norm(W0, axis=1) if len(draw) == ROWS else np.ones(len(draw))
+        elif spec.name.endswith(".gamma"):
+            draw = np.ones(spec.shape)
         else:
             draw = np.zeros(spec.shape)
         state[spec.name] = draw.astype(np.float32)
@@ -62,16 +64,60 @@ def plan_of(strategy: str, **changes) -> RunPlan:
 
 def update_of(state: Mapping[str, np.ndarray], module: str) -> np.ndarray:
     """Return the module's ΔW [rows, columns] in float64, by the definition of its family."""
-    if f"{module}.V" in state:
-        return (state[f"{module}.e"].astype(np.float64) * state[f"{module}.V"])[:, None] * W0
-    B, A = (state[f"{module}.{factor}"].astype(np.float64) for factor in "BA")
-    if f"{module}.D" in state:
-        D, C = (state[f"{module}.{factor}"].astype(np.float64) for factor in "DC")
-        return B @ A + D @ C
+    own = own_of(state, module)
+    if "V" in own:
+        return (own["e"] * own["V"])[:, None] * W0
+    if "lambda" in own:
+        left, right = sides_of(own)
+        return left * own["lambda"] @ right
+    B, A = own["B"], own["A"]
+    if "dA" in own:
+        return (B + own["dB"]) @ (A + own["dA"]) - B @ A
+    if "e" in own and len(own["e"]) == ROWS:
+        scale, turned = turned_of(own)
+        return scale * turned - W0
+    if "D" in own:
+        return B @ A + own["D"] @ own["C"]
     for name, between in (("R", lambda R: R), ("e", np.diag)):
-        if f"{module}.{name}" in state:
-            B = B @ between(state[f"{module}.{name}"].astype(np.float64))
+        if name in own:
+            B = B @ between(own[name])
     return B @ A
+
+
+def own_of(state: Mapping[str, np.ndarray], module: str) -> dict[str, np.ndarray]:
+    """Return the tensors of a module's update by their last name, in float64, with those that modules share."""
+    return {name.rpartition(".")[2]: array.astype(np.float64) for name, array in state.items()
+            if name.startswith((f"{module}.", "shared."))}
+
+
+def turned_of(own: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return DoRA's factor on each row, [rows, 1], and W0 + B A."""
+    turned = W0 + own["B"] @ own["A"]
+    before, after = (np.linalg.norm(matrix, axis=1, keepdims=True) for matrix in (W0, turned))
+    return (before + own["e"][:, None]) / after, turned
+
+
+def sides_of(own: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return RandLoRA's factors on both sides of lambda: [rows, r N] and [r N, columns]."""
+    return own["B"], (own["A"] * own["gamma"].reshape(-1, 1, COLUMNS)).reshape(-1, COLUMNS)
+
+
+def gradients_of(own: Mapping[str, np.ndarray], G: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
+    """Return functions for the gradients of a module's tensors, by their last name, for a gradient G of ΔW."""
+    B, A, V = (own.get(factor) for factor in "BAV")
+    if "lambda" in own:
+        left, right = sides_of(own)
+        of_right = (own["lambda"] * left).T @ G
+        return {"lambda": lambda: np.diag(left.T @ G @ right.T),
+                "gamma": lambda: (of_right.reshape(-1, len(A), COLUMNS) * A).sum(axis=1).reshape(-1)}
+    if "dA" in own:
+        return {"dA": lambda: (B + own["dB"]).T @ G, "dB": lambda: G @ (A + own["dA"]).T}
+    if V is None and len(own.get("e", ())) == ROWS:
+        scale, turned = turned_of(own)
+        return {"A": lambda: B.T @ (scale * G), "B": lambda: scale * G @ A.T,
+                "e": lambda: (G * turned).sum(axis=1) / np.linalg.norm(turned, axis=1)}
+    return {"A": lambda: B.T @ G, "B": lambda: G @ A.T, "R": lambda: B.T @ G @ A.T,
+            "e": lambda: np.diag(B.T @ G @ A.T) if V is None else V * (G * W0).sum(1)}
 
 
 class LinearSession:
@@ -133,11 +179,7 @@ class LinearSession:
         for module in self.layout.modules:
             residual = self.inputs @ update_of(state, module).T - self.outputs[module]
             G = residual.T @ self.inputs / len(self.inputs)  # gradient of ΔW
-            B, A, V = (state.get(f"{module}.{factor}") for factor in "BAV")
-            gradients = {"A": lambda G=G, B=B: B.T @ G, "B": lambda G=G, A=A: G @ A.T,
-                         "R": lambda G=G, A=A, B=B: B.T @ G @ A.T,
-                         "e": lambda G=G, A=A, B=B, V=V: np.diag(B.T @ G @ A.T) if V is None else (
-                             V * (G * W0).sum(1))}
+            gradients = gradients_of(own_of(state, module), G)
             for name in (spec.name for spec in self.layout.trained if spec.sites == (module,)):
                 moved[name] = state[name] - lr * gradients[name.rpartition(".")[2]]()
         return moved

@@ -7,6 +7,7 @@ ServerApp. `FedSVD.for_model(…)` makes everything that such a ServerApp needs.
 from .base import Diverged, FederatedLoRA, Traffic
 from .lookup import strategy_class
 from .recipe import Preset, Recipe
+from .recipes.dora import DoRA
 from .recipes.dora_magnitudes import DoRAMagnitudes
 from .recipes.fed_sb import FedSB
 from .recipes.fedavg_lora import FedAvgLoRA
@@ -16,9 +17,11 @@ from .recipes.fedsvd_refresh import FedSVDRefresh
 from .recipes.ffa_lora import FFALoRA
 from .recipes.flexlora import FlexLoRA
 from .recipes.loldu import LoLDU
+from .recipes.pissa import PiSSA
+from .recipes.randlora import RandLoRA
 from .recipes.rolora import RoLoRA
 from .recipes.switch_lora import SwitchLoRA
 
-__all__ = ["Diverged", "DoRAMagnitudes", "FFALoRA", "FedAvgLoRA", "FedExLoRA", "FedSB", "FedSVD", "FedSVDRefresh",
-           "FederatedLoRA", "FlexLoRA", "LoLDU", "Preset", "Recipe", "RoLoRA", "SwitchLoRA", "Traffic",
-           "strategy_class"]
+__all__ = ["Diverged", "DoRA", "DoRAMagnitudes", "FFALoRA", "FedAvgLoRA", "FedExLoRA", "FedSB", "FedSVD",
+           "FedSVDRefresh", "FederatedLoRA", "FlexLoRA", "LoLDU", "PiSSA", "Preset", "RandLoRA", "Recipe", "RoLoRA",
+           "SwitchLoRA", "Traffic", "strategy_class"]

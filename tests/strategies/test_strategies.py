@@ -25,7 +25,7 @@ from fedlora_strategies.refactorizations.svd import refactorize
 from fedlora_strategies.step import ServerStep
 from tests.federation import COLUMNS, ROWS, STRATEGIES, LinearSession, layout_of, plan_of, start_of, update_of
 
-INEXACT = {"fedavg-lora", "flexlora"}
+INEXACT = {"fedavg-lora", "flexlora", "pissa", "dora", "randlora"}
 EXACT = [name for name in STRATEGIES if name not in INEXACT]
 MODULE = "layer.0.q"
 
@@ -221,6 +221,9 @@ def test_a_frozen_head_travels_once_beside_the_factor_that_moves():
     ("fedsvd", 2 * 7, 2 * 7 + 2 * 5, 0),
     ("loldu", 2, 2, 2 * (7 + 5)),
     ("dora-magnitudes", 7, 7, 7),
+    ("pissa", 2 * (7 + 5), 2 * (7 + 5), 2 * (7 + 5)),
+    ("dora", 2 * (7 + 5) + 7, 2 * (7 + 5) + 7, 0),
+    ("randlora", 2 * 3 + 3 * 5, 2 * 3 + 3 * 5, 2 * 5 / 2 + 7 * 2 * 3 / 2),  # both targets share A and B
     ("rolora", 2 * 7, 2 * (7 + 5), 0),
     ("flexlora", 2 * (7 + 5), 2 * (7 + 5), 0),
     # with as many slots in the stack as the layer can use
@@ -250,7 +253,8 @@ def test_minilm_uploads_have_the_published_sizes():
         counted[name] = chosen(plan_of(name), layout).traffic.up
     assert counted == {"fedavg-lora": 73_728, "ffa-lora": 36_864, "fed-sb": 768, "fedsvd": 36_864, "loldu": 96,
                        "dora-magnitudes": 4_608, "rolora": 36_864, "flexlora": 73_728, "fedex-lora": 73_728,
-                       "fedsvd-refresh": 36_864, "switch-lora": 36_864}
+                       "fedsvd-refresh": 36_864, "switch-lora": 36_864, "pissa": 73_728, "dora": 78_336,
+                       "randlora": 225_792}
 
 
 class ConstantSession:
@@ -400,7 +404,7 @@ def test_frozen_tensors_travel_once_unless_they_change_or_the_node_lost_them():
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_start_works_in_a_plain_flower_loop_and_learns(name):
-    engine, strategy, state = federation(name)
+    engine, strategy, state = federation(name, lr=0.1)
     before = np.mean([session.loss(state) for session in engine._sessions.values()])
     result = strategy.start(engine, to_record(state), num_rounds=6)
     after = to_tensors(result.arrays)
