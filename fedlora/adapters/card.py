@@ -37,6 +37,14 @@ model = PeftModel.from_pretrained(model, adapter)
 tokenizer = AutoTokenizer.from_pretrained(adapter)
 '''
 
+_LOADING_SAVED = '''from fedlora.adapters import load
+from transformers import AutoTokenizer
+
+base, adapter = {base}, {adapter}{what}
+model = load(adapter, base{download}).model
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+'''
+
 _LOADING_MERGED = '''from transformers import {auto}, AutoTokenizer
 
 folder = {folder}{what}
@@ -61,7 +69,7 @@ def padding_side(task: str) -> str:
 
 
 def card(model: PreTrainedModel, task: str, base_name: str, revision: str | None = None, *,
-         run: Provenance | None = None, merged: str = "") -> str:
+         run: Provenance | None = None, merged: str = "", family: str = "", form: str = "LoRA") -> str:
     """Return the text of an adapter's or a merged model's README.md.
 
     Args:
@@ -71,6 +79,8 @@ def card(model: PreTrainedModel, task: str, base_name: str, revision: str | None
         revision: commit of the base model on the hub, if it is known.
         run: the facts about the run behind the adapter; None to say nothing of it.
         merged: for a merged model the dtype of its weights, as in "float32"; "" for an adapter.
+        family: for an adapter in our own form the key of its family; "" for one in PEFT's format.
+        form: the kind of the adapter.
     """
     kind, from_hub = task_named(task), ":" not in base_name
     title = base_name if from_hub else f"a {model.config.model_type} model ({base_name})"
@@ -78,13 +88,21 @@ def card(model: PreTrainedModel, task: str, base_name: str, revision: str | None
         about = f"A LoRA adapter, trained with FedLoRA, merged into the weights ({merged}) of {title}."
         code = loading_merged(task, '"model"', "  # this folder")
     else:
-        about = f"A LoRA adapter for {title}, trained with FedLoRA."
+        about = f"A {form} adapter for {title}, trained with FedLoRA."
         what = "  # this folder" if from_hub else "  # the base model's folder, and this one"
-        code = loading_code(task, _quoted(base_name if from_hub else "…"), '"adapter"', what, revision=revision)
+        if family:
+            about += (f" Its family, {family}, is one that PEFT does not know: FedLoRA itself (`pip install fedlora`) "
+                      "loads it.")
+            code = _LOADING_SAVED.format(
+                base=_quoted(f"{base_name}@{revision}" if revision else base_name) if from_hub else _quoted("…"),
+                adapter='"adapter"', what=what, download=", allow_download=True" if from_hub else "")
+        else:
+            code = loading_code(task, _quoted(base_name if from_hub else "…"), '"adapter"', what, revision=revision)
     labels = [plain(_quoted(str(name))) for name in (model.config.id2label or {}).values()] if kind.has_labels else []
     about += f" Its outputs are {', '.join(labels)}, in this order." if labels else ""
     about += _LEFT if padding_side(task) == "left" else ""
-    return _CARD.format(metadata=_metadata(task, base_name if from_hub else "", merged != ""), about=about, code=code,
+    metadata = _metadata(task, base_name if from_hub else "", merged != "", family)
+    return _CARD.format(metadata=metadata, about=about, code=code,
                         heading=f"{'Model' if merged else 'Adapter'} for {_pipeline(task) or plain(task)}",
                         more=f"\n{sections(run)}\n" if run is not None else "")
 
@@ -93,16 +111,17 @@ def _pipeline(task: str) -> str:
     return _PIPELINES.get(task_named(task).peft_type, "")
 
 
-def _metadata(task: str, base_name: str, merged: bool) -> str:
+def _metadata(task: str, base_name: str, merged: bool, family: str = "") -> str:
     """Return the YAML at the beginning of a card.
 
     Args:
         task: key of the task.
         base_name: the base model's hub id; "" if it has none.
         merged: whether the card is a merged model's.
+        family: the family of an adapter in our own form; "" otherwise.
     """
     lines = ["# license: for whoever publishes this to choose; the base model's holds too",
-             f"library_name: {'transformers' if merged else 'peft'}"]
+             f"library_name: {'transformers' if merged else 'fedlora' if family else 'peft'}"]
     if base_name:
         lines += [f"base_model: {base_name}", f"base_model_relation: {'finetune' if merged else 'adapter'}"]
     if pipeline := _pipeline(task):

@@ -16,13 +16,14 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save as to_bytes
 from torch import nn
@@ -32,6 +33,7 @@ from fedlora import models
 from fedlora.adapters.attach import AdaptedModel
 from fedlora.adapters.card import card, padding_side
 from fedlora.adapters.provenance import Provenance
+from fedlora.adapters.updates import OtherType, Update
 from fedlora.files import replace_file
 from fedlora.plan import Tensors
 from fedlora.tasks import task_named
@@ -77,31 +79,19 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     layout = adapted.layout.narrowed(prefixes or {})
     tensors = layout.cut(tensors)
     repository, commit = split_name(base_name)
-    files: dict[str, torch.Tensor] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, int | float] = {}
-    for site in layout.sites:
-        weight = partial(_weight, adapted, site.name)
-        held = layout.family.update(tensors, site).for_peft(site.scaling, weight)
-        ranks[site.name], alphas[site.name] = held.rank, _integral(held.alpha)
-        files |= {f"{_PREFIX}{site.name}.{name}": torch.tensor(values.astype(np.float32))
-                  for name, values in held.tensors.items()}
+    updates = [layout.family.update(tensors, site) for site in layout.sites]
+    held = _of_other_type(adapted, updates) or _as_lora(adapted, updates)
+    files = {f"{_PREFIX}{site.name}.{name}": values
+             for site, of_site in zip(layout.sites, held.tensors, strict=True) for name, values in of_site.items()}
     for spec in layout.state:
         if spec.group == "head":
             files[f"{_PREFIX}{spec.name.removeprefix('head.')}"] = torch.tensor(tensors[spec.name])
     files |= {f"{_PREFIX}{name}": value for name, value in adapted.classifier.items()}
-    first_rank, first_alpha = next(iter(ranks.values()), 1), next(iter(alphas.values()), 1)
-    bases = [adapted.base_layer(module) for module in layout.modules]
-    config = LoraConfig(
+    config = held.config(
         task_type=task_named(adapted.task).peft_type,
         base_model_name_or_path=repository, revision=commit or None, inference_mode=True,
-        r=first_rank, lora_alpha=first_alpha,  # type: ignore[arg-type]  # PEFT annotates int, and takes floats
-        rank_pattern={name: own for name, own in ranks.items() if own != first_rank},
-        alpha_pattern={name: own for name, own in alphas.items() if own != first_alpha},
         target_modules=list(layout.modules) or DUMMY_TARGET_MODULES,
-        modules_to_save=_modules_to_save(adapted) or None,
-        use_dora=any(name.endswith(".lora_magnitude_vector") for name in files),
-        fan_in_fan_out=bool(bases) and all(isinstance(base, Conv1D) for base in bases))
+        modules_to_save=_modules_to_save(adapted) or None, **held.settings)
     out_dir.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(out_dir))
     weights = to_bytes({name: value.contiguous() for name, value in files.items()}, metadata={"format": "pt"})
@@ -110,9 +100,68 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     base = copy.deepcopy(adapted.model.config)
     base.use_cache = True  # training turned the cache off, and generation needs it
     base.save_pretrained(out_dir / "base")
-    (out_dir / "README.md").write_text(card(adapted.model, adapted.task, repository, commit or None, run=run),
-                                       encoding="utf-8")
+    text = card(adapted.model, adapted.task, repository, commit or None, run=run, form=held.form)
+    (out_dir / "README.md").write_text(text, encoding="utf-8")
     return out_dir
+
+
+class _Held(NamedTuple):
+    """The updates of all sites in one of PEFT's types.
+
+    Attributes:
+        form: the type's name, for people.
+        config: the type's configuration.
+        settings: the arguments of the configuration that belong to the type.
+        tensors: each site's float32 tensors, by the end of their names.
+    """
+
+    form: str
+    config: Callable[..., PeftConfig]
+    settings: Mapping[str, Any]
+    tensors: Sequence[Mapping[str, torch.Tensor]]
+
+
+def _as_lora(adapted: AdaptedModel, updates: Sequence[Update]) -> _Held:
+    """Return the updates of all sites as PEFT's LoRA holds them."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, int | float] = {}
+    tensors = []
+    for site, update in zip(adapted.layout.sites, updates, strict=True):
+        held = update.for_peft(site.scaling, partial(_weight, adapted, site.name))
+        ranks[site.name], alphas[site.name] = held.rank, _integral(held.alpha)
+        tensors.append(_float32(held.tensors))
+    first_rank, first_alpha = next(iter(ranks.values()), 1), next(iter(alphas.values()), 1)
+    bases = [adapted.base_layer(module) for module in adapted.layout.modules]
+    use_dora = any("lora_magnitude_vector" in of_site for of_site in tensors)
+    return _Held("DoRA" if use_dora else "LoRA", LoraConfig, {
+        "r": first_rank, "lora_alpha": first_alpha,
+        "rank_pattern": {name: own for name, own in ranks.items() if own != first_rank},
+        "alpha_pattern": {name: own for name, own in alphas.items() if own != first_alpha},
+        "use_dora": use_dora,
+        "fan_in_fan_out": bool(bases) and all(isinstance(base, Conv1D) for base in bases)}, tensors)
+
+
+def _of_other_type(adapted: AdaptedModel, updates: Sequence[Update]) -> _Held | None:
+    """Return the updates of all sites as another of PEFT's types holds them; None unless one holds all of them.
+
+    None too where PEFT, which merges other types than LoRA less well, would fail on a head of several layers.
+    """
+    sites = adapted.layout.sites
+    heads = [adapted.model.get_submodule(name) for name in _modules_to_save(adapted)]
+    if not sites or any(isinstance(adapted.base_layer(site.name), Conv1D) for site in sites) or not all(
+            hasattr(head, "weight") for head in heads):
+        return None
+    held: list[OtherType] = []
+    for site, update in zip(sites, updates, strict=True):
+        one = update.of_other_type(site.scaling)
+        if one is None or (held and one[:3] != held[0][:3]):
+            return None
+        held.append(one)
+    return _Held(*held[0][:3], [_float32(one.tensors) for one in held])
+
+
+def _float32(tensors: Tensors) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(values.astype(np.float32)) for name, values in tensors.items()}
 
 
 def _weight(adapted: AdaptedModel, site: str) -> np.ndarray:
