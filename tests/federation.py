@@ -14,7 +14,7 @@ from fedlora_strategies.recipe import RECIPES
 STRATEGIES = registry.keys(RECIPES)
 """The keys of all built-in strategies."""
 
-ROWS, COLUMNS = 7, 5
+ROWS, COLUMNS = 6, 4
 """Shape of a target weight: (d_out, d_in)."""
 
 W0 = np.random.default_rng(3).standard_normal((ROWS, COLUMNS))
@@ -38,7 +38,7 @@ def start_of(layout: AdapterLayout, seed: int) -> dict[str, np.ndarray]:
         draw = generator.standard_normal(spec.shape)
         if spec.name.endswith(".A"):
             draw = np.linalg.qr(draw.T)[0].T
-        elif spec.name.endswith(".B") and not spec.trains:
+        elif spec.name.endswith((".B", ".P")) and not spec.trains:
             draw = np.linalg.qr(draw)[0]
         elif spec.name.endswith(".V"):
             draw = 1 / np.linalg.norm(W0, axis=1) if len(draw) == ROWS else np.ones(len(draw))
@@ -57,7 +57,8 @@ def plan_of(strategy: str, **changes) -> RunPlan:
         family=strategy_class(strategy).recipe.family, private=False,
         model=ModelRef("local", "0" * 64, "1" * 64, "2" * 64), task="classification", labels=("no", "yes"),
         max_length=16, rank=2, alpha=2.0, targets=("q",), train_head=True,
-        dropout=0.0, rounds=3, max_participations=3, local_steps=2, expected_batch=4, optimizer="sgd", lr=0.3,
+        dropout=0.0, rounds=3, max_participations=3, local_steps=2, expected_batch=4, optimizer="sgd",
+        lr=0.03 if strategy == "bone" else 0.3,  # its b is multiplied with whole blocks of W0
         clip_norm=1.0, adapter_scale=1.0, head_scale=1.0, weight_by_examples=False)
     return RunPlan(**values | changes)
 
@@ -65,8 +66,11 @@ def plan_of(strategy: str, **changes) -> RunPlan:
 def update_of(state: Mapping[str, np.ndarray], module: str) -> np.ndarray:
     """Return the module's ΔW [rows, columns] in float64, by the definition of its family."""
     own = own_of(state, module)
+    if "b" in own:
+        r = own["b"].shape[1]
+        return ((blocks(W0, r) + np.eye(r)) @ own["b"].reshape(-1, 1, r, r)).swapaxes(1, 2).reshape(ROWS, COLUMNS)
     if "V" in own:
-        return (own["e"] * own["V"])[:, None] * W0
+        return (own["e"] * own["V"])[:, None] * W0 + (own["B"] @ own["A"] if "B" in own else 0)
     if "lambda" in own:
         left, right = sides_of(own)
         return left * own["lambda"] @ right
@@ -81,7 +85,12 @@ def update_of(state: Mapping[str, np.ndarray], module: str) -> np.ndarray:
     for name, between in (("R", lambda R: R), ("e", np.diag)):
         if name in own:
             B = B @ between(own[name])
-    return B @ A
+    return B @ A + (own["P"] @ own["Y"] @ (np.eye(COLUMNS) - A.T @ A) if "P" in own else 0)
+
+
+def blocks(matrix: np.ndarray, r: int) -> np.ndarray:
+    """Return the r × r blocks of a matrix, [rows of blocks, columns of blocks, r, r]."""
+    return matrix.reshape(len(matrix) // r, r, -1, r).swapaxes(1, 2)
 
 
 def own_of(state: Mapping[str, np.ndarray], module: str) -> dict[str, np.ndarray]:
@@ -116,7 +125,11 @@ def gradients_of(own: Mapping[str, np.ndarray], G: np.ndarray) -> dict[str, Call
         scale, turned = turned_of(own)
         return {"A": lambda: B.T @ (scale * G), "B": lambda: scale * G @ A.T,
                 "e": lambda: (G * turned).sum(axis=1) / np.linalg.norm(turned, axis=1)}
+    if "b" in own:
+        r = own["b"].shape[1]
+        return {"b": lambda: ((blocks(W0, r) + np.eye(r)).swapaxes(2, 3) @ blocks(G, r)).sum(1)}
     return {"A": lambda: B.T @ G, "B": lambda: G @ A.T, "R": lambda: B.T @ G @ A.T,
+            "Y": lambda: own["P"].T @ G @ (np.eye(COLUMNS) - A.T @ A),
             "e": lambda: np.diag(B.T @ G @ A.T) if V is None else V * (G * W0).sum(1)}
 
 
@@ -181,5 +194,5 @@ class LinearSession:
             G = residual.T @ self.inputs / len(self.inputs)  # gradient of ΔW
             gradients = gradients_of(own_of(state, module), G)
             for name in (spec.name for spec in self.layout.trained if spec.sites == (module,)):
-                moved[name] = state[name] - lr * gradients[name.rpartition(".")[2]]()
+                moved[name] = state[name] - lr * gradients[name.rpartition(".")[2]]().reshape(state[name].shape)
         return moved

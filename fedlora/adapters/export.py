@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora import models
 from fedlora.adapters.attach import AdaptedModel
 from fedlora.adapters.card import card, padding_side
+from fedlora.adapters.family import Site
 from fedlora.adapters.provenance import Provenance
 from fedlora.adapters.updates import OtherType, Update
 from fedlora.files import replace_file
@@ -80,7 +81,7 @@ def export(adapted: AdaptedModel, tensors: Tensors, out_dir: Path, base_name: st
     tensors = layout.cut(tensors)
     repository, commit = split_name(base_name)
     updates = [layout.family.update(tensors, site) for site in layout.sites]
-    held = _of_other_type(adapted, updates) or _as_lora(adapted, updates)
+    held = _of_other_type(adapted, layout.sites, updates) or _as_lora(adapted, layout.sites, updates)
     files = {f"{_PREFIX}{site.name}.{name}": values
              for site, of_site in zip(layout.sites, held.tensors, strict=True) for name, values in of_site.items()}
     for spec in layout.state:
@@ -121,17 +122,17 @@ class _Held(NamedTuple):
     tensors: Sequence[Mapping[str, torch.Tensor]]
 
 
-def _as_lora(adapted: AdaptedModel, updates: Sequence[Update]) -> _Held:
+def _as_lora(adapted: AdaptedModel, sites: Sequence[Site], updates: Sequence[Update]) -> _Held:
     """Return the updates of all sites as PEFT's LoRA holds them."""
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
     tensors = []
-    for site, update in zip(adapted.layout.sites, updates, strict=True):
+    for site, update in zip(sites, updates, strict=True):
         held = update.for_peft(site.scaling, partial(_weight, adapted, site.name))
         ranks[site.name], alphas[site.name] = held.rank, _integral(held.alpha)
         tensors.append(_float32(held.tensors))
     first_rank, first_alpha = next(iter(ranks.values()), 1), next(iter(alphas.values()), 1)
-    bases = [adapted.base_layer(module) for module in adapted.layout.modules]
+    bases = [adapted.base_layer(site.name) for site in sites]
     use_dora = any("lora_magnitude_vector" in of_site for of_site in tensors)
     return _Held("DoRA" if use_dora else "LoRA", LoraConfig, {
         "r": first_rank, "lora_alpha": first_alpha,
@@ -141,12 +142,11 @@ def _as_lora(adapted: AdaptedModel, updates: Sequence[Update]) -> _Held:
         "fan_in_fan_out": bool(bases) and all(isinstance(base, Conv1D) for base in bases)}, tensors)
 
 
-def _of_other_type(adapted: AdaptedModel, updates: Sequence[Update]) -> _Held | None:
+def _of_other_type(adapted: AdaptedModel, sites: Sequence[Site], updates: Sequence[Update]) -> _Held | None:
     """Return the updates of all sites as another of PEFT's types holds them; None unless one holds all of them.
 
     None too where PEFT, which merges other types than LoRA less well, would fail on a head of several layers.
     """
-    sites = adapted.layout.sites
     heads = [adapted.model.get_submodule(name) for name in _modules_to_save(adapted)]
     if not sites or any(isinstance(adapted.base_layer(site.name), Conv1D) for site in sites) or not all(
             hasattr(head, "weight") for head in heads):

@@ -189,9 +189,20 @@ class Family(ABC):
         """Return why private runs refuse the family with these options, and what to do; "" where they take it."""
         return ""
 
+    def by_token(self, site: Site) -> bool:
+        """Return whether what is added to a site's output is another function of each token than ΔW·x with one ΔW.
+
+        Such an adapter has no `update`. It can be neither merged nor exported, and is saved in our own form.
+        """
+        return False
+
     @abstractmethod
     def update(self, state: Tensors, site: Site) -> Update:
-        """Return ΔW / s for a site, for export and for server steps that need the whole update."""
+        """Return ΔW / s for a site, for export and for server steps that need the whole update.
+
+        Raises:
+            ValueError: there is none, because of `by_token`.
+        """
 
 
 def family_of(name: str, options: Sequence[tuple[str, float]] = ()) -> Family:

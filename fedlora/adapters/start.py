@@ -87,8 +87,8 @@ class Start(ABC):
         return tuple(base for base in family.bases if base not in self.gives)
 
     def unfit(self, family: Family) -> str:
-        """Return why this start does not suit a family that uses its bases; "" if it does."""
-        return ""
+        """Return why this start does not suit a family that uses its bases, or one that uses none; "" if it does."""
+        return "it gives factors, and the adapter family takes none" if self.gives and not family.bases else ""
 
 
 class SingularStart(Start):

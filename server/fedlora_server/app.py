@@ -75,7 +75,7 @@ class Served:
 
     @property
     def adapter(self) -> Path | None:
-        """The folder of the adapter, in PEFT's format; None if no round was finished."""
+        """The folder of the adapter, in PEFT's format where PEFT can hold it; None if no round was finished."""
         return self.out / "adapter" if self.result is not None and self.result.rounds else None
 
     @property

@@ -1,4 +1,4 @@
-"""The files that a run ends with: the adapter in PEFT format, and report.json."""
+"""The files that a run ends with: the adapter, in PEFT's format where PEFT can hold it, and report.json."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def write_report(out: Path, federation: Federation, result: FederationResult, *,
         plan, given = federation.plan, options or {}
         facts = provenance(plan, result.records, given, federation.strategy.described, simulated="partition" in given)
         with whole_folder(out / "adapter", plan, result.rounds) as folder:
-            adapters.export(federation.adapted, result.state, folder, models.base_name(plan.model),
-                            max_length=plan.max_length, run=facts,
-                            prefixes=kept_ranks(federation.adapted.layout, federation.strategy.memory))
+            adapters.hand_on(federation.adapted, result.state, folder, models.base_name(plan.model),
+                             max_length=plan.max_length, run=facts,
+                             prefixes=kept_ranks(federation.adapted.layout, federation.strategy.memory))
     report = describe(federation.plan, federation.strategy, result, options or {}, joined or {})
     if audit_head is not None:
         report["audit_head"] = audit_head

@@ -283,9 +283,6 @@ def planned(options: RunConfig, strategy: str) -> Preset:
     start, file = start_of(values.init)
     if options.privacy == "required":
         check_private(family)
-    if options.init is not None and not family.bases:
-        raise ValueError(f"--init {options.init}: {strategy} takes nothing of a start, because its adapters have no "
-                         "bases that one could give; leave --init out")
     if task.has_labels and options.labels is not None and len(options.labels) < 2:
         raise ValueError(f"--labels names {len(options.labels)} label; {task.name} needs at least two")
     if options.head == "train" and not task.has_head:

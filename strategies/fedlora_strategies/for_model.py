@@ -29,7 +29,7 @@ from fedlora.adapters import (
     all_targets,
     attach_planned,
     automatic_targets,
-    export,
+    hand_on,
     initial_tensors,
     start_of,
 )
@@ -77,18 +77,18 @@ class Ready(Generic[S]):
         return to_record(self.state)
 
     def export(self, arrays: ArrayRecord, out_dir: Path) -> Path:
-        """Write a trained state as a PEFT adapter.
+        """Write a trained state as a PEFT adapter, or in our own form if PEFT cannot hold one of its family.
 
         Args:
             arrays: The state, for example `strategy.start(…).arrays`.
             out_dir: The folder to write to.
 
         Returns:
-            The folder with the adapter, from `fedlora.adapters.export`.
+            The folder with the adapter, from `fedlora.adapters.hand_on`.
         """
         plan = self.strategy.plan
-        return export(self.adapted, to_tensors(arrays), out_dir, models.base_name(plan.model),
-                      max_length=plan.max_length, prefixes=kept_ranks(self.adapted.layout, self.strategy.memory))
+        return hand_on(self.adapted, to_tensors(arrays), out_dir, models.base_name(plan.model),
+                       max_length=plan.max_length, prefixes=kept_ranks(self.adapted.layout, self.strategy.memory))
 
 
 def ready(strategy: type[S], model: str, *, labels: Sequence[str] = (), private: bool = False,

@@ -13,10 +13,11 @@ from fedlora import models, registry
 from fedlora.adapters import AdapterLayout, attach, automatic_targets, export, family_of, initial_tensors
 from fedlora.adapters.family import Bases, Leaves, Site, TensorSpec
 from fedlora.adapters.leaves import Leaf
+from tests.families import rank_of
 from tests.fedlora.test_adapters import random_state as random_state_of
 
 PACKAGE = "fedlora.adapters.families"
-SITES = (Site("layer.0.q", 7, 5, 2, 2.0), Site("layer.1.q", 6, 5, 3, 1.5))
+SITES = (Site("layer.0.q", 8, 6, 2, 2.0), Site("layer.1.q", 6, 9, 3, 1.5))
 
 
 @pytest.fixture(params=registry.keys(PACKAGE))
@@ -26,8 +27,8 @@ def key(request):
 
 def adapted_model(key, path, **changes):
     loaded = models.load(path, "classification", 2)
-    return attach(loaded, **{"family": key, "rank": 3, "alpha": 6.0, "targets": automatic_targets(loaded.model),
-                             "train_head": True} | changes)
+    return attach(loaded, **{"family": key, "rank": rank_of(key), "alpha": 6.0, "train_head": True,
+                             "targets": automatic_targets(loaded.model)} | changes)
 
 
 def random_state(layout, seed=0):
@@ -132,7 +133,7 @@ def test_ranks_may_differ_by_module_and_plain_peft_computes_the_same(key, checkp
     path = checkpoint("bert")
     first = adapted_model(key, path).layout.modules[0]
     adapted = adapted_model(key, path, ranks=((first, 2),))
-    assert {site.rank for site in adapted.layout.sites} == {2, 3}
+    assert {site.rank for site in adapted.layout.sites} == {2, rank_of(key)}
     state = random_state_of(adapted)
     adapted.write(state)
     ids = torch.randint(10, 300, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -158,7 +159,10 @@ def test_only_the_named_tensors_train_where_some_are_left_out(key, checkpoint):
 
 def test_a_start_that_lacks_what_it_freezes_is_refused(key, checkpoint):
     adapted = adapted_model(key, checkpoint("bert"))
-    if lacking := set(adapted.layout.family.bases) - {"A"}:
+    if not adapted.layout.family.bases:
+        with pytest.raises(ValueError, match=r"gives frozen factors, and the .* has none; choose --init none"):
+            initial_tensors(adapted, init="kaiming", seed=0)
+    elif lacking := set(adapted.layout.family.bases) - {"A"}:
         with pytest.raises(ValueError, match=f"gives no {' and no '.join(lacking)}; choose --init"):
             initial_tensors(adapted, init="kaiming", seed=0)
     else:

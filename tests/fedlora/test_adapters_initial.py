@@ -15,9 +15,9 @@ OFFLINE = [key for key in registry.keys("fedlora.adapters.starts")
 
 
 def fits(family, init):
-    """Return whether a start gives the bases that a family takes, and nothing to a family that takes none."""
+    """Return whether a start gives what a family takes of one, and does not say why it is unfit."""
     start, chosen = start_of(init)[0], family_of(family)
-    return bool(chosen.bases) == bool(start.gives) and not start.lacks(chosen)
+    return not start.lacks(chosen) and not start.unfit(chosen)
 
 
 FITTING = [(family, init) for family in FAMILIES for init in OFFLINE if fits(family, init)]

@@ -233,12 +233,13 @@ def _module_of(trainer, factor):
 def test_an_adapter_that_the_loss_does_not_depend_on_is_told(family, caplog):
     run = plan(family, local_steps=2)
     trainer = make_trainer("bert", run)
-    factor = {"lora": "B", "lora-stack": "B", "frozen-a": "B", "dora": "B", "lora-offset": "dB", "bra": "R",
-              "randlora": "lambda"}.get(family, "e")
+    factor = {"lora": "B", "lora-stack": "B", "frozen-a": "B", "flylora": "B", "dora": "B", "lora-offset": "dB",
+              "bra": "R", "bat": "b", "randlora": "lambda"}.get(family, "e")
     name, _ = _module_of(trainer, factor)
-    trainer.adapted.model.get_submodule(name.rpartition(".")[0]).delta.scaling = 0.0
-    both = family in ("lora", "lora-stack", "lora-offset", "dora", "randlora")
-    told = rf"no gradient for {2 if both else 1} of \d+ .*{name}"
+    for module in trainer.adapted.model.get_submodule(name.rpartition(".")[0]).delta.modules():
+        module.scaling = 0.0
+    two = family in ("lora", "lora-stack", "lora-offset", "dora", "randlora", "salt", "row-scale-frozen-a")
+    told = rf"no gradient for {2 if two else 1} of \d+ .*{name}"
     _told(trainer, run, make_records(trainer), told, caplog)
     with pytest.raises(ValueError, match=r"of the \d+ tensors .* have no influence on the loss"):
         trainer.rehearse()

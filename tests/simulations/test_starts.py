@@ -2,8 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from fedlora.adapters import family_of, load
+from fedlora_server.cli import main as serve
+from fedlora_server.handover.stored_run import stored_run
 from fedlora_simulations.cli import main
 from tests.processes import write_rows
 
@@ -41,7 +45,7 @@ def test_starts_need_no_labels_where_they_read_texts_and_the_new_strategies_run_
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"note {i} " * (1 + i % 5)}) + "\n" for i in range(40)))
     methods = [f"ffa-lora:eva:{texts}", f"fed-sb:avoid:{texts}", "loldu", "dora-magnitudes", "rolora",
-               "fedex-lora", "fedsvd-refresh", "switch-lora"]
+               "fedex-lora", "fedsvd-refresh", "switch-lora", "bone", "salt", "dora-frozen-a"]
     assert main(["--strategy", ",".join(methods), *arguments, "--rounds", "2"]) == 0
     compared = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
     assert [one["method"] for one in compared] == methods and all(0 < one["epsilon"] <= 8 for one in compared)
@@ -62,16 +66,38 @@ def test_methods_that_are_not_exact_run_privately_and_randlora_with_lambda_alone
         capsys.readouterr().err.split())
     alone = ["--strategy", "randlora", *arguments, "--out", str(tmp_path / "alone"), "--family-options", "gamma=0"]
     assert main([*alone, "--init", "weight"]) == 2
-    assert "--init weight: randlora takes nothing of a start" in " ".join(capsys.readouterr().err.split())
+    assert "--init weight does not suit randlora: it gives factors, and the adapter family takes none" in " ".join(capsys.readouterr().err.split())
     assert main(alone) == 0
     report = json.loads((tmp_path / "alone" / "report.json").read_text())
     assert report["ended"] == "finished" and report["strategy"]["exact"]
 
 
+def test_a_run_whose_adapter_peft_cannot_hold_ends_in_one_that_fedlora_loads(arguments, checkpoint, tmp_path, capsys):
+    assert main(["--strategy", "flylora", "--family-options", "k=1", *arguments]) == 0
+    [run], rows = [file.parent for file in (tmp_path / "out").rglob("report.json")], tmp_path / "rows.jsonl"
+    assert json.loads((run / "report.json").read_text())["ended"] == "finished"
+    assert not (run / "adapter" / "adapter_config.json").exists()
+    assert (run / "adapter" / "fedlora.json").exists()
+    adapted, stored = load(run / "adapter", checkpoint("bert")), stored_run(run)
+    assert adapted.layout.family == family_of("flylora", (("k", 1.0),))
+    for name, values in adapted.read("state").items():
+        np.testing.assert_array_equal(values, stored.state[name])
+    assert serve(["predict", str(run), str(rows), "--out", str(tmp_path / "told.csv")]) == 0
+    capsys.readouterr()
+    assert serve(["export", str(run), "--out", str(tmp_path / "again")]) == 0
+    assert "PEFT cannot hold an adapter of the family flylora: its README.md says how" in capsys.readouterr().out
+    assert serve(["export", str(run), "--merged", str(tmp_path / "merged")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the adapter family flylora chooses 1 of 2 rows of A for each token" in said and "Traceback" not in said
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_start_that_does_not_fit_the_strategy_is_refused_with_those_that_do(arguments, capsys):
     for method, told in (("dora-magnitudes:weight", "gives no V, which dora-magnitudes needs of its start; choose "
                                                     "--init row-norms"),
-                         ("loldu:sparse", "gives no B, which loldu needs"), ("ffa-lora:row-norms", "gives no A")):
+                         ("loldu:sparse", "gives no B, which loldu needs"), ("ffa-lora:row-norms", "gives no A"),
+                         ("bone:weight", "--init weight does not suit bone: it gives frozen factors, and the adapter "
+                                         "family has none; choose --init none")):
         assert main(["--strategy", method, *arguments]) == 2
         assert told in " ".join(capsys.readouterr().err.split())
 

@@ -15,7 +15,7 @@ from fedlora_strategies.messages import read_train_messages, to_record, to_tenso
 from fedlora_strategies.recipe import OPTIMIZERS
 from fedlora_strategies.refactorizations.svd import Svd
 from fedlora_strategies.schedules.constant import Constant
-from tests.federation import STRATEGIES, LinearSession, layout_of, plan_of, start_of, update_of
+from tests.federation import ROWS, STRATEGIES, LinearSession, layout_of, plan_of, start_of, update_of
 from tests.server.test_checkpoint import Crashing, crashed, federation, resumed
 from tests.server.test_rounds import same
 
@@ -70,7 +70,7 @@ def test_momentum_moves_the_update_of_fedsvd_as_that_of_ffa_whose_coordinates_st
     start = {key: np.linalg.qr(v.T)[0].T if key.endswith(".A") else v for key, v in start.items()}
     states, own = [start, start], [still.step.begin(start), svd.step.begin(start)]
     for number in range(1, 7):
-        moved = generator.standard_normal((7, 2))  # the clients' change, in FFA-LoRA's coordinates
+        moved = generator.standard_normal((ROWS, 2))  # the clients' change, in FFA-LoRA's coordinates
         for i, strategy in enumerate((still, svd)):
             reduced = {f"{m}.B": states[i][f"{m}.B"] + moved @ start[f"{m}.A"] @ states[i][f"{m}.A"].T
                        for m in layout.modules}

@@ -201,7 +201,7 @@ def test_a_frozen_head_travels_once_beside_the_factor_that_moves():
     plan = plan_of("fedsvd")
     strategy = FedSVD(plan, layout)
     assume_identity(plan.run_id)
-    assert strategy.traffic.once == 16 and strategy.traffic.down == strategy.traffic.up + 2 * 2 * 5
+    assert strategy.traffic.once == 16 and strategy.traffic.down == strategy.traffic.up + 2 * 2 * COLUMNS
     state = {**start_of(layout, 0)}
     node, sent = 7, []
     for number in (1, 2, 3):
@@ -214,22 +214,26 @@ def test_a_frozen_head_travels_once_beside_the_factor_that_moves():
 
 
 @pytest.mark.parametrize(("name", "up", "again", "once"), [
-    # per target of (m, n) = (7, 5) at r = 2, as in the communication table; the head's 3 values travel both ways
-    ("fedavg-lora", 2 * (7 + 5), 2 * (7 + 5), 0),
-    ("ffa-lora", 2 * 7, 2 * 7, 2 * 5),
-    ("fed-sb", 2 * 2, 2 * 2, 2 * (7 + 5)),
-    ("fedsvd", 2 * 7, 2 * 7 + 2 * 5, 0),
-    ("loldu", 2, 2, 2 * (7 + 5)),
-    ("dora-magnitudes", 7, 7, 7),
-    ("pissa", 2 * (7 + 5), 2 * (7 + 5), 2 * (7 + 5)),
-    ("dora", 2 * (7 + 5) + 7, 2 * (7 + 5) + 7, 0),
-    ("randlora", 2 * 3 + 3 * 5, 2 * 3 + 3 * 5, 2 * 5 / 2 + 7 * 2 * 3 / 2),  # both targets share A and B
-    ("rolora", 2 * 7, 2 * (7 + 5), 0),
-    ("flexlora", 2 * (7 + 5), 2 * (7 + 5), 0),
+    # per target of (m, n) = (6, 4) at r = 2, as in the communication table; the head's 3 values travel both ways
+    ("fedavg-lora", 2 * (6 + 4), 2 * (6 + 4), 0),
+    ("ffa-lora", 2 * 6, 2 * 6, 2 * 4),
+    ("fed-sb", 2 * 2, 2 * 2, 2 * (6 + 4)),
+    ("fedsvd", 2 * 6, 2 * 6 + 2 * 4, 0),
+    ("loldu", 2, 2, 2 * (6 + 4)),
+    ("dora-magnitudes", 6, 6, 6),
+    ("pissa", 2 * (6 + 4), 2 * (6 + 4), 2 * (6 + 4)),
+    ("dora", 2 * (6 + 4) + 6, 2 * (6 + 4) + 6, 0),
+    ("randlora", 2 * 2 + 2 * 4, 2 * 2 + 2 * 4, 2 * 4 / 2 + 6 * 2 * 2 / 2),  # both targets share A and B
+    ("rolora", 2 * 6, 2 * (6 + 4), 0),
+    ("bone", 2 * 6, 2 * 6, 0),
+    ("dora-frozen-a", 6 + 2 * 6, 6 + 2 * 6, 6 + 2 * 4),
+    ("flylora", 2 * 6, 2 * 6, 2 * 4),
+    ("salt", 1 + 1 * 4, 1 + 1 * 4, 1 * (6 + 4) + 1 * 6),  # one of the two ranks for each part
+    ("flexlora", 2 * (6 + 4), 2 * (6 + 4), 0),
     # with as many slots in the stack as the layer can use
-    ("fedex-lora", 2 * (7 + 5), (2 + 5) * (7 + 5), 0),
-    ("fedsvd-refresh", 2 * 7, (2 + 5) * (7 + 5), 0),
-    ("switch-lora", 2 * 7, (2 + 5) * (7 + 5), 0),
+    ("fedex-lora", 2 * (6 + 4), (2 + 4) * (6 + 4), 0),
+    ("fedsvd-refresh", 2 * 6, (2 + 4) * (6 + 4), 0),
+    ("switch-lora", 2 * 6, (2 + 4) * (6 + 4), 0),
 ])
 def test_values_per_client_and_round_are_those_of_the_communication_table(name, up, again, once):
     engine, strategy, state = federation(name, clients=3, rounds=1 if name in ("rolora", "switch-lora") else 3)
@@ -254,7 +258,7 @@ def test_minilm_uploads_have_the_published_sizes():
     assert counted == {"fedavg-lora": 73_728, "ffa-lora": 36_864, "fed-sb": 768, "fedsvd": 36_864, "loldu": 96,
                        "dora-magnitudes": 4_608, "rolora": 36_864, "flexlora": 73_728, "fedex-lora": 73_728,
                        "fedsvd-refresh": 36_864, "switch-lora": 36_864, "pissa": 73_728, "dora": 78_336,
-                       "randlora": 225_792}
+                       "randlora": 225_792, "bone": 36_864, "dora-frozen-a": 41_472, "flylora": 36_864, "salt": 18_480}
 
 
 class ConstantSession:

@@ -106,9 +106,11 @@ def _write(run: StoredRun, facts: Provenance, out: Path | None, options: argpars
     rounds = f"after round {run.round} of {run.plan.rounds}"
     if out is not None:
         with whole_folder(out, run.plan, run.round) as folder:
-            adapters.export(adapted, run.state, folder, base, max_length=run.plan.max_length, run=facts,
-                            prefixes=kept_ranks(adapted.layout, run.memory))
-        print(f"The adapter {rounds} is in {out}.")
+            adapters.hand_on(adapted, run.state, folder, base, max_length=run.plan.max_length, run=facts,
+                             prefixes=kept_ranks(adapted.layout, run.memory))
+        print(f"The adapter {rounds} is in {out}." + (
+            "" if (out / "adapter_config.json").exists() else
+            f" PEFT cannot hold an adapter of the family {run.plan.family}: its README.md says how FedLoRA loads it."))
     if options.merged is not None:
         stored = _stored_dtype(adapted.base_path)
         with whole_folder(options.merged, run.plan, run.round) as folder:

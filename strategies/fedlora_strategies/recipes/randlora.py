@@ -18,7 +18,7 @@ from ..base import FederatedLoRA
 from ..recipe import Preset, Recipe
 
 RECIPE = Recipe(
-    family="randlora", start="kaiming",
+    family="randlora", start="none",
     private=Preset.private(32, 100.0, 3e-2, clip_norm=3.0, head_scale=2.0), open=Preset.open(32, 128.0, 1e-3))
 
 
