@@ -26,7 +26,6 @@ from .recipes.rolora import RoLoRA
 from .recipes.salt import SALT
 from .recipes.switch_lora import SwitchLoRA
 
-__all__ = ["SALT", "Bone", "Diverged", "DoRA", "DoRAFrozenA", "DoRAMagnitudes", "FFALoRA", "FedAvgLoRA", "FedExLoRA", "FedSB",
-           "FedSVD", "FedSVDRefresh", "FederatedLoRA", "FlexLoRA", "FlyLoRA", "LoLDU", "PiSSA", "Preset", "RandLoRA",
-           "Recipe", "RoLoRA",
-           "SwitchLoRA", "Traffic", "strategy_class"]
+__all__ = ["SALT", "Bone", "Diverged", "DoRA", "DoRAFrozenA", "DoRAMagnitudes", "FFALoRA", "FedAvgLoRA", "FedExLoRA",
+           "FedSB", "FedSVD", "FedSVDRefresh", "FederatedLoRA", "FlexLoRA", "FlyLoRA", "LoLDU", "PiSSA", "Preset",
+           "RandLoRA", "Recipe", "RoLoRA", "SwitchLoRA", "Traffic", "strategy_class"]

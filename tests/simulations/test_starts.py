@@ -66,7 +66,8 @@ def test_methods_that_are_not_exact_run_privately_and_randlora_with_lambda_alone
         capsys.readouterr().err.split())
     alone = ["--strategy", "randlora", *arguments, "--out", str(tmp_path / "alone"), "--family-options", "gamma=0"]
     assert main([*alone, "--init", "weight"]) == 2
-    assert "--init weight does not suit randlora: it gives factors, and the adapter family takes none" in " ".join(capsys.readouterr().err.split())
+    assert "--init weight does not suit randlora: it gives factors, and the adapter family takes none" in " ".join(
+        capsys.readouterr().err.split())
     assert main(alone) == 0
     report = json.loads((tmp_path / "alone" / "report.json").read_text())
     assert report["ended"] == "finished" and report["strategy"]["exact"]
