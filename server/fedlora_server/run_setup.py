@@ -350,13 +350,14 @@ def make_plan(options: RunConfig, strategy: str, reference: ModelRef, labels: tu
     private = options.privacy == "required"
     others = {option.plan: getattr(options, name) for name, option in options_of(type(options)).items()
               if option.plan and not hasattr(values, name) and option.plan not in ("strategy", "model", "task")}
+    ranks = () if isinstance(options.ranks, str) else options.ranks
     made = {"run_id": run_id, "private": private, "labels": labels, "train_head": _trains_head(options),
             "max_participations": options.max_participations or values.rounds, "protocol": protocol,
             "adjustment": "" if options.adjustment == "none" else options.adjustment,
-            "ranks": () if isinstance(options.ranks, str) else options.ranks,
+            "ranks": ranks,
             "private_start": start_of(values.init)[0].reads.startswith("clients")}
     recipe = recipe_of(options, strategy)
-    rank = max([values.rank, *(rank for _, rank in made["ranks"])])
+    rank = max([values.rank, *(rank for _, rank in ranks)])
     if asked := dict(recipe.family_options(rank, values.rounds)):
         made["family_options"] = tuple(sorted((asked | dict(options.family_options)).items()))
     return plan_of(strategy, recipe.family, values, reference, loaded, **others | made)
