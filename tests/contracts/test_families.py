@@ -160,7 +160,7 @@ def test_only_the_named_tensors_train_where_some_are_left_out(key, checkpoint):
 def test_a_start_that_lacks_what_it_freezes_is_refused(key, checkpoint):
     adapted = adapted_model(key, checkpoint("bert"))
     if not adapted.layout.family.bases:
-        with pytest.raises(ValueError, match=r"gives frozen factors, and the .* has none; choose --init none"):
+        with pytest.raises(ValueError, match=r"gives factors, and the .* takes none; choose --init none"):
             initial_tensors(adapted, init="kaiming", seed=0)
     elif lacking := set(adapted.layout.family.bases) - {"A"}:
         with pytest.raises(ValueError, match=f"gives no {' and no '.join(lacking)}; choose --init"):

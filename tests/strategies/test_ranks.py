@@ -17,7 +17,7 @@ from fedlora_strategies.schedules.nested import Nested
 from fedlora_strategies.schedules.shrink import Shrink
 from fedlora_strategies.step import kept_ranks
 from tests.covering import WHOLE, few
-from tests.federation import layout_of, plan_of, start_of, update_of
+from tests.federation import COLUMNS, ROWS, layout_of, plan_of, start_of, update_of
 from tests.server.test_checkpoint import Crashing, crashed, federation, resumed
 from tests.server.test_rounds import same
 
@@ -62,7 +62,7 @@ def test_what_has_not_changed_at_all_scores_as_noise():
 
 
 def test_growth_gives_the_layers_that_change_most_new_ranks_and_changes_no_update():
-    changes = [np.pad(scale * np.ones((7, 1)), ((0, 0), (0, 3))) for scale in (1, 3, 2, 0.5)]
+    changes = [np.pad(scale * np.ones((ROWS, 1)), ((0, 0), (0, 3))) for scale in (1, 3, 2, 0.5)]
     for total, ranks in ((4, [1, 1, 1, 1]), (7, [1, 3, 2, 1]), (12, [2, 4, 4, 2]), (16, [4] * 4)):
         layout, state, after, own = decided(Grow(total), changes)
         assert own["ranks"].tolist() == ranks and same(after, state)
@@ -92,7 +92,7 @@ def test_a_decision_whose_round_had_no_usable_uploads_is_made_after_the_next():
 
 @pytest.mark.parametrize("family", ["frozen-a", "lora"])
 def test_ranks_that_noise_explains_go_and_the_others_move_to_the_front_with_their_rows(family):
-    changes = [eighths((7, 4), seed) for seed in range(4)]
+    changes = [eighths((ROWS, 4), seed) for seed in range(4)]
     for m, j in ((0, 1), (0, 3), (1, 2), (2, 0), (3, 0), (3, 3)):
         changes[m][:, j] *= 64
     layout, state, after, own = decided(Shrink(6, last=2), changes, family=family)
@@ -105,14 +105,14 @@ def test_ranks_that_noise_explains_go_and_the_others_move_to_the_front_with_thei
 
 
 def test_retiring_ranks_whose_column_is_zero_changes_no_update():
-    changes = [eighths((7, 4), seed) for seed in range(4)]
+    changes = [eighths((ROWS, 4), seed) for seed in range(4)]
     for m, j in ((0, 1), (1, 0), (2, 2), (3, 3)):
         changes[m][:, j] = 0
-    exact = {f"{m}.A": eighths((4, 5), seed).astype(np.float32) for seed, m in enumerate(MODULES)}
+    exact = {f"{m}.A": eighths((4, COLUMNS), seed).astype(np.float32) for seed, m in enumerate(MODULES)}
     layout = layout_of("frozen-a", rank=4, modules=MODULES, head=False)
     state = {**exact, **{f"{m}.B": B.astype(np.float32) for m, B in zip(MODULES, changes, strict=True)}}
     schedule = Shrink(12)
-    own = schedule.begin(layout, {**state, **{f"{m}.B": np.zeros((7, 4), np.float32) for m in MODULES}})
+    own = schedule.begin(layout, {**state, **{f"{m}.B": np.zeros((ROWS, 4), np.float32) for m in MODULES}})
     after, own = schedule.between(state, layout, own, schedule.last, np.random.default_rng(0))
     assert own["ranks"].tolist() == [3] * 4
     for m in MODULES:
@@ -120,7 +120,7 @@ def test_retiring_ranks_whose_column_is_zero_changes_no_update():
 
 
 def test_only_noise_is_retired_at_first_and_each_layer_keeps_a_rank():
-    loud = [np.ones((7, 4)) for _ in MODULES]
+    loud = [np.ones((ROWS, 4)) for _ in MODULES]
     for m, j in ((0, 0), (0, 1), (1, 2), (2, 0), (3, 3)):
         loud[m][:, j] *= 64
     layout, schedule = layout_of("frozen-a", rank=4, modules=MODULES, head=False), Shrink(4, first=1, last=2)
@@ -211,11 +211,11 @@ def test_the_memory_of_other_ranks_is_refused(tmp_path):
 
 def test_uploads_of_few_ranks_are_the_measure_of_later_ones_by_their_number_of_values():
     """With two clients, earlier rounds are the measure: 1 rank of 64 would otherwise make the whole rank too long."""
-    layout, plan = layout_of("frozen-a", rank=5, head=False), plan_of("ffa-lora", rank=5)
-    strategy = strategy_class("ffa-lora")(plan, layout, recipe=changing("ffa-lora", "grow:10"))
+    layout, plan = layout_of("frozen-a", rank=4, head=False), plan_of("ffa-lora", rank=4)
+    strategy = strategy_class("ffa-lora")(plan, layout, recipe=changing("ffa-lora", "grow:8"))
     under_way = strategy._begin(1, to_record(start_of(layout, 0)))
-    assert under_way.longer == pytest.approx(math.sqrt(5)) and strategy.layout.narrowed({}) is strategy.layout
-    assert under_way.active.num_trained == 2 * 7 and layout.num_trained == 2 * 5 * 7
+    assert under_way.longer == pytest.approx(math.sqrt(4)) and strategy.layout.narrowed({}) is strategy.layout
+    assert under_way.active.num_trained == 2 * ROWS and layout.num_trained == 2 * 4 * ROWS
 
 
 @pytest.mark.parametrize(("strategy", "ranks", "why"), [
