@@ -14,7 +14,7 @@ from fedlora.adapters.layout import pasted
 from fedlora.plan import RoundPlan
 from fedlora.privacy import RandomStream
 from tests.covering import few
-from tests.federation import layout_of, plan_of
+from tests.federation import COLUMNS, ROWS, layout_of, plan_of
 from tests.fedlora.private_training import Given, job_of, make_records, make_trainer, plan
 
 FAMILIES = registry.keys("fedlora.adapters.families")
@@ -39,7 +39,7 @@ def test_the_first_ranks_are_an_adapter_of_their_own_and_the_factor_stays(key):
     narrow.check(part, "state")
     rest = {**state, "layer.1.q.B": state["layer.1.q.B"] * (np.arange(4) < 2)}
     for whole, site in zip(layout.sites, narrow.sites, strict=True):
-        weight = np.ones((7, 5))
+        weight = np.ones((ROWS, COLUMNS))
         np.testing.assert_allclose(layout.family.update(part, site).change(weight),
                                    layout.family.update(rest, whole).change(weight), atol=1e-12)
     for name, array in pasted(part, state).items():
@@ -62,11 +62,12 @@ def test_ranks_that_the_adapter_does_not_have_are_refused(prefixes, why):
 def test_what_travels_is_cut_and_what_is_frozen_is_whole():
     layout = layout_of("frozen-a", rank=4)
     order = RoundPlan(plan_of("ffa-lora", rank=4), 1, 0, "d" * 64, ("layer.0.q.B",), (("layer.0.q", 1),))
-    assert {spec.name: spec.shape for spec in layout.in_round(order).trained} == {"layer.0.q.B": (7, 1)}
+    assert {spec.name: spec.shape for spec in layout.in_round(order).trained} == {"layer.0.q.B": (ROWS, 1)}
     shapes = {spec.name: spec.shape for spec in layout.sent_in(dict(order.prefixes)).state}
-    assert (shapes["layer.0.q.A"], shapes["layer.0.q.B"], shapes["layer.1.q.B"]) == ((4, 5), (7, 1), (7, 4))
-    again = layout.resent({"layer.0.q.B": (7, 1), "layer.1.q.B": (7, 9)})
-    assert [spec.shape for spec in again.trained] == [(7, 1), (7, 4)]
+    assert (shapes["layer.0.q.A"], shapes["layer.0.q.B"], shapes["layer.1.q.B"]) == (
+        (4, COLUMNS), (ROWS, 1), (ROWS, 4))
+    again = layout.resent({"layer.0.q.B": (ROWS, 1), "layer.1.q.B": (ROWS, 9)})
+    assert [spec.shape for spec in again.trained] == [(ROWS, 1), (ROWS, 4)]
 
 
 @pytest.mark.parametrize("prefixes", [(("q", 0),), (("q", 1), ("q", 1)), (("q", 2), ("k", 1)), (("q", 10**6),)])

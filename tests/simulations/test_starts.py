@@ -69,7 +69,8 @@ def test_methods_that_are_not_exact_run_privately_and_randlora_with_lambda_alone
     assert "--init weight does not suit randlora: it gives factors, and the adapter family takes none" in " ".join(
         capsys.readouterr().err.split())
     assert main(alone) == 0
-    report = json.loads((tmp_path / "alone" / "report.json").read_text())
+    [path] = (tmp_path / "alone").rglob("report.json")
+    report = json.loads(path.read_text())
     assert report["ended"] == "finished" and report["strategy"]["exact"]
 
 
@@ -97,8 +98,8 @@ def test_a_start_that_does_not_fit_the_strategy_is_refused_with_those_that_do(ar
     for method, told in (("dora-magnitudes:weight", "gives no V, which dora-magnitudes needs of its start; choose "
                                                     "--init row-norms"),
                          ("loldu:sparse", "gives no B, which loldu needs"), ("ffa-lora:row-norms", "gives no A"),
-                         ("bone:weight", "--init weight does not suit bone: it gives frozen factors, and the adapter "
-                                         "family has none; choose --init none")):
+                         ("bone:weight", "--init weight does not suit bone: it gives factors, and the adapter "
+                                         "family takes none; choose --init none")):
         assert main(["--strategy", method, *arguments]) == 2
         assert told in " ".join(capsys.readouterr().err.split())
 
