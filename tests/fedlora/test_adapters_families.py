@@ -31,7 +31,7 @@ def like(adapted, checkpoint, config):
 
 
 @pytest.mark.parametrize(("family", "init"), [("lora-offset", "weight-scaled"), ("lora-offset", "orthonormal"),
-                                              ("dora", "kaiming"), ("randlora", "kaiming")])
+                                              ("dora", "kaiming"), ("randlora", "none")])
 def test_the_start_is_the_base_model_bit_for_bit(family, init, checkpoint):
     adapted = adapted_model(checkpoint("bert"), "classification", family)
     state = initial_tensors(adapted, init=init, seed=1)
@@ -150,24 +150,29 @@ def test_randlora_is_pefts_with_the_columns_of_b_in_the_order_of_the_formula(sid
         torch.testing.assert_close(delta(x, x, delta), x @ update.T, atol=1e-5, rtol=1e-5)
 
 
-def test_layers_of_one_size_and_rank_share_random_factors_and_full_rank_is_reached(checkpoint):
-    adapted = adapted_model(checkpoint("bert"), "classification", "randlora",
-                            ranks=((first_module(checkpoint), 2),))
-    state = initial_tensors(adapted, init="kaiming", seed=1)
+def test_layers_of_one_size_and_rank_share_random_factors(checkpoint):
+    path = checkpoint("bert")
+    first = adapted_model(path, "classification").layout.modules[0]
+    adapted = adapted_model(path, "classification", "randlora", ranks=((first, 2),))
+    state = initial_tensors(adapted, init="none", seed=1)
     shared = [spec for spec in adapted.layout.frozen if spec.name.startswith("shared.")]
     assert {spec.name: len(spec.sites) for spec in shared} == {
         f"shared.32x32.{rank}.{factor}": sites for rank, sites in ((2, 1), (RANK, 3)) for factor in "AB"}
     assert all(np.square(state[spec.name]).mean() == pytest.approx(1, rel=1e-5) for spec in shared)
-    generator = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(("options", "moved", "rank"), [
+    ((), False, RANK), ((), True, 32), ((("gamma", 0.0),), False, 32)], ids=["start", "trained", "gamma=0"])
+def test_randlora_has_full_rank_once_its_gammas_differ(options, moved, rank, checkpoint):
+    adapted = adapted_model(checkpoint("bert"), "classification", "randlora", options=options)
+    state, generator = initial_tensors(adapted, init="none", seed=1), np.random.default_rng(0)
     for site in adapted.layout.sites:
-        assert state[f"{site.name}.gamma"] == pytest.approx(1 / 32)
-        state[f"{site.name}.lambda"] = generator.standard_normal(state[f"{site.name}.lambda"].shape)
+        gamma, core = f"{site.name}.gamma", f"{site.name}.lambda"
+        np.testing.assert_allclose(np.abs(state[gamma]), 1 / 32)
+        state[core] = generator.standard_normal(state[core].shape)
+        state[gamma] = state[gamma] + moved * 0.01 * generator.standard_normal(state[gamma].shape)
         change = adapted.layout.family.update(state, site).change(np.zeros((32, 32)))
-        assert np.linalg.matrix_rank(change) == 32
-
-
-def first_module(checkpoint):
-    return adapted_model(checkpoint("bert"), "classification").layout.modules[0]
+        assert np.linalg.matrix_rank(change) == rank
 
 
 def test_with_gamma_frozen_randlora_is_exact_and_fit_for_private_runs():

@@ -11,8 +11,11 @@ Albert et al., ICLR 2025, arXiv:2502.00987.
 inputs than outputs, the whole sum is transposed. A and B are normal, with a mean square of 1; no start decides them.
 The paper draws one A and one B of the largest size, and each layer takes a part of them.
 
-With the option `gamma = 0`, γ stays as it starts. Then the update is linear in λ, still of full rank, and has about as
-many trained values as the weight's smaller side. With γ trained it is bilinear, and private runs refuse it.
+While all γ_j are alike, the sum has rank r, because all terms share A. It reaches full rank as they come apart.
+
+With the option `gamma = 0`, γ is frozen at values of this size with random signs. Then the update is linear in λ, of
+full rank from the first step, and has about as many trained values as the weight's smaller side. With γ trained it is
+bilinear, and private runs refuse it.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ class RandLora(Family):
     """The family in which two diagonals between and beside shared random factors train.
 
     Attributes:
-        gamma: whether γ trains: 1, or 0 for λ alone.
+        gamma: whether γ trains: 1, or 0 for λ alone, with random signs in γ.
     """
 
     name: ClassVar[str] = "randlora"
@@ -103,10 +106,12 @@ class RandLora(Family):
     @override
     def initial(self, site: Site, bases: Bases, draw: Draw) -> Mapping[str, torch.Tensor | np.ndarray]:
         factors = {name: draw(name, shape) for name, shape in zip(_shared(site), _shapes(site), strict=True)}
-        small, terms = _sides(site)[0], _terms(site)
+        (small, _), terms = _sides(site), _terms(site)
+        gamma = torch.full((terms * small,), 1 / max(terms, small))
+        if not self.gamma:
+            gamma = gamma * draw(f"{site.name}.gamma", (terms * small,)).sign()
         return {name: values / values.square().mean().sqrt() for name, values in factors.items()} | {
-            f"{site.name}.lambda": torch.zeros(site.rank * terms),
-            f"{site.name}.gamma": torch.full((terms * small,), 1 / max(terms, small))}
+            f"{site.name}.lambda": torch.zeros(site.rank * terms), f"{site.name}.gamma": gamma}
 
     @override
     def exact_in(self, trained: Collection[str]) -> bool:

@@ -7,9 +7,10 @@ Albert et al., ICLR 2025, arXiv:2502.00987.
     client k      trains λ_k, γ_k in ΔW = s · Σ_j B_j diag(λ_kj) A diag(γ_kj), uploads both
     server        λ ← Σ p_k λ_k,   γ ← Σ p_k γ_k
 
-The average is not exact, because ΔW has products of λ and γ. With `--family-options gamma=0`, λ alone is trained and
-sent, about as many values as the weight's smaller side, and the average is exact. Private runs need that option. The
-exported adapter is LoRA of full rank: at least as large as the weights that it changes.
+The average is not exact, because ΔW has products of λ and γ. With `--family-options gamma=0`, γ is frozen at random
+signs of that size. λ alone is trained and sent, about as many values as the weight's smaller side, and the average is
+exact. Private runs need that option. The exported adapter is LoRA of full rank: at least as large as the weights that
+it changes.
 """
 
 from __future__ import annotations
