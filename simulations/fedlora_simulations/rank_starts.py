@@ -1,18 +1,19 @@
 """The command fedlora-simulate rank-starts: what one noised step from each start of a strategy is predicted to gain.
 
-Public rows are dealt into two halves. The first makes the starts that read rows, and a step. The second judges it.
+Public rows are dealt out. A quarter fits a classifier's head, as --init-head does, because a head drawn at random lets
+hardly any gradient through. A quarter makes the starts that read rows, and a step. Half of the rows judge the step.
 
-    s     mean over the first half of each record's gradient, clipped to C
+    s     mean over the step's rows of each record's gradient, clipped to C
     τ     σ C / (b √K), the noise in each value of the mean of K clients' steps
-    ∇, F  mean gradient, and E[g gᵀ] over the records' gradients g, of the second half
+    ∇, F  mean gradient, and E[g gᵀ] over the records' gradients g, of the rows that judge
 
 A step of length η lowers the loss by about η ⟨∇, s⟩ − η²/2 · (sᵀ F s + τ² tr F), where F stands for the curvature. At
 the best length η that is
 
     ⟨∇, s⟩² / 2 (sᵀ F s + τ² tr F)
 
-The gradients are those of the adapters alone. A classifier's head is first fitted to the first half, as --init-head
-does, because a head drawn at random passes hardly any gradient on. Nothing else is trained, and no private row is read.
+The gradients are those of the adapters alone. With n rows that judge, chance alone makes about 1 / 2n of it, so each
+figure has its standard error. Nothing but the head is trained, and no private row is read.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ USED = frozenset({
 
 FIXED = tuple(name for name in options_of(SimulationConfig) if name not in USED)
 
+TYPICAL = 64
+"""Records whose gradients' median length is the clip norm where --clip-norm is not given."""
+
 SIZE, CLIENTS = 5000, 2
 """Declared size and number of clients, from which the noise follows, where the options name none."""
 
@@ -75,7 +79,7 @@ class RankStartsConfig(SimulationConfig):
 
     public: str | None = option(None, "rows that are nobody's secret, with labels or answers", RUN,
                                 metavar="FILE", place=1)
-    rows: int = option(512, "most rows of it that are used, half of them to judge by", RUN, values.number(int, 4),
+    rows: int = option(1024, "most rows of it that are used, half of them to judge by", RUN, values.number(int, 8),
                        place=1)
     seed: int = option(0, "seed of everything that is drawn", RUN, values.natural, place=1)
     clients: int | None = option(None, "clients whose steps are averaged", PRIVACY, values.count, unset=str(CLIENTS),
@@ -97,6 +101,7 @@ class Ranked:
         start: the start's key, as --init has it, with FILE for the name of a file.
         decrease: predicted decrease of the loss by one noised step of the best length; 0 if the step's direction does
             not lower the loss. None if the start cannot be made.
+        error: its standard error, from the choice of the rows that judge.
         without_noise: the same without noise.
         length: the best length of a noised step, in units of the clipped mean gradient.
         clip_norm: C.
@@ -106,6 +111,7 @@ class Ranked:
     strategy: str
     start: str
     decrease: float | None = None
+    error: float | None = None
     without_noise: float | None = None
     length: float | None = None
     clip_norm: float | None = None
@@ -113,14 +119,14 @@ class Ranked:
 
 
 class Judge:
-    """The two halves of the public rows, and the model that computes gradients on them.
+    """The public rows that make a step and those that judge it, with the model that computes their gradients.
 
     Args:
         trainer: computes the gradient of each record.
         first: the records that make the step.
         second: the records that judge it.
         noise: τ for a clip norm of 1.
-        clip_norm: C; None for the median length of the first half's gradients.
+        clip_norm: C; None for the median length of some gradients of `first`.
     """
 
     def __init__(self, trainer: Trainer, first: Records, second: Records, noise: float,
@@ -128,31 +134,36 @@ class Judge:
         self._trainer, self._first, self._second = trainer, first, second
         self._noise, self._clip_norm = noise, clip_norm
 
-    def predict(self, state: Tensors) -> tuple[float, float, float, float]:
-        """Return (decrease, decrease without noise, best length, C) for a step from this state."""
+    def predict(self, state: Tensors) -> tuple[float, float, float, float, float]:
+        """Return (decrease, its standard error, decrease without noise, best length, C) for a step from this state."""
         self._trainer.adapted.write(state)
-        lengths = np.concatenate([rows.norm(dim=1).numpy() for rows in self._gradients(self._first)])
-        C = self._clip_norm or float(np.median(lengths[lengths > 0])) if (lengths > 0).any() else 0.0
+        C = self._clip_norm or self._median_length()
         if not C:
-            return 0.0, 0.0, 0.0, 0.0
+            return 0.0, 0.0, 0.0, 0.0, 0.0
         s = torch.zeros(self._trainer.buffer.values, dtype=torch.float64)
         for rows in self._gradients(self._first):
             s += (rows * (C / rows.norm(dim=1, keepdim=True).clamp(min=C))).sum(dim=0)
         s /= len(self._first)
-        gain = curved = trace = 0.0
+        count, gain, curved, trace = len(self._second), 0.0, 0.0, 0.0
         for rows in self._gradients(self._second):
             along = rows @ s
-            gain += float(along.sum()) / len(self._second)
-            curved += float(along.square().sum()) / len(self._second)
-            trace += float(rows.square().sum()) / len(self._second)
+            gain += float(along.sum()) / count
+            curved += float(along.square().sum()) / count
+            trace += float(rows.square().sum()) / count
         noised = curved + (self._noise * C) ** 2 * trace
         if gain <= 0:
-            return 0.0, 0.0, 0.0, C
-        return gain**2 / (2 * noised), gain**2 / (2 * curved), gain / noised, C
+            return 0.0, 0.0, 0.0, 0.0, C
+        error = math.sqrt(max(curved - gain**2, 0.0) / count)  # of the gain
+        return gain**2 / (2 * noised), gain * error / noised, gain**2 / (2 * curved), gain / noised, C
 
-    def _gradients(self, records: Records) -> Iterator[torch.Tensor]:
-        """Yield [records, values] float64 gradients of all records, a micro-batch at a time."""
-        trainer, every = self._trainer, np.arange(len(records))
+    def _median_length(self) -> float:
+        """Return the median length of the gradients of some records of the first rows; 0 if all of them are 0."""
+        lengths = np.concatenate([rows.norm(dim=1).numpy() for rows in self._gradients(self._first, TYPICAL)])
+        return float(np.median(lengths[lengths > 0])) if lengths.any() else 0.0
+
+    def _gradients(self, records: Records, most: int | None = None) -> Iterator[torch.Tensor]:
+        """Yield [records, values] float64 gradients of all or the first records, a micro-batch at a time."""
+        trainer, every = self._trainer, np.arange(len(records))[:most]
         try:
             for length, places in trainer.micro_batches(records, every):
                 trainer.fill_buffer(records, places, length)
@@ -180,7 +191,7 @@ def rank(options: RankStartsConfig, strategy: str) -> list[Ranked]:
         strategy: the strategy's name.
 
     Raises:
-        ValueError: the options do not fit the model, the rows or each other, or half of the rows cannot be used.
+        ValueError: the options do not fit the model, the rows or each other, or too few of the rows can be used.
     """
     assert options.public is not None, "checked when the options were read"
     if options.threads is not None:
@@ -198,9 +209,10 @@ def rank(options: RankStartsConfig, strategy: str) -> list[Ranked]:
     plan = make_plan(replace(options, head="freeze"), strategy, base.reference, labels, loaded, "0" * 16)
     adapted = attach_planned(loaded, plan)
     task = task_for(plan, loaded.tokenizer)
-    dealt = np.random.default_rng(options.seed).permutation(len(rows))
-    halves = [rows.take(np.sort(half)) for half in np.array_split(dealt, 2)]
-    first, second = (task.encode(half) for half in halves)
+    quarters = np.array_split(np.random.default_rng(options.seed).permutation(len(rows)), 4)
+    for_head, for_step, to_judge = (rows.take(np.sort(part)) for part in (
+        quarters[0], quarters[1], np.concatenate(quarters[2:])))
+    first, second = task.encode(for_step), task.encode(to_judge)
     if not (len(first) and len(second)):
         raise ValueError(f"--public {options.public} has too few rows with a label or an answer; name a file with more")
     trainer = Trainer(adapted, task, device=options.device, precision=options.precision,
@@ -208,8 +220,8 @@ def rank(options: RankStartsConfig, strategy: str) -> list[Ranked]:
     head: dict[str, np.ndarray] = {}
     drawn = initial_tensors(adapted, init=recipe.start, seed=options.seed)
     if adapted.head is not None:
-        check_rows(halves[0], labels, f"the first half of --public {options.public}")
-        head = head_start(adapted, task, halves[0], drawn, seed=options.seed)
+        check_rows(for_head, labels, f"a quarter of --public {options.public}")
+        head = head_start(adapted, task, for_head, drawn, seed=options.seed)
     adapted.write(drawn | head)
     judge = Judge(trainer, first, second, noise, options.clip_norm)
     found = _ranked(options, strategy, adapted, task, first, judge, head)
@@ -249,8 +261,8 @@ def table(ranked: Sequence[Ranked], options: RankStartsConfig) -> Table:
         if one.why_not:
             shown.add_row(one.strategy, one.start, "none")
         else:
-            shown.add_row(one.strategy, one.start, *(f"{value:.3g}" for value in (
-                1000 * (one.decrease or 0), 1000 * (one.without_noise or 0), one.length, one.clip_norm)))
+            shown.add_row(one.strategy, one.start, f"{1000 * (one.decrease or 0):.3g} ± {1000 * (one.error or 0):.2g}",
+                          *(f"{value:.3g}" for value in (1000 * (one.without_noise or 0), one.length, one.clip_norm)))
     return shown
 
 

@@ -18,7 +18,7 @@ from tests.processes import write_rows
 @pytest.fixture
 def arguments(checkpoint, tmp_path):
     return ["rank-starts", f"--public={write_rows(tmp_path / 'public.jsonl', seed=0, rows=60)}", "--rank=2",
-            f"--model={checkpoint('bert')}", "--device=cpu", "--precision=fp32", "--threads=1", "--rows=24"]
+            f"--model={checkpoint('bert')}", "--device=cpu", "--precision=fp32", "--threads=1", "--rows=48"]
 
 
 def test_all_starts_of_a_strategy_are_ranked_and_said_how_far_to_be_trusted(arguments, capsys):
@@ -64,8 +64,11 @@ def test_the_figure_is_what_the_best_step_is_predicted_to_gain(checkpoint, tmp_p
     assert lengths.min() < C < lengths.max(), "some are clipped"
     s = (first * np.minimum(1, C / lengths)).mean(axis=0)
     F, tau = second.T @ second / len(second), noise * C
-    best, eta = found[0], found[2]
+    best, error, _, eta, clip_norm = found
     assert best == pytest.approx((second.mean(axis=0) @ s) ** 2 / (2 * (s @ F @ s + tau**2 * np.trace(F))), rel=1e-3)
+
+    spread = np.sqrt((second @ s).var() / len(second)) / (second.mean(axis=0) @ s)  # of the gain, which is squared
+    assert error == pytest.approx(2 * best * spread, rel=1e-3) and clip_norm == C
 
     def gain(length):  # expected, over noise with this deviation in each value
         return length * second.mean(axis=0) @ s - length**2 / 2 * (s @ F @ s + tau**2 * np.trace(F))
