@@ -4,8 +4,8 @@ Under privacy an adjustment sees the gradient after noise was added and the grou
 else that it is given follows from values that were released before. The adjustment is therefore post-processing: it
 costs no privacy and may compute anything. The runtime checks measure the noised gradient before it is adjusted.
 
-A file defines `ADJUSTMENT`, a class that fits the protocol `Adjustment`. The first line of the file's docstring is its
-title in `--help`.
+A file defines `ADJUSTMENT`, a class that fits the protocol `Adjustment`, or `StepAdjustment` too if it changes the
+optimizer's steps. The first line of the file's docstring is its title in `--help`.
 """
 
 from __future__ import annotations
