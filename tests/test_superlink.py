@@ -135,13 +135,12 @@ def test_a_server_app_of_ones_own_runs_a_strategy_of_ours(tmp_path, checkpoint):
     model = checkpoint("bert")
     with Flower(tmp_path) as flower:
         flower.superlink()
-        for seed, name in enumerate(("hospital-0", "hospital-1")):
-            data = write_rows(tmp_path / "data" / f"{name}.jsonl", seed)
-            flower.supernode(name, 5, data=str(data), model=str(model), state=str(tmp_path / "state" / name),
-                             threads=1, device="cpu", precision="fp32", labels="routine,urgent",
-                             **{"simulated-ledger": str(tmp_path / name)})
+        data = write_rows(tmp_path / "data" / "hospital.jsonl", 0)
+        flower.supernode("hospital", 5, data=str(data), model=str(model), state=str(tmp_path / "state"), threads=1,
+                         device="cpu", precision="fp32", labels="routine,urgent",
+                         **{"simulated-ledger": str(tmp_path / "hospital")})
         out = tmp_path / "adapter"
-        flower.run(EXAMPLE, model=str(model), rank=2, rounds=1, out=str(out))
+        flower.run(EXAMPLE, model=str(model), clients=1, rank=2, rounds=1, out=str(out))
         flower.wait_until((out / "adapter_model.safetensors").exists, timeout_s=120)
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["r"] == 2 and config["base_model_name_or_path"].startswith("local:")
