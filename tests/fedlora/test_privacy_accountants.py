@@ -8,6 +8,7 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 
 from fedlora.privacy.accounting import Spend, pld_epsilon, prv_epsilon
 from fedlora.privacy.spend import rdp_epsilon
+from tests.covering import WHOLE
 
 GRID = 0.002
 """The most that the grid of `pld_epsilon` adds to epsilon in the range below."""
@@ -39,13 +40,13 @@ def drawn(count):
 
 
 def test_prv_is_within_two_hundredths_or_two_per_cent_of_pld_and_never_below_it():
-    points = drawn(102)
+    points = drawn(102 if WHOLE else 30)
     for spend in points:
         prv, other, rdp = (bound((spend,), 1e-5) for bound in (prv_epsilon, pld_epsilon, rdp_epsilon))
         assert abs(prv - other) <= max(0.02, 0.02 * other), (spend, prv, other)
         assert prv >= other - GRID, (spend, prv, other)
         assert rdp >= other - GRID, (spend, rdp, other)
-    assert len(set(points)) >= 100
+    assert len(set(points)) == len(points)
 
 
 @pytest.mark.parametrize(("sigma", "q"), [(3.0, 0.001), (4.0, 0.02), (2.0, 0.01)])

@@ -11,6 +11,7 @@ from fedlora.tasks import concatenate
 from fedlora.training import Trainer, TrainingJob
 from fedlora.training import trainer as trainer_module
 from fedlora.training.optimizer import PerRecordOptimizer
+from tests.covering import covering
 from tests.families import FAMILIES
 from tests.fedlora.private_training import CASES, make_records, make_trainer, plan
 
@@ -48,9 +49,8 @@ def assert_same(together, alone):
         np.testing.assert_allclose(together.tensors[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("private", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("kind", "task"), [("bert", "classification"), ("llama", "causal-lm")])
+@pytest.mark.parametrize(("kind", "task", "family", "private"), covering(
+    (("bert", "classification"), ("llama", "causal-lm")), FAMILIES, (True, False)))
 def test_together_is_alone(kind, task, family, private):
     trainer, trainings = make(kind, task, family=family, private=private)
     together = trainer.train_together(trainings)
