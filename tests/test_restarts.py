@@ -22,6 +22,7 @@ from fedlora.privacy.report import read_signed, verify
 from fedlora.wire import tensors_digest
 from fedlora_server.audit import chain
 from fedlora_server.audit.command import main as audit_log
+from tests.covering import WHOLE
 from tests.driven_server import Server
 from tests.processes import PATIENCE, write_rows
 from tests.server.tcp_proxy import TcpProxy
@@ -225,7 +226,7 @@ def test_a_run_that_was_stopped_goes_on_when_server_and_clients_are_started_agai
     assert (report["ended"], report["resumed_after_rounds"]) == ("finished", [1])
 
 
-LIVES, LONGEST_S = 22, 12.0
+LIVES, LONGEST_S = 22 if WHOLE else 8, 12.0
 
 
 def test_a_client_killed_at_any_moment_has_been_charged_for_all_that_the_server_received(tmp_path, checkpoint):
