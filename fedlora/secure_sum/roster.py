@@ -1,0 +1,181 @@
+"""The roster: who takes part in a run's secure sums, and the numbers that all of them hold each other to.
+
+The server proposes it. Each member checks every entry before it makes a key package: a coordinator that runs the
+certificate authority could otherwise invent members, and open a sum to which one real client contributed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from datetime import datetime
+from functools import cached_property
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+
+from fedlora.identity.certificates import Certificate, comes_from, key_of, parse_certificate
+from fedlora.secure_sum.integers import Grid
+from fedlora.secure_sum.statements import Refused, digest, is_signed, sign
+
+LEAST_MEMBERS, MOST_MEMBERS = 3, 200
+"""Two members' sum tells each the other's; beyond 200, the complete graph of masks would need another protocol."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One member of a roster.
+
+    Attributes:
+        name: the common name of its certificate.
+        certificate: its certificate and those of intermediate authorities, in PEM.
+        sealing_key: its X25519 public key, under which shares are sealed for it in this run.
+        signature: by the certificate's key, of the run, the name and the sealing key.
+    """
+
+    name: str
+    certificate: bytes
+    sealing_key: bytes
+    signature: bytes
+
+    @classmethod
+    def signed(cls, name: str, certificate: bytes, sealing_key: bytes, run: bytes,
+               key: EllipticCurvePrivateKey) -> Entry:
+        """Return the entry that the owner of a certificate makes for a run."""
+        return cls(name, certificate, sealing_key, sign(key, _statement(run, name, sealing_key)))
+
+    @cached_property
+    def key(self) -> EllipticCurvePublicKey:
+        """The certificate's public key.
+
+        Raises:
+            Refused: the certificate is damaged, or its key is not ECDSA on P-256.
+        """
+        try:
+            key = key_of(x509.load_pem_x509_certificate(self.certificate))
+        except ValueError:
+            key = None
+        if key is None:
+            raise Refused(f"the roster's certificate of {self.name!r} is damaged or its key is not ECDSA on P-256")
+        return key
+
+
+def _statement(run: bytes, name: str, sealing_key: bytes) -> bytes:
+    return digest("fedlora secure sum 1 entry", run, name, sealing_key)
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The members of a run's sums, and what they agree on.
+
+    Attributes:
+        run: digest of the run's id, its plan and its model.
+        entries: the members, in order of their names.
+        colluding: t, how many of them may tell the server all they know, without a sum's noise becoming less than
+            stated.
+        grid: the integers.
+        values: number of values in a vector.
+        noise: least standard deviation, in units of the grid, of the noise that each member adds before it rounds.
+    """
+
+    run: bytes
+    entries: tuple[Entry, ...]
+    colluding: int
+    grid: Grid
+    values: int
+    noise: float
+
+    def __post_init__(self) -> None:
+        names = [entry.name for entry in self.entries]
+        if names != sorted(set(names)):
+            raise Refused("the roster's names are not in order, or one is there twice")
+        if not LEAST_MEMBERS <= len(names) <= MOST_MEMBERS:
+            raise Refused(f"the roster has {len(names)} members; secure aggregation takes {LEAST_MEMBERS} to "
+                          f"{MOST_MEMBERS}")
+        if not 0 <= self.colluding <= len(names) - self.threshold:
+            raise Refused(f"the roster allows for {self.colluding} colluding members; with {len(names)} members it can "
+                          f"be at most {len(names) - self.threshold}")
+
+    @property
+    def threshold(self) -> int:
+        """T = ⌊2n/3⌋ + 1, the fewest members whose vectors a sum may hold and who can open it."""
+        return 2 * len(self.entries) // 3 + 1
+
+    @property
+    def honest(self) -> int:
+        """The fewest shares of noise by honest members in a sum that can be opened, h = T − t."""
+        return self.threshold - self.colluding
+
+    @cached_property
+    def members(self) -> dict[str, Entry]:
+        """Name → entry."""
+        return {entry.name: entry for entry in self.entries}
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Name → the member's number in secret sharing, from 1."""
+        return {entry.name: number for number, entry in enumerate(self.entries, start=1)}
+
+    @cached_property
+    def digest(self) -> bytes:
+        """The SHA-256 of all that the roster says."""
+        parts = [part for entry in self.entries for part in (entry.name, entry.certificate, entry.sealing_key)]
+        grid = [repr(getattr(self.grid, field.name)) for field in fields(self.grid)]
+        return digest("roster", self.run, len(self.entries), *parts, self.colluding, *grid, self.values,
+                      repr(self.noise))
+
+    def entry(self, name: str) -> Entry:
+        """Return a member's entry.
+
+        Raises:
+            Refused: nobody of this name is a member.
+        """
+        if name not in self.members:
+            raise Refused(f"{name!r} is not a member of the roster")
+        return self.members[name]
+
+    def check(self, own: Entry, authority: bytes, now: datetime, *, pins: Collection[str] | None = None,
+              least: int = LEAST_MEMBERS) -> None:
+        """Check the roster as a member does before it takes part.
+
+        Args:
+            own: the entry that this member sent.
+            authority: certificates of the authority that it trusts, in PEM.
+            now: the time at which certificates must be valid.
+            pins: fingerprints of the keys that may be members; None if the owner named none.
+            least: the fewest members that the owner's policy takes part with.
+
+        Raises:
+            Refused: an entry is invalid, unknown to the authority or not pinned, the own entry was changed, or the
+                roster is too small.
+        """
+        if len(self.entries) < least:
+            raise Refused(f"the roster has {len(self.entries)} members, and this site's policy takes part with {least} "
+                          "or more")
+        if self.members.get(own.name) != own:
+            raise Refused(f"the roster does not hold the entry of {own.name!r} as this site sent it")
+        for entry in self.entries:
+            said = _certificate_of(entry, authority)
+            if invalid := said.why_invalid(now):
+                raise Refused(invalid)
+            if pins is not None and said.fingerprint not in pins:
+                raise Refused(f"{entry.name!r} is in the roster and is none of the members that this site's policy "
+                              f"names; its fingerprint is {said.fingerprint}")
+            if not is_signed(entry.key, entry.signature, _statement(self.run, entry.name, entry.sealing_key)):
+                raise Refused(f"the roster's entry of {entry.name!r} is not signed by its certificate's key for this "
+                              "run")
+
+
+def _certificate_of(entry: Entry, authority: bytes) -> Certificate:
+    """Return what an entry's certificate says, once it is known to be its own and the authority's."""
+    try:
+        said = parse_certificate(entry.certificate)
+        known = comes_from(entry.certificate, authority)
+    except ValueError as error:
+        raise Refused(f"the roster's certificate of {entry.name!r} is not valid: {error}") from error
+    if said.name != entry.name:
+        raise Refused(f"the roster's certificate of {entry.name!r} is that of {said.name!r}")
+    if not known:
+        raise Refused(f"the roster's certificate of {entry.name!r} does not come from the authority that this site "
+                      "trusts")
+    return said
