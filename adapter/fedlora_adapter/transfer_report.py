@@ -76,10 +76,10 @@ def transfer(adapter: Path, to: str, prompts: Path, base: str | None, column: Ma
     given = read_prompts(prompts, TASKS[str(source.config["task_type"])], column)
     teacher = Teacher(source, base, max_length, where)
     lesson = _lesson(teacher, given, max_new_tokens)
-    same = models.reference("local", teacher.base).weights_sha256 == (reference := models.reference(
-        to, target)).weights_sha256
+    reference = models.reference(to, target)
+    same = models.reference("local", teacher.base).weights_sha256 == reference.weights_sha256
     labels, kind = teacher.labels, teacher.task
-    del teacher
+    del teacher  # two models at once would need twice the memory
     loaded = models.load(target, kind, labels)
     task = task_of(loaded, labels, max_length)
     lesson = lesson.take(np.array(usable(task, labelled(lesson.rows, labels) if kind == "classification"

@@ -105,8 +105,8 @@ def test_prompts_that_the_old_model_is_not_sure_of_are_left_out(source, checkpoi
 def test_a_language_model_learns_the_old_one_s_answers(checkpoint, tmp_path, capsys):
     base, file = checkpoint("llama"), tmp_path / "p.jsonl"
     file.write_text("".join(json.dumps({"messages": [
-        {"role": "user", "content": text}, {"role": "assistant", "content": "no"}]}) + "\n" for text in texts(40, 5)))
-    rows = answered(read_prompts(file, "causal-lm", {}).rows, [" a small cut", " the plot"] * 20)
+        {"role": "user", "content": text}, {"role": "assistant", "content": "no"}]}) + "\n" for text in texts(48, 5)))
+    rows = answered(read_prompts(file, "causal-lm", {}).rows, [" a small cut", " the plot"] * 24)
     loaded = models.load(base, "causal-lm", ())
     study = Study(4, 8.0, ("all",), 8, 0.01, 8, 0)
     teacher = Student(loaded, task_of(loaded, (), 64), study, {}, torch.device("cpu"))
@@ -117,7 +117,7 @@ def test_a_language_model_learns_the_old_one_s_answers(checkpoint, tmp_path, cap
                            "--targets", "all", "--max-length", 64, "--json")
     assert code == 0, err
     found = json.loads(shown)
-    assert found["agreement"] >= 0.9 > found["agreement_before"] and found["trained_on"] == 36
+    assert found["agreement"] >= 0.9 > found["agreement_before"] and found["trained_on"] == 43
     assert "pass 8 of 8: loss" in err
 
 
