@@ -158,7 +158,7 @@ def test_a_server_killed_inside_a_round_is_taken_up_again_at_no_cost(deploy, tmp
     """
     files = {name: write_rows(tmp_path / f"{name}.jsonl", seed, rows=600)
              for seed, name in enumerate(("north", "south"))}
-    server = ("--min-clients", 2, "--min-replies", 2, "--seed", 5, "--rounds", 3, *SMALL, "--local-steps", 5,
+    server = ("--min-clients", 2, "--min-replies", 2, "--seed", 5, "--rounds", 3, *SMALL, "--local-steps", 3,
               "--batch-size", 120, "--server-optimizer", "adam", "--server-options", "beta1=0.5,decay=1",
               "--strategy-options", "period=1")
     whole, broken = deploy("whole"), deploy("broken")
@@ -198,7 +198,7 @@ def test_a_run_that_was_stopped_goes_on_when_server_and_clients_are_started_agai
     whole, broken = deploy("whole"), deploy("broken")
     for deployment in (whole, broken):
         deployment.server("--min-clients", 2, "--min-replies", 2, "--seed", 5, "--rounds", 3, *SMALL,
-                          "--local-steps", 5, "--batch-size", 120)
+                          "--local-steps", 3, "--batch-size", 120)
         deployment.client("south", files["south"], "--epsilon", PLENTY, seed=5)
         deployment.client("north", files["north"], "--epsilon", PLENTY, "--micro-batch", 1, seed=5)
     broken.wait_for("south", "round 2/3: sent")
