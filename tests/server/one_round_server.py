@@ -1,13 +1,9 @@
-"""A server process that asks its first client for one round: `-m tests.server.one_round_server ADDRESS RUN SPOOL WHEN`.
-
-It listens once it has read a line from stdin, and prints "listening" and "uploaded". With WHEN "stay" it then waits to
-be killed, otherwise it says goodbye.
-"""
+"""A server, for a process of its own, that asks its first client for one round."""
 
 from __future__ import annotations
 
 import signal
-import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from fedlora import wire
@@ -17,12 +13,20 @@ from fedlora_strategies.messages import to_record, train_message
 from tests.federation import layout_of, plan_of, start_of
 
 
-def main(address: str, run_id: str, uploads: str, when: str) -> None:
+def one_round(address: str, run_id: str, uploads: Path, when: str, tell: Connection) -> None:
+    """Listen, send "listening", ask one client, and send "uploaded".
+
+    Args:
+        address: where to listen.
+        run_id: the run's.
+        uploads: folder for what the client sends.
+        when: "stay" to wait to be killed afterwards, anything else to say goodbye.
+        tell: where to send the two words.
+    """
     run, layout = plan_of("ffa-lora", run_id=run_id), layout_of("frozen-a")
-    sys.stdin.readline()
-    engine = GrpcEngine(address, Proposal(run), Path(uploads))
+    engine = GrpcEngine(address, Proposal(run), uploads)
     engine.expect(layout)
-    print("listening", flush=True)
+    tell.send("listening")
     while not engine.idle():
         engine.wait([], 1.0)
     state = to_record(start_of(layout, seed=0))
@@ -30,11 +34,7 @@ def main(address: str, run_id: str, uploads: str, when: str) -> None:
     sent = engine.push_messages([train_message(order, state, engine.idle()[0])])
     while engine.wait(sent, 1.0).get(sent[0]) != "uploaded":
         pass
-    print("uploaded", flush=True)
+    tell.send("uploaded")
     if when == "stay":
         signal.pause()
     engine.close("one round was all")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

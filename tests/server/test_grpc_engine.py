@@ -4,11 +4,11 @@ import contextlib
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
+from multiprocessing.connection import Connection as Pipe
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import pytest
@@ -21,7 +21,9 @@ from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import read_reply, to_record, train_message
 from tests.federation import layout_of, plan_of, start_of
 from tests.fedlora.ledgers import full_disk
+from tests.processes import FORKS
 from tests.server.federated_clients import KeptSecrets, start_client
+from tests.server.one_round_server import one_round
 from tests.server.tcp_proxy import TcpProxy
 
 RUN = plan_of("ffa-lora")
@@ -435,26 +437,23 @@ def test_a_server_that_was_killed_and_restarted_is_found_again(processes, tmp_pa
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
 
-    def serve(run_id: str, when: str) -> subprocess.Popen:
-        """Start a server process that listens once a line is written to it, because its imports take long."""
-        processes.append(subprocess.Popen(
-            [sys.executable, "-m", "tests.server.one_round_server", address, run_id, str(tmp_path / run_id), when],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]))
-        return processes[-1]
+    with contextlib.ExitStack() as servers:
+        def serve(run_id: str, when: str) -> tuple[BaseProcess, Pipe]:
+            heard, tell = FORKS.Pipe(duplex=False)
+            process = FORKS.Process(target=one_round, args=(address, run_id, tmp_path / run_id, when, tell))
+            process.start()
+            servers.callback(process.kill)
+            assert heard.recv() == "listening"
+            return process, heard
 
-    def listen(process: subprocess.Popen) -> None:
-        process.stdin.write("listen\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "listening\n"
-
-    first, second = serve("a" * 16, "stay"), serve("b" * 16, "go")
-    listen(first)
-    client = start_client(address, "north", stdout=subprocess.PIPE, text=True)
-    processes.append(client)
-    assert first.stdout.readline() == "uploaded\n"
-    first.kill()
-    first.wait()
-    listen(second)
-    out, _ = client.communicate(timeout=60)
-    assert "run " + "b" * 16 in out and out.count("task") == 2 and "goodbye" in out
-    assert second.wait(PATIENCE_S) == 0
+        first, heard = serve("a" * 16, "stay")
+        client = start_client(address, "north", stdout=subprocess.PIPE, text=True)
+        processes.append(client)
+        assert heard.recv() == "uploaded"
+        first.kill()
+        first.join()
+        second, _ = serve("b" * 16, "go")
+        out, _ = client.communicate(timeout=60)
+        assert "run " + "b" * 16 in out and out.count("task") == 2 and "goodbye" in out
+        second.join(PATIENCE_S)
+        assert second.exitcode == 0
