@@ -56,16 +56,23 @@ def loaded(kind: str, task: str) -> LoadedModel:
     return load(_checkpoint(kind), task, 2)
 
 
+SPREADS = {"C": 0.03, "D": 0.03, "dA": 0.1, "dB": 0.1}
+"""The standard deviations of tensors that are drawn smaller than others, by their last name."""
+
+
 def make_trainer(kind: str, run: RunPlan, *, precision: str = "fp32", micro_batch: int | None = None,
                  model: LoadedModel | None = None,
                  device: str = "cpu", compiled: bool = False) -> Trainer:
-    """Make a trainer whose tensors are all random and, but for a stack, not small, so that no gradient is 0."""
+    """Make a trainer whose tensors are all random and, but for a stack and changes of factors, not small.
+
+    So no gradient is 0, and no update is so large that float32 loses digits of its gradients.
+    """
     model = model or loaded(kind, run.task)
     adapted = attach(model, family=run.family, rank=run.rank, alpha=run.alpha, dropout=run.dropout,
                      targets=automatic_targets(model.model), train_head=run.train_head, options=run.family_options,
                      ranks=run.ranks)
     generator = np.random.default_rng(0)
-    adapted.write({spec.name: ((0.03 if spec.name.endswith((".C", ".D")) else 0.3) * generator.standard_normal(
+    adapted.write({spec.name: (SPREADS.get(spec.name.rpartition(".")[2], 0.3) * generator.standard_normal(
         spec.shape)).astype(np.float32) for spec in adapted.layout.state})
     return Trainer(adapted, task_for(run, model.tokenizer), device=device, precision=precision,
                    micro_batch=micro_batch, threads=1, compiled=compiled)
