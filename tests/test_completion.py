@@ -36,7 +36,7 @@ def script(command: str, shell: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("fedlora-server", {
         ("p",): {"presets", "pki", "predict"}, ("predict", "--prob"): {"--probabilities"},
             ("pki", ""): {"init", "sign", "invite", "renew", "revoke", "list"},
-        ("--strategy", "fed"): {"fed-sb", "fedsvd", "fedavg-lora"}, ("--reduction", "me"): {"mean", "median"},
+        ("--strategy", "ff"): {"ffa-lora"}, ("--reduction", "me"): {"mean", "median"},
         ("--init", "public"): {"public:"}, ("--rou",): {"--rounds", "--round-timeout"},
         ("--insecure", "--wire-dtype", ""): {"fp32", "bf16"}, ("pki", "sign", "--d"): {"--days"}}),
     ("fedlora-client", {("b",): {"budget"}, ("budget", "--pol"): {"--policy"}, ("--device", "c"): {"cpu", "cuda"},

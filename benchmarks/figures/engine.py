@@ -47,7 +47,7 @@ class NoTrainer:
     def __init__(self, layout: AdapterLayout) -> None:
         self.adapted = SimpleNamespace(layout=layout)
 
-    def activate(self, active: tuple[str, ...]) -> None:
+    def activate(self, active: tuple[str, ...], prefixes: tuple[tuple[str, int], ...] = ()) -> None:
         """Accept any selection of trained tensors; this trainer trains none."""
 
     def show_batch_invariance(self, run: RunPlan, rows_per_unit: int) -> None:
