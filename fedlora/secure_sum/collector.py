@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedlora.secure_sum import shamir
-from fedlora.secure_sum.masks import mask, private_key, public_bytes
+from fedlora.secure_sum.masks import is_usable, mask, private_key, public_bytes
 from fedlora.secure_sum.member import own_mask_key, pair_mask_key
 from fedlora.secure_sum.packages import (
     Closing,
@@ -69,12 +69,14 @@ class Collector:
         """Take a member's key package.
 
         Raises:
-            Refused: it is not signed by the member for this attempt, shares are missing, another package of the member
-                is held, or the cohort is formed already.
+            Refused: it is not signed by the member for this attempt, its mask key cannot be used, shares are missing,
+                another package of the member is held, or the cohort is formed already.
         """
         keys, held = package.keys, self.held
         if not is_signed(self.roster.entry(keys.name).key, keys.signature, keys.statement(self.attempt)):
             raise Refused(f"the key package of {keys.name!r} is not signed for this round and attempt")
+        if not is_usable(keys.mask_key):
+            raise Refused(f"the mask key of {keys.name!r} is no usable X25519 key")
         if set(package.sealed) != set(self.roster.members) - {keys.name}:
             raise Refused(f"the key package of {keys.name!r} does not hold shares for each other member")
         if held.cohort:

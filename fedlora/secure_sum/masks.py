@@ -44,6 +44,15 @@ def agreed(key: X25519PrivateKey, other: bytes, purpose: bytes) -> bytes:
     return derived(key.exchange(X25519PublicKey.from_public_bytes(other)), purpose)
 
 
+def is_usable(public: bytes) -> bool:
+    """Return whether a public key is one, and none with which everybody agrees on the same key."""
+    try:
+        agreed(X25519PrivateKey.generate(), public, b"a trial")
+    except ValueError:
+        return False
+    return True
+
+
 def mask(key: bytes, count: int, dtype: np.dtype[np.unsignedinteger]) -> np.ndarray:
     """Return `count` uniform integers of the ring. Each key serves one mask only, so the counter starts at 0."""
     cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedlora.secure_sum import shamir
-from fedlora.secure_sum.masks import agreed, mask, private_key, public_bytes
+from fedlora.secure_sum.masks import agreed, is_usable, mask, private_key, public_bytes
 from fedlora.secure_sum.packages import (
     Closing,
     CohortRequest,
@@ -91,8 +91,8 @@ class Attendance:
 
         Raises:
             Refused: the tensors are others than the cohort's; the cohort is smaller than the threshold or the owner's
-                least number; it holds a stranger or a key package of another attempt; this member's package was
-                changed; or shares cannot be opened.
+                least number; it holds a stranger, a key package of another attempt or a key that cannot be used; this
+                member's package was changed; or shares cannot be opened.
         """
         package = self.offer()
         if self._request is not None and self._request != request:
@@ -110,6 +110,8 @@ class Attendance:
         for keys in request.cohort:
             if not is_signed(self.roster.entry(keys.name).key, keys.signature, keys.statement(self.attempt)):
                 raise Refused(f"the key package of {keys.name!r} was not made for {self.attempt_text} of this run")
+            if not is_usable(keys.mask_key):
+                raise Refused(f"the mask key of {keys.name!r} is no usable X25519 key")
         shares = {self.name: self._own_shares} if self._own_shares else {}
         for keys in request.cohort:
             if keys.name != self.name:

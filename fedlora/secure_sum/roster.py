@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from fedlora.identity.certificates import Certificate, comes_from, key_of, parse_certificate
 from fedlora.secure_sum.integers import Grid
+from fedlora.secure_sum.masks import is_usable
 from fedlora.secure_sum.statements import Refused, digest, is_signed, sign
 
 LEAST_MEMBERS, MOST_MEMBERS = 3, 200
@@ -161,6 +162,8 @@ class Roster:
             if pins is not None and said.fingerprint not in pins:
                 raise Refused(f"{entry.name!r} is in the roster and is none of the members that this site's policy "
                               f"names; its fingerprint is {said.fingerprint}")
+            if not is_usable(entry.sealing_key):
+                raise Refused(f"the roster's sealing key of {entry.name!r} is no usable X25519 key")
             if not is_signed(entry.key, entry.signature, _statement(self.run, entry.name, entry.sealing_key)):
                 raise Refused(f"the roster's entry of {entry.name!r} is not signed by its certificate's key for this "
                               "run")

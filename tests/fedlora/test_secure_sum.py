@@ -20,7 +20,7 @@ from fedlora.secure_sum.member import own_mask_key
 from fedlora.secure_sum.packages import Closing
 from fedlora.secure_sum.roster import Entry, Roster
 from fedlora.secure_sum.rounding import MOST_DEVIATIONS, rounded_noise, rounding_delta, rounding_distance
-from fedlora.secure_sum.statements import Refused, digest
+from fedlora.secure_sum.statements import Refused, digest, sign
 from tests.covering import covering
 from tests.fedlora.secure_sums import RUN, SENT, Sum, attendance, authority, certificate, people, roster, seeded
 
@@ -261,6 +261,28 @@ def test_the_server_refuses_what_would_make_the_sum_wrong():
         total.collector.opened()
 
 
+def test_keys_with_which_all_agree_on_one_mask_are_refused_before_anything_is_charged():
+    """A public key of low order makes everybody's agreed key the same, so that it would hide nothing."""
+    of = roster(3)
+    total, names = Sum(of), list(of.members)
+    total.packages()
+    request = total.collector.form_cohort(SENT)[names[0]]
+    for useless in (bytes(32), bytes(5)):
+        keys = dataclasses.replace(request.cohort[1], mask_key=useless)
+        signed = dataclasses.replace(keys, signature=sign(people(3)[names[1]][0], keys.statement(
+            total.collector.attempt)))
+        changed = dataclasses.replace(request, cohort=(request.cohort[0], signed, request.cohort[2]))
+        with pytest.raises(Refused, match="mask key of 'site-001' is no usable"):
+            total.members[names[0]].accept(changed, SENT)
+        package = dataclasses.replace(total.members[names[1]].offer(), keys=signed)
+        with pytest.raises(Refused, match="mask key of 'site-001' is no usable"):
+            Sum(of).collector.add_package(package)
+        key, _, entry = people(3)["site-002"]
+        third = Entry.signed("site-002", entry.certificate, useless, RUN, key)
+        with pytest.raises(Refused, match="sealing key of 'site-002' is no usable"):
+            check(dataclasses.replace(of, entries=(*of.entries[:2], third)))
+
+
 # Rosters
 
 def check(of: Roster, **options: object) -> None:
@@ -351,9 +373,9 @@ def test_a_grid_holds_every_sum_and_costs_a_hundredth_at_most(values, members):
     grid = Grid.fitting(values, clip_norm=3.0, expected_batch=256, members=members, noise=0.6)
     assert grid.sensitivity(values, 3.0) * grid.step <= 3.0 * 1.01
     longest = grid.most + math.ceil(MOST_DEVIATIONS * 0.6 * 2**grid.fraction_bits) + 1
-    for sign in (1, -1):
-        total = sum((grid.wrapped(np.array([sign * longest])) for _ in range(members)), np.zeros(1, grid.dtype))
-        np.testing.assert_allclose(grid.decode(total), sign * members * longest * grid.step)
+    for way in (1, -1):
+        total = sum((grid.wrapped(np.array([way * longest])) for _ in range(members)), np.zeros(1, grid.dtype))
+        np.testing.assert_allclose(grid.decode(total), way * members * longest * grid.step)
     assert grid.ring_bits == (64 if members == 200 else 32)
 
 
