@@ -3,6 +3,7 @@
     fold     D C ← D C + B A: in empty slots as it is; where too few are empty, the best approximation of all that the
              stack shall hold, by a thin SVD
     fresh    random rows, orthogonal to the rows that stay
+    exchange both, for some directions of a layer
 
 A stack of min(d_out, d_in) slots holds every update exactly.
 """
@@ -95,6 +96,30 @@ def fold(state: Tensors, site: str, B: np.ndarray, A: np.ndarray) -> Folded:
         C[:], D[:] = 0.0, 0.0
         C[:len(best.A)], D[:, :len(best.A)] = best.A.numpy(), best.B.numpy()
     return Folded({f"{site}.C": C, f"{site}.D": D}, lost)
+
+
+def exchange(state: dict[str, np.ndarray], site: str, chosen: np.ndarray, lengths: np.ndarray,
+             rng: np.random.Generator) -> Folded | None:
+    """Put some of a site's directions into its stack, and new ones in their place: B A + D C stays as it is.
+
+    Args:
+        state: The state. The site's A, B, C and D are replaced in it.
+        site: The site's name.
+        chosen: The indices of the directions: columns of B and rows of A.
+        lengths: The L2 norms of the new rows of A, one for each of them.
+        rng: The random numbers.
+
+    Returns:
+        What became of the stack; None if the directions have learned nothing, so that they stay.
+    """
+    B, A = state[f"{site}.B"].copy(), state[f"{site}.A"].copy()
+    drawn = fresh(np.delete(A, chosen, axis=0), lengths, rng)
+    if not B[:, chosen].any():
+        return None
+    folded = fold(state, site, B[:, chosen], A[chosen])
+    B[:, chosen], A[chosen] = 0.0, drawn
+    state |= {**folded.stack, f"{site}.B": B, f"{site}.A": A}
+    return folded
 
 
 def tell(folded: Iterable[Folded]) -> None:

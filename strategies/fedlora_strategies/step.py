@@ -97,7 +97,7 @@ class ServerStep:
             round: The round's number, from 1.
             own: The memory.
         """
-        rng = np.random.default_rng((self.seed, round, 1))  # not the numbers that `rewrite` draws
+        rng = np.random.default_rng((self.seed, round, 1))  # as a refactorization's, which these schedules exclude
         return self.schedule.prefixes(round, self.layout, _of("schedule", own), rng)
 
     def forecast(self) -> list[Mapping[str, int]]:

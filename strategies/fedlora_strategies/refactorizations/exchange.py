@@ -21,7 +21,7 @@ from typing_extensions import override
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Tensors
 
-from ..stack import check_stack, fold, fresh, tell
+from ..stack import check_stack, exchange, tell
 from . import Refactored, Refactorization
 
 
@@ -70,17 +70,13 @@ class Exchange(Refactorization):
         factors: dict[str, np.ndarray | None] = {}
         stacks = []
         for site in layout.sites:
-            B, A, count = after[f"{site.name}.B"].copy(), after[f"{site.name}.A"].copy(), self._rows(site.rank)
+            count = self._rows(site.rank)
             chosen = (np.arange(count) + (round // self.interval - 1) * count) % site.rank
-            stay = np.setdiff1d(np.arange(site.rank), chosen)
-            drawn = fresh(A[stay], np.linalg.norm(A[chosen].astype(np.float64), axis=1), rng)
-            if not B[:, chosen].any():  # nothing is learned there yet
+            lengths = np.linalg.norm(after[f"{site.name}.A"][chosen].astype(np.float64), axis=1)
+            if (folded := exchange(after, site.name, chosen, lengths, rng)) is None:
                 continue
-            folded = fold(after, site.name, B[:, chosen], A[chosen])
-            B[:, chosen], A[chosen] = 0.0, drawn
-            after |= {**folded.stack, f"{site.name}.B": B, f"{site.name}.A": A}
             stacks.append(folded)
-            stays = np.isin(np.arange(site.rank), stay)
+            stays = ~np.isin(np.arange(site.rank), chosen)
             factors |= {f"{site.name}.B": np.diag(stays.astype(np.float64)), f"{site.name}.A": None}
         tell(stacks)
         trained = {spec.name for spec in layout.trained}

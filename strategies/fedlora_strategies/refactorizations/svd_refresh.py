@@ -20,7 +20,7 @@ from typing_extensions import override
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Tensors
 
-from ..stack import check_stack, fold, fresh, tell
+from ..stack import check_stack, exchange, tell
 from . import Refactored
 from .svd import Svd
 
@@ -59,14 +59,10 @@ class SvdRefresh(Svd):
             return turned
         after, factors, stacks = dict(turned.state), dict(turned.factors), []
         for site in layout.sites:
-            B, A = after[f"{site.name}.B"].copy(), after[f"{site.name}.A"].copy()
             first = site.rank - min(self.refresh, site.rank)
-            drawn = fresh(A[:first], np.ones(site.rank - first), rng)
-            if not B[:, first:].any():  # nothing is learned there yet
+            weakest = np.arange(first, site.rank)
+            if (folded := exchange(after, site.name, weakest, np.ones(len(weakest)), rng)) is None:
                 continue
-            folded = fold(after, site.name, B[:, first:], A[first:])
-            B[:, first:], A[first:] = 0.0, drawn
-            after |= {**folded.stack, f"{site.name}.B": B, f"{site.name}.A": A}
             stacks.append(folded)
             factor = factors.get(f"{site.name}.B")
             factor = np.eye(site.rank) if factor is None else factor.copy()
