@@ -7,6 +7,7 @@ bits matter.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,3 +176,15 @@ class WeightedMean:
         if not self._sums:
             raise ValueError("the mean of no tensors is undefined; add at least one set")
         return {name: (total / self._total).astype(np.float32) for name, total in self._sums.items()}
+
+
+def weighted_mean(sets: Iterable[Tensors], weights: Iterable[float]) -> dict[str, np.ndarray]:
+    """Return the weighted mean of sets of named tensors, as `WeightedMean` does in this order.
+
+    Raises:
+        ValueError: the sets' names or shapes differ, there is no set, or a weight is not positive and finite.
+    """
+    mean = WeightedMean()
+    for tensors, weight in zip(sets, weights, strict=True):
+        mean.add(tensors, weight)
+    return mean.result()

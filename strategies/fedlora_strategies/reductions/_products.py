@@ -23,7 +23,7 @@ import torch
 from typing_extensions import override
 
 from fedlora.adapters import AdapterLayout
-from fedlora.algebra import Factors, WeightedMean, truncated
+from fedlora.algebra import Factors, truncated, weighted_mean
 from fedlora.plan import Tensors
 
 from . import Collected, FactorReduction
@@ -61,10 +61,7 @@ class Products(FactorReduction):
 
 @np.errstate(over="ignore")  # the strategy checks that the state is finite
 def _combined(uploads: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
-    mean = WeightedMean()
-    for upload, weight in zip(uploads, weights, strict=True):
-        mean.add(upload, weight)
-    result = mean.result()
+    result = weighted_mean(uploads, weights)
     for name in [name for name in result if name.endswith(".B") and f"{name[:-2]}.A" in result]:
         B, A = ([upload[f"{name[:-2]}.{factor}"].astype(np.float64) for upload in uploads] for factor in "BA")
         columns = np.hstack([one * (weight / sum(weights)) for one, weight in zip(B, weights, strict=True)])

@@ -21,7 +21,7 @@ import torch
 from typing_extensions import override
 
 from fedlora.adapters import AdapterLayout
-from fedlora.algebra import Factors, WeightedMean, truncated
+from fedlora.algebra import Factors, truncated, weighted_mean
 from fedlora.plan import Tensors
 
 from ..stack import check_stack, fold, tell
@@ -59,10 +59,7 @@ class Residual(FactorReduction):
         return Collected(lambda uploads, weights: self._combined(uploads, weights, sent))
 
     def _combined(self, uploads: Sequence[Tensors], weights: Sequence[float], sent: Tensors) -> Tensors:
-        mean = WeightedMean()
-        for upload, weight in zip(uploads, weights, strict=True):
-            mean.add(upload, weight)
-        result, stacks = mean.result(), []
+        result, stacks = weighted_mean(uploads, weights), []
         for site in [name[:-2] for name in result if name.endswith(".B") and f"{name[:-2]}.A" in result]:
             rest = _residual(uploads, weights, result, site)
             if len(rest.A):

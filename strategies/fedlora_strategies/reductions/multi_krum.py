@@ -35,7 +35,7 @@ from typing import ClassVar
 import numpy as np
 from typing_extensions import override
 
-from fedlora.algebra import WeightedMean
+from fedlora.algebra import weighted_mean
 from fedlora.plan import Tensors
 
 from . import Collected, Reduction
@@ -82,11 +82,8 @@ class MultiKrum(Reduction):
         np.fill_diagonal(distances, np.inf)
         scores = np.sort(distances, axis=1)[:, :n - self.f - 2].sum(axis=1)
         limit = np.sort(scores)[(self.m or n - self.f) - 1]
-        mean = WeightedMean()
-        for upload, score in zip(uploads, scores, strict=True):
-            if score <= limit:
-                mean.add(upload, 1.0)
-        return mean.result()
+        chosen = [upload for upload, score in zip(uploads, scores, strict=True) if score <= limit]
+        return weighted_mean(chosen, [1.0] * len(chosen))
 
 
 def squared_distances(uploads: Sequence[Tensors]) -> np.ndarray:
