@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from .peft_folder import Adapter
+from .peft_folder import Adapter, read
 
 _OF_NO_MATTER = {"id2label", "label2id", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache",
                  "architectures", "problem_type", "pad_token_id"}
@@ -13,6 +15,23 @@ _OF_NO_MATTER = {"id2label", "label2id", "transformers_version", "_name_or_path"
 
 _ALIKE = ("task_type", "fan_in_fan_out", "bias", "trainable_token_indices")
 """Settings of adapter_config.json in which the adapters must agree."""
+
+
+def read_agreeing(paths: Sequence[Path], command: str, *, same_base: bool) -> list[Adapter]:
+    """Read adapters that are to become one, and print remarks about what could not be checked to stderr.
+
+    Args:
+        paths: their folders, at least two.
+        command: the sub-command that speaks.
+        same_base: as for `check_agreement`.
+
+    Raises:
+        ValueError: one cannot be read, or two of them do not fit.
+    """
+    adapters = [read(path) for path in paths]
+    for remark in check_agreement(adapters, same_base=same_base):
+        print(f"fedlora-adapter {command}: {remark}", file=sys.stderr)
+    return adapters
 
 
 def check_agreement(adapters: Sequence[Adapter], *, same_base: bool = False) -> list[str]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedlora.console import messages
 
-from .agreement import check_agreement
+from .agreement import read_agreeing
 from .combining import DENSE, Way, combined, whole_tensors
 from .errors_shown import show_errors
 from .known_epsilon import known
-from .peft_folder import Adapter, read
+from .peft_folder import Adapter
 from .written import check_new, write
 
 
@@ -44,9 +43,7 @@ def combine(adapters: Sequence[Path], how: str, weights: str | tuple[float, ...]
         ValueError: something does not fit; the message says what.
     """
     check_new(out)
-    sources = [read(path) for path in adapters]
-    for remark in check_agreement(sources, same_base=same_base):
-        print(f"fedlora-adapter combine: {remark}", file=sys.stderr)
+    sources = read_agreeing(adapters, "combine", same_base=same_base)
     way = Way(how, rank, density, seed)
     chosen, reason = _weights(sources, way, weights, base, column, max_length, describe, encoder)
     names = sorted(set().union(*(source.targets for source in sources)))

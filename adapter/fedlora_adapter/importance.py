@@ -14,6 +14,7 @@ import torch
 
 from fedlora import models, tasks
 from fedlora.adapters import attach, initial_tensors
+from fedlora.adapters.public_rows import some_rows
 from fedlora.tasks.causal_lm import CausalLM
 
 from .pruning import Architecture, Measure
@@ -38,9 +39,7 @@ def by_public_texts(model: Path, architecture: Architecture, rows: Path, max_len
     if not architecture.generates:
         raise ValueError(f"--by public:FILE is for language models, and {model} is an encoder; choose --by magnitude")
     models.check_task(model, "causal-lm", max_length)
-    texts = tasks.read(rows, "causal-lm", held_out=True)
-    if len(texts) > _ROWS:
-        texts = texts.take(np.sort(np.random.default_rng(seed).choice(len(texts), _ROWS, replace=False)))
+    texts = some_rows(tasks.read(rows, "causal-lm", held_out=True), _ROWS, seed)
     loaded = models.load(model, "causal-lm", ())
     task = CausalLM(loaded.tokenizer, max_length)
     records = task.encode(texts)

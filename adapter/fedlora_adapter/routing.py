@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,9 +22,9 @@ from fedlora.files import replace_file
 from fedlora.models import TOKENIZER_FILES
 from fedlora.tasks import task_named
 
-from .agreement import check_agreement
+from .agreement import read_agreeing
 from .known_epsilon import Known, known
-from .peft_folder import CONFIG, TASKS, Adapter, read
+from .peft_folder import CONFIG, TASKS, Adapter
 from .written import NewTarget, check_new, config_of_new, hand_on_cards, new_folder, write_json, write_tensors
 
 RECORD = "fedlora_route.json"
@@ -49,9 +48,7 @@ def route(adapters: Sequence[Path], top_k: int, temperature: float, seed: int, s
         ValueError: something does not fit; the message says what.
     """
     check_new(out)
-    sources = [read(path) for path in adapters]
-    for remark in check_agreement(sources, same_base=same_base):
-        print(f"fedlora-adapter route: {remark}", file=sys.stderr)
+    sources = read_agreeing(adapters, "route", same_base=same_base)
     _check_routable(sources)
     privacy = known(sources)
     rank = max(target.rank for source in sources for target in source.targets.values())
