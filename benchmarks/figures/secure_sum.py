@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 
-from fedlora.identity.certificates import utc_now
+from fedlora.identity.folder import CERTIFICATE, KEY, load_key
 from fedlora.privacy.rng import RandomStream
 from fedlora.secure_sum.collector import Collector
 from fedlora.secure_sum.integers import Grid
@@ -26,8 +23,10 @@ from fedlora.secure_sum.masks import public_bytes
 from fedlora.secure_sum.member import Attendance
 from fedlora.secure_sum.roster import Entry, Roster
 from fedlora.secure_sum.rounding import rounded_noise
+from fedlora_server.pki.authority import Authority
 
 from ..measure import RATIO, Figure, Row, Settings, Value, exactly
+from .tls import enroll
 
 RUN, SENT = b"a run", b"tensors"
 NOISE, BATCH = 0.6, 256
@@ -38,18 +37,23 @@ class Members:
     """A roster, and the keys of its members.
 
     Args:
+        authority: signs their certificates.
+        folder: where their identities are written.
         count: number of members.
         values: number of values in a vector.
     """
 
-    def __init__(self, count: int, values: int) -> None:
+    def __init__(self, authority: Authority, folder: Path, count: int, values: int) -> None:
         grid = Grid.fitting(values, clip_norm=1.0, expected_batch=BATCH, members=count, noise=NOISE)
         self.keys: dict[str, tuple[EllipticCurvePrivateKey, X25519PrivateKey]] = {}
         entries = []
         for number in range(count):
-            name, key, sealing = f"site-{number:03}", generate_private_key(SECP256R1()), X25519PrivateKey.generate()
+            name, sealing = f"site-{number:03}", X25519PrivateKey.generate()
+            if not (folder / name).exists():
+                enroll(authority, folder / name)
+            key, chain = load_key(folder / name / KEY), (folder / name / CERTIFICATE).read_bytes()
             self.keys[name] = key, sealing
-            entries.append(Entry.signed(name, _certificate(name, key), public_bytes(sealing), RUN, key))
+            entries.append(Entry.signed(name, chain, public_bytes(sealing), RUN, key))
         self.roster = Roster(RUN, tuple(entries), 0, grid, values, NOISE * 2.0**grid.fraction_bits)
 
     def sum(self, attempt: int, sums: np.ndarray) -> dict[str, float]:
@@ -104,31 +108,29 @@ class _Clock:
 def measure(settings: Settings) -> Iterator[Row]:
     """Yield one row for each number of clients and of values."""
     cases = [(3, 100)] if settings.quick else [(count, values) for count in (3, 20, 100) for values in (10**4, 10**6)]
-    for count, values in cases:
-        members = Members(count, values)
-        sums = np.random.default_rng(0).normal(0, 1, values)
-        plain = sums.astype(np.float32)
-        runs: list[dict[str, float]] = []
-        ratios = []
-        for repeat in range(settings.repeats(3)):
-            runs.append(members.sum(repeat + 1, sums))
-            began = time.perf_counter()
-            total = np.zeros(values)
-            for _ in range(count):
-                total += plain
-            ratios.append(sum(runs[-1].values()) / (time.perf_counter() - began))
-        yield Row(f"{count} clients, {values:,} values", {
-            "bytes of an upload ÷ float32": exactly(members.roster.grid.ring_bits / 32, RATIO),
-            "a client and the server ÷ a plain sum": Value.of(ratios, RATIO),
-            **{phase: Value.of([1e3 * run[phase] for run in runs], "ms") for phase in runs[0]}})
+    with TemporaryDirectory(prefix="fedlora-bench-sum-") as folder:
+        authority = Authority.create(Path(folder) / "pki", ["127.0.0.1"])
+        for count, values in cases:
+            yield _row(Members(authority, Path(folder), count, values), settings.repeats(3))
 
 
-def _certificate(name: str, key: EllipticCurvePrivateKey) -> bytes:
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = utc_now()
-    made = (x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(key.public_key())
-            .serial_number(x509.random_serial_number()).not_valid_before(now).not_valid_after(now + timedelta(days=1)))
-    return made.sign(key, SHA256()).public_bytes(Encoding.PEM)
+def _row(members: Members, repeats: int) -> Row:
+    count, values = len(members.keys), members.roster.values
+    sums = np.random.default_rng(0).normal(0, 1, values)
+    plain = sums.astype(np.float32)
+    runs: list[dict[str, float]] = []
+    ratios = []
+    for repeat in range(repeats):
+        runs.append(members.sum(repeat + 1, sums))
+        began = time.perf_counter()
+        total = np.zeros(values)
+        for _ in range(count):
+            total += plain
+        ratios.append(sum(runs[-1].values()) / (time.perf_counter() - began))
+    return Row(f"{count} clients, {values:,} values", {
+        "bytes of an upload ÷ float32": exactly(members.roster.grid.ring_bits / 32, RATIO),
+        "a client and the server ÷ a plain sum": Value.of(ratios, RATIO),
+        **{phase: Value.of([1e3 * run[phase] for run in runs], "ms") for phase in runs[0]}})
 
 
 FIGURE = Figure(18, measure)

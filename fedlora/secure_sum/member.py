@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedlora.secure_sum import shamir
-from fedlora.secure_sum.masks import agreed, is_usable, mask, private_key, public_bytes
+from fedlora.secure_sum.masks import agreed, mask, private_key, public_bytes
 from fedlora.secure_sum.packages import (
     Closing,
     CohortRequest,
@@ -60,6 +60,7 @@ class Attendance:
         self._package: KeyPackage | None = None
         self._request: CohortRequest | None = None
         self._shares: dict[str, tuple[bytes, bytes]] = {}
+        self._pairs: dict[str, bytes] = {}  # other member of the cohort → the key of the mask shared with it
         self._uploaded = self._revealed = False
         self._agreed: tuple[str, ...] | None = None
 
@@ -110,13 +111,13 @@ class Attendance:
         for keys in request.cohort:
             if not is_signed(self.roster.entry(keys.name).key, keys.signature, keys.statement(self.attempt)):
                 raise Refused(f"the key package of {keys.name!r} was not made for {self.attempt_text} of this run")
-            if not is_usable(keys.mask_key):
-                raise Refused(f"the mask key of {keys.name!r} is no usable X25519 key")
         shares = {self.name: self._own_shares} if self._own_shares else {}
+        pairs = {}
         for keys in request.cohort:
             if keys.name != self.name:
+                pairs[keys.name] = self._paired(keys)
                 shares[keys.name] = self._opened(keys.name, request.sealed.get(keys.name, b""))
-        self._request, self._shares = request, shares
+        self._request, self._shares, self._pairs = request, shares, pairs
 
     def masked(self, integers: np.ndarray) -> np.ndarray:
         """Return the masked vector that is uploaded.
@@ -128,7 +129,8 @@ class Attendance:
             Refused: no cohort was accepted, or a vector was masked already: a second one under the same masks would
                 give away the difference of the two.
         """
-        request, grid = self._accepted(), self.roster.grid
+        self._accepted()
+        grid = self.roster.grid
         if self._uploaded:
             raise Refused(f"the upload of {self.attempt_text} was made already, and its masks serve one vector only")
         if integers.shape != (self.roster.values,):
@@ -136,10 +138,9 @@ class Attendance:
         self._uploaded = True
         total = grid.wrapped(integers)
         total += mask(own_mask_key(self._mask_seed), len(total), grid.dtype)
-        for keys in request.cohort:
-            if keys.name != self.name:
-                pair = mask(pair_mask_key(self._key, keys.mask_key, self.attempt), len(total), grid.dtype)
-                total = total + pair if self.name < keys.name else total - pair
+        for name, key in self._pairs.items():
+            pair = mask(key, len(total), grid.dtype)
+            total = total + pair if self.name < name else total - pair
         return total
 
     def agree(self, survivors: tuple[str, ...]) -> bytes:
@@ -199,6 +200,12 @@ class Attendance:
         if len(survivors) < self._least:
             raise Refused(f"{len(survivors)} clients' uploads are in the sum, and a sum that this client helps to open "
                           f"must have {self._least} at least")
+
+    def _paired(self, keys: PublicKeys) -> bytes:
+        try:
+            return pair_mask_key(self._key, keys.mask_key, self.attempt)
+        except ValueError:
+            raise Refused(f"the mask key of {keys.name!r} is no usable X25519 key") from None
 
     def _sealed(self, recipient: str, plain: bytes) -> bytes:
         key = agreed(self._sealing, self.roster.entry(recipient).sealing_key, self._purpose(self.name, recipient))

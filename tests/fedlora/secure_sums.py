@@ -2,58 +2,58 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 from collections.abc import Callable
-from datetime import timedelta
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from fedlora.identity.certificates import utc_now
+from fedlora.identity.folder import AUTHORITY, Identity, read_identity
 from fedlora.secure_sum.collector import Collector
 from fedlora.secure_sum.integers import Grid
 from fedlora.secure_sum.masks import public_bytes
 from fedlora.secure_sum.member import Attendance
 from fedlora.secure_sum.roster import Entry, Roster
+from fedlora_server.pki.authority import Authority
+from tests.identities import enrolled
 
 RUN, SENT = b"a run", b"tensors"
 
 
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+@cache
+def authority() -> Authority:
+    folder = TemporaryDirectory(prefix="fedlora-test-authority-")
+    atexit.register(folder.cleanup)
+    return Authority.create(Path(folder.name) / "pki", ["127.0.0.1"])
 
 
-def certificate(name: str, key: EllipticCurvePrivateKey, issuer: str, issuer_key: EllipticCurvePrivateKey,
-                authority: bool = False) -> bytes:
-    now = utc_now()
-    built = (x509.CertificateBuilder().subject_name(_name(name)).issuer_name(_name(issuer)).public_key(key.public_key())
-             .serial_number(x509.random_serial_number()).not_valid_before(now - timedelta(days=1))
-             .not_valid_after(now + timedelta(days=90))
-             .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True))
-    return built.sign(issuer_key, SHA256()).public_bytes(Encoding.PEM)
+def authority_pem() -> bytes:
+    return (authority().folder / AUTHORITY).read_bytes()
+
+
+def identity_of(name: str, by: Authority | None = None) -> Identity:
+    """Return an identity that the authority has signed, or another one."""
+    with TemporaryDirectory(prefix="fedlora-test-identity-") as folder:
+        return read_identity(enrolled(by or authority(), Path(folder) / name, name))
 
 
 @cache
-def authority() -> tuple[EllipticCurvePrivateKey, bytes]:
-    key = generate_private_key(SECP256R1())
-    return key, certificate("authority", key, "authority", key, authority=True)
+def person(number: int) -> tuple[EllipticCurvePrivateKey, X25519PrivateKey, Entry]:
+    """Return a member's certificate key, its sealing key, and its entry."""
+    identity, sealing = identity_of(f"site-{number:03}"), X25519PrivateKey.generate()
+    key = load_pem_private_key(identity.key_pem, None)
+    return key, sealing, Entry.signed(identity.certificate.name, identity.chain_pem, public_bytes(sealing), RUN, key)
 
 
-@cache
 def people(count: int) -> dict[str, tuple[EllipticCurvePrivateKey, X25519PrivateKey, Entry]]:
-    """Return name → (the certificate's key, the sealing key, the entry)."""
-    made = {}
-    for k in range(count):
-        name, key, sealing = f"site-{k:03}", generate_private_key(SECP256R1()), X25519PrivateKey.generate()
-        pem = certificate(name, key, "authority", authority()[0])
-        made[name] = key, sealing, Entry.signed(name, pem, public_bytes(sealing), RUN, key)
-    return made
+    """Return name → member, for the first so many members."""
+    return {f"site-{number:03}": person(number) for number in range(count)}
 
 
 def roster(count: int, *, values: int = 20, colluding: int = 0, ring_bits: int = 32, noise: float = 2.0) -> Roster:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from scipy import stats
 
 from fedlora.identity.certificates import parse_certificate, utc_now
@@ -21,8 +21,9 @@ from fedlora.secure_sum.packages import Closing
 from fedlora.secure_sum.roster import Entry, Roster
 from fedlora.secure_sum.rounding import MOST_DEVIATIONS, rounded_noise, rounding_delta, rounding_distance
 from fedlora.secure_sum.statements import Refused, digest, sign
+from fedlora_server.pki.authority import Authority
 from tests.covering import covering
-from tests.fedlora.secure_sums import RUN, SENT, Sum, attendance, authority, certificate, people, roster, seeded
+from tests.fedlora.secure_sums import RUN, SENT, Sum, attendance, authority_pem, identity_of, people, roster, seeded
 
 PHASES = ("packages", "requests", "collect", "close", "reveal")
 
@@ -287,7 +288,7 @@ def test_keys_with_which_all_agree_on_one_mask_are_refused_before_anything_is_ch
 
 def check(of: Roster, **options: object) -> None:
     own = people(len(of.entries))["site-000"][2]
-    of.check(own, authority()[1], utc_now(), **options)
+    of.check(own, authority_pem(), utc_now(), **options)
 
 
 def test_a_roster_is_checked_against_authority_pins_and_least_number():
@@ -301,15 +302,15 @@ def test_a_roster_is_checked_against_authority_pins_and_least_number():
         check(of, least=4)
 
 
-def test_an_invented_member_a_changed_key_and_a_foreign_certificate_are_refused():
+def test_an_invented_member_a_changed_key_and_a_foreign_certificate_are_refused(tmp_path):
     of = roster(3)
-    stranger = generate_private_key(SECP256R1())
     key, sealing, entry = people(3)["site-002"]
     def with_third(third: Entry) -> Roster:
         return dataclasses.replace(of, entries=(*of.entries[:2], third))
-    own_authority = certificate("site-002", stranger, "site-002", stranger)
+    foreign = identity_of("site-002", Authority.create(tmp_path / "pki", ["127.0.0.1"]))
     with pytest.raises(Refused, match="does not come from the authority"):
-        check(with_third(Entry.signed("site-002", own_authority, public_bytes(sealing), RUN, stranger)))
+        check(with_third(Entry.signed("site-002", foreign.chain_pem, public_bytes(sealing), RUN,
+                                      load_pem_private_key(foreign.key_pem, None))))
     with pytest.raises(Refused, match="not signed by its certificate's key for this run"):
         check(with_third(dataclasses.replace(entry, sealing_key=people(3)["site-001"][2].sealing_key)))
     with pytest.raises(Refused, match="not signed by its certificate's key for this run"):
@@ -317,7 +318,7 @@ def test_an_invented_member_a_changed_key_and_a_foreign_certificate_are_refused(
     with pytest.raises(Refused, match="is that of 'site-001'"):
         check(with_third(dataclasses.replace(entry, certificate=people(3)["site-001"][2].certificate)))
     with pytest.raises(Refused, match="as this site sent it"):
-        dataclasses.replace(of, entries=of.entries).check(people(6)["site-000"][2], authority()[1], utc_now())
+        of.check(dataclasses.replace(of.entries[0], sealing_key=entry.sealing_key), authority_pem(), utc_now())
 
 
 def test_no_roster_has_a_lower_threshold_more_colluders_or_two_members():
