@@ -38,7 +38,6 @@ from .round_state import RoundOptions
 from .rounds import FederationResult, Run, run_federation
 from .run_setup import (
     ANY_LABELS,
-    about_the_head,
     about_the_reduction,
     evaluator,
     fewest_uploads,
@@ -46,8 +45,8 @@ from .run_setup import (
     held_out,
     planned,
     prepare,
+    remarks,
     resolved,
-    without_effect,
 )
 from .settings import settings
 from .stopping import Stopping
@@ -140,7 +139,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     rows = held_out(options)
     values = planned(options, options.strategy)
     console.print(settings(options, options.strategy, values))
-    for told in (*without_effect(options), *about_the_head(options), *about_the_reduction(options, options.strategy)):
+    for told in (*remarks(options), *about_the_reduction(options, options.strategy)):
         console.print(told)
     most = options.max_participations or values.rounds
     if (possible := rounds.rounds_within(values.rounds, most)) < values.rounds:

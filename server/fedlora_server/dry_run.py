@@ -24,14 +24,13 @@ from .round_state import RoundOptions
 from .run_setup import (
     ANY_LABELS,
     Federation,
-    about_the_head,
     about_the_reduction,
     fewest_uploads,
     find_model,
     held_out,
     planned,
     prepare,
-    without_effect,
+    remarks,
 )
 from .settings import settings
 from .tls import ServerTls
@@ -73,7 +72,7 @@ def dry_run(options: ServerConfig, console: Console) -> None:
     rows = held_out(options)
     announced = task.has_labels and not options.labels
     console.print(settings(options, options.strategy, values))
-    for told in (*without_effect(options), *about_the_head(options), *about_the_reduction(options, options.strategy)):
+    for told in (*remarks(options), *about_the_reduction(options, options.strategy)):
         console.print(told)
     federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
                          options.seed)

@@ -182,6 +182,11 @@ def _head_rows(options: RunConfig, labels: tuple[str, ...]) -> data.Rows | None:
     return rows
 
 
+def remarks(options: RunConfig) -> list[str]:
+    """Return what is told of the options, whatever the strategy, before a run starts."""
+    return [*without_effect(options), *about_the_head(options)]
+
+
 def about_the_head(options: RunConfig) -> list[str]:
     """Return a sentence on the rows that the head starts from, with --init-head."""
     return [f"The head starts from a regression on the public rows of {options.init_head.partition(':')[2]}, which "

@@ -24,12 +24,11 @@ from fedlora_server.dry_run import noise_of, show_plan, traffic
 from fedlora_server.run_setup import (
     BaseModel,
     Federation,
-    about_the_head,
     about_the_reduction,
     evaluator,
     planned,
     prepare,
-    without_effect,
+    remarks,
 )
 from fedlora_server.settings import settings
 
@@ -79,7 +78,7 @@ def dry_run(options: SimulationConfig, methods: Sequence[Method], base: BaseMode
     for column in ("method", "a round", "training", "evaluation", f"{seeds} seed{'s' * (seeds > 1)}"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     whole = 0.0
-    for told in (*without_effect(options), *about_the_head(options)):
+    for told in remarks(options):
         console.print(told)
     for method in methods:
         own = method.options(options)

@@ -20,7 +20,7 @@ from fedlora.tasks import task_named
 from fedlora_server.advice import Advice
 from fedlora_server.checkpoint import load
 from fedlora_server.folders import UNFINISHED, check_free, claimed_folder, retaken_folder
-from fedlora_server.run_setup import about_the_head, about_the_reduction, planned, resolved, without_effect
+from fedlora_server.run_setup import about_the_reduction, planned, remarks, resolved
 from fedlora_server.settings import settings as settings_block
 from fedlora_server.trackers import Trackers, Watched, check_installed
 
@@ -171,7 +171,7 @@ class Running:
             for told in about_the_reduction(own, method.strategy):
                 self._console.print(told)
         for told in dict.fromkeys(f"{setting.before}{told}" for setting in campaign.settings
-                                  for told in (*without_effect(setting.options), *about_the_head(setting.options))):
+                                  for told in remarks(setting.options)):
             self._console.print(told)
         if first.eval_data is None:
             self._console.print(f"Without --eval-data no {task_named(first.task).metric} is shown; name a file of "
