@@ -195,6 +195,17 @@ class RunConfig(Config):
         None, "most rounds that one client may start; its noise is calibrated to this number", PRIVACY, values.count,
         unset="rounds", plan="max_participations", place=4)
 
+    secure_aggregation: bool = option(
+        False, "have the server learn only the sum of the clients' uploads: each client adds its share of the sum's "
+        "noise and masks what it sends. Rounds have one local step, after which the server's optimizer steps", PRIVACY,
+        None, plan="mechanism", place=2)
+    colluding: int = option(
+        0, "with --secure-aggregation, how many clients may tell the server all they know without the other clients' "
+        "promise changing; at most a third of them", PRIVACY, values.natural, plan="colluding", place=3)
+    least_noise: float = option(
+        0.0, "with --secure-aggregation, least noise of each client, as a multiple of --clip-norm; 0 leaves it to the "
+        "clients", PRIVACY, values.number(float, 0), plan="least_noise", place=4)
+
     strategy_options: tuple[tuple[str, float], ...] = option(
         (), "numeric options of the strategy, as in period=2,warmup=1 for fedsvd", TUNING, values.numbers,
         metavar="NAME=X,…", place=4, example="{period = 2, warmup = 1}")

@@ -6,10 +6,13 @@ The server proposes a `RunPlan` once, and sends a `RoundPlan` in each round. The
 
 from fedlora.plan.found import FOUND, task_facts
 from fedlora.plan.limits import (
+    AGGREGATE,
     ANCHOR_BYTES,
     COLUMN,
     CONTINUED,
+    LEAST_MEMBERS,
     LEAST_SCALE,
+    LOCAL,
     LONGEST_LABEL,
     LONGEST_NAME,
     LR_SCHEDULES,
@@ -52,12 +55,15 @@ from fedlora.plan.schema import (
 )
 
 __all__ = [
+    "AGGREGATE",
     "ANCHOR_BYTES",
     "COLUMN",
     "CONTINUED",
     "FOUND",
     "GOODBYES",
+    "LEAST_MEMBERS",
     "LEAST_SCALE",
+    "LOCAL",
     "LONGEST_LABEL",
     "LONGEST_NAME",
     "LR_SCHEDULES",

@@ -10,6 +10,13 @@ which."""
 CONTINUED = (4, 5, 6, 7, PROTOCOL)
 """Protocol versions under which a run may have begun that this version can resume. Their plans mean the same."""
 
+LOCAL, AGGREGATE = "dp-sgd", "distributed-gaussian"
+"""Keys of the privacy mechanisms: each client's own noise, or shares of the noise of a sum."""
+
+LEAST_MEMBERS, MOST_MEMBERS = 3, 200
+"""Fewest and most members of a roster of secure aggregation. Two members' sum tells each the other's; beyond 200, the
+complete graph of masks would need another protocol."""
+
 LR_SCHEDULES = ("constant", "linear")
 WIRE_DTYPES = ("fp32", "bf16")
 ROW, COLUMN = "row", "column:"
@@ -34,6 +41,11 @@ ANCHOR_BYTES = 68
 
 MOST_STEPS = 100_000
 """Most optimizer steps of one client in one run. An accountant needs some seconds for this many."""
+
+
+def sum_threshold(members: int) -> int:
+    """Return T = ⌊2n/3⌋ + 1, the fewest members whose vectors a secure sum may hold, and who can open it."""
+    return 2 * members // 3 + 1
 
 
 def check_unit(unit: str) -> None:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from fedlora import registry
 from fedlora.plan.found import FOUND, task_facts
 from fedlora.plan.limits import (
+    AGGREGATE,
     CONTINUED,
+    LEAST_MEMBERS,
     LEAST_SCALE,
+    LOCAL,
     LONGEST_NAME,
     LR_SCHEDULES,
     MOST_CLIP_NORM,
     MOST_LABELS,
+    MOST_MEMBERS,
     MOST_RANK,
     MOST_SCALE,
     MOST_STEPS,
     PROTOCOL,
     WIRE_DTYPES,
     check_run_id,
+    sum_threshold,
 )
 
 
@@ -96,6 +102,13 @@ class RunPlan:
         family_options: (name, value) of the family's own options, sorted by name; they are the fields of its class.
         ranks: (module, rank) of the adapted modules whose rank is not `rank`, sorted by name.
         adjustment: key of the adjustment of noised gradients; "" for none.
+        mechanism: key of the privacy mechanism: "dp-sgd", where each client's own noise protects its upload; or
+            "distributed-gaussian", secure aggregation, where the server learns only sums, and each client adds its
+            share of a sum's noise.
+        least_members: fewest members of a roster of secure aggregation; 0 without it.
+        colluding: t, how many members of a roster may tell the server all they know without a sum's promise changing.
+        least_noise: least standard deviation of each client's noise under secure aggregation, in units of `clip_norm`;
+            0 leaves it to the clients.
         protocol: version of the wire protocol with which the run began; one of `CONTINUED`.
     """
 
@@ -129,6 +142,10 @@ class RunPlan:
     family_options: tuple[tuple[str, float], ...] = ()
     ranks: tuple[tuple[str, int], ...] = ()
     adjustment: str = ""
+    mechanism: str = LOCAL
+    least_members: int = 0
+    colluding: int = 0
+    least_noise: float = 0.0
     protocol: int = PROTOCOL
 
     def __post_init__(self) -> None:
@@ -166,6 +183,7 @@ class RunPlan:
         require(all(1 <= rank <= MOST_RANK for _, rank in self.ranks), "ranks", f"each must be from 1 to {MOST_RANK}")
         require(self.protocol >= 6 or not (self.family_options or self.ranks or self.adjustment), "protocol",
                 "with it, a plan can have neither family_options, nor ranks, nor an adjustment")
+        self._check_mechanism(require)
         require(0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
         require(len(set(self.labels)) == len(self.labels), "labels", "a label is named twice")
         require(len(set(self.targets)) == len(self.targets), "targets", "a target is named twice")
@@ -182,6 +200,33 @@ class RunPlan:
                 "a start from the clients' gradients needs the same rank in all layers; choose another start")
         require(bool(self.targets) or self.train_head, "targets",
                 "nothing would be trained: name targets or train the head")
+
+    def _check_mechanism(self, require: Callable[[bool, str, str], None]) -> None:
+        """Check what secure aggregation asks of the other values, and that nothing of it is set without it."""
+        require(self.mechanism in (LOCAL, AGGREGATE), "mechanism", f"it must be {LOCAL} or {AGGREGATE}")
+        require(self.protocol >= 8 or not self.secure_aggregation, "protocol", "with it, a plan has no secure "
+                                                                               "aggregation")
+        require(math.isfinite(self.least_noise) and self.least_noise >= 0, "least_noise", "it must be at least 0")
+        if not self.secure_aggregation:
+            for name in ("least_members", "colluding", "least_noise"):
+                require(not getattr(self, name), name, "only secure aggregation has it")
+            return
+        because = "for secure aggregation it must be"
+        require(self.private, "private", f"{because} True: clients share the noise of a sum")
+        require(LEAST_MEMBERS <= self.least_members <= MOST_MEMBERS, "least_members",
+                f"it must be {LEAST_MEMBERS} to {MOST_MEMBERS}")
+        spare = self.least_members - sum_threshold(self.least_members)
+        require(0 <= self.colluding <= spare, "colluding", f"with {self.least_members} members it must be 0 to {spare}")
+        require(self.local_steps == 1, "local_steps", f"{because} 1: a later step would have only its own share of the "
+                                                      "noise")
+        require(self.optimizer == "sgd", "optimizer", f"{because} sgd, which is linear; choose a server optimizer")
+        require(not self.adjustment, "adjustment", f"{because} empty: gradients are noised only in the sum")
+        require(not self.private_start, "private_start", f"{because} False; choose another start")
+
+    @property
+    def secure_aggregation(self) -> bool:
+        """Whether the server learns only sums of the clients' uploads."""
+        return self.mechanism == AGGREGATE
 
     @property
     def labels_open(self) -> bool:

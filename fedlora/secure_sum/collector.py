@@ -57,12 +57,20 @@ class Collector:
     Args:
         roster: the roster.
         round: number of the round, from 1.
-        attempt: number of the attempt at it, from 1.
+        attempt: number of the attempt at it, from 0.
+        values: number of values in a vector of this round; None for the roster's.
         held: what was collected before a restart; None for a new attempt.
+
+    Raises:
+        ValueError: the round's vectors have more values than the roster's.
     """
 
-    def __init__(self, roster: Roster, *, round: int, attempt: int, held: Collected | None = None) -> None:
+    def __init__(self, roster: Roster, *, round: int, attempt: int, values: int | None = None,
+                 held: Collected | None = None) -> None:
         self.roster, self.held = roster, held or Collected()
+        self.values = roster.values if values is None else values
+        if self.values > roster.values:
+            raise ValueError(f"the round's vectors have {self.values} values, and the roster's {roster.values} at most")
         self.attempt = Attempt(roster.run, roster.digest, round, attempt)
 
     def add_package(self, package: KeyPackage) -> None:
@@ -113,9 +121,9 @@ class Collector:
         held, grid = self.held, self.roster.grid
         if name not in held.cohort:
             raise Refused(f"{name!r} is not in the cohort of this sum")
-        if vector.shape != (self.roster.values,) or vector.dtype != grid.dtype:
+        if vector.shape != (self.values,) or vector.dtype != grid.dtype:
             raise Refused(f"the upload of {name!r} is {vector.dtype} of shape {vector.shape}; it must be {grid.dtype} "
-                          f"of shape ({self.roster.values},)")
+                          f"of shape ({self.values},)")
         if name in held.uploaded:
             return
         if held.survivors:

@@ -43,7 +43,7 @@ class Attendance:
         identity: the private key of the member's certificate.
         sealing: the private half of the member's sealing key in the roster.
         round: number of the round, from 1.
-        attempt: number of the attempt at it, from 1.
+        attempt: number of the attempt at it, from 0.
         least: the fewest clients in a sum that the owner's policy takes part in.
         random: returns that many random bytes; the operating system's but in tests.
     """
@@ -123,7 +123,8 @@ class Attendance:
         """Return the masked vector that is uploaded.
 
         Args:
-            integers: (values,) the encoded sum with this client's noise, in units of the grid.
+            integers: (values,) the encoded sum with this client's noise, in units of the grid; at most as many values
+                as the roster's.
 
         Raises:
             Refused: no cohort was accepted, or a vector was masked already: a second one under the same masks would
@@ -133,8 +134,9 @@ class Attendance:
         grid = self.roster.grid
         if self._uploaded:
             raise Refused(f"the upload of {self.attempt_text} was made already, and its masks serve one vector only")
-        if integers.shape != (self.roster.values,):
-            raise Refused(f"the vector has the shape {integers.shape}; the roster's have {self.roster.values} values")
+        if not (integers.ndim == 1 and 0 < integers.size <= self.roster.values):
+            raise Refused(f"the vector has the shape {integers.shape}; the roster's have {self.roster.values} values "
+                          "at most")
         self._uploaded = True
         total = grid.wrapped(integers)
         total += mask(own_mask_key(self._mask_seed), len(total), grid.dtype)

@@ -15,12 +15,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
 from fedlora.identity.certificates import Certificate, comes_from, key_of, parse_certificate
+from fedlora.plan import RunPlan, plan_digest
+from fedlora.plan.limits import LEAST_MEMBERS, MOST_MEMBERS, sum_threshold
 from fedlora.secure_sum.integers import Grid
 from fedlora.secure_sum.masks import is_usable
 from fedlora.secure_sum.statements import Refused, digest, is_signed, sign
-
-LEAST_MEMBERS, MOST_MEMBERS = 3, 200
-"""Two members' sum tells each the other's; beyond 200, the complete graph of masks would need another protocol."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,14 @@ class Entry:
         return key
 
 
+def run_digest(plan: RunPlan) -> bytes:
+    """Return the digest of a run's id, plan and model, by which a roster and all statements name the run.
+
+    It is the same before and after the label set is fixed.
+    """
+    return digest("run", plan.run_id, plan_digest(plan.with_open_labels()))
+
+
 def _statement(run: bytes, name: str, sealing_key: bytes) -> bytes:
     return digest("fedlora secure sum 1 entry", run, name, sealing_key)
 
@@ -75,7 +82,7 @@ class Roster:
         colluding: t, how many of them may tell the server all they know, without a sum's noise becoming less than
             stated.
         grid: the integers.
-        values: number of values in a vector.
+        values: the most values in a vector; a round that trains a part of the tensors has fewer.
         noise: least standard deviation, in units of the grid, of the noise that each member adds before it rounds.
     """
 
@@ -100,7 +107,7 @@ class Roster:
     @property
     def threshold(self) -> int:
         """T = ⌊2n/3⌋ + 1, the fewest members whose vectors a sum may hold and who can open it."""
-        return 2 * len(self.entries) // 3 + 1
+        return sum_threshold(len(self.entries))
 
     @property
     def honest(self) -> int:

@@ -27,7 +27,7 @@ from fedlora.plan import (
     to_scalars,
     upload_metrics,
 )
-from fedlora.plan.schema import paired
+from fedlora.plan.schema import SINCE, paired
 
 from . import fedlora_pb2 as pb
 from .schema import SCHEMA, SPOKEN, is_spoken, spoken_by
@@ -94,8 +94,10 @@ def run_to_wire(run: RunPlan) -> pb.RunPlan:
 def run_from_wire(message: pb.RunPlan) -> RunPlan:
     """Return the plan in a message. Raise ValueError if a value is not valid or a label cannot be shown."""
     labels_from_wire(message.labels)
-    return from_scalars({f.name: list(getattr(message, f.name)) if f.is_repeated else getattr(message, f.name)
-                         for f in pb.RunPlan.DESCRIPTOR.fields})
+    values = {f.name: list(getattr(message, f.name)) if f.is_repeated else getattr(message, f.name)
+              for f in pb.RunPlan.DESCRIPTOR.fields}
+    return from_scalars({name: value for name, value in values.items()
+                         if value or SINCE.get(name, 0) <= message.protocol})
 
 
 def request_to_wire(plan: RoundPlan, shapes: Shapes) -> pb.TrainRequest:

@@ -14,8 +14,15 @@ import numpy as np
 
 from fedlora.plan import Tensors
 
-ARRAY_DTYPES: Mapping[str, np.dtype] = {"fp32": np.dtype("<f4"), "bf16": np.dtype("<u2")}
-"""Name of a wire dtype (`fedlora.plan.WIRE_DTYPES`) → numpy dtype of the arrays that travel."""
+ARRAY_DTYPES: Mapping[str, np.dtype] = {"fp32": np.dtype("<f4"), "bf16": np.dtype("<u2"), "u32": np.dtype("<u4"),
+                                        "u64": np.dtype("<u8")}
+"""Name of a wire dtype → numpy dtype of the arrays that travel.
+
+A plan has one of `fedlora.plan.WIRE_DTYPES`. The masked vectors of secure aggregation travel as integers of their ring,
+unchanged."""
+
+RINGS: Mapping[np.dtype, str] = {ARRAY_DTYPES[name]: name for name in ("u32", "u64")}
+"""numpy dtype of a masked vector → its wire dtype."""
 
 _EXPONENT = np.uint16(0x7F80)
 _NAN = np.uint16(0x7FC0)
@@ -34,7 +41,7 @@ def packed(tensors: Tensors, wire_dtype: str) -> Tensors:
     Raises:
         ValueError: a tensor to be rounded is not float32.
     """
-    if wire_dtype == "fp32":
+    if wire_dtype != "bf16":
         return tensors
     for name, array in tensors.items():
         if array.dtype != ARRAY_DTYPES["fp32"]:
@@ -56,7 +63,7 @@ def unpacked(arrays: Tensors, wire_dtype: str) -> Tensors:
     for name, array in arrays.items():
         if array.dtype != expected:
             raise ValueError(f"array {name} is {array.dtype}; in this run ({wire_dtype}) it must be {expected.name}")
-    if wire_dtype == "fp32":
+    if wire_dtype != "bf16":
         return arrays
     return {name: (array.astype("<u4") << 16).view("<f4") for name, array in arrays.items()}
 
@@ -70,6 +77,8 @@ def is_finite(values: np.ndarray) -> np.ndarray:
     """Return for each value of an array that travels whether it is finite: neither infinite nor NaN."""
     if values.dtype == ARRAY_DTYPES["bf16"]:
         finite: np.ndarray = (values & _EXPONENT) != _EXPONENT
+    elif values.dtype in RINGS:
+        finite = np.ones(values.shape, bool)
     else:
         finite = np.isfinite(values)
     return finite

@@ -19,7 +19,7 @@ import numpy as np
 from fedlora.plan import Refusal, Refused, Tensors
 
 from . import fedlora_pb2 as pb
-from .dtypes import ARRAY_DTYPES, is_finite, unpacked
+from .dtypes import ARRAY_DTYPES, RINGS, is_finite, unpacked
 
 CHUNK_BYTES = 1 << 20
 """The most bytes in a chunk."""
@@ -46,16 +46,17 @@ def size_of(shapes: Shapes, wire_dtype: str) -> int:
 
 
 def tensors_digest(tensors: Tensors) -> str:
-    """Return the SHA-256 (64 hexadecimal digits) of the tensors' names, shapes and float32 bytes.
+    """Return the SHA-256 (64 hexadecimal digits) of the tensors' names, shapes and bytes: float32, or masked integers.
 
-    Neither the order of the mapping nor the dtype in which the tensors travelled matters.
+    Neither the order of the mapping nor the dtype in which float32 tensors travelled matters.
 
     Raises:
-        ValueError: a tensor is not float32.
+        ValueError: a tensor is of another dtype, or two dtypes are mixed.
     """
-    state = TensorsDigest(shapes_of(tensors), "fp32")
+    wire_dtype = next((RINGS[array.dtype] for array in tensors.values() if array.dtype in RINGS), "fp32")
+    state = TensorsDigest(shapes_of(tensors), wire_dtype)
     for name in sorted(tensors):
-        state.add(_bytes_of(name, tensors[name], ARRAY_DTYPES["fp32"]))
+        state.add(_bytes_of(name, tensors[name], ARRAY_DTYPES[wire_dtype]))
     return state.hexdigest()
 
 
@@ -68,12 +69,13 @@ class TensorsDigest:
     """
 
     def __init__(self, shapes: Shapes, wire_dtype: str) -> None:
-        header = [(name, "<f4", list(shape)) for name, shape in shapes.items()]
+        kept = ARRAY_DTYPES["fp32" if wire_dtype == "bf16" else wire_dtype].str
+        header = [(name, kept, list(shape)) for name, shape in shapes.items()]
         self._state, self._wire_dtype, self._rest = hashlib.sha256(json.dumps(header).encode()), wire_dtype, b""
 
     def add(self, data: memoryview) -> None:
         """Add the next bytes, as many as come. They may end in the middle of a value."""
-        if self._wire_dtype == "fp32":
+        if self._wire_dtype != "bf16":
             self._state.update(data)
             return
         whole = self._rest + bytes(data)
@@ -168,7 +170,7 @@ class Incoming:
     Args:
         shapes: names and shapes from the header.
         write: called with the bytes of each chunk, in order, after all their values were found finite.
-        wire_dtype: "fp32" or "bf16", as the run's plan says.
+        wire_dtype: dtype of the bytes, a key of `ARRAY_DTYPES`.
         refusal: given if the header was refused already.
 
     Attributes:

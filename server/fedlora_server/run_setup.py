@@ -24,7 +24,7 @@ from fedlora.adapters.start import fitting
 from fedlora.config import RunConfig, options_of
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
-from fedlora.plan import PROTOCOL, ModelRef, RunPlan, Tensors
+from fedlora.plan import AGGREGATE, LEAST_MEMBERS, LOCAL, PROTOCOL, ModelRef, RunPlan, Tensors
 from fedlora.tasks import Records, Task, read, task_for, task_named
 from fedlora.training import Trainer, padding_counts
 from fedlora.training.adjustments import check_adjustment
@@ -359,13 +359,19 @@ def make_plan(options: RunConfig, strategy: str, reference: ModelRef, labels: tu
     made = {"run_id": run_id, "private": private, "labels": labels, "train_head": _trains_head(options),
             "max_participations": options.max_participations or values.rounds, "protocol": protocol,
             "adjustment": "" if options.adjustment == "none" else options.adjustment,
-            "ranks": ranks,
+            "ranks": ranks, "mechanism": AGGREGATE if options.secure_aggregation else LOCAL,
+            "least_members": _least_members(options) if options.secure_aggregation else 0,
             "private_start": start_of(values.init)[0].reads.startswith("clients")}
     recipe = recipe_of(options, strategy)
     rank = max([values.rank, *(rank for _, rank in ranks)])
     if asked := dict(recipe.family_options(rank, values.rounds)):
         made["family_options"] = tuple(sorted((asked | dict(options.family_options)).items()))
     return plan_of(strategy, recipe.family, values, reference, loaded, **others | made)
+
+
+def _least_members(options: RunConfig) -> int:
+    """Return the fewest members of a roster: the clients that a server waits for, or those of a simulation."""
+    return getattr(options, "min_clients", None) or getattr(options, "clients", None) or LEAST_MEMBERS
 
 
 def held_out(options: RunConfig) -> Rows | None:

@@ -131,7 +131,8 @@ def test_help_stands_in_groups_names_every_option_once_and_has_a_short_usage(com
         [*map(flag, options_of(CONFIGS[command])), "help", "version"])
 
 
-MADE_BY_THE_SERVER = {"run_id", "fedlora_version", "family", "adapter_scale", "weight_by_examples", "protocol"}
+MADE_BY_THE_SERVER = {"run_id", "fedlora_version", "family", "adapter_scale", "weight_by_examples", "protocol",
+                      "least_members"}
 """Fields of a plan that no single option decides."""
 
 
