@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from fedlora.secure_sum.statements import Attempt, digest
 
+SUM = "sum"
+"""Name of the one tensor of an upload for a secure sum."""
+
 
 @dataclass(frozen=True)
 class PublicKeys:
@@ -65,6 +68,16 @@ class CohortRequest:
 def cohort_digest(cohort: Sequence[PublicKeys], sent: bytes) -> bytes:
     """Return the SHA-256 of a cohort's public keys and of the digest of the tensors that it starts from."""
     return digest("cohort", *(part for keys in cohort for part in (keys.name, keys.mask_key, keys.seed_digest)), sent)
+
+
+def sent_digest(trained_sha256: str, frozen_sha256: str) -> bytes:
+    """Return the digest of the tensors that a round starts from, by which a cohort names them.
+
+    Args:
+        trained_sha256: `fedlora.wire.tensors_digest` of the trained tensors, as they are sent.
+        frozen_sha256: that of the frozen ones, as in the order (`fedlora.plan.RoundPlan`).
+    """
+    return digest("sent", trained_sha256, frozen_sha256)
 
 
 def survivors_statement(attempt: Attempt, cohort: bytes, survivors: Sequence[str]) -> bytes:

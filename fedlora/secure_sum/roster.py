@@ -59,6 +59,14 @@ class Entry:
             raise Refused(f"the roster's certificate of {self.name!r} is damaged or its key is not ECDSA on P-256")
         return key
 
+    def is_signed_for(self, run: bytes) -> bool:
+        """Return whether the certificate's key has signed this entry for a run (its `run_digest`).
+
+        Raises:
+            Refused: the certificate is damaged, or its key is not ECDSA on P-256.
+        """
+        return is_signed(self.key, self.signature, _statement(run, self.name, self.sealing_key))
+
 
 def run_digest(plan: RunPlan) -> bytes:
     """Return the digest of a run's id, plan and model, by which a roster and all statements name the run.
@@ -171,7 +179,7 @@ class Roster:
                               f"names; its fingerprint is {said.fingerprint}")
             if not is_usable(entry.sealing_key):
                 raise Refused(f"the roster's sealing key of {entry.name!r} is no usable X25519 key")
-            if not is_signed(entry.key, entry.signature, _statement(self.run, entry.name, entry.sealing_key)):
+            if not entry.is_signed_for(self.run):
                 raise Refused(f"the roster's entry of {entry.name!r} is not signed by its certificate's key for this "
                               "run")
 

@@ -37,7 +37,7 @@ from .patience import outlast
 ABOUT, ASKED, LINES, STATE = "run.json", "asked.json", "metrics.jsonl", "checkpoint.safetensors"
 REPORT = "report.json"
 _MEMORY = "step/"
-_SINCE_7 = frozenset({"usual_norm", "curbed"})
+_SINCE = frozenset({"usual_norm", "curbed", "phases", "unopened", "roster"})
 """Fields of `RoundRecord` that lines written under earlier protocols lack."""
 
 _NOT_KEPT = frozenset({"config", "out", "resume", "labels"})
@@ -370,7 +370,7 @@ def _line(record: RoundRecord) -> str:
 def _record(values: dict[str, Any]) -> RoundRecord:
     """Return the record that `_line` wrote: lists become tuples, and "nan" and "inf" numbers again."""
     fields = {field.name: values[field.name] for field in dataclasses.fields(RoundRecord)
-              if field.name not in _SINCE_7 or field.name in values}
+              if field.name not in _SINCE or field.name in values}
     numbers = {name: float(value) for name, value in fields["evaluation"].items()}
     for name in ("update_norm", "train_loss", "usual_norm"):
         fields[name] = None if fields.get(name) is None else float(fields[name])

@@ -14,11 +14,12 @@ import hmac
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 from fedlora import wire
 from fedlora.plan import Proposal, Refusal, Refused
+from fedlora.secure_sum.roster import Entry
 from fedlora.wire import Key, pb
 
 from .engine import Outcome, node_id
@@ -26,8 +27,11 @@ from .joining import check_join, check_name
 from .label_sets import told_of
 from .names import Names
 from .observer import ClientEvent
-from .seats import ClientStream, Member, PendingRequest, Seat, Seats, Standing, kept_labels
+from .seats import ClientStream, Member, PendingRequest, Question, Seat, Seats, Standing, kept_labels
 from .upload_store import Stored
+
+LOOK_S = 0.25
+"""Seconds within which a stop is noticed while clients' answers are awaited."""
 
 
 class Unasked(Refused):
@@ -106,13 +110,15 @@ class ClientRegistry:
             self._new(_news_of(stream, "rejoined" if again else "joined"))
             return seat.proposal
 
-    def ready(self, stream: ClientStream, labels: tuple[str, ...], working: Key | None) -> bool:
+    def ready(self, stream: ClientStream, labels: tuple[str, ...], working: Key | None,
+              membership: tuple[Entry, float] | None = None) -> bool:
         """Record that the client has read its data and can be asked to train.
 
         Args:
             stream: the client's stream.
             labels: the label names that it announces; empty unless its proposal asked for them.
             working: the order that it still works on from an earlier stream, if any.
+            membership: its entry in a roster and its noise (`Seat.membership`); None without secure aggregation.
 
         Returns:
             Whether the stream holds its name's seat. It does not if another stream has taken the seat over.
@@ -133,6 +139,7 @@ class ClientRegistry:
                 raise Refused("unavailable", f"{len(labels)} label names are more than the server remembers beside "
                                              "those of the other clients; the coordinator can name them with --labels")
             seat.labels = self._kept(labels) or seat.labels
+            seat.membership = membership
             seat.begin(working)
             if (working is not None and working != seat.accepted and seat.order(working) is None
                     and not self._is_left_over(seat)):
@@ -202,6 +209,23 @@ class ClientRegistry:
                 event = replace(event, kind="late") if seat.was_asked(key) else None
             self._new(event)
             return declined
+
+    def told(self, stream: ClientStream, answer: pb.SumAnswer) -> None:
+        """Take a client's answer to what it is asked for a secure sum. An answer that nobody awaits is dropped."""
+        with self._changed:
+            seat = self._seats.of_stream(stream)
+            question = None if seat is None else seat.question
+            if question is not None and question.answer is None and question.is_answered_by(answer):
+                question.answer = answer
+                self._new(None)
+
+    def answers_in(self, stream: ClientStream) -> str:
+        """Return the wire dtype of an upload that answers no open order; it is dropped."""
+        plan = self.proposal.plan
+        with self._changed:
+            seat = self._seats.of_stream(stream)
+            return (seat.answers_in if seat is not None else "") or (
+                "u64" if plan.secure_aggregation else plan.wire_dtype)
 
     def declined(self, stream: ClientStream, refusal: Refusal) -> None:
         """Record that the client will not take part in the run at all."""
@@ -291,6 +315,33 @@ class ClientRegistry:
                     order.outcome = "lost"
                 seat.dispatch()
             self._new(None)
+
+    def memberships(self) -> dict[int, tuple[Entry, float]]:
+        """Return the entry in a roster, and the noise, of each client that is connected and ready, by node id."""
+        with self._changed:
+            return {seat.node_id: seat.membership for seat in self._seats
+                    if seat.stream is not None and seat.ready and seat.membership is not None}
+
+    def confer(self, questions: Mapping[int, Question], timeout_s: float, stop: threading.Event, *,
+               least: int) -> dict[int, pb.SumAnswer]:
+        """Ask clients what a secure sum needs, and return the answers that have come; see `Engine.confer`."""
+        until = time.monotonic() + timeout_s
+        with self._changed:
+            seats = {node: seat for node in questions if (seat := self._seats.known(node)) is not None}
+            for node, seat in seats.items():
+                seat.question = questions[node]
+                seat.consult()
+            try:
+                while not stop.is_set() and (left_s := until - time.monotonic()) > 0:
+                    open_ = [seat for node, seat in seats.items() if questions[node].answer is None]
+                    if len(seats) - len(open_) >= least and not any(seat.stream and seat.ready for seat in open_):
+                        break
+                    self._changed.wait(min(left_s, LOOK_S))
+            finally:
+                for node, seat in seats.items():
+                    if seat.question is questions[node]:
+                        seat.question = None
+            return {node: answer for node, question in questions.items() if (answer := question.answer) is not None}
 
     def wait(self, message_ids: Collection[str], timeout_s: float) -> dict[str, Outcome]:
         """Wait for news since the last call, then return the outcomes of these messages, without the pending ones."""

@@ -17,6 +17,7 @@ A message is in one of four states; `wait` reports the last three:
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 import weakref
 from abc import abstractmethod
@@ -29,6 +30,8 @@ from typing_extensions import override
 
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal
+from fedlora.secure_sum.roster import Entry
+from fedlora.wire import pb
 
 Outcome = Literal["uploaded", "lost"] | Refusal
 """The state of a message that is not pending."""
@@ -71,6 +74,43 @@ class Engine(Grid):
     @abstractmethod
     def idle(self) -> list[int]:
         """Return the node ids of the clients that are connected, ready and have nothing to do, sorted by name."""
+
+    masks: bool = False
+    """Whether clients mask what they upload for a secure sum. If not, uploads are added up as they are."""
+
+    def memberships(self) -> Mapping[int, tuple[Entry, float]]:
+        """Return what the clients that are connected and ready gave for their places in a roster, by node id.
+
+        Each has an entry, and the noise that the client adds at least, in units of the plan's clip norm (0 if it does
+        not say).
+        """
+        return {}
+
+    def confer(self, requests: Mapping[int, pb.SumRequest], timeout_s: float, stop: threading.Event, *,
+               least: int, digest: bytes = b"") -> Mapping[int, pb.SumAnswer]:
+        """Ask clients what a secure sum needs, and return their answers by node id.
+
+        A client that returns on a new stream is asked again. It returns when all clients have answered, when `least`
+        have and all others are gone, when the time is up, or when `stop` is set.
+
+        Args:
+            requests: node id → what the client is asked.
+            timeout_s: seconds to wait at most.
+            stop: ends the wait when it is set.
+            least: how many answers are enough not to wait for clients that are gone.
+            digest: digest of the roster, if that is what the requests hold.
+        """
+        raise NotImplementedError("this engine's clients mask nothing")
+
+    def push_cohort(self, messages: Iterable[Message], cohorts: Mapping[int, pb.Cohort], ring: str) -> list[str]:
+        """Queue the orders of one attempt at a secure sum, as `push_messages` does.
+
+        Args:
+            messages: the orders.
+            cohorts: node id → the cohort, as its member is sent it.
+            ring: wire dtype of the masked vectors that answer, "u32" or "u64".
+        """
+        raise NotImplementedError("this engine's clients mask nothing")
 
     @abstractmethod
     def push_messages(self, messages: Iterable[Message]) -> list[str]:

@@ -90,6 +90,8 @@ class GrpcEngine(RegistryEngine):
         ValueError: the address is malformed or taken, or other machines can reach it and `insecure` is not set.
     """
 
+    masks = True
+
     def __init__(self, address: str, proposal: Proposal, uploads: Path, *, insecure: bool = False,
                  tls: ServerTls | None = None, max_clients: int = 512,
                  notify: Callable[[ClientEvent], None] = lambda event: None, under_way: int | None = None,

@@ -21,9 +21,13 @@ from typing_extensions import override
 
 from fedlora import wire
 from fedlora.adapters import AdapterLayout
-from fedlora.identity.certificates import utc_now
+from fedlora.identity.certificates import parse_certificate, utc_now
 from fedlora.plan import Refusal, Refused
+from fedlora.secure_sum.masks import is_usable
+from fedlora.secure_sum.packages import SUM
+from fedlora.secure_sum.roster import Entry, run_digest
 from fedlora.wire import Incoming, Key, Repeats, Shapes, WireError, pb
+from fedlora.wire.sums import membership_from_wire
 
 from .anchors import Anchors
 from .client_registry import ClientRegistry, Unasked
@@ -32,6 +36,7 @@ from .joining import Unproven
 from .names import Names
 from .patience import HeldUp, Patience
 from .seats import ClientStream, PendingRequest, Standing
+from .sum_answers import check_answer
 from .tls import ServerTls, client_certificate
 from .upload_store import IncomingUpload, Stored, new_upload, not_stored
 
@@ -164,6 +169,11 @@ class GrpcSession(ClientStream):
         self.send([pb.ServerFrame(cancel=wire.key_to_wire(key)).SerializeToString()])
 
     @override
+    def consult(self, request: pb.SumRequest) -> None:
+        self._asked += 1
+        self.send([pb.ServerFrame(sum=request).SerializeToString()])
+
+    @override
     def close(self, why: Refusal | None = None) -> None:
         """End the stream once the queued frames are sent. With `why`, the client is told not to open it again."""
         if why is not None:
@@ -264,6 +274,8 @@ class GrpcSession(ClientStream):
             self._on_end(checksum=0)  # of no bytes
         elif kind == "declined":
             self._on_declined(frame.declined)
+        elif kind == "sum":
+            self._on_sum(frame.sum)
         elif kind == "leave":
             self._left = True
 
@@ -319,11 +331,36 @@ class GrpcSession(ClientStream):
     def _on_ready(self, ready: pb.Ready) -> None:
         working = self._key(ready.working) if ready.HasField("working") else None
         try:
-            if self._registry.ready(self, wire.labels_from_wire(ready.labels, announced=True), working):
+            if self._registry.ready(self, wire.labels_from_wire(ready.labels, announced=True), working,
+                                    self._membership(ready)):
                 self.is_ready = True
                 self._names.keep(self.name, self.secret)
         except Refused as refused:
             self.end(grpc.StatusCode.RESOURCE_EXHAUSTED, refused.refusal.detail)
+
+    def _membership(self, ready: pb.Ready) -> tuple[Entry, float] | None:
+        """Return what the client gives for its place in a roster; None without secure aggregation."""
+        plan = self._registry.proposal.plan
+        if ready.HasField("membership") != plan.secure_aggregation:
+            raise WireError("a Ready has a membership in a run with secure aggregation, and in no other")
+        if not plan.secure_aggregation:
+            return None
+        entry, noise = membership_from_wire(ready.membership, self.name)
+        try:
+            own = (parse_certificate(entry.certificate).fingerprint == self.fingerprint
+                   and is_usable(entry.sealing_key) and entry.is_signed_for(run_digest(plan)))
+        except ValueError as error:
+            raise WireError(f"a membership is not valid: {error}") from None
+        if not own:
+            raise WireError("a membership is not that of the connection's certificate for this run")
+        return entry, noise
+
+    def _on_sum(self, answer: pb.SumAnswer) -> None:
+        if not self._registry.proposal.plan.secure_aggregation:
+            raise WireError("a SumAnswer belongs to no run without secure aggregation")
+        self._acknowledged += 1
+        check_answer(answer, self.name)
+        self._registry.told(self, answer)
 
     def _on_upload(self, upload: pb.Upload) -> None:
         if anchor := wire.anchor_from_wire(upload):  # kept even if the upload is refused: the client has released it
@@ -331,11 +368,11 @@ class GrpcSession(ClientStream):
         upload = self._received.restore(upload)
         key, shapes = self._key(upload.key), wire.shapes_from(upload.tensors)
         metrics: dict[str, int | float] = {}
-        refusal, folder = None, None
+        refusal, folder, wire_dtype = None, None, self._registry.answers_in(self)
         try:
             order = self._registry.expected(self, key)
             if order is not None:
-                folder = self._uploads
+                folder, wire_dtype = self._uploads, order.answers_in
             wire.check_shapes(shapes, self._expected(order, shapes))
             metrics = wire.metrics_from_wire(upload, private=self._registry.proposal.plan.private)
         except Refused as refused:
@@ -344,7 +381,6 @@ class GrpcSession(ClientStream):
                 log.warning("Client %r sent an upload for round %d, attempt %d, which this server never asked of it; "
                             "it was dropped", self.name, key[1], key[2],
                             extra={"peer": self.peer_group, "kind": "unasked"})
-        wire_dtype = self._registry.proposal.plan.wire_dtype
         self._upload, self._drained_bytes = _Upload(key, shapes, wire_dtype, metrics, folder, refusal,
                                                     self._held_up.patience(partial(self._go_on, key))), 0
         if refusal is not None:
@@ -360,6 +396,10 @@ class GrpcSession(ClientStream):
         layout = self._layout()
         if layout is None:
             return {}
+        if self._registry.proposal.plan.secure_aggregation:
+            most = layout.num_trained if order is None else layout.in_round(order.plan).num_trained
+            sizes = shapes.get(SUM, ()) if order is None else ()
+            return {SUM: (min(most, sizes[0]) if len(sizes) == 1 else most,)}
         layout = layout.resent(shapes) if order is None else layout.in_round(order.plan)
         return {spec.name: spec.shape for spec in layout.trained}
 

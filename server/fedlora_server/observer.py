@@ -70,6 +70,9 @@ class RoundRecord:
         bytes_down: bytes sent to all clients during the round.
         seconds: the round's duration.
         evaluation: figures on the server's own data, if it has any.
+        phases: phase of a secure sum (`fedlora_server.sum_round.PHASES`) → seconds; empty without secure aggregation.
+        unopened: how many attempts at a secure sum ended unopened.
+        roster: digest of the roster that opened the sum, in hexadecimal digits; "" without secure aggregation.
     """
 
     round: int
@@ -88,6 +91,9 @@ class RoundRecord:
     bytes_down: int = 0
     seconds: float = 0.0
     evaluation: Mapping[str, float] = field(default_factory=dict)
+    phases: Mapping[str, float] = field(default_factory=dict)
+    unopened: int = 0
+    roster: str = ""
 
 
 def jsonable(value: object) -> object:
@@ -160,6 +166,18 @@ class Observer:
 
     def held_up(self, reason: str) -> None:
         """Hear that the run waits because this machine cannot store files for now."""
+
+    def rostered(self, round: int, names: tuple[str, ...], threshold: int, digest: str) -> None:
+        """Hear that a new roster was made for secure sums; `threshold` of its members open one."""
+
+    def left_out(self, name: str, why: str) -> None:
+        """Hear that a client that is ready can be in no roster."""
+
+    def summing(self, round: int, phase: str) -> None:
+        """Hear that a phase of a secure sum begins (`fedlora_server.sum_round.PHASES`)."""
+
+    def unopened(self, round: int, attempt: int, why: str) -> None:
+        """Hear that an attempt at a secure sum ended unopened."""
 
     def answered(self, round: int, name: str, outcome: str) -> None:
         """Hear what became of a client's order: "uploaded", "lost" or a refusal's text."""

@@ -15,7 +15,7 @@ from typing_extensions import override
 from fedlora.plan import RunPlan
 
 from .observer import ClientEvent, RoundRecord, Watcher
-from .phases import AGGREGATING, ENDING, HELD_UP, STARTING, TRAINING, WAITING
+from .phases import AGGREGATING, ENDING, HELD_UP, STARTING, SUMMING, TRAINING, WAITING
 
 RECENT = 10
 """Number of finished rounds from whose durations the run's end is forecast."""
@@ -110,7 +110,7 @@ class Progress(Watcher):
             now, clock = self._now, time.monotonic()
             left = max(0.0, self._until - clock) if now.phase == TRAINING and math.isfinite(self._until) else None
             ends, between = None, now.phase == WAITING and not now.why
-            if self._seconds and (between or now.phase in (TRAINING, AGGREGATING)):
+            if self._seconds and (between or now.phase in (TRAINING, SUMMING, AGGREGATING)):
                 usual = statistics.median(self._seconds)
                 ends = usual * (now.planned - now.finished) - (0 if between else min(usual, clock - self._began))
             asked = tuple(one if one.outcome else replace(one, seconds=clock - at) for one, at in self._asked.values())
@@ -167,11 +167,19 @@ class Progress(Watcher):
     def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
         with self._lock:
             clock = time.monotonic()
-            if self._now.phase != TRAINING:
+            if self._now.phase not in (SUMMING, TRAINING):
                 self._began = clock if attempt == 0 else self._began or clock
             self._until = clock + self._round_timeout_s
             self._asked |= {name: (Asked(name, time.time()), clock) for name in names}
             self._turn(TRAINING, current=round)
+
+    @override
+    def summing(self, round: int, phase: str) -> None:
+        with self._lock:
+            if phase != TRAINING:  # which `asked` tells
+                if self._now.phase not in (SUMMING, TRAINING):
+                    self._began = time.monotonic()
+                self._turn(SUMMING, phase, current=round)
 
     @override
     def answered(self, round: int, name: str, outcome: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Message
@@ -14,6 +16,8 @@ from typing_extensions import override
 from fedlora import wire
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Proposal, Refusal, Released, RoundPlan, Tensors, Upload
+from fedlora.secure_sum.roster import Entry
+from fedlora.wire import pb
 from fedlora_strategies.messages import assign_id, read_train_messages, reply
 
 from .client_registry import ClientRegistry
@@ -21,7 +25,7 @@ from .engine import Engine, Outcome
 from .names import Names
 from .observer import ClientEvent
 from .patience import HeldUp
-from .seats import Member, PendingRequest
+from .seats import Member, PendingRequest, Question
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +97,25 @@ class RegistryEngine(Engine):
         return self._registry.nodes(idle=True)
 
     @override
+    def memberships(self) -> Mapping[int, tuple[Entry, float]]:
+        return self._registry.memberships()
+
+    @override
+    def confer(self, requests: Mapping[int, pb.SumRequest], timeout_s: float, stop: threading.Event, *,
+               least: int, digest: bytes = b"") -> Mapping[int, pb.SumAnswer]:
+        return self._registry.confer({node: Question(request, digest) for node, request in requests.items()}, timeout_s,
+                                     stop, least=least)
+
+    @override
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        return self._push([self._order(*order) for order in read_train_messages(messages)])
+
+    @override
+    def push_cohort(self, messages: Iterable[Message], cohorts: Mapping[int, pb.Cohort], ring: str) -> list[str]:
         orders = [self._order(*order) for order in read_train_messages(messages)]
+        return self._push([replace(order, cohort=cohorts[order.node_id], answers_in=ring) for order in orders])
+
+    def _push(self, orders: Sequence[PendingRequest]) -> list[str]:
         self._registry.push(orders)
         return [order.message_id for order in orders]
 
@@ -117,7 +138,8 @@ class RegistryEngine(Engine):
                                  f"({run.wire_dtype}) only {self._dtype.name} travels")
         message_id = message.metadata.message_id or uuid.uuid4().hex
         assign_id(message, message_id)
-        return PendingRequest(message_id, message, message.metadata.dst_node_id, plan, tensors)
+        return PendingRequest(message_id, message, message.metadata.dst_node_id, plan, tensors,
+                              answers_in=run.wire_dtype)
 
     @override
     def wait(self, message_ids: Iterable[str], timeout_s: float) -> dict[str, Outcome]:

@@ -31,12 +31,14 @@ from fedlora_strategies import Diverged, FederatedLoRA
 from fedlora_strategies.messages import to_record, to_tensors
 from fedlora_strategies.private_start import PrivateStart
 
-from . import checkpoint
+from . import checkpoint, sum_files
 from .checkpoint import Asked, Unfinished
 from .client_sampling import RETURN_S, Clients, Ended
 from .engine import Engine
 from .observer import Observer, RoundRecord
 from .round_state import OpenRound, RoundOptions
+from .sum_roster import Rosters
+from .sum_round import SumRound
 
 MOST_LOSS = 10.0
 """Ratio of a state's loss to the loss of the start, above which the state is unusable."""
@@ -84,6 +86,7 @@ class Run:
         evaluate: returns the figures of a state on the server's own data.
         out: folder for `checkpoint.safetensors` and `metrics.jsonl`; None writes nothing.
         left: how an earlier server left this run, to go on from there.
+        left_sum: how it left the run's secure sums.
     """
 
     strategy: FederatedLoRA
@@ -93,6 +96,7 @@ class Run:
     evaluate: Evaluate | None = None
     out: Path | None = None
     left: Unfinished | None = None
+    left_sum: sum_files.Left | None = None
 
     @property
     def plan(self) -> RunPlan:
@@ -127,6 +131,8 @@ class _UnderWay:
         self._clients = Clients(engine, run.plan, run.options.seed, left=left.asked if left else None,
                                 keep=self._remember)
         self._said: dict[str, Mapping[str, int | float]] = {}
+        self._rosters = Rosters(engine, self._clients, run.plan, run.strategy.layout.num_trained, run.options, observer,
+                                stop, self._keep, run.left_sum)
         self._state, self._done, self._fresh, self._uncompared = run.state, 0, True, False
         if left is not None and left.state is not None:
             self._state, self._done, self._fresh = left.state, left.round, False
@@ -158,7 +164,9 @@ class _UnderWay:
                 self._begin(run.start, initial)
             arrays = to_record(self._state)
             for number in range(self._done + 1, run.plan.rounds + 1):
-                after, record = self._hold(number, run.strategy, arrays)
+                secure = run.plan.secure_aggregation and self._engine.masks
+                after, record = (self._hold_sum(number, run.strategy, arrays) if secure else
+                                 self._hold(number, run.strategy, arrays))
                 if after is not None:
                     arrays, self._state = after, to_tensors(after)
                 self._conclude(record)
@@ -221,6 +229,33 @@ class _UnderWay:
             update_norm=averages.get("update_norm"), train_loss=averages.get("train_loss"),
             bytes_up=engine.bytes_up - up, bytes_down=engine.bytes_down - down, seconds=time.monotonic() - began)
 
+    def _hold_sum(self, number: int, by: FederatedLoRA, arrays: ArrayRecord) -> tuple[ArrayRecord, RoundRecord]:
+        """Run one round of which the server learns only the sum, and return the next state and the round's record.
+
+        Raises:
+            Diverged: the next state is unusable. No upload can be left out: none is known.
+        """
+        engine = self._engine
+        began, up, down = time.monotonic(), engine.bytes_up, engine.bytes_down
+        under_way = SumRound(engine, by, self._clients, self._rosters, number, self._run.options, self._observer,
+                             self._stop)
+        opened = under_way.collect(arrays)
+        self._observer.combining(number, len(opened.survivors))
+        after, metrics = by.aggregate_sum(number, opened.total, opened.roster.grid, len(opened.survivors))
+        figures = self._evaluated(number, after)
+        if why := self._is_no_good(figures):
+            raise Diverged(why)
+        if figures:
+            self._observer.evaluated(number, figures)
+        return after, RoundRecord(
+            number, cohort=under_way.cohort, attempts=under_way.attempts, uploaded=opened.survivors,
+            lost=under_way.lost, refused=under_way.refused or _NOTHING,
+            disclosed={name: self._shared(name, under_way.disclosed[name]) for name in opened.survivors
+                       if name in under_way.disclosed} or _NOTHING,
+            evaluation=figures or _NOTHING, update_norm=cast(float | None, metrics.get("update_norm")),
+            bytes_up=engine.bytes_up - up, bytes_down=engine.bytes_down - down, seconds=time.monotonic() - began,
+            phases=under_way.seconds, unopened=under_way.unopened, roster=opened.roster.digest.hex())
+
     def _shared(self, name: str, said: Mapping[str, int | float]) -> Mapping[str, int | float]:
         """Return what the client disclosed the last time if this is the same, as in a private run it always is.
 
@@ -259,14 +294,17 @@ class _UnderWay:
         done, seen = (max((record.round for record in records), default=0) for records in (
             self._records, [record for record in self._records if record.evaluation]))
         kept = f"; the state after round {done} is kept (last evaluated: round {seen})" if 0 < seen < done else ""
-        return (f"the training diverged: the next state is unusable, even without the longest uploads: {error}. The "
-                f"round's result is dropped{kept}. Begin a new run with a lower --lr (now {self._run.plan.lr:g})"
+        without = "" if self._run.plan.secure_aggregation else ", even without the longest uploads"
+        return (f"the training diverged: the next state is unusable{without}: {error}. The round's "
+                f"result is dropped{kept}. Begin a new run with a lower --lr (now {self._run.plan.lr:g})"
                 f"{server}")
 
     def _conclude(self, record: RoundRecord) -> None:
         self._records.append(record)
         self._keep(lambda out: checkpoint.note(out, record))
         self._save(record.round)
+        if record.roster:
+            self._keep(sum_files.clear)
         self._observer.finished(record)
 
     def _save(self, number: int) -> None:

@@ -20,10 +20,12 @@ from flwr.app import Message
 
 from fedlora import wire
 from fedlora.plan import Proposal, Refusal, RoundPlan, Tensors
+from fedlora.secure_sum.roster import Entry
 from fedlora.wire import Key, Repeats, pb
 
 from .engine import Outcome, node_id
 from .label_sets import FEW
+from .sum_answers import fits
 from .upload_store import Stored
 
 MOST_AWAY = 1024
@@ -87,6 +89,8 @@ class PendingRequest:
         tensors: the state that it starts from; emptied once it has answered.
         outcome: None while it is pending.
         stored: the upload, once it has arrived.
+        cohort: the cohort that the client is in, under secure aggregation.
+        answers_in: wire dtype of the upload's tensors, a key of `fedlora.wire.ARRAY_DTYPES`.
     """
 
     message_id: str
@@ -96,10 +100,14 @@ class PendingRequest:
     tensors: Tensors
     outcome: Outcome | None = None
     stored: Stored | None = None
+    cohort: pb.Cohort | None = None
+    answers_in: str = "fp32"
 
     def frames(self, sent: Repeats) -> Iterator[bytes]:
         """Yield the request's frames for a stream. `sent` shortens what that stream has already carried."""
         request = sent.shorten(wire.request_to_wire(self.plan, wire.shapes_of(self.tensors)))
+        if self.cohort is not None:
+            request.cohort.CopyFrom(self.cohort)
         yield from wire.transfer_frames(pb.ServerFrame(request=request).SerializeToString(), self.tensors)
 
 
@@ -136,8 +144,30 @@ class ClientStream(Protocol):
     def cancel(self, key: Key) -> None:
         """Tell the client to stop working on an order."""
 
+    def consult(self, request: pb.SumRequest) -> None:
+        """Send the client a question of a secure sum."""
+
     def close(self, why: Refusal | None = None) -> None:
         """End the stream. With `why`, the client is told not to open it again."""
+
+
+@dataclass
+class Question:
+    """What a client is asked for a secure sum.
+
+    Attributes:
+        request: the question. It is sent again on each new stream until it is answered.
+        digest: digest of the roster in the question; empty in a question without one.
+        answer: the client's answer; None while it is awaited.
+    """
+
+    request: pb.SumRequest
+    digest: bytes = b""
+    answer: pb.SumAnswer | None = None
+
+    def is_answered_by(self, answer: pb.SumAnswer) -> bool:
+        """Return whether an answer is one to this question, and not to an earlier one."""
+        return fits(self.request, self.digest, answer)
 
 
 @dataclass
@@ -159,6 +189,10 @@ class Seat:
         asked_before: it counts as asked in every round below this one.
         since: Unix time from which its `Member.state` has been what it is.
         uploaded_at: Unix time at which its last upload was taken.
+        membership: its entry in a roster of secure aggregation, and the noise that it adds at least in units of the
+            plan's clip norm, as its present process gave them.
+        question: what it is asked for a secure sum at this moment.
+        answers_in: `PendingRequest.answers_in` of the last order that it was given; "" before the first.
     """
 
     name: str
@@ -184,6 +218,9 @@ class Seat:
     bytes_down: int = 0
     since: float = 0.0
     uploaded_at: float | None = None
+    membership: tuple[Entry, float] | None = None
+    question: Question | None = None
+    answers_in: str = ""
 
     @property
     def standing(self) -> Standing:
@@ -206,6 +243,7 @@ class Seat:
     def give(self, order: PendingRequest) -> None:
         """Add an order. Those of rounds that lie far back are forgotten one by one, and count as given all together."""
         self.orders.append(order)
+        self.answers_in = order.answers_in
         self.asked.add(order.plan.key)
         if len(rounds := {key[1] for key in self.asked}) > ROUNDS_KNOWN:
             self.asked_before = max(self.asked_before, min(rounds) + 1)
@@ -230,6 +268,12 @@ class Seat:
         for order in self.orders:
             if order.outcome == "lost":
                 order.outcome = None
+        self.consult()
+
+    def consult(self) -> None:
+        """Send the question that is not answered, if there is one and the client is ready."""
+        if self.stream is not None and self.ready and self.question is not None and self.question.answer is None:
+            self.stream.consult(self.question.request)
 
     def settle(self, key: Key, answer: Stored | Refusal | None) -> bool:
         """Record the client's answer to an order, and return whether it comes too late.

@@ -63,6 +63,10 @@ class _Node(ClientStream):
         self.cancelled = key
 
     @override
+    def consult(self, request: pb.SumRequest) -> None:
+        """Do nothing: no SuperNode takes part in a run with secure aggregation."""
+
+    @override
     def close(self, why: Refusal | None = None) -> None:
         """Do nothing: a node has no connection of its own."""
 

@@ -167,6 +167,22 @@ class Trackers(Tracker):
         self._tell("held_up", reason)
 
     @override
+    def rostered(self, round: int, names: tuple[str, ...], threshold: int, digest: str) -> None:
+        self._tell("rostered", round, names, threshold, digest)
+
+    @override
+    def left_out(self, name: str, why: str) -> None:
+        self._tell("left_out", name, why)
+
+    @override
+    def summing(self, round: int, phase: str) -> None:
+        self._tell("summing", round, phase)
+
+    @override
+    def unopened(self, round: int, attempt: int, why: str) -> None:
+        self._tell("unopened", round, attempt, why)
+
+    @override
     def answered(self, round: int, name: str, outcome: str) -> None:
         self._tell("answered", round, name, outcome)
 

@@ -124,6 +124,20 @@ class Display(Tracker):
         self._say(f"the run waits: {reason}", "held-up", "warning")
 
     @override
+    def rostered(self, round: int, names: tuple[str, ...], threshold: int, digest: str) -> None:
+        self._say(f"round {round}: a new roster of {len(names)} ({named(names)}), digest {digest[:12]}; a sum needs "
+                  f"{threshold} of them", "rostered", round=round)
+
+    @override
+    def left_out(self, name: str, why: str) -> None:
+        self._say(f"{name} can be in no roster: {why}", "no-member", "warning", client=name)
+
+    @override
+    def unopened(self, round: int, attempt: int, why: str) -> None:
+        self._say(f"round {round}: attempt {attempt} ended unopened: {why}. What its clients charged stands",
+                  "unopened", "warning", round=round, attempt=attempt)
+
+    @override
     def answered(self, round: int, name: str, outcome: str) -> None:
         if not (self._as_json and outcome == "uploaded"):  # which `client` has told
             self._say(f"round {round}: {name} {outcome}", "answered", "warning",
@@ -137,7 +151,8 @@ class Display(Tracker):
             self._say("before training: " + ", ".join(filter(None, (start, shown(record.evaluation)))), "finished",
                       round=0)
             return
-        parts = [f"{len(record.uploaded)} of {len(record.cohort)} replied", shown(record.evaluation),
+        took_part = f"{len(record.uploaded)} of {len(record.cohort)}"
+        parts = [f"sum of {took_part} opened" if record.roster else f"{took_part} replied", shown(record.evaluation),
                  "" if record.update_norm is None else f"update {record.update_norm:.3g}",
                  f"{quantity(record.bytes_up)} up, {quantity(record.bytes_down)} down", f"{record.seconds:.1f} s",
                  "" if (left := self.run.progress.now().run_left_s) is None or left <= 0
