@@ -17,9 +17,10 @@ from fedlora.config import ServerConfig
 from fedlora.console import tell_about
 from fedlora.data import Rows
 from fedlora.plan import GOODBYES, PROTOCOL, Proposal, RunPlan
+from fedlora.secure_sum.roster import run_digest
 from fedlora.tasks import task_named
 
-from . import checkpoint, label_sets, names
+from . import checkpoint, label_sets, names, sum_files
 from .advice import Advice
 from .anchors import default_place
 from .audit.log import AuditLog
@@ -40,7 +41,6 @@ from .run_setup import (
     ANY_LABELS,
     about_the_reduction,
     evaluator,
-    fewest_uploads,
     find_model,
     held_out,
     planned,
@@ -48,6 +48,7 @@ from .run_setup import (
     remarks,
     resolved,
 )
+from .secure_start import check_options, check_sum, fewest_of
 from .settings import settings
 from .stopping import Stopping
 from .tls import ServerTls
@@ -118,6 +119,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
         options = replace(options, labels=options.labels or left.plan.labels)
     check_operations(options)
     check_installed(options.trackers)
+    check_options(options, over_grpc=listen is None)
     tls = None
     if listen is None:
         check_address(options.address, insecure=options.insecure or options.tls is not None)
@@ -128,8 +130,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
                           min_clients=options.min_clients, min_replies=options.min_replies,
                           round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
                           evaluate_every=options.eval_every,
-                          fewest_uploads=fewest_uploads(options, options.strategy, options.min_clients,
-                                                        "--min-clients"))
+                          fewest_uploads=fewest_of(options))
     base, task = find_model(options), task_named(options.task)
     if options.eval_data is None:
         answer = task.rows.answer
@@ -149,6 +150,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     protocol = left.plan.protocol if left else PROTOCOL  # the plan that clients compare must not change
     federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
                          options.seed, run_id=left.plan.run_id if left else run_id, protocol=protocol)
+    check_sum(federation.strategy)
     proposal = Proposal(federation.plan.with_open_labels() if announced else federation.plan)
     run_id = proposal.plan.run_id
     before: Mapping[str, Mapping[str, object]] = {}
@@ -196,7 +198,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
                 begin(federation.plan, _joined(engine, before))
                 engine.expect(federation.adapted.layout)
                 run = Run(federation.strategy, federation.state, rounds, federation.start, evaluator(federation, rows),
-                          out, left)
+                          out, left, None if left is None else sum_files.take_up(out, run_digest(federation.plan)))
                 result = run_federation(engine, run, observer=trackers, stop=stop)
                 audit.check()
                 ended = stopping.how() if result.ended == "stopped" else result.ended

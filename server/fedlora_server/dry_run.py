@@ -25,13 +25,13 @@ from .run_setup import (
     ANY_LABELS,
     Federation,
     about_the_reduction,
-    fewest_uploads,
     find_model,
     held_out,
     planned,
     prepare,
     remarks,
 )
+from .secure_start import check_options, check_sum, fewest_of
 from .settings import settings
 from .tls import ServerTls
 from .trackers import check_installed
@@ -63,11 +63,11 @@ def dry_run(options: ServerConfig, console: Console) -> None:
     check_address(options.address, insecure=options.insecure or options.tls is not None)
     if options.tls is not None:
         console.print(ServerTls(options.tls).told())
-    fewest = fewest_uploads(options, options.strategy, options.min_clients, "--min-clients")
+    check_options(options, over_grpc=True)
     rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
                           min_clients=options.min_clients, min_replies=options.min_replies,
                           round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
-                          evaluate_every=options.eval_every, fewest_uploads=fewest)
+                          evaluate_every=options.eval_every, fewest_uploads=fewest_of(options))
     base, task, values = find_model(options), task_named(options.task), planned(options, options.strategy)
     rows = held_out(options)
     announced = task.has_labels and not options.labels
@@ -77,6 +77,7 @@ def dry_run(options: ServerConfig, console: Console) -> None:
     federation = prepare(options, options.strategy, base, ANY_LABELS if announced else options.labels or (),
                          options.seed)
     plan = federation.plan
+    check_sum(federation.strategy)
     show_plan(plan.with_open_labels() if announced else plan, console)
     cohort = min(options.clients_per_round or options.min_clients, options.min_clients)
     console.print(traffic(federation, cohort))

@@ -327,6 +327,7 @@ class SumRound:
             with self._understood(name):
                 collector.add_upload(name, to_arrays(cast(ArrayRecord, reply.content["arrays"]))[SUM])
                 self.disclosed[name] = cast(dict[str, int | float], dict(reply.content["metrics"]))
+                self._strategy.holds_frozen(node_id(name))
                 self._refusals.pop(name, None)
 
     def _is_over(self, collector: Collector, training: _Training) -> bool:

@@ -207,6 +207,11 @@ class FederatedLoRA(Strategy):
         """Note that a node does not hold the frozen tensors, so that its next order carries them."""
         self._held.pop(node_id, None)
 
+    def holds_frozen(self, node_id: int) -> None:
+        """Note that a node has trained in this round, so that it holds the round's frozen tensors."""
+        if self._round:
+            self._held[node_id] = self._round.frozen_sha256
+
     def expect_none_of(self, node_ids: Iterable[int]) -> None:
         """Note that no reply of these nodes will come in this round, so that no other reply waits for theirs."""
         if self._round:

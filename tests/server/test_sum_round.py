@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from fedlora.plan import AGGREGATE, Proposal
-from fedlora_server.client_sampling import Clients, Ended
-from fedlora_server.engine import node_id
+from fedlora_server.client_sampling import Clients
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.observer import Observer
 from fedlora_server.round_state import RoundOptions
@@ -17,9 +16,9 @@ from fedlora_server.sum_round import SumRound
 from fedlora_server.tls import ServerTls
 from fedlora_strategies import strategy_class
 from fedlora_strategies.messages import to_record
-from tests.fedlora.secure_sums import authority
 from tests.federation import layout_of, plan_of, start_of
-from tests.sum_clients import AGREEMENT, NAMES, PACKAGE, REVEAL, UPLOAD, SumClient, expected, started
+from tests.fedlora.secure_sums import authority
+from tests.sum_clients import AGREEMENT, NAMES, PACKAGE, REVEAL, UPLOAD, expected, started
 
 
 def secure_plan(least=3, colluding=0, **changes):

@@ -1,0 +1,77 @@
+"""Checks of a run with secure aggregation before it begins: a start that would fail later is refused by name."""
+
+from __future__ import annotations
+
+from fedlora.config import ServerConfig
+from fedlora.plan.limits import LEAST_MEMBERS, MOST_MEMBERS, sum_threshold
+from fedlora.secure_sum.integers import Grid
+from fedlora_strategies import FederatedLoRA
+
+from .run_setup import fewest_uploads
+
+USUAL_NOISE = 1.0
+"""Noise of a client, in units of the clip norm, for which an overflow is foreseen before any client has named its own.
+"""
+
+
+def check_options(options: ServerConfig, *, over_grpc: bool) -> None:
+    """Check what secure aggregation asks of the options.
+
+    Args:
+        options: the command's options.
+        over_grpc: whether clients connect to this server itself, and not to a SuperLink.
+
+    Raises:
+        ValueError: an option contradicts --secure-aggregation, or lacks.
+    """
+    if not options.secure_aggregation:
+        return
+    if not over_grpc:
+        raise ValueError("--secure-aggregation works with fedlora-server alone: over a SuperLink, clients have no "
+                         "certificates by which they know each other. Leave it out, or start fedlora-server")
+    if options.tls is None:
+        raise ValueError("--secure-aggregation needs --tls DIR: clients know each other by their certificates "
+                         "(fedlora-server pki init makes the folder)")
+    members = options.min_clients
+    if not LEAST_MEMBERS <= members <= MOST_MEMBERS:
+        raise ValueError(f"--min-clients is {members}; with --secure-aggregation it must be {LEAST_MEMBERS} to "
+                         f"{MOST_MEMBERS}, the fewest and most members of a sum")
+    spare = members - sum_threshold(members)
+    if options.colluding > spare:
+        raise ValueError(f"--colluding is {options.colluding}; with --min-clients {members} it can be {spare} at most, "
+                         f"because {sum_threshold(members)} clients open a sum")
+    for name in ("clients_per_round", "min_replies", "screen"):
+        if getattr(options, name) is not None:
+            why = ("no upload is seen, so none can be left out" if name == "screen" else
+                   "all clients of the roster are asked in each round, and its threshold decides how many must answer")
+            raise ValueError(f"--{name.replace('_', '-')} and --secure-aggregation exclude each other: {why}")
+
+
+def fewest_of(options: ServerConfig) -> int:
+    """Return how many uploads a round must have: those that its reduction needs, or that open a sum.
+
+    Raises:
+        ValueError: --min-clients is fewer than the reduction needs.
+    """
+    if options.secure_aggregation:
+        return sum_threshold(options.min_clients)
+    return fewest_uploads(options, options.strategy, options.min_clients, "--min-clients")
+
+
+def check_sum(strategy: FederatedLoRA) -> None:
+    """Check that the sums of a run can be taken.
+
+    Args:
+        strategy: the run's strategy.
+
+    Raises:
+        ValueError: the strategy needs more than the sum, or a sum could overflow.
+    """
+    plan = strategy.plan
+    if not plan.secure_aggregation:
+        return
+    if not strategy.linear:
+        raise ValueError(f"--strategy {plan.strategy} needs each client's upload, and with --secure-aggregation the "
+                         "server learns only their sum; choose a strategy or a reduction that takes the mean")
+    Grid.fitting(strategy.layout.num_trained, clip_norm=plan.clip_norm, expected_batch=plan.expected_batch,
+                 members=plan.least_members, noise=max(plan.least_noise, USUAL_NOISE))
