@@ -11,7 +11,7 @@ from fedlora.privacy.accounting import (
     nominal_size,
     short,
 )
-from fedlora.privacy.ledger import BudgetExhausted, Charge, Ledger, LedgerError, Lifetime, RunTerms
+from fedlora.privacy.ledger import BudgetExhausted, Charge, Ledger, LedgerError, Lifetime, RosterFacts, RunTerms
 from fedlora.privacy.policy import DatasetPolicy, Forbidden, Policy
 from fedlora.privacy.rng import INSECURE_SEED_VARIABLE, RandomStream, RunStreams, run_streams
 from fedlora.privacy.spend import Spend
@@ -32,6 +32,7 @@ __all__ = [
     "Lifetime",
     "Policy",
     "RandomStream",
+    "RosterFacts",
     "RunStreams",
     "RunTerms",
     "Spend",

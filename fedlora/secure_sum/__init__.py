@@ -5,7 +5,7 @@ client adds its share of the privacy noise to its own vector, so that the sum ca
 This package computes; it knows neither sockets nor training.
 
     integers     the ring in which vectors are added, and how real values get there and back
-    rounding     the noise on the grid, and how far its sum is from a rounded Gaussian
+    rounding     the noise on the grid
     shamir       secrets of which a threshold of members can recover what fewer learn nothing of
     masks        keys that two members agree on, and the masks drawn from them
     statements   what is signed, and what each signature is bound to

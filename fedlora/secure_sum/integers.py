@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedlora.privacy.mechanisms.distributed_gaussian import MOST_INFLATION
 from fedlora.secure_sum.rounding import MOST_DEVIATIONS
-
-MOST_INFLATION = 0.01
-"""Largest share by which rounding to the grid may raise the sensitivity of a sum."""
 
 
 @dataclass(frozen=True)

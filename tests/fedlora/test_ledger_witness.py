@@ -91,7 +91,7 @@ def test_every_run_says_for_which_relation_and_with_which_accountant_it_was_char
 
 def test_a_ledger_of_format_1_is_read_and_its_run_goes_on(used):
     witness_of(used.parent).unlink()  # the ledger's hashes are about to change
-    rehash(used, lambda event: event.replace('"format":2', '"format":1').replace('"relation":"zero-out",', "")
+    rehash(used, lambda event: event.replace('"format":3', '"format":1').replace('"relation":"zero-out",', "")
            .replace('"accountant":"PRV or RDP",', ""))
     ledger = opened(used, new=True)
     assert len(ledger.charges()) == 2
@@ -99,7 +99,7 @@ def test_a_ledger_of_format_1_is_read_and_its_run_goes_on(used):
     train(ledger, 3)
     ledger.close()
     assert len(opened(used).charges()) == 3
-    execute(used, "UPDATE events SET event = replace(event, '\"format\":1', '\"format\":3')")
+    execute(used, "UPDATE events SET event = replace(event, '\"format\":1', '\"format\":4')")
     rehash(used, str)
     with pytest.raises(LedgerError, match=r"format that this version reads \(1 to 2\)"):
         Ledger(used)

@@ -13,13 +13,14 @@ from scipy import stats
 
 from fedlora.identity.certificates import parse_certificate, utc_now
 from fedlora.privacy.rng import RandomStream
+from fedlora.privacy.rounding import rounding_delta, rounding_distance
 from fedlora.secure_sum import shamir
 from fedlora.secure_sum.integers import Grid
 from fedlora.secure_sum.masks import mask, public_bytes
 from fedlora.secure_sum.member import own_mask_key
 from fedlora.secure_sum.packages import Closing
 from fedlora.secure_sum.roster import Entry, Roster
-from fedlora.secure_sum.rounding import MOST_DEVIATIONS, rounded_noise, rounding_delta, rounding_distance
+from fedlora.secure_sum.rounding import MOST_DEVIATIONS, rounded_noise
 from fedlora.secure_sum.statements import Refused, digest, sign
 from fedlora_server.pki.authority import Authority
 from tests.covering import covering

@@ -8,6 +8,7 @@ import math
 import pytest
 
 from fedlora.privacy.accounting import calibrate, pld_epsilon
+from fedlora.privacy.mechanisms.distributed_gaussian import _of_several
 from fedlora.privacy.spend import Spend
 from fedlora.secure_sum.guarantee import SumGuarantee, least_noise
 from fedlora.secure_sum.integers import Grid
@@ -53,7 +54,8 @@ def test_one_persons_records_at_several_clients_cost_more_than_one_and_less_than
     one, two = (own.epsilon(DELTA, ROUNDS, clients=clients) for clients in (1, 2))
     together = Spend(own.noise_multiplier / 2, 1 - (1 - Q)**2, ROUNDS)
     assert one < two < pld_epsilon((together,), 0.99 * DELTA)
-    assert own._of_several(0.99 * DELTA, ROUNDS, 1) == pytest.approx(one, rel=0.02), "a mixture of one is no mixture"
+    mixture = _of_several(own.noise_multiplier, Q, 0.99 * DELTA, ROUNDS, 1)
+    assert mixture == pytest.approx(one, rel=0.02), "a mixture of one is no mixture"
 
 
 def test_a_grid_that_is_too_coarse_for_delta_is_refused():

@@ -3,5 +3,7 @@
 from fedlora.privacy.ledger.ledger import Ledger
 from fedlora.privacy.ledger.lifetime_budget import BudgetExhausted, Charge, Declaration, LedgerError, Lifetime, RunTerms
 from fedlora.privacy.ledger.reservation import Reservation
+from fedlora.privacy.ledger.rosters import RosterFacts
 
-__all__ = ["BudgetExhausted", "Charge", "Declaration", "Ledger", "LedgerError", "Lifetime", "Reservation", "RunTerms"]
+__all__ = ["BudgetExhausted", "Charge", "Declaration", "Ledger", "LedgerError", "Lifetime", "Reservation",
+           "RosterFacts", "RunTerms"]

@@ -22,13 +22,14 @@ from fedlora.files import to_disk
 from fedlora.privacy.ledger.lifetime_budget import Book, LedgerError, chained
 from fedlora.privacy.ledger.network import network_file_system
 
-FORMAT = 2
+FORMAT = 3
 """Format of new ledgers.
 
 Format 1 recorded neither where data are nor a run's relation and accountant. Such a ledger is read with the relation
 and accountant that all runs had then, and is continued in place. A program that knows only format 1 takes the first new
-row for damage, and stops."""
-READABLE = (1, 2)
+row for damage, and stops. Format 2 had no runs with secure sums and no rosters. Such a ledger is continued in place
+too; a program that knows only format 2 reads it on until it holds such a run."""
+READABLE = (1, 2, 3)
 """Formats that this version reads and continues."""
 WAIT_S = 30.0
 """Seconds to wait for another process's transaction; one takes milliseconds."""

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.plan import ROW, check_unit, unit_column
-from fedlora.privacy.accounting import Accountant
 from fedlora.privacy.ledger.anchor import seal, unseal
 from fedlora.privacy.ledger.hash_chain import HashChain, beside, take_lock
 from fedlora.privacy.ledger.lifetime_budget import (
@@ -47,6 +46,7 @@ from fedlora.privacy.ledger.lifetime_budget import (
 )
 from fedlora.privacy.ledger.overlap_index import OverlapIndex
 from fedlora.privacy.ledger.reservation import Reservation
+from fedlora.privacy.ledger.rosters import RosterFacts
 from fedlora.privacy.ledger.witnesses import Witnesses
 from fedlora.privacy.spend import Spend
 
@@ -292,7 +292,7 @@ class Ledger:
                     self._end_dead(book, key)
                     if known is None or not known.active:
                         closes = admitted(book, dataset, terms)
-                        self._chain.append("run", dataset=dataset, terms=asdict(terms), closes=sorted(closes))
+                        self._chain.append("run", dataset=dataset, terms=terms.stored(), closes=sorted(closes))
             except BaseException:
                 handle = self._held.pop(key, None) if fresh else None
                 if handle is not None:
@@ -387,13 +387,40 @@ class Ledger:
             run_id: the run; an unknown one has spent 0.
             delta: default the run's own.
         """
-        terms = self.terms(dataset, run_id)
-        if terms is None:
-            return 0.0
-        if terms.noise_multiplier is None:
-            return math.inf if any(c.state != "voided" for c in self.charges(dataset, run_id)) else 0.0
-        assert terms.delta is not None
-        return Accountant(self.history(dataset, run_id)).epsilon(terms.delta if delta is None else delta)
+        with self._chain.transaction("DEFERRED") as book:
+            run = book.runs.get((dataset, run_id))
+            terms, begun = (run.terms, run.begun) if run else (None, 0)
+        return terms.epsilon(begun, delta) if terms else 0.0
+
+    def note_roster(self, dataset: str, run_id: str, roster: RosterFacts) -> None:
+        """Record the roster of secure sums under which this client is about to train. Noting it again has no effect.
+
+        Call this before the first charge under the roster.
+
+        Raises:
+            LedgerError: this process does not hold the run, its sums are charged and the roster does not keep what is
+                charged, or another roster was noted by this digest.
+        """
+        key = (dataset, run_id)
+        with self._chain.transaction() as book:
+            run = book.runs.get(key)
+            if run is None or not run.active or key not in self._held:
+                raise LedgerError(f"run {run_id} of dataset {dataset!r} is not held by this process; begin it first")
+            known = run.rosters.get(roster.digest, roster)
+            if known != roster:
+                raise LedgerError(f"the roster {roster.digest} of run {run_id} was noted before with other facts; take "
+                                  "part in a new run")
+            if why := why_not_charged(run.terms, roster):
+                raise LedgerError(f"run {run_id} of dataset {dataset!r} is charged for the noise of its sums, and "
+                                  f"{why}; nothing may be trained under this roster")
+            if roster.digest not in run.rosters:
+                self._chain.append("roster", dataset=dataset, run_id=run_id, **asdict(roster))
+
+    def rosters(self, dataset: str, run_id: str) -> tuple[RosterFacts, ...]:
+        """Return the rosters of secure sums under which a run's trainings were begun, in their order."""
+        with self._chain.transaction("DEFERRED") as book:
+            run = book.runs.get((dataset, run_id))
+            return tuple(run.rosters.values()) if run else ()
 
     # Trainings
 
@@ -416,6 +443,9 @@ class Ledger:
             run = book.runs.get(key)
             if run is None or not run.active or key not in self._held:
                 raise LedgerError(f"run {run_id} of dataset {dataset!r} is not held by this process; begin it first")
+            if run.terms.aggregate_noise_multiplier is not None and not (run.rosters or self.simulated):
+                raise LedgerError(f"run {run_id} of dataset {dataset!r} is charged for the noise of its sums, and no "
+                                  "roster of members was noted; nothing may be trained before that")
             if book.charge(dataset, run_id, round, attempt) is not None:
                 raise LedgerError(f"round {round}, attempt {attempt} of run {run_id} was charged before; it is not "
                                   "trained twice. Send its stored update, or train another attempt")
@@ -424,7 +454,7 @@ class Ledger:
                                       "that its noise was calibrated to; take part in a new run")
             closes = admitted(book, dataset, run.terms)
             if not closes <= run.closes:  # since the run began, a limit was lowered or more data sets overlap
-                self._chain.append("run", dataset=dataset, terms=asdict(run.terms), closes=sorted(closes))
+                self._chain.append("run", dataset=dataset, terms=run.terms.stored(), closes=sorted(closes))
             sequence = self._chain.append("reserved", dataset=dataset, run_id=run_id, round=round, attempt=attempt)
         return Reservation(self._chain, sequence, partial(self._release, dataset, sequence))
 
@@ -495,6 +525,24 @@ def admitted(book: Book, dataset: str, terms: RunTerms) -> frozenset[str]:
     raise BudgetExhausted(f"run {terms.run_id} with at most {terms.max_participations} x {terms.local_steps} steps "
                           f"does not fit the lifetime of dataset {'; '.join(left)}. Ask for less epsilon, or raise "
                           f"epsilon in policy.toml, which the ledger records{apart}")
+
+
+def why_not_charged(terms: RunTerms, roster: RosterFacts) -> str:
+    """Return why the sums of a roster do not keep what a run's terms are charged for; "" if they do."""
+    least = terms.aggregate_noise_multiplier
+    if least is None:
+        return ""
+    if not roster.pinned:
+        return "the policy does not name the keys of all members of the roster"
+    if roster.noise_multiplier < least:
+        return (f"the roster's honest members add noise of {roster.noise_multiplier:.4g} to a sum, and the charge is "
+                f"for {least:.4g}")
+    assert terms.delta is not None, "private terms have a delta"
+    try:
+        roster.noise(terms.sampling_rate).epsilon(terms.delta, terms.max_participations)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _is_whole(path: Path, simulated: bool, trial: bool) -> bool:

@@ -17,6 +17,9 @@ A data set's only run needs no filter. Its parameters were fixed before any outp
 planned maximum is enough. A run that fits for this reason only *closes* the budget: from its first training on, its
 whole planned maximum counts, whatever it really did. The filter's sum then stays above the limit, no further run fits,
 and nothing that was seen can influence the guarantee.
+
+A run with secure sums is charged for this client's own noise, or for that of the sums if the owner's policy relies on
+the other members. Then a part of delta is set aside for what rounding to the sums' grid changes.
 """
 
 from __future__ import annotations
@@ -25,13 +28,16 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from fedlora.plan.limits import AGGREGATE, LOCAL
 from fedlora.privacy import renyi
 from fedlora.privacy.accounting import Accountant
+from fedlora.privacy.ledger.rosters import RosterFacts
+from fedlora.privacy.mechanisms import Noise, mechanism_named
 from fedlora.privacy.spend import Spend, rdp
 
 FILTER_ORDERS = (2, 2.5, 3, 3.5, 4, 5, 7, 9, 13, 17, 25, 33, 65, 129)
@@ -67,6 +73,11 @@ class RunTerms:
         max_participations: the most trainings that this run may begin.
         relation: the relation of neighbouring data sets for which the noise was computed.
         accountant: the accountant with which the noise was computed.
+        mechanism: key of the privacy mechanism (`fedlora.privacy.mechanisms`).
+        aggregate_noise_multiplier: the least noise of the run's sums by honest members, over this client's sensitivity,
+            if the owner's policy charges the sums; None if this client's own noise is charged.
+        least_members: the fewest members of a roster of secure sums that this client takes part in; 0 without them.
+        colluding: t, how many members may tell the server what they know without the sums' promise changing.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -85,6 +96,10 @@ class RunTerms:
     max_participations: int
     relation: str = "zero-out"
     accountant: str = "PRV or RDP"
+    mechanism: str = LOCAL
+    aggregate_noise_multiplier: float | None = None
+    least_members: int = 0
+    colluding: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", dict(self.scales))
@@ -101,14 +116,55 @@ class RunTerms:
             Spend(self.noise_multiplier, self.sampling_rate, 1)  # raises where they are out of range
             if self.delta is None or not 0 < self.delta < 1:
                 raise ValueError(f"delta is {self.delta!r}; a run with noise needs one in (0, 1)")
+        if self.aggregate_noise_multiplier is not None:
+            if self.noise_multiplier is None or self.mechanism != AGGREGATE:
+                raise ValueError("aggregate_noise_multiplier is set, and only a private run with secure sums has one")
+            Spend(self.aggregate_noise_multiplier, self.sampling_rate, 1)
+
+    @property
+    def noise(self) -> Noise | None:
+        """The noise of the run; None if privacy is off."""
+        if self.noise_multiplier is None:
+            return None
+        return Noise(self.noise_multiplier, self.aggregate_noise_multiplier)
+
+    def with_noise(self, noise: Noise) -> RunTerms:
+        """Return the same terms with other noise."""
+        return replace(self, noise_multiplier=noise.own, aggregate_noise_multiplier=noise.aggregate)
+
+    def own(self) -> RunTerms:
+        """Return the terms by which this client's own noise is charged, whatever the owner's policy relies on."""
+        return replace(self, aggregate_noise_multiplier=None)
+
+    def stored(self) -> dict[str, Any]:
+        """Return the fields that the ledger stores, by name. Those of another mechanism are left out."""
+        others = set(mechanism_named(AGGREGATE).stores) - set(mechanism_named(self.mechanism).stores)
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
     def spends(self, participations: int) -> tuple[Spend, ...] | None:
         """Return the steps of a number of trainings; None if privacy is off, so that their cost is infinite."""
         if not participations:
             return ()
-        if self.noise_multiplier is None:
+        if self.noise is None:
             return None
-        return (Spend(self.noise_multiplier, self.sampling_rate, participations * self.local_steps),)
+        return mechanism_named(self.mechanism).spends(self.noise, self.sampling_rate, participations * self.local_steps)
+
+    def steps_delta(self, delta: float) -> float:
+        """Return the part of a delta that is left for the steps of this run's mechanism."""
+        return delta if self.noise is None else mechanism_named(self.mechanism).steps_delta(self.noise, delta)
+
+    def epsilon(self, participations: int, delta: float | None = None) -> float:
+        """Return an upper bound on the epsilon of a number of trainings alone; infinite if privacy is off.
+
+        Args:
+            participations: the number of trainings.
+            delta: default the run's own.
+        """
+        spends, at = self.spends(participations), self.delta if delta is None else delta
+        if spends is None or not spends:
+            return math.inf if spends is None else 0.0
+        assert at is not None, "a run with noise has a delta"
+        return Accountant(spends).epsilon(self.steps_delta(at))
 
 
 @dataclass(frozen=True)
@@ -198,6 +254,7 @@ class Run:
             training.
         active: whether the run still reserves its planned maximum; False once it has ended.
         begun: number of trainings charged and not voided.
+        rosters: digest → the roster of secure sums under which trainings were begun, in their order.
     """
 
     dataset: str
@@ -205,6 +262,7 @@ class Run:
     closes: frozenset[str]
     active: bool = True
     begun: int = 0
+    rosters: dict[str, RosterFacts] = field(default_factory=dict)
 
     @property
     def charged(self) -> int:
@@ -308,6 +366,9 @@ class Book:
     def _end(self, event: Event, dataset: str, run_id: str) -> None:
         self.runs[dataset, run_id].active = False
 
+    def _roster(self, event: Event, dataset: str, run_id: str, **facts: Any) -> None:
+        self.runs[dataset, run_id].rosters[facts["digest"]] = RosterFacts(**facts)
+
     def _reserved(self, event: Event, dataset: str, run_id: str, round: int, attempt: int) -> None:
         run = self.runs[dataset, run_id]
         run.begun += 1
@@ -373,14 +434,15 @@ class Book:
         Returns:
             The data sets whose budgets the run would close, usually none; None if the run does not fit.
         """
-        planned, closes = terms.spends(terms.max_participations), set()
+        closes = set()
         for name in (dataset, *self.overlapping(dataset)):
             if self.other_unit(name, terms) is not None:
                 return None
-            limit, others = self.declared(name), self._beside(name, dataset, terms)
-            if limit is None or self._room(limit, [*others, planned]):
+            limit = self.declared(name)
+            if limit is None or self._room(limit, name, dataset, terms):
                 continue
-            if others or planned is None or Accountant(planned).epsilon(limit.delta) > limit.epsilon:
+            if (self._beside(name, dataset, terms) or terms.noise is None
+                    or terms.epsilon(terms.max_participations, limit.delta) > limit.epsilon):
                 return None
             closes.add(name)
         return frozenset(closes)
@@ -395,14 +457,20 @@ class Book:
             dataset: the data set.
             terms: terms of each run.
         """
-        planned = terms.spends(terms.max_participations)
-        return all((limit := self.declared(name)) is None
-                   or self._room(limit, [*self._beside(name, dataset, terms), *[planned] * runs])
+        return all((limit := self.declared(name)) is None or self._room(limit, name, dataset, terms, runs)
                    for name in (dataset, *self.overlapping(dataset)))
 
-    @staticmethod
-    def _room(limit: Declaration, spends: Collection[Sequence[Spend] | None]) -> bool:
-        return limit.epsilon == math.inf or filter_epsilon(spends, limit.delta, limit.orders) <= limit.epsilon
+    def _room(self, limit: Declaration, name: str, dataset: str, terms: RunTerms, runs: int = 1) -> bool:
+        """Return whether a number of runs of `dataset` on these terms fit the limit of `name`, by the filter."""
+        if limit.epsilon == math.inf:
+            return True
+        spends = [*self._beside(name, dataset, terms), *[terms.spends(terms.max_participations)] * runs]
+        return filter_epsilon(spends, self._steps_delta(name, limit.delta, terms), limit.orders) <= limit.epsilon
+
+    def _steps_delta(self, name: str, delta: float, *further: RunTerms) -> float:
+        """Return the part of a delta that is left for the steps of all runs that count against the budget of `name`."""
+        return min((terms.steps_delta(delta) for terms in (*(run.terms for run in self.counted(name)), *further)),
+                   default=delta)
 
     def _beside(self, name: str, dataset: str, terms: RunTerms) -> list[tuple[Spend, ...] | None]:
         """Return the steps that count against the budget of `name`, without those of this run of `dataset`."""
@@ -436,7 +504,7 @@ class Book:
         charged = epsilon(run.begun for run in runs)
         if limit is None:
             return Lifetime(None, None, spent, committed, None, None, (), charged)
-        filtered = filter_epsilon([run.terms.spends(run.committed) for run in runs], limit.delta, orders)
+        filtered = filter_epsilon([run.terms.spends(run.committed) for run in runs], delta, orders)
         closing = next((run for run in runs if dataset in run.closes), None) if filtered > limit.epsilon else None
         remaining = 0.0 if closing else max(0.0, limit.epsilon - committed)
         return Lifetime(limit.epsilon, limit.delta, spent, committed, remaining,
@@ -448,11 +516,14 @@ class Book:
         return filter_epsilon([*charged, further], *self._accounted(dataset))
 
     def _accounted(self, dataset: str) -> tuple[float | None, Sequence[float]]:
-        """Return the limit's delta and orders; without a limit, the smallest delta of a run (None without a run)."""
+        """Return the delta for the steps, and the orders, by which everything is added up.
+
+        The delta is the limit's, or without a limit the smallest of a run (None without a run), less what is set aside.
+        """
         if limit := self.declared(dataset):
-            return limit.delta, limit.orders
+            return self._steps_delta(dataset, limit.delta), limit.orders
         deltas = [run.terms.delta for run in self.counted(dataset) if run.terms.delta]
-        return min(deltas, default=None), FILTER_ORDERS
+        return (self._steps_delta(dataset, min(deltas)) if deltas else None), FILTER_ORDERS
 
 
 def chained(head: str, text: str) -> str:
