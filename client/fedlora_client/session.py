@@ -21,8 +21,9 @@ from fedlora.adapters import AdapterLayout
 from fedlora.adapters.layout import MOST_RECEIVED, MOST_VALUE
 from fedlora.adapters.sketches import sketch_layout, sketch_plan
 from fedlora.plan import Refusal, Refused, Released, RoundPlan, RunPlan, Tensors, Upload, plan_digest
-from fedlora.privacy import Accountant, BudgetExhausted, Forbidden, Ledger, RunStreams, RunTerms
+from fedlora.privacy import BudgetExhausted, Forbidden, Ledger, RunStreams, RunTerms
 from fedlora.privacy.ledger import Reservation
+from fedlora.privacy.mechanisms import Noise
 from fedlora.tasks import Records
 from fedlora.training import Trainer, TrainingJob, TrainResult
 from fedlora.training.adjustments import check_adjustment
@@ -106,8 +107,9 @@ class ClientSession:
         if known.plan_sha256 != fresh.plan_sha256:
             log.error("The server changed the plan of run %s during the run; refused.", self.run.run_id)
             raise Refused("policy")
-        same = dataclasses.replace(fresh, noise_multiplier=known.noise_multiplier) == known
-        if not same or (fresh.noise_multiplier or 0.0) > (known.noise_multiplier or 0.0):
+        same = dataclasses.replace(fresh, noise_multiplier=known.noise_multiplier,
+                                   aggregate_noise_multiplier=known.aggregate_noise_multiplier) == known
+        if not (same and _keeps(known.noise, fresh.noise)):
             log.error("Run %s was begun with %s; the options and the data now require %s. The terms cannot change "
                       "during a run: start with the options and data of before, or take part in a new run.",
                       self.run.run_id, known, fresh)
@@ -139,7 +141,7 @@ class ClientSession:
                      if charge.state != "voided")
 
     def epsilon(self) -> float:
-        """Return the ε charged so far in this run; infinite without privacy."""
+        """Return the ε charged so far in this run, for what the owner's policy charges; infinite without privacy."""
         return self.ledger.epsilon(self.dataset, self.run.run_id)
 
     def reserved(self) -> float:
@@ -148,8 +150,7 @@ class ClientSession:
         It is infinite without privacy.
         """
         if self._reserved is None:  # the terms are fixed for the run
-            spends = self.terms.spends(self.terms.max_participations)
-            self._reserved = float("inf") if spends is None else Accountant(spends).epsilon(self.terms.delta or 0.0)
+            self._reserved = self.terms.epsilon(self.terms.max_participations)
         return self._reserved
 
     @property
@@ -369,6 +370,13 @@ class ClientSession:
         if received:
             self.state.save_frozen(plan.frozen_sha256, frozen)
         return {**tensors, **frozen}
+
+
+def _keeps(known: Noise | None, fresh: Noise | None) -> bool:
+    """Return whether the noise of a run that has begun is still enough, and charged as the policy says."""
+    if known is None or fresh is None:
+        return known is fresh
+    return (known.aggregate is None) == (fresh.aggregate is None) and known.charged >= fresh.charged
 
 
 def _check_time(plan: RoundPlan) -> None:

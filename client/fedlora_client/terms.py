@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from fedlora.config import LocalConfig
 from fedlora.plan import ROW, Refused, RunPlan
 from fedlora.privacy import MOST_SAMPLING_RATE, SIGMA_STEP, Budget, RunTerms
+from fedlora.privacy.mechanisms import mechanism_named
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,9 @@ class Limits:
         rows_per_unit: the most rows of one unit that enter a step.
         max_sampling_rate: a private plan that would sample units with a higher probability is refused.
         announce_size: whether uploads state the noise multiplier and δ, from which n̂ can be computed.
+        trust: whose noise a run with secure sums is charged for, as in `fedlora.privacy.Policy`.
+        least_members: the fewest members of a roster of secure sums; a plan may demand more.
+        pinned: whether the data holder names the keys of all members.
     """
 
     epsilon: float
@@ -43,6 +46,9 @@ class Limits:
     rows_per_unit: int = 8
     max_sampling_rate: float = MOST_SAMPLING_RATE
     announce_size: bool = True
+    trust: str = "local"
+    least_members: int = 0
+    pinned: bool = False
 
     @classmethod
     def of(cls, options: LocalConfig, unit: str, **allowed: Any) -> Limits:
@@ -112,30 +118,37 @@ def private_terms(limits: Limits, budget: Budget, run: RunPlan, plan_sha256: str
     Raises:
         ValueError: the run would sample the units with too high a probability, or no noise keeps the budget.
     """
+    clip_norm = min(run.clip_norm, limits.max_clip_norm)
+    members = max(run.least_members, limits.least_members) if run.secure_aggregation else 0
+    noise = mechanism_named(run.mechanism).calibrate(budget, run, clip_norm,
+                                                     members if limits.trust == "aggregate" else None)
     return RunTerms(
         run_id=run.run_id, plan_sha256=plan_sha256, unit=limits.unit, declared_size=budget.declared_size,
-        sampling_rate=budget.sampling_rate(run.expected_batch),
-        noise_multiplier=budget.noise_multiplier(run.expected_batch, run.most_trainings * run.local_steps),
-        delta=budget.delta, clip_norm=min(run.clip_norm, limits.max_clip_norm), scales=scales or {},
-        local_steps=run.local_steps, max_participations=run.most_trainings)
+        sampling_rate=budget.sampling_rate(run.expected_batch), noise_multiplier=noise.own,
+        delta=budget.delta, clip_norm=clip_norm, scales=scales or {},
+        local_steps=run.local_steps, max_participations=run.most_trainings, mechanism=run.mechanism,
+        aggregate_noise_multiplier=noise.aggregate, least_members=members, colluding=run.colluding)
 
 
 def with_room(terms: RunTerms, fits: Callable[[RunTerms], bool], most: float = MOST_EXTRA_NOISE) -> RunTerms | None:
     """Return the terms with the least noise that fits; None if none does.
 
     Args:
-        terms: private terms; their noise is the least that is tried. Noise multipliers are multiples of `SIGMA_STEP`.
+        terms: private terms; their noise is the least that is tried. The noise multipliers that are charged are
+            multiples of `SIGMA_STEP`.
         fits: whether terms fit the lifetime budget; true for more noise if it is true for less.
         most: the most noise that is tried, as a multiple of that of `terms`.
     """
-    def with_noise(multiple: int) -> RunTerms:
-        return dataclasses.replace(terms, noise_multiplier=multiple * SIGMA_STEP)
-
     if fits(terms):
         return terms
-    assert terms.noise_multiplier is not None
-    low = high = round(terms.noise_multiplier / SIGMA_STEP)
-    largest = math.floor(most * terms.noise_multiplier / SIGMA_STEP)
+    noise, mechanism = terms.noise, mechanism_named(terms.mechanism)
+    assert noise is not None
+
+    def with_noise(multiple: int) -> RunTerms:
+        return terms.with_noise(mechanism.raised(noise, multiple * SIGMA_STEP))
+
+    low = high = round(noise.charged / SIGMA_STEP)
+    largest = math.floor(most * noise.charged / SIGMA_STEP)
     while not fits(with_noise(high)):
         if high == largest:
             return None

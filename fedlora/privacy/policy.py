@@ -11,6 +11,9 @@
     announce-labels = false               # refuse servers that ask for the label names
     announce-size = false                 # leave sigma and delta out of uploads: they tell about the declared size
     private-start = false                 # refuse servers that ask for gradients to start the adapters from
+    trust = "aggregate"                   # charge the noise of secure sums, which relies on other members; default: own
+    members = ["<SHA-256 of a member's public key>"]    # the only ones with whom this site takes part in secure sums
+    least-members = 6                     # ... and the fewest of them
 
     [dataset.north]                       # one table for each data set, under an id of the owner's choice
     data = "/records/north"
@@ -46,8 +49,12 @@ from fedlora.data.rows import normalize_label
 from fedlora.files import replace_file
 from fedlora.places import expanded
 from fedlora.plan import LONGEST_LABEL, MOST_ANNOUNCED, ROW, Proposal, check_unit
+from fedlora.plan.limits import LEAST_MEMBERS, MOST_MEMBERS
 from fedlora.privacy.about import KEYS, NOTHING, About
 from fedlora.privacy.accounting import MOST_SAMPLING_RATE
+
+TRUSTS = ("local", "aggregate")
+"""Whose noise a run with secure sums is charged for: the client's own, or that of the sums."""
 
 
 class Forbidden(ValueError):
@@ -130,6 +137,11 @@ class Policy:
         announce_labels: whether a server may ask for the label names.
         announce_size: whether uploads state the noise multiplier and delta, which tell about the declared size.
         private_start: whether a server may ask for gradients, noised in private runs, from which the adapters start.
+        trust: whose noise a run with secure sums is charged for: "local" for this client's own, or "aggregate" for that
+            of the sums, which relies on the other members.
+        members: the only keys with which this site takes part in secure sums, as `server_fingerprints`; None takes
+            whomever the certificate authority knows.
+        least_members: the fewest members of a roster of secure sums; None for as few as there can be.
         datasets: id → the data set's own table.
     """
 
@@ -145,6 +157,9 @@ class Policy:
     announce_labels: bool = True
     announce_size: bool = True
     private_start: bool = True
+    trust: str = TRUSTS[0]
+    members: tuple[str, ...] | None = None
+    least_members: int | None = None
     datasets: Mapping[str, DatasetPolicy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -153,11 +168,42 @@ class Policy:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)!r}; it must be at least 0")
         if math.isinf(self.min_noise_multiplier):
             raise ValueError("min-noise-multiplier is infinite, which allows no run; give a number")
-        if self.server_fingerprints is not None:
-            keys = tuple("".join(key.split()).lower() for key in self.server_fingerprints)
-            if wrong := [key for key in keys if not re.fullmatch(r"[0-9a-f]{64}", key)]:
-                raise ValueError(f"server-fingerprints holds {wrong[0]!r}; a fingerprint has 64 hexadecimal digits")
-            object.__setattr__(self, "server_fingerprints", keys)
+        for name in ("server_fingerprints", "members"):
+            if (given := getattr(self, name)) is not None:
+                keys = tuple("".join(key.split()).lower() for key in given)
+                if wrong := [key for key in keys if not re.fullmatch(r"[0-9a-f]{64}", key)]:
+                    raise ValueError(f"{name.replace('_', '-')} holds {wrong[0]!r}; a fingerprint has 64 hexadecimal "
+                                     "digits")
+                object.__setattr__(self, name, keys)
+        self._check_members()
+
+    def _check_members(self) -> None:
+        """Check what is said about secure sums."""
+        if self.trust not in TRUSTS:
+            raise ValueError(f"trust is {self.trust!r}; it must be {' or '.join(TRUSTS)}")
+        least = self.least_members
+        if least is not None and not LEAST_MEMBERS <= least <= MOST_MEMBERS:
+            raise ValueError(f"least-members is {least}; it must be {LEAST_MEMBERS} to {MOST_MEMBERS}")
+        if self.trust == "aggregate" and (self.members is None or least is None):
+            raise ValueError('trust is "aggregate", and members and least-members must then be set: without them '
+                             "whoever runs the certificate authority could make up the members on whose noise this "
+                             "site relies. Name the fingerprints of their keys, and the fewest that must take part")
+        if self.members is not None and len(set(self.members)) < (self.fewest_members - 1):
+            raise ValueError(f"members names {len(set(self.members))} keys, with which no roster of "
+                             f"{self.fewest_members} members can be made; name more, or lower least-members")
+
+    @property
+    def fewest_members(self) -> int:
+        """The fewest members of a roster of secure sums with which this site takes part."""
+        return self.least_members or LEAST_MEMBERS
+
+    def pins(self, own: str) -> frozenset[str] | None:
+        """Return the fingerprints of the keys that a roster may hold; None if the owner named none.
+
+        Args:
+            own: the fingerprint of this site's own key, which need not be named.
+        """
+        return None if self.members is None else frozenset((*self.members, own))
 
     @classmethod
     def read(cls, path: Path) -> Policy:
@@ -352,7 +398,8 @@ def absolute(data: str) -> str:
 _FIELDS: Mapping[str, tuple[type, ...]] = {
     "min-noise-multiplier": (int, float), "max-rounds": (int,), "max-sampling-rate": (int, float),
     "strategies": (list,), "families": (list,), "models": (list,), "servers": (list,),
-    "server-fingerprints": (list,), "announce-labels": (bool,), "announce-size": (bool,), "private-start": (bool,)}
+    "server-fingerprints": (list,), "announce-labels": (bool,), "announce-size": (bool,), "private-start": (bool,),
+    "trust": (str,), "members": (list,), "least-members": (int,)}
 
 _DATASET_FIELDS: Mapping[str, tuple[type, ...]] = {
     "data": (str,), "epsilon": (int, float), "delta": (int, float), "unit": (str,), "distinct": (list,),

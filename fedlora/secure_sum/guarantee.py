@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import math
 
+from fedlora.privacy.ledger import RosterFacts, RunTerms
 from fedlora.privacy.mechanisms.distributed_gaussian import SumNoise
 from fedlora.secure_sum.roster import Roster
+from fedlora.secure_sum.statements import Refused
 
 
 class SumGuarantee(SumNoise):
@@ -39,6 +41,29 @@ class SumGuarantee(SumNoise):
         sensitivity = roster.grid.sensitivity(roster.values, clip_norm)
         return cls(math.sqrt(roster.honest) * roster.noise / sensitivity, sampling_rate, roster.noise, roster.honest,
                    roster.values)
+
+
+def facts_of(roster: Roster, terms: RunTerms, *, pinned: bool) -> RosterFacts:
+    """Return what ledger and report keep of a roster that a client checked, if it keeps what the run is charged for.
+
+    Args:
+        roster: the roster.
+        terms: the client's terms in the run.
+        pinned: whether the owner's policy names the keys of all members.
+
+    Raises:
+        Refused: the run is charged for the noise of its sums, and the roster does not promise that much; or the clip
+            norm of the terms is above the grid's.
+    """
+    try:
+        noise = SumGuarantee.of(roster, clip_norm=terms.clip_norm, sampling_rate=terms.sampling_rate).noise_multiplier
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    facts = RosterFacts(roster.digest.hex(), len(roster.entries), roster.colluding, noise, roster.noise,
+                        roster.grid.step, roster.values, pinned)
+    if lacking := terms.lacks(facts):
+        raise Refused(f"the run is charged for the noise of its sums, and {lacking}")
+    return facts
 
 
 def least_noise(multiplier: float, *, clip_norm: float, step: float, values: int) -> float:

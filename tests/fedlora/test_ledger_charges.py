@@ -165,7 +165,8 @@ def test_a_real_ledger_is_written_through_to_the_disk_at_every_commit(path):
 def test_run_terms_are_what_is_agreed():
     assert [field.name for field in dataclasses.fields(RunTerms)] == [
         "run_id", "plan_sha256", "unit", "declared_size", "sampling_rate", "noise_multiplier", "delta", "clip_norm",
-        "scales", "local_steps", "max_participations", "relation", "accountant"]
+        "scales", "local_steps", "max_participations", "relation", "accountant", "mechanism",
+        "aggregate_noise_multiplier", "least_members", "colluding"]
 
 
 # A full disk

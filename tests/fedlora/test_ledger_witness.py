@@ -101,7 +101,7 @@ def test_a_ledger_of_format_1_is_read_and_its_run_goes_on(used):
     assert len(opened(used).charges()) == 3
     execute(used, "UPDATE events SET event = replace(event, '\"format\":1', '\"format\":4')")
     rehash(used, str)
-    with pytest.raises(LedgerError, match=r"format that this version reads \(1 to 2\)"):
+    with pytest.raises(LedgerError, match=r"format that this version reads \(1 to 3\)"):
         Ledger(used)
 
 

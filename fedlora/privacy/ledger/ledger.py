@@ -410,9 +410,9 @@ class Ledger:
             if known != roster:
                 raise LedgerError(f"the roster {roster.digest} of run {run_id} was noted before with other facts; take "
                                   "part in a new run")
-            if why := why_not_charged(run.terms, roster):
+            if lacking := run.terms.lacks(roster):
                 raise LedgerError(f"run {run_id} of dataset {dataset!r} is charged for the noise of its sums, and "
-                                  f"{why}; nothing may be trained under this roster")
+                                  f"{lacking}; nothing may be trained under this roster")
             if roster.digest not in run.rosters:
                 self._chain.append("roster", dataset=dataset, run_id=run_id, **asdict(roster))
 
@@ -525,24 +525,6 @@ def admitted(book: Book, dataset: str, terms: RunTerms) -> frozenset[str]:
     raise BudgetExhausted(f"run {terms.run_id} with at most {terms.max_participations} x {terms.local_steps} steps "
                           f"does not fit the lifetime of dataset {'; '.join(left)}. Ask for less epsilon, or raise "
                           f"epsilon in policy.toml, which the ledger records{apart}")
-
-
-def why_not_charged(terms: RunTerms, roster: RosterFacts) -> str:
-    """Return why the sums of a roster do not keep what a run's terms are charged for; "" if they do."""
-    least = terms.aggregate_noise_multiplier
-    if least is None:
-        return ""
-    if not roster.pinned:
-        return "the policy does not name the keys of all members of the roster"
-    if roster.noise_multiplier < least:
-        return (f"the roster's honest members add noise of {roster.noise_multiplier:.4g} to a sum, and the charge is "
-                f"for {least:.4g}")
-    assert terms.delta is not None, "private terms have a delta"
-    try:
-        roster.noise(terms.sampling_rate).epsilon(terms.delta, terms.max_participations)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _is_whole(path: Path, simulated: bool, trial: bool) -> bool:

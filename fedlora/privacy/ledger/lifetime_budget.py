@@ -141,6 +141,25 @@ class RunTerms:
         others = set(mechanism_named(AGGREGATE).stores) - set(mechanism_named(self.mechanism).stores)
         return {name: value for name, value in asdict(self).items() if name not in others}
 
+    def lacks(self, roster: RosterFacts) -> str:
+        """Return what the sums of a roster lack to keep what this run is charged for; "" if nothing."""
+        least = self.aggregate_noise_multiplier
+        if least is None:
+            return ""
+        if not roster.pinned:
+            return "the policy does not name the keys of the roster's members"
+        if roster.members < self.least_members:
+            return f"the roster has {roster.members} members, and the charge relies on {self.least_members}"
+        if roster.noise_multiplier < least:
+            return (f"the roster's honest members add noise of {roster.noise_multiplier:.4g} to a sum, and the charge "
+                    f"is for {least:.4g}")
+        assert self.delta is not None, "private terms have a delta"
+        try:
+            roster.noise(self.sampling_rate).epsilon(self.delta, self.max_participations)
+        except ValueError as error:
+            return str(error)
+        return ""
+
     def spends(self, participations: int) -> tuple[Spend, ...] | None:
         """Return the steps of a number of trainings; None if privacy is off, so that their cost is infinite."""
         if not participations:
