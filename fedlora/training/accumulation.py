@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from fedlora.plan import Tensors
+from fedlora.training.job import SUM, Encoding
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.runtime_checks import GradientCheck
 from fedlora.training.sampling import Draw
@@ -85,6 +87,11 @@ class Step(ABC):
 
     def close(self) -> None:  # noqa: B027
         """End the round's steps, and drop what is unfinished."""
+
+    @property
+    def result(self) -> Tensors | None:
+        """What the client releases in place of the trained tensors; None for those."""
+        return None
 
 
 class PlainStep(Step):
@@ -170,12 +177,15 @@ class PrivateStep(Step):
 
     @override
     def finish(self, *, telling: Callable[[], bool]) -> None:
-        optimizer = self.optimizer
         if self.gradients.waiting:
-            self.gradients.note(optimizer.clipped_sum, optimizer.refused, telling=telling)
-        optimizer.signal_skip_step(False)
-        optimizer.step()
-        optimizer.zero_grad()
+            self.gradients.note(self.optimizer.clipped_sum, self.optimizer.refused, telling=telling)
+        self._release()
+
+    def _release(self) -> None:
+        """Add noise to the draw's sum and step with it."""
+        self.optimizer.signal_skip_step(False)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     @override
     def check(self) -> None:
@@ -185,3 +195,31 @@ class PrivateStep(Step):
     def close(self) -> None:
         self.optimizer.buffer.disarm()
         self.clipped, self.nonfinite = self.optimizer.clipped, self.optimizer.nonfinite
+
+
+class SumStep(PrivateStep):
+    """A private step that makes the integers of a secure sum, where `PrivateStep` moves the tensors.
+
+    Args:
+        optimizer: Clips and sums, and adds the noise of the grid.
+        gradients: The runtime check that sees the draw's sum.
+        encoding: The integers and the noise.
+        order: [values] The columns of the gradient buffer in the order of the released vector.
+    """
+
+    def __init__(self, optimizer: PerRecordOptimizer, gradients: GradientCheck, encoding: Encoding,
+                 order: np.ndarray) -> None:
+        super().__init__(optimizer, gradients)
+        optimizer.draws_ahead = False  # the noise of the grid is drawn when it is added
+        self._encoding, self._order = encoding, order
+        self._integers: np.ndarray | None = None
+
+    @override
+    def _release(self) -> None:
+        self._integers = self.optimizer.encode(self._encoding, self._order)
+
+    @property
+    @override
+    def result(self) -> Tensors:
+        """The integers, as `SUM`; nothing before the step is finished."""
+        return {} if self._integers is None else {SUM: self._integers}

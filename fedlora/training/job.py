@@ -7,6 +7,7 @@ from typing import Protocol
 
 from fedlora.plan import RunPlan, Tensors
 from fedlora.privacy.rng import RandomStream
+from fedlora.secure_sum.integers import Grid
 from fedlora.tasks import Records
 
 ROWS_PER_UNIT = 8
@@ -21,6 +22,23 @@ class Streams(Protocol):
 
         An implementation may return a fresh stream for every call, or continue the one it returned before.
         """
+
+
+SUM = "sum"
+"""The name of the one tensor that a client uploads in a secure sum."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The form in which a client gives its clipped sum to a secure sum: integers, with the client's noise.
+
+    Attributes:
+        grid: The integers of the run.
+        deviation: The standard deviation of the noise before it is rounded, in units of the grid.
+    """
+
+    grid: Grid
+    deviation: float
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,11 @@ class TrainingJob:
         active: The names of the tensors to train in this round. () trains all that the layout marks as trained.
         prefixes: (module, rank) of the adapted modules of which only the first ranks are used and trained in this
             round. `start` has their tensors in that rank.
+        encoding: The integers that the clipped sum of the job's one step becomes, with noise. No tensor changes then,
+            and the result holds the integers alone. None steps the tensors.
+
+    Raises:
+        ValueError: The sampling rate is out of range, or a job with an encoding is not private or has several steps.
     """
 
     run: RunPlan
@@ -62,10 +85,14 @@ class TrainingJob:
     rows_per_unit: int = ROWS_PER_UNIT
     active: tuple[str, ...] = ()
     prefixes: tuple[tuple[str, int], ...] = ()
+    encoding: Encoding | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.sampling_rate <= 1:
             raise ValueError(f"sampling_rate is {self.sampling_rate!r}; it must be in (0, 1]")
+        if self.encoding is not None and not (self.private and self.run.local_steps == 1):
+            raise ValueError("a secure sum takes the clipped and noised sum of one step: it needs privacy and "
+                             f"--local-steps 1, not {self.run.local_steps}")
 
     @property
     def private(self) -> bool:
@@ -92,7 +119,8 @@ class TrainResult:
     """The result of one client's training in one round. Under privacy only `tensors` and `steps` may leave the machine.
 
     Attributes:
-        tensors: The trained tensors, by name.
+        tensors: The trained tensors, by name; of a job with an encoding, `SUM` → [values] int64 alone. Its values are
+            those of the trained tensors in order of their names, each in C order.
         steps: The number of optimizer steps done; fewer than planned if training was stopped.
         drawn: The number of units drawn in each step.
         mean_loss: The mean loss over the drawn records; nan if none was drawn.

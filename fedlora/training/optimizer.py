@@ -6,6 +6,9 @@
     step =  (S + N(0, sigma^2 C^2)) / b          b is public and constant, never the number of drawn units
     Each group of the step is divided by its scale. This comes after the noise, so the guarantee is untouched.
 
+In a secure sum there is no step: a client gives S on the grid of the run, with rounded noise, and the server steps with
+the sum over the clients (`PerRecordOptimizer.encode`).
+
 Norms, sums and noise are in float32 or better, whatever precision the model computes in. Opacus' `DPOptimizer` provides
 the step itself, the queue of skipped steps (one for each micro-batch of a draw) and the wrapping of the optimizer.
 """
@@ -21,8 +24,10 @@ from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
 from fedlora.privacy.rng import RandomStream
+from fedlora.secure_sum.rounding import rounded_noise
 from fedlora.training.gradient_buffer import GradientBuffer, row_norms
 from fedlora.training.graphs import without_waiting
+from fedlora.training.job import Encoding
 from fedlora.training.runtime_checks import NoisePool, StepChecks
 
 CLIP_MARGIN = 1e-5
@@ -218,6 +223,24 @@ class PerRecordOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no ty
             if self._adjust is not None:
                 self._adjust()
         return ready
+
+    def encode(self, encoding: Encoding, order: np.ndarray) -> np.ndarray:
+        """Return the draw's sum as integers of a secure sum, with noise, and forget it. The parameters do not move.
+
+        Args:
+            encoding: The integers and the noise.
+            order: [values] The columns of the buffer in the order of the released vector.
+
+        Returns:
+            [values] int64.
+        """
+        clipped_sum = self._sum.cpu().double().numpy()[order]
+        noise = rounded_noise(self.noise, encoding.deviation, len(order))
+        integers: np.ndarray = encoding.grid.encode(clipped_sum) + noise
+        self._checks.note_encoded(clipped_sum, integers, noise, encoding)
+        self._draw_goes_on = False
+        self.zero_grad()
+        return integers
 
     def check(self) -> None:
         """Evaluate the runtime checks of all steps, after the last one.

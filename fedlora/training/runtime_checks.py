@@ -3,7 +3,8 @@
     check           compares                                        with                       fires, for example, if
     shares          each unit's weighted gradient                   C                          clipping is wrong
     applied noise   applied gradient · b · scale - clipped sum      the noise that was drawn   noise is added twice
-    pooled noise    the standard deviation of the run's noise       σ·C                        noise is too small
+    encoded noise   integers - clipped sum, in units of the grid    the noise that was drawn   a value is not noised
+    pooled noise    the standard deviation of the run's noise       σ·C, or the grid's         noise is too small
     gradients       the clipped sum of each trained tensor          0                          an adapter is cut off
     frozen          the frozen tensors after the round              those before it            an optimizer moves them
     owners          the tensors that train                          the model's                the model was copied
@@ -29,6 +30,7 @@ from torch import nn
 from fedlora.adapters import AdaptedModel, AdapterLayout
 from fedlora.tasks import Records
 from fedlora.training.gradient_buffer import GradientBuffer, row_norms
+from fedlora.training.job import Encoding
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,9 @@ _ROUNDING = 1e-5
 
 _LEAST_NOISE = 1e-3
 """Noise below this share of the sum's root mean square is not measured: float32 loses it, and it gives no privacy."""
+
+_LEAST_DEVIATION = 1.0
+"""Noise on a grid below this standard deviation is not measured: rounding changes it, and it gives no privacy."""
 
 _SAMPLE = 64
 """The number of values to compare in each tensor of the base model. The adapter's frozen tensors are compared whole."""
@@ -165,6 +170,28 @@ class StepChecks:
         error -= _ROUNDING * noise.abs()
         norm = torch.linalg.vector_norm
         self._applied.append(torch.stack([error.max(), norm(clipped_sum), norm(added)]))
+
+    def note_encoded(self, clipped_sum: np.ndarray, integers: np.ndarray, noise: np.ndarray,
+                     encoding: Encoding) -> None:
+        """Compare the integers that are about to be released with the sum on the grid and the noise.
+
+        Args:
+            clipped_sum: [values] The sum, in the scaled space.
+            integers: [values] What is released.
+            noise: [values] The noise that was drawn, in units of the grid.
+            encoding: The grid and the standard deviation of the noise, as promised.
+
+        Raises:
+            RuntimeError: The integers are not the sum with the drawn noise, or the promised noise is below σ·C.
+        """
+        grid = encoding.grid
+        if not encoding.deviation * grid.step >= self._deviation:
+            raise alarm("the noise of a secure sum is below the client's own noise multiplier")
+        added = integers - np.rint(np.clip(clipped_sum / grid.step, -grid.most, grid.most))
+        if not np.array_equal(added, noise):
+            raise alarm("the integers of a secure sum are not the clipped sum with the drawn noise")
+        if encoding.deviation >= _LEAST_DEVIATION:
+            self._pool.add(len(added), float(np.linalg.norm(added)), math.sqrt(encoding.deviation**2 + 1 / 12))
 
     def check(self) -> None:
         """Evaluate what was measured in the steps so far.

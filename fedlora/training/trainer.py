@@ -21,12 +21,12 @@ from typing_extensions import override
 
 from fedlora.adapters import AdaptedModel
 from fedlora.memory import memory_advice
-from fedlora.plan import RunPlan
+from fedlora.plan import RunPlan, Tensors
 from fedlora.privacy.rng import RandomStream
 from fedlora.records import Batch
 from fedlora.tasks import Records, Task
 from fedlora.training import rehearsal
-from fedlora.training.accumulation import PlainStep, PrivateStep, Step
+from fedlora.training.accumulation import PlainStep, PrivateStep, Step, SumStep
 from fedlora.training.adjustments import Adjuster
 from fedlora.training.batch_invariance import IN_MEMORY, Findings, Shapes
 from fedlora.training.compiled import CompiledBlocks, check_compiles
@@ -323,11 +323,16 @@ class Trainer:
             self.buffer.disarm()
             for parameter in parameters:
                 parameter.grad = None
-        results = [client.result(self.active.read("trained") if alone else {
-            name: parameter.detach().cpu().numpy().copy() for name, parameter in client.trained.items()})
-            for client in clients]
+        results = [client.result(self._released(client, alone)) for client in clients]
         self.noise_pool.check()
         return results
+
+    def _released(self, client: Client, alone: bool) -> Tensors:
+        """Return what a client releases after its steps: the trained tensors, or the integers of a secure sum."""
+        if client.step.result is not None:
+            return client.step.result
+        return self.active.read("trained") if alone else {
+            name: parameter.detach().cpu().numpy().copy() for name, parameter in client.trained.items()}
 
     def _check_private(self, job: TrainingJob, parameters: list[nn.Parameter], alone: bool) -> None:
         """Check what must hold before a record is read under privacy.
@@ -379,10 +384,15 @@ class Trainer:
         if job.noise_multiplier is None:
             divisor = plain_divisor(run, job.records, job.sampling_rate)
             return SummedStep(inner, divisor, buffer, adjust) if summed else PlainStep(inner, divisor, adjust)
-        return PrivateStep(PerRecordOptimizer(
+        optimizer = PerRecordOptimizer(
             inner, buffer, scales={"adapter": run.adapter_scale, "head": run.head_scale}, clip_norm=job.clip_norm,
             noise_multiplier=job.noise_multiplier, expected_batch_size=run.expected_batch, noise=job.stream("noise"),
-            pool=self.noise_pool, adjust=adjust), gradients)
+            pool=self.noise_pool, adjust=adjust)
+        if job.encoding is None:
+            return PrivateStep(optimizer, gradients)
+        columns = {id(slot.parameter): slot.columns for slot in buffer.slots}
+        order = [np.r_[columns[id(parameters[spec.name])]] for spec in layout.trained]
+        return SumStep(optimizer, gradients, job.encoding, np.concatenate(order))
 
     @property
     def most_rows(self) -> int:

@@ -121,7 +121,7 @@ def clipped_sum(trainer: Trainer, run: RunPlan, records: Records, indices, owner
     """Return the sum before noise, [values] float64, if exactly these records of these units were drawn."""
     trainer.show_batch_invariance(run)
     optimizer = make_optimizer(trainer, run)
-    adapted = trainer.adapted
+    adapted = trainer.active
     step = PrivateStep(optimizer, GradientCheck(adapted.layout, adapted.parameters(), trainer.buffer))
     draw = Draw(np.asarray(indices, dtype=np.int64), None if owners is None else np.asarray(owners, dtype=np.int64))
     client = SimpleNamespace(step=step, losses=[], first=0)
