@@ -9,6 +9,8 @@ A round has these steps. Each is on disk before the next one begins:
 
 If the process dies in between, the round stays charged. If it dies after the third step, the same bytes are sent again
 at no further cost.
+
+In a run with secure aggregation the cohort is checked before the first step, and the upload is the masked sum.
 """
 
 from __future__ import annotations
@@ -24,12 +26,17 @@ from fedlora.plan import Refusal, Refused, Released, RoundPlan, RunPlan, Tensors
 from fedlora.privacy import BudgetExhausted, Forbidden, Ledger, RunStreams, RunTerms
 from fedlora.privacy.ledger import Reservation
 from fedlora.privacy.mechanisms import Noise
+from fedlora.secure_sum import statements
+from fedlora.secure_sum.guarantee import least_noise
+from fedlora.secure_sum.integers import Grid
+from fedlora.secure_sum.packages import sent_digest
 from fedlora.tasks import Records
-from fedlora.training import Trainer, TrainingJob, TrainResult
+from fedlora.training import SUM, Encoding, Trainer, TrainingJob, TrainResult
 from fedlora.training.adjustments import check_adjustment
 from fedlora.wire import rounded, tensors_digest
 
 from .state import State
+from .sum_part import SumPart
 from .terms import Limits, private_terms, with_room
 
 log = logging.getLogger(__name__)
@@ -79,7 +86,7 @@ class ClientSession:
         self.ledger, self.dataset = ledger, dataset
         self._sketch_trainer, self.anchors = sketch_trainer, anchors and not ledger.simulated
         self._reserved: float | None = None
-        self._begun: dict[tuple[str, int, int], tuple[Reservation, Tensors]] = {}
+        self._begun: dict[tuple[str, int, int], tuple[Reservation, Tensors, SumPart | None]] = {}
         self.terms = self._settle()
         try:
             approve(self.terms)
@@ -160,7 +167,8 @@ class ClientSession:
 
     def run_round(self, plan: RoundPlan, tensors: Tensors, stop: Callable[[], bool] | None = None,
                   charged: Callable[[], object] = lambda: None,
-                  stepped: Callable[[int], object] = lambda steps: None) -> Upload | Refusal:
+                  stepped: Callable[[int], object] = lambda steps: None,
+                  part: SumPart | None = None) -> Upload | Refusal:
         """Train once for `plan`, starting from `tensors`.
 
         Args:
@@ -171,6 +179,7 @@ class ClientSession:
                 round's time is up.
             charged: called once the charge is on disk and before the training.
             stepped: told after every step how many are done. It must return at once.
+            part: this client's part in the sum of this attempt; None in a run without secure aggregation.
 
         Returns:
             What may be sent: the upload, or a refusal.
@@ -179,14 +188,15 @@ class ClientSession:
             LedgerError: the charge cannot be written; nothing was trained.
         """
         prepared: list[Trainer] = []
-        training = self.begin(plan, tensors, lambda: prepared.append(self._prepared_trainer(plan)))
+        training = self.begin(plan, tensors, lambda: prepared.append(self._prepared_trainer(plan)), part)
         if not isinstance(training, TrainingJob):
             return training
         charged()
         return self.finish(plan, prepared[0].train(training, stop or (lambda: plan.is_late), stepped))
 
     def begin(self, plan: RoundPlan, tensors: Tensors,
-              prepare: Callable[[], object] = lambda: None) -> TrainingJob | Upload | Refusal:
+              prepare: Callable[[], object] = lambda: None,
+              part: SumPart | None = None) -> TrainingJob | Upload | Refusal:
         """Do everything in `run_round` that comes before the training. The charge is on disk when this returns a job.
 
         Args:
@@ -194,6 +204,7 @@ class ClientSession:
             tensors: the trained tensors, and the frozen ones unless this client holds them already.
             prepare: called right before the charge. Everything that can fail without a record should fail here, as a
                 failure then costs nothing.
+            part: this client's part in the sum of this attempt; None in a run without secure aggregation.
 
         Returns:
             The job, to be trained once by any trainer and then given to `finish`; or an answer that needs no training.
@@ -213,7 +224,11 @@ class ClientSession:
             self._check_turn(plan, [round for round, _ in started])
             active = _in_round(layout, plan)
             start = active.cut(self._complete(plan, tensors, layout))
-            self._check_room(plan.round, 4 * active.num_trained)
+            encoding = self._encoding(plan, part, layout.num_trained)
+            width = 4 if part is None else part.grid.dtype.itemsize
+            self._check_room(plan.round, width * active.num_trained)
+            if part is not None:
+                self._accept(part, plan, {spec.name: tensors[spec.name] for spec in layout.trained})
             prepare()
             _check_time(plan)  # from here to the charge nothing takes long
         except Refused as refused:
@@ -224,13 +239,64 @@ class ClientSession:
             log.error("%s", error)
             return Refusal("budget")
         reservation.begin()
-        self._begun[plan.key] = reservation, start
+        self._begun[plan.key] = reservation, start, part
         terms, run = self.terms, self.run if plan.round else sketch_plan(self.run)
         return TrainingJob(
             run, self.records, start, sampling_rate=terms.sampling_rate, noise_multiplier=terms.noise_multiplier,
             clip_norm=terms.clip_norm, lr=plan.lr if plan.round else run.lr,
             rows_per_unit=self.limits.rows_per_unit, streams=self.streams, round=plan.round, attempt=plan.attempt,
-            active=plan.active, prefixes=plan.prefixes)
+            active=plan.active, prefixes=plan.prefixes, encoding=encoding)
+
+    def _encoding(self, plan: RoundPlan, part: SumPart | None, values: int) -> Encoding | None:
+        """Check a part in a sum against the plan, and return how this client's clipped sum is encoded for it.
+
+        Args:
+            plan: the order.
+            part: the part; None if there is none.
+            values: number of values of all trained tensors.
+
+        Returns:
+            The encoding; None without secure aggregation.
+
+        Raises:
+            Refused: "policy": the plan has secure aggregation and there is no part, or the other way round; or the
+                part's numbers are not the plan's, or ask for more noise than this client adds. The reason is in the
+                local log.
+        """
+        run, terms = self.run, self.terms
+        if part is None and not run.secure_aggregation:
+            return None
+        if part is None or not run.secure_aggregation:
+            log.error("Round %d was ordered %s a secure sum, which this run's plan %s; refused.", plan.round,
+                      *(("without", "asks for") if part is None else ("with", "does not have")))
+            raise Refused("policy")
+        assert terms.noise_multiplier is not None, "a plan with secure aggregation is private"
+        deviation = least_noise(terms.noise_multiplier, clip_norm=terms.clip_norm, step=part.grid.step,
+                                values=part.values)
+        fitting = Grid.fitting(values, clip_norm=run.clip_norm, expected_batch=run.expected_batch,
+                               members=run.least_members, noise=0.0)
+        if (part.values, part.grid.clip_norm, part.grid.fraction_bits, part.grid.most) != (
+                values, fitting.clip_norm, fitting.fraction_bits, fitting.most):
+            log.error("The secure sum of round %d has %d values on the grid %s; for this run's %d values it must be %s; "
+                      "refused.", plan.round, part.values, part.grid, values, fitting)
+            raise Refused("policy")
+        if deviation < part.noise:
+            log.error("The secure sum of round %d asks each client for noise of %g units of the grid, and this client's "
+                      "terms add %g; refused.", plan.round, part.noise, deviation)
+            raise Refused("policy")
+        return Encoding(part.grid, deviation)
+
+    def _accept(self, part: SumPart, plan: RoundPlan, trained: Tensors) -> None:
+        """Have the part check the cohort and the tensors that it starts from.
+
+        Raises:
+            Refused: "policy": this client does not take part in such a sum. The reason is in the local log.
+        """
+        try:
+            part.accept(sent_digest(tensors_digest(trained), plan.frozen_sha256))
+        except statements.Refused as error:
+            log.error("Round %d is refused, and nothing is charged: %s.", plan.round, error)
+            raise Refused("policy") from error
 
     def finish(self, plan: RoundPlan, result: TrainResult) -> Upload | Refusal:
         """Do everything in `run_round` that comes after the training.
@@ -242,7 +308,7 @@ class ClientSession:
         Returns:
             What may be sent: the upload, or a refusal if the training was stopped early.
         """
-        reservation, start = self._begun.pop(plan.key)
+        reservation, start, part = self._begun.pop(plan.key)
         if result.steps < self.run.local_steps:
             log.info("Round %d was stopped before its last step; it stays charged.", plan.round)
             return Refusal("unavailable")
@@ -253,8 +319,16 @@ class ClientSession:
         tensors = result.tensors
         if plan.round == 0:
             tensors = {name: array - start[name] for name, array in tensors.items()}
+        if part is None:
+            tensors = rounded(tensors, self.run.wire_dtype)
+        else:
+            try:
+                tensors = {SUM: part.masked(tensors[SUM])}
+            except statements.Refused as error:
+                log.error("Round %d stays charged, and nothing of it is sent: %s.", plan.round, error)
+                return Refusal("policy")
         upload = Upload(
-            *plan.key, tensors=Released(rounded(tensors, self.run.wire_dtype)), steps=result.steps,
+            *plan.key, tensors=Released(tensors), steps=result.steps,
             delta=self.terms.delta if announced else None,
             noise_multiplier=self.terms.noise_multiplier if announced else None,
             num_examples=None if private else self.records.units_count,
