@@ -277,12 +277,12 @@ class ClientSession:
                                members=run.least_members, noise=0.0)
         if (part.values, part.grid.clip_norm, part.grid.fraction_bits, part.grid.most) != (
                 values, fitting.clip_norm, fitting.fraction_bits, fitting.most):
-            log.error("The secure sum of round %d has %d values on the grid %s; for this run's %d values it must be %s; "
-                      "refused.", plan.round, part.values, part.grid, values, fitting)
+            log.error("The secure sum of round %d has %d values on the grid %s; for the %d values of this run it must be "
+                      "%s; refused.", plan.round, part.values, part.grid, values, fitting)
             raise Refused("policy")
         if deviation < part.noise:
-            log.error("The secure sum of round %d asks each client for noise of %g units of the grid, and this client's "
-                      "terms add %g; refused.", plan.round, part.noise, deviation)
+            log.error("The secure sum of round %d asks each client for noise of %g units of the grid, and the terms of "
+                      "this one add %g; refused.", plan.round, part.noise, deviation)
             raise Refused("policy")
         return Encoding(part.grid, deviation)
 

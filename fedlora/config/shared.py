@@ -197,8 +197,7 @@ class RunConfig(Config):
 
     secure_aggregation: bool = option(
         False, "have the server learn only the sum of the clients' uploads: each client adds its share of the sum's "
-        "noise and masks what it sends. Rounds have one local step, after which the server's optimizer steps", PRIVACY,
-        None, plan="mechanism", place=2)
+        "noise and masks what it sends. Implies --one-step", PRIVACY, None, plan="mechanism", place=2)
     colluding: int = option(
         0, "with --secure-aggregation, how many clients may tell the server all they know without the other clients' "
         "promise changing; at most a third of them", PRIVACY, values.natural, plan="colluding", place=3)
@@ -229,6 +228,10 @@ class RunConfig(Config):
         None, "leave out uploads that move the adapter more than K times as far as the round's median; inf keeps all",
         TUNING, values.number(float, 1), metavar="K", unset="5; with privacy 10", place=4,
         example="10.0")
+
+    one_step: bool = option(
+        False, "one local step a round, after which the server's optimizer steps: Adam, which keeps its memory over "
+        "many short rounds. Has a preset of its own, with privacy and without", TUNING, None, place=1)
 
     lr: float | None = option(None, "learning rate of the clients", TUNING, values.finite, unset=PRESET, plan="lr",
                               place=1)

@@ -21,5 +21,8 @@ class Schedule:
 USUAL: Mapping[bool, Schedule] = {True: Schedule(20, 4, 256), False: Schedule(25, 8, 32)}
 """Whether the run is private → its usual schedule."""
 
+ONE_STEP = Schedule(160, 1, 256)
+"""The usual schedule of a run in which clients do one step a round and the server's optimizer steps."""
+
 MAX_LENGTH = 128
 """Usual number of tokens kept of a record."""

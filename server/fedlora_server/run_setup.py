@@ -25,6 +25,7 @@ from fedlora.config import RunConfig, options_of
 from fedlora.data import Rows
 from fedlora.models import LoadedModel
 from fedlora.plan import AGGREGATE, LEAST_MEMBERS, LOCAL, PROTOCOL, ModelRef, RunPlan, Tensors
+from fedlora.plan.limits import MOST_MEMBERS, sum_threshold
 from fedlora.tasks import Records, Task, read, task_for, task_named
 from fedlora.training import Trainer, padding_counts
 from fedlora.training.adjustments import check_adjustment
@@ -105,7 +106,7 @@ class Federation:
 
 
 def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[str, ...], seed: int, *,
-            run_id: str | None = None, protocol: int = PROTOCOL) -> Federation:
+            run_id: str | None = None, protocol: int = PROTOCOL, members: int | None = None) -> Federation:
     """Load the base model, attach the adapters, and draw every tensor that is not in the base checkpoint.
 
     Args:
@@ -116,13 +117,16 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
         seed: decides the tensors that are drawn.
         run_id: 16 hexadecimal digits; None draws them at random.
         protocol: the protocol version with which the run began.
+        members: the number of a simulation's clients, for secure aggregation; None for a server, which waits for
+            --min-clients.
 
     Raises:
         ValueError: the options do not fit the model, the task or each other.
     """
     loaded = models.load(base.path, options.task, len(labels) if labels is ANY_LABELS else labels)
     _say(loaded.said)
-    plan = make_plan(options, strategy, base.reference, labels, loaded, run_id or secrets.token_hex(8), protocol)
+    plan = make_plan(options, strategy, base.reference, labels, loaded, run_id or secrets.token_hex(8), protocol,
+                     members)
     adapted = attach_planned(loaded, plan)
     check_adjustment(plan.adjustment, adapted.layout)
     task, init = task_for(plan, loaded.tokenizer), planned(options, strategy).init
@@ -187,6 +191,34 @@ def remarks(options: RunConfig) -> list[str]:
     return [*without_effect(options), *about_the_head(options)]
 
 
+def is_one_step(options: RunConfig) -> bool:
+    """Return whether clients do one local step a round, after which the server's optimizer steps."""
+    return options.one_step or options.secure_aggregation
+
+
+def check_members(options: RunConfig, members: int, counted: str) -> None:
+    """Check that a run with secure aggregation can have so many members.
+
+    Args:
+        options: options of fedlora-server or fedlora-simulate.
+        members: the number of clients with which the run begins.
+        counted: the option that sets this number.
+
+    Raises:
+        ValueError: there are too few or too many, or more of them may collude than sums allow for.
+    """
+    if not options.secure_aggregation:
+        return
+    if not LEAST_MEMBERS <= members <= MOST_MEMBERS:
+        raise ValueError(f"--secure-aggregation takes {LEAST_MEMBERS} to {MOST_MEMBERS} clients, and {counted} is "
+                         f"{members}: " + ("each of two learns the other's gradient from the sum. Raise it"
+                                           if members < LEAST_MEMBERS else "lower it"))
+    spare = members - sum_threshold(members)
+    if options.colluding > spare:
+        raise ValueError(f"--colluding is {options.colluding}, and with {members} clients it can be at most {spare}: a "
+                         f"sum may hold {sum_threshold(members)} of them. Lower it, or raise {counted}")
+
+
 def about_the_head(options: RunConfig) -> list[str]:
     """Return a sentence on the rows that the head starts from, with --init-head."""
     return [f"The head starts from a regression on the public rows of {options.init_head.partition(':')[2]}, which "
@@ -201,6 +233,8 @@ def recipe_of(options: RunConfig, strategy: str) -> Recipe:
             its range.
     """
     recipe = strategy_class(strategy).recipe
+    if is_one_step(options):
+        recipe = recipe.in_one_step()
     try:
         recipe = recipe.with_options(dict(options.strategy_options))
     except ValueError as error:
@@ -266,7 +300,7 @@ def planned(options: RunConfig, strategy: str) -> Preset:
             combined with privacy, so is a strategy whose family refuses it, --init dp with none, --init gradient with
             it, --scaling rs with --ranks, --init does not fit the strategy or --targets, --head train or --init-head is
             asked for a task without a head, --init-head for a head that is not trained, or --labels names fewer than
-            two labels.
+            two labels; or what --one-step or --secure-aggregation excludes is given.
     """
     recipe = recipe_of(options, strategy)
     chosen = recipe.preset(options.privacy == "required", options.init)
@@ -286,6 +320,7 @@ def planned(options: RunConfig, strategy: str) -> Preset:
                          "the others in its batch, which no ε covers. Leave --dropout out, or choose --privacy off")
     task, family = task_named(options.task), family_of(recipe.family, options.family_options)
     start, file = start_of(values.init)
+    _check_one_step(options, strategy, recipe, values)
     if options.privacy == "required":
         check_private(family)
     if task.has_labels and options.labels is not None and len(options.labels) < 2:
@@ -311,6 +346,44 @@ def planned(options: RunConfig, strategy: str) -> Preset:
         raise ValueError(f"--init {values.init} has clients send gradients without noise, which would release private "
                          "rows; choose --init dp or public:FILE, or a run without privacy")
     return values
+
+
+def _check_one_step(options: RunConfig, strategy: str, recipe: Recipe, values: Preset) -> None:
+    """Check that nothing is asked for that --one-step or --secure-aggregation excludes."""
+    secure = options.secure_aggregation
+    if is_one_step(options) and values.local_steps != 1:
+        raise ValueError(f"--{'secure-aggregation' if secure else 'one-step'} and --local-steps {values.local_steps} "
+                         "exclude each other" + (": a later step would have only its own share of the noise" if secure
+                                                 else "") + "; leave --local-steps out")
+    if not secure:
+        for name in ("colluding", "least_noise"):
+            if value := getattr(options, name):
+                raise ValueError(f"--{name.replace('_', '-')} {value:g} is for --secure-aggregation; leave it out, or "
+                                 "give both")
+        return
+    if options.privacy != "required":
+        raise ValueError("--secure-aggregation and --privacy off exclude each other: clients share the noise of a sum; "
+                         "leave one of the two out")
+    for name, why in (
+            ("clients_per_round", "each round asks all members of the roster"),
+            ("min_replies", "a sum is opened with two thirds of the roster and one more"),
+            ("screen", "the server sees no upload that it could compare")):
+        flag = f"--{name.replace('_', '-')}"
+        if (given := getattr(options, name)) is not None:
+            raise ValueError(f"--secure-aggregation and {flag} {given:g} exclude each other: {why}; leave {flag} out")
+    if values.optimizer != "sgd":
+        raise ValueError(f"--secure-aggregation and --optimizer {values.optimizer} exclude each other: the server "
+                         "steps, with --server-optimizer; leave --optimizer out")
+    if options.adjustment != "none":
+        raise ValueError(f"--secure-aggregation and --adjustment {options.adjustment} exclude each other: gradients "
+                         "are noised enough only in the sum; leave --adjustment out")
+    if start_of(values.init)[0].reads.startswith("clients"):
+        raise ValueError(f"--secure-aggregation and --init {values.init} exclude each other: the start would be a "
+                         "release of its own; choose another start")
+    try:
+        recipe.check_linear()
+    except ValueError as error:
+        raise ValueError(f"--strategy {strategy} cannot be run with --secure-aggregation: {error}") from None
 
 
 def without_effect(options: RunConfig) -> list[str]:
@@ -339,7 +412,7 @@ def resolved(options: RunConfig, strategy: str) -> dict[str, object]:
 
 
 def make_plan(options: RunConfig, strategy: str, reference: ModelRef, labels: tuple[str, ...],
-              loaded: LoadedModel, run_id: str, protocol: int = PROTOCOL) -> RunPlan:
+              loaded: LoadedModel, run_id: str, protocol: int = PROTOCOL, members: int | None = None) -> RunPlan:
     """Make the plan from the options and the preset.
 
     Args:
@@ -350,6 +423,7 @@ def make_plan(options: RunConfig, strategy: str, reference: ModelRef, labels: tu
         loaded: the base model.
         run_id: 16 hexadecimal digits.
         protocol: the protocol version with which the run began.
+        members: the number of a simulation's clients, for secure aggregation; None for a server's --min-clients.
     """
     values = planned(options, strategy)
     private = options.privacy == "required"
@@ -360,18 +434,13 @@ def make_plan(options: RunConfig, strategy: str, reference: ModelRef, labels: tu
             "max_participations": options.max_participations or values.rounds, "protocol": protocol,
             "adjustment": "" if options.adjustment == "none" else options.adjustment,
             "ranks": ranks, "mechanism": AGGREGATE if options.secure_aggregation else LOCAL,
-            "least_members": _least_members(options) if options.secure_aggregation else 0,
+            "least_members": (members or getattr(options, "min_clients", 0)) if options.secure_aggregation else 0,
             "private_start": start_of(values.init)[0].reads.startswith("clients")}
     recipe = recipe_of(options, strategy)
     rank = max([values.rank, *(rank for _, rank in ranks)])
     if asked := dict(recipe.family_options(rank, values.rounds)):
         made["family_options"] = tuple(sorted((asked | dict(options.family_options)).items()))
     return plan_of(strategy, recipe.family, values, reference, loaded, **others | made)
-
-
-def _least_members(options: RunConfig) -> int:
-    """Return the fewest members of a roster: the clients that a server waits for, or those of a simulation."""
-    return getattr(options, "min_clients", None) or getattr(options, "clients", None) or LEAST_MEMBERS
 
 
 def held_out(options: RunConfig) -> Rows | None:

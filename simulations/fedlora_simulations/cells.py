@@ -48,7 +48,7 @@ HOW = ("device", "precision", "threads", "micro_batch", "batch_clients", "compil
 
 NOT_PART = {name.replace("-", "_") for name in ELSEWHERE.keys() - {"privacy", "task"}} | {
     "model", "clients", "strategy_options", "reduction", "reduction_options", "server_optimizer", "server_lr",
-    "server_options", "eval_data", "partition", "init", *HOW}
+    "server_options", "one_step", "eval_data", "partition", "init", *HOW}
 """Options that are not part of an identity as they were given: what follows from them is, or they change nothing."""
 
 
@@ -269,5 +269,5 @@ def given(options: SimulationConfig) -> list[str]:
     """Return the names of the options that differ from their defaults and shape a run."""
     plain = SimulationConfig()
     return [name for name in options_of(SimulationConfig)
-            if name not in NOT_PART - {"partition", "clients", "init", "server_optimizer", "server_lr"}
+            if name not in NOT_PART - {"partition", "clients", "init", "server_optimizer", "server_lr", "one_step"}
             and name != "privacy" and getattr(options, name) != getattr(plain, name)]

@@ -16,6 +16,9 @@ Uploads are reduced in order of node id (a hash of the client's name), never in 
 not depend on timing. A reply that comes before its turn waits in memory. An engine that delivers replies in order of
 node id keeps memory flat.
 
+With secure aggregation the server never sees an upload. It opens the sum of the clients' clipped gradients, which
+`aggregate_sum` makes a step of, and nothing is screened.
+
 Uploads are measured while they are reduced. If screening leaves one out, all others are read and reduced again. The
 same happens, with a stricter screening, if the resulting state is unusable.
 """
@@ -39,7 +42,10 @@ from typing_extensions import override
 from fedlora.adapters import AdapterLayout
 from fedlora.adapters.layout import MOST_RECEIVED, MOST_VALUE, pasted
 from fedlora.plan import Refusal, Released, RoundPlan, RunPlan, Tensors, Upload, upload_metrics
+from fedlora.secure_sum import integers
+from fedlora.secure_sum.packages import sent_digest
 from fedlora.wire import tensors_digest
+from fedlora.wire.tensors import split
 
 from .for_model import Ready, ready
 from .messages import read_reply, to_record, to_tensors, train_messages
@@ -79,6 +85,19 @@ class Traffic:
     once: int
 
 
+@dataclass(frozen=True)
+class SumOrder:
+    """What the cohort of a secure sum needs to know of its round.
+
+    Attributes:
+        values: The number of values in each client's vector: those of the tensors that train in the round.
+        sent: The digest of the tensors that the round starts from (`fedlora.secure_sum.packages.sent_digest`).
+    """
+
+    values: int
+    sent: bytes
+
+
 class Diverged(ValueError):
     """The error that a round's uploads give no usable next state, even after screening with half the limit."""
 
@@ -106,7 +125,8 @@ class FederatedLoRA(Strategy):
         uncompared: Whether the last round had too few uploads to compare, with each other or with earlier rounds.
 
     Raises:
-        ValueError: The adapters are not of the recipe's family, or it has no such option.
+        ValueError: The adapters are not of the recipe's family, it has no such option, or the plan has secure
+            aggregation and the recipe's reduction needs more than the sum of the uploads.
     """
 
     recipe: ClassVar[Recipe]
@@ -120,6 +140,8 @@ class FederatedLoRA(Strategy):
             if given != chosen.family:
                 raise ValueError(f"the adapter family is {given!r}; {type(self).__name__} needs {chosen.family!r}. "
                                  "Attach the adapters with the family of the plan's strategy")
+        if plan.secure_aggregation:
+            chosen.check_linear()
         self.plan, self.layout, self.min_nodes = plan, layout, min_nodes
         self.step: ServerStep = chosen.step(layout, plan.rounds, seed)
         self.described = chosen.described()
@@ -235,9 +257,7 @@ class FederatedLoRA(Strategy):
         Raises:
             ValueError: The state does not fit the layout.
         """
-        if self._round is None or self._round.number != server_round:
-            self._round = self._begin(server_round, arrays)
-        under_way = self._round
+        under_way = self._begun(server_round, arrays)
         given = cast(list[int], config["nodes"]) if "nodes" in config else self._wait_for_nodes(grid)
         nodes, attempt = sorted(given), cast(int, config.get("attempt", 0))
         under_way.awaited.update(nodes)
@@ -245,6 +265,23 @@ class FederatedLoRA(Strategy):
         order = RoundPlan(self.plan, server_round, attempt, under_way.frozen_sha256, under_way.named,
                           tuple(sorted(under_way.prefixes.items())), until)
         return list(train_messages(order, ((node, under_way.arrays_for(self._held.get(node))) for node in nodes)))
+
+    def sum_order(self, server_round: int, arrays: ArrayRecord) -> SumOrder:
+        """Return what the cohort of a round's secure sum needs to know. It is the same for each attempt at the round.
+
+        Args:
+            server_round: The round's number, from 1.
+            arrays: The state.
+        """
+        under_way = self._begun(server_round, arrays)
+        return SumOrder(under_way.active.num_trained,
+                        sent_digest(tensors_digest(under_way.sent), under_way.frozen_sha256))
+
+    def _begun(self, server_round: int, arrays: ArrayRecord) -> UnderWay:
+        """Return the round under way; begin it if this is its first attempt."""
+        if self._round is None or self._round.number != server_round:
+            self._round = self._begin(server_round, arrays)
+        return self._round
 
     def _begin(self, server_round: int, arrays: ArrayRecord) -> UnderWay:
         state, wire_dtype = to_tensors(arrays), self.plan.wire_dtype
@@ -295,9 +332,7 @@ class FederatedLoRA(Strategy):
         Raises:
             Diverged: The next state is not finite or too large, also after a stricter screening.
         """
-        under_way, self._round = self._round, None
-        if under_way is None or under_way.number != server_round:
-            raise ValueError(f"round {server_round} was not configured; call configure_train before aggregate_train")
+        under_way = self._end(server_round)
         replies = list(replies) if isinstance(replies, Iterator) else replies
         self.disclosed = {}
         self._closed = Closed(under_way, self.memory, self.usual_norms, self.screen)
@@ -305,6 +340,48 @@ class FederatedLoRA(Strategy):
             return self._combine(self._closed, replies)
         except Diverged as no_state:
             return self.aggregate_again(server_round, replies, str(no_state))
+
+    def _end(self, server_round: int) -> UnderWay:
+        """Return the round under way, to which no further order belongs."""
+        under_way, self._round = self._round, None
+        if under_way is None or under_way.number != server_round:
+            raise ValueError(f"round {server_round} was not configured; call configure_train before it is aggregated")
+        return under_way
+
+    def aggregate_sum(self, server_round: int, total: np.ndarray, grid: integers.Grid,
+                      survivors: int) -> tuple[ArrayRecord, MetricRecord]:
+        """Make the next state of the sum that a round of secure aggregation has opened.
+
+        The mean g of the clients' steps is total / (survivors · b), where each group of tensors is divided by its
+        scale. A client that stepped by itself would move by −lr · g; this change goes through the server step as the
+        mean change of uploads does. Nothing is screened: the server sees no upload.
+
+        Args:
+            server_round: The round's number, from 1.
+            total: [values] int64, the sum of the survivors' vectors in units of the grid. Its values are those of the
+                round's trained tensors in order of their names, each in C order.
+            grid: The integers of the run.
+            survivors: The number of clients whose vectors are in the sum.
+
+        Returns:
+            The next state and figures about the round.
+
+        Raises:
+            Diverged: The next state is not finite or too large. The memory is that before the round.
+        """
+        under_way = self._end(server_round)
+        self.disclosed, self.rejected, self.curbed = {}, {}, {}
+        self._closed = Closed(under_way, self.memory, self.usual_norms, math.inf)  # cannot be screened more strictly
+        if total.shape != (under_way.active.num_trained,):
+            raise ValueError(f"the sum of round {server_round} has the shape {total.shape}; it must be "
+                             f"({under_way.active.num_trained},)")
+        lr = RoundPlan(self.plan, server_round, 0, under_way.frozen_sha256).lr
+        summed = split({spec.name: spec.shape for spec in under_way.active.trained}, grid.decode(total))
+        scales = {"adapter": self.plan.adapter_scale, "head": self.plan.head_scale}
+        divisor = survivors * self.plan.expected_batch
+        reduced = {spec.name: under_way.sent[spec.name] - lr / (divisor * scales[spec.group]) * summed[spec.name]
+                   for spec in under_way.active.trained}
+        return self._next(self._closed, Released(reduced), {}, None, {"replies": survivors, "steps": survivors})
 
     def aggregate_again(self, server_round: int, replies: Iterable[Message],
                         why: str) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -320,8 +397,8 @@ class FederatedLoRA(Strategy):
 
         Raises:
             Diverged: Screening is off, or the round was combined again before; or the stricter screening leaves out the
-                same uploads as before, or all of them; or the state is unusable again. The memory is then put back to
-                that before the round.
+                same uploads as before, or all of them; or the state is unusable again; or it comes from a secure sum,
+                in which nothing is screened. The memory is then put back to that before the round.
         """
         closed, taken = self._closed, self.disclosed.keys() - self.rejected.keys()
         assert closed is not None and closed.under_way.number == server_round, "a round is aggregated first"
@@ -344,7 +421,7 @@ class FederatedLoRA(Strategy):
         Raises:
             Diverged: The next state has values that are not finite or too large.
         """
-        under_way, number = closed.under_way, closed.under_way.number
+        under_way = closed.under_way
         gathering, figures = self._gather(replies, under_way, {}, math.inf)
         others, most = self._screen(figures.measured, closed)
         if others or any((one.examples or 0) > most for one in figures.measured.values()):
@@ -359,9 +436,30 @@ class FederatedLoRA(Strategy):
             return None, None
         reduced, trained = gathering.result(), {spec.name for spec in under_way.active.trained}
         refreshed = {name: array for name, array in reduced.items() if name not in trained}
+        usual = usual_norm([one.norm for one in figures.measured.values()])
+        return self._next(closed, Released({name: reduced[name] for name in reduced if name in trained}), refreshed,
+                          None if usual is None else usual * under_way.longer, figures.to_dict())
+
+    def _next(self, closed: Closed, reduced: Released, refreshed: Tensors, usual: float | None,
+              figures: Mapping[str, int | float]) -> tuple[ArrayRecord, MetricRecord]:
+        """Take the server step with a round's reduced uploads.
+
+        Args:
+            closed: The round.
+            reduced: The tensors that trained, reduced.
+            refreshed: New values of frozen tensors, from a reduction that has them.
+            usual: The usual norm of the uploads, as of the whole rank; None if it is not known.
+            figures: Figures about the uploads.
+
+        Returns:
+            The next state and figures about the round.
+
+        Raises:
+            Diverged: The next state has values that are not finite or too large.
+        """
+        under_way, number = closed.under_way, closed.under_way.number
         before = {**under_way.trained, **under_way.frozen}
-        moved, memory = self.step.combine(Released({name: reduced[name] for name in reduced if name in trained}),
-                                          under_way.sent, before, closed.memory, number)
+        moved, memory = self.step.combine(reduced, under_way.sent, before, closed.memory, number)
         try:
             under_way.active.check(moved, "trained", MOST_VALUE)
             moved = pasted(moved, before)
@@ -370,11 +468,9 @@ class FederatedLoRA(Strategy):
             self.layout.check(state, "state", MOST_RECEIVED if self.plan.private else MOST_VALUE)  # as clients do
         except ValueError as error:
             raise Diverged(str(error)) from None
-        usual = usual_norm([one.norm for one in figures.measured.values()])
         self.memory = memory
-        usual = None if usual is None else usual * under_way.longer
         self.usual_norms = closed.usual_norms if usual is None else (*closed.usual_norms, usual)
-        metrics = {**figures.to_dict(), "rejected": len(self.rejected),
+        metrics = {**figures, "rejected": len(self.rejected),
                    "update_norm": distance(moved, under_way.trained)}
         metrics |= {} if usual is None else {"usual_norm": usual}
         return to_record({spec.name: state[spec.name] for spec in self.layout.state}), MetricRecord({**metrics})

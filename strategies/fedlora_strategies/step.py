@@ -136,7 +136,7 @@ class ServerStep:
             The new values of the tensors that trained in the round, and the next memory.
         """
         if self.optimizer is None:
-            return reduced, own
+            return {name: array.astype(state[name].dtype, copy=False) for name, array in reduced.items()}, own
         gradient = {name: array.astype(np.float64) - sent[name] for name, array in reduced.items()}
         progress = (min(round, self.rounds) - 1) / self.rounds
         change, memory = self.optimizer.step(gradient, _of("optimizer", own), progress)
