@@ -29,9 +29,9 @@ from fedlora.privacy.mechanisms import Noise
 from fedlora.secure_sum import statements
 from fedlora.secure_sum.guarantee import least_noise
 from fedlora.secure_sum.integers import Grid
-from fedlora.secure_sum.packages import sent_digest
+from fedlora.secure_sum.packages import SUM, sent_digest
 from fedlora.tasks import Records
-from fedlora.training import SUM, Encoding, Trainer, TrainingJob, TrainResult
+from fedlora.training import Encoding, Trainer, TrainingJob, TrainResult
 from fedlora.training.adjustments import check_adjustment
 from fedlora.wire import rounded, tensors_digest
 
@@ -277,8 +277,8 @@ class ClientSession:
                                members=run.least_members, noise=0.0)
         if (part.values, part.grid.clip_norm, part.grid.fraction_bits, part.grid.most) != (
                 values, fitting.clip_norm, fitting.fraction_bits, fitting.most):
-            log.error("The secure sum of round %d has %d values on the grid %s; for the %d values of this run it must be "
-                      "%s; refused.", plan.round, part.values, part.grid, values, fitting)
+            log.error("The secure sum of round %d has %d values on the grid %s; for the %d values of this run it must "
+                      "be %s; refused.", plan.round, part.values, part.grid, values, fitting)
             raise Refused("policy")
         if deviation < part.noise:
             log.error("The secure sum of round %d asks each client for noise of %g units of the grid, and the terms of "

@@ -10,7 +10,8 @@ import torch
 from typing_extensions import override
 
 from fedlora.plan import Tensors
-from fedlora.training.job import SUM, Encoding
+from fedlora.secure_sum.packages import SUM
+from fedlora.training.job import Encoding
 from fedlora.training.optimizer import PerRecordOptimizer
 from fedlora.training.runtime_checks import GradientCheck
 from fedlora.training.sampling import Draw

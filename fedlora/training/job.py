@@ -24,10 +24,6 @@ class Streams(Protocol):
         """
 
 
-SUM = "sum"
-"""The name of the one tensor that a client uploads in a secure sum."""
-
-
 @dataclass(frozen=True)
 class Encoding:
     """The form in which a client gives its clipped sum to a secure sum: integers, with the client's noise.

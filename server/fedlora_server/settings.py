@@ -19,6 +19,9 @@ from fedlora_strategies import Preset
 
 SOURCES = ("given", "preset", "default")
 
+OF_SUMS = ("secure_aggregation", "colluding", "least_noise")
+"""Options that are told in a run with secure aggregation alone."""
+
 
 def settings(config: RunConfig, strategy: str, values: Preset) -> Table:
     """Return the block as a table, which has three lines on a wide terminal.
@@ -36,6 +39,8 @@ def settings(config: RunConfig, strategy: str, values: Preset) -> Table:
             GROUPS.index(item[1].group), item[1].place)):
         given = getattr(config, name)
         value = strategy if name == "strategy" else getattr(values, name, given)
+        if name in OF_SUMS and not config.secure_aggregation:
+            continue
         if option.plan and value not in (None, ()):
             source = "given" if given != defaults[name] else "preset" if hasattr(values, name) else "default"
             found[source].append(f"{flag(name)} {shown(value)}")

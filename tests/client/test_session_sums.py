@@ -10,10 +10,9 @@ from fedlora.privacy import Ledger
 from fedlora.privacy.rng import RunStreams
 from fedlora.secure_sum.guarantee import least_noise
 from fedlora.secure_sum.integers import Grid
-from fedlora.secure_sum.packages import sent_digest
+from fedlora.secure_sum.packages import SUM, sent_digest
 from fedlora.secure_sum.rounding import rounded_noise
 from fedlora.secure_sum.statements import Refused
-from fedlora.training import SUM
 from fedlora.wire import tensors_digest
 from fedlora_client.state import FolderState
 from fedlora_client.sum_part import PlainPart

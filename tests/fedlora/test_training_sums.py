@@ -8,8 +8,9 @@ import pytest
 from fedlora.privacy import RandomStream, RunStreams
 from fedlora.secure_sum.guarantee import least_noise
 from fedlora.secure_sum.integers import Grid
+from fedlora.secure_sum.packages import SUM
 from fedlora.secure_sum.rounding import rounded_noise
-from fedlora.training import SUM, Encoding, TrainingJob
+from fedlora.training import Encoding, TrainingJob
 from fedlora.training import trainer as trainer_module
 from fedlora.training.optimizer import PerRecordOptimizer
 from tests.families import FAMILIES
