@@ -196,7 +196,7 @@ class Collector:
             for survivor in held.survivors:
                 pair = mask(pair_mask_key(key, held.packages[survivor].keys.mask_key, self.attempt), len(total), dtype)
                 total = total - pair if survivor < dropped else total + pair
-        return total.view(f"<i{dtype.itemsize}").astype(np.int64)
+        return roster.grid.signed(total)
 
     def _recovered(self, shares: Mapping[str, bytes], factors: Mapping[int, int]) -> bytes:
         try:

@@ -89,7 +89,11 @@ class Grid:
 
     def decode(self, total: np.ndarray) -> np.ndarray:
         """Return the real values of a sum of the ring, float64."""
-        return total.astype(self.dtype).view(f"<i{self.ring_bits // 8}").astype(np.float64) * self.step
+        return self.signed(total.astype(self.dtype)).astype(np.float64) * self.step
+
+    def signed(self, total: np.ndarray) -> np.ndarray:
+        """Return the numbers that unsigned integers of the ring stand for, from −2^(bits−1) on, int64."""
+        return total.view(f"<i{self.ring_bits // 8}").astype(np.int64)
 
     def wrapped(self, integers: np.ndarray) -> np.ndarray:
         """Return integers modulo the ring."""

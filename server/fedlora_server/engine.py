@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal
-from fedlora.secure_sum.roster import Entry
+from fedlora.secure_sum.roster import Entry, Roster
 from fedlora.wire import pb
 
 Outcome = Literal["uploaded", "lost"] | Refusal
@@ -77,6 +77,9 @@ class Engine(Grid):
 
     masks: bool = False
     """Whether clients mask what they upload for a secure sum. If not, uploads are added up as they are."""
+
+    roster: Roster | None = None
+    """The roster of a run with secure aggregation, where clients mask nothing and the engine knows them all."""
 
     def memberships(self) -> Mapping[int, tuple[Entry, float]]:
         """Return what the clients that are connected and ready gave for their places in a roster, by node id.

@@ -36,6 +36,7 @@ from .checkpoint import Asked, Unfinished
 from .client_sampling import RETURN_S, Clients, Ended
 from .engine import Engine
 from .observer import Observer, RoundRecord
+from .plain_sum import PlainSum
 from .round_state import OpenRound, RoundOptions
 from .sum_roster import Rosters
 from .sum_round import SumRound
@@ -164,9 +165,8 @@ class _UnderWay:
                 self._begin(run.start, initial)
             arrays = to_record(self._state)
             for number in range(self._done + 1, run.plan.rounds + 1):
-                secure = run.plan.secure_aggregation and self._engine.masks
-                after, record = (self._hold_sum(number, run.strategy, arrays) if secure else
-                                 self._hold(number, run.strategy, arrays))
+                hold = self._hold_sum if run.plan.secure_aggregation else self._hold
+                after, record = hold(number, run.strategy, arrays)
                 if after is not None:
                     arrays, self._state = after, to_tensors(after)
                 self._conclude(record)
@@ -237,14 +237,15 @@ class _UnderWay:
         """
         engine = self._engine
         began, up, down = time.monotonic(), engine.bytes_up, engine.bytes_down
-        under_way = SumRound(engine, by, self._clients, self._rosters, number, self._run.options, self._observer,
-                             self._stop)
+        how = number, self._run.options, self._observer, self._stop
+        under_way = (SumRound(engine, by, self._clients, self._rosters, *how) if engine.masks else
+                     PlainSum(engine, by, self._clients, *how))
         opened = under_way.collect(arrays)
         self._observer.combining(number, len(opened.survivors))
         after, metrics = by.aggregate_sum(number, opened.total, opened.roster.grid, len(opened.survivors))
         figures = self._evaluated(number, after)
         if why := self._is_no_good(figures):
-            raise Diverged(why)
+            by.aggregate_again(number, (), why)  # raises Diverged, and puts the memory back
         if figures:
             self._observer.evaluated(number, figures)
         return after, RoundRecord(

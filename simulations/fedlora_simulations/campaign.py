@@ -11,7 +11,6 @@ from fedlora.training import check_computing
 from fedlora_server.run_setup import (
     BaseModel,
     check_start,
-    fewest_uploads,
     find_model,
     planned,
     prepare,
@@ -20,7 +19,7 @@ from fedlora_server.run_setup import (
 from .cells import Cell
 from .population import Method, Population, check_sizes, populate
 from .reference import Published, read_published
-from .simulated_run import compiles_here
+from .simulated_run import compiles_here, fewest_of
 from .sweep import Setting, settings
 from .tune import Trials, Tuning
 
@@ -147,7 +146,7 @@ def _check(campaign: Campaign, setting: Setting, dealt: dict[tuple[str, int], Po
         population = dealt[key]
         check_sizes(options, campaign.methods, population, seed)
         for method in campaign.methods:
-            fewest_uploads(method.options(options), method.strategy, len(population.parts))
+            fewest_of(method.options(options), method, len(population.parts))
     if campaign.tuning is not None:
         campaign.tuning.check(options, campaign.methods, dealt[key_of(options), options.seeds[0]])
 
@@ -170,6 +169,7 @@ def prepare_all(campaign: Campaign) -> None:
                 tried.append(alike)
                 if len(tried) > 1:
                     try:
-                        prepare(own, method.strategy, campaign.base(setting), population.labels, own.seeds[0])
+                        prepare(own, method.strategy, campaign.base(setting), population.labels, own.seeds[0],
+                                members=len(population.parts))
                     except ValueError as error:
                         raise ValueError(f"{setting.before}{error}") from error

@@ -85,7 +85,8 @@ def dry_run(options: SimulationConfig, methods: Sequence[Method], base: BaseMode
         console.print(settings(own, method.strategy, planned(own, method.strategy)))
         for told in about_the_reduction(own, method.strategy):
             console.print(told)
-        federation = prepare(own, method.strategy, base, population.labels, options.seeds[0])
+        federation = prepare(own, method.strategy, base, population.labels, options.seeds[0],
+                             members=len(population.parts))
         show_plan(federation.plan, console)
         console.print(traffic(federation, _cohort(own, population)))
         if federation.plan.private:
@@ -140,7 +141,8 @@ def dry_run_of_a_sweep(options: SimulationConfig, runs: Sequence[tuple[Setting, 
         if options.engine != "ray":
             found = timed.get(_alike(own, method))
             if found is None:
-                federation = prepare(own, method.strategy, base, population.labels, options.seeds[0])
+                federation = prepare(own, method.strategy, base, population.labels, options.seeds[0],
+                                     members=len(population.parts))
                 found = timed[_alike(own, method)] = forecast(own, federation, population)
             run = found.training + found.evaluation
             whole += seeds * run + trials * found.training

@@ -11,16 +11,21 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, cast
 
 from flwr.app import ArrayRecord, Message, RecordDict
 from typing_extensions import override
 
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal, Released, RoundPlan, Tensors, Upload, upload_metrics
+from fedlora.secure_sum.packages import SUM
+from fedlora.secure_sum.roster import Roster
 from fedlora.wire import Shapes, packed, shapes_of, size_of, unpacked
+from fedlora.wire.dtypes import RINGS
 from fedlora.wire.npy import to_npy
 from fedlora_client.flower_app import Session
+from fedlora_client.session import ClientSession
+from fedlora_client.sum_part import PlainPart
 from fedlora_server.engine import Engine, Outcome, node_id
 from fedlora_server.upload_store import BUFFER_BYTES, read_record
 from fedlora_strategies.messages import assign_id, assume_identity, read_train_messages
@@ -103,11 +108,14 @@ class InProcessEngine(Engine):
         sessions: client name → the client's session.
         run_id: the plan's run id, 16 hexadecimal digits.
         layout: adapter layout that uploads are checked against, as over gRPC.
+        roster: the roster of a run with secure aggregation, of all clients; None without. The sessions are then
+            `ClientSession`.
     """
 
-    def __init__(self, sessions: Mapping[str, Session], run_id: str, layout: AdapterLayout) -> None:
+    def __init__(self, sessions: Mapping[str, Session], run_id: str, layout: AdapterLayout, *,
+                 roster: Roster | None = None) -> None:
         assume_identity(run_id)
-        self._layout = layout
+        self._layout, self.roster = layout, roster
         self._names = {node_id(name): name for name in sessions}
         self._sessions = {node_id(name): session for name, session in sessions.items()}
         self._orders: dict[str, _PendingRequest] = {}
@@ -195,10 +203,18 @@ class InProcessEngine(Engine):
         outcomes = {m: self._orders[m].outcome for m in wanted}
         return {m: outcome for m, outcome in outcomes.items() if outcome is not None}
 
+    @property
+    def _part(self) -> PlainPart | None:
+        """A client's part in a sum; None without secure aggregation."""
+        roster = self.roster
+        return None if roster is None else PlainPart(roster.grid, roster.values, roster.noise)
+
     def _train(self, message_id: str) -> None:
-        order = self._orders[message_id]
+        order, part = self._orders[message_id], self._part
         session = self._sessions[order.message.metadata.dst_node_id]
-        answer = session.run_round(order.plan, unpacked(order.arrays, order.plan.run.wire_dtype))
+        tensors = unpacked(order.arrays, order.plan.run.wire_dtype)
+        answer = (session.run_round(order.plan, tensors) if part is None else
+                  cast(ClientSession, session).run_round(order.plan, tensors, part=part))
         if order.outcome is None:  # otherwise it left meanwhile
             order.outcome = self._accept(message_id, answer)
 
@@ -207,10 +223,15 @@ class InProcessEngine(Engine):
         if isinstance(answer, Refusal):
             return answer
         order = self._orders[message_id]
-        wire_dtype = order.plan.run.wire_dtype
-        self._bytes_up += size_of(shapes_of(answer.tensors), wire_dtype)
+        wire_dtype = order.plan.run.wire_dtype if self.roster is None else RINGS[self.roster.grid.dtype]
+        shapes = shapes_of(answer.tensors)
+        self._bytes_up += size_of(shapes, wire_dtype)
         try:
-            self._layout.in_round(order.plan).check(answer.tensors, "trained")
+            expected = self._layout.in_round(order.plan)
+            if self.roster is None:
+                expected.check(answer.tensors, "trained")
+            elif shapes != {SUM: (expected.num_trained,)}:
+                raise ValueError(f"the vector has the shapes {shapes}; it must have {expected.num_trained} values")
         except ValueError as error:
             return Refusal("invalid-tensors", str(error))
         order.stored = self._uploads.put(answer, wire_dtype)

@@ -8,7 +8,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,9 @@ from fedlora.config import SimulationConfig
 from fedlora.files import allow_open_files
 from fedlora.models import load
 from fedlora.plan import ROW, Tensors
+from fedlora.plan.limits import sum_threshold
 from fedlora.privacy import Ledger, nominal_size
+from fedlora.secure_sum.roster import Roster
 from fedlora.tasks import Records
 from fedlora.training import Trainer
 from fedlora_client.flower_app import Session
@@ -32,7 +34,15 @@ from fedlora_server.observer import Observer
 from fedlora_server.report import write_report
 from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import FederationResult, Run, run_federation
-from fedlora_server.run_setup import BaseModel, Federation, evaluator, fewest_uploads, prepare, resolved
+from fedlora_server.run_setup import (
+    BaseModel,
+    Federation,
+    check_members,
+    evaluator,
+    fewest_uploads,
+    prepare,
+    resolved,
+)
 
 from .compared_streams import ComparedStreams
 from .continued import charge_again, taken_up
@@ -40,6 +50,7 @@ from .in_process import InProcessEngine
 from .population import Method, Population
 from .processes import ProcessWorkers
 from .ray_workers import RayWorkers
+from .simulated_roster import aggregate_epsilon, simulated_roster
 from .worker import Blueprint, ThisProcess, Workers, threads_each
 from .worker_engine import WorkerEngine
 
@@ -65,6 +76,7 @@ class Simulated:
         seconds: seconds from the start of the first round to the end of the last one. Those of rounds that an
             interrupted command finished are included, as are their bytes.
         delta: largest δ of all clients; None without privacy.
+        aggregate_epsilons: client name → ε towards whoever sees the sums alone; empty without secure aggregation.
     """
 
     method: Method
@@ -77,6 +89,7 @@ class Simulated:
     bytes_down: int
     seconds: float
     delta: float | None = None
+    aggregate_epsilons: Mapping[str, float] = field(default_factory=dict)
 
 
 def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseModel, population: Population, *,
@@ -102,11 +115,12 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
         Refused: the clients' privacy limits do not allow the plan.
     """
     options = method.options(options)
-    needed = fewest_uploads(options, method.strategy, len(population.parts))
+    needed = fewest_of(options, method, len(population.parts))
     if options.threads is not None:  # the start must be drawn with these threads too
         torch.set_num_threads(options.threads)
     run_id = hashlib.sha256(f"simulation {method} {seed}".encode()).hexdigest()[:16]
-    federation = prepare(options, method.strategy, base, population.labels, seed, run_id=run_id)
+    federation = prepare(options, method.strategy, base, population.labels, seed, run_id=run_id,
+                         members=len(population.parts))
     trainer = Trainer(federation.adapted, federation.task, device=options.device, precision=options.precision,
                       micro_batch=options.micro_batch, threads=options.threads, compiled=compiles_here(options))
     left = None
@@ -120,6 +134,10 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
     sessions = make_sessions(options, federation, trainer, population.records(federation.task), seed, ledger,
                              make_sketch_trainer,
                              population.sizes)
+    terms = {name: session.terms for name, session in sessions.items()}
+    roster = simulated_roster(federation.plan, terms, federation.adapted.layout.num_trained)
+    for of in terms.values() if roster is not None else ():
+        aggregate_epsilon(roster, of, of.max_participations)  # before the training: the grid must not be too coarse
     if left is not None:
         charge_again(sessions, left.records)
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
@@ -127,7 +145,7 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
                         min_replies=options.min_replies, evaluate_every=options.eval_every, fewest_uploads=needed,
                         round_timeout_s=math.inf, wait_timeout_s=0.0)  # no deadlines, and no client can join later
     count = min(options.workers, len(sessions))
-    engine = _engine(options, federation, base, trainer, make_sketch_trainer, sessions, count, between)
+    engine = _engine(options, federation, base, trainer, make_sketch_trainer, sessions, count, between, roster)
     try:
         began = time.monotonic()
         run = Run(federation.strategy, federation.state, loop, federation.start, evaluate, out, left)
@@ -136,11 +154,14 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
         simulated = Simulated(
             method, seed, federation, result,
             epsilons={name: session.epsilon() for name, session in sessions.items()},
-            noise_multipliers={name: session.terms.noise_multiplier for name, session in sessions.items()},
+            noise_multipliers={name: of.noise_multiplier for name, of in terms.items()},
             bytes_up=engine.bytes_up + sum(record.bytes_up for record in before),
             bytes_down=engine.bytes_down + sum(record.bytes_down for record in before),
             seconds=time.monotonic() - began + sum(record.seconds for record in before),
-            delta=max((session.terms.delta for session in sessions.values() if session.terms.delta), default=None))
+            delta=max((of.delta for of in terms.values() if of.delta), default=None),
+            aggregate_epsilons={} if roster is None else {
+                name: aggregate_epsilon(roster, session.terms, len(session.started))
+                for name, session in sessions.items()})
         if out is not None:
             computed = {"device": str(trainer.device), "precision": trainer.precision,
                         "threads": threads_of(options, count)}
@@ -154,7 +175,7 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
 
 def _engine(options: SimulationConfig, federation: Federation, base: BaseModel, trainer: Trainer,
             make_sketch_trainer: Callable[[], Trainer], sessions: Mapping[str, ClientSession],
-            count: int, between: Callable[[str, Session], Session]) -> InProcessEngine:
+            count: int, between: Callable[[str, Session], Session], roster: Roster | None) -> InProcessEngine:
     """Return the engine that the options ask for.
 
     Args:
@@ -166,6 +187,7 @@ def _engine(options: SimulationConfig, federation: Federation, base: BaseModel, 
         sessions: client name → session.
         count: number of workers.
         between: maps a client's name and session to the session that answers in its place.
+        roster: the roster of a run with secure aggregation; None without.
     """
     run_id, layout = federation.plan.run_id, federation.adapted.layout
     if options.ray_address and options.engine != "ray":
@@ -178,8 +200,26 @@ def _engine(options: SimulationConfig, federation: Federation, base: BaseModel, 
     elif options.batch_clients > 1:
         workers = ThisProcess(trainer, make_sketch_trainer)
     else:
-        return InProcessEngine({name: between(name, session) for name, session in sessions.items()}, run_id, layout)
-    return WorkerEngine(sessions, run_id, layout, workers, group=options.batch_clients)
+        answering = {name: between(name, session) for name, session in sessions.items()}
+        return InProcessEngine(answering, run_id, layout, roster=roster)
+    return WorkerEngine(sessions, run_id, layout, workers, group=options.batch_clients, roster=roster)
+
+
+def fewest_of(options: SimulationConfig, method: Method, clients: int) -> int:
+    """Return how many uploads a round must have: those that its reduction needs, or that open a sum.
+
+    Args:
+        options: the options of fedlora-simulate, with the method's start.
+        method: the method.
+        clients: the number of clients.
+
+    Raises:
+        ValueError: a round may close with fewer, or there are too few or too many clients for secure aggregation.
+    """
+    if options.secure_aggregation:
+        check_members(options, clients, "--clients")
+        return sum_threshold(clients)
+    return fewest_uploads(options, method.strategy, clients)
 
 
 def threads_of(options: SimulationConfig, workers: int) -> int:

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Refusal, RoundPlan, Upload
+from fedlora.secure_sum.roster import Roster
 from fedlora.training import TrainingJob
 from fedlora.wire import unpacked
 from fedlora_client.session import ClientSession
@@ -31,11 +32,12 @@ class WorkerEngine(InProcessEngine):
         layout: adapter layout that uploads are checked against.
         workers: the workers; `close` ends them.
         group: most clients that a worker is given at a time.
+        roster: the roster of a run with secure aggregation; None without.
     """
 
     def __init__(self, sessions: Mapping[str, ClientSession], run_id: str, layout: AdapterLayout,
-                 workers: Workers, *, group: int = 1) -> None:
-        super().__init__(sessions, run_id, layout)
+                 workers: Workers, *, group: int = 1, roster: Roster | None = None) -> None:
+        super().__init__(sessions, run_id, layout, roster=roster)
         self._workers, self._group = workers, group
         self._begun: dict[str, tuple[ClientSession, RoundPlan]] = {}
         self._groups: dict[str, list[str]] = {}
@@ -71,7 +73,7 @@ class WorkerEngine(InProcessEngine):
     def _begin(self, message_id: str) -> TrainingJob | Upload | Refusal:
         order = self._orders[message_id]
         session = cast(ClientSession, self._sessions[order.message.metadata.dst_node_id])
-        answer = session.begin(order.plan, unpacked(order.arrays, order.plan.run.wire_dtype))
+        answer = session.begin(order.plan, unpacked(order.arrays, order.plan.run.wire_dtype), part=self._part)
         if isinstance(answer, TrainingJob):
             self._begun[message_id] = session, order.plan
         return answer

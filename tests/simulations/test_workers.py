@@ -86,7 +86,7 @@ def test_batched_clients_end_where_one_after_the_other_end_and_are_charged_alike
 class StagedSession(LinearSession):
     """A session that begins and finishes as `ClientSession` does; its "training" is `run_round` itself."""
 
-    def begin(self, plan, tensors):
+    def begin(self, plan, tensors, part=None):
         self.upload = self.run_round(plan, tensors)
         return TrainingJob(plan.run, self.name, tensors, 1.0, None, 1.0, 1.0, 1, None, plan.round, plan.attempt)
 
