@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from queue import SimpleQueue
@@ -99,7 +99,7 @@ class SumClient:
     def __init__(self, address: str, name: str, plan: RunPlan, *, drops: Sequence[tuple[str, int, int]] = (),
                  silent: Sequence[tuple[str, int, int]] = (), noise: float = 1.0, declines: bool = False) -> None:
         self.address, self.name, self._plan, self._run = address, name, plan, run_digest(plan)
-        self.drops, self.silent, self._noise, self._declines = set(drops), set(silent), noise, declines
+        self.drops, self.silent, self._noise, self.declines = set(drops), set(silent), noise, declines
         self.trained: list[Key] = []
         self.rosters: list[Roster] = []
         self.signed: dict[tuple[int, int], set[tuple[str, ...]]] = {}
@@ -123,10 +123,7 @@ class SumClient:
 
     def leave(self) -> None:
         """Break the stream and do not come back."""
-        self._leaving.set()
-        if self._call is not None:
-            self._call.cancel()
-        self._thread.join(10)
+        leave([self])
 
     def lose_connection(self) -> None:
         """Break the stream; the client comes back."""
@@ -222,7 +219,7 @@ class SumClient:
             roster = roster_from_wire(request.roster, self._run)
             self.rosters.append(roster)
             refusal = wire.refusal_to_wire(Refusal("policy"))
-            return pb.SumAnswer(declined=pb.Declined(refusal=refusal)) if self._declines else pb.SumAnswer(
+            return pb.SumAnswer(declined=pb.Declined(refusal=refusal)) if self.declines else pb.SumAnswer(
                 roster=roster.digest)
         key = request.package if kind == "package" else getattr(request, kind).key
         attendance = self._attendance(key.round, key.attempt)
@@ -249,6 +246,15 @@ class SumClient:
             self._attendances[key] = Attendance(self.name, roster, self._signing, self._sealing, round=round,
                                                 attempt=attempt)
         return self._attendances[key]
+
+
+def leave(clients: Collection[SumClient]) -> None:
+    """Break the streams of clients, which do not come back."""
+    for client in clients:
+        client._leaving.set()
+        client.lose_connection()
+    for client in clients:
+        client._thread.join(10)
 
 
 def started(address: str, count: int, plan: RunPlan, drops: Mapping[str, Sequence[tuple[str, int, int]]] | None = None,

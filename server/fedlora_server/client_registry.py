@@ -11,6 +11,7 @@ that is still open, since the machine at its other end may be gone.
 from __future__ import annotations
 
 import hmac
+import math
 import secrets
 import threading
 import time
@@ -323,20 +324,23 @@ class ClientRegistry:
                     if seat.stream is not None and seat.ready and seat.membership is not None}
 
     def confer(self, questions: Mapping[int, Question], timeout_s: float, stop: threading.Event, *,
-               least: int) -> dict[int, pb.SumAnswer]:
+               least: int, return_s: float) -> dict[int, pb.SumAnswer]:
         """Ask clients what a secure sum needs, and return the answers that have come; see `Engine.confer`."""
-        until = time.monotonic() + timeout_s
+        until, alone_since = time.monotonic() + timeout_s, math.inf
         with self._changed:
             seats = {node: seat for node in questions if (seat := self._seats.known(node)) is not None}
             for node, seat in seats.items():
                 seat.question = questions[node]
                 seat.consult()
             try:
-                while not stop.is_set() and (left_s := until - time.monotonic()) > 0:
-                    open_ = [seat for node, seat in seats.items() if questions[node].answer is None]
-                    if len(seats) - len(open_) >= least and not any(seat.stream and seat.ready for seat in open_):
+                while not stop.is_set() and (now := time.monotonic()) < until:
+                    awaited = [seat for node, seat in seats.items() if questions[node].answer is None]
+                    there = any(seat.stream is not None and seat.ready for seat in awaited)
+                    alone_since = math.inf if there else min(alone_since, now)
+                    patience_s = 0.0 if len(seats) - len(awaited) >= least else return_s
+                    if not awaited or now - alone_since >= patience_s:
                         break
-                    self._changed.wait(min(left_s, LOOK_S))
+                    self._changed.wait(min(until - now, LOOK_S))
             finally:
                 for node, seat in seats.items():
                     if seat.question is questions[node]:

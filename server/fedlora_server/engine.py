@@ -90,17 +90,18 @@ class Engine(Grid):
         return {}
 
     def confer(self, requests: Mapping[int, pb.SumRequest], timeout_s: float, stop: threading.Event, *,
-               least: int, digest: bytes = b"") -> Mapping[int, pb.SumAnswer]:
+               least: int = 0, return_s: float = 0.0, digest: bytes = b"") -> Mapping[int, pb.SumAnswer]:
         """Ask clients what a secure sum needs, and return their answers by node id.
 
-        A client that returns on a new stream is asked again. It returns when all clients have answered, when `least`
-        have and all others are gone, when the time is up, or when `stop` is set.
+        A client that returns on a new stream is asked again. The wait ends when all clients have answered or are gone,
+        when the time is up, or when `stop` is set.
 
         Args:
             requests: node id → what the client is asked.
             timeout_s: seconds to wait at most.
             stop: ends the wait when it is set.
-            least: how many answers are enough not to wait for clients that are gone.
+            least: while fewer have answered, clients that are gone are waited for too, for `return_s` seconds.
+            return_s: how long they are waited for.
             digest: digest of the roster, if that is what the requests hold.
         """
         raise NotImplementedError("this engine's clients mask nothing")

@@ -102,9 +102,9 @@ class RegistryEngine(Engine):
 
     @override
     def confer(self, requests: Mapping[int, pb.SumRequest], timeout_s: float, stop: threading.Event, *,
-               least: int, digest: bytes = b"") -> Mapping[int, pb.SumAnswer]:
+               least: int = 0, return_s: float = 0.0, digest: bytes = b"") -> Mapping[int, pb.SumAnswer]:
         return self._registry.confer({node: Question(request, digest) for node, request in requests.items()}, timeout_s,
-                                     stop, least=least)
+                                     stop, least=least, return_s=return_s)
 
     @override
     def push_messages(self, messages: Iterable[Message]) -> list[str]:

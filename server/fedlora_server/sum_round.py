@@ -220,7 +220,7 @@ class SumRound:
 
     def _cohort(self, arrays: ArrayRecord, why: str) -> Collector:
         """Ask for key packages until the threshold is reached, and form the cohort."""
-        until = time.monotonic() + self._options.wait_timeout_s
+        until = math.inf
         while True:
             present = self._rosters.present(self._number, why)
             with self._phase(PACKAGES):
@@ -230,6 +230,7 @@ class SumRound:
                 return self._formed(collector, arrays)
             why = (f"{len(collector.held.packages)} clients gave a key package, and a sum needs "
                    f"{present.roster.threshold}")
+            until = min(until, time.monotonic() + self._options.wait_timeout_s)
             if time.monotonic() >= until:
                 raise Ended("wait-timeout", f"round {self._number}: {why}")
             self._engine.wait((), POLL_S)
@@ -239,7 +240,7 @@ class SumRound:
         collector = Collector(present.roster, round=self._number, attempt=self.attempts,
                               values=self._values(present.names.values(), arrays))
         request = pb.SumRequest(package=self._key(collector))
-        answers = self._ask(dict.fromkeys(present.names, request), collector)
+        answers = self._ask(dict.fromkeys(present.names, request))
         for node, answer in answers.items():
             with self._understood(present.names[node]):
                 collector.add_package(package_from_wire(answer.package))
@@ -360,7 +361,7 @@ class SumRound:
         held = collector.held
         request = pb.SumRequest(survivors=pb.Survivors(key=self._key(collector), names=held.survivors))
         answers = self._ask({node_id(name): request for name in held.survivors if name not in held.signatures},
-                            collector)
+                            collector.roster.threshold - len(held.signatures))
         for node, answer in answers.items():
             with self._understood(name := self._engine.name_of(node)):
                 collector.add_signature(name, answer.agreement.signature)
@@ -375,7 +376,7 @@ class SumRound:
         assert closing is not None
         request = pb.SumRequest(closing=closing_to_wire(closing, self._key(collector)))
         answers = self._ask({node_id(name): request for name in closing.signatures if name not in held.reveals},
-                            collector)
+                            collector.roster.threshold - len(held.reveals))
         for node, answer in answers.items():
             with self._understood(name := self._engine.name_of(node)):
                 collector.add_reveal(reveal_from_wire(answer.reveal, name))
@@ -385,10 +386,15 @@ class SumRound:
 
     # All phases.
 
-    def _ask(self, requests: Mapping[int, pb.SumRequest], collector: Collector) -> dict[int, pb.SumAnswer]:
-        """Ask clients, and return the answers of those that do not decline."""
-        timeout_s = min(ANSWER_S, self._options.round_timeout_s, self._options.wait_timeout_s)
-        answers = self._engine.confer(requests, timeout_s, self._stop, least=collector.roster.threshold)
+    def _ask(self, requests: Mapping[int, pb.SumRequest], least: int = 0) -> dict[int, pb.SumAnswer]:
+        """Ask clients, and return the answers of those that do not decline.
+
+        Args:
+            requests: node id → what it is asked.
+            least: while fewer have answered, clients that are gone are waited for too.
+        """
+        answers = self._engine.confer(requests, min(ANSWER_S, self._options.round_timeout_s), self._stop, least=least,
+                                      return_s=min(ANSWER_S, self._options.wait_timeout_s))
         if self._stop.is_set():
             raise Ended("stopped")
         for node, answer in answers.items():

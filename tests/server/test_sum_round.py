@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from fedlora.plan import AGGREGATE, Proposal
-from fedlora_server.client_sampling import Clients
+from fedlora_server.client_sampling import Clients, Ended
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.observer import Observer
 from fedlora_server.round_state import RoundOptions
 from fedlora_server.sum_roster import Rosters
-from fedlora_server.sum_round import SumRound
+from fedlora_server.sum_round import TRAINING, SumRound
 from fedlora_server.tls import ServerTls
 from fedlora_strategies import strategy_class
 from fedlora_strategies.messages import to_record
 from tests.federation import layout_of, plan_of, start_of
 from tests.fedlora.secure_sums import authority
-from tests.sum_clients import AGREEMENT, NAMES, PACKAGE, REVEAL, UPLOAD, expected, started
+from tests.sum_clients import AGREEMENT, NAMES, PACKAGE, REVEAL, STEPS, UPLOAD, SumClient, expected, leave, started
 
 
 def secure_plan(least=3, colluding=0, **changes):
@@ -84,8 +84,7 @@ def federation(folder, count, drops=None, plan=None, **options):
         there.await_ready(count)
         yield there, clients
     finally:
-        for client in clients.values():
-            client.leave()
+        leave(clients.values())
         there.engine.close("the test is over")
 
 
@@ -99,8 +98,122 @@ def test_the_opened_sum_is_the_plain_sum_of_the_vectors(count, tmp_path):
 
 
 @pytest.mark.parametrize("step", [PACKAGE, UPLOAD, AGREEMENT, REVEAL])
-def test_a_sum_is_opened_though_a_client_drops_out_in_any_phase(step, tmp_path):
-    with federation(tmp_path, 6, {"site-001": [(step, 1, 0)]}) as (there, _):
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_a_sum_of_six_is_opened_unless_more_than_one_drop_out(step, gone, tmp_path):
+    drops = {name: [(step, 1, 0)] for name in NAMES[:gone]}
+    with federation(tmp_path, 6, drops) as (there, clients):
         under_way, survivors = there.opened()
-        assert ("site-001" in survivors) == (step in (AGREEMENT, REVEAL))
-        assert under_way.unopened == 0 and len(survivors) >= 5
+        left_before = gone if step in (PACKAGE, UPLOAD) else 0
+        if gone < 2:
+            assert under_way.unopened == 0 and survivors == NAMES[left_before:6]
+        elif step == PACKAGE:  # nobody was asked to train for a sum that cannot be opened
+            assert under_way.unopened == 0 and under_way.attempts == 1 and survivors == NAMES[2:6]
+        else:  # charged and not opened; the four that are left make another roster, of which three open a sum
+            assert under_way.unopened == 1 and survivors == NAMES[2:6]
+            assert [len(clients[name].trained) for name in survivors] == [2] * 4
+            assert len(there.heard.why) == 1 and there.heard.made[-1] == NAMES[2:6]
+
+
+@pytest.mark.parametrize("step", [UPLOAD, REVEAL])
+def test_a_run_whose_clients_are_too_few_for_another_attempt_ends_with_the_reason(step, tmp_path):
+    with federation(tmp_path, 3, {"site-001": [(step, 1, 0)]}) as (there, clients):
+        with pytest.raises(Ended, match="wait-timeout") as ended:
+            there.opened()
+        assert "2 of the 3 clients that a sum needs are ready" in ended.value.why
+        assert ("2 clients revealed their shares, and 3 must" in ended.value.why) == (step == REVEAL)
+        assert clients["site-000"].trained == [(there.plan.run_id, 1, 0)]
+
+
+def test_a_client_that_joins_late_waits_for_the_next_roster(tmp_path):
+    with federation(tmp_path, 3) as (there, clients):
+        assert there.opened(1)[1] == NAMES[:3]
+        clients["site-003"] = SumClient(there.engine.address, "site-003", there.plan).start()
+        there.await_ready(4)
+        assert there.opened(2)[1] == NAMES[:4]
+        assert [len(client.rosters) for client in clients.values()] == [2, 2, 2, 1]
+
+
+def test_a_client_that_comes_after_the_packages_is_not_in_the_sum_of_that_attempt(tmp_path):
+    with federation(tmp_path, 3) as (there, clients):
+        class Late(Heard):
+            def summing(self, round, phase):
+                if (round, phase) == (1, TRAINING):
+                    clients["site-003"] = SumClient(there.engine.address, "site-003", there.plan).start()
+                    there.await_ready(4)
+
+        there.heard = Late()
+        assert there.opened(1)[1] == NAMES[:3] and clients["site-003"].rosters == []
+        assert there.opened(2)[1] == NAMES[:4]
+
+
+def test_a_client_that_is_started_again_is_in_a_new_roster(tmp_path):
+    with federation(tmp_path, 3) as (there, clients):
+        there.opened(1)
+        clients["site-001"].leave()
+        clients["site-001"] = SumClient(there.engine.address, "site-001", there.plan).start()
+        there.await_ready(3)
+        assert there.opened(2)[1] == NAMES[:3]
+        first, second = clients["site-000"].rosters
+        assert first.members["site-001"] != second.members["site-001"] == clients["site-001"].entry
+
+
+def test_a_client_whose_connection_breaks_is_asked_again(tmp_path):
+    with federation(tmp_path, 3) as (there, clients):
+        class Breaking(Heard):
+            def summing(self, round, phase):
+                if phase not in self.phases:  # once in each phase
+                    self.phases.append(phase)
+                    clients["site-002"].lose_connection()
+
+        there.heard = Breaking()
+        assert there.opened()[1] == NAMES[:3]
+        assert clients["site-002"].trained == [(there.plan.run_id, 1, 0)]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_client_that_stays_silent_is_not_waited_for_beyond_the_time_for_answers(step, tmp_path):
+    with federation(tmp_path, 4, round_timeout_s=0.5) as (there, clients):
+        clients["site-002"].silent.add((step, 1, 0))
+        under_way, survivors = there.opened()
+        assert under_way.unopened == 0 and ("site-002" in survivors) == (step in (AGREEMENT, REVEAL))
+
+
+def test_a_client_that_refuses_the_roster_is_named_and_the_others_go_on(tmp_path):
+    with federation(tmp_path, 4) as (there, clients):
+        clients["site-003"].declines = True
+        under_way, survivors = there.opened()
+        assert survivors == NAMES[:3] and under_way.refused == {"site-003": "policy"}
+        assert len(there.heard.made) == 1, "the others keep the roster"
+
+
+def test_a_client_that_does_not_say_its_noise_needs_a_least_noise(tmp_path):
+    with federation(tmp_path, 3) as (there, clients):
+        clients["site-003"] = SumClient(there.engine.address, "site-003", there.plan, noise=0.0).start()
+        there.await_ready(4)
+        assert there.opened()[1] == NAMES[:3]
+        assert "--least-noise" in there.heard.out["site-003"]
+
+
+def test_a_least_noise_stands_for_the_noise_that_is_not_said(tmp_path):
+    plan = secure_plan(3, least_noise=0.5)
+    with federation(tmp_path, 3, plan=plan) as (there, clients):
+        clients["site-003"] = SumClient(there.engine.address, "site-003", plan, noise=0.0).start()
+        there.await_ready(4)
+        assert there.opened()[1] == NAMES[:4]
+        roster = there.rosters.roster
+        expected_noise = 0.5 * roster.grid.sensitivity(roster.values, plan.clip_norm)
+        assert expected_noise * (1 - 1e-9) < roster.noise < expected_noise
+
+
+def test_sums_of_a_hundred_are_opened_until_more_than_a_third_have_dropped_out(tmp_path):
+    going = {2: NAMES[:1], 3: NAMES[1:33], 4: NAMES[33:34]}  # round → who drops out in it
+    drops = {name: [((UPLOAD, AGREEMENT, REVEAL)[i % 3], number, 0)] for number, names in going.items()
+             for i, name in enumerate(names)}
+    with federation(tmp_path, 100, drops, secure_plan(68, colluding=20)) as (there, _):
+        for number, missing in ((1, 0), (2, 1), (3, 12)):  # of the 32 that go in round 3, eleven go before they upload
+            under_way, survivors = there.opened(number)
+            assert under_way.unopened == 0 and len(survivors) == 100 - missing
+        with pytest.raises(Ended, match="wait-timeout") as ended:
+            there.opened(4)
+        assert "66 uploads are in the sum, and 67 must be" in ended.value.why
+        assert len(there.heard.why) == len(there.heard.made) == 1
