@@ -14,7 +14,7 @@ from fedlora.config.client import JoinConfig
 from fedlora.console import tell, tell_about
 from fedlora.plan import Proposal, Refusal, Refused
 
-from .connection import Connection, Goodbye, RunChanged
+from .connection import SEE_ABOVE, Connection, Goodbye, RunChanged
 from .data_holder import DataHolder
 from .onboarding import join
 from .participation import Participation
@@ -139,7 +139,7 @@ def _serve(holder: DataHolder, proposal: Proposal, connection: Connection, sent:
         connection.decline(refused.refusal)
         raise
     connection.max_tensor_bytes = part.most_tensor_bytes
-    connection.ready(part.announced)
+    connection.ready(part.announced, part.member)
     console = holder.console
     tell(console, f"Joined {holder.options.server} as {holder.name}; waiting to be asked.", "joined")
     try:
@@ -153,7 +153,7 @@ def _serve(holder: DataHolder, proposal: Proposal, connection: Connection, sent:
             part.report(plan, answer, declined,
                         f"; {connection.bytes_up:,} bytes up, {connection.bytes_down:,} down so far")
             if isinstance(answer, Refusal) and answer.code in ("policy", "labels"):
-                raise Refused(answer.code, "see the messages above")
+                raise Refused(answer.code, SEE_ABOVE)
             if part.failed:
                 raise RoundFailed(f"round {plan.round} failed on this machine, for the reason above. It stays charged "
                                   "if it had begun, and further rounds could fail the same way. Remove the cause, then "

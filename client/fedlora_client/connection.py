@@ -21,23 +21,27 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from queue import SimpleQueue
+from collections.abc import Callable, Iterator
 from secrets import token_bytes
-from typing import Protocol
 
 import grpc
-import numpy as np
 
 import fedlora
 from fedlora import wire
 from fedlora.plan import GOODBYES, PROTOCOL, Proposal, Refusal, Refused, RoundPlan, Tensors, Upload
-from fedlora.wire import Incoming, Key, Repeats, WireError, pb
+from fedlora.wire import Key, WireError, pb
+from fedlora.wire.sums import cohort_from_wire
 
+from .own_name import OwnName, Secrets
+from .stream import Stream
+from .sums import SumMember
 from .tls import Tls, Unreachable, Untrusted
 
 LEAVE_TIMEOUT_S = 2.0
 """Seconds for which `leave` waits for the thread to say goodbye."""
+
+SEE_ABOVE = "see the messages above"
+"""Detail of a refusal whose reason is in this client's own log."""
 
 _PATIENCE_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses before the next attempts to connect, in seconds; the last one is repeated."""
@@ -71,39 +75,6 @@ class RunChanged(Exception):
 
 class _Suspended(Exception):
     """The server said that it will be back. It is treated as a broken stream."""
-
-
-class Secrets(Protocol):
-    """Storage for the secrets that prove, run by run, that a name is this client's. It outlives the process."""
-
-    def secret(self, run_id: str, name: str) -> bytes:
-        """Return the secret that was saved last for the run and the name; b"" if there is none."""
-
-    def save_secret(self, run_id: str, name: str, secret: bytes) -> None:
-        """Keep the secret in place of the one before.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-
-
-class _Stream:
-    """One attempt at a stream: the frames still to be sent, and how far the conversation has come."""
-
-    def __init__(self) -> None:
-        self.outgoing: SimpleQueue[Iterable[bytes] | None] = SimpleQueue()
-        self.call: grpc.Call | None = None
-        self.welcomed = False
-        self.has_proved = False
-        self.is_ready = False
-        self.last_frame_at = time.monotonic()
-        self.plan: RoundPlan | None = None  # the request whose tensors are arriving
-        self.incoming: Incoming | None = None
-        self.sent, self.received = Repeats(), Repeats()
-        self.tensors: dict[str, np.ndarray] = {}
-
-    def send(self, frame: pb.ClientFrame) -> None:
-        self.outgoing.put([frame.SerializeToString()])
 
 
 class Connection:
@@ -147,16 +118,16 @@ class Connection:
         self._private, self._connect_timeout_s, self._report = private, connect_timeout_s, report
         self.max_tensor_bytes = 8 << 30
         self._process = token_bytes(16)
-        self._secrets = secrets
-        self._own: dict[str, bytes] = {}  # {run id: secret} of the run that was joined last
+        self._own_name = OwnName(name, secrets, report)
         self._changed = threading.Condition()
-        self._stream = _Stream()
+        self._stream = Stream()
         self._thread: threading.Thread | None = None
         self._leaving = threading.Event()
         self._end: Exception | None = None
         self._proposal: Proposal | None = None
         self._run_changed = False
         self._labels: tuple[str, ...] | None = None  # None until `ready` is called
+        self._member: SumMember | None = None
         self._request: tuple[RoundPlan, Tensors] | None = None
         self._working: Key | None = None  # the request in hand: received, and its answer not yet acknowledged
         self._until = math.inf  # when the time of the request in hand is up, by time.monotonic()
@@ -184,16 +155,17 @@ class Connection:
             assert self._proposal is not None
             return self._proposal
 
-    def ready(self, labels: tuple[str, ...] = ()) -> None:
+    def ready(self, labels: tuple[str, ...] = (), member: SumMember | None = None) -> None:
         """Tell the server that it may send requests.
 
         Args:
             labels: this client's label names. They are disclosed to the server if the proposal asks for them, and else
                 not sent.
+            member: answers the server's requests for secure sums; needed if the plan has secure aggregation.
         """
         with self._changed:
             self._wait(lambda: True)
-            self._labels = labels
+            self._labels, self._member = labels, member
             if self._stream.welcomed and not self._stream.is_ready:
                 self._say_ready(self._stream)
 
@@ -288,7 +260,7 @@ class Connection:
 
     def _check_deadline(self) -> None:
         stream, silent_s = self._stream, time.monotonic() - self._stream.last_frame_at
-        if stream.call is not None and stream.incoming is not None and silent_s > wire.STALL_TIMEOUT_S:
+        if stream.call is not None and stream.is_receiving and silent_s > wire.STALL_TIMEOUT_S:
             stream.call.cancel()
 
     # The connection's thread. `ready` and `send` call `_say_ready` and `_give` in the main thread, too.
@@ -325,7 +297,7 @@ class Connection:
 
     def _converse(self) -> str:
         """Open a stream and serve it until it breaks. Return how it broke; raise what must not be retried."""
-        stream = _Stream()
+        stream = Stream()
         with self._changed:
             self._stream = stream
         stream.send(self._join_frame())
@@ -344,14 +316,17 @@ class Connection:
             overdue.daemon = True
             overdue.start()
             try:
-                for data in call:
-                    self.bytes_down += len(data) + wire.FRAME_PREFIX_BYTES
+                for received in call:
+                    self.bytes_down += len(received) + wire.FRAME_PREFIX_BYTES
                     stream.last_frame_at = time.monotonic()
-                    frame, chunk = wire.read_frame(pb.ServerFrame, data)
+                    frame, chunk = wire.read_frame(pb.ServerFrame, received)
                     if frame is not None:
                         self._on_frame(stream, frame)
                     if chunk is not None:
-                        self._on_chunk(stream, *chunk)
+                        data, checksum = chunk
+                        stream.add(data)
+                        if checksum is not None:
+                            self._on_end(stream, checksum)
                 return "the server closed the stream"
             except _Suspended:
                 return GOODBYES["suspended"]
@@ -393,13 +368,13 @@ class Connection:
                                            fedlora_version=fedlora.__version__, process=self._process,
                                            private=self._private, secret=secret))
 
-    def _requests(self, stream: _Stream) -> Iterator[bytes]:
+    def _requests(self, stream: Stream) -> Iterator[bytes]:
         while (frames := stream.outgoing.get()) is not None:
             for frame in frames:
                 self.bytes_up += len(frame) + wire.FRAME_PREFIX_BYTES
                 yield frame
 
-    def _on_frame(self, stream: _Stream, frame: pb.ServerFrame) -> None:
+    def _on_frame(self, stream: Stream, frame: pb.ServerFrame) -> None:
         kind = frame.WhichOneof("kind")
         if kind == "refused":
             refusal = wire.refusal_from_wire(frame.refused)
@@ -410,63 +385,47 @@ class Connection:
             raise Goodbye(wire.clean(frame.goodbye.reason))
         if (kind == "welcome") == stream.welcomed:
             raise WireError("the server broke the protocol: its stream must begin with exactly one Welcome")
-        if (kind == "end") != (stream.incoming is not None) and kind not in ("ack", "cancel"):
+        if (kind == "end") != stream.is_receiving and kind not in ("ack", "cancel"):
             raise WireError("the server broke the protocol: the chunks of a TrainRequest must follow it")
         if kind == "welcome":
             proposal = wire.proposal_from_wire(frame.welcome)
             if not frame.welcome.secret and not stream.has_proved:
                 stream.has_proved = True
-                stream.send(self._join_frame(self._secret(proposal.plan.run_id)))
+                stream.send(self._join_frame(self._own_name.secret(proposal.plan.run_id)))
                 return
-            self._keep(proposal.plan.run_id, frame.welcome.secret)
+            self._own_name.keep(proposal.plan.run_id, frame.welcome.secret)
             self._on_welcome(stream, proposal)
         elif kind == "request":
             self._on_request(stream, frame.request)
         elif kind == "end":
             self._on_end(stream, checksum=0)  # the checksum of no bytes
+        elif kind == "sum":
+            self._on_sum_request(stream, frame.sum)
         elif kind == "ack":
             self._on_ack(frame.ack)
         elif kind == "cancel":
             self._on_cancel(self._key(frame.cancel))
 
-    def _on_welcome(self, stream: _Stream, proposal: Proposal) -> None:
+    def _on_welcome(self, stream: Stream, proposal: Proposal) -> None:
         with self._changed:
             stream.welcomed = True
             before, self._proposal = self._proposal, proposal
             # A server that resumes its run has fixed the label set that clients were asked for: still the same run.
             if before is not None and before.plan.with_open_labels() != proposal.plan.with_open_labels():
-                self._run_changed, self._labels = True, None
+                self._run_changed, self._labels, self._member = True, None, None
                 self._request = self._working = self._answer = None
                 self.cancelled.set()
             elif self._labels is not None:
                 self._say_ready(stream)
             self._changed.notify_all()
 
-    def _secret(self, run_id: str) -> bytes:
-        """Return the secret of this client's name in the run; b"" if there is none."""
-        own = self._own.get(run_id)
-        return own or (self._secrets.secret(run_id, self.name) if self._secrets is not None else b"")
-
-    def _keep(self, run_id: str, secret: bytes) -> None:
-        """Save the secret of this client's name. This happens before Ready, which makes the name this client's."""
-        if len(secret) not in (0, wire.SECRET_BYTES):
-            raise WireError(f"the name's secret does not have {wire.SECRET_BYTES} bytes")
-        if secret and secret != self._own.get(run_id):
-            self._own = {run_id: secret}
-            try:
-                if self._secrets is not None:
-                    self._secrets.save_secret(run_id, self.name, secret)
-            except OSError as error:
-                self._report(f"The secret that proves that the name {self.name} is this client's cannot be written to "
-                             f"--state ({error.strerror or error}). If this client is started again in the same run, "
-                             "the coordinator has to free the name first (fedlora-server forget).")
-
-    def _say_ready(self, stream: _Stream) -> None:
+    def _say_ready(self, stream: Stream) -> None:
         working = None if self._working is None else wire.key_to_wire(self._working)
         assert self._proposal is not None
         labels = self._labels if self._proposal.announce_labels else ()
+        membership = None if self._member is None else self._member.membership()
         stream.is_ready = True  # set before Ready is sent: the first request may come at once
-        stream.send(pb.ClientFrame(ready=pb.Ready(labels=labels or (), working=working)))
+        stream.send(pb.ClientFrame(ready=pb.Ready(labels=labels or (), working=working, membership=membership)))
         if self._answer is not None:
             stream.outgoing.put(self._answer_frames(stream, *self._answer))
 
@@ -476,52 +435,25 @@ class Connection:
         if self._stream.is_ready:
             self._stream.outgoing.put(self._answer_frames(self._stream, key, answer))
 
-    def _answer_frames(self, stream: _Stream, key: Key, answer: Upload | Refusal) -> Iterator[bytes]:
-        if isinstance(answer, Refusal):
-            declined = pb.Declined(key=wire.key_to_wire(key), refusal=wire.refusal_to_wire(answer))
-            yield pb.ClientFrame(declined=declined).SerializeToString()
-            return
+    def _answer_frames(self, stream: Stream, key: Key, answer: Upload | Refusal) -> Iterator[bytes]:
         assert self._proposal is not None
-        head = pb.ClientFrame(upload=stream.sent.shorten(wire.upload_to_wire(answer))).SerializeToString()
-        frames = wire.transfer_frames(head, wire.packed(answer.tensors, self._proposal.plan.wire_dtype))
-        yield next(frames)
-        for frame in frames:
-            given = self._answer
-            if given is None or given[0] != key:  # the server refused the answer while it was being sent
-                yield pb.ClientFrame(end=pb.End()).SerializeToString()
-                return
-            yield frame
 
-    def _on_request(self, stream: _Stream, request: pb.TrainRequest) -> None:
-        request = stream.received.restore(request)
-        plan, shapes = wire.plan_from_wire(request), wire.shapes_from(request.tensors)
+        def is_wanted() -> bool:
+            given = self._answer
+            return given is not None and given[0] == key
+
+        return stream.answer_frames(key, answer, self._proposal, is_wanted)
+
+    def _on_request(self, stream: Stream, request: pb.TrainRequest) -> None:
         assert self._proposal is not None
-        if not stream.is_ready or plan.run.run_id != self._proposal.plan.run_id:
-            raise WireError("the server sent a request before Ready, or of another run")
+        plan = stream.begin(request, self._proposal, self.max_tensor_bytes)
         if self._working is not None and plan.key != self._working:
             raise WireError("the server sent a request while another is in hand")
-        if plan.run.wire_dtype != self._proposal.plan.wire_dtype:
-            raise WireError("the plan's wire dtype is not that of the server's welcome")
-        stream.plan = plan
-        size = wire.size_of(shapes, plan.run.wire_dtype)
-        if size > self.max_tensor_bytes:
-            refusal = Refusal("invalid-tensors", f"{size} bytes of tensors; this client takes at most "
-                              f"{self.max_tensor_bytes}")
-            stream.incoming, stream.tensors = Incoming(shapes, lambda data: None, plan.run.wire_dtype, refusal), {}
-        else:
-            stream.incoming, stream.tensors = wire.receive_in_memory(shapes, plan.run.wire_dtype)
+        if self._member is not None and not self._member.take(plan.key, cohort_from_wire(request.cohort)):
+            raise Refused("policy", SEE_ABOVE)
 
-    def _on_chunk(self, stream: _Stream, data: memoryview, checksum: int | None) -> None:
-        if stream.incoming is None:
-            raise WireError("the server broke the protocol: a chunk belongs to no TrainRequest")
-        stream.incoming.add(data)
-        if checksum is not None:
-            self._on_end(stream, checksum)
-
-    def _on_end(self, stream: _Stream, checksum: int) -> None:
-        assert stream.incoming is not None and stream.plan is not None
-        refusal, plan = stream.incoming.finish(checksum), stream.plan
-        tensors, stream.incoming, stream.tensors = wire.unpacked(stream.tensors, plan.run.wire_dtype), None, {}
+    def _on_end(self, stream: Stream, checksum: int) -> None:
+        plan, tensors, refusal = stream.finish(checksum)
         with self._changed:
             if self._working == plan.key:
                 return  # this request is in hand already; its answer follows
@@ -531,6 +463,18 @@ class Connection:
             else:
                 self._request = plan, tensors
             self._changed.notify_all()
+
+    def _on_sum_request(self, stream: Stream, request: pb.SumRequest) -> None:
+        member = self._member
+        if member is None or not stream.is_ready:
+            raise WireError("the server sent a SumRequest before Ready, or in a run without secure aggregation")
+        answer = member.answer(request)
+        stream.send(pb.ClientFrame(sum=answer))
+        if answer.declined.refusal.code == "policy":  # the stream stays for `leave`, so that the answer arrives
+            with self._changed:
+                self._end = Refused("policy", SEE_ABOVE)
+                self.cancelled.set()
+                self._changed.notify_all()
 
     def _on_cancel(self, key: Key) -> None:
         with self._changed:

@@ -32,12 +32,14 @@ from fedlora.privacy import (
     Budget,
     BudgetExhausted,
     Forbidden,
+    RunTerms,
     four_digits,
     nominal_size,
 )
 from fedlora.tasks import Records, task_for, task_named
 from fedlora.training import Trainer
 from fedlora.training.batch_invariance import Findings
+from fedlora.wire import Key
 
 from .admission import Cost, ask_size, ask_whether, panel
 from .data_holder import DataHolder
@@ -48,6 +50,7 @@ from .privacy_gate import unit_count
 from .round_display import RoundDisplay
 from .session import ClientSession
 from .session_report import draw_spending, write_privacy_report
+from .sums import SumMember
 from .trainers import make_trainer, try_out
 
 log = logging.getLogger(__name__)
@@ -66,6 +69,7 @@ class Participation:
 
     Attributes:
         announced: the label names that the server asked for, which Ready will disclose; () if it did not ask.
+        member: answers the server's requests for secure sums; None if the plan has no secure aggregation.
         most_tensor_bytes: the most bytes of tensors that an order may bring.
         failed: whether a round failed on this machine. The owner then has to decide whether to go on: the server
             chooses the tensors, so it could make one round after another fail, each of them charged.
@@ -81,6 +85,7 @@ class Participation:
         self._charged: tuple[tuple[tuple[int, int], ...], float] | None = None  # the trainings begun, and their ε
         self._findings = Findings(batch_invariance())
         self.failed = False
+        self.member: SumMember | None = None
         limits.check(plan)
         check_known(plan)
         if plan.task != options.task:
@@ -88,6 +93,10 @@ class Participation:
                       "for that.", plan.task, options.task, plan.task)
             raise Refused("policy")
         gate.check_proposal(proposal)
+        if plan.secure_aggregation and self._tls is None:
+            log.error("The run has secure aggregation, in which clients know each other by their certificates; "
+                      "refused. Give --tls DIR (fedlora-client enroll makes the folder).")
+            raise Refused("policy")
         if holder.kit is not None:
             self._check_kit(holder, holder.kit)
         gate.check_anchor(proposal.anchor)
@@ -95,7 +104,11 @@ class Participation:
         self.most_tensor_bytes = models.most_adapter_bytes(self._model_path)
         self._labels, self._refusals = self._state.said(plan.run_id)
         self.announced = self._check_labels()
-        budget = self._admit(holder) if plan.private else None
+        budget = None
+        if plan.private:
+            budget, terms = self._admit(holder)
+            if plan.secure_aggregation:
+                self.member = self._sum_member(terms)
         for line in gate.take_charge(budget):
             console.print(line, soft_wrap=True)
         if self.announced:
@@ -156,8 +169,22 @@ class Participation:
                                 f"{', '.join(plan.labels)}.", style="bold red", soft_wrap=True)
         return ()
 
-    def _admit(self, holder: DataHolder) -> Budget:
+    def _sum_member(self, terms: RunTerms) -> SumMember:
+        """Return this client as a member of the run's rosters."""
+        assert self._tls is not None, "checked before the terms were settled"
+
+        def told(line: str, key: Key | None) -> None:
+            _, number, attempt = key or (None, None, None)
+            tell(self._console, line, "sum", round=number, attempt=attempt)
+
+        return SumMember(self._proposal.plan, self._tls.identity, terms, announced=self._limits.announce_size,
+                         tell=told)
+
+    def _admit(self, holder: DataHolder) -> tuple[Budget, RunTerms]:
         """Settle the run's terms, show what it costs, and ask the owner if someone is there to be asked.
+
+        Returns:
+            The run's budget, and its terms.
 
         Raises:
             Refused: "policy": the policy does not allow the terms, or the owner says no. "budget": the lifetime budget
@@ -175,14 +202,14 @@ class Participation:
             log.error("%s", error)
             raise Refused("policy") from None
         if gate.ledger.terms(gate.dataset, plan.run_id) is not None:
-            return budget  # the run goes on; its owner was asked when it began
+            return budget, terms  # the run goes on; its owner was asked when it began
         cost = Cost.of(book, gate.dataset, terms)
         assert cost is not None, "what was settled fits"
         console.print(panel(cost, gate.dataset, f"{budget.declared_size:,} {units}", plan))
         if holder.asks and not self._options.yes and not ask_whether(console):
             log.error("The owner does not take part in run %s.", plan.run_id)
             raise Refused("policy")
-        return budget
+        return budget, terms
 
     def _declare_size(self, holder: DataHolder, units: str) -> Budget:
         """Return the run's budget, for its public size.
@@ -307,6 +334,8 @@ class Participation:
 
     def conclude(self) -> None:
         """End the run in the ledger, which frees the trainings that it had not begun, and write its privacy report."""
+        if self.member is not None:
+            self.member.close()
         if self._session is not None:
             try:
                 self._session.ledger.end_run(self._session.dataset, self._session.run.run_id)

@@ -86,6 +86,11 @@ class SuperNodeClient:
 
         The error itself is written to the local log. The server learns nothing of it but the refusal.
         """
+        if proposal.plan.secure_aggregation:
+            log.error("The run has secure aggregation, whose secrets live in one process that stays connected; a "
+                      "SuperNode starts a process for each message. Refused. Take part with fedlora-client and a "
+                      "fedlora-server that listens by itself (--engine grpc).")
+            return Refusal("policy")
         set_environment(allow_download=self._options.allow_download)
         from fedlora.console import messages
 

@@ -47,6 +47,13 @@ class Identity:
     chain_pem: bytes
     authority_pem: bytes
 
+    @property
+    def key(self) -> EllipticCurvePrivateKey:
+        """The private key."""
+        key = load_pem_private_key(self.key_pem, password=None)
+        assert isinstance(key, EllipticCurvePrivateKey), "read_identity has checked it"
+        return key
+
 
 def read_identity(folder: Path, *, now: datetime | None = None) -> Identity:
     """Read and check an identity.

@@ -7,7 +7,7 @@ certificate authority could otherwise invent members, and open a sum to which on
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cached_property
 
@@ -182,6 +182,37 @@ class Roster:
             if not entry.is_signed_for(self.run):
                 raise Refused(f"the roster's entry of {entry.name!r} is not signed by its certificate's key for this "
                               "run")
+
+    def check_numbers(self, plan: RunPlan, deviation: float) -> None:
+        """Check the numbers of the roster against the plan and against this member's own noise.
+
+        Args:
+            plan: the run's plan.
+            deviation: standard deviation of the noise that this member adds to a whole vector, in units of the grid.
+
+        Raises:
+            Refused: a number is not the plan's, this member adds less noise than the roster promises, or the sum could
+                overflow with the noise that it adds.
+        """
+        if len(self.entries) < plan.least_members or self.colluding != plan.colluding:
+            raise Refused(f"the roster has {len(self.entries)} members of whom {self.colluding} may collude; by the "
+                          f"plan it must have {plan.least_members} or more, of whom {plan.colluding} may")
+        own = deviation * self.grid.step / plan.clip_norm
+        try:
+            fitting = Grid.fitting(self.values, clip_norm=plan.clip_norm, expected_batch=plan.expected_batch,
+                                   members=len(self.entries), noise=own)
+        except ValueError as error:
+            raise Refused(f"an overflow can be foreseen: {error}") from None
+        if replace(fitting, ring_bits=self.grid.ring_bits) != self.grid:
+            raise Refused(f"the roster's grid is {self.grid}; for {self.values} values of this plan it must be "
+                          f"{fitting}")
+        if fitting.ring_bits > self.grid.ring_bits:
+            raise Refused(f"an overflow can be foreseen: {len(self.entries)} members whose noise is as large as this "
+                          f"one's, {own:.4g} clip norms, can exceed the {self.grid.ring_bits} bits of the roster's "
+                          "integers. Let the coordinator know this noise: announce-size = true in policy.toml")
+        if deviation < self.noise:
+            raise Refused(f"the roster promises noise of {self.noise:.6g} units of the grid by each member, and this "
+                          f"one adds {deviation:.6g}")
 
 
 def _certificate_of(entry: Entry, authority: bytes) -> Certificate:

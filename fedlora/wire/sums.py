@@ -18,8 +18,10 @@ from . import fedlora_pb2 as pb
 from .codec import check_name
 from .tensors import WireError
 
-LONGEST_CERTIFICATE, LONGEST_PART = 16_384, 256
-"""The most bytes of a member's certificates, and of a key, a digest, a signature, a share or sealed shares."""
+LONGEST_CERTIFICATE, LONGEST_PART = 8192, 256
+"""The most bytes of a member's certificates, and of a key, a digest, a signature, a share or sealed shares.
+
+A roster of `MOST_MEMBERS` with certificates of this length still fits in a frame."""
 
 
 def membership_to_wire(entry: Entry, noise: float) -> pb.Membership:

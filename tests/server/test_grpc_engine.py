@@ -15,7 +15,8 @@ import pytest
 
 from fedlora import wire
 from fedlora.plan import Proposal, Refusal, Refused, RoundPlan, Upload
-from fedlora_client.connection import Connection, Goodbye, ServerUnreachable, _Stream
+from fedlora_client.connection import Connection, Goodbye, ServerUnreachable
+from fedlora_client.stream import Stream
 from fedlora_server.engine import node_id
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_strategies.messages import read_reply, to_record, train_message
@@ -103,7 +104,7 @@ def test_an_upload_that_a_full_disk_cannot_take_is_declined_and_the_next_one_is_
 
 
 def test_a_task_that_comes_while_ready_is_still_being_said_is_taken(engine, monkeypatch):
-    send = _Stream.send
+    send = Stream.send
 
     def slow(stream, frame):
         send(stream, frame)
@@ -112,7 +113,7 @@ def test_a_task_that_comes_while_ready_is_still_being_said_is_taken(engine, monk
             engine.push_messages([order(node_id("north"))])
             time.sleep(0.5)
 
-    monkeypatch.setattr(_Stream, "send", slow)
+    monkeypatch.setattr(Stream, "send", slow)
     connection = Connection(engine.address, "north", private=False, connect_timeout_s=10)
     connection.join()
     connection.ready()
