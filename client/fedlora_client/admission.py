@@ -23,8 +23,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.plan import RunPlan
-from fedlora.privacy import Accountant, RunTerms, four_digits
+from fedlora.privacy import RunTerms, four_digits
 from fedlora.privacy.ledger.lifetime_budget import Book, Run
+from fedlora.privacy.mechanisms.distributed_gaussian import honest
 
 from .terms import with_room
 
@@ -48,6 +49,7 @@ class Cost:
         closes: whether the run fits only as the data set's single run. Such a run uses up the budget when it begins.
         for_two: the --epsilon at which two runs of this kind fit side by side; None if there is none.
         second_fits: whether a second run with the same --epsilon fits beside this one.
+        sums: what holds in a run with secure sums; None in another run.
     """
 
     limit: float
@@ -57,15 +59,17 @@ class Cost:
     closes: bool
     for_two: float | None
     second_fits: bool
+    sums: Sums | None = None
 
     @classmethod
-    def of(cls, book: Book, dataset: str, terms: RunTerms) -> Cost | None:
+    def of(cls, book: Book, dataset: str, terms: RunTerms, *, pinned: bool = False) -> Cost | None:
         """Compute the cost of a run.
 
         Args:
             book: a copy of the ledger's book. The run is entered into it.
             dataset: id of the data set that is charged.
             terms: the run's terms; private, so that they have noise and a δ.
+            pinned: whether the policy names the keys of all members of secure sums.
 
         Returns:
             The cost; None if the run does not fit the budget.
@@ -74,21 +78,60 @@ class Cost:
         if closes is None:
             return None
         limit, left = book.declared(dataset), book.lifetime(dataset).remaining
+        sums = Sums.of(terms, pinned=pinned)
         if limit is None or left is None or limit.epsilon == math.inf:
-            return cls(math.inf, math.inf, math.inf, _guarantee(terms), False, None, True)
+            return cls(math.inf, math.inf, math.inf, _guarantee(terms), False, None, True, sums)
         second_fits = book.room_for(2, dataset, terms)
         roomy = with_room(terms, lambda other: book.room_for(2, dataset, other), MOST_NOISE_FOR_TWO)
         for_two = None if roomy is None else _guarantee(roomy)
         book.runs[dataset, terms.run_id] = Run(dataset, terms, closes, begun=terms.max_participations)
         afterwards = book.lifetime(dataset).remaining
         assert afterwards is not None
-        return cls(limit.epsilon, left, afterwards, _guarantee(terms), bool(closes), for_two, second_fits)
+        return cls(limit.epsilon, left, afterwards, _guarantee(terms), bool(closes), for_two, second_fits, sums)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The two guarantees of a run with secure sums, as they can be foretold before a roster is known.
+
+    Attributes:
+        local: ε of the run by this client's own noise.
+        aggregate: ε of the run in the sums; None if it is not stated, as the members are not pinned.
+        members: the fewest members of a roster.
+        honest: the fewest honest ones whose noise is in a sum.
+        charged: whose noise is charged, as in policy.toml: "local" or "aggregate".
+    """
+
+    local: float
+    aggregate: float | None
+    members: int
+    honest: int
+    charged: str
+
+    @classmethod
+    def of(cls, terms: RunTerms, *, pinned: bool) -> Sums | None:
+        """Return what holds of a run on these terms; None without secure sums.
+
+        Args:
+            terms: the run's terms; private.
+            pinned: whether the policy names the keys of all members.
+        """
+        foretold = terms.sums_epsilon(terms.max_participations)
+        if foretold is None:
+            return None
+        return cls(terms.own().epsilon(terms.max_participations), foretold if pinned else None, terms.least_members,
+                   honest(terms.least_members, terms.colluding),
+                   "local" if terms.aggregate_noise_multiplier is None else "aggregate")
+
+
+NOT_PINNED = ("not stated: policy.toml does not name the members' keys (members), and whoever runs the certificate "
+              "authority could make members up")
+"""Why no ε is stated for sums."""
 
 
 def _guarantee(terms: RunTerms) -> float:
-    planned = terms.spends(terms.max_participations)
-    assert planned is not None and terms.delta is not None, "a run that costs something has noise and a delta"
-    return Accountant(planned).epsilon(terms.delta)
+    assert terms.delta is not None, "a run that costs something has noise and a delta"
+    return terms.epsilon(terms.max_participations)
 
 
 def panel(cost: Cost, dataset: str, size: str, plan: RunPlan) -> Panel:
@@ -113,6 +156,16 @@ def panel(cost: Cost, dataset: str, size: str, plan: RunPlan) -> Panel:
         lines.add_row("a second run", "like it fits as well" if cost.second_fits else
                       "like it would not fit, however small its ε" if cost.for_two is None else
                       f"like it would fit if both had --epsilon {four_digits(cost.for_two, down=True)}")
+    if cost.sums is not None:
+        sums = cost.sums
+        lines.add_row("by own noise", f"ε {four_digits(sums.local)} against everyone who sees what leaves this client. "
+                                      "Nobody has to be trusted for that.")
+        lines.add_row("in the sums", NOT_PINNED if sums.aggregate is None else
+                      f"ε {four_digits(sums.aggregate)} against whoever sees the sums alone. It relies on "
+                      f"{sums.honest} honest ones of {sums.members} members or more, who add as much noise as this "
+                      "client.")
+        which = "by own noise" if sums.charged == "local" else "in the sums"
+        lines.add_row("charged", f'{which} (trust = "{sums.charged}" in policy.toml)')
     return Panel(lines, title=f"What this run costs data set {dataset}", title_align="left", width=80)
 
 

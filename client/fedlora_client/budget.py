@@ -7,18 +7,24 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.privacy import Accountant, Charge, Ledger, Lifetime, Policy, four_digits, short
-from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS, Book, Declaration
+from fedlora.plan.limits import AGGREGATE, LOCAL
+from fedlora.privacy import Charge, Ledger, Lifetime, Policy, four_digits, short
+from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS, Book, Declaration, Run
+from fedlora.privacy.ledger.rosters import aggregate_epsilon
+from fedlora.privacy.mechanisms import mechanism_named
 
 from . import paths
 
+CHARGED = {"local": "its own noise", "aggregate": "the noise of the sums"}
+NOT_STATED = "no ε stated (the members' keys are not all in policy.toml)"
 AHEAD = (1, 5, 20)
 """Numbers of further rounds whose cost is shown where --rounds is not given."""
 
@@ -27,7 +33,9 @@ class RunSpending(TypedDict):
     """One run's spending, as `fedlora-client budget --json` prints it. "inf" stands for an infinite ε.
 
     `rounds` counts the trainings that were begun; `charged` is their ε, at the run's own δ, and `epsilon` is the same
-    number. `reserved` is the ε that counts against the lifetime.
+    number. `reserved` is the ε that counts against the lifetime. `local` is the ε of this client's own noise, and
+    `aggregate` that of secure sums: None without them, or where their members are not pinned. `charges` says which of
+    the two is charged, and `rosters` with whom the sums were made.
     """
 
     run: str
@@ -43,6 +51,18 @@ class RunSpending(TypedDict):
     epsilon: float | str | None
     charged: float | str | None
     reserved: float | str | None
+    mechanism: str
+    charges: str
+    local: float | str | None
+    aggregate: float | str | None
+    rosters: list[dict[str, Any]]
+
+
+class BothEpsilons(TypedDict):
+    """The two ε of a run with secure sums, as in `RunSpending`."""
+
+    local: float | str | None
+    aggregate: float | str | None
 
 
 class DatasetSpending(TypedDict):
@@ -58,6 +78,7 @@ class DatasetSpending(TypedDict):
     closed_by: str | None
     overlapping: list[str]
     runs: list[RunSpending]
+    last_run_after_further_rounds: dict[str, BothEpsilons]
     spent_after_further_rounds: dict[str, float | str | None]
     no_forecast: str | None
 
@@ -135,7 +156,26 @@ def describe(ledger: Ledger, book: Book, dataset: str, ahead: Sequence[int]) -> 
             "updates_released": sum(map(_released, own)), "remaining": _finite(lifetime.remaining),
             "closed_by": lifetime.closed_by, "overlapping": list(book.overlapping(dataset)),
             "runs": [_run(ledger, book, run) for run in own], "spent_after_further_rounds": prices,
+            "last_run_after_further_rounds": _both_ahead(book, own, ahead) if why_not is None else {},
             "no_forecast": why_not}
+
+
+def _both(run: Run, trainings: int) -> BothEpsilons:
+    """Return the two ε of a number of trainings of a run; no aggregate one without sums of pinned members."""
+    terms = run.terms
+    aggregate = None
+    if terms.delta is not None:
+        aggregate = aggregate_epsilon(tuple(run.rosters.values()), terms.sampling_rate, terms.delta, trainings)
+    return {"local": _finite(terms.own().epsilon(trainings)), "aggregate": _finite(aggregate)}
+
+
+def _both_ahead(book: Book, own: Sequence[Sequence[Charge]], ahead: Sequence[int]) -> dict[str, BothEpsilons]:
+    """Return the two ε of the last run after further rounds; {} if it has no secure sums."""
+    last = own[-1][0]
+    run = book.runs[last.dataset, last.run_id]
+    if run.terms.mechanism != AGGREGATE:
+        return {}
+    return {str(rounds): _both(run, run.begun + rounds) for rounds in ahead}
 
 
 def _no_forecast(own: Sequence[Sequence[Charge]], lifetime: Lifetime) -> str | None:
@@ -166,13 +206,16 @@ def _released(charges: Sequence[Charge]) -> int:
 def _run(ledger: Ledger, book: Book, charges: Sequence[Charge]) -> RunSpending:
     first, terms = charges[0], charges[0].terms
     epsilon = _finite(ledger.epsilon(first.dataset, first.run_id))
-    held = terms.spends(book.runs[first.dataset, first.run_id].committed)
-    reserved = math.inf if held is None else Accountant(held).epsilon(terms.delta or 0.0)
+    run = book.runs[first.dataset, first.run_id]
+    both = _both(run, run.begun)
     return {"run": first.run_id, "first": _time(first.time), "last": _time(charges[-1].time), "rounds": len(charges),
             "steps": sum(charge.steps for charge in charges), "noise_multiplier": terms.noise_multiplier,
             "sampling_rate": terms.sampling_rate, "delta": terms.delta, "unit": terms.unit,
             "updates_released": _released(charges), "epsilon": epsilon, "charged": epsilon,
-            "reserved": _finite(reserved)}
+            "reserved": _finite(terms.epsilon(run.committed)), "mechanism": terms.mechanism,
+            "charges": "local" if terms.aggregate_noise_multiplier is None else "aggregate",
+            "local": both["local"], "aggregate": both["aggregate"],
+            "rosters": [{**asdict(roster), "honest": roster.honest} for roster in run.rosters.values()]}
 
 
 def _show(console: Console, name: str, about: DatasetSpending) -> None:
@@ -193,6 +236,7 @@ def _show(console: Console, name: str, about: DatasetSpending) -> None:
                       _text(run["charged"]), _text(run["reserved"]), sigma)
     if about["runs"]:
         console.print(table)
+    _show_sums(console, about)
     for rounds, spent in about["spent_after_further_rounds"].items():
         epsilon = about["epsilon"]
         beyond = isinstance(epsilon, float) and (spent == "inf" or (isinstance(spent, float) and spent > epsilon))
@@ -200,6 +244,25 @@ def _show(console: Console, name: str, about: DatasetSpending) -> None:
                       f"{', more than its lifetime budget' if beyond else ''}", highlight=False)
     if about["no_forecast"]:
         console.print(f"no forecast: {about['no_forecast']}", highlight=False)
+
+
+def _show_sums(console: Console, about: DatasetSpending) -> None:
+    """Show both ε of each run with secure sums, what further rounds would make of them, and what each assumes."""
+    runs = [run for run in about["runs"] if run["mechanism"] == AGGREGATE]
+    for run in runs:
+        members = sorted({f"{one['honest']} honest of {one['members']}" for one in run["rosters"]})
+        console.print(f"run {run['run']} has secure sums, with {', '.join(members) or 'no'} members; "
+                      f"{CHARGED[run['charges']]} is charged: {_of_both(run)}", highlight=False)
+    for rounds, both in about["last_run_after_further_rounds"].items():
+        console.print(f"that run after {rounds} more rounds: {_of_both(both)}", highlight=False)
+    if runs:
+        console.print(f"By own noise: {mechanism_named(LOCAL).promise}\n"
+                      f"In the sums: {mechanism_named(AGGREGATE).promise}", highlight=False, soft_wrap=True)
+
+
+def _of_both(both: BothEpsilons | RunSpending) -> str:
+    aggregate = NOT_STATED if both["aggregate"] is None else f"ε {_text(both['aggregate'])}"
+    return f"ε {_text(both['local'])} by own noise, {aggregate} in the sums"
 
 
 def _time(seconds: float) -> str:

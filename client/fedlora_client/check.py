@@ -257,7 +257,7 @@ class _Check:
                 raise
             self._console.print(f"! {error}", style="yellow", soft_wrap=True)  # a coordinator may choose otherwise
             return ""
-        cost = Cost.of(book, gate.dataset, self._terms)
+        cost = Cost.of(book, gate.dataset, self._terms, pinned=gate.policy.members is not None)
         assert cost is not None, "what was settled fits"
         units = "records" if gate.unit == ROW else f"values of {gate.unit_column}"
         assert self._terms.noise_multiplier is not None, "private terms have noise"

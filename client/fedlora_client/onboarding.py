@@ -242,7 +242,7 @@ class _Joining:
         limits = dataclasses.replace(limits, delta=self.options.delta)
         budget = limits.budget(count)
         terms, book = gate.terms_for(limits, budget, plan)
-        cost = Cost.of(book, gate.dataset, terms)
+        cost = Cost.of(book, gate.dataset, terms, pinned=gate.policy.members is not None)
         assert cost is not None, "what was settled fits"
         self._console.print(panel(cost, gate.dataset, f"{budget.declared_size:,} {units}", plan))
         return (f"within policy and budget: ε {budget.epsilon:g} at δ {budget.delta:g} for the whole run. Each step "

@@ -203,7 +203,7 @@ class Participation:
             raise Refused("policy") from None
         if gate.ledger.terms(gate.dataset, plan.run_id) is not None:
             return budget, terms  # the run goes on; its owner was asked when it began
-        cost = Cost.of(book, gate.dataset, terms)
+        cost = Cost.of(book, gate.dataset, terms, pinned=gate.policy.members is not None)
         assert cost is not None, "what was settled fits"
         console.print(panel(cost, gate.dataset, f"{budget.declared_size:,} {units}", plan))
         if holder.asks and not self._options.yes and not ask_whether(console):

@@ -12,7 +12,7 @@ import numpy as np
 from fedlora.files import replace_file
 from fedlora.identity import Certificate
 from fedlora.plan import PROTOCOL, ROW
-from fedlora.privacy import INSECURE_SEED_VARIABLE, About, Accountant, Ledger, Spend
+from fedlora.privacy import INSECURE_SEED_VARIABLE, About, Ledger
 from fedlora.privacy.about import NOTHING
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
 from fedlora.privacy.report import (
@@ -20,6 +20,7 @@ from fedlora.privacy.report import (
     LifetimeCharge,
     Mechanism,
     ReportedRun,
+    Sums,
     TrainingEntry,
     announced,
     encrypted,
@@ -80,13 +81,15 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
             expected_batch=run.expected_batch, local_steps=terms.local_steps,
             max_participations=terms.max_participations, clip_norm=terms.clip_norm, scales=terms.scales,
             precision=session.trainer.precision, rows=shapes.rows, one_at_a_time=shapes.one_at_a_time,
-            family=run.family),
+            family=run.family, key=run.mechanism),
         trainings=trainings, lifetime=_lifetime(ledger, dataset, terms.delta),
         disclosed=(*announced(client=name, private=run.private, labels=labels or None, protocol=PROTOCOL),
                    *(encrypted(own, peer) for own, peer in certificates)),
         terms_announced=session.limits.announce_size, anchored=session.anchors,
         rows_per_unit=None if unit == ROW else session.limits.rows_per_unit,
-        predictable=INSECURE_SEED_VARIABLE if session.streams.predictable else None, refusals=refusals, about=about))
+        predictable=INSECURE_SEED_VARIABLE if session.streams.predictable else None, refusals=refusals, about=about,
+        sums=Sums(terms.aggregate_noise_multiplier, terms.least_members, terms.colluding,
+                  ledger.rosters(dataset, run.run_id)) if run.secure_aggregation else None))
     return write_report(folder, sign(report, load_or_create_key(paths.signing_key())))
 
 
@@ -104,8 +107,7 @@ def draw_spending(path: Path, session: ClientSession) -> None:
     if terms.noise_multiplier is None or terms.delta is None or session.streams.predictable or not started:
         return
     rounds = sorted({started, *np.linspace(1, most, min(most, POINTS), dtype=int).tolist()})
-    planned = [(count, Accountant((Spend(terms.noise_multiplier, terms.sampling_rate, terms.local_steps * count),))
-                .epsilon(terms.delta)) for count in rounds]
+    planned = [(count, terms.epsilon(count)) for count in rounds]
     if not 0 < planned[-1][1] < math.inf:
         return  # no axis can show that
     chart = spending_chart(f"{session.dataset}, run {session.run.run_id}", terms.delta, planned, started)
@@ -122,8 +124,9 @@ def _lifetime(ledger: Ledger, dataset: str, delta: float | None) -> LifetimeAcco
     for begun in (run for name in (dataset, *overlapping) for run in runs_of(ledger, name)):
         terms = begun[0].terms
         count = terms.max_participations if terms.run_id == state.closed_by else len(begun)
-        charges.append(LifetimeCharge(begun[0].dataset, terms.run_id, terms.noise_multiplier, terms.sampling_rate,
-                                      count * terms.local_steps))
+        charges.append(LifetimeCharge(
+            begun[0].dataset, terms.run_id, None if terms.noise is None else terms.noise.charged, terms.sampling_rate,
+            count * terms.local_steps, terms.aggregate_noise_multiplier is not None))
     given_up = "; ".join(f"ledger {mark['ledger_id']}, {mark['rows']} rows" for mark in ledger.marks())
     return LifetimeAccount(
         epsilon=state.epsilon if state.epsilon != float("inf") else None, delta=state.delta or delta,

@@ -15,7 +15,7 @@ from fedlora.privacy.report.dsse import pre_authentication_encoding
 
 from .test_privacy_report import KEY, changed, made
 
-SECOND = Path(__file__).parents[1] / "fixtures" / "report-2"
+SECOND, THIRD = (Path(__file__).parents[1] / "fixtures" / f"report-{version}" for version in (2, 3))
 
 
 def pae(kind, body):
@@ -95,6 +95,14 @@ def test_a_report_of_version_2_with_its_signature_inside_still_verifies(name):
     assert verified.guarantee == (name == "private") and verified.report["run"]["dataset"] == "ward-7"
     with pytest.raises(ValueError, match="does not fit"):
         verify(changed(document, ("mechanism", "clip_norm"), 0.1))
+
+
+@pytest.mark.parametrize("name", ["private", "not-private"])
+def test_a_report_of_version_3_still_verifies(name):
+    envelope = read_signed(THIRD / f"{name}.dsse.json")
+    verified = verify(envelope, public_key(KEY))
+    assert verified.report["version"] == 3 and verified.guarantee == (name == "private")
+    assert "sums" not in verified.report and verified.aggregate is None
 
 
 def test_an_old_signature_is_no_way_around_the_envelope():

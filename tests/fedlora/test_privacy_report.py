@@ -430,8 +430,8 @@ def test_verifying_a_file_prints_the_figures_and_answers_with_an_exit_code(tmp_p
         "binary": "\x00[/]",
         "another": "[]",
         "nested": "[" * 100_000,
-        "newer": json.dumps({**made(), "version": 4, "signature": {}}),
-        "newer envelope": json.dumps(sign({**made(), "version": 4}, KEY)),
+        "newer": json.dumps({**made(), "version": 5, "signature": {}}),
+        "newer envelope": json.dumps(sign({**made(), "version": 5}, KEY)),
         "another envelope": json.dumps({**sign(made(), KEY), "payloadType": "application/vnd.in-toto+json"}),
     }.items():
         (tmp_path / "broken.json").write_text(broken)

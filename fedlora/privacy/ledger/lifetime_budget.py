@@ -38,6 +38,7 @@ from fedlora.privacy import renyi
 from fedlora.privacy.accounting import Accountant
 from fedlora.privacy.ledger.rosters import RosterFacts
 from fedlora.privacy.mechanisms import Noise, mechanism_named
+from fedlora.privacy.mechanisms.distributed_gaussian import honest
 from fedlora.privacy.spend import Spend, rdp
 
 FILTER_ORDERS = (2, 2.5, 3, 3.5, 4, 5, 7, 9, 13, 17, 25, 33, 65, 129)
@@ -167,6 +168,24 @@ class RunTerms:
         if self.noise is None:
             return None
         return mechanism_named(self.mechanism).spends(self.noise, self.sampling_rate, participations * self.local_steps)
+
+    def sums_epsilon(self, participations: int) -> float | None:
+        """Return the epsilon towards whoever sees the sums alone, as it can be foretold before a roster is known.
+
+        It is that of a roster of the fewest members, all of whom add as much noise as this client, or that of the noise
+        that this client demands of a roster.
+
+        Args:
+            participations: the number of trainings.
+
+        Returns:
+            None without secure sums or without privacy.
+        """
+        if self.mechanism != AGGREGATE or self.noise_multiplier is None:
+            return None
+        shares = honest(self.least_members, self.colluding)
+        aggregate = self.aggregate_noise_multiplier or math.sqrt(shares) * self.noise_multiplier
+        return replace(self, aggregate_noise_multiplier=aggregate).epsilon(participations)
 
     def steps_delta(self, delta: float) -> float:
         """Return the part of a delta that is left for the steps of this run's mechanism."""

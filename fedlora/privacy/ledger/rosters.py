@@ -82,11 +82,12 @@ def aggregate_epsilon(rosters: Sequence[RosterFacts], sampling_rate: float, delt
         clients: the number of clients that hold a unit of the same person.
 
     Returns:
-        None if nothing may be stated: no roster is known, or the members of one are not pinned.
-
-    Raises:
-        ValueError: the grid of a roster is too coarse for this δ.
+        None if nothing may be stated: no roster is known, the members of one are not pinned, or its grid is too coarse
+        for this δ.
     """
     if not rosters or not all(roster.pinned for roster in rosters):
         return None
-    return max(roster.noise(sampling_rate).epsilon(delta, rounds, clients=clients) for roster in rosters)
+    try:
+        return max(roster.noise(sampling_rate).epsilon(delta, rounds, clients=clients) for roster in rosters)
+    except ValueError:
+        return None

@@ -30,16 +30,16 @@ ROUNDING_SHARE = 0.01
 MOST_INFLATION = 0.01
 """Largest share by which rounding to the grid may raise the sensitivity of a sum."""
 
-_INTERVAL = 1e-3  # of dp-accounting's grid of privacy losses; its estimate is from above, and a finer one is lower
+_INTERVAL = 3e-3  # of dp-accounting's grid of privacy losses; its estimate is from above, and a finer one is lower
 
 
 class DistributedGaussian(Mechanism):
     """The Poisson-sampled Gaussian mechanism with shares of its noise by the members of a roster."""
 
     promise: ClassVar[str] = (
-        "Each member adds a share of this noise, and the server sees sums alone, each with the shares of at least "
-        "{honest} honest ones of {members} members. The figure holds against whoever sees these sums, the server "
-        "included, if all members are who their pinned keys say, at most {colluding} of them tell the server what they "
+        "Each member adds a share of this noise, and the server sees sums alone, each with the shares of at least as "
+        "many honest members as are stated here. The figure holds against whoever sees these sums, the server "
+        "included, if all members are who their pinned keys say, no more of them than stated tell the server what they "
         "know, and the others keep to the protocol.")
     stores: ClassVar[tuple[str, ...]] = ("mechanism", "aggregate_noise_multiplier", "least_members", "colluding")
 

@@ -8,6 +8,7 @@ from fedlora.privacy.report.facts import (
     LifetimeCharge,
     Mechanism,
     ReportedRun,
+    Sums,
     TrainingEntry,
     announced,
     encrypted,
@@ -18,7 +19,7 @@ from fedlora.privacy.report.report import privacy_report, write_report
 from fedlora.privacy.report.signing import canonical, load_or_create_key, public_key
 from fedlora.privacy.report.verification import Verified, connections, verify
 
-__all__ = ["Disclosure", "LifetimeAccount", "LifetimeCharge", "Mechanism", "ReportedRun", "TrainingEntry", "Verified",
-           "announced", "attached", "canonical", "connections", "encrypted", "load_or_create_key", "markdown",
+__all__ = ["Disclosure", "LifetimeAccount", "LifetimeCharge", "Mechanism", "ReportedRun", "Sums", "TrainingEntry",
+           "Verified", "announced", "attached", "canonical", "connections", "encrypted", "load_or_create_key", "markdown",
            "privacy_report", "public_key", "read_audit", "read_signed", "sign", "verify", "verify_file",
            "write_report"]

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import fedlora
 from fedlora.identity.certificates import Certificate, day
+from fedlora.plan.limits import LOCAL
 from fedlora.privacy.about import NOTHING, About
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
+from fedlora.privacy.ledger.rosters import RosterFacts
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Mechanism:
             (`fedlora.training.batch_invariance`); empty if privacy is off.
         one_at_a_time: why micro-batches have a single record; "" if there is no such rule.
         family: the adapter family, which decides what is trained and sent.
+        key: key of the privacy mechanism (`fedlora.privacy.mechanisms`).
     """
 
     noise_multiplier: float | None
@@ -42,6 +45,25 @@ class Mechanism:
     rows: Mapping[int, int] = field(default_factory=dict)
     one_at_a_time: str = ""
     family: str = ""
+    key: str = LOCAL
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The secure sums of a run.
+
+    Attributes:
+        aggregate_noise_multiplier: the noise of the sums that the budget is charged for; None if it is charged for this
+            client's own noise.
+        least_members: the fewest members of a roster that this client takes part with.
+        colluding: t, how many members may tell the server what they know.
+        rosters: the rosters under which trainings were begun, in their order.
+    """
+
+    aggregate_noise_multiplier: float | None
+    least_members: int
+    colluding: int
+    rosters: Sequence[RosterFacts]
 
 
 @dataclass(frozen=True)
@@ -78,9 +100,11 @@ class LifetimeCharge:
     Attributes:
         dataset: the data set of that run: this report's or one that overlaps it.
         run_id: the run.
-        noise_multiplier: noise standard deviation / clip norm; None for a run without noise, whose epsilon is infinite.
+        noise_multiplier: the charged noise, as standard deviation / clip norm; None for a run without noise, whose
+            epsilon is infinite.
         sampling_rate: probability with which each unit entered a step; None if it is withheld.
         steps: steps that count as spent.
+        sums: whether the charged noise is that of secure sums.
     """
 
     dataset: str
@@ -88,6 +112,7 @@ class LifetimeCharge:
     noise_multiplier: float | None
     sampling_rate: float | None
     steps: int
+    sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,6 +223,7 @@ class ReportedRun:
             from the operating system. If it is set, no epsilon is printed.
         refusals: (round, code) of each refusal that was sent; round None before the first round.
         about: what the owner states in policy.toml about the data's use.
+        sums: the run's secure sums; None without them.
     """
 
     dataset: str
@@ -220,6 +246,7 @@ class ReportedRun:
     predictable: str | None = None
     refusals: Sequence[tuple[int | None, str]] = ()
     about: About = NOTHING
+    sums: Sums | None = None
 
     @property
     def private(self) -> bool:

@@ -12,16 +12,19 @@ from typing import Any
 
 from fedlora.privacy.accounting import Accountant, four_digits, pld_epsilon, prv_epsilon
 from fedlora.privacy.ledger.lifetime_budget import filter_epsilon
+from fedlora.privacy.mechanisms import Noise, mechanism_named
+from fedlora.privacy.mechanisms.distributed_gaussian import ROUNDING_SHARE
 from fedlora.privacy.report.signing import Document
 from fedlora.privacy.spend import Spend, rdp_epsilon
 from fedlora.privacy.trade_off import FALSE_ALARMS, attack
 
-SCHEMA, VERSION = "fedlora privacy report", 3
-READABLE = (1, 2, 3)
+SCHEMA, VERSION = "fedlora privacy report", 4
+READABLE = (1, 2, 3, 4)
 """Versions that can be verified. In version 1, extra noise covered the rounding that was measured in bf16
 (`rounding_cover`). Since version 2, a record's arithmetic is shown not to depend on others (`batch_invariance`). Since
 version 3, the signature stands in an envelope (`dsse`), and the report says what an attacker can achieve (`attack`),
-what the owner states (`about`) and what an audit measured (`audit`)."""
+what the owner states (`about`) and what an audit measured (`audit`). Since version 4, it names the mechanism, and says
+of secure sums what holds in them (`sums`)."""
 
 RELATION = "zero-out: one unit is replaced by one that contributes nothing (accounts like adding or removing it)"
 LABELS = {"guarantee": "guarantee at the run's maximum", "spent": "spent so far"}
@@ -66,6 +69,18 @@ def spent_history(report: Document) -> tuple[Spend, ...]:
     return _spends(begun(report))
 
 
+def event_of(report: Document) -> str | None:
+    """Return what the run's planned maximum costs by this client's own noise, as the text of dp-accounting's event.
+
+    None if no epsilon may be stated.
+    """
+    mechanism, steps = report["mechanism"], steps_of(report)["guarantee"]
+    if why_no_guarantee(report) is not None:
+        return None
+    return repr(mechanism_named(mechanism["key"]).event(Noise(mechanism["noise_multiplier"]),
+                                                        mechanism["sampling_rate"], steps))
+
+
 def lifetime_spent(report: Document) -> float:
     """Return the epsilon of everything charged to the lifetime budget, at its delta, by the ledger's own rule.
 
@@ -75,10 +90,13 @@ def lifetime_spent(report: Document) -> float:
     if any(c["noise_multiplier"] is None and c["steps"] for c in account["charges"]):
         return math.inf
     spends = [_spends([(c["noise_multiplier"], c["sampling_rate"], c["steps"])]) for c in account["charges"]]
-    filtered = filter_epsilon(spends, account["delta"], tuple(account["orders"]))
+    delta = account["delta"]
+    if any(c.get("sums") for c in account["charges"]):
+        delta *= 1 - ROUNDING_SHARE
+    filtered = filter_epsilon(spends, delta, tuple(account["orders"]))
     if account["closed_by"] is None or {c["run"] for c in account["charges"]} != {account["closed_by"]}:
         return filtered
-    return min(filtered, Accountant(tuple(spend for part in spends for spend in part)).epsilon(account["delta"]))
+    return min(filtered, Accountant(tuple(spend for part in spends for spend in part)).epsilon(delta))
 
 
 def figures(label: str, steps: int, history: tuple[Spend, ...], delta: float | None) -> dict[str, Any]:
@@ -155,6 +173,12 @@ def begun(report: Document) -> list[Steps]:
     """Return the steps of every training that was charged and not voided."""
     return [(t["noise_multiplier"], t["sampling_rate"], t["steps"]) for t in report["trainings"]
             if t["state"] != "voided"]
+
+
+def charged(report: Document, steps: Iterable[Steps]) -> list[Steps]:
+    """Return steps of this client's own noise as the budget is charged for them, maybe with the noise of sums."""
+    aggregate = (report.get("sums") or {}).get("aggregate_noise_multiplier")
+    return [(sigma if aggregate is None else aggregate, q, count) for sigma, q, count in steps]
 
 
 def merged(steps: Iterable[Steps]) -> dict[tuple[float | None, float | None], int]:

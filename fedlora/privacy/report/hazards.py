@@ -125,8 +125,13 @@ def _deployment(report: Document) -> Iterator[Hazard]:
                  "Every round is charged to a ledger before it reads a record"
                  + (", against the data's budget for life." if limited else "; no limit over all runs holds here.")
                  + " A plan fixes what a server may ask.")
-    yield Hazard("4.2", "A guarantee is void if those whom it trusts are not trustworthy.", OPEN if none else MET,
+    sums = report.get("sums")
+    relied = sums is not None and sums["charged"] == "aggregate"
+    yield Hazard("4.2", "A guarantee is void if those whom it trusts are not trustworthy.",
+                 OPEN if none else PARTLY if relied else MET,
                  "Without noise the server would have to be trusted." if none else
+                 "The budget is charged for the noise of secure sums, which relies on the members whose keys the owner "
+                 "pinned. This client's own noise holds without them." if relied else
                  "Noise is added here; no server and no other client is trusted. This machine, whoever administers it, "
                  "and the software are.")
     yield Hazard("4.3", "Floating point, timing and error messages are side channels.", PARTLY,

@@ -6,12 +6,14 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from fedlora.plan.limits import AGGREGATE, LOCAL
 from fedlora.privacy.accounting import four_digits, short
+from fedlora.privacy.mechanisms import mechanism_named
 from fedlora.privacy.report import hazards, plain_words
 from fedlora.privacy.report.dsse import spelled
 from fedlora.privacy.report.figures import LABELS, shown, whom
 from fedlora.privacy.report.signing import Document
-from fedlora.privacy.report.text import code, text
+from fedlora.privacy.report.text import code, table, text
 
 MOST_LINES = 12
 """The most lines in the page's table of trainings; the rest is in privacy.json."""
@@ -23,10 +25,10 @@ def markdown(report: Document) -> str:
     parts = [f"# Privacy report: dataset {code(run['dataset'])}, run {code(run['id'])}",
              f"{text(run['client'])} trained for the server {code(run['server'])} (strategy {text(run['strategy'])}"
              f", base model {text(_named(run['base_model']))}). Written {report['made']}.",
-             _statement(report), plain_words.attacker(report), plain_words.responsible(report), _mechanism(report),
+             _statement(report), _sums(report), plain_words.attacker(report), plain_words.responsible(report), _mechanism(report),
              _trainings(report), _lifetime(report), _left(report), plain_words.measured(report),
              "## What this does not cover\n\n" + "\n".join(f"- {text(line)}" for line in report["not_covered"]),
-             _closing(report), plain_words.terms(), hazards.appendix(report)]
+             _closing(report), plain_words.terms(report), hazards.appendix(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -56,6 +58,41 @@ def _statement(report: Document) -> str:
         f"PRV and RDP are upper bounds on ε, and the smaller one is stated. PLD is an independent check. {apart}",
         text(notes) and f"{text(notes)}.",
         f"**Against whom.** {text(report['adversary'])}"]))
+
+
+def _sums(report: Document) -> str:
+    """Return the section on secure sums: both guarantees, and what each assumes; "" without secure sums."""
+    sums, privacy = report.get("sums"), report["privacy"]
+    if sums is None or privacy["no_guarantee"] is not None:
+        return ""
+    lines = []
+    if sums["no_guarantee"] is None:
+        rows = [[name, _delta(privacy["delta"]), *(f"**{shown(part[kind]['epsilon'])}**" for kind in LABELS),
+                 shown(part["guarantee"]["accountants"]["PLD"])]
+                for name, part in (("by own noise, as above", privacy), ("in the sums", sums))]
+        lines += [table(["", "δ", *(f"ε, {label}" for label in LABELS.values()), "PLD (check)"], rows), ""]
+    lines += [f"- **By own noise.** {mechanism_named(LOCAL).promise}",
+              f"- **In the sums.** {mechanism_named(AGGREGATE).promise}"]
+    if sums["no_guarantee"] is not None:
+        lines.append(f"- **No ε is stated for the sums.** {text(_sentence(sums['no_guarantee']))}.")
+    which = "the noise of the sums" if sums["charged"] == "aggregate" else "this client's own noise"
+    lines.append(f"- The budget of this data set is charged for {which}, as the owner's policy says (trust = "
+                 f'"{text(sums["charged"])}").')
+    lines += [f"- Roster {code(one['digest'][:16])}…: at least {one['honest']} of {one['members']} members honest in a "
+              f"sum, {one['colluding']} may collude; noise of the sum {short(one['noise_multiplier'])} × this client's "
+              f"sensitivity; the members' keys are {'pinned' if one['pinned'] else 'not pinned'} in policy.toml."
+              for one in sums["rosters"][:MOST_LINES]]
+    if len(sums["rosters"]) > MOST_LINES:
+        lines.append(f"- {len(sums['rosters']) - MOST_LINES} more rosters are in privacy.json.")
+    if sums["no_guarantee"] is None:
+        lines += [f"- One person's records at two clients: ε = {shown(sums['two_clients'])} in the sums at the run's "
+                  "maximum; by own noise the two clients' ε add up.",
+                  f"- Rounding to the grid adds {short(sums['rounding_delta'], up=True)} to δ, which is included."]
+    return "## Two guarantees: by this client's own noise, and in the sums\n\n" + "\n".join(lines)
+
+
+def _sentence(reason: str) -> str:
+    return reason[0].upper() + reason[1:]
 
 
 def _mechanism(report: Document) -> str:

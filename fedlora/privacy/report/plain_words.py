@@ -42,6 +42,21 @@ TERMS = {
 }
 """Word on the page, in privacy.json or in the ledger → what it means."""
 
+SUMS_TERMS = {
+    "secure sum": "What the server learns of a round: the sum over the members who took part, and nothing of any one "
+                  "of them.",
+    "by own noise": "What holds by the noise that this client adds alone. It holds against everyone, even if all "
+                    "others work together.",
+    "in the sums": "What holds by the noise of this client and of the other honest members together. It holds only "
+                   "against those who see the sums and nothing else.",
+    "roster": "The list of members of secure sums, with their keys, which this client checked before it trained.",
+    "honest": "A member that adds its noise, and tells nobody what it knows. Of every sum that can be opened, at least "
+              "as many members are honest as is stated, if no more collude than is stated.",
+    "pinned": "The owner's policy names the member's key. Whoever runs the certificate authority cannot make such a "
+              "member up.",
+}
+"""Word that stands on the page in a run with secure sums → what it means."""
+
 
 def attacker(report: Document) -> str:
     """Return the section on what an attacker can achieve against one unit; "" if there is no guarantee."""
@@ -113,7 +128,8 @@ def measured(report: Document) -> str:
     return f"## What an audit measured\n\n{said}"
 
 
-def terms() -> str:
+def terms(report: Document) -> str:
     """Return the appendix that explains every state and sum."""
+    words = TERMS if report.get("sums") is None else {**TERMS, **SUMS_TERMS}
     return ("## Appendix A: words on this page\n\n"
-            + table(["word", "meaning"], [[f"**{word}**", meaning] for word, meaning in TERMS.items()]))
+            + table(["word", "meaning"], [[f"**{word}**", meaning] for word, meaning in words.items()]))

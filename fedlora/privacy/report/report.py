@@ -27,6 +27,7 @@ from fedlora.privacy.report.figures import (
     SCHEMA,
     VERSION,
     best_attack,
+    event_of,
     figures,
     lifetime_spent,
     planned_history,
@@ -37,6 +38,7 @@ from fedlora.privacy.report.figures import (
 )
 from fedlora.privacy.report.page import markdown
 from fedlora.privacy.report.signing import Document
+from fedlora.privacy.report.sums import sums_part
 from fedlora.privacy.report.verification import verify
 from fedlora.privacy.rng import DRAWS
 from fedlora.versions import environment
@@ -103,6 +105,7 @@ def privacy_report(run: ReportedRun, now: float | None = None) -> dict[str, Any]
         "about": {field: getattr(run.about, field) for field in KEYS.values()},
         "adversary": ADVERSARY,
         "mechanism": _mechanism(run),
+        "sums": None,
         "randomness": {"predictable": run.predictable is not None, "why": run.predictable,
                        **_sources(run.predictable)},
         "trainings": [_training(entry, run) for entry in run.trainings],
@@ -123,6 +126,9 @@ def privacy_report(run: ReportedRun, now: float | None = None) -> dict[str, Any]
         "spent": figures(LABELS["spent"], steps["spent"], spent, at),
         "attack": {"guarantee": None if at is None else best_attack(most),
                    "spent": None if at is None else best_attack(spent)}}
+    report["mechanism"]["event"] = event_of(report)
+    if run.sums is not None:
+        report["sums"] = sums_part(report, run.sums)
     if run.lifetime is not None:
         _fill_lifetime(report, run.lifetime)
     return report
@@ -131,6 +137,7 @@ def privacy_report(run: ReportedRun, now: float | None = None) -> dict[str, Any]
 def _mechanism(run: ReportedRun) -> dict[str, Any]:
     done = run.mechanism
     return {
+        "key": done.key, "event": None,
         "name": "Poisson-sampled Gaussian" if run.private else "none: privacy is off",
         "family": done.family,
         "sampler": SAMPLER.format(unit="row" if run.unit == "row" else "unit"),
@@ -180,7 +187,7 @@ def _lifetime(account: LifetimeAccount, delta: float | None) -> dict[str, Any]:
         "orders": list(account.orders),
         "charges": [{"dataset": c.dataset, "run": c.run_id, "noise_multiplier": c.noise_multiplier,
                      "sampling_rate": None if c.noise_multiplier is None else c.sampling_rate,  # reveals the size
-                     "steps": c.steps} for c in account.charges],
+                     "steps": c.steps, "sums": c.sums} for c in account.charges],
         "overlapping": list(account.overlapping), "distinct": list(account.distinct), "closed_by": account.closed_by,
         "ledger": account.ledger_id, "new_ledger": account.new_ledger, "simulated": account.simulated}
 

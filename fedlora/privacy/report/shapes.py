@@ -14,6 +14,11 @@ _TEXT = (str, type(None))
 _EPSILON = (*_NUMBER, str, type(None))
 _FIGURES = {"label": str, "steps": int, "epsilon": _EPSILON, "accountant": _TEXT,
             "accountants": {"PRV": _EPSILON, "RDP": _EPSILON, "PLD": _EPSILON}, "note": str}
+_ROSTER = {"digest": str, "members": int, "colluding": int, "honest": int, "noise_multiplier": _NUMBER,
+           "deviation": _NUMBER, "step": _NUMBER, "values": int, "pinned": bool}
+_SUMS = ({"charged": str, "aggregate_noise_multiplier": _MAYBE, "least_members": int, "colluding": int,
+          "rosters": [_ROSTER], "no_guarantee": _TEXT, "event": _TEXT, "guarantee": _FIGURES, "spent": _FIGURES,
+          "rounding_delta": _MAYBE, "two_clients": _EPSILON}, None)
 _ATTACK = ({"even_odds": _NUMBER, "found": [{"false_alarms": _NUMBER, "at_most": _NUMBER}]}, None)
 SHAPE: dict[str, Any] = {
     "schema": str, "version": int, "made": str,
@@ -22,7 +27,8 @@ SHAPE: dict[str, Any] = {
     "about": {field: _TEXT for field in KEYS.values()},
     "unit": {"name": str, "rows_per_unit": (int, type(None)), "relation": str, "declared_size": (int, type(None))},
     "adversary": str,
-    "mechanism": {"name": str, "family": str, "sampler": str, "noise_multiplier": _MAYBE, "sampling_rate": _MAYBE,
+    "mechanism": {"key": str, "event": _TEXT,
+                  "name": str, "family": str, "sampler": str, "noise_multiplier": _MAYBE, "sampling_rate": _MAYBE,
                   "expected_batch": int, "local_steps": int, "max_participations": int, "clip_norm": _NUMBER,
                   "scales": {...: _NUMBER}, "precision": str,
                   "batch_invariance": {"shown": str, "rows": {...: int}, "one_at_a_time": _TEXT}},
@@ -31,10 +37,11 @@ SHAPE: dict[str, Any] = {
                    "sampling_rate": _MAYBE, "upload": ({"bytes": (int, type(None)), "sha256": str}, None)}],
     "privacy": {"no_guarantee": _TEXT, "delta": _MAYBE, "guarantee": _FIGURES, "spent": _FIGURES,
                 "attack": {"guarantee": _ATTACK, "spent": _ATTACK}},
+    "sums": _SUMS,
     "lifetime": ({"epsilon": _MAYBE, "delta": _MAYBE, "spent": _EPSILON, "remaining": _MAYBE, "accountant": str,
                   "orders": [_NUMBER],
                   "charges": [{"dataset": str, "run": str, "noise_multiplier": _MAYBE, "sampling_rate": _MAYBE,
-                               "steps": int}],
+                               "steps": int, "sums": bool}],
                   "overlapping": [str], "distinct": [str], "closed_by": _TEXT, "ledger": _TEXT, "new_ledger": _TEXT,
                   "simulated": bool}, None),
     "left_without_noise": [{"what": str, "value": str}],
@@ -52,12 +59,21 @@ def _without(shape: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: kind for name, kind in shape.items() if name not in names}
 
 
-_SECOND = {**_without(SHAPE, "about", "audit", "public_key"),
-           "mechanism": _without(SHAPE["mechanism"], "family"), "privacy": _without(SHAPE["privacy"], "attack"),
+_LIFETIME = SHAPE["lifetime"][0]
+_THIRD = {**_without(SHAPE, "sums"), "mechanism": _without(SHAPE["mechanism"], "key", "event"),
+          "lifetime": ({**_LIFETIME, "charges": [_without(_LIFETIME["charges"][0], "sums")]}, None)}
+_SECOND = {**_without(_THIRD, "about", "audit", "public_key"),
+           "mechanism": _without(_THIRD["mechanism"], "family"), "privacy": _without(SHAPE["privacy"], "attack"),
            "signature": {"algorithm": str, "public_key": str, "value": str}}
 _FIRST = {**_SECOND, "mechanism": {**_without(_SECOND["mechanism"], "batch_invariance"), "rounding_cover": _NUMBER}}
-SHAPES = {1: _FIRST, 2: _SECOND, VERSION: SHAPE}
+SHAPES = {1: _FIRST, 2: _SECOND, 3: _THIRD, VERSION: SHAPE}
 """Version → fields and types, for each version that can be read."""
+
+
+def require(ok: bool, field: str, value: object, remedy: str) -> None:
+    """Raise ValueError unless a field's value is as it must be; the message names the field and the value."""
+    if not ok:
+        raise ValueError(f"{field} is {value!r}; {remedy}")
 
 
 def fit(value: object, shape: object, where: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fedlora.plan import MOST_STEPS
+from fedlora.plan.limits import AGGREGATE, LOCAL
 from fedlora.privacy.accounting import short
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
 from fedlora.privacy.report.audited import check_audit
@@ -25,6 +26,8 @@ from fedlora.privacy.report.figures import (
     accountants,
     begun,
     best_attack,
+    charged,
+    event_of,
     lifetime_spent,
     merged,
     number,
@@ -36,8 +39,9 @@ from fedlora.privacy.report.figures import (
     whom,
     why_no_guarantee,
 )
-from fedlora.privacy.report.shapes import SHAPES, fit
+from fedlora.privacy.report.shapes import SHAPES, fit, require
 from fedlora.privacy.report.signing import Document
+from fedlora.privacy.report.sums import check_sums
 from fedlora.versions import versions
 
 TOLERANCE = 1e-6
@@ -75,6 +79,8 @@ class Verified:
         text: what the verification proves and what it does not.
         report: the report that was signed.
         connections: the keys at both ends of the run's encrypted connections, in words; () without TLS.
+        aggregate: epsilon at the run's planned maximum against whoever sees the secure sums alone; None if none is
+            stated.
     """
 
     public_key: str
@@ -86,6 +92,7 @@ class Verified:
     text: str
     report: Document
     connections: tuple[str, ...] = ()
+    aggregate: float | None = None
 
 
 def verify(document: Document, public_key: str | None = None) -> Verified:
@@ -114,14 +121,17 @@ def verify(document: Document, public_key: str | None = None) -> Verified:
     _check_facts(report)
     privacy = report["privacy"]
     if privacy["no_guarantee"] is not None:
+        _check_sums(report)
         return Verified(author, False, None, None, None, (), _without_guarantee(report), report, connections(report))
-    checks = [*_check_figures(report, "guarantee"), *_check_figures(report, "spent"), *_check_lifetime(report)]
+    checks = [*_check_figures(report, "guarantee"), *_check_figures(report, "spent"), *_check_sums(report),
+              *_check_lifetime(report)]
     _check_attack(report)
     if report.get("audit") is not None:
         check_audit(report, report["audit"])
     epsilon, spent = (number(privacy[kind]["epsilon"]) for kind in ("guarantee", "spent"))
+    sums = report.get("sums")
     return Verified(author, True, epsilon, privacy["delta"], spent, tuple(checks), _with_guarantee(report), report,
-                    connections(report))
+                    connections(report), None if sums is None else number(sums["guarantee"]["epsilon"]))
 
 
 def _check_version(report: Document) -> None:
@@ -136,57 +146,64 @@ def _check_version(report: Document) -> None:
 def _check_facts(report: Document) -> None:
     """Check that the facts fit each other, before anything is computed from them."""
     unit, mechanism, privacy = report["unit"], report["mechanism"], report["privacy"]
+    key = mechanism.get("key", LOCAL)
+    require(key in (LOCAL, AGGREGATE), "mechanism.key", key, f"it must be {LOCAL} or {AGGREGATE}")
+    require((report.get("sums") is not None) == (key == AGGREGATE), "sums", report.get("sums"),
+            f"it must be stated with the mechanism {AGGREGATE}, and only then")
     name, size, delta = unit["name"], unit["declared_size"], privacy["delta"]
-    _require(name == "row" or (name.startswith("column:") and len(name) > 7), "unit.name", name, 'it must be "row" or '
-             '"column:NAME"')
-    _require(unit["relation"] == RELATION, "unit.relation", unit["relation"], f"it must be {RELATION!r}")
+    require(name == "row" or (name.startswith("column:") and len(name) > 7), "unit.name", name, 'it must be "row" or '
+            '"column:NAME"')
+    require(unit["relation"] == RELATION, "unit.relation", unit["relation"], f"it must be {RELATION!r}")
     for field in ("expected_batch", "local_steps", "max_participations"):
-        _require(mechanism[field] >= 1, f"mechanism.{field}", mechanism[field], "it must be at least 1")
+        require(mechanism[field] >= 1, f"mechanism.{field}", mechanism[field], "it must be at least 1")
     for field, value in {"clip_norm": mechanism["clip_norm"], **mechanism["scales"]}.items():
-        _require(value > 0, f"mechanism {field}", value, "it must be positive")
+        require(value > 0, f"mechanism {field}", value, "it must be positive")
     if "rounding_cover" in mechanism:
-        _require(mechanism["rounding_cover"] >= 0, "mechanism.rounding_cover", mechanism["rounding_cover"],
-                 "it must be at least 0")
+        require(mechanism["rounding_cover"] >= 0, "mechanism.rounding_cover", mechanism["rounding_cover"],
+                "it must be at least 0")
     else:
         for length, rows in mechanism["batch_invariance"]["rows"].items():
-            _require(rows >= 1, f"mechanism.batch_invariance.rows {length}", rows, "it must be at least 1")
+            require(rows >= 1, f"mechanism.batch_invariance.rows {length}", rows, "it must be at least 1")
     seen: set[tuple[int, int]] = set()
     for training in report["trainings"]:
         key = training["round"], training["attempt"]
         if training["state"] != "voided":  # a voided one may be begun again
-            _require(key not in seen, "trainings", key, "this (round, attempt) is charged twice")
+            require(key not in seen, "trainings", key, "this (round, attempt) is charged twice")
             seen.add(key)
-        _require(training["state"] in STATES, "state", training["state"], f"it must be one of {', '.join(STATES)}")
-        _require(training["steps"] >= 1, "steps", training["steps"], "a training has at least 1 step")
-    _require(report["randomness"]["predictable"] == (report["randomness"]["why"] is not None), "randomness.why",
-             report["randomness"]["why"], "it must give a reason if randomness is predictable, and only then")
+        require(training["state"] in STATES, "state", training["state"], f"it must be one of {', '.join(STATES)}")
+        require(training["steps"] >= 1, "steps", training["steps"], "a training has at least 1 step")
+    require(report["randomness"]["predictable"] == (report["randomness"]["why"] is not None), "randomness.why",
+            report["randomness"]["why"], "it must give a reason if randomness is predictable, and only then")
     reason = why_no_guarantee(report)
-    _require(privacy["no_guarantee"] == reason, "privacy.no_guarantee", privacy["no_guarantee"],
-             f"by the report's own facts it must be {reason!r}")
+    require(privacy["no_guarantee"] == reason, "privacy.no_guarantee", privacy["no_guarantee"],
+            f"by the report's own facts it must be {reason!r}")
     steps = steps_of(report)
     most = max(steps.values())
-    _require(most <= MOST_STEPS, "steps", most, f"at most {MOST_STEPS} steps can be recomputed")
+    require(most <= MOST_STEPS, "steps", most, f"at most {MOST_STEPS} steps can be recomputed")
     for kind, label in LABELS.items():
-        _require(privacy[kind]["label"] == label, f"privacy.{kind}.label", privacy[kind]["label"],
-                 f"it must be {label!r}")
-        _require(privacy[kind]["steps"] == steps[kind], f"privacy.{kind}.steps", privacy[kind]["steps"],
-                 f"by the report's own facts it must be {steps[kind]}")
+        require(privacy[kind]["label"] == label, f"privacy.{kind}.label", privacy[kind]["label"],
+                f"it must be {label!r}")
+        require(privacy[kind]["steps"] == steps[kind], f"privacy.{kind}.steps", privacy[kind]["steps"],
+                f"by the report's own facts it must be {steps[kind]}")
     if reason is not None:
         lifetime = report["lifetime"] or {}
         found = [lifetime.get(field) for field in ("epsilon", "spent", "remaining")]
         found += [value for kind in LABELS for value in (privacy[kind]["epsilon"],
                                                          *privacy[kind]["accountants"].values())]
-        found += [*privacy.get("attack", {}).values(), report.get("audit")]
-        _require(all(value is None for value in found), "epsilon", found, "it may not be stated without a guarantee")
+        found += [*privacy.get("attack", {}).values(), report.get("audit"), mechanism.get("event")]
+        require(all(value is None for value in found), "epsilon", found, "it may not be stated without a guarantee")
         return
-    _require(size is not None and size >= 1, "unit.declared_size", size, "a guarantee needs a declared size")
-    _require(delta is not None and 0 < delta < 1 / size, "privacy.delta", delta, f"it must be positive and below "
-             f"1/{size}, the declared size")
+    require(size is not None and size >= 1, "unit.declared_size", size, "a guarantee needs a declared size")
+    require(delta is not None and 0 < delta < 1 / size, "privacy.delta", delta, f"it must be positive and below "
+            f"1/{size}, the declared size")
     rate = min(1.0, mechanism["expected_batch"] / size)
-    _require(mechanism["sampling_rate"] is not None and math.isclose(mechanism["sampling_rate"], rate, rel_tol=1e-9),
-             "mechanism.sampling_rate", mechanism["sampling_rate"], f"with an expected batch of "
-             f"{mechanism['expected_batch']} out of {size} declared units it must be {rate!r}")
+    require(mechanism["sampling_rate"] is not None and math.isclose(mechanism["sampling_rate"], rate, rel_tol=1e-9),
+            "mechanism.sampling_rate", mechanism["sampling_rate"], f"with an expected batch of "
+            f"{mechanism['expected_batch']} out of {size} declared units it must be {rate!r}")
     _covers(planned(report), begun(report), "the guarantee")
+    if "event" in mechanism:
+        require(mechanism["event"] == event_of(report), "mechanism.event", mechanism["event"],
+                f"by the report's own facts it must be {event_of(report)!r}")
 
 
 def _check_figures(report: Document, kind: str) -> list[Check]:
@@ -200,10 +217,22 @@ def _check_figures(report: Document, kind: str) -> list[Check]:
         if check.stated is not None:
             _not_below(report, f"{check.label}, {check.accountant}", check.stated,
                        math.inf if check.recomputed is None else check.recomputed)
-    _require(claimed["accountant"] in ("PRV", "RDP"), f"privacy.{kind}.accountant", claimed["accountant"],
-             "it must be PRV or RDP")
-    _require(claimed["epsilon"] is not None and claimed["epsilon"] == claimed["accountants"][claimed["accountant"]],
-             f"privacy.{kind}.epsilon", claimed["epsilon"], f"it is not {claimed['accountant']}'s figure")
+    require(claimed["accountant"] in ("PRV", "RDP"), f"privacy.{kind}.accountant", claimed["accountant"],
+            "it must be PRV or RDP")
+    require(claimed["epsilon"] is not None and claimed["epsilon"] == claimed["accountants"][claimed["accountant"]],
+            f"privacy.{kind}.epsilon", claimed["epsilon"], f"it is not {claimed['accountant']}'s figure")
+    return checks
+
+
+def _check_sums(report: Document) -> list[Check]:
+    """Check what the report says of secure sums, recompute its epsilons, and check that none is stated too low."""
+    if report.get("sums") is None:
+        return []
+    checks = [Check(*figures) for figures in check_sums(report)]
+    for check in checks:
+        if check.stated is not None:
+            _not_below(report, f"{check.label}, {check.accountant}", check.stated,
+                       math.inf if check.recomputed is None else check.recomputed)
     return checks
 
 
@@ -214,10 +243,10 @@ def _check_attack(report: Document) -> None:
     for kind, history in (("guarantee", planned_history(report)), ("spent", spent_history(report))):
         claimed, found = report["privacy"]["attack"][kind], best_attack(history)
         if found is None or claimed is None:
-            _require(found is claimed, f"privacy.attack.{kind}", claimed, f"by the report's own history it is {found}")
+            require(found is claimed, f"privacy.attack.{kind}", claimed, f"by the report's own history it is {found}")
             continue
         rates = [[one["false_alarms"] for one in both["found"]] for both in (claimed, found)]
-        _require(rates[0] == rates[1], f"privacy.attack.{kind}.found", claimed["found"], f"it is stated for {rates[1]}")
+        require(rates[0] == rates[1], f"privacy.attack.{kind}.found", claimed["found"], f"it is stated for {rates[1]}")
         pairs = [(claimed["even_odds"], found["even_odds"]),
                  *((ours["at_most"], theirs["at_most"])
                    for ours, theirs in zip(claimed["found"], found["found"], strict=True))]
@@ -230,24 +259,27 @@ def _check_lifetime(report: Document) -> list[Check]:
     account = report["lifetime"]
     if account is None:
         return []
-    _require(account["delta"] is not None and 0 < account["delta"] < 1, "lifetime.delta", account["delta"],
-             "it must be in (0, 1)")
-    _require(tuple(account["orders"]) == FILTER_ORDERS, "lifetime.orders", account["orders"],
-             "the filter's orders are fixed; others could have been chosen after seeing results")
+    require(account["delta"] is not None and 0 < account["delta"] < 1, "lifetime.delta", account["delta"],
+            "it must be in (0, 1)")
+    require(tuple(account["orders"]) == FILTER_ORDERS, "lifetime.orders", account["orders"],
+            "the filter's orders are fixed; others could have been chosen after seeing results")
     most = max((charge["steps"] for charge in account["charges"]), default=0)
-    _require(most <= MOST_STEPS, "lifetime.charges steps", most, f"at most {MOST_STEPS} steps can be recomputed")
+    require(most <= MOST_STEPS, "lifetime.charges steps", most, f"at most {MOST_STEPS} steps can be recomputed")
     own = [c for c in account["charges"] if c["run"] == report["run"]["id"]]
     _covers([(c["noise_multiplier"], c["sampling_rate"], c["steps"]) for c in own],
-            planned(report) if begun(report) and account["closed_by"] == report["run"]["id"] else begun(report),
-            "the lifetime")
+            charged(report, planned(report) if begun(report) and account["closed_by"] == report["run"]["id"]
+                    else begun(report)), "the lifetime")
+    sums = (report.get("sums") or {}).get("aggregate_noise_multiplier") is not None
+    require(all(c.get("sums", False) == sums for c in own), "lifetime.charges sums", not sums,
+            f"this run is {'' if sums else 'not '}charged for the noise of its sums")
     recomputed, spent, limit = lifetime_spent(report), number(account["spent"]), account["epsilon"]
-    _require(spent is not None, "lifetime.spent", spent, "it must be stated")
+    require(spent is not None, "lifetime.spent", spent, "it must be stated")
     assert spent is not None
     _not_below(report, "lifetime, spent", spent, recomputed)
     if limit is not None:
         left = 0.0 if account["closed_by"] else max(0.0, limit - spent)
-        _require(account["remaining"] is not None and account["remaining"] <= left + TOLERANCE, "lifetime.remaining",
-                 account["remaining"], f"of the limit {limit} only {left} is left")
+        require(account["remaining"] is not None and account["remaining"] <= left + TOLERANCE, "lifetime.remaining",
+                account["remaining"], f"of the limit {limit} only {left} is left")
     return [Check("lifetime, spent", "RDP" if account["closed_by"] is None else "RDP or PRV", spent, recomputed)]
 
 
@@ -290,10 +322,17 @@ def _with_guarantee(report: Document) -> str:
     guarantee = privacy["guarantee"]
     return (f"Verified: {guarantee['steps']} steps of the stated mechanism are ({shown(guarantee['epsilon'])}, "
             f"{short(privacy['delta'], up=True)})-differentially private for {whom(unit)}, under the zero-out "
-            "relation. This proves the arithmetic and whose key signed the report. It does not prove that noise was "
-            "added, that the list of trainings is complete, or that the software ran as published.")
+            f"relation{_in_the_sums(report)}. This proves the arithmetic and whose key signed the report. It does not "
+            "prove that noise was added, that the list of trainings is complete, or that the software ran as "
+            "published.")
 
 
-def _require(ok: bool, field: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise ValueError(f"{field} is {value!r}; {remedy}")
+def _in_the_sums(report: Document) -> str:
+    sums = report.get("sums")
+    if sums is None:
+        return ""
+    if sums["no_guarantee"] is not None:
+        return f", by this client's own noise; {sums['no_guarantee']}"
+    return (f", by this client's own noise; and ({shown(sums['guarantee']['epsilon'])}, "
+            f"{short(report['privacy']['delta'], up=True)}) against whoever sees the sums alone, if the members of the "
+            "rosters are who their pinned keys say and as many of them are honest as is stated")
