@@ -55,6 +55,7 @@ class Task(ABC):
         model_types: class attribute, the model types (`model_type` in config.json) that `auto_class` can load.
         metric: class attribute, the name of the figure that runs are compared by.
         peft_type: class attribute, PEFT's task type for the exported adapter.
+        scored_by: class attribute, the name of what the mean of `score` is.
         tokenizer: the base model's tokenizer.
         max_length: number of tokens kept of a record.
     """
@@ -68,6 +69,7 @@ class Task(ABC):
     model_types: ClassVar[Collection[str]]
     metric: ClassVar[str]
     peft_type: ClassVar[str]
+    scored_by: ClassVar[str] = "probability"
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         if tokenizer.pad_token_id is None:
@@ -172,6 +174,15 @@ class Task(ABC):
         Args:
             values: what `measure` returned, of all records: name → [n] or [n, k] float64.
         """
+
+    def score(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return how well the model does on each record, from 0 to 1: [n]; by default exp(-loss).
+
+        Args:
+            values: what `measure` returned, of all records: name → [n] or [n, k] float64.
+        """
+        probability: np.ndarray = np.exp(-values["loss"])
+        return probability
 
     def collate(self, records: Records, indices: np.ndarray, length: int, device: str | torch.device = "cpu", *,
                 rows: int | None = None) -> Batch:

@@ -33,6 +33,7 @@ from fedlora.secure_sum.packages import SUM, sent_digest
 from fedlora.tasks import Records
 from fedlora.training import Encoding, Trainer, TrainingJob, TrainResult
 from fedlora.training.adjustments import check_adjustment
+from fedlora.training.hold_out import parted
 from fedlora.wire import rounded, tensors_digest
 
 from .state import State
@@ -82,6 +83,8 @@ class ClientSession:
         if not (len(records) or run.private):  # a private client without usable records sends noise alone
             raise ValueError("no row can be trained on: every row lacks a label, or an answer within --max-length")
         self.run, self.trainer, self.records = run, trainer, records
+        self._trained_on, held_out = parted(records, run.run_id, run.hold_out)
+        self._held_out = held_out if run.counted else None
         self.limits, self.state, self.streams = limits, state, streams
         self.ledger, self.dataset = ledger, dataset
         self._sketch_trainer, self.anchors = sketch_trainer, anchors and not ledger.simulated
@@ -224,9 +227,9 @@ class ClientSession:
             self._check_turn(plan, [round for round, _ in started])
             active = _in_round(layout, plan)
             start = active.cut(self._complete(plan, tensors, layout))
-            encoding = self._encoding(plan, part, layout.num_trained)
+            encoding = self._encoding(plan, part, layout.num_trained + self.run.counted)
             width = 4 if part is None else part.grid.dtype.itemsize
-            self._check_room(plan.round, width * active.num_trained)
+            self._check_room(plan.round, width * (active.num_trained + self.run.counted))
             if part is not None:
                 self._accept(part, plan, {spec.name: tensors[spec.name] for spec in layout.trained})
             prepare()
@@ -242,10 +245,10 @@ class ClientSession:
         self._begun[plan.key] = reservation, start, part
         terms, run = self.terms, self.run if plan.round else sketch_plan(self.run)
         return TrainingJob(
-            run, self.records, start, sampling_rate=terms.sampling_rate, noise_multiplier=terms.noise_multiplier,
+            run, self._trained_on, start, sampling_rate=terms.sampling_rate, noise_multiplier=terms.noise_multiplier,
             clip_norm=terms.clip_norm, lr=plan.lr if plan.round else run.lr,
             rows_per_unit=self.limits.rows_per_unit, streams=self.streams, round=plan.round, attempt=plan.attempt,
-            active=plan.active, prefixes=plan.prefixes, encoding=encoding)
+            active=plan.active, prefixes=plan.prefixes, encoding=encoding, held_out=self._held_out)
 
     def _encoding(self, plan: RoundPlan, part: SumPart | None, values: int) -> Encoding | None:
         """Check a part in a sum against the plan, and return how this client's clipped sum is encoded for it.
@@ -253,7 +256,7 @@ class ClientSession:
         Args:
             plan: the order.
             part: the part; None if there is none.
-            values: number of values of all trained tensors.
+            values: number of values in a vector of all trained tensors.
 
         Returns:
             The encoding; None without secure aggregation.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fedlora import registry
 from fedlora.config import values
 from fedlora.config.option import MODEL, NETWORK, PRESET, PRIVACY, RUN, TUNING, option
-from fedlora.plan import FOUND, LR_SCHEDULES, WIRE_DTYPES
+from fedlora.plan import FOUND, LR_SCHEDULES, MOST_HELD_OUT, WIRE_DTYPES
 from fedlora.plan.usual import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -204,6 +204,11 @@ class RunConfig(Config):
     least_noise: float = option(
         0.0, "with --secure-aggregation, least noise of each client, as a multiple of --clip-norm; 0 leaves it to the "
         "clients", PRIVACY, values.number(float, 0), plan="least_noise", place=4)
+
+    hold_out: float = option(
+        0.0, "with --secure-aggregation, share of each client's records that no one trains on; the sums tell how the "
+        "model does on them, at no further ε", PRIVACY, values.number(float, 0, MOST_HELD_OUT), plan="hold_out",
+        place=4)
 
     strategy_options: tuple[tuple[str, float], ...] = option(
         (), "numeric options of the strategy, as in period=2,warmup=1 for fedsvd", TUNING, values.numbers,

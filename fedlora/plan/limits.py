@@ -17,6 +17,9 @@ LEAST_MEMBERS, MOST_MEMBERS = 3, 200
 """Fewest and most members of a roster of secure aggregation. Two members' sum tells each the other's; beyond 200, the
 complete graph of masks would need another protocol."""
 
+MOST_HELD_OUT = 0.5
+"""Largest share of units that a plan can hold out from training."""
+
 LR_SCHEDULES = ("constant", "linear")
 WIRE_DTYPES = ("fp32", "bf16")
 ROW, COLUMN = "row", "column:"

@@ -18,6 +18,7 @@ from fedlora.plan.limits import (
     LONGEST_NAME,
     LR_SCHEDULES,
     MOST_CLIP_NORM,
+    MOST_HELD_OUT,
     MOST_LABELS,
     MOST_MEMBERS,
     MOST_RANK,
@@ -109,6 +110,7 @@ class RunPlan:
         colluding: t, how many members of a roster may tell the server all they know without a sum's promise changing.
         least_noise: least standard deviation of each client's noise under secure aggregation, in units of `clip_norm`;
             0 leaves it to the clients.
+        hold_out: share of each client's units that no one trains on, whose scores are a part of the secure sum.
         protocol: version of the wire protocol with which the run began; one of `CONTINUED`.
     """
 
@@ -146,6 +148,7 @@ class RunPlan:
     least_members: int = 0
     colluding: int = 0
     least_noise: float = 0.0
+    hold_out: float = 0.0
     protocol: int = PROTOCOL
 
     def __post_init__(self) -> None:
@@ -208,9 +211,10 @@ class RunPlan:
                                                                                "aggregation")
         require(math.isfinite(self.least_noise) and self.least_noise >= 0, "least_noise", "it must be at least 0")
         if not self.secure_aggregation:
-            for name in ("least_members", "colluding", "least_noise"):
+            for name in ("least_members", "colluding", "least_noise", "hold_out"):
                 require(not getattr(self, name), name, "only secure aggregation has it")
             return
+        require(0 <= self.hold_out <= MOST_HELD_OUT, "hold_out", f"it must be from 0 to {MOST_HELD_OUT:g}")
         because = "for secure aggregation it must be"
         require(self.private, "private", f"{because} True: clients share the noise of a sum")
         require(LEAST_MEMBERS <= self.least_members <= MOST_MEMBERS, "least_members",
@@ -227,6 +231,11 @@ class RunPlan:
     def secure_aggregation(self) -> bool:
         """Whether the server learns only sums of the clients' uploads."""
         return self.mechanism == AGGREGATE
+
+    @property
+    def counted(self) -> int:
+        """The number of values in a secure sum beside those of the trained tensors: the scores of a hold-out."""
+        return 2 if self.hold_out else 0
 
     @property
     def labels_open(self) -> bool:

@@ -52,7 +52,7 @@ class RandomStream:
             seed: whoever knows it can subtract the noise.
             name: the client's name.
             round: the round of the run.
-            purpose: "sampling" or "noise".
+            purpose: "sampling", "noise" or "hold-out".
             attempt: the attempt at this round.
         """
         identity = json.dumps(["fedlora stream 1", seed, name, round, purpose, attempt])
@@ -99,7 +99,7 @@ class RunStreams:
         return self.seed is not None
 
     def stream(self, round: int, purpose: str, attempt: int = 0) -> RandomStream:
-        """Return a stream for one purpose ("sampling", "noise") in one attempt at one round.
+        """Return a stream for one purpose ("sampling", "noise", "hold-out") in one attempt at one round.
 
         In deployment each call returns a fresh stream; with a seed, equal arguments return equal streams.
         """

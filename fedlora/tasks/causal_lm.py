@@ -36,6 +36,7 @@ class CausalLM(Task):
     model_types = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     metric = "perplexity"
     peft_type = "CAUSAL_LM"
+    scored_by = "token_probability"
 
     @classmethod
     @override
@@ -152,6 +153,12 @@ class CausalLM(Task):
         wrong = (targets != IGNORED) & (logits[:, :-1].argmax(-1) != targets)
         return {"loss": losses, "tokens": counts, "exact": ~wrong.any(1),
                 "prompted": counts < inputs["attention_mask"].sum(1) - 1}
+
+    @override
+    def score(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the geometric mean of the probabilities of each record's answer tokens."""
+        probability: np.ndarray = np.exp(-values["loss"] / values["tokens"])
+        return probability
 
     @override
     def summarize(self, values: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -47,6 +47,7 @@ class Classification(Task):
     model_types = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     metric = "accuracy"
     peft_type = "SEQ_CLS"
+    scored_by = "accuracy"
 
     def __init__(self, tokenizer: Any, labels: Sequence[str], max_length: int) -> None:
         super().__init__(tokenizer, max_length)
@@ -159,6 +160,12 @@ class Classification(Task):
         logits = model(**batch.inputs()).logits.float()
         return {"loss": F.cross_entropy(logits, batch.labels, reduction="none"),
                 "probabilities": logits.softmax(-1), "label": batch.labels}
+
+    @override
+    def score(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return 1 for each record whose label is the most probable one, and 0 for the others."""
+        right: np.ndarray = values["probabilities"].argmax(1) == values["label"]
+        return right.astype(np.float64)
 
     @override
     def summarize(self, values: Mapping[str, np.ndarray]) -> dict[str, float]:

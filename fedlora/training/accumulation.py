@@ -206,18 +206,19 @@ class SumStep(PrivateStep):
         gradients: The runtime check that sees the draw's sum.
         encoding: The integers and the noise.
         order: [values] The columns of the gradient buffer in the order of the released vector.
+        further: [k] What follows in the vector: what held-out records add (`fedlora.training.hold_out`).
     """
 
     def __init__(self, optimizer: PerRecordOptimizer, gradients: GradientCheck, encoding: Encoding,
-                 order: np.ndarray) -> None:
+                 order: np.ndarray, further: np.ndarray) -> None:
         super().__init__(optimizer, gradients)
         optimizer.draws_ahead = False  # the noise of the grid is drawn when it is added
-        self._encoding, self._order = encoding, order
+        self._encoding, self._order, self._further = encoding, order, further
         self._integers: np.ndarray | None = None
 
     @override
     def _release(self) -> None:
-        self._integers = self.optimizer.encode(self._encoding, self._order)
+        self._integers = self.optimizer.encode(self._encoding, self._order, self._further)
 
     @property
     @override

@@ -18,7 +18,7 @@ class Streams(Protocol):
     """The source of a client's random numbers, for example `fedlora.privacy.RunStreams`."""
 
     def stream(self, round: int, purpose: str, attempt: int = 0) -> RandomStream:
-        """Return the stream for "sampling" or "noise" of a round and attempt.
+        """Return the stream for "sampling", "noise" or "hold-out" of a round and attempt.
 
         An implementation may return a fresh stream for every call, or continue the one it returned before.
         """
@@ -63,6 +63,7 @@ class TrainingJob:
             round. `start` has their tensors in that rank.
         encoding: The integers that the clipped sum of the job's one step becomes, with noise. No tensor changes then,
             and the result holds the integers alone. None steps the tensors.
+        held_out: The client's records that are scored in place of being trained on; None in a plan without a hold-out.
 
     Raises:
         ValueError: The sampling rate is out of range, or a job with an encoding is not private or has several steps.
@@ -82,6 +83,7 @@ class TrainingJob:
     active: tuple[str, ...] = ()
     prefixes: tuple[tuple[str, int], ...] = ()
     encoding: Encoding | None = None
+    held_out: Records | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.sampling_rate <= 1:
@@ -89,6 +91,9 @@ class TrainingJob:
         if self.encoding is not None and not (self.private and self.run.local_steps == 1):
             raise ValueError("a secure sum takes the clipped and noised sum of one step: it needs privacy and "
                              f"--local-steps 1, not {self.run.local_steps}")
+        if (self.held_out is not None) != bool(self.run.counted):
+            raise ValueError(f"the plan holds out a share of {self.run.hold_out:g}, and the job has "
+                             f"{'no ' if self.held_out is None else ''}held-out records")
 
     @property
     def private(self) -> bool:
@@ -106,7 +111,7 @@ class TrainingJob:
         return self.run.lr if self.lr is None else self.lr
 
     def stream(self, purpose: str) -> RandomStream:
-        """Return this round's random stream for "sampling" or "noise"."""
+        """Return this round's random stream for "sampling", "noise" or "hold-out"."""
         return self.streams.stream(self.round, purpose, self.attempt)
 
 

@@ -224,18 +224,19 @@ class PerRecordOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no ty
                 self._adjust()
         return ready
 
-    def encode(self, encoding: Encoding, order: np.ndarray) -> np.ndarray:
+    def encode(self, encoding: Encoding, order: np.ndarray, further: np.ndarray) -> np.ndarray:
         """Return the draw's sum as integers of a secure sum, with noise, and forget it. The parameters do not move.
 
         Args:
             encoding: The integers and the noise.
             order: [values] The columns of the buffer in the order of the released vector.
+            further: [k] Values that follow in the vector, of other units than those of the gradients.
 
         Returns:
-            [values] int64.
+            [values + k] int64.
         """
-        clipped_sum = self._sum.cpu().double().numpy()[order]
-        noise = rounded_noise(self.noise, encoding.deviation, len(order))
+        clipped_sum = np.concatenate([self._sum.cpu().double().numpy()[order], further])
+        noise = rounded_noise(self.noise, encoding.deviation, len(clipped_sum))
         integers: np.ndarray = encoding.grid.encode(clipped_sum) + noise
         self._checks.note_encoded(clipped_sum, integers, noise, encoding)
         self._draw_goes_on = False

@@ -25,7 +25,7 @@ from fedlora.plan import RunPlan, Tensors
 from fedlora.privacy.rng import RandomStream
 from fedlora.records import Batch
 from fedlora.tasks import Records, Task
-from fedlora.training import rehearsal
+from fedlora.training import hold_out, rehearsal
 from fedlora.training.accumulation import PlainStep, PrivateStep, Step, SumStep
 from fedlora.training.adjustments import Adjuster
 from fedlora.training.batch_invariance import IN_MEMORY, Findings, Shapes
@@ -392,7 +392,15 @@ class Trainer:
             return PrivateStep(optimizer, gradients)
         columns = {id(slot.parameter): slot.columns for slot in buffer.slots}
         order = [np.r_[columns[id(parameters[spec.name])]] for spec in layout.trained]
-        return SumStep(optimizer, gradients, job.encoding, np.concatenate(order))
+        return SumStep(optimizer, gradients, job.encoding, np.concatenate(order), self._scored(job))
+
+    def _scored(self, job: TrainingJob) -> np.ndarray:
+        """Return what the job's held-out records add to its sum, before the model changes; nothing without them."""
+        if job.held_out is None:
+            return np.zeros(0)
+        if job.start is not None:
+            self.active.write(job.start)
+        return hold_out.scored(job, self.adapted, self.task, device=self.device, autocast_dtype=self.autocast_dtype)
 
     @property
     def most_rows(self) -> int:

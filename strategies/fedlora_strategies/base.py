@@ -274,7 +274,7 @@ class FederatedLoRA(Strategy):
             arrays: The state.
         """
         under_way = self._begun(server_round, arrays)
-        return SumOrder(under_way.active.num_trained,
+        return SumOrder(under_way.active.num_trained + self.plan.counted,
                         sent_digest(tensors_digest(under_way.sent), under_way.frozen_sha256))
 
     def _begun(self, server_round: int, arrays: ArrayRecord) -> UnderWay:
@@ -359,7 +359,8 @@ class FederatedLoRA(Strategy):
         Args:
             server_round: The round's number, from 1.
             total: [values] int64, the sum of the survivors' vectors in units of the grid. Its values are those of the
-                round's trained tensors in order of their names, each in C order.
+                round's trained tensors in order of their names, each in C order, and then the scores of the records
+                that the plan holds out.
             grid: The integers of the run.
             survivors: The number of clients whose vectors are in the sum.
 
@@ -372,13 +373,13 @@ class FederatedLoRA(Strategy):
         under_way = self._end(server_round)
         self.disclosed, self.rejected, self.curbed = {}, {}, {}
         self._closed = Closed(under_way, self.memory, self.usual_norms, math.inf)  # cannot be screened more strictly
-        if total.shape != (under_way.active.num_trained,):
-            raise ValueError(f"the sum of round {server_round} has the shape {total.shape}; it must be "
-                             f"({under_way.active.num_trained},)")
+        values = under_way.active.num_trained + self.plan.counted
+        if total.shape != (values,):
+            raise ValueError(f"the sum of round {server_round} has the shape {total.shape}; it must be ({values},)")
         lr = RoundPlan(self.plan, server_round, 0, under_way.frozen_sha256).lr
         summed = split({spec.name: spec.shape for spec in under_way.active.trained}, grid.decode(total))
         scales = {"adapter": self.plan.adapter_scale, "head": self.plan.head_scale}
-        divisor = survivors * self.plan.expected_batch
+        divisor = survivors * self.plan.expected_batch * (1 - self.plan.hold_out)
         reduced = {spec.name: under_way.sent[spec.name] - lr / (divisor * scales[spec.group]) * summed[spec.name]
                    for spec in under_way.active.trained}
         return self._next(self._closed, Released(reduced), {}, None, {"replies": survivors, "steps": survivors})

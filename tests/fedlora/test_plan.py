@@ -74,7 +74,7 @@ def test_a_proposal_is_broken_by_any_value_but_labels_that_were_open():
               "lr_schedule": "linear", "private_start": True, "train_head": False, "targets": ("value",),
               "family_options": (("k", 1.0),), "ranks": (("a", 3),), "dropout": 0.1, "wire_dtype": "bf16",
               "protocol": 5, "optimizer": "adamw"}
-    sums = {"mechanism", "least_members", "colluding", "least_noise"}
+    sums = {"mechanism", "least_members", "colluding", "least_noise", "hold_out"}
     for name in {field.name for field in dataclasses.fields(RunPlan)} - {"labels", "weight_by_examples", *sums}:
         value = getattr(make_plan(), name)
         if name not in others:
@@ -82,7 +82,7 @@ def test_a_proposal_is_broken_by_any_value_but_labels_that_were_open():
         for proposal in (open_labels, fixed):
             assert proposal.broken_by(make_plan(**{name: others[name]})) == [name]
     summed = secure_plan()
-    for name, value in {"least_members": 7, "colluding": 1, "least_noise": 0.5}.items():
+    for name, value in {"least_members": 7, "colluding": 1, "least_noise": 0.5, "hold_out": 0.1}.items():
         assert Proposal(summed).broken_by(dataclasses.replace(summed, **{name: value})) == [name]
     assert fixed.broken_by(make_plan(private=False, weight_by_examples=True)) == ["private", "weight_by_examples"]
 
@@ -158,7 +158,8 @@ def secure_plan(**values):
 
 @pytest.mark.parametrize(("field", "value"), [
     ("mechanism", "gaussian"), ("least_members", 2), ("least_members", 201), ("colluding", 2), ("colluding", -1),
-    ("least_noise", -1.0), ("least_noise", math.inf), ("local_steps", 2), ("optimizer", "adamw"), ("private", False),
+    ("least_noise", -1.0), ("least_noise", math.inf), ("hold_out", 0.6), ("hold_out", -0.1), ("local_steps", 2),
+    ("optimizer", "adamw"), ("private", False),
     ("adjustment", "allora"), ("private_start", True), ("protocol", 7)])
 def test_secure_aggregation_refuses_what_it_cannot_keep(field, value):
     assert secure_plan().secure_aggregation and not make_plan().secure_aggregation
@@ -166,7 +167,8 @@ def test_secure_aggregation_refuses_what_it_cannot_keep(field, value):
         secure_plan(**{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [("least_members", 6), ("colluding", 1), ("least_noise", 0.5)])
+@pytest.mark.parametrize(("field", "value"), [("least_members", 6), ("colluding", 1), ("least_noise", 0.5),
+                                             ("hold_out", 0.1)])
 def test_values_of_secure_aggregation_are_refused_without_it(field, value):
     with pytest.raises(ValueError, match="only secure aggregation has it"):
         make_plan(**{field: value})
