@@ -396,8 +396,8 @@ class GrpcSession(ClientStream):
         layout = self._layout()
         if layout is None:
             return {}
-        if self._registry.proposal.plan.secure_aggregation:
-            most = layout.num_trained if order is None else layout.in_round(order.plan).num_trained
+        if (plan := self._registry.proposal.plan).secure_aggregation:
+            most = plan.counted + (layout if order is None else layout.in_round(order.plan)).num_trained
             sizes = shapes.get(SUM, ()) if order is None else ()
             return {SUM: (min(most, sizes[0]) if len(sizes) == 1 else most,)}
         layout = layout.resent(shapes) if order is None else layout.in_round(order.plan)

@@ -28,6 +28,7 @@ from flwr.app import ArrayRecord
 
 from fedlora.plan import Released, RunPlan, Tensors
 from fedlora_strategies import Diverged, FederatedLoRA
+from fedlora_strategies.base import HELD_OUT
 from fedlora_strategies.messages import to_record, to_tensors
 from fedlora_strategies.private_start import PrivateStart
 
@@ -35,6 +36,7 @@ from . import checkpoint, sum_files
 from .checkpoint import Asked, Unfinished
 from .client_sampling import RETURN_S, Clients, Ended
 from .engine import Engine
+from .held_out import held_out_figures
 from .observer import Observer, RoundRecord
 from .plain_sum import PlainSum
 from .round_state import OpenRound, RoundOptions
@@ -132,7 +134,7 @@ class _UnderWay:
         self._clients = Clients(engine, run.plan, run.options.seed, left=left.asked if left else None,
                                 keep=self._remember)
         self._said: dict[str, Mapping[str, int | float]] = {}
-        self._rosters = Rosters(engine, self._clients, run.plan, run.strategy.layout.num_trained, run.options, observer,
+        self._rosters = Rosters(engine, self._clients, run.plan, run.strategy.summed, run.options, observer,
                                 stop, self._keep, run.left_sum)
         self._state, self._done, self._fresh, self._uncompared = run.state, 0, True, False
         if left is not None and left.state is not None:
@@ -244,6 +246,10 @@ class _UnderWay:
         self._observer.combining(number, len(opened.survivors))
         after, metrics = by.aggregate_sum(number, opened.total, opened.roster.grid, len(opened.survivors))
         figures = self._evaluated(number, after)
+        if self._run.plan.counted:
+            total, drawn = (cast(float, metrics[name]) for name in HELD_OUT)
+            figures = {**figures, **held_out_figures(self._run.plan, (total, drawn), self._records, opened.roster,
+                                                     len(opened.survivors))}
         if why := self._is_no_good(figures):
             by.aggregate_again(number, (), why)  # raises Diverged, and puts the memory back
         if figures:

@@ -73,5 +73,5 @@ def check_sum(strategy: FederatedLoRA) -> None:
     if not strategy.linear:
         raise ValueError(f"--strategy {plan.strategy} needs each client's upload, and with --secure-aggregation the "
                          "server learns only their sum; choose a strategy or a reduction that takes the mean")
-    Grid.fitting(strategy.layout.num_trained, clip_norm=plan.clip_norm, expected_batch=plan.expected_batch,
+    Grid.fitting(strategy.summed, clip_norm=plan.clip_norm, expected_batch=plan.expected_batch,
                  members=plan.least_members, noise=max(plan.least_noise, USUAL_NOISE))

@@ -423,7 +423,7 @@ class SumRound:
         """Return the number of values in a vector of this round."""
         [message, *_] = self._messages(self.attempts, names, arrays, 0.0)
         order = round_from_scalars(cast(ConfigRecord, message.content["config"]))
-        return self._strategy.layout.in_round(order).num_trained
+        return self._strategy.layout.in_round(order).num_trained + self._strategy.plan.counted
 
     def _messages(self, attempt: int, names: Iterable[str], arrays: ArrayRecord, deadline_s: float) -> list[Message]:
         """Return the orders to train."""

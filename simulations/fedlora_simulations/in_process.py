@@ -230,8 +230,8 @@ class InProcessEngine(Engine):
             expected = self._layout.in_round(order.plan)
             if self.roster is None:
                 expected.check(answer.tensors, "trained")
-            elif shapes != {SUM: (expected.num_trained,)}:
-                raise ValueError(f"the vector has the shapes {shapes}; it must have {expected.num_trained} values")
+            elif shapes != {SUM: (values := expected.num_trained + order.plan.run.counted,)}:
+                raise ValueError(f"the vector has the shapes {shapes}; it must have {values} values")
         except ValueError as error:
             return Refusal("invalid-tensors", str(error))
         order.stored = self._uploads.put(answer, wire_dtype)

@@ -161,12 +161,18 @@ def of_run(done: Simulated) -> Result:
     sigmas = [sigma for sigma in done.noise_multipliers.values() if sigma is not None]
     return Result(
         id="", method=str(done.method), seed=done.seed, status=done.result.ended,
-        metric=done.federation.task.metric if any(record.evaluation for record in records) else None,
+        metric=_metric(done),
         rounds=tuple(map(_round, records)), epsilon=max(done.epsilons.values()), delta=done.delta,
         sigma=(min(sigmas), max(sigmas)) if sigmas else None, values_up=done.federation.strategy.traffic.up,
         bytes_up=done.bytes_up, bytes_down=done.bytes_down, seconds=done.seconds, why=done.result.why,
         resumed=done.result.resumed,
         clients=_losses(records))
+
+
+def _metric(done: Simulated) -> str | None:
+    """Return the name of the figure that runs are compared by; None if nothing was evaluated."""
+    metric = done.federation.task.metric
+    return metric if any(metric in record.evaluation for record in done.result.records) else None
 
 
 KEPT = ("metric", "rounds", "epsilon", "delta", "sigma", "values_up", "bytes_up", "bytes_down", "seconds", "why",

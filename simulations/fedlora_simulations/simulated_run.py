@@ -135,7 +135,7 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
                              make_sketch_trainer,
                              population.sizes)
     terms = {name: session.terms for name, session in sessions.items()}
-    roster = simulated_roster(federation.plan, terms, federation.adapted.layout.num_trained)
+    roster = simulated_roster(federation.plan, terms, federation.strategy.summed)
     for of in terms.values() if roster is not None else ():
         aggregate_epsilon(roster, of, of.max_participations)  # before the training: the grid must not be too coarse
     if left is not None:

@@ -69,6 +69,10 @@ from .under_way import Closed, Figures, UnderWay, distance
 log = logging.getLogger(__name__)
 
 
+HELD_OUT = ("held_out_total", "held_out_drawn")
+"""Names of the figures that a secure sum tells of held-out records: its last values (`fedlora.training.hold_out`)."""
+
+
 @dataclass(frozen=True)
 class Traffic:
     """The numbers of values that travel between the server and one client.
@@ -266,6 +270,11 @@ class FederatedLoRA(Strategy):
                           tuple(sorted(under_way.prefixes.items())), until)
         return list(train_messages(order, ((node, under_way.arrays_for(self._held.get(node))) for node in nodes)))
 
+    @property
+    def summed(self) -> int:
+        """The most values in a client's vector of a secure sum: those of a round in which all tensors train."""
+        return self.layout.num_trained + self.plan.counted
+
     def sum_order(self, server_round: int, arrays: ArrayRecord) -> SumOrder:
         """Return what the cohort of a round's secure sum needs to know. It is the same for each attempt at the round.
 
@@ -377,12 +386,15 @@ class FederatedLoRA(Strategy):
         if total.shape != (values,):
             raise ValueError(f"the sum of round {server_round} has the shape {total.shape}; it must be ({values},)")
         lr = RoundPlan(self.plan, server_round, 0, under_way.frozen_sha256).lr
-        summed = split({spec.name: spec.shape for spec in under_way.active.trained}, grid.decode(total))
+        decoded = grid.decode(total)
+        summed = split({spec.name: spec.shape for spec in under_way.active.trained}, decoded)
         scales = {"adapter": self.plan.adapter_scale, "head": self.plan.head_scale}
         divisor = survivors * self.plan.expected_batch * (1 - self.plan.hold_out)
         reduced = {spec.name: under_way.sent[spec.name] - lr / (divisor * scales[spec.group]) * summed[spec.name]
                    for spec in under_way.active.trained}
-        return self._next(self._closed, Released(reduced), {}, None, {"replies": survivors, "steps": survivors})
+        held_out = dict(zip(HELD_OUT, map(float, decoded[under_way.active.num_trained:]), strict=False))
+        return self._next(self._closed, Released(reduced), {}, None,
+                          {"replies": survivors, "steps": survivors, **held_out})
 
     def aggregate_again(self, server_round: int, replies: Iterable[Message],
                         why: str) -> tuple[ArrayRecord | None, MetricRecord | None]:
