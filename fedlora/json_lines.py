@@ -3,8 +3,9 @@
     time      UTC, to the millisecond
     level     debug, info, warning, error or critical
     event     what happened, in a word: at the server news of clients (`joined`, `uploaded`, `refused`, …) and of rounds
-              (`asked`, `finished`, …); at a client `joined`, `training`, `round` and `sum` (secure sums); at both `error` (the reason why
-              the command ends), `log` (a warning), `message` (any other text) and `stderr` (a library's output)
+              (`asked`, `finished`, …); at a client `joined`, `training`, `round` and `sum` (a secure sum); at both
+              `error` (the reason why the command ends), `log` (a warning), `message` (any other text) and `stderr`
+              (a library's output)
     message   the same text as without the option
     run       the run's id, once there is one
     round     the round's number

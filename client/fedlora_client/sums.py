@@ -209,8 +209,7 @@ class SumMember:
         """Return the roster, from now on this client's, once it is checked. The data holder is told who is in."""
         if roster == self._roster:
             return roster
-        roster.check(self._entry, self._identity.authority_pem, utc_now(), pins=self._pins,
-                     least=max(self._least, self._plan.least_members))
+        roster.check(self._entry, self._identity.authority_pem, utc_now(), pins=self._pins, least=self._least)
         terms = self._terms
         roster.check_numbers(self._plan, least_noise(self._multiplier, clip_norm=terms.clip_norm,
                                                      step=roster.grid.step, values=roster.values))
