@@ -165,6 +165,8 @@ class SumClient:
             working = None if self._working is None else wire.key_to_wire(self._working)
             stream.send(pb.ClientFrame(ready=pb.Ready(membership=membership_to_wire(self.entry, self._noise),
                                                       working=working)))
+            if self._working in self._uploads:
+                self._send(stream, self._uploads[self._working])
         elif kind == "request":
             request = stream.received.restore(frame.request)
             shapes = wire.shapes_from(request.tensors)
@@ -192,10 +194,13 @@ class SumClient:
         if self._does(UPLOAD, plan.round, plan.attempt):
             if key not in self._uploads:
                 self._uploads[key] = self._train(plan, request, wire.unpacked(packed, self._plan.wire_dtype))
-            upload = self._uploads[key]
-            head = pb.ClientFrame(upload=stream.sent.shorten(wire.upload_to_wire(upload))).SerializeToString()
-            for frame in wire.transfer_frames(head, upload.tensors):
-                stream.outgoing.put(frame)
+            self._send(stream, self._uploads[key])
+
+    @staticmethod
+    def _send(stream: Stream, upload: Upload) -> None:
+        head = pb.ClientFrame(upload=stream.sent.shorten(wire.upload_to_wire(upload))).SerializeToString()
+        for frame in wire.transfer_frames(head, upload.tensors):
+            stream.outgoing.put(frame)
 
     def _train(self, plan: RoundPlan, request: pb.TrainRequest, tensors: Mapping[str, np.ndarray]) -> Upload:
         assert plan.key not in self.trained, "trained twice for one order"

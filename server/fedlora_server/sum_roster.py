@@ -14,7 +14,8 @@ from threading import Event
 
 from fedlora.plan import Refusal, RunPlan
 from fedlora.plan.limits import MOST_MEMBERS
-from fedlora.secure_sum.integers import MOST_INFLATION, Grid
+from fedlora.privacy.mechanisms.distributed_gaussian import MOST_INFLATION
+from fedlora.secure_sum.integers import Grid
 from fedlora.secure_sum.roster import Entry, Roster, run_digest
 from fedlora.wire import pb
 from fedlora.wire.sums import roster_to_wire

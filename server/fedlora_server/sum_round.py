@@ -17,20 +17,20 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from threading import Event
 from typing import cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord
 
-from fedlora.plan import Refusal, round_from_scalars
+from fedlora.plan import Refusal
 from fedlora.secure_sum.collector import Collector
-from fedlora.secure_sum.packages import SUM, sent_digest
+from fedlora.secure_sum.packages import SUM
 from fedlora.secure_sum.roster import Roster
 from fedlora.secure_sum.statements import Refused
-from fedlora.wire import WireError, key_to_wire, pb, tensors_digest
+from fedlora.wire import WireError, key_to_wire, pb
 from fedlora.wire.dtypes import RINGS
 from fedlora.wire.sums import (
     closing_to_wire,
@@ -39,7 +39,7 @@ from fedlora.wire.sums import (
     reveal_from_wire,
 )
 from fedlora_strategies import FederatedLoRA
-from fedlora_strategies.messages import to_arrays, to_tensors
+from fedlora_strategies.messages import to_arrays
 
 from . import sum_files
 from .client_sampling import POLL_S, RETURN_S, Clients, Ended
@@ -171,11 +171,11 @@ class SumRound:
     def _left(self, arrays: ArrayRecord) -> Collector | None:
         """Return what an earlier server collected for this round, to go on with it; None if there is nothing."""
         left, self._rosters.left = self._rosters.left, None
-        if left is None or left.held is None or left.round != self._number:
+        if left is None or left.held is None or left.round != self._number or left.attempt < self.attempts - 1:
             return None
         cohort = left.held.cohort
         collector = Collector(left.roster, round=self._number, attempt=left.attempt, held=left.held,
-                              values=self._values(cohort, arrays))
+                              values=self._strategy.sum_order(self._number, arrays).values)
         if self.attempts == left.attempt:  # the earlier server was killed once it had stored the cohort
             self._note(cohort)
         deadline = time.monotonic() + min(RETURN_S, self._options.wait_timeout_s)
@@ -238,7 +238,7 @@ class SumRound:
     def _packages(self, present: Present, arrays: ArrayRecord) -> Collector:
         """Ask for a key package each, and return the collector of those that came."""
         collector = Collector(present.roster, round=self._number, attempt=self.attempts,
-                              values=self._values(present.names.values(), arrays))
+                              values=self._strategy.sum_order(self._number, arrays).values)
         request = pb.SumRequest(package=self._key(collector))
         answers = self._ask(dict.fromkeys(present.names, request))
         for node, answer in answers.items():
@@ -251,7 +251,7 @@ class SumRound:
     def _formed(self, collector: Collector, arrays: ArrayRecord) -> Collector:
         """Form the cohort, and store it and whom the round asks, before anybody is asked to train."""
         names = tuple(sorted(collector.held.packages))
-        collector.form_cohort(self._sent(self._messages(self.attempts, names, arrays, 0.0)))
+        collector.form_cohort(self._strategy.sum_order(self._number, arrays).sent)
         self._rosters.keep(lambda out: sum_files.keep(out, collector))
         self._note(names)
         return collector
@@ -286,8 +286,10 @@ class SumRound:
     def _ordered(self, collector: Collector, arrays: ArrayRecord) -> _Training:
         """Send the orders to train."""
         names, timeout_s = collector.held.cohort, self._options.round_timeout_s
-        messages = self._messages(collector.attempt.attempt, names, arrays, timeout_s)
-        requests = collector.form_cohort(self._sent(messages))
+        config = ConfigRecord({"nodes": sorted(map(node_id, names)), "attempt": collector.attempt.attempt,
+                               "deadline_s": timeout_s})
+        messages = self._strategy.configure_train(self._number, arrays, config, self._engine)
+        requests = collector.form_cohort(self._strategy.sum_order(self._number, arrays).sent)
         known = [message for message in messages if self._knows(message.metadata.dst_node_id)]
         cohorts = {node_id(name): cohort_to_wire(request) for name, request in requests.items()}
         self._observer.asked(self._number, collector.attempt.attempt, names)
@@ -418,24 +420,6 @@ class SumRound:
 
     def _key(self, collector: Collector) -> pb.Key:
         return key_to_wire((self._strategy.plan.run_id, self._number, collector.attempt.attempt))
-
-    def _values(self, names: Iterable[str], arrays: ArrayRecord) -> int:
-        """Return the number of values in a vector of this round."""
-        [message, *_] = self._messages(self.attempts, names, arrays, 0.0)
-        order = round_from_scalars(cast(ConfigRecord, message.content["config"]))
-        return self._strategy.layout.in_round(order).num_trained + self._strategy.plan.counted
-
-    def _messages(self, attempt: int, names: Iterable[str], arrays: ArrayRecord, deadline_s: float) -> list[Message]:
-        """Return the orders to train."""
-        config = ConfigRecord({"nodes": sorted(map(node_id, names)), "attempt": attempt, "deadline_s": deadline_s})
-        return self._strategy.configure_train(self._number, arrays, config, self._engine)
-
-    def _sent(self, messages: list[Message]) -> bytes:
-        """Return the digest of the tensors that clients start from."""
-        content, plan = messages[0].content, self._strategy.plan
-        tensors = to_tensors(cast(ArrayRecord, content["arrays"]), plan.wire_dtype)
-        trained = {spec.name: tensors[spec.name] for spec in self._strategy.layout.trained}
-        return sent_digest(tensors_digest(trained), str(cast(ConfigRecord, content["config"])["frozen_sha256"]))
 
 
 @contextlib.contextmanager
