@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from fedlora.config import values
-from fedlora.config.option import RUN, TUNING, option
+from fedlora.config.option import PRIVACY, RUN, TUNING, option
 from fedlora.config.shared import RECIPES, SIMULATE, LocalConfig, RunConfig
 
 
@@ -55,6 +55,11 @@ class SimulationConfig(RunConfig, LocalConfig):
         None, "most runs of --tune for each method and each combination of swept values; if there are more "
         "combinations of values, this many are drawn at random", TUNING, values.count, unset="all combinations",
         place=3, example="8")
+
+    trust: str = option(
+        "local", "with --secure-aggregation, whose noise --epsilon counts: each client's own, or that of a sum, to "
+        "which each adds a share. A deployed client says it in its policy.toml", PRIVACY,
+        choices=("local", "aggregate"), place=3)
 
     batch_clients: int = option(
         1, "clients that share one pass of the base model in each step, for clients with few tokens a step; results "

@@ -125,6 +125,9 @@ def _check(campaign: Campaign, setting: Setting, dealt: dict[tuple[str, int], Po
     if (options.epsilon == math.inf) != (options.privacy == "off"):
         raise ValueError(f"--privacy {options.privacy} and --epsilon {options.epsilon:g} contradict each other; "
                          "for a run without privacy give both --privacy off and --epsilon inf")
+    if options.trust != "local" and not options.secure_aggregation:
+        raise ValueError(f"--trust {options.trust} is for --secure-aggregation, without which no noise is shared; "
+                         "leave it out, or give both")
     if options.model in campaign.bases:
         check_start(options)
         models.check_task(campaign.bases[options.model].path, options.task, options.max_length)

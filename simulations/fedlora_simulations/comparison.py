@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Comparison:
         values: the metric after the last round, one value for each seed.
         before: the metric before the first round, one value for each seed.
         curve: (round, mean, standard deviation) of the metric for each evaluated round.
-        epsilon: largest ε of all clients and seeds; infinite without privacy.
+        epsilon: largest ε of all clients and seeds, for their own noise; infinite without privacy.
         values_up: trained values that a client uploads in a round.
         bytes_up: mean bytes that a client sends in a round.
         bytes_down: mean bytes that a client receives in a round.
@@ -43,6 +43,8 @@ class Comparison:
         settings: swept option → its value; empty without a sweep.
         seeds: the seeds, in the order of `values`.
         tuned: option that --tune chose → its value.
+        epsilon_of_sums: largest ε of all clients and seeds towards whoever sees the sums alone; None without secure
+            aggregation.
     """
 
     method: str
@@ -59,6 +61,7 @@ class Comparison:
     settings: Mapping[str, str] = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     tuned: Mapping[str, str] = field(default_factory=dict)
+    epsilon_of_sums: float | None = None
 
     @property
     def label(self) -> str:
@@ -96,15 +99,33 @@ def summarize_results(results: Sequence[Result], settings: Mapping[str, str]) ->
         bytes_up=sum(result.bytes_up for result in results) / max(1, uploads),
         bytes_down=sum(result.bytes_down for result in results) / max(1, uploads),
         rounds=first.last_round, seconds=mean_and_deviation([result.seconds for result in results])[0],
-        settings=settings, seeds=tuple(result.seed for result in results), tuned=first.tuned)
+        settings=settings, seeds=tuple(result.seed for result in results), tuned=first.tuned,
+        epsilon_of_sums=largest_of_sums(results))
+
+
+def largest_of_sums(results: Iterable[Result]) -> float | None:
+    """Return the largest ε towards whoever sees the sums alone; None if no run has secure aggregation."""
+    return max((one.epsilon_of_sums for one in results if one.epsilon_of_sums is not None), default=None)
+
+
+OF_SUMS = "ε of sums"
+"""The column of the ε towards whoever sees the sums of secure aggregation alone."""
+
+
+def told_of_sums(epsilon: float | None) -> str:
+    """Return an ε towards whoever sees sums alone, for a table."""
+    return "–" if epsilon is None else f"{epsilon:.2f}"
 
 
 def table(comparisons: Sequence[Comparison]) -> Table:
     """Return the table that compares the methods, one row for each."""
     metric = comparisons[0].metric
+    sums = any(c.epsilon_of_sums is not None for c in comparisons)
     shown = Table(box=None, pad_edge=False, padding=(0, 1), title_justify="left", title=(  # fits 80 columns
-        "bytes are per client and round; ε is that of the same run in a deployment"))
-    for name in ("method", *(("before", metric) if metric else ()), "ε", "rounds", "up", "down", "seconds"):
+        "bytes are per client and round; ε is that of the same run in a deployment" + (
+            f",\nfor each client's own noise and, as {OF_SUMS}, towards whoever sees sums alone" if sums else "")))
+    for name in ("method", *(("before", metric) if metric else ()), "ε", *((OF_SUMS,) if sums else ()), "rounds", "up",
+                 "down", "seconds"):
         shown.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for c in comparisons:
         evaluated = []
@@ -112,8 +133,9 @@ def table(comparisons: Sequence[Comparison]) -> Table:
             mean, deviation = mean_and_deviation(c.values)
             spread = f" ± {deviation:.3f}" if len(c.values) > 1 else ""
             evaluated = [f"{mean_and_deviation(c.before)[0]:.3f}", f"{mean:.3f}{spread}"]
-        shown.add_row(c.method, *evaluated, "none" if math.isinf(c.epsilon) else f"{c.epsilon:.2f}", str(c.rounds),
-                      quantity(c.bytes_up), quantity(c.bytes_down), f"{c.seconds:.0f}")
+        shown.add_row(c.method, *evaluated, "none" if math.isinf(c.epsilon) else f"{c.epsilon:.2f}",
+                      *((told_of_sums(c.epsilon_of_sums),) if sums else ()), str(c.rounds), quantity(c.bytes_up),
+                      quantity(c.bytes_down), f"{c.seconds:.0f}")
     return shown
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedlora.config import flag
 
-from .comparison import mean_and_deviation
+from .comparison import largest_of_sums, mean_and_deviation
 from .results import LOWER_IS_BETTER, Result
 
 CONFIDENCE = 0.95
@@ -69,6 +69,11 @@ class Group:
     def epsilon(self) -> float:
         """Largest ε of the group's runs; infinite without privacy, NaN if it is not known."""
         return max(one.epsilon for one in self.results)
+
+    @property
+    def epsilon_of_sums(self) -> float | None:
+        """Largest ε of the group's runs towards whoever sees the sums alone; None without secure aggregation."""
+        return largest_of_sums(self.results)
 
     @property
     def asked(self) -> float:

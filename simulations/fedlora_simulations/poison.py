@@ -41,7 +41,7 @@ RESULT = "poison.json"
 """File name of the results."""
 
 FIXED = ("privacy", "epsilon", "workers", "batch_clients", "engine", "ray_address", "dry_run", "sweep", "resume",
-         "reference", "tune", "tune_budget")
+         "reference", "tune", "tune_budget", "secure_aggregation", "trust")
 """Options of a simulation that this command sets itself."""
 
 Sent = Callable[[Tensors, Tensors, Sequence[Tensors]], Tensors]

@@ -66,7 +66,8 @@ class Result:
         why: more about a run that ended early.
         metric: name of the task's figure; None if nothing was evaluated.
         rounds: the finished rounds.
-        epsilon: largest ε of all clients; infinite without privacy; NaN for a server's run, which does not know it.
+        epsilon: largest ε of all clients, for their own noise; infinite without privacy; NaN for a server's run, which
+            does not know it.
         delta: largest δ of all clients; None without privacy.
         sigma: lowest and highest noise multiplier of all clients; None without privacy.
         values_up: trained values that a client uploads in a round.
@@ -74,6 +75,8 @@ class Result:
         bytes_down: bytes that all clients received.
         seconds: how long the run took.
         resumed: the rounds after which it was interrupted and continued.
+        epsilon_of_sums: largest ε of all clients towards whoever sees the sums alone; None without secure aggregation,
+            and for a server's run.
         clients: client → [(round, training loss)], for at most `MOST_CURVES` clients and without privacy.
         options: the options that shape the run, with the preset's values.
         given: names of the options that were given.
@@ -98,6 +101,7 @@ class Result:
     seconds: float
     why: str = ""
     resumed: tuple[int, ...] = ()
+    epsilon_of_sums: float | None = None
     clients: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     given: tuple[str, ...] = ()
@@ -165,7 +169,7 @@ def of_run(done: Simulated) -> Result:
         rounds=tuple(map(_round, records)), epsilon=max(done.epsilons.values()), delta=done.delta,
         sigma=(min(sigmas), max(sigmas)) if sigmas else None, values_up=done.federation.strategy.traffic.up,
         bytes_up=done.bytes_up, bytes_down=done.bytes_down, seconds=done.seconds, why=done.result.why,
-        resumed=done.result.resumed,
+        resumed=done.result.resumed, epsilon_of_sums=max(done.aggregate_epsilons.values(), default=None),
         clients=_losses(records))
 
 
@@ -176,7 +180,7 @@ def _metric(done: Simulated) -> str | None:
 
 
 KEPT = ("metric", "rounds", "epsilon", "delta", "sigma", "values_up", "bytes_up", "bytes_down", "seconds", "why",
-        "resumed", "clients")
+        "resumed", "epsilon_of_sums", "clients")
 """Fields of a result that cell.json holds under `result`. The others follow from the rest of the file."""
 
 
@@ -226,6 +230,7 @@ def from_cell(kept: Kept) -> Result:
             delta=found["delta"], sigma=None if sigma is None else (float(sigma[0]), float(sigma[1])),
             values_up=found["values_up"], bytes_up=found["bytes_up"], bytes_down=found["bytes_down"],
             seconds=found["seconds"], why=found["why"], resumed=tuple(found["resumed"]),
+            epsilon_of_sums=_number(found.get("epsilon_of_sums")),
             clients={name: tuple((at, float(loss)) for at, loss in curve) for name, curve in found["clients"].items()},
             options=who["options"], given=tuple(about["given"]), swept=about["values"], tuned=about["tuned"],
             data={"rows": who["rows_sha256"], "held_out": who["held_out_sha256"], "split": who["split_sha256"],

@@ -5,11 +5,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
-from fedlora.plan import RunPlan
-from fedlora.privacy import RunTerms
+from fedlora.config import SimulationConfig
+from fedlora.plan import ROW, RunPlan
+from fedlora.privacy import Accountant, RunTerms, Spend
 from fedlora.secure_sum.guarantee import SumGuarantee
 from fedlora.secure_sum.roster import Entry, Roster
+from fedlora_client.terms import Limits
 from fedlora_server.sum_roster import formed
+
+
+def simulated_limits(options: SimulationConfig, clients: int) -> Limits:
+    """Return what each simulated client allows. All clients know each other, as if each had pinned the others' keys.
+
+    Args:
+        options: the options of fedlora-simulate.
+        clients: the number of clients.
+    """
+    return Limits.of(options, options.privacy_unit or ROW, trust=options.trust, least_members=clients, pinned=True)
 
 
 def simulated_roster(plan: RunPlan, terms: Mapping[str, RunTerms], values: int) -> Roster | None:
@@ -30,6 +42,22 @@ def simulated_roster(plan: RunPlan, terms: Mapping[str, RunTerms], values: int) 
     return formed(plan, members, values)
 
 
+def local_epsilon(terms: RunTerms, rounds: int) -> float:
+    """Return the ε of a client's records towards someone who sees its uploads unmasked.
+
+    Args:
+        terms: the client's terms of a run with secure aggregation.
+        rounds: the number of trainings that it has begun.
+    """
+    assert terms.noise_multiplier is not None and terms.delta is not None, "such a run is private"
+    return _local(Spend(terms.noise_multiplier, terms.sampling_rate, rounds), terms.delta) if rounds else 0.0
+
+
+@functools.cache  # many clients have the same terms
+def _local(spend: Spend, delta: float) -> float:
+    return Accountant((spend,)).epsilon(delta)
+
+
 def aggregate_epsilon(roster: Roster, terms: RunTerms, rounds: int) -> float:
     """Return the ε of a client's records towards whoever sees the sums alone.
 
@@ -47,6 +75,6 @@ def aggregate_epsilon(roster: Roster, terms: RunTerms, rounds: int) -> float:
     return _epsilon(of, terms.delta or 0.0, rounds)
 
 
-@functools.cache  # many clients have the same terms
+@functools.cache
 def _epsilon(of: SumGuarantee, delta: float, rounds: int) -> float:
     return of.epsilon(delta, rounds)

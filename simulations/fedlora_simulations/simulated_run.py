@@ -19,7 +19,7 @@ from fedlora.adapters.sketches import sketch_plan
 from fedlora.config import SimulationConfig
 from fedlora.files import allow_open_files
 from fedlora.models import load
-from fedlora.plan import ROW, Tensors
+from fedlora.plan import Tensors
 from fedlora.plan.limits import sum_threshold
 from fedlora.privacy import Ledger, nominal_size
 from fedlora.secure_sum.roster import Roster
@@ -50,7 +50,7 @@ from .in_process import InProcessEngine
 from .population import Method, Population
 from .processes import ProcessWorkers
 from .ray_workers import RayWorkers
-from .simulated_roster import aggregate_epsilon, simulated_roster
+from .simulated_roster import aggregate_epsilon, local_epsilon, simulated_limits, simulated_roster
 from .worker import Blueprint, ThisProcess, Workers, threads_each
 from .worker_engine import WorkerEngine
 
@@ -69,7 +69,7 @@ class Simulated:
         seed: the seed.
         federation: the plan, the adapters and the strategy.
         result: rounds and final state.
-        epsilons: client name → ε by the client's accountant; infinite without privacy.
+        epsilons: client name → ε by the client's accountant, for its own noise; infinite without privacy.
         noise_multipliers: client name → noise multiplier; None without privacy.
         bytes_up: bytes that all clients sent.
         bytes_down: bytes that all clients received.
@@ -136,8 +136,9 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
                              population.sizes)
     terms = {name: session.terms for name, session in sessions.items()}
     roster = simulated_roster(federation.plan, terms, federation.strategy.summed)
-    for of in terms.values() if roster is not None else ():
-        aggregate_epsilon(roster, of, of.max_participations)  # before the training: the grid must not be too coarse
+    if roster is not None:
+        for of in terms.values():
+            aggregate_epsilon(roster, of, of.max_participations)  # raises where the grid is too coarse
     if left is not None:
         charge_again(sessions, left.records)
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
@@ -153,7 +154,8 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
         before = left.records if left else ()
         simulated = Simulated(
             method, seed, federation, result,
-            epsilons={name: session.epsilon() for name, session in sessions.items()},
+            epsilons={name: session.epsilon() if roster is None else local_epsilon(session.terms, len(session.started))
+                      for name, session in sessions.items()},
             noise_multipliers={name: of.noise_multiplier for name, of in terms.items()},
             bytes_up=engine.bytes_up + sum(record.bytes_up for record in before),
             bytes_down=engine.bytes_down + sum(record.bytes_down for record in before),
@@ -266,7 +268,7 @@ def make_sessions(options: SimulationConfig, federation: Federation, trainer: Tr
     Returns:
         Client name → session.
     """
-    limits = Limits.of(options, options.privacy_unit or ROW)
+    limits = simulated_limits(options, len(records))
 
     def limits_of(name: str) -> Limits:
         if sizes is None or options.declared_size is not None or not limits.private:

@@ -15,7 +15,7 @@ from fedlora.files import replace_file
 from fedlora.privacy import short
 from fedlora.quantities import quantity
 
-from .comparison import mean_and_deviation
+from .comparison import OF_SUMS, mean_and_deviation, told_of_sums
 from .pairing import Difference, Group
 from .reference import Published, published_for
 from .results import Result
@@ -46,8 +46,9 @@ def _line(group: Group, result: Result) -> dict[str, Value]:
                   "majority": last.get(MAJORITY),
                   **{name: value for name, value in headline(last).items() if name != metric}}
     low, high = result.sigma or (None, None)
+    sums: dict[str, Value] = {} if result.epsilon_of_sums is None else {"epsilon_of_sums": result.epsilon_of_sums}
     return named | {
-        "epsilon_spent": result.epsilon, "delta": result.delta, "sigma_low": low, "sigma_high": high,
+        "epsilon_spent": result.epsilon, **sums, "delta": result.delta, "sigma_low": low, "sigma_high": high,
         "rounds_done": result.last_round, "uploads": result.uploads, "values_up": result.values_up,
         "bytes_up": result.bytes_up, "bytes_down": result.bytes_down, "seconds": round(result.seconds, 3),
         "continued_after_rounds": " ".join(map(str, result.resumed)), "id": result.id, "folder": result.folder}
@@ -127,9 +128,11 @@ def terminal(groups: Sequence[Group], differences: Sequence[Difference],
     notes = [f"the {left_out} last of {len(groups)} lines are left out here"] if left_out > 0 else []
     shown = Table(box=None, pad_edge=False, padding=(0, 1), title_justify="left", caption_justify="left",
                   title=compared(differences) or None, caption="; ".join(notes) or None)
-    has_tuned, has_epsilon = any(map(tuned, groups)), "epsilon" not in settings
+    has_tuned, has_sums = any(map(tuned, groups)), _has_sums(groups)
+    has_epsilon = "epsilon" not in settings or has_sums
     names = (*settings, "method", "n", metric, *(("difference",) if differences else ()),
              *(("published",) if published else ()), *(("ε",) if has_epsilon else ()),
+             *((OF_SUMS,) if has_sums else ()),
              *(("chosen",) if has_tuned else ()))
     for name in names:
         words = name in (*settings, "method", "chosen")  # those may break, so that no figure is cut
@@ -144,9 +147,14 @@ def terminal(groups: Sequence[Group], differences: Sequence[Difference],
             cells.append(change(by_group.get(id(group))))
         if published:
             cells.append(str(published_for(group, published) or ""))
-        cells += [spent(group.epsilon)] * has_epsilon + [tuned(group)] * has_tuned
+        cells += [spent(group.epsilon)] * has_epsilon + [told_of_sums(group.epsilon_of_sums)] * has_sums
+        cells += [tuned(group)] * has_tuned
         shown.add_row(*cells)
     return shown
+
+
+def _has_sums(groups: Sequence[Group]) -> bool:
+    return any(group.epsilon_of_sums is not None for group in groups)
 
 
 def compared(differences: Sequence[Difference]) -> str:
@@ -167,10 +175,11 @@ def cells(groups: Sequence[Group], differences: Sequence[Difference],
     """Return the names of the columns and the lines of the full table, one line for each group."""
     by_group = {id(one.group): one for one in differences}
     metric = title(groups[0].metric or "")
-    with_metric, has_tuned = bool(metric), any(map(tuned, groups))
+    with_metric, has_tuned, has_sums = bool(metric), any(map(tuned, groups)), _has_sums(groups)
     names = [*groups[0].settings, "method", "seeds", *(("before", metric) if with_metric else ()),
-             *(("difference",) if differences else ()), *(("published",) if published else ()), "ε", "σ", "rounds",
-             "up", "down", "seconds", *(("chosen by --tune",) if has_tuned else ())]
+             *(("difference",) if differences else ()), *(("published",) if published else ()), "ε",
+             *((OF_SUMS,) if has_sums else ()), "σ", "rounds", "up", "down", "seconds",
+             *(("chosen by --tune",) if has_tuned else ())]
     rows = []
     for group in groups:
         runs, uploads = group.results, max(1, sum(one.uploads for one in group.results))
@@ -182,7 +191,8 @@ def cells(groups: Sequence[Group], differences: Sequence[Difference],
             row.append(change(by_group.get(id(group))))
         if published:
             row.append(str(published_for(group, published) or ""))
-        rows.append([*row, spent(group.epsilon), noise(group), str(max(one.last_round for one in runs)),
+        rows.append([*row, spent(group.epsilon), *((told_of_sums(group.epsilon_of_sums),) if has_sums else ()),
+                     noise(group), str(max(one.last_round for one in runs)),
                      quantity(sum(one.bytes_up for one in runs) / uploads),
                      quantity(sum(one.bytes_down for one in runs) / uploads),
                      f"{mean_and_deviation([one.seconds for one in runs])[0]:.0f}",
@@ -229,6 +239,9 @@ def notes_on(groups: Sequence[Group], differences: Sequence[Difference], publish
     else:
         found.append("Bytes are per client and round. ε and σ are those of the same runs in a deployment; the noise of "
                      "a simulation is seeded, so no ε holds for its own adapters")
+    if _has_sums(groups):
+        found.append(f"ε is for each client's own noise, and {OF_SUMS} for that of the honest members of a sum, "
+                     "towards whoever sees the sums alone")
     continued = [one for group in groups for one in group.results if one.resumed]
     if continued and not figures_alone:
         found.append(f"{len(continued)} interrupted run{'s were' if len(continued) > 1 else ' was'} continued; the "
