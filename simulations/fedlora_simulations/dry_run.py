@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,13 +14,13 @@ from rich.table import Table
 
 from fedlora.config import SimulationConfig
 from fedlora.data import Rows
-from fedlora.plan import ROW
-from fedlora.privacy import Budget, nominal_size, short
+from fedlora.plan import ROW, RunPlan
+from fedlora.privacy import Budget, RunTerms, four_digits, nominal_size, short
 from fedlora.privacy.rng import RunStreams
 from fedlora.quantities import duration
 from fedlora.training import Trainer, TrainingJob
 from fedlora.training.timing import alike, seconds_of_steps
-from fedlora_client.terms import Limits
+from fedlora_client.terms import Limits, private_terms
 from fedlora_server.dry_run import noise_of, show_plan, traffic
 from fedlora_server.run_setup import (
     BaseModel,
@@ -32,7 +33,9 @@ from fedlora_server.run_setup import (
 )
 from fedlora_server.settings import settings
 
+from .comparison import OF_SUMS
 from .population import Method, Population
+from .simulated_roster import aggregate_epsilon, local_epsilon, simulated_limits, simulated_roster
 from .simulated_run import compiles_here
 from .sweep import Setting
 from .worker import threads_each
@@ -91,7 +94,8 @@ def dry_run(options: SimulationConfig, methods: Sequence[Method], base: BaseMode
         console.print(traffic(federation, _cohort(own, population)))
         if federation.plan.private:
             console.print(f"\nNoise multiplier σ of the {len(population.parts)} clients")
-            console.print(noise_of(federation.plan, budgets(own, population)))
+            console.print(noise_of_sums(own, federation, population) if own.secure_aggregation else
+                          noise_of(federation.plan, budgets(own, population)))
         if options.engine != "ray":
             found = forecast(own, federation, population)
             seconds = seeds * (found.training + found.evaluation)
@@ -132,7 +136,11 @@ def dry_run_of_a_sweep(options: SimulationConfig, runs: Sequence[tuple[Setting, 
         own = method.options(setting.options)
         steps = planned(own, method.strategy)
         sigmas: list[float] = []
-        if own.privacy == "required":
+        if own.secure_aggregation:
+            federation = prepare(own, method.strategy, base, population.labels, options.seeds[0],
+                                 members=len(population.parts))
+            sigmas = sorted({of.noise_multiplier or 0.0 for of in terms_of(own, federation.plan, population).values()})
+        elif own.privacy == "required":
             times = (own.max_participations or steps.rounds) * steps.local_steps
             sigmas = sorted({budget.noise_multiplier(steps.batch_size, times)
                              for budget in budgets(own, population).values()})
@@ -170,6 +178,46 @@ def budgets(options: SimulationConfig, population: Population) -> dict[str, Budg
     limits = Limits.of(options, options.privacy_unit or ROW)
     return {name: replace(limits, declared_size=options.declared_size or nominal_size(size)).budget(size)
             for name, size in population.sizes.items()}
+
+
+def terms_of(options: SimulationConfig, plan: RunPlan, population: Population) -> dict[str, RunTerms]:
+    """Return each client's terms of a private run, by client name, as its session will settle them."""
+    limits = simulated_limits(options, len(population.parts))
+    return {name: private_terms(limits, budget, plan) for name, budget in budgets(options, population).items()}
+
+
+def noise_of_sums(options: SimulationConfig, federation: Federation, population: Population) -> Table:
+    """Return a table with the clients' own noise and both ε of a run with secure aggregation.
+
+    Args:
+        options: the options of fedlora-simulate, with the method's start.
+        federation: the run.
+        population: the clients and their rows.
+
+    Raises:
+        ValueError: no noise keeps a budget, or the grid is too coarse for a client's δ.
+    """
+    terms = terms_of(options, federation.plan, population)
+    roster = simulated_roster(federation.plan, terms, federation.adapted.layout.num_trained)
+    assert roster is not None
+    every, alike = list(terms.values()), Counter(map(_told_of, terms.values()))
+    table = Table(box=None, pad_edge=False, padding=(0, 1), title_justify="left", title=(  # fits 80 columns
+        f"ε is for each client's own noise; {OF_SUMS} holds towards whoever sees sums alone, each with the noise of "
+        f"{roster.honest} honest clients of {len(roster.entries)}"))
+    for column in ("clients", "declared size", "sampling rate", "σ", "ε", OF_SUMS, "δ"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for told, count in alike.items():
+        of = next(one for one in every if _told_of(one) == told)
+        size, rate, sigma, delta = told
+        table.add_row(str(count), f"{size:,}", short(rate), short(sigma),
+                      four_digits(local_epsilon(of, of.max_participations)),
+                      four_digits(aggregate_epsilon(roster, of, of.max_participations)), short(delta, up=True))
+    return table
+
+
+def _told_of(terms: RunTerms) -> tuple[int, float, float, float]:
+    """Return what the dry run tells of a client's terms: declared size, sampling rate, noise multiplier, δ."""
+    return terms.declared_size, terms.sampling_rate, terms.noise_multiplier or 0.0, terms.delta or 0.0
 
 
 def forecast(options: SimulationConfig, federation: Federation, population: Population) -> Forecast:

@@ -136,11 +136,12 @@ class ServerStep:
             The new values of the tensors that trained in the round, and the next memory.
         """
         if self.optimizer is None:
-            return {name: array.astype(state[name].dtype, copy=False) for name, array in reduced.items()}, own
+            with np.errstate(over="ignore"):  # the caller checks that the state is finite
+                return {name: array.astype(state[name].dtype, copy=False) for name, array in reduced.items()}, own
         gradient = {name: array.astype(np.float64) - sent[name] for name, array in reduced.items()}
         progress = (min(round, self.rounds) - 1) / self.rounds
         change, memory = self.optimizer.step(gradient, _of("optimizer", own), progress)
-        with np.errstate(over="ignore"):  # the caller checks that the state is finite
+        with np.errstate(over="ignore"):
             moved = {name: (state[name] + change[name]).astype(state[name].dtype) for name in reduced}
         return moved, {**own, **_named("optimizer", memory)}
 
