@@ -114,7 +114,7 @@ OF_SUMS = "ε of sums"
 
 def told_of_sums(epsilon: float | None) -> str:
     """Return an ε towards whoever sees sums alone, for a table."""
-    return "–" if epsilon is None else f"{epsilon:.2f}"
+    return "–" if epsilon is None else "none" if math.isinf(epsilon) else f"{epsilon:.2f}"
 
 
 def table(comparisons: Sequence[Comparison]) -> Table:
@@ -147,7 +147,8 @@ def save(folder: Path, comparisons: Sequence[Comparison], about: Mapping[str, ob
         comparisons: the summaries, at least one.
         about: goes into the JSON too.
     """
-    runs = [asdict(c) | {"epsilon": c.epsilon if math.isfinite(c.epsilon) else None} for c in comparisons]
+    runs = [asdict(c) | {name: value if value is not None and math.isfinite(value) else None for name, value in (
+        ("epsilon", c.epsilon), ("epsilon_of_sums", c.epsilon_of_sums))} for c in comparisons]
     (folder / "comparison.json").write_text(json.dumps(jsonable({
         **about, "noise": "seeded and repeatable: no ε holds for these very outputs", "methods": runs}),
         indent=1, allow_nan=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 
 from fedlora.config import SimulationConfig
@@ -68,11 +69,19 @@ def aggregate_epsilon(roster: Roster, terms: RunTerms, rounds: int) -> float:
         terms: the client's terms.
         rounds: the number of sums that the client is in.
 
+    Returns:
+        The ε; infinite if the noise is so small that rounding to the grid leaves no guarantee.
+
     Raises:
-        ValueError: the grid is too coarse for the client's δ.
+        ValueError: it is infinite, and it is the ε that the client's noise is calibrated to.
     """
     of = SumGuarantee.of(roster, clip_norm=terms.clip_norm, sampling_rate=terms.sampling_rate)
-    return _epsilon(of, terms.delta or 0.0, rounds)
+    try:
+        return _epsilon(of, terms.delta or 0.0, rounds)
+    except ValueError:
+        if terms.aggregate_noise_multiplier is not None:
+            raise
+        return math.inf
 
 
 @functools.cache

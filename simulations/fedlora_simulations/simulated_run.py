@@ -138,7 +138,7 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
     roster = simulated_roster(federation.plan, terms, federation.strategy.summed)
     if roster is not None:
         for of in terms.values():
-            aggregate_epsilon(roster, of, of.max_participations)  # raises where the grid is too coarse
+            aggregate_epsilon(roster, of, of.max_participations)  # raises where noise cannot be calibrated to it
     if left is not None:
         charge_again(sessions, left.records)
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
