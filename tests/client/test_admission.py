@@ -11,6 +11,8 @@ from fedlora.plan import Refusal
 from fedlora.privacy import Budget, Ledger, Policy, RunTerms, four_digits
 from fedlora_client.admission import Cost, panel
 from fedlora_client.state import FolderState
+from fedlora_client.terms import Limits, private_terms
+from tests.contracts.test_mechanisms import plan_of
 from tests.driven_server import Server
 from tests.fedlora.test_plan import make_plan
 from tests.terminal import Terminal
@@ -176,3 +178,33 @@ def test_a_run_beyond_what_is_left_is_declined_when_joining_and_its_client_is_no
     assert "closed by run abababababababab" in server.log() and "waiting to be asked" not in server.log()
     assert server.engine.idle() == [] and list(server.engine.get_node_ids()) == []
     assert len(server.charges()) == 1 and Refusal("budget").code in server.log()
+
+
+def of_sums(epsilon=3.0, trust="local"):
+    plan = plan_of("distributed-gaussian")
+    return private_terms(Limits(epsilon, trust=trust, least_members=6), Budget(epsilon, DELTA, 5000), plan)
+
+
+def test_both_guarantees_of_secure_sums_are_forecast_with_what_each_assumes(ledger):
+    own = of_sums()
+    cost = Cost.of(ledger.book(), "north", own, pinned=True)
+    text = " ".join(shown(cost).replace("│", "").split())
+    assert f"by own noise ε {four_digits(own.epsilon(60))} against everyone who sees what leaves" in text
+    assert f"in the sums ε {four_digits(own.sums_epsilon(60))} against whoever sees the sums alone" in text
+    assert "relies on 4 honest ones of 6 members or more" in text
+    assert 'charged by own noise (trust = "local" in policy.toml)' in text
+    assert own.sums_epsilon(60) < own.epsilon(60) == cost.guarantee
+
+
+def test_without_pinned_members_nothing_is_forecast_for_the_sums(ledger):
+    text = " ".join(shown(Cost.of(ledger.book(), "north", of_sums())).replace("│", "").split())
+    assert "in the sums not stated: policy.toml does not name the members' keys" in text
+    assert "by own noise" not in shown(Cost.of(ledger.book(), "north", terms(2.0)))
+
+
+def test_where_sums_are_charged_they_are_what_is_reserved(ledger):
+    own = of_sums(trust="aggregate")
+    cost = Cost.of(ledger.book(), "north", own, pinned=True)
+    assert cost.guarantee == own.sums_epsilon(60) <= 3.0 < cost.sums.local
+    assert 'charged in the sums (trust = "aggregate"' in " ".join(shown(cost).replace("│", "").split())
+    assert cost.sums.charged == "aggregate" and cost.sums.aggregate == cost.guarantee

@@ -1,12 +1,13 @@
 """fedlora-client budget and verify show what the ledger holds, for people and as JSON."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.privacy import Accountant, Ledger, RunTerms, four_digits
+from fedlora.privacy import Accountant, Ledger, RosterFacts, RunTerms, Spend, four_digits
 from fedlora_client import paths
 from fedlora_client.cli import main
 
@@ -172,3 +173,52 @@ def test_a_ledger_that_cannot_be_looked_at_is_named_without_a_traceback(monkeypa
     monkeypatch.setenv("XDG_STATE_HOME", "/" + "x" * 300)  # as where it belongs to another user: the system refuses
     assert command("budget") == 2
     assert "ledger.sqlite: File name too long" in capsys.readouterr().err
+
+
+ROSTER = RosterFacts("ab" * 32, 6, 1, 1.2, 4000.0, 2.0**-14, 10_000, True)
+
+
+def sums(ledger, run_id, *rosters, aggregate=None, trainings=3):
+    terms = RunTerms(run_id, "a" * 64, "row", 5000, 0.03, 0.6, 1e-5, 1.0, {"adapter": 1.0}, 1, 80,
+                     mechanism="distributed-gaussian", aggregate_noise_multiplier=aggregate, least_members=6,
+                     colluding=1)
+    ledger.begin_run("north", terms)
+    for roster in rosters:
+        ledger.note_roster("north", run_id, roster)
+    for number in range(trainings):
+        ledger.reserve("north", run_id, number, 0).begin()
+    ledger.end_run("north", run_id)
+
+
+def sigma_epsilon(sigma, trainings, delta=1e-5):
+    return Accountant((Spend(sigma, 0.03, trainings),)).epsilon(delta)
+
+
+def test_both_epsilons_of_secure_sums_are_shown_and_forecast_with_what_each_assumes(ledger, capsys):
+    ledger.declare("north", epsilon=20.0, delta=1e-5)
+    weaker = replace(ROSTER, digest="cd" * 32, noise_multiplier=1.1)
+    sums(ledger, "11" * 8, ROSTER, weaker)
+    north = budget(capsys, "--rounds", "5")["north"]
+    [run] = north["runs"]
+    assert (run["mechanism"], run["charges"]) == ("distributed-gaussian", "local")
+    assert run["local"] == run["charged"] == sigma_epsilon(0.6, 3)
+    assert run["aggregate"] == sigma_epsilon(1.1, 3, 0.99e-5), "the largest over the rosters"
+    assert [(one["members"], one["colluding"], one["honest"]) for one in run["rosters"]] == [(6, 1, 4)] * 2
+    assert north["last_run_after_further_rounds"] == {
+        "5": {"local": sigma_epsilon(0.6, 8), "aggregate": sigma_epsilon(1.1, 8, 0.99e-5)}}
+    assert command("budget", "--rounds", "5") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "with 4 honest of 6 members; its own noise is charged" in text
+    assert f"ε {four_digits(run['local'])} by own noise, ε {four_digits(run['aggregate'])} in the sums" in text
+    assert "nobody has to be trusted" in text and "who their pinned keys say" in text
+
+
+def test_a_run_charged_for_its_sums_costs_what_they_cost_and_without_pins_none_is_stated(ledger, capsys):
+    ledger.declare("north", epsilon=20.0, delta=1e-5)
+    sums(ledger, "11" * 8, ROSTER, aggregate=1.15)
+    sums(ledger, "22" * 8, replace(ROSTER, pinned=False))
+    first, second = budget(capsys)["north"]["runs"]
+    assert first["charges"] == "aggregate" and first["charged"] == sigma_epsilon(1.15, 3, 0.99e-5) < first["local"]
+    assert second["aggregate"] is None and second["charged"] == second["local"]
+    assert command("budget") == 0
+    assert "no ε stated (the members' keys are not all in policy.toml)" in " ".join(capsys.readouterr().out.split())

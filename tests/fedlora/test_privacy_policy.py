@@ -204,3 +204,33 @@ def test_a_statement_that_does_not_fit_on_a_line_is_refused(tmp_path, line, says
     with pytest.raises(ValueError, match=r"\[dataset\.n\]") as error:
         policy(tmp_path, f'[dataset.n]\ndata = "{tmp_path}"\nepsilon = 8\ndelta = 1e-5\n{line}\n')
     assert says in str(error.value)
+
+
+KEY, OTHER, THIRD = "ab" * 32, "cd" * 32, "ef" * 32
+
+
+def test_trust_in_the_sums_is_refused_without_members_and_their_least_number(tmp_path):
+    with pytest.raises(ValueError, match=r'policy\.toml: trust is "aggregate", and members and least-members must'):
+        policy(tmp_path, f'trust = "aggregate"\nmembers = ["{KEY}", "{OTHER}"]\n')
+    with pytest.raises(ValueError, match="members and least-members must then be set"):
+        policy(tmp_path, 'trust = "aggregate"\nleast-members = 3\n')
+    trusting = policy(tmp_path, f'trust = "aggregate"\nleast-members = 3\nmembers = ["{KEY}", "{OTHER}", "{THIRD}"]\n')
+    assert trusting.trust == "aggregate" and trusting.fewest_members == 3
+
+
+def test_the_members_keys_may_stand_in_groups_and_this_sites_own_need_not_be_named(tmp_path):
+    grouped = "AB" * 16 + " " + "ab" * 16
+    named = policy(tmp_path, f'members = ["{grouped}", "{OTHER}"]\n')
+    assert named.members == (KEY, OTHER) and named.trust == "local" and named.fewest_members == 3
+    assert named.pins(THIRD) == {KEY, OTHER, THIRD} and named.pins(KEY) == {KEY, OTHER}
+    assert policy(tmp_path, "").pins(THIRD) is None
+
+
+@pytest.mark.parametrize(("lines", "why"), [
+    ('trust = "everyone"', "trust is 'everyone'; it must be local or aggregate"),
+    ("least-members = 2", "least-members is 2; it must be 3 to 200"),
+    ("least-members = 201", "it must be 3 to 200"), ('members = ["abc"]', "64 hexadecimal digits"),
+    (f'least-members = 6\nmembers = ["{KEY}", "{OTHER}"]', "members names 2 keys, with which no roster of 6 members")])
+def test_what_is_said_of_members_must_be_possible(tmp_path, lines, why):
+    with pytest.raises(ValueError, match=why):
+        policy(tmp_path, lines)

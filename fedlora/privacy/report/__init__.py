@@ -20,6 +20,6 @@ from fedlora.privacy.report.signing import canonical, load_or_create_key, public
 from fedlora.privacy.report.verification import Verified, connections, verify
 
 __all__ = ["Disclosure", "LifetimeAccount", "LifetimeCharge", "Mechanism", "ReportedRun", "Sums", "TrainingEntry",
-           "Verified", "announced", "attached", "canonical", "connections", "encrypted", "load_or_create_key", "markdown",
-           "privacy_report", "public_key", "read_audit", "read_signed", "sign", "verify", "verify_file",
+           "Verified", "announced", "attached", "canonical", "connections", "encrypted", "load_or_create_key",
+           "markdown", "privacy_report", "public_key", "read_audit", "read_signed", "sign", "verify", "verify_file",
            "write_report"]

@@ -25,8 +25,8 @@ def markdown(report: Document) -> str:
     parts = [f"# Privacy report: dataset {code(run['dataset'])}, run {code(run['id'])}",
              f"{text(run['client'])} trained for the server {code(run['server'])} (strategy {text(run['strategy'])}"
              f", base model {text(_named(run['base_model']))}). Written {report['made']}.",
-             _statement(report), _sums(report), plain_words.attacker(report), plain_words.responsible(report), _mechanism(report),
-             _trainings(report), _lifetime(report), _left(report), plain_words.measured(report),
+             _statement(report), _sums(report), plain_words.attacker(report), plain_words.responsible(report),
+             _mechanism(report), _trainings(report), _lifetime(report), _left(report), plain_words.measured(report),
              "## What this does not cover\n\n" + "\n".join(f"- {text(line)}" for line in report["not_covered"]),
              _closing(report), plain_words.terms(report), hazards.appendix(report)]
     return "\n\n".join(part for part in parts if part) + "\n"

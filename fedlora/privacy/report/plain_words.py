@@ -78,7 +78,9 @@ def attacker(report: Document) -> str:
                  [f"Certainty about one who is so named, if it was {percent(PRIOR)} before",
                   *(_at_most(suspicion(PRIOR, one, rate)) for one in found), percent(PRIOR)]]
     return (heading + f"An attacker asks whether the data hold {subject}. The attacker sees everything that left this "
-            "client, knows all other records, and has any amount of computing power.\n\n"
+            "client, knows all other records, and has any amount of computing power."
+            + ("" if report.get("sums") is None else " Masks count for nothing here: the figures are those of this "
+               "client's own noise. Whoever sees the sums alone achieves less.") + "\n\n"
             + table(["", "at the run's maximum", "so far", "by guessing"], rows)
             + "\n\nThese bounds follow from the exact trade-off between false alarms and misses over all steps of this "
             "run (arXiv:1905.02383); they are tighter than what ε alone says. They hold for a single unit and for this "

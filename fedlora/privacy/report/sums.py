@@ -97,8 +97,6 @@ def check_sums(report: Document) -> list[tuple[str, str, float | None, float | N
     """
     part, mechanism = report["sums"], report["mechanism"]
     aggregate, rosters = part["aggregate_noise_multiplier"], _rosters(report)
-    require(mechanism["local_steps"] == 1, "mechanism.local_steps", mechanism["local_steps"],
-            "with secure sums it must be 1")
     require(part["charged"] == _charged(aggregate), "sums.charged", part["charged"],
             f"it must be {_charged(aggregate)!r}, by the aggregate_noise_multiplier")
     for said, roster in zip(part["rosters"], rosters, strict=True):

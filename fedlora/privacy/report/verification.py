@@ -150,6 +150,8 @@ def _check_facts(report: Document) -> None:
     require(key in (LOCAL, AGGREGATE), "mechanism.key", key, f"it must be {LOCAL} or {AGGREGATE}")
     require((report.get("sums") is not None) == (key == AGGREGATE), "sums", report.get("sums"),
             f"it must be stated with the mechanism {AGGREGATE}, and only then")
+    require(key == LOCAL or mechanism["local_steps"] == 1, "mechanism.local_steps", mechanism["local_steps"],
+            "with secure sums it must be 1")
     name, size, delta = unit["name"], unit["declared_size"], privacy["delta"]
     require(name == "row" or (name.startswith("column:") and len(name) > 7), "unit.name", name, 'it must be "row" or '
             '"column:NAME"')
