@@ -14,6 +14,8 @@ from fedlora.config import ServerConfig, flag, shown
 from fedlora.kit import NO_RUN
 from fedlora.plan import ModelRef, RunPlan, plan_digest
 from fedlora.privacy import MOST_SAMPLING_RATE, Accountant, Budget, Spend, four_digits, short
+from fedlora.privacy.mechanisms import mechanism_named
+from fedlora.privacy.mechanisms.distributed_gaussian import foretold_epsilon, honest
 from fedlora.quantities import quantity
 from fedlora.tasks import task_named
 
@@ -85,6 +87,8 @@ def dry_run(options: ServerConfig, console: Console) -> None:
         console.print("\nNoise multiplier σ by the number of records (or units) that a client declares, and by the ε "
                       "that it allows (8 unless it says otherwise)")
         console.print(noise_by_size(plan))
+        if plan.secure_aggregation:
+            console.print(assumed(plan))
     possible = rounds.rounds_within(plan.rounds, plan.max_participations)
     evaluated = "nothing is evaluated, without --eval-data" if rows is None else f"{len(rows):,} rows to evaluate on"
     console.print(f"\nRounds: {possible} of {plan.rounds} are possible with {options.min_clients} clients; "
@@ -151,13 +155,40 @@ def noise_by_size(plan: RunPlan) -> Table:
         f"with fewer than {least:,} a client refuses: --batch-size {plan.expected_batch} would sample too often"))
     for column in ("declared size", "sampling rate", "δ", *(f"ε {epsilon:g}: σ" for epsilon in EPSILONS)):
         table.add_column(column, justify="right", no_wrap=True)
-    steps = plan.most_trainings * plan.local_steps
     for size in (size for size in sorted({least, *SIZES}) if size >= least):
         budgets = [Budget.declare(size, epsilon=epsilon, declared_size=size) for epsilon in EPSILONS]
         table.add_row(f"{size:,}", short(budgets[0].sampling_rate(plan.expected_batch)),
                       short(budgets[0].delta, up=True),
-                      *(short(budget.noise_multiplier(plan.expected_batch, steps)) for budget in budgets))
+                      *(_noise(plan, budget) for budget in budgets))
     return table
+
+
+def _noise(plan: RunPlan, budget: Budget) -> str:
+    """Return the noise that a budget calls for, and with secure aggregation the ε that it makes of the sums."""
+    sigma, foretold = _foretold(plan, budget)
+    return short(sigma) if foretold is None else f"{short(sigma)} (sums: ε {four_digits(foretold)})"
+
+
+def _foretold(plan: RunPlan, budget: Budget) -> tuple[float, float | None]:
+    """Return the noise multiplier that a budget calls for, and the ε of the sums if all members are alike.
+
+    The ε is None without secure aggregation.
+
+    Raises:
+        ValueError: no noise keeps the budget.
+    """
+    sigma = mechanism_named(plan.mechanism).calibrate(budget, plan, plan.clip_norm).own
+    if not plan.secure_aggregation:
+        return sigma, None
+    return sigma, foretold_epsilon(sigma, budget.sampling_rate(plan.expected_batch), plan.most_trainings, budget.delta,
+                                   members=plan.least_members, colluding=plan.colluding)
+
+
+def assumed(plan: RunPlan) -> str:
+    """Say what the ε of sums assumes in this plan, where it is foretold."""
+    return (f"ε in the sums holds against whoever sees the sums alone, if {plan.least_members} clients take part, all "
+            f"add as much noise, and at most {plan.colluding} of them tell the server what they know: then each sum "
+            f"has the noise of {honest(plan.least_members, plan.colluding)} honest clients.")
 
 
 def noise_of(plan: RunPlan, budgets: Mapping[str, Budget]) -> Table:
@@ -171,12 +202,14 @@ def noise_of(plan: RunPlan, budgets: Mapping[str, Budget]) -> Table:
         ValueError: no noise keeps a budget.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2))
-    for column in ("clients", "declared size", "sampling rate", "σ", "ε of the run", "δ"):
+    sums = ("ε in the sums",) if plan.secure_aggregation else ()
+    for column in ("clients", "declared size", "sampling rate", "σ", "ε of the run", *sums, "δ"):
         table.add_column(column, justify="right", no_wrap=True)
     steps = plan.most_trainings * plan.local_steps
     for budget in dict.fromkeys(budgets.values()):
-        rate, sigma = budget.sampling_rate(plan.expected_batch), budget.noise_multiplier(plan.expected_batch, steps)
+        rate, (sigma, foretold) = budget.sampling_rate(plan.expected_batch), _foretold(plan, budget)
         epsilon = Accountant((Spend(sigma, rate, steps),)).epsilon(budget.delta)
         table.add_row(str(sum(other == budget for other in budgets.values())), f"{budget.declared_size:,}",
-                      short(rate), short(sigma), four_digits(epsilon), short(budget.delta, up=True))
+                      short(rate), short(sigma), four_digits(epsilon),
+                      *(() if foretold is None else (four_digits(foretold),)), short(budget.delta, up=True))
     return table

@@ -198,7 +198,7 @@ def noise_of_sums(options: SimulationConfig, federation: Federation, population:
         ValueError: no noise keeps a budget, or the grid is too coarse for a client's δ.
     """
     terms = terms_of(options, federation.plan, population)
-    roster = simulated_roster(federation.plan, terms, federation.adapted.layout.num_trained)
+    roster = simulated_roster(federation.plan, terms, federation.strategy.summed)
     assert roster is not None
     every, alike = list(terms.values()), Counter(map(_told_of, terms.values()))
     table = Table(box=None, pad_edge=False, padding=(0, 1), title_justify="left", title=(  # fits 80 columns

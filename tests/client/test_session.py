@@ -15,7 +15,7 @@ from fedlora.adapters import attach, attach_planned, initial_tensors
 from fedlora.adapters.sketches import sketch_layout, sketch_plan, sketch_tensors
 from fedlora.data import Rows
 from fedlora.plan import WIRE_DTYPES, ModelRef, Refusal, Refused, RoundPlan, RunPlan, Upload
-from fedlora.privacy import Accountant, Forbidden, Ledger, RunStreams, RunTerms, Spend, calibrate
+from fedlora.privacy import Accountant, Forbidden, Ledger, RosterFacts, RunStreams, RunTerms, Spend, calibrate
 from fedlora.privacy.ledger.anchor import unseal
 from fedlora.privacy.report import read_signed, verify
 from fedlora.tasks import task_for
@@ -377,6 +377,25 @@ def test_a_report_says_what_uploads_stated_and_verifies(desk, tmp_path, monkeypa
         said = {item["what"] for item in report["left_without_noise"]}
         assert any("noise multiplier" in what for what in said) == announce
         assert {"label names", "refusal in round 2"} <= said
+
+
+def test_the_report_of_secure_sums_holds_the_rosters_of_the_ledger_and_both_guarantees(desk, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    plan = make_plan(mechanism="distributed-gaussian", least_members=6, colluding=1, local_steps=1)
+    session = desk.session(plan, seed=None, trust="aggregate", least_members=6, pinned=True)
+    terms = session.terms
+    roster = RosterFacts("ab" * 32, 6, 1, terms.aggregate_noise_multiplier + 0.1, 4000.0, 2.0**-14, 300, True)
+    desk.ledger.note_roster("north", plan.run_id, roster)
+    desk.ledger.reserve("north", plan.run_id, 1, 0).begin()
+    path = write_privacy_report(tmp_path / "report", session, server="127.0.0.1:9092", labels=("0", "1"), refusals=[])
+    verified = verify(read_signed(path))
+    assert verified.report["sums"]["rosters"][0]["digest"] == roster.digest
+    assert verified.aggregate < session.reserved() <= 8.0 < verified.epsilon
+    assert verified.report["lifetime"]["spent"] >= session.epsilon() > verified.report["sums"]["spent"]["epsilon"]
+    desk.ledger.end_run("north", plan.run_id)
+    with pytest.raises(Refused) as refused:  # whose noise is charged cannot change within a run
+        desk.session(plan, seed=None, least_members=6, pinned=True)
+    assert refused.value.refusal.code == "policy"
 
 
 def test_a_private_start_costs_one_participation_more_and_all_together_fit_epsilon(desk, checkpoint):

@@ -9,11 +9,13 @@ from rich.console import Console
 from fedlora.config import ServerConfig, read_config
 from fedlora.kit import NO_RUN
 from fedlora.plan import plan_digest
-from fedlora.privacy import Budget
+from fedlora.privacy import Accountant, Budget, Spend, four_digits
+from fedlora.privacy.mechanisms.distributed_gaussian import foretold_epsilon
 from fedlora.quantities import quantity
 from fedlora_server import cli
-from fedlora_server.dry_run import dry_run
+from fedlora_server.dry_run import assumed, dry_run, noise_by_size, noise_of
 from fedlora_server.run_setup import find_model, prepare
+from tests.contracts.test_mechanisms import plan_of
 
 SMALL = ("--rank=2", "--local-steps=1", "--batch-size=8", "--max-length=16", "--rounds=3", "--labels=routine,urgent")
 
@@ -75,3 +77,18 @@ def test_what_a_start_would_refuse_is_refused(told, tmp_path, wrong, said):
     with pytest.raises((ValueError, OSError), match=re.escape(said)):
         told(*wrong.split())
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_with_secure_aggregation_both_epsilons_are_foretold_with_what_that_of_the_sums_assumes():
+    plan, console = plan_of("distributed-gaussian", least_noise=0.9), Console(file=StringIO(), width=250)
+    budget = Budget.declare(5000, epsilon=3.0)
+    console.print(noise_by_size(plan))
+    console.print(noise_of(plan, {"north": budget, "south": budget}))
+    console.print(assumed(plan))
+    text = " ".join(console.file.getvalue().split())
+    in_sums = foretold_epsilon(0.9, 0.03, 60, 1e-5, members=6, colluding=1)
+    own = Accountant((Spend(0.9, 0.03, 60),)).epsilon(1e-5)
+    assert own < 3.0, "the plan's least noise is more than the budget asks for"
+    assert f"0.9 (sums: ε {four_digits(in_sums)})" in text
+    assert f"2 5,000 0.03 0.9 {four_digits(own)} {four_digits(in_sums)} 1e-05" in text
+    assert "if 6 clients take part" in text and "at most 1 of them" in text and "noise of 4 honest clients" in text

@@ -38,7 +38,7 @@ from fedlora.privacy import renyi
 from fedlora.privacy.accounting import Accountant
 from fedlora.privacy.ledger.rosters import RosterFacts
 from fedlora.privacy.mechanisms import Noise, mechanism_named
-from fedlora.privacy.mechanisms.distributed_gaussian import honest
+from fedlora.privacy.mechanisms.distributed_gaussian import foretold_epsilon
 from fedlora.privacy.spend import Spend, rdp
 
 FILTER_ORDERS = (2, 2.5, 3, 3.5, 4, 5, 7, 9, 13, 17, 25, 33, 65, 129)
@@ -183,9 +183,11 @@ class RunTerms:
         """
         if self.mechanism != AGGREGATE or self.noise_multiplier is None:
             return None
-        shares = honest(self.least_members, self.colluding)
-        aggregate = self.aggregate_noise_multiplier or math.sqrt(shares) * self.noise_multiplier
-        return replace(self, aggregate_noise_multiplier=aggregate).epsilon(participations)
+        if self.aggregate_noise_multiplier is not None:
+            return self.epsilon(participations)
+        assert self.delta is not None, "a run with noise has a delta"
+        return foretold_epsilon(self.noise_multiplier, self.sampling_rate, participations * self.local_steps,
+                                self.delta, members=self.least_members, colluding=self.colluding)
 
     def steps_delta(self, delta: float) -> float:
         """Return the part of a delta that is left for the steps of this run's mechanism."""

@@ -74,6 +74,23 @@ def honest(members: int, colluding: int) -> int:
     return sum_threshold(members) - colluding
 
 
+def foretold_epsilon(own: float, sampling_rate: float, rounds: int, delta: float, *, members: int,
+                     colluding: int) -> float:
+    """Return the ε at δ towards whoever sees the sums alone, before a roster is known, if all members are alike.
+
+    Args:
+        own: the noise multiplier of each member.
+        sampling_rate: the probability with which each unit enters a step.
+        rounds: number of sums.
+        delta: δ. A hundredth of it is set aside for the rounding.
+        members: n, the number of members.
+        colluding: t, how many of them may tell the server what they know.
+    """
+    accountant = Accountant()
+    accountant.add(math.sqrt(honest(members, colluding)) * own, sampling_rate, rounds)
+    return accountant.epsilon((1 - ROUNDING_SHARE) * delta)
+
+
 def _above(multiplier: float) -> float:
     """Return the next multiple of `SIGMA_STEP` above, so that no rounding of floats leaves a sum with too little."""
     return SIGMA_STEP * (math.floor(multiplier / SIGMA_STEP) + 1)
