@@ -38,8 +38,8 @@ PLACEHOLDERS = {"N": "3", "X": "0.5", "K": "3"}
 LACKS = ("the following arguments are required", "expected one argument")
 """How a parser says that a command line is not finished."""
 
-POLICY_KEYS = {"dataset", "trust", "min-noise-multiplier", "max-rounds", "max-sampling-rate", "families", "models", "servers",
-               "server-fingerprints"}
+POLICY_KEYS = {"dataset", "min-noise-multiplier", "max-rounds", "max-sampling-rate", "families", "models", "servers",
+               "server-fingerprints", "trust"}
 
 
 class Block(NamedTuple):
