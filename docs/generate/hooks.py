@@ -31,7 +31,8 @@ EXTENSION_POINTS = (
     "fedlora.registry", "fedlora.adapters.family", "fedlora.adapters.leaves", "fedlora.adapters.start", "fedlora.task",
     "fedlora.records", "fedlora.training.optimizers", "fedlora.training.adjustments", "fedlora.privacy.mechanisms",
     "fedlora_strategies.recipe", "fedlora_strategies.reductions", "fedlora_strategies.server_optimizers",
-    "fedlora_strategies.refactorizations", "fedlora_strategies.schedules", "fedlora_server.trackers", "fedlora_server.observer", "fedlora_server.engine")
+    "fedlora_strategies.refactorizations", "fedlora_strategies.schedules", "fedlora_server.trackers",
+    "fedlora_server.observer", "fedlora_server.engine")
 """Modules that a new method is written against. They have a page of their own, and are on no other."""
 
 
