@@ -172,13 +172,16 @@ class Participation:
     def _sum_member(self, terms: RunTerms) -> SumMember:
         """Return this client as a member of the run's rosters."""
         assert self._tls is not None, "checked before the terms were settled"
+        plan, gate = self._proposal.plan, self._gate
 
         def told(line: str, key: Key | None) -> None:
             _, number, attempt = key or (None, None, None)
             tell(self._console, line, "sum", round=number, attempt=attempt)
 
-        return SumMember(self._proposal.plan, self._tls.identity, terms, announced=self._limits.announce_size,
-                         tell=told)
+        return SumMember(plan, self._tls.identity, terms, announced=self._limits.announce_size,
+                         pins=gate.policy.pins(self._tls.identity().certificate.fingerprint),
+                         least=gate.policy.fewest_members, tell=told,
+                         note=lambda facts: gate.ledger.note_roster(gate.dataset, plan.run_id, facts))
 
     def _admit(self, holder: DataHolder) -> tuple[Budget, RunTerms]:
         """Settle the run's terms, show what it costs, and ask the owner if someone is there to be asked.
@@ -247,8 +250,13 @@ class Participation:
         try:
             if self._session is None or self._session.run.run_id != plan.run.run_id:
                 self._session = self._open(plan.run)
+            part = None if self.member is None else self.member.part(plan.key)
+            if self.member is not None and part is None and (plan.round, plan.attempt) not in self._session.started:
+                log.warning("Round %d is not begun, and nothing is charged: this process gave no keys for its sum, as "
+                            "it was started later. It takes part in the next one.", plan.round)
+                return Refusal("unavailable")
             answer = self._session.run_round(plan, tensors, stop, charged=lambda: self._begin_training(display),
-                                             stepped=display.stepped)
+                                             stepped=display.stepped, part=part)
             self._write_report()
             return answer
         except Refused as refused:

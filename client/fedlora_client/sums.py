@@ -19,7 +19,8 @@ from fedlora.identity import Identity
 from fedlora.identity.certificates import utc_now
 from fedlora.plan import LEAST_MEMBERS, Refusal, RunPlan
 from fedlora.privacy import RunTerms
-from fedlora.secure_sum.guarantee import least_noise
+from fedlora.privacy.ledger.rosters import RosterFacts
+from fedlora.secure_sum.guarantee import facts_of, least_noise
 from fedlora.secure_sum.masks import public_bytes
 from fedlora.secure_sum.member import Attendance
 from fedlora.secure_sum.packages import Closing, CohortRequest
@@ -44,6 +45,7 @@ class _Attempt:
 
     key: Key
     attendance: Attendance
+    facts: RosterFacts
     cohort: CohortRequest | None = None
     masked: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -54,18 +56,18 @@ class MaskedPart:
 
     Args:
         attempt: the attempt, with its cohort.
+        note: called with the roster's facts once the cohort is accepted.
 
     Attributes:
-        roster: who is in.
         grid: the integers of the run.
         values: the most values in a vector.
         noise: least standard deviation, in units of the grid, of the noise that this client must add.
     """
 
-    def __init__(self, attempt: _Attempt) -> None:
-        self._attempt = attempt
-        self.roster: Roster = attempt.attendance.roster
-        self.grid, self.values, self.noise = self.roster.grid, self.roster.values, self.roster.noise
+    def __init__(self, attempt: _Attempt, note: Callable[[RosterFacts], None]) -> None:
+        self._attempt, self._note = attempt, note
+        roster = attempt.attendance.roster
+        self.grid, self.values, self.noise = roster.grid, roster.values, roster.noise
 
     def accept(self, sent: bytes) -> None:
         """Check the cohort, before anything is charged.
@@ -79,6 +81,7 @@ class MaskedPart:
         assert self._attempt.cohort is not None
         with self._attempt.lock:
             self._attempt.attendance.accept(self._attempt.cohort, sent)
+        self._note(self._attempt.facts)
 
     def masked(self, integers: np.ndarray) -> np.ndarray:
         """Return the masked vector, (values,) unsigned integers of the ring.
@@ -101,6 +104,7 @@ class SumMember:
         announced: whether the server is told that noise, by which it can make the roster's larger.
         pins: fingerprints of the keys that may be members; None if the owner named none.
         least: the fewest members of a roster that the owner takes part with.
+        note: called with what the ledger keeps of a roster, before anything is charged under it.
         tell: called from any thread with a line for the data holder, and the key of the attempt that it is about.
 
     Raises:
@@ -109,15 +113,16 @@ class SumMember:
 
     def __init__(self, plan: RunPlan, identity: Callable[[], Identity], terms: RunTerms, *, announced: bool = True,
                  pins: Collection[str] | None = None, least: int = LEAST_MEMBERS,
+                 note: Callable[[RosterFacts], None] = lambda facts: None,
                  tell: Callable[[str, Key | None], object] = lambda line, key: None) -> None:
         assert terms.noise_multiplier is not None, "a run with secure aggregation is private"
         self._plan, self._read, self._terms, self._pins, self._tell = plan, identity, terms, pins, tell
-        self._least = least
+        self._least, self._note = least, note
         self._multiplier: float = terms.noise_multiplier
         self._noise = terms.noise_multiplier * (terms.clip_norm / plan.clip_norm) if announced else 0.0
         self._run, self._sealing = run_digest(plan), X25519PrivateKey.generate()
         self._lock = threading.RLock()
-        self._roster: Roster | None = None
+        self._roster: tuple[Roster, RosterFacts] | None = None
         self._attempt: _Attempt | None = None
         self._over = False  # the server asked for what must not be: nothing more is answered
         self._identity = identity()
@@ -195,7 +200,7 @@ class SumMember:
         """
         with self._lock:
             attempt = self._attempt
-            return MaskedPart(attempt) if attempt and attempt.key == key and attempt.cohort else None
+            return MaskedPart(attempt, self._note) if attempt and attempt.key == key and attempt.cohort else None
 
     def close(self) -> None:
         """Drop the secrets of the attempt in hand. If its upload was never opened, the data holder is told so."""
@@ -207,28 +212,29 @@ class SumMember:
 
     def _checked(self, roster: Roster) -> Roster:
         """Return the roster, from now on this client's, once it is checked. The data holder is told who is in."""
-        if roster == self._roster:
+        if self._roster is not None and roster == self._roster[0]:
             return roster
         roster.check(self._entry, self._identity.authority_pem, utc_now(), pins=self._pins, least=self._least)
         terms = self._terms
         roster.check_numbers(self._plan, least_noise(self._multiplier, clip_norm=terms.clip_norm,
                                                      step=roster.grid.step, values=roster.values))
-        self._roster = roster
+        self._roster = roster, facts_of(roster, terms, pinned=self._pins is not None)
         self._tell(what_a_roster_means(roster, pinned=self._pins is not None), None)
         return roster
 
     def _package(self, key: Key) -> pb.SumAnswer:
-        held, roster = self._attempt, self._roster
-        if roster is None or (held is not None and key < held.key):
+        held = self._attempt
+        if self._roster is None or (held is not None and key < held.key):
             return self._unavailable(key)
+        roster, facts = self._roster
         if held is None or held.key != key or held.attendance.roster != roster:
             if held is not None and held.key == key and held.cohort is not None:
                 raise Refused(f"{held.attendance.attempt_text} was given a cohort, and is to begin anew with another "
                               "roster; it needs a number of its own")
             self.close()
             _, number, attempt = key
-            self._attempt = held = _Attempt(key, Attendance(self._entry.name, roster, self._identity.key,
-                                                            self._sealing, round=number, attempt=attempt))
+            self._attempt = held = _Attempt(key, Attendance(
+                self._entry.name, roster, self._identity.key, self._sealing, round=number, attempt=attempt), facts)
         with held.lock:
             return pb.SumAnswer(package=package_to_wire(held.attendance.offer(), key_to_wire(key)))
 
