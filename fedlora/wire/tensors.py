@@ -198,8 +198,7 @@ class Incoming:
         """
         start, width = self.received_bytes, self._dtype.itemsize
         self.received_bytes += len(data)
-        cut = len(data) % width and not self.refusal  # what is refused may be of another dtype, and is dropped
-        if self.received_bytes > self.total_bytes or cut or not data or len(data) > CHUNK_BYTES:
+        if self.received_bytes > self.total_bytes or len(data) % width or not data or len(data) > CHUNK_BYTES:
             raise WireError("a chunk is empty, cut within a value, above 1 MiB or beyond the announced size")
         if self.refusal:
             return

@@ -183,7 +183,8 @@ class ClientRegistry:
             return order
 
     def answered(self, stream: ClientStream, key: Key, answer: Stored | Refusal | None,
-                 acknowledge: Callable[[Refusal | None], None] = lambda late: None) -> Refusal | None:
+                 acknowledge: Callable[[Refusal | None], None] = lambda late: None, *,
+                 unasked: bool = False) -> Refusal | None:
         """Record that the client is done with an order, and send it the next one.
 
         Args:
@@ -191,6 +192,7 @@ class ClientRegistry:
             key: the order's key.
             answer: the stored upload, or a refusal; None if an upload that had been accepted came again.
             acknowledge: called with the value returned here, before the client's next order is sent.
+            unasked: whether `expected` refused it. It answers no order then, even if one was given since.
 
         Returns:
             Why the answer cannot be used, or None.
@@ -201,7 +203,7 @@ class ClientRegistry:
                 refusal = Refusal("too-late")
                 acknowledge(refusal)
                 return refusal
-            late = seat.settle(key, answer)
+            late = seat.settle(key, None if unasked else answer) or unasked
             declined = Refusal("too-late", f"round {key[1]}, attempt {key[2]}") if late else None
             acknowledge(declined)
             seat.dispatch()
@@ -221,12 +223,10 @@ class ClientRegistry:
                 self._new(None)
 
     def answers_in(self, stream: ClientStream) -> str:
-        """Return the wire dtype of an upload that answers no open order; it is dropped."""
-        plan = self.proposal.plan
+        """Return the wire dtype of an upload that was accepted before and is dropped."""
         with self._changed:
             seat = self._seats.of_stream(stream)
-            return (seat.answers_in if seat is not None else "") or (
-                "u64" if plan.secure_aggregation else plan.wire_dtype)
+            return (seat.answers_in if seat is not None else "") or self.proposal.plan.wire_dtype
 
     def declined(self, stream: ClientStream, refusal: Refusal) -> None:
         """Record that the client will not take part in the run at all."""

@@ -9,6 +9,7 @@ goes beyond a bound has its stream ended with INVALID_ARGUMENT too.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -381,6 +382,9 @@ class GrpcSession(ClientStream):
                 log.warning("Client %r sent an upload for round %d, attempt %d, which this server never asked of it; "
                             "it was dropped", self.name, key[1], key[2],
                             extra={"peer": self.peer_group, "kind": "unasked"})
+        if refusal is not None and self._registry.proposal.plan.secure_aggregation:
+            # dropped, whichever ring its values are of: as many bytes as in the larger one
+            shapes, wire_dtype = {name: (2 * math.prod(shape),) for name, shape in shapes.items()}, "u32"
         self._upload, self._drained_bytes = _Upload(key, shapes, wire_dtype, metrics, folder, refusal,
                                                     self._held_up.patience(partial(self._go_on, key))), 0
         if refusal is not None:
@@ -464,7 +468,8 @@ class GrpcSession(ClientStream):
         key = self._upload.key
         self._upload.discard()
         self._upload.acknowledged = True
-        self._registry.answered(self, key, refusal, lambda late: self._send_ack(key, refusal))
+        self._registry.answered(self, key, refusal, lambda late: self._send_ack(key, refusal),
+                                unasked=refusal.code == "too-late")
 
     def _send_ack(self, key: Key, refusal: Refusal | None) -> None:
         self._acknowledged += 1
