@@ -94,6 +94,7 @@ class SumClient:
         rosters: the rosters that it was told.
         signed: (round, attempt) → each distinct set of survivors that it was asked to sign.
         acks: the acknowledgements of its uploads.
+        statuses: the statuses with which its streams ended.
     """
 
     def __init__(self, address: str, name: str, plan: RunPlan, *, drops: Sequence[tuple[str, int, int]] = (),
@@ -104,6 +105,7 @@ class SumClient:
         self.rosters: list[Roster] = []
         self.signed: dict[tuple[int, int], set[tuple[str, ...]]] = {}
         self.acks: list[Refusal | None] = []
+        self.statuses: list[grpc.StatusCode] = []
         self.goodbye: str | None = None
         self._identity, self._process, self._secret = person(name), os.urandom(16), b""
         self._signing = load_pem_private_key(self._identity.key_pem, None)
@@ -125,6 +127,10 @@ class SumClient:
         """Break the stream and do not come back."""
         leave([self])
 
+    def membership(self) -> pb.Membership | None:
+        """Return what it gives for its place in a roster."""
+        return membership_to_wire(self.entry, self._noise)
+
     def lose_connection(self) -> None:
         """Break the stream; the client comes back."""
         if self._call is not None:
@@ -134,7 +140,8 @@ class SumClient:
         while not self._leaving.is_set() and self.goodbye is None:
             try:
                 self._converse()
-            except grpc.RpcError:
+            except grpc.RpcError as error:
+                self.statuses.append(error.code())
                 time.sleep(0.05)
             except DroppedOut:
                 return
@@ -163,8 +170,7 @@ class SumClient:
         if kind == "welcome":
             self._secret = frame.welcome.secret
             working = None if self._working is None else wire.key_to_wire(self._working)
-            stream.send(pb.ClientFrame(ready=pb.Ready(membership=membership_to_wire(self.entry, self._noise),
-                                                      working=working)))
+            stream.send(pb.ClientFrame(ready=pb.Ready(membership=self.membership(), working=working)))
             if self._working in self._uploads:
                 self._send(stream, self._uploads[self._working])
         elif kind == "request":
@@ -180,7 +186,7 @@ class SumClient:
                 stream.send(pb.ClientFrame(declined=declined))
         elif kind == "goodbye":
             self.goodbye = frame.goodbye.reason
-        elif kind == "sum" and (answer := self._answer(frame.sum)) is not None:
+        elif kind == "sum" and (answer := self.answer(frame.sum)) is not None:
             stream.send(pb.ClientFrame(sum=answer))
 
     def _on_chunk(self, stream: Stream, data: memoryview, checksum: int | None) -> None:
@@ -212,13 +218,17 @@ class SumClient:
         attendance.accept(cohort_from_wire(request.cohort), sent_digest(wire.tensors_digest(trained),
                                                                          plan.frozen_sha256))
         values = sum(array.size for array in trained.values())
-        return Upload(*plan.key, tensors={SUM: attendance.masked(vector_of(self.name, plan.key, values))}, steps=1,
-                      delta=1e-5, noise_multiplier=1.0)
+        masked = attendance.masked(vector_of(self.name, plan.key, values))
+        return Upload(*plan.key, tensors=self.uploads(masked), steps=1, delta=1e-5, noise_multiplier=1.0)
+
+    def uploads(self, masked: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the tensors that it uploads."""
+        return {SUM: masked}
 
     FROZEN = ".A"
     """How names of frozen tensors end."""
 
-    def _answer(self, request: pb.SumRequest) -> pb.SumAnswer | None:
+    def answer(self, request: pb.SumRequest) -> pb.SumAnswer | None:
         kind = request.WhichOneof("kind")
         if kind == "roster":
             roster = roster_from_wire(request.roster, self._run)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fedlora.config import ServerConfig
-from fedlora.plan.limits import LEAST_MEMBERS, MOST_MEMBERS, sum_threshold
+from fedlora.plan.limits import sum_threshold
 from fedlora.secure_sum.integers import Grid
 from fedlora_strategies import FederatedLoRA
 
-from .run_setup import fewest_uploads
+from .run_setup import check_members, fewest_uploads
 
 USUAL_NOISE = 1.0
 """Noise of a client, in units of the clip norm, for which an overflow is foreseen before any client has named its own.
@@ -32,19 +32,7 @@ def check_options(options: ServerConfig, *, over_grpc: bool) -> None:
     if options.tls is None:
         raise ValueError("--secure-aggregation needs --tls DIR: clients know each other by their certificates "
                          "(fedlora-server pki init makes the folder)")
-    members = options.min_clients
-    if not LEAST_MEMBERS <= members <= MOST_MEMBERS:
-        raise ValueError(f"--min-clients is {members}; with --secure-aggregation it must be {LEAST_MEMBERS} to "
-                         f"{MOST_MEMBERS}, the fewest and most members of a sum")
-    spare = members - sum_threshold(members)
-    if options.colluding > spare:
-        raise ValueError(f"--colluding is {options.colluding}; with --min-clients {members} it can be {spare} at most, "
-                         f"because {sum_threshold(members)} clients open a sum")
-    for name in ("clients_per_round", "min_replies", "screen"):
-        if getattr(options, name) is not None:
-            why = ("no upload is seen, so none can be left out" if name == "screen" else
-                   "all clients of the roster are asked in each round, and its threshold decides how many must answer")
-            raise ValueError(f"--{name.replace('_', '-')} and --secure-aggregation exclude each other: {why}")
+    check_members(options, options.min_clients, "--min-clients")
 
 
 def fewest_of(options: ServerConfig) -> int:
@@ -65,13 +53,9 @@ def check_sum(strategy: FederatedLoRA) -> None:
         strategy: the run's strategy.
 
     Raises:
-        ValueError: the strategy needs more than the sum, or a sum could overflow.
+        ValueError: a sum could overflow.
     """
     plan = strategy.plan
-    if not plan.secure_aggregation:
-        return
-    if not strategy.linear:
-        raise ValueError(f"--strategy {plan.strategy} needs each client's upload, and with --secure-aggregation the "
-                         "server learns only their sum; choose a strategy or a reduction that takes the mean")
-    Grid.fitting(strategy.summed, clip_norm=plan.clip_norm, expected_batch=plan.expected_batch,
-                 members=plan.least_members, noise=max(plan.least_noise, USUAL_NOISE))
+    if plan.secure_aggregation:
+        Grid.fitting(strategy.summed, clip_norm=plan.clip_norm, expected_batch=plan.expected_batch,
+                     members=plan.least_members, noise=max(plan.least_noise, USUAL_NOISE))

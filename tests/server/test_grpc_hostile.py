@@ -130,7 +130,9 @@ def with_unknown_inside(number: int, message: Message) -> bytes:
     [JOIN, READY, with_unknown_inside(3, pb.Upload(key=KEY, steps=1))], [JOIN, READY, upload_head() + UNKNOWN],
     [JOIN, READY, upload_head(), CHUNK[:1] + bytes([CHUNK[1] + len(UNKNOWN)]) + CHUNK[2:] + UNKNOWN],
     [JOIN, READY, pb.ClientFrame(upload=pb.Upload(key=KEY, anchor=bytes(67))).SerializeToString()],
-], ids=range(28))
+    [JOIN, READY, pb.ClientFrame(sum=pb.SumAnswer(roster=bytes(32))).SerializeToString()],  # the run has no secure sums
+    [JOIN, pb.ClientFrame(ready=pb.Ready(membership=pb.Membership(noise=1))).SerializeToString()],
+], ids=range(30))
 def test_a_client_that_breaks_the_protocol_loses_its_stream(engine, frames):
     _, status = converse(engine.address, frames)
     assert status == grpc.StatusCode.INVALID_ARGUMENT

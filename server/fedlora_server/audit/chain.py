@@ -26,14 +26,15 @@ FIELDS: Mapping[str, type] = {
     number         1, 2, 3, …
     time           when the event happened, in UTC
     event          opened, resumed, begun, closed, ended; a kind of `observer.ClientEvent`; or what became of an upload:
-                   accepted, curbed (accepted with less weight than it claims), left-out
+                   accepted, curbed (accepted with less weight than it claims), left-out; rostered and unopened: a
+                   new roster for secure sums, and an attempt at one that ended unopened
     client         the client's name, or what a client that has not joined calls itself
     fingerprint    SHA-256 of its certificate's public key; in opened and resumed, of the server's
     peer           address of its end of the connection
     round          the round of an order; in resumed and begun, the last finished round
     attempt        the order's attempt
     code           a refusal's code; in ended, how; in left-out, rejected or unused; in resumed, torn or no-log
-    sha256         digest of an upload's tensors, as in the client's own privacy report
+    sha256         digest of an upload's tensors, as in the client's own privacy report; in rostered, of the roster
     bytes          size of an upload's tensors; in resumed, how many bytes of a torn line were cut
     more           how many events were left out since the line before
     run            the run's id, in opened and resumed

@@ -131,6 +131,14 @@ class AuditLog(Tracker):
         self._flush()
 
     @override
+    def rostered(self, round: int, names: tuple[str, ...], threshold: int, digest: str) -> None:
+        self._add("rostered", round=round, sha256=digest)
+
+    @override
+    def unopened(self, round: int, attempt: int, why: str) -> None:
+        self._add("unopened", round=round, attempt=attempt)
+
+    @override
     def finished(self, record: RoundRecord) -> None:
         self._close_round(record)
         self._flush()

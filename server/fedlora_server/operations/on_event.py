@@ -34,6 +34,7 @@ EVENTS = {
     "waiting": "too few clients are there, and the run waits for more",
     "client-lost": "a client's connection broke; the same client at most once a minute",
     "client-refused": "a client declined, was turned away, or its upload was refused; once a minute as well",
+    "sum-unopened": "an attempt at a secure sum ended unopened, and its clients have charged it",
     "round-finished": "a round is closed and its checkpoint is on the disk",
     "held-up": "this machine cannot store files for now, and the run waits",
     "certificate-ends-soon": "the server's certificate ends within 30 days; once a day",
@@ -131,6 +132,10 @@ class OnEvent(Tracker):
             self._put(about, client=event.name, how=event.kind, code=event.code, round=event.round)
 
     @override
+    def unopened(self, round: int, attempt: int, why: str) -> None:
+        self._put("sum-unopened", round=round, attempt=attempt, reason=why)
+
+    @override
     def held_up(self, reason: str) -> None:
         self._put("held-up", reason=reason)
 
@@ -139,8 +144,9 @@ class OnEvent(Tracker):
         if record.round:
             self._put("round-finished", round=record.round, rounds=self._rounds, asked=len(record.cohort),
                       uploaded=len(record.uploaded), lost=len(record.lost), refused=len(record.refused),
-                      rejected=len(record.rejected), seconds=round(record.seconds, 3), bytes_up=record.bytes_up,
-                      bytes_down=record.bytes_down, evaluation=record.evaluation)
+                      rejected=len(record.rejected), unopened=record.unopened or None,
+                      seconds=round(record.seconds, 3), bytes_up=record.bytes_up, bytes_down=record.bytes_down,
+                      evaluation=record.evaluation)
 
     @override
     def ended(self, reason: str) -> None:

@@ -7,6 +7,7 @@ loads nothing. While the run lasts, browsers load it anew every `REFRESH_S` seco
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -75,7 +76,8 @@ def page(account: Account, now: Now, *, title: str, run_id: str = "", options: M
     drawn = charts(account.records)
     if drawn:
         parts.append(_section("Curves", f'<div class="charts">{"".join(drawn)}</div>{_recalls(account.records)}'))
-    parts += [_rounds(account), _clients(account), _disclosed(account, joined or {}), _settings(account, options or {}),
+    parts += [_rounds(account), _sums(account), _clients(account), _disclosed(account, joined or {}),
+              _settings(account, options or {}),
               f"<footer>Written by FedLoRA {_text(fedlora.__version__)}. ε is not on this page: each client accounts "
               "for its own, in its own privacy report, and does not tell the server.</footer>", "</body>", "</html>\n"]
     return "\n".join(filter(None, parts))
@@ -171,14 +173,29 @@ def _recalls(records: Sequence[RoundRecord]) -> str:
         ("label", "recall", "95 % interval"), rows, "lrr")
 
 
+def _sums(account: Account) -> str:
+    """Return the section about secure sums; "" in a run without secure aggregation."""
+    opened = [record for record in account.records if record.roster]
+    if not opened:
+        return ""
+    rosters, unopened = len({record.roster for record in opened}), sum(record.unopened for record in opened)
+    phases = ", ".join(f"{phase} {statistics.median(record.phases.get(phase, 0.0) for record in opened):.2f} s"
+                       for phase in opened[-1].phases)
+    told = (f"{len(opened)} sums were opened, with {rosters} roster{'s' * (rosters != 1)}; {unopened} "
+            f"attempt{'s' * (unopened != 1)} ended unopened. The last roster's digest is {opened[-1].roster[:16]}….")
+    return _section("Secure sums", f"<p>{_text(told)}</p>" + (f"<p>{_text(f'Median of a round: {phases}.')}</p>"
+                                                              if phases else ""))
+
+
 def _rounds(account: Account) -> str:
     records = account.records
     if not records:
         return ""
     measured = list(dict.fromkeys(name for record in records for name in figures.headline(record.evaluation)))
     losses = any(record.train_loss is not None for record in records)
-    heads = ("round", "replied", *map(figures.title, measured), "update norm", *(("training loss",) if losses else ()),
-             "up", "down", "seconds")
+    secure = any(record.roster for record in records)
+    heads = ("round", "in the sum" if secure else "replied", *map(figures.title, measured), "update norm",
+             *(("training loss",) if losses else ()), "up", "down", "seconds")
 
     def row(record: RoundRecord) -> tuple[str, ...]:
         values = (decimal(record.evaluation[name]) if name in record.evaluation else "" for name in measured)

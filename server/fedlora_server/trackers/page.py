@@ -167,6 +167,26 @@ class Page(Tracker):
             account.note(f"the run waits: {reason}")
 
     @override
+    def rostered(self, round: int, names: tuple[str, ...], threshold: int, digest: str) -> None:
+        with self._told() as account:
+            account.note(f"round {round}: a new roster of {len(names)}; a sum needs {threshold} of them")
+
+    @override
+    def left_out(self, name: str, why: str) -> None:
+        with self._told() as account:
+            account.note(f"{name} can be in no roster: {why}")
+
+    @override
+    def summing(self, round: int, phase: str) -> None:
+        with self._told():
+            pass
+
+    @override
+    def unopened(self, round: int, attempt: int, why: str) -> None:
+        with self._told() as account:
+            account.note(f"round {round}: attempt {attempt} ended unopened: {why}")
+
+    @override
     def answered(self, round: int, name: str, outcome: str) -> None:
         with self._told() as account:
             if outcome != "uploaded":
