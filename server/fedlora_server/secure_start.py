@@ -29,10 +29,10 @@ def check_options(options: ServerConfig, *, over_grpc: bool) -> None:
     if not over_grpc:
         raise ValueError("--secure-aggregation works with fedlora-server alone: over a SuperLink, clients have no "
                          "certificates by which they know each other. Leave it out, or start fedlora-server")
+    check_members(options, options.min_clients, "--min-clients")
     if options.tls is None:
         raise ValueError("--secure-aggregation needs --tls DIR: clients know each other by their certificates "
                          "(fedlora-server pki init makes the folder)")
-    check_members(options, options.min_clients, "--min-clients")
 
 
 def fewest_of(options: ServerConfig) -> int:

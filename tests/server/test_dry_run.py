@@ -70,7 +70,11 @@ def test_the_command_ends_with_0_or_says_what_is_wrong(checkpoint, tmp_path, mon
 @pytest.mark.parametrize(("wrong", "said"), [
     ("--strategy=fed-sb --init=kaiming", "--init kaiming"), ("--address=0.0.0.0:9092", "--insecure"),
     ("--eval-data=no.jsonl", "no.jsonl"), ("--out=full", "--out full is not empty"),
-    ("--min-replies=5 --clients-per-round=2", "--min-replies is 5")])
+    ("--min-replies=5 --clients-per-round=2", "--min-replies is 5"),
+    ("--secure-aggregation --min-clients=2", "3 to 200 clients"),
+    ("--secure-aggregation --min-clients=201", "3 to 200 clients"),
+    ("--secure-aggregation --min-clients=6 --colluding=2", "--colluding is 2"),
+    ("--secure-aggregation --min-clients=3", "--secure-aggregation needs --tls DIR")])
 def test_what_a_start_would_refuse_is_refused(told, tmp_path, wrong, said):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").touch()

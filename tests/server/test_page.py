@@ -124,6 +124,17 @@ def test_a_running_page_shows_who_replied_what_is_left_and_the_curves_with_inter
     assert "round 2: east lost" in words
 
 
+def test_the_page_says_how_many_secure_sums_were_opened_and_how_long_each_phase_took(tmp_path):
+    account = Account()
+    account.begin(plan_of("fedsvd"), ())
+    for number in (1, 2, 3):
+        account.finished(RoundRecord(number, cohort=("a", "b", "c"), uploaded=("a", "b", "c"), roster="ab" * 32,
+                                     phases={"packages": 0.5 * number, "opening": 2.0}, unopened=int(number == 2)))
+    text = " ".join(Parsed(html.page(account, Progress().now(), title="a run")).text)
+    assert "3 sums were opened, with 1 roster; 1 attempt ended unopened" in text
+    assert "Median of a round: packages 1.00 s, opening 2.00 s." in text and "in the sum" in text
+
+
 def test_the_last_page_is_not_loaded_again_and_says_how_the_run_ended(tmp_path):
     for reason, told in (("finished", "finished"), ("diverged", "ended: training diverged"),
                          (None, "ended before its last round")):

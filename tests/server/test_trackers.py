@@ -52,6 +52,32 @@ def test_a_client_that_comes_again_and_again_gets_one_line_a_minute(tmp_path):
     assert lines(run) == ["north joined", "north lost: why"]
 
 
+def test_a_secure_sum_is_told_by_how_many_opened_it_and_what_ended_unopened(tmp_path):
+    run = watched(tmp_path)
+    with Trackers(["console"], run) as trackers:
+        trackers.rostered(1, ("a", "b", "c"), 3, "ab" * 32)
+        trackers.left_out("d", "it does not say its noise")
+        trackers.unopened(1, 0, "2 uploads are in the sum")
+        trackers.finished(RoundRecord(1, cohort=("a", "b", "c", "d"), uploaded=("a", "b", "c"), roster="ab" * 32))
+    said = lines(run)
+    assert said[0] == "round 1: a new roster of 3 (a, b, c), digest abababababab; a sum needs 3 of them"
+    assert said[1] == "d can be in no roster: it does not say its noise"
+    assert said[2].startswith("round 1: attempt 0 ended unopened: 2 uploads are in the sum.")
+    assert said[3].startswith("round 1: sum of 3 of 4 opened")
+
+
+def test_the_phases_of_a_secure_sum_are_what_the_run_does_now():
+    progress = Progress()
+    progress.begin(plan_of("fedsvd"), ())
+    progress.summing(1, "packages")
+    assert (progress.now().phase, progress.now().why, progress.now().current) == ("summing", "packages", 1)
+    progress.summing(1, "training")
+    progress.asked(1, 0, ("a", "b"))
+    assert progress.now().phase == "training"
+    progress.summing(1, "closing")
+    assert (progress.now().phase, progress.now().why, len(progress.now().asked)) == ("summing", "closing", 2)
+
+
 def test_who_is_chosen_watches_whatever_the_order(tmp_path):
     for order in (("csv", "console"), ("console", "csv")):
         with Trackers(order, watched(tmp_path)) as trackers:
