@@ -88,6 +88,7 @@ class SumClient:
         silent: (step, round, attempt) that it never does, while it stays connected.
         noise: the noise that it announces, in units of the plan's clip norm.
         declines: whether it refuses every roster.
+        identity: its key and certificate; None for those of `person`.
 
     Attributes:
         trained: the orders that it has trained for, each once.
@@ -98,7 +99,8 @@ class SumClient:
     """
 
     def __init__(self, address: str, name: str, plan: RunPlan, *, drops: Sequence[tuple[str, int, int]] = (),
-                 silent: Sequence[tuple[str, int, int]] = (), noise: float = 1.0, declines: bool = False) -> None:
+                 silent: Sequence[tuple[str, int, int]] = (), noise: float = 1.0, declines: bool = False,
+                 identity: Identity | None = None) -> None:
         self.address, self.name, self._plan, self._run = address, name, plan, run_digest(plan)
         self.drops, self.silent, self._noise, self.declines = set(drops), set(silent), noise, declines
         self.trained: list[Key] = []
@@ -107,7 +109,7 @@ class SumClient:
         self.acks: list[Refusal | None] = []
         self.statuses: list[grpc.StatusCode] = []
         self.goodbye: str | None = None
-        self._identity, self._process, self._secret = person(name), os.urandom(16), b""
+        self._identity, self._process, self._secret = identity or person(name), os.urandom(16), b""
         self._signing = load_pem_private_key(self._identity.key_pem, None)
         self._sealing = X25519PrivateKey.generate()
         self.entry = Entry.signed(name, self._identity.chain_pem, public_bytes(self._sealing), self._run, self._signing)
@@ -199,6 +201,7 @@ class SumClient:
         self._working, key = plan.key, plan.key
         if self._does(UPLOAD, plan.round, plan.attempt):
             if key not in self._uploads:
+                self._uploads.clear()  # as a client that keeps the last one
                 self._uploads[key] = self._train(plan, request, wire.unpacked(packed, self._plan.wire_dtype))
             self._send(stream, self._uploads[key])
 
