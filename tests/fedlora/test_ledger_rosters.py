@@ -106,6 +106,21 @@ def test_a_run_that_closes_a_budget_by_its_sums_fits_at_what_is_left_of_delta(le
     assert ledger.fits("north", SUMS)
 
 
+def test_rounding_in_several_runs_must_leave_what_is_set_aside_of_the_lifetimes_delta(ledger):
+    coarse = replace(SIX, deviation=330.0)  # enough for each run, not for both at the ε of both together
+    ledger.declare("north", epsilon=50.0, delta=DELTA)
+    ledger.begin_run("north", SUMS)
+    ledger.note_roster("north", "r1", coarse)
+    ledger.begin_run("north", replace(SUMS, run_id="r2"))
+    with pytest.raises(LedgerError, match="rounding to the grid of secure sums would add"):
+        ledger.note_roster("north", "r2", coarse)
+    assert ledger.rosters("north", "r2") == ()
+    with pytest.raises(LedgerError, match="rounding to the grid of secure sums would add"):
+        ledger.reserve("north", "r1", 1, 0)
+    ledger.end_run("north", "r2")
+    ledger.reserve("north", "r1", 1, 0).begin()
+
+
 def test_a_run_of_dp_sgd_is_stored_as_before_so_that_older_versions_read_it(tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.begin_run("a", dp_sgd_terms())

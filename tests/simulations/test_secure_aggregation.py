@@ -1,4 +1,4 @@
-"""Simulated runs with secure aggregation, and with one step a round: the same integers as masked ones, without masks."""
+"""Simulated runs with secure aggregation, and with one step a round: the integers of masked ones, without masks."""
 
 import csv
 import json

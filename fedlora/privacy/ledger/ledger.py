@@ -48,6 +48,7 @@ from fedlora.privacy.ledger.overlap_index import OverlapIndex
 from fedlora.privacy.ledger.reservation import Reservation
 from fedlora.privacy.ledger.rosters import RosterFacts
 from fedlora.privacy.ledger.witnesses import Witnesses
+from fedlora.privacy.mechanisms.distributed_gaussian import ROUNDING_SHARE
 from fedlora.privacy.spend import Spend
 
 
@@ -415,6 +416,7 @@ class Ledger:
                                   f"{lacking}; nothing may be trained under this roster")
             if roster.digest not in run.rosters:
                 self._chain.append("roster", dataset=dataset, run_id=run_id, **asdict(roster))
+                _check_rounding(book, dataset)
 
     def rosters(self, dataset: str, run_id: str) -> tuple[RosterFacts, ...]:
         """Return the rosters of secure sums under which a run's trainings were begun, in their order."""
@@ -435,8 +437,8 @@ class Ledger:
 
         Raises:
             BudgetExhausted: the run has begun its most participations, or the lifetime budget no longer allows it.
-            LedgerError: this process does not hold the run, this training was charged before, or the disk failed. Then
-                nothing may be trained.
+            LedgerError: this process does not hold the run, this training was charged before, the noise of sums is
+                charged and no roster was noted for it, or the disk failed. Then nothing may be trained.
         """
         key = (dataset, run_id)
         with self._chain.transaction() as book:
@@ -453,6 +455,7 @@ class Ledger:
                 raise BudgetExhausted(f"run {run_id} of dataset {dataset!r} has begun {run.begun} trainings, the most "
                                       "that its noise was calibrated to; take part in a new run")
             closes = admitted(book, dataset, run.terms)
+            _check_rounding(book, dataset)
             if not closes <= run.closes:  # since the run began, a limit was lowered or more data sets overlap
                 self._chain.append("run", dataset=dataset, terms=run.terms.stored(), closes=sorted(closes))
             sequence = self._chain.append("reserved", dataset=dataset, run_id=run_id, round=round, attempt=attempt)
@@ -525,6 +528,20 @@ def admitted(book: Book, dataset: str, terms: RunTerms) -> frozenset[str]:
     raise BudgetExhausted(f"run {terms.run_id} with at most {terms.max_participations} x {terms.local_steps} steps "
                           f"does not fit the lifetime of dataset {'; '.join(left)}. Ask for less epsilon, or raise "
                           f"epsilon in policy.toml, which the ledger records{apart}")
+
+
+def _check_rounding(book: Book, dataset: str) -> None:
+    """Check that rounding in all secure sums that are charged leaves what is set aside for it of each lifetime's delta.
+
+    Raises:
+        LedgerError: it adds more.
+    """
+    for name in (dataset, *book.overlapping(dataset)):
+        limit, added = book.declared(name), book.rounding(name)
+        if limit is not None and limit.epsilon < math.inf and added > ROUNDING_SHARE * limit.delta:
+            raise LedgerError(f"rounding to the grid of secure sums would add {added:.2g} to the delta of {name!r}, "
+                              f"{limit.delta:g}, at the epsilon that is spent or reserved; a hundredth of it is set "
+                              'aside. Take part with a lower --epsilon, or with trust = "local"')
 
 
 def _is_whole(path: Path, simulated: bool, trial: bool) -> bool:

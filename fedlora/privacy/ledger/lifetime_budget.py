@@ -39,6 +39,7 @@ from fedlora.privacy.accounting import Accountant
 from fedlora.privacy.ledger.rosters import RosterFacts
 from fedlora.privacy.mechanisms import Noise, mechanism_named
 from fedlora.privacy.mechanisms.distributed_gaussian import foretold_epsilon
+from fedlora.privacy.rounding import rounding_delta
 from fedlora.privacy.spend import Spend, rdp
 
 FILTER_ORDERS = (2, 2.5, 3, 3.5, 4, 5, 7, 9, 13, 17, 25, 33, 65, 129)
@@ -549,6 +550,16 @@ class Book:
         remaining = 0.0 if closing else max(0.0, limit.epsilon - committed)
         return Lifetime(limit.epsilon, limit.delta, spent, committed, remaining,
                         closing.terms.run_id if closing else None, tuple(self.declarations[dataset]), charged)
+
+    def rounding(self, dataset: str) -> float:
+        """Return what rounding adds to the delta of a data set's budget, in all secure sums whose noise is charged.
+
+        It is computed at the epsilon that is spent or reserved.
+        """
+        runs = [run for run in self.counted(dataset) if run.terms.aggregate_noise_multiplier is not None]
+        epsilon = self.lifetime(dataset).committed if runs else 0.0
+        return sum(max((rounding_delta(one.deviation, one.honest, coordinates=one.values * run.committed,
+                                       epsilon=epsilon) for one in run.rosters.values()), default=0.0) for run in runs)
 
     def spent_after(self, dataset: str, further: Sequence[Spend]) -> float:
         """Return the epsilon spent once `further` is spent too, by the filter; infinite if a run had no noise."""
