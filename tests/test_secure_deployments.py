@@ -34,19 +34,23 @@ def test_a_run_of_masked_sums_ends_with_the_bits_of_its_simulation(deploy, tmp_p
     for name in run.names:
         run.client(name, tmp_path / "rows" / name / "rows.jsonl", "--tls", tmp_path / "tls" / name, seed=5)
     assert run.end("server") == 0, run.log("server")
-    data = tmp_path / "simulated"
+    data, simulated_in = tmp_path / "simulated", tmp_path / "simulated run"
+    simulated_in.mkdir()
     for number, name in enumerate(run.names):
         write_rows(data / f"{name}.jsonl", number)
     options = read_config(SimulationConfig, [
         "--secure-aggregation", f"--model={run.checkpoint}", f"--data={data}", "--partition=files", "--threads=1",
         "--device=cpu", "--precision=fp32", "--rounds=3", "--rank=2", "--batch-size=8", "--max-length=16",
         "--targets=query", "--labels=routine,urgent"])
-    simulate(options, Method.parse("fedavg-lora"), 5, find_model(options), populate(options, 5), out=data / "run")
+    simulate(options, Method.parse("fedavg-lora"), 5, find_model(options), populate(options, 5), out=simulated_in)
     simulated, deployed = (load_file(folder / "adapter" / "adapter_model.safetensors")
-                           for folder in (data / "run", run.out))
+                           for folder in (simulated_in, run.out))
     assert simulated.keys() == deployed.keys() and simulated
     for name, tensor in simulated.items():
         assert tensor.tobytes() == deployed[name].tobytes(), f"{name} differs"
+    for folder in (simulated_in, run.out):
+        kept = json.loads((folder / "run.json").read_text())["step"]
+        assert kept["optimizer"]["name"] == "adam", "what a resumed run must have again is the run's own step"
 
 
 @pytest.mark.parametrize(("members", "phase", "gone"), few(

@@ -51,7 +51,7 @@ def taken_up(folder: Path, federation: Federation) -> Unfinished:
         ValueError: the plan is another one, or the run's files are damaged.
     """
     left = checkpoint.take_up(folder)
-    left.check(federation.plan, federation.strategy.recipe.described())
+    left.check(federation.plan, federation.strategy.described)
     for path in folder.glob(f"{LEDGER}*"):  # it also holds charges of the round that was not finished
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return left

@@ -127,7 +127,7 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
     if out is not None:
         left = taken_up(out, federation) if go_on else None
         checkpoint.begin(out, vars(options) | {"strategy": [str(method)]}, federation.plan, {},
-                         left.resumptions if left else (), federation.strategy.recipe.described())
+                         left.resumptions if left else (), federation.strategy.described)
     allow_open_files(len(population.parts) + OTHER_FILES)
     ledger = Ledger(out / "ledger.sqlite" if out else None, simulated=True)
     make_sketch_trainer = cache(lambda: sketch_trainer(options, federation, base))
