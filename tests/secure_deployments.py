@@ -108,7 +108,7 @@ class SecureDeployment(Deployment):
         self.told.mkdir()
         self.command = ("--secure-aggregation", "--tls", folder / "pki", "--min-clients", members, "--labels",
                         "routine,urgent", "--rank", 2, "--batch-size", 8, "--max-length", 16, "--targets", "query",
-                        "--strategy", "fedavg-lora", "--no-dry-run", *options)
+                        "--strategy", "fedavg-lora", *options)
 
     def serve(self, kill: tuple[str, int] | None = None) -> Process:
         """Start the server, or start it again by the same command, to be killed at a point if one is given."""

@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file as load_state
 
 from fedlora.config import SimulationConfig, read_config
 from fedlora_server.run_setup import find_model
@@ -28,9 +28,19 @@ def deploy(tmp_path, checkpoint):
         deployment.__exit__()
 
 
-def test_a_run_of_masked_sums_ends_with_the_bits_of_its_simulation(deploy, tmp_path):
-    run = deploy(3, "--rounds", 3, "--seed", 5)
-    run.server("--seed", 5, *run.command)
+LINEAR = ("bone", "dora-frozen-a", "dora-magnitudes", "fed-sb", "fedavg-lora", "fedsvd", "fedsvd-refresh", "ffa-lora",
+          "flylora", "loldu", "pissa", "randlora", "rolora", "salt", "switch-lora")
+"""The strategies that sum securely and train under privacy."""
+
+OPTIONS = {"randlora": ("--family-options", "gamma=0")}
+
+
+@pytest.mark.parametrize(("strategy", "members", "hold_out"), few(
+    ("fedavg-lora", 3, 0.25), *((strategy, 6, 0.0) for strategy in LINEAR)))
+def test_a_run_of_masked_sums_ends_with_the_bits_of_its_simulation(deploy, tmp_path, strategy, members, hold_out):
+    same = ("--rounds", "3", "--hold-out", str(hold_out), *OPTIONS.get(strategy, ()))
+    run = deploy(members, *same, "--seed", 5)
+    run.server(*run.command, "--strategy", strategy)
     for name in run.names:
         run.client(name, tmp_path / "rows" / name / "rows.jsonl", "--tls", tmp_path / "tls" / name, seed=5)
     assert run.end("server") == 0, run.log("server")
@@ -40,14 +50,17 @@ def test_a_run_of_masked_sums_ends_with_the_bits_of_its_simulation(deploy, tmp_p
         write_rows(data / f"{name}.jsonl", number)
     options = read_config(SimulationConfig, [
         "--secure-aggregation", f"--model={run.checkpoint}", f"--data={data}", "--partition=files", "--threads=1",
-        "--device=cpu", "--precision=fp32", "--rounds=3", "--rank=2", "--batch-size=8", "--max-length=16",
-        "--targets=query", "--labels=routine,urgent"])
-    simulate(options, Method.parse("fedavg-lora"), 5, find_model(options), populate(options, 5), out=simulated_in)
-    simulated, deployed = (load_file(folder / "adapter" / "adapter_model.safetensors")
-                           for folder in (simulated_in, run.out))
+        "--device=cpu", "--precision=fp32", "--rank=2", "--batch-size=8", "--max-length=16", "--targets=query",
+        "--labels=routine,urgent", *same])
+    simulate(options, Method.parse(strategy), 5, find_model(options), populate(options, 5), out=simulated_in)
+    simulated, deployed = (load_state(folder / "checkpoint.safetensors") for folder in (simulated_in, run.out))
     assert simulated.keys() == deployed.keys() and simulated
     for name, tensor in simulated.items():
         assert tensor.tobytes() == deployed[name].tobytes(), f"{name} differs"
+    records = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+               for folder in (simulated_in, run.out)]
+    assert [record["evaluation"] for record in records[0]] == [record["evaluation"] for record in records[1]]
+    assert ("held_out_accuracy/drawn" in records[1][-1]["evaluation"]) == bool(hold_out)
     for folder in (simulated_in, run.out):
         kept = json.loads((folder / "run.json").read_text())["step"]
         assert kept["optimizer"]["name"] == "adam", "what a resumed run must have again is the run's own step"

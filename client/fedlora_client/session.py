@@ -83,7 +83,7 @@ class ClientSession:
         if not (len(records) or run.private):  # a private client without usable records sends noise alone
             raise ValueError("no row can be trained on: every row lacks a label, or an answer within --max-length")
         self.run, self.trainer, self.records = run, trainer, records
-        self._trained_on, held_out = parted(records, run.run_id, run.hold_out)
+        self._trained_on, held_out = parted(records, run.hold_out)
         self._held_out = held_out if run.counted else None
         self.limits, self.state, self.streams = limits, state, streams
         self.ledger, self.dataset = ledger, dataset

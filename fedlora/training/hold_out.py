@@ -30,15 +30,14 @@ from fedlora.training.sampling import Sampler
 _WHOLE = 2**64
 
 
-def parted(records: Records, run_id: str, share: float) -> tuple[Records, Records]:
+def parted(records: Records, share: float) -> tuple[Records, Records]:
     """Return the records to train on, and those held out.
 
-    Whether a unit is held out depends on the run's id and on this unit's content alone, so that no other unit changes
-    it.
+    Whether a unit is held out depends on this unit's content alone. So no other unit changes it, and later runs with
+    the same share or a larger one hold it out too.
 
     Args:
         records: All records.
-        run_id: The run, which makes runs hold out different records.
         share: The probability with which a unit is held out.
     """
     if not share:
@@ -47,7 +46,7 @@ def parted(records: Records, run_id: str, share: float) -> tuple[Records, Record
     digests: list[list[bytes]] = [[] for _ in range(records.units_count)]
     for record, unit in enumerate(units):
         digests[unit].append(_content(records, record))
-    held = np.array([_number(run_id, sorted(of_unit)) < share * _WHOLE for of_unit in digests], bool)
+    held = np.array([_number(sorted(of_unit)) < share * _WHOLE for of_unit in digests], bool)
     chosen = held[units]
     return take(records, np.flatnonzero(~chosen)), take(records, np.flatnonzero(chosen))
 
@@ -60,8 +59,8 @@ def _content(records: Records, record: int) -> bytes:
                           ).digest()
 
 
-def _number(run_id: str, digests: Sequence[bytes]) -> int:
-    hashed = hashlib.sha256(b"fedlora hold-out 1\0" + run_id.encode() + b"\0" + b"".join(digests)).digest()
+def _number(digests: Sequence[bytes]) -> int:
+    hashed = hashlib.sha256(b"fedlora hold-out 1\0" + b"".join(digests)).digest()
     return int.from_bytes(hashed[:8])
 
 

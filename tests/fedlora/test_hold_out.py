@@ -15,7 +15,6 @@ from fedlora.training import Encoding, TrainingJob
 from fedlora.training.hold_out import mean_score, parted, scored, take
 from tests.fedlora.private_training import make_records, make_trainer, plan
 
-RUN_ID = "ab" * 8
 SILENT = 1e-12
 """A noise multiplier whose noise on the grid rounds to 0."""
 
@@ -39,31 +38,31 @@ def secure(task="classification", **changes):
 @pytest.mark.parametrize("units", [None, [0, 0, 1, 2, 2, 2, 3, 4]])
 def test_whether_a_unit_is_held_out_depends_on_its_own_content_alone(units):
     records = made([5, 7, 4, 9, 6, 8, 5, 7], units)
-    whole = texts(parted(records, RUN_ID, 0.5)[1])
+    whole = texts(parted(records, 0.5)[1])
     owner = list(range(8)) if units is None else units
     for gone in range(max(owner) + 1):
         left = [i for i in range(8) if owner[i] != gone]
         lost = [text for i, text in enumerate(texts(records)) if owner[i] == gone]
-        assert texts(parted(take(records, np.array(left)), RUN_ID, 0.5)[1]) == [t for t in whole if t not in lost]
+        assert texts(parted(take(records, np.array(left)), 0.5)[1]) == [t for t in whole if t not in lost]
     shuffled = np.random.default_rng(1).permutation(8)
-    assert sorted(texts(parted(take(records, shuffled), RUN_ID, 0.5)[1])) == sorted(whole)
+    assert sorted(texts(parted(take(records, shuffled), 0.5)[1])) == sorted(whole)
 
 
 def test_a_unit_is_held_out_as_a_whole_and_the_parts_make_up_all_records():
     records = made([4] * 60, np.repeat(np.arange(20), 3))
-    trained, held = parted(records, RUN_ID, 0.5)
+    trained, held = parted(records, 0.5)
     assert sorted(texts(trained) + texts(held)) == sorted(texts(records)) and 0 < len(held) < 60
     for part in (trained, held):
         assert (np.bincount(part.units) == 3).all()
 
 
-def test_the_share_that_is_held_out_is_the_plans_and_runs_hold_out_different_records():
+def test_the_share_that_is_held_out_is_the_plans_and_a_larger_one_holds_out_the_same_records_too():
     records = made(np.full(4000, 6))
-    held = {run: texts(parted(records, run, 0.2)[1]) for run in (RUN_ID, "cd" * 8)}
-    for chosen in held.values():
-        assert abs(len(chosen) - 800) < 5 * math.sqrt(4000 * 0.2 * 0.8)
-    assert held[RUN_ID] != held["cd" * 8]
-    assert len(parted(records, RUN_ID, 0.0)[1]) == 0
+    held = texts(parted(records, 0.2)[1])
+    assert abs(len(held) - 800) < 5 * math.sqrt(4000 * 0.2 * 0.8)
+    more = {tuple(text) for text in texts(parted(records, 0.3)[1])}
+    assert len(more) > len(held) and {tuple(text) for text in held} < more
+    assert len(parted(records, 0.0)[1]) == 0
 
 
 def job_of(trainer, run, trained, held, clip_norm=None, rate=1.0):
