@@ -12,7 +12,7 @@ from fedlora_server.cli import main
 from fedlora_server.run_setup import planned, recipe_of
 from fedlora_server.settings import settings
 from fedlora_strategies import Preset, strategy_class
-from fedlora_strategies.recipe import presets
+from fedlora_strategies.recipe import STEPS_AT_SERVER, presets
 from fedlora_strategies.schedules.constant import Constant
 from fedlora_strategies.schedules.grow import Grow
 from fedlora_strategies.schedules.nested import Nested
@@ -87,3 +87,9 @@ def test_presets_are_printed_as_they_are(capsys):
     assert "--privacy required" in table and "--privacy off" in table
     for (strategy, _), values in presets().items():
         assert strategy in table and f"{values.lr:g}" in table
+    for (strategy, _), values in presets(one_step=True).items():
+        told = printed["one-step"][strategy]
+        assert told["server_optimizer"] == "adam" and told["server_lr"] == STEPS_AT_SERVER.lr
+        assert {name: told[name] for name in ("rounds", "rank", "lr")} == {
+            "rounds": values.rounds, "rank": values.rank, "lr": values.lr}
+    assert "--one-step" in table and "beta1=0" in table
