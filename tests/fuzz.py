@@ -6,20 +6,38 @@ import random
 import resource
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
 import grpc
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from fedlora import wire
 from fedlora.plan import Proposal, Refused
+from fedlora.secure_sum.collector import Collector
+from fedlora.secure_sum.masks import public_bytes
+from fedlora.secure_sum.member import Attendance
+from fedlora.secure_sum.packages import Closing
+from fedlora.secure_sum.roster import Entry, run_digest
 from fedlora.wire import WireError, pb
+from fedlora.wire.sums import (
+    closing_to_wire,
+    membership_from_wire,
+    membership_to_wire,
+    package_from_wire,
+    package_to_wire,
+    reveal_to_wire,
+    roster_to_wire,
+)
 from fedlora_client.connection import Connection, Goodbye, RunChanged, ServerUnreachable
+from fedlora_client.sums import SumMember
+from tests.client.sum_server import SENT, identity, order_frames, roster_of, secure_plan, terms_of, welcome_of
+from tests.fedlora.secure_sums import Sum, roster
 from tests.identities import channel_of
 from tests.server.test_grpc_hostile import (
     CHUNK,
@@ -38,14 +56,41 @@ from tests.server.test_grpc_hostile import (
 )
 
 _POLICY = pb.Refusal(code="policy")
+
+
+def _of_a_sum() -> tuple[list[pb.ClientFrame], list[pb.ServerFrame]]:
+    """Return what clients and what a server say in a secure sum of four members, of whom one drops out."""
+    total, name = Sum(roster(4), attempt=0), "site-000"
+    total.packages()
+    total.requests()
+    total.collect({"site-003"})
+    total.close()
+    closing = total.collector.closing()
+    assert closing is not None
+    agreement = pb.Agreement(key=KEY, signature=closing.signatures[name])
+    answers = (pb.SumAnswer(roster=total.roster.digest), pb.SumAnswer(agreement=agreement),
+               pb.SumAnswer(package=package_to_wire(total.members[name].offer(), KEY)),
+               pb.SumAnswer(reveal=reveal_to_wire(total.members[name].reveal(closing), KEY)),
+               pb.SumAnswer(declined=pb.Declined(key=KEY, refusal=_POLICY)))
+    requests = (pb.SumRequest(roster=roster_to_wire(total.roster)), pb.SumRequest(package=KEY),
+                pb.SumRequest(survivors=pb.Survivors(key=KEY, names=closing.survivors)),
+                pb.SumRequest(closing=closing_to_wire(closing, KEY)))
+    ready = pb.Ready(membership=membership_to_wire(total.roster.entries[0], 1.0))
+    return ([pb.ClientFrame(ready=ready), *(pb.ClientFrame(sum=answer) for answer in answers)],
+            [pb.ServerFrame(sum=request) for request in requests])
+
+
+_SUMS_OF_CLIENTS, _SUMS_OF_SERVERS = _of_a_sum()
 FROM_CLIENTS = (JOIN, READY, END, CHUNK, EARLY, *upload_frames(), upload_head(), *(
     pb.ClientFrame(**frame).SerializeToString() for frame in (
         {"ready": pb.Ready(working=KEY, labels=["a", "b"])}, {"declined": pb.Declined(key=KEY, refusal=_POLICY)},
-        {"declined": pb.Declined(refusal=_POLICY)}, {"leave": pb.Leave()})))
+        {"declined": pb.Declined(refusal=_POLICY)}, {"leave": pb.Leave()})),
+    *(frame.SerializeToString() for frame in _SUMS_OF_CLIENTS))
 FROM_SERVERS = (*request_frames(), request_head(), CHUNK, EARLY, END, *(
     pb.ServerFrame(**frame).SerializeToString() for frame in (
         {"welcome": wire.proposal_to_wire(Proposal(RUN))}, {"cancel": KEY}, {"ack": pb.Ack(key=KEY, refusal=_POLICY)},
-        {"goodbye": pb.Goodbye(reason="finished")}, {"refused": _POLICY})))
+        {"goodbye": pb.Goodbye(reason="finished")}, {"refused": _POLICY})),
+    *(frame.SerializeToString() for frame in _SUMS_OF_SERVERS))
 LENGTHS = (0, 1, 127, 128, 2**31 - 1, 2**32, 2**63)
 NUMBERS = (0, 1, -1, 2**31 - 1, -2**31, 2**32 - 1, 2**62, -2**63, 2**64 - 1)
 
@@ -216,22 +261,28 @@ def to_server(address: str, frames: int, seed: int, goes_on: Callable[[], bool] 
 def to_clients(frames: int, seed: int) -> Counter:
     """Send changed frames to real client connections in this process, a few to each.
 
+    Every other client is a member of secure sums. Most of these are first led into a sum as the protocol has it.
+
     Returns:
         How connections ended, "frames": how many were handed to gRPC, and "MB at most" of this process.
     """
     choice, met = random.Random(seed), Counter()
     mutator = Mutator(pb.ServerFrame, FROM_SERVERS, choice)
-    welcome = welcome_frame()
+    welcome, secure_welcome = welcome_frame(), welcome_of(_PLAN)
     goodbye = pb.ServerFrame(goodbye=pb.Goodbye(reason="enough")).SerializeToString()
 
     def serve(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        next(requests)
+        secure = pb.ClientFrame.FromString(next(requests)).join.name == MEMBER
+        speaks = mutator
         if choice.random() < 0.9:
-            yield welcome
-            next(requests)
+            yield secure_welcome if secure else welcome
+            ready = pb.ClientFrame.FromString(next(requests)).ready
+            if secure and choice.random() < 0.8:
+                known = yield from _leading(ready, requests)
+                speaks = Mutator(pb.ServerFrame, known, choice)
         for _ in range(choice.randint(1, 4)):
             met["frames"] += 1
-            yield mutator.frame()
+            yield speaks.frame()
         yield goodbye
 
     failed: list[threading.ExceptHookArgs] = []
@@ -244,7 +295,8 @@ def to_clients(frames: int, seed: int) -> Counter:
     server.start()
     try:
         while met["frames"] < frames:
-            met[_meet(address)] += 1
+            for secure in (False, True):
+                met[_meet(address, secure=secure)] += 1
     finally:
         server.stop(0)
         threading.excepthook = before
@@ -254,12 +306,42 @@ def to_clients(frames: int, seed: int) -> Counter:
     return met
 
 
-def _meet(address: str) -> str:
+MEMBER = "north"
+"""Name of the clients that take part in secure sums."""
+_FELLOWS = {name: X25519PrivateKey.generate() for name in ("south", "west")}
+_PLAN = secure_plan()
+
+
+def _leading(ready: pb.Ready, requests: Iterator[bytes]) -> Generator[bytes, None, list[bytes]]:
+    """Lead a client into a secure sum, and return the frames with which the protocol would go on."""
+
+    def asks(**request: Message) -> bytes:
+        return pb.ServerFrame(sum=pb.SumRequest(**request)).SerializeToString()
+
+    entry, _ = membership_from_wire(ready.membership, MEMBER)
+    run = run_digest(_PLAN)
+    of = roster_of(_PLAN, [entry, *(Entry.signed(name, identity(name).chain_pem, public_bytes(sealing), run,
+                                                 identity(name).key) for name, sealing in _FELLOWS.items())])
+    yield asks(roster=roster_to_wire(of))
+    next(requests)
+    yield asks(package=KEY)
+    collector = Collector(of, round=KEY.round, attempt=KEY.attempt)
+    collector.add_package(package_from_wire(pb.ClientFrame.FromString(next(requests)).sum.package))
+    for name, sealing in _FELLOWS.items():
+        collector.add_package(Attendance(name, of, identity(name).key, sealing, round=KEY.round,
+                                         attempt=KEY.attempt).offer())
+    names = tuple(of.members)
+    return [*order_frames(_PLAN, KEY, collector.form_cohort(SENT)[MEMBER]), asks(roster=roster_to_wire(of)),
+            asks(package=KEY), asks(survivors=pb.Survivors(key=KEY, names=names)),
+            asks(closing=closing_to_wire(Closing(names, dict.fromkeys(names, b"s" * 70)), KEY))]
+
+
+def _meet(address: str, *, secure: bool) -> str:
     """Return how one connection ends: a typed error's name, "a request", or another error's name in capitals."""
-    connection = Connection(address, "north", private=False, connect_timeout_s=3)
+    connection = Connection(address, MEMBER if secure else "south", private=secure, connect_timeout_s=3)
     try:
-        connection.join()
-        connection.ready()
+        plan = connection.join().plan
+        connection.ready(member=SumMember(_PLAN, lambda: identity(MEMBER), terms_of(plan)) if secure else None)
         connection.next_request()
         return "a request"
     except (WireError, Refused, Goodbye, RunChanged, ServerUnreachable) as error:

@@ -74,4 +74,4 @@ def test_every_known_frame_is_changed_in_every_way_and_some_changes_can_still_be
         except Exception:
             found["not decoded"] += 1
     assert found["not decoded"] > 200
-    assert all(found[kind] > 10 for kind in ("join", "ready", "upload", "declined")), found
+    assert all(found[kind] > 10 for kind in ("join", "ready", "upload", "declined", "sum")), found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from queue import Empty, SimpleQueue
@@ -59,6 +60,30 @@ def terms_of(plan: RunPlan, noise_multiplier: float = 2.0, clip_norm: float = 1.
 @cache
 def identity(name: str, by: Authority | None = None) -> Identity:
     return identity_of(name, by)
+
+
+def roster_of(plan: RunPlan, entries: Iterable[Entry], noise: float = 2.0) -> Roster:
+    """Return the roster that an honest server makes of these members, whose least noise is this many clip norms."""
+    members = tuple(sorted(entries, key=lambda entry: entry.name))
+    grid = Grid.fitting(VALUES, clip_norm=plan.clip_norm, expected_batch=plan.expected_batch, members=len(members),
+                        noise=noise)
+    deviation = least_noise(noise, clip_norm=grid.clip_norm, step=grid.step, values=VALUES)
+    return Roster(run_digest(plan), members, plan.colluding, grid, VALUES, deviation)
+
+
+def welcome_of(plan: RunPlan) -> bytes:
+    """Return the frame that welcomes a client to a run."""
+    welcome = wire.proposal_to_wire(Proposal(plan))
+    welcome.secret = bytes(wire.SECRET_BYTES)
+    return pb.ServerFrame(welcome=welcome).SerializeToString()
+
+
+def order_frames(plan: RunPlan, key: pb.Key, cohort: CohortRequest | None, tensors: Tensors = STATE) -> list[bytes]:
+    """Return the frames of an order to train."""
+    request = wire.request_to_wire(RoundPlan(plan, key.round, key.attempt, FROZEN), wire.shapes_of(tensors))
+    if cohort is not None:
+        request.cohort.CopyFrom(cohort_to_wire(cohort))
+    return list(wire.transfer_frames(pb.ServerFrame(request=request).SerializeToString(), tensors))
 
 
 class Site(threading.Thread):
@@ -156,9 +181,7 @@ class SumServer:
         name = wire.parse(pb.ClientFrame, next(requests)).join.name
         seat = self._seats.setdefault(name, _Seat())
         outgoing: SimpleQueue[bytes | None] = SimpleQueue()
-        welcome = wire.proposal_to_wire(Proposal(self.plan))
-        welcome.secret = bytes(wire.SECRET_BYTES)
-        yield pb.ServerFrame(welcome=welcome).SerializeToString()
+        yield welcome_of(self.plan)
 
         def read() -> None:
             uploads = wire.Repeats()
@@ -214,14 +237,9 @@ class SumServer:
     def entry(self, name: str) -> tuple[Entry, float]:
         return membership_from_wire(self.ready(name).membership, name)
 
-    def roster(self, entries: Sequence[Entry], noise: float = 2.0, **changes: object) -> Roster:
+    def roster(self, entries: Iterable[Entry], noise: float = 2.0, **changes: object) -> Roster:
         """Return the roster that an honest server makes of these members; `changes` replace its fields."""
-        grid = Grid.fitting(VALUES, clip_norm=self.plan.clip_norm, expected_batch=self.plan.expected_batch,
-                            members=len(entries), noise=noise)
-        deviation = least_noise(noise, clip_norm=grid.clip_norm, step=grid.step, values=VALUES)
-        values = dict(run=self.run, entries=tuple(sorted(entries, key=lambda entry: entry.name)),
-                      colluding=self.plan.colluding, grid=grid, values=VALUES, noise=deviation)
-        return Roster(**values | changes)
+        return dataclasses.replace(roster_of(self.plan, entries, noise), **changes)
 
     def request(self, name: str, request: pb.SumRequest) -> None:
         self.say(name, pb.ServerFrame(sum=request).SerializeToString())
@@ -238,11 +256,7 @@ class SumServer:
 
     def order(self, name: str, key: pb.Key, cohort: CohortRequest | None, tensors: Tensors = STATE) -> None:
         """Send an order to train."""
-        plan = RoundPlan(self.plan, key.round, key.attempt, FROZEN)
-        request = wire.request_to_wire(plan, wire.shapes_of(tensors))
-        if cohort is not None:
-            request.cohort.CopyFrom(cohort_to_wire(cohort))
-        self.say(name, *wire.transfer_frames(pb.ServerFrame(request=request).SerializeToString(), tensors))
+        self.say(name, *order_frames(self.plan, key, cohort, tensors))
 
     def upload(self, name: str) -> np.ndarray | pb.Refusal:
         """Return the vector that a client uploads, or why it declines; and say that it arrived."""
