@@ -62,13 +62,13 @@ def identity(name: str, by: Authority | None = None) -> Identity:
     return identity_of(name, by)
 
 
-def roster_of(plan: RunPlan, entries: Iterable[Entry], noise: float = 2.0) -> Roster:
+def roster_of(plan: RunPlan, entries: Iterable[Entry], noise: float = 2.0, values: int = VALUES) -> Roster:
     """Return the roster that an honest server makes of these members, whose least noise is this many clip norms."""
     members = tuple(sorted(entries, key=lambda entry: entry.name))
-    grid = Grid.fitting(VALUES, clip_norm=plan.clip_norm, expected_batch=plan.expected_batch, members=len(members),
+    grid = Grid.fitting(values, clip_norm=plan.clip_norm, expected_batch=plan.expected_batch, members=len(members),
                         noise=noise)
-    deviation = least_noise(noise, clip_norm=grid.clip_norm, step=grid.step, values=VALUES)
-    return Roster(run_digest(plan), members, plan.colluding, grid, VALUES, deviation)
+    deviation = least_noise(noise, clip_norm=grid.clip_norm, step=grid.step, values=values)
+    return Roster(run_digest(plan), members, plan.colluding, grid, values, deviation)
 
 
 def welcome_of(plan: RunPlan) -> bytes:
@@ -78,9 +78,10 @@ def welcome_of(plan: RunPlan) -> bytes:
     return pb.ServerFrame(welcome=welcome).SerializeToString()
 
 
-def order_frames(plan: RunPlan, key: pb.Key, cohort: CohortRequest | None, tensors: Tensors = STATE) -> list[bytes]:
+def order_frames(plan: RunPlan, key: pb.Key, cohort: CohortRequest | None, tensors: Tensors = STATE,
+                 frozen_sha256: str = FROZEN) -> list[bytes]:
     """Return the frames of an order to train."""
-    request = wire.request_to_wire(RoundPlan(plan, key.round, key.attempt, FROZEN), wire.shapes_of(tensors))
+    request = wire.request_to_wire(RoundPlan(plan, key.round, key.attempt, frozen_sha256), wire.shapes_of(tensors))
     if cohort is not None:
         request.cohort.CopyFrom(cohort_to_wire(cohort))
     return list(wire.transfer_frames(pb.ServerFrame(request=request).SerializeToString(), tensors))
@@ -164,9 +165,14 @@ class _Seat:
 
 
 class SumServer:
-    """A gRPC server that welcomes clients to a run, and says nothing by itself."""
+    """A gRPC server that welcomes clients to a run, and says nothing by itself.
 
-    def __init__(self, plan: RunPlan | None = None) -> None:
+    Args:
+        plan: the run's plan.
+        credentials: for TLS; None listens without.
+    """
+
+    def __init__(self, plan: RunPlan | None = None, credentials: grpc.ServerCredentials | None = None) -> None:
         self.plan = plan or secure_plan()
         self.run = run_digest(self.plan)
         self._seats: dict[str, _Seat] = {}
@@ -174,7 +180,9 @@ class SumServer:
         service, method = wire.SERVICE.strip("/").split("/")
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(
             service, {method: grpc.stream_stream_rpc_method_handler(self._serve)}),))
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        port = (self._server.add_insecure_port("127.0.0.1:0") if credentials is None else
+                self._server.add_secure_port("127.0.0.1:0", credentials))
+        self.address = f"127.0.0.1:{port}"
         self._server.start()
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -254,9 +262,10 @@ class SumServer:
     def package(self, name: str, key: pb.Key) -> KeyPackage:
         return package_from_wire(self.ask(name, pb.SumRequest(package=key)).package)
 
-    def order(self, name: str, key: pb.Key, cohort: CohortRequest | None, tensors: Tensors = STATE) -> None:
+    def order(self, name: str, key: pb.Key, cohort: CohortRequest | None, tensors: Tensors = STATE,
+              frozen_sha256: str = FROZEN) -> None:
         """Send an order to train."""
-        self.say(name, *order_frames(self.plan, key, cohort, tensors))
+        self.say(name, *order_frames(self.plan, key, cohort, tensors, frozen_sha256))
 
     def upload(self, name: str) -> np.ndarray | pb.Refusal:
         """Return the vector that a client uploads, or why it declines; and say that it arrived."""
