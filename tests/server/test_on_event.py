@@ -50,6 +50,7 @@ def test_the_command_gets_every_kind_of_event_in_order_as_json_and_in_its_enviro
     trackers.asked(1, 0, ("north",))
     trackers.client(ClientEvent("lost", "north; rm -rf /"))
     trackers.client(ClientEvent("refused", "south", "the client's words", "budget", round=1))
+    trackers.unopened(1, 0, "too few uploads")
     trackers.held_up("the disk is full")
     trackers.finished(RoundRecord(1, cohort=("north", "south"), uploaded=("north",), evaluation={"accuracy": 0.5}))
     trackers.ended("stopped")
@@ -57,8 +58,8 @@ def test_the_command_gets_every_kind_of_event_in_order_as_json_and_in_its_enviro
     tracker.end(20)
     events = recorded(tmp_path)
     assert [event["event"] for event, _ in events] == [
-        "certificate-ends-soon", "run-begun", "waiting", "client-lost", "client-refused", "held-up", "round-finished",
-        "run-ended"]
+        "certificate-ends-soon", "run-begun", "waiting", "client-lost", "client-refused", "sum-unopened", "held-up",
+        "round-finished", "run-ended"]
     assert {event["event"] for event, _ in events} == EVENTS.keys()
     by_name = {event["event"]: (event, given) for event, given in events}
     assert by_name["client-lost"][1]["FEDLORA_CLIENT"] == "north; rm -rf /", "no shell reads it"
