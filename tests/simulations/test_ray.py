@@ -13,6 +13,7 @@ from fedlora_simulations.population import Method, populate
 from fedlora_simulations.ray_workers import RayWorkers
 from fedlora_simulations.simulated_run import simulate
 from fedlora_simulations.worker import Blueprint, WorkerLost
+from tests.covering import few
 from tests.federation import plan_of
 from tests.processes import write_rows
 
@@ -31,9 +32,10 @@ def simulated(tmp_path, checkpoint, *arguments):
 
 
 @needs_ray
-def test_ray_workers_end_with_the_bits_of_one_process(tmp_path, checkpoint):
-    alone = simulated(tmp_path, checkpoint)
-    over_ray = simulated(tmp_path, checkpoint, "--engine=ray", "--workers=2")
+@pytest.mark.parametrize("flags", few((), ("--secure-aggregation", "--local-steps=1")))
+def test_ray_workers_end_with_the_bits_of_one_process(tmp_path, checkpoint, flags):
+    alone = simulated(tmp_path, checkpoint, *flags)
+    over_ray = simulated(tmp_path, checkpoint, *flags, "--engine=ray", "--workers=2")
     assert alone.result.rounds == over_ray.result.rounds == 2 and alone.epsilons == over_ray.epsilons
     assert [name for name, array in alone.result.state.items()
             if array.tobytes() != over_ray.result.state[name].tobytes()] == []
