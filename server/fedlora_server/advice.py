@@ -61,6 +61,11 @@ class Advice(Tracker):
                 "update": _exploding(self._records, plan)}
 
 
+def _rate(plan: RunPlan) -> str:
+    """Return the option that sets how far a round moves: with one local step of SGD it is the server's."""
+    return "--server-lr" if (plan.local_steps, plan.optimizer) == (1, "sgd") else f"--lr (now {plan.lr:g})"
+
+
 def _one_label(figures: Mapping[str, float], plan: RunPlan) -> str:
     recalls = {name.removeprefix("recall/"): value for name, value in figures.items()
                if name.startswith("recall/") and name.count("/") == 1}
@@ -68,7 +73,7 @@ def _one_label(figures: Mapping[str, float], plan: RunPlan) -> str:
     if len(recalls) < 2 or len(found) != 1 or recalls[found[0]] < 1:
         return ""
     return (f"every held-out record is predicted as {found[0]}. Check that the clients' labels are not all the same; "
-            f"else try a higher --lr (now {plan.lr:g}), more --rounds (now {plan.rounds}) or, at the clients, a larger "
+            f"else try a higher {_rate(plan)}, more --rounds (now {plan.rounds}) or, at the clients, a larger "
             "--epsilon")
 
 
@@ -81,7 +86,7 @@ def _below_majority(evaluated: Sequence[Mapping[str, float]], plan: RunPlan) -> 
         return ""
     return (f"no round's accuracy is above {majority:.3f}, what always predicting the most frequent label gives (best: "
             f"{best:.3f}). Under privacy, more records, a larger --batch-size (now {plan.expected_batch}) or a larger "
-            f"--epsilon at the clients lower the noise; else try another --lr (now {plan.lr:g}), and check the labels")
+            f"--epsilon at the clients lower the noise; else try another {_rate(plan)}, and check the labels")
 
 
 def _rising(evaluated: Sequence[Mapping[str, float]], plan: RunPlan) -> str:
@@ -89,9 +94,9 @@ def _rising(evaluated: Sequence[Mapping[str, float]], plan: RunPlan) -> str:
     last = losses[-RISES - 1:]
     if len(last) <= RISES or not all(a < b for a, b in pairwise(last)) or last[-1] <= losses[0]:
         return ""
+    fewer = f" or fewer --local-steps (now {plan.local_steps})" if plan.local_steps > 1 else ""
     return (f"the loss on the held-out records has risen {RISES} times in a row, from {last[0]:.3f} to {last[-1]:.3f}, "
-            f"and is above the start's. Try a lower --lr (now {plan.lr:g}) or fewer --local-steps (now "
-            f"{plan.local_steps})")
+            f"and is above the start's. Try a lower {_rate(plan)}{fewer}")
 
 
 def _exploding(records: Sequence[RoundRecord], plan: RunPlan) -> str:
@@ -99,4 +104,4 @@ def _exploding(records: Sequence[RoundRecord], plan: RunPlan) -> str:
     if len(norms) <= EARLIER or (usual := median(norms[:-1])) <= 0 or norms[-1] <= EXPLODES * usual:
         return ""
     return (f"the adapter moved by {norms[-1]:.3g}, more than {EXPLODES:g} times as far as usual ({usual:.3g}). If "
-            f"that goes on, stop the run and begin another with a lower --lr (now {plan.lr:g})")
+            f"that goes on, stop the run and begin another with a lower {_rate(plan)}")

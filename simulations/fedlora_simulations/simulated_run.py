@@ -219,7 +219,7 @@ def fewest_of(options: SimulationConfig, method: Method, clients: int) -> int:
         ValueError: a round may close with fewer, or there are too few or too many clients for secure aggregation.
     """
     if options.secure_aggregation:
-        check_members(options, clients, "--clients")
+        check_members(options, clients, "the number of files" if options.partition == "files" else "--clients")
         return sum_threshold(clients)
     return fewest_uploads(options, method.strategy, clients)
 

@@ -16,11 +16,11 @@ from tests.federation import plan_of
 PLAN = replace(plan_of("fedsvd"), rounds=9, max_participations=9)
 
 
-def told(*rounds, before=()):
+def told(*rounds, before=(), plan=PLAN):
     """Return what is said of a run of these rounds: (figures, update norm) each; the first is the start's."""
     lines = []
     advice = Advice(Watched("a run", Path(), Console(file=io.StringIO()), {}), lines.append)
-    advice.begin(PLAN, before)
+    advice.begin(plan, before)
     for number, (figures, norm) in enumerate(rounds):
         advice.finished(RoundRecord(number, evaluation=figures, update_norm=norm))
     return lines
@@ -39,6 +39,14 @@ def test_a_model_that_predicts_one_label_is_named_with_the_label_after_a_third()
     lines = told(*((figures(0.6 if n else 0.4, no=1.0, yes=0.0), 0.1) for n in range(5)))
     assert [line for line in lines if "predicted as no" in line] == [lines[0]] and lines[0].startswith("round 3: ")
     assert any("above 0.600" in line and "best: 0.600" in line for line in lines) and len(lines) == 2
+
+
+def test_where_the_server_s_optimizer_does_the_steps_it_is_its_rate_that_is_named():
+    poor = [(figures(0.4, 0.5 + 0.1 * n, no=1.0, yes=0.0), 9.0 if n == 4 else 0.1) for n in range(5)]
+    client, server = (told(*poor, plan=replace(PLAN, local_steps=steps)) for steps in (2, 1))
+    assert len(client) == len(server) == 4
+    assert all("--lr (now 0.3)" in line for line in client) and any("--local-steps (now 2)" in line for line in client)
+    assert all("--server-lr" in line and "--lr (" not in line and "--local-steps" not in line for line in server)
 
 
 def test_a_round_without_evaluation_says_nothing_of_figures():
