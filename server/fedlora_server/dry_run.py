@@ -33,7 +33,7 @@ from .run_setup import (
     prepare,
     remarks,
 )
-from .secure_start import check_options, check_sum, fewest_of
+from .secure_start import check_options, check_sum, fewest_of, foreseen_grid
 from .settings import settings
 from .tls import ServerTls
 from .trackers import check_installed
@@ -135,6 +135,8 @@ def traffic(federation: Federation, cohort: int) -> str:
     plan, moved = federation.plan, federation.strategy.traffic
     size = 2 if plan.wire_dtype == "bf16" else 4
     up, down, once = (size * count for count in (moved.up, moved.down, moved.once))
+    if plan.secure_aggregation:
+        up = foreseen_grid(federation.strategy).dtype.itemsize * (moved.up + plan.counted)
     whole = plan.rounds * cohort * (up + down) + cohort * once
     before = f", after {quantity(once)} down in its first one" if once else ""
     start = " The start from the clients' gradients, before round 1, is not counted." if plan.private_start else ""

@@ -55,7 +55,19 @@ def check_sum(strategy: FederatedLoRA) -> None:
     Raises:
         ValueError: a sum could overflow.
     """
+    if strategy.plan.secure_aggregation:
+        foreseen_grid(strategy)
+
+
+def foreseen_grid(strategy: FederatedLoRA) -> Grid:
+    """Return the integers of a run with secure aggregation, for its fewest members with the usual noise.
+
+    Args:
+        strategy: the run's strategy.
+
+    Raises:
+        ValueError: a sum could overflow.
+    """
     plan = strategy.plan
-    if plan.secure_aggregation:
-        Grid.fitting(strategy.summed, clip_norm=plan.clip_norm, expected_batch=plan.expected_batch,
-                     members=plan.least_members, noise=max(plan.least_noise, USUAL_NOISE))
+    return Grid.fitting(strategy.summed, clip_norm=plan.clip_norm, expected_batch=plan.expected_batch,
+                        members=plan.least_members, noise=max(plan.least_noise, USUAL_NOISE))

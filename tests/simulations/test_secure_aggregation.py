@@ -12,6 +12,7 @@ from fedlora.config import SimulationConfig, read_config
 from fedlora.plan import AGGREGATE
 from fedlora.plan.limits import sum_threshold
 from fedlora.privacy.mechanisms.distributed_gaussian import honest
+from fedlora.quantities import quantity
 from fedlora.secure_sum.guarantee import SumGuarantee
 from fedlora_client.session import ClientSession
 from fedlora_server.observer import Observer
@@ -177,9 +178,11 @@ def test_a_sweep_over_epsilon_has_both_epsilons_in_its_files(arguments, tmp_path
     assert "ε of sums" in (tmp_path / "out" / "results.md").read_text() and "ε of sums" in capsys.readouterr().out
 
 
-def test_a_dry_run_forecasts_both_epsilons(arguments, capfd):
-    assert main([*arguments, "--secure-aggregation", "--dry-run"]) == 0
+def test_a_dry_run_forecasts_both_epsilons_and_the_bytes_of_integers(arguments, capfd):
+    done = run(arguments, "--secure-aggregation", "--wire-dtype=bf16")
+    assert main([*arguments, "--secure-aggregation", "--wire-dtype=bf16", "--dry-run"]) == 0
     said = " ".join(capfd.readouterr().err.split())
+    assert f"each client and round {quantity(done.bytes_up / 6)} up" in said  # four bytes a value, also with bf16
     assert "each with the noise of 3 honest clients of 3" in said and "ε of sums" in said
     assert "mechanism distributed-gaussian" in said and "least-members 3" in said
 
