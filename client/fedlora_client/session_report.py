@@ -65,11 +65,13 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
     name, unit = session.streams.name, terms.unit
     sent = session.state.sizes(run.run_id)
     sizes = {False: session.sketch_layout.num_trained, True: session.trainer.adapted.layout.num_trained}
-    width = ARRAY_DTYPES[run.wire_dtype].itemsize
+
+    def upload_bytes(round: int, attempt: int) -> int:
+        size, width = sent.get((round, attempt), (sizes[round > 0], None))
+        return size * (width or ARRAY_DTYPES[run.wire_dtype].itemsize)
+
     trainings = [TrainingEntry(c.round, c.attempt, c.state, c.steps, c.time, terms.noise_multiplier,
-                               terms.sampling_rate,
-                               width * sent.get((c.round, c.attempt), sizes[c.round > 0])
-                               if c.sha256 else None, c.sha256)
+                               terms.sampling_rate, upload_bytes(c.round, c.attempt) if c.sha256 else None, c.sha256)
                  for c in ledger.charges(dataset, run.run_id)]
     shapes = session.trainer.shapes
     report = privacy_report(ReportedRun(

@@ -49,7 +49,7 @@ class MemoryState:
     def note_size(self, upload: Upload) -> None:
         """Do nothing: sizes are for the privacy report of a real client."""
 
-    def sizes(self, run_id: str) -> dict[tuple[int, int], int]:
+    def sizes(self, run_id: str) -> dict[tuple[int, int], tuple[int, int | None]]:
         """Return {}: no sizes are kept."""
         return {}
 
@@ -122,15 +122,20 @@ class FolderState:
 
         It differs from round to round where a round trains only a part of the tensors.
         """
+        arrays = upload.tensors.values()
+        width = next((array.dtype.itemsize for array in arrays if array.dtype.kind == "u"), None)
         sizes = self.sizes(upload.run_id) | {
-            (upload.round, upload.attempt): sum(array.size for array in upload.tensors.values())}
+            (upload.round, upload.attempt): (sum(array.size for array in arrays), width)}
         replace_file(self.run_folder(upload.run_id) / "sizes.json",
-                     json.dumps([[*key, size] for key, size in sizes.items()]).encode())
+                     json.dumps([[*key, *filter(None, size)] for key, size in sizes.items()]).encode())
 
-    def sizes(self, run_id: str) -> dict[tuple[int, int], int]:
-        """Return {(round, attempt): number of values in the upload}, for the uploads of earlier processes too."""
+    def sizes(self, run_id: str) -> dict[tuple[int, int], tuple[int, int | None]]:
+        """Return (round, attempt) → (number of values in the upload, bytes of each), also of earlier processes.
+
+        The number of bytes is that of a masked vector's integers; None for an upload in the run's number format.
+        """
         kept = _kept(self.run_folder(run_id) / "sizes.json") or []
-        return {(round, attempt): size for round, attempt, size in kept}
+        return {(round, attempt): (size, *width, None)[:2] for round, attempt, size, *width in kept}
 
     def frozen(self) -> tuple[str, Tensors]:
         """Return the digest of the frozen tensors that were received last, and the tensors; ("", {}) if none."""

@@ -79,7 +79,10 @@ def test_sizes_of_uploads_are_kept_for_any_later_process(tmp_path):
     for round, values in ((1, 6), (2, 2)):
         state.note_size(Upload(RUN, round, 0, {"a.B": np.zeros(values, np.float32)}, steps=1))
     state.close()
-    assert FolderState(tmp_path).sizes(RUN) == {(1, 0): 6, (2, 0): 2}
+    assert FolderState(tmp_path).sizes(RUN) == {(1, 0): (6, None), (2, 0): (2, None)}
+    state.note_size(Upload(RUN, 3, 1, {"sum": np.zeros(5, np.uint64)}, steps=1))
+    assert FolderState(tmp_path).sizes(RUN)[3, 1] == (5, 8), "a masked vector's integers have a width of their own"
+    assert FolderState(tmp_path).sizes(RUN)[1, 0] == (6, None)
 
 
 @pytest.mark.parametrize("name", ["secrets.json", f"{RUN}/sizes.json", f"{RUN}/said.json"])
