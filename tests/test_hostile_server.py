@@ -11,7 +11,7 @@ import pytest
 
 from fedlora import models
 from fedlora.adapters import TensorSpec
-from fedlora.plan import Refusal
+from fedlora.plan import AGGREGATE, Refusal
 from tests.driven_server import Server
 
 OTHER_MODEL = models.ModelRef("local", "0" * 64, "1" * 64, "2" * 64)
@@ -187,6 +187,13 @@ def test_a_plan_that_cannot_be_followed_here_is_declined_before_this_client_is_r
     assert server.deployment.end("north", 60) == 4
     assert server.charges() == () and not any(member.ready_at for member in server.engine.members())
     assert field in server.log() and str(value) in server.log() and "[policy]" in server.log()
+
+
+def test_secure_aggregation_without_a_certificate_is_declined_before_this_client_is_ready_or_charged(serve):
+    server = serve(mechanism=AGGREGATE, least_members=3, local_steps=1).client()
+    assert server.deployment.end("north", 60) == 4
+    assert server.charges() == () and not any(member.ready_at for member in server.engine.members())
+    assert "clients know each other by their certificates; refused. Give --tls DIR" in server.log()
 
 
 POLICIES = {"min-noise-multiplier = 50.0": "min-noise-multiplier", 'servers = ["10.0.0.1:9092"]': "servers",

@@ -65,10 +65,11 @@ class Hostile:
 
     def client(self, policy=""):
         """Start north, and return its entry in rosters."""
-        if policy:
-            (self.folder / "policy.toml").write_text(policy)
-        self.deployment.client(NORTH, self.data, "--tls", self.folder / "tls" / NORTH, "--policy",
-                               self.folder / "policy.toml", "--epsilon", 200)
+        path = self.folder / "policy.toml"
+        if not path.exists():  # the first run writes the data's budget into it
+            path.write_text(policy)
+        self.deployment.client(NORTH, self.data, "--tls", self.folder / "tls" / NORTH, "--policy", path,
+                               "--epsilon", 200)
         return self.server.entry(NORTH)[0]
 
     def entry(self, name):

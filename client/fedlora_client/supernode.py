@@ -87,9 +87,9 @@ class SuperNodeClient:
         The error itself is written to the local log. The server learns nothing of it but the refusal.
         """
         if proposal.plan.secure_aggregation:
-            log.error("The run has secure aggregation, whose secrets live in one process that stays connected; a "
-                      "SuperNode starts a process for each message. Refused. Take part with fedlora-client and a "
-                      "fedlora-server that listens by itself (--engine grpc).")
+            log.error("The run has secure aggregation, whose secrets live in a process that stays connected, and a "
+                      "SuperNode starts one for each message; refused. Take part with fedlora-client, at a "
+                      "fedlora-server.")
             return Refusal("policy")
         set_environment(allow_download=self._options.allow_download)
         from fedlora.console import messages

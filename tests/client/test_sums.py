@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import pytest
 
-from fedlora.plan import Refused
+from fedlora.plan import AGGREGATE, Refused
 from fedlora.secure_sum.collector import Collector
 from fedlora.secure_sum.packages import Closing, CohortRequest, survivors_statement
 from fedlora.secure_sum.statements import sign
@@ -271,6 +271,25 @@ def test_a_roster_below_the_owners_least_number_is_refused(federation, caplog):
     run = federation(least=5)
     assert is_declined(run.server.ask("north", pb.SumRequest(roster=roster_to_wire(run.roster))))
     assert "this site's policy takes part with 5" in refused(run, caplog)
+
+
+def test_a_roster_whose_sums_promise_less_noise_than_is_charged_is_refused(federation, caplog):
+    terms = dataclasses.replace(terms_of(secure_plan()), mechanism=AGGREGATE, aggregate_noise_multiplier=3.5,
+                                least_members=4)
+    pins = [identity(name).certificate.fingerprint for name in NAMES]
+    run = federation(terms=terms, pins=pins)
+    assert is_declined(run.server.ask("north", pb.SumRequest(roster=roster_to_wire(run.roster))))
+    assert "the run is charged for the noise of its sums" in refused(run, caplog)
+
+
+def test_what_the_ledger_keeps_of_a_roster_is_noted_once_a_cohort_is_accepted_and_not_before(federation):
+    noted = []
+    run = federation(note=noted.append)
+    collector = run.packages()
+    assert not noted
+    run.train(collector, names=["north"])
+    [facts] = noted
+    assert (facts.digest, facts.members, facts.honest, facts.pinned) == (run.roster.digest.hex(), 4, 3, False)
 
 
 def test_an_overflow_by_noise_that_the_server_does_not_know_is_foreseen(federation, caplog):

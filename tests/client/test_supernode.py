@@ -11,7 +11,7 @@ from fedlora import models
 from fedlora.adapters import attach, initial_tensors
 from fedlora.adapters.sketches import sketch_layout, sketch_tensors
 from fedlora.config import ClientConfig, config_from
-from fedlora.plan import ModelRef, Proposal, Refusal, RoundPlan, RunPlan, Upload
+from fedlora.plan import AGGREGATE, ModelRef, Proposal, Refusal, RoundPlan, RunPlan, Upload
 from fedlora.privacy import Ledger
 from fedlora.wire import tensors_digest
 from fedlora.wire.codec import upload_to_wire
@@ -166,3 +166,10 @@ def test_the_owners_statements_reach_the_report_and_no_server_and_an_audit_can_b
     assert command("verify", path) == 3 and "but by whom?" in capsys.readouterr().out
     assert command("attach-audit", path, audit) == 2 and "not this machine's key" in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+def test_a_run_with_secure_aggregation_is_refused_by_name_before_the_data_are_read(node, caplog):
+    plan = dataclasses.replace(node.plan, local_steps=1, mechanism=AGGREGATE, least_members=3)
+    Path(node.options.data).unlink()
+    assert SuperNodeClient(node.options).join(Proposal(plan)) == Refusal("policy")
+    assert "secure aggregation" in caplog.text and "with fedlora-client" in caplog.text

@@ -328,6 +328,13 @@ def test_a_welcome_whose_run_id_could_steer_a_path_or_a_terminal_is_a_typed_erro
     assert isinstance(met, WireError) and "run_id" in str(met) and "\x1b" not in str(met)
 
 
+def test_a_welcome_with_a_mechanism_that_this_version_does_not_know_is_refused_by_name():
+    hostile = wire.proposal_to_wire(Proposal(RUN))
+    hostile.run.mechanism = "of-next-year"
+    met = meet([pb.ServerFrame(welcome=hostile).SerializeToString()], welcome=False)
+    assert isinstance(met, WireError) and "mechanism is 'of-next-year'" in str(met)
+
+
 @pytest.mark.parametrize("name", ["", "\x1b]0;owned\x07", "a" * 201])
 def test_a_welcome_whose_model_has_no_printable_name_is_a_typed_error(name):
     hostile = wire.proposal_to_wire(Proposal(RUN))
