@@ -118,6 +118,7 @@ class SumMember:
         assert terms.noise_multiplier is not None, "a run with secure aggregation is private"
         self._plan, self._read, self._terms, self._pins, self._tell = plan, identity, terms, pins, tell
         self._least, self._note = least, note
+        self._noted: set[str] = set()  # digests of the rosters that the ledger has from this process
         self._multiplier: float = terms.noise_multiplier
         self._noise = terms.noise_multiplier * (terms.clip_norm / plan.clip_norm) if announced else 0.0
         self._run, self._sealing = run_digest(plan), X25519PrivateKey.generate()
@@ -200,7 +201,7 @@ class SumMember:
         """
         with self._lock:
             attempt = self._attempt
-            return MaskedPart(attempt, self._note) if attempt and attempt.key == key and attempt.cohort else None
+            return MaskedPart(attempt, self._note_once) if attempt and attempt.key == key and attempt.cohort else None
 
     def close(self) -> None:
         """Drop the secrets of the attempt in hand. If its upload was never opened, the data holder is told so."""
@@ -209,6 +210,11 @@ class SumMember:
         if attempt and attempt.masked and not attempt.attendance.revealed:
             self._tell(f"{_named(attempt.key)}: this client revealed no share, so its upload stays masked for ever. "
                        "Its charge stands.", attempt.key)
+
+    def _note_once(self, facts: RosterFacts) -> None:
+        if facts.digest not in self._noted:
+            self._note(facts)
+            self._noted.add(facts.digest)
 
     def _checked(self, roster: Roster) -> Roster:
         """Return the roster, from now on this client's, once it is checked. The data holder is told who is in."""

@@ -84,7 +84,8 @@ def order_frames(plan: RunPlan, key: pb.Key, cohort: CohortRequest | None, tenso
     request = wire.request_to_wire(RoundPlan(plan, key.round, key.attempt, frozen_sha256), wire.shapes_of(tensors))
     if cohort is not None:
         request.cohort.CopyFrom(cohort_to_wire(cohort))
-    return list(wire.transfer_frames(pb.ServerFrame(request=request).SerializeToString(), tensors))
+    return list(wire.transfer_frames(pb.ServerFrame(request=request).SerializeToString(),
+                                     wire.packed(tensors, plan.wire_dtype)))
 
 
 class Site(threading.Thread):

@@ -8,9 +8,10 @@ import logging
 import numpy as np
 import pytest
 
+from fedlora import wire
 from fedlora.plan import AGGREGATE, Refused
 from fedlora.secure_sum.collector import Collector
-from fedlora.secure_sum.packages import Closing, CohortRequest, survivors_statement
+from fedlora.secure_sum.packages import Closing, CohortRequest, sent_digest, survivors_statement
 from fedlora.secure_sum.statements import sign
 from fedlora.wire import WireError, pb
 from fedlora.wire.sums import reveal_from_wire, roster_to_wire
@@ -18,6 +19,7 @@ from fedlora_client.connection import Goodbye
 from fedlora_server.pki.authority import Authority
 from tests.client.sum_server import (
     SENT,
+    STATE,
     Site,
     SumServer,
     identity,
@@ -41,6 +43,8 @@ class Federation:
         for name in NAMES:
             self.entries[name], _ = self.server.entry(name)
         self.roster = self.server.roster(self.entries.values())
+        received = wire.rounded(STATE, self.server.plan.wire_dtype)
+        self.sent = sent_digest(wire.tensors_digest(received), wire.tensors_digest({}))
 
     def packages(self, key=KEY, names=NAMES):
         """Give the roster, ask for key packages, and return the collector that holds them."""
@@ -52,7 +56,7 @@ class Federation:
 
     def train(self, collector, key=KEY, names=NAMES):
         """Send the cohort to these clients, and take what they upload."""
-        cohort = collector.form_cohort(SENT)
+        cohort = collector.form_cohort(self.sent)
         for name in names:
             self.server.order(name, key, cohort[name])
             collector.add_upload(name, self.server.upload(name))
@@ -118,8 +122,9 @@ def test_what_clients_send_opens_the_plain_sum_of_whose_uploads_came_and_their_o
     assert "revealed no share" in run.sites["north"].told[-1] and len(run.sites["north"].told) == 3
 
 
-def test_a_sum_in_the_wide_ring_travels_as_64_bits(federation):
-    run = federation()
+@pytest.mark.parametrize("wire_dtype", ["fp32", "bf16"])
+def test_a_sum_in_the_wide_ring_travels_as_64_bits_however_other_tensors_travel(federation, wire_dtype):
+    run = federation(secure_plan(wire_dtype=wire_dtype))
     grid = dataclasses.replace(run.roster.grid, ring_bits=64)
     run.roster = dataclasses.replace(run.roster, grid=grid)
     collector = run.packages()
@@ -288,6 +293,7 @@ def test_what_the_ledger_keeps_of_a_roster_is_noted_once_a_cohort_is_accepted_an
     collector = run.packages()
     assert not noted
     run.train(collector, names=["north"])
+    run.train(run.packages(NEXT), NEXT, names=["north"])
     [facts] = noted
     assert (facts.digest, facts.members, facts.honest, facts.pinned) == (run.roster.digest.hex(), 4, 3, False)
 
