@@ -94,6 +94,8 @@ class SumClient:
         trained: the orders that it has trained for, each once.
         rosters: the rosters that it was told.
         signed: (round, attempt) → each distinct set of survivors that it was asked to sign.
+        received: for each training, the names of the tensors that it was sent.
+        frozen: the frozen tensors that it holds.
         acks: the acknowledgements of its uploads.
         statuses: the statuses with which its streams ended.
     """
@@ -115,7 +117,8 @@ class SumClient:
         self.entry = Entry.signed(name, self._identity.chain_pem, public_bytes(self._sealing), self._run, self._signing)
         self._attendances: dict[tuple[bytes, int, int], Attendance] = {}
         self._uploads: dict[Key, Upload] = {}
-        self._frozen: dict[str, np.ndarray] = {}
+        self.frozen: dict[str, np.ndarray] = {}
+        self.received: list[set[str]] = []
         self._working: Key | None = None
         self._leaving = threading.Event()
         self._call: grpc.Call | None = None
@@ -214,8 +217,9 @@ class SumClient:
     def _train(self, plan: RoundPlan, request: pb.TrainRequest, tensors: Mapping[str, np.ndarray]) -> Upload:
         assert plan.key not in self.trained, "trained twice for one order"
         self.trained.append(plan.key)
+        self.received.append({*tensors})
         frozen = {name for name in tensors if name.endswith(self.FROZEN)}
-        self._frozen |= {name: tensors[name] for name in frozen}
+        self.frozen |= {name: tensors[name] for name in frozen}
         trained = {name: array for name, array in tensors.items() if name not in frozen}
         attendance = self._attendance(plan.round, plan.attempt)
         attendance.accept(cohort_from_wire(request.cohort), sent_digest(wire.tensors_digest(trained),

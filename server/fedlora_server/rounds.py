@@ -135,7 +135,7 @@ class _UnderWay:
                                 keep=self._remember)
         self._said: dict[str, Mapping[str, int | float]] = {}
         self._rosters = Rosters(engine, self._clients, run.plan, run.strategy.summed, run.options, observer,
-                                stop, self._keep, run.left_sum)
+                                stop, self._keep, run.left_sum, renewed=run.strategy.forget)
         self._state, self._done, self._fresh, self._uncompared = run.state, 0, True, False
         if left is not None and left.state is not None:
             self._state, self._done, self._fresh = left.state, left.round, False

@@ -82,6 +82,7 @@ class Rosters:
         stop: ends a wait when it is set.
         keep: stores each roster before anybody is told it.
         left: what an earlier server of the run left.
+        renewed: called with the node id of each client of which a new roster holds another process than the one before.
 
     Attributes:
         roster: the present roster; None before the first.
@@ -89,7 +90,9 @@ class Rosters:
     """
 
     def __init__(self, engine: Engine, clients: Clients, plan: RunPlan, values: int, options: RoundOptions,
-                 observer: Observer, stop: Event, keep: Keep, left: sum_files.Left | None = None) -> None:
+                 observer: Observer, stop: Event, keep: Keep, left: sum_files.Left | None = None, *,
+                 renewed: Callable[[int], object] = lambda node: None) -> None:
+        self._renewed = renewed
         self._engine, self._clients, self._plan, self._values = engine, clients, plan, values
         self._options, self._observer, self._stop, self.keep = options, observer, stop, keep
         self.left = left
@@ -170,7 +173,10 @@ class Rosters:
     def _told(self, number: int, ready: Mapping[int, tuple[Entry, float]]) -> dict[int, str]:
         """Return the clients that have agreed to the roster, node id → name. Make a new roster if it must be."""
         if not self._fits(ready):
-            chosen = self._clients.draw(number, ready, MOST_MEMBERS)
+            chosen, before = self._clients.draw(number, ready, MOST_MEMBERS), self.roster
+            for node in chosen:
+                if before is None or ready[node][0] not in before.entries:
+                    self._renewed(node)
             self.roster, self._agreed = formed(self._plan, dict(ready[node] for node in chosen), self._values), set()
             self.keep(lambda out: sum_files.keep_roster(out, self._made))
             self._observer.rostered(number, tuple(self._made.members), self._made.threshold,

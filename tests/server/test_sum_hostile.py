@@ -9,6 +9,7 @@ import pytest
 from fedlora.secure_sum.packages import SUM
 from fedlora.wire import pb
 from fedlora_server.client_sampling import Ended
+from tests.federation import layout_of
 from tests.server.test_sum_round import federation, secure_plan
 from tests.sum_clients import NAMES, SumClient
 
@@ -98,17 +99,21 @@ def test_false_shares_open_no_sum(tmp_path):
         assert "3 attempts ended unopened" in ended.value.why and "shares do not fit together" in ended.value.why
 
 
+VALUES = layout_of("frozen-a").num_trained
+
+
 @pytest.mark.parametrize("upload", [
-    {SUM: np.zeros(14, "<u4")}, {SUM: np.zeros(19, "<u8")}, {"total": np.zeros(19, "<u4")},
-    {SUM: np.zeros(19, "<u4"), "more": np.zeros(1, "<u4")}], ids=["longer", "wider", "named", "two"])
+    {SUM: np.zeros(VALUES - 1, "<u4")}, {SUM: np.zeros(VALUES, "<u8")}, {"total": np.zeros(VALUES, "<u4")},
+    {SUM: np.zeros(VALUES, "<u4"), "more": np.zeros(1, "<u4")}], ids=["shorter", "wider", "named", "two"])
 def test_an_upload_that_is_no_vector_of_the_round_is_refused(upload, tmp_path):
     class Uploading(SumClient):
         def uploads(self, masked):
             return upload
 
-    with federation(tmp_path, 3) as (there, clients):
+    with federation(tmp_path, 3, round_timeout_s=2.0) as (there, clients):
         under_way, survivors = hold_with(there, clients, Uploading)
-        assert survivors == NAMES[:3] and HOSTILE in {*under_way.refused, *under_way.lost}
+        assert survivors == NAMES[:3] and {HOSTILE} == {*under_way.refused, *under_way.lost}
+        assert under_way.refused.get(HOSTILE, "invalid-tensors") == "invalid-tensors"
 
 
 def ended_with(client, status):

@@ -12,7 +12,7 @@ from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.observer import Observer
 from fedlora_server.round_state import RoundOptions
 from fedlora_server.sum_roster import Rosters
-from fedlora_server.sum_round import TRAINING, SumRound
+from fedlora_server.sum_round import PHASES, TRAINING, SumRound
 from fedlora_server.tls import ServerTls
 from fedlora_strategies import strategy_class
 from fedlora_strategies.messages import to_record
@@ -56,7 +56,7 @@ class Federation:
         self.options = RoundOptions(**{"seed": 0, "min_clients": plan.least_members, "wait_timeout_s": 1.0} | options)
         self.clients, self.heard, self.stop = Clients(self.engine, plan, 0), Heard(), threading.Event()
         self.rosters = Rosters(self.engine, self.clients, plan, self.layout.num_trained, self.options, self.heard,
-                               self.stop, lambda write: None)
+                               self.stop, lambda write: None, renewed=self.strategy.forget)
 
     def await_ready(self, count):
         while len(self.engine.get_node_ids()) < count:
@@ -155,6 +155,22 @@ def test_a_client_that_is_started_again_is_in_a_new_roster(tmp_path):
         assert there.opened(2)[1] == NAMES[:3]
         first, second = clients["site-000"].rosters
         assert first.members["site-001"] != second.members["site-001"] == clients["site-001"].entry
+        assert clients["site-001"].frozen.keys() == {spec.name for spec in there.layout.frozen}, "it held none"
+        assert clients["site-000"].received[1].isdisjoint(clients["site-001"].frozen), "it held them since round 1"
+
+
+@pytest.mark.parametrize("phase", PHASES[:-1])
+def test_a_run_that_is_stopped_in_any_phase_ends_at_once(phase, tmp_path):
+    with federation(tmp_path, 3, round_timeout_s=100.0, wait_timeout_s=100.0) as (there, clients):
+        class Stopping(Heard):
+            def summing(self, round, phase_):
+                if phase_ == phase:
+                    there.stop.set()
+
+        clients["site-002"].silent = {(step, 1, 0) for step in STEPS[PHASES.index(phase):]}
+        there.heard = Stopping()
+        with pytest.raises(Ended, match="stopped"):
+            there.opened()
 
 
 def test_a_client_whose_connection_breaks_is_asked_again(tmp_path):
