@@ -11,6 +11,9 @@ else in s is taken as Gaussian. Evidence adds up over rounds. The covariance com
 and of a sample of the other records, so that a component that many records share is not mistaken for one canary. The
 noise is measured in the directions that none of these gradients reach; it is not taken from the claim.
 
+With secure aggregation the adversary sees the sum of several clients alone. It knows all that the others train on and
+takes it off; what is left of them is the noise of the honest ones (`Others`).
+
     Symbol   Here         Shape
     g        canaries     [m, values], clipped and scaled as in the step
              background   [h, values], of other records
@@ -20,15 +23,24 @@ noise is measured in the directions that none of these gradients reach; it is no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import torch
 
-from fedlora.plan import Refusal, RoundPlan, Tensors, Upload
+from fedlora.plan import Refusal, Released, RoundPlan, Tensors, Upload
+from fedlora.privacy import RunStreams
+from fedlora.secure_sum.packages import SUM
+from fedlora.secure_sum.roster import Roster
+from fedlora.secure_sum.rounding import rounded_noise
 from fedlora.tasks import Records
 from fedlora.training import Trainer
+from fedlora.wire import shapes_of
+from fedlora.wire.tensors import split
 from fedlora_client.flower_app import Session
+from fedlora_client.session import ClientSession
+from fedlora_client.sum_part import SumPart
 
 BACKGROUND = 256
 """Number of other records whose gradients the adversary computes each round."""
@@ -39,9 +51,36 @@ LEAST_REST = 100
 _BLOCK = 8192
 
 
+@dataclass(frozen=True)
+class Others:
+    """The other clients of a secure sum, as far as an adversary does not know them: the noise of the honest ones.
+
+    Attributes:
+        roster: the roster.
+        streams: the source of their noise.
+    """
+
+    roster: Roster
+    streams: RunStreams
+
+    def added_to(self, vector: np.ndarray, plan: RoundPlan) -> np.ndarray:
+        """Return a client's vector with the least noise that others add to it in a sum that can be opened.
+
+        Args:
+            vector: [values] unsigned integers of the ring.
+            plan: the order that it answers.
+        """
+        roster, stream = self.roster, self.streams.stream(plan.round, "noise", plan.attempt)
+        for _ in range(roster.honest - 1):
+            vector = vector + roster.grid.wrapped(rounded_noise(stream, roster.noise, len(vector)))
+        return vector
+
+
 @dataclass
 class Watched:
     """A client's session with an adversary between it and the server. The adversary changes nothing.
+
+    With secure aggregation it stands between the sum and the server: the upload that it passes on is the sum.
 
     Attributes:
         session: the client's session.
@@ -55,6 +94,7 @@ class Watched:
         noise_multiplier: the noise multiplier that the last upload stated; None without privacy.
         delta: δ that the last upload stated; None without privacy.
         rounds: number of uploads seen.
+        beside: the other clients of a secure sum; None without secure aggregation.
     """
 
     session: Session
@@ -68,12 +108,13 @@ class Watched:
     noise_multiplier: float | None = None
     delta: float | None = None
     rounds: int = 0
+    beside: Others | None = None
 
     def __post_init__(self) -> None:
         self.evidence = np.zeros(len(self.canaries))
         self._state: dict[str, np.ndarray] = {}
 
-    def run_round(self, plan: RoundPlan, tensors: Tensors) -> Upload | Refusal:
+    def run_round(self, plan: RoundPlan, tensors: Tensors, part: SumPart | None = None) -> Upload | Refusal:
         """Compute what each record would add, let the client train, and add up the evidence in its upload."""
         run = plan.run
         self._state |= tensors
@@ -85,15 +126,25 @@ class Watched:
         background = record_gradients(self.trainer, self.background)
         clip_norm = run.clip_norm if run.private else float("inf")
         added, others = (_clipped(rows, self._scale(scales), clip_norm) for rows in (canaries, background))
-        answer = self.session.run_round(plan, tensors)
+        if part is None:
+            answer = self.session.run_round(plan, tensors)
+        else:
+            answer = cast(ClientSession, self.session).run_round(plan, tensors, part=part)
         if isinstance(answer, Upload):
-            step = (self.flat(tensors) - self.flat(answer.tensors)) * (run.expected_batch / plan.lr)
+            if self.beside is None:
+                step = (self.flat(tensors) - self.flat(answer.tensors)) * (run.expected_batch / plan.lr)
+                step *= self._scale(scales)
+            else:
+                answer = replace(answer, tensors=Released({
+                    SUM: self.beside.added_to(answer.tensors[SUM], plan)}))
+                trained = {spec.name: tensors[spec.name] for spec in self.trainer.adapted.layout.trained}
+                step = self.flat(split(shapes_of(trained), self.beside.roster.grid.decode(answer.tensors[SUM])))
             self.noise_multiplier, self.delta = answer.noise_multiplier, answer.delta
             self.rounds += 1
             assert self.canaries.labels is not None and self.background.labels is not None
             groups = np.concatenate([self.canaries.labels, -1 - self.background.labels])
             self.evidence += evidence(
-                step * self._scale(scales), added, others, groups, sampling_rate=self.sampling_rate,
+                step, added, others, groups, sampling_rate=self.sampling_rate,
                 others=self.others)
         return answer
 

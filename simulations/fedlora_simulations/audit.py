@@ -4,6 +4,8 @@ One client trains on its rows and on about half of the canaries. The adversary (
 client released and guesses which canaries were in the data. `one_run` turns the number of right guesses into a lower
 bound on ε with 95 % confidence. The audit then runs once more without privacy. A bound above the claimed ε means that
 the mechanism is broken. A bound far below it is usual and proves nothing: other attacks may do better.
+
+With --secure-aggregation the adversary sees the sums of --members clients alone, and the claim is the ε of sums.
 """
 
 from __future__ import annotations
@@ -31,20 +33,22 @@ from fedlora.config.option import PRIVACY, RUN
 from fedlora.console import messages, results
 from fedlora.data import Rows
 from fedlora.plan import Refused
-from fedlora.privacy import Accountant, Budget, Ledger, nominal_size
+from fedlora.privacy import Accountant, Budget, Ledger, RunStreams, nominal_size
+from fedlora.secure_sum.guarantee import SumGuarantee
 from fedlora.tasks import read
 from fedlora_server.folders import claimed_folder
 from fedlora_server.observer import jsonable
 from fedlora_server.round_state import RoundOptions
 from fedlora_server.rounds import Run, run_federation
-from fedlora_server.run_setup import BaseModel, find_model, planned, prepare
+from fedlora_server.run_setup import BaseModel, check_members, find_model, planned, prepare
 
 from . import one_run
-from .adversary import BACKGROUND, LEAST_REST, Watched, record_losses
+from .adversary import BACKGROUND, LEAST_REST, Others, Watched, record_losses
 from .canaries import KINDS, CanaryTrainer, craft
 from .in_process import InProcessEngine
 from .one_run import Guesses, Membership, membership
 from .population import Method
+from .simulated_roster import aggregate_epsilon, simulated_roster
 from .simulated_run import make_sessions
 
 CONFIDENCE = 0.95
@@ -54,8 +58,11 @@ MOST_GRADIENT_BYTES = 8 * 2**30
 FIXED = ("privacy", "task", "seeds", "clients", "partition", "eval_data", "local_steps", "optimizer", "lr_schedule",
          "clients_per_round", "min_replies", "max_participations", "dropout", "privacy_unit", "workers",
          "batch_clients", "engine", "ray_address", "dry_run", "sweep", "resume", "reference", "tune", "tune_budget",
-         "one_step", "secure_aggregation", "trust")
+         "one_step", "hold_out")
 """Options of a simulation that an audit sets itself: it has one client, with one step of SGD in each round."""
+
+MEMBERS = 3
+"""Usual number of clients whose sum is audited."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +79,9 @@ class AuditConfig(SimulationConfig):
                            "record's own, the strongest canary", PRIVACY, choices=KINDS, place=1)
     count: int = option(1000, "number of canaries, of which about half are in the data; fewer than 1000 show little",
                         PRIVACY, values.number(int, 100), place=1)
+    members: int | None = option(None, "with --secure-aggregation, number of clients whose sum is audited; all but one "
+                                 "add nothing that the adversary does not know, except noise", PRIVACY, values.count,
+                                 unset=f"{MEMBERS}", place=2)
     rows: int = option(500, "largest number of the client's own rows", RUN, values.count, place=1)
     seed: int = option(0, "seed of everything that is drawn", RUN, values.natural, place=1)
     json: bool = option(False, "print JSON instead of a table", RUN, None)
@@ -97,6 +107,7 @@ class Audit:
         seconds: how long the run took.
         scores: [m] evidence for each canary.
         included: [m] bool, whether each canary was in the data.
+        members: number of clients whose sum was audited; 0 if the client's own uploads were.
     """
 
     private: bool
@@ -114,6 +125,7 @@ class Audit:
     seconds: float
     scores: np.ndarray
     included: np.ndarray
+    members: int = 0
 
     @property
     def holds(self) -> bool:
@@ -145,7 +157,11 @@ def run_audit(options: AuditConfig, base: BaseModel, *, private: bool) -> Audit:
     size = options.declared_size or nominal_size(len(own) + options.count // 2)  # must not depend on the coins
     options = _settled(options, method, size, private)
     run_id = hashlib.sha256(f"audit {method} {seed} {private}".encode()).hexdigest()[:16]
-    federation = prepare(options, method.strategy, base, labels, seed, run_id=run_id)
+    if options.members and private and not options.secure_aggregation:
+        raise ValueError(f"--members {options.members} is for --secure-aggregation; leave it out, or give both")
+    members = (options.members or MEMBERS) if options.secure_aggregation else 0
+    check_members(options, members, "--members")
+    federation = prepare(options, method.strategy, base, labels, seed, run_id=run_id, members=members or None)
     plan, adapted, task = federation.plan, federation.adapted, federation.task
     values = adapted.layout.num_trained
     if 4 * options.count * values > MOST_GRADIENT_BYTES:
@@ -164,9 +180,12 @@ def run_audit(options: AuditConfig, base: BaseModel, *, private: bool) -> Audit:
     training = task.encode(canaries.training_rows(own))
     ledger = Ledger(None, simulated=True)
     session = make_sessions(options, federation, trainer, {"audited": training}, seed, ledger)["audited"]
+    roster = simulated_roster(plan, {f"client-{number}": session.terms for number in range(members)},
+                              federation.strategy.summed)
+    beside = None if roster is None else Others(roster, RunStreams("others", seed))
     watched = Watched(session, trainer, task.encode(canaries.rows), task.encode(own.take(range(BACKGROUND)[:len(own)])),
-                      canaries.directions, len(own), min(1.0, plan.expected_batch / size))
-    engine = InProcessEngine({"audited": watched}, run_id, adapted.layout)
+                      canaries.directions, len(own), min(1.0, plan.expected_batch / size), beside=beside)
+    engine = InProcessEngine({"audited": watched}, run_id, adapted.layout, roster=roster)
     rounds = RoundOptions(seed=seed, min_clients=1, round_timeout_s=math.inf, wait_timeout_s=0.0)
     result = run_federation(engine, Run(federation.strategy, federation.state, rounds))
     engine.close("the audit is over")
@@ -180,19 +199,23 @@ def run_audit(options: AuditConfig, base: BaseModel, *, private: bool) -> Audit:
     else:  # a gradient canary's gradient is the same everywhere, so its loss is linear
         losses = (canaries.directions.double() @ (watched.flat(result.state) - watched.flat(federation.state))).numpy()
     delta = watched.delta or Budget.declare(size, epsilon=1.0, delta=options.delta, declared_size=size).delta
-    claimed = math.inf
-    if watched.noise_multiplier is not None:
+    claimed, noise = math.inf, watched.noise_multiplier
+    if roster is not None:
+        claimed = aggregate_epsilon(roster, session.terms, watched.rounds)
+        noise = SumGuarantee.of(roster, clip_norm=session.terms.clip_norm,
+                                sampling_rate=session.terms.sampling_rate).noise_multiplier
+    elif watched.noise_multiplier is not None:
         accountant = Accountant()
         accountant.add(watched.noise_multiplier, watched.sampling_rate, watched.rounds)
         claimed = accountant.epsilon(delta)
     significance = 1 - CONFIDENCE
     return Audit(
-        private, claimed, delta, watched.noise_multiplier, watched.sampling_rate, watched.rounds,
+        private, claimed, delta, noise, watched.sampling_rate, watched.rounds,
         session.terms.clip_norm, plan.family, options.count,
         white_box=one_run.audit(watched.evidence, canaries.included, delta, significance),
         final_model=one_run.audit(-losses, canaries.included, delta, significance),
         loss_attack=membership(-losses, canaries.included), seconds=time.monotonic() - began,
-        scores=watched.evidence, included=canaries.included)
+        scores=watched.evidence, included=canaries.included, members=members)
 
 
 def _client_rows(options: AuditConfig) -> tuple[Rows, tuple[str, ...]]:
@@ -227,11 +250,15 @@ def _settled(options: AuditConfig, method: Method, size: int, private: bool) -> 
     most = Budget.declare(size, epsilon=1.0, declared_size=size, delta=options.delta)
     batch = options.batch_size or max(1, math.floor(most.max_sampling_rate * size))
     most.sampling_rate(batch)
+    sums = options.secure_aggregation  # both runs have the server's optimizer, and one has sums
+    options = options if private else replace(options, secure_aggregation=False, colluding=0, least_noise=0.0,
+                                              trust="local")
     return replace(
-        options, privacy="required" if private else "off", epsilon=options.epsilon if private else math.inf,
-        declared_size=size, rank=values.rank, alpha=values.alpha, init=values.init, targets=values.targets,
-        clip_norm=values.clip_norm, head_scale=values.head_scale, batch_size=batch, rounds=options.rounds or ROUNDS,
-        lr=options.lr or LR, local_steps=1, optimizer="sgd", lr_schedule="constant")
+        options, one_step=sums, privacy="required" if private else "off",
+        epsilon=options.epsilon if private else math.inf, declared_size=size, rank=values.rank, alpha=values.alpha,
+        init=values.init, targets=values.targets, clip_norm=values.clip_norm, head_scale=values.head_scale,
+        batch_size=batch, rounds=options.rounds or ROUNDS, lr=options.lr or LR, local_steps=1, optimizer="sgd",
+        lr_schedule="constant")
 
 
 def show(audits: Sequence[Audit]) -> Table:
@@ -239,7 +266,9 @@ def show(audits: Sequence[Audit]) -> Table:
     first = audits[0]
     table = Table(box=None, pad_edge=False, caption_justify="left", caption=(
         f"{first.canaries} canaries, {first.rounds} rounds of one step, sampling rate {first.sampling_rate:.3g}, "
-        f"δ = {first.delta:.4g}; the bounds hold with {CONFIDENCE:.0%} confidence"))
+        f"δ = {first.delta:.4g}; the bounds hold with {CONFIDENCE:.0%} confidence" + (
+            f". The private run's claim and bounds are for the sums of {first.members} clients" if first.members else
+            "")))
     table.add_column("")
     for audit in audits:
         table.add_column("private" if audit.private else "not private", justify="right")
@@ -248,7 +277,8 @@ def show(audits: Sequence[Audit]) -> Table:
         table.add_row(name, *values)
 
     row("claimed ε (upper bound)", *("none" if math.isinf(a.claimed) else f"{a.claimed:.2f}" for a in audits))
-    row("ε at least, from all updates", *(f"[bold]{a.white_box.epsilon:.2f}[/bold]" for a in audits))
+    row(f"ε at least, from all {'sums' if first.members else 'updates'}",
+        *(f"[bold]{a.white_box.epsilon:.2f}[/bold]" for a in audits))
     row("  guesses that are right", *(_right(a.white_box) for a in audits))
     row("ε at least, from the final model", *(f"{a.final_model.epsilon:.2f}" for a in audits))
     row("loss attack: AUC", *(f"{a.loss_attack.auc:.3f}" for a in audits))
@@ -348,8 +378,9 @@ def _run(options: AuditConfig, base: BaseModel, out: Path, console: Console) -> 
         print(json.dumps(result | {"audits": short}, indent=1))
     else:
         results().print(show(audits))
-    console.print(f"audit.json and audit.png are in {out}. fedlora-client attach-audit adds the bound to the report of "
-                  "a run with the same mechanism.", soft_wrap=True)
+    console.print(f"audit.json and audit.png are in {out}." + (
+        "" if options.secure_aggregation else " fedlora-client attach-audit adds the bound to the report of a run with "
+        "the same mechanism."), soft_wrap=True)
     if not audits[0].holds:
         console.print("The claim is refuted: this client lost more privacy than its accountant says.", style="bold red")
         return 1

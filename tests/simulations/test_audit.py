@@ -13,7 +13,7 @@ from scipy.stats import binom
 from fedlora.privacy.report import read_audit
 from fedlora_server.run_setup import find_model
 from fedlora_simulations import audit, one_run
-from fedlora_simulations.adversary import evidence
+from fedlora_simulations.adversary import Others, evidence
 from fedlora_simulations.canaries import LENGTH, CanaryTrainer
 from fedlora_simulations.cli import main
 from fedlora_simulations.one_run import lower_bound, membership, p_value
@@ -178,6 +178,21 @@ def test_a_broken_mechanism_is_refuted(arguments, monkeypatch, kind, factors):
     assert report.claimed <= 1.0 < report.white_box.epsilon and not report.holds
 
 
+SUMS = "--secure-aggregation", "--canaries=gradient", "--trust=aggregate", "--epsilon=1", "--members=100"
+
+
+def test_sums_with_the_noise_of_honest_clients_do_not_refute_their_claim(arguments):
+    report = run(arguments, *SUMS, private=True)
+    assert report.holds and report.white_box.epsilon <= report.claimed <= 1 and report.claimed > 0.9
+    assert report.members == 100 and membership(report.scores, report.included).auc > 0.52  # the attack sees something
+
+
+def test_sums_in_which_the_others_noise_is_missing_refute_it(arguments, monkeypatch):
+    monkeypatch.setattr(Others, "added_to", lambda self, vector, plan: vector)
+    report = run(arguments, *SUMS, private=True)
+    assert report.claimed <= 1.0 < report.white_box.epsilon and not report.holds
+
+
 def test_gradient_canaries_replace_exactly_their_own_gradients(arguments):
     """Without noise, the step is the sum of the drawn records' gradients, with directions in the canaries' places."""
     seen = {}
@@ -244,7 +259,8 @@ def test_wrong_options_end_with_code_2_and_are_named(arguments, more, names, cap
 
 @pytest.mark.parametrize(("more", "names"), [
     (["--data=absent.jsonl"], "does not exist"), (["--batch-size=300"], "expected batch of at most"),
-    (["--rank=2"], "raise --rank"), (["--labels=routine,calm"], "not in the label set"),
+    (["--rank=2"], "raise --rank"), (["--secure-aggregation", "--members=2"], "takes 3 to 200 clients"),
+    (["--members=4"], "--members 4 is for --secure-aggregation"), (["--labels=routine,calm"], "not in the label set"),
     (["--column=label=triage"], "triage")])
 def test_wrong_data_ends_with_code_2_and_a_remedy(arguments, more, names, capsys, tmp_path):
     assert main(["audit", *arguments, f"--out={tmp_path / 'out'}", *more]) == 2
