@@ -69,6 +69,11 @@ COMMENTS: Mapping[str, str] = {
     "clip_norm": "L2 norm to which each record's part is clipped; the noise is a multiple of it",
     "max_length": "tokens kept of each record",
     "weight_by_examples": "whether clients tell how many records they have",
+    "mechanism": "dp-sgd: each client's own noise; distributed-gaussian: the server sees secure sums alone",
+    "least_members": "fewest clients of which a secure sum is made; 0 without secure sums",
+    "colluding": "clients that may tell the server what they know without the promise of the sums changing",
+    "hold_out": "share of the records on which no one trains, and whose scores are in the secure sums",
+    "least_noise": "least noise that each client adds to a secure sum, as a multiple of the clip norm",
 }
 
 _FREE = frozenset({"alpha", "optimizer", "lr", "lr_schedule", "adjustment", "adapter_scale", "head_scale",

@@ -80,6 +80,7 @@ DIFFERENT = {
     "max_length": 17, "rank": 3, "targets": ("value",), "train_head": False, "dropout": 0.1, "rounds": 5,
     "max_participations": 3, "local_steps": 1, "expected_batch": 7, "clip_norm": 0.4, "weight_by_examples": True,
     "private_start": True, "family_options": (("blocks", 2.0),), "ranks": (("q", 4),),
+    "mechanism": "distributed-gaussian", "least_members": 4, "colluding": 1, "least_noise": 0.5, "hold_out": 0.1,
     "model": dataclasses.replace(make_plan().model, weights_sha256="0" * 64)}
 """A value of each field in which a server's plan must be the kit's."""
 
@@ -125,7 +126,7 @@ DAMAGE = {
     "a changed value": (edited("^clip-norm = 0.5", "clip-norm = 5.0"), "was changed since it was made"),
     "a changed fingerprint": (edited('^fingerprint = "....', 'fingerprint = "xxxx'), "was changed since it was made"),
     "another address": (edited("fl.example.org", "fl.example.com"), "was changed since it was made"),
-    "a lost end": (lambda text: text[:len(text) // 2], "not a kit"),
+    "a lost end": (lambda text: text[:text.index("clip-norm") + 4], "not a kit"),
     "a lost table": (edited(r"^\[tuning\].*", ""), r"\[tuning\] adapter-scale is missing"),
     "a lost line": (edited("^clip-norm.*?\n", ""), r"\[plan\] clip-norm is missing"),
     "an unknown key": (edited("^clip-norm", "clip-normal = 1\nclip-norm"), r"\[plan\] clip-normal is not known"),
