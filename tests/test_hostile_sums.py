@@ -25,7 +25,8 @@ from fedlora.secure_sum.member import Attendance
 from fedlora.secure_sum.packages import Closing, sent_digest
 from fedlora.secure_sum.roster import Entry, run_digest
 from fedlora.wire import pb
-from fedlora.wire.sums import roster_to_wire
+from fedlora.wire.sums import reveal_from_wire, roster_to_wire
+from fedlora_client.verify_command import main
 from fedlora_server.pki.authority import Authority
 from fedlora_server.tls import ServerTls
 from tests.client.sum_server import SumServer, roster_of
@@ -133,6 +134,28 @@ def run(tmp_path, checkpoint):
 
 def is_declined(answer):
     return (answer.declined.refusal.code, answer.declined.refusal.detail) == ("policy", "")
+
+
+def test_a_client_s_report_says_of_which_sums_it_revealed_its_shares(run):
+    collector = run.trained()
+    survivors = collector.close()
+    for name in OTHERS:
+        collector.add_signature(name, run.others[name].agree(survivors))
+    collector.add_signature(NORTH, run.server.agree(NORTH, KEY, survivors).agreement.signature)
+    for _ in range(2):  # it is asked again where the answer was lost
+        collector.add_reveal(reveal_from_wire(run.server.reveal(NORTH, KEY, collector.closing()).reveal, NORTH))
+    for name in OTHERS:
+        collector.add_reveal(run.others[name].reveal(collector.closing()))
+    assert collector.opened().any(), "the sum is that of north alone, as the others sent zeros"
+    second = run.packages(collector.roster, NEXT)
+    assert isinstance(run.order(NEXT, second.form_cohort(run.sent)[NORTH]), np.ndarray)
+    run.server.close()
+    assert run.deployment.end(NORTH, 60) == 0, run.deployment.log(NORTH)
+    folder = run.folder / "state" / NORTH / run.plan.run_id
+    report = json.loads((folder / "privacy.json").read_text())
+    assert report["sums"]["revealed"] == [{"round": 1, "attempt": 0}] and len(report["trainings"]) == 2
+    assert "revealed its shares of 1, so" in (folder / "privacy.md").read_text()
+    assert main([str(folder / "privacy.json"), "--any-key"]) == 0
 
 
 def test_a_member_that_the_server_invents_is_found_by_the_pins_before_anything_is_charged(run):

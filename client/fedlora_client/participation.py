@@ -180,8 +180,14 @@ class Participation:
 
         return SumMember(plan, self._tls.identity, terms, announced=self._limits.announce_size,
                          pins=gate.policy.pins(self._tls.identity().certificate.fingerprint),
-                         least=gate.policy.fewest_members, tell=told,
+                         least=gate.policy.fewest_members, tell=told, reveals=self._note_reveal,
                          note=lambda facts: gate.ledger.note_roster(gate.dataset, plan.run_id, facts))
+
+    def _note_reveal(self, key: Key) -> None:
+        try:
+            self._state.save_revealed(*key)
+        except (ValueError, OSError) as error:
+            log.error("That shares were revealed could not be noted for the privacy report: %s", error)
 
     def _admit(self, holder: DataHolder) -> tuple[Budget, RunTerms]:
         """Settle the run's terms, show what it costs, and ask the owner if someone is there to be asked.

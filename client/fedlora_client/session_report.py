@@ -90,8 +90,9 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
         terms_announced=session.limits.announce_size, anchored=session.anchors,
         rows_per_unit=None if unit == ROW else session.limits.rows_per_unit,
         predictable=INSECURE_SEED_VARIABLE if session.streams.predictable else None, refusals=refusals, about=about,
-        sums=Sums(terms.aggregate_noise_multiplier, terms.least_members, terms.colluding,
-                  ledger.rosters(dataset, run.run_id)) if run.secure_aggregation else None))
+        sums=None if not run.secure_aggregation else Sums(
+            terms.aggregate_noise_multiplier, terms.least_members, terms.colluding,
+            ledger.rosters(dataset, run.run_id), session.state.revealed(run.run_id))))
     return write_report(folder, sign(report, load_or_create_key(paths.signing_key())))
 
 

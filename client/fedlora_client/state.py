@@ -53,6 +53,10 @@ class MemoryState:
         """Return {}: no sizes are kept."""
         return {}
 
+    def revealed(self, run_id: str) -> list[tuple[int, int]]:
+        """Return []: a simulated client masks nothing."""
+        return []
+
     def check_room(self, upload_bytes: int) -> None:
         """Do nothing: what is not kept needs no room."""
 
@@ -136,6 +140,16 @@ class FolderState:
         """
         kept = _kept(self.run_folder(run_id) / "sizes.json") or []
         return {(round, attempt): (size, *width, None)[:2] for round, attempt, size, *width in kept}
+
+    def save_revealed(self, run_id: str, round: int, attempt: int) -> None:
+        """Keep that this client reveals its shares of an attempt at a round, for the privacy report."""
+        replace_file(self.run_folder(run_id) / "revealed.json",
+                     json.dumps([*self.revealed(run_id), (round, attempt)]).encode())
+
+    def revealed(self, run_id: str) -> list[tuple[int, int]]:
+        """Return (round, attempt) of each attempt of which shares were revealed, by earlier processes too."""
+        kept = _kept(self.run_folder(run_id) / "revealed.json") or []
+        return [(round, attempt) for round, attempt in kept]
 
     def frozen(self) -> tuple[str, Tensors]:
         """Return the digest of the frozen tensors that were received last, and the tensors; ("", {}) if none."""

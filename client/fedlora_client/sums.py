@@ -105,6 +105,7 @@ class SumMember:
         pins: fingerprints of the keys that may be members; None if the owner named none.
         least: the fewest members of a roster that the owner takes part with.
         note: called with what the ledger keeps of a roster, before anything is charged under it.
+        reveals: called with the key of an attempt before this client reveals its shares of it, from any thread.
         tell: called from any thread with a line for the data holder, and the key of the attempt that it is about.
 
     Raises:
@@ -114,10 +115,11 @@ class SumMember:
     def __init__(self, plan: RunPlan, identity: Callable[[], Identity], terms: RunTerms, *, announced: bool = True,
                  pins: Collection[str] | None = None, least: int = LEAST_MEMBERS,
                  note: Callable[[RosterFacts], None] = lambda facts: None,
+                 reveals: Callable[[Key], None] = lambda key: None,
                  tell: Callable[[str, Key | None], object] = lambda line, key: None) -> None:
         assert terms.noise_multiplier is not None, "a run with secure aggregation is private"
         self._plan, self._read, self._terms, self._pins, self._tell = plan, identity, terms, pins, tell
-        self._least, self._note = least, note
+        self._least, self._note, self._reveals = least, note, reveals
         self._noted: set[str] = set()  # digests of the rosters that the ledger has from this process
         self._multiplier: float = terms.noise_multiplier
         self._noise = terms.noise_multiplier * (terms.clip_norm / plan.clip_norm) if announced else 0.0
@@ -259,6 +261,7 @@ class SumMember:
             again, revealed = held.attendance.revealed, held.attendance.reveal(closing)
         if not again:
             assert held.cohort is not None, "the attendance has accepted it"
+            self._reveals(key)
             self._tell(f"{_named(key)}: the sum of {len(closing.survivors)} of {len(held.cohort.cohort)} clients' "
                        "uploads is closed, and this client revealed its shares, so that the server can open it.", key)
         return pb.SumAnswer(reveal=reveal_to_wire(revealed, of))

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedlora import wire
 from fedlora.identity import Identity
-from fedlora.plan import AGGREGATE, Proposal, Refusal, Refused, Released, RoundPlan, RunPlan, Tensors, Upload
+from fedlora.plan import AGGREGATE, GOODBYES, Proposal, Refusal, Refused, Released, RoundPlan, RunPlan, Tensors, Upload
 from fedlora.privacy import RunTerms
 from fedlora.secure_sum import statements
 from fedlora.secure_sum.guarantee import least_noise
@@ -215,7 +215,7 @@ class SumServer:
     def close(self) -> None:
         """Say goodbye to all clients, wait until their streams have ended, and stop."""
         for name in self._seats:
-            self.say(name, pb.ServerFrame(goodbye=pb.Goodbye(reason="finished")).SerializeToString())
+            self.say(name, pb.ServerFrame(goodbye=pb.Goodbye(reason=GOODBYES["finished"])).SerializeToString())
         self._server.stop(PATIENCE_S).wait()
 
     def say(self, name: str, *frames: bytes) -> None:

@@ -53,7 +53,8 @@ def made_sums(*, rosters=(SIX,), aggregate=None, trainings=DONE, **changes):
         "dataset": "ward-7", "run_id": RUN, "client": "north", "server": "127.0.0.1:9092", "plan_sha256": "cd" * 32,
         "strategy": "fedsvd", "base_model": {"name": "minilm"}, "unit": "row", "declared_size": 5000, "delta": DELTA,
         "mechanism": mechanism, "trainings": trainings, "lifetime": lifetime,
-        "disclosed": announced(client="north", private=True), "sums": Sums(aggregate, 6, 1, rosters)}
+        "disclosed": announced(client="north", private=True), "sums": Sums(
+            aggregate, 6, 1, rosters, [(1, 0), (2, 0)] if trainings else [])}
     return privacy_report(ReportedRun(**(arguments | changes)), now=1.8e9)
 
 
@@ -142,6 +143,7 @@ def test_where_the_sums_are_charged_the_lifetime_counts_what_they_cost():
     (("sums", "rounding_delta"), 0.0, "rounding_delta"),
     (("sums", "event"), "none", "sums.event"),
     (("sums", "charged"), "aggregate", "it must be 'local'"),
+    (("sums", "revealed"), [{"round": 9, "attempt": 0}], "no upload was sent for it"),
     (("sums", "aggregate_noise_multiplier"), 1.1, "it must be 'aggregate'"),
     (("sums", "least_members"), 7, "7 members or more"),
     (("sums", "colluding"), 0, "of whom 0 collude"),
@@ -183,6 +185,7 @@ def test_the_page_shows_both_guarantees_and_says_in_two_sentences_what_each_assu
     own, sums = (section.partition(f"- **{name}.** ")[2].partition("\n")[0] for name in ("By own noise", "In the sums"))
     assert own.count(". ") == sums.count(". ") == 1 and "nobody has to be trusted" in own and "pinned keys" in sums
     assert f"**{epsilon(SIGMA, ROUNDS):.3f}"[:6] in section and "One person's records at two clients: ε = " in section
+    assert "Of 3 masked uploads that left, this client revealed its shares of 2" in section
     assert "at least 4 of 6 members honest in a sum, 1 may collude" in section and "are pinned" in section
     assert "**pinned**" in page and "**pinned**" not in markdown(made()) and "## Two guarantees" not in markdown(made())
     assert len(page.partition("## Appendix A")[0].splitlines()) < 120

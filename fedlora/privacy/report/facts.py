@@ -58,12 +58,14 @@ class Sums:
         least_members: the fewest members of a roster that this client takes part with.
         colluding: t, how many members may tell the server what they know.
         rosters: the rosters under which trainings were begun, in their order.
+        revealed: (round, attempt) of each upload whose sum this client helped to open. Its other uploads stay masked.
     """
 
     aggregate_noise_multiplier: float | None
     least_members: int
     colluding: int
     rosters: Sequence[RosterFacts]
+    revealed: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,10 @@ def _sums(report: Document) -> str:
               for one in sums["rosters"][:MOST_LINES]]
     if len(sums["rosters"]) > MOST_LINES:
         lines.append(f"- {len(sums['rosters']) - MOST_LINES} more rosters are in privacy.json.")
+    sent, opened = sum(one["state"] == "released" for one in report["trainings"]), len(sums["revealed"])
+    lines.append(f"- Of {sent} masked uploads that left, this client revealed its shares of {opened}, so that their "
+                 f"sums could be opened. It revealed no share of {sent - opened}: they stay masked for ever, and are "
+                 "charged all the same.")
     if sums["no_guarantee"] is None:
         lines += [f"- One person's records at two clients: ε = {shown(sums['two_clients'])} in the sums at the run's "
                   "maximum; by own noise the two clients' ε add up.",

@@ -42,7 +42,8 @@ def sums_part(report: Document, sums: Sums) -> dict[str, Any]:
     aggregate = sums.aggregate_noise_multiplier
     part: dict[str, Any] = {
         "charged": _charged(aggregate), "aggregate_noise_multiplier": aggregate,
-        "least_members": sums.least_members, "colluding": sums.colluding, "rosters": rosters, "no_guarantee": None,
+        "least_members": sums.least_members, "colluding": sums.colluding, "rosters": rosters,
+        "revealed": [{"round": number, "attempt": attempt} for number, attempt in sums.revealed], "no_guarantee": None,
         "event": None, "rounding_delta": None, "two_clients": None}
     whole = {**report, "sums": part}
     part["no_guarantee"] = why_no_sums(whole)
@@ -109,6 +110,9 @@ def check_sums(report: Document) -> list[tuple[str, str, float | None, float | N
                                                               + math.sqrt(roster.values))
         require(roster.noise_multiplier <= most * (1 + 1e-9), "sums.rosters noise_multiplier",
                 roster.noise_multiplier, f"by the roster's own numbers it is at most {most!r}")
+    sent = [(one["round"], one["attempt"]) for one in report["trainings"] if one["state"] == "released"]
+    for one in part["revealed"]:
+        require((one["round"], one["attempt"]) in sent, "sums.revealed", one, "no upload was sent for it")
     reason = why_no_sums(report)
     require(part["no_guarantee"] == reason, "sums.no_guarantee", part["no_guarantee"],
             f"by the report's own facts it must be {reason!r}")
