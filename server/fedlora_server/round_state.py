@@ -37,6 +37,11 @@ FOR_GOOD = frozenset({"policy", "budget", "model-mismatch", "version-mismatch", 
 """Refusal codes after which a client is not asked again in this run."""
 
 
+def held_up(reason: str) -> str:
+    """Return what is told of uploads that this machine cannot store for now."""
+    return f"uploads cannot be stored ({reason}). The run goes on as soon as they can; Ctrl-C stops it"
+
+
 @dataclass(frozen=True)
 class RoundOptions:
     """The options of the round loop. None of them is sent to clients.
@@ -238,8 +243,7 @@ class OpenRound:
         self._until = {attempt: until + self._looked_at - before for attempt, until in self._until.items()}
         if not self._told_held_up:
             self._told_held_up = True
-            self._observer.held_up(f"uploads cannot be stored ({reason}). The run goes on as soon as they can; Ctrl-C "
-                                   "stops it")
+            self._observer.held_up(held_up(reason))
 
     def _is_enough(self) -> bool:
         """Return whether the round closes with the uploads it has, now that no client trains and none is left to ask.

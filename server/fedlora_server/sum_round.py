@@ -45,7 +45,7 @@ from . import sum_files
 from .client_sampling import POLL_S, RETURN_S, Clients, Ended
 from .engine import Engine, node_id
 from .observer import Observer
-from .round_state import ASKS_PER_ROUND, FOR_GOOD, TRAINED_NOTHING, RoundOptions
+from .round_state import ASKS_PER_ROUND, FOR_GOOD, TRAINED_NOTHING, RoundOptions, held_up
 from .sum_answers import declined
 from .sum_roster import ANSWER_S, Present, Rosters
 
@@ -82,6 +82,8 @@ class _Training:
     open: dict[str, int] = field(default_factory=dict)  # message id → node
     told: dict[str, str] = field(default_factory=dict)  # message id → the outcome that the observer knows
     alone_since: float = math.inf  # when the last client that was at work was lost
+    looked_at: float = field(default_factory=time.monotonic)
+    told_held_up: bool = False
 
 
 class SumRound:
@@ -308,6 +310,7 @@ class SumRound:
     def _listen(self, collector: Collector, training: _Training) -> None:
         """Take the next answers."""
         outcomes = self._engine.wait(list(training.open), POLL_S)
+        self._stand_still(training)
         for message_id, outcome in outcomes.items():
             name = self._engine.name_of(training.open[message_id])
             if training.told.get(message_id) != str(outcome):
@@ -323,6 +326,15 @@ class SumRound:
             self._engine.cancel([message_id])
         at_work = any(outcomes.get(message_id) != "lost" for message_id in training.open)
         training.alone_since = math.inf if at_work else min(training.alone_since, time.monotonic())
+
+    def _stand_still(self, training: _Training) -> None:
+        """Stop the clients' clock while this machine cannot store uploads, and tell the observer."""
+        before, training.looked_at = training.looked_at, time.monotonic()
+        if reason := self._engine.held_up:
+            training.until += training.looked_at - before
+            if not training.told_held_up:
+                training.told_held_up = True
+                self._observer.held_up(held_up(reason))
 
     def _add(self, collector: Collector, name: str, message_id: str) -> None:
         """Add an upload to the sum."""

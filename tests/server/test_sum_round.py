@@ -1,7 +1,7 @@
 """Secure sums over real connections: what is opened, who may be missing, and what a killed server goes on with."""
 
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from fedlora_server.tls import ServerTls
 from fedlora_strategies import strategy_class
 from fedlora_strategies.messages import to_record
 from tests.federation import layout_of, plan_of, start_of
+from tests.fedlora.ledgers import no_file_left
 from tests.fedlora.secure_sums import authority
 from tests.sum_clients import AGREEMENT, NAMES, PACKAGE, REVEAL, STEPS, UPLOAD, SumClient, expected, leave, started
 
@@ -192,6 +193,26 @@ def test_a_client_that_stays_silent_is_not_waited_for_beyond_the_time_for_answer
         clients["site-002"].silent.add((step, 1, 0))
         under_way, survivors = there.opened()
         assert under_way.unopened == 0 and ("site-002" in survivors) == (step in (AGREEMENT, REVEAL))
+
+
+def test_uploads_that_cannot_be_stored_are_waited_for_beyond_the_time_limit(tmp_path):
+    class Outage(Heard):
+        reasons, outage = (), ExitStack()
+
+        def asked(self, round, attempt, names):
+            self.outage.enter_context(no_file_left())
+            threading.Timer(2.0, self.outage.close).start()
+
+        def held_up(self, reason):
+            self.reasons += (reason,)
+
+    with federation(tmp_path, 3, round_timeout_s=0.7) as (there, _):
+        there.heard = Outage()
+        try:
+            assert there.opened()[1] == NAMES[:3]
+        finally:
+            there.heard.outage.close()
+        assert len(there.heard.reasons) == 1 and "uploads cannot be stored" in there.heard.reasons[0]
 
 
 def test_a_client_that_refuses_the_roster_is_named_and_the_others_go_on(tmp_path):
