@@ -104,6 +104,17 @@ def test_it_says_who_joined_uploaded_and_was_averaged_with_certificates_and_addr
     assert run.log.head == run.lines()[-1]["hash"] and run.log.head in run.console.export_text()
 
 
+def test_it_names_the_roster_of_secure_sums_and_the_attempts_that_ended_unopened(tmp_path):
+    run = Run(tmp_path).begin()
+    run.log.rostered(1, ("a", "b"), 2, "ab" * 32)
+    run.log.unopened(1, 0, "why")
+    run.round(1)
+    run.end()
+    told = run.told("event", "round", "attempt", "sha256", "code")
+    assert told[2:4] == [("rostered", 1, None, "ab" * 32, None), ("unopened", 1, 0, None, None)]
+    assert main(["verify", str(tmp_path)]) == 0
+
+
 def test_a_plan_whose_labels_are_open_is_named_once_they_are_fixed(tmp_path):
     run = Run(tmp_path, plan=PLAN.with_open_labels())
     run.log.open()
