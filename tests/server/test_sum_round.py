@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fedlora.plan import AGGREGATE, Proposal
+from fedlora_server import sum_roster
 from fedlora_server.client_sampling import Clients, Ended
 from fedlora_server.grpc_engine import GrpcEngine
 from fedlora_server.observer import Observer
@@ -213,6 +214,13 @@ def test_uploads_that_cannot_be_stored_are_waited_for_beyond_the_time_limit(tmp_
         finally:
             there.heard.outage.close()
         assert len(there.heard.reasons) == 1 and "uploads cannot be stored" in there.heard.reasons[0]
+
+
+def test_beyond_the_most_members_others_wait_and_the_roster_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(sum_roster, "MOST_MEMBERS", 4)
+    with federation(tmp_path, 5) as (there, _):
+        first, second = there.opened(1)[1], there.opened(2)[1]
+        assert len(first) == 4 and first == second and len(there.heard.made) == 1
 
 
 def test_a_client_that_refuses_the_roster_is_named_and_the_others_go_on(tmp_path):
