@@ -265,6 +265,7 @@ class SumClient:
         roster = self.rosters[-1]
         key = roster.digest, round, attempt
         if key not in self._attendances:
+            self._attendances = {held: one for held, one in self._attendances.items() if held[1] >= round}
             self._attendances[key] = Attendance(self.name, roster, self._signing, self._sealing, round=round,
                                                 attempt=attempt)
         return self._attendances[key]
