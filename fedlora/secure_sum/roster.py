@@ -162,18 +162,22 @@ class Roster:
             least: the fewest members that the owner's policy takes part with.
 
         Raises:
-            Refused: an entry is invalid, unknown to the authority or not pinned, the own entry was changed, or the
-                roster is too small.
+            Refused: an entry is invalid, unknown to the authority or not pinned, two have the same key, the own entry
+                was changed, or the roster is too small.
         """
         if len(self.entries) < least:
             raise Refused(f"the roster has {len(self.entries)} members, and this site's policy takes part with {least} "
                           "or more")
         if self.members.get(own.name) != own:
             raise Refused(f"the roster does not hold the entry of {own.name!r} as this site sent it")
+        names: dict[str, str] = {}  # fingerprint → who has the key
         for entry in self.entries:
             said = _certificate_of(entry, authority)
             if invalid := said.why_invalid(now):
                 raise Refused(invalid)
+            if (other := names.setdefault(said.fingerprint, entry.name)) != entry.name:
+                raise Refused(f"{entry.name!r} has the key of {other!r}, so the two are one member; each needs a key of "
+                              "its own (fedlora-client enroll)")
             if pins is not None and said.fingerprint not in pins:
                 raise Refused(f"{entry.name!r} is in the roster and is none of the members that this site's policy "
                               f"names; its fingerprint is {said.fingerprint}")

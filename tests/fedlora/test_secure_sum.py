@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from scipy import stats
 
 from fedlora.identity.certificates import parse_certificate, utc_now
+from fedlora.identity.folder import AUTHORITY
 from fedlora.privacy.rng import RandomStream
 from fedlora.privacy.rounding import rounding_delta, rounding_distance
 from fedlora.secure_sum import shamir
@@ -320,6 +321,20 @@ def test_an_invented_member_a_changed_key_and_a_foreign_certificate_are_refused(
         check(with_third(dataclasses.replace(entry, certificate=people(3)["site-001"][2].certificate)))
     with pytest.raises(Refused, match="as this site sent it"):
         of.check(dataclasses.replace(of.entries[0], sealing_key=entry.sealing_key), authority_pem(), utc_now())
+
+
+def test_one_key_under_several_names_is_no_roster_of_several_members(tmp_path):
+    """A member whom the owner pinned, and a coordinator that runs the authority, make up as many more as they like."""
+    key, _, named = people(2)["site-001"]
+    again = Authority.create(tmp_path / "pki", ["127.0.0.1"]).admit("site-001-again", named.key)
+    false = Entry.signed("site-001-again", again.pem, people(3)["site-002"][2].sealing_key, RUN, key)
+    own = people(1)["site-000"][2]
+    of = dataclasses.replace(roster(3), entries=(own, named, false))
+    authorities = authority_pem() + (tmp_path / "pki" / AUTHORITY).read_bytes()
+    pins = [parse_certificate(entry.certificate).fingerprint for entry in roster(3).entries]
+    for options in ({}, {"pins": pins}):
+        with pytest.raises(Refused, match="'site-001-again' has the key of 'site-001'"):
+            of.check(own, authorities, utc_now(), **options)
 
 
 def test_no_roster_has_a_lower_threshold_more_colluders_or_two_members():
