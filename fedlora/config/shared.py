@@ -199,8 +199,8 @@ class RunConfig(Config):
         False, "have the server learn only the sum of the clients' uploads: each client adds its share of the sum's "
         "noise and masks what it sends. Implies --one-step", PRIVACY, None, plan="mechanism", place=2)
     colluding: int = option(
-        0, "with --secure-aggregation, how many clients may tell the server all they know without the other clients' "
-        "promise changing; at most a third of them", PRIVACY, values.natural, plan="colluding", place=3)
+        0, "with --secure-aggregation, how many clients may use what they know, alone or with the server, without the "
+        "other clients' promise changing; at most a third of them", PRIVACY, values.natural, plan="colluding", place=3)
     least_noise: float = option(
         0.0, "with --secure-aggregation, least noise of each client, as a multiple of --clip-norm; 0 leaves it to the "
         "clients", PRIVACY, values.number(float, 0), plan="least_noise", place=4)

@@ -39,8 +39,8 @@ class DistributedGaussian(Mechanism):
     promise: ClassVar[str] = (
         "Each member adds a share of this noise, and the server sees sums alone, each with the shares of at least as "
         "many honest members as are stated here. The figure holds against whoever sees these sums, the server "
-        "included, if all members are who their pinned keys say, no more of them than stated tell the server what they "
-        "know, and the others keep to the protocol.")
+        "included, if all members are who their pinned keys say, no more of them than stated use what they know, alone "
+        "or with the server, and the others keep to the protocol.")
     stores: ClassVar[tuple[str, ...]] = ("mechanism", "aggregate_noise_multiplier", "least_members", "colluding")
 
     @override
