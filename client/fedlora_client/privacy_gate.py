@@ -320,7 +320,7 @@ def limits_of(options: ClientConfig, gate: PrivacyGate) -> Limits:
     policy = gate.policy
     return Limits.of(options, gate.unit, declared_size=gate.declared_size,
                      max_sampling_rate=policy.max_sampling_rate, announce_size=policy.announce_size,
-                     trust=policy.trust, least_members=policy.fewest_members, pinned=policy.members is not None)
+                     trust=policy.trust, least_members=policy.fewest_members)
 
 
 def unit_count(rows: Rows) -> int:

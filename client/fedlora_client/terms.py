@@ -35,7 +35,6 @@ class Limits:
         announce_size: whether uploads state the noise multiplier and δ, from which n̂ can be computed.
         trust: whose noise a run with secure sums is charged for, as in `fedlora.privacy.Policy`.
         least_members: the fewest members of a roster of secure sums; a plan may demand more.
-        pinned: whether the data holder names the keys of all members.
     """
 
     epsilon: float
@@ -48,7 +47,6 @@ class Limits:
     announce_size: bool = True
     trust: str = "local"
     least_members: int = 0
-    pinned: bool = False
 
     @classmethod
     def of(cls, options: LocalConfig, unit: str, **allowed: Any) -> Limits:

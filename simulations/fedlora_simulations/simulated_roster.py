@@ -22,7 +22,7 @@ def simulated_limits(options: SimulationConfig, clients: int) -> Limits:
         options: the options of fedlora-simulate.
         clients: the number of clients.
     """
-    return Limits.of(options, options.privacy_unit or ROW, trust=options.trust, least_members=clients, pinned=True)
+    return Limits.of(options, options.privacy_unit or ROW, trust=options.trust, least_members=clients)
 
 
 def simulated_roster(plan: RunPlan, terms: Mapping[str, RunTerms], values: int) -> Roster | None:

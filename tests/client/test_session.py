@@ -382,7 +382,7 @@ def test_a_report_says_what_uploads_stated_and_verifies(desk, tmp_path, monkeypa
 def test_the_report_of_secure_sums_holds_the_rosters_of_the_ledger_and_both_guarantees(desk, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
     plan = make_plan(mechanism="distributed-gaussian", least_members=6, colluding=1, local_steps=1)
-    session = desk.session(plan, seed=None, trust="aggregate", least_members=6, pinned=True)
+    session = desk.session(plan, seed=None, trust="aggregate", least_members=6)
     terms = session.terms
     roster = RosterFacts("ab" * 32, 6, 1, terms.aggregate_noise_multiplier + 0.1, 4000.0, 2.0**-14, 300, True)
     desk.ledger.note_roster("north", plan.run_id, roster)
@@ -394,7 +394,7 @@ def test_the_report_of_secure_sums_holds_the_rosters_of_the_ledger_and_both_guar
     assert verified.report["lifetime"]["spent"] >= session.epsilon() > verified.report["sums"]["spent"]["epsilon"]
     desk.ledger.end_run("north", plan.run_id)
     with pytest.raises(Refused) as refused:  # whose noise is charged cannot change within a run
-        desk.session(plan, seed=None, least_members=6, pinned=True)
+        desk.session(plan, seed=None, least_members=6)
     assert refused.value.refusal.code == "policy"
 
 

@@ -28,7 +28,7 @@ def terms(epsilon=3.0, limits=None, **changes):
 
 
 def trusting(epsilon=3.0, least=6, **changes):
-    return Limits(epsilon, trust="aggregate", least_members=least, pinned=True, **changes)
+    return Limits(epsilon, trust="aggregate", least_members=least, **changes)
 
 
 def roster_of(run, own, members=6):
