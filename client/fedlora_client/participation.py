@@ -450,7 +450,8 @@ class Participation:
                 "that"
                 + ("." if self._streams.predictable else
                    f"; all {run.max_participations} rounds{' and the start' if run.private_start else ''} together "
-                   f"cost at most ε {self._limits.epsilon:g} at δ {terms.delta:.4g}."))
+                   f"cost at most ε {self._limits.epsilon:g} at δ {terms.delta:.4g}"
+                   + (" in the sums, with the noise of other members." if terms.aggregate_noise_multiplier else ".")))
             if terms.noise_multiplier != session.noise_for_run:
                 self._console.print(
                     f"The lifetime budget leaves less than that, so the noise is {terms.noise_multiplier:.3f} × the "
