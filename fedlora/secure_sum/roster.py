@@ -67,6 +67,27 @@ class Entry:
         """
         return is_signed(self.key, self.signature, _statement(run, self.name, self.sealing_key))
 
+    def check(self, run: bytes, authority: bytes, now: datetime) -> Certificate:
+        """Check the entry, as members and the server do, and return what its certificate says.
+
+        Args:
+            run: digest of the run (`run_digest`).
+            authority: certificates of the trusted authority, in PEM.
+            now: the time at which the certificate must be valid.
+
+        Raises:
+            Refused: the certificate is damaged, out of its time, another name's or not the authority's; or the sealing
+                key cannot be used, or is not signed by the certificate's key for this run.
+        """
+        said = _certificate_of(self, authority)
+        if invalid := said.why_invalid(now):
+            raise Refused(invalid)
+        if not is_usable(self.sealing_key):
+            raise Refused(f"the roster's sealing key of {self.name!r} is no usable X25519 key")
+        if not self.is_signed_for(run):
+            raise Refused(f"the roster's entry of {self.name!r} is not signed by its certificate's key for this run")
+        return said
+
 
 def run_digest(plan: RunPlan) -> bytes:
     """Return the digest of a run's id, plan and model, by which a roster and all statements name the run.
@@ -162,30 +183,23 @@ class Roster:
             least: the fewest members that the owner's policy takes part with.
 
         Raises:
-            Refused: an entry is invalid, unknown to the authority or not pinned, two have the same key, the own entry
-                was changed, or the roster is too small.
+            Refused: an entry is invalid, unknown to the authority or not pinned, two entries have the same key, the own
+                entry was changed, or the roster is too small.
         """
         if len(self.entries) < least:
             raise Refused(f"the roster has {len(self.entries)} members, and this site's policy takes part with {least} "
                           "or more")
         if self.members.get(own.name) != own:
             raise Refused(f"the roster does not hold the entry of {own.name!r} as this site sent it")
-        names: dict[str, str] = {}  # fingerprint → who has the key
+        holders: dict[str, str] = {}  # fingerprint → the member that holds the key
         for entry in self.entries:
-            said = _certificate_of(entry, authority)
-            if invalid := said.why_invalid(now):
-                raise Refused(invalid)
-            if (other := names.setdefault(said.fingerprint, entry.name)) != entry.name:
-                raise Refused(f"{entry.name!r} has the key of {other!r}, so the two are one member; each needs a key of "
-                              "its own (fedlora-client enroll)")
-            if pins is not None and said.fingerprint not in pins:
+            key = entry.check(self.run, authority, now).fingerprint
+            if pins is not None and key not in pins:
                 raise Refused(f"{entry.name!r} is in the roster and is none of the members that this site's policy "
-                              f"names; its fingerprint is {said.fingerprint}")
-            if not is_usable(entry.sealing_key):
-                raise Refused(f"the roster's sealing key of {entry.name!r} is no usable X25519 key")
-            if not entry.is_signed_for(self.run):
-                raise Refused(f"the roster's entry of {entry.name!r} is not signed by its certificate's key for this "
-                              "run")
+                              f"names; its fingerprint is {key}")
+            if (other := holders.setdefault(key, entry.name)) != entry.name:
+                raise Refused(f"{other!r} and {entry.name!r} are in the roster with the same key, and so are one "
+                              "member; each needs a key of its own (fedlora-client enroll)")
 
     def check_numbers(self, plan: RunPlan, deviation: float) -> None:
         """Check the numbers of the roster against the plan and against this member's own noise.
