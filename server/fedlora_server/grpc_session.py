@@ -22,9 +22,9 @@ from typing_extensions import override
 
 from fedlora import wire
 from fedlora.adapters import AdapterLayout
-from fedlora.identity.certificates import parse_certificate, utc_now
+from fedlora.identity.certificates import utc_now
 from fedlora.plan import Refusal, Refused
-from fedlora.secure_sum.masks import is_usable
+from fedlora.secure_sum import statements
 from fedlora.secure_sum.packages import SUM
 from fedlora.secure_sum.roster import Entry, run_digest
 from fedlora.wire import Incoming, Key, Repeats, Shapes, WireError, pb
@@ -348,12 +348,11 @@ class GrpcSession(ClientStream):
             return None
         entry, noise = membership_from_wire(ready.membership, self.name)
         try:
-            own = (parse_certificate(entry.certificate).fingerprint == self.fingerprint
-                   and is_usable(entry.sealing_key) and entry.is_signed_for(run_digest(plan)))
-        except ValueError as error:
+            if self._tls is None or entry.check(run_digest(plan), self._tls.authority_pem,
+                                                utc_now()).fingerprint != self.fingerprint:
+                raise WireError("a membership is not that of the connection's certificate")
+        except statements.Refused as error:
             raise WireError(f"a membership is not valid: {error}") from None
-        if not own:
-            raise WireError("a membership is not that of the connection's certificate for this run")
         return entry, noise
 
     def _on_sum(self, answer: pb.SumAnswer) -> None:

@@ -46,6 +46,11 @@ class ServerTls:
         """The server's certificate as it was read last."""
         return self._identity.certificate
 
+    @property
+    def authority_pem(self) -> bytes:
+        """The certificates of the authority that clients' certificates must come from, in PEM."""
+        return self._identity.authority_pem
+
     def told(self) -> str:
         """Return what the coordinator reads at the start: who may take part, the fingerprint, and when it ends."""
         lines = [f"Clients must show a certificate (TLS 1.3); {len(self._allowed)} are listed in {self._allowed.path}.",

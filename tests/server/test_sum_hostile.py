@@ -1,10 +1,15 @@
 """Clients that break the protocol of secure sums: what they send is refused or left out, and the others go on."""
 
 import time
+from datetime import UTC, datetime, timedelta
 
 import grpc
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
 from fedlora.secure_sum.packages import SUM
 from fedlora.wire import pb
@@ -159,7 +164,19 @@ class Damaged(SumClient):
         return membership
 
 
-@pytest.mark.parametrize("hostile", [Nobody, Other, Unsigned, Damaged])
+class SelfSigned(SumClient):
+    """A client whose entry has a certificate of its own key that no authority has issued."""
+
+    def membership(self):
+        key, now = self._signing, datetime.now(UTC)
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, self.name)])
+        made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1)).sign(key, SHA256())
+        membership = super().membership()
+        membership.certificate = made.public_bytes(Encoding.PEM)
+        return membership
+
+
+@pytest.mark.parametrize("hostile", [Nobody, Other, Unsigned, Damaged, SelfSigned])
 def test_a_client_without_an_entry_of_its_own_for_the_roster_loses_its_stream(hostile, tmp_path):
     with federation(tmp_path, 3) as (there, clients):
         clients[HOSTILE] = hostile(there.engine.address, HOSTILE, there.plan).start()
