@@ -1,7 +1,8 @@
 """The roster of a run with secure aggregation: who is in, when it is made anew, and who has agreed to it.
 
 A roster is kept while all clients that are ready are in it, as their present processes are, and at least as many as its
-threshold are ready. Else a new one is made of all that are ready.
+threshold are ready. Else a new one is made of all that are ready. If they are too few for a new one, the old one is kept
+for those who are in it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
+from fedlora.identity.certificates import fingerprint
 from fedlora.plan import Refusal, RunPlan
 from fedlora.plan.limits import MOST_MEMBERS
 from fedlora.privacy.mechanisms.distributed_gaussian import MOST_INFLATION
@@ -136,8 +138,12 @@ class Rosters:
         """Return what the clients gave that may be asked and can be in a roster, by node id."""
         memberships = self._engine.memberships()
         ready = {node: memberships[node] for node in self._clients.eligible() if node in memberships}
+        keys: dict[str, str] = {}  # fingerprint → the first client with this key
         for node, (entry, noise) in list(ready.items()):
-            if why := self._why_unusable(noise):
+            first = keys.setdefault(fingerprint(entry.key), entry.name)
+            if why := self._why_unusable(noise) or ("" if first == entry.name else (
+                    f"its key is that of {first}, and members refuse a roster with one key twice; have it enroll with "
+                    "a key of its own")):
                 del ready[node]
                 if self._unusable.get(entry.name) != why:
                     self._unusable[entry.name] = why
@@ -164,7 +170,8 @@ class Rosters:
             return False
         members = [entry for entry, _ in ready.values() if roster.members.get(entry.name) == entry]
         others = len(ready) - len(members)
-        return len(members) >= roster.threshold and (not others or len(roster.entries) == MOST_MEMBERS)
+        return len(members) >= roster.threshold and (
+            not others or len(roster.entries) == MOST_MEMBERS or len(ready) < self._plan.least_members)
 
     def _needed(self, ready: Mapping[int, tuple[Entry, float]]) -> int:
         """Return how many clients must be ready for a sum to begin."""

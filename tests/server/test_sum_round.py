@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,19 @@ from fedlora_strategies.messages import to_record
 from tests.federation import layout_of, plan_of, start_of
 from tests.fedlora.ledgers import no_file_left
 from tests.fedlora.secure_sums import authority
-from tests.sum_clients import AGREEMENT, NAMES, PACKAGE, REVEAL, STEPS, UPLOAD, SumClient, expected, leave, started
+from tests.sum_clients import (
+    AGREEMENT,
+    NAMES,
+    PACKAGE,
+    REVEAL,
+    STEPS,
+    UPLOAD,
+    SumClient,
+    expected,
+    leave,
+    person,
+    started,
+)
 
 
 def secure_plan(least=3, colluding=0, **changes):
@@ -173,6 +186,29 @@ def test_a_run_that_is_stopped_in_any_phase_ends_at_once(phase, tmp_path):
         there.heard = Stopping()
         with pytest.raises(Ended, match="stopped"):
             there.opened()
+
+
+def test_members_go_on_where_those_ready_are_too_few_for_the_roster_of_one_that_was_started_again(tmp_path):
+    with federation(tmp_path, 9, plan=secure_plan(9)) as (there, clients):
+        assert there.opened(1)[1] == NAMES[:9]
+        clients["site-000"].leave()
+        clients["site-001"].leave()
+        clients["site-001"] = SumClient(there.engine.address, "site-001", there.plan).start()
+        there.await_ready(8)
+        assert there.opened(2)[1] == NAMES[2:9] and len(there.heard.made) == 1
+        clients["site-000"] = SumClient(there.engine.address, "site-000", there.plan).start()
+        there.await_ready(9)
+        assert there.opened(3)[1] == NAMES[:9] and len(there.heard.made) == 2
+
+
+def test_a_client_with_the_key_of_another_is_left_out_of_the_roster(tmp_path):
+    with federation(tmp_path, 3) as (there, clients):
+        own = person("site-000")
+        issued = authority().admit("twin", own.key.public_key())
+        twin = replace(own, certificate=issued, chain_pem=issued.pem)
+        clients["twin"] = SumClient(there.engine.address, "twin", there.plan, identity=twin).start()
+        there.await_ready(4)
+        assert there.opened()[1] == NAMES[:3] and "its key is that of site-000" in there.heard.out["twin"]
 
 
 def test_a_client_whose_connection_breaks_is_asked_again(tmp_path):
