@@ -312,7 +312,7 @@ def planned(options: RunConfig, strategy: str) -> Preset:
             raise ValueError("--scaling rs and --ranks exclude each other: alpha is one number for all layers, and "
                              "alpha·√rank would be another for each rank. Leave --ranks out, or choose --scaling plain")
         values = dataclasses.replace(values, alpha=values.alpha * math.sqrt(values.rank))
-    if options.max_participations and options.max_participations > values.rounds:
+    if options.max_participations and options.max_participations > values.rounds and not options.secure_aggregation:
         raise ValueError(f"--max-participations {options.max_participations} is more than the {values.rounds} rounds "
                          "of the run; lower it, or leave it out for exactly the rounds")
     if options.dropout and options.privacy == "required":

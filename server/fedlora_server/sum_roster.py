@@ -1,8 +1,8 @@
 """The roster of a run with secure aggregation: who is in, when it is made anew, and who has agreed to it.
 
 A roster is kept while all clients that are ready are in it, as their present processes are, and at least as many as its
-threshold are ready. Else a new one is made of all that are ready. If they are too few for a new one, the old one is kept
-for those who are in it.
+threshold are ready. Else a new one is made of all that are ready. If they are too few for that, the old one is kept for
+those who are in it.
 """
 
 from __future__ import annotations
@@ -223,8 +223,13 @@ class Rosters:
         self._clients.missed(number, silent)
 
     def _why_so_few(self, number: int, needed: int, there: int, why: str) -> str:
+        most = self._plan.max_participations
+        spent = [entry.name for node, (entry, _) in self._engine.memberships().items()
+                 if self._clients.participations[node] >= most]
         parts = [why, f"{there} of the {needed} clients that a sum needs are ready" if there < needed else
                  f"fewer than {needed} clients take part in the roster",
+                 *([f"{named(spent)} trained {most} times and may not again (attempts that ended unopened count; a new "
+                    "run needs a higher --max-participations)"] if spent else []),
                  *(f"{named(names)} declined: {code}" for code, names in _by_code(self.refused).items()),
                  *(f"{name} is left out: {reason}" for name, reason in self._unusable.items())]
         return f"round {number}: " + "; ".join(filter(None, parts))

@@ -170,7 +170,8 @@ class SelfSigned(SumClient):
     def membership(self):
         key, now = self._signing, datetime.now(UTC)
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, self.name)])
-        made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1)).sign(key, SHA256())
+        end = now + timedelta(days=1)
+        made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, end).sign(key, SHA256())
         membership = super().membership()
         membership.certificate = made.public_bytes(Encoding.PEM)
         return membership

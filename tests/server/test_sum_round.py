@@ -139,6 +139,16 @@ def test_a_run_whose_clients_are_too_few_for_another_attempt_ends_with_the_reaso
         assert clients["site-000"].trained == [(there.plan.run_id, 1, 0)]
 
 
+def test_a_run_whose_attempts_have_used_up_what_clients_train_ends_with_the_reason(tmp_path):
+    plan = replace(secure_plan(), max_participations=1)
+    with federation(tmp_path, 3, plan=plan) as (there, _):
+        there.opened(1)
+        with pytest.raises(Ended, match="wait-timeout") as ended:
+            there.opened(2)
+        assert "site-000, site-001, site-002 trained 1 times and may not again" in ended.value.why
+        assert "--max-participations" in ended.value.why
+
+
 def test_a_client_that_joins_late_waits_for_the_next_roster(tmp_path):
     with federation(tmp_path, 3) as (there, clients):
         assert there.opened(1)[1] == NAMES[:3]
