@@ -12,7 +12,6 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from scipy import stats
 
 from fedlora.identity.certificates import parse_certificate, utc_now
-from fedlora.identity.folder import AUTHORITY
 from fedlora.privacy.rng import RandomStream
 from fedlora.privacy.rounding import rounding_delta, rounding_distance
 from fedlora.secure_sum import shamir
