@@ -190,7 +190,8 @@ class Rosters:
                                     self._made.digest.hex())
         roster = self._made
         members = {node: entry.name for node, (entry, _) in ready.items() if roster.members.get(entry.name) == entry}
-        self._tell(number, {node: name for node, name in members.items() if name not in self._agreed})
+        due = self._clients.in_time(number, members, roster.threshold)
+        self._tell(number, {node: members[node] for node in due if members[node] not in self._agreed})
         agreed = {node: name for node, name in members.items() if name in self._agreed}
         in_time = set(self._clients.in_time(number, agreed, roster.threshold))
         return {node: name for node, name in agreed.items() if node in in_time}

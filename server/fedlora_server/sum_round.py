@@ -246,8 +246,6 @@ class SumRound:
         for node, answer in answers.items():
             with self._understood(present.names[node]):
                 collector.add_package(package_from_wire(answer.package))
-        self._clients.missed(self._number, [node for node in present.names if node not in answers
-                                            and node in self._engine.memberships()])
         return collector
 
     def _formed(self, collector: Collector, arrays: ArrayRecord) -> Collector:
@@ -401,7 +399,7 @@ class SumRound:
     # All phases.
 
     def _ask(self, requests: Mapping[int, pb.SumRequest], least: int = 0) -> dict[int, pb.SumAnswer]:
-        """Ask clients, and return the answers of those that do not decline.
+        """Ask clients, and return the answers of those that do not decline. Those that stay silent miss the round.
 
         Args:
             requests: node id → what it is asked.
@@ -411,6 +409,8 @@ class SumRound:
                                       return_s=min(ANSWER_S, self._options.wait_timeout_s))
         if self._stop.is_set():
             raise Ended("stopped")
+        connected = self._engine.memberships()
+        self._clients.missed(self._number, [node for node in requests if node in connected and node not in answers])
         for node, answer in answers.items():
             if (why := declined(answer)) is not None:
                 name = self._engine.name_of(node)

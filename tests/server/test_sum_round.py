@@ -240,6 +240,21 @@ def test_a_client_that_stays_silent_is_not_waited_for_beyond_the_time_for_answer
         clients["site-002"].silent.add((step, 1, 0))
         under_way, survivors = there.opened()
         assert under_way.unopened == 0 and ("site-002" in survivors) == (step in (AGREEMENT, REVEAL))
+        assert "site-002" not in there.opened(2)[1], "it is left out of the next round, so that it delays only one"
+
+
+def test_a_client_that_is_silent_about_the_roster_is_not_told_it_in_every_round(tmp_path):
+    class Mute(SumClient):
+        def answer(self, request):
+            answer = super().answer(request)
+            return None if request.HasField("roster") else answer
+
+    with federation(tmp_path, 3, round_timeout_s=0.5) as (there, clients):
+        clients["site-003"] = Mute(there.engine.address, "site-003", there.plan).start()
+        there.await_ready(4)
+        for number in (1, 2, 3, 4):
+            assert there.opened(number)[1] == NAMES[:3]
+        assert len(clients["site-003"].rosters) == 2, "in rounds 1 and 3"
 
 
 def test_uploads_that_cannot_be_stored_are_waited_for_beyond_the_time_limit(tmp_path):
