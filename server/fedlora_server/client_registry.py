@@ -334,7 +334,8 @@ class ClientRegistry:
                 seat.consult()
             try:
                 while not stop.is_set() and (now := time.monotonic()) < until:
-                    awaited = [seat for node, seat in seats.items() if questions[node].answer is None]
+                    awaited = [seat for node, seat in seats.items()
+                               if questions[node].answer is None and questions[node].is_for(seat.membership)]
                     there = any(seat.stream is not None and seat.ready for seat in awaited)
                     alone_since = math.inf if there else min(alone_since, now)
                     patience_s = 0.0 if len(seats) - len(awaited) >= least else return_s

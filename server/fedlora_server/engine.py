@@ -90,7 +90,7 @@ class Engine(Grid):
         return {}
 
     def confer(self, requests: Mapping[int, pb.SumRequest], timeout_s: float, stop: threading.Event, *,
-               least: int = 0, return_s: float = 0.0, digest: bytes = b"") -> Mapping[int, pb.SumAnswer]:
+               least: int = 0, return_s: float = 0.0, roster: Roster | None = None) -> Mapping[int, pb.SumAnswer]:
         """Ask clients what a secure sum needs, and return their answers by node id.
 
         A client that returns on a new stream is asked again. The wait ends when all clients have answered or are gone,
@@ -102,7 +102,7 @@ class Engine(Grid):
             stop: ends the wait when it is set.
             least: while fewer have answered, clients that are gone are waited for too, for `return_s` seconds.
             return_s: how long they are waited for.
-            digest: digest of the roster, if that is what the requests hold.
+            roster: the roster, if that is what the requests hold. A client whose present entry it lacks is not asked.
         """
         raise NotImplementedError("this engine's clients mask nothing")
 

@@ -16,7 +16,7 @@ from typing_extensions import override
 from fedlora import wire
 from fedlora.adapters import AdapterLayout
 from fedlora.plan import Proposal, Refusal, Released, RoundPlan, Tensors, Upload
-from fedlora.secure_sum.roster import Entry
+from fedlora.secure_sum.roster import Entry, Roster
 from fedlora.wire import pb
 from fedlora_strategies.messages import assign_id, read_train_messages, reply
 
@@ -102,8 +102,8 @@ class RegistryEngine(Engine):
 
     @override
     def confer(self, requests: Mapping[int, pb.SumRequest], timeout_s: float, stop: threading.Event, *,
-               least: int = 0, return_s: float = 0.0, digest: bytes = b"") -> Mapping[int, pb.SumAnswer]:
-        return self._registry.confer({node: Question(request, digest) for node, request in requests.items()}, timeout_s,
+               least: int = 0, return_s: float = 0.0, roster: Roster | None = None) -> Mapping[int, pb.SumAnswer]:
+        return self._registry.confer({node: Question(request, roster) for node, request in requests.items()}, timeout_s,
                                      stop, least=least, return_s=return_s)
 
     @override

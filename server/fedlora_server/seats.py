@@ -20,7 +20,7 @@ from flwr.app import Message
 
 from fedlora import wire
 from fedlora.plan import Proposal, Refusal, RoundPlan, Tensors
-from fedlora.secure_sum.roster import Entry
+from fedlora.secure_sum.roster import Entry, Roster
 from fedlora.wire import Key, Repeats, pb
 
 from .engine import Outcome, node_id
@@ -157,17 +157,25 @@ class Question:
 
     Attributes:
         request: the question. It is sent again on each new stream until it is answered.
-        digest: digest of the roster in the question; empty in a question without one.
+        roster: the roster in the question; None in a question without one.
         answer: the client's answer; None while it is awaited.
     """
 
     request: pb.SumRequest
-    digest: bytes = b""
+    roster: Roster | None = None
     answer: pb.SumAnswer | None = None
 
     def is_answered_by(self, answer: pb.SumAnswer) -> bool:
         """Return whether an answer is one to this question, and not to an earlier one."""
-        return fits(self.request, self.digest, answer)
+        return fits(self.request, b"" if self.roster is None else self.roster.digest, answer)
+
+    def is_for(self, membership: tuple[Entry, float] | None) -> bool:
+        """Return whether the question can be put to a client with this membership.
+
+        A roster without the client's present entry cannot: the client would take it for a breach of the protocol.
+        """
+        return self.roster is None or (membership is not None
+                                       and self.roster.members.get(membership[0].name) == membership[0])
 
 
 @dataclass
@@ -271,8 +279,9 @@ class Seat:
         self.consult()
 
     def consult(self) -> None:
-        """Send the question that is not answered, if there is one and the client is ready."""
-        if self.stream is not None and self.ready and self.question is not None and self.question.answer is None:
+        """Send the question that is not answered, if there is one that can be put to the client, and it is ready."""
+        if (self.stream is not None and self.ready and self.question is not None and self.question.answer is None
+                and self.question.is_for(self.membership)):
             self.stream.consult(self.question.request)
 
     def settle(self, key: Key, answer: Stored | Refusal | None) -> bool:

@@ -207,7 +207,7 @@ class Rosters:
             return
         request = pb.SumRequest(roster=roster_to_wire(self._made))
         answers = self._engine.confer(dict.fromkeys(members, request), min(ANSWER_S, self._options.round_timeout_s),
-                                      self._stop, digest=self._made.digest)
+                                      self._stop, roster=self._made)
         for node, name in members.items():
             if node not in answers:
                 continue

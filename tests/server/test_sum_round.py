@@ -198,6 +198,23 @@ def test_a_run_that_is_stopped_in_any_phase_ends_at_once(phase, tmp_path):
             there.opened()
 
 
+def test_a_client_that_is_started_again_while_a_roster_is_made_is_not_told_that_of_its_former_process(tmp_path):
+    with federation(tmp_path, 3) as (there, clients):
+        class Restarting(Heard):
+            def rostered(self, round, names, threshold, digest):
+                if not self.made:
+                    clients["site-002"].leave()
+                    clients["site-002"] = again = SumClient(there.engine.address, "site-002", there.plan).start()
+                    while again.entry not in [entry for entry, _ in there.engine.memberships().values()]:
+                        there.engine.wait((), 0.05)
+                self.made.append(names)
+
+        there.heard = there.rosters._observer = Restarting()
+        assert there.opened()[1] == NAMES[:3] and len(there.heard.made) == 2
+        again = clients["site-002"]
+        assert [roster.members["site-002"] for roster in again.rosters] == [again.entry]
+
+
 def test_members_go_on_where_those_ready_are_too_few_for_the_roster_of_one_that_was_started_again(tmp_path):
     with federation(tmp_path, 9, plan=secure_plan(9)) as (there, clients):
         assert there.opened(1)[1] == NAMES[:9]
