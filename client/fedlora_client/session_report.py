@@ -92,7 +92,8 @@ def write_privacy_report(folder: Path, session: ClientSession, *, server: str, l
         predictable=INSECURE_SEED_VARIABLE if session.streams.predictable else None, refusals=refusals, about=about,
         sums=None if not run.secure_aggregation else Sums(
             terms.aggregate_noise_multiplier, terms.least_members, terms.colluding,
-            ledger.rosters(dataset, run.run_id), session.state.revealed(run.run_id))))
+            ledger.rosters(dataset, run.run_id), session.state.revealed(run.run_id),
+            run.hold_out)))
     return write_report(folder, sign(report, load_or_create_key(paths.signing_key())))
 
 

@@ -205,3 +205,11 @@ def test_a_predictable_run_states_no_epsilon_of_its_sums_either():
 
 def test_a_report_of_dp_sgd_names_its_mechanism():
     assert made()["mechanism"]["key"] == "dp-sgd" == replace(MECHANISM).key
+
+
+def test_the_report_tells_what_the_members_were_shown_and_what_was_held_out():
+    sums = Sums(None, 6, 1, (SIX,), [(1, 0)], 0.2)
+    page = markdown(verify(sign(made_sums(sums=sums), KEY)).report)
+    assert "A share of 0.2 of the units is held out" in page and "held out" not in markdown(made_sums())
+    assert "membership in secure sums: this client's name, its certificate" in page
+    assert "keys and shares of secure sums" in page and "secure sums" not in markdown(made()).partition("What left")[2]

@@ -59,6 +59,7 @@ class Sums:
         colluding: t, how many members may tell the server what they know.
         rosters: the rosters under which trainings were begun, in their order.
         revealed: (round, attempt) of each upload whose sum this client helped to open. Its other uploads stay masked.
+        hold_out: share of the units that are scored in the sums in place of being trained on.
     """
 
     aggregate_noise_multiplier: float | None
@@ -66,6 +67,7 @@ class Sums:
     colluding: int
     rosters: Sequence[RosterFacts]
     revealed: Sequence[tuple[int, int]] = ()
+    hold_out: float = 0.0
 
 
 @dataclass(frozen=True)

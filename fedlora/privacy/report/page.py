@@ -88,6 +88,10 @@ def _sums(report: Document) -> str:
     lines.append(f"- Of {sent} masked uploads that left, this client revealed its shares of {opened}, so that their "
                  f"sums could be opened. It revealed no share of {sent - opened}: they stay masked for ever, and are "
                  "charged all the same.")
+    if sums["hold_out"]:
+        lines.append(f"- A share of {short(sums['hold_out'])} of the units is held out: a drawn one adds how well the "
+                     "model does on it to the sum, in place of a gradient and within the same bound, so that the "
+                     "figures above cover it.")
     if sums["no_guarantee"] is None:
         lines += [f"- One person's records at two clients: ε = {shown(sums['two_clients'])} in the sums at the run's "
                   "maximum; by own noise the two clients' ε add up.",

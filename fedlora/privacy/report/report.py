@@ -217,6 +217,12 @@ def _while_running(run: ReportedRun) -> list[Disclosure]:
         said.append(Disclosure(f"sealed anchor, {ANCHOR_BYTES} bytes in each upload", "how many rows this client's "
                                "ledger has and the hash of the last, encrypted with a key that only this client has; "
                                "the server hands the last one back when this client joins"))
+    if run.sums is not None and run.sums.rosters:
+        said += [Disclosure("membership in secure sums", "this client's name, its certificate, a public key and a "
+                            "signature, shown to the server and, in each roster, to all its members"),
+                 Disclosure("keys and shares of secure sums", "for each attempt a public key, signatures, and shares "
+                            "of two random secrets, sealed for each other member; for uploads that are said to be "
+                            "revealed the shares that open the sum. None is computed from records")]
     said += [Disclosure("refusal" if at is None else f"refusal in round {at}", code) for at, code in run.refusals]
     return said
 

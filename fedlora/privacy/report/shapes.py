@@ -17,8 +17,9 @@ _FIGURES = {"label": str, "steps": int, "epsilon": _EPSILON, "accountant": _TEXT
 _ROSTER = {"digest": str, "members": int, "colluding": int, "honest": int, "noise_multiplier": _NUMBER,
            "deviation": _NUMBER, "step": _NUMBER, "values": int, "pinned": bool}
 _SUMS = ({"charged": str, "aggregate_noise_multiplier": _MAYBE, "least_members": int, "colluding": int,
-          "rosters": [_ROSTER], "revealed": [{"round": int, "attempt": int}], "no_guarantee": _TEXT, "event": _TEXT,
-          "guarantee": _FIGURES, "spent": _FIGURES, "rounding_delta": _MAYBE, "two_clients": _EPSILON}, None)
+          "rosters": [_ROSTER], "revealed": [{"round": int, "attempt": int}], "hold_out": _NUMBER,
+          "no_guarantee": _TEXT, "event": _TEXT, "guarantee": _FIGURES, "spent": _FIGURES, "rounding_delta": _MAYBE,
+          "two_clients": _EPSILON}, None)
 _ATTACK = ({"even_odds": _NUMBER, "found": [{"false_alarms": _NUMBER, "at_most": _NUMBER}]}, None)
 SHAPE: dict[str, Any] = {
     "schema": str, "version": int, "made": str,

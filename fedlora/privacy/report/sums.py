@@ -43,7 +43,8 @@ def sums_part(report: Document, sums: Sums) -> dict[str, Any]:
     part: dict[str, Any] = {
         "charged": _charged(aggregate), "aggregate_noise_multiplier": aggregate,
         "least_members": sums.least_members, "colluding": sums.colluding, "rosters": rosters,
-        "revealed": [{"round": number, "attempt": attempt} for number, attempt in sums.revealed], "no_guarantee": None,
+        "revealed": [{"round": number, "attempt": attempt} for number, attempt in sums.revealed],
+        "hold_out": sums.hold_out, "no_guarantee": None,
         "event": None, "rounding_delta": None, "two_clients": None}
     whole = {**report, "sums": part}
     part["no_guarantee"] = why_no_sums(whole)
