@@ -14,6 +14,7 @@ from fedlora.privacy.ledger.lifetime_budget import filter_epsilon
 from fedlora.privacy.spend import Spend
 
 from .ledgers import terms as dp_sgd_terms
+from .test_ledger_witness import rehash
 
 DELTA, RATE, ROUNDS = 1e-5, 0.03, 80
 SIX = RosterFacts("ab" * 32, 6, 1, 1.2, 4000.0, 2.0**-14, 10_000, True)
@@ -130,6 +131,22 @@ def test_a_run_of_dp_sgd_is_stored_as_before_so_that_older_versions_read_it(tmp_
                            "accountant"}
     assert ledger.terms("a", "r1") == dp_sgd_terms() and ledger.terms("a", "r1").mechanism == "dp-sgd"
     ledger.close()
+
+
+def test_a_ledger_of_format_2_is_continued_in_place_with_rosters(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    ledger.begin_run("a", dp_sgd_terms())
+    ledger.close()
+    rehash(path, lambda event: event.replace('"format":3', '"format":2'))
+    ledger = Ledger(path)
+    ledger.begin_run("north", SUMS)
+    ledger.note_roster("north", "r1", SIX)
+    ledger.close()
+    again = Ledger(path)
+    assert again.terms("a", "r1") == dp_sgd_terms() and again.terms("north", "r1") == SUMS
+    assert again.rosters("north", "r1") == (SIX,) and events(path)[0]["body"]["format"] == 2
+    again.close()
 
 
 def test_only_a_private_run_with_secure_sums_is_charged_for_them():
