@@ -68,7 +68,7 @@ class Federation:
         self.engine = GrpcEngine("127.0.0.1:0", Proposal(plan), folder, tls=ServerTls(authority().folder))
         self.engine.expect(self.layout)
         self.strategy = strategy_class(plan.strategy)(plan, self.layout)
-        self.options = RoundOptions(**{"seed": 0, "min_clients": plan.least_members, "wait_timeout_s": 1.0} | options)
+        self.options = RoundOptions(**{"seed": 0, "min_clients": plan.least_members, "wait_timeout_s": 2.0} | options)
         self.clients, self.heard, self.stop = Clients(self.engine, plan, 0), Heard(), threading.Event()
         self.rosters = Rosters(self.engine, self.clients, plan, self.layout.num_trained, self.options, self.heard,
                                self.stop, lambda write: None, renewed=self.strategy.forget)
@@ -253,7 +253,7 @@ def test_a_client_whose_connection_breaks_is_asked_again(tmp_path):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_client_that_stays_silent_is_not_waited_for_beyond_the_time_for_answers(step, tmp_path):
-    with federation(tmp_path, 4, round_timeout_s=0.5) as (there, clients):
+    with federation(tmp_path, 4, round_timeout_s=1.5) as (there, clients):
         clients["site-002"].silent.add((step, 1, 0))
         under_way, survivors = there.opened()
         assert under_way.unopened == 0 and ("site-002" in survivors) == (step in (AGREEMENT, REVEAL))
@@ -280,12 +280,12 @@ def test_uploads_that_cannot_be_stored_are_waited_for_beyond_the_time_limit(tmp_
 
         def asked(self, round, attempt, names):
             self.outage.enter_context(no_file_left())
-            threading.Timer(2.0, self.outage.close).start()
+            threading.Timer(2.5, self.outage.close).start()
 
         def held_up(self, reason):
             self.reasons += (reason,)
 
-    with federation(tmp_path, 3, round_timeout_s=0.7) as (there, _):
+    with federation(tmp_path, 3, round_timeout_s=1.0) as (there, _):
         there.heard = Outage()
         try:
             assert there.opened()[1] == NAMES[:3]
