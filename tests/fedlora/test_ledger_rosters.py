@@ -67,7 +67,7 @@ def test_a_roster_with_other_facts_by_the_same_digest_is_refused(ledger):
 @pytest.mark.parametrize(("change", "why"), [
     ({"pinned": False}, "does not name the keys"), ({"noise_multiplier": 1.19}, "add noise of 1.19"),
     ({"members": 5}, "has 5 members, and the charge relies on 6"),
-    ({"deviation": 2.0}, "choose a finer grid")], ids=["pins", "noise", "members", "grid"])
+    ({"deviation": 2.0}, "give a lower --epsilon")], ids=["pins", "noise", "members", "grid"])
 def test_nothing_is_trained_under_a_roster_that_lacks_what_is_charged(ledger, change, why):
     ledger.begin_run("north", SUMS)
     with pytest.raises(LedgerError, match=why):

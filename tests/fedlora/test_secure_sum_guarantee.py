@@ -60,5 +60,5 @@ def test_one_persons_records_at_several_clients_cost_more_than_one_and_less_than
 
 def test_a_grid_that_is_too_coarse_for_delta_is_refused():
     coarse = dataclasses.replace(guarantee(6, 0, 0.6), deviation=2.0)
-    with pytest.raises(ValueError, match="finer grid"):
+    with pytest.raises(ValueError, match="give a lower --epsilon"):
         coarse.epsilon(DELTA, ROUNDS)

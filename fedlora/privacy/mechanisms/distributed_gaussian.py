@@ -145,8 +145,9 @@ class SumNoise:
         """
         added = rounding_delta(self.deviation, self.honest, coordinates=self.values * rounds, epsilon=epsilon)
         if not added <= ROUNDING_SHARE * delta:
-            raise ValueError(f"rounding to the grid would add {added:.2g} to δ = {delta:g} at ε = {epsilon:.4g}; "
-                             "choose a finer grid or more noise")
+            raise ValueError(f"rounding to the grid would add {added:.2g} to δ = {delta:g} at ε = {epsilon:.4g}, and a "
+                             "hundredth of δ is set aside for it; give a lower --epsilon, or have own noise charged "
+                             '(trust "local")')
         return added
 
     def _of_one(self, delta: float, rounds: int) -> float:
