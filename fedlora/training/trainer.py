@@ -398,8 +398,8 @@ class Trainer:
         """Return what the job's held-out records add to its sum, before the model changes; nothing without them."""
         if job.held_out is None:
             return np.zeros(0)
-        if job.start is not None:
-            self.active.write(job.start)
+        if job.start is not None:  # in lockstep the model holds another client's tensors; the frozen ones are the same
+            self.active.write({spec.name: job.start[spec.name] for spec in self.active.layout.trained})
         return hold_out.scored(job, self.adapted, self.task, device=self.device, autocast_dtype=self.autocast_dtype)
 
     @property

@@ -84,6 +84,16 @@ def test_workers_give_the_same_bits_and_clients_in_lockstep_nearly_the_same(argu
     assert one.aggregate_epsilons == batched.aggregate_epsilons
 
 
+def test_sums_tell_of_held_out_records_beside_frozen_tensors_and_alike_in_lockstep(arguments):
+    flags = "--secure-aggregation", "--server-optimizer=none", "--lr=0.1", "--hold-out=0.25", "--epsilon=1000"
+    one, batched = (run(arguments, *flags, more, strategy="fedsvd") for more in ("--workers=1", "--batch-clients=3"))
+    assert one.federation.adapted.layout.frozen
+    assert_same(one, batched, apart=1e-4)
+    told, again = ([record.evaluation for record in done.result.records] for done in (one, batched))
+    assert len(told) == 2 and all(round["held_out_accuracy/drawn"] > 0 for round in told)
+    assert told == again
+
+
 def test_one_step_rounds_without_secure_aggregation_take_the_same_steps(arguments):
     """Where only adapters train, both ways draw the same noise; that of a sum is larger by the rounding's share."""
     flags = "--one-step", "--head=freeze", "--server-optimizer=sgd", "--server-lr=0.1"
