@@ -356,7 +356,7 @@ def _check_one_step(options: RunConfig, strategy: str, recipe: Recipe, values: P
                          "exclude each other" + (": a later step would have only its own share of the noise" if secure
                                                  else "") + "; leave --local-steps out")
     if not secure:
-        for name in ("colluding", "least_noise"):
+        for name in ("colluding", "least_noise", "hold_out"):
             if value := getattr(options, name):
                 raise ValueError(f"--{name.replace('_', '-')} {value:g} is for --secure-aggregation; leave it out, or "
                                  "give both")

@@ -19,7 +19,7 @@ from fedlora_strategies import Preset
 
 SOURCES = ("given", "preset", "default")
 
-OF_SUMS = ("secure_aggregation", "colluding", "least_noise")
+OF_SUMS = ("secure_aggregation", "colluding", "least_noise", "hold_out")
 """Options that are told in a run with secure aggregation alone."""
 
 

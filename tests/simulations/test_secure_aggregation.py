@@ -222,6 +222,7 @@ def test_what_secure_aggregation_excludes_is_refused_by_name(arguments, tmp_path
     ("--one-step --local-steps=2", "--one-step and --local-steps 2 exclude each other"),
     ("--colluding=1", "--colluding 1 is for --secure-aggregation"),
     ("--least-noise=0.5", "--least-noise 0.5 is for --secure-aggregation"),
+    ("--hold-out=0.1", "--hold-out 0.1 is for --secure-aggregation"),
     ("--trust=aggregate", "--trust aggregate is for --secure-aggregation")])
 def test_what_is_only_for_secure_aggregation_is_refused_without_it(arguments, capfd, flags, said):
     assert main([*arguments, *flags.split()]) == 2
