@@ -16,6 +16,8 @@ Unit and relation are those of `fedlora.privacy.accounting`: one unit, zero-out.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +33,7 @@ _DELTA = 1e-5
 
 _GRID = np.concatenate([np.arange(0.0, 8.0, 0.025), np.arange(8.0, PRV_LIMIT, 0.5)])
 """Epsilons at which delta is taken. Each gives a bound that holds, so a coarse grid costs tightness (here
-below 0.1 %) and no truth. All are looked up together: each look-up passes over the whole distribution."""
+below 0.1 %) and no truth."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,30 @@ def attack(history: tuple[Spend, ...]) -> Attack | None:
         return Attack(0.5, FALSE_ALARMS)
     if rdp_epsilon(history, _DELTA) > PRV_LIMIT:
         return None
-    deltas = np.asarray(privacy_loss(history).get_delta_for_epsilon(_GRID), dtype=np.float64)
-    found = [float(np.minimum(deltas + np.exp(_GRID) * rate, 1 - np.exp(-_GRID) * (1 - deltas - rate)).min())
-             for rate in FALSE_ALARMS]
-    return Attack(min(1.0, (1 + float(deltas[0])) / 2), tuple(min(1.0, probability) for probability in found))
+    loss = privacy_loss(history)
+
+    @functools.cache  # each look-up passes over the whole distribution
+    def delta(place: int) -> float:
+        return float(loss.get_delta_for_epsilon(float(_GRID[place])))
+
+    def found(rate: float) -> float:
+        return min(_least(lambda place: delta(place) + math.exp(_GRID[place]) * rate),
+                   _least(lambda place: 1 - math.exp(-_GRID[place]) * (1 - delta(place) - rate)))
+
+    return Attack(min(1.0, (1 + delta(0)) / 2), tuple(min(1.0, found(rate)) for rate in FALSE_ALARMS))
+
+
+def _least(bound: Callable[[int], float]) -> float:
+    """Return the smallest of a bound's values at the places of `_GRID`.
+
+    The values first fall and then rise, for both bounds: delta is convex as a function of e^epsilon, and
+    e^-epsilon delta as a function of e^-epsilon.
+    """
+    low, high = 0, len(_GRID) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if bound(middle) <= bound(middle + 1) else (middle + 1, high)
+    return bound(low)
 
 
 def suspicion(prior: float, found: float, false_alarms: float) -> float:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from fedlora.privacy.accounting import Spend, prv_epsilon
-from fedlora.privacy.trade_off import FALSE_ALARMS, attack, suspicion
+from fedlora.privacy.accounting import Spend, privacy_loss, prv_epsilon
+from fedlora.privacy.trade_off import _GRID, FALSE_ALARMS, attack, suspicion
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 5.0])
@@ -24,6 +24,17 @@ def test_steps_without_sampling_add_up_to_one_with_less_noise():
     many, one = attack((Spend(8.0, 1.0, 16),)), attack((Spend(2.0, 1.0, 1),))
     assert many.even_odds == pytest.approx(one.even_odds, rel=1e-3)
     assert many.found == pytest.approx(one.found, rel=1e-3)
+
+
+@pytest.mark.parametrize(("sigma", "q", "steps"), [
+    (1.0, 0.01, 500), (0.8, 0.1, 40), (0.3, 0.05, 10), (20.0, 0.001, 1), (0.6, 0.03, 160), (0.5, 1.0, 1)])
+def test_the_search_finds_the_least_bound_of_the_whole_grid(sigma, q, steps):
+    history = (Spend(sigma, q, steps),)
+    deltas = np.array(privacy_loss(history).get_delta_for_epsilon(_GRID))
+    for rate, found in zip(FALSE_ALARMS, attack(history).found, strict=True):
+        least = np.minimum(deltas + np.exp(_GRID) * rate, 1 - np.exp(-_GRID) * (1 - deltas - rate)).min()
+        assert found == pytest.approx(min(1.0, least), abs=1e-12)
+    assert attack(history).even_odds == pytest.approx(min(1.0, (1 + deltas[0]) / 2), abs=1e-12)
 
 
 @pytest.mark.parametrize(("sigma", "q", "steps"), [(1.0, 0.01, 500), (1.3, 0.02, 2000), (0.8, 0.1, 40)])
