@@ -36,8 +36,8 @@ from fedlora.wire.sums import (
 )
 from fedlora_client.connection import Connection, Goodbye, RunChanged, ServerUnreachable
 from fedlora_client.sums import SumMember
-from tests.client.sum_server import SENT, identity, order_frames, roster_of, secure_plan, terms_of, welcome_of
-from tests.fedlora.secure_sums import Sum, roster
+from tests.client.sum_server import SENT, order_frames, roster_of, secure_plan, terms_of, welcome_of
+from tests.fedlora.secure_sums import Sum, identity_of, roster
 from tests.identities import channel_of
 from tests.server.test_grpc_hostile import (
     CHUNK,
@@ -320,15 +320,15 @@ def _leading(ready: pb.Ready, requests: Iterator[bytes]) -> Generator[bytes, Non
 
     entry, _ = membership_from_wire(ready.membership, MEMBER)
     run = run_digest(_PLAN)
-    of = roster_of(_PLAN, [entry, *(Entry.signed(name, identity(name).chain_pem, public_bytes(sealing), run,
-                                                 identity(name).key) for name, sealing in _FELLOWS.items())])
+    of = roster_of(_PLAN, [entry, *(Entry.signed(name, identity_of(name).chain_pem, public_bytes(sealing), run,
+                                                 identity_of(name).key) for name, sealing in _FELLOWS.items())])
     yield asks(roster=roster_to_wire(of))
     next(requests)
     yield asks(package=KEY)
     collector = Collector(of, round=KEY.round, attempt=KEY.attempt)
     collector.add_package(package_from_wire(pb.ClientFrame.FromString(next(requests)).sum.package))
     for name, sealing in _FELLOWS.items():
-        collector.add_package(Attendance(name, of, identity(name).key, sealing, round=KEY.round,
+        collector.add_package(Attendance(name, of, identity_of(name).key, sealing, round=KEY.round,
                                          attempt=KEY.attempt).offer())
     names = tuple(of.members)
     return [*order_frames(_PLAN, KEY, collector.form_cohort(SENT)[MEMBER]), asks(roster=roster_to_wire(of)),
@@ -341,7 +341,7 @@ def _meet(address: str, *, secure: bool) -> str:
     connection = Connection(address, MEMBER if secure else "south", private=secure, connect_timeout_s=3)
     try:
         plan = connection.join().plan
-        connection.ready(member=SumMember(_PLAN, lambda: identity(MEMBER), terms_of(plan)) if secure else None)
+        connection.ready(member=SumMember(_PLAN, lambda: identity_of(MEMBER), terms_of(plan)) if secure else None)
         connection.next_request()
         return "a request"
     except (WireError, Refused, Goodbye, RunChanged, ServerUnreachable) as error:

@@ -7,14 +7,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from queue import Empty, SimpleQueue
 
 import grpc
 import numpy as np
 
 from fedlora import wire
-from fedlora.identity import Identity
 from fedlora.plan import AGGREGATE, GOODBYES, Proposal, Refusal, Refused, Released, RoundPlan, RunPlan, Tensors, Upload
 from fedlora.privacy import RunTerms
 from fedlora.secure_sum import statements
@@ -32,7 +30,6 @@ from fedlora.wire.sums import (
 )
 from fedlora_client.connection import Connection, Goodbye, RunChanged, ServerUnreachable
 from fedlora_client.sums import SumMember
-from fedlora_server.pki.authority import Authority
 from tests.federation import layout_of, plan_of, start_of
 from tests.fedlora.secure_sums import identity_of
 from tests.processes import PATIENCE
@@ -55,11 +52,6 @@ def terms_of(plan: RunPlan, noise_multiplier: float = 2.0, clip_norm: float = 1.
     return RunTerms(run_id=plan.run_id, plan_sha256="", unit="row", declared_size=100, sampling_rate=0.04,
                     noise_multiplier=noise_multiplier, delta=1e-5, clip_norm=clip_norm, scales={}, local_steps=1,
                     max_participations=3)
-
-
-@cache
-def identity(name: str, by: Authority | None = None) -> Identity:
-    return identity_of(name, by)
 
 
 def roster_of(plan: RunPlan, entries: Iterable[Entry], noise: float = 2.0, values: int = VALUES) -> Roster:
@@ -108,8 +100,8 @@ class Site(threading.Thread):
     def __init__(self, address: str, name: str, *, terms: RunTerms | None = None,
                  stored: Mapping[Key, Upload] | None = None, **options: object) -> None:
         super().__init__(daemon=True)
-        identity(name)  # made by one thread, so that all have the same authority
-        self._terms, self._options = terms, {"identity": lambda: identity(name)} | options
+        identity_of(name)  # made by the test's own thread, so that all have the same authority
+        self._terms, self._options = terms, {"identity": lambda: identity_of(name)} | options
         self.connection = Connection(address, name, private=True, connect_timeout_s=PATIENCE_S)
         self.vector = np.random.default_rng(list(name.encode())).integers(-(1 << 18), 1 << 18, VALUES)
         self.uploads: dict[Key, Upload] = dict(stored or {})

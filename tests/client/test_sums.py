@@ -22,7 +22,6 @@ from tests.client.sum_server import (
     STATE,
     Site,
     SumServer,
-    identity,
     secure_plan,
     terms_of,
 )
@@ -207,7 +206,7 @@ def test_a_client_tells_its_noise_only_where_its_owner_allows_that(federation):
 
 
 def test_a_renewed_certificate_is_in_the_next_ready(federation):
-    held = [identity("north")]
+    held = [identity_of("north")]
     run = federation(identity=lambda: held[-1])
     held.append(dataclasses.replace(held[0], chain_pem=held[0].chain_pem + held[0].authority_pem))
     ready = run.server.drop("north")
@@ -263,7 +262,7 @@ def test_a_roster_that_breaks_a_rule_ends_the_clients_part_with_a_bare_code_and_
 
 
 def test_a_member_that_the_owner_did_not_name_is_refused_with_its_fingerprint(federation, caplog):
-    pins = [identity(name).certificate.fingerprint for name in NAMES]
+    pins = [identity_of(name).certificate.fingerprint for name in NAMES]
     run = federation(pins=pins[:3])
     assert is_declined(run.server.ask("north", pb.SumRequest(roster=roster_to_wire(run.roster))))
     assert f"its fingerprint is {pins[3]}" in refused(run, caplog)
@@ -281,7 +280,7 @@ def test_a_roster_below_the_owners_least_number_is_refused(federation, caplog):
 def test_a_roster_whose_sums_promise_less_noise_than_is_charged_is_refused(federation, caplog):
     terms = dataclasses.replace(terms_of(secure_plan()), mechanism=AGGREGATE, aggregate_noise_multiplier=3.5,
                                 least_members=4)
-    pins = [identity(name).certificate.fingerprint for name in NAMES]
+    pins = [identity_of(name).certificate.fingerprint for name in NAMES]
     run = federation(terms=terms, pins=pins)
     assert is_declined(run.server.ask("north", pb.SumRequest(roster=roster_to_wire(run.roster))))
     assert "the run is charged for the noise of its sums" in refused(run, caplog)
@@ -403,7 +402,7 @@ def closed_without_agreement(run, collector):
 def closed_with_forged_signatures(run, collector):
     run.agree(collector)
     cohort = collector.form_cohort(SENT)["north"]
-    forged = sign(identity("north").key, survivors_statement(collector.attempt, cohort.digest, NAMES))
+    forged = sign(identity_of("north").key, survivors_statement(collector.attempt, cohort.digest, NAMES))
     return run.server.reveal("north", KEY, Closing(NAMES, dict.fromkeys(NAMES, forged)))
 
 

@@ -37,8 +37,9 @@ def authority_pem() -> bytes:
     return (authority().folder / AUTHORITY).read_bytes()
 
 
+@cache
 def identity_of(name: str, by: Authority | None = None) -> Identity:
-    """Return an identity that the authority has signed, or another one."""
+    """Return the identity of this name that the authority has signed, or another one; made once for all tests."""
     with TemporaryDirectory(prefix="fedlora-test-identity-") as folder:
         return read_identity(enrolled(by or authority(), Path(folder) / name, name))
 
