@@ -55,7 +55,8 @@ class Grid:
         """
         fraction_bits = max(LEAST_FRACTION_BITS, math.ceil(math.log2(math.sqrt(values) / MOST_INFLATION)))
         most = (2 * expected_batch + 100) << fraction_bits
-        reach = members * (most + math.ceil(MOST_DEVIATIONS * noise * 2.0**fraction_bits) + 1)
+        longest = min(MOST_DEVIATIONS * noise * 2.0**fraction_bits, 2.0**64)  # finite, whatever noise somebody names
+        reach = members * (most + math.ceil(longest) + 1)
         for ring_bits in (32, 64):
             if reach < 1 << (ring_bits - 1):
                 return cls(clip_norm, fraction_bits, ring_bits, most)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sized
 
-from fedlora.plan.limits import MOST_MEMBERS
+from fedlora.plan.limits import LEAST_SCALE, MOST_CLIP_NORM, MOST_MEMBERS
 from fedlora.secure_sum.integers import Grid
 from fedlora.secure_sum.packages import Closing, CohortRequest, KeyPackage, PublicKeys, Reveal
 from fedlora.secure_sum.roster import Entry, Roster
@@ -64,7 +64,7 @@ def roster_from_wire(message: pb.Roster, run: bytes) -> Roster:
         fedlora.secure_sum.statements.Refused: it cannot be a roster.
     """
     _check_count(message.entries)
-    if not (math.isfinite(message.clip_norm) and message.clip_norm > 0 and 0 <= message.fraction_bits <= 52
+    if not (LEAST_SCALE <= message.clip_norm <= MOST_CLIP_NORM and 0 <= message.fraction_bits <= 52
             and message.ring_bits in (32, 64) and message.most > 0 and message.values > 0
             and math.isfinite(message.noise) and message.noise > 0):
         raise WireError("a roster's grid, its number of values or its noise is out of range")

@@ -400,6 +400,12 @@ def test_a_grid_holds_every_sum_and_costs_a_hundredth_at_most(values, members):
     assert grid.ring_bits == (64 if members == 200 else 32)
 
 
+@pytest.mark.parametrize("noise", [1e20, 1e305])
+def test_noise_that_no_ring_can_hold_is_refused_however_large_a_member_says_it_is(noise):
+    with pytest.raises(ValueError, match="can exceed 64 bits"):
+        Grid.fitting(1_000, clip_norm=3.0, expected_batch=256, members=3, noise=noise)
+
+
 def test_values_are_rounded_to_the_grid_and_what_is_too_long_is_cut():
     grid = Grid(clip_norm=1.0, fraction_bits=4, ring_bits=32, most=160)
     np.testing.assert_array_equal(grid.encode(np.array([0.0, 0.49 / 16, 0.51 / 16, -1.0, 99.0])), [0, 0, 1, -16, 160])

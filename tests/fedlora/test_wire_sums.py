@@ -129,7 +129,8 @@ def test_a_name_that_no_client_can_have_is_refused(messages, name):
 
 
 @pytest.mark.parametrize("changes", [
-    {"clip_norm": float("nan")}, {"clip_norm": 0.0}, {"fraction_bits": -1}, {"fraction_bits": 53}, {"ring_bits": 33},
+    {"clip_norm": float("nan")}, {"clip_norm": 0.0}, {"clip_norm": 5e-324}, {"clip_norm": 1e300},
+    {"fraction_bits": -1}, {"fraction_bits": 53}, {"ring_bits": 33},
     {"most": 0}, {"values": 0}, {"noise": float("inf")}, {"noise": 0.0}], ids=str)
 def test_numbers_of_a_roster_that_are_out_of_range_are_refused(messages, changes):
     _, message, read = messages["roster"]
