@@ -33,8 +33,8 @@ _WHOLE = 2**64
 def parted(records: Records, share: float) -> tuple[Records, Records]:
     """Return the records to train on, and those held out.
 
-    Whether a unit is held out depends on this unit's content alone. So no other unit changes it, and later runs with
-    the same share or a larger one hold it out too.
+    Whether a unit is held out depends on this unit's tokens and labels alone. So no other unit changes it, and later
+    runs with the same share or a larger one hold it out too, if they make the same tokens of it.
 
     Args:
         records: All records.
