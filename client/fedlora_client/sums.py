@@ -206,12 +206,12 @@ class SumMember:
             return MaskedPart(attempt, self._note_once) if attempt and attempt.key == key and attempt.cohort else None
 
     def close(self) -> None:
-        """Drop the secrets of the attempt in hand. If its upload was never opened, the data holder is told so."""
+        """Drop the secrets of the attempt in hand. The data holder is told if no share of its upload was revealed."""
         with self._lock:
             attempt, self._attempt = self._attempt, None
         if attempt and attempt.masked and not attempt.attendance.revealed:
-            self._tell(f"{_named(attempt.key)}: this client revealed no share, so its upload stays masked for ever. "
-                       "Its charge stands.", attempt.key)
+            self._tell(f"{_named(attempt.key)}: this client revealed no share, and other members may have opened a sum "
+                       "that holds its upload. Its charge stands.", attempt.key)
 
     def _note_once(self, facts: RosterFacts) -> None:
         if facts.digest not in self._noted:

@@ -190,11 +190,14 @@ def test_secrets_of_an_attempt_are_gone_once_a_later_one_begins(federation):
     collector = run.packages()
     run.train(collector)
     survivors = collector.close()
-    run.packages(NEXT)
-    assert "revealed no share" in run.sites["north"].told[-1]
+    run.packages(NEXT, names=["north"])
+    assert "revealed no share, and other members may have opened a sum" in run.sites["north"].told[-1]
     for answer in (run.server.agree("north", KEY, survivors), run.server.ask("north", pb.SumRequest(package=KEY)),
                    run.server.reveal("north", KEY, Closing(survivors, {name: b"x" for name in survivors}))):
         assert is_declined(answer, "unavailable")
+    for phase in (run.agree, run.reveal):
+        phase(collector, names=("east", "south", "west"))
+    np.testing.assert_array_equal(collector.opened(), run.plain(), "the others' shares open a sum that holds north's")
 
 
 def test_a_client_tells_its_noise_only_where_its_owner_allows_that(federation):

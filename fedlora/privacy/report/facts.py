@@ -58,7 +58,8 @@ class Sums:
         least_members: the fewest members of a roster that this client takes part with.
         colluding: t, how many members may tell the server what they know.
         rosters: the rosters under which trainings were begun, in their order.
-        revealed: (round, attempt) of each upload whose sum this client helped to open. Its other uploads stay masked.
+        revealed: (round, attempt) of each upload whose sum this client helped to open. Other members may have opened
+            sums of its other uploads.
         hold_out: share of the units that are scored in the sums in place of being trained on.
     """
 

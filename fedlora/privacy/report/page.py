@@ -86,8 +86,8 @@ def _sums(report: Document) -> str:
         lines.append(f"- {len(sums['rosters']) - MOST_LINES} more rosters are in privacy.json.")
     sent, opened = sum(one["state"] == "released" for one in report["trainings"]), len(sums["revealed"])
     lines.append(f"- Of {sent} masked uploads that left, this client revealed its shares of {opened}, so that their "
-                 f"sums could be opened. It revealed no share of {sent - opened}: they stay masked for ever, and are "
-                 "charged all the same.")
+                 f"sums could be opened. It revealed no share of {sent - opened}: other members may have opened sums "
+                 "that hold them. All are charged.")
     if sums["hold_out"]:
         lines.append(f"- A share of {short(sums['hold_out'])} of the units is held out: a drawn one adds how well the "
                      "model does on it to the sum, in place of a gradient and within the same bound, so that the "
