@@ -212,4 +212,7 @@ def test_the_report_tells_what_the_members_were_shown_and_what_was_held_out():
     page = markdown(verify(sign(made_sums(sums=sums), KEY)).report)
     assert "A share of 0.2 of the units is held out" in page and "held out" not in markdown(made_sums())
     assert "membership in secure sums: this client's name, its certificate" in page
+    for announced_terms in (True, False):
+        said = markdown(made_sums(terms_announced=announced_terms))
+        assert ("a roster tells the least of all members" in said) == announced_terms
     assert "keys and shares of secure sums" in page and "secure sums" not in markdown(made()).partition("What left")[2]

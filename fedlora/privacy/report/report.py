@@ -219,7 +219,9 @@ def _while_running(run: ReportedRun) -> list[Disclosure]:
                                "the server hands the last one back when this client joins"))
     if run.sums is not None and run.sums.rosters:
         said += [Disclosure("membership in secure sums", "this client's name, its certificate, a public key and a "
-                            "signature, shown to the server and, in each roster, to all its members"),
+                            "signature, shown to the server and, in each roster, to all its members" + (
+                                "; and the noise that it adds, of which a roster tells the least of all members"
+                                if run.terms_announced else "")),
                  Disclosure("keys and shares of secure sums", "for each attempt a public key, signatures, and shares "
                             "of two random secrets, sealed for each other member; for uploads that are said to be "
                             "revealed the shares that open the sum. None is computed from records")]
