@@ -147,7 +147,10 @@ class Observer:
         """
 
     def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
-        """Hear that clients were asked. Attempt 0 asks the round's cohort, later attempts ask backup clients."""
+        """Hear that clients were asked. Attempt 0 asks the round's cohort, later attempts ask backup clients.
+
+        With secure aggregation a later attempt asks a whole new cohort.
+        """
 
     def fewer(self, round: int, connected: int, needed: int) -> None:
         """Hear that only `connected` clients are left of the `needed` that the run began with. It goes on with them."""

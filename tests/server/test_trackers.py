@@ -7,6 +7,7 @@ import shutil
 
 from rich.console import Console
 
+from fedlora.plan import AGGREGATE
 from fedlora_server.observer import ClientEvent, RoundRecord
 from fedlora_server.progress import Progress
 from fedlora_server.trackers import Trackers, Watched
@@ -55,15 +56,18 @@ def test_a_client_that_comes_again_and_again_gets_one_line_a_minute(tmp_path):
 def test_a_secure_sum_is_told_by_how_many_opened_it_and_what_ended_unopened(tmp_path):
     run = watched(tmp_path)
     with Trackers(["console"], run) as trackers:
+        trackers.begin(plan_of("fedsvd", private=True, mechanism=AGGREGATE, least_members=3, local_steps=1), ())
         trackers.rostered(1, ("a", "b", "c"), 3, "ab" * 32)
         trackers.left_out("d", "it does not say its noise")
         trackers.unopened(1, 0, "2 uploads are in the sum")
+        trackers.asked(1, 1, ("a", "b", "c"))
         trackers.finished(RoundRecord(1, cohort=("a", "b", "c", "d"), uploaded=("a", "b", "c"), roster="ab" * 32))
     said = lines(run)
     assert said[0] == "round 1: a new roster of 3 (a, b, c), digest abababababab; a sum needs 3 of them"
     assert said[1] == "d can be in no roster: it does not say its noise"
     assert said[2].startswith("round 1: attempt 0 ended unopened: 2 uploads are in the sum.")
-    assert said[3].startswith("round 1: sum of 3 of 4 opened")
+    assert said[3] == "round 1: asked again a, b, c"
+    assert said[4].startswith("round 1: sum of 3 of 4 opened")
 
 
 def test_the_phases_of_a_secure_sum_are_what_the_run_does_now():

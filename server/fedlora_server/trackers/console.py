@@ -58,6 +58,7 @@ class Display(Tracker):
         self._console, self._lines = run.console, PeerLines()
         self._records: list[RoundRecord] = []
         self._resumed: int | None = None
+        self._asked_later = "asked as backup"
         self._status = ""
         self._live = Live(get_renderable=self._view, console=run.console, refresh_per_second=REFRESHES
                           ) if run.console.is_terminal else None
@@ -77,6 +78,8 @@ class Display(Tracker):
     @override
     def begin(self, plan: RunPlan, before: Sequence[RoundRecord]) -> None:
         self._records = list(before)
+        if plan.secure_aggregation:
+            self._asked_later = "asked again"
         self._resumed = before[-1].round if before else None
         if self._resumed:
             first, last = next((r for r in before if r.evaluation), before[0]), before[-1]
@@ -93,7 +96,7 @@ class Display(Tracker):
 
     @override
     def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
-        what = "asked" if attempt == 0 else "asked as backup"
+        what = "asked" if attempt == 0 else self._asked_later
         self._say(f"round {round}: {what} {', '.join(names) if len(names) <= MOST_NAMED else len(names)}", "asked",
                   quiet=attempt == 0 and self._live is None, round=round, attempt=attempt)
 

@@ -137,7 +137,8 @@ class Page(Tracker):
     def asked(self, round: int, attempt: int, names: tuple[str, ...]) -> None:
         with self._told() as account:
             if attempt:
-                account.note(f"round {round}: asked as backup {named(names)}")
+                secure = account.plan is not None and account.plan.secure_aggregation
+                account.note(f"round {round}: asked {'again' if secure else 'as backup'} {named(names)}")
 
     @override
     def fewer(self, round: int, connected: int, needed: int) -> None:
