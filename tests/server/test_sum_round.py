@@ -309,12 +309,13 @@ def test_a_client_that_refuses_the_roster_is_named_and_the_others_go_on(tmp_path
         assert len(there.heard.made) == 1, "the others keep the roster"
 
 
-def test_a_client_that_does_not_say_its_noise_needs_a_least_noise(tmp_path):
+@pytest.mark.parametrize(("noise", "says"), [(0.0, "give --least-noise"), (1e300, "can exceed 64 bits")])
+def test_a_client_whose_noise_fits_no_sum_is_left_out_and_named(noise, says, tmp_path):
     with federation(tmp_path, 3) as (there, clients):
-        clients["site-003"] = SumClient(there.engine.address, "site-003", there.plan, noise=0.0).start()
+        clients["site-003"] = SumClient(there.engine.address, "site-003", there.plan, noise=noise).start()
         there.await_ready(4)
         assert there.opened()[1] == NAMES[:3]
-        assert "--least-noise" in there.heard.out["site-003"]
+        assert says in there.heard.out["site-003"]
 
 
 def test_a_least_noise_stands_for_the_noise_that_is_not_said(tmp_path):
