@@ -86,7 +86,6 @@ class Preset:
                    clip_norm=clip_norm, head_scale=head_scale, rounds=usual.rounds, lr_schedule="linear",
                    targets=("auto",))
 
-
     def in_one_step(self) -> Preset:
         """Return the preset of runs with one local step a round: the client's gradient goes to the server's optimizer.
 
