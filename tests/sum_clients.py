@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from queue import SimpleQueue
 
 import grpc
@@ -42,12 +41,6 @@ PACKAGE, UPLOAD, AGREEMENT, REVEAL = STEPS = ("package", "upload", "agreement", 
 """What a client does in an attempt. A client that drops out does so just before one of them."""
 
 NAMES = tuple(f"site-{number:03}" for number in range(100))
-
-
-@cache
-def person(name: str) -> Identity:
-    """Return the identity of a client, made once for all tests of a process."""
-    return identity_of(name)
 
 
 def vector_of(name: str, key: Key, values: int) -> np.ndarray:
@@ -88,7 +81,7 @@ class SumClient:
         silent: (step, round, attempt) that it never does, while it stays connected.
         noise: the noise that it announces, in units of the plan's clip norm.
         declines: whether it refuses every roster.
-        identity: its key and certificate; None for those of `person`.
+        identity: its key and certificate; None for those that the tests' authority signs.
 
     Attributes:
         trained: the orders that it has trained for, each once.
@@ -111,7 +104,7 @@ class SumClient:
         self.acks: list[Refusal | None] = []
         self.statuses: list[grpc.StatusCode] = []
         self.goodbye: str | None = None
-        self._identity, self._process, self._secret = identity or person(name), os.urandom(16), b""
+        self._identity, self._process, self._secret = identity or identity_of(name), os.urandom(16), b""
         self._signing = load_pem_private_key(self._identity.key_pem, None)
         self._sealing = X25519PrivateKey.generate()
         self.entry = Entry.signed(name, self._identity.chain_pem, public_bytes(self._sealing), self._run, self._signing)

@@ -20,7 +20,7 @@ from fedlora_strategies import strategy_class
 from fedlora_strategies.messages import to_record
 from tests.federation import layout_of, plan_of, start_of
 from tests.fedlora.ledgers import no_file_left
-from tests.fedlora.secure_sums import authority
+from tests.fedlora.secure_sums import authority, identity_of
 from tests.sum_clients import (
     AGREEMENT,
     NAMES,
@@ -31,7 +31,6 @@ from tests.sum_clients import (
     SumClient,
     expected,
     leave,
-    person,
     started,
 )
 
@@ -230,7 +229,7 @@ def test_members_go_on_where_those_ready_are_too_few_for_the_roster_of_one_that_
 
 def test_a_client_with_the_key_of_another_is_left_out_of_the_roster(tmp_path):
     with federation(tmp_path, 3) as (there, clients):
-        own = person("site-000")
+        own = identity_of("site-000")
         issued = authority().admit("twin", own.key.public_key())
         twin = replace(own, certificate=issued, chain_pem=issued.pem)
         clients["twin"] = SumClient(there.engine.address, "twin", there.plan, identity=twin).start()
