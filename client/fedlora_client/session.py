@@ -27,7 +27,6 @@ from fedlora.privacy import BudgetExhausted, Forbidden, Ledger, RunStreams, RunT
 from fedlora.privacy.ledger import Reservation
 from fedlora.privacy.mechanisms import Noise
 from fedlora.secure_sum import statements
-from fedlora.secure_sum.guarantee import least_noise
 from fedlora.secure_sum.integers import Grid
 from fedlora.secure_sum.packages import SUM, sent_digest
 from fedlora.tasks import Records
@@ -274,8 +273,7 @@ class ClientSession:
                       *(("without", "asks for") if part is None else ("with", "does not have")))
             raise Refused("policy")
         assert terms.noise_multiplier is not None, "a plan with secure aggregation is private"
-        deviation = least_noise(terms.noise_multiplier, clip_norm=terms.clip_norm, step=part.grid.step,
-                                values=part.values)
+        deviation = terms.noise_multiplier * part.grid.sensitivity(part.values, terms.clip_norm)
         fitting = Grid.fitting(values, clip_norm=run.clip_norm, expected_batch=run.expected_batch,
                                members=run.least_members, noise=0.0)
         if (part.values, part.grid.clip_norm, part.grid.fraction_bits, part.grid.most) != (

@@ -20,7 +20,7 @@ from fedlora.identity.certificates import utc_now
 from fedlora.plan import LEAST_MEMBERS, Refusal, RunPlan
 from fedlora.privacy import RunTerms
 from fedlora.privacy.ledger.rosters import RosterFacts
-from fedlora.secure_sum.guarantee import facts_of, least_noise
+from fedlora.secure_sum.guarantee import facts_of
 from fedlora.secure_sum.masks import public_bytes
 from fedlora.secure_sum.member import Attendance
 from fedlora.secure_sum.packages import Closing, CohortRequest
@@ -224,8 +224,7 @@ class SumMember:
             return roster
         roster.check(self._entry, self._identity.authority_pem, utc_now(), pins=self._pins, least=self._least)
         terms = self._terms
-        roster.check_numbers(self._plan, least_noise(self._multiplier, clip_norm=terms.clip_norm,
-                                                     step=roster.grid.step, values=roster.values))
+        roster.check_numbers(self._plan, self._multiplier * roster.grid.sensitivity(roster.values, terms.clip_norm))
         self._roster = roster, facts_of(roster, terms, pinned=self._pins is not None)
         self._tell(what_a_roster_means(roster, pinned=self._pins is not None), None)
         return roster

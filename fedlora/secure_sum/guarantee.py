@@ -64,17 +64,3 @@ def facts_of(roster: Roster, terms: RunTerms, *, pinned: bool) -> RosterFacts:
     if lacking := terms.lacks(facts):
         raise Refused(f"the run is charged for the noise of its sums, and {lacking}")
     return facts
-
-
-def least_noise(multiplier: float, *, clip_norm: float, step: float, values: int) -> float:
-    """Return the standard deviation, in units of the grid, with which a client's own noise multiplier holds.
-
-    It is raised by what rounding adds to the sensitivity, so that the local ε is that of the multiplier.
-
-    Args:
-        multiplier: σ, in units of the clip norm.
-        clip_norm: the clip norm.
-        step: one unit of the grid.
-        values: number of values in a vector.
-    """
-    return multiplier * (clip_norm / step + math.sqrt(values))

@@ -44,16 +44,14 @@ class Attendance:
         sealing: the private half of the member's sealing key in the roster.
         round: number of the round, from 1.
         attempt: number of the attempt at it, from 0.
-        least: the fewest clients in a sum that the owner's policy takes part in.
         random: returns that many random bytes; the operating system's but in tests.
     """
 
     def __init__(self, name: str, roster: Roster, identity: EllipticCurvePrivateKey, sealing: X25519PrivateKey, *,
-                 round: int, attempt: int, least: int = 0, random: Callable[[int], bytes] = os.urandom) -> None:
+                 round: int, attempt: int, random: Callable[[int], bytes] = os.urandom) -> None:
         self.name, self.roster = name, roster
         self.attempt = Attempt(roster.run, roster.digest, round, attempt)
         self._identity, self._sealing, self._random = identity, sealing, random
-        self._least = max(least, roster.threshold)
         self._key_seed, self._mask_seed = random(shamir.SECRET_BYTES), random(shamir.SECRET_BYTES)
         self._key = private_key(self._key_seed)
         self._own_shares: tuple[bytes, bytes] | None = None
@@ -91,9 +89,9 @@ class Attendance:
             sent: digest of the tensors that this member received.
 
         Raises:
-            Refused: the tensors are others than the cohort's; the cohort is smaller than the threshold or the owner's
-                least number; it holds a stranger, a key package of another attempt or a key that cannot be used; this
-                member's package was changed; or shares cannot be opened.
+            Refused: the tensors are others than the cohort's; the cohort is smaller than the threshold; it holds a
+                stranger, a key package of another attempt or a key that cannot be used; this member's package was
+                changed; or shares cannot be opened.
         """
         package = self.offer()
         if self._request is not None and self._request != request:
@@ -103,9 +101,9 @@ class Attendance:
         names = [keys.name for keys in request.cohort]
         if names != sorted(set(names)):
             raise Refused("the cohort's names are not in order, or one is there twice")
-        if len(names) < self._least:
+        if len(names) < self.roster.threshold:
             raise Refused(f"the cohort has {len(names)} clients, and a sum that this client takes part in must have "
-                          f"{self._least} at least")
+                          f"{self.roster.threshold} at least")
         if package.keys not in request.cohort:
             raise Refused(f"the cohort does not hold the key package that {self.name!r} gave for {self.attempt_text}")
         for keys in request.cohort:
@@ -199,9 +197,9 @@ class Attendance:
             raise Refused("the survivors' names are not in order, one is there twice, or one is not of the cohort")
         if self.name not in survivors or not self._uploaded:
             raise Refused(f"{self.name!r} is asked to open a sum of {self.attempt_text} that it is not part of")
-        if len(survivors) < self._least:
+        if len(survivors) < self.roster.threshold:
             raise Refused(f"{len(survivors)} clients' uploads are in the sum, and a sum that this client helps to open "
-                          f"must have {self._least} at least")
+                          f"must have {self.roster.threshold} at least")
 
     def _paired(self, keys: PublicKeys) -> bytes:
         try:

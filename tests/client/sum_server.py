@@ -16,7 +16,6 @@ from fedlora import wire
 from fedlora.plan import AGGREGATE, GOODBYES, Proposal, Refusal, Refused, Released, RoundPlan, RunPlan, Tensors, Upload
 from fedlora.privacy import RunTerms
 from fedlora.secure_sum import statements
-from fedlora.secure_sum.guarantee import least_noise
 from fedlora.secure_sum.integers import Grid
 from fedlora.secure_sum.packages import Closing, CohortRequest, KeyPackage, sent_digest
 from fedlora.secure_sum.roster import Entry, Roster, run_digest
@@ -59,7 +58,7 @@ def roster_of(plan: RunPlan, entries: Iterable[Entry], noise: float = 2.0, value
     members = tuple(sorted(entries, key=lambda entry: entry.name))
     grid = Grid.fitting(values, clip_norm=plan.clip_norm, expected_batch=plan.expected_batch, members=len(members),
                         noise=noise)
-    deviation = least_noise(noise, clip_norm=grid.clip_norm, step=grid.step, values=values)
+    deviation = noise * grid.sensitivity(values, grid.clip_norm)
     return Roster(run_digest(plan), members, plan.colluding, grid, values, deviation)
 
 

@@ -8,7 +8,6 @@ import pytest
 from fedlora.plan import AGGREGATE, Refusal, Upload
 from fedlora.privacy import Ledger
 from fedlora.privacy.rng import RunStreams
-from fedlora.secure_sum.guarantee import least_noise
 from fedlora.secure_sum.integers import Grid
 from fedlora.secure_sum.packages import SUM, sent_digest
 from fedlora.secure_sum.rounding import rounded_noise
@@ -31,8 +30,7 @@ def part_of(desk, session, **changes):
     values = desk.trainer.adapted.layout.num_trained
     grid = Grid.fitting(values, clip_norm=desk.plan.clip_norm, expected_batch=desk.plan.expected_batch, members=3,
                         noise=session.terms.noise_multiplier)
-    noise = least_noise(session.terms.noise_multiplier, clip_norm=session.terms.clip_norm, step=grid.step,
-                        values=values)
+    noise = session.terms.noise_multiplier * grid.sensitivity(values, session.terms.clip_norm)
     return PlainPart(**{"grid": grid, "values": values, "noise": noise} | changes)
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from fedlora.privacy import Budget, calibrate
-from fedlora.secure_sum.guarantee import SumGuarantee, facts_of, least_noise
+from fedlora.secure_sum.guarantee import SumGuarantee, facts_of
 from fedlora.secure_sum.integers import Grid
 from fedlora.secure_sum.statements import Refused
 from fedlora_client.terms import Limits, private_terms, with_room
@@ -74,7 +74,7 @@ def test_a_roster_of_members_alike_keeps_what_is_charged_at_any_clip_norm(epsilo
     facts = facts_of(roster_of(run, own, members), own, pinned=True)
     assert facts.noise_multiplier >= own.aggregate_noise_multiplier
     assert facts.noise(own.sampling_rate).epsilon(DELTA, 60) <= epsilon
-    deviation = least_noise(own.noise_multiplier, clip_norm=own.clip_norm, step=facts.step, values=VALUES)
+    deviation = own.noise_multiplier * (own.clip_norm / facts.step + math.sqrt(VALUES))
     assert deviation >= facts.deviation, "this client adds what the roster demands"
 
 

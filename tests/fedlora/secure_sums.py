@@ -62,11 +62,11 @@ def roster(count: int, *, values: int = 20, colluding: int = 0, ring_bits: int =
     return Roster(RUN, tuple(entry for _, _, entry in people(count).values()), colluding, grid, values, noise)
 
 
-def attendance(of: Roster, name: str, *, round: int = 1, attempt: int = 1, least: int = 0,
+def attendance(of: Roster, name: str, *, round: int = 1, attempt: int = 1,
                random: Callable[[int], bytes] | None = None) -> Attendance:
     key, sealing, _ = people(len(of.entries))[name]
     options = {} if random is None else {"random": random}
-    return Attendance(name, of, key, sealing, round=round, attempt=attempt, least=least, **options)
+    return Attendance(name, of, key, sealing, round=round, attempt=attempt, **options)
 
 
 def seeded(*identity: object) -> Callable[[int], bytes]:

@@ -8,7 +8,6 @@ import pytest
 
 from fedlora.privacy import RunStreams
 from fedlora.records import pack
-from fedlora.secure_sum.guarantee import least_noise
 from fedlora.secure_sum.integers import Grid
 from fedlora.secure_sum.packages import SUM
 from fedlora.training import Encoding, TrainingJob
@@ -69,7 +68,7 @@ def job_of(trainer, run, trained, held, clip_norm=None, rate=1.0):
     values = trainer.adapted.layout.num_trained + run.counted
     clip_norm = clip_norm or run.clip_norm
     grid = Grid.fitting(values, clip_norm=run.clip_norm, expected_batch=run.expected_batch, members=3, noise=1.0)
-    deviation = least_noise(SILENT, clip_norm=clip_norm, step=grid.step, values=values)
+    deviation = SILENT * grid.sensitivity(values, clip_norm)
     return TrainingJob(run, trained, trainer.adapted.read("state"), rate, SILENT, clip_norm, RunStreams("a", 3),
                        encoding=Encoding(grid, deviation), held_out=held)
 

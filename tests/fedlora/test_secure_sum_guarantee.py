@@ -10,7 +10,7 @@ import pytest
 from fedlora.privacy.accounting import calibrate, pld_epsilon
 from fedlora.privacy.mechanisms.distributed_gaussian import _of_several
 from fedlora.privacy.spend import Spend
-from fedlora.secure_sum.guarantee import SumGuarantee, least_noise
+from fedlora.secure_sum.guarantee import SumGuarantee
 from fedlora.secure_sum.integers import Grid
 from tests.covering import few
 from tests.fedlora.secure_sums import roster
@@ -20,7 +20,7 @@ VALUES, Q, ROUNDS, DELTA = 10_000, 256 / 8500, 80, 1e-5
 
 def guarantee(members: int, colluding: int, sigma: float, *, clip_norm: float = 1.0) -> SumGuarantee:
     grid = Grid.fitting(VALUES, clip_norm=1.0, expected_batch=256, members=members, noise=sigma)
-    noise = least_noise(sigma, clip_norm=1.0, step=grid.step, values=VALUES)
+    noise = sigma * grid.sensitivity(VALUES, 1.0)
     of = dataclasses.replace(roster(members, colluding=colluding), grid=grid, values=VALUES, noise=noise)
     return SumGuarantee.of(of, clip_norm=clip_norm, sampling_rate=Q)
 

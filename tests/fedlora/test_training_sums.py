@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from fedlora.privacy import RandomStream, RunStreams
-from fedlora.secure_sum.guarantee import least_noise
 from fedlora.secure_sum.integers import Grid
 from fedlora.secure_sum.packages import SUM
 from fedlora.secure_sum.rounding import rounded_noise
@@ -23,7 +22,7 @@ SILENT = 1e-12
 def encoding_of(trainer, run, sigma, clip_norm=None):
     values = trainer.adapted.layout.num_trained
     grid = Grid.fitting(values, clip_norm=run.clip_norm, expected_batch=run.expected_batch, members=3, noise=1.0)
-    return Encoding(grid, least_noise(sigma, clip_norm=clip_norm or run.clip_norm, step=grid.step, values=values))
+    return Encoding(grid, sigma * grid.sensitivity(values, clip_norm or run.clip_norm))
 
 
 def job_of(trainer, run, records, *, sigma=SILENT, clip_norm=None, rate=1.0, key=1, **more):
