@@ -79,7 +79,9 @@ class Clients:
             round: the round's number.
             attempts: the names of the clients asked, one tuple for each attempt so far.
         """
-        self._keep(Asked(round, tuple(attempts), {self._name(node): n for node, n in self.participations.items()},
+        attempts = tuple(attempts)
+        self._names |= {node_id(name): name for names in attempts for name in names}
+        self._keep(Asked(round, attempts, {self._name(node): n for node, n in self.participations.items()},
                          tuple(map(self._name, self.declined)),
                          {self._name(node): misses for node, misses in self._missed.items()}))
 

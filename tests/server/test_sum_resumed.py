@@ -19,7 +19,7 @@ from tests.federation import layout_of, plan_of, start_of
 from tests.fedlora.secure_sums import authority
 from tests.kills import AFTER, BEFORE, act_at, die
 from tests.processes import FORKS, PATIENCE, free_port
-from tests.sum_clients import NAMES, expected, leave, started
+from tests.sum_clients import NAMES, SumClient, expected, leave, started
 
 ROUNDS = 2
 FILES, COLLECTOR = "fedlora_server.sum_files", "fedlora.secure_sum.collector:Collector"
@@ -112,3 +112,17 @@ def test_a_server_that_is_killed_ends_with_the_state_of_the_plain_sums(point, tm
     records = checkpoint.finished_records(tmp_path, ROUNDS)
     assert [(record.round, record.uploaded, record.unopened) for record in records if record.round] == [
         (1, NAMES[:3], 0), (2, NAMES[:3], 0)]
+
+
+def test_a_server_goes_on_though_a_client_of_the_cohort_that_it_takes_up_never_returns(tmp_path):
+    port = free_port()
+    clients = started(f"127.0.0.1:{port}", 3, secure_plan())
+    try:
+        assert run_server(tmp_path, port, "before it is noted whom the round asks") == -signal.SIGKILL
+        leave([clients.pop("site-002")])
+        clients["site-003"] = SumClient(f"127.0.0.1:{port}", "site-003", secure_plan()).start()
+        assert run_server(tmp_path, port) == 0
+    finally:
+        leave(clients.values())
+    first = next(record for record in checkpoint.finished_records(tmp_path, ROUNDS) if record.round == 1)
+    assert (first.uploaded, first.unopened) == (("site-000", "site-001", "site-003"), 1)
