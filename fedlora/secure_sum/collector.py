@@ -6,10 +6,11 @@ their names, and the closed set: `Collected` holds them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedlora.secure_sum import shamir
 from fedlora.secure_sum.masks import is_usable, mask, private_key, public_bytes
@@ -61,6 +62,9 @@ class Collector:
         values: number of values in a vector of this round; None for the roster's.
         held: what was collected before a restart; None for a new attempt.
 
+    Attributes:
+        doubted: the member whose revealed shares are false, once a sum was opened without them; else None.
+
     Raises:
         ValueError: the round's vectors have more values than the roster's.
     """
@@ -68,6 +72,7 @@ class Collector:
     def __init__(self, roster: Roster, *, round: int, attempt: int, values: int | None = None,
                  held: Collected | None = None) -> None:
         self.roster, self.held = roster, held or Collected()
+        self.doubted: str | None = None
         self.values = roster.values if values is None else values
         if self.values > roster.values:
             raise ValueError(f"the round's vectors have {self.values} values, and the roster's {roster.values} at most")
@@ -175,28 +180,57 @@ class Collector:
     def opened(self) -> np.ndarray | None:
         """Return the sum of the survivors' vectors, (values,) int64; None while too few have revealed their shares.
 
+        Where more than the threshold revealed theirs, a single member with false ones does no harm, and is `doubted`.
+
         Raises:
-            Refused: the shares do not give the secrets whose digests the packages hold: a member revealed false ones.
+            Refused: the shares do not give the secrets whose digests the packages hold: members revealed false ones.
         """
-        held, roster = self.held, self.roster
-        if len(held.reveals) < roster.threshold or held.total is None:
+        names, threshold = sorted(self.held.reveals), self.roster.threshold
+        if len(names) < threshold or self.held.total is None:
             return None
-        chosen = sorted(held.reveals)[:roster.threshold]
-        factors = shamir.coefficients([roster.numbers[name] for name in chosen])
-        total, dtype = held.total.copy(), roster.grid.dtype
+        failed: Refused | None = None
+        for left_out in (None, *names[:threshold]) if len(names) > threshold else (None,):
+            try:
+                seeds, keys = self._secrets([name for name in names if name != left_out][:threshold])
+            except Refused as refused:
+                failed = failed or refused
+                continue
+            self.doubted = left_out
+            return self._unmasked(self.held.total, seeds, keys)
+        assert failed is not None
+        raise failed
+
+    def _secrets(self, chosen: Sequence[str]) -> tuple[dict[str, bytes], dict[str, X25519PrivateKey]]:
+        """Return the seed of each survivor's own mask, and the key of each dropped member, from these members' shares.
+
+        Raises:
+            Refused: they do not fit what the packages say of the secrets.
+        """
+        held, factors = self.held, shamir.coefficients([self.roster.numbers[name] for name in chosen])
+        seeds, keys = {}, {}
         for survivor in held.survivors:
-            seed = self._recovered({name: held.reveals[name].seeds[survivor] for name in chosen}, factors)
-            if digest(seed) != held.packages[survivor].keys.seed_digest:
+            seeds[survivor] = self._recovered({name: held.reveals[name].seeds[survivor] for name in chosen}, factors)
+            if digest(seeds[survivor]) != held.packages[survivor].keys.seed_digest:
                 raise Refused(f"the revealed shares do not give the mask of {survivor!r}; a member revealed false ones")
-            total -= mask(own_mask_key(seed), len(total), dtype)
         for dropped in set(held.cohort) - set(held.survivors):
-            key = private_key(self._recovered({name: held.reveals[name].keys[dropped] for name in chosen}, factors))
-            if public_bytes(key) != held.packages[dropped].keys.mask_key:
+            keys[dropped] = private_key(self._recovered({name: held.reveals[name].keys[dropped] for name in chosen},
+                                                        factors))
+            if public_bytes(keys[dropped]) != held.packages[dropped].keys.mask_key:
                 raise Refused(f"the revealed shares do not give the key of {dropped!r}; a member revealed false ones")
-            for survivor in held.survivors:
-                pair = mask(pair_mask_key(key, held.packages[survivor].keys.mask_key, self.attempt), len(total), dtype)
+        return seeds, keys
+
+    def _unmasked(self, masked: np.ndarray, seeds: Mapping[str, bytes],
+                  keys: Mapping[str, X25519PrivateKey]) -> np.ndarray:
+        """Return the sum without the survivors' own masks and without those that they share with dropped members."""
+        total, dtype = masked.copy(), self.roster.grid.dtype
+        for seed in seeds.values():
+            total -= mask(own_mask_key(seed), len(total), dtype)
+        for dropped, key in keys.items():
+            for survivor in seeds:
+                shared = pair_mask_key(key, self.held.packages[survivor].keys.mask_key, self.attempt)
+                pair = mask(shared, len(total), dtype)
                 total = total - pair if survivor < dropped else total + pair
-        return roster.grid.signed(total)
+        return self.roster.grid.signed(total)
 
     def _recovered(self, shares: Mapping[str, bytes], factors: Mapping[int, int]) -> bytes:
         try:

@@ -297,14 +297,14 @@ class _UnderWay:
 
     def _remedy(self, error: Diverged) -> str:
         optimizer = cast(Mapping[str, object] | None, self._run.strategy.described.get("optimizer"))
-        server = f" or --server-lr (now {optimizer['lr']:g})" if optimizer and "lr" in optimizer else ""
+        rates = [] if self._run.plan.secure_aggregation and optimizer else [f"--lr (now {self._run.plan.lr:g})"]
+        rates += [f"--server-lr (now {optimizer['lr']:g})"] if optimizer and "lr" in optimizer else []
         done, seen = (max((record.round for record in records), default=0) for records in (
             self._records, [record for record in self._records if record.evaluation]))
         kept = f"; the state after round {done} is kept (last evaluated: round {seen})" if 0 < seen < done else ""
         without = "" if self._run.plan.secure_aggregation else ", even without the longest uploads"
         return (f"the training diverged: the next state is unusable{without}: {error}. The round's "
-                f"result is dropped{kept}. Begin a new run with a lower --lr (now {self._run.plan.lr:g})"
-                f"{server}")
+                f"result is dropped{kept}. Begin a new run with a lower {' or '.join(rates)}")
 
     def _conclude(self, record: RoundRecord) -> None:
         self._records.append(record)

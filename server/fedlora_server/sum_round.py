@@ -205,6 +205,10 @@ class SumRound:
                 self._reveal(collector)
         with self._phase(OPENING), _or_unopened():
             total = collector.opened()
+        if collector.doubted is not None:
+            log.warning("%r revealed false shares for the sum of round %d, which was opened without them",
+                        collector.doubted, self._number, extra={"peer": collector.doubted, "kind": "sum"})
+            self._refusals[collector.doubted] = Refusal("invalid-tensors", "it revealed false shares")
         assert total is not None, "as many as the threshold have revealed their shares"
         return total
 

@@ -330,6 +330,23 @@ def test_an_invented_member_a_changed_key_and_a_foreign_certificate_are_refused(
         of.check(dataclasses.replace(of.entries[0], sealing_key=entry.sealing_key), authority_pem(), utc_now())
 
 
+@pytest.mark.parametrize(("members", "liars", "opens"), [(6, 1, True), (6, 2, False), (3, 1, False)])
+def test_a_member_that_reveals_false_shares_is_named_if_enough_others_revealed_theirs(members, liars, opens):
+    total = Sum(roster(members))
+    total.packages(), total.requests(), total.collect(), total.close(), total.reveal()
+    reveals = total.collector.held.reveals
+    for name in list(reveals)[:liars]:
+        false = {one: bytes(32) for one in reveals[name].seeds}
+        reveals[name] = dataclasses.replace(reveals[name], seeds=false)
+    if opens:
+        assert np.array_equal(total.collector.opened(), total.expected())
+        assert total.collector.doubted == next(iter(reveals))
+    else:
+        with pytest.raises(Refused, match=r"the revealed shares do not give|cannot be recovered"):
+            total.collector.opened()
+        assert total.collector.doubted is None
+
+
 def test_a_key_that_the_authority_certifies_under_two_names_is_not_two_members():
     of, (key, sealing, _) = roster(3), people(3)["site-001"]
     double = Entry.signed("twin", authority().admit("twin", key.public_key()).pem, public_bytes(sealing), RUN, key)
