@@ -291,10 +291,15 @@ class ClientSession:
         """Have the part check the cohort and the tensors that it starts from.
 
         Raises:
-            Refused: "policy": this client does not take part in such a sum. The reason is in the local log.
+            Refused: "policy": this client does not take part in such a sum. "unavailable": a member sealed shares that
+                cannot be opened. The reason is in the local log.
         """
         try:
             part.accept(sent_digest(tensors_digest(trained), plan.frozen_sha256))
+        except statements.Unreadable as error:
+            log.error("Round %d is not begun, and nothing is charged: %s. Tell the coordinator which member it was.",
+                      plan.round, error)
+            raise Refused("unavailable") from None
         except statements.Refused as error:
             log.error("Round %d is refused, and nothing is charged: %s.", plan.round, error)
             raise Refused("policy") from error

@@ -29,7 +29,7 @@ from fedlora.secure_sum.packages import (
     survivors_statement,
 )
 from fedlora.secure_sum.roster import Roster
-from fedlora.secure_sum.statements import Attempt, Refused, digest, is_signed, sign
+from fedlora.secure_sum.statements import Attempt, Refused, Unreadable, digest, is_signed, sign
 
 _NONCE_BYTES = 12
 
@@ -91,7 +91,7 @@ class Attendance:
         Raises:
             Refused: the tensors are others than the cohort's; the cohort is smaller than the threshold; it holds a
                 stranger, a key package of another attempt or a key that cannot be used; this member's package was
-                changed; or shares cannot be opened.
+                changed; or shares cannot be opened (`Unreadable`).
         """
         package = self.offer()
         if self._request is not None and self._request != request:
@@ -219,8 +219,8 @@ class Attendance:
         except (InvalidTag, ValueError):
             plain = b""
         if len(plain) != 2 * shamir.SHARE_BYTES:
-            raise Refused(f"the shares that {sender!r} sealed for {self.name!r} cannot be opened for "
-                          f"{self.attempt_text}: they are missing, changed, or of another attempt")
+            raise Unreadable(f"the shares that {sender!r} sealed for {self.name!r} cannot be opened for "
+                             f"{self.attempt_text}: they are missing, changed, or of another attempt")
         return plain[:shamir.SHARE_BYTES], plain[shamir.SHARE_BYTES:]
 
     def _purpose(self, sender: str, recipient: str) -> bytes:

@@ -18,6 +18,10 @@ class Refused(ValueError):
     """What the other side sent is not what the protocol allows. The message says what, in words for an operator."""
 
 
+class Unreadable(Refused):
+    """A member sealed shares that cannot be opened. It may be that member's fault as well as the server's."""
+
+
 def digest(*parts: bytes | str | int) -> bytes:
     """Return the SHA-256 of a sequence of parts. Different sequences have different inputs: each length is hashed."""
     hashed = hashlib.sha256()

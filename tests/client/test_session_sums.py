@@ -11,7 +11,7 @@ from fedlora.privacy.rng import RunStreams
 from fedlora.secure_sum.integers import Grid
 from fedlora.secure_sum.packages import SUM, sent_digest
 from fedlora.secure_sum.rounding import rounded_noise
-from fedlora.secure_sum.statements import Refused
+from fedlora.secure_sum.statements import Refused, Unreadable
 from fedlora.wire import tensors_digest
 from fedlora_client.state import FolderState
 from fedlora_client.sum_part import PlainPart
@@ -67,6 +67,8 @@ class Wary(PlainPart):
         self.sent = sent
         if self.refuses == "the cohort":
             raise Refused("the cohort holds a stranger")
+        if self.refuses == "the shares":
+            raise Unreadable("the shares that 'east' sealed cannot be opened")
 
     def masked(self, integers):
         if self.refuses == "the vector":
@@ -80,6 +82,13 @@ def test_the_part_is_asked_with_the_digest_of_what_was_received_before_anything_
     assert session.run_round(desk.order(1), desk.start, part=part) == Refusal("policy")
     assert part.sent == sent_digest(tensors_digest(desk.trained), desk.frozen_sha256)
     assert "the cohort holds a stranger" in caplog.text and not session.started
+
+
+def test_shares_that_cannot_be_opened_cost_the_round_alone_and_the_owner_is_told_whose(desk, caplog):
+    session = desk.session()
+    part = Wary(part_of(desk, session), "the shares")
+    assert session.run_round(desk.order(1), desk.start, part=part) == Refusal("unavailable")
+    assert "the shares that 'east' sealed cannot be opened" in caplog.text and not session.started
 
 
 def test_a_vector_that_the_part_does_not_mask_is_not_sent_and_stays_charged(desk, caplog):

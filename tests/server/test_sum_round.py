@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fedlora.plan import AGGREGATE, Proposal
+from fedlora.plan.limits import sum_threshold
 from fedlora_server import sum_roster
 from fedlora_server.client_sampling import Clients, Ended
 from fedlora_server.grpc_engine import GrpcEngine
@@ -18,6 +19,7 @@ from fedlora_server.sum_round import PHASES, TRAINING, SumRound
 from fedlora_server.tls import ServerTls
 from fedlora_strategies import strategy_class
 from fedlora_strategies.messages import to_record
+from tests.covering import WHOLE
 from tests.federation import layout_of, plan_of, start_of
 from tests.fedlora.ledgers import no_file_left
 from tests.fedlora.secure_sums import authority, identity_of
@@ -328,15 +330,18 @@ def test_a_least_noise_stands_for_the_noise_that_is_not_said(tmp_path):
         assert expected_noise * (1 - 1e-9) < roster.noise < expected_noise
 
 
-def test_sums_of_a_hundred_are_opened_until_more_than_a_third_have_dropped_out(tmp_path):
-    going = {2: NAMES[:1], 3: NAMES[1:33], 4: NAMES[33:34]}  # round → who drops out in it
+@pytest.mark.parametrize("members", [100 if WHOLE else 25])
+def test_sums_of_many_are_opened_until_more_than_a_third_have_dropped_out(tmp_path, members):
+    threshold = sum_threshold(members)
+    spare = members - threshold
+    going = {2: NAMES[:1], 3: NAMES[1:spare], 4: NAMES[spare:spare + 1]}  # round → who drops out in it
     drops = {name: [((UPLOAD, AGREEMENT, REVEAL)[i % 3], number, 0)] for number, names in going.items()
              for i, name in enumerate(names)}
-    with federation(tmp_path, 100, drops, secure_plan(68, colluding=20)) as (there, _):
-        for number, missing in ((1, 0), (2, 1), (3, 12)):  # of the 32 that go in round 3, eleven go before they upload
+    with federation(tmp_path, members, drops, secure_plan(threshold + 1, colluding=1)) as (there, _):
+        for number, missing in ((1, 0), (2, 1), (3, 1 + -(-(spare - 1) // 3))):  # a third goes before it uploads
             under_way, survivors = there.opened(number)
-            assert under_way.unopened == 0 and len(survivors) == 100 - missing
+            assert under_way.unopened == 0 and len(survivors) == members - missing
         with pytest.raises(Ended, match="wait-timeout") as ended:
             there.opened(4)
-        assert "66 uploads are in the sum, and 67 must be" in ended.value.why
+        assert f"{threshold - 1} uploads are in the sum, and {threshold} must be" in ended.value.why
         assert len(there.heard.why) == len(there.heard.made) == 1
