@@ -14,8 +14,9 @@ LEFT_OUT = ("flwr", "datasets", "matplotlib", "openpyxl", "scikit-learn", "grpci
 MODULES = (*LEFT_OUT[:-2], "sklearn", "grpc_health")
 WITH_FLOWER = {"fedlora_client.flower_app"}
 """The client's only module that needs Flower: SuperNodes load it, fedlora-client does not."""
-SERVERS_TESTS = {"tests.client.test_admission"}
-"""The client's only tests that talk to a server in their own process, which needs Flower."""
+SERVERS_TESTS = {"tests.client.sum_server", "tests.client.test_admission", "tests.client.test_sums",
+                 "tests.client.test_terms_of_sums"}
+"""The client's only tests that have a server, or its certificate authority, in their own process: it needs Flower."""
 
 WITHOUT = f"""
 import sys

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fedlora import registry
 from fedlora_server.observer import ClientEvent, RoundRecord
+from fedlora_server.sum_round import PHASES
 from fedlora_server.trackers import Tracker, Watched
 from tests.federation import plan_of
 
@@ -71,6 +72,10 @@ def test_it_takes_every_event_of_a_run_and_leaves_the_files_alone_that_resuming_
             "held_up": lambda: tracker.held_up("the disk is full"),
             "doubted": lambda: tracker.doubted(1, "its loss is not finite"),
             "uncompared": lambda: tracker.uncompared(1, 2),
+            "rostered": lambda: tracker.rostered(1, ("a", "b", "c"), 3, "ab" * 32),
+            "left_out": lambda: tracker.left_out("d[/]", "its certificate has ended"),
+            "summing": lambda: [tracker.summing(1, phase) for phase in PHASES],
+            "unopened": lambda: tracker.unopened(1, 0, "too few signed"),
             "answered": lambda: (tracker.answered(1, "a", "uploaded"), tracker.answered(1, "b", "lost")),
             "combining": lambda: tracker.combining(1, 2),
             "evaluated": lambda: tracker.evaluated(1, {"accuracy": 0.6, "loss": math.nan, "count": 4}),

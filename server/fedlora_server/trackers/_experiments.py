@@ -24,9 +24,9 @@ PROJECT = "fedlora"
 
 OPTIONS = ("batch_clients", "clients", "clients_per_round", "compile", "declared_size", "delta", "device", "engine",
            "epsilon", "eval_every", "init", "init_head", "max_clip_norm", "micro_batch", "min_clients", "min_replies",
-           "partition", "precision", "privacy_unit", "reduction", "reduction_options", "round_timeout",
+           "one_step", "partition", "precision", "privacy_unit", "reduction", "reduction_options", "round_timeout",
            "rows_per_unit", "scaling", "screen", "seed", "server_lr", "server_optimizer", "server_options",
-           "strategy_options", "threads", "wait_timeout", "workers")
+           "strategy_options", "threads", "trust", "wait_timeout", "workers")
 """Options that are told beside the plan. The others name files or addresses, or are in the plan."""
 
 OF_A_REPORT = ("ended", "finished_rounds", "resumed_after_rounds", "evaluation", "plan", "strategy", "versions",
