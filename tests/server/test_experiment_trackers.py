@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -150,21 +151,31 @@ class InWandB(Store):
         self.files = [folder / "wandb"]
 
     def records(self):
-        """Yield the records of W&B's files, which are in the format of LevelDB's logs, the earliest file first."""
+        """Return the records of W&B's files, the earliest file first, once its own process has ended each of them."""
+        for _ in range(600):
+            found = [[*self._written(file)] for file in sorted(
+                self.folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)]
+            if found and all(records and records[-1].HasField("exit") for records in found):
+                return [one for records in found for one in records]
+            time.sleep(0.1)
+        raise AssertionError("W&B did not end its files")
+
+    @staticmethod
+    def _written(file):
+        """Yield the records of one of W&B's files, which are in the format of LevelDB's logs."""
         from wandb.proto.wandb_internal_pb2 import Record
 
-        for file in sorted(self.folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-            data, place, whole = file.read_bytes(), 7, b""
-            while place + 7 <= len(data):
-                if 32768 - place % 32768 < 7:
-                    place += 32768 - place % 32768
-                    continue
-                length, kind = int.from_bytes(data[place + 4:place + 6], "little"), data[place + 6]
-                whole += data[place + 7:place + 7 + length]
-                place += 7 + length
-                if kind in (1, 4):  # a whole record, or the last part of one
-                    yield Record.FromString(whole)
-                    whole = b""
+        data, place, whole = file.read_bytes(), 7, b""
+        while place + 7 <= len(data):
+            if 32768 - place % 32768 < 7:
+                place += 32768 - place % 32768
+                continue
+            length, kind = int.from_bytes(data[place + 4:place + 6], "little"), data[place + 6]
+            whole += data[place + 7:place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):  # a whole record, or the last part of one
+                yield Record.FromString(whole)
+                whole = b""
 
     def curve(self, name):
         found = []
