@@ -120,8 +120,7 @@ class Sums:
         if foretold is None:
             return None
         return cls(terms.own().epsilon(terms.max_participations), foretold if pinned else None, terms.least_members,
-                   honest(terms.least_members, terms.colluding),
-                   "local" if terms.aggregate_noise_multiplier is None else "aggregate")
+                   honest(terms.least_members, terms.colluding), terms.charged)
 
 
 NOT_PINNED = ("not stated: policy.toml does not name the members' keys (members), and whoever runs the certificate "

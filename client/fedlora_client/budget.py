@@ -213,7 +213,7 @@ def _run(ledger: Ledger, book: Book, charges: Sequence[Charge]) -> RunSpending:
             "sampling_rate": terms.sampling_rate, "delta": terms.delta, "unit": terms.unit,
             "updates_released": _released(charges), "epsilon": epsilon, "charged": epsilon,
             "reserved": _finite(terms.epsilon(run.committed)), "mechanism": terms.mechanism,
-            "charges": "local" if terms.aggregate_noise_multiplier is None else "aggregate",
+            "charges": terms.charged,
             "local": both["local"], "aggregate": both["aggregate"],
             "rosters": [{**asdict(roster), "honest": roster.honest} for roster in run.rosters.values()]}
 

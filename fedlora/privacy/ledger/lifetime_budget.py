@@ -124,6 +124,11 @@ class RunTerms:
             Spend(self.aggregate_noise_multiplier, self.sampling_rate, 1)
 
     @property
+    def charged(self) -> str:
+        """Whose noise the budget is charged for, in the word that policy.toml has for it: "local" or "aggregate"."""
+        return "local" if self.aggregate_noise_multiplier is None else "aggregate"
+
+    @property
     def noise(self) -> Noise | None:
         """The noise of the run; None if privacy is off."""
         if self.noise_multiplier is None:
