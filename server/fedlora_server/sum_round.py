@@ -39,6 +39,7 @@ from fedlora.wire.sums import (
     reveal_from_wire,
 )
 from fedlora_strategies import FederatedLoRA
+from fedlora_strategies.base import SumOrder
 from fedlora_strategies.messages import to_arrays
 
 from . import sum_files
@@ -152,15 +153,16 @@ class SumRound:
             Ended: the run was stopped, too few clients were there for `wait_timeout_s`, or `ASKS_PER_ROUND` attempts
                 ended unopened. Clients keep what they trained, because the run may be resumed.
         """
-        collector, why = self._left(arrays), ""
+        order = self._strategy.sum_order(self._number, arrays)
+        collector, why = self._left(order), ""
         while True:
             if collector is None:
                 if self.unopened >= ASKS_PER_ROUND:
                     raise Ended("wait-timeout", f"round {self._number}: {self.unopened} attempts ended unopened; the "
                                                 f"last: {why}")
-                collector = self._cohort(arrays, why)
+                collector = self._cohort(order, why)
             try:
-                total = self._attempt(collector, arrays)
+                total = self._attempt(collector, order, arrays)
             except _Unopened as ended:
                 why = str(ended)
                 self.unopened += 1
@@ -170,14 +172,14 @@ class SumRound:
             self._survivors = collector.held.survivors
             return Opened(total, self._survivors, collector.roster)
 
-    def _left(self, arrays: ArrayRecord) -> Collector | None:
+    def _left(self, order: SumOrder) -> Collector | None:
         """Return what an earlier server collected for this round, to go on with it; None if there is nothing."""
         left, self._rosters.left = self._rosters.left, None
         if left is None or left.held is None or left.round != self._number or left.attempt < self.attempts - 1:
             return None
         cohort = left.held.cohort
         collector = Collector(left.roster, round=self._number, attempt=left.attempt, held=left.held,
-                              values=self._strategy.sum_order(self._number, arrays).values)
+                              values=order.values)
         if self.attempts == left.attempt:  # the earlier server was killed once it had stored the cohort
             self._note(cohort)
         deadline = time.monotonic() + min(RETURN_S, self._options.wait_timeout_s)
@@ -187,7 +189,7 @@ class SumRound:
             self._engine.wait((), POLL_S)
         return collector
 
-    def _attempt(self, collector: Collector, arrays: ArrayRecord) -> np.ndarray:
+    def _attempt(self, collector: Collector, order: SumOrder, arrays: ArrayRecord) -> np.ndarray:
         """Go on with an attempt whose cohort is formed, from whatever was collected for it.
 
         Raises:
@@ -196,7 +198,7 @@ class SumRound:
         held = collector.held
         if not held.survivors:
             with self._phase(TRAINING):
-                self._train(collector, arrays)
+                self._train(collector, order, arrays)
         if collector.closing() is None:
             with self._phase(CLOSING):
                 self._agree(collector)
@@ -224,16 +226,16 @@ class SumRound:
 
     # Packages.
 
-    def _cohort(self, arrays: ArrayRecord, why: str) -> Collector:
+    def _cohort(self, order: SumOrder, why: str) -> Collector:
         """Ask for key packages until the threshold is reached, and form the cohort."""
         until = math.inf
         while True:
             present = self._rosters.present(self._number, why)
             with self._phase(PACKAGES):
-                collector = self._packages(present, arrays)
+                collector = self._packages(present, order)
             lacking = present.roster.threshold - len(collector.held.packages)
             if lacking <= 0:
-                return self._formed(collector, arrays)
+                return self._formed(collector, order)
             why = (f"{len(collector.held.packages)} clients gave a key package, and a sum needs "
                    f"{present.roster.threshold}")
             until = min(until, time.monotonic() + self._options.wait_timeout_s)
@@ -241,10 +243,10 @@ class SumRound:
                 raise Ended("wait-timeout", f"round {self._number}: {why}")
             self._engine.wait((), POLL_S)
 
-    def _packages(self, present: Present, arrays: ArrayRecord) -> Collector:
+    def _packages(self, present: Present, order: SumOrder) -> Collector:
         """Ask for a key package each, and return the collector of those that came."""
         collector = Collector(present.roster, round=self._number, attempt=self.attempts,
-                              values=self._strategy.sum_order(self._number, arrays).values)
+                              values=order.values)
         request = pb.SumRequest(package=self._key(collector))
         answers = self._ask(dict.fromkeys(present.names, request))
         for node, answer in answers.items():
@@ -252,10 +254,10 @@ class SumRound:
                 collector.add_package(package_from_wire(answer.package))
         return collector
 
-    def _formed(self, collector: Collector, arrays: ArrayRecord) -> Collector:
+    def _formed(self, collector: Collector, order: SumOrder) -> Collector:
         """Form the cohort, and store it and whom the round asks, before anybody is asked to train."""
         names = tuple(sorted(collector.held.packages))
-        collector.form_cohort(self._strategy.sum_order(self._number, arrays).sent)
+        collector.form_cohort(order.sent)
         self._rosters.keep(lambda out: sum_files.keep(out, collector))
         self._note(names)
         return collector
@@ -268,9 +270,9 @@ class SumRound:
 
     # Training.
 
-    def _train(self, collector: Collector, arrays: ArrayRecord) -> None:
+    def _train(self, collector: Collector, order: SumOrder, arrays: ArrayRecord) -> None:
         """Ask the cohort to train, add up what it uploads, and close the sum."""
-        training = self._ordered(collector, arrays)
+        training = self._ordered(collector, order, arrays)
         try:
             while training.open and not self._is_over(collector, training):
                 if self._stop.is_set():
@@ -287,13 +289,13 @@ class SumRound:
         self._rosters.keep(lambda out: sum_files.keep_total(out, collector))
         self._rosters.keep(lambda out: sum_files.keep(out, collector))
 
-    def _ordered(self, collector: Collector, arrays: ArrayRecord) -> _Training:
+    def _ordered(self, collector: Collector, order: SumOrder, arrays: ArrayRecord) -> _Training:
         """Send the orders to train."""
         names, timeout_s = collector.held.cohort, self._options.round_timeout_s
         config = ConfigRecord({"nodes": sorted(map(node_id, names)), "attempt": collector.attempt.attempt,
                                "deadline_s": timeout_s})
         messages = self._strategy.configure_train(self._number, arrays, config, self._engine)
-        requests = collector.form_cohort(self._strategy.sum_order(self._number, arrays).sent)
+        requests = collector.form_cohort(order.sent)
         known = [message for message in messages if self._knows(message.metadata.dst_node_id)]
         cohorts = {node_id(name): cohort_to_wire(request) for name, request in requests.items()}
         self._observer.asked(self._number, collector.attempt.attempt, names)
