@@ -132,7 +132,7 @@ def measure(settings: Settings) -> Iterator[Row]:
         for count, values in cases:
             yield _row(Members(authority, Path(folder), count, values), settings.repeats(3))
         for count, values in cases:
-            yield _rounds(count, values, authority, Path(folder), settings.repeats(max(1, 20 // count)))
+            yield rounds_over_grpc(count, values, authority, Path(folder), settings.repeats(max(1, 20 // count)))
 
 
 def _row(members: Members, repeats: int) -> Row:
@@ -154,8 +154,19 @@ def _row(members: Members, repeats: int) -> Row:
         **{phase: Value.of([1e3 * run[phase] for run in runs], "ms") for phase in runs[0]}})
 
 
-def _rounds(count: int, values: int, authority: Authority, folder: Path, repeats: int) -> Row:
-    """Return what whole rounds over gRPC take, with secure sums and with plain uploads."""
+def rounds_over_grpc(count: int, values: int, authority: Authority, folder: Path, repeats: int) -> Row:
+    """Return what whole rounds over gRPC take, with secure sums and with plain uploads, by phase.
+
+    Args:
+        count: number of clients.
+        values: number of values in an upload.
+        authority: signs the clients' certificates.
+        folder: where the clients' identities are, or are written.
+        repeats: number of blocks of rounds.
+    """
+    for name in NAMES[:count]:
+        if not (folder / name).exists():
+            enroll(authority, folder / name)
     with _secure(count, values, authority, folder) as secure, _plain(count, values, authority, folder) as plain:
         times = interleaved({"secure": secure.hold, "plain": plain.hold}, repeats, warm_up=False)
         phases = {phase: Value.of([1e3 * held[phase] for held in secure.phases], "ms") for phase in PHASES}

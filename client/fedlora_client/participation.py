@@ -49,7 +49,7 @@ from .paths import batch_invariance
 from .privacy_gate import unit_count
 from .round_display import RoundDisplay
 from .session import ClientSession
-from .session_report import draw_spending, write_privacy_report
+from .session_report import Foresight, draw_spending, reported_run, write_privacy_report
 from .sums import SumMember
 from .trainers import make_trainer, try_out
 
@@ -83,6 +83,7 @@ class Participation:
         self._tls = holder.tls
         self._session: ClientSession | None = None
         self._charged: tuple[tuple[tuple[int, int], ...], float] | None = None  # the trainings begun, and their ε
+        self._foresight = Foresight()
         self._findings = Findings(batch_invariance())
         self.failed = False
         self.member: SumMember | None = None
@@ -277,7 +278,8 @@ class Participation:
 
     def _begin_training(self, display: RoundDisplay) -> None:
         """Bring the privacy report up to date, now that the training is charged, and begin to show its steps."""
-        self._write_report()
+        self._foresight.wait()
+        self._write_report(foresee=True)
         session = self._session
         assert session is not None
         spent = "no privacy"
@@ -368,8 +370,11 @@ class Participation:
             log.error("The picture of what was spent could not be drawn: %s", error)
         self._console.print(f"What left this machine, and what it cost: {report.with_suffix('.md')}", soft_wrap=True)
 
-    def _write_report(self) -> Path | None:
+    def _write_report(self, *, foresee: bool = False) -> Path | None:
         """Write the privacy report of everything so far.
+
+        Args:
+            foresee: begin to compute the figures of the report that the next training will need.
 
         Returns:
             The path of privacy.json; None if there is nothing to report, or it cannot be written (the log says why).
@@ -378,10 +383,13 @@ class Participation:
         if session is None:
             return None
         try:
-            return write_privacy_report(self._state.run_folder(session.run.run_id), session,
-                                        server=self._options.server, labels=self._labels, refusals=self._refusals,
-                                        certificates=() if self._tls is None else tuple(self._tls.shown),
-                                        about=self._gate.about)
+            run = reported_run(session, server=self._options.server, labels=self._labels, refusals=self._refusals,
+                               certificates=() if self._tls is None else tuple(self._tls.shown),
+                               about=self._gate.about)
+            path = write_privacy_report(self._state.run_folder(session.run.run_id), run)
+            if foresee:
+                self._foresight.begin(run, session)
+            return path
         except (ValueError, OSError) as error:
             log.error("The privacy report could not be written: %s", error)
             return None

@@ -16,13 +16,15 @@ from fedlora.adapters.sketches import sketch_layout, sketch_plan, sketch_tensors
 from fedlora.data import Rows
 from fedlora.plan import WIRE_DTYPES, ModelRef, Refusal, Refused, RoundPlan, RunPlan, Upload
 from fedlora.privacy import Accountant, Forbidden, Ledger, RosterFacts, RunStreams, RunTerms, Spend, calibrate
+from fedlora.privacy.accounting import pld_epsilon, prv_epsilon
 from fedlora.privacy.ledger.anchor import unseal
-from fedlora.privacy.report import read_signed, verify
+from fedlora.privacy.report import privacy_report, read_signed, verify
+from fedlora.privacy.trade_off import attack
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
 from fedlora.wire import rounded, tensors_digest
 from fedlora_client.session import ClientSession, Limits
-from fedlora_client.session_report import write_privacy_report
+from fedlora_client.session_report import Foresight, reported_run, write_privacy_report
 from fedlora_client.state import FolderState, MemoryState
 from fedlora_client.terms import with_room
 
@@ -368,8 +370,8 @@ def test_a_report_says_what_uploads_stated_and_verifies(desk, tmp_path, monkeypa
         desk.ledger, desk.state = Ledger(None, simulated=True), MemoryState({})
         session = desk.session(announce_size=announce, seed=None)
         session.run_round(desk.order(1), desk.start)
-        path = write_privacy_report(tmp_path / str(announce), session, server="127.0.0.1:9092", labels=("0", "1"),
-                                    refusals=[(2, "budget")])
+        path = write_privacy_report(tmp_path / str(announce), reported_run(
+            session, server="127.0.0.1:9092", labels=("0", "1"), refusals=[(2, "budget")]))
         verified = verify(read_signed(path))
         report = verified.report
         assert verified.spent == pytest.approx(session.epsilon(), abs=1e-6)
@@ -377,6 +379,30 @@ def test_a_report_says_what_uploads_stated_and_verifies(desk, tmp_path, monkeypa
         said = {item["what"] for item in report["left_without_noise"]}
         assert any("noise multiplier" in what for what in said) == announce
         assert {"label names", "refusal in round 2"} <= said
+
+
+@pytest.mark.parametrize("trust", ["local", "aggregate"])
+def test_the_figures_of_the_next_training_are_found_while_the_present_one_lasts(desk, trust):
+    plan = make_plan(mechanism="distributed-gaussian", least_members=6, colluding=1, local_steps=1,
+                     max_participations=3)
+    session = desk.session(plan, seed=None, trust=trust, least_members=6)
+    noise = session.terms.aggregate_noise_multiplier or 1.5
+    desk.ledger.note_roster("north", plan.run_id, RosterFacts("ab" * 32, 6, 1, noise + 0.1, 4e3, 2.0**-14, 300, True))
+    foresight = Foresight()
+
+    def charge(round):
+        desk.ledger.reserve("north", plan.run_id, round, 0).begin()
+        facts = reported_run(session, server="127.0.0.1:9092", labels=("0", "1"), refusals=[])
+        return privacy_report(facts), facts, session.epsilon()
+
+    computed = (prv_epsilon, pld_epsilon, attack)
+    _, facts, _ = charge(1)
+    foresight.begin(facts, session)
+    foresight.wait()
+    misses = [function.cache_info().misses for function in computed]
+    report, _, epsilon = charge(2)
+    assert [function.cache_info().misses for function in computed] == misses
+    assert report["privacy"]["spent"]["steps"] == 2 and 0 < epsilon < session.reserved()
 
 
 def test_the_report_of_secure_sums_holds_the_rosters_of_the_ledger_and_both_guarantees(desk, tmp_path, monkeypatch):
@@ -387,8 +413,8 @@ def test_the_report_of_secure_sums_holds_the_rosters_of_the_ledger_and_both_guar
     roster = RosterFacts("ab" * 32, 6, 1, terms.aggregate_noise_multiplier + 0.1, 4000.0, 2.0**-14, 300, True)
     desk.ledger.note_roster("north", plan.run_id, roster)
     desk.ledger.reserve("north", plan.run_id, 1, 0).begin()
-    path = write_privacy_report(tmp_path / "report", session, server="127.0.0.1:9092", labels=("0", "1"), refusals=[])
-    verified = verify(read_signed(path))
+    facts = reported_run(session, server="127.0.0.1:9092", labels=("0", "1"), refusals=[])
+    verified = verify(read_signed(write_privacy_report(tmp_path / "report", facts)))
     assert verified.report["sums"]["rosters"][0]["digest"] == roster.digest
     assert verified.aggregate < session.reserved() <= 8.0 < verified.epsilon
     assert verified.report["lifetime"]["spent"] >= session.epsilon() > verified.report["sums"]["spent"]["epsilon"]
