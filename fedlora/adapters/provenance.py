@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedlora.figures import for_people
-from fedlora.plan import RunPlan
+from fedlora.plan import AGGREGATE, RunPlan
 from fedlora.privacy.accounting import four_digits, short
+from fedlora.privacy.mechanisms import mechanism_named
+from fedlora.privacy.mechanisms.distributed_gaussian import honest
 
 NOT_DESCRIBED = ("Not described. Whoever coordinated the run can say what the data were, with `fedlora-server "
                  "--data-description` or `fedlora-server export RUN --data-description`.")
@@ -28,6 +30,8 @@ class Statement:
         public_key: the key that signed the report, 64 hexadecimal digits.
         pinned: whether the coordinator gave this key as the client's.
         client: the client's name; "" if the card does not name clients.
+        epsilon_in_sums: epsilon at the same delta towards whoever sees the run's secure sums alone; None if the report
+            states none.
     """
 
     epsilon: float | None
@@ -40,6 +44,7 @@ class Statement:
     public_key: str
     pinned: bool
     client: str = ""
+    epsilon_in_sums: float | None = None
 
 
 @dataclass(frozen=True)
@@ -208,14 +213,20 @@ def _stated(run: Provenance) -> Iterator[str]:
     yield (f"{count} of {run.clients} {clients} handed over a signed privacy report. The signatures and the "
            "arithmetic were verified when this adapter was exported:")
     rows = []
+    sums = ("ε in the sums",) if run.plan.secure_aggregation else ()
     for number, one in enumerate(run.statements, start=1):
         held = "no guarantee" if one.epsilon is None else f"**{four_digits(one.epsilon)}**"
+        in_sums = "not stated" if one.epsilon_in_sums is None else f"**{four_digits(one.epsilon_in_sums)}**"
         signer = f"`{one.public_key[:16]}…`" + ("" if one.pinned else " (key not confirmed)")
-        rows.append((plain(one.client) or f"{number}", held,
+        rows.append((plain(one.client) or f"{number}", held, *(in_sums for _ in sums),
                      "" if one.delta is None else short(one.delta, up=True), plain(one.unit),
                      "" if one.noise_multiplier is None else short(one.noise_multiplier),
                      "" if one.sampling_rate is None else short(one.sampling_rate), f"{one.steps}", signer))
-    yield _table(rows, ("client", "ε", "δ", "for", "σ", "q", "steps", "signed by"))
+    yield _table(rows, ("client", "ε", *sums, "δ", "for", "σ", "q", "steps", "signed by"))
+    if sums:
+        yield (f"ε in the sums holds towards whoever sees this adapter, or the sums that it was made of. Each sum has "
+               f"the noise of at least {honest(run.plan.least_members, run.plan.colluding)} honest members. "
+               f"{mechanism_named(AGGREGATE).promise}")
     for number, one in enumerate(run.statements, start=1):
         if one.why_not:
             yield f"{plain(one.client) or f'Client {number}'}: {plain(one.why_not)}."

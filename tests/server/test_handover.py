@@ -17,8 +17,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from fedlora.adapters import Provenance, Statement
+from fedlora.adapters.provenance import sections
 from fedlora.config import ServerConfig, read_config
-from fedlora.plan import plan_digest
+from fedlora.plan import AGGREGATE, plan_digest
 from fedlora.privacy.report import announced, privacy_report, public_key, sign, write_report
 from fedlora.tasks.classification import Classification
 from fedlora_server import checkpoint as checkpoints
@@ -325,6 +327,17 @@ def test_an_epsilon_is_stated_only_as_a_client_signed_it(classifier, tmp_path, c
     assert run(*arguments, "--public-key", f"north={public_key(KEY).upper()}", "--name-clients") == 0
     text = card_of(out)[1]
     assert "not confirmed" not in text and "| north | **" in text and "confirmed" not in capsys.readouterr().out
+
+
+def test_a_card_states_both_epsilons_of_a_run_with_secure_sums(classifier):
+    plan = replace(classifier.plan, mechanism=AGGREGATE, least_members=6, colluding=1, local_steps=1,
+                   optimizer="sgd")
+    one = Statement(7.9, 1e-5, "one row", 0.6, 0.02, 160, "", "ab" * 32, True, epsilon_in_sums=1.25)
+    text = sections(Provenance(plan, 160, 6, statements=(one, replace(one, epsilon_in_sums=None))))
+    assert "| client | ε | ε in the sums | δ |" in text
+    assert "| 1 | **7.900** | **1.250** |" in text and "| 2 | **7.900** | not stated |" in text
+    assert "the noise of at least 4 honest members" in text  # 5 of 6 open a sum, and one of them may collude
+    assert "in the sums" not in sections(Provenance(classifier.plan, 160, 6, statements=(one,)))
 
 
 @pytest.mark.parametrize(("changes", "more", "reason"), [

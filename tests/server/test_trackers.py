@@ -101,6 +101,14 @@ def test_the_table_has_the_rounds_before_a_resumption_and_figures_as_they_come(t
         "2", "0.75", "0.25", "")
 
 
+def test_the_table_has_the_seconds_of_each_phase_of_a_secure_sum(tmp_path):
+    with Trackers(["csv"], watched(tmp_path)) as trackers:
+        trackers.begin(plan_of("fedsvd"), ())
+        trackers.finished(RoundRecord(1, phases={"packages": 0.25, "opening": 0.5}, evaluation={"accuracy": 0.75}))
+    [row] = table(tmp_path)
+    assert (row["seconds_packages"], row["seconds_opening"], row["accuracy"]) == ("0.25", "0.5", "0.75")
+
+
 def view(trackers, height=40):
     """Return the lines that a terminal would show now."""
     shown = Console(file=io.StringIO(), width=140, height=height)

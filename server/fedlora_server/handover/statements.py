@@ -82,4 +82,4 @@ def _stated(verified: Verified, pinned: bool, client: str) -> Statement:
         epsilon=verified.epsilon, delta=verified.delta, unit=whom(report["unit"]),
         noise_multiplier=mechanism["noise_multiplier"], sampling_rate=mechanism["sampling_rate"],
         steps=privacy["guarantee"]["steps"], why_not=privacy["no_guarantee"] or "", public_key=verified.public_key,
-        pinned=pinned, client=client)
+        pinned=pinned, client=client, epsilon_in_sums=verified.aggregate)

@@ -16,7 +16,9 @@ from fedlora_server.trackers import Tracker, Watched
 FILE = "rounds.csv"
 OF_A_ROUND = ("round", "asked", "uploaded", "lost", "refused", "rejected", "update_norm", "train_loss", "bytes_up",
               "bytes_down", "seconds")
-"""The first columns; the figures of evaluations follow. Columns about clients hold numbers of clients, not names."""
+"""The first columns; the seconds of a secure sum's phases and the figures of evaluations follow.
+
+Columns about clients hold numbers of clients, not names."""
 
 
 class Table(Tracker):
@@ -40,11 +42,12 @@ class Table(Tracker):
         self._write()
 
     def _write(self) -> None:
-        figures = dict.fromkeys(name for record in self._records for name in record.evaluation)
+        lines = [_line(record) for record in self._records]
+        columns = dict.fromkeys((*OF_A_ROUND, *(name for line in lines for name in line)))
         text = io.StringIO()
-        table = csv.DictWriter(text, [*OF_A_ROUND, *figures], restval="")
+        table = csv.DictWriter(text, columns, restval="")
         table.writeheader()
-        table.writerows(map(_line, self._records))
+        table.writerows(lines)
         replace_file(self.run.out / FILE, text.getvalue().encode(), 0o666)
 
 
@@ -52,7 +55,8 @@ def _line(record: RoundRecord) -> Mapping[str, object]:
     counted = {"asked": record.cohort, "uploaded": record.uploaded, "lost": record.lost, "refused": record.refused,
                "rejected": record.rejected}
     values = {name: getattr(record, name) for name in OF_A_ROUND if name not in counted}
-    return {name: len(names) for name, names in counted.items()} | values | dict(record.evaluation)
+    phases = {f"seconds_{phase}": seconds for phase, seconds in record.phases.items()}
+    return {name: len(names) for name, names in counted.items()} | values | phases | dict(record.evaluation)
 
 
 TRACKER = Table
