@@ -83,7 +83,9 @@ class RoundOptions:
                              "that are asked in a round; lower --min-replies or raise --clients-per-round")
 
     def rounds_within(self, plan_rounds: int, max_participations: int) -> int:
-        """Return how many of the plan's rounds `min_clients` clients can close.
+        """Return how many of the plan's rounds `min_clients` clients can close if each answers every order.
+
+        Whoever is asked has taken part, whether or not the round needed its upload.
 
         Args:
             plan_rounds: number of rounds in the plan.
@@ -91,7 +93,10 @@ class RoundOptions:
         """
         cohort = min(self.clients_per_round or self.min_clients, self.min_clients)
         needed = max(self.min_replies or -(-cohort // 2), self.fewest_uploads)
-        return min(plan_rounds, max_participations * self.min_clients // needed) if needed <= self.min_clients else 0
+        if needed > self.min_clients:
+            return 0
+        full, left = divmod(max_participations * self.min_clients, cohort)
+        return min(plan_rounds, full + (left >= needed))
 
 
 class OpenRound:

@@ -634,7 +634,15 @@ def test_more_replies_than_clients_asked_are_refused():
 
 
 @pytest.mark.parametrize(("options", "most", "rounds"), [
-    ({"min_clients": 2}, 10, 10), ({"min_clients": 2, "min_replies": 2}, 3, 3), ({"min_clients": 2}, 3, 6),
-    ({"min_clients": 2, "min_replies": 3}, 10, 0), ({"min_clients": 4, "clients_per_round": 2}, 1, 4)])
-def test_how_many_rounds_the_clients_that_are_waited_for_can_do(options, most, rounds):
-    assert RoundOptions(seed=0, **options).rounds_within(10, most) == rounds
+    ({"min_clients": 2}, 6, 6), ({"min_clients": 2, "min_replies": 2}, 3, 3), ({"min_clients": 2}, 3, 3),
+    ({"min_clients": 4, "clients_per_round": 2}, 1, 2), ({"min_clients": 4, "clients_per_round": 3}, 2, 3),
+    ({"min_clients": 4, "clients_per_round": 3, "min_replies": 3}, 2, 2)])
+def test_how_many_rounds_are_possible_is_how_many_the_clients_do(options, most, rounds):
+    assert RoundOptions(seed=0, **options).rounds_within(6, most) == rounds
+    run = Federation("abcd"[:options["min_clients"]], rounds=6, max_participations=most).run(
+        wait_timeout_s=0.2, **options)
+    assert len(run.records) - (not run.records[0].round) == rounds
+
+
+def test_no_round_is_possible_without_enough_clients():
+    assert RoundOptions(seed=0, min_clients=2, min_replies=3).rounds_within(10, 10) == 0
