@@ -42,11 +42,11 @@ from fedlora.privacy.ledger.lifetime_budget import (
     Charge,
     LedgerError,
     Lifetime,
-    RunTerms,
 )
 from fedlora.privacy.ledger.overlap_index import OverlapIndex
 from fedlora.privacy.ledger.reservation import Reservation
 from fedlora.privacy.ledger.rosters import RosterFacts
+from fedlora.privacy.ledger.terms import RunTerms
 from fedlora.privacy.ledger.witnesses import Witnesses
 from fedlora.privacy.mechanisms.distributed_gaussian import ROUNDING_SHARE
 from fedlora.privacy.spend import Spend
