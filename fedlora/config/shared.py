@@ -180,6 +180,9 @@ class RunConfig(Config):
         "first ranks alone, of a number drawn for each round", MODEL, values.ranks,
         metavar="MODULE=R,…|SCHEDULE", plan="ranks", place=6,
         example='{"encoder.layer.0.attention.self.query" = 4}')
+    client_ranks: tuple[tuple[str, int], ...] = option(
+        (), "clients that train the first R ranks of the adapter alone, by name; all others train --rank. The strategy "
+        "flexlora takes it", MODEL, values.client_ranks, metavar="NAME=R,…", place=6, example="{north = 2}")
     max_length: int = option(MAX_LENGTH, "number of tokens kept of each record", MODEL, values.count, plan="max_length",
                              place=3)
     head: str | None = option(None, "train a classifier's final linear layer too, or keep its initial values", MODEL,

@@ -242,6 +242,11 @@ def whole_numbers(given: str) -> tuple[tuple[str, int], ...]:
     return _by_name(given, count, "as in encoder.layer.0.attention.self.query=4")
 
 
+def client_ranks(given: str) -> tuple[tuple[str, int], ...]:
+    """Parse --client-ranks into (client name, rank of at least 1) pairs, in the order of the names."""
+    return _by_name(given, count, "as in north=2, with a whole number")
+
+
 def _by_name(given: str, each: Callable[[str], Any], example: str) -> tuple[tuple[str, Any], ...]:
     parts = [(name.strip(), value.strip()) for name, _, value in (part.partition("=") for part in names(given))]
     if len(dict(parts)) < len(parts):

@@ -130,7 +130,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
                           min_clients=options.min_clients, min_replies=options.min_replies,
                           round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
                           evaluate_every=options.eval_every,
-                          fewest_uploads=fewest_of(options))
+                          fewest_uploads=fewest_of(options), client_ranks=dict(options.client_ranks))
     base, task = find_model(options), task_named(options.task)
     if options.eval_data is None:
         answer = task.rows.answer

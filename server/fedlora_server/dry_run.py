@@ -69,7 +69,8 @@ def dry_run(options: ServerConfig, console: Console) -> None:
     rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
                           min_clients=options.min_clients, min_replies=options.min_replies,
                           round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
-                          evaluate_every=options.eval_every, fewest_uploads=fewest_of(options))
+                          evaluate_every=options.eval_every, fewest_uploads=fewest_of(options),
+                          client_ranks=dict(options.client_ranks))
     base, task, values = find_model(options), task_named(options.task), planned(options, options.strategy)
     rows = held_out(options)
     announced = task.has_labels and not options.labels

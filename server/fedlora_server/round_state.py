@@ -6,12 +6,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event
 
 from flwr.app import ArrayRecord, ConfigRecord
 
-from fedlora.plan import Refusal
+from fedlora.plan import MOST_RANK, Refusal
 from fedlora_strategies import FederatedLoRA
 
 from .client_sampling import POLL_S, RETURN_S, Clients, Ended
@@ -59,6 +59,7 @@ class RoundOptions:
         wait_timeout_s: seconds that a round waits, with no client at work and none left to ask, before the run ends.
         evaluate_every: evaluate after every so many rounds, and after the last.
         fewest_uploads: number of uploads that the run's reduction needs. No round closes with fewer.
+        client_ranks: client name → how many ranks it trains; all others train the adapter's.
 
     Raises:
         ValueError: an option is out of its range or contradicts another.
@@ -72,6 +73,7 @@ class RoundOptions:
     wait_timeout_s: float = 3600.0
     evaluate_every: int = 1
     fewest_uploads: int = 1
+    client_ranks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("clients_per_round", "min_clients", "min_replies", "evaluate_every"):
@@ -332,6 +334,8 @@ class OpenRound:
         until = self._until.setdefault(attempt, time.monotonic() + self._options.round_timeout_s)
         config = ConfigRecord({"nodes": nodes, "attempt": attempt,
                                "deadline_s": max(0.0, until - time.monotonic())})
+        if self._options.client_ranks and self._number:  # round 0 trains no adapter
+            config["ranks"] = [self._options.client_ranks.get(self._engine.name_of(node), MOST_RANK) for node in nodes]
         messages = self._strategy.configure_train(self._number, arrays, config, self._engine)
         names = tuple(sorted(self._engine.name_of(node) for node in nodes))
         self._observer.asked(self._number, attempt, names)

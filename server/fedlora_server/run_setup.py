@@ -148,6 +148,8 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
     recipe = recipe_of(options, strategy)
     start = PrivateStart(plan, adapted, state, seed, recipe.reduction) if plan.private_start else None
     chosen = strategy_class(strategy)(plan, adapted.layout, recipe=recipe, seed=seed)
+    if options.client_ranks:
+        chosen.check_ranks(dict(options.client_ranks).values())
     if options.screen is not None:
         for one in filter(None, (chosen, start)):
             one.screen = options.screen
@@ -188,7 +190,9 @@ def _head_rows(options: RunConfig, labels: tuple[str, ...]) -> data.Rows | None:
 
 def remarks(options: RunConfig) -> list[str]:
     """Return what is told of the options, whatever the strategy, before a run starts."""
-    return [*without_effect(options), *about_the_head(options)]
+    ranks = ", ".join(f"{name} trains {rank}" for name, rank in options.client_ranks)
+    return [*without_effect(options), *about_the_head(options),
+            *([f"Of the adapter's ranks {ranks}; every other client trains all of them."] if ranks else [])]
 
 
 def is_one_step(options: RunConfig) -> bool:

@@ -58,7 +58,7 @@ MOST_GRADIENT_BYTES = 8 * 2**30
 FIXED = ("privacy", "task", "seeds", "clients", "partition", "eval_data", "local_steps", "optimizer", "lr_schedule",
          "clients_per_round", "min_replies", "max_participations", "dropout", "privacy_unit", "workers",
          "batch_clients", "engine", "ray_address", "dry_run", "sweep", "resume", "reference", "tune", "tune_budget",
-         "one_step", "hold_out")
+         "one_step", "hold_out", "client_ranks")
 """Options of a simulation that an audit sets itself: it has one client, with one step of SGD in each round."""
 
 MEMBERS = 3

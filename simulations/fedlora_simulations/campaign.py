@@ -139,6 +139,9 @@ def _check(campaign: Campaign, setting: Setting, dealt: dict[tuple[str, int], Po
     if options.compile and options.batch_clients > 1:
         raise ValueError("--compile and --batch-clients do not work together: steps that clients share have too many "
                          "shapes to compile; leave one of the two out")
+    if options.client_ranks and options.batch_clients > 1:
+        raise ValueError("--client-ranks and --batch-clients do not work together: clients that share a pass of the "
+                         "model have the same rank; leave one of the two out")
     check_computing(options.device, options.precision, compiles_here(options))
     if key_of(options) not in campaign.populations:
         campaign.populations[key_of(options)] = populate(options, options.seeds[0])
@@ -148,6 +151,9 @@ def _check(campaign: Campaign, setting: Setting, dealt: dict[tuple[str, int], Po
             dealt[key] = campaign.population(setting, seed)
         population = dealt[key]
         check_sizes(options, campaign.methods, population, seed)
+        if unknown := sorted(dict(options.client_ranks).keys() - population.parts.keys()):
+            raise ValueError(f"--client-ranks names {unknown[0]!r}, which is no client of this simulation; they go from "
+                             f"{next(iter(population.parts))} to {next(reversed(list(population.parts)))}")
         for method in campaign.methods:
             fewest_of(method.options(options), method, len(population.parts))
     if campaign.tuning is not None:

@@ -144,7 +144,8 @@ def simulate(options: SimulationConfig, method: Method, seed: int, base: BaseMod
     evaluate = evaluator(federation, population.held_out, device=trainer.device, precision=trainer.autocast_dtype)
     loop = RoundOptions(seed=seed, clients_per_round=options.clients_per_round, min_clients=len(sessions),
                         min_replies=options.min_replies, evaluate_every=options.eval_every, fewest_uploads=needed,
-                        round_timeout_s=math.inf, wait_timeout_s=0.0)  # no deadlines, and no client can join later
+                        round_timeout_s=math.inf, wait_timeout_s=0.0,  # no deadlines, and no client can join later
+                        client_ranks=dict(options.client_ranks))
     count = min(options.workers, len(sessions))
     engine = _engine(options, federation, base, trainer, make_sketch_trainer, sessions, count, between, roster)
     try:

@@ -251,7 +251,8 @@ class FederatedLoRA(Strategy):
         Args:
             server_round: The round's number, from 1; 0 for a private start.
             arrays: The state.
-            config: Optional entries: `nodes` (their ids; default: all of the grid), `attempt` (default: 0), and
+            config: Optional entries: `nodes` (their ids; default: all of the grid), `ranks` (for each of `nodes` how
+                many ranks it trains, if these are fewer than the adapter's; default: all), `attempt` (default: 0), and
                 `deadline_s` (how many seconds from now replies are accepted; default: for ever).
             grid: Asked for its nodes if `nodes` is absent.
 
@@ -259,16 +260,58 @@ class FederatedLoRA(Strategy):
             One order for each node. It is a list because Flower's own grid goes through it twice.
 
         Raises:
-            ValueError: The state does not fit the layout.
+            ValueError: The state does not fit the layout, or the strategy takes no smaller ranks.
         """
         under_way = self._begun(server_round, arrays)
-        given = cast(list[int], config["nodes"]) if "nodes" in config else self._wait_for_nodes(grid)
-        nodes, attempt = sorted(given), cast(int, config.get("attempt", 0))
+        nodes = cast(list[int], config["nodes"]) if "nodes" in config else self._wait_for_nodes(grid)
+        ranks, attempt = cast(list[int], config.get("ranks", [])), cast(int, config.get("attempt", 0))
         under_way.awaited.update(nodes)
+        self._share(under_way, dict(zip(nodes, ranks, strict=False)))
         until = time.monotonic() + cast(float, config.get("deadline_s", math.inf))
-        order = RoundPlan(self.plan, server_round, attempt, under_way.frozen_sha256, under_way.named,
-                          tuple(sorted(under_way.prefixes.items())), until)
-        return list(train_messages(order, ((node, under_way.arrays_for(self._held.get(node))) for node in nodes)))
+        messages: list[Message] = []
+        for share in {id(share): share for share in map(under_way.share_of, nodes)}.values():
+            order = RoundPlan(self.plan, server_round, attempt, under_way.frozen_sha256, under_way.named,
+                              tuple(sorted(share.prefixes.items())), until)
+            messages += train_messages(order, ((node, share.arrays_for(self._held.get(node))) for node in nodes
+                                               if under_way.share_of(node) is share))
+        return sorted(messages, key=lambda message: message.metadata.dst_node_id)
+
+    def check_ranks(self, ranks: Iterable[int]) -> None:
+        """Check that clients can train the first ranks of the adapter alone.
+
+        Args:
+            ranks: How many, for each such client.
+
+        Raises:
+            ValueError: The strategy needs the whole rank of every client, or the adapter has fewer ranks.
+        """
+        reduction = self.step.reduction
+        if not (isinstance(reduction, FactorReduction) and reduction.takes_ranks):
+            raise ValueError(f"--client-ranks: {self.plan.strategy} averages tensors of one shape, so all its clients "
+                             "have the same rank; choose --strategy flexlora, which averages products")
+        if (most := max(ranks, default=0)) > self.layout.rank:
+            raise ValueError(f"--client-ranks has a rank of {most}, and the adapter's is {self.layout.rank}; raise "
+                             "--rank, or lower it")
+
+    def _share(self, under_way: UnderWay, ranks: Mapping[int, int]) -> None:
+        """Note for each node the part of the round that it has, if it trains fewer ranks than the adapter has."""
+        if smaller := {node: rank for node, rank in ranks.items() if rank < self.layout.rank}:
+            self.check_ranks(smaller.values())
+            shares = {share.rank: share for share in under_way.shares.values()}
+            for rank in set(smaller.values()) - shares.keys():
+                shares[rank] = self._narrowed(under_way, rank)
+            under_way.shares |= {node: shares[rank] for node, rank in smaller.items()}
+
+    def _narrowed(self, under_way: UnderWay, rank: int) -> UnderWay:
+        """Return the round as a client of a smaller rank has it."""
+        prefixes = {site.name: rank for site in self.layout.sites if rank < site.rank}
+        tensors = self.layout.sent_in(prefixes).cut({**under_way.sent, **under_way.frozen})
+        active = self.layout.narrowed(prefixes)
+        active = active.activated(under_way.named) if under_way.named else active
+        return dataclasses.replace(
+            under_way, sent={spec.name: tensors[spec.name] for spec in self.layout.trained}, active=active,
+            arrays=to_record(tensors, self.plan.wire_dtype), prefixes=prefixes, rank=rank, shares={},
+            longer=math.sqrt(under_way.active.num_trained / active.num_trained), _records={})
 
     @property
     def summed(self) -> int:
@@ -314,7 +357,7 @@ class FederatedLoRA(Strategy):
         whole = self.layout.activated(active) if active else self.layout
         longer = math.sqrt(whole.num_trained / layout.num_trained) if prefixes else 1.0
         return UnderWay(server_round, trained, received, frozen, layout, self._frozen[1], arrays, changed,
-                        before_sha256, set(), named, prefixes, longer)
+                        before_sha256, set(), named, prefixes, longer=longer)
 
     def _wait_for_nodes(self, grid: Grid) -> list[int]:
         while len(nodes := list(grid.get_node_ids())) < self.min_nodes:
@@ -449,7 +492,7 @@ class FederatedLoRA(Strategy):
             return None, None
         reduced, trained = gathering.result(), {spec.name for spec in under_way.active.trained}
         refreshed = {name: array for name, array in reduced.items() if name not in trained}
-        usual = usual_norm([one.norm for one in figures.measured.values()])
+        usual = usual_norm([one.comparable for one in figures.measured.values()])
         return self._next(closed, Released({name: reduced[name] for name in reduced if name in trained}), refreshed,
                           None if usual is None else usual * under_way.longer, figures.to_dict())
 
@@ -508,8 +551,10 @@ class FederatedLoRA(Strategy):
                 self.curbed[node] = (f"it counts for {most_examples:.0f} examples, {EXAMPLES:g} times the lower median "
                                      f"of the round's uploads, in place of {examples}")
             gathering.add(upload.tensors, 1.0 if examples is None else min(float(examples), most_examples))
-            norm = distance(upload.tensors, start)
-            figures.add(upload, node, Measured(norm, upload.noise_multiplier, examples))
+            share = under_way.share_of(node)
+            norm = distance(upload.tensors, {} if self.sends_changes else share.sent)
+            longer = 1.0 if share is under_way else share.longer
+            figures.add(upload, node, Measured(norm, upload.noise_multiplier, examples, longer))
         return gathering, figures
 
     def _screen(self, measured: Mapping[int, Measured], closed: Closed) -> tuple[dict[int, str], float]:
@@ -567,7 +612,7 @@ class FederatedLoRA(Strategy):
         if self.plan.weight_by_examples and (answer.num_examples is None or answer.num_examples < 1):
             raise ValueError(f"the upload's number of examples is {answer.num_examples}; weighting by examples "
                              "needs at least 1")
-        under_way.active.check(answer.tensors, "trained")
+        under_way.share_of(node).active.check(answer.tensors, "trained")
         self._held[node] = under_way.frozen_sha256
         self.disclosed[node] = upload_metrics(answer)
         return answer

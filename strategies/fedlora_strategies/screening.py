@@ -75,11 +75,18 @@ class Measured:
         norm: The L2 norm of its change of the tensors.
         noise: The noise multiplier that it announces, if any.
         examples: The number of examples that it claims, if any.
+        longer: How much longer it would usually be with the ranks that other clients of the round train.
     """
 
     norm: float
     noise: float | None = None
     examples: int | None = None
+    longer: float = 1.0
+
+    @property
+    def comparable(self) -> float:
+        """The norm to compare with those of other clients."""
+        return self.norm * self.longer
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ def left_out(measured: Mapping[int, Measured], k: float, earlier: Sequence[float
     if math.isinf(k):
         return {}
     noise = lower_median([one.noise for one in measured.values() if one.noise is not None])
-    usual, of_what = _usual([one.norm for one in measured.values()], earlier, among_few)
+    usual, of_what = _usual([one.comparable for one in measured.values()], earlier, among_few)
     found = {}
     for node, one in measured.items():
         most = reach.fixed
@@ -164,8 +171,8 @@ def left_out(measured: Mapping[int, Measured], k: float, earlier: Sequence[float
                 one.noise or math.inf, PRIVATE * noise)
         if one.norm > most:
             found[node] = f"it moves the adapter by {one.norm:.3g}, and {reach.why} go no further than {most:.3g}"
-        elif usual is not None and one.norm > k * usual:
-            found[node] = f"it moves the adapter by {one.norm:.3g}, more than {k:g} times {of_what}, {usual:.3g}"
+        elif usual is not None and one.comparable > k * usual:
+            found[node] = f"it moves the adapter by {one.comparable:.3g}, more than {k:g} times {of_what}, {usual:.3g}"
     return found
 
 

@@ -72,6 +72,17 @@ def test_ranks_change_alike_in_every_engine(tmp_path, checkpoint, strategy, rank
     assert (one.bytes_up, one.epsilons) == (batched.bytes_up, batched.epsilons)
 
 
+def test_clients_of_fewer_ranks_train_alike_in_every_process_and_are_charged_as_all_others(tmp_path, checkpoint):
+    ranks = "--client-ranks=hospital-0=1,hospital-2=2"
+    (one, first), (two, _) = (run(tmp_path, checkpoint, "flexlora", f"--workers={count}", ranks) for count in (1, 2))
+    whole, second = run(tmp_path, checkpoint, "flexlora")
+    for name, array in one.result.state.items():
+        assert array.tobytes() == two.result.state[name].tobytes(), f"{name} differs"
+    assert (one.bytes_up, one.epsilons) == (two.bytes_up, two.epsilons)
+    assert one.bytes_up < whole.bytes_up and one.bytes_down < whole.bytes_down
+    assert one.epsilons == whole.epsilons and charges(first) == charges(second)
+
+
 @pytest.mark.parametrize("strategy", ["fedavg-lora", "fedsvd", "ffa-lora:dp"])
 def test_batched_clients_end_where_one_after_the_other_end_and_are_charged_alike(tmp_path, checkpoint, strategy):
     (one, first), (two, second) = (run(tmp_path, checkpoint, strategy, f"--batch-clients={count}") for count in (1, 2))

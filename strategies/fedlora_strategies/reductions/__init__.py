@@ -74,9 +74,11 @@ class FactorReduction(Reduction, Protocol):
 
     Attributes:
         refreshes_frozen: Whether it has, so that they must be sent again.
+        takes_ranks: Whether uploads may hold the first ranks of the adapter alone, each upload as many as it likes.
     """
 
     refreshes_frozen: ClassVar[bool]
+    takes_ranks: ClassVar[bool]
 
     def check(self, layout: AdapterLayout) -> None:
         """Check that the reduction works with adapters of this layout.

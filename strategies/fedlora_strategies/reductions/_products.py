@@ -9,6 +9,9 @@ without strength keeps its row of A, with the length of the strongest, so that i
 never formed. A factor that trains alone in a round is averaged as it is, which is exact; and so are both factors where
 every product is 0.
 
+A client may train the first r_k ranks alone: its B_k A_k has this rank, and the mean is still cut to r. The singular
+values fall, so the first ranks of the result are its best approximation of that rank, from which the client starts.
+
 The server must see each upload by itself, so it cannot work with secure aggregation. It withstands no hostile client.
 """
 
@@ -38,6 +41,7 @@ class Products(FactorReduction):
 
     linear: ClassVar[bool] = False
     refreshes_frozen: ClassVar[bool] = False
+    takes_ranks: ClassVar[bool] = True
 
     @override
     def check(self, layout: AdapterLayout) -> None:
@@ -56,7 +60,24 @@ class Products(FactorReduction):
 
     @override
     def begin(self, sent: Tensors) -> Collected:
-        return Collected(_combined)
+        return Collected(lambda uploads, weights: _combined([_whole(upload, sent) for upload in uploads], weights))
+
+
+def _whole(upload: Tensors, sent: Tensors) -> Tensors:
+    """Return an upload with all ranks: columns of B that it lacks are 0, rows of A are as they were sent.
+
+    Args:
+        upload: The upload, with at least the first rank of each layer.
+        sent: The tensors of the whole rank, as they were sent.
+    """
+    whole = dict(upload)
+    for name, array in upload.items():
+        ranks = array.shape[0] if name.endswith(".A") else array.shape[-1]
+        if name.endswith(".A") and ranks < len(sent[name]):
+            whole[name] = np.concatenate([array, sent[name][ranks:]])
+        elif name.endswith(".B") and ranks < sent[name].shape[1]:
+            whole[name] = np.pad(array, ((0, 0), (0, sent[name].shape[1] - ranks)))
+    return whole
 
 
 @np.errstate(over="ignore")  # the strategy checks that the state is finite

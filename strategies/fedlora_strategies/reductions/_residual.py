@@ -40,6 +40,7 @@ class Residual(FactorReduction):
 
     linear: ClassVar[bool] = False
     refreshes_frozen: ClassVar[bool] = True
+    takes_ranks: ClassVar[bool] = False
 
     def slots(self, rank: int, rounds: int) -> int:
         """Return how many slots a layer's stack gets, as for `fedlora_strategies.stack.Stacking`."""
