@@ -14,6 +14,7 @@
     trust = "aggregate"                   # charge the noise of secure sums, which relies on other members; default: own
     members = ["<SHA-256 of a member's public key>"]    # the only ones with whom this site takes part in secure sums
     least-members = 6                     # ... and the fewest of them
+    least-colluding = 1                   # ... of whom so many may tell what they know without harm
 
     [dataset.north]                       # one table for each data set, under an id of the owner's choice
     data = "/records/north"
@@ -142,6 +143,8 @@ class Policy:
         members: the only keys with which this site takes part in secure sums, as `server_fingerprints`; None takes
             whomever the certificate authority knows.
         least_members: the fewest members of a roster of secure sums; None for as few as there can be.
+        least_colluding: how many members, alone or with the server, the promise of secure sums must withstand; a server
+            may propose more.
         datasets: id → the data set's own table.
     """
 
@@ -160,10 +163,12 @@ class Policy:
     trust: str = TRUSTS[0]
     members: tuple[str, ...] | None = None
     least_members: int | None = None
+    least_colluding: int = 0
     datasets: Mapping[str, DatasetPolicy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in (("min_noise_multiplier", 0.0), ("max_rounds", 0.0), ("max_sampling_rate", 0.0)):
+        for name, least in (("min_noise_multiplier", 0.0), ("max_rounds", 0.0), ("max_sampling_rate", 0.0),
+                            ("least_colluding", 0)):
             if not getattr(self, name) >= least:  # not a number is no limit either
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)!r}; it must be at least 0")
         if math.isinf(self.min_noise_multiplier):
@@ -267,6 +272,10 @@ class Policy:
                 self._forbid(f"{key} = {list(allowed)}", f"{value!r} is not among them")
         if run.most_trainings > self.max_rounds:
             self._forbid(f"max-rounds = {self.max_rounds:g}", f"the server may ask for {run.most_trainings}")
+        if run.secure_aggregation and run.colluding < self.least_colluding:
+            self._forbid(f"least-colluding = {self.least_colluding}",
+                         f"the promise of this run's sums withstands {run.colluding}; ask the coordinator for "
+                         f"--colluding {self.least_colluding}")
         if proposal.announce_labels and not self.announce_labels:
             self._forbid("announce-labels = false", "the server asks for the label names; ask the coordinator to name "
                                                     "them with fedlora-server --labels")
@@ -399,7 +408,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "min-noise-multiplier": (int, float), "max-rounds": (int,), "max-sampling-rate": (int, float),
     "strategies": (list,), "families": (list,), "models": (list,), "servers": (list,),
     "server-fingerprints": (list,), "announce-labels": (bool,), "announce-size": (bool,), "private-start": (bool,),
-    "trust": (str,), "members": (list,), "least-members": (int,)}
+    "trust": (str,), "members": (list,), "least-members": (int,), "least-colluding": (int,)}
 
 _DATASET_FIELDS: Mapping[str, tuple[type, ...]] = {
     "data": (str,), "epsilon": (int, float), "delta": (int, float), "unit": (str,), "distinct": (list,),

@@ -152,8 +152,8 @@ def _check(campaign: Campaign, setting: Setting, dealt: dict[tuple[str, int], Po
         population = dealt[key]
         check_sizes(options, campaign.methods, population, seed)
         if unknown := sorted(dict(options.client_ranks).keys() - population.parts.keys()):
-            raise ValueError(f"--client-ranks names {unknown[0]!r}, which is no client of this simulation; they go from "
-                             f"{next(iter(population.parts))} to {next(reversed(list(population.parts)))}")
+            raise ValueError(f"--client-ranks names {unknown[0]!r}, which is no client of this simulation. Its clients "
+                             f"are {next(iter(population.parts))} to {next(reversed(list(population.parts)))}")
         for method in campaign.methods:
             fewest_of(method.options(options), method, len(population.parts))
     if campaign.tuning is not None:

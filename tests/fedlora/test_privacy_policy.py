@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fedlora.plan import Proposal
+from fedlora.plan import AGGREGATE, Proposal
 from fedlora.privacy import About
 from fedlora.privacy.policy import Forbidden, Policy
 
@@ -226,10 +226,20 @@ def test_the_members_keys_may_stand_in_groups_and_this_sites_own_need_not_be_nam
     assert policy(tmp_path, "").pins(THIRD) is None
 
 
+def test_how_many_may_collude_is_the_owners_to_demand(tmp_path):
+    sums = {"mechanism": AGGREGATE, "least_members": 6, "local_steps": 1, "optimizer": "sgd"}
+    demanding = policy(tmp_path, "least-colluding = 1\n")
+    with pytest.raises(Forbidden, match=r"least-colluding = 1, and the promise of this run's sums withstands 0; ask"):
+        demanding.check_proposal(**proposed(**sums))
+    demanding.check_proposal(**proposed(**sums, colluding=1))
+    demanding.check_proposal(**proposed())
+
+
 @pytest.mark.parametrize(("lines", "why"), [
     ('trust = "everyone"', "trust is 'everyone'; it must be local or aggregate"),
     ("least-members = 2", "least-members is 2; it must be 3 to 200"),
-    ("least-members = 201", "it must be 3 to 200"), ('members = ["abc"]', "64 hexadecimal digits"),
+    ("least-members = 201", "it must be 3 to 200"),
+    ("least-colluding = -1", "least-colluding is -1; it must be at"), ('members = ["abc"]', "64 hexadecimal digits"),
     (f'least-members = 6\nmembers = ["{KEY}", "{OTHER}"]', "members names 2 keys, with which no roster of 6 members")])
 def test_what_is_said_of_members_must_be_possible(tmp_path, lines, why):
     with pytest.raises(ValueError, match=why):

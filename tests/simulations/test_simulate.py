@@ -59,7 +59,8 @@ def test_a_runs_report_says_all_that_is_needed_to_repeat_it(arguments, tmp_path)
     "--partition=nonsense", "--batch-size=64", "--min-replies=3", "--clients=200", "--init=dp", "--device=cuda",
     "--labels=routine", "--strategy=ffa-lora,fed-sb:kaiming", "--strategy=ffa-lora,fedsvd:kaiming --rank=40",
     "--client-ranks=client-0=1 --strategy=ffa-lora", "--client-ranks=north=1 --strategy=flexlora",
-    "--client-ranks=client-0=1 --strategy=flexlora --batch-clients=2", "--init=public:rows.jsonl --targets=none", "--partition=dirichlet:1 --seeds=1,4"])
+    "--client-ranks=client-0=1 --strategy=flexlora --batch-clients=2",
+    "--init=public:rows.jsonl --targets=none", "--partition=dirichlet:1 --seeds=1,4"])
 def test_what_cannot_be_run_leaves_no_folder_and_is_said_once(arguments, tmp_path, capfd, wrong):
     off = ["--privacy=off", "--epsilon=inf"] if wrong == "--init=dp" else []
     assert main([*arguments, "--rounds=1", *wrong.split(), *off]) == 2
