@@ -55,7 +55,7 @@ def test_it_shows_the_plan_its_digest_the_traffic_and_the_noise_and_writes_nothi
 def test_without_privacy_no_noise_is_shown_and_participations_limit_the_rounds(told):
     text = told("--privacy=off", "--max-participations=1")
     assert "private false" in text and "Noise multiplier" not in text
-    assert "2 of 3 are possible with 2 clients" in text
+    assert "1 of 3 are possible with 2 clients" in text
 
 
 def test_the_command_ends_with_0_or_says_what_is_wrong(checkpoint, tmp_path, monkeypatch, capfd):
