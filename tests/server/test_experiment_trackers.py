@@ -28,8 +28,8 @@ OPTIONS_GIVEN = {"rounds": 3, "seed": 5, "init": "public:/somewhere/private/pati
 
 NOT_TOLD = {"address", "allow_download", "client_ranks", "column", "config", "data", "data_description", "delimiter",
             "dry_run", "encoding", "eval_data", "insecure", "label_map", "log_format", "metrics", "on_event", "out",
-            "ray_address", "reference", "resume", "seeds", "sheet", "skip_incomplete", "strategy", "sweep", "tls", "track", "tune",
-            "tune_budget"}
+            "ray_address", "reference", "resume", "seeds", "sheet", "skip_incomplete", "strategy", "sweep", "tls",
+            "track", "tune", "tune_budget"}
 """Options that no store is told: files, addresses, words about the data, and what lists a simulation's runs."""
 
 
