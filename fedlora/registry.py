@@ -15,7 +15,11 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
+
+_PARSING = Lock()
+"""Held while a file is parsed. In CPython 3.11 two threads that make syntax trees at once can fail."""
 
 
 @cache
@@ -63,7 +67,7 @@ def literals(package: str, key: str, name: str) -> Mapping[str, object]:
         Attribute → value; empty if `name` is not assigned a class of the module.
     """
     assert key in titles(package), "callers check the key first"
-    module = ast.parse((_folder(package) / f"{key.replace('-', '_')}.py").read_text("utf-8"))
+    module = _parsed(_folder(package) / f"{key.replace('-', '_')}.py")
     called = _assigned(module.body).get(name)
     found = [node for node in module.body if isinstance(node, ast.ClassDef)
              and isinstance(called, ast.Name) and node.name == called.id]
@@ -94,6 +98,11 @@ def _folder(package: str) -> Path:
     return Path(next(iter(found.submodule_search_locations))).joinpath(*inner)
 
 
+def _parsed(file: Path) -> ast.Module:
+    with _PARSING:
+        return ast.parse(file.read_text("utf-8"))
+
+
 def _title(file: Path) -> str:
-    text = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
+    text = ast.get_docstring(_parsed(file)) or ""
     return text.partition("\n")[0].rstrip(".")
