@@ -182,7 +182,7 @@ class RunConfig(Config):
         example='{"encoder.layer.0.attention.self.query" = 4}')
     client_ranks: tuple[tuple[str, int], ...] = option(
         (), "clients that train the first R ranks of the adapter alone, by name; all others train --rank. The strategy "
-        "flexlora takes it", MODEL, values.client_ranks, metavar="NAME=R,…", place=6, example="{north = 2}")
+        "flexlora takes it", MODEL, values.whole_numbers, metavar="NAME=R,…", place=6, example="{north = 2}")
     max_length: int = option(MAX_LENGTH, "number of tokens kept of each record", MODEL, values.count, plan="max_length",
                              place=3)
     head: str | None = option(None, "train a classifier's final linear layer too, or keep its initial values", MODEL,

@@ -239,12 +239,7 @@ def ranks(given: str) -> tuple[tuple[str, int], ...] | str:
 
 def whole_numbers(given: str) -> tuple[tuple[str, int], ...]:
     """Parse a list of name=number into (name, whole number of at least 1) pairs, in the order of the names."""
-    return _by_name(given, count, "as in encoder.layer.0.attention.self.query=4")
-
-
-def client_ranks(given: str) -> tuple[tuple[str, int], ...]:
-    """Parse --client-ranks into (client name, rank of at least 1) pairs, in the order of the names."""
-    return _by_name(given, count, "as in north=2, with a whole number")
+    return _by_name(given, count, "as in NAME=4, with whole numbers of at least 1")
 
 
 def _by_name(given: str, each: Callable[[str], Any], example: str) -> tuple[tuple[str, Any], ...]:
