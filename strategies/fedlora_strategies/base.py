@@ -268,12 +268,15 @@ class FederatedLoRA(Strategy):
         under_way.awaited.update(nodes)
         self._share(under_way, dict(zip(nodes, ranks, strict=False)))
         until = time.monotonic() + cast(float, config.get("deadline_s", math.inf))
+        alike: dict[int | None, list[int]] = {}
+        for node in nodes:
+            alike.setdefault(under_way.ranks.get(node), []).append(node)
         messages: list[Message] = []
-        for share in {id(share): share for share in map(under_way.share_of, nodes)}.values():
+        for members in alike.values():
+            share = under_way.share_of(members[0])
             order = RoundPlan(self.plan, server_round, attempt, under_way.frozen_sha256, under_way.named,
                               tuple(sorted(share.prefixes.items())), until)
-            messages += train_messages(order, ((node, share.arrays_for(self._held.get(node))) for node in nodes
-                                               if under_way.share_of(node) is share))
+            messages += train_messages(order, ((node, share.arrays_for(self._held.get(node))) for node in members))
         return sorted(messages, key=lambda message: message.metadata.dst_node_id)
 
     def check_ranks(self, ranks: Iterable[int]) -> None:
@@ -294,13 +297,12 @@ class FederatedLoRA(Strategy):
                              "--rank, or lower it")
 
     def _share(self, under_way: UnderWay, ranks: Mapping[int, int]) -> None:
-        """Note for each node the part of the round that it has, if it trains fewer ranks than the adapter has."""
+        """Note which nodes train fewer ranks than the adapter has, and make the round as they have it."""
         if smaller := {node: rank for node, rank in ranks.items() if rank < self.layout.rank}:
             self.check_ranks(smaller.values())
-            shares = {share.rank: share for share in under_way.shares.values()}
-            for rank in set(smaller.values()) - shares.keys():
-                shares[rank] = self._narrowed(under_way, rank)
-            under_way.shares |= {node: shares[rank] for node, rank in smaller.items()}
+            under_way.ranks |= smaller
+            for rank in set(smaller.values()) - under_way.narrower.keys():
+                under_way.narrower[rank] = self._narrowed(under_way, rank)
 
     def _narrowed(self, under_way: UnderWay, rank: int) -> UnderWay:
         """Return the round as a client of a smaller rank has it."""
@@ -310,8 +312,8 @@ class FederatedLoRA(Strategy):
         active = active.activated(under_way.named) if under_way.named else active
         return dataclasses.replace(
             under_way, sent={spec.name: tensors[spec.name] for spec in self.layout.trained}, active=active,
-            arrays=to_record(tensors, self.plan.wire_dtype), prefixes=prefixes, rank=rank, shares={},
-            longer=math.sqrt(under_way.active.num_trained / active.num_trained), _records={})
+            arrays=to_record(tensors, self.plan.wire_dtype), prefixes=prefixes, ranks={}, narrower={}, _records={},
+            longer=under_way.longer * math.sqrt(under_way.active.num_trained / active.num_trained))
 
     @property
     def summed(self) -> int:
@@ -357,7 +359,7 @@ class FederatedLoRA(Strategy):
         whole = self.layout.activated(active) if active else self.layout
         longer = math.sqrt(whole.num_trained / layout.num_trained) if prefixes else 1.0
         return UnderWay(server_round, trained, received, frozen, layout, self._frozen[1], arrays, changed,
-                        before_sha256, set(), named, prefixes, longer=longer)
+                        before_sha256, set(), named, prefixes, longer)
 
     def _wait_for_nodes(self, grid: Grid) -> list[int]:
         while len(nodes := list(grid.get_node_ids())) < self.min_nodes:
@@ -553,8 +555,8 @@ class FederatedLoRA(Strategy):
             gathering.add(upload.tensors, 1.0 if examples is None else min(float(examples), most_examples))
             share = under_way.share_of(node)
             norm = distance(upload.tensors, {} if self.sends_changes else share.sent)
-            longer = 1.0 if share is under_way else share.longer
-            figures.add(upload, node, Measured(norm, upload.noise_multiplier, examples, longer))
+            figures.add(upload, node, Measured(norm, upload.noise_multiplier, examples,
+                                               share.longer / under_way.longer))
         return gathering, figures
 
     def _screen(self, measured: Mapping[int, Measured], closed: Closed) -> tuple[dict[int, str], float]:

@@ -33,9 +33,9 @@ class UnderWay:
         awaited: The ids of the nodes that may still reply.
         named: The names of the tensors that train, if the schedule chose some; () for all.
         prefixes: Module → rank, for the modules of which only the first ranks take part in the round.
-        rank: The number of ranks that each layer has at most in this share; 0 for the round as a whole.
         longer: How much longer uploads would usually be if all ranks took part: the root of the ratio of their sizes.
-        shares: Node id → the same round as that node has it, for the nodes that train a smaller rank than the others.
+        ranks: Node id → how many ranks it trains, for the nodes that train fewer than the adapter has.
+        narrower: Number of ranks → the same round as those nodes have it.
     """
 
     number: int
@@ -50,14 +50,14 @@ class UnderWay:
     awaited: set[int]
     named: tuple[str, ...] = ()
     prefixes: Mapping[str, int] = field(default_factory=dict)
-    rank: int = 0
     longer: float = 1.0
-    shares: dict[int, UnderWay] = field(default_factory=dict)
+    ranks: dict[int, int] = field(default_factory=dict)
+    narrower: dict[int, UnderWay] = field(default_factory=dict)
     _records: dict[frozenset[str], ArrayRecord] = field(default_factory=dict)
 
     def share_of(self, node_id: int) -> UnderWay:
         """Return the round as a node has it."""
-        return self.shares.get(node_id, self)
+        return self.narrower[self.ranks[node_id]] if node_id in self.ranks else self
 
     def arrays_for(self, held_sha256: str | None) -> ArrayRecord:
         """Return the tensors to send to a node: the trained ones, and the frozen ones that it lacks.

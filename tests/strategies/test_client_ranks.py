@@ -65,7 +65,7 @@ def test_an_upload_of_another_rank_than_was_ordered_is_left_out():
     engine, strategy, state = federation()
     messages = orders_of(engine, strategy, 1, to_record(state))
     replies = list(engine.send_and_receive(messages))
-    strategy._round.shares.clear()  # as if all had been ordered to train the whole rank
+    strategy._round.ranks.clear()  # as if all had been ordered to train the whole rank
     _, figures = strategy.aggregate_train(1, replies)
     assert figures["replies"] == 1
     assert {engine.name_of(node) for node in strategy.rejected} == set(RANKS)
