@@ -35,7 +35,7 @@ from .peer_lines import PeerFilter, PeerLines
 from .progress import Progress
 from .registry_engine import RegistryEngine
 from .report import write_report
-from .round_state import RoundOptions
+from .round_options import round_options
 from .rounds import FederationResult, Run, run_federation
 from .run_setup import (
     ANY_LABELS,
@@ -48,7 +48,7 @@ from .run_setup import (
     remarks,
     resolved,
 )
-from .secure_start import check_options, check_sum, fewest_of
+from .secure_start import check_options, check_sum
 from .settings import settings
 from .stopping import Stopping
 from .tls import ServerTls
@@ -126,11 +126,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
         if options.tls is not None:
             tls = ServerTls(options.tls)
             console.print(tls.told())
-    rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
-                          min_clients=options.min_clients, min_replies=options.min_replies,
-                          round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
-                          evaluate_every=options.eval_every,
-                          fewest_uploads=fewest_of(options), client_ranks=dict(options.client_ranks))
+    rounds = round_options(options)
     base, task = find_model(options), task_named(options.task)
     if options.eval_data is None:
         answer = task.rows.answer

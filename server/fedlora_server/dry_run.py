@@ -22,7 +22,7 @@ from fedlora.tasks import task_named
 from . import checkpoint
 from .folders import check_free
 from .grpc_engine import check_address
-from .round_state import RoundOptions
+from .round_options import round_options
 from .run_setup import (
     ANY_LABELS,
     Federation,
@@ -33,7 +33,7 @@ from .run_setup import (
     prepare,
     remarks,
 )
-from .secure_start import check_options, check_sum, fewest_of, foreseen_grid
+from .secure_start import check_options, check_sum, foreseen_grid
 from .settings import settings
 from .tls import ServerTls
 from .trackers import check_installed
@@ -66,11 +66,7 @@ def dry_run(options: ServerConfig, console: Console) -> None:
     if options.tls is not None:
         console.print(ServerTls(options.tls).told())
     check_options(options, over_grpc=True)
-    rounds = RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round,
-                          min_clients=options.min_clients, min_replies=options.min_replies,
-                          round_timeout_s=options.round_timeout, wait_timeout_s=options.wait_timeout,
-                          evaluate_every=options.eval_every, fewest_uploads=fewest_of(options),
-                          client_ranks=dict(options.client_ranks))
+    rounds = round_options(options)
     base, task, values = find_model(options), task_named(options.task), planned(options, options.strategy)
     rows = held_out(options)
     announced = task.has_labels and not options.labels
