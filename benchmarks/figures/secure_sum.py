@@ -66,10 +66,9 @@ class Members:
         grid = Grid.fitting(values, clip_norm=1.0, expected_batch=BATCH, members=count, noise=NOISE)
         self.keys: dict[str, tuple[EllipticCurvePrivateKey, X25519PrivateKey]] = {}
         entries = []
-        for number in range(count):
-            name, sealing = f"site-{number:03}", X25519PrivateKey.generate()
-            if not (folder / name).exists():
-                enroll(authority, folder / name)
+        _enroll_all(authority, folder, count)
+        for name in NAMES[:count]:
+            sealing = X25519PrivateKey.generate()
             key, chain = load_key(folder / name / KEY), (folder / name / CERTIFICATE).read_bytes()
             self.keys[name] = key, sealing
             entries.append(Entry.signed(name, chain, public_bytes(sealing), RUN, key))
@@ -164,9 +163,7 @@ def rounds_over_grpc(count: int, values: int, authority: Authority, folder: Path
         folder: where the clients' identities are, or are written.
         repeats: number of blocks of rounds.
     """
-    for name in NAMES[:count]:
-        if not (folder / name).exists():
-            enroll(authority, folder / name)
+    _enroll_all(authority, folder, count)
     with _secure(count, values, authority, folder) as secure, _plain(count, values, authority, folder) as plain:
         times = interleaved({"secure": secure.hold, "plain": plain.hold}, repeats, warm_up=False)
         phases = {phase: Value.of([1e3 * held[phase] for held in secure.phases], "ms") for phase in PHASES}
@@ -174,6 +171,13 @@ def rounds_over_grpc(count: int, values: int, authority: Authority, folder: Path
         return Row(f"{count} clients, {values:,} values, over gRPC", {
             "÷ plain": times["secure"].over(times["plain"]), "bytes up ÷ plain": up, "bytes down ÷ plain": down,
             "round": times["secure"].value("ms"), "plain": times["plain"].value("ms"), **phases})
+
+
+def _enroll_all(authority: Authority, folder: Path, count: int) -> None:
+    """Write an identity of each of the first clients, unless it has one."""
+    for name in NAMES[:count]:
+        if not (folder / name).exists():
+            enroll(authority, folder / name)
 
 
 class _Rounds:

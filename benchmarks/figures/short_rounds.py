@@ -18,7 +18,7 @@ from fedlora.adapters import AdapterLayout
 from fedlora.plan import AGGREGATE, Released, RunPlan, Upload
 from fedlora.privacy import Ledger, RosterFacts, RunStreams
 from fedlora.privacy.mechanisms.distributed_gaussian import honest
-from fedlora.privacy.report import load_or_create_key, privacy_report, sign, write_report
+from fedlora.privacy.report import ReportedRun, load_or_create_key, privacy_report, sign, write_report
 from fedlora.secure_sum.integers import Grid
 from fedlora.secure_sum.packages import SUM
 from fedlora.tasks import Records
@@ -94,9 +94,9 @@ class Books:
             reservation = self._ledger.reserve(DATASET, self._run.run_id, number, 0)
             reservation.begin()
         with phases.phase("report of the charge"):
-            self._report()
+            reported = self._report()
         if self._foresight is not None:  # a step takes longer than this
-            self._foresight.begin(reported_run(self._session, server=SERVER, labels=(), refusals=()), self._session)
+            self._foresight.begin(reported, self._session)
             self._foresight.wait()
         with phases.phase("store and release"):
             upload = Upload(self._run.run_id, number, 0, tensors=Released({SUM: self._sum}), steps=1)
@@ -107,9 +107,10 @@ class Books:
         with phases.phase("report of the upload"):
             self._report()
 
-    def _report(self) -> None:
-        report = privacy_report(reported_run(self._session, server=SERVER, labels=(), refusals=()))
-        write_report(self._folder / "report", sign(report, self._key))
+    def _report(self) -> ReportedRun:
+        reported = reported_run(self._session, server=SERVER, labels=(), refusals=())
+        write_report(self._folder / "report", sign(privacy_report(reported), self._key))
+        return reported
 
     def close(self) -> None:
         """Release ledger and state."""

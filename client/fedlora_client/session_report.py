@@ -60,7 +60,7 @@ class Foresight:
             session: the client's session in the run.
         """
         begun = len(session.started)
-        if run.trainings and begun < session.terms.max_participations:
+        if run.private and run.trainings and begun < session.terms.max_participations:
             self._found = self._thread.submit(_compute, replace(run, trainings=[*run.trainings, run.trainings[-1]]),
                                               session.terms, begun + 1)
 
