@@ -84,7 +84,7 @@ class Books:
         grid = Grid.fitting(values, clip_norm=run.clip_norm, expected_batch=BATCH, members=CLIENTS, noise=noise)
         self._ledger.note_roster(DATASET, run.run_id, RosterFacts(
             "0" * 64, CLIENTS, 0, noise * honest(CLIENTS, 0)**0.5, noise * grid.sensitivity(values, run.clip_norm),
-            grid.step, values, True))
+            grid.step, run.clip_norm, values, True))
         self._run, self._foresight = run, Foresight() if foresees else None
         self._sum = np.zeros(shape.num_trained, np.uint32)
 

@@ -18,6 +18,8 @@ def parser() -> Parser:
                   "achieve, from its signed history, and check the signature.", epilog=EXIT_CODES)
     made.add_argument("report", type=Path, help="path of a privacy.json, whose signature privacy.dsse.json stands "
                       "beside it; or of a privacy.dsse.json alone")
+    made.add_argument("--clients", type=int, metavar="M", help="in a run with secure sums, show ε for one person whose "
+                      "records are at this client and M − 1 others")
     keys = made.add_mutually_exclusive_group()
     keys.add_argument("--public-key", metavar="HEX", help="the public key that must have signed the report; get it "
                       "from a source that you trust")
@@ -33,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
 
     from fedlora.privacy.report import verify_file
 
-    return verify_file(options.report, Console(), public_key=options.public_key, known=_own(), any_key=options.any_key)
+    return verify_file(options.report, Console(), public_key=options.public_key, known=_own(), any_key=options.any_key,
+                       clients=options.clients)
 
 
 def _own() -> dict[str, str]:

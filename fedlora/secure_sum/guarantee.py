@@ -40,7 +40,7 @@ class SumGuarantee(SumNoise):
             raise ValueError(f"clip_norm is {clip_norm:g}, above the {roster.grid.clip_norm:g} of the roster's grid")
         sensitivity = roster.grid.sensitivity(roster.values, clip_norm)
         return cls(math.sqrt(roster.honest) * roster.noise / sensitivity, sampling_rate, roster.noise, roster.honest,
-                   roster.values)
+                   roster.values, roster.grid.sensitivity(roster.values, roster.grid.clip_norm) / sensitivity)
 
 
 def facts_of(roster: Roster, terms: RunTerms, *, pinned: bool) -> RosterFacts:
@@ -60,7 +60,7 @@ def facts_of(roster: Roster, terms: RunTerms, *, pinned: bool) -> RosterFacts:
     except ValueError as error:
         raise Refused(str(error)) from None
     facts = RosterFacts(roster.digest.hex(), len(roster.entries), roster.colluding, noise, roster.noise,
-                        roster.grid.step, roster.values, pinned)
+                        roster.grid.step, roster.grid.clip_norm, roster.values, pinned)
     if lacking := terms.lacks(facts):
         raise Refused(f"the run is charged for the noise of its sums, and {lacking}")
     return facts

@@ -175,7 +175,7 @@ def test_a_ledger_that_cannot_be_looked_at_is_named_without_a_traceback(monkeypa
     assert "ledger.sqlite: File name too long" in capsys.readouterr().err
 
 
-ROSTER = RosterFacts("ab" * 32, 6, 1, 1.2, 4000.0, 2.0**-14, 10_000, True)
+ROSTER = RosterFacts("ab" * 32, 6, 1, 1.2, 4000.0, 2.0**-14, 1.0, 10_000, True)
 
 
 def sums(ledger, run_id, *rosters, aggregate=None, trainings=3):

@@ -387,7 +387,8 @@ def test_the_figures_of_the_next_training_are_found_while_the_present_one_lasts(
                      max_participations=3)
     session = desk.session(plan, seed=None, trust=trust, least_members=6)
     noise = session.terms.aggregate_noise_multiplier or 1.5
-    desk.ledger.note_roster("north", plan.run_id, RosterFacts("ab" * 32, 6, 1, noise + 0.1, 4e3, 2.0**-14, 300, True))
+    desk.ledger.note_roster("north", plan.run_id, RosterFacts("ab" * 32, 6, 1, noise + 0.1, 4e3, 2.0**-14, 1.0, 300,
+                                                                True))
     foresight = Foresight()
 
     def charge(round):
@@ -410,7 +411,7 @@ def test_the_report_of_secure_sums_holds_the_rosters_of_the_ledger_and_both_guar
     plan = make_plan(mechanism="distributed-gaussian", least_members=6, colluding=1, local_steps=1)
     session = desk.session(plan, seed=None, trust="aggregate", least_members=6)
     terms = session.terms
-    roster = RosterFacts("ab" * 32, 6, 1, terms.aggregate_noise_multiplier + 0.1, 4000.0, 2.0**-14, 300, True)
+    roster = RosterFacts("ab" * 32, 6, 1, terms.aggregate_noise_multiplier + 0.1, 4000.0, 2.0**-14, 1.0, 300, True)
     desk.ledger.note_roster("north", plan.run_id, roster)
     desk.ledger.reserve("north", plan.run_id, 1, 0).begin()
     facts = reported_run(session, server="127.0.0.1:9092", labels=("0", "1"), refusals=[])

@@ -17,7 +17,7 @@ from .ledgers import terms as dp_sgd_terms
 from .test_ledger_witness import rehash
 
 DELTA, RATE, ROUNDS = 1e-5, 0.03, 80
-SIX = RosterFacts("ab" * 32, 6, 1, 1.2, 4000.0, 2.0**-14, 10_000, True)
+SIX = RosterFacts("ab" * 32, 6, 1, 1.2, 4000.0, 2.0**-14, 1.0, 10_000, True)
 
 
 def terms(run_id="r1", **changes):

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fedlora.privacy import Accountant, RosterFacts, Spend
-from fedlora.privacy.accounting import pld_epsilon
+from fedlora.privacy.accounting import four_digits, pld_epsilon
 from fedlora.privacy.ledger.lifetime_budget import filter_epsilon
 from fedlora.privacy.report import (
     LifetimeAccount,
@@ -30,14 +30,15 @@ from fedlora.privacy.report import (
 
 from .test_privacy_report import KEY, MECHANISM, RUN, changed, made, training
 
-ROUNDS, DELTA, RATE, SIGMA, VALUES, STEP = 80, 1e-5, 0.03, 0.6, 10_000, 2.0**-14
-SENSITIVITY = 0.5 / STEP + math.sqrt(VALUES)
+ROUNDS, DELTA, RATE, SIGMA, VALUES, STEP, CLIP_NORM = 80, 1e-5, 0.03, 0.6, 10_000, 2.0**-14, 0.5
+SENSITIVITY = CLIP_NORM / STEP + math.sqrt(VALUES)
 DONE = tuple(training(number, noise_multiplier=SIGMA, sampling_rate=RATE, steps=1) for number in (1, 2, 3))
 
 
-def facts(members=6, colluding=1, honest=4, *, deviation=SIGMA * SENSITIVITY, pinned=True, digest="ab"):
+def facts(members=6, colluding=1, honest=4, *, deviation=SIGMA * SENSITIVITY, pinned=True, digest="ab",
+          plan_clip_norm=CLIP_NORM):
     return RosterFacts(digest * 32, members, colluding, math.sqrt(honest) * deviation / SENSITIVITY, deviation, STEP,
-                       VALUES, pinned)
+                       plan_clip_norm, VALUES, pinned)
 
 
 SIX = facts()
@@ -48,7 +49,8 @@ def made_sums(*, rosters=(SIX,), aggregate=None, trainings=DONE, **changes):
     charged = SIGMA if aggregate is None else aggregate
     lifetime = LifetimeAccount(8.0, DELTA, [LifetimeCharge("ward-7", RUN, charged, RATE, len(trainings),
                                                            aggregate is not None)] if trainings else [])
-    mechanism = Mechanism(SIGMA, RATE, 150, 1, ROUNDS, 0.5, {"adapter": 1.0}, rows={8: 32}, key="distributed-gaussian")
+    mechanism = Mechanism(SIGMA, RATE, 150, 1, ROUNDS, CLIP_NORM, {"adapter": 1.0}, rows={8: 32},
+                          key="distributed-gaussian")
     arguments = {
         "dataset": "ward-7", "run_id": RUN, "client": "north", "server": "127.0.0.1:9092", "plan_sha256": "cd" * 32,
         "strategy": "fedsvd", "base_model": {"name": "minilm"}, "unit": "row", "declared_size": 5000, "delta": DELTA,
@@ -193,6 +195,32 @@ def test_the_page_shows_both_guarantees_and_says_in_two_sentences_what_each_assu
     console = Console(width=150, file=StringIO())
     assert verify_file(path, console, public_key(KEY)) == 0
     assert "in the sums, guarantee at the run's maximum" in console.file.getvalue()
+
+
+def test_one_persons_epsilon_at_several_clients_counts_what_the_others_may_clip_to():
+    lower = verify(sign(made_sums(rosters=(facts(plan_clip_norm=1.0),)), KEY)).report
+    alike = verify(sign(made_sums(), KEY)).report
+    assert lower["sums"]["guarantee"] == alike["sums"]["guarantee"]
+    assert lower["sums"]["two_clients"] > 1.5 * alike["sums"]["two_clients"]
+    with pytest.raises(ValueError, match=r"clip_norm is 0\.25; this client clips to 0\.5"):
+        verify(sign(made_sums(rosters=(facts(plan_clip_norm=0.25),)), KEY))
+
+
+def test_verification_tells_what_the_sums_cost_one_person_at_any_number_of_clients(tmp_path):
+    def told(report, clients):
+        console = Console(width=150, file=StringIO())
+        code = verify_file(write_report(tmp_path, sign(report, KEY)), console, public_key(KEY), clients=clients)
+        return code, console.file.getvalue()
+
+    code, text = told(made_sums(), 3)
+    three = SIX.noise(RATE).epsilon(DELTA, ROUNDS, clients=3)
+    assert code == 0 and f"One person's records at 3 clients: ε = {four_digits(three)} in the sums" in text
+    assert three > made_sums()["sums"]["two_clients"]
+    for report, clients, why in ((made_sums(), 1, "it must be 2 to 6"), (made_sums(), 7, "it must be 2 to 6"),
+                                 (made_sums(rosters=(facts(pinned=False),)), 2, "does not name the keys"),
+                                 (made(), 2, "without secure sums")):
+        code, text = told(report, clients)
+        assert code == 2 and why in text
 
 
 def test_a_predictable_run_states_no_epsilon_of_its_sums_either():

@@ -54,8 +54,23 @@ def test_one_persons_records_at_several_clients_cost_more_than_one_and_less_than
     one, two = (own.epsilon(DELTA, ROUNDS, clients=clients) for clients in (1, 2))
     together = Spend(own.noise_multiplier / 2, 1 - (1 - Q)**2, ROUNDS)
     assert one < two < pld_epsilon((together,), 0.99 * DELTA)
-    mixture = _of_several(own.noise_multiplier, Q, 0.99 * DELTA, ROUNDS, 1)
+    mixture = _of_several(own.noise_multiplier, Q, 1.0, 0.99 * DELTA, ROUNDS, 1)
     assert mixture == pytest.approx(one, rel=0.02), "a mixture of one is no mixture"
+
+
+@pytest.mark.parametrize("clients", [2, 3])
+def test_other_clients_that_clip_less_tightly_move_the_sum_further(clients):
+    """With every unit in every step it is one Gaussian, moved once by this client and `others` by each of the rest."""
+    lower = dataclasses.replace(guarantee(6, 1, 0.6, clip_norm=0.25), sampling_rate=1.0)
+    assert lower.others == pytest.approx(4, rel=0.02) and guarantee(6, 1, 0.6).others == 1
+    moved = Spend(lower.noise_multiplier / (1 + (clients - 1) * lower.others), 1.0, 3)
+    assert lower.epsilon(DELTA, 3, clients=clients) == pytest.approx(pld_epsilon((moved,), 0.99 * DELTA), rel=0.01)
+
+
+def test_two_clients_cost_a_person_no_less_than_the_records_at_either():
+    lower, usual = guarantee(6, 1, 0.6, clip_norm=0.25), guarantee(6, 1, 0.6)
+    two = lower.epsilon(DELTA, ROUNDS, clients=2)
+    assert two > usual.epsilon(DELTA, ROUNDS) > lower.epsilon(DELTA, ROUNDS)
 
 
 def test_a_grid_that_is_too_coarse_for_delta_is_refused():

@@ -24,6 +24,7 @@ class RosterFacts:
         noise_multiplier: the noise of the sums by honest members, over the sensitivity of this client's encoded sum.
         deviation: standard deviation, in units of the grid, of the noise that each member adds at least.
         step: one unit of the grid, as a real value.
+        clip_norm: the plan's, for which the grid was made and to which any member may clip.
         values: the most values in a vector.
         pinned: whether the owner's policy names the key of every member. Otherwise the certificate authority alone
             says who they are, and whoever runs it could have enrolled false ones.
@@ -38,6 +39,7 @@ class RosterFacts:
     noise_multiplier: float
     deviation: float
     step: float
+    clip_norm: float
     values: int
     pinned: bool
 
@@ -49,7 +51,7 @@ class RosterFacts:
         if not 0 <= self.colluding <= self.members - sum_threshold(self.members):
             raise ValueError(f"a roster of {self.members} members allows for {self.colluding} colluding ones; it must "
                              f"be 0 to {self.members - sum_threshold(self.members)}")
-        for name in ("noise_multiplier", "deviation", "step", "values"):
+        for name in ("noise_multiplier", "deviation", "step", "clip_norm", "values"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"a roster's {name} is {value!r}; it must be positive and finite")
@@ -65,7 +67,12 @@ class RosterFacts:
         Args:
             sampling_rate: this client's, the probability with which each unit enters a step.
         """
-        return SumNoise(self.noise_multiplier, sampling_rate, self.deviation, self.honest, self.values)
+        return SumNoise(self.noise_multiplier, sampling_rate, self.deviation, self.honest, self.values,
+                        max(1.0, self.noise_multiplier / self.most_noise(self.clip_norm)))
+
+    def most_noise(self, clip_norm: float) -> float:
+        """Return the noise multiplier of the sums for a client that clips to a norm."""
+        return math.sqrt(self.honest) * self.deviation / (clip_norm / self.step + math.sqrt(self.values))
 
 
 def aggregate_epsilon(rosters: Sequence[RosterFacts], sampling_rate: float, delta: float, rounds: int, *,
@@ -79,7 +86,7 @@ def aggregate_epsilon(rosters: Sequence[RosterFacts], sampling_rate: float, delt
         sampling_rate: the probability with which each unit enters a step.
         delta: δ.
         rounds: number of sums.
-        clients: the number of clients that hold a unit of the same person.
+        clients: the number of clients that hold a unit of the same person, of equal sampling rates.
 
     Returns:
         None if nothing may be stated: no roster is known, the members of one are not pinned, or its grid is too coarse

@@ -106,6 +106,8 @@ class SumNoise:
         deviation: standard deviation of one member's noise before rounding, in units of the grid.
         honest: h.
         values: d, the number of values in a vector.
+        others: the largest sensitivity of a member over this client's: how far a unit moves the sum at a client that
+            clips to the plan's clip norm. 1 for a client that does so itself.
     """
 
     noise_multiplier: float
@@ -113,13 +115,14 @@ class SumNoise:
     deviation: float
     honest: int
     values: int
+    others: float
 
     def epsilon(self, delta: float, rounds: int, *, clients: int = 1) -> float:
         """Return an upper bound on ε at δ of a run's sums, for one unit under the zero-out relation.
 
         If one person's records are at several clients, a step moves the sum once for each of them that it samples. The
-        shift of the Gaussian is then 0 to m lengths with binomial probabilities, which dp-accounting's mixture of
-        Gaussians bounds.
+        shift of the Gaussian is then one length or none by this client, and `others` lengths for each other client that
+        samples one, which dp-accounting's mixture of Gaussians bounds.
 
         Args:
             delta: δ. A hundredth of it is set aside for the rounding.
@@ -133,7 +136,7 @@ class SumNoise:
             return 0.0
         own = (1 - ROUNDING_SHARE) * delta
         epsilon = self._of_one(own, rounds) if clients == 1 else _of_several(
-            self.noise_multiplier, self.sampling_rate, own, rounds, clients)
+            self.noise_multiplier, self.sampling_rate, self.others, own, rounds, clients)
         self.check_rounding(delta, rounds, epsilon)
         return epsilon
 
@@ -157,11 +160,13 @@ class SumNoise:
 
 
 @functools.lru_cache(maxsize=64)  # a client asks for the same figure after each round
-def _of_several(noise_multiplier: float, q: float, delta: float, rounds: int, clients: int) -> float:
+def _of_several(noise_multiplier: float, q: float, others: float, delta: float, rounds: int, clients: int) -> float:
     from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_mechanism
 
-    probabilities = [math.comb(clients, k) * q**k * (1 - q)**(clients - k) for k in range(clients + 1)]
-    step = from_mixture_gaussian_mechanism(noise_multiplier, list(range(clients + 1)), probabilities,
+    drawn = [(k * others, math.comb(clients - 1, k) * q**k * (1 - q)**(clients - 1 - k)) for k in range(clients)]
+    shifts = [shift + own for shift, _ in drawn for own in (0, 1)]
+    probabilities = [probability * own for _, probability in drawn for own in (1 - q, q)]
+    step = from_mixture_gaussian_mechanism(noise_multiplier, shifts, probabilities,
                                            value_discretization_interval=_INTERVAL)
     return float(step.self_compose(rounds).get_epsilon_for_delta(delta))
 

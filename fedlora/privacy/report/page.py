@@ -94,7 +94,8 @@ def _sums(report: Document) -> str:
                      "figures above cover it.")
     if sums["no_guarantee"] is None:
         lines += [f"- One person's records at two clients: ε = {shown(sums['two_clients'])} in the sums at the run's "
-                  "maximum, if both sample alike; by own noise the two clients' ε add up.",
+                  "maximum, if the other samples as this one does and clips to the plan's clip norm or less; by own "
+                  "noise the two clients' ε add up.",
                   f"- Rounding to the grid adds {short(sums['rounding_delta'], up=True)} to δ, which is included."]
     return "## Two guarantees: by this client's own noise, and in the sums\n\n" + "\n".join(lines)
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from fedlora.privacy.accounting import four_digits, short
 from fedlora.privacy.report.dsse import read_signed
 from fedlora.privacy.report.facts import CERTIFICATE
+from fedlora.privacy.report.sums import several_clients
 from fedlora.privacy.report.verification import Verified, verify
 
 VERIFIED, NOT_VERIFIED, WHOSE = 0, 2, 3
@@ -19,7 +20,7 @@ VERIFIED, NOT_VERIFIED, WHOSE = 0, 2, 3
 
 
 def verify_file(path: Path, console: Console, public_key: str | None = None, *, known: Mapping[str, str] | None = None,
-                any_key: bool = False) -> int:
+                any_key: bool = False, clients: int | None = None) -> int:
     """Verify the report in a file, and print its figures and what they prove.
 
     Args:
@@ -28,6 +29,7 @@ def verify_file(path: Path, console: Console, public_key: str | None = None, *, 
         public_key: the author's, 64 hexadecimal digits; None accepts any author and prints the key.
         known: public key → whose it is, of further keys that are known here.
         any_key: whether a valid signature is enough, whoever made it.
+        clients: a number of clients that may hold one person's records, to print what the sums cost that person.
 
     Returns:
         0 if the report is consistent and signed by `public_key` or a known key (or `any_key` is set); 3 if it is signed
@@ -35,6 +37,7 @@ def verify_file(path: Path, console: Console, public_key: str | None = None, *, 
     """
     try:
         verified = verify(read_signed(path), public_key)
+        several = None if clients is None else several_clients(verified.report, clients)
     except OSError as error:
         console.print(f"[bold red]Not verified.[/] {escape(str(path))}: {escape(str(error.strerror))}")
         return NOT_VERIFIED
@@ -42,6 +45,10 @@ def verify_file(path: Path, console: Console, public_key: str | None = None, *, 
         console.print(f"[bold red]Not verified.[/] {escape(str(path))}: {escape(str(error))}.", soft_wrap=True)
         return NOT_VERIFIED
     _show(verified, console)
+    if several is not None:
+        console.print(f"One person's records at {clients} clients: ε = {four_digits(several)} in the sums at the run's "
+                      "maximum, if the others sample as this one does and clip to the plan's clip norm or less.",
+                      soft_wrap=True)
     if public_key is not None:
         console.print(f"Signed by {verified.public_key}, the key that you named.", soft_wrap=True)
         return VERIFIED

@@ -73,12 +73,13 @@ NOT_COVERED = (
     "Edited rows: a record that was changed counts as another record. One budget covers both only if the data keep "
     "their dataset name.",
     "Several institutions: someone with records at more than one of them is protected by the sum of their budgets, not "
-    "by each single one.",
+    "by each single one; in secure sums, by the epsilon that is stated for several clients.",
     "Other machines, users and ledgers: what was released from the same data there is not counted here.",
     "Restored copies: if ledger, policy, witness and key are put back together to an earlier state, only the newest "
     "anchor that a server keeps of this client reveals it. Nothing reveals it if that server is another one or a "
     "Flower SuperLink, if it knows this client by another name, if it hands back an older anchor or none, or if the "
     "copy is from before the key was made.",
+    "Running machines: whoever copies this one's memory while the client runs has its records, keys and masks.",
     "Tuning: if settings were chosen by looking at results on this data, that choice is not counted.",
     "The software: the arithmetic assumes that it ran as published; this report cannot prove that noise was added.",
 )

@@ -15,7 +15,7 @@ _EPSILON = (*_NUMBER, str, type(None))
 _FIGURES = {"label": str, "steps": int, "epsilon": _EPSILON, "accountant": _TEXT,
             "accountants": {"PRV": _EPSILON, "RDP": _EPSILON, "PLD": _EPSILON}, "note": str}
 _ROSTER = {"digest": str, "members": int, "colluding": int, "honest": int, "noise_multiplier": _NUMBER,
-           "deviation": _NUMBER, "step": _NUMBER, "values": int, "pinned": bool}
+           "deviation": _NUMBER, "step": _NUMBER, "clip_norm": _NUMBER, "values": int, "pinned": bool}
 _SUMS = ({"charged": str, "aggregate_noise_multiplier": _MAYBE, "least_members": int, "colluding": int,
           "rosters": [_ROSTER], "revealed": [{"round": int, "attempt": int}], "hold_out": _NUMBER,
           "no_guarantee": _TEXT, "event": _TEXT, "guarantee": _FIGURES, "spent": _FIGURES, "rounding_delta": _MAYBE,

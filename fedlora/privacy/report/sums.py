@@ -7,7 +7,7 @@ keys say. Unit and relation are the same: one unit of this client, zero-out.
 
 from __future__ import annotations
 
-import math
+from dataclasses import asdict
 from typing import Any
 
 from fedlora.plan.limits import AGGREGATE
@@ -36,9 +36,7 @@ def sums_part(report: Document, sums: Sums) -> dict[str, Any]:
         report: the rest of the report.
         sums: the facts.
     """
-    rosters = [{"digest": one.digest, "members": one.members, "colluding": one.colluding, "honest": one.honest,
-                "noise_multiplier": one.noise_multiplier, "deviation": one.deviation, "step": one.step,
-                "values": one.values, "pinned": one.pinned} for one in sums.rosters]
+    rosters = [{**asdict(one), "honest": one.honest} for one in sums.rosters]
     aggregate = sums.aggregate_noise_multiplier
     part: dict[str, Any] = {
         "charged": _charged(aggregate), "aggregate_noise_multiplier": aggregate,
@@ -107,8 +105,9 @@ def check_sums(report: Document) -> list[tuple[str, str, float | None, float | N
         require(roster.members >= part["least_members"] and roster.colluding == part["colluding"], "sums.rosters",
                 (roster.members, roster.colluding), f"it must have {part['least_members']} members or more, of whom "
                                                      f"{part['colluding']} collude")
-        most = math.sqrt(roster.honest) * roster.deviation / (mechanism["clip_norm"] / roster.step
-                                                              + math.sqrt(roster.values))
+        require(mechanism["clip_norm"] <= roster.clip_norm, "sums.rosters clip_norm", roster.clip_norm,
+                f"this client clips to {mechanism['clip_norm']!r}, which is more")
+        most = roster.most_noise(mechanism["clip_norm"])
         require(roster.noise_multiplier <= most * (1 + 1e-9), "sums.rosters noise_multiplier",
                 roster.noise_multiplier, f"by the roster's own numbers it is at most {most!r}")
     sent = [(one["round"], one["attempt"]) for one in report["trainings"] if one["state"] == "released"]
@@ -147,6 +146,29 @@ def check_sums(report: Document) -> list[tuple[str, str, float | None, float | N
             f"it must be {two!r}")
     return [*checks, (f"in the sums, one person's records at {CLIENTS} clients", "PLD", number(part["two_clients"]),
                       two)]
+
+
+def several_clients(report: Document, clients: int) -> float:
+    """Return ε at the run's planned maximum, in the sums, for one person whose records are at several clients.
+
+    Args:
+        report: a verified report.
+        clients: m, this client included. The others sample as this one does, and clip to the plan's clip norm or less.
+
+    Raises:
+        ValueError: the report states no epsilon for sums, or no roster has as many members.
+    """
+    if report.get("sums") is None:
+        raise ValueError("the report is of a run without secure sums, in which several clients' epsilons add up")
+    if (reason := why_no_sums(report)) is not None:
+        raise ValueError(reason)
+    most = max(roster.members for roster in _rosters(report))
+    if not 2 <= clients <= most:
+        raise ValueError(f"--clients is {clients}; it must be 2 to {most}, the members of the run's largest roster")
+    epsilon = _largest(report, clients)
+    if epsilon is None:
+        raise ValueError(f"with one person's records at {clients} clients, {TOO_COARSE}")
+    return epsilon
 
 
 def _charged(aggregate: float | None) -> str:
