@@ -124,17 +124,17 @@ class Score:
     records: float
 
 
-def mean_score(sums: Sequence[tuple[float, float]], *, clip_norm: float, deviation: float) -> Score | None:
+def mean_score(sums: Sequence[tuple[float, float, float]], clip_norm: float) -> Score | None:
     """Return the mean score from the opened sums of some rounds; None if too few records are in them to tell.
 
     Args:
-        sums: The two values of each round's sum, in the gradients' scaled space.
+        sums: The two values of each round's sum, and the standard deviation of the noise in either, in the gradients'
+            scaled space.
         clip_norm: C of the plan.
-        deviation: The standard deviation of the noise in each value of one round's sum, in the same space.
     """
     unit = clip_norm / math.sqrt(2)
-    total, count = (sum(part) / unit for part in zip(*sums, strict=True)) if sums else (0.0, 0.0)
-    noise = math.sqrt(len(sums)) * deviation / unit
+    total, count = (sum(one[part] for one in sums) / unit for part in (0, 1))
+    noise = math.hypot(*(deviation for _, _, deviation in sums)) / unit
     if count < max(1.0, 4 * noise):
         return None
     ratio = min(1.0, max(-1.0, total / count))

@@ -30,17 +30,17 @@ def held_out_figures(plan: RunPlan, sums: tuple[float, float], records: Sequence
     Args:
         plan: the run's plan.
         sums: what the round's sum told: the total of 2 s − 1 over the drawn units, and their number, both in the
-            gradients' scaled space.
+            gradients' scaled space, in which the noise of either is stated too.
         records: the rounds before.
         roster: the roster that opened the sum.
         survivors: number of clients in the sum.
     """
     name = f"held_out_{task_named(plan.task).scored_by}"
-    own = {f"{name}/total": sums[0], f"{name}/drawn": sums[1]}
-    before = [(record.evaluation[f"{name}/total"], record.evaluation[f"{name}/drawn"])
-              for record in records[1 - ROUNDS:] if f"{name}/total" in record.evaluation]
-    score = mean_score([*before, sums], clip_norm=plan.clip_norm,
-                       deviation=math.sqrt(survivors) * roster.noise * roster.grid.step)
+    noise = math.sqrt(survivors) * roster.noise * roster.grid.step
+    own = {f"{name}/total": sums[0], f"{name}/drawn": sums[1], f"{name}/noise": noise}
+    before = [(told[f"{name}/total"], told[f"{name}/drawn"], told[f"{name}/noise"])
+              for told in (record.evaluation for record in records[1 - ROUNDS:]) if f"{name}/total" in told]
+    score = mean_score([*before, (*sums, noise)], plan.clip_norm)
     if score is None:
         return own
     reach = _NORMAL * score.error

@@ -133,9 +133,11 @@ def test_the_server_finds_the_mean_score_and_how_far_it_may_be_off():
     for _ in range(300):
         counts = rng.poisson(150, 8)
         sums = [(clip_norm / math.sqrt(2) * (2 * rng.binomial(n, truth) - n) + rng.normal(0, deviation),
-                 clip_norm / math.sqrt(2) * n + rng.normal(0, deviation)) for n in counts]
-        found = mean_score(sums, clip_norm=clip_norm, deviation=deviation)
+                 clip_norm / math.sqrt(2) * n + rng.normal(0, deviation), deviation) for n in counts]
+        found = mean_score(sums, clip_norm)
         off.append((found.mean - truth) / found.error)
     assert abs(np.mean(off)) < 0.3 and 0.85 < np.std(off) < 1.15
-    assert mean_score([], clip_norm=clip_norm, deviation=deviation) is None
-    assert mean_score([(1.0, 2.0)], clip_norm=clip_norm, deviation=deviation) is None, "noise alone tells nothing"
+    assert mean_score([], clip_norm) is None
+    assert mean_score([(1.0, 2.0, deviation)], clip_norm) is None, "noise alone tells nothing"
+    quiet, loud = (mean_score([(70.0, 100.0, 1.0)] * 3 + [(70.0, 100.0, last)], clip_norm) for last in (1.0, 30.0))
+    assert quiet.mean == loud.mean and quiet.error < loud.error, "each round has its own noise"
