@@ -37,7 +37,7 @@ class Attempt:
 
     Attributes:
         run: digest of the run's id, its plan and its model.
-        roster: digest of the roster; empty before there is one.
+        roster: digest of the roster.
         round: number of the round, from 1.
         attempt: number of the attempt at it, from 0. Another attempt has fresh keys and fresh noise.
     """
