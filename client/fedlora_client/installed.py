@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def check_known(plan: RunPlan) -> None:
-    """Check that the family, task, optimizer and adjustment that the plan names are installed here.
+    """Check that the methods that the plan names by key are installed here.
 
     Args:
         plan: the plan that the server proposes.

@@ -10,7 +10,8 @@ from fedlora import registry
 
 FOUND: Mapping[str, str] = {"family": "fedlora.adapters.families", "task": "fedlora.tasks",
                             "optimizer": "fedlora.training.optimizers",
-                            "adjustment": "fedlora.training.adjustments"}
+                            "adjustment": "fedlora.training.adjustments",
+                            "mechanism": "fedlora.privacy.mechanisms"}
 """Field of a plan that holds a key → the package whose modules the key chooses from."""
 
 

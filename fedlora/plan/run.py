@@ -105,7 +105,7 @@ class RunPlan:
         adjustment: key of the adjustment of noised gradients; "" for none.
         mechanism: key of the privacy mechanism: "dp-sgd", where each client's own noise protects its upload; or
             "distributed-gaussian", secure aggregation, where the server learns only sums, and each client adds its
-            share of a sum's noise.
+            share of a sum's noise. A plan cannot have a mechanism that is not installed where the plan is read.
         least_members: fewest members of a roster of secure aggregation; 0 without it.
         colluding: t, how many members of a roster may tell the server all they know without a sum's promise changing.
         least_noise: least standard deviation of each client's noise under secure aggregation, in units of `clip_norm`;
@@ -205,10 +205,10 @@ class RunPlan:
                 "nothing would be trained: name targets or train the head")
 
     def _check_mechanism(self, require: Callable[[bool, str, str], None]) -> None:
-        """Check what secure aggregation asks of the other values, and that nothing of it is set without it."""
-        require(self.mechanism in (LOCAL, AGGREGATE), "mechanism", f"it must be {LOCAL} or {AGGREGATE}")
-        require(self.protocol >= 8 or not self.secure_aggregation, "protocol", "with it, a plan has no secure "
-                                                                               "aggregation")
+        """Check that the mechanism is installed, and that the other values fit secure aggregation or its absence."""
+        known = registry.keys(FOUND["mechanism"])
+        require(self.mechanism in known, "mechanism", f"choose one of {', '.join(known)}")
+        require(self.protocol >= 8 or self.mechanism == LOCAL, "protocol", f"with it, a plan has the mechanism {LOCAL}")
         require(math.isfinite(self.least_noise) and self.least_noise >= 0, "least_noise", "it must be at least 0")
         if not self.secure_aggregation:
             for name in ("least_members", "colluding", "least_noise", "hold_out"):

@@ -8,8 +8,12 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 
 from fedlora import registry
+from fedlora.plan import AGGREGATE, LOCAL, from_scalars, plan_digest, to_scalars
 from fedlora.privacy import Accountant, Budget, RunTerms
+from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms import PACKAGE, Noise, mechanism_named
+from fedlora_client.terms import Limits, private_terms
+from tests.fedlora.ledgers import opened, train
 from tests.fedlora.test_plan import make_plan
 
 KEYS = registry.keys(PACKAGE)
@@ -17,7 +21,7 @@ BUDGET = Budget(3.0, 1e-5, 5000)
 
 
 def plan_of(key, **changes):
-    shared = {} if key == "dp-sgd" else {"least_members": 6, "colluding": 1}
+    shared = {"least_members": 6, "colluding": 1} if key == AGGREGATE else {}
     return make_plan(**{"private": True, "rounds": 60, "max_participations": 60, "expected_batch": 150,
                         "local_steps": 1, "optimizer": "sgd", "clip_norm": 2.0, "mechanism": key} | shared | changes)
 
@@ -67,6 +71,41 @@ def test_a_mechanism_says_in_two_sentences_what_its_noise_promises_and_stores_wh
     assert set(mechanism.stores) <= {field.name for field in dataclasses.fields(RunTerms)}
 
 
+def test_a_run_of_a_mechanism_goes_from_the_plan_to_the_ledger_which_charges_what_the_mechanism_says(key, tmp_path):
+    plan, mechanism = plan_of(key), mechanism_named(key)
+    assert from_scalars(to_scalars(plan)) == plan and to_scalars(plan)["mechanism"] == key
+    terms = private_terms(Limits(BUDGET.epsilon), BUDGET, plan, plan_digest(plan))
+    ledger = opened(tmp_path / "ledger.sqlite", epsilon=20.0)
+    ledger.begin_run("a", terms)
+    for round in (1, 2):
+        train(ledger, round, plan.run_id)
+    ledger.close()
+    again = Ledger(tmp_path / "ledger.sqlite")
+    assert again.terms("a", plan.run_id) == terms and terms.mechanism == key
+    charged = mechanism.spends(terms.noise, BUDGET.sampling_rate(plan.expected_batch), 2)
+    delta = mechanism.steps_delta(terms.noise, BUDGET.delta)
+    assert again.history("a", plan.run_id) == charged
+    assert again.epsilon("a", plan.run_id) == Accountant(charged).epsilon(delta)
+    again.close()
+
+
+def test_terms_are_stored_with_the_fields_of_their_own_mechanism_alone(key):
+    stored = private_terms(Limits(BUDGET.epsilon), BUDGET, plan_of(key)).stored()
+    for other in KEYS:
+        for field in mechanism_named(other).stores:
+            assert (field in stored) == (field in mechanism_named(key).stores)
+
+
+def test_a_plan_of_a_protocol_that_has_no_field_for_the_mechanism_is_that_of_dp_sgd(key):
+    if key == LOCAL:
+        assert "mechanism" not in to_scalars(plan_of(key, protocol=7))
+    else:
+        with pytest.raises(ValueError, match=r"^protocol is 7"):
+            plan_of(key, protocol=7)
+
+
 def test_a_mechanism_that_is_not_installed_is_refused_by_name():
     with pytest.raises(ValueError, match="'telepathy' is not among the mechanisms installed here"):
         mechanism_named("telepathy")
+    with pytest.raises(ValueError, match=f"mechanism is 'telepathy'; choose one of {', '.join(KEYS)}"):
+        make_plan(mechanism="telepathy")

@@ -10,7 +10,7 @@ from typing import Any
 from fedlora.plan.limits import AGGREGATE, LOCAL
 from fedlora.privacy.accounting import Accountant
 from fedlora.privacy.ledger.rosters import RosterFacts
-from fedlora.privacy.mechanisms import Noise, mechanism_named
+from fedlora.privacy.mechanisms import Noise, mechanism_named, stored_fields
 from fedlora.privacy.mechanisms.distributed_gaussian import foretold_epsilon
 from fedlora.privacy.spend import Spend
 
@@ -102,8 +102,8 @@ class RunTerms:
         return replace(self, aggregate_noise_multiplier=None)
 
     def stored(self) -> dict[str, Any]:
-        """Return the fields that the ledger stores, by name. Those of another mechanism are left out."""
-        others = set(mechanism_named(AGGREGATE).stores) - set(mechanism_named(self.mechanism).stores)
+        """Return the fields that the ledger stores, by name. Those of other mechanisms alone are left out."""
+        others = stored_fields() - set(mechanism_named(self.mechanism).stores)
         return {name: value for name, value in asdict(self).items() if name not in others}
 
     def lacks(self, roster: RosterFacts) -> str:

@@ -4,6 +4,9 @@ A mechanism says how much noise the terms of a run need, what a number of steps 
 ledger charges what it says, and the privacy report states it. Unit and relation are those of
 `fedlora.privacy.accounting`: one unit of one client, zero-out.
 
+A mechanism says how much noise a client adds (`Noise.own`), not how it is drawn. The noise is Gaussian: the ledger
+charges for that, and the runtime check measures it. `fedlora.training` draws it, and rounds it in a secure sum.
+
 A file defines `MECHANISM`, a class that derives from `Mechanism`. The first line of the file's docstring is its title.
 """
 
@@ -49,7 +52,8 @@ class Mechanism(ABC):
 
     Attributes:
         promise: in two sentences, what the noise promises and what that assumes.
-        stores: the fields of `fedlora.privacy.RunTerms` that the ledger and the report store for this mechanism alone.
+        stores: the fields of `fedlora.privacy.RunTerms` that are stored for this mechanism, but not for every one.
+            "mechanism" is among them for all but dp-sgd, as which a run without that field is read.
     """
 
     promise: ClassVar[str]
@@ -100,3 +104,9 @@ def mechanism_named(key: str) -> Mechanism:
     """
     made: Mechanism = registry.load(PACKAGE, key).MECHANISM()
     return made
+
+
+@cache
+def stored_fields() -> frozenset[str]:
+    """Return the fields of `fedlora.privacy.RunTerms` that are stored for some installed mechanisms alone."""
+    return frozenset(field for key in registry.keys(PACKAGE) for field in mechanism_named(key).stores)
