@@ -93,38 +93,6 @@ def test_sums_of_negative_values_wrap_around_and_come_back():
 
 # What the server can see
 
-def test_a_masked_upload_is_uniform():
-    of = roster(3, values=60_000)
-    total = Sum(of)
-    total.vectors = {name: np.zeros(of.values, np.int64) for name in of.members}
-    total.packages()
-    total.requests()
-    for vector in total.uploads.values():
-        counts = np.bincount(vector.view(np.uint8), minlength=256)
-        assert 1e-6 < stats.chisquare(counts).pvalue < 1 - 1e-6
-
-
-def test_uploads_with_the_same_sum_could_have_come_from_any_vectors_with_that_sum():
-    """Give two honest clients other vectors with the same sum, and a mask between them that makes up for it.
-
-    What the server and a third, colluding client see is then the same: so their view holds of the honest vectors
-    nothing but the sum. The pair's mask is uniform to both, whatever it was.
-    """
-    of = roster(3)
-    total = Sum(of)
-    total.packages()
-    total.requests()
-    one, other, _ = of.members
-    moved = np.random.default_rng(1).integers(-1000, 1000, of.values)
-    changed = total.vectors | {one: total.vectors[one] + moved, other: total.vectors[other] - moved}
-    wrapped = of.grid.wrapped
-    masks = {name: total.uploads[name] - wrapped(total.vectors[name]) for name in of.members}
-    between = {one: -wrapped(moved), other: wrapped(moved)}  # added to the pair's mask, which both subtract or add
-    for name in (one, other):
-        np.testing.assert_array_equal(wrapped(changed[name]) + masks[name] + between[name], total.uploads[name])
-    assert not (between[one] + between[other]).any()
-
-
 def test_a_late_upload_stays_masked_though_its_pairwise_masks_were_opened():
     """A server that calls a client dropped, and holds its upload, gets the pairwise masks and not the client's own."""
     of = roster(6)
