@@ -170,9 +170,12 @@ def _lifetime(ledger: Ledger, dataset: str, delta: float | None) -> LifetimeAcco
     for begun in (run for name in (dataset, *overlapping) for run in runs_of(ledger, name)):
         terms = begun[0].terms
         count = terms.max_participations if terms.run_id == state.closed_by else len(begun)
-        charges.append(LifetimeCharge(
-            begun[0].dataset, terms.run_id, None if terms.noise is None else terms.noise.charged, terms.sampling_rate,
-            count * terms.local_steps, terms.aggregate_noise_multiplier is not None))
+        spends, sums = terms.spends(count), terms.aggregate_noise_multiplier is not None
+        if spends is None:
+            charges.append(LifetimeCharge(begun[0].dataset, terms.run_id, None, terms.sampling_rate,
+                                          count * terms.local_steps))
+        charges += [LifetimeCharge(begun[0].dataset, terms.run_id, one.noise_multiplier, one.sampling_rate, one.steps,
+                                   sums) for one in spends or ()]
     given_up = "; ".join(f"ledger {mark['ledger_id']}, {mark['rows']} rows" for mark in ledger.marks())
     return LifetimeAccount(
         epsilon=state.epsilon if state.epsilon != float("inf") else None, delta=state.delta or delta,

@@ -12,9 +12,21 @@ from fedlora.plan import AGGREGATE, LOCAL, from_scalars, plan_digest, to_scalars
 from fedlora.privacy import Accountant, Budget, RunTerms
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms import PACKAGE, Noise, mechanism_named
+from fedlora.privacy.report import (
+    LifetimeAccount,
+    LifetimeCharge,
+    Mechanism,
+    ReportedRun,
+    Sums,
+    TrainingEntry,
+    privacy_report,
+    sign,
+    verify,
+)
 from fedlora_client.terms import Limits, private_terms
 from tests.fedlora.ledgers import opened, train
 from tests.fedlora.test_plan import make_plan
+from tests.fedlora.test_privacy_report import KEY, changed
 
 KEYS = registry.keys(PACKAGE)
 BUDGET = Budget(3.0, 1e-5, 5000)
@@ -24,6 +36,21 @@ def plan_of(key, **changes):
     shared = {"least_members": 6, "colluding": 1} if key == AGGREGATE else {}
     return make_plan(**{"private": True, "rounds": 60, "max_participations": 60, "expected_batch": 150,
                         "local_steps": 1, "optimizer": "sgd", "clip_norm": 2.0, "mechanism": key} | shared | changes)
+
+
+def reported(ledger, terms, plan):
+    """Return the report that a client makes from the ledger of data set "a" if its own noise is charged."""
+    run, spent = plan.run_id, ledger.lifetime("a")
+    return privacy_report(ReportedRun(
+        "a", run, "north", "127.0.0.1:9092", "cd" * 32, plan.strategy, {"name": "tiny"}, "row", terms.declared_size,
+        terms.delta,
+        Mechanism(terms.noise_multiplier, terms.sampling_rate, plan.expected_batch, terms.local_steps,
+                  terms.max_participations, terms.clip_norm, terms.scales, rows={8: 32}, key=terms.mechanism),
+        [TrainingEntry(one.round, one.attempt, one.state, one.steps, one.time, terms.noise_multiplier,
+                       terms.sampling_rate) for one in ledger.charges("a", run)],
+        LifetimeAccount(spent.epsilon, spent.delta, [LifetimeCharge(
+            "a", run, one.noise_multiplier, one.sampling_rate, one.steps) for one in ledger.history("a", run)]),
+        [], sums=Sums(None, terms.least_members, terms.colluding, []) if plan.secure_aggregation else None))
 
 
 @pytest.fixture(params=KEYS)
@@ -87,6 +114,31 @@ def test_a_run_of_a_mechanism_goes_from_the_plan_to_the_ledger_which_charges_wha
     assert again.history("a", plan.run_id) == charged
     assert again.epsilon("a", plan.run_id) == Accountant(charged).epsilon(delta)
     again.close()
+
+
+def test_the_report_of_a_run_states_what_its_ledger_charges_and_verifies(key, tmp_path):
+    plan = plan_of(key)
+    terms = private_terms(Limits(BUDGET.epsilon), BUDGET, plan, plan_digest(plan))
+    ledger = opened(tmp_path / "ledger.sqlite", epsilon=20.0)
+    ledger.begin_run("a", terms)
+    for round in (1, 2):
+        train(ledger, round, plan.run_id)
+    report = reported(ledger, terms, plan)
+    verified = verify(sign(report, KEY))
+    assert verified.epsilon == terms.epsilon(terms.max_participations) <= BUDGET.epsilon
+    assert verified.spent == ledger.epsilon("a", plan.run_id)
+    assert report["lifetime"]["spent"] == ledger.lifetime("a").spent
+    ledger.close()
+    event = mechanism_named(key).event(terms.noise, terms.sampling_rate, plan.most_trainings)
+    assert report["mechanism"]["key"] == key and report["mechanism"]["event"] == repr(event)
+    lower = [changed(report, ("lifetime", "spent"), 0.999 * report["lifetime"]["spent"])]
+    for kind in ("guarantee", "spent"):
+        stated = report["privacy"][kind]
+        less = changed(report, ("privacy", kind, "epsilon"), 0.999 * stated["epsilon"])
+        lower.append(changed(less, ("privacy", kind, "accountants", stated["accountant"]), 0.999 * stated["epsilon"]))
+    for embellished in lower:
+        with pytest.raises(ValueError, match="own history amounts to"):
+            verify(sign(embellished, KEY))
 
 
 def test_terms_are_stored_with_the_fields_of_their_own_mechanism_alone(key):

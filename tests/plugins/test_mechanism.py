@@ -1,4 +1,4 @@
-"""A third privacy mechanism is one new file for plan and ledger. No option of a command names it."""
+"""A third privacy mechanism is one new file for plan, ledger and report. No option of a command names it."""
 
 from tests.plugins.scratch import TOYS, Tree
 
@@ -8,5 +8,6 @@ def test_a_mechanism_of_one_file_keeps_what_every_mechanism_promises_and_changes
     said = tree.passes("tests/contracts/test_mechanisms.py", "-vv")
     for key in ("dp-sgd", "distributed-gaussian", "unamplified"):
         assert f"which_charges_what_the_mechanism_says[{key}] PASSED" in said
+        assert f"the_report_of_a_run_states_what_its_ledger_charges_and_verifies[{key}] PASSED" in said
     said = tree.passes("tests/fedlora/test_ledger_rosters.py", "-vv", "-k", "is_stored_as_before")
     assert "PASSED" in said

@@ -100,14 +100,14 @@ class TrainingEntry:
 
 @dataclass(frozen=True)
 class LifetimeCharge:
-    """One run's charge to the lifetime budget.
+    """Steps of one run as its mechanism charges them to the lifetime budget.
 
     Attributes:
         dataset: the data set of that run: this report's or one that overlaps it.
         run_id: the run.
         noise_multiplier: the charged noise, as standard deviation / clip norm; None for a run without noise, whose
             epsilon is infinite.
-        sampling_rate: probability with which each unit entered a step; None if it is withheld.
+        sampling_rate: the charged probability with which each unit entered a step; None if it is withheld.
         steps: steps that count as spent.
         sums: whether the charged noise is that of secure sums.
     """

@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from fedlora.plan.limits import AGGREGATE, LOCAL
 from fedlora.privacy.accounting import Accountant, four_digits, pld_epsilon, prv_epsilon
 from fedlora.privacy.ledger.lifetime_budget import filter_epsilon
-from fedlora.privacy.mechanisms import Noise, mechanism_named
-from fedlora.privacy.mechanisms.distributed_gaussian import ROUNDING_SHARE
+from fedlora.privacy.mechanisms import Mechanism, Noise, mechanism_named
 from fedlora.privacy.report.signing import Document
 from fedlora.privacy.spend import Spend, rdp_epsilon
 from fedlora.privacy.trade_off import FALSE_ALARMS, attack
@@ -59,14 +59,24 @@ def whom(unit: Document) -> str:
     return "one row" if name == "row" else f"all rows that share one value of {name.removeprefix('column:')}"
 
 
+def mechanism_of(report: Document) -> Mechanism:
+    """Return the privacy mechanism of the report's run. It is DP-SGD in versions that do not name it."""
+    return mechanism_named(report["mechanism"].get("key", LOCAL))
+
+
+def steps_delta(report: Document, delta: float) -> float:
+    """Return the part of a delta that is left for the steps of the report's run by this client's own noise."""
+    return mechanism_of(report).steps_delta(Noise(report["mechanism"]["noise_multiplier"]), delta)
+
+
 def planned_history(report: Document) -> tuple[Spend, ...]:
-    """Return the noised steps of the run's planned maximum; () without noise."""
-    return _spends(planned(report))
+    """Return what the run's planned maximum costs by this client's own noise; () without noise."""
+    return charged(report, planned(report))
 
 
 def spent_history(report: Document) -> tuple[Spend, ...]:
-    """Return the noised steps of every training that was charged and not voided."""
-    return _spends(begun(report))
+    """Return what every training that was charged and not voided costs by this client's own noise."""
+    return charged(report, begun(report))
 
 
 def event_of(report: Document) -> str | None:
@@ -77,22 +87,20 @@ def event_of(report: Document) -> str | None:
     mechanism, steps = report["mechanism"], steps_of(report)["guarantee"]
     if why_no_guarantee(report) is not None:
         return None
-    return repr(mechanism_named(mechanism["key"]).event(Noise(mechanism["noise_multiplier"]),
-                                                        mechanism["sampling_rate"], steps))
+    return repr(mechanism_of(report).event(Noise(mechanism["noise_multiplier"]), mechanism["sampling_rate"], steps))
 
 
 def lifetime_spent(report: Document) -> float:
     """Return the epsilon of everything charged to the lifetime budget, at its delta, by the ledger's own rule.
 
-    This is the Rényi filter's figure. If a sole run closed the budget, it is PRV's or RDP's where that is smaller.
+    This is the Rényi filter's figure. If a sole run closed the budget, it is PRV's or RDP's where that is smaller. Each
+    charge holds steps as its run's mechanism charges them.
     """
     account = report["lifetime"]
     if any(c["noise_multiplier"] is None and c["steps"] for c in account["charges"]):
         return math.inf
     spends = [_spends([(c["noise_multiplier"], c["sampling_rate"], c["steps"])]) for c in account["charges"]]
-    delta = account["delta"]
-    if any(c.get("sums") for c in account["charges"]):
-        delta *= 1 - ROUNDING_SHARE
+    delta = min((_charge_delta(report, charge) for charge in account["charges"]), default=account["delta"])
     filtered = filter_epsilon(spends, delta, tuple(account["orders"]))
     if account["closed_by"] is None or {c["run"] for c in account["charges"]} != {account["closed_by"]}:
         return filtered
@@ -175,10 +183,23 @@ def begun(report: Document) -> list[Steps]:
             if t["state"] != "voided"]
 
 
-def charged(report: Document, steps: Iterable[Steps]) -> list[Steps]:
-    """Return steps of this client's own noise as the budget is charged for them, maybe with the noise of sums."""
-    aggregate = (report.get("sums") or {}).get("aggregate_noise_multiplier")
-    return [(sigma if aggregate is None else aggregate, q, count) for sigma, q, count in steps]
+def charged_noise(report: Document) -> Noise:
+    """Return the noise of the report's run for which the budget is charged, maybe that of sums."""
+    sums = report.get("sums") or {}
+    return Noise(report["mechanism"]["noise_multiplier"], sums.get("aggregate_noise_multiplier"))
+
+
+def charged(report: Document, steps: Iterable[Steps], aggregate: float | None = None) -> tuple[Spend, ...]:
+    """Return the noised steps of the report's run as its mechanism charges them.
+
+    Args:
+        report: the report.
+        steps: the steps, with this client's own noise.
+        aggregate: the noise multiplier of the sums, if that is charged; None if this client's own noise is.
+    """
+    mechanism = mechanism_of(report)
+    return tuple(spend for own in _spends(steps) for spend in mechanism.spends(
+        Noise(own.noise_multiplier, aggregate), own.sampling_rate, own.steps))
 
 
 def merged(steps: Iterable[Steps]) -> dict[tuple[float | None, float | None], int]:
@@ -190,6 +211,18 @@ def merged(steps: Iterable[Steps]) -> dict[tuple[float | None, float | None], in
     for sigma, q, count in steps:
         found[sigma, q] = found.get((sigma, q), 0) + count
     return found
+
+
+def _charge_delta(report: Document, charge: Document) -> float:
+    """Return the part of the lifetime's delta that is left for the steps of one of its charges.
+
+    A charge of another run does not name its mechanism. It says only whether that is the one of secure sums.
+    """
+    delta: float = report["lifetime"]["delta"]
+    if charge["run"] == report["run"]["id"]:
+        return mechanism_of(report).steps_delta(charged_noise(report), delta)
+    sigma = charge["noise_multiplier"]
+    return mechanism_named(AGGREGATE).steps_delta(Noise(sigma, sigma), delta) if charge.get("sums") else delta
 
 
 def _spends(steps: Iterable[Steps]) -> tuple[Spend, ...]:

@@ -33,6 +33,7 @@ from fedlora.privacy.report.figures import (
     planned_history,
     spent_history,
     stated,
+    steps_delta,
     steps_of,
     why_no_guarantee,
 )
@@ -73,7 +74,7 @@ NOT_COVERED = (
     "Edited rows: a record that was changed counts as another record. One budget covers both only if the data keep "
     "their dataset name.",
     "Several institutions: someone with records at more than one of them is protected by the sum of their budgets, not "
-    "by each single one; in secure sums, by the epsilon that is stated for several clients.",
+    "by each single one; in secure aggregation, by the epsilon that is stated for several clients.",
     "Other machines, users and ledgers: what was released from the same data there is not counted here.",
     "Restored copies: if ledger, policy, witness and key are put back together to an earlier state, only the newest "
     "anchor that a server keeps of this client reveals it. Nothing reveals it if that server is another one or a "
@@ -119,7 +120,7 @@ def privacy_report(run: ReportedRun, now: float | None = None) -> dict[str, Any]
     reason = why_no_guarantee(report)
     if reason is None and run.delta is None:
         raise ValueError("delta is None; a private run has one")
-    steps, at = steps_of(report), run.delta if reason is None else None
+    steps, at = steps_of(report), None if reason or run.delta is None else steps_delta(report, run.delta)
     most, spent = (planned_history(report), spent_history(report)) if at is not None else ((), ())
     report["privacy"] = {
         "no_guarantee": reason, "delta": run.delta,

@@ -13,7 +13,6 @@ from typing import Any
 from fedlora.plan.limits import AGGREGATE
 from fedlora.privacy.ledger.rosters import RosterFacts, aggregate_epsilon
 from fedlora.privacy.mechanisms import Noise, mechanism_named
-from fedlora.privacy.mechanisms.distributed_gaussian import ROUNDING_SHARE
 from fedlora.privacy.report.facts import Sums
 from fedlora.privacy.report.figures import LABELS, accountants, figures, number, stated, steps_of, why_no_guarantee
 from fedlora.privacy.report.shapes import require
@@ -74,14 +73,12 @@ def why_no_sums(report: Document) -> str | None:
 
 def sums_history(report: Document, steps: int) -> tuple[Spend, ...]:
     """Return a number of steps with the least noise that the sums of any roster had by honest members."""
-    least = min(roster.noise_multiplier for roster in _rosters(report))
-    return (Spend(least, report["mechanism"]["sampling_rate"], steps),) if steps else ()
+    return mechanism_named(AGGREGATE).spends(_noise(report), report["mechanism"]["sampling_rate"], steps)
 
 
 def event(report: Document) -> str:
     """Return what the sums of the run's planned maximum cost, as the text of dp-accounting's event."""
-    least = min(roster.noise_multiplier for roster in _rosters(report))
-    return repr(mechanism_named(AGGREGATE).event(Noise(least), report["mechanism"]["sampling_rate"],
+    return repr(mechanism_named(AGGREGATE).event(_noise(report), report["mechanism"]["sampling_rate"],
                                                  steps_of(report)["guarantee"]))
 
 
@@ -181,8 +178,13 @@ def _rosters(report: Document) -> list[RosterFacts]:
             for one in report["sums"]["rosters"]]
 
 
+def _noise(report: Document) -> Noise:
+    """Return the client's own noise, with the least that the sums of any roster had by honest members."""
+    return Noise(report["mechanism"]["noise_multiplier"], min(one.noise_multiplier for one in _rosters(report)))
+
+
 def _steps_delta(report: Document) -> float:
-    return float((1 - ROUNDING_SHARE) * report["privacy"]["delta"])
+    return mechanism_named(AGGREGATE).steps_delta(_noise(report), report["privacy"]["delta"])
 
 
 def _largest(report: Document, clients: int = 1) -> float | None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
+from fedlora import registry
 from fedlora.plan import MOST_STEPS
 from fedlora.plan.limits import AGGREGATE, LOCAL
 from fedlora.privacy.accounting import short
 from fedlora.privacy.ledger.lifetime_budget import FILTER_ORDERS
+from fedlora.privacy.mechanisms import PACKAGE
 from fedlora.privacy.report.audited import check_audit
 from fedlora.privacy.report.dsse import is_envelope, opened
 from fedlora.privacy.report.facts import CERTIFICATE
@@ -27,6 +29,7 @@ from fedlora.privacy.report.figures import (
     begun,
     best_attack,
     charged,
+    charged_noise,
     event_of,
     lifetime_spent,
     merged,
@@ -35,6 +38,7 @@ from fedlora.privacy.report.figures import (
     planned_history,
     shown,
     spent_history,
+    steps_delta,
     steps_of,
     whom,
     why_no_guarantee,
@@ -147,10 +151,11 @@ def _check_facts(report: Document) -> None:
     """Check that the facts fit each other, before anything is computed from them."""
     unit, mechanism, privacy = report["unit"], report["mechanism"], report["privacy"]
     key = mechanism.get("key", LOCAL)
-    require(key in (LOCAL, AGGREGATE), "mechanism.key", key, f"it must be {LOCAL} or {AGGREGATE}")
+    known = registry.keys(PACKAGE)
+    require(key in known, "mechanism.key", key, f"it must be one of those installed here: {', '.join(known)}")
     require((report.get("sums") is not None) == (key == AGGREGATE), "sums", report.get("sums"),
             f"it must be stated with the mechanism {AGGREGATE}, and only then")
-    require(key == LOCAL or mechanism["local_steps"] == 1, "mechanism.local_steps", mechanism["local_steps"],
+    require(key != AGGREGATE or mechanism["local_steps"] == 1, "mechanism.local_steps", mechanism["local_steps"],
             "with secure sums it must be 1")
     name, size, delta = unit["name"], unit["declared_size"], privacy["delta"]
     require(name == "row" or (name.startswith("column:") and len(name) > 7), "unit.name", name, 'it must be "row" or '
@@ -212,7 +217,7 @@ def _check_figures(report: Document, kind: str) -> list[Check]:
     """Recompute the epsilons of one row of the report, and check that none is stated too low."""
     claimed = report["privacy"][kind]
     history = planned_history(report) if kind == "guarantee" else spent_history(report)
-    found = accountants(history, report["privacy"]["delta"])
+    found = accountants(history, steps_delta(report, report["privacy"]["delta"]))
     checks = [Check(claimed["label"], name, number(claimed["accountants"][name]), value)
               for name, value in found.items()]
     for check in checks:
@@ -268,10 +273,10 @@ def _check_lifetime(report: Document) -> list[Check]:
     most = max((charge["steps"] for charge in account["charges"]), default=0)
     require(most <= MOST_STEPS, "lifetime.charges steps", most, f"at most {MOST_STEPS} steps can be recomputed")
     own = [c for c in account["charges"] if c["run"] == report["run"]["id"]]
+    aggregate, whole = charged_noise(report).aggregate, begun(report) and account["closed_by"] == report["run"]["id"]
     _covers([(c["noise_multiplier"], c["sampling_rate"], c["steps"]) for c in own],
-            charged(report, planned(report) if begun(report) and account["closed_by"] == report["run"]["id"]
-                    else begun(report)), "the lifetime")
-    sums = (report.get("sums") or {}).get("aggregate_noise_multiplier") is not None
+            map(astuple, charged(report, planned(report) if whole else begun(report), aggregate)), "the lifetime")
+    sums = aggregate is not None
     require(all(c.get("sums", False) == sums for c in own), "lifetime.charges sums", not sums,
             f"this run is {'' if sums else 'not '}charged for the noise of its sums")
     recomputed, spent, limit = lifetime_spent(report), number(account["spent"]), account["epsilon"]

@@ -11,6 +11,9 @@ from fedlora.privacy.accounting import Budget, calibrate
 from fedlora.privacy.mechanisms import Mechanism, Noise
 from fedlora.privacy.spend import Spend
 
+SET_ASIDE = 0.1
+"""Share of δ that is set aside for what the steps do not count."""
+
 
 class Unamplified(Mechanism):
     """The Gaussian mechanism without amplification by sampling."""
@@ -22,7 +25,12 @@ class Unamplified(Mechanism):
 
     @override
     def calibrate(self, budget: Budget, run: RunPlan, clip_norm: float, relied: int | None = None) -> Noise:
-        return Noise(calibrate(budget.epsilon, budget.delta, 1.0, run.most_trainings * run.local_steps))
+        delta = (1 - SET_ASIDE) * budget.delta
+        return Noise(calibrate(budget.epsilon, delta, 1.0, run.most_trainings * run.local_steps))
+
+    @override
+    def steps_delta(self, noise: Noise, delta: float) -> float:
+        return (1 - SET_ASIDE) * delta
 
     @override
     def spends(self, noise: Noise, sampling_rate: float, steps: int) -> tuple[Spend, ...]:
