@@ -32,6 +32,9 @@ RECORD = "fedlora_adapter.json"
 EXPORTED = "fedlora.json"
 """File in a folder that `fedlora-server export` wrote: the run and the base model that it comes from."""
 
+OWN_FORM = "adapter.json"
+"""File in the folder of an adapter in FedLoRA's own form (`fedlora.adapters.save`): its family, and how to build it."""
+
 TASKS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
 """PEFT's task type → key of our task."""
 
@@ -208,10 +211,25 @@ def _config_in(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no folder {path}; name a folder that holds {CONFIG} and {WEIGHTS}")
     if not (path / CONFIG).is_file():
         inner = path / "adapter"
+        for folder in (path, inner):
+            _check_not_own_form(folder)
         hint = (f"The adapter is in {inner}" if (inner / CONFIG).is_file()
                 else "Name the folder that save_pretrained wrote")
         raise ValueError(f"{path} is no adapter: it has no {CONFIG}. {hint}")
     return _object(path / CONFIG)
+
+
+def _check_not_own_form(folder: Path) -> None:
+    """Check that a folder holds no adapter in FedLoRA's own form, which is for families that PEFT cannot hold.
+
+    Raises:
+        ValueError: it does.
+    """
+    family = _object(folder / OWN_FORM).get("family") if (folder / OWN_FORM).is_file() else None
+    if isinstance(family, str):
+        raise ValueError(f"{folder} holds an adapter of the family {family} in FedLoRA's own form, which is for "
+                         "families that have no form in PEFT: these tools cannot take it. fedlora.adapters.load loads "
+                         "it; for these tools, train another family")
 
 
 def _checked_tensors(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:

@@ -13,7 +13,9 @@ the best length η that is
     ⟨∇, s⟩² / 2 (sᵀ F s + τ² tr F)
 
 The gradients are those of the adapters alone. With n rows that judge, chance alone makes about 1 / 2n of it, so each
-figure has its standard error. Nothing but the head is trained, and no private row is read.
+figure has its standard error: its standard deviation if ⟨∇, s⟩ were normal around what was found, with the standard
+error of that. A step that does not lower the loss has the figure 0, and an error that tells how sure that is. Nothing
+but the head is trained, and no private row is read.
 """
 
 from __future__ import annotations
@@ -101,7 +103,8 @@ class Ranked:
         start: the start's key, as --init has it, with FILE for the name of a file.
         decrease: predicted decrease of the loss by one noised step of the best length; 0 if the step's direction does
             not lower the loss. None if the start cannot be made.
-        error: its standard error, from the choice of the rows that judge.
+        error: its standard error, from the choice of the rows that judge. It is above 0 also where the decrease is 0,
+            unless all of them gain the same.
         without_noise: the same without noise.
         length: the best length of a noised step, in units of the clipped mean gradient.
         clip_norm: C.
@@ -151,10 +154,12 @@ class Judge:
             curved += float(along.square().sum()) / count
             trace += float(rows.square().sum()) / count
         noised = curved + (self._noise * C) ** 2 * trace
-        if gain <= 0:
+        if not noised:
             return 0.0, 0.0, 0.0, 0.0, C
-        error = math.sqrt(max(curved - gain**2, 0.0) / count)  # of the gain
-        return gain**2 / (2 * noised), gain * error / noised, gain**2 / (2 * curved), gain / noised, C
+        error = _deviation(gain, math.sqrt(max(curved - gain**2, 0.0) / count)) / (2 * noised)
+        if gain <= 0:
+            return 0.0, error, 0.0, 0.0, C
+        return gain**2 / (2 * noised), error, gain**2 / (2 * curved), gain / noised, C
 
     def _median_length(self) -> float:
         """Return the median length of the gradients of some records of the first rows; 0 if all of them are 0."""
@@ -170,6 +175,17 @@ class Judge:
                 yield trainer.buffer.rows.detach().cpu().double()
         finally:
             trainer.buffer.disarm()
+
+
+def _deviation(mean: float, deviation: float) -> float:
+    """Return the standard deviation of max(G, 0)², for a normal G with this mean and standard deviation."""
+    if not deviation:
+        return 0.0
+    z = mean / deviation
+    above, density = math.erfc(-z / math.sqrt(2)) / 2, math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    second = (z**2 + 1) * above + z * density
+    fourth = (z**4 + 6 * z**2 + 3) * above + (z**3 + 5 * z) * density
+    return deviation**2 * math.sqrt(max(fourth - second**2, 0.0))
 
 
 def noise_of_a_step(options: RankStartsConfig, preset: Preset) -> float:

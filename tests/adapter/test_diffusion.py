@@ -29,7 +29,7 @@ def test_high_frequencies_are_those_of_fine_detail():
 
 
 def test_a_pipeline_of_diffusers_calls_the_schedule(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
     from peft import LoraConfig
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -41,8 +41,9 @@ def test_a_pipeline_of_diffusers_calls_the_schedule(tmp_path):
     text = CLIPTextModel(CLIPTextConfig(vocab_size=10, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                                         num_attention_heads=2, max_position_embeddings=8))
     pipeline = diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=None, unet=unet, scheduler=diffusers.DDIMScheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        vae=vae, text_encoder=text, tokenizer=None, unet=unet,
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False)
     embedded = torch.randn(1, 8, 16)
     pipeline.encode_prompt = lambda *_: (embedded, None)
     for name in ("one", "two"):

@@ -9,11 +9,13 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+from fedlora.adapters import hand_on
 from fedlora_adapter.base_weights import BaseWeights
 from fedlora_adapter.inspection import Search, figures, overlap
 from fedlora_adapter.low_rank import leading, svd
 from fedlora_adapter.peft_folder import read
 from tests.adapter.adapters import LOW_RANK, RESCALED, change, exported, loaded, peft_adapter, run, updates
+from tests.fedlora.test_adapters import adapted_model, random_state
 from tests.tiny import tiny_checkpoint
 
 LAYER = "bert.encoder.layer.0.attention.self.query"
@@ -180,6 +182,17 @@ def test_damaged_and_missing_files_are_named(checkpoint, tmp_path, capsys):
 def test_an_adapter_of_ours_that_rescales_rows_is_refused_by_name(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="was trained with use_dora"):
         read(exported(checkpoint("bert"), tmp_path / "a", RESCALED))
+
+
+def test_an_adapter_in_our_own_form_is_refused_with_its_family(checkpoint, tmp_path, capsys):
+    adapted = adapted_model(checkpoint("bert"), "classification", "flylora", options=(("k", 2.0),))
+    folder = hand_on(adapted, random_state(adapted), tmp_path / "run" / "adapter", "org/tiny")
+    for command in (("inspect", folder), ("inspect", folder.parent), ("resize", folder, "--rank", 1, "--out", "new"),
+                    ("transfer", folder, "--to", checkpoint("bert"), "--prompts", "none", "--out", "new")):
+        code, _, err = run(capsys, *command)
+        assert code == 2 and f"{folder} holds an adapter of the family flylora in FedLoRA's own form" in err
+    (folder / "adapter.json").write_text("{}")
+    assert "Name the folder that save_pretrained wrote" in run(capsys, "inspect", folder)[2]
 
 
 def test_another_base_is_refused(checkpoint, tmp_path, capsys):

@@ -47,10 +47,10 @@ def source(checkpoint, tmp_path_factory):
     return with_reports(export(student.adapted, student.values(), folder / "adapter", "org/tiny"))
 
 
-def transferred(capsys, source, to, folder, out, *options, count=200):
+def transferred(capsys, source, to, folder, out, *options, count=200, base=None):
     file = prompts(folder, count)
-    code, shown, err = run(capsys, "transfer", source, "--base", to, "--to", to, "--prompts", file, "--max-length", 16,
-                           "--out", out, "--json", *options)
+    code, shown, err = run(capsys, "transfer", source, "--base", base or to, "--to", to, "--prompts", file,
+                           "--max-length", 16, "--out", out, "--json", *options)
     assert code == 0, err
     return json.loads(shown)
 
@@ -71,6 +71,24 @@ def test_the_same_base_learns_to_agree_with_the_adapter_on_held_out_prompts(sour
     assert not [path for path in files if str(tmp_path).encode() in path.read_bytes()]
     with_peft = logits(loaded_with_labels(base, out))
     assert bool(with_peft.isfinite().all()) and with_peft.shape == (3, 2)
+
+
+def test_a_base_of_another_architecture_learns_to_agree_and_peft_loads_the_result_on_it(
+        source, checkpoint, tmp_path, capsys):
+    old, new, out = checkpoint("bert"), checkpoint("roberta"), tmp_path / "new"
+    found = transferred(capsys, source, new, tmp_path, out, "--lr", 0.01, "--targets", "all", "--epochs", 5,
+                        "--held-out", 0.4, base=old)
+    assert found["agreement"] >= 0.95 > 0.7 > found["agreement_before"] and not found["same_base"]
+    assert {name.partition(".")[0] for name in read(out).targets} == {"roberta"}
+    record = json.loads((out / "fedlora_adapter.json").read_text())
+    assert record["base"]["weights_sha256"] == models.reference("local", new).weights_sha256
+    answers = []
+    for base, folder in ((old, source), (new, out)):
+        encoded = models.load(base, "classification", tuple(MATTERS)).tokenizer(
+            texts(60, seed=3), padding=True, truncation=True, max_length=16, return_tensors="pt")
+        with torch.no_grad():
+            answers.append(loaded_with_labels(base, folder)(**encoded).logits.argmax(-1))
+    assert (answers[0] == answers[1]).float().mean() >= 0.95 and len(set(answers[0].tolist())) == 2
 
 
 def loaded_with_labels(base, folder):
