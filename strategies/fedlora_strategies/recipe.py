@@ -34,8 +34,8 @@ STEPS_AT_SERVER = Adam(lr=0.005, decay=1.0, beta1=0.0, tau=1e-8, correct_bias=1)
 """The server optimizer of runs with one local step a round.
 
 It was found on public text (SST-2) with FedAvg-LoRA, and serves local and central noise alike. It keeps its second
-moments from round to round, where a fresh AdamW at the clients steps by the sign of the gradient alone; and no first moment
-was better than one."""
+moments from round to round, where a fresh AdamW at the clients steps by the sign of the gradient alone; and no first
+moment was better than one."""
 
 _SLOTS = ("reduction", "refactorization", "schedule")
 """The parts whose options are set by --strategy-options. The server optimizer's options are given separately, and so
