@@ -70,6 +70,15 @@ def test_copies_of_one_adapter_combine_to_itself_with_its_logits(how, checkpoint
                                atol=1e-4, rtol=1e-4)
 
 
+def test_norm_consistency_gives_each_layer_of_every_adapter_the_mean_norm(two, tmp_path, capsys):
+    one, other = map(updates, two)
+    for name, update in made(capsys, tmp_path / "new", two, "--how", "norm-consistent", "--weights", "0.7,0.5").items():
+        mean = (one[name].norm() + other[name].norm()) / 2
+        wanted = mean * sum(weight * part[name] / part[name].norm()
+                            for weight, part in zip(WEIGHTS, (one, other), strict=True))
+        torch.testing.assert_close(update, wanted, atol=1e-6, rtol=1e-5)
+
+
 def test_norm_consistency_takes_no_notice_of_an_adapter_s_scale(two, tmp_path, capsys):
     before = made(capsys, tmp_path / "one", two, "--how", "norm-consistent")
     change(two[1], lora_alpha=600)

@@ -2,14 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fedlora import models
-from fedlora.adapters import export
+from fedlora import models, tasks
+from fedlora.adapters import attach, export, initial_tensors
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora_adapter.importance import by_public_texts
 from fedlora_adapter.pruning import architecture_of, sizes_of, smaller
 from tests.adapter.adapters import run, updates
 from tests.adapter.test_known_epsilon import with_reports
@@ -95,6 +98,36 @@ def test_neurons_that_public_texts_do_not_need_go_by_loraprune_s_score(checkpoin
     # the down projection's inputs have a gradient where its weights are 0, but |gradient ∘ weight| is 0 there
     assert set(kept["pub"]) == set(range(1, 64, 2))
     assert record["public"]["file"] == "public.jsonl" and str(tmp_path) not in json.dumps(record)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_score_by_public_texts_is_loraprune_s_formula(kind, checkpoint, tmp_path):
+    """|(g_B A + B g_A − g_B g_A) ∘ (W + B A)| with B = 0, averaged over batches, by the base model's own gradients."""
+    path, rows = checkpoint(kind), tmp_path / "public.jsonl"
+    texts = [f"the patient reports pain {'again ' * (n % 3)}{n}" for n in range(40)]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    base = models.load(path, "causal-lm", ())
+    architecture = architecture_of(base.model.config.to_dict(), kind)
+    measure = by_public_texts(path, architecture, rows, max_length=32, seed=1)
+    start = attach(models.load(path, "causal-lm", ()), family="lora", rank=8, alpha=8.0, train_head=False,
+                   targets=tuple(side.layer for side in architecture.sides))
+    state = initial_tensors(start, init="orthonormal", seed=1)
+    task = CausalLM(base.tokenizer, 32)
+    records = task.encode(tasks.read(rows, "causal-lm", held_out=True))
+    order = np.argsort(records.lengths, kind="stable")
+    batches = [task.collate(records, some, int(records.lengths[some].max())) for some in (order[:32], order[32:])]
+    for module in start.layout.modules:
+        weight = base.model.get_submodule(module).weight.requires_grad_()
+        A, B = (torch.from_numpy(state[f"{module}.{factor}"]) for factor in "AB")
+        by_batch = []
+        for batch in batches:
+            [G] = torch.autograd.grad(task.per_record_loss(base.model, batch).mean(), weight)
+            G, W = (G.T, weight.T) if kind == "gpt2" else (G, weight)
+            g_B, g_A = G @ A.T, B.T @ G
+            by_batch.append(((g_B @ A + B @ g_A - g_B @ g_A) * (W + B @ A)).abs())
+        found, wanted = measure(module, weight.detach()), torch.stack(by_batch).mean(0).detach()
+        torch.testing.assert_close(found.T if kind == "gpt2" else found, wanted, atol=1e-7, rtol=1e-4)
+        assert wanted.mean() > 1e-5
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])

@@ -127,6 +127,36 @@ def test_a_from_the_weight_holds_its_leading_right_singular_vectors(family, chec
         np.testing.assert_allclose(np.abs(leading @ A.T), np.eye(len(A)), atol=1e-5)
 
 
+def test_nystrom_factors_span_the_first_rows_and_columns_of_the_weight(checkpoint):
+    adapted = adapted_model(checkpoint("llama"), "classification", "bra")
+    state = initial_tensors(adapted, init="nystrom", seed=1)
+    for module in adapted.layout.modules:
+        W0, A, B = adapted.base_weight(module).numpy(), state[f"{module}.A"], state[f"{module}.B"]
+        np.testing.assert_allclose(W0[:RANK] @ A.T @ A, W0[:RANK], atol=1e-5)
+        np.testing.assert_allclose(B @ B.T @ W0[:, :RANK], W0[:, :RANK], atol=1e-5)
+
+
+def test_a_quarter_of_a_sparse_a_is_drawn_in_rows_of_length_one(checkpoint):
+    adapted = adapted_model(checkpoint("bert"), "classification", "frozen-a", rank=32)
+    state = initial_tensors(adapted, init="sparse", seed=1)
+    for module in adapted.layout.modules:
+        A = state[f"{module}.A"]
+        assert (np.count_nonzero(A, axis=1) == 32 / 4).all()
+        assert len(np.unique(A != 0, axis=0)) == len(A), "two rows were drawn at the same places"
+        np.testing.assert_allclose(np.linalg.norm(A, axis=1), 1, rtol=1e-6)
+
+
+def test_weight_scaled_factors_have_the_root_of_the_singular_values_on_either_side(checkpoint):
+    adapted = adapted_model(checkpoint("llama"), "classification", "bra")
+    state = initial_tensors(adapted, init="weight-scaled", seed=1)
+    for module in adapted.layout.modules:
+        A, B = state[f"{module}.A"], state[f"{module}.B"]
+        U, S, Vh = np.linalg.svd(adapted.base_weight(module).double().numpy())
+        np.testing.assert_allclose(np.abs(A @ Vh[:RANK].T), np.diag(S[:RANK] ** 0.5), atol=1e-5)
+        np.testing.assert_allclose(np.abs(U[:, :RANK].T @ B), np.diag(S[:RANK] ** 0.5), atol=1e-5)
+        np.testing.assert_allclose(B @ A, U[:, :RANK] * S[:RANK] @ Vh[:RANK], atol=1e-5)
+
+
 @pytest.mark.parametrize(("family", "options"), [
     ("frozen-a", {}), ("bra", {"init_weights": "mini", "mini_r": 4})], ids=["whole", "mini"])
 def test_miss_is_a_start_of_blocks_with_the_same_trained_values(family, options, checkpoint):

@@ -4,14 +4,14 @@ It is measured over thousands of random pairs of neighbours. For each pair both 
 trainer's own code: without the unit, the other records stand at other places of other micro-batches.
 """
 
-import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from fedlora.records import pack
-from tests.covering import WHOLE
+from tests.covering import covering
 from tests.families import FAMILIES
 from tests.fedlora.private_training import clipped_sum, make_trainer, plan
 from tests.tiny import VOCABULARY
@@ -41,31 +41,25 @@ def sum_of(trainer, run, records, owners, units, unit):
     return clipped_sum(trainer, run, records, indices, None if unit == "row" else numbers)
 
 
-def movements(kind, family, task, unit, precision, rng):
+def movements(kind, run, unit, precision, rng):
     """Return |S - S'| / C for every pair of neighbours of one draw."""
-    trainer = make_trainer(kind, plan(family, task), precision=precision, micro_batch=[None, 9][rng.integers(2)])
-    run = plan(family, task, clip_norm=float(10 ** rng.uniform(-1.5, 0.5)), adapter_scale=float(2 ** rng.normal()),
-               head_scale=float(2 ** rng.normal()))
+    trainer = make_trainer(kind, run, precision=precision, micro_batch=[None, 9][rng.integers(2)])
+    run = replace(run, clip_norm=float(10 ** rng.uniform(-1.5, -0.5)), adapter_scale=float(2 ** rng.normal()),
+                  head_scale=float(2 ** rng.normal()))
     records, owners = random_draw(trainer, rng, unit)
     present = list(range(UNITS, UNITS + PRESENT))
     sums = [sum_of(trainer, run, records, owners, [*(u for u in range(UNITS) if subset >> u & 1), *present], unit)
             for subset in range(2**UNITS)]
-    return [(sums[subset] - sums[subset ^ 1 << removed]).norm().item() / run.clip_norm
-            for subset in range(2**UNITS) for removed in range(UNITS) if subset >> removed & 1]
+    return np.array([(sums[subset] - sums[subset ^ 1 << removed]).norm().item() / run.clip_norm
+                     for subset in range(2**UNITS) for removed in range(UNITS) if subset >> removed & 1])
 
 
-CASES = list(itertools.product([("bert", "classification"), ("llama", "causal-lm")], ["row", "patient"],
-                               ["fp32", "bf16"]))
-
-
-@pytest.mark.parametrize(("number", "model", "unit", "precision"), [(i, *case) for i, case in enumerate(CASES)])
-def test_one_unit_moves_the_sum_by_at_most_the_clip_norm(number, model, unit, precision):
-    """Three families in each case, and every family in several cases; all in all with FEDLORA_TESTS=all."""
-    kind, task = model
-    rng = np.random.default_rng([len(kind), len(unit), len(precision)])
-    families = FAMILIES if WHOLE else [FAMILIES[(number + i) % len(FAMILIES)] for i in range(3)]
-    moved = np.array([one for family in families for one in movements(kind, family, task, unit, precision, rng)])
-    print(f"{len(moved)} pairs of {unit}s, {task}, {precision}: at most {moved.max():.6f} clip norms")
+@pytest.mark.parametrize(("kind", "task", "unit", "precision", "family", "options"), covering(
+    [("bert", "classification"), ("llama", "causal-lm")], ["row", "patient"], ["fp32", "bf16"],
+    [*((family, ()) for family in FAMILIES), ("flylora", (("k", 2.0),))]))
+def test_one_unit_moves_the_sum_by_at_most_the_clip_norm(kind, task, unit, precision, family, options):
+    rng = np.random.default_rng(list(f"{task} {unit} {precision} {family} {options}".encode()))
+    moved = movements(kind, plan(family, task, family_options=options), unit, precision, rng)
     assert moved.max() <= 1
     assert (moved > 0.999).mean() > 0.2  # the bound is reached, so the test is not vacuous
 
