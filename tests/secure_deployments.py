@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -95,6 +96,9 @@ class SecureDeployment(Deployment):
         checkpoint: the base model.
         members: number of clients.
         options: further options of the server.
+
+    Attributes:
+        killed: name → the phase in which `start_members` has the client killed.
     """
 
     def __init__(self, folder: Path, checkpoint: Path, members: int, *options: object) -> None:
@@ -106,6 +110,7 @@ class SecureDeployment(Deployment):
             write_rows(folder / "rows" / name / "rows.jsonl", number)
         self.told = folder / "told"
         self.told.mkdir()
+        self.killed: dict[str, str] = {}
         self.command = ("--secure-aggregation", "--tls", folder / "pki", "--min-clients", members, "--labels",
                         "routine,urgent", "--rank", 2, "--batch-size", 8, "--max-length", 16, "--targets", "query",
                         "--strategy", "fedavg-lora", *options)
@@ -126,6 +131,22 @@ class SecureDeployment(Deployment):
             "--declared-size", 120, "--labels", "routine,urgent", "--tls", self.folder / "tls" / name, "--yes",
             *options)
         return process
+
+    def start_members(self, phases: str = "") -> None:
+        """Start all clients. The first are to be killed, one in each of these phases, whose names spaces part."""
+        self.killed = dict(zip(self.names, phases.split(), strict=False))
+        for name in self.names:
+            self.member(name, (self.killed[name], 1) if name in self.killed else None)
+
+    @property
+    def alive(self) -> tuple[str, ...]:
+        """Names of the clients that are not killed."""
+        return tuple(name for name in self.names if name not in self.killed)
+
+    @property
+    def uploading(self) -> tuple[str, ...]:
+        """Names of the clients that are not killed before they have uploaded."""
+        return tuple(name for name in self.names if self.killed.get(name) in (None, "closing", "reveals"))
 
     def _started(self, name: str, function: Callable[..., None], *arguments: object) -> Process:
         home = self.home(name)
@@ -162,9 +183,14 @@ class SecureDeployment(Deployment):
     def check(self) -> dict[tuple[int, int], tuple[str, ...]]:
         """Assert that each opened sum is the plain sum of its clients' integers, bit for bit, and that all is charged.
 
+        A client that was killed must have died, and is charged once it has begun to train, though it masked nothing.
+
         Returns:
             (round, attempt) → the names in the opened sum.
         """
+        for name, phase in self.killed.items():
+            assert self.end(name) == -signal.SIGKILL, self.log(name)
+            assert len(self.charges(name)) == (phase != "packages"), f"{name} was killed in the phase {phase}"
         masked, opened = self.masked(), self.opened()
         for (name, number, attempt), vectors in masked.items():
             assert len(vectors) == 1, f"{name} masked {len(vectors)} vectors for round {number}, attempt {attempt}"

@@ -198,12 +198,36 @@ def test_signatures_of_members_who_were_shown_another_cohort_open_nothing(run):
     run.ended("1 clients signed whose uploads are in the sum", charged=1)
 
 
-def test_a_second_set_of_survivors_is_not_signed(run):
+def ask_with_a_second_cohort(run, collector, names):
+    cohort = collector.form_cohort(run.sent)[NORTH]
+    run.server.order(NORTH, KEY, dataclasses.replace(cohort, cohort=cohort.cohort[:3], sealed={
+        name: cohort.sealed[name] for name in ("east", "south")}), run.state, run.frozen_sha256)
+
+
+def ask_for_a_second_set(run, collector, names):
+    assert run.server.agree(NORTH, KEY, names).agreement.signature
+    assert is_declined(run.server.agree(NORTH, KEY, names[:3]))
+
+
+def ask_for_too_small_a_set(run, collector, names):
+    assert is_declined(run.server.agree(NORTH, KEY, names[:2]))
+
+
+def ask_with_too_few_signatures(run, collector, names):
+    own = run.server.agree(NORTH, KEY, names).agreement.signature
+    signatures = {NORTH: own, "east": run.others["east"].agree(names)}
+    assert is_declined(run.server.reveal(NORTH, KEY, Closing(names, signatures)))
+
+
+@pytest.mark.parametrize(("ask", "said"), [
+    (ask_with_a_second_cohort, "was given a second cohort"),
+    (ask_for_a_second_set, "was closed already with other clients"),
+    (ask_for_too_small_a_set, "2 clients' uploads are in the sum"),
+    (ask_with_too_few_signatures, "2 clients signed whose uploads are in the sum")])
+def test_a_server_that_asks_twice_or_with_too_few_gets_no_share(run, ask, said):
     collector = run.trained()
-    survivors = collector.close()
-    assert run.server.agree(NORTH, KEY, survivors).agreement.signature
-    assert is_declined(run.server.agree(NORTH, KEY, survivors[:3]))
-    run.ended("was closed already with other clients", charged=1)
+    ask(run, collector, collector.close())
+    run.ended(said, charged=1)
 
 
 def test_a_stored_upload_that_is_asked_for_in_another_cohort_is_not_unmasked(run):

@@ -2,15 +2,19 @@
 
 import json
 import signal
+from itertools import filterfalse
 
 import pytest
 from safetensors.numpy import load_file as load_state
 
 from fedlora.config import SimulationConfig, read_config
+from fedlora.plan.limits import sum_threshold
 from fedlora_server.run_setup import find_model
 from fedlora_simulations.population import Method, populate
 from fedlora_simulations.simulated_run import simulate
+from fedlora_strategies import strategy_class
 from tests.covering import few
+from tests.federation import STRATEGIES
 from tests.processes import write_rows
 from tests.secure_deployments import CLIENT_POINTS, SERVER_POINTS, SecureDeployment
 
@@ -28,9 +32,8 @@ def deploy(tmp_path, checkpoint):
         deployment.__exit__()
 
 
-LINEAR = ("bone", "dora-frozen-a", "dora-magnitudes", "fed-sb", "fedavg-lora", "fedsvd", "fedsvd-refresh", "ffa-lora",
-          "flylora", "loldu", "pissa", "randlora", "rolora", "salt", "switch-lora")
-"""The strategies that sum securely and train under privacy."""
+LINEAR = [name for name in STRATEGIES if strategy_class(name).recipe.reduction.linear]
+"""The strategies that sum securely. The others are refused by name."""
 
 OPTIONS = {"randlora": ("--family-options", "gamma=0")}
 
@@ -66,56 +69,62 @@ def test_a_run_of_masked_sums_ends_with_the_bits_of_its_simulation(deploy, tmp_p
         assert kept["optimizer"]["name"] == "adam", "what a resumed run must have again is the run's own step"
 
 
-@pytest.mark.parametrize(("members", "phase", "gone"), few(
-    (6, "closing", 1), (3, "training", 0), *((6, phase, 1) for phase in CLIENT_POINTS if phase != "closing")))
-def test_a_sum_is_opened_though_members_drop_out(deploy, members, phase, gone):
+DROPOUTS = tuple(dict.fromkeys((
+    (6, "closing"), (6, "training reveals"),
+    *((members, " ".join([phase] * gone)) for members in (3, 6) for phase in CLIENT_POINTS
+      for gone in range(members - sum_threshold(members) + 2)),
+    (6, "packages training"), (6, "training closing"), (6, "upload reveals"), (9, "training closing"),
+    (20, "packages training upload closing reveals reveals"),
+    (20, "packages training training upload closing reveals reveals"))))
+"""Number of clients, and the phases in which some of them are killed, one in each."""
+
+
+def opens(case):
+    members, phases = case
+    return len(phases.split()) <= members - sum_threshold(members)
+
+
+@pytest.mark.parametrize(("members", "phases"), few(*filter(opens, DROPOUTS)))
+def test_a_sum_is_opened_though_members_drop_out(deploy, members, phases):
     run = deploy(members, "--rounds", 1, "--round-timeout", 60)
     run.serve()
-    for number, name in enumerate(run.names):
-        run.member(name, (phase, 1) if number < gone else None)
+    run.start_members(phases)
     assert run.end("server") == 0, run.log("server")
-    for name in run.names[:gone]:
-        assert run.end(name) == -signal.SIGKILL, run.log(name)
-    for name in run.names[gone:]:
+    for name in run.alive:
         assert run.end(name) == 0, run.log(name)
-    [(_, names)] = run.check().items()
-    inside = run.names if phase in ("closing", "reveals") else run.names[gone:]
-    assert list(names) == inside
+    assert run.check() == {(1, 0): run.uploading}
 
 
-@pytest.mark.parametrize(("members", "phase", "gone"), few(
-    (6, "reveals", 2), (3, "training", 1), (6, "closing", 2), (6, "training", 2), (6, "upload", 2), (3, "reveals", 1)))
-def test_a_sum_that_too_many_leave_stays_closed_and_charged(deploy, members, phase, gone):
+@pytest.mark.parametrize(("members", "phases"), few(*filterfalse(opens, DROPOUTS)))
+def test_a_sum_that_too_many_leave_stays_closed_and_charged(deploy, members, phases):
     run = deploy(members, "--rounds", 1, "--round-timeout", 60, "--wait-timeout", 5)
     run.serve()
-    for number, name in enumerate(run.names):
-        run.member(name, (phase, 1) if number < gone else None)
+    run.start_members(phases)
     assert run.end("server") == 1, run.log("server")
     assert run.check() == {}
-    for name in run.names[gone:]:
+    begun = {*phases.split()} != {"packages"}
+    for name in run.alive:
         assert run.end(name) in (0, 1, 3), run.log(name)
-        assert run.charges(name), "what was trained stays charged"
-        assert "revealed no share" in run.log(name) or phase == "reveals"
-    assert "unopened" in run.log("server")
+        assert len(run.charges(name)) == begun, "what was trained stays charged"
+        assert ("revealed no share" in run.log(name)) == (begun and "reveals" not in phases)
+    assert ("unopened" in run.log("server")) == begun
 
 
-@pytest.mark.parametrize(("members", "point"), few(
-    (3, "once the sum is closed"), *((3, point) for point in SERVER_POINTS if point != "once the sum is closed"),
-    (6, "while shares come")))
-def test_a_server_that_is_killed_goes_on_in_the_same_phase_and_nobody_trains_twice(deploy, members, point):
+@pytest.mark.parametrize(("members", "point", "phases"), few(
+    (6, "while shares come", "closing"), *((members, point, "") for members in (3, 6) for point in SERVER_POINTS),
+    (6, "once the cohort is stored", "packages"), (6, "while uploads come", "training"),
+    (6, "once the sum is closed", "upload"), (6, "while clients sign", "reveals"),
+    (20, "while shares come", "packages training upload closing reveals reveals")))
+def test_a_server_that_is_killed_goes_on_in_the_same_phase_and_nobody_trains_twice(deploy, members, point, phases):
     run = deploy(members, "--rounds", 2)
     run.serve((point, 1))
-    for name in run.names:
-        run.member(name)
+    run.start_members(phases)
     assert run.end("server") == -signal.SIGKILL, run.log("server")
     run.serve()
     assert run.end("server") == 0, run.log("server")
-    for name in run.names:
+    for name in run.alive:
         assert run.end(name) == 0, run.log(name)
-    opened = run.check()
-    assert {number for number, _ in opened} == {1, 2}
-    assert all(list(names) == run.names for names in opened.values())
-    if point != "before the cohort is stored":
-        assert all(len(run.charges(name)) == 2 for name in run.names), "nobody was charged twice for a round"
+        assert len(run.charges(name)) == 2, "nobody was charged twice for a round"
+    assert run.check() == {(1, 0): run.uploading, (2, 0): run.alive}
     report = json.loads((run.out / "report.json").read_text())
     assert report["finished_rounds"] == 2

@@ -161,7 +161,8 @@ class _UnderWay:
                 asked = len(self._clients.participations.keys() - self._clients.declined)
                 self._clients.wait_for(asked, RETURN_S, self._stop, self._observer, to_begin=True)
             else:
-                self._clients.wait_for(run.options.min_clients, RETURN_S if self._done else None, self._stop,
+                begun = self._done or self._clients.participations or self._rosters.roster  # there were enough to begin
+                self._clients.wait_for(run.options.min_clients, RETURN_S if begun else None, self._stop,
                                        self._observer, to_begin=True)
             if self._fresh and run.start is not None:
                 self._begin(run.start, initial)

@@ -152,9 +152,10 @@ def test_min_clients_need_only_be_there(tmp_path):
     assert resumed(tmp_path, first, min_clients=6).ended == "finished"
 
 
-def test_a_run_goes_on_without_a_client_that_does_not_come_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", [{"asked": 1}, {"answered": 1}, {"finished": 1}])
+def test_a_run_goes_on_without_a_client_that_does_not_come_back(tmp_path, monkeypatch, moment):
     monkeypatch.setattr(rounds, "RETURN_S", 0.2)
-    first = crashed(tmp_path, Crashing(finished=1), federation(max_participations=4), min_clients=6)
+    first = crashed(tmp_path, Crashing(**moment), federation(max_participations=4), min_clients=6)
     result = resumed(tmp_path, first, min_clients=7)
     assert result.ended == "finished" and result.rounds == 4
 
