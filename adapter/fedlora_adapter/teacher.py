@@ -144,7 +144,7 @@ def _base(adapter: Adapter, given: str | None) -> Path:
     if not name:
         raise ValueError(f"{adapter.path} does not name its base model; name it with --base MODEL")
     try:
-        return models.resolve(name)
+        return models.resolve("minilm" if name == models.MINILM_REPOSITORY else name)
     except ValueError as error:
         if given is not None and (Path(given).is_dir() or given == "minilm"):
             raise

