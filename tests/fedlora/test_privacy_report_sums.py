@@ -220,7 +220,7 @@ def test_verification_tells_what_the_sums_cost_one_person_at_any_number_of_clien
                                  (made_sums(rosters=(facts(pinned=False),)), 2, "does not name the keys"),
                                  (made(), 2, "without secure sums")):
         code, text = told(report, clients)
-        assert code == 2 and why in text
+        assert code == 2 and f"The report has no ε for {clients} clients" in text and why in text
 
 
 def test_a_predictable_run_states_no_epsilon_of_its_sums_either():

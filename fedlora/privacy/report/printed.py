@@ -33,11 +33,10 @@ def verify_file(path: Path, console: Console, public_key: str | None = None, *, 
 
     Returns:
         0 if the report is consistent and signed by `public_key` or a known key (or `any_key` is set); 3 if it is signed
-        by another one; else 2.
+        by another one; else 2, also if there is no figure for `clients`.
     """
     try:
         verified = verify(read_signed(path), public_key)
-        several = None if clients is None else several_clients(verified.report, clients)
     except OSError as error:
         console.print(f"[bold red]Not verified.[/] {escape(str(path))}: {escape(str(error.strerror))}")
         return NOT_VERIFIED
@@ -45,10 +44,15 @@ def verify_file(path: Path, console: Console, public_key: str | None = None, *, 
         console.print(f"[bold red]Not verified.[/] {escape(str(path))}: {escape(str(error))}.", soft_wrap=True)
         return NOT_VERIFIED
     _show(verified, console)
-    if several is not None:
-        console.print(f"One person's records at {clients} clients: ε = {four_digits(several)} in the sums at the run's "
-                      "maximum, if the others sample as this one does and clip to the plan's clip norm or less.",
-                      soft_wrap=True)
+    if clients is not None:
+        try:
+            epsilon = four_digits(several_clients(verified.report, clients))
+        except ValueError as error:
+            console.print(f"[bold red]The report has no ε for {clients} clients.[/] {escape(str(error))}.",
+                          soft_wrap=True)
+            return NOT_VERIFIED
+        console.print(f"One person's records at {clients} clients: ε = {epsilon} in the sums at the run's maximum, if "
+                      "the others sample as this one does and clip to the plan's clip norm or less.", soft_wrap=True)
     if public_key is not None:
         console.print(f"Signed by {verified.public_key}, the key that you named.", soft_wrap=True)
         return VERIFIED
