@@ -8,8 +8,8 @@ from pathlib import Path
 from fedlora.config import Parser
 
 EXIT_CODES = ("exit codes: 0 the report is consistent, and signed by the key of --public-key or of this machine (or "
-              "--any-key is given); 2 it does not verify, cannot be read, or has no ε for --clients; 3 it is consistent, "
-              "but signed by a key that is not known here: compare the key")
+              "--any-key is given); 2 it does not verify, cannot be read, or has no ε for --clients; 3 it is "
+              "consistent, but signed by a key that is not known here: compare the key")
 
 
 def parser() -> Parser:
