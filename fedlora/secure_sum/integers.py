@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlora.privacy.mechanisms.distributed_gaussian import MOST_INFLATION
+from fedlora.privacy.mechanisms.distributed_gaussian import MOST_INFLATION, sum_sensitivity
 from fedlora.secure_sum.rounding import MOST_DEVIATIONS
 
 LEAST_FRACTION_BITS = 16
@@ -76,13 +76,11 @@ class Grid:
     def sensitivity(self, values: int, clip_norm: float) -> float:
         """Return how far one unit can move an encoded sum, in units of the grid (L2).
 
-        Two sums that differ by C differ by at most C + √d·step when each coordinate of both is rounded.
-
         Args:
             values: number d of values in the vector.
             clip_norm: the client's own clip norm, at most the plan's.
         """
-        return clip_norm / self.step + math.sqrt(values)
+        return sum_sensitivity(clip_norm, self.step, values)
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Return real values in units of the grid, rounded to the nearest and cut at `most`, int64.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedlora.plan.limits import LEAST_MEMBERS, MOST_MEMBERS, sum_threshold
-from fedlora.privacy.mechanisms.distributed_gaussian import SumNoise, honest
+from fedlora.privacy.mechanisms.distributed_gaussian import SumNoise, honest, sum_sensitivity
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class RosterFacts:
 
     def most_noise(self, clip_norm: float) -> float:
         """Return the noise multiplier of the sums for a client that clips to a norm."""
-        return math.sqrt(self.honest) * self.deviation / (clip_norm / self.step + math.sqrt(self.values))
+        return math.sqrt(self.honest) * self.deviation / sum_sensitivity(clip_norm, self.step, self.values)
 
 
 def aggregate_epsilon(rosters: Sequence[RosterFacts], sampling_rate: float, delta: float, rounds: int, *,

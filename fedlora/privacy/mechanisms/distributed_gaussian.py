@@ -69,6 +69,19 @@ class DistributedGaussian(Mechanism):
         return delta if noise.aggregate is None else (1 - ROUNDING_SHARE) * delta
 
 
+def sum_sensitivity(clip_norm: float, step: float, values: int) -> float:
+    """Return how far one unit can move an encoded sum, in units of the grid (L2).
+
+    Two sums that differ by C differ by at most C + √d·step when each coordinate of both is rounded.
+
+    Args:
+        clip_norm: the client's own clip norm.
+        step: one unit of the grid, as a real value.
+        values: d, the number of values in the vector.
+    """
+    return clip_norm / step + math.sqrt(values)
+
+
 def honest(members: int, colluding: int) -> int:
     """Return h = T − t, the fewest shares of noise by honest members in a sum that a roster can open."""
     return sum_threshold(members) - colluding
