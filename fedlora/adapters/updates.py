@@ -106,6 +106,21 @@ class LowRank(Update):
 
 
 @dataclass(frozen=True)
+class Whole(Update):
+    """The update D, of full rank.
+
+    Attributes:
+        D: (d_out, d_in).
+    """
+
+    D: np.ndarray
+
+    @override
+    def change(self, weight: np.ndarray) -> np.ndarray:
+        return self.D.astype(np.float64)
+
+
+@dataclass(frozen=True)
 class RowScale(Update):
     """The update diag(rows)·W0, which changes the lengths of the weight's rows, and B·A beside it if there is one.
 

@@ -40,7 +40,7 @@ def plan(family: str = "lora", task: str = "classification", **changes: object) 
         "run_id": "0" * 16, "fedlora_version": "0", "strategy": "ffa-lora", "family": family, "private": True,
         "model": ModelRef("local", "0" * 64, "0" * 64, "0" * 64), "task": task,
         "labels": ("no", "yes") if task == "classification" else (), "max_length": 32,
-        "rank": rank_of(family), "alpha": 1.0 if family == "bat" else 6.0,  # bat's reaches every value of the weight
+        "rank": rank_of(family), "alpha": 1.0 if family in ("bat", "full") else 6.0,  # they reach all of the weight
         "targets": ("any",), "train_head": task == "classification", "dropout": 0.0, "rounds": 1,
         "max_participations": 1, "local_steps": 1, "expected_batch": 4, "optimizer": "sgd", "lr": 0.1,
         "clip_norm": 0.5, "adapter_scale": 1.0, "head_scale": 0.25, "weight_by_examples": False}

@@ -234,7 +234,7 @@ def test_an_adapter_that_the_loss_does_not_depend_on_is_told(family, caplog):
     run = plan(family, local_steps=2)
     trainer = make_trainer("bert", run)
     factor = {"lora": "B", "lora-stack": "B", "frozen-a": "B", "flylora": "B", "dora": "B", "lora-offset": "dB",
-              "bra": "R", "bat": "b", "randlora": "lambda"}.get(family, "e")
+              "bra": "R", "bat": "b", "full": "D", "randlora": "lambda"}.get(family, "e")
     name, _ = _module_of(trainer, factor)
     for module in trainer.adapted.model.get_submodule(name.rpartition(".")[0]).delta.modules():
         module.scaling = 0.0
