@@ -63,6 +63,7 @@ COMMENTS: Mapping[str, str] = {
     "rounds": "rounds of the run",
     "max_participations": "most rounds that one client may start; its noise is computed for these",
     "private_start": "whether clients send gradients before round 1, noised if the run is private",
+    "whole_gradients": "whether they send these whole, as large as the layers; only without privacy",
     "local_steps": "steps of training in each round",
     "expected_batch": "records drawn in a step; at most a fifth of a client's declared size, unless its policy says "
                       "otherwise",

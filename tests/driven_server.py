@@ -47,7 +47,7 @@ class Server:
         """Return the tensors that the plan's first round starts from."""
         adapted = attach_planned(models.load(checkpoint, self.plan.task, len(self.plan.labels)), self.plan)
         self.state = initial_tensors(adapted, init="orthonormal", seed=0)
-        self.layout, self.sketches = adapted.layout, sketch_layout(adapted.layout, adapted.missing)
+        self.layout, self.sketches = adapted.layout, sketch_layout(self.plan, adapted.layout, adapted.missing)
 
     def client(self, *arguments, **options):
         self.deployment.client("north", self.data, *arguments, **options)

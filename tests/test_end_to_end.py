@@ -43,20 +43,21 @@ def charges(deployment, name):
 
 @pytest.mark.parametrize(("method", "wire_dtype", "cohort"), [
     ("fedavg-lora", "fp32", 3), ("ffa-lora", "fp32", 3), ("fed-sb", "fp32", 2), ("fedsvd", "fp32", 3),
-    ("fedsvd", "bf16", 3), ("fed-sb:dp", "fp32", 3)])
+    ("fedsvd", "bf16", 3), ("fed-sb:dp", "fp32", 3), ("pissa:lora-ga-clients", "fp32", 3)])
 def test_simulation_and_grpc_end_with_the_same_adapter(deployment, tmp_path, method, wire_dtype, cohort):
     strategy, _, init = method.partition(":")
     start = ("--init", init) if init else ()
+    private = not init.endswith("-clients")
     files = [write_rows(tmp_path / "data" / f"hospital-{i}.jsonl", seed=i) for i in range(3)]
     small = [*SMALL, "--min-replies", cohort, *(("--clients-per-round", cohort) if cohort < 3 else ())]
     deployment.server("--strategy", strategy, *start, "--min-clients", 3, "--seed", 5,
-                      "--wire-dtype", wire_dtype, *small)
+                      "--wire-dtype", wire_dtype, *small, *(() if private else ("--privacy", "off")))
     for file in files:
-        deployment.client(file.stem, file, seed=5)
+        deployment.client(file.stem, file, *(() if private else ("--epsilon", "inf")), seed=5)
     assert deployment.end("server") == 0, deployment.log("server")
     arguments = [f"--strategy={method}", f"--model={deployment.checkpoint}", f"--data={tmp_path / 'data'}",
                  "--partition=files", "--threads=1", "--device=cpu", "--precision=fp32", f"--wire-dtype={wire_dtype}",
-                 *map(str, small)]
+                 *map(str, small), *(() if private else ("--privacy=off", "--epsilon=inf"))]
     options = read_config(SimulationConfig, arguments)
     simulate(options, Method.parse(method), 5, find_model(options), populate(options, 5), out=tmp_path)
     simulated, deployed = (load_file(folder / "adapter" / "adapter_model.safetensors")

@@ -178,7 +178,8 @@ def what_is_trained(plan: RunPlan) -> str:
         ["the head"] if plan.train_head else [])
     how = plan.optimizer + (f" of gradients that {plan.adjustment} adjusts" if plan.adjustment else "")
     held = f"; {plan.hold_out:.0%} of the data are held out" if plan.hold_out else ""
-    start = f"a start from {'noised gradients' if plan.private else 'gradients'}, then " if plan.private_start else ""
+    kind = "noised " if plan.private else "whole " if plan.whole_gradients else ""
+    start = f"a start from {kind}gradients, then " if plan.private_start else ""
     return (f"{', and '.join(where)}: {plan.strategy}, {start}{plan.max_participations} rounds of {plan.local_steps} "
             f"steps of {how}, rate {plan.lr:g}, clip norm {plan.clip_norm:g}{held}")
 

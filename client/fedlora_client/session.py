@@ -373,7 +373,7 @@ class ClientSession:
     @property
     def sketch_layout(self) -> AdapterLayout:
         """The layout of the tensors of round 0, in which gradients are released to initialise the adapter."""
-        return sketch_layout(self.trainer.adapted.layout, self.trainer.adapted.missing)
+        return sketch_layout(self.run, self.trainer.adapted.layout, self.trainer.adapted.missing)
 
     def _prepared_trainer(self, plan: RoundPlan) -> Trainer:
         """Return the trainer for the round, after checking that it is batch-invariant.

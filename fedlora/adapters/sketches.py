@@ -18,23 +18,25 @@ becomes the left singular vectors of the mean Y.
 
 In a run without privacy (--init gradient) the same steps are taken on the same model. Nothing is scaled, clipped or
 noised then, and a step moves the factors by a tenth of their sketch.
+
+Some starts without privacy need what a sketch of rank r does not hold, such as the sign of G. For them (the plan's
+`whole_gradients`) clients take these steps with an adapter s·D of the weight's own shape, from D = 0, and send its
+d_out·d_in values for each layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from fedlora.adapters.family import Site, family_of
 from fedlora.adapters.layout import AdapterLayout
-from fedlora.adapters.start import Source, float32, gaussian, site_tensors, start_of
+from fedlora.adapters.start import Source, Start, float32, gaussian, site_tensors
 from fedlora.algebra import orthonormal_rows
 from fedlora.plan import Released, RunPlan, Tensors
-
-PRIVATE_START = "dp"
-"""The start's key, as --init has it."""
 
 SCALING = 1e-4
 """The factor s. Q and P have spectral norm 1, so each weight changes by at most this much in spectral norm, where
@@ -58,28 +60,29 @@ def sketch_plan(run: RunPlan) -> RunPlan:
     """
     scale = run.clip_norm / (SCALING * LEAST_NORM) if run.private else run.adapter_scale
     lr = STEP * scale / run.clip_norm if run.private else PLAIN_STEP / SCALING
-    return dataclasses.replace(run, family="lora", family_options=(), alpha=run.rank * SCALING, train_head=False,
-                               dropout=0.0, optimizer="sgd", lr=lr, lr_schedule="constant", adapter_scale=scale,
-                               adjustment="")
+    return dataclasses.replace(run, family="full" if run.whole_gradients else "lora", family_options=(), ranks=(),
+                               alpha=run.rank * SCALING, train_head=False, dropout=0.0, optimizer="sgd", lr=lr,
+                               lr_schedule="constant", adapter_scale=scale, adjustment="")
 
 
-def sketch_layout(layout: AdapterLayout, missing: tuple[str, ...]) -> AdapterLayout:
-    """Return the layout of the sketches: both factors travel, and heads that are missing from the checkpoint are fixed.
+def sketch_layout(run: RunPlan, layout: AdapterLayout, missing: Sequence[str]) -> AdapterLayout:
+    """Return the layout of the sketches: all factors travel, and heads that are missing from the checkpoint are fixed.
 
     It is the layout that `attach` gives for `sketch_plan`.
 
     Args:
+        run: the run's plan.
         layout: layout of the run's own adapter.
         missing: names of the parameters that are not in the base checkpoint.
     """
     heads = [dataclasses.replace(spec, trains=False) for spec in layout.state
              if spec.name in {f"head.{name}" for name in missing}]
-    sites = [dataclasses.replace(site, scaling=SCALING) for site in layout.sites]
-    return AdapterLayout.of(family_of("lora"), sites, heads)
+    sites = [dataclasses.replace(site, rank=run.rank, scaling=SCALING) for site in layout.sites]
+    return AdapterLayout.of(family_of(sketch_plan(run).family), sites, heads)
 
 
 def sketch_tensors(layout: AdapterLayout, state: Tensors, seed: int) -> dict[str, np.ndarray]:
-    """Draw Q and P, under the names of B and A, and add the heads that the run starts with.
+    """Draw Q and P, under the names of B and A, or set D to 0, and add the heads that the run starts with.
 
     Args:
         layout: layout of the sketches, from `sketch_layout`.
@@ -87,6 +90,8 @@ def sketch_tensors(layout: AdapterLayout, state: Tensors, seed: int) -> dict[str
         seed: the run's seed.
     """
     tensors = {spec.name: state[spec.name] for spec in layout.frozen}
+    if not layout.family.bases:
+        return tensors | {spec.name: np.zeros(spec.shape, np.float32) for spec in layout.trained}
     for spec in layout.trained:
         rows, columns = sorted(spec.shape)
         drawn = orthonormal_rows(gaussian(seed, f"sketch/{spec.name}", (rows, columns)))
@@ -94,21 +99,22 @@ def sketch_tensors(layout: AdapterLayout, state: Tensors, seed: int) -> dict[str
     return tensors
 
 
-def private_start(layout: AdapterLayout, state: Tensors, sketches: Released) -> dict[str, np.ndarray]:
+def private_start(layout: AdapterLayout, start: Start, state: Tensors, sketches: Released) -> dict[str, np.ndarray]:
     """Compute the values that a run starts from, given the released sketches.
 
     Args:
         layout: layout of the run's own adapter.
+        start: the start, one that reads what clients release.
         state: the values of any other start of the run. Tensors that the sketches do not decide keep these values.
-        sketches: the mean over clients of the released Z (under the names of A) and Y (under the names of B).
+        sketches: the mean over clients of the released Z (under the names of A) and Y (under the names of B), or of the
+            gradients themselves (under the names of D), all with the sign of a step against the gradient.
     """
-    def of_site(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
-        released = (np.array(sketches[f"{site.name}.{factor}"]) for factor in "AB")  # PyTorch warns of read-only ones
-        A, B = map(torch.from_numpy, released)
-        return A, B
+    def released(site: Site, factor: str) -> torch.Tensor:
+        return torch.from_numpy(np.array(sketches[f"{site.name}.{factor}"]))  # PyTorch warns of read-only arrays
 
     def weight(site: Site) -> torch.Tensor:
         raise AssertionError("a start from the clients' releases reads no weight")
 
-    source = Source(0, weight, sketches=of_site)
-    return {**state, **site_tensors(layout, start_of(PRIVATE_START)[0], source)}
+    source = Source(0, weight, gradient=lambda site: -released(site, "D"),
+                    sketches=lambda site: (released(site, "A"), released(site, "B")))
+    return {**state, **site_tensors(layout, start, source)}

@@ -38,8 +38,8 @@ class Source:
     Attributes:
         seed: seed of all random draws.
         weight: returns a site's frozen weight W0, (d_out, d_in).
-        gradient: returns the gradient of the loss on public rows with respect to that weight, (d_out, d_in). None
-            unless the start reads public rows.
+        gradient: returns the gradient of the loss with respect to that weight, (d_out, d_in): on public rows, or the
+            mean over clients. None unless the start reads one of them.
         sketches: returns the mean over clients of the released sketches (Z, Y) of a site, which
             `fedlora.adapters.sketches` defines. None unless the start reads them.
         inputs: returns a site's inputs at tokens of public texts, (tokens, d_in). None unless the start reads them.
@@ -65,7 +65,8 @@ class Start(ABC):
 
     Attributes:
         reads: class attribute, what the start is computed from. "clients" means a noised release, which is charged as
-            one participation; "clients without noise" the same release in a run without privacy.
+            one participation; "clients without noise" a release in a run without privacy.
+        whole: class attribute, whether clients release whole gradients, and not sketches of them.
         takes: class attribute, what follows the key after a colon, as in public:FILE; "" for nothing. It must be a
             literal, so that --help can read it from the file.
         gives: class attribute, the bases that the start provides, of A, B and V.
@@ -74,6 +75,7 @@ class Start(ABC):
     """
 
     reads: ClassVar[Reads] = "nothing"
+    whole: ClassVar[bool] = False
     takes: ClassVar[str] = ""
     gives: ClassVar[tuple[str, ...]] = ("A", "B")
     orthonormal: ClassVar[bool] = True
@@ -81,6 +83,16 @@ class Start(ABC):
     @abstractmethod
     def bases(self, site: Site, source: Source) -> Bases:
         """Return a site's bases, float64."""
+
+    def check_rank(self, site: Site) -> None:
+        """Check that a site's rank is one for which the start has bases.
+
+        Raises:
+            ValueError: the rank is too large for the layer.
+        """
+        if self.orthonormal and site.rank > min(site.d_in, site.d_out):
+            raise ValueError(f"rank {site.rank} exceeds the smaller side of {site.name} ({site.d_out} × {site.d_in}); "
+                             "choose a smaller --rank, or --init kaiming where the strategy allows it")
 
     def lacks(self, family: Family) -> tuple[str, ...]:
         """Return the bases that a family needs and this start does not provide; () if the two fit."""
@@ -208,9 +220,7 @@ def site_tensors(layout: AdapterLayout, start: Start, source: Source) -> dict[st
                          f"{fitting(layout.family)}")
     tensors: dict[str, np.ndarray] = {}
     for site in layout.sites:
-        if start.orthonormal and site.rank > min(site.d_in, site.d_out):
-            raise ValueError(f"rank {site.rank} exceeds the smaller side of {site.name} ({site.d_out} × {site.d_in}); "
-                             "choose a smaller --rank, or --init kaiming where the strategy allows it")
+        start.check_rank(site)
         made = layout.family.initial(site, start.bases(site, source), source.draw)
         tensors |= {name: float32(values) for name, values in made.items()}
     return tensors

@@ -165,8 +165,8 @@ class RunConfig(Config):
         "sparse), the base model's weights (weight, weight-scaled, nystrom, lu, row-norms), public texts without "
         "labels (eva:FILE, avoid:FILE, protect:FILE), the loss's gradient on public rows (public:FILE, lora-ga:FILE, "
         "lora-sb:FILE), or the clients' gradients: noised (dp, at the privacy cost of one round), or as they are in a "
-        "run without privacy (gradient)", MODEL, values.start, metavar="START", unset=PRESET,
-        plan="private_start", place=2)
+        "run without privacy (gradient, lora-ga-clients, lora-sb-clients)", MODEL, values.start, metavar="START",
+        unset=PRESET, plan="private_start", place=2)
     init_head: str | None = option(
         None, "start of a classifier's head: a regression on public rows, at the server, at no privacy cost", MODEL,
         values.head_start, metavar="public:FILE", unset="drawn at random", place=6,

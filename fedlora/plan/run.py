@@ -100,6 +100,8 @@ class RunPlan:
         private_start: whether round 0 comes first, in which clients send sketches of their gradients for the adapters
             to start from (`fedlora.adapters.sketches`): noised if the run is private, else as they are. It is one
             participation on top of `max_participations`.
+        whole_gradients: whether round 0 sends whole gradients, as large as the weights, in place of sketches. Only
+            without privacy.
         family_options: (name, value) of the family's own options, sorted by name; they are the fields of its class.
         ranks: (module, rank) of the adapted modules whose rank is not `rank`, sorted by name.
         adjustment: key of the adjustment of noised gradients; "" for none.
@@ -141,6 +143,7 @@ class RunPlan:
     lr_schedule: str = "constant"
     wire_dtype: str = "fp32"
     private_start: bool = False
+    whole_gradients: bool = False
     family_options: tuple[tuple[str, float], ...] = ()
     ranks: tuple[tuple[str, int], ...] = ()
     adjustment: str = ""
@@ -186,6 +189,7 @@ class RunPlan:
         require(all(1 <= rank <= MOST_RANK for _, rank in self.ranks), "ranks", f"each must be from 1 to {MOST_RANK}")
         require(self.protocol >= 6 or not (self.family_options or self.ranks or self.adjustment), "protocol",
                 "with it, a plan can have neither family_options, nor ranks, nor an adjustment")
+        require(self.protocol >= 8 or not self.whole_gradients, "protocol", "with it, a plan has no whole_gradients")
         self._check_mechanism(require)
         require(0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
         require(len(set(self.labels)) == len(self.labels), "labels", "a label is named twice")
@@ -199,8 +203,11 @@ class RunPlan:
                 "weighting by example counts discloses them; under privacy the weights are uniform")
         require(not self.private_start or bool(self.targets), "private_start",
                 "a start from the clients' gradients needs at least one target")
-        require(not (self.private_start and self.ranks), "ranks",
-                "a start from the clients' gradients needs the same rank in all layers; choose another start")
+        require(not (self.private_start and self.ranks) or self.whole_gradients, "ranks",
+                "a start from sketches of the clients' gradients needs the same rank in all layers; choose another "
+                "start")
+        require(not self.whole_gradients or (self.private_start and not self.private), "whole_gradients",
+                "only a start from the clients' gradients has them, in a run without privacy")
         require(bool(self.targets) or self.train_head, "targets",
                 "nothing would be trained: name targets or train the head")
 

@@ -23,7 +23,8 @@ PAIRS: Mapping[str, tuple[str, str, type]] = {
 
 SINCE: Mapping[str, int] = {
     **{name: 6 for names in PAIRS.values() for name in names[:2]}, "adjustment": 6,
-    **dict.fromkeys(("mechanism", "least_members", "colluding", "least_noise", "hold_out"), 8),
+    **dict.fromkeys(("mechanism", "least_members", "colluding", "least_noise", "hold_out",
+                    "whole_gradients"), 8),
 }
 """Value → the protocol version that introduced it.
 

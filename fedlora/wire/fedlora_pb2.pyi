@@ -135,7 +135,7 @@ class TrainRequest(_message.Message):
     def __init__(self, run: _Optional[_Union[RunPlan, _Mapping]] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., frozen_sha256: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., active: _Optional[_Iterable[str]] = ..., deadline_s: _Optional[float] = ..., prefix_sites: _Optional[_Iterable[str]] = ..., prefix_ranks: _Optional[_Iterable[int]] = ..., cohort: _Optional[_Union[Cohort, _Mapping]] = ...) -> None: ...
 
 class RunPlan(_message.Message):
-    __slots__ = ("run_id", "fedlora_version", "strategy", "family", "private", "model_name", "model_weights_sha256", "model_config_sha256", "model_tokenizer_sha256", "task", "labels", "max_length", "rank", "alpha", "targets", "train_head", "dropout", "rounds", "max_participations", "local_steps", "expected_batch", "optimizer", "lr", "clip_norm", "adapter_scale", "head_scale", "weight_by_examples", "lr_schedule", "wire_dtype", "private_start", "family_option_names", "family_option_values", "rank_sites", "rank_values", "adjustment", "mechanism", "least_members", "colluding", "least_noise", "hold_out", "protocol")
+    __slots__ = ("run_id", "fedlora_version", "strategy", "family", "private", "model_name", "model_weights_sha256", "model_config_sha256", "model_tokenizer_sha256", "task", "labels", "max_length", "rank", "alpha", "targets", "train_head", "dropout", "rounds", "max_participations", "local_steps", "expected_batch", "optimizer", "lr", "clip_norm", "adapter_scale", "head_scale", "weight_by_examples", "lr_schedule", "wire_dtype", "private_start", "whole_gradients", "family_option_names", "family_option_values", "rank_sites", "rank_values", "adjustment", "mechanism", "least_members", "colluding", "least_noise", "hold_out", "protocol")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     FEDLORA_VERSION_FIELD_NUMBER: _ClassVar[int]
     STRATEGY_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +166,7 @@ class RunPlan(_message.Message):
     LR_SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     PRIVATE_START_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     FAMILY_OPTION_NAMES_FIELD_NUMBER: _ClassVar[int]
     FAMILY_OPTION_VALUES_FIELD_NUMBER: _ClassVar[int]
     RANK_SITES_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +208,7 @@ class RunPlan(_message.Message):
     lr_schedule: str
     wire_dtype: str
     private_start: bool
+    whole_gradients: bool
     family_option_names: _containers.RepeatedScalarFieldContainer[str]
     family_option_values: _containers.RepeatedScalarFieldContainer[float]
     rank_sites: _containers.RepeatedScalarFieldContainer[str]
@@ -218,7 +220,7 @@ class RunPlan(_message.Message):
     least_noise: float
     hold_out: float
     protocol: int
-    def __init__(self, run_id: _Optional[str] = ..., fedlora_version: _Optional[str] = ..., strategy: _Optional[str] = ..., family: _Optional[str] = ..., private: _Optional[bool] = ..., model_name: _Optional[str] = ..., model_weights_sha256: _Optional[str] = ..., model_config_sha256: _Optional[str] = ..., model_tokenizer_sha256: _Optional[str] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_head: _Optional[bool] = ..., dropout: _Optional[float] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., optimizer: _Optional[str] = ..., lr: _Optional[float] = ..., clip_norm: _Optional[float] = ..., adapter_scale: _Optional[float] = ..., head_scale: _Optional[float] = ..., weight_by_examples: _Optional[bool] = ..., lr_schedule: _Optional[str] = ..., wire_dtype: _Optional[str] = ..., private_start: _Optional[bool] = ..., family_option_names: _Optional[_Iterable[str]] = ..., family_option_values: _Optional[_Iterable[float]] = ..., rank_sites: _Optional[_Iterable[str]] = ..., rank_values: _Optional[_Iterable[int]] = ..., adjustment: _Optional[str] = ..., mechanism: _Optional[str] = ..., least_members: _Optional[int] = ..., colluding: _Optional[int] = ..., least_noise: _Optional[float] = ..., hold_out: _Optional[float] = ..., protocol: _Optional[int] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., fedlora_version: _Optional[str] = ..., strategy: _Optional[str] = ..., family: _Optional[str] = ..., private: _Optional[bool] = ..., model_name: _Optional[str] = ..., model_weights_sha256: _Optional[str] = ..., model_config_sha256: _Optional[str] = ..., model_tokenizer_sha256: _Optional[str] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_head: _Optional[bool] = ..., dropout: _Optional[float] = ..., rounds: _Optional[int] = ..., max_participations: _Optional[int] = ..., local_steps: _Optional[int] = ..., expected_batch: _Optional[int] = ..., optimizer: _Optional[str] = ..., lr: _Optional[float] = ..., clip_norm: _Optional[float] = ..., adapter_scale: _Optional[float] = ..., head_scale: _Optional[float] = ..., weight_by_examples: _Optional[bool] = ..., lr_schedule: _Optional[str] = ..., wire_dtype: _Optional[str] = ..., private_start: _Optional[bool] = ..., whole_gradients: _Optional[bool] = ..., family_option_names: _Optional[_Iterable[str]] = ..., family_option_values: _Optional[_Iterable[float]] = ..., rank_sites: _Optional[_Iterable[str]] = ..., rank_values: _Optional[_Iterable[int]] = ..., adjustment: _Optional[str] = ..., mechanism: _Optional[str] = ..., least_members: _Optional[int] = ..., colluding: _Optional[int] = ..., least_noise: _Optional[float] = ..., hold_out: _Optional[float] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class Upload(_message.Message):
     __slots__ = ("key", "tensors", "steps", "delta", "noise_multiplier", "num_examples", "train_loss", "anchor")

@@ -146,7 +146,8 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
     if rows is not None:
         state = public_start(adapted, task, rows, seed=seed, init=init.partition(":")[0], head=head)
     recipe = recipe_of(options, strategy)
-    start = PrivateStart(plan, adapted, state, seed, recipe.reduction) if plan.private_start else None
+    start = PrivateStart(plan, adapted, start_of(planned(options, strategy).init)[0], state, seed,
+                         recipe.reduction) if plan.private_start else None
     chosen = strategy_class(strategy)(plan, adapted.layout, recipe=recipe, seed=seed)
     if options.client_ranks:
         chosen.check_ranks(dict(options.client_ranks).values())
@@ -433,13 +434,13 @@ def make_plan(options: RunConfig, strategy: str, reference: ModelRef, labels: tu
     private = options.privacy == "required"
     others = {option.plan: getattr(options, name) for name, option in options_of(type(options)).items()
               if option.plan and not hasattr(values, name) and option.plan not in ("strategy", "model", "task")}
-    ranks = () if isinstance(options.ranks, str) else options.ranks
+    ranks, start = () if isinstance(options.ranks, str) else options.ranks, start_of(values.init)[0]
     made = {"run_id": run_id, "private": private, "labels": labels, "train_head": _trains_head(options),
             "max_participations": options.max_participations or values.rounds, "protocol": protocol,
             "adjustment": "" if options.adjustment == "none" else options.adjustment,
             "ranks": ranks, "mechanism": AGGREGATE if options.secure_aggregation else LOCAL,
             "least_members": (members or getattr(options, "min_clients", 0)) if options.secure_aggregation else 0,
-            "private_start": start_of(values.init)[0].reads.startswith("clients")}
+            "private_start": start.reads.startswith("clients"), "whole_gradients": start.whole}
     recipe = recipe_of(options, strategy)
     rank = max([values.rank, *(rank for _, rank in ranks)])
     if asked := dict(recipe.family_options(rank, values.rounds)):

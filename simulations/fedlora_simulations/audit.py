@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora import data, style
-from fedlora.adapters.sketches import PRIVATE_START
+from fedlora.adapters import start_of
 from fedlora.config import Parser, SimulationConfig, build_parser, option, read_config, values
 from fedlora.config.option import PRIVACY, RUN
 from fedlora.console import messages, results
@@ -340,9 +340,9 @@ def read_audit_config(argv: Sequence[str]) -> AuditConfig:
         parser.error("--data is missing: name a folder or file of the audited client's rows")
     if len(options.strategy) > 1:
         parser.error(f"--strategy names {len(options.strategy)} strategies; audit one at a time")
-    if PRIVATE_START in (options.init, Method.parse(options.strategy[0]).init):
-        parser.error(f"--init {PRIVATE_START} is a release of its own, which an audit does not attack; choose another "
-                     "start")
+    init = Method.parse(options.strategy[0]).init or options.init
+    if init and start_of(init)[0].reads.startswith("clients"):
+        parser.error(f"--init {init} is a release of its own, which an audit does not attack; choose another start")
     if math.isinf(options.epsilon):
         parser.error("--epsilon inf has no claim to audit; give a finite ε (a run without privacy is done anyway)")
     return options

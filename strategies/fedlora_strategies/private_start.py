@@ -1,10 +1,11 @@
-"""The private start: a round 0 in which clients release noised sketches of their gradients to start the adapters from.
+"""The start from the clients' gradients: a round 0 in which they release sketches of them, noised in a private run.
 
     server        sends Q and P, fixed and random
     client k      releases Z_k ≈ Qᵀ G_k and Y_k ≈ G_k Pᵀ, clipped, noised, and charged as one participation
     server        A ← right singular vectors of Σ p_k Z_k; where B is fixed, B ← left ones of Σ p_k Y_k
 
-`fedlora.adapters.sketches` explains the method. Round 0 uses the factors of plain LoRA, whatever the run's strategy.
+`fedlora.adapters.sketches` explains the method. Round 0 uses the factors of plain LoRA, whatever the run's strategy, or
+for whole gradients matrices of the weights' own shapes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing_extensions import override
 
 from fedlora.adapters import AdaptedModel
 from fedlora.adapters.sketches import private_start, sketch_layout, sketch_plan, sketch_tensors
+from fedlora.adapters.start import Start
 from fedlora.plan import Released, RunPlan, Tensors
 
 from .base import FederatedLoRA
@@ -28,6 +30,7 @@ class PrivateStart(FederatedLoRA):
     Args:
         plan: The run's plan.
         adapted: The model with the adapters of the run's strategy.
+        start: The start, one that reads what clients release.
         state: A start that does not depend on data, for the tensors that the sketches do not determine.
         seed: The seed of Q and P.
         reduction: Combines the sketches, as it does the uploads of the other rounds; None for the weighted mean, which
@@ -35,21 +38,26 @@ class PrivateStart(FederatedLoRA):
 
     Attributes:
         tensors: The tensors that round 0 sends.
+
+    Raises:
+        ValueError: The start has no bases for a layer's rank.
     """
 
     recipe = RECIPE
     sends_changes = True
 
-    def __init__(self, plan: RunPlan, adapted: AdaptedModel, state: Tensors, seed: int,
+    def __init__(self, plan: RunPlan, adapted: AdaptedModel, start: Start, state: Tensors, seed: int,
                  reduction: Reduction | None = None) -> None:
-        layout = sketch_layout(adapted.layout, adapted.missing)
-        recipe = RECIPE
+        for site in adapted.layout.sites:
+            start.check_rank(site)
+        layout = sketch_layout(plan, adapted.layout, adapted.missing)
+        recipe = dataclasses.replace(RECIPE, family=layout.family.name)
         if reduction is not None and not isinstance(reduction, FactorReduction):
-            recipe = dataclasses.replace(RECIPE, reduction=reduction)
-        super().__init__(dataclasses.replace(plan, family=RECIPE.family), layout, recipe=recipe)
+            recipe = dataclasses.replace(recipe, reduction=reduction)
+        super().__init__(dataclasses.replace(plan, family=recipe.family), layout, recipe=recipe)
         self.plan = plan  # the plan that clients have agreed to, with the run's own family
         self.tensors = sketch_tensors(layout, state, seed)
-        self._run_layout, self._state = adapted.layout, state
+        self._start, self._run_layout, self._state = start, adapted.layout, state
 
     @property
     @override
@@ -62,4 +70,4 @@ class PrivateStart(FederatedLoRA):
         Args:
             sketches: The combined sketches of the clients.
         """
-        return private_start(self._run_layout, self._state, sketches)
+        return private_start(self._run_layout, self._start, self._state, sketches)

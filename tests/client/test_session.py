@@ -427,7 +427,7 @@ def test_the_report_of_secure_sums_holds_the_rosters_of_the_ledger_and_both_guar
 
 def test_a_private_start_costs_one_participation_more_and_all_together_fit_epsilon(desk, checkpoint):
     plan = make_plan(private_start=True)
-    layout = sketch_layout(desk.trainer.adapted.layout, desk.trainer.adapted.missing)
+    layout = sketch_layout(plan, desk.trainer.adapted.layout, desk.trainer.adapted.missing)
     tensors = sketch_tensors(layout, desk.start, seed=0)
     made = []
 

@@ -36,7 +36,7 @@ class Node:
         adapted = attach(models.load(checkpoint, "classification", 2), family="frozen-a", rank=2, alpha=2.0,
                          targets=("query",), train_head=True)
         self.state = initial_tensors(adapted, init="orthonormal", seed=0)
-        self.layout, self.sketches = adapted.layout, sketch_layout(adapted.layout, adapted.missing)
+        self.layout, self.sketches = adapted.layout, sketch_layout(self.plan, adapted.layout, adapted.missing)
         self.options = config_from({
             "server": "SuperLink", "data": str(write_rows(folder / "north.jsonl", 0)), "name": "north", "epsilon": 200,
             "model": str(checkpoint), "state": str(folder / "state"), "threads": 1, "device": "cpu",

@@ -35,7 +35,7 @@ def test_lora_ga_is_refused_where_a_is_frozen_and_where_the_rank_leaves_no_secon
         with pytest.raises(ValueError, match="it freezes A, for which --init public:FILE has the same directions"):
             initial_tensors(adapted_model(checkpoint("bert"), "classification", family), init="lora-ga", seed=0)
     with pytest.raises(ValueError, match="rank 13 exceeds half of the smaller side of q"):
-        bases("lora-ga", Site("q", 32, 24, 13, 1.0))
+        start_of("lora-ga:file")[0].check_rank(Site("q", 32, 24, 13, 1.0))
 
 
 def test_lora_sb_takes_the_best_core_to_the_step_of_adam_and_not_to_the_gradient():

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from fedlora import models
-from fedlora.adapters import attach_planned, initial_tensors
+from fedlora.adapters import attach_planned, initial_tensors, start_of
 from fedlora.adapters.sketches import PLAIN_STEP, private_start, sketch_layout, sketch_plan, sketch_tensors
 from fedlora.data import Rows
 from fedlora.plan import ModelRef, RunPlan
 from fedlora.privacy import RandomStream
 from fedlora.tasks import task_for
 from fedlora.training import Trainer
+from fedlora_strategies.private_start import PrivateStart
 from tests.fedlora.private_training import job_of
 
 RANK = 3
@@ -57,7 +58,7 @@ def released(checkpoint, plan, layout, tensors, noise=1e-9):
 @pytest.mark.parametrize(("family", "strategy"), [("bra", "fed-sb"), ("frozen-a", "ffa-lora"), ("lora", "fedavg-lora")])
 def test_the_release_is_the_mean_of_each_records_normalised_sketches_at_the_base_model(checkpoint, family, strategy):
     plan, adapted, state = case(checkpoint, family, strategy)
-    layout = sketch_layout(adapted.layout, adapted.missing)
+    layout = sketch_layout(plan, adapted.layout, adapted.missing)
     tensors = sketch_tensors(layout, state, seed=5)
     moved, task, records = released(checkpoint, plan, layout, tensors)
     base = models.load(checkpoint("bert"), "classification", 2).model
@@ -85,7 +86,7 @@ def test_the_release_is_the_mean_of_each_records_normalised_sketches_at_the_base
 
 def test_a_second_step_releases_the_same_sketches(checkpoint):
     plan, adapted, state = case(checkpoint, "bra", "fed-sb")
-    layout = sketch_layout(adapted.layout, adapted.missing)
+    layout = sketch_layout(plan, adapted.layout, adapted.missing)
     tensors = sketch_tensors(layout, state, seed=5)
     one, _, _ = released(checkpoint, plan, layout, tensors)
     two, _, _ = released(checkpoint, dataclasses.replace(plan, local_steps=2), layout, tensors)
@@ -95,14 +96,14 @@ def test_a_second_step_releases_the_same_sketches(checkpoint):
 
 @pytest.mark.parametrize(("family", "strategy"), [("bra", "fed-sb"), ("frozen-a", "ffa-lora")])
 def test_the_start_spans_a_gradient_of_low_rank_and_moves_nothing_yet(checkpoint, family, strategy):
-    _, adapted, state = case(checkpoint, family, strategy)
-    layout = sketch_layout(adapted.layout, adapted.missing)
+    plan, adapted, state = case(checkpoint, family, strategy)
+    layout = sketch_layout(plan, adapted.layout, adapted.missing)
     drawn, rng, sketches, gradients = sketch_tensors(layout, state, seed=5), np.random.default_rng(1), {}, {}
     for module in layout.modules:
         d_out, d_in = drawn[f"{module}.B"].shape[0], drawn[f"{module}.A"].shape[1]
         G = gradients[module] = rng.standard_normal((d_out, RANK - 1)) @ rng.standard_normal((RANK - 1, d_in))
         sketches |= {f"{module}.A": drawn[f"{module}.B"].T @ G, f"{module}.B": G @ drawn[f"{module}.A"].T}
-    start = private_start(adapted.layout, state, sketches)
+    start = private_start(adapted.layout, start_of("dp")[0], state, sketches)
     adapted.layout.check(start, "state")
     for module, G in gradients.items():
         A, B = start[f"{module}.A"], start[f"{module}.B"]
@@ -124,20 +125,48 @@ def test_such_a_start_needs_something_to_start(checkpoint):
         case(checkpoint, "frozen-a", "ffa-lora", targets=())
 
 
-def test_without_privacy_the_same_steps_send_the_sketches_of_the_mean_gradient(checkpoint):
-    plan, adapted, state = case(checkpoint, "bra", "fed-sb", private=False)
-    layout = sketch_layout(adapted.layout, adapted.missing)
-    tensors = sketch_tensors(layout, state, seed=5)
-    moved, task, records = released(checkpoint, plan, layout, tensors, noise=None)
+def gradients_of(checkpoint, adapted, task, records, state):
+    """Return the gradient of the records' mean loss with respect to each adapted weight of the base model."""
     base = models.load(checkpoint("bert"), "classification", 2).model
     with torch.no_grad():
         for name in adapted.missing:
             base.get_parameter(name).copy_(torch.from_numpy(state[f"head.{name}"]))
-    weights = [base.get_submodule(module).weight for module in layout.modules]
+    weights = [base.get_submodule(module).weight for module in adapted.layout.modules]
     batch = task.collate(records, np.arange(len(records)), int(records.lengths.max()))
-    gradients = torch.autograd.grad(task.per_record_loss(base, batch).mean(), weights)
-    for module, gradient in zip(layout.modules, gradients, strict=True):
+    found = torch.autograd.grad(task.per_record_loss(base, batch).mean(), weights)
+    return dict(zip(adapted.layout.modules, found, strict=True))
+
+
+def test_without_privacy_the_same_steps_send_the_sketches_of_the_mean_gradient(checkpoint):
+    plan, adapted, state = case(checkpoint, "bra", "fed-sb", private=False)
+    layout = sketch_layout(plan, adapted.layout, adapted.missing)
+    tensors = sketch_tensors(layout, state, seed=5)
+    moved, task, records = released(checkpoint, plan, layout, tensors, noise=None)
+    for module, gradient in gradients_of(checkpoint, adapted, task, records, state).items():
         G, Q, P = gradient.double().numpy(), tensors[f"{module}.B"], tensors[f"{module}.A"]
         for factor, sketch in (("A", Q.T @ G), ("B", G @ P.T)):
             np.testing.assert_allclose(-moved[f"{module}.{factor}"] / PLAIN_STEP, sketch,
                                        atol=2e-3 * np.abs(sketch).max())
+
+
+@pytest.mark.parametrize("init", ["lora-ga-clients", "lora-sb-clients"])
+def test_whole_gradients_give_the_start_that_public_rows_would_give_if_they_were_the_clients(checkpoint, init):
+    plan, adapted, state = case(checkpoint, "lora-offset", "pissa", private=False, whole_gradients=True,
+                                ranks=(("bert.encoder.layer.0.attention.self.query", 2),))
+    layout = sketch_layout(plan, adapted.layout, adapted.missing)
+    tensors = sketch_tensors(layout, state, seed=5)
+    moved, task, records = released(checkpoint, plan, layout, tensors, noise=None)
+    gradients = gradients_of(checkpoint, adapted, task, records, state)
+    for module, G in gradients.items():
+        np.testing.assert_allclose(-moved[f"{module}.D"] / PLAIN_STEP, G, atol=1e-5 * G.abs().max().item())
+    start = private_start(adapted.layout, start_of(init)[0], state, moved)
+    expected = initial_tensors(adapted, init=init.removesuffix("-clients"), seed=3,
+                               gradient=lambda site: gradients[site.name])
+    for name, values in expected.items():
+        np.testing.assert_allclose(start[name], values, atol=2e-3 * np.abs(values).max() + 1e-9, err_msg=name)
+
+
+def test_a_rank_for_which_the_gradient_has_too_few_directions_is_found_before_clients_are_asked(checkpoint):
+    plan, adapted, state = case(checkpoint, "lora", "fedavg-lora", private=False, whole_gradients=True, rank=17)
+    with pytest.raises(ValueError, match=r"rank 17 exceeds half of the smaller side of .*two singular vectors"):
+        PrivateStart(plan, adapted, start_of("lora-ga-clients")[0], state, 0)

@@ -132,7 +132,7 @@ def test_help_stands_in_groups_names_every_option_once_and_has_a_short_usage(com
 
 
 MADE_BY_THE_SERVER = {"run_id", "fedlora_version", "family", "adapter_scale", "weight_by_examples", "protocol",
-                      "least_members"}
+                      "least_members", "whole_gradients"}
 """Fields of a plan that no single option decides."""
 
 

@@ -79,7 +79,7 @@ DIFFERENT = {
     "strategy": "ffa-lora", "family": "lora", "private": False, "task": "other-task", "labels": ("a", "c"),
     "max_length": 17, "rank": 3, "targets": ("value",), "train_head": False, "dropout": 0.1, "rounds": 5,
     "max_participations": 3, "local_steps": 1, "expected_batch": 7, "clip_norm": 0.4, "weight_by_examples": True,
-    "private_start": True, "family_options": (("blocks", 2.0),), "ranks": (("q", 4),),
+    "private_start": True, "whole_gradients": True, "family_options": (("blocks", 2.0),), "ranks": (("q", 4),),
     "mechanism": "distributed-gaussian", "least_members": 4, "colluding": 1, "least_noise": 0.5, "hold_out": 0.1,
     "model": dataclasses.replace(make_plan().model, weights_sha256="0" * 64)}
 """A value of each field in which a server's plan must be the kit's."""

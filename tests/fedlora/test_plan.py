@@ -75,7 +75,8 @@ def test_a_proposal_is_broken_by_any_value_but_labels_that_were_open():
               "family_options": (("k", 1.0),), "ranks": (("a", 3),), "dropout": 0.1, "wire_dtype": "bf16",
               "protocol": 5, "optimizer": "adamw"}
     sums = {"mechanism", "least_members", "colluding", "least_noise", "hold_out"}
-    for name in {field.name for field in dataclasses.fields(RunPlan)} - {"labels", "weight_by_examples", *sums}:
+    open_alone = {"weight_by_examples", "whole_gradients"}
+    for name in {field.name for field in dataclasses.fields(RunPlan)} - {"labels", *open_alone, *sums}:
         value = getattr(make_plan(), name)
         if name not in others:
             others[name] = f"{value}x" if isinstance(value, str) else 2 * value
@@ -85,6 +86,17 @@ def test_a_proposal_is_broken_by_any_value_but_labels_that_were_open():
     for name, value in {"least_members": 7, "colluding": 1, "least_noise": 0.5, "hold_out": 0.1}.items():
         assert Proposal(summed).broken_by(dataclasses.replace(summed, **{name: value})) == [name]
     assert fixed.broken_by(make_plan(private=False, weight_by_examples=True)) == ["private", "weight_by_examples"]
+    gradients = make_plan(private=False, private_start=True)
+    assert Proposal(gradients).broken_by(dataclasses.replace(gradients, whole_gradients=True)) == ["whole_gradients"]
+
+
+@pytest.mark.parametrize(("values", "field"), [
+    ({"private": True, "private_start": True}, "whole_gradients"), ({"private": False}, "whole_gradients"),
+    ({"private": False, "private_start": True, "protocol": 7}, "protocol")])
+def test_whole_gradients_are_for_a_start_without_privacy_alone(values, field):
+    assert make_plan(private=False, private_start=True, whole_gradients=True, ranks=(("a", 3),)).whole_gradients
+    with pytest.raises(ValueError, match=f"^{field} is "):
+        make_plan(**values, whole_gradients=True)
 
 
 def test_something_must_be_trained():

@@ -96,7 +96,7 @@ def test_the_proto_has_exactly_the_fields_of_the_plan():
 PUBLISHED = {5: "180033d786f88ed0e0a5c13ce83c658fe9e28af713b988b1fbbdeecd52371a28",
              6: "43a53f96f263b14a4585abfaa54c5f01fa561824302accf32086ea36dc9fc3fc",
              7: "3407d55c4c8ce7848773e463f7a424637e9e92b534b674e1cc64e94ae25bc767",
-             8: "cafbd315ead32312060a68594dec80a7c313fea6237a607f908757a46fb3ddbe"}
+             8: "de29876a5269dc834e94115f60c033e20fd6697b209fcf010bb1e7c3981d8963"}
 """Protocol number → digest of the .proto with which it was published."""
 
 

@@ -101,10 +101,24 @@ def test_a_start_that_does_not_fit_the_strategy_is_refused_with_those_that_do(ar
 
 
 def test_gradients_without_noise_start_a_run_without_privacy_and_no_other(arguments, tmp_path, capsys):
-    assert main(["--strategy", "fed-sb:gradient", *arguments]) == 2
-    assert "without noise, which would release private rows; choose --init dp" in capsys.readouterr().err
-    assert main(["--strategy", "fed-sb:gradient", "--privacy", "off", "--epsilon", "inf", *arguments]) == 0
-    report = json.loads(next((tmp_path / "out").glob("*/report.json")).read_text())
-    assert report["ended"] == "finished" and report["plan"]["private_start"] and not report["plan"]["private"]
-    assert main(["--strategy", "fed-sb:dp", "--privacy", "off", "--epsilon", "inf", *arguments]) == 2
+    methods, off = ["fed-sb:gradient", "fed-sb:lora-sb-clients", "pissa:lora-ga-clients"], ("--privacy", "off")
+    for method in methods:
+        assert main(["--strategy", method, *arguments]) == 2
+        assert "without noise, which would release private rows; choose --init dp" in " ".join(
+            capsys.readouterr().err.split())
+    assert main(["--strategy", ",".join(methods), *off, "--epsilon", "inf", *arguments]) == 0
+    capsys.readouterr()
+    reports = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/report.json")]
+    for report in reports:
+        assert report["ended"] == "finished" and report["plan"]["private_start"] and not report["plan"]["private"]
+    sent = {report["plan"]["strategy"] + ":" * report["plan"]["whole_gradients"]: report["rounds"][0]["bytes_up"]
+            for report in reports}
+    assert min(sent["fed-sb:"], sent["pissa:"]) > 5 * sent["fed-sb"], "whole gradients are as large as the layers"
+    assert main(["--strategy", "fed-sb:dp", *off, "--epsilon", "inf", *arguments]) == 2
     assert "choose --init gradient, which sends them as they are" in capsys.readouterr().err
+    assert main(["--strategy", "ffa-lora:lora-ga-clients", *off, "--epsilon", "inf", *arguments]) == 2
+    assert "it freezes A" in capsys.readouterr().err
+    assert main(["--strategy", "pissa:lora-ga-clients", *off, "--epsilon", "inf", *arguments, "--rank", "17",
+                 "--out", str(tmp_path / "large")]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "rank 17 exceeds half of the smaller side" in told and "Traceback" not in told

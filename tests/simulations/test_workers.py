@@ -60,6 +60,16 @@ def test_worker_processes_end_with_the_bits_and_the_charges_of_one_process(tmp_p
     assert charges(first) == charges(second) and len(charges(first)) == (9 if "dp" in strategy else 6)
 
 
+def test_whole_gradients_start_a_run_alike_in_every_engine(tmp_path, checkpoint):
+    one, two, batched = (run(tmp_path, checkpoint, "pissa:lora-ga-clients", "--privacy=off", "--epsilon=inf", more)[0]
+                         for more in ("--workers=1", "--workers=2", "--batch-clients=3"))
+    assert one.federation.plan.whole_gradients and one.result.ended == "finished"
+    for name, array in one.result.state.items():
+        assert array.tobytes() == two.result.state[name].tobytes(), f"{name} differs"
+        np.testing.assert_allclose(batched.result.state[name], array, rtol=1e-4, atol=1e-4, err_msg=name)
+    assert (one.bytes_up, one.bytes_down) == (two.bytes_up, two.bytes_down)
+
+
 @pytest.mark.parametrize(("strategy", "ranks"), few(
     ("ffa-lora", "shrink:6"), ("fedavg-lora", "nested"), ("ffa-lora", "grow:6"), ("fedavg-lora", "shrink:6")))
 def test_ranks_change_alike_in_every_engine(tmp_path, checkpoint, strategy, ranks):

@@ -38,14 +38,17 @@ class LoraGA(Start):
 
     @override
     def bases(self, site: Site, source: Source) -> Bases:
-        assert source.gradient is not None, "this start is only made with public rows"
+        assert source.gradient is not None, "this start is only made with a gradient"
+        leading = leading_factors(source.gradient(site).cpu(), 2 * site.rank)
+        length = site.d_out**0.25 / GAMMA**0.5
+        return Bases(A=length * leading.A[:site.rank], B=length * leading.B[:, site.rank:])
+
+    @override
+    def check_rank(self, site: Site) -> None:
         if 2 * site.rank > min(site.d_out, site.d_in):
             raise ValueError(f"rank {site.rank} exceeds half of the smaller side of {site.name} ({site.d_out} × "
                              f"{site.d_in}), and this start needs two singular vectors for each rank; choose a smaller "
                              "--rank")
-        leading = leading_factors(source.gradient(site).cpu(), 2 * site.rank)
-        length = site.d_out**0.25 / GAMMA**0.5
-        return Bases(A=length * leading.A[:site.rank], B=length * leading.B[:, site.rank:])
 
     @override
     def unfit(self, family: Family) -> str:

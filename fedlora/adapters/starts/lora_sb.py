@@ -30,7 +30,7 @@ class LoraSB(SingularStart):
 
     @override
     def matrix(self, site: Site, source: Source) -> torch.Tensor:
-        assert source.gradient is not None, "this start is only made with public rows"
+        assert source.gradient is not None, "this start is only made with a gradient"
         return -source.gradient(site).cpu().sign()
 
 
