@@ -14,7 +14,12 @@ import torch
 
 from fedlora.privacy import RandomStream
 from fedlora.training.graphs import GraphedPass
+from tests.families import FAMILIES
 from tests.fedlora.private_training import CASES, job_of, make_records, make_trainer, plan
+
+OF_EACH_FAMILY = [*((*case, "lora") for case in CASES), *(
+    ("bert", "classification", family) for family in FAMILIES if family != "lora")]
+"""Every model type with each task that it supports, and every adapter family on one of them."""
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -47,10 +52,11 @@ def assert_same(one, other, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("sigma", [1.0, None], ids=["private", "plain"])
-@pytest.mark.parametrize(("kind", "task", "units"), [
-    *((*case, False) for case in CASES), ("bert", "classification", True), ("llama", "causal-lm", True)])
-def test_replayed_rounds_are_those_of_passes_that_are_run(kind, task, sigma, units):
-    run = plan("lora", task, local_steps=3)
+@pytest.mark.parametrize(("kind", "task", "family", "units"), [
+    *((*case, False) for case in OF_EACH_FAMILY), ("bert", "classification", "lora", True),
+    ("llama", "causal-lm", "lora", True)])
+def test_replayed_rounds_are_those_of_passes_that_are_run(kind, task, family, sigma, units):
+    run = plan(family, task, local_steps=3)
     trainers = [make_trainer(kind, run), graphed_trainer(kind, run)]
     records = make_records(trainers[0], count=12)
     if units:
@@ -125,9 +131,9 @@ def test_a_pass_that_cannot_be_recorded_goes_on_without_graphs(sigma, caplog):
 @on_cuda
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("kind", "task"), CASES)
-def test_cuda_graphs_are_recorded_and_train_as_without(kind, task, precision, compiled):
-    run = plan("lora", task, local_steps=3)
+@pytest.mark.parametrize(("kind", "task", "family"), OF_EACH_FAMILY)
+def test_cuda_graphs_are_recorded_and_train_as_without(kind, task, family, precision, compiled):
+    run = plan(family, task, local_steps=3)
     trainers = [make_trainer(kind, run, device="cuda", precision=precision, compiled=also)
                 for also in (compiled, False)]
     trainers[1]._graphed = None
@@ -148,9 +154,9 @@ def test_cuda_graphs_are_recorded_and_train_as_without(kind, task, precision, co
 @on_cuda
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("kind", "task"), CASES)
-def test_no_records_gradient_on_cuda_depends_on_which_others_there_are(kind, task, precision, compiled):
-    run = plan("lora", task, clip_norm=1e6, head_scale=1.0)
+@pytest.mark.parametrize(("kind", "task", "family"), OF_EACH_FAMILY)
+def test_no_records_gradient_on_cuda_depends_on_which_others_there_are(kind, task, family, precision, compiled):
+    run = plan(family, task, clip_norm=1e6, head_scale=1.0)
     trainer = make_trainer(kind, run, device="cuda", precision=precision, compiled=compiled)
     records = make_records(trainer, count=24)
     assert set(trainer.show_batch_invariance(run).rows.values()) == {4}, "no shape had to be made smaller"
