@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Protocol
 
@@ -63,9 +65,24 @@ NOT_INSTALLED = ("flwr", "datasets", "matplotlib", "grpc_health")
 NOT_CLIENTS = (*NOT_INSTALLED, "fedlora_server", "fedlora_strategies", "fedlora_simulations")
 """Packages that a client must not find in memory."""
 
+WARM = "tests.warm"
 FORKS = multiprocessing.get_context("forkserver")
-simulated.PRELOADED = ["tests.warm"]  # a process has only one fork server, made by whoever needs it first
+simulated.PRELOADED = [WARM]  # a process has only one fork server, made by whoever needs it first
 FORKS.set_forkserver_preload(simulated.PRELOADED)
+_ensure_running = forkserver.ensure_running
+
+
+def _ensure_running_here() -> None:
+    """Start the fork server where it finds what it is to preload, wherever a test has gone.
+
+    Before Python 3.13 it looks in its current folder and in what is installed, and leaves out in silence what it does
+    not find (https://github.com/python/cpython/issues/117378). Each process would then import all by itself.
+    """
+    with contextlib.chdir(Path(__file__).parents[1]):
+        _ensure_running()
+
+
+forkserver._forkserver.ensure_running = _ensure_running_here  # type: ignore[attr-defined]
 
 
 class Forked:
@@ -108,6 +125,7 @@ class Forked:
 
 def _run(command: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str],
          folder: Path | None = None, terminal: bool = False) -> None:
+    assert WARM in sys.modules, f"the fork server has not imported {WARM}, so this process would import all by itself"
     if folder is not None:
         os.chdir(folder)
     with log.open("w") as out:

@@ -120,6 +120,8 @@ def _run(module: str, arguments: Sequence[str], paths: Sequence[str], log: Path,
     for name in [name for name in sys.modules if name.startswith(("fedlora", "tests", "benchmarks"))]:
         del sys.modules[name]
     sys.path[:0] = paths
-    vars(forkserver._forkserver).update(vars(forkserver.ForkServer()))  # that of the tests knows the repository's files
+    fork_server = vars(forkserver._forkserver)  # that of the tests knows the repository's files
+    fork_server.clear()
+    fork_server.update(vars(forkserver.ForkServer()))
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
