@@ -173,10 +173,13 @@ def test_a_rows_norm_does_not_depend_on_the_number_of_rows(rows, values, exponen
         assert row_norms(drawn[row:row + 1])[0] == norms[row]
 
 
+def a_key():
+    trainer = fresh()
+    return batch_invariance.key_of(BIG, trainer.adapted.model, {8: 4}, device=trainer.device, precision="fp32",
+                                   compiled=False)
+
+
 def test_the_key_is_that_of_other_processes_too():
-    code = ("from tests.fedlora.test_batch_invariance import fresh, BIG\n"
-            "from fedlora.training.batch_invariance import key_of\nt = fresh()\n"
-            "print(key_of(BIG, t.adapted.model, {8: 4}, device=t.device, precision='fp32', compiled=False))")
-    said = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-            for _ in range(2)]
-    assert len(said[0].strip()) == 64 and said[0] == said[1]
+    code = "from tests.fedlora.test_batch_invariance import a_key\nprint(a_key())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert len(told) == 64 and told == a_key()
