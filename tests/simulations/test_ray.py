@@ -14,28 +14,31 @@ from fedlora_simulations.ray_workers import RayWorkers
 from fedlora_simulations.simulated_run import simulate
 from fedlora_simulations.worker import Blueprint, WorkerLost
 from tests.covering import few
-from tests.federation import plan_of
+from tests.federation import STRATEGIES, plan_of
 from tests.processes import write_rows
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None,
                                reason="Ray is not installed: pip install 'fedlora[ray]'")
 
 
-def simulated(tmp_path, checkpoint, *arguments):
+def simulated(tmp_path, checkpoint, strategy, *arguments):
     for i in range(3):
         write_rows(tmp_path / "data" / f"hospital-{i}.jsonl", seed=i)
     options = read_config(SimulationConfig, [
         f"--model={checkpoint('bert')}", f"--data={tmp_path / 'data'}", "--partition=files", "--rank=2", "--rounds=2",
         "--local-steps=2", "--batch-size=8", "--max-length=16", "--threads=1", "--device=cpu", "--precision=fp32",
         *arguments])
-    return simulate(options, Method.parse("fedsvd"), 5, find_model(options), populate(options, 5))
+    return simulate(options, Method.parse(strategy), 5, find_model(options), populate(options, 5))
 
 
 @needs_ray
-@pytest.mark.parametrize("flags", few((), ("--secure-aggregation", "--local-steps=1")))
-def test_ray_workers_end_with_the_bits_of_one_process(tmp_path, checkpoint, flags):
-    alone = simulated(tmp_path, checkpoint, *flags)
-    over_ray = simulated(tmp_path, checkpoint, *flags, "--engine=ray", "--workers=2")
+@pytest.mark.parametrize(("strategy", "flags"), few(
+    ("fedsvd", ()), ("fedsvd", ("--secure-aggregation", "--local-steps=1")), ("ffa-lora:dp", ()),
+    ("pissa:lora-ga-clients", ("--privacy=off", "--epsilon=inf")), ("randlora", ("--family-options=gamma=0",)),
+    *((strategy, ()) for strategy in STRATEGIES if strategy not in ("fedsvd", "randlora"))))
+def test_ray_workers_end_with_the_bits_of_one_process(tmp_path, checkpoint, strategy, flags):
+    alone = simulated(tmp_path, checkpoint, strategy, *flags)
+    over_ray = simulated(tmp_path, checkpoint, strategy, *flags, "--engine=ray", "--workers=2")
     assert alone.result.rounds == over_ray.result.rounds == 2 and alone.epsilons == over_ray.epsilons
     assert [name for name, array in alone.result.state.items()
             if array.tobytes() != over_ray.result.state[name].tobytes()] == []
@@ -129,7 +132,7 @@ def test_a_ray_address_where_nothing_answers_is_named():
 
 def test_a_ray_address_needs_the_ray_engine(tmp_path, checkpoint):
     with pytest.raises(ValueError, match="--engine ray"):
-        simulated(tmp_path, checkpoint, "--ray-address=auto")
+        simulated(tmp_path, checkpoint, "fedsvd", "--ray-address=auto")
 
 
 def test_without_ray_the_remedy_is_named(monkeypatch):
