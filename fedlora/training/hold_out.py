@@ -116,12 +116,10 @@ class Score:
     Attributes:
         mean: The mean score, from 0 to 1.
         error: Its standard error: of the records drawn, and of the noise.
-        records: About how many were drawn, over all rounds.
     """
 
     mean: float
     error: float
-    records: float
 
 
 def mean_score(sums: Sequence[tuple[float, float, float]], clip_norm: float) -> Score | None:
@@ -140,4 +138,4 @@ def mean_score(sums: Sequence[tuple[float, float, float]], clip_norm: float) -> 
     ratio = min(1.0, max(-1.0, total / count))
     mean = (1 + ratio) / 2
     error = math.hypot(math.sqrt(mean * (1 - mean) / count), noise * math.hypot(1, ratio) / (2 * count))
-    return Score(mean, error, count)
+    return Score(mean, error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedlora.config import ServerConfig
 
 from .round_state import RoundOptions
-from .secure_start import fewest_of
+from .run_setup import fewest_uploads
 
 
 def round_options(options: ServerConfig) -> RoundOptions:
@@ -17,4 +17,5 @@ def round_options(options: ServerConfig) -> RoundOptions:
     return RoundOptions(seed=options.seed, clients_per_round=options.clients_per_round, min_clients=options.min_clients,
                         min_replies=options.min_replies, round_timeout_s=options.round_timeout,
                         wait_timeout_s=options.wait_timeout, evaluate_every=options.eval_every,
-                        fewest_uploads=fewest_of(options), client_ranks=dict(options.client_ranks))
+                        fewest_uploads=fewest_uploads(options, options.strategy, options.min_clients, "--min-clients"),
+                        client_ranks=dict(options.client_ranks))

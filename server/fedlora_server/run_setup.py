@@ -264,8 +264,8 @@ def recipe_of(options: RunConfig, strategy: str) -> Recipe:
         raise ValueError(f"--server-options: {error}") from None
 
 
-def fewest_uploads(options: RunConfig, strategy: str, clients: int, counted: str = "--clients") -> int:
-    """Return how many uploads a round must have, so that the run's reduction can combine them.
+def fewest_uploads(options: RunConfig, strategy: str, clients: int, counted: str) -> int:
+    """Return how many uploads a round must have: those that the run's reduction needs, or that open a sum.
 
     Args:
         options: options of fedlora-server or fedlora-simulate.
@@ -274,8 +274,12 @@ def fewest_uploads(options: RunConfig, strategy: str, clients: int, counted: str
         counted: the option that sets this number.
 
     Raises:
-        ValueError: a round may close with fewer uploads, by --clients-per-round, --min-replies or `counted`.
+        ValueError: a round may close with fewer uploads, by --clients-per-round, --min-replies or `counted`; or as for
+            `check_members`.
     """
+    if options.secure_aggregation:
+        check_members(options, clients, counted)
+        return sum_threshold(clients)
     recipe = recipe_of(options, strategy)
     described, fewest = cast(Mapping[str, Any], recipe.described()["reduction"]), recipe.reduction.fewest
     told = ", ".join(f"{value}" if name == "name" else f"{name} {value:g}" for name, value in described.items())

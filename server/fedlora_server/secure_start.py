@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from fedlora.config import ServerConfig
-from fedlora.plan.limits import sum_threshold
 from fedlora.secure_sum.integers import Grid
 from fedlora_strategies import FederatedLoRA
 
-from .run_setup import check_members, fewest_uploads
+from .run_setup import check_members
 
 USUAL_NOISE = 1.0
 """Noise of a client, in units of the clip norm, for which an overflow is foreseen before any client has named its own.
@@ -33,17 +32,6 @@ def check_options(options: ServerConfig, *, over_grpc: bool) -> None:
     if options.tls is None:
         raise ValueError("--secure-aggregation needs --tls DIR: clients know each other by their certificates "
                          "(fedlora-server pki init makes the folder)")
-
-
-def fewest_of(options: ServerConfig) -> int:
-    """Return how many uploads a round must have: those that its reduction needs, or that open a sum.
-
-    Raises:
-        ValueError: --min-clients is fewer than the reduction needs.
-    """
-    if options.secure_aggregation:
-        return sum_threshold(options.min_clients)
-    return fewest_uploads(options, options.strategy, options.min_clients, "--min-clients")
 
 
 def check_sum(strategy: FederatedLoRA) -> None:

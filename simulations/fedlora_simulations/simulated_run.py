@@ -20,7 +20,6 @@ from fedlora.config import SimulationConfig
 from fedlora.files import allow_open_files
 from fedlora.models import load
 from fedlora.plan import Tensors
-from fedlora.plan.limits import sum_threshold
 from fedlora.privacy import Ledger, nominal_size
 from fedlora.secure_sum.roster import Roster
 from fedlora.tasks import Records
@@ -37,7 +36,6 @@ from fedlora_server.rounds import FederationResult, Run, run_federation
 from fedlora_server.run_setup import (
     BaseModel,
     Federation,
-    check_members,
     evaluator,
     fewest_uploads,
     prepare,
@@ -209,7 +207,7 @@ def _engine(options: SimulationConfig, federation: Federation, base: BaseModel, 
 
 
 def fewest_of(options: SimulationConfig, method: Method, clients: int) -> int:
-    """Return how many uploads a round must have: those that its reduction needs, or that open a sum.
+    """Return how many uploads a round must have; see `fewest_uploads`.
 
     Args:
         options: the options of fedlora-simulate, with the method's start.
@@ -219,10 +217,8 @@ def fewest_of(options: SimulationConfig, method: Method, clients: int) -> int:
     Raises:
         ValueError: a round may close with fewer, or there are too few or too many clients for secure aggregation.
     """
-    if options.secure_aggregation:
-        check_members(options, clients, "the number of files" if options.partition == "files" else "--clients")
-        return sum_threshold(clients)
-    return fewest_uploads(options, method.strategy, clients)
+    return fewest_uploads(options, method.strategy, clients,
+                          "the number of files" if options.partition == "files" else "--clients")
 
 
 def threads_of(options: SimulationConfig, workers: int) -> int:

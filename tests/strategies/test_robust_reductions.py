@@ -207,7 +207,7 @@ def test_too_small_a_cohort_is_an_error_with_both_numbers_before_the_run_begins(
     options = given_to(ServerConfig, "--reduction=multi-krum", "--reduction-options=f=2", *flags)
     with pytest.raises(ValueError, match=told):
         fewest_uploads(options, "fedsvd", 6 if not flags else 9, "--min-clients")
-    assert fewest_uploads(given_to(ServerConfig), "fedsvd", 1) == 1
+    assert fewest_uploads(given_to(ServerConfig), "fedsvd", 1, "--min-clients") == 1
 
 
 def test_a_strategy_whose_average_is_exact_says_that_it_is_so_no_longer():
