@@ -55,6 +55,8 @@ def test_simulation_and_grpc_end_with_the_same_adapter(deployment, tmp_path, met
     for file in files:
         deployment.client(file.stem, file, *(() if private else ("--epsilon", "inf")), seed=5)
     assert deployment.end("server") == 0, deployment.log("server")
+    assert private or ("Without privacy, this run trains" in deployment.log(files[0].stem) and
+                       "a start from whole gradients" in deployment.log(files[0].stem))
     arguments = [f"--strategy={method}", f"--model={deployment.checkpoint}", f"--data={tmp_path / 'data'}",
                  "--partition=files", "--threads=1", "--device=cpu", "--precision=fp32", f"--wire-dtype={wire_dtype}",
                  *map(str, small), *(() if private else ("--privacy=off", "--epsilon=inf"))]

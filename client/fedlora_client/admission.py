@@ -169,7 +169,7 @@ def panel(cost: Cost, dataset: str, size: str, plan: RunPlan) -> Panel:
 
 
 def what_is_trained(plan: RunPlan) -> str:
-    """Describe the plan in one line: family, rank, layers, strategy, rounds, steps, optimizer and clip norm."""
+    """Describe the plan in one line: family, rank, layers, strategy, rounds, steps, optimizer and any clip norm."""
     targets = [*plan.targets[:MOST_TARGETS], *(["…"] if len(plan.targets) > MOST_TARGETS else [])]
     ranks = max([plan.rank, *(rank for _, rank in plan.ranks)])
     rank = f"rank {plan.rank}" + (f", in {len(plan.ranks)} layers up to {ranks}" if plan.ranks else "")
@@ -180,8 +180,9 @@ def what_is_trained(plan: RunPlan) -> str:
     held = f"; {plan.hold_out:.0%} of the data are held out" if plan.hold_out else ""
     kind = "noised " if plan.private else "whole " if plan.whole_gradients else ""
     start = f"a start from {kind}gradients, then " if plan.private_start else ""
+    clip = f", clip norm {plan.clip_norm:g}" if plan.private else ""
     return (f"{', and '.join(where)}: {plan.strategy}, {start}{plan.max_participations} rounds of {plan.local_steps} "
-            f"steps of {how}, rate {plan.lr:g}, clip norm {plan.clip_norm:g}{held}")
+            f"steps of {how}, rate {plan.lr:g}{clip}{held}")
 
 
 def ask_size(console: Console, proposal: int, units: str) -> int:

@@ -25,7 +25,7 @@ from fedlora.tasks import task_named
 from fedlora.training import check_computing
 
 from . import check_report, paths, row_figures
-from .admission import Cost, panel
+from .admission import Cost, panel, what_is_trained
 from .check_report import section
 from .check_training import TrainingCheck
 from .data_holder import check_named, check_noise, check_size, identified, read_data
@@ -248,6 +248,8 @@ class _Check:
         if self._kit is not None:
             gate.check_proposal(Proposal(plan))
         if not plan.private:
+            self._console.print(f"Without privacy, the run trains {what_is_trained(plan)}.", markup=False,
+                                soft_wrap=True)
             return ""
         budget = limits.budget(count)
         try:

@@ -26,7 +26,7 @@ from fedlora.privacy import DatasetPolicy, Policy, nominal_size
 from fedlora.wire import is_loopback
 
 from . import paths
-from .admission import Cost, ask_size, ask_whether, panel
+from .admission import Cost, ask_size, ask_whether, panel, what_is_trained
 from .data_holder import DataHolder, read_data
 from .installed import find_kit_model
 from .kit_identity import ask_for_certificate, check_authority, check_certificate, requested_name
@@ -228,7 +228,8 @@ class _Joining:
         holder.limits.check(plan)
         holder.gate.check_proposal(Proposal(plan))
         if not plan.private:
-            return "none: the kit's run is without privacy, as --epsilon inf accepts"
+            return ("none: the kit's run is without privacy, as --epsilon inf accepts. It trains "
+                    f"{what_is_trained(plan)}")
         gate, count = holder.gate, unit_count(holder.rows)
         units = "records" if gate.unit == ROW else f"values of {gate.unit_column}"
         if gate.declared_size is None:

@@ -41,7 +41,7 @@ from fedlora.training import Trainer
 from fedlora.training.batch_invariance import Findings
 from fedlora.wire import Key
 
-from .admission import Cost, ask_size, ask_whether, panel
+from .admission import Cost, ask_size, ask_whether, panel, what_is_trained
 from .data_holder import DataHolder
 from .installed import check_known, find_model
 from .labels import check_declared, how_to_declare, names_to_announce
@@ -110,6 +110,8 @@ class Participation:
             budget, terms = self._admit(holder)
             if plan.secure_aggregation:
                 self.member = self._sum_member(terms)
+        else:
+            console.print(f"Without privacy, this run trains {what_is_trained(plan)}.", markup=False, soft_wrap=True)
         for line in gate.take_charge(budget):
             console.print(line, soft_wrap=True)
         if self.announced:

@@ -280,9 +280,10 @@ class Policy:
             self._forbid("announce-labels = false", "the server asks for the label names; ask the coordinator to name "
                                                     "them with fedlora-server --labels")
         if run.private_start and not self.private_start:
-            noise = "noised" if run.private else "without noise"
-            self._forbid("private-start = false", f"the server asks for gradients of these records, {noise}, to start "
-                                                  "the adapters from")
+            asked = ("noised gradients" if run.private else
+                     "gradients without noise, whole ones," if run.whole_gradients else "gradients without noise")
+            self._forbid("private-start = false", f"the server asks for {asked} of these records, from which the "
+                                                  "adapters would start")
 
     def check_terms(self, noise_multiplier: float | None) -> None:
         """Check the run's noise against the policy, before any record is trained on.

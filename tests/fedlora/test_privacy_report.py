@@ -361,7 +361,10 @@ def test_a_private_start_is_a_training_of_round_0_and_is_named():
     report = made(trainings=(training(0), *TRAININGS), lifetime=None)
     assert report["privacy"]["spent"]["steps"] == made()["privacy"]["spent"]["steps"] + TRAININGS[0].steps
     assert verify(sign(report, KEY)).guarantee
-    assert "Round 0 released" in markdown(report) and "Round 0" not in markdown(made())
+    assert "their sum is noised as in any other round" in markdown(report) and "Round 0" not in markdown(made())
+    plain = made(trainings=(replace(training(0), noise_multiplier=None),), lifetime=None, delta=None,
+                 mechanism=replace(MECHANISM, noise_multiplier=None))
+    assert "neither clipped nor noised" in markdown(plain) and "their sum is noised" not in markdown(plain)
 
 
 

@@ -115,12 +115,18 @@ def _mechanism(report: Document) -> str:
              f"{mechanism['max_participations']} trainings of {mechanism['local_steps']} steps.",
              f"- Computed in {text(mechanism['precision'])}. {_independence(mechanism['batch_invariance'])}"
              if mechanism["noise_multiplier"] is not None else "",
-             "- Round 0 released random projections of the gradient, from which the adapters start: each record's are "
-             "scaled to the clip norm, and their sum is noised as in any other round."
-             if any(training["round"] == 0 for training in report["trainings"]) else "",
+             _round_0(mechanism) if any(training["round"] == 0 for training in report["trainings"]) else "",
              f"- A step uses at most {unit['rows_per_unit']} rows of one unit." if unit["rows_per_unit"] else "",
              f"- Randomness: {text(source['generator'])}; key: {text(source['key'])}; {text(source['gaussian'])}."]
     return "## Mechanism\n\n" + "\n".join(filter(None, lines))
+
+
+def _round_0(mechanism: Document) -> str:
+    if mechanism["noise_multiplier"] is None:
+        return ("- Round 0 released gradients, or random projections of them, from which the adapters start. They were "
+                "neither clipped nor noised.")
+    return ("- Round 0 released random projections of the gradient, from which the adapters start: each record's are "
+            "scaled to the clip norm, and their sum is noised as in any other round.")
 
 
 def _independence(found: Document) -> str:
