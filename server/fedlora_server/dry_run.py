@@ -65,8 +65,8 @@ def dry_run(options: ServerConfig, console: Console) -> None:
     check_address(options.address, insecure=options.insecure or options.tls is not None)
     if options.tls is not None:
         console.print(ServerTls(options.tls).told())
-    check_options(options, over_grpc=True)
     rounds = round_options(options)
+    check_options(options, over_grpc=True)
     base, task, values = find_model(options), task_named(options.task), planned(options, options.strategy)
     rows = held_out(options)
     announced = task.has_labels and not options.labels
@@ -134,13 +134,17 @@ def traffic(federation: Federation, cohort: int) -> str:
     up, down, once = (size * count for count in (moved.up, moved.down, moved.once))
     if plan.secure_aggregation:
         up = foreseen_grid(federation.strategy).dtype.itemsize * (moved.up + plan.counted)
-    whole = plan.rounds * cohort * (up + down) + cohort * once
+    whole, told = plan.rounds * cohort * (up + down) + cohort * once, ""
+    if federation.start is not None:
+        start = federation.start.traffic
+        whole += size * cohort * (start.up + start.down + start.once)
+        told = (f" In it is the start from the clients' gradients, before round 1: {quantity(size * start.up)} up and "
+                f"{quantity(size * (start.down + start.once))} down for each.")
     before = f", after {quantity(once)} down in its first one" if once else ""
-    start = " The start from the clients' gradients, before round 1, is not counted." if plan.private_start else ""
     return (f"\nTraffic: each client and round {quantity(up)} up and {quantity(down)} down{before}; about "
             f"{quantity(whole)} in all for {plan.rounds} round{'s' * (plan.rounds != 1)} of {cohort} client"
-            f"{'s' * (cohort != 1)}, without headers. "
-            f"{federation.adapted.layout.num_trained:,} values are trained.{start}")
+            f"{'s' * (cohort != 1)}, without headers.{told} "
+            f"{federation.adapted.layout.num_trained:,} values are trained.")
 
 
 def noise_by_size(plan: RunPlan) -> Table:

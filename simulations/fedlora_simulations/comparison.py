@@ -92,15 +92,21 @@ def summarize_results(results: Sequence[Result], settings: Mapping[str, str]) ->
         for number in sorted(set.intersection(*map(set, histories))):
             curve.append((number, *mean_and_deviation([history[number] for history in histories])))
         values, before = [result.value for result in results], [result.before for result in results]
-    uploads = sum(result.uploads for result in results)
+    up, down = bytes_of_an_upload(results)
     return Comparison(
         first.method, metric, tuple(values), tuple(before), tuple(curve),
         epsilon=max(result.epsilon for result in results), values_up=first.values_up,
-        bytes_up=sum(result.bytes_up for result in results) / max(1, uploads),
-        bytes_down=sum(result.bytes_down for result in results) / max(1, uploads),
+        bytes_up=up, bytes_down=down,
         rounds=first.last_round, seconds=mean_and_deviation([result.seconds for result in results])[0],
         settings=settings, seeds=tuple(result.seed for result in results), tuned=first.tuned,
         epsilon_of_sums=largest_of_sums(results))
+
+
+def bytes_of_an_upload(results: Iterable[Result]) -> tuple[float, float]:
+    """Return the mean bytes that a client sends and receives in a round; a start before the first is left out."""
+    rounds = [one for result in results for one in result.trained_rounds]
+    uploads = max(1, sum(one.uploads for one in rounds))
+    return sum(one.bytes_up for one in rounds) / uploads, sum(one.bytes_down for one in rounds) / uploads
 
 
 def largest_of_sums(results: Iterable[Result]) -> float | None:

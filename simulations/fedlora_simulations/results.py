@@ -158,6 +158,11 @@ class Result:
         """Number of uploads over all rounds."""
         return sum(one.uploads for one in self.rounds)
 
+    @property
+    def trained_rounds(self) -> tuple[Round, ...]:
+        """The finished rounds without the start, whose releases may be as large as the model."""
+        return tuple(one for one in self.rounds if one.round)
+
 
 def of_run(done: Simulated) -> Result:
     """Return what a run measured."""

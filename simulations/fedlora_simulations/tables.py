@@ -15,7 +15,7 @@ from fedlora.files import replace_file
 from fedlora.privacy import short
 from fedlora.quantities import quantity
 
-from .comparison import OF_SUMS, mean_and_deviation, told_of_sums
+from .comparison import OF_SUMS, bytes_of_an_upload, mean_and_deviation, told_of_sums
 from .pairing import Difference, Group
 from .reference import Published, published_for
 from .results import Result
@@ -182,7 +182,7 @@ def cells(groups: Sequence[Group], differences: Sequence[Difference],
              *(("chosen by --tune",) if has_tuned else ())]
     rows = []
     for group in groups:
-        runs, uploads = group.results, max(1, sum(one.uploads for one in group.results))
+        runs, (up, down) = group.results, bytes_of_an_upload(group.results)
         befores = [one.before for one in runs if not math.isnan(one.before)]
         row = [*group.settings.values(), group.method, str(len(group.values))]
         if with_metric:
@@ -193,8 +193,7 @@ def cells(groups: Sequence[Group], differences: Sequence[Difference],
             row.append(str(published_for(group, published) or ""))
         rows.append([*row, spent(group.epsilon), *((told_of_sums(group.epsilon_of_sums),) if has_sums else ()),
                      noise(group), str(max(one.last_round for one in runs)),
-                     quantity(sum(one.bytes_up for one in runs) / uploads),
-                     quantity(sum(one.bytes_down for one in runs) / uploads),
+                     quantity(up), quantity(down),
                      f"{mean_and_deviation([one.seconds for one in runs])[0]:.0f}",
                      *((tuned(group),) if has_tuned else ())])
     return names, rows

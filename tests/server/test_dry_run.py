@@ -52,6 +52,14 @@ def test_it_shows_the_plan_its_digest_the_traffic_and_the_noise_and_writes_nothi
     assert text.endswith("Nothing was started, and nothing was written.")
 
 
+def test_a_start_that_clients_release_is_in_the_traffic(told):
+    said = told("--strategy=pissa", "--init=lora-ga-clients", "--privacy=off", "--targets=query")
+    moved, clients = 4 * 2 * 32 * 32, 2  # bytes of the gradients of two layers
+    assert f"In it is the start from the clients' gradients, before round 1: {quantity(moved)} up and " in said
+    whole = float(said.partition(" in all for 3 rounds of 2")[0].rpartition("about ")[2].removesuffix(" kB"))
+    assert 1000 * whole > 2 * clients * moved, "it counts"
+
+
 def test_without_privacy_no_noise_is_shown_and_participations_limit_the_rounds(told):
     text = told("--privacy=off", "--max-participations=1")
     assert "private false" in text and "Noise multiplier" not in text

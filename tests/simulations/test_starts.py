@@ -104,8 +104,10 @@ def test_gradients_without_noise_start_a_run_without_privacy_and_no_other(argume
     methods, off = ["fed-sb:gradient", "fed-sb:lora-sb-clients", "pissa:lora-ga-clients"], ("--privacy", "off")
     for method in methods:
         assert main(["--strategy", method, *arguments]) == 2
-        assert "without noise, which would release private rows; choose --init dp" in " ".join(
-            capsys.readouterr().err.split())
+        told = " ".join(capsys.readouterr().err.split())
+        assert "without noise, which would release private rows; choose --init dp or " in told
+        assert {"gradient": "public", "lora-sb-clients": "lora-sb", "lora-ga-clients": "lora-ga"}[
+            method.partition(":")[2]] + ":FILE" in told
     assert main(["--strategy", ",".join(methods), *off, "--epsilon", "inf", *arguments]) == 0
     capsys.readouterr()
     reports = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/report.json")]
@@ -114,10 +116,12 @@ def test_gradients_without_noise_start_a_run_without_privacy_and_no_other(argume
     sent = {report["plan"]["strategy"] + ":" * report["plan"]["whole_gradients"]: report["rounds"][0]["bytes_up"]
             for report in reports}
     assert min(sent["fed-sb:"], sent["pissa:"]) > 5 * sent["fed-sb"], "whole gradients are as large as the layers"
+    compared = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
+    assert compared[0]["bytes_up"] == compared[1]["bytes_up"] < sent["fed-sb:"] / 5, "the start is no round"
     assert main(["--strategy", "fed-sb:dp", *off, "--epsilon", "inf", *arguments]) == 2
     assert "choose --init gradient, which sends them as they are" in capsys.readouterr().err
     assert main(["--strategy", "ffa-lora:lora-ga-clients", *off, "--epsilon", "inf", *arguments]) == 2
-    assert "it freezes A" in capsys.readouterr().err
+    assert "it freezes A, for which --init gradient has" in " ".join(capsys.readouterr().err.split())
     assert main(["--strategy", "pissa:lora-ga-clients", *off, "--epsilon", "inf", *arguments, "--rank", "17",
                  "--out", str(tmp_path / "large")]) == 2
     told = " ".join(capsys.readouterr().err.split())
