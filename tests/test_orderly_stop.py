@@ -77,6 +77,18 @@ def test_another_command_does_not_take_up_the_run_in_its_folder(deploy):
     assert (deployment.out / "run.json").read_bytes() == kept
 
 
+def test_a_run_whose_start_clients_release_goes_on_with_that_start_alone(deploy):
+    deployment = deploy("run")
+    same = ("--labels", "routine,urgent", "--min-clients", 2, "--rounds", 1, "--strategy", "pissa", "--privacy", "off")
+    deployment.server(*same, "--init", "lora-ga-clients", *SMALL)
+    deployment.wait_for("server", "waiting for 2 more clients")
+    deployment.processes["server"].kill()
+    deployment.end("server")
+    deployment.server(*same, "--init", "lora-sb-clients", *SMALL)
+    assert deployment.end("server") == 2
+    assert "begun with init 'lora-ga-clients', now 'lora-sb-clients'" in deployment.log("server")
+
+
 def test_a_removed_folder_is_said_and_ends_the_run(deploy, tmp_path):
     deployment = deploy("run")
     deployment.server("--labels", "routine,urgent", "--min-clients", 1, "--rounds", 500, *SMALL)

@@ -1,4 +1,4 @@
-r"""Starts from the clients' gradients: --init dp, noised and charged like a round of training, and --init gradient.
+r"""Starts from the clients' gradients: --init dp, noised and charged like a round of training, and some without noise.
 
 The leading singular vectors of G, the gradient (d_out, d_in) of the loss with respect to a frozen weight, are the
 directions in which an adapter can best move that weight. G itself is far too large to be released under noise. So each
@@ -19,7 +19,7 @@ becomes the left singular vectors of the mean Y.
 In a run without privacy (--init gradient) the same steps are taken on the same model. Nothing is scaled, clipped or
 noised then, and a step moves the factors by a tenth of their sketch.
 
-Some starts without privacy need what a sketch of rank r does not hold, such as the sign of G. For them (the plan's
+Other starts without privacy need what a sketch of rank r does not hold, such as the sign of G. For them (the plan's
 `whole_gradients`) clients take these steps with an adapter s·D of the weight's own shape, from D = 0, and send its
 d_out·d_in values for each layer.
 """
@@ -34,7 +34,7 @@ import torch
 
 from fedlora.adapters.family import Site, family_of
 from fedlora.adapters.layout import AdapterLayout
-from fedlora.adapters.start import Source, Start, float32, gaussian, site_tensors
+from fedlora.adapters.start import Source, float32, gaussian, site_tensors, start_of
 from fedlora.algebra import orthonormal_rows
 from fedlora.plan import Released, RunPlan, Tensors
 
@@ -99,13 +99,16 @@ def sketch_tensors(layout: AdapterLayout, state: Tensors, seed: int) -> dict[str
     return tensors
 
 
-def private_start(layout: AdapterLayout, start: Start, state: Tensors, sketches: Released) -> dict[str, np.ndarray]:
+def private_start(run: RunPlan, layout: AdapterLayout, init: str, state: Tensors, seed: int,
+                  sketches: Released) -> dict[str, np.ndarray]:
     """Compute the values that a run starts from, given the released sketches.
 
     Args:
+        run: the run's plan.
         layout: layout of the run's own adapter.
-        start: the start, one that reads what clients release.
+        init: the start, one that reads what clients release, as --init has it.
         state: the values of any other start of the run. Tensors that the sketches do not decide keep these values.
+        seed: the run's seed.
         sketches: the mean over clients of the released Z (under the names of A) and Y (under the names of B), or of the
             gradients themselves (under the names of D), all with the sign of a step against the gradient.
     """
@@ -115,6 +118,6 @@ def private_start(layout: AdapterLayout, start: Start, state: Tensors, sketches:
     def weight(site: Site) -> torch.Tensor:
         raise AssertionError("a start from the clients' releases reads no weight")
 
-    source = Source(0, weight, gradient=lambda site: -released(site, "D"),
+    source = Source(seed, weight, gradient=lambda site: released(site, "D") / (-PLAIN_STEP * run.local_steps),
                     sketches=lambda site: (released(site, "A"), released(site, "B")))
-    return {**state, **site_tensors(layout, start, source)}
+    return {**state, **site_tensors(layout, start_of(init)[0], source)}

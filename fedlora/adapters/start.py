@@ -1,8 +1,8 @@
 """The base class of starts, which give an adapter its initial values; the server draws them once for all clients.
 
 A start is one file in `fedlora.adapters.starts`, whose `START` provides bases for each site. The family makes its
-tensors from them, so that the update is 0. No start depends on a private row, except through a noised release, which is
-charged to the clients' privacy budgets.
+tensors from them, so that the update is 0. In a private run no start depends on a private row, except through a noised
+release, which is charged to the clients' privacy budgets.
 """
 
 from __future__ import annotations

@@ -97,11 +97,11 @@ class RunPlan:
         lr_schedule: "constant", or "linear": of R rounds, round t trains with lr · (1 - (t - 1) / R).
         wire_dtype: number format of adapter tensors on the network, in both directions: "fp32", or "bf16"
             (`fedlora.wire.dtypes`).
-        private_start: whether round 0 comes first, in which clients send sketches of their gradients for the adapters
-            to start from (`fedlora.adapters.sketches`): noised if the run is private, else as they are. It is one
-            participation on top of `max_participations`.
-        whole_gradients: whether round 0 sends whole gradients, as large as the weights, in place of sketches. Only
-            without privacy.
+        private_start: whether round 0 comes first, in which clients release their gradients for the adapters to start
+            from (`fedlora.adapters.sketches`): noised if the run is private, else as they are. It is one participation
+            on top of `max_participations`.
+        whole_gradients: whether they release them whole, as large as the weights, and not as sketches. Only without
+            privacy.
         family_options: (name, value) of the family's own options, sorted by name; they are the fields of its class.
         ranks: (module, rank) of the adapted modules whose rank is not `rank`, sorted by name.
         adjustment: key of the adjustment of noised gradients; "" for none.

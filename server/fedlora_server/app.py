@@ -119,6 +119,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
         options = replace(options, labels=options.labels or left.plan.labels)
     check_operations(options)
     check_installed(options.trackers)
+    rounds = round_options(options)
     check_options(options, over_grpc=listen is None)
     tls = None
     if listen is None:
@@ -126,7 +127,6 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
         if options.tls is not None:
             tls = ServerTls(options.tls)
             console.print(tls.told())
-    rounds = round_options(options)
     base, task = find_model(options), task_named(options.task)
     if options.eval_data is None:
         answer = task.rows.answer
@@ -151,7 +151,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     run_id = proposal.plan.run_id
     before: Mapping[str, Mapping[str, object]] = {}
     if left is not None:
-        left.check(proposal.plan, federation.strategy.described)
+        left.check(proposal.plan, federation.step)
         before = left.joined
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
     stop = stopping.asked
@@ -167,7 +167,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     def begin(plan: RunPlan, joined: Mapping[str, Mapping[str, object]]) -> None:
         if listen is None:
             checkpoint.begin(out, vars(options), plan, joined, left.resumptions if left else (),
-                             federation.strategy.described)
+                             federation.step)
             engine.keep_names()
 
     engine = (listen or _grpc(options, out, left, tls))(proposal, out / "uploads", trackers.client)

@@ -94,7 +94,7 @@ class Federation:
         task: what the model learns.
         state: every tensor that is not in the base checkpoint, as the run starts.
         strategy: makes messages and combines uploads.
-        start: the start of --init dp or gradient, a round before the first; None without it.
+        start: a start from the clients' gradients, a round before the first; None without it.
     """
 
     plan: RunPlan
@@ -103,6 +103,11 @@ class Federation:
     state: Tensors
     strategy: FederatedLoRA
     start: PrivateStart | None = None
+
+    @property
+    def step(self) -> Mapping[str, object]:
+        """The parts of the server step, and the start if clients release it: what a resumed run must have again."""
+        return {**self.strategy.described, **({"init": self.start.init} if self.start else {})}
 
 
 def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[str, ...], seed: int, *,
@@ -146,8 +151,13 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
     if rows is not None:
         state = public_start(adapted, task, rows, seed=seed, init=init.partition(":")[0], head=head)
     recipe = recipe_of(options, strategy)
-    start = PrivateStart(plan, adapted, start_of(planned(options, strategy).init)[0], state, seed,
-                         recipe.reduction) if plan.private_start else None
+    start = None
+    if plan.private_start:
+        start = PrivateStart(plan, adapted, planned(options, strategy).init, state, seed, recipe.reduction)
+        size, most = 4 * start.traffic.down, models.most_adapter_bytes(base.path)
+        if size > most:
+            raise ValueError(f"--init {start.init} sends {size / 1e9:.3g} GB of gradients, and clients take at most "
+                             f"{most / 1e9:.3g} GB for this model; name fewer --targets, or choose --init gradient")
     chosen = strategy_class(strategy)(plan, adapted.layout, recipe=recipe, seed=seed)
     if options.client_ranks:
         chosen.check_ranks(dict(options.client_ranks).values())
@@ -306,10 +316,10 @@ def planned(options: RunConfig, strategy: str) -> Preset:
 
     Raises:
         ValueError: the options contradict each other: --max-participations is above the number of rounds, --dropout is
-            combined with privacy, so is a strategy whose family refuses it, --init dp with none, --init gradient with
-            it, --scaling rs with --ranks, --init does not fit the strategy or --targets, --head train or --init-head is
-            asked for a task without a head, --init-head for a head that is not trained, or --labels names fewer than
-            two labels; or what --one-step or --secure-aggregation excludes is given.
+            combined with privacy, so is a strategy whose family refuses it, --init dp with none, a start from gradients
+            without noise with it, --scaling rs with --ranks, --init does not fit the strategy or --targets, --head
+            train or --init-head is asked for a task without a head, --init-head for a head that is not trained, or
+            --labels names fewer than two labels; or what --one-step or --secure-aggregation excludes is given.
     """
     recipe = recipe_of(options, strategy)
     chosen = recipe.preset(options.privacy == "required", options.init)
@@ -352,8 +362,9 @@ def planned(options: RunConfig, strategy: str) -> Preset:
         raise ValueError(f"--init {values.init} is a start from noised gradients, and without privacy there is no "
                          "noise; choose --init gradient, which sends them as they are, or another start")
     if start.reads == "clients without noise" and options.privacy == "required":
+        public = f"{values.init.removesuffix('-clients')}:FILE" if start.whole else "public:FILE"
         raise ValueError(f"--init {values.init} has clients send gradients without noise, which would release private "
-                         "rows; choose --init dp or public:FILE, or a run without privacy")
+                         f"rows; choose --init dp or {public}, or a run without privacy")
     return values
 
 

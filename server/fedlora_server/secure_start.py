@@ -6,8 +6,6 @@ from fedlora.config import ServerConfig
 from fedlora.secure_sum.integers import Grid
 from fedlora_strategies import FederatedLoRA
 
-from .run_setup import check_members
-
 USUAL_NOISE = 1.0
 """Noise of a client, in units of the clip norm, for which an overflow is foreseen before any client has named its own.
 """
@@ -28,7 +26,6 @@ def check_options(options: ServerConfig, *, over_grpc: bool) -> None:
     if not over_grpc:
         raise ValueError("--secure-aggregation works with fedlora-server alone: over a SuperLink, clients have no "
                          "certificates by which they know each other. Leave it out, or start fedlora-server")
-    check_members(options, options.min_clients, "--min-clients")
     if options.tls is None:
         raise ValueError("--secure-aggregation needs --tls DIR: clients know each other by their certificates "
                          "(fedlora-server pki init makes the folder)")

@@ -14,9 +14,8 @@ import dataclasses
 
 from typing_extensions import override
 
-from fedlora.adapters import AdaptedModel
+from fedlora.adapters import AdaptedModel, start_of
 from fedlora.adapters.sketches import private_start, sketch_layout, sketch_plan, sketch_tensors
-from fedlora.adapters.start import Start
 from fedlora.plan import Released, RunPlan, Tensors
 
 from .base import FederatedLoRA
@@ -25,18 +24,19 @@ from .reductions import FactorReduction, Reduction
 
 
 class PrivateStart(FederatedLoRA):
-    """The strategy of round 0: it combines the clients' sketches. `begin` makes the run's start from the result.
+    """The strategy of round 0: it combines what the clients release. `begin` makes the run's start from the result.
 
     Args:
         plan: The run's plan.
         adapted: The model with the adapters of the run's strategy.
-        start: The start, one that reads what clients release.
-        state: A start that does not depend on data, for the tensors that the sketches do not determine.
-        seed: The seed of Q and P.
-        reduction: Combines the sketches, as it does the uploads of the other rounds; None for the weighted mean, which
+        init: The start, one that reads what clients release, as --init has it.
+        state: A start that does not depend on data, for the tensors that the releases do not determine.
+        seed: The run's seed.
+        reduction: Combines the releases, as it does the uploads of the other rounds; None for the weighted mean, which
             also takes the place of one that reads uploads as factors of updates.
 
     Attributes:
+        init: The start.
         tensors: The tensors that round 0 sends.
 
     Raises:
@@ -46,10 +46,10 @@ class PrivateStart(FederatedLoRA):
     recipe = RECIPE
     sends_changes = True
 
-    def __init__(self, plan: RunPlan, adapted: AdaptedModel, start: Start, state: Tensors, seed: int,
+    def __init__(self, plan: RunPlan, adapted: AdaptedModel, init: str, state: Tensors, seed: int,
                  reduction: Reduction | None = None) -> None:
         for site in adapted.layout.sites:
-            start.check_rank(site)
+            start_of(init)[0].check_rank(site)
         layout = sketch_layout(plan, adapted.layout, adapted.missing)
         recipe = dataclasses.replace(RECIPE, family=layout.family.name)
         if reduction is not None and not isinstance(reduction, FactorReduction):
@@ -57,7 +57,7 @@ class PrivateStart(FederatedLoRA):
         super().__init__(dataclasses.replace(plan, family=recipe.family), layout, recipe=recipe)
         self.plan = plan  # the plan that clients have agreed to, with the run's own family
         self.tensors = sketch_tensors(layout, state, seed)
-        self._start, self._run_layout, self._state = start, adapted.layout, state
+        self.init, self._run_layout, self._state, self._seed = init, adapted.layout, state, seed
 
     @property
     @override
@@ -68,6 +68,6 @@ class PrivateStart(FederatedLoRA):
         """Return the state that round 1 starts from.
 
         Args:
-            sketches: The combined sketches of the clients.
+            sketches: The combined releases of the clients.
         """
-        return private_start(self._run_layout, self._start, self._state, sketches)
+        return private_start(self.plan, self._run_layout, self.init, self._state, self._seed, sketches)

@@ -38,6 +38,7 @@ def test_it_has_a_line_that_says_what_it_is(start):
     assert all(registry.titles(STARTS).values())
     assert start.reads in get_args(Reads)
     assert set(start.gives) <= {"A", "B", "V"}
+    assert not start.whole or start.reads == "clients without noise"
 
 
 def test_bases_have_the_sites_shape_and_what_it_gives_is_there(start):

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from fedlora import models
-from fedlora.adapters import attach_planned, initial_tensors, start_of
+from fedlora.adapters import attach_planned, initial_tensors
+from fedlora.adapters.family import Bases
 from fedlora.adapters.sketches import PLAIN_STEP, private_start, sketch_layout, sketch_plan, sketch_tensors
+from fedlora.adapters.starts.lora_sb import LoraSB
 from fedlora.data import Rows
 from fedlora.plan import ModelRef, RunPlan
 from fedlora.privacy import RandomStream
@@ -103,7 +105,7 @@ def test_the_start_spans_a_gradient_of_low_rank_and_moves_nothing_yet(checkpoint
         d_out, d_in = drawn[f"{module}.B"].shape[0], drawn[f"{module}.A"].shape[1]
         G = gradients[module] = rng.standard_normal((d_out, RANK - 1)) @ rng.standard_normal((RANK - 1, d_in))
         sketches |= {f"{module}.A": drawn[f"{module}.B"].T @ G, f"{module}.B": G @ drawn[f"{module}.A"].T}
-    start = private_start(adapted.layout, start_of("dp")[0], state, sketches)
+    start = private_start(plan, adapted.layout, "dp", state, 3, sketches)
     adapted.layout.check(start, "state")
     for module, G in gradients.items():
         A, B = start[f"{module}.A"], start[f"{module}.B"]
@@ -149,9 +151,10 @@ def test_without_privacy_the_same_steps_send_the_sketches_of_the_mean_gradient(c
                                        atol=2e-3 * np.abs(sketch).max())
 
 
-@pytest.mark.parametrize("init", ["lora-ga-clients", "lora-sb-clients"])
-def test_whole_gradients_give_the_start_that_public_rows_would_give_if_they_were_the_clients(checkpoint, init):
-    plan, adapted, state = case(checkpoint, "lora-offset", "pissa", private=False, whole_gradients=True,
+@pytest.mark.parametrize(("init", "family"), [
+    ("lora-ga-clients", "lora-offset"), ("lora-sb-clients", "lora-offset"), ("lora-sb-clients", "salt")])
+def test_whole_gradients_give_the_start_that_public_rows_would_give_if_they_were_the_clients(checkpoint, init, family):
+    plan, adapted, state = case(checkpoint, family, family, private=False, whole_gradients=True,
                                 ranks=(("bert.encoder.layer.0.attention.self.query", 2),))
     layout = sketch_layout(plan, adapted.layout, adapted.missing)
     tensors = sketch_tensors(layout, state, seed=5)
@@ -159,14 +162,30 @@ def test_whole_gradients_give_the_start_that_public_rows_would_give_if_they_were
     gradients = gradients_of(checkpoint, adapted, task, records, state)
     for module, G in gradients.items():
         np.testing.assert_allclose(-moved[f"{module}.D"] / PLAIN_STEP, G, atol=1e-5 * G.abs().max().item())
-    start = private_start(adapted.layout, start_of(init)[0], state, moved)
+    start = private_start(plan, adapted.layout, init, state, 3, moved)
     expected = initial_tensors(adapted, init=init.removesuffix("-clients"), seed=3,
                                gradient=lambda site: gradients[site.name])
     for name, values in expected.items():
         np.testing.assert_allclose(start[name], values, atol=2e-3 * np.abs(values).max() + 1e-9, err_msg=name)
 
 
+def test_a_start_is_given_the_mean_gradient_itself_however_many_steps_its_clients_do(checkpoint, monkeypatch):
+    given = {}
+
+    def bases(self, site, source):
+        given[site.name] = source.gradient(site)
+        return Bases(A=torch.zeros(site.rank, site.d_in), B=torch.zeros(site.d_out, site.rank))
+
+    monkeypatch.setattr(LoraSB, "bases", bases)
+    plan, adapted, state = case(checkpoint, "bra", "fed-sb", private=False, whole_gradients=True, local_steps=2)
+    moved, task, records = released(checkpoint, plan, (layout := sketch_layout(plan, adapted.layout, adapted.missing)),
+                                    sketch_tensors(layout, state, seed=5), noise=None)
+    private_start(plan, adapted.layout, "lora-sb-clients", state, 3, moved)
+    for module, G in gradients_of(checkpoint, adapted, task, records, state).items():
+        np.testing.assert_allclose(given[module], G, atol=1e-3 * G.abs().max().item())
+
+
 def test_a_rank_for_which_the_gradient_has_too_few_directions_is_found_before_clients_are_asked(checkpoint):
     plan, adapted, state = case(checkpoint, "lora", "fedavg-lora", private=False, whole_gradients=True, rank=17)
     with pytest.raises(ValueError, match=r"rank 17 exceeds half of the smaller side of .*two singular vectors"):
-        PrivateStart(plan, adapted, start_of("lora-ga-clients")[0], state, 0)
+        PrivateStart(plan, adapted, "lora-ga-clients", state, 0)

@@ -470,4 +470,4 @@ def test_uploads_keep_their_values_through_messages():
 def test_what_a_server_computes_with_has_left_the_clients_or_is_its_own(step):
     """No step is given an upload, which holds more than tensors, nor anything else that a client keeps."""
     taken = {given.annotation for given in inspect.signature(step).parameters.values() if given.name != "self"}
-    assert "Released" in taken and taken <= {"Released", "Tensors", "AdapterLayout", "Start", "int", "float"}
+    assert "Released" in taken and taken <= {"Released", "Tensors", "AdapterLayout", "RunPlan", "str", "int", "float"}

@@ -1,7 +1,7 @@
 """Low-rank adapters that start anywhere: ΔW = s·((B + dB)·(A + dA) − B·A), both factors trained.
 
 For methods whose factors do not start with a product of 0, with both factors trained: PiSSA (NeurIPS 2024,
-arXiv:2404.02948, start `weight-scaled`) and LoRA-GA (NeurIPS 2024, arXiv:2407.05000, a start from public gradients).
+arXiv:2404.02948, start `weight-scaled`) and LoRA-GA (NeurIPS 2024, arXiv:2407.05000, a start from gradients).
 They take the first product off the weight. Here the weight stays as it is, and the product is taken off the update.
 
     A    (r, d_in)    frozen, from the start's bases

@@ -30,11 +30,16 @@ GAMMA = 16.0
 
 
 class LoraGA(Start):
-    """The start in which the first step of A and that of B go to different directions of the gradient."""
+    """The start in which the first step of A and that of B go to different directions of the gradient.
+
+    Attributes:
+        if_frozen: class attribute, the start with the same directions for families that freeze A.
+    """
 
     takes = "FILE"
     reads: ClassVar[Reads] = "public rows"
     orthonormal: ClassVar[bool] = False
+    if_frozen: ClassVar[str] = "public:FILE"
 
     @override
     def bases(self, site: Site, source: Source) -> Bases:
@@ -54,8 +59,8 @@ class LoraGA(Start):
     def unfit(self, family: Family) -> str:
         read = reads_inputs(family)
         return "" if read.get("A") or read.get("dA") else (
-            "it freezes A, for which --init public:FILE has the same directions, with those that belong to them for a "
-            "frozen B")
+            f"it freezes A, for which --init {self.if_frozen} has the same directions, with those that belong to them "
+            "for a frozen B")
 
 
 START = LoraGA

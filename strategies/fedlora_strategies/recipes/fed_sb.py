@@ -10,8 +10,9 @@ Singhal et al., 2025, arXiv:2502.15436.
 The average is exact: B (Σ p_k R_k) A = Σ p_k (B R_k A). Only r² values per target are sent, whatever the width of the
 model.
 
-The paper takes A, B and R from the first gradient on private data (LoRA-SB). Under privacy this would be a release of
-its own. So the starts here do not depend on data, or are noised and charged (`fedlora_strategies.private_start`).
+The paper takes A, B and R from the first gradient on private data (LoRA-SB), as `--init lora-sb-clients` takes A and B.
+Under privacy this is a release of its own: there a start does not depend on private data, or is noised and charged
+(`fedlora_strategies.private_start`).
 
 With another `--reduction` than the mean, the result is not exactly a mean of models any more. Where A and B have
 orthonormal rows and columns, norms and distances of R are still those of B R A.

@@ -11,7 +11,7 @@ PiSSA takes s B A off the weight and trains what is left in its place. Here the 
 update, which is the same. s = 1, as in the paper, by alpha = rank. The average is not exact, as that of FedAvg of LoRA
 is not, and under privacy the product multiplies the noise of both factors. The exported adapter is LoRA of rank 2r.
 
-With a start from public gradients in place of the weight, LoRA-GA (arXiv:2407.05000) trains in the same way.
+With a start from gradients in place of the weight, LoRA-GA (arXiv:2407.05000) trains in the same way.
 """
 
 from __future__ import annotations
