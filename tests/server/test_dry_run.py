@@ -60,6 +60,12 @@ def test_a_start_that_clients_release_is_in_the_traffic(told):
     assert 1000 * whole > 2 * clients * moved, "it counts"
 
 
+def test_a_start_that_is_larger_than_what_clients_take_is_refused(told, monkeypatch):
+    monkeypatch.setattr("fedlora.models.most_adapter_bytes", lambda path: 1000)
+    with pytest.raises(ValueError, match=r"at most 1e-06 GB .* fewer --targets, or choose --init gradient"):
+        told("--strategy=pissa", "--init=lora-ga-clients", "--privacy=off")
+
+
 def test_without_privacy_no_noise_is_shown_and_participations_limit_the_rounds(told):
     text = told("--privacy=off", "--max-participations=1")
     assert "private false" in text and "Noise multiplier" not in text
