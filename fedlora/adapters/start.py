@@ -67,6 +67,7 @@ class Start(ABC):
         reads: class attribute, what the start is computed from. "clients" means a noised release, which is charged as
             one participation; "clients without noise" a release in a run without privacy.
         whole: class attribute, whether clients release whole gradients, and not sketches of them.
+        if_private: class attribute, of a start that reads clients without noise, the nearest one from public rows.
         takes: class attribute, what follows the key after a colon, as in public:FILE; "" for nothing. It must be a
             literal, so that --help can read it from the file.
         gives: class attribute, the bases that the start provides, of A, B and V.
@@ -76,6 +77,7 @@ class Start(ABC):
 
     reads: ClassVar[Reads] = "nothing"
     whole: ClassVar[bool] = False
+    if_private: ClassVar[str] = "public:FILE"
     takes: ClassVar[str] = ""
     gives: ClassVar[tuple[str, ...]] = ("A", "B")
     orthonormal: ClassVar[bool] = True

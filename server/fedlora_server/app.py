@@ -151,7 +151,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     run_id = proposal.plan.run_id
     before: Mapping[str, Mapping[str, object]] = {}
     if left is not None:
-        left.check(proposal.plan, federation.step)
+        left.check(proposal.plan, federation.described)
         before = left.joined
         console.print(f"Run {left.plan.run_id} goes on after round {left.round} of {left.plan.rounds}")
     stop = stopping.asked
@@ -167,7 +167,7 @@ def _serve(options: ServerConfig, console: Console, out: Path, left: Unfinished 
     def begin(plan: RunPlan, joined: Mapping[str, Mapping[str, object]]) -> None:
         if listen is None:
             checkpoint.begin(out, vars(options), plan, joined, left.resumptions if left else (),
-                             federation.step)
+                             federation.described)
             engine.keep_names()
 
     engine = (listen or _grpc(options, out, left, tls))(proposal, out / "uploads", trackers.client)

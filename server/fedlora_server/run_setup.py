@@ -105,7 +105,7 @@ class Federation:
     start: PrivateStart | None = None
 
     @property
-    def step(self) -> Mapping[str, object]:
+    def described(self) -> Mapping[str, object]:
         """The parts of the server step, and the start if clients release it: what a resumed run must have again."""
         return {**self.strategy.described, **({"init": self.start.init} if self.start else {})}
 
@@ -134,14 +134,13 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
                      members)
     adapted = attach_planned(loaded, plan)
     check_adjustment(plan.adjustment, adapted.layout)
-    task, init = task_for(plan, loaded.tokenizer), planned(options, strategy).init
+    task, named = task_for(plan, loaded.tokenizer), planned(options, strategy).init
     if plan.private:
         Trainer(adapted, task, device="cpu", precision="fp32").rehearse()
     elif padding_counts(adapted, task):
         _say("This model does not ignore padding: what it predicts for a text depends on how far the text is padded. "
              "So its adapter predicts differently where texts are batched differently.")
-    if plan.private_start or (start_of(init)[1] and labels is ANY_LABELS):
-        init = "orthonormal"
+    init = "orthonormal" if plan.private_start or (start_of(named)[1] and labels is ANY_LABELS) else named
     rows, known = _public_rows(options, init, labels), None if labels is ANY_LABELS else _head_rows(options, labels)
     head: dict[str, np.ndarray] = {}
     if rows is None or known is not None:
@@ -153,7 +152,7 @@ def prepare(options: RunConfig, strategy: str, base: BaseModel, labels: tuple[st
     recipe = recipe_of(options, strategy)
     start = None
     if plan.private_start:
-        start = PrivateStart(plan, adapted, planned(options, strategy).init, state, seed, recipe.reduction)
+        start = PrivateStart(plan, adapted, named, state, seed, recipe.reduction)
         size, most = 4 * start.traffic.down, models.most_adapter_bytes(base.path)
         if size > most:
             raise ValueError(f"--init {start.init} sends {size / 1e9:.3g} GB of gradients, and clients take at most "
@@ -362,9 +361,8 @@ def planned(options: RunConfig, strategy: str) -> Preset:
         raise ValueError(f"--init {values.init} is a start from noised gradients, and without privacy there is no "
                          "noise; choose --init gradient, which sends them as they are, or another start")
     if start.reads == "clients without noise" and options.privacy == "required":
-        public = f"{values.init.removesuffix('-clients')}:FILE" if start.whole else "public:FILE"
         raise ValueError(f"--init {values.init} has clients send gradients without noise, which would release private "
-                         f"rows; choose --init dp or {public}, or a run without privacy")
+                         f"rows; choose --init dp or {start.if_private}, or a run without privacy")
     return values
 
 

@@ -48,8 +48,9 @@ class PrivateStart(FederatedLoRA):
 
     def __init__(self, plan: RunPlan, adapted: AdaptedModel, init: str, state: Tensors, seed: int,
                  reduction: Reduction | None = None) -> None:
+        start, _ = start_of(init)
         for site in adapted.layout.sites:
-            start_of(init)[0].check_rank(site)
+            start.check_rank(site)
         layout = sketch_layout(plan, adapted.layout, adapted.missing)
         recipe = dataclasses.replace(RECIPE, family=layout.family.name)
         if reduction is not None and not isinstance(reduction, FactorReduction):

@@ -20,6 +20,7 @@ class ClientsLoraGA(LoraGA):
     takes = ""
     reads: ClassVar[Reads] = "clients without noise"
     whole: ClassVar[bool] = True
+    if_private: ClassVar[str] = "lora-ga:FILE"
     if_frozen: ClassVar[str] = "gradient"
 
 

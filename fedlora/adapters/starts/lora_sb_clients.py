@@ -21,6 +21,7 @@ class ClientsLoraSB(LoraSB):
     takes = ""
     reads: ClassVar[Reads] = "clients without noise"
     whole: ClassVar[bool] = True
+    if_private: ClassVar[str] = "lora-sb:FILE"
 
 
 START = ClientsLoraSB
